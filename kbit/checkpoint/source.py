@@ -1,0 +1,95 @@
+"""What every checkpoint reader offers, whatever the file format behind it.
+
+A source speaks one language: Hugging Face tensor names, Hugging Face row order (rotate-half RoPE), a Hugging
+Face config dictionary and Hugging Face tokenizer files. Readers of other formats translate into it, so nothing
+above this layer knows where a model came from.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+
+    from kbit.formats.quant_tensor import QuantTensor
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """One tensor as it lies in a checkpoint.
+
+    Attributes:
+        name: Hugging Face parameter name, for example `model.layers.0.mlp.up_proj.weight`.
+        shape: logical shape, outermost dimension first (a linear weight is (N out, K in)).
+        stored_as: how the file holds it: a safetensors dtype ("F32", "F16", "BF16", "F8_E4M3", "F8_E5M2", ...),
+            a GGUF type ("Q4_1", ...) or a kbit format ("nf4-b64").
+        nbytes: bytes it occupies in the file, scales included.
+        file: the file that holds it.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    stored_as: str
+    nbytes: int
+    file: Path
+
+    @property
+    def numel(self) -> int:
+        count = 1
+        for dim in self.shape:
+            count *= dim
+        return count
+
+
+class CheckpointSource(ABC):
+    """A model on disk: configuration, tokenizer files and named tensors, read one at a time.
+
+    Opening a source reads headers only and imports no torch; tensor data is mapped when asked for.
+    """
+
+    path: Path
+    config: dict[str, Any]
+
+    @property
+    @abstractmethod
+    def tensors(self) -> Mapping[str, TensorInfo]:
+        """All tensors by Hugging Face name, in file order."""
+
+    @abstractmethod
+    def read_rows(self, name: str, start: int, stop: int) -> torch.Tensor:
+        """Rows [start, stop) of a tensor along its first dimension, as float32 (values exactly as stored).
+
+        The result owns its memory. Raises CheckpointError when the data is unreadable.
+        """
+
+    def read(self, name: str) -> torch.Tensor:
+        """A whole tensor as float32 (see read_rows)."""
+        shape = self.tensors[name].shape
+        return self.read_rows(name, 0, shape[0] if shape else 1)
+
+    def read_weight(self, name: str) -> torch.Tensor | QuantTensor:
+        """The tensor in the form the engine keeps: a QuantTensor where the file holds kbit codes, else float32."""
+        return self.read(name)
+
+    @abstractmethod
+    def sidecar_files(self) -> Mapping[str, bytes]:
+        """Files that travel with the weights, by name: tokenizer.json, tokenizer_config.json,
+        generation_config.json, chat_template.jinja, ... Only those that exist. Never config.json."""
+
+    @abstractmethod
+    def fingerprint(self) -> str:
+        """A hex digest that changes when the source's content may have changed (headers, sizes, mtimes)."""
+
+    def close(self) -> None:
+        """Release file handles; reading afterwards is an error."""
+
+    def __enter__(self) -> CheckpointSource:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
