@@ -1,0 +1,6 @@
+"""Types of the compiled module (kernels/cpu/module.cpp)."""
+
+import torch
+
+def pack_plane(codes: torch.Tensor, width: int, shift: int, plane: torch.Tensor) -> None: ...
+def unpack_plane(plane: torch.Tensor, width: int, shift: int, first: bool, codes: torch.Tensor) -> None: ...

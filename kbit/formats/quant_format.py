@@ -1,0 +1,232 @@
+"""QuantFormat: everything that defines a k-bit format, as one short string.
+
+    nf4-b64               4-bit normal float, blocks of 64, fp16 scales
+    int3-b128-asym        3-bit integer with an offset per block
+    float4e2m1-b32        4-bit float, 2 exponent and 1 mantissa bit, OCP grid
+    float4e2m1-b64-bnb    the same bits on bitsandbytes' FP4 grid ("fp4-b64" for short)
+    nf4-b64-dq            double-quantized scales
+    int8-row-fp32         one fp32 scale per row
+
+A format fixes what is stored for a matrix, to the byte (`parts`), so sizes are known before any tensor is read.
+This module imports no torch: `kbit info` and planning stay quick.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+from kbit.errors import UsageError
+
+DTYPES = ("int", "float", "dynamic", "quantile", "nf", "lloyd")
+FLOAT_GRIDS = ("ocp", "paper", "bnb")
+SCALE_DTYPES = ("fp16", "bf16", "fp32")
+MIN_BITS, MAX_BITS = 2, 8
+MIN_BLOCK, MAX_BLOCK = 16, 4096
+
+# Blocks whose scales share one fp32 factor under double quantization. 256 is bitsandbytes' (and QLoRA's) choice:
+# the factor then costs 32/256 = 0.125 bits per scale, 0.002 bits per weight at block size 64.
+SUPERBLOCK = 256
+
+_SAFETENSORS_NAME = {"fp16": "F16", "bf16": "BF16", "fp32": "F32"}
+_DTYPE_BYTES = {"U8": 1, "I8": 1, "F16": 2, "BF16": 2, "F32": 4}
+
+_BASE = re.compile(r"(?P<dtype>[a-z]+?)(?P<bits>\d+)(?:e(?P<exponent>\d+)m(?P<mantissa>\d+))?")
+
+
+def plane_widths(bits: int) -> tuple[int, ...]:
+    """Widths of the bit planes of a k-bit code, widest first: 3 -> (2, 1), 7 -> (4, 2, 1), 8 -> (8,)."""
+    return tuple(width for width in (8, 4, 2, 1) if bits & width)
+
+
+@dataclass(frozen=True)
+class Part:
+    """One stored array of a quantized matrix: its safetensors dtype and shape."""
+
+    dtype: str
+    shape: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        count = _DTYPE_BYTES[self.dtype]
+        for dim in self.shape:
+            count *= dim
+        return count
+
+
+@dataclass(frozen=True)
+class QuantFormat:
+    """A k-bit format.
+
+    Attributes:
+        dtype: family of the codebook: "int", "float", "dynamic", "quantile", "nf" or "lloyd".
+        bits: k, 2 to 8.
+        block_size: weights along a row that share a scale (16 to 4096, a multiple of 16); 0 means one per row.
+        asymmetric: int only: blocks span [min, max] and store an offset (the midpoint) beside the scale.
+        exponent_bits: float only: bits of the exponent; the mantissa has bits - 1 - exponent_bits.
+        grid: float only: "ocp" (IEEE-style with subnormals, all codes finite: OCP's E2M1), "paper" (Dettmers and
+            Zettlemoyer, appendix A) or "bnb" (bitsandbytes: its FP4 table at 4 bits, create_fp8_map elsewhere).
+        scale_dtype: stored type of the scales: "fp16", "bf16" or "fp32".
+        double_quant: store scales in 8 bits with one fp32 factor per 256 blocks.
+
+    Raises:
+        UsageError: a value is out of range or two fields contradict each other.
+    """
+
+    dtype: str = "nf"
+    bits: int = 4
+    block_size: int = 64
+    asymmetric: bool = False
+    exponent_bits: int | None = None
+    grid: str | None = None
+    scale_dtype: str = "fp16"
+    double_quant: bool = False
+
+    def __post_init__(self) -> None:
+        if self.dtype not in DTYPES:
+            raise UsageError(f"data type {self.dtype!r} is unknown: use one of {', '.join(DTYPES)}")
+        if not MIN_BITS <= self.bits <= MAX_BITS:
+            raise UsageError(f"{self.bits} bits: kbit formats have {MIN_BITS} to {MAX_BITS} bits")
+        block_ok = MIN_BLOCK <= self.block_size <= MAX_BLOCK and self.block_size % 16 == 0
+        if self.block_size != 0 and not block_ok:
+            raise UsageError(
+                f"block size {self.block_size}: use a multiple of 16 from {MIN_BLOCK} to {MAX_BLOCK}, or 0 for one "
+                "scale per row"
+            )
+        if self.asymmetric and self.dtype != "int":
+            raise UsageError(f"an offset per block (asym) exists for int only, not for {self.dtype}")
+        if self.scale_dtype not in SCALE_DTYPES:
+            raise UsageError(f"scale type {self.scale_dtype!r} is unknown: use one of {', '.join(SCALE_DTYPES)}")
+        if self.dtype == "float":
+            self._complete_float()
+        elif self.exponent_bits is not None or self.grid is not None:
+            raise UsageError(f"exponent bits and grid exist for float only, not for {self.dtype}")
+        if self.double_quant and self.scale_dtype != "fp16":
+            raise UsageError(f"double-quantized scales are 8 bits wide: drop the scale type {self.scale_dtype!r}")
+
+    def _complete_float(self) -> None:
+        # Two exponent bits: on Gaussian blocks E2 has the lowest error of all splits at 3 to 8 bits, and the
+        # paper's "half the bits" rule is worse than int (research table: k=4 E2 .0112, int .0116, E3 .0354).
+        exponent = self.exponent_bits if self.exponent_bits is not None else min(2, self.bits - 1)
+        if not 1 <= exponent <= self.bits - 1:
+            raise UsageError(
+                f"{exponent} exponent bits do not fit a {self.bits}-bit float: use 1 to {self.bits - 1} "
+                "(one bit is the sign)"
+            )
+        object.__setattr__(self, "exponent_bits", exponent)
+        grid = self.grid or "ocp"
+        if grid not in FLOAT_GRIDS:
+            raise UsageError(f"float grid {grid!r} is unknown: use one of {', '.join(FLOAT_GRIDS)}")
+        object.__setattr__(self, "grid", grid)
+
+    @property
+    def mantissa_bits(self) -> int:
+        """Mantissa bits of a float format (0 for the other data types)."""
+        return self.bits - 1 - self.exponent_bits if self.exponent_bits is not None else 0
+
+    @property
+    def has_own_codebook(self) -> bool:
+        """Whether every tensor carries a codebook of its own (quantile: estimated from the tensor)."""
+        return self.dtype == "quantile"
+
+    def with_bits(self, bits: int) -> QuantFormat:
+        """The same kind of format at another width (a float keeps its exponent bits where they fit)."""
+        exponent = self.exponent_bits
+        if exponent is not None and exponent > bits - 1:
+            exponent = None
+        return replace(self, bits=bits, exponent_bits=exponent)
+
+    @classmethod
+    def parse(cls, text: str) -> QuantFormat:
+        """Read a format string such as "nf4-b64-dq"; flags may come in any order.
+
+        Raises:
+            UsageError: the string is not a format; the message says which part.
+        """
+        base, *flags = text.strip().lower().split("-")
+        values: dict[str, object] = {}
+        if base == "fp4":
+            values.update(dtype="float", bits=4, exponent_bits=2, grid="bnb")
+        else:
+            match = _BASE.fullmatch(base)
+            if match is None:
+                raise UsageError(f"{text!r} is not a format: it starts with a data type and bits, as in nf4-b64")
+            values.update(dtype=match["dtype"], bits=int(match["bits"]))
+            if match["exponent"] is not None:
+                values["exponent_bits"] = int(match["exponent"])
+                if int(match["exponent"]) + int(match["mantissa"]) + 1 != int(match["bits"]):
+                    raise UsageError(f"{text!r}: sign, exponent and mantissa bits do not add up to {match['bits']}")
+        for flag in flags:
+            key, value = _parse_flag(flag, text)
+            if key in values and not (base == "fp4" and key == "grid" and value == "bnb"):
+                raise UsageError(f"{text!r}: {flag!r} says twice what the {key.replace('_', ' ')} is")
+            values[key] = value
+        return cls(**values)  # type: ignore[arg-type]
+
+    def __str__(self) -> str:
+        text = f"{self.dtype}{self.bits}"
+        if self.dtype == "float":
+            text += f"e{self.exponent_bits}m{self.mantissa_bits}"
+        text += f"-b{self.block_size}" if self.block_size else "-row"
+        if self.asymmetric:
+            text += "-asym"
+        if self.grid not in (None, "ocp"):
+            text += f"-{self.grid}"
+        if self.scale_dtype != "fp16":
+            text += f"-{self.scale_dtype}"
+        if self.double_quant:
+            text += "-dq"
+        return text
+
+    def blocks_per_row(self, columns: int) -> int:
+        """Blocks in a row of `columns` weights; the last one may be short."""
+        return -(-columns // self.block_size) if self.block_size else 1
+
+    def parts(self, rows: int, columns: int) -> Mapping[str, Part]:
+        """Every array stored for a (rows, columns) matrix, by its name's suffix, in file order."""
+        parts: dict[str, Part] = {}
+        for width in plane_widths(self.bits):
+            parts[f"plane{width}"] = Part("U8", (rows, -(-columns * width // 8)))
+        blocks = self.blocks_per_row(columns)
+        factors = -(-rows * blocks // SUPERBLOCK)
+        for suffix, code_dtype in (("scales", "U8"), ("offsets", "I8")):
+            if suffix == "offsets" and not self.asymmetric:
+                continue
+            if self.double_quant:
+                parts[suffix] = Part(code_dtype, (rows, blocks))
+                parts[f"{suffix}_super"] = Part("F32", (factors,))
+            else:
+                parts[suffix] = Part(_SAFETENSORS_NAME[self.scale_dtype], (rows, blocks))
+        if self.has_own_codebook:
+            parts["codebook"] = Part("F32", (2**self.bits,))
+        return parts
+
+    def nbytes(self, rows: int, columns: int) -> int:
+        """Bytes stored for a (rows, columns) matrix: codes, scales, offsets and codebook."""
+        return sum(part.nbytes for part in self.parts(rows, columns).values())
+
+    def bits_per_weight(self, rows: int, columns: int) -> float:
+        """Stored bits per weight, everything counted."""
+        return 8 * self.nbytes(rows, columns) / (rows * columns)
+
+
+def _parse_flag(flag: str, text: str) -> tuple[str, object]:
+    if flag == "asym":
+        return "asymmetric", True
+    if flag == "dq":
+        return "double_quant", True
+    if flag == "row":
+        return "block_size", 0
+    if flag in SCALE_DTYPES:
+        return "scale_dtype", flag
+    if flag in FLOAT_GRIDS:
+        return "grid", flag
+    if re.fullmatch(r"b\d+", flag):
+        if flag == "b0":
+            raise UsageError(f"{text!r}: write -row for one scale per row")
+        return "block_size", int(flag[1:])
+    raise UsageError(
+        f"{text!r}: {flag!r} is unknown: use b<block size> or row, asym, dq, {', '.join(SCALE_DTYPES)}, "
+        f"{', '.join(FLOAT_GRIDS)}"
+    )

@@ -1,0 +1,72 @@
+"""Storing the scales (and offsets) of blocks: rounded to 16 bits, or double-quantized to 8."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+
+from kbit.errors import KbitError
+from kbit.formats.quant_format import SUPERBLOCK, QuantFormat
+
+TORCH_SCALE_DTYPE = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
+
+
+def store_scales(scales: torch.Tensor, offsets: torch.Tensor | None, format: QuantFormat) -> dict[str, torch.Tensor]:
+    """Round scales and offsets (N, blocks) float32 to what the format stores.
+
+    Returns:
+        The arrays by part name: "scales" [and "scales_super"], "offsets" [and "offsets_super"].
+
+    Raises:
+        KbitError: a value does not fit the stored type.
+    """
+    stored: dict[str, torch.Tensor] = {}
+    for name, values in (("scales", scales), ("offsets", offsets)):
+        if values is None:
+            continue
+        if format.double_quant:
+            stored[name], stored[f"{name}_super"] = _double_quantize(values, signed=name == "offsets")
+        else:
+            stored[name] = _round(values, format.scale_dtype, name)
+    return stored
+
+
+def load_scales(stored: Mapping[str, torch.Tensor], name: str, format: QuantFormat) -> torch.Tensor | None:
+    """Decode "scales" or "offsets" to float32 (N, blocks); None where the format has none."""
+    values = stored.get(name)
+    if values is None:
+        return None
+    if not format.double_quant:
+        return values.float()
+    factors = stored[f"{name}_super"].repeat_interleave(SUPERBLOCK)[: values.numel()]
+    return values.float() * factors.view(values.shape)
+
+
+def _round(values: torch.Tensor, scale_dtype: str, name: str) -> torch.Tensor:
+    dtype = TORCH_SCALE_DTYPE[scale_dtype]
+    largest = values.abs().max().item() if values.numel() else 0.0
+    limits = torch.finfo(dtype)
+    if largest > limits.max:
+        raise KbitError(f"{name} up to {largest:.3g} do not fit {scale_dtype}: use --scale-dtype bf16")
+    if name == "scales" and 0 < largest < limits.tiny:
+        # All blocks would fall among the subnormals and lose their bits one by one, without a word.
+        raise KbitError(f"scales of at most {largest:.3g} are below the normal {scale_dtype} range: use bf16 scales")
+    return values.to(dtype)
+
+
+def _double_quantize(values: torch.Tensor, *, signed: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """8-bit linear codes with one float32 factor per superblock of 256 consecutive blocks (row-major).
+
+    value = code * factor. Scales are not negative and use 0..255; offsets use -127..127. A scale that is not zero
+    never rounds to zero: its block would vanish, while one step costs at most 1/255 of the largest scale nearby.
+    """
+    top = 127 if signed else 255
+    flat = values.reshape(-1)
+    padded = torch.nn.functional.pad(flat, (0, -flat.numel() % SUPERBLOCK)).view(-1, SUPERBLOCK)
+    factors = padded.abs().amax(dim=1) / top
+    codes = torch.round(padded / factors.clamp(min=torch.finfo(torch.float32).tiny)[:, None])
+    if not signed:
+        codes = torch.where(padded > 0, codes.clamp(min=1), codes)
+    codes = codes.clamp(-top if signed else 0, top).to(torch.int8 if signed else torch.uint8)
+    return codes.flatten()[: flat.numel()].view(values.shape), factors
