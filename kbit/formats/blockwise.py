@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from math import gcd
 
 import numpy as np
 import torch
@@ -40,9 +41,11 @@ def quantize_blockwise(x: torch.Tensor, format: QuantFormat, *, like: QuantTenso
             the projection onto a fixed grid, which is idempotent for every format.
 
     Raises:
-        KbitError: x holds NaN or infinity, or a scale does not fit its stored type.
+        KbitError: x is empty, holds NaN or infinity, or a scale does not fit its stored type.
     """
-    return quantize_rows(lambda start, stop: x[start:stop].float(), (x.shape[0], x.shape[1]), format, like=like)
+    x = x.detach()
+    rows, columns = x.shape
+    return quantize_rows(lambda start, stop: x[start:stop].float().contiguous(), (rows, columns), format, like=like)
 
 
 def quantize_rows(
@@ -56,15 +59,28 @@ def quantize_rows(
     """quantize_blockwise for a matrix that is read in pieces.
 
     Args:
-        read_rows: (start, stop) -> float32 (stop - start, K); called twice for every row.
+        read_rows: (start, stop) -> float32 (stop - start, K); called twice for every row of a matrix that is larger
+            than one chunk.
         shape: (N, K).
         format: the target format.
         like: see quantize_blockwise.
         name: what to call the tensor in errors.
+
+    Raises:
+        KbitError: see quantize_blockwise.
     """
     rows, columns = shape
+    if rows < 1 or columns < 1:
+        raise KbitError(f"{name} is empty, {rows} x {columns}: there is nothing to quantize")
+    if like is not None and (like.format, like.shape) != (format, shape):
+        raise KbitError(f"{name}: `like` is {like.format} {like.shape}, not {format} {shape}")
     step = max(1, CHUNK_WEIGHTS // columns)
     chunks = [(start, min(start + step, rows)) for start in range(0, rows, step)]
+    if len(chunks) == 1:
+        whole = read_rows(0, rows)
+
+        def read_rows(start: int, stop: int) -> torch.Tensor:
+            return whole
     if like is None:
         parts, levels = _fit(read_rows, chunks, shape, format, name)
     else:
@@ -77,7 +93,7 @@ def quantize_rows(
         for width in plane_widths(format.bits)
     }
     for start, stop in chunks:
-        x = read_rows(start, stop)
+        x = _finite(read_rows(start, stop), start, stop, name)
         codes = encoder.encode(
             normalise(x, scales[start:stop], None if offsets is None else offsets[start:stop], format)
         )
@@ -98,12 +114,12 @@ def _fit(
     """First pass: scales (and offsets) as stored, and the codebook."""
     rows, columns = shape
     all_scales, all_offsets, samples = [], [], []
+    # A stride with a factor in common with the row length would leave out most columns.
     stride = max(1, rows * columns // _QUANTILE_SAMPLE)
+    while gcd(stride, columns) != 1:
+        stride += 1
     for start, stop in chunks:
-        x = read_rows(start, stop)
-        if not bool(torch.isfinite(x).all()):
-            bad = int((~torch.isfinite(x)).sum())
-            raise KbitError(f"{name}: {bad} weights are NaN or infinite in rows {start} to {stop - 1}: mend the source")
+        x = _finite(read_rows(start, stop), start, stop, name)
         scales, offsets = block_statistics(x, format)
         all_scales.append(scales)
         if offsets is not None:
@@ -123,6 +139,14 @@ def _fit(
     return parts, levels
 
 
+def _finite(x: torch.Tensor, start: int, stop: int, name: str) -> torch.Tensor:
+    finite = torch.isfinite(x)
+    if not bool(finite.all()):
+        bad = int((~finite).sum())
+        raise KbitError(f"{name}: {bad} weights are NaN or infinite in rows {start} to {stop - 1}: mend the source")
+    return x
+
+
 def block_statistics(x: torch.Tensor, format: QuantFormat) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Scale (and offset) of every block before rounding.
 
@@ -138,7 +162,7 @@ def block_statistics(x: torch.Tensor, format: QuantFormat) -> tuple[torch.Tensor
     if not format.asymmetric:
         return blocks.abs().amax(dim=2), None
     low, high = blocks.amin(dim=2), blocks.amax(dim=2)
-    return (high - low) / 2, (high + low) / 2
+    return high / 2 - low / 2, high / 2 + low / 2  # halved first: high - low may overflow
 
 
 def normalise(x: torch.Tensor, scales: torch.Tensor, offsets: torch.Tensor | None, format: QuantFormat) -> torch.Tensor:
@@ -149,14 +173,17 @@ def normalise(x: torch.Tensor, scales: torch.Tensor, offsets: torch.Tensor | Non
     columns = x.shape[1]
     if offsets is not None:
         x = x - spread(offsets, format, columns)
-    # 1e-38 is bitsandbytes' floor: the reciprocal stays finite.
-    return x * spread(1.0 / scales.clamp(min=1e-38), format, columns)
+    # 1e-38 is bitsandbytes' floor: the reciprocal stays finite. A zero scale can belong to a block that is not zero:
+    # its true scale was rounded away, or the offset was rounded. Such weights decode to zero (or the offset) whatever
+    # their code, so their code must not depend on them: else quantizing twice would give other codes than once.
+    reciprocals = torch.where(scales > 0, 1.0 / scales.clamp(min=1e-38), 0.0)
+    return x * spread(reciprocals, format, columns)
 
 
 def _blocked(x: torch.Tensor, format: QuantFormat) -> torch.Tensor:
     """x as (N, blocks, block); a short last block is filled up with the row's last value."""
     rows, columns = x.shape
-    if format.block_size == 0:
+    if format.block_size == 0 or columns <= format.block_size:
         return x.view(rows, 1, columns)
     missing = -columns % format.block_size
     if missing:

@@ -52,7 +52,8 @@ def codebook(format: QuantFormat, columns: int) -> Array:
     if format.dtype == "nf":
         return normal_float_codebook(format.bits)
     if format.dtype == "lloyd":
-        return lloyd_codebook(format.bits, format.block_size or columns)
+        # A block of one weight has no body to place levels for.
+        return lloyd_codebook(format.bits, format.block_size or max(columns, 2))
     raise ValueError(f"the {format.dtype} codebook is estimated from data")
 
 

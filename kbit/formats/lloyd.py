@@ -9,7 +9,7 @@ the expected squared error per weight is
 
 m having the density 2 B phi(m) (2 Phi(m) - 1)^(B-1) of the maximum of B half-normals. The codebook is symmetric:
 2^(k-1) magnitudes with both signs, and Lloyd's iteration on magnitudes alone finds it. It need not contain 1, nor 0:
-that is where its gain at 2 and 3 bits comes from (normalised error .118 and .032 at B = 64, against NF's .318 and .039).
+that is where its gain at 2 and 3 bits comes from (relative squared error .118 and .032 at B = 64; NF has .318, .039).
 """
 
 from __future__ import annotations

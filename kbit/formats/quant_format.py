@@ -32,7 +32,10 @@ SUPERBLOCK = 256
 _SAFETENSORS_NAME = {"fp16": "F16", "bf16": "BF16", "fp32": "F32"}
 _DTYPE_BYTES = {"U8": 1, "I8": 1, "F16": 2, "BF16": 2, "F32": 4}
 
-_BASE = re.compile(r"(?P<dtype>[a-z]+?)(?P<bits>\d+)(?:e(?P<exponent>\d+)m(?P<mantissa>\d+))?")
+_BASE = re.compile(r"(?P<dtype>[a-z]+?)(?P<bits>[0-9]+)(?:e(?P<exponent>[0-9]+)m(?P<mantissa>[0-9]+))?")
+
+# No format's name comes near this; a longer string (from a hostile config.json, say) is not looked at.
+_MAX_TEXT = 80
 
 
 def plane_widths(bits: int) -> tuple[int, ...]:
@@ -144,6 +147,8 @@ class QuantFormat:
         Raises:
             UsageError: the string is not a format; the message says which part.
         """
+        if len(text) > _MAX_TEXT:
+            raise UsageError(f"{text[:20]!r}... ({len(text)} characters) is not a format: write it as in nf4-b64")
         base, *flags = text.strip().lower().split("-")
         values: dict[str, object] = {}
         if base == "fp4":
@@ -157,10 +162,12 @@ class QuantFormat:
                 values["exponent_bits"] = int(match["exponent"])
                 if int(match["exponent"]) + int(match["mantissa"]) + 1 != int(match["bits"]):
                     raise UsageError(f"{text!r}: sign, exponent and mantissa bits do not add up to {match['bits']}")
+        seen: set[str] = set()
         for flag in flags:
             key, value = _parse_flag(flag, text)
-            if key in values and not (base == "fp4" and key == "grid" and value == "bnb"):
+            if key in seen or values.get(key, value) != value:  # fp4 names its grid already; fp4-bnb agrees with it
                 raise UsageError(f"{text!r}: {flag!r} says twice what the {key.replace('_', ' ')} is")
+            seen.add(key)
             values[key] = value
         return cls(**values)  # type: ignore[arg-type]
 
@@ -222,8 +229,8 @@ def _parse_flag(flag: str, text: str) -> tuple[str, object]:
         return "scale_dtype", flag
     if flag in FLOAT_GRIDS:
         return "grid", flag
-    if re.fullmatch(r"b\d+", flag):
-        if flag == "b0":
+    if re.fullmatch(r"b[0-9]+", flag):
+        if int(flag[1:]) == 0:
             raise UsageError(f"{text!r}: write -row for one scale per row")
         return "block_size", int(flag[1:])
     raise UsageError(

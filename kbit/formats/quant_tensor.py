@@ -157,6 +157,6 @@ def decode(
 
 def spread(per_block: torch.Tensor, format: QuantFormat, columns: int) -> torch.Tensor:
     """A value per block (N, blocks) as a value per weight, broadcastable to (N, columns)."""
-    if format.block_size == 0:
+    if per_block.shape[1] == 1:  # one block per row: repeating it to a whole block would waste memory on short rows
         return per_block
     return per_block.repeat_interleave(format.block_size, dim=1)[:, :columns]

@@ -48,10 +48,12 @@ def _round(values: torch.Tensor, scale_dtype: str, name: str) -> torch.Tensor:
     largest = values.abs().max().item() if values.numel() else 0.0
     limits = torch.finfo(dtype)
     if largest > limits.max:
-        raise KbitError(f"{name} up to {largest:.3g} do not fit {scale_dtype}: use --scale-dtype bf16")
+        wider = "bf16" if scale_dtype == "fp16" else "fp32"
+        raise KbitError(f"{name} up to {largest:.3g} do not fit {scale_dtype}: use --scale-dtype {wider}")
     if name == "scales" and 0 < largest < limits.tiny:
         # All blocks would fall among the subnormals and lose their bits one by one, without a word.
-        raise KbitError(f"scales of at most {largest:.3g} are below the normal {scale_dtype} range: use bf16 scales")
+        remedy = "use --scale-dtype bf16" if scale_dtype == "fp16" else "leave this tensor unquantized"
+        raise KbitError(f"scales of at most {largest:.3g} are below the normal {scale_dtype} range: {remedy}")
     return values.to(dtype)
 
 

@@ -1,0 +1,124 @@
+"""From what a user types to an open model: a folder, a .gguf file, a catalogue name or a hub id."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from kbit.checkpoint.source import CheckpointSource
+from kbit.errors import CheckpointError, KbitError, UnsupportedError, UsageError
+
+_PICKLE_ENDINGS = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+(:[\w./-]+\.gguf)?")
+_HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "tokenizer.model"]
+
+
+def open_model(model: str) -> CheckpointSource:
+    """Open a model for reading: headers only, no torch.
+
+    Args:
+        model: a Hugging Face folder, a kbit folder, a .gguf file, a name `kbit pull` lists, or a hub id
+            ("org/name", or "org/name:file.gguf" where a repository holds several GGUF files).
+
+    Raises:
+        UsageError: there is no such thing.
+        CheckpointError, UnsupportedError: there is, but it cannot be read.
+        KbitError: a download failed.
+    """
+    if not model.strip():
+        raise UsageError("the model's name is empty: give a folder, a .gguf file, a hub id or a name kbit pull lists")
+    path = Path(model).expanduser()
+    try:
+        if path.is_dir():
+            return open_folder(path)
+        if path.is_file():
+            return _open_file(path)
+    except OSError as error:
+        raise CheckpointError(f"{model[:200]}: cannot be opened ({error.strerror})") from None
+    from kbit.checkpoint.pull import CATALOGUE, pull
+
+    if model in CATALOGUE:
+        return _open_file(pull(model))
+    looks_local = model.startswith((".", "/", "~")) or path.suffix in (".gguf", ".safetensors", *_PICKLE_ENDINGS)
+    if _HUB_ID.fullmatch(model) and not looks_local:
+        return _open_hub(model)
+    raise UsageError(
+        f"{model}: no such folder or file, and not a name kbit knows ({', '.join(CATALOGUE)}); a hub id looks like "
+        "org/name"
+    )
+
+
+def open_folder(path: Path) -> CheckpointSource:
+    """Open a Hugging Face style folder, quantized by kbit or not."""
+    from kbit.checkpoint.hf_folder import HFFolder, read_json_object
+    from kbit.checkpoint.kbit_folder import KbitFolder
+
+    config = path / "config.json"
+    if not config.is_file():
+        ggufs = sorted(path.glob("*.gguf"))
+        if len(ggufs) == 1:
+            return _open_file(ggufs[0])
+        if ggufs:
+            raise UsageError(f"{path}: holds {len(ggufs)} GGUF files; name one, for example {ggufs[0]}")
+        return HFFolder(path)  # says what is missing
+    section = read_json_object(config).get("quantization_config")
+    if isinstance(section, dict) and section.get("quant_method") == "kbit":
+        return KbitFolder(path)
+    return HFFolder(path)
+
+
+def _open_file(path: Path) -> CheckpointSource:
+    if path.suffix in _PICKLE_ENDINGS:
+        raise UnsupportedError(
+            f"{path}: looks like a pickle, and loading those can run code: convert it to safetensors"
+        )
+    if path.suffix == ".safetensors":
+        raise UsageError(f"{path}: name the folder that holds it (its config.json and tokenizer are needed too)")
+    from kbit.checkpoint.gguf_source import GGUFSource
+
+    return GGUFSource(path)
+
+
+def _open_hub(model: str) -> CheckpointSource:
+    from huggingface_hub import HfApi, hf_hub_download, snapshot_download
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HfHubHTTPError,
+        LocalEntryNotFoundError,
+        OfflineModeIsEnabled,
+        RepositoryNotFoundError,
+    )
+
+    repository, _, file = model.partition(":")
+    try:
+        if file:
+            return _open_file(Path(hf_hub_download(repository, file)))
+        folder = Path(snapshot_download(repository, allow_patterns=_HUB_FILES))
+        if not any(folder.glob("*.safetensors")):
+            ggufs = [name for name in HfApi().list_repo_files(repository) if name.endswith(".gguf")]
+            if len(ggufs) == 1:
+                return _open_file(Path(hf_hub_download(repository, ggufs[0])))
+            if ggufs:
+                raise UsageError(f"{model}: holds {len(ggufs)} GGUF files; name one, for example {model}:{ggufs[0]}")
+        return open_folder(folder)
+    except GatedRepoError:
+        raise KbitError(
+            f"{model}: access to this model is restricted; ask for it on its page, then hf auth login"
+        ) from None
+    except RepositoryNotFoundError:
+        raise UsageError(
+            f"{model}: neither a local path nor a model on the hub (or it is private: hf auth login)"
+        ) from None
+    except (LocalEntryNotFoundError, OfflineModeIsEnabled, HfHubHTTPError, OSError) as error:
+        reason = str(error).strip().splitlines()[0][:160] if str(error).strip() else type(error).__name__
+        raise KbitError(
+            f"{model}: not a local path, and the hub could not be reached ({reason}); download it elsewhere and pass "
+            "the folder"
+        ) from None
+    except Exception as error:
+        # huggingface_hub surfaces its HTTP library's own connection errors, whose types changed between releases.
+        if type(error).__module__.split(".")[0] in ("httpx", "httpx2", "httpcore", "httpcore2", "requests", "urllib3"):
+            raise KbitError(
+                f"{model}: not a local path, and the hub could not be reached ({type(error).__name__})"
+            ) from None
+        raise

@@ -1,0 +1,385 @@
+"""Writing a model folder so that it is either complete and checked, or not there.
+
+All sizes are known before the first byte: the plan fixes every stored tensor's dtype and shape, so the safetensors
+headers are written first and tensors land at their final offsets in any order, from as little memory as one chunk.
+
+Work happens in `OUT.partial/`. A journal there records each finished weight with the sha256 of its bytes. A run that
+was killed is resumed from the journal: the recorded bytes are hashed again, and whatever does not match (a torn
+write, a lost page after a power cut) is simply written once more. `config.json`, without which nothing loads the
+folder, is written last, and a rename of the whole folder to `OUT` ends the work.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+from filelock import FileLock, Timeout
+
+from kbit.checkpoint.hf_folder import INDEX_NAME, read_json_object
+from kbit.checkpoint.kbit_folder import MANIFEST_NAME
+from kbit.errors import CheckpointError, KbitError, UsageError
+from kbit.formats.quant_format import Part
+
+# Hugging Face's default. Large enough that most models have a few files, small enough to copy and retry.
+DEFAULT_SHARD_BYTES = 5_000_000_000
+_JOURNAL = "journal.jsonl"
+_HASH_BLOCK = 1 << 22
+
+
+@dataclass(frozen=True)
+class StoredWeight:
+    """A weight and the arrays stored for it, by full stored name."""
+
+    name: str
+    parts: Mapping[str, Part]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(part.nbytes for part in self.parts.values())
+
+
+class _Shard:
+    """One safetensors file with its header worked out in advance."""
+
+    def __init__(self, file_name: str, weights: Sequence[StoredWeight]) -> None:
+        self.file_name = file_name
+        entries = [(name, part) for weight in weights for name, part in weight.parts.items()]
+        # Widest elements first: every tensor then starts on a multiple of its element size, which the safetensors
+        # library needs to hand out views. The sort is stable, so ties stay in the model's order.
+        entries.sort(key=lambda entry: {"F32": 0, "F16": 1, "BF16": 1}.get(entry[1].dtype, 2))
+        header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+        position = 0
+        for name, part in entries:
+            header[name] = {
+                "dtype": part.dtype,
+                "shape": list(part.shape),
+                "data_offsets": [position, position + part.nbytes],
+            }
+            position += part.nbytes
+        text = json.dumps(header, separators=(",", ":")).encode()
+        text += b" " * (-len(text) % 8)
+        self.header = len(text).to_bytes(8, "little") + text
+        self.ranges = {
+            name: (len(self.header) + entry["data_offsets"][0], len(self.header) + entry["data_offsets"][1])
+            for name, entry in header.items()
+            if name != "__metadata__"
+        }
+        self.nbytes = len(self.header) + position
+
+
+class CheckpointWriter:
+    """Writes weights into a new model folder.
+
+    Args:
+        out: the folder to create.
+        weights: everything that will be written, in order.
+        plan_id: identifies source and plan; a partial folder of another plan is not continued.
+        shard_bytes: start a new file when one would exceed this.
+        resume: continue an interrupted run of the same plan (else start over).
+        overwrite: replace `out` if it is a folder kbit wrote.
+
+    Raises:
+        UsageError: `out` is in the way, or an interrupted run of another plan is.
+        KbitError: no permission, disk full, or another process is writing there.
+    """
+
+    def __init__(
+        self,
+        out: Path,
+        weights: Sequence[StoredWeight],
+        plan_id: str,
+        *,
+        shard_bytes: int = DEFAULT_SHARD_BYTES,
+        resume: bool = True,
+        overwrite: bool = False,
+    ) -> None:
+        self.out = out
+        self.partial = out.with_name(out.name + ".partial")
+        self.plan_id = plan_id
+        self._overwrite = overwrite
+        self._shards = _assign_shards(weights, shard_bytes)
+        self._shard_of = {name: shard for shard in self._shards for name in shard.ranges}
+        self._weights = {weight.name: weight for weight in weights}
+        self._done: dict[str, dict[str, str]] = {}
+        self._files: dict[str, IO[bytes]] = {}
+        check_output_folder(out, overwrite=overwrite)
+        with self._errors():
+            self.partial.parent.mkdir(parents=True, exist_ok=True)
+            self._lock = FileLock(str(self.partial) + ".lock")
+            try:
+                self._lock.acquire(timeout=0)
+            except Timeout:
+                raise KbitError(
+                    f"{self.partial}: another kbit process is writing there; wait for it or stop it"
+                ) from None
+        try:
+            with self._errors():
+                self._prepare(resume)
+        except BaseException:
+            self.close()
+            raise
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all shards."""
+        return sum(shard.nbytes for shard in self._shards)
+
+    @property
+    def done(self) -> frozenset[str]:
+        """Names of weights that are written, found on resuming or written since."""
+        return frozenset(self._done)
+
+    def write(self, name: str, parts: Mapping[str, Iterable[bytes | memoryview]]) -> None:
+        """Write one weight.
+
+        Args:
+            name: the weight's name.
+            parts: for every stored array of it, its bytes in any number of pieces.
+        """
+        digests = {}
+        with self._errors():
+            for stored_name, pieces in parts.items():
+                shard = self._shard_of[stored_name]
+                begin, end = shard.ranges[stored_name]
+                file = self._files[shard.file_name]
+                file.seek(begin)
+                digest, written = hashlib.sha256(), 0
+                for piece in pieces:
+                    digest.update(piece)
+                    written += file.write(piece)
+                if written != end - begin:
+                    raise RuntimeError(f"{stored_name}: {written} bytes written, {end - begin} planned")
+                digests[stored_name] = digest.hexdigest()
+                file.flush()
+            missing = self._weights[name].parts.keys() - digests.keys()
+            if missing:
+                raise RuntimeError(f"{name}: parts {sorted(missing)} were not written")
+            self._journal.write(json.dumps({"done": name, "sha256": digests}) + "\n")
+            self._journal.flush()
+        self._done[name] = digests
+
+    def finish(self, config: Mapping[str, Any], sidecars: Mapping[str, bytes]) -> None:
+        """Write index, tokenizer files, manifest and config, and move the folder into place."""
+        missing = self._weights.keys() - self._done.keys()
+        if missing:
+            raise RuntimeError(f"not written: {sorted(missing)}")
+        with self._errors():
+            for file in self._files.values():
+                file.flush()
+                os.fsync(file.fileno())
+                file.close()
+            files = dict(sidecars)
+            if len(self._shards) > 1:
+                files[INDEX_NAME] = _json_bytes(
+                    {
+                        "metadata": {"total_size": sum(shard.nbytes - len(shard.header) for shard in self._shards)},
+                        "weight_map": {name: shard.file_name for name, shard in self._shard_of.items()},
+                    }
+                )
+            files["config.json"] = _json_bytes(config)
+            manifest = {
+                "version": 1,
+                "plan": self.plan_id,
+                "tensors": {key: value for digests in self._done.values() for key, value in sorted(digests.items())},
+                "files": {name: hashlib.sha256(data).hexdigest() for name, data in sorted(files.items())},
+            }
+            manifest["tensors"] = dict(sorted(manifest["tensors"].items()))
+            files[MANIFEST_NAME] = _json_bytes(manifest)
+            for name in sorted(files, key=lambda name: name == "config.json"):  # config.json last
+                _write_durably(self.partial / name, files[name])
+            self._journal.close()
+            (self.partial / _JOURNAL).unlink()
+            _fsync_folder(self.partial)
+            self._move_into_place()
+        self.close()
+
+    def close(self) -> None:
+        """Release files and lock; what is written stays for a later run."""
+        for file in self._files.values():
+            file.close()
+        journal = getattr(self, "_journal", None)
+        if journal is not None:
+            journal.close()
+        self._lock.release()
+        Path(self._lock.lock_file).unlink(missing_ok=True)
+
+    def __enter__(self) -> CheckpointWriter:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    def _prepare(self, resume: bool) -> None:
+        journal = self.partial / _JOURNAL
+        records = _read_journal(journal)
+        if records is not None and records[0] != self.plan_id and resume:
+            raise UsageError(
+                f"{self.partial}: an interrupted run with another source or other settings is there; repeat it as it "
+                "was, or discard it with --no-resume"
+            )
+        if self.partial.exists() and (records is None or not resume):
+            if not self.partial.is_dir() or (records is None and any(self.partial.iterdir())):
+                raise UsageError(f"{self.partial}: in the way, and not an interrupted run of kbit's; move it")
+            shutil.rmtree(self.partial)
+            records = None
+        self.partial.mkdir(exist_ok=True)
+        if records is None:
+            _write_durably(journal, (json.dumps({"plan": self.plan_id}) + "\n").encode())
+        for shard in self._shards:
+            path = self.partial / shard.file_name
+            intact = path.is_file() and path.stat().st_size == shard.nbytes
+            file = path.open("r+b" if intact else "w+b")
+            self._files[shard.file_name] = file
+            if not intact or file.read(len(shard.header)) != shard.header:
+                file.seek(0)
+                file.truncate(0)
+                file.truncate(shard.nbytes)
+                file.write(shard.header)
+                file.flush()
+        for name, digests in (records[1] if records else {}).items():
+            if self._still_there(name, digests):
+                self._done[name] = digests
+        # Rewritten without torn or stale lines; appended to from here on.
+        lines = [json.dumps({"plan": self.plan_id})]
+        lines += [json.dumps({"done": name, "sha256": digests}) for name, digests in self._done.items()]
+        _write_durably(journal, ("\n".join(lines) + "\n").encode())
+        self._journal = journal.open("a", encoding="utf-8")
+
+    def _still_there(self, name: str, digests: Mapping[str, str]) -> bool:
+        weight = self._weights.get(name)
+        if weight is None or weight.parts.keys() != digests.keys():
+            return False
+        for stored_name, expected in digests.items():
+            shard = self._shard_of[stored_name]
+            begin, end = shard.ranges[stored_name]
+            file = self._files[shard.file_name]
+            file.seek(begin)
+            digest = hashlib.sha256()
+            left = end - begin
+            while left:
+                block = file.read(min(left, _HASH_BLOCK))
+                if not block:
+                    return False
+                digest.update(block)
+                left -= len(block)
+            if digest.hexdigest() != expected:
+                return False
+        return True
+
+    def _move_into_place(self) -> None:
+        if self.out.exists():
+            if any(self.out.iterdir()) and not self._overwrite:
+                raise UsageError(f"{self.out}: appeared meanwhile; the finished model is in {self.partial}")
+            old = self.out.with_name(self.out.name + ".replaced")
+            self.out.rename(old)
+            self.partial.rename(self.out)
+            shutil.rmtree(old)
+        else:
+            self.partial.rename(self.out)
+        _fsync_folder(self.out.parent)
+
+    @contextmanager
+    def _errors(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            if error.errno in (errno.ENOSPC, errno.EDQUOT):
+                raise KbitError(
+                    f"{self.partial}: the disk is full; make room and run the same command again, it will continue"
+                ) from None
+            raise KbitError(f"{error.filename or self.partial}: cannot be written ({error.strerror})") from None
+
+
+def check_output_folder(out: Path, *, overwrite: bool) -> None:
+    """Refuse an output folder that would destroy something.
+
+    Raises:
+        UsageError: `out` is a file, or a folder with other things in it, or a finished model and not `overwrite`.
+    """
+    if not out.name:
+        raise UsageError(f"{out}: not a name for a new folder")
+    if out.exists() and not out.is_dir():
+        raise UsageError(f"{out}: is a file; name a folder to create")
+    if not out.is_dir() or not any(out.iterdir()):
+        return
+    if not (out / MANIFEST_NAME).is_file():
+        raise UsageError(f"{out}: exists and holds other files; name a new folder")
+    if not overwrite:
+        raise UsageError(f"{out}: already holds a finished model; name another folder, or replace it with --force")
+
+
+def finished_plan(out: Path) -> str | None:
+    """The plan id of a finished folder, or None."""
+    try:
+        plan = read_json_object(out / MANIFEST_NAME).get("plan")
+    except CheckpointError:
+        return None
+    return plan if isinstance(plan, str) else None
+
+
+def _assign_shards(weights: Sequence[StoredWeight], shard_bytes: int) -> list[_Shard]:
+    groups: list[list[StoredWeight]] = [[]]
+    size = 0
+    for weight in weights:
+        if groups[-1] and size + weight.nbytes > shard_bytes:
+            groups.append([])
+            size = 0
+        groups[-1].append(weight)
+        size += weight.nbytes
+    if len(groups) == 1:
+        return [_Shard("model.safetensors", groups[0])]
+    return [
+        _Shard(f"model-{number:05d}-of-{len(groups):05d}.safetensors", group)
+        for number, group in enumerate(groups, start=1)
+    ]
+
+
+def _read_journal(path: Path) -> tuple[str, dict[str, dict[str, str]]] | None:
+    """Plan id and finished weights of an interrupted run; None where there is none."""
+    try:
+        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    except FileNotFoundError:
+        return None
+    plan, done = None, {}
+    for line in lines:
+        try:
+            record = json.loads(line)
+            if plan is None:
+                plan = str(record["plan"])
+            else:
+                done[str(record["done"])] = dict(record["sha256"])
+        except (ValueError, KeyError, TypeError):
+            break  # a torn line: written when the run was killed
+    return None if plan is None else (plan, done)
+
+
+def _json_bytes(value: Mapping[str, Any]) -> bytes:
+    return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()
+
+
+def _write_durably(path: Path, data: bytes) -> None:
+    temporary = path.with_name(path.name + ".tmp")
+    with temporary.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def _fsync_folder(path: Path) -> None:
+    if os.name == "nt":  # folders cannot be opened there
+        return
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

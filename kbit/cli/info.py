@@ -1,0 +1,126 @@
+"""kbit info: what a model is, tensor by tensor, without loading it."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from kbit.checkpoint.source import CheckpointSource
+
+
+def info(
+    model: Annotated[str, typer.Argument(help="A folder, a .gguf file, a hub id, or a name kbit pull lists.")],
+    tensors: Annotated[bool, typer.Option("--tensors", help="List every tensor.")] = False,
+    json: Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else on stdout.")] = False,
+) -> None:
+    """Show a model's shape, size and bits per weight, without loading it.
+
+    Bits per weight count everything stored: codes, scales, offsets, codebooks, and whatever stayed in 16 bits.
+
+    \b
+    Examples:
+      kbit info smollm2-135m-instruct
+      kbit info out/ --tensors
+      kbit info out/ --json
+    """
+    from kbit.checkpoint.resolve import open_model
+    from kbit.cli.output import print_json
+
+    with open_model(model) as source:
+        summary = summarise(source)
+    if json:
+        print_json(summary)
+    else:
+        _print_for_people(summary, tensors)
+
+
+def summarise(source: CheckpointSource) -> dict[str, Any]:
+    """Everything `kbit info` knows, as plain values."""
+    from kbit.quantizers.plan import role_of
+
+    infos = list(source.tensors.values())
+    roles = {info.name: role_of(info) for info in infos}
+    inner = [info for info in infos if roles[info.name] not in ("embedding", "head")]
+    config = source.config
+    files = {info.file for info in infos}
+    return {
+        "model": str(source.path),
+        "architecture": (config.get("architectures") or [config.get("model_type")])[0],
+        "layers": config.get("num_hidden_layers"),
+        "hidden_size": config.get("hidden_size"),
+        "heads": config.get("num_attention_heads"),
+        "kv_heads": config.get("num_key_value_heads", config.get("num_attention_heads")),
+        "context_length": config.get("max_position_embeddings"),
+        "vocabulary": config.get("vocab_size"),
+        "tied_embeddings": bool(config.get("tie_word_embeddings")),
+        "parameters": sum(info.numel for info in infos),
+        "bits_per_weight": _bits(infos),
+        "bits_per_weight_without_embeddings": _bits(inner),
+        "tensor_bytes": sum(info.nbytes for info in infos),
+        "file_bytes": sum(file.stat().st_size for file in files),
+        "files": sorted(file.name for file in files),
+        "formats": _by_format(infos),
+        "runs_on": {"cpu": "reference backend (torch, float32)", "cuda": None},
+        "tensors": {
+            info.name: {
+                "format": info.stored_as,
+                "shape": list(info.shape),
+                "bytes": info.nbytes,
+                "bits_per_weight": _bits([info]),
+                "role": roles[info.name],
+            }
+            for info in infos
+        },
+    }
+
+
+def _bits(infos: list[Any]) -> float | None:
+    numel = sum(info.numel for info in infos)
+    return 8 * sum(info.nbytes for info in infos) / numel if numel else None
+
+
+def _by_format(infos: list[Any]) -> dict[str, dict[str, int]]:
+    count: Counter[str] = Counter()
+    numel: Counter[str] = Counter()
+    nbytes: Counter[str] = Counter()
+    for info in infos:
+        count[info.stored_as] += 1
+        numel[info.stored_as] += info.numel
+        nbytes[info.stored_as] += info.nbytes
+    return {key: {"tensors": count[key], "parameters": numel[key], "bytes": nbytes[key]} for key in count}
+
+
+def _print_for_people(summary: dict[str, Any], list_tensors: bool) -> None:
+    from kbit.cli.output import size
+
+    def bits(value: float | None) -> str:
+        return "-" if value is None else f"{value:.3f}"
+
+    kv = "" if summary["kv_heads"] == summary["heads"] else f" ({summary['kv_heads']} for keys and values)"
+    tied = ", head tied to the embedding" if summary["tied_embeddings"] else ""
+    lines = {
+        "model": summary["model"],
+        "architecture": f"{summary['architecture']}, {summary['layers']} layers, hidden size {summary['hidden_size']}, "
+        f"{summary['heads']} heads{kv}",
+        "parameters": f"{summary['parameters'] / 1e6:,.1f} million, vocabulary {summary['vocabulary']}{tied}",
+        "context": f"{summary['context_length']} tokens",
+        "bits per weight": f"{bits(summary['bits_per_weight'])} in all, "
+        f"{bits(summary['bits_per_weight_without_embeddings'])} without embeddings and head",
+        "files": f"{size(summary['file_bytes'])} in {len(summary['files'])} "
+        + ("file" if len(summary["files"]) == 1 else "files"),
+        "runs on": f"cpu: {summary['runs_on']['cpu']}; cuda: not yet",
+    }
+    for key, text in lines.items():
+        typer.echo(f"{key + ':':<17}{text}")
+    typer.echo(f"\n{'format':<22}{'tensors':>8}{'parameters':>16}{'bytes':>12}{'bits/weight':>13}")
+    for key, row in summary["formats"].items():
+        share = 8 * row["bytes"] / row["parameters"] if row["parameters"] else 0.0
+        typer.echo(f"{key:<22}{row['tensors']:>8}{row['parameters']:>16,}{size(row['bytes']):>12}{share:>13.3f}")
+    if list_tensors:
+        typer.echo("")
+        for name, row in summary["tensors"].items():
+            shape = " x ".join(str(dim) for dim in row["shape"])
+            typer.echo(f"{name:<52}{shape:>16}  {row['format']:<18}{size(row['bytes']):>10}")

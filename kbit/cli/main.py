@@ -1,0 +1,120 @@
+"""The `kbit` command: registers the subcommands and turns errors into one line and an exit code.
+
+Start-up time is a feature here (`kbit --help` answers in under 0.3 s): command modules import only typer and the
+standard library at the top, and everything heavy inside the command.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import sys
+import traceback
+from typing import Annotated
+
+import typer
+
+from kbit.cli.chat import chat
+from kbit.cli.eval import evaluate
+from kbit.cli.info import info
+from kbit.cli.pull import pull
+from kbit.cli.quantize import quantize
+from kbit.cli.run import run
+from kbit.errors import KbitError
+
+# Plain help: rich's renderer would cost as much time again as everything else together.
+app = typer.Typer(
+    name="kbit",
+    help="Convert, run and measure language models at 2 to 8 bits per weight.",
+    epilog="Any command: --debug shows the traceback of an error. Exit codes: 0 done, 1 failed, 2 wrong usage.",
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+)
+app.command()(run)
+app.command()(chat)
+app.command()(quantize)
+app.command("eval")(evaluate)
+app.command()(info)
+app.command()(pull)
+
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        from kbit import __version__
+
+        typer.echo(f"kbit {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _global_options(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version and exit.", callback=_print_version, is_eager=True)
+    ] = False,
+) -> None:
+    pass
+
+
+def main() -> None:
+    """Entry point of the `kbit` script."""
+    arguments, debug = _take_debug(sys.argv[1:])
+    sys.exit(_run(arguments, debug or bool(os.environ.get("KBIT_DEBUG"))))
+
+
+def _take_debug(arguments: list[str]) -> tuple[list[str], bool]:
+    """Remove --debug wherever it stands before a `--`."""
+    end = arguments.index("--") if "--" in arguments else len(arguments)
+    options = [argument for argument in arguments[:end] if argument != "--debug"]
+    return options + arguments[end:], len(options) < end
+
+
+def _run(arguments: list[str], debug: bool) -> int:
+    try:
+        result = app(arguments, standalone_mode=False)
+        sys.stdout.flush()
+        return result if isinstance(result, int) else 0
+    except KeyboardInterrupt:
+        sys.stderr.write("\nkbit: interrupted\n")
+        return 130
+    except BrokenPipeError:
+        # The reader of our output has gone (`kbit run ... | head`): not an error, and nothing more can be said.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except Exception as error:
+        if debug:
+            traceback.print_exc()
+        message, code = _explain(error)
+        if message:
+            sys.stderr.write(message + "\n")
+        return code
+
+
+def _explain(error: Exception) -> tuple[str, int]:
+    """One line for a person, and the exit code."""
+    if isinstance(error, KbitError):
+        return f"kbit: error: {_one_line(error)}", error.exit_code
+    if hasattr(error, "format_message") and hasattr(error, "exit_code"):  # click's exceptions
+        context = getattr(error, "ctx", None)
+        hint = f" (see {context.command_path} --help)" if context is not None else ""
+        if type(error).__name__ == "NoArgsIsHelpError":
+            return error.format_message(), 2
+        return f"kbit: error: {_one_line(error.format_message())}{hint}", error.exit_code
+    if type(error).__name__ == "Abort":
+        return "kbit: interrupted", 130
+    if isinstance(error, MemoryError) or "not enough memory" in str(error):
+        return f"kbit: error: out of memory ({_one_line(error)[:120]}); use a smaller model or fewer bits", 1
+    if isinstance(error, OSError) and error.errno is not None:
+        remedy = {errno.ENOSPC: "; make room on the disk", errno.EACCES: "; check its permissions"}.get(error.errno, "")
+        return f"kbit: error: {error.filename or 'input/output'}: {error.strerror}{remedy}", 1
+    kind = type(error).__name__
+    return f"kbit: internal error: {kind}: {_one_line(error)}; this is a bug: please report it with --debug's output", 1
+
+
+def _one_line(error: object) -> str:
+    return " ".join(str(error).split())
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,34 @@
+"""What the commands share in talking to people and to programs."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import typer
+
+
+def print_json(value: Mapping[str, Any]) -> None:
+    """One JSON object on stdout: the whole output of a command under --json. NaN and infinity become null."""
+    typer.echo(json.dumps(_finite(value), ensure_ascii=False, allow_nan=False))
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float) and (value != value or value in (float("inf"), float("-inf"))):
+        return None
+    if isinstance(value, Mapping):
+        return {str(key): _finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(item) for item in value]
+    return value
+
+
+def size(nbytes: float) -> str:
+    """Bytes for people: "512 B", "98.4 MB", "4.07 GB" (decimal units, three digits)."""
+    for unit in ("B", "kB", "MB", "GB", "TB"):
+        if abs(nbytes) < 999.5 or unit == "TB":
+            digits = 0 if unit == "B" else max(0, 2 - len(str(int(abs(nbytes)))) + 1)
+            return f"{nbytes:.{digits}f} {unit}"
+        nbytes /= 1000
+    raise AssertionError

@@ -1,0 +1,205 @@
+"""kbit quantize: a checkpoint in, a k-bit folder out."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from kbit.errors import UsageError
+
+if TYPE_CHECKING:
+    from kbit.checkpoint.source import CheckpointSource
+    from kbit.quantizers.plan import Plan
+
+
+def quantize(
+    model: Annotated[str, typer.Argument(help="A folder, a .gguf file, a hub id, or a name kbit pull lists.")],
+    bits: Annotated[int, typer.Option("--bits", help="Bits per code, 2 to 8.")] = 4,
+    dtype: Annotated[
+        str | None,
+        typer.Option("--dtype", help="Data type: int, float, dynamic, quantile, nf or lloyd.  [default: nf]"),
+    ] = None,
+    block_size: Annotated[
+        int, typer.Option("--block-size", help="Weights that share a scale: 16 to 4096, 0 for one scale per row.")
+    ] = 64,
+    asymmetric: Annotated[bool, typer.Option("--asym", help="int only: an offset per block.")] = False,
+    exponent_bits: Annotated[int | None, typer.Option("--exponent-bits", help="float only.  [default: 2]")] = None,
+    float_grid: Annotated[
+        str | None, typer.Option("--float-grid", help="float only: ocp, paper or bnb.  [default: ocp]")
+    ] = None,
+    scale_dtype: Annotated[str, typer.Option("--scale-dtype", help="fp16, bf16 or fp32.")] = "fp16",
+    double_quant: Annotated[
+        bool, typer.Option("--double-quant", help="8-bit scales with one fp32 factor per 256 blocks.")
+    ] = False,
+    format: Annotated[
+        str | None,
+        typer.Option("--format", help="The whole format in one string (nf4-b64-dq), instead of the flags above."),
+    ] = None,
+    embedding_bits: Annotated[
+        int | None, typer.Option("--embedding-bits", help="Quantize embeddings and head too, to this many bits.")
+    ] = None,
+    override: Annotated[
+        list[str] | None,
+        typer.Option("--override", help="PATTERN=FORMAT or PATTERN=keep for matching tensor names; repeatable."),
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Folder to create.  [default: <model>-<format>]")
+    ] = None,
+    shard_size: Annotated[float, typer.Option("--shard-size", help="Largest output file, in GB.")] = 5.0,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and stop.")] = False,
+    resume: Annotated[
+        bool, typer.Option("--resume/--no-resume", help="Continue an interrupted run, or start it over.")
+    ] = True,
+    force: Annotated[bool, typer.Option("--force", help="Replace a finished model in the output folder.")] = False,
+    threads: Annotated[int | None, typer.Option("--threads", help="CPU threads.  [default: all]")] = None,
+    json: Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else on stdout.")] = False,
+) -> None:
+    """Convert a model to k-bit weights by rounding to nearest.
+
+    Tensors are read and written one at a time, so memory does not grow with the model. A killed run continues
+    where it stopped when the same command is given again, and OUTPUT appears only once it is complete.
+
+    \b
+    Examples:
+      kbit quantize smollm2-135m-instruct --bits 4
+      kbit quantize smollm2-135m-instruct --bits 3 --dtype nf --block-size 64 -o out/
+      kbit quantize path/to/model --format nf4-b64-dq --embedding-bits 8
+      kbit quantize path/to/model --bits 3 --override '*.down_proj.weight=nf4-b32' --dry-run
+    """
+    from kbit.checkpoint.resolve import open_model
+    from kbit.cli.output import print_json, size
+    from kbit.formats.quant_format import QuantFormat
+    from kbit.models.families import spec_from_config
+    from kbit.quantizers.plan import check_disk, make_plan
+
+    if format is not None:
+        chosen = QuantFormat.parse(format)
+    else:
+        chosen = QuantFormat(
+            dtype or "nf", bits, block_size, asymmetric, exponent_bits, float_grid, scale_dtype, double_quant
+        )
+    if threads is not None and threads < 1:
+        raise UsageError(f"--threads {threads}: use 1 or more")
+    if not shard_size > 0:
+        raise UsageError(f"--shard-size {shard_size}: use a size in GB above 0")
+    with open_model(model) as source:
+        spec_from_config(source.config)  # a model kbit could not run afterwards is refused now
+        plan = make_plan(
+            source,
+            chosen,
+            embedding_bits=embedding_bits,
+            overrides=[_split_override(text) for text in override or ()],
+            shard_bytes=int(shard_size * 1e9),
+        )
+        out = output or Path(f"{_short_name(model)}-{chosen}")
+        disk = check_disk(plan, out, _bytes_in(out.with_name(out.name + ".partial")))
+        report = _report(source, plan, out, disk)
+        if dry_run:
+            if json:
+                print_json({**report, "dry_run": True})
+            else:
+                _print_plan(report, plan)
+            return
+        result = _convert(source, plan, out, resume=resume, force=force, threads=threads)
+    report.update(result)
+    if json:
+        print_json(report)
+        return
+    again = f", {result['resumed_tensors']} tensors kept from an interrupted run" if result["resumed_tensors"] else ""
+    typer.echo(
+        f"{out}: {size(report['bytes_before'])} -> {size(report['bytes_after'])}, "
+        f"{report['bits_per_weight']:.3f} bits per weight ({report['bits_per_weight_linear']:.3f} in linear layers), "
+        f"{result['seconds']:.1f} s{again}"
+    )
+
+
+def _convert(
+    source: CheckpointSource, plan: Plan, out: Path, *, resume: bool, force: bool, threads: int | None
+) -> dict[str, Any]:
+    import time
+
+    import torch
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    from kbit.quantizers.convert import convert
+    from kbit.quantizers.plan import TensorPlan
+
+    if threads is not None:
+        torch.set_num_threads(threads)
+    begin = time.perf_counter()
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True)) as bar:
+        task = bar.add_task("quantizing", total=len(plan.tensors))
+
+        def on_tensor(tensor: TensorPlan) -> None:
+            bar.update(task, advance=1, description=f"{tensor.source.name} {tensor.label}")
+
+        done = convert(source, plan, out, resume=resume, overwrite=force, on_tensor=on_tensor)
+        bar.update(task, completed=len(plan.tensors), description="done")
+    return {
+        "seconds": time.perf_counter() - begin,
+        "written_tensors": done.written,
+        "resumed_tensors": done.resumed,
+    }
+
+
+def _report(source: CheckpointSource, plan: Plan, out: Path, disk: int) -> dict[str, Any]:
+    return {
+        "model": str(source.path),
+        "output": str(out),
+        "format": str(plan.default_format),
+        "bytes_before": plan.bytes_before,
+        "bytes_after": plan.bytes_after,
+        "bits_per_weight": plan.bits_per_weight(),
+        "bits_per_weight_linear": plan.bits_per_weight("linear"),
+        "peak_memory_bytes": plan.peak_memory,
+        "disk_bytes": disk,
+        "tensors": {
+            tensor.source.name: {
+                "from": tensor.source.stored_as,
+                "to": tensor.label,
+                "shape": list(tensor.source.shape),
+                "bytes": tensor.nbytes,
+            }
+            for tensor in plan.tensors
+        },
+    }
+
+
+def _print_plan(report: dict[str, Any], plan: Plan) -> None:
+    from kbit.cli.output import size
+
+    typer.echo(f"{'tensor':<52}{'shape':>16}  {'from':<10}{'to':<18}{'bytes':>10}")
+    for name, row in report["tensors"].items():
+        shape = " x ".join(str(dim) for dim in row["shape"])
+        typer.echo(f"{name:<52}{shape:>16}  {row['from']:<10}{row['to']:<18}{size(row['bytes']):>10}")
+    linear = plan.bits_per_weight("linear")
+    typer.echo(
+        f"\nsize             {size(plan.bytes_before)} -> {size(plan.bytes_after)}\n"
+        f"bits per weight  {plan.bits_per_weight():.3f} in all, {linear or 0:.3f} in linear layers\n"
+        f"peak memory      about {size(plan.peak_memory)}\n"
+        f"disk needed      {size(report['disk_bytes'])} in {report['output']}\n"
+        "nothing was written (--dry-run)"
+    )
+
+
+def _split_override(text: str) -> tuple[str, str]:
+    pattern, equals, format = text.rpartition("=")
+    if not equals:
+        raise UsageError(f"--override {text!r}: write PATTERN=FORMAT, for example '*.down_proj.weight=int8-b64'")
+    return pattern, format
+
+
+def _short_name(model: str) -> str:
+    name = Path(model).name or Path(model).resolve().name
+    return name.removesuffix(".gguf")
+
+
+def _bytes_in(folder: Path) -> int:
+    """What an interrupted run already occupies (sparse files: only what was written)."""
+    if not folder.is_dir():
+        return 0
+    return sum(getattr(path.stat(), "st_blocks", 0) * 512 for path in folder.iterdir() if path.is_file())

@@ -1,0 +1,135 @@
+"""Turning a checkpoint into a k-bit one: tensor by tensor, resumable, nothing half-written."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from kbit.checkpoint.kbit_folder import LAYOUT_VERSION, codebook_key
+from kbit.checkpoint.source import CheckpointSource
+from kbit.checkpoint.writer import CheckpointWriter, finished_plan
+from kbit.errors import KbitError
+from kbit.formats.blockwise import CHUNK_WEIGHTS, quantize_rows
+from kbit.formats.codebooks import codebook
+from kbit.formats.quant_tensor import SAFETENSORS_TO_TORCH
+from kbit.quantizers.plan import Plan, TensorPlan, check_disk
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """What a conversion did.
+
+    Attributes:
+        out: the finished folder.
+        written: weights written by this run.
+        resumed: weights an earlier, interrupted run had left.
+        nbytes: size of the weight files.
+    """
+
+    out: Path
+    written: int
+    resumed: int
+    nbytes: int
+
+
+def convert(
+    source: CheckpointSource,
+    plan: Plan,
+    out: Path,
+    *,
+    resume: bool = True,
+    overwrite: bool = False,
+    on_tensor: Callable[[TensorPlan], None] | None = None,
+) -> Conversion:
+    """Carry out a plan by rounding to nearest.
+
+    Args:
+        source: the model the plan was made for.
+        plan: what to do.
+        out: folder to create; an identical finished one is left as it is.
+        resume: continue an interrupted run of the same plan.
+        overwrite: replace a finished model of another plan.
+        on_tensor: called after each tensor (also for those found finished on resuming).
+
+    Raises:
+        KbitError and its kinds: see CheckpointWriter and quantize_rows; everything written stays for a rerun.
+    """
+    if finished_plan(out) == plan.plan_id:
+        return Conversion(out, 0, len(plan.tensors), plan.bytes_after)
+    weights = [tensor.stored() for tensor in plan.tensors]
+    with CheckpointWriter(
+        out, weights, plan.plan_id, shard_bytes=plan.shard_bytes, resume=resume, overwrite=overwrite
+    ) as writer:
+        found = writer.done
+        check_disk(
+            plan, out, already_there=sum(tensor.nbytes for tensor in plan.tensors if tensor.source.name in found)
+        )
+        for tensor in plan.tensors:
+            if tensor.source.name not in found:
+                write = _write_kept if tensor.format is None else _write_quantized
+                write(source, tensor, writer)
+            if on_tensor is not None:
+                on_tensor(tensor)
+        writer.finish(quantized_config(source.config, plan), source.sidecar_files())
+        return Conversion(out, len(plan.tensors) - len(found), len(found), writer.nbytes)
+
+
+def quantized_config(config: Mapping[str, Any], plan: Plan) -> dict[str, Any]:
+    """The model's config with kbit's quantization_config in it (see kbit_folder for the layout)."""
+    tensors, codebooks = {}, {}
+    for tensor in plan.tensors:
+        format = tensor.format
+        if format is None:
+            continue
+        tensors[tensor.source.name] = {"format": str(format), "shape": list(tensor.source.shape)}
+        if format.dtype != "int" and not format.has_own_codebook:
+            columns = tensor.source.shape[1]
+            codebooks[codebook_key(format, columns)] = codebook(format, columns).tolist()
+    section = {
+        "quant_method": "kbit",
+        "version": LAYOUT_VERSION,
+        "format": str(plan.default_format),
+        "bits": plan.default_format.bits,
+        "tensors": tensors,
+        "codebooks": codebooks,
+    }
+    return {**config, "quantization_config": section}
+
+
+def _write_quantized(source: CheckpointSource, tensor: TensorPlan, writer: CheckpointWriter) -> None:
+    assert tensor.format is not None
+    name, (rows, columns) = tensor.source.name, tensor.source.shape
+    quantized = quantize_rows(
+        lambda start, stop: source.read_rows(name, start, stop), (rows, columns), tensor.format, name=name
+    )
+    writer.write(name, {f"{name}.{suffix}": [_bytes(array)] for suffix, array in quantized.stored.items()})
+
+
+def _write_kept(source: CheckpointSource, tensor: TensorPlan, writer: CheckpointWriter) -> None:
+    name = tensor.source.name
+    pieces: Iterable[memoryview] = _kept_pieces(source, tensor)
+    writer.write(name, {name: pieces})
+
+
+def _kept_pieces(source: CheckpointSource, tensor: TensorPlan) -> Iterator[memoryview]:
+    name, shape = tensor.source.name, tensor.source.shape
+    dtype = SAFETENSORS_TO_TORCH[tensor.keep_as]
+    rows = shape[0] if shape else 1
+    step = max(1, CHUNK_WEIGHTS * rows // max(1, tensor.source.numel))
+    for start in range(0, rows, step):
+        values = source.read_rows(name, start, min(start + step, rows))
+        kept = values.to(dtype)
+        if not bool(torch.isfinite(kept).all()):
+            bad = int((~torch.isfinite(kept)).sum())
+            cause = "are NaN or infinite" if not bool(torch.isfinite(values).all()) else f"do not fit {tensor.keep_as}"
+            raise KbitError(f"{name}: {bad} values {cause}: mend the source")
+        yield _bytes(kept)
+
+
+def _bytes(array: torch.Tensor) -> memoryview:
+    """A tensor's bytes without a copy."""
+    return memoryview(array.contiguous().reshape(-1).view(torch.uint8).numpy())

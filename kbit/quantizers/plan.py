@@ -1,0 +1,201 @@
+"""Deciding, before anything is read, what becomes of every tensor and what that will take.
+
+Linear weights get the default format; embeddings and the head stay as they are unless asked for; overrides by name
+pattern come last and win. No torch here: `kbit quantize --dry-run` answers at once.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from pathlib import Path
+
+from kbit.checkpoint.source import CheckpointSource, TensorInfo
+from kbit.checkpoint.writer import DEFAULT_SHARD_BYTES, StoredWeight
+from kbit.errors import KbitError, UsageError
+from kbit.formats.quant_format import Part, QuantFormat
+
+# What a kept tensor is stored as, by how the source holds it. GGUF's block types have no plain equivalent: their
+# values are multiples of an fp16 scale, which fp16 holds to 2^-11. fp8 times its scale needs bf16's range.
+_KEEP_AS = {"F64": "F32", "F32": "F32", "F16": "F16", "BF16": "BF16", "F8_E4M3": "BF16", "F8_E5M2": "BF16"}
+_KEEP_OTHERWISE = "F16"
+
+# Peak memory of a conversion beyond its results: interpreter, torch and libraries (measured: 350 MB), and the scratch
+# of one chunk of 2^22 weights (measured: 140 MB).
+_BASE_BYTES = 350_000_000
+_CHUNK_BYTES = 140_000_000
+
+
+@dataclass(frozen=True)
+class TensorPlan:
+    """What becomes of one tensor.
+
+    Attributes:
+        source: the tensor in the source.
+        format: the k-bit format, or None to keep it.
+        keep_as: for a kept tensor, the safetensors dtype it is stored in.
+        role: "linear", "embedding", "head" or "other" (norms, biases).
+    """
+
+    source: TensorInfo
+    format: QuantFormat | None
+    keep_as: str
+    role: str
+
+    @property
+    def label(self) -> str:
+        return str(self.format) if self.format else self.keep_as.lower()
+
+    def stored(self) -> StoredWeight:
+        name, shape = self.source.name, self.source.shape
+        if self.format is None:
+            return StoredWeight(name, {name: Part(self.keep_as, shape)})
+        parts = self.format.parts(shape[0], shape[1])
+        return StoredWeight(name, {f"{name}.{suffix}": part for suffix, part in parts.items()})
+
+    @property
+    def nbytes(self) -> int:
+        return self.stored().nbytes
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A whole conversion.
+
+    Attributes:
+        default_format: the format of linear weights.
+        tensors: one entry per tensor, in the source's order.
+        shard_bytes: largest size of one output file.
+        plan_id: hex digest of everything that determines the output, the source's fingerprint included.
+    """
+
+    default_format: QuantFormat
+    tensors: tuple[TensorPlan, ...]
+    shard_bytes: int
+    plan_id: str
+
+    @property
+    def bytes_before(self) -> int:
+        return sum(tensor.source.nbytes for tensor in self.tensors)
+
+    @property
+    def bytes_after(self) -> int:
+        return sum(tensor.nbytes for tensor in self.tensors)
+
+    def bits_per_weight(self, *roles: str) -> float | None:
+        """Stored bits per weight over the tensors of the given roles (all without); None where there are none."""
+        chosen = [tensor for tensor in self.tensors if not roles or tensor.role in roles]
+        numel = sum(tensor.source.numel for tensor in chosen)
+        return 8 * sum(tensor.nbytes for tensor in chosen) / numel if numel else None
+
+    @property
+    def peak_memory(self) -> int:
+        """Estimated peak resident memory of the conversion, in bytes: the largest result plus constants."""
+        largest = max((tensor.nbytes for tensor in self.tensors if tensor.format), default=0)
+        return _BASE_BYTES + _CHUNK_BYTES + largest
+
+
+def make_plan(
+    source: CheckpointSource,
+    format: QuantFormat,
+    *,
+    embedding_bits: int | None = None,
+    overrides: Sequence[tuple[str, str]] = (),
+    shard_bytes: int = DEFAULT_SHARD_BYTES,
+) -> Plan:
+    """Plan a conversion.
+
+    Args:
+        source: the model.
+        format: for linear weights.
+        embedding_bits: quantize embeddings and head too, in the same kind of format with this many bits (16: keep).
+        overrides: (pattern, format string or "keep") pairs; patterns are shell-style and match whole tensor names,
+            the last match wins.
+        shard_bytes: largest output file.
+
+    Raises:
+        UsageError: an override matches nothing or asks for the impossible, or the source is quantized by kbit already.
+    """
+    if (source.config.get("quantization_config") or {}).get("quant_method") == "kbit":
+        raise UsageError(f"{source.path}: already quantized by kbit; start from the model it was made of")
+    chosen = [(pattern, _override(pattern, text)) for pattern, text in overrides]
+    unused = {pattern for pattern, _ in chosen}
+    tensors = []
+    tied = bool(source.config.get("tie_word_embeddings"))
+    for info in source.tensors.values():
+        role = role_of(info)
+        if role == "head" and tied and "model.embed_tokens.weight" in source.tensors:
+            continue  # the same matrix under a second name; tied it stays, stored once
+        target = _default_target(role, format, embedding_bits)
+        for pattern, replacement in chosen:
+            if fnmatchcase(info.name, pattern):
+                unused.discard(pattern)
+                target = replacement
+        if target is not None and len(info.shape) != 2:
+            raise UsageError(f"{info.name} has shape {info.shape}: only matrices can be quantized; narrow the pattern")
+        tensors.append(TensorPlan(info, target, _KEEP_AS.get(info.stored_as, _KEEP_OTHERWISE), role))
+    if unused:
+        raise UsageError(f"override pattern {sorted(unused)[0]!r} matches no tensor; kbit info lists their names")
+    if not any(tensor.format for tensor in tensors):
+        raise UsageError(f"{source.path}: nothing to quantize: no linear weights among {len(tensors)} tensors")
+    plan_id = _plan_id(source, tensors, shard_bytes)
+    return Plan(format, tuple(tensors), shard_bytes, plan_id)
+
+
+def role_of(info: TensorInfo) -> str:
+    """What a tensor is for: "embedding", "head", "linear" (a matrix inside a layer) or "other"."""
+    if "embed" in info.name and info.name.endswith(".weight"):
+        return "embedding"
+    if info.name.startswith("lm_head.") and info.name.endswith(".weight"):
+        return "head"
+    if len(info.shape) == 2 and info.name.endswith(".weight"):
+        return "linear"
+    return "other"
+
+
+def check_disk(plan: Plan, out: Path, already_there: int = 0) -> int:
+    """Bytes the output needs on disk (shards and 16 MB for the rest), refusing early where they are not free.
+
+    Raises:
+        KbitError: the file system of `out` has too little room.
+    """
+    needed = plan.bytes_after + 16_000_000
+    folder = out.absolute()
+    while not folder.exists():
+        folder = folder.parent
+    free = shutil.disk_usage(folder).free
+    if free + already_there < needed:
+        raise KbitError(
+            f"{out}: needs {needed / 1e9:.2f} GB, but only {free / 1e9:.2f} GB are free; make room or choose another "
+            "--output"
+        )
+    return needed
+
+
+def _default_target(role: str, format: QuantFormat, embedding_bits: int | None) -> QuantFormat | None:
+    if role == "linear":
+        return format
+    if role in ("embedding", "head") and embedding_bits not in (None, 16):
+        return format.with_bits(embedding_bits)
+    return None
+
+
+def _override(pattern: str, text: str) -> QuantFormat | None:
+    if not pattern:
+        raise UsageError(
+            "an override's pattern is empty; write PATTERN=FORMAT, for example '*.down_proj.weight=int8-b64'"
+        )
+    return None if text == "keep" else QuantFormat.parse(text)
+
+
+def _plan_id(source: CheckpointSource, tensors: Sequence[TensorPlan], shard_bytes: int) -> str:
+    description: Mapping[str, object] = {
+        "source": source.fingerprint(),
+        "shard_bytes": shard_bytes,
+        "tensors": [(tensor.source.name, tensor.source.shape, tensor.label) for tensor in tensors],
+    }
+    return hashlib.sha256(json.dumps(description, sort_keys=True).encode()).hexdigest()
