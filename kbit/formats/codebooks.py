@@ -66,8 +66,8 @@ def int_codebook(bits: int, asymmetric: bool) -> Array:
     codes = np.arange(2**bits, dtype=np.float64)
     if asymmetric:
         top = 2**bits - 1
-        return ((2 * codes - top) / top).astype(np.float32)
-    return ((codes - 2 ** (bits - 1)) / (2 ** (bits - 1) - 1)).astype(np.float32)
+        return np.asarray((2 * codes - top) / top, dtype=np.float32)
+    return np.asarray((codes - 2 ** (bits - 1)) / (2 ** (bits - 1) - 1), dtype=np.float32)
 
 
 @lru_cache(maxsize=64)
@@ -134,7 +134,7 @@ def normal_float_codebook(bits: int) -> Array:
     positive = [ppf(p) for p in np.linspace(offset, 0.5, half + 1)[:-1]]
     negative = [-ppf(p) for p in np.linspace(offset, 0.5, half)[:-1]]
     levels = np.array(sorted([*positive, 0.0, *negative]), dtype=np.float64)
-    return (levels / levels.max()).astype(np.float32)
+    return np.asarray(levels / levels.max(), dtype=np.float32)
 
 
 def quantile_codebook(sorted_values: npt.NDArray[np.float32], bits: int) -> Array:
@@ -160,4 +160,4 @@ def quantile_codebook(sorted_values: npt.NDArray[np.float32], bits: int) -> Arra
     levels = np.sort(np.append(kept, 0.0))
     largest = np.abs(levels).max()
     # An all-zero tensor has no quantiles to speak of; any codebook with a zero represents it exactly.
-    return (levels / largest if largest > 0 else levels).astype(np.float32)
+    return np.asarray(levels / largest if largest > 0 else levels, dtype=np.float32)

@@ -132,4 +132,4 @@ def _kept_pieces(source: CheckpointSource, tensor: TensorPlan) -> Iterator[memor
 
 def _bytes(array: torch.Tensor) -> memoryview:
     """A tensor's bytes without a copy."""
-    return memoryview(array.contiguous().reshape(-1).view(torch.uint8).numpy())
+    return array.contiguous().reshape(-1).view(torch.uint8).numpy().data

@@ -1,0 +1,11 @@
+#!/usr/bin/env bash
+# mypy over the package as it is installed: kernels/ appears as kbit.kernels, which a checkout does not show.
+set -euo pipefail
+root=$(cd "$(dirname "$0")/.." && pwd)
+view=$(mktemp -d)
+trap 'rm -rf "$view"' EXIT
+mkdir "$view/kbit"
+ln -s "$root"/kbit/* "$view/kbit/"
+ln -s "$root/kernels" "$view/kbit/kernels"
+cd "$view"
+mypy --config-file "$root/pyproject.toml" --cache-dir "${MYPY_CACHE_DIR:-$root/.mypy_cache}" kbit
