@@ -1,0 +1,130 @@
+"""Perplexity and KL divergence for every width and data type: the README's table.
+
+    python benchmarks/accuracy_table.py --data wikitext2 --max-tokens 8192 --context 512
+
+Linear layers are rounded to nearest in blocks of 64 with fp16 scales; embeddings and norms stay as they are. The
+reference is the model itself, run once; its logits are kept on disk meanwhile. One line of JSON per format goes to
+--json, so that an interrupted run continues where it stopped; the table is printed at the end.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+DTYPES = ("int", "float", "dynamic", "quantile", "nf", "lloyd")
+
+
+def measure(arguments: argparse.Namespace) -> list[dict[str, Any]]:
+    """Evaluate all formats that are not in the --json file yet."""
+    from kbit.checkpoint.resolve import open_model
+    from kbit.engine.tokenizer import Tokenizer
+    from kbit.evaluate.compare import compare
+    from kbit.evaluate.datasets import resolve_data
+    from kbit.evaluate.logits import StoredLogits
+    from kbit.evaluate.report import comparison_dict, parse_convention
+    from kbit.evaluate.windows import make_windows
+    from kbit.formats.quant_format import QuantFormat
+    from kbit.models.load import load_decoder
+    from kbit.ops.select import select_backend
+    from kbit.quantizers.plan import make_plan
+    from kbit.quantizers.view import QuantizedView
+
+    rows = read_rows(arguments.json)
+    done = {row["format"] for row in rows}
+    formats = [QuantFormat(dtype, bits, arguments.block_size) for bits in arguments.bits for dtype in DTYPES]
+    formats += [QuantFormat("int", bits, arguments.block_size, asymmetric=True) for bits in arguments.bits]
+    missing = [format for format in formats if str(format) not in done]
+    if not missing:
+        return rows
+    with open_model(arguments.model) as source:
+        windows = make_windows(
+            resolve_data(arguments.data),
+            Tokenizer.from_source(source),
+            parse_convention("gptq"),
+            arguments.context,
+            arguments.max_tokens,
+        )
+        weights = {name: source.read(name) for name in source.tensors}
+        backend = select_backend("cpu")
+        with StoredLogits(load_decoder(source, backend), windows) as reference:
+            for number, format in enumerate(missing, start=1):
+                started = time.perf_counter()
+                plan = make_plan(source, format)
+                decoder = load_decoder(QuantizedView(source, plan, weights.__getitem__), backend)
+                comparison = compare(decoder, reference, windows)
+                row = {
+                    "format": str(format),
+                    "dtype": format.dtype + ("-asym" if format.asymmetric else ""),
+                    "bits": format.bits,
+                    "bits_per_weight": plan.bits_per_weight("linear"),
+                    "tokens": comparison.model.tokens,
+                    "perplexity": comparison.model.perplexity,
+                    **comparison_dict(comparison),
+                }
+                rows.append(row)
+                if arguments.json:
+                    with arguments.json.open("a") as file:
+                        file.write(json.dumps(row) + "\n")
+                print(
+                    f"{number}/{len(missing)} {format}: perplexity {row['perplexity']:.3f}, "
+                    f"KL {row['kl_mean']:.5f}, {time.perf_counter() - started:.0f} s",
+                    file=sys.stderr,
+                )
+    return rows
+
+
+def read_rows(path: Path | None) -> list[dict[str, Any]]:
+    if path is None or not path.is_file():
+        return []
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """The two tables in Markdown."""
+    dtypes = list(dict.fromkeys(row["dtype"] for row in rows))
+    cells = {(row["bits"], row["dtype"]): row for row in rows}
+    lines = []
+    for title, show in (
+        ("perplexity", show_perplexity),
+        ("KL divergence from the original, nats per token ± standard error", show_kl),
+    ):
+        lines += [f"**{title}**", "", "| bits | " + " | ".join(dtypes) + " |", "|--|" + "--|" * len(dtypes)]
+        for bits in sorted({row["bits"] for row in rows}):
+            shown = [show(cells[bits, dtype]) if (bits, dtype) in cells else "" for dtype in dtypes]
+            lines.append(f"| {bits} | " + " | ".join(shown) + " |")
+        lines.append("")
+    first = rows[0]
+    lines.append(f"{first['tokens']:,} tokens; perplexity of the original {first['reference_perplexity']:.2f}.")
+    return "\n".join(lines)
+
+
+def show_perplexity(row: dict[str, Any]) -> str:
+    return f"{row['perplexity']:.2f}" if row["perplexity"] < 1e4 else f"{row['perplexity']:.0e}"
+
+
+def show_kl(row: dict[str, Any]) -> str:
+    mean, error = row["kl_mean"], row["kl_stderr"] or 0.0
+    digits = 3 if mean >= 0.1 else 4 if mean >= 0.01 else 5
+    return f"{mean:.{digits}f} ± {error:.{digits}f}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="smollm2-135m-instruct")
+    parser.add_argument("--data", default="wikitext2")
+    parser.add_argument("--max-tokens", type=int, default=8192)
+    parser.add_argument("--context", type=int, default=512)
+    parser.add_argument("--block-size", type=int, default=64)
+    parser.add_argument("--bits", type=int, nargs="+", default=[2, 3, 4, 5, 6, 7, 8])
+    parser.add_argument("--json", type=Path, help="append results here, and skip formats that are there already")
+    arguments = parser.parse_args()
+    print(table(measure(arguments)))
+
+
+if __name__ == "__main__":
+    main()
