@@ -1,0 +1,142 @@
+"""`kbit eval`: perplexity of a model, and how far it is from a reference."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from kbit.cli.options import DeviceOption, JsonOption, ThreadsOption, streaming_output
+from kbit.cli.output import print_json
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from kbit.evaluate.report import EvaluationReport, Request
+
+
+def evaluate(
+    model: Annotated[
+        str, typer.Argument(metavar="MODEL", help="A folder, a .gguf file, a hub id, or a name kbit pull lists.")
+    ],
+    data: Annotated[
+        str, typer.Option("--data", metavar="FILE_OR_NAME", help="A UTF-8 text file, or the name of a text.")
+    ] = "wikitext2",
+    reference: Annotated[
+        str | None, typer.Option("--reference", metavar="MODEL", help="Also measure the distance to this model.")
+    ] = None,
+    max_tokens: Annotated[
+        int | None, typer.Option("--max-tokens", metavar="N", help="Use at most N tokens of the text.")
+    ] = None,
+    context: Annotated[
+        int | None,
+        typer.Option("--context", metavar="N", help="Tokens per window. [default: 2048 (gptq), 512 (llamacpp)]"),
+    ] = None,
+    convention: Annotated[
+        str, typer.Option("--convention", metavar="gptq|llamacpp", help="Whose way of computing perplexity.")
+    ] = "gptq",
+    device: DeviceOption = "auto",
+    threads: ThreadsOption = None,
+    json: JsonOption = False,
+) -> None:
+    """Measure perplexity on a text and, with --reference, KL divergence, top-1 agreement and paired loss difference.
+
+    Perplexities compare only within one convention and one context length: "gptq" is that of the GPTQ papers (windows
+    of 2048 tokens, or what the model can take), "llamacpp" that of llama.cpp (512, the second half scored).
+
+    Named texts are wikitext2, wikitext2-valid, wikitext2-valid-tokenized, tinystories and novels-heldout. They are
+    looked for in the folder named by KBIT_DATA, then in the cache; the raw WikiText-2 splits can be downloaded.
+
+    \b
+    Examples:
+      kbit eval smollm2-135m-instruct
+      kbit eval out/ --reference smollm2-135m-instruct --max-tokens 20000
+      kbit eval out/ --data mytext.txt --json
+      kbit eval model.gguf --convention llamacpp --context 512
+    """
+    from kbit.evaluate.report import Request
+
+    report = _run(
+        Request(
+            model,
+            data,
+            reference,
+            max_tokens=max_tokens,
+            context=context,
+            convention=convention,
+            device=device,
+            threads=threads,
+        ),
+        quiet=json,
+    )
+    if json:
+        print_json(report.to_dict())
+        return
+    from rich.console import Console
+
+    with streaming_output():
+        Console().print(_table(report))
+
+
+def _run(request: Request, quiet: bool) -> EvaluationReport:
+    """The evaluation, with a progress bar on stderr unless `quiet` or stderr is no terminal."""
+    import math
+
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    from kbit.evaluate.report import evaluate_model
+
+    console = Console(stderr=True)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, transient=True, disable=quiet or not console.is_terminal) as bar:
+        task = bar.add_task("opening", total=None)
+
+        def on_window(done: int, total: int, mean_nll: float) -> None:
+            bar.update(task, completed=done, total=total, description=f"perplexity {math.exp(min(mean_nll, 700)):.4f}")
+
+        return evaluate_model(request, on_window, lambda text: bar.update(task, description=text))
+
+
+def _table(report: EvaluationReport) -> Table:
+    """The report for people."""
+    from rich.table import Table
+    from rich.text import Text
+
+    result = report.result
+    table = Table(show_header=False, title=Text(report.request.model), title_justify="left")
+    table.add_column(no_wrap=True)
+    table.add_column(overflow="fold")
+
+    def row(name: str, value: str) -> None:
+        table.add_row(name, Text(value))
+
+    row("text", report.data.name + (f" ({report.data.note})" if report.data.note else ""))
+    row("convention", f"{result.convention}, context {result.context}")
+    row("tokens scored", f"{result.tokens:,} in {result.windows} windows")
+    row("perplexity", _with_error(result.perplexity, result.perplexity_stderr, 4))
+    if report.comparison is not None and report.request.reference is not None:
+        other = report.comparison
+        row("reference", report.request.reference)
+        row("reference perplexity", _with_error(other.reference.perplexity, other.reference.perplexity_stderr, 4))
+        row("KL(reference || model)", _with_error(other.kl_mean, other.kl_stderr, 6) + " nats/token")
+        percentiles = ", ".join(f"{percent:g}%: {other.kl_percentile(percent):.5f}" for percent in (50, 90, 99, 99.9))
+        row("KL percentiles", f"{percentiles}, max: {other.kl_max:.5f}")
+        row("top-1 agreement", _with_error(100 * other.top1_agreement, _percent(other.top1_stderr), 2) + " %")
+        row("delta NLL", _with_error(other.delta_nll, other.delta_nll_stderr, 6) + " nats/token")
+        interval = other.delta_nll_interval()
+        if interval is not None:
+            row("  95 % interval", f"{interval[0]:+.6f} to {interval[1]:+.6f}")
+    if result.clusters != result.windows:
+        row("errors from", f"{result.clusters} blocks of {result.windows} windows (few windows: errors are rough)")
+    row("backend", report.backend)
+    row("time", f"{report.seconds:.1f} s")
+    return table
+
+
+def _with_error(value: float, error: float | None, digits: int) -> str:
+    return f"{value:.{digits}f}" + ("" if error is None else f" +/- {error:.{digits}f}")
+
+
+def _percent(value: float | None) -> float | None:
+    return None if value is None else 100 * value
