@@ -13,42 +13,60 @@ import argparse
 import json
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 DTYPES = ("int", "float", "dynamic", "quantile", "nf", "lloyd")
 
 
-def measure(arguments: argparse.Namespace) -> list[dict[str, Any]]:
-    """Evaluate all formats that are not in the --json file yet."""
+def measure(
+    model: str,
+    data: str,
+    *,
+    bits: Sequence[int],
+    block_size: int = 64,
+    max_tokens: int | None = None,
+    context: int | None = None,
+    results: Path | None = None,
+) -> list[dict[str, Any]]:
+    """Compare every data type at every width with the model itself.
+
+    Args:
+        model, data: as for `kbit eval`.
+        bits: widths.
+        block_size: weights per scale.
+        max_tokens, context: how much text, and in windows of how many tokens.
+        results: file of earlier results, one JSON object per line; formats in it are not measured again, and new ones
+            are appended.
+
+    Returns:
+        One row per format: its name, bits per weight and the figures of `kbit eval --json`.
+    """
     from kbit.checkpoint.resolve import open_model
     from kbit.engine.tokenizer import Tokenizer
     from kbit.evaluate.compare import compare
     from kbit.evaluate.datasets import resolve_data
     from kbit.evaluate.logits import StoredLogits
-    from kbit.evaluate.report import comparison_dict, parse_convention
-    from kbit.evaluate.windows import make_windows
+    from kbit.evaluate.report import comparison_dict
+    from kbit.evaluate.windows import choose_context, make_windows
     from kbit.formats.quant_format import QuantFormat
+    from kbit.models.families import spec_from_config
     from kbit.models.load import load_decoder
     from kbit.ops.select import select_backend
     from kbit.quantizers.plan import make_plan
     from kbit.quantizers.view import QuantizedView
 
-    rows = read_rows(arguments.json)
+    rows = read_rows(results)
     done = {row["format"] for row in rows}
-    formats = [QuantFormat(dtype, bits, arguments.block_size) for bits in arguments.bits for dtype in DTYPES]
-    formats += [QuantFormat("int", bits, arguments.block_size, asymmetric=True) for bits in arguments.bits]
+    formats = [QuantFormat(dtype, k, block_size) for k in bits for dtype in DTYPES]
+    formats += [QuantFormat("int", k, block_size, asymmetric=True) for k in bits]
     missing = [format for format in formats if str(format) not in done]
     if not missing:
         return rows
-    with open_model(arguments.model) as source:
-        windows = make_windows(
-            resolve_data(arguments.data),
-            Tokenizer.from_source(source),
-            parse_convention("gptq"),
-            arguments.context,
-            arguments.max_tokens,
-        )
+    with open_model(model) as source:
+        length = choose_context("gptq", context, spec_from_config(source.config).max_positions)
+        windows = make_windows(resolve_data(data), Tokenizer.from_source(source), "gptq", length, max_tokens)
         weights = {name: source.read(name) for name in source.tensors}
         backend = select_backend("cpu")
         with StoredLogits(load_decoder(source, backend), windows) as reference:
@@ -67,8 +85,8 @@ def measure(arguments: argparse.Namespace) -> list[dict[str, Any]]:
                     **comparison_dict(comparison),
                 }
                 rows.append(row)
-                if arguments.json:
-                    with arguments.json.open("a") as file:
+                if results is not None:
+                    with results.open("a") as file:
                         file.write(json.dumps(row) + "\n")
                 print(
                     f"{number}/{len(missing)} {format}: perplexity {row['perplexity']:.3f}, "
@@ -123,7 +141,16 @@ def main() -> None:
     parser.add_argument("--bits", type=int, nargs="+", default=[2, 3, 4, 5, 6, 7, 8])
     parser.add_argument("--json", type=Path, help="append results here, and skip formats that are there already")
     arguments = parser.parse_args()
-    print(table(measure(arguments)))
+    rows = measure(
+        arguments.model,
+        arguments.data,
+        bits=arguments.bits,
+        block_size=arguments.block_size,
+        max_tokens=arguments.max_tokens,
+        context=arguments.context,
+        results=arguments.json,
+    )
+    print(table([row for row in rows if row["bits"] in arguments.bits]))
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Callable
 from pathlib import Path
 from statistics import median
 
@@ -32,7 +33,13 @@ def data_dir() -> Path:
     return folder
 
 
-def read_bandwidth(seconds: float = 1.0) -> float:
+@pytest.fixture(scope="session")
+def read_bandwidth() -> Callable[[], float]:
+    """A function that measures the machine's read bandwidth: to be called in the run it is compared with."""
+    return measure_read_bandwidth
+
+
+def measure_read_bandwidth(seconds: float = 1.0) -> float:
     """Bytes per second that torch reads with all its threads: the median of many sums over 256 MB of float32."""
     import torch
 

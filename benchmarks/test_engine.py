@@ -16,7 +16,6 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import read_bandwidth
 
 PROMPT_TOKENS, DECODE_TOKENS, ROUNDS = 512, 16, 5
 
@@ -75,7 +74,7 @@ def peer_times(model: Any, ids: torch.Tensor) -> tuple[float, float]:
     return prefill, step / DECODE_TOKENS
 
 
-def test_against_transformers(benchmark: Any, decoder: Any, peer: Any) -> None:
+def test_against_transformers(benchmark: Any, decoder: Any, peer: Any, read_bandwidth: Callable[[], float]) -> None:
     ids = torch.randint(0, decoder.spec.vocab_size, (1, PROMPT_TOKENS), generator=torch.Generator().manual_seed(0))
     ours, theirs = [], []
 
