@@ -1,0 +1,232 @@
+"""Model families as data: which configuration key means what, and which tensor goes where.
+
+Absent keys take the defaults of transformers' configuration classes (`LlamaConfig`, `MistralConfig`, `Qwen2Config`), so
+a sparse config.json means here what it means there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from kbit.errors import CheckpointError, UnsupportedError
+from kbit.models.config_values import ConfigValues, shown
+from kbit.models.rope import rope_from_config
+from kbit.models.spec import ModelSpec, TensorNames
+
+# Limits that no real model comes near; they keep a hostile config from asking for unbounded work.
+_MAX_LAYERS = 4096
+_MAX_WIDTH = 1 << 24
+_MAX_VOCAB = 1 << 28
+_MAX_POSITIONS = 1 << 31
+
+_ACTIVATIONS = {
+    "silu": "silu",
+    "swish": "silu",
+    "gelu": "gelu",
+    "gelu_new": "gelu_tanh",
+    "gelu_fast": "gelu_tanh",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "relu": "relu",
+}
+
+_LLAMA_NAMES = TensorNames(
+    embedding="model.embed_tokens",
+    final_norm="model.norm",
+    head="lm_head",
+    attention_norm="model.layers.{layer}.input_layernorm",
+    q="model.layers.{layer}.self_attn.q_proj",
+    k="model.layers.{layer}.self_attn.k_proj",
+    v="model.layers.{layer}.self_attn.v_proj",
+    o="model.layers.{layer}.self_attn.o_proj",
+    mlp_norm="model.layers.{layer}.post_attention_layernorm",
+    gate="model.layers.{layer}.mlp.gate_proj",
+    up="model.layers.{layer}.mlp.up_proj",
+    down="model.layers.{layer}.mlp.down_proj",
+)
+
+_COMMON_DEFAULTS: Mapping[str, Any] = {
+    "hidden_act": "silu",
+    "rms_norm_eps": 1e-6,
+    "tie_word_embeddings": False,
+    "attention_bias": False,
+    "mlp_bias": False,
+}
+
+
+@dataclass(frozen=True)
+class Family:
+    """One row of the table.
+
+    Attributes:
+        architectures: accepted entries of `architectures`.
+        defaults: values of keys that config.json leaves out.
+        qkv_bias, output_bias, mlp_bias: fixed, or the configuration key that says.
+        windows: which layers slide: "none"; "all" (`sliding_window` unless null); "chosen" (`use_sliding_window` and
+            then `layer_types`, or every layer from `max_window_layers` on).
+        names: tensor names.
+    """
+
+    architectures: tuple[str, ...]
+    defaults: Mapping[str, Any]
+    qkv_bias: bool | str
+    output_bias: bool | str
+    mlp_bias: bool | str
+    windows: Literal["none", "all", "chosen"]
+    names: TensorNames = _LLAMA_NAMES
+
+
+FAMILIES: Mapping[str, Family] = {
+    # Also SmolLM2, TinyLlama, Yi and other models published as Llama.
+    "llama": Family(
+        architectures=("LlamaForCausalLM",),
+        defaults={**_COMMON_DEFAULTS, "max_position_embeddings": 2048},
+        qkv_bias="attention_bias",
+        output_bias="attention_bias",
+        mlp_bias="mlp_bias",
+        windows="none",
+    ),
+    "mistral": Family(
+        architectures=("MistralForCausalLM",),
+        defaults={
+            **_COMMON_DEFAULTS,
+            "max_position_embeddings": 131072,
+            "num_key_value_heads": 8,
+            "sliding_window": 4096,
+        },
+        qkv_bias=False,
+        output_bias=False,
+        mlp_bias=False,
+        windows="all",
+    ),
+    "qwen2": Family(
+        architectures=("Qwen2ForCausalLM",),
+        defaults={
+            **_COMMON_DEFAULTS,
+            "max_position_embeddings": 32768,
+            "num_key_value_heads": 32,
+            "use_sliding_window": False,
+            "sliding_window": 4096,
+            "max_window_layers": 28,
+        },
+        qkv_bias=True,
+        output_bias=False,
+        mlp_bias=False,
+        windows="chosen",
+    ),
+}
+
+
+def spec_from_config(config: Mapping[str, Any], where: str = "config.json") -> ModelSpec:
+    """The ModelSpec of a Hugging Face configuration.
+
+    Args:
+        config: the parsed config.json.
+        where: what to call it in errors.
+
+    Raises:
+        UnsupportedError: an unknown family, architecture, RoPE scaling or layer type.
+        CheckpointError: a missing or senseless value; the line names key and value.
+    """
+    model_type, family = _family(config, where)
+    values = ConfigValues(config, family.defaults, where)
+    layers = values.integer("num_hidden_layers", 1, _MAX_LAYERS)
+    hidden = values.integer("hidden_size", 1, _MAX_WIDTH)
+    heads = values.integer("num_attention_heads", 1, _MAX_WIDTH)
+    kv_heads = values.optional_integer("num_key_value_heads", 1, _MAX_WIDTH) or heads
+    if heads % kv_heads:
+        raise values.error("num_key_value_heads", f"a divisor of num_attention_heads ({heads})")
+    head_dim = values.optional_integer("head_dim", 1, _MAX_WIDTH)
+    if head_dim is None:
+        if hidden % heads:
+            raise values.error("hidden_size", f"a multiple of num_attention_heads ({heads}), as there is no head_dim")
+        head_dim = hidden // heads
+    max_positions = values.integer("max_position_embeddings", 1, _MAX_POSITIONS)
+    return ModelSpec(
+        family=model_type,
+        vocab_size=values.integer("vocab_size", 1, _MAX_VOCAB),
+        hidden_size=hidden,
+        intermediate_size=values.integer("intermediate_size", 1, _MAX_WIDTH),
+        layers=layers,
+        heads=heads,
+        kv_heads=kv_heads,
+        head_dim=head_dim,
+        norm_eps=values.number("rms_norm_eps", above=0.0, below=1.0),
+        activation=values.choice("hidden_act", _ACTIVATIONS),
+        rope=rope_from_config(config, head_dim, max_positions, where),
+        max_positions=max_positions,
+        windows=_windows(family, values, layers),
+        qkv_bias=_switch(family.qkv_bias, values),
+        output_bias=_switch(family.output_bias, values),
+        mlp_bias=_switch(family.mlp_bias, values),
+        tied_embeddings=values.boolean("tie_word_embeddings"),
+        names=family.names,
+    )
+
+
+def _family(config: Mapping[str, Any], where: str) -> tuple[str, Family]:
+    """The table row, by model_type, or by architecture where an old config.json has no model_type."""
+    model_type, architectures = config.get("model_type"), config.get("architectures")
+    if architectures is not None and not (
+        isinstance(architectures, list) and all(isinstance(name, str) for name in architectures)
+    ):
+        raise CheckpointError(f"{where}: architectures is {shown(architectures)}; it should be a list of names")
+    if model_type is not None and not isinstance(model_type, str):
+        raise CheckpointError(f"{where}: model_type is {shown(model_type)}; it should be a name")
+    if not model_type and not architectures:
+        raise CheckpointError(f"{where}: model_type is missing, so the kind of model is unknown")
+    supported = f"kbit runs {', '.join(FAMILIES)}"
+    if not model_type:
+        for known, family in FAMILIES.items():
+            if set(architectures or ()) & set(family.architectures):
+                return known, family
+        raise UnsupportedError(f"{where}: architecture {shown(architectures)} is not supported; {supported}")
+    if model_type not in FAMILIES:
+        raise UnsupportedError(f"{where}: model_type {shown(model_type)} is not supported; {supported}")
+    family = FAMILIES[model_type]
+    if architectures and not set(architectures) & set(family.architectures):
+        raise UnsupportedError(
+            f"{where}: architecture {shown(architectures)} is not supported; for model_type {model_type!r} kbit "
+            f"runs {', '.join(family.architectures)}"
+        )
+    return model_type, family
+
+
+def _switch(setting: bool | str, values: ConfigValues) -> bool:
+    return values.boolean(setting) if isinstance(setting, str) else setting
+
+
+def _windows(family: Family, values: ConfigValues, layers: int) -> tuple[int | None, ...]:
+    """Sliding window of every layer."""
+    window = None
+    if family.windows == "all" or (family.windows == "chosen" and values.boolean("use_sliding_window")):
+        window = values.optional_integer("sliding_window", 1, _MAX_POSITIONS)
+    types = _layer_types(values, layers)
+    if family.windows == "chosen":
+        if types is None:
+            if window is None:
+                return (None,) * layers
+            first = values.integer("max_window_layers", 0, _MAX_POSITIONS)
+            return tuple(window if layer >= first else None for layer in range(layers))
+        if window is None and "sliding_attention" in types:
+            raise values.error("layer_types", "without sliding_attention, as use_sliding_window and sliding_window say")
+        return tuple(window if kind == "sliding_attention" else None for kind in types)
+    fixed = "full_attention" if window is None else "sliding_attention"
+    if types is not None and set(types) != {fixed}:
+        raise UnsupportedError(f"{values.where}: layer_types other than {fixed} are not supported for this model")
+    return (window,) * layers
+
+
+def _layer_types(values: ConfigValues, layers: int) -> list[str] | None:
+    types = values.raw("layer_types")
+    if types is None:
+        return None
+    if not isinstance(types, list) or len(types) != layers or not all(isinstance(kind, str) for kind in types):
+        raise values.error("layer_types", f"a list of {layers} names, one per layer")
+    unknown = set(types) - {"full_attention", "sliding_attention"}
+    if unknown:
+        raise UnsupportedError(
+            f"{values.where}: layer_types has {shown(sorted(unknown)[0])}, which kbit does not support"
+        )
+    return types

@@ -1,0 +1,129 @@
+"""ModelSpec: everything that distinguishes one decoder from another, checked and typed."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class RopeSpec:
+    """Rotary position embedding: rope.py turns it into angles.
+
+    Attributes:
+        kind: "default", "linear", "dynamic", "llama3" or "yarn".
+        dim: rotated features of a head, even.
+        theta: base of the wavelengths.
+        factor: context extension factor (all kinds but default).
+        max_positions: dynamic: the length beyond which the base grows.
+        original_positions: llama3, yarn: context length of pretraining.
+        low_freq_factor, high_freq_factor: llama3: borders of the smoothed band.
+        beta_fast, beta_slow: yarn: rotations over the original context at the borders of the ramp.
+        truncate: yarn: round the borders of the ramp to whole features.
+        attention_factor: multiplies cosines and sines (yarn; else 1).
+    """
+
+    kind: str
+    dim: int
+    theta: float
+    factor: float = 1.0
+    max_positions: int = 0
+    original_positions: int = 0
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    truncate: bool = True
+    attention_factor: float = 1.0
+
+
+@dataclass(frozen=True)
+class TensorNames:
+    """Where a family keeps its tensors. Names of layers contain {layer}; linears are named without .weight / .bias."""
+
+    embedding: str
+    final_norm: str
+    head: str
+    attention_norm: str
+    q: str
+    k: str
+    v: str
+    o: str
+    mlp_norm: str
+    gate: str
+    up: str
+    down: str
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """A decoder-only transformer with RMS norms before attention and MLP, rotary positions and a gated MLP.
+
+    Attributes:
+        family: model_type of the configuration.
+        vocab_size: V.
+        hidden_size: width of the residual stream.
+        intermediate_size: width of the MLP.
+        layers: number of blocks.
+        heads: query heads H.
+        kv_heads: key/value heads H_kv, a divisor of H.
+        head_dim: D.
+        norm_eps: epsilon of every norm.
+        activation: one of kernels.reference.ACTIVATIONS.
+        rope: rotary embedding.
+        max_positions: longest context the model is meant for; not a hard limit.
+        windows: per layer, tokens a query sees at most (itself included), or None for all.
+        qkv_bias, output_bias, mlp_bias: which linears have biases.
+        tied_embeddings: the head is the embedding matrix.
+        names: where the tensors are.
+    """
+
+    family: str
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    layers: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    norm_eps: float
+    activation: str
+    rope: RopeSpec
+    max_positions: int
+    windows: tuple[int | None, ...]
+    qkv_bias: bool
+    output_bias: bool
+    mlp_bias: bool
+    tied_embeddings: bool
+    names: TensorNames
+
+    @property
+    def attention_scale(self) -> float:
+        """Factor on the dot products, D^-0.5."""
+        return 1.0 / math.sqrt(self.head_dim)
+
+    def expected_tensors(self) -> dict[str, tuple[int, ...]]:
+        """Every tensor the model needs, by name, with its shape. A tied head is not listed."""
+        names, hidden, mlp = self.names, self.hidden_size, self.intermediate_size
+        queries, keys = self.heads * self.head_dim, self.kv_heads * self.head_dim
+        shapes: dict[str, tuple[int, ...]] = {f"{names.embedding}.weight": (self.vocab_size, hidden)}
+        linears = (
+            (names.q, (queries, hidden), self.qkv_bias),
+            (names.k, (keys, hidden), self.qkv_bias),
+            (names.v, (keys, hidden), self.qkv_bias),
+            (names.o, (hidden, queries), self.output_bias),
+            (names.gate, (mlp, hidden), self.mlp_bias),
+            (names.up, (mlp, hidden), self.mlp_bias),
+            (names.down, (hidden, mlp), self.mlp_bias),
+        )
+        for layer in range(self.layers):
+            for norm in (names.attention_norm, names.mlp_norm):
+                shapes[f"{norm.format(layer=layer)}.weight"] = (hidden,)
+            for name, shape, has_bias in linears:
+                shapes[f"{name.format(layer=layer)}.weight"] = shape
+                if has_bias:
+                    shapes[f"{name.format(layer=layer)}.bias"] = shape[:1]
+        shapes[f"{names.final_norm}.weight"] = (hidden,)
+        if not self.tied_embeddings:
+            shapes[f"{names.head}.weight"] = (self.vocab_size, hidden)
+        return shapes

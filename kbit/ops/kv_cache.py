@@ -1,0 +1,116 @@
+"""The key/value cache of a batch of sequences."""
+
+from __future__ import annotations
+
+import torch
+
+from kbit.errors import UsageError
+from kbit.ops.step import Step
+
+
+class KVCache:
+    """Keys and values of every layer, with room for a fixed number of tokens per row.
+
+    All memory is taken when the cache is made, 2 * layers * B * H_kv * S * D elements. A forward pass writes its
+    tokens layer by layer with `append` and makes them count with one `advance` at its end, so a pass that fails midway
+    leaves the cache as it was.
+
+    Attributes:
+        keys: per layer (B, H_kv, S, D), rotated.
+        values: per layer (B, H_kv, S, D).
+        lengths: int64 (B,), tokens in each row; slots beyond hold leftovers.
+        capacity: S.
+    """
+
+    def __init__(
+        self,
+        layers: int,
+        batch: int,
+        kv_heads: int,
+        head_dim: int,
+        capacity: int,
+        *,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        """
+        Raises:
+            UsageError: batch or capacity below 1.
+        """
+        if batch < 1 or capacity < 1:
+            raise UsageError(f"a cache needs at least 1 row and 1 token per row, not {batch} and {capacity}")
+        shape = (batch, kv_heads, capacity, head_dim)
+        self.keys = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(layers)]
+        self.values = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(layers)]
+        self.lengths = torch.zeros(batch, dtype=torch.int64, device=device)
+        self.capacity = capacity
+
+    @property
+    def batch(self) -> int:
+        """B."""
+        return self.lengths.shape[0]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all keys and values."""
+        return sum(part.numel() * part.element_size() for part in (*self.keys, *self.values))
+
+    def reserve(self, new: torch.Tensor) -> None:
+        """Check that new tokens fit: int64 (B,).
+
+        Raises:
+            UsageError: a row would exceed the capacity.
+        """
+        after = self.lengths + new
+        row = int(after.argmax())
+        if int(after[row]) > self.capacity:
+            raise UsageError(
+                f"the KV cache holds {self.capacity} tokens per row: row {row} has {int(self.lengths[row])} and "
+                f"{int(new[row])} more do not fit; make the cache larger or the text shorter"
+            )
+
+    def append(self, layer: int, k: torch.Tensor, v: torch.Tensor, step: Step) -> None:
+        """Write a step's real tokens into one layer. `reserve` has checked that they fit.
+
+        Args:
+            layer: index of the layer.
+            k: (B, T, H_kv, D), rotated.
+            v: (B, T, H_kv, D).
+            step: which of them are real, and their slots.
+        """
+        for store, new in ((self.keys[layer], k), (self.values[layer], v)):
+            if step.real is None:
+                assert step.shared_start is not None
+                store[:, :, step.shared_start : step.shared_start + new.shape[1]] = new.transpose(1, 2)
+            else:
+                rows, columns, slots = step.real
+                store[rows, :, slots] = new[rows, columns].to(store.dtype)  # (tokens, H_kv, D)
+
+    def advance(self, new: torch.Tensor) -> None:
+        """Count the tokens just written: int64 (B,)."""
+        self.lengths = self.lengths + new
+
+    def truncate(self, length: int | torch.Tensor) -> None:
+        """Forget every token from position `length` on: an int for all rows, or int64 (B,). Shorter rows stay.
+
+        Raises:
+            UsageError: a negative length.
+        """
+        wanted = torch.as_tensor(length, dtype=torch.int64, device=self.lengths.device)
+        if bool((wanted < 0).any()):
+            raise UsageError(f"cannot truncate a cache to a negative length ({int(wanted.min())})")
+        self.lengths = torch.minimum(self.lengths, wanted.expand_as(self.lengths))
+
+    def select(self, rows: torch.Tensor) -> None:
+        """Keep these rows, in this order: int64 (R,); a row may appear several times. Copies the cache.
+
+        Raises:
+            UsageError: no rows, or a row that does not exist.
+        """
+        rows = rows.to(self.lengths.device)
+        if rows.ndim != 1 or rows.numel() == 0 or int(rows.min()) < 0 or int(rows.max()) >= self.batch:
+            raise UsageError(f"rows {rows.tolist()} do not select from a cache of {self.batch} rows")
+        for layer in range(len(self.keys)):
+            self.keys[layer] = self.keys[layer][rows]
+            self.values[layer] = self.values[layer][rows]
+        self.lengths = self.lengths[rows]

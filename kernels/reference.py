@@ -1,0 +1,225 @@
+"""What each operation means, in plain torch and float32. Every fast kernel is tested against these functions.
+
+Nothing here is tuned except memory: the two places where a straightforward formula would need unbounded scratch
+(attention scores, dequantized weights) work in pieces of at most SCRATCH_BYTES.
+
+Dimension names: B rows of the batch, T new tokens per row, S cached tokens per row, H query heads, H_kv key/value
+heads, D head dimension, K input features, N output features, V vocabulary.
+
+Inputs of other float types are converted to float32 on entry; results are float32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+
+from kbit.errors import UnsupportedError
+from kbit.formats.quant_tensor import QuantTensor
+
+# Upper bound, in bytes, on the scores of one attention piece and on the dequantized rows of one linear piece. A piece
+# is never smaller than one query token of one batch row (4 H S bytes) or one weight row (4 K bytes).
+SCRATCH_BYTES = 64 << 20
+
+ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu")
+
+
+def linear(x: torch.Tensor, weight: torch.Tensor | QuantTensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """x W^T + b.
+
+    Args:
+        x: (..., K).
+        weight: (N, K); a QuantTensor is dequantized piece by piece.
+        bias: (N,) or None.
+
+    Returns:
+        (..., N) float32.
+    """
+    x = x.float()
+    bias = None if bias is None else bias.float()
+    if isinstance(weight, torch.Tensor):
+        return F.linear(x, weight.float(), bias)
+    rows, columns = weight.shape
+    step = max(1, SCRATCH_BYTES // (4 * columns))
+    if rows <= step:
+        return F.linear(x, weight.dequantize(), bias)
+    out = x.new_empty((*x.shape[:-1], rows))
+    for start in range(0, rows, step):
+        stop = min(start + step, rows)
+        piece = weight.dequantize_rows(torch.arange(start, stop, device=x.device))
+        out[..., start:stop] = F.linear(x, piece, None if bias is None else bias[start:stop])
+    return out
+
+
+def embed(weight: torch.Tensor | QuantTensor, ids: torch.Tensor) -> torch.Tensor:
+    """Rows of the embedding matrix.
+
+    Args:
+        weight: (V, K).
+        ids: int64 (B, T), each in [0, V).
+
+    Returns:
+        (B, T, K) float32.
+    """
+    if isinstance(weight, torch.Tensor):
+        return weight[ids].float()
+    return weight.dequantize_rows(ids.reshape(-1)).reshape(*ids.shape, weight.shape[1])
+
+
+def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    """Root mean square normalisation (Zhang and Sennrich 2019) as Llama applies it: w * x / sqrt(mean(x^2) + eps).
+
+    Args:
+        x: (..., K).
+        weight: (K,).
+        eps: added to the mean square, so a zero vector stays zero.
+
+    Returns:
+        (..., K) float32.
+    """
+    x = x.float()
+    return weight.float() * (x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps))
+
+
+def rope(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Rotary position embedding (Su et al. 2021) in the rotate-half order of Hugging Face checkpoints.
+
+    Feature i of the first R/2 and feature i + R/2 form a pair that turns by the angle whose cosine and sine are given;
+    features R.. of a head (partial rotary) pass unchanged.
+
+    Args:
+        x: (B, T, H, D).
+        cos: (B, T, R/2), R <= D; already multiplied by the attention factor where the scaling has one.
+        sin: as cos.
+
+    Returns:
+        (B, T, H, D) float32.
+    """
+    x = x.float()
+    half = cos.shape[-1]
+    cos, sin = cos[:, :, None].float(), sin[:, :, None].float()  # (B, T, 1, R/2)
+    first, second, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
+    return torch.cat([first * cos - second * sin, second * cos + first * sin, rest], dim=-1)
+
+
+def attend(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    positions: torch.Tensor,
+    kv_lengths: torch.Tensor,
+    scale: float,
+    window: int | None = None,
+) -> torch.Tensor:
+    """softmax(scale * Q K^T + mask) V with grouped heads and a causal mask by position.
+
+    Cache slot j of a row holds the token at position j. The query at position p of row b sees slot j when j <= p,
+    j < kv_lengths[b] and, with a sliding window, j > p - window (the window counts the query's own position). Query
+    head h reads key/value head h // (H / H_kv). A query that sees nothing (padding) yields zeros.
+
+    Scores are formed for a few queries at a time, so scratch stays near SCRATCH_BYTES for any length; slots that no
+    query of a piece can see are never touched, so what lies in a row's cache beyond its length does not matter.
+
+    Args:
+        q: (B, T, H, D).
+        k: (B, H_kv, S, D); H is a multiple of H_kv.
+        v: (B, H_kv, S, D).
+        positions: int64 (B, T), position of each query.
+        kv_lengths: int64 (B,), filled slots of each row, at most S.
+        scale: multiplies the dot products, usually D^-0.5.
+        window: slots a query sees at most, or None.
+
+    Returns:
+        (B, T, H, D) float32.
+    """
+    q = q.float()
+    out = torch.zeros_like(q)
+    budget = SCRATCH_BYTES // (4 * q.shape[2])  # scores per head
+    for rows in _rows_alike(positions, kv_lengths, budget):
+        length = int(kv_lengths[rows.start])
+        step = max(1, budget // max(1, length * (rows.stop - rows.start)))
+        for start in range(0, q.shape[1], step):
+            queries = slice(start, start + step)
+            where = positions[rows.start, queries]  # (T',)
+            last = min(int(where.max()) + 1, length)
+            first = 0 if window is None else max(0, int(where.min()) - window + 1)
+            if first < last:
+                seen = slice(first, last)
+                hidden = _hidden(where, torch.arange(first, last, device=q.device), window)
+                out[rows, queries] = _softmax_weighted(
+                    q[rows, queries], k[rows, :, seen].float(), v[rows, :, seen].float(), hidden, scale
+                )
+    return out
+
+
+def _rows_alike(positions: torch.Tensor, kv_lengths: torch.Tensor, budget: int) -> Iterator[slice]:
+    """Batch rows that can be computed together: all with the same positions and lengths, else one by one."""
+    batch = positions.shape[0]
+    alike = bool((positions == positions[:1]).all()) and bool((kv_lengths == kv_lengths[:1]).all())
+    step = max(1, budget // max(1, int(kv_lengths.max()))) if alike else 1
+    for start in range(0, batch, step):
+        yield slice(start, min(start + step, batch))
+
+
+def _hidden(positions: torch.Tensor, slots: torch.Tensor, window: int | None) -> torch.Tensor:
+    """True where a query must not look: positions (T',), slots (S',) -> bool (T', S')."""
+    hidden = slots > positions[:, None]
+    if window is not None:
+        hidden |= slots <= positions[:, None] - window
+    return hidden
+
+
+def _softmax_weighted(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, hidden: torch.Tensor, scale: float
+) -> torch.Tensor:
+    """One piece: q (B, T', H, D), k and v (B, H_kv, S', D), hidden (T', S') -> (B, T', H, D)."""
+    batch, queries, heads, dim = q.shape
+    kv_heads = k.shape[1]
+    group = heads // kv_heads
+    # (B, T', H_kv, G, D) -> (B, H_kv, G T', D): the heads of a group share one product with their K
+    grouped = q.view(batch, queries, kv_heads, group, dim).permute(0, 2, 3, 1, 4).reshape(batch, kv_heads, -1, dim)
+    scores = (grouped @ k.transpose(-1, -2)).mul_(scale)
+    scores.view(batch, kv_heads, group, queries, -1).masked_fill_(hidden, -torch.inf)
+    peak = scores.amax(-1, keepdim=True)
+    peak.masked_fill_(peak == -torch.inf, 0.0)  # a query that sees nothing: exp(-inf - 0) = 0 everywhere
+    weights = scores.sub_(peak).exp_()
+    # The largest score contributes exp(0) = 1, so the sum is at least 1 unless nothing is seen: then 0 / 1 = 0.
+    total = weights.sum(-1, keepdim=True).clamp_(min=1.0)
+    out = (weights @ v).div_(total)
+    return out.view(batch, kv_heads, group, queries, dim).permute(0, 3, 1, 2, 4).reshape(batch, queries, heads, dim)
+
+
+def activate(gate: torch.Tensor, up: torch.Tensor | None, kind: str) -> torch.Tensor:
+    """act(gate) * up, or act(gate) for an MLP without gating.
+
+    Args:
+        gate: (..., K).
+        up: (..., K) or None.
+        kind: "silu" x * sigmoid(x); "gelu" x * Phi(x) with the exact normal distribution function; "gelu_tanh" its
+            tanh approximation (Hendrycks and Gimpel 2016); "relu" max(x, 0).
+
+    Returns:
+        (..., K) float32.
+
+    Raises:
+        UnsupportedError: unknown kind.
+    """
+    gate = gate.float()
+    if kind == "silu":
+        out = F.silu(gate)
+    elif kind == "gelu":
+        out = F.gelu(gate)
+    elif kind == "gelu_tanh":
+        out = F.gelu(gate, approximate="tanh")
+    elif kind == "relu":
+        out = F.relu(gate)
+    else:
+        raise UnsupportedError(f"activation {kind!r} is not one of {', '.join(ACTIVATIONS)}")
+    return out if up is None else out * up.float()
+
+
+def logits(x: torch.Tensor, weight: torch.Tensor | QuantTensor) -> torch.Tensor:
+    """Scores of every vocabulary entry: x (..., K), weight (V, K) -> (..., V) float32."""
+    return linear(x, weight)
