@@ -1,11 +1,19 @@
-"""Shared fixtures: where real data and the real model are, and a skip with a reason where they are not."""
+"""Shared fixtures: where real data and the real model are, and a skip with a reason where they are not; and a model
+small enough to be made on the spot.
+"""
 
 from __future__ import annotations
 
+import json
 import os
+from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import pytest
+
+if TYPE_CHECKING:
+    import torch
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 
@@ -30,3 +38,73 @@ def smollm2_gguf() -> Path:
         return pull("smollm2-135m-instruct")
     except KbitError as error:
         pytest.skip(f"the default model could not be fetched: {error}")
+
+
+TINY_CONFIG: dict[str, Any] = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "vocab_size": 260,
+    "hidden_size": 32,
+    "intermediate_size": 80,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "rms_norm_eps": 1e-5,
+    "hidden_act": "silu",
+    "tie_word_embeddings": True,
+}
+
+
+def _write_model(
+    folder: Path, *, dtype: torch.dtype | None = None, shards: int = 1, seed: int = 0, **config: Any
+) -> Path:
+    """A random Llama with a byte tokenizer, as a Hugging Face folder.
+
+    Args:
+        dtype: of the weights; float16 by default.
+        shards: number of safetensors files.
+        config: entries of config.json to change.
+    """
+    import torch
+    from safetensors.torch import save_file
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+    from kbit.models.families import spec_from_config
+
+    folder.mkdir(parents=True, exist_ok=True)
+    settings = {**TINY_CONFIG, **config}
+    (folder / "config.json").write_text(json.dumps(settings))
+    generator = torch.Generator().manual_seed(seed)
+    tensors = {}
+    for name, shape in spec_from_config(settings).expected_tensors().items():
+        values = torch.randn(shape, generator=generator)
+        tensors[name] = (0.1 * values + (1.0 if "norm" in name else 0.0)).to(dtype or torch.float16)
+    names = list(tensors)
+    if shards == 1:
+        save_file(tensors, folder / "model.safetensors")
+    else:
+        weight_map = {
+            name: f"model-{index % shards + 1:05d}-of-{shards:05d}.safetensors" for index, name in enumerate(names)
+        }
+        for shard in set(weight_map.values()):
+            save_file({name: tensors[name] for name in names if weight_map[name] == shard}, folder / shard)
+        (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE({piece: index for index, piece in enumerate(alphabet)}, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.save(str(folder / "tokenizer.json"))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def write_model() -> Callable[..., Path]:
+    """Writes a random tiny Llama into a folder; see _write_model."""
+    return _write_model
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random tiny Llama, float16, one file. Not to be changed: copy it, or write another."""
+    return _write_model(tmp_path_factory.mktemp("tiny") / "model")

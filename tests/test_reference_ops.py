@@ -8,11 +8,11 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from kbit.kernels import reference
 
 from kbit.errors import UnsupportedError, UsageError
 from kbit.formats.blockwise import quantize_blockwise
 from kbit.formats.quant_format import QuantFormat
+from kbit.kernels import reference
 from kbit.ops.kv_cache import KVCache
 from kbit.ops.reference_backend import ReferenceBackend
 from kbit.ops.select import select_backend

@@ -1,0 +1,173 @@
+"""Flags that several commands share, and what they mean together. Imports nothing heavy: `kbit --help` reads it."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Annotated
+
+import typer
+
+from kbit.errors import UsageError
+
+DEFAULT_MODEL = "smollm2-135m-instruct"
+MAX_PROMPT_BYTES = 64 << 20
+
+_SAMPLING = "Sampling"
+
+ModelOption = Annotated[
+    str,
+    typer.Option("--model", "-m", metavar="MODEL", help="A folder, a .gguf file, a hub id, or a name kbit pull lists."),
+]
+SystemOption = Annotated[
+    str | None, typer.Option("--system", metavar="TEXT", help="System message of the conversation.")
+]
+MaxTokensOption = Annotated[int, typer.Option("--max-tokens", metavar="N", help="Most tokens to generate.")]
+TemperatureOption = Annotated[
+    float,
+    typer.Option(
+        "--temperature",
+        metavar="T",
+        help="0 always takes the most probable token; higher is more random.",
+        rich_help_panel=_SAMPLING,
+    ),
+]
+TopKOption = Annotated[
+    int,
+    typer.Option(
+        "--top-k", metavar="K", help="Keep the K most probable tokens; 0 keeps all.", rich_help_panel=_SAMPLING
+    ),
+]
+TopPOption = Annotated[
+    float,
+    typer.Option(
+        "--top-p",
+        metavar="P",
+        help="Keep the fewest tokens whose probabilities reach P; 1 keeps all.",
+        rich_help_panel=_SAMPLING,
+    ),
+]
+MinPOption = Annotated[
+    float,
+    typer.Option(
+        "--min-p",
+        metavar="P",
+        help="Keep tokens at least P times as probable as the best one; 0 keeps all.",
+        rich_help_panel=_SAMPLING,
+    ),
+]
+RepetitionPenaltyOption = Annotated[
+    float,
+    typer.Option(
+        "--repetition-penalty",
+        metavar="R",
+        help="Weaken tokens seen in prompt or answer; 1 is off, 1.1 is usual.",
+        rich_help_panel=_SAMPLING,
+    ),
+]
+PresencePenaltyOption = Annotated[
+    float,
+    typer.Option(
+        "--presence-penalty",
+        metavar="X",
+        help="Subtract X from the logits of tokens in the answer.",
+        rich_help_panel=_SAMPLING,
+    ),
+]
+FrequencyPenaltyOption = Annotated[
+    float,
+    typer.Option(
+        "--frequency-penalty",
+        metavar="X",
+        help="Subtract X for every time a token is in the answer.",
+        rich_help_panel=_SAMPLING,
+    ),
+]
+SeedOption = Annotated[
+    int | None,
+    typer.Option(
+        "--seed",
+        metavar="S",
+        help="Makes sampling repeatable. [default: a fresh one]",
+        rich_help_panel=_SAMPLING,
+    ),
+]
+StopOption = Annotated[
+    list[str] | None,
+    typer.Option("--stop", metavar="TEXT", help="End before this text appears. Can be given several times."),
+]
+DeviceOption = Annotated[str, typer.Option("--device", metavar="auto|cpu|cuda", help="Where to run.")]
+ThreadsOption = Annotated[
+    int | None, typer.Option("--threads", metavar="N", help="CPU threads. [default: torch's choice]")
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
+
+
+def check_limits(max_tokens: int, stop: list[str] | None, threads: int | None) -> None:
+    """
+    Raises:
+        UsageError: a flag is out of range. Checked before a model is opened, which may mean a download.
+    """
+    if max_tokens < 1:
+        raise UsageError(f"--max-tokens {max_tokens}: expected at least 1")
+    if any(not text for text in stop or ()):
+        raise UsageError("--stop '': a stop string needs at least one character")
+    if threads is not None and threads < 1:
+        raise UsageError(f"--threads {threads}: expected at least 1")
+
+
+def read_prompt(prompt: str) -> str:
+    """The PROMPT argument, or all of standard input for "-" (without its last line break).
+
+    Raises:
+        UsageError: nothing but white space, no UTF-8, or more than 64 MiB.
+    """
+    if prompt == "-":
+        data = sys.stdin.buffer.read(MAX_PROMPT_BYTES + 1)
+        if len(data) > MAX_PROMPT_BYTES:
+            raise UsageError(f"the prompt from standard input is longer than {MAX_PROMPT_BYTES >> 20} MiB: shorten it")
+        try:
+            prompt = data.decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise UsageError(f"the prompt from standard input is not UTF-8 at byte {error.start}: convert it") from None
+        prompt = prompt.removesuffix("\n").removesuffix("\r")
+        if not prompt.strip():
+            raise UsageError("the prompt from standard input is empty: give some text")
+    check_text("the prompt", prompt)
+    if not prompt.strip():
+        raise UsageError('the prompt is empty: give some text, for example kbit run "The capital of France is"')
+    return prompt
+
+
+def check_text(what: str, text: str) -> None:
+    """
+    Raises:
+        UsageError: the text came from bytes that were not UTF-8.
+    """
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise UsageError(f"{what} is not valid UTF-8 at character {error.start}: convert it") from None
+
+
+@contextmanager
+def streaming_output() -> Iterator[None]:
+    """Makes standard output fit for streamed text: what the terminal's encoding lacks becomes "?", never an error."""
+    reconfigure = getattr(sys.stdout, "reconfigure", None)  # a replaced stdout may not have it
+    errors = sys.stdout.errors
+    if reconfigure is not None:
+        reconfigure(errors="replace")
+    try:
+        yield
+    finally:
+        if reconfigure is not None:
+            reconfigure(errors=errors)
+
+
+def show(text: str) -> None:
+    """Writes streamed text at once. On a terminal, control characters a model may produce are made harmless."""
+    if sys.stdout.isatty():
+        text = "".join(c if c.isprintable() or c in "\n\t" else "\ufffd" if c != "\r" else "" for c in text)
+    sys.stdout.write(text)
+    sys.stdout.flush()

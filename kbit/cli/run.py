@@ -1,0 +1,172 @@
+"""`kbit run`: a prompt in, text out."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from kbit.cli.options import (
+    DEFAULT_MODEL,
+    DeviceOption,
+    FrequencyPenaltyOption,
+    JsonOption,
+    MaxTokensOption,
+    MinPOption,
+    ModelOption,
+    PresencePenaltyOption,
+    RepetitionPenaltyOption,
+    SeedOption,
+    StopOption,
+    SystemOption,
+    TemperatureOption,
+    ThreadsOption,
+    TopKOption,
+    TopPOption,
+    check_limits,
+    check_text,
+    read_prompt,
+    show,
+    streaming_output,
+)
+
+if TYPE_CHECKING:
+    from kbit.engine.generate import GenerationResult
+    from kbit.engine.loader import LoadedModel
+    from kbit.engine.tokenizer import Tokenizer
+
+# Exit code of a command that Ctrl-C ended, by the convention of shells (128 + SIGINT).
+INTERRUPTED = 130
+
+
+def run(
+    prompt: Annotated[str, typer.Argument(metavar="PROMPT", help='The text to continue; "-" reads standard input.')],
+    model: ModelOption = DEFAULT_MODEL,
+    max_tokens: MaxTokensOption = 128,
+    temperature: TemperatureOption = 0.0,
+    top_k: TopKOption = 0,
+    top_p: TopPOption = 1.0,
+    min_p: MinPOption = 0.0,
+    repetition_penalty: RepetitionPenaltyOption = 1.0,
+    presence_penalty: PresencePenaltyOption = 0.0,
+    frequency_penalty: FrequencyPenaltyOption = 0.0,
+    seed: SeedOption = None,
+    stop: StopOption = None,
+    device: DeviceOption = "auto",
+    threads: ThreadsOption = None,
+    chat: Annotated[
+        bool, typer.Option("--chat", help="Send PROMPT as a message, in the model's chat template.")
+    ] = False,
+    system: SystemOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Continue a text, or answer a message (--chat).
+
+    Only the generated text goes to standard output, as it appears; figures go to standard error. The same command gives
+    the same text: decoding is greedy unless --temperature is set, and repeatable then with --seed.
+
+    Examples:
+
+      kbit run "The capital of France is"
+
+      kbit run --chat "Write a haiku about rivers." --temperature 0.7 --top-p 0.95 --seed 1
+
+      kbit run - --model out/ --max-tokens 200 --json < prompt.txt
+    """
+    from kbit.errors import UsageError
+
+    check_limits(max_tokens, stop, threads)
+    if system is not None:
+        check_text("--system", system)
+        if not chat:
+            raise UsageError("--system needs --chat: a text to continue has no system message")
+    text = read_prompt(prompt)
+
+    from kbit.engine.conversation import chat_prompt
+    from kbit.engine.generate import generate
+    from kbit.engine.loader import load_model
+    from kbit.engine.sampler import SamplingParams
+
+    params = SamplingParams(
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        min_p=min_p,
+        repetition_penalty=repetition_penalty,
+        presence_penalty=presence_penalty,
+        frequency_penalty=frequency_penalty,
+        seed=seed,
+    )
+
+    def encode(tokenizer: Tokenizer) -> list[int]:
+        if not chat:
+            return tokenizer.encode(text)
+        messages = [{"role": "user", "content": text}]
+        if system is not None:
+            messages.insert(0, {"role": "system", "content": system})
+        return chat_prompt(tokenizer, messages, model)
+
+    loaded = load_model(model, device, threads, check=encode)
+    generation = generate(
+        loaded.decoder,
+        loaded.tokenizer,
+        encode(loaded.tokenizer),
+        params,
+        max_tokens=max_tokens,
+        stop=stop or (),
+        continues_prompt=not chat,
+    )
+    if as_json:
+        from kbit.cli.output import print_json
+
+        result = generation.run()
+        print_json(report(result, loaded))
+    else:
+        with streaming_output():
+            result = generation.run(show)
+            show("\n")
+        typer.echo(statistics(result, loaded), err=True)
+    if result.finish_reason == "interrupted":
+        raise typer.Exit(INTERRUPTED)
+
+
+def report(result: GenerationResult, loaded: LoadedModel) -> dict[str, Any]:
+    """The object `--json` prints. Rates that cannot be known (fewer than two tokens) are null."""
+    from kbit.engine.process import peak_rss_bytes
+
+    return {
+        "model": loaded.name,
+        "text": result.text,
+        "finish_reason": result.finish_reason,
+        "prompt_tokens": result.prompt_tokens,
+        "completion_tokens": result.completion_tokens,
+        "prefill_tokens_per_second": result.prefill_tokens_per_second,
+        "decode_tokens_per_second": result.decode_tokens_per_second,
+        "time_to_first_token_s": result.time_to_first_token,
+        "load_s": loaded.load_seconds,
+        "peak_rss_bytes": peak_rss_bytes(),
+        "backend": loaded.backend_name,
+        "seed": result.seed,
+    }
+
+
+def statistics(result: GenerationResult, loaded: LoadedModel) -> str:
+    """One line for people about what a generation took."""
+    prompt = f"{result.prompt_tokens} prompt tokens"
+    if result.cached_tokens:
+        prompt += f" ({result.cached_tokens} cached)"
+    if result.prefill_tokens_per_second is not None:
+        prompt += f" in {result.prefill_seconds:.2f} s ({result.prefill_tokens_per_second:.0f} tok/s)"
+    parts = [prompt]
+    if result.time_to_first_token is not None:
+        parts.append(f"first token {result.time_to_first_token:.2f} s")
+    generated = f"{result.completion_tokens} token{'s' if result.completion_tokens != 1 else ''}"
+    if result.decode_tokens_per_second is not None:
+        generated += f" at {result.decode_tokens_per_second:.1f} tok/s"
+    parts.append(generated)
+    if result.finish_reason == "context":
+        parts.append("the model's context is full")
+    elif result.finish_reason == "interrupted":
+        parts.append("interrupted")
+    parts.append(f"{loaded.backend_name} backend")
+    return " · ".join(parts)

@@ -1,0 +1,256 @@
+"""Prompt ids to text: prefill, then one token at a time until something says stop."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import dataclass
+from time import perf_counter
+from typing import TYPE_CHECKING, Literal
+
+from kbit.engine.prompt_cache import DecoderLike, PromptCache, check_vocabulary
+from kbit.engine.sampler import Sampler, SamplingParams
+from kbit.engine.stop import StopMatcher
+from kbit.errors import UsageError
+
+if TYPE_CHECKING:
+    from kbit.engine.tokenizer import Tokenizer
+
+# Tokens of a prompt that go through the model at once: bounds the memory of activations, (chunk, intermediate size).
+PREFILL_CHUNK = 512
+
+FinishReason = Literal["stop", "length", "context", "interrupted"]
+
+
+@dataclass(frozen=True)
+class GenerationResult:
+    """What a generation gave, and how long it took.
+
+    Attributes:
+        text: everything that was streamed; no stop string, no special tokens.
+        ids: all sampled tokens, an end-of-sequence token included.
+        finish_reason: "stop" (end-of-sequence or stop token, or stop string), "length" (max_tokens), "context" (the
+            model's context is full), "interrupted" (Ctrl-C).
+        prompt_tokens: length of the prompt.
+        cached_tokens: how many of them were in the prompt cache already and took no time.
+        prefill_seconds: from the start to the logits of the prompt's last token.
+        time_to_first_token: seconds from the start until the first token was sampled; None if there was none.
+        decode_seconds: from the first to the last token.
+        seed: what the sampler's generator was seeded with.
+    """
+
+    text: str
+    ids: tuple[int, ...]
+    finish_reason: FinishReason
+    prompt_tokens: int
+    cached_tokens: int
+    prefill_seconds: float
+    time_to_first_token: float | None
+    decode_seconds: float
+    seed: int
+
+    @property
+    def completion_tokens(self) -> int:
+        """Number of sampled tokens."""
+        return len(self.ids)
+
+    @property
+    def prefill_tokens_per_second(self) -> float | None:
+        """Prompt tokens computed per second; None if prefill did not finish."""
+        computed = self.prompt_tokens - self.cached_tokens
+        return computed / self.prefill_seconds if self.prefill_seconds > 0 else None
+
+    @property
+    def decode_tokens_per_second(self) -> float | None:
+        """Tokens per second after the first one, which belongs to prefill; None with fewer than two tokens."""
+        steps = len(self.ids) - 1
+        return steps / self.decode_seconds if steps > 0 and self.decode_seconds > 0 else None
+
+
+def generate(
+    decoder: DecoderLike,
+    tokenizer: Tokenizer,
+    prompt_ids: Sequence[int],
+    params: SamplingParams | None = None,
+    *,
+    max_tokens: int = 128,
+    stop: Sequence[str] = (),
+    stop_token_ids: Collection[int] = (),
+    continues_prompt: bool = True,
+    prompt_cache: PromptCache | None = None,
+    prefill_chunk: int = PREFILL_CHUNK,
+) -> Generation:
+    """Starts a generation; nothing is computed until it is iterated (or `run`).
+
+    Args:
+        decoder: the model.
+        tokenizer: its tokenizer.
+        prompt_ids: at least one token. A lone BOS token is a prompt: it generates unconditionally.
+        params: how to choose tokens; greedy by default.
+        max_tokens: most tokens to sample, at least 1.
+        stop: strings that end the generation; none of their text is shown.
+        stop_token_ids: ids that end it, besides the tokenizer's end-of-sequence ids.
+        continues_prompt: the text goes on where the prompt ends, so a first word keeps the space before it. False for
+            answers that stand on their own (chat).
+        prompt_cache: a cache to use and leave filled, for prompts that begin like the last one.
+        prefill_chunk: prompt tokens to compute at once.
+
+    Raises:
+        UsageError: an empty prompt, one that leaves no room in the model's context, or a limit below 1.
+        CheckpointError: a prompt token outside the model's vocabulary.
+    """
+    return Generation(
+        decoder,
+        tokenizer,
+        list(prompt_ids),
+        SamplingParams() if params is None else params,
+        max_tokens=max_tokens,
+        stop=stop,
+        stop_token_ids=stop_token_ids,
+        continues_prompt=continues_prompt,
+        prompt_cache=prompt_cache,
+        prefill_chunk=prefill_chunk,
+    )
+
+
+class Generation:
+    """One running generation: iterate over it for pieces of text as they appear; then read `result`.
+
+    Ctrl-C while the model computes ends the iteration with the text so far and finish_reason "interrupted"; `run` does
+    the same for a Ctrl-C in its callback. Made by `generate`.
+    """
+
+    def __init__(
+        self,
+        decoder: DecoderLike,
+        tokenizer: Tokenizer,
+        prompt_ids: list[int],
+        params: SamplingParams,
+        *,
+        max_tokens: int,
+        stop: Sequence[str],
+        stop_token_ids: Collection[int],
+        continues_prompt: bool,
+        prompt_cache: PromptCache | None,
+        prefill_chunk: int,
+    ) -> None:
+        if max_tokens < 1:
+            raise UsageError(f"--max-tokens {max_tokens}: expected at least 1")
+        if prefill_chunk < 1:
+            raise UsageError(f"a prefill chunk of {prefill_chunk} tokens: expected at least 1")
+        if not prompt_ids:
+            raise UsageError("the prompt is empty: give some text")
+        self._context = decoder.spec.max_positions
+        if len(prompt_ids) >= self._context:
+            raise UsageError(
+                f"the prompt has {len(prompt_ids)} tokens and the model's context is {self._context}, answer included: "
+                "shorten the prompt, or use a model with a longer context"
+            )
+        check_vocabulary(prompt_ids, decoder.spec.vocab_size)
+        self._prompt_ids = prompt_ids
+        self._max_tokens = max_tokens
+        self._prefill_chunk = prefill_chunk
+        self._end_ids = frozenset(stop_token_ids) | tokenizer.eos_ids
+        self._cache = PromptCache(decoder) if prompt_cache is None else prompt_cache
+        self._sampler = Sampler(params, prompt_ids)
+        self._detokenizer = tokenizer.stream(prompt_ids if continues_prompt else ())
+        self._stops = StopMatcher(stop)
+
+        self._ids: list[int] = []
+        self._shown: list[str] = []
+        self._finish_reason: FinishReason | None = None
+        self._cached_tokens = 0
+        self._prefill_seconds = 0.0
+        self._first_token_seconds: float | None = None
+        self._last_token_seconds = 0.0
+        self._pieces = self._generate()
+
+    def __iter__(self) -> Iterator[str]:
+        return self
+
+    def __next__(self) -> str:
+        return next(self._pieces)
+
+    def run(self, on_text: Callable[[str], object] | None = None) -> GenerationResult:
+        """Generates to the end.
+
+        Args:
+            on_text: called with each piece of text as it appears.
+        """
+        try:
+            for piece in self:
+                if on_text is not None:
+                    on_text(piece)
+        except KeyboardInterrupt:  # in the callback; the generator catches its own
+            self.interrupt()
+            for piece in self:
+                if on_text is not None:
+                    on_text(piece)
+        return self.result
+
+    def interrupt(self) -> None:
+        """Ends the generation: the next piece, if any, is the text that was held back."""
+        self._finish_reason = self._finish_reason or "interrupted"
+
+    @property
+    def result(self) -> GenerationResult:
+        """The outcome; before the end of the iteration, what there is so far as if interrupted now."""
+        first = self._first_token_seconds
+        return GenerationResult(
+            text="".join(self._shown),
+            ids=tuple(self._ids),
+            finish_reason=self._finish_reason or "interrupted",
+            prompt_tokens=len(self._prompt_ids),
+            cached_tokens=self._cached_tokens,
+            prefill_seconds=self._prefill_seconds,
+            time_to_first_token=first,
+            decode_seconds=0.0 if first is None else self._last_token_seconds - first,
+            seed=self._sampler.seed,
+        )
+
+    def _generate(self) -> Iterator[str]:
+        try:
+            for token in self._tokens():
+                piece = self._stops.push(self._detokenizer.push(token))
+                if piece:
+                    self._shown.append(piece)
+                    yield piece
+                if self._stops.matched is not None:
+                    self._finish_reason = "stop"
+                if self._finish_reason is not None:  # a stop string, or interrupt() while the piece was shown
+                    break
+        except KeyboardInterrupt:
+            self._finish_reason = "interrupted"
+        rest = self._stops.push(self._detokenizer.finish())
+        rest += self._stops.finish()
+        if self._stops.matched is not None and self._finish_reason != "interrupted":
+            self._finish_reason = "stop"
+        if rest:
+            self._shown.append(rest)
+            yield rest
+
+    def _tokens(self) -> Iterator[int]:
+        """Samples tokens, up to and without one that ends the generation; sets the finish reason at its end."""
+        prompt = self._prompt_ids
+        start = perf_counter()
+        position = self._cache.start(prompt, min(self._context, len(prompt) + self._max_tokens))
+        self._cached_tokens = position
+        for begin in range(position, len(prompt), self._prefill_chunk):
+            logits = self._cache.extend(prompt[begin : begin + self._prefill_chunk])
+        self._prefill_seconds = perf_counter() - start
+        while True:
+            token = self._sampler.sample(logits)
+            self._ids.append(token)
+            self._last_token_seconds = perf_counter() - start
+            if self._first_token_seconds is None:
+                self._first_token_seconds = self._last_token_seconds
+            if token in self._end_ids:
+                self._finish_reason = "stop"
+                return
+            yield token
+            if len(self._ids) >= self._max_tokens:
+                self._finish_reason = "length"
+                return
+            if len(prompt) + len(self._ids) >= self._context:
+                self._finish_reason = "context"
+                return
+            logits = self._cache.extend([token])

@@ -1,0 +1,131 @@
+"""The KV cache of one sequence, and which tokens are in it.
+
+Two requests that begin alike (the turns of a conversation) share the work of their common beginning.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+
+from kbit.errors import CheckpointError, KbitError
+from kbit.ops.kv_cache import KVCache
+
+
+class DecoderSpec(Protocol):
+    """What generation needs to know about a model."""
+
+    @property
+    def max_positions(self) -> int:
+        """Tokens of context."""
+
+    @property
+    def vocab_size(self) -> int:
+        """V."""
+
+
+class DecoderLike(Protocol):
+    """A model generation can run: `kbit.models.decoder.Decoder`, or a fake in a test."""
+
+    @property
+    def spec(self) -> DecoderSpec:
+        """Its sizes."""
+
+    def new_cache(self, batch: int, capacity: int) -> KVCache:
+        """An empty cache."""
+
+    def forward(
+        self, ids: torch.Tensor, cache: KVCache, lengths: torch.Tensor | None = None, last_only: bool = False
+    ) -> torch.Tensor:
+        """ids (B, T) -> logits (B, T, V), or (B, 1, V) with last_only; the tokens are then in the cache."""
+
+
+class PromptCache:
+    """A cache of one row that keeps the longest common beginning from one prompt to the next.
+
+    It starts as large as the first prompt needs and grows by doubling.
+    """
+
+    def __init__(self, decoder: DecoderLike) -> None:
+        self._decoder = decoder
+        self._cache: KVCache | None = None
+        self._ids: list[int] = []
+
+    @property
+    def ids(self) -> Sequence[int]:
+        """The tokens in the cache."""
+        return self._ids
+
+    def start(self, prompt_ids: Sequence[int], capacity: int) -> int:
+        """Prepares for a prompt, keeping what it shares with the last one.
+
+        Args:
+            prompt_ids: the whole prompt.
+            capacity: tokens the cache must hold, answer included.
+
+        Returns:
+            How many tokens of the prompt are in the cache; at least one is not, as its logits are needed.
+
+        Raises:
+            KbitError: there is no memory for a cache of this size.
+        """
+        shared = 0
+        for cached, wanted in zip(self._ids, prompt_ids[:-1], strict=False):
+            if cached != wanted:
+                break
+            shared += 1
+        del self._ids[shared:]
+        if self._cache is None:
+            self._cache = _new_cache(self._decoder, capacity)
+        self._cache.truncate(shared)
+        if self._cache.capacity < capacity:
+            context = self._decoder.spec.max_positions
+            larger = _new_cache(self._decoder, min(context, max(capacity, 2 * self._cache.capacity)))
+            _copy(self._cache, larger)
+            self._cache = larger
+        return shared
+
+    def extend(self, ids: Sequence[int]) -> torch.Tensor:
+        """Runs tokens through the model behind those in the cache; the logits after the last one, float32 (V,), CPU."""
+        assert self._cache is not None, "start() comes first"
+        with torch.inference_mode():
+            tokens = torch.tensor([ids], dtype=torch.int64, device=self._cache.lengths.device)  # (1, T)
+            logits = self._decoder.forward(tokens, self._cache, last_only=True)  # (1, 1, V)
+            result = logits[0, -1].to("cpu", torch.float32)  # waits for an accelerator, so timings are honest
+        self._ids.extend(ids)
+        return result
+
+
+def check_vocabulary(ids: Sequence[int], vocab_size: int) -> None:
+    """
+    Raises:
+        CheckpointError: an id the model has no embedding for: tokenizer and model do not belong together.
+    """
+    largest = max(ids, default=0)
+    if largest >= vocab_size:
+        raise CheckpointError(
+            f"the tokenizer gives token id {largest}, the model's vocabulary has {vocab_size} tokens: "
+            "the tokenizer files do not belong to this model"
+        )
+
+
+def _copy(source: KVCache, target: KVCache) -> None:
+    """Copies the tokens of a one-row cache into an empty larger one."""
+    length = int(source.lengths[0])
+    pairs = zip((*source.keys, *source.values), (*target.keys, *target.values), strict=True)
+    for old, new in pairs:
+        new[:, :, :length] = old[:, :, :length]  # (1, H_kv, length, D)
+    target.advance(source.lengths)
+
+
+def _new_cache(decoder: DecoderLike, capacity: int) -> KVCache:
+    try:
+        return decoder.new_cache(1, capacity)
+    except (RuntimeError, MemoryError) as error:  # torch reports exhausted memory as a RuntimeError
+        if isinstance(error, RuntimeError) and "memory" not in str(error):
+            raise
+        raise KbitError(
+            f"not enough memory for a KV cache of {capacity} tokens: lower --max-tokens or shorten the prompt"
+        ) from None
