@@ -235,6 +235,17 @@ def test_double_quantization_never_loses_a_block() -> None:
     assert not q.dequantize()[0, 32:48].any()
 
 
+@pytest.mark.parametrize("bits", BITS)
+def test_symmetric_int_never_uses_the_level_below_minus_one(bits: int) -> None:
+    """Not even where double quantization stores a scale so much too small that it would be the nearest."""
+    x = torch.zeros(1, 32)
+    x[0, 0], x[0, 16:] = 255.0, -1.4  # scales 255 and 1.4, stored as 255 and 1
+    q = quantize_blockwise(x, parse(f"int{bits}-b16-dq"))
+    assert q.scales.tolist() == [[255.0, 1.0]]
+    assert set(q.codes()[0, 16:].tolist()) == {1}
+    assert (q.dequantize()[0, 16:] == -1).all()
+
+
 # --- quantizing what is already quantized ---------------------------------------------------------------------------
 
 

@@ -160,4 +160,5 @@ def quantile_codebook(sorted_values: npt.NDArray[np.float32], bits: int) -> Arra
     levels = np.sort(np.append(kept, 0.0))
     largest = np.abs(levels).max()
     # An all-zero tensor has no quantiles to speak of; any codebook with a zero represents it exactly.
-    return np.asarray(levels / largest if largest > 0 else levels, dtype=np.float32)
+    # Adding zero turns -0.0 into 0.0: which of the two the data held must not show in the file.
+    return np.asarray((levels / largest if largest > 0 else levels) + 0.0, dtype=np.float32)

@@ -1,7 +1,5 @@
 #include "bitplanes.h"
 
-#include <algorithm>
-
 namespace kbit {
 namespace {
 
@@ -39,17 +37,21 @@ void unpack_rows(const std::uint8_t* plane, std::size_t rows, std::size_t column
   constexpr unsigned per_byte = 8 / Width;
   constexpr std::uint8_t mask = static_cast<std::uint8_t>((1u << Width) - 1);
   const std::size_t row_bytes = plane_row_bytes(columns, Width);
+  const std::size_t whole = columns / per_byte;
   for (std::size_t row = 0; row < rows; ++row) {
     const std::uint8_t* in = plane + row * row_bytes;
     std::uint8_t* out = codes + row * columns;
-    for (std::size_t byte = 0; byte < row_bytes; ++byte) {
-      const std::size_t begin = byte * per_byte;
-      const unsigned count = static_cast<unsigned>(std::min<std::size_t>(per_byte, columns - begin));
+    for (std::size_t byte = 0; byte < whole; ++byte) {
       const unsigned value = in[byte];
-      for (unsigned i = 0; i < count; ++i) {
+      for (unsigned i = 0; i < per_byte; ++i) {
         const std::uint8_t bits = static_cast<std::uint8_t>(((value >> (i * Width)) & mask) << shift);
-        out[begin + i] = First ? bits : static_cast<std::uint8_t>(out[begin + i] | bits);
+        out[byte * per_byte + i] = First ? bits : static_cast<std::uint8_t>(out[byte * per_byte + i] | bits);
       }
+    }
+    for (std::size_t i = whole * per_byte; i < columns; ++i) {  // the row's last, partly filled byte
+      const std::uint8_t bits =
+          static_cast<std::uint8_t>(((in[whole] >> ((i - whole * per_byte) * Width)) & mask) << shift);
+      out[i] = First ? bits : static_cast<std::uint8_t>(out[i] | bits);
     }
   }
 }

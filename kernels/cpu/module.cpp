@@ -18,7 +18,7 @@ using ConstBytes2D = nb::ndarray<const std::uint8_t, nb::ndim<2>, nb::c_contig, 
 void check_plane(std::size_t rows, std::size_t columns, std::size_t plane_rows, std::size_t plane_bytes,
                  unsigned width, unsigned shift) {
   if (width != 1 && width != 2 && width != 4 && width != 8) throw std::invalid_argument("width must be 1, 2, 4 or 8");
-  if (shift + width > 8) throw std::invalid_argument("shift + width must not exceed 8");
+  if (shift > 8 - width) throw std::invalid_argument("shift + width must not exceed 8");
   if (plane_rows != rows || plane_bytes != kbit::plane_row_bytes(columns, width)) {
     throw std::invalid_argument("plane must have shape (rows, ceil(columns * width / 8))");
   }
@@ -40,8 +40,11 @@ void unpack_plane(ConstBytes2D plane, unsigned width, unsigned shift, bool first
 
 NB_MODULE(_native, module) {
   module.doc() = "kbit's native CPU kernels.";
-  module.def("pack_plane", &pack_plane, nb::arg("codes"), nb::arg("width"), nb::arg("shift"), nb::arg("plane"),
+  // noconvert: otherwise an array of the wrong type or layout is copied first, and results are written to the copy.
+  module.def("pack_plane", &pack_plane, nb::arg("codes").noconvert(), nb::arg("width"), nb::arg("shift"),
+             nb::arg("plane").noconvert(),
              "Cut bits [shift, shift + width) of uint8 codes (N, K) into plane (N, ceil(K * width / 8)).");
-  module.def("unpack_plane", &unpack_plane, nb::arg("plane"), nb::arg("width"), nb::arg("shift"), nb::arg("first"),
-             nb::arg("codes"), "Write (first) or OR a plane's bits into uint8 codes (N, K) at bit `shift`.");
+  module.def("unpack_plane", &unpack_plane, nb::arg("plane").noconvert(), nb::arg("width"), nb::arg("shift"),
+             nb::arg("first"), nb::arg("codes").noconvert(),
+             "Write (first) or OR a plane's bits into uint8 codes (N, K) at bit `shift`.");
 }
