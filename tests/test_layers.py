@@ -1,0 +1,82 @@
+"""The architecture, checked: imports only point down, and start-up stays light."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+
+# Lowest first. A module may import from its own layer and from those before it.
+LAYERS = (
+    ("errors", "_native"),
+    ("formats",),
+    ("kernels",),
+    ("ops",),
+    ("checkpoint",),
+    ("quantizers",),
+    ("models",),
+    ("engine",),
+    ("evaluate",),
+    ("cli",),
+)
+RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
+
+
+def modules() -> Iterator[tuple[str, Path]]:
+    """(layer, file) of every module of the package."""
+    for path in sorted((REPOSITORY / "kbit").rglob("*.py")):
+        yield path.relative_to(REPOSITORY / "kbit").parts[0].removesuffix(".py"), path
+    for path in sorted((REPOSITORY / "kernels").rglob("*.py")):
+        yield "kernels", path
+
+
+def imported_layers(path: Path) -> Iterator[tuple[int, str]]:
+    """(line, layer) of every import of kbit's own, those inside functions and type-checking blocks included."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        names: list[str] = []
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.module is not None and node.level == 0:
+            names = [node.module] if node.module != "kbit" else [f"kbit.{alias.name}" for alias in node.names]
+        for name in names:
+            parts = name.split(".")
+            if parts[0] == "kbit" and len(parts) > 1 and parts[1] in RANK:
+                yield getattr(node, "lineno", 0), parts[1]
+
+
+@pytest.mark.parametrize(
+    ("layer", "path"), [pytest.param(*found, id=str(found[1].relative_to(REPOSITORY))) for found in modules()]
+)
+def test_imports_point_down(layer: str, path: Path) -> None:
+    if layer == "__init__":
+        assert not list(imported_layers(path)), "the package itself imports nothing"
+        return
+    wrong = [f"line {line}: {other}" for line, other in imported_layers(path) if RANK[other] > RANK[layer]]
+    assert not wrong, f"{layer} imports from layers above it: {wrong}"
+
+
+def test_every_folder_is_a_layer() -> None:
+    found = {layer for layer, _ in modules()} - {"__init__"}
+    assert found <= RANK.keys()
+
+
+def loaded_after(statement: str) -> set[str]:
+    """Top-level names of the modules loaded once `statement` has run in a fresh interpreter."""
+    code = f"import sys\n{statement}\nprint(*{{name.split('.')[0] for name in sys.modules}})"
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=Path(sys.prefix)
+    )
+    return set(result.stdout.split())
+
+
+@pytest.mark.parametrize("statement", ["import kbit", "import kbit.cli.main", "import kbit.quantizers.plan"])
+def test_imports_stay_light(statement: str) -> None:
+    """`kbit --help` and `kbit info` must answer at once: nothing heavy before a command needs it."""
+    heavy = {"torch", "numpy", "transformers", "tokenizers", "jinja2", "huggingface_hub", "gguf", "rich"}
+    assert not heavy & loaded_after(statement)
