@@ -60,13 +60,14 @@ def test_roles() -> None:
     assert role("model.layers.0.input_layernorm.weight", 4) == "other"
 
 
-def test_embedding_bits_quantize_embedding_and_head_in_the_same_kind(
+def test_embedding_bits_quantize_embedding_and_head_with_the_same_blocks_and_scales(
     tmp_path: Path, write_model: Callable[..., Path]
 ) -> None:
     path = write_model(tmp_path / "m", tie_word_embeddings=False)
     found = labels(plan_of(path, "float4e3m0-b32-dq", embedding_bits=8))
-    assert found[EMBEDDING] == found["lm_head.weight"] == "float8e3m4-b32-dq"
+    assert found[EMBEDDING] == found["lm_head.weight"] == "int8-b32-dq"
     assert found["model.layers.0.mlp.up_proj.weight"] == "float4e3m0-b32-dq"
+    assert labels(plan_of(path, "float4-b32", embedding_bits=4))[EMBEDDING] == "float4e2m1-b32"
     for keep in (None, 16):
         found = labels(plan_of(path, "nf4-b64", embedding_bits=keep))
         assert found[EMBEDDING] == found["lm_head.weight"] == "f16"

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from kbit.errors import CheckpointError, UsageError
 from kbit.formats.blockwise import quantize_blockwise
-from kbit.formats.quant_format import DTYPES, FLOAT_GRIDS, SCALE_DTYPES, QuantFormat, plane_widths
+from kbit.formats.quant_format import DTYPES, FLOAT_GRIDS, SCALE_DTYPES, QuantFormat, default_dtype, plane_widths
 from kbit.formats.quant_tensor import SAFETENSORS_TO_TORCH, QuantTensor
 
 
@@ -283,13 +283,11 @@ def test_bits_per_weight_of_a_square_matrix(text: str, expected: float) -> None:
 
 
 @given(formats(), st.integers(2, 8))
-def test_with_bits_changes_only_what_must_change(fmt: QuantFormat, bits: int) -> None:
-    other = fmt.with_bits(bits)
+def test_another_width_keeps_blocks_and_scales(fmt: QuantFormat, bits: int) -> None:
+    other = fmt.at_width(bits)
     assert other.bits == bits
-    kept = ("dtype", "block_size", "asymmetric", "grid", "scale_dtype", "double_quant")
-    assert all(getattr(other, name) == getattr(fmt, name) for name in kept)
-    if fmt.exponent_bits is not None:
-        assert other.exponent_bits == (fmt.exponent_bits if fmt.exponent_bits < bits else min(2, bits - 1))
+    assert all(getattr(other, name) == getattr(fmt, name) for name in ("block_size", "scale_dtype", "double_quant"))
+    assert other == fmt if bits == fmt.bits else other.dtype == default_dtype(bits)
 
 
 def test_planning_imports_no_torch() -> None:

@@ -76,13 +76,14 @@ class HFFolder(CheckpointSource):
             raise CheckpointError(f"{path}: no config.json in this folder{hint}")
         self.config = read_json_object(path / "config.json")
         self._fp8_block = _fp8_block_size(path, self.config)
+        self._needs_scales = self.config.get("quantization_config") is not None
         self._files: dict[str, SafetensorsFile] = {}
         try:
             self._where = self._locate()
+            self._infos = self._describe()
         except BaseException:
             self.close()
             raise
-        self._infos = self._describe()
 
     def _locate(self) -> dict[str, SafetensorsFile]:
         """Which file holds each stored tensor."""
@@ -129,7 +130,9 @@ class HFFolder(CheckpointSource):
             stored = file.tensors[name]
             if self._scale_of(stored.name.removesuffix("_scale_inv").removesuffix("_scale")) == name:
                 continue  # the scale of an fp8 weight, folded in on reading
-            extra = self._scale_of(name) if stored.dtype in _FP8 else None
+            extra = self._scale_of(name)
+            if extra is None and stored.dtype in _FP8 and self._needs_scales:
+                raise CheckpointError(f"{file.path}: {name} is fp8, but its scale is missing; download the model again")
             nbytes = stored.nbytes + (self._where[extra].tensors[extra].nbytes if extra else 0)
             infos[name] = TensorInfo(name, stored.shape, stored.dtype, nbytes, file.path)
         return infos
@@ -166,17 +169,17 @@ class HFFolder(CheckpointSource):
         shape = self.stored(name).shape
         if scale.numel() == 1:
             return values * scale.reshape(())
-        if len(shape) == 2 and scale.dim() == 2 and scale.shape[0] != shape[0]:
+        if len(shape) == 2:
             rows, columns = self._fp8_block
             if scale.shape == (-(-shape[0] // rows), -(-shape[1] // columns)):
                 wide = scale[torch.arange(start, stop) // rows].repeat_interleave(columns, dim=1)[:, : shape[1]]
                 return values * wide
-        elif len(shape) == 2 and scale.numel() == shape[0]:
-            return values * scale.reshape(-1, 1)[start:stop]
+            if scale.shape in ((shape[0],), (shape[0], 1)):
+                return values * scale.reshape(-1, 1)[start:stop]
         raise UnsupportedError(f"{self.path}: {scale_name} of shape {tuple(scale.shape)} does not fit {name} {shape}")
 
     def sidecar_files(self) -> Mapping[str, bytes]:
-        return {name: (self.path / name).read_bytes() for name in SIDECAR_NAMES if (self.path / name).is_file()}
+        return {name: _read_bytes(self.path / name) for name in SIDECAR_NAMES if (self.path / name).is_file()}
 
     def fingerprint(self) -> str:
         digest = hashlib.sha256()
@@ -195,6 +198,15 @@ class HFFolder(CheckpointSource):
             file.close()
 
 
+def _read_bytes(path: Path) -> bytes:
+    try:
+        if path.stat().st_size > _MAX_JSON_BYTES:
+            raise CheckpointError(f"{path}: {path.stat().st_size} bytes is too large for a tokenizer's file")
+        return path.read_bytes()
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from None
+
+
 def _is_adapter(path: Path) -> bool:
     return (path / "adapter_config.json").is_file()
 
@@ -204,10 +216,12 @@ def _fp8_block_size(path: Path, config: Mapping[str, Any]) -> tuple[int, int]:
     quantization = config.get("quantization_config")
     if quantization is None:
         return 128, 128
-    method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
+    if not isinstance(quantization, dict):
+        raise CheckpointError(f"{path}/config.json: quantization_config {str(quantization)[:80]!r} is not an object")
+    method = quantization.get("quant_method")
     if method not in ("fp8", "kbit"):
         raise UnsupportedError(
-            f"{path}/config.json: the weights are already quantized by {method!r}, which kbit does not read; "
+            f"{path}/config.json: the weights are already quantized by {str(method)[:80]!r}, which kbit does not read; "
             "use the original 16-bit checkpoint"
         )
     block = quantization.get("weight_block_size") or [128, 128]

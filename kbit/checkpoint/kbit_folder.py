@@ -14,12 +14,11 @@ shape) and `codebooks` (format -> the 2^k values; integers need none, quantile s
 from __future__ import annotations
 
 import hashlib
-import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kbit.checkpoint.hf_folder import HFFolder, read_json_object
+from kbit.checkpoint.hf_folder import INDEX_NAME, HFFolder, read_json_object
 from kbit.checkpoint.source import TensorInfo
 from kbit.errors import CheckpointError, UnsupportedError, UsageError
 from kbit.formats.quant_format import QuantFormat
@@ -31,6 +30,10 @@ if TYPE_CHECKING:
 
 MANIFEST_NAME = "kbit-manifest.json"
 LAYOUT_VERSION = 1
+
+# What weights that stay unquantized are stored in.
+_KEPT_DTYPES = ("F32", "F16", "BF16")
+_MAX_FLOAT32 = 3.4028234663852886e38
 
 
 def codebook_key(format: QuantFormat, columns: int) -> str:
@@ -79,7 +82,7 @@ class KbitFolder(HFFolder):
             quantized[name] = (format, (shape[0], shape[1]))
         for key, values in codebooks.items():
             if not isinstance(values, list) or not all(
-                isinstance(v, (int, float)) and math.isfinite(v) for v in values
+                isinstance(v, (int, float)) and abs(v) <= _MAX_FLOAT32 for v in values
             ):
                 raise CheckpointError(f"{where}: codebook {key!r} is not a list of finite numbers")
         return quantized, codebooks
@@ -89,14 +92,24 @@ class KbitFolder(HFFolder):
         if not path.is_file():
             raise CheckpointError(f"{path}: missing, so the folder is an incomplete copy; copy it again")
         manifest = read_json_object(path)
+        if manifest.get("version") != LAYOUT_VERSION:
+            raise UnsupportedError(
+                f"{path}: version {str(manifest.get('version'))[:40]}; this kbit reads {LAYOUT_VERSION}: update kbit"
+            )
         if not isinstance(manifest.get("tensors"), dict) or not isinstance(manifest.get("files"), dict):
             raise CheckpointError(f"{path}: lacks its tensors or files; copy it again")
-        for name, digest in manifest["files"].items():
+        if "config.json" not in manifest["files"]:
+            raise CheckpointError(f"{path}: no checksum of config.json; copy it again")
+        for name in manifest["files"]:
             file = self.path / name
             if Path(name).name != name or not file.is_file():
                 raise CheckpointError(f"{file}: missing, though the manifest lists it; copy the folder again")
-            if name == "config.json" and hashlib.sha256(file.read_bytes()).hexdigest() != digest:
-                raise CheckpointError(f"{file}: changed since it was written (sha256 differs from the manifest)")
+        for name in ("config.json", INDEX_NAME):  # the others as they are read
+            if name in manifest["files"]:
+                _check_file(self.path / name, (self.path / name).read_bytes(), manifest)
+        for name in manifest["tensors"].keys() ^ self._where.keys():
+            where = "the manifest" if name in manifest["tensors"] else "the weight files"
+            raise CheckpointError(f"{self.path}: {name} is in {where} only; convert or copy again")
         return manifest
 
     def _merge_parts(self) -> dict[str, TensorInfo]:
@@ -144,12 +157,20 @@ class KbitFolder(HFFolder):
     def read(self, name: str) -> torch.Tensor:
         if name in self._quantized:
             return self.read_quantized(name).dequantize()
+        if self.stored(name).dtype not in _KEPT_DTYPES:  # kbit wrote no such thing: a header with a flipped bit
+            raise CheckpointError(f"{self.path}: {name} is {self.stored(name).dtype}; copy the file again")
         return self._read_checked(name).float()
 
     def read_rows(self, name: str, start: int, stop: int) -> torch.Tensor:
-        if name in self._quantized:
-            return self.read_quantized(name).dequantize()[start:stop]
-        return super().read_rows(name, start, stop)
+        values = self.read(name)  # all of it: the checksum is of the whole tensor
+        return values[start:stop].clone() if values.dim() else values
+
+    def sidecar_files(self) -> Mapping[str, bytes]:
+        files = super().sidecar_files()
+        for name, data in files.items():
+            if name in self.manifest["files"]:
+                _check_file(self.path / name, data, self.manifest)
+        return files
 
     def read_weight(self, name: str) -> torch.Tensor | QuantTensor:
         return self.read_quantized(name) if name in self._quantized else self.read(name)
@@ -173,3 +194,10 @@ class KbitFolder(HFFolder):
                 raise CheckpointError(f"{self.path}/config.json: no codebook of {2**format.bits} values for {format}")
             codebook = torch.tensor(values, dtype=torch.float32)
         return QuantTensor.checked(name, format, shape, stored, codebook)
+
+
+def _check_file(path: Path, data: bytes, manifest: Mapping[str, Any]) -> None:
+    if hashlib.sha256(data).hexdigest() != manifest["files"][path.name]:
+        raise CheckpointError(
+            f"{path}: changed since it was written (sha256 differs from {MANIFEST_NAME}); copy the folder again"
+        )

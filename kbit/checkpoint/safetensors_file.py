@@ -1,20 +1,24 @@
-"""Reading one safetensors file: a header that is trusted in nothing, and tensors mapped one at a time.
+"""Reading one safetensors file: a header that is trusted in nothing, and tensors copied out one at a time.
 
 Why not safetensors' own `safe_open`: it maps the whole file for as long as it is open, so every page ever touched
 counts as resident and converting a model would "need" as much memory as the model has bytes; and it brings torch in,
 which `kbit info` cannot wait for. The layout is 8 bytes of header length, a JSON header, then the data
 (https://github.com/huggingface/safetensors, "Format").
+
+Why positioned reads and no map of our own: the data is copied out anyway, and a file that shrinks (or a disk that
+fails) while it is mapped ends the process with SIGBUS instead of an error.
 """
 
 from __future__ import annotations
 
 import json
-import mmap
+import os
 import struct
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 from kbit.errors import CheckpointError, UnsupportedError
 
@@ -23,6 +27,12 @@ if TYPE_CHECKING:
 
 # The limit the safetensors library sets too; the largest published headers are below 2 MB.
 MAX_HEADER_BYTES = 100_000_000
+
+# Of torch.save's zip files and of bare pickles (protocols 2 to 5).
+_PICKLE_STARTS = (b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
+
+# Real names have below 100 characters.
+_MAX_NAME = 1000
 
 # Bytes per element and torch name of every dtype kbit reads.
 _DTYPES: Mapping[str, tuple[int, str]] = {
@@ -83,21 +93,19 @@ class SafetensorsFile:
     def close(self) -> None:
         self._file.close()
 
-    def bytes_of(self, name: str, start: int = 0, stop: int | None = None) -> bytes:
+    def bytes_of(self, name: str, start: int = 0, stop: int | None = None) -> bytearray:
         """A copy of bytes [start, stop) of a tensor's data."""
         tensor = self.tensors[name]
         stop = tensor.nbytes if stop is None else stop
-        if stop == start:
-            return b""
-        begin = tensor.begin + start
-        aligned = begin - begin % mmap.ALLOCATIONGRANULARITY
+        data = bytearray(stop - start)
         try:
-            with mmap.mmap(
-                self._file.fileno(), tensor.begin + stop - aligned, access=mmap.ACCESS_READ, offset=aligned
-            ) as view:
-                return view[begin - aligned :]
-        except (OSError, ValueError) as error:
+            self._file.seek(tensor.begin + start)
+            got = self._file.readinto(data)
+        except (OSError, ValueError) as error:  # ValueError: closed
             raise CheckpointError(f"{self.path}: {name} cannot be read ({error}); download the file again") from None
+        if got != len(data):
+            raise CheckpointError(f"{self.path}: {name}: the file has shrunk since it was opened; download it again")
+        return data
 
     def read(
         self, name: str, start: int = 0, stop: int | None = None, *, check: Callable[[bytearray], None] | None = None
@@ -111,7 +119,7 @@ class SafetensorsFile:
         tensor = self.tensors[name]
         rows = tensor.shape[0] if tensor.shape else 1
         stop = rows if stop is None else stop
-        data = bytearray(self.bytes_of(name, start * tensor.row_bytes, stop * tensor.row_bytes))
+        data = self.bytes_of(name, start * tensor.row_bytes, stop * tensor.row_bytes)
         if check is not None:
             check(data)
         dtype = getattr(torch, _DTYPES[tensor.dtype][1])
@@ -121,16 +129,16 @@ class SafetensorsFile:
         return torch.frombuffer(data, dtype=dtype).view(shape)
 
 
-def _read_header(path: Path, file: Any) -> tuple[int, dict[str, StoredTensor], dict[str, str]]:
-    size = path.stat().st_size
+def _read_header(path: Path, file: BinaryIO) -> tuple[int, dict[str, StoredTensor], dict[str, str]]:
+    size = os.fstat(file.fileno()).st_size
     prefix = file.read(8)
     if len(prefix) < 8:
         raise CheckpointError(f"{path}: {size} bytes are too few for a safetensors file; download it again")
     (length,) = struct.unpack("<Q", prefix)
+    if prefix.startswith(_PICKLE_STARTS) and 8 + length > size:
+        raise CheckpointError(f"{path}: looks like a pickle, which kbit never loads: convert it to safetensors")
     if length > MAX_HEADER_BYTES:
-        pickled = prefix[:2] in (b"PK", b"\x80\x02")
-        hint = "it looks like a pickle, which kbit never loads" if pickled else "not a safetensors file"
-        raise CheckpointError(f"{path}: its header would be {length} bytes long ({hint})")
+        raise CheckpointError(f"{path}: its header would be {length} bytes long: not a safetensors file")
     if 8 + length > size:
         raise CheckpointError(
             f"{path}: truncated: the header needs {8 + length} bytes, the file has {size}; download it again"
@@ -170,11 +178,13 @@ def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _checked_entry(path: Path, name: str, entry: Any, data_start: int, data_bytes: int) -> StoredTensor:
+    if len(name) > _MAX_NAME or not name.isprintable():
+        raise CheckpointError(f"{path}: {name[:80]!r} is no name for a tensor; the file is damaged or hostile")
     if not isinstance(entry, dict) or not {"dtype", "shape", "data_offsets"} <= entry.keys():
         raise CheckpointError(f"{path}: {name}: header entry lacks dtype, shape or data_offsets")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
-    if dtype not in _DTYPES:
-        raise UnsupportedError(f"{path}: {name} has dtype {dtype!r}; kbit reads {', '.join(_DTYPES)}")
+    if not isinstance(dtype, str) or dtype not in _DTYPES:
+        raise UnsupportedError(f"{path}: {name} has dtype {str(dtype)[:40]!r}; kbit reads {', '.join(_DTYPES)}")
     if not _natural_numbers(shape) or len(shape) > 8:
         raise CheckpointError(f"{path}: {name} has the impossible shape {str(shape)[:80]}")
     if not _natural_numbers(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
@@ -184,9 +194,10 @@ def _checked_entry(path: Path, name: str, entry: Any, data_start: int, data_byte
         raise CheckpointError(
             f"{path}: {name} ends at byte {end} of {data_bytes}: the file is truncated; download it again"
         )
-    nbytes = _DTYPES[dtype][0]
-    for dim in shape:
-        nbytes *= dim
+    # Zeros aside: a shape like (2^62, 2^62, 0) has no bytes, but torch cannot make a tensor of it.
+    if prod(dim for dim in shape if dim) >= 2**63:
+        raise CheckpointError(f"{path}: {name} has the impossible shape {str(shape)[:80]}")
+    nbytes = _DTYPES[dtype][0] * prod(shape)
     if nbytes != end - begin:
         raise CheckpointError(f"{path}: {name} is {dtype} {tuple(shape)} = {nbytes} bytes, but spans {end - begin}")
     return StoredTensor(name, dtype, tuple(shape), data_start + begin, data_start + end)

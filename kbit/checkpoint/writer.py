@@ -6,7 +6,8 @@ headers are written first and tensors land at their final offsets in any order, 
 Work happens in `OUT.partial/`. A journal there records each finished weight with the sha256 of its bytes. A run that
 was killed is resumed from the journal: the recorded bytes are hashed again, and whatever does not match (a torn
 write, a lost page after a power cut) is simply written once more. `config.json`, without which nothing loads the
-folder, is written last, and a rename of the whole folder to `OUT` ends the work.
+folder, is written last, and a rename of the whole folder to `OUT` ends the work. Only then does the journal go: a run
+killed at any moment leaves something that the next one recognises as its own.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -32,6 +33,7 @@ from kbit.formats.quant_format import Part
 # Hugging Face's default. Large enough that most models have a few files, small enough to copy and retry.
 DEFAULT_SHARD_BYTES = 5_000_000_000
 _JOURNAL = "journal.jsonl"
+_REPLACED = ".replaced"
 _HASH_BLOCK = 1 << 22
 
 
@@ -103,7 +105,7 @@ class CheckpointWriter:
         overwrite: bool = False,
     ) -> None:
         self.out = out
-        self.partial = out.with_name(out.name + ".partial")
+        self.partial = partial_folder(out)
         self.plan_id = plan_id
         self._overwrite = overwrite
         self._shards = _assign_shards(weights, shard_bytes)
@@ -111,8 +113,8 @@ class CheckpointWriter:
         self._weights = {weight.name: weight for weight in weights}
         self._done: dict[str, dict[str, str]] = {}
         self._files: dict[str, IO[bytes]] = {}
-        check_output_folder(out, overwrite=overwrite)
         with self._errors():
+            check_output_folder(out, overwrite=overwrite)
             self.partial.parent.mkdir(parents=True, exist_ok=True)
             self._lock = FileLock(str(self.partial) + ".lock")
             try:
@@ -177,6 +179,7 @@ class CheckpointWriter:
                 file.flush()
                 os.fsync(file.fileno())
                 file.close()
+            self._journal.close()
             files = dict(sidecars)
             if len(self._shards) > 1:
                 files[INDEX_NAME] = _json_bytes(
@@ -196,21 +199,22 @@ class CheckpointWriter:
             files[MANIFEST_NAME] = _json_bytes(manifest)
             for name in sorted(files, key=lambda name: name == "config.json"):  # config.json last
                 _write_durably(self.partial / name, files[name])
-            self._journal.close()
-            (self.partial / _JOURNAL).unlink()
             _fsync_folder(self.partial)
             self._move_into_place()
         self.close()
 
     def close(self) -> None:
         """Release files and lock; what is written stays for a later run."""
-        for file in self._files.values():
-            file.close()
         journal = getattr(self, "_journal", None)
-        if journal is not None:
-            journal.close()
-        self._lock.release()
-        Path(self._lock.lock_file).unlink(missing_ok=True)
+        for file in (*self._files.values(), *([] if journal is None else [journal])):
+            # Closing flushes, which fails on a full disk; what is lost so was never recorded as done.
+            with suppress(OSError):
+                file.close()
+        if self._lock.is_locked:
+            # Removed while still held: afterwards it could be another process's. (Windows removes it on release.)
+            with suppress(OSError):
+                Path(self._lock.lock_file).unlink(missing_ok=True)
+            self._lock.release()
 
     def __enter__(self) -> CheckpointWriter:
         return self
@@ -220,20 +224,23 @@ class CheckpointWriter:
 
     def _prepare(self, resume: bool) -> None:
         journal = self.partial / _JOURNAL
-        records = _read_journal(journal)
+        records = _read_journal(journal) if self.partial.is_dir() else None
         if records is not None and records[0] != self.plan_id and resume:
             raise UsageError(
                 f"{self.partial}: an interrupted run with another source or other settings is there; repeat it as it "
                 "was, or discard it with --no-resume"
             )
         if self.partial.exists() and (records is None or not resume):
-            if not self.partial.is_dir() or (records is None and any(self.partial.iterdir())):
+            # Without a journal it is ours only if a run was killed over the journal's first line.
+            if not self.partial.is_dir() or (records is None and _names(self.partial) - {f"{_JOURNAL}.tmp"}):
                 raise UsageError(f"{self.partial}: in the way, and not an interrupted run of kbit's; move it")
             shutil.rmtree(self.partial)
             records = None
         self.partial.mkdir(exist_ok=True)
         if records is None:
             _write_durably(journal, (json.dumps({"plan": self.plan_id}) + "\n").encode())
+        # Left by a run killed at the very end: the folder must not load before everything in it is checked.
+        (self.partial / "config.json").unlink(missing_ok=True)
         for shard in self._shards:
             path = self.partial / shard.file_name
             intact = path.is_file() and path.stat().st_size == shard.nbytes
@@ -276,16 +283,13 @@ class CheckpointWriter:
         return True
 
     def _move_into_place(self) -> None:
+        check_output_folder(self.out, overwrite=self._overwrite)  # again: it may have appeared meanwhile
         if self.out.exists():
-            if any(self.out.iterdir()) and not self._overwrite:
-                raise UsageError(f"{self.out}: appeared meanwhile; the finished model is in {self.partial}")
-            old = self.out.with_name(self.out.name + ".replaced")
-            self.out.rename(old)
-            self.partial.rename(self.out)
-            shutil.rmtree(old)
-        else:
-            self.partial.rename(self.out)
+            shutil.rmtree(self.partial / _REPLACED, ignore_errors=True)  # of a run killed at this very point
+            self.out.rename(self.partial / _REPLACED)
+        self.partial.rename(self.out)
         _fsync_folder(self.out.parent)
+        remove_leftovers(self.out)
 
     @contextmanager
     def _errors(self) -> Iterator[None]:
@@ -299,17 +303,34 @@ class CheckpointWriter:
             raise KbitError(f"{error.filename or self.partial}: cannot be written ({error.strerror})") from None
 
 
+def partial_folder(out: Path) -> Path:
+    """Where the model is written until it is complete.
+
+    Raises:
+        UsageError: `out` is no name for a new folder ("/", ".", "..").
+    """
+    if out.name in ("", ".."):
+        raise UsageError(f"{out}: not a name for a new folder; name one to create")
+    return out.with_name(out.name + ".partial")
+
+
+def remove_leftovers(out: Path) -> None:
+    """Remove what a run still needed until the folder was in place; a run killed just then leaves it there."""
+    shutil.rmtree(out / _REPLACED, ignore_errors=True)
+    (out / _JOURNAL).unlink(missing_ok=True)
+
+
 def check_output_folder(out: Path, *, overwrite: bool) -> None:
     """Refuse an output folder that would destroy something.
 
     Raises:
         UsageError: `out` is a file, or a folder with other things in it, or a finished model and not `overwrite`.
     """
-    if not out.name:
-        raise UsageError(f"{out}: not a name for a new folder")
+    if out.is_symlink():
+        raise UsageError(f"{out}: is a symbolic link; name the folder itself")
     if out.exists() and not out.is_dir():
         raise UsageError(f"{out}: is a file; name a folder to create")
-    if not out.is_dir() or not any(out.iterdir()):
+    if not out.is_dir() or not _names(out):
         return
     if not (out / MANIFEST_NAME).is_file():
         raise UsageError(f"{out}: exists and holds other files; name a new folder")
@@ -360,6 +381,10 @@ def _read_journal(path: Path) -> tuple[str, dict[str, dict[str, str]]] | None:
         except (ValueError, KeyError, TypeError):
             break  # a torn line: written when the run was killed
     return None if plan is None else (plan, done)
+
+
+def _names(folder: Path) -> set[str]:
+    return {path.name for path in folder.iterdir()}
 
 
 def _json_bytes(value: Mapping[str, Any]) -> bytes:

@@ -45,10 +45,11 @@ def summarise(source: CheckpointSource) -> dict[str, Any]:
     roles = {info.name: role_of(info) for info in infos}
     inner = [info for info in infos if roles[info.name] not in ("embedding", "head")]
     config = source.config
+    named = config.get("architectures")
     files = {info.file for info in infos}
     return {
         "model": str(source.path),
-        "architecture": (config.get("architectures") or [config.get("model_type")])[0],
+        "architecture": named[0] if isinstance(named, list) and named else config.get("model_type"),
         "layers": config.get("num_hidden_layers"),
         "hidden_size": config.get("hidden_size"),
         "heads": config.get("num_attention_heads"),
@@ -94,7 +95,7 @@ def _by_format(infos: list[Any]) -> dict[str, dict[str, int]]:
 
 
 def _print_for_people(summary: dict[str, Any], list_tensors: bool) -> None:
-    from kbit.cli.output import size
+    from kbit.cli.output import printable, size
 
     def bits(value: float | None) -> str:
         return "-" if value is None else f"{value:.3f}"
@@ -114,7 +115,7 @@ def _print_for_people(summary: dict[str, Any], list_tensors: bool) -> None:
         "runs on": f"cpu: {summary['runs_on']['cpu']}; cuda: not yet",
     }
     for key, text in lines.items():
-        typer.echo(f"{key + ':':<17}{text}")
+        typer.echo(f"{key + ':':<17}{printable(text)}")
     typer.echo(f"\n{'format':<22}{'tensors':>8}{'parameters':>16}{'bytes':>12}{'bits/weight':>13}")
     for key, row in summary["formats"].items():
         share = 8 * row["bytes"] / row["parameters"] if row["parameters"] else 0.0

@@ -22,6 +22,10 @@ from kbit.cli.quantize import quantize
 from kbit.cli.run import run
 from kbit.errors import KbitError
 
+_MAX_MESSAGE = 1000
+# How torch's allocators say it, in a plain RuntimeError.
+_OUT_OF_MEMORY = ("not enough memory", "can't allocate memory")
+
 # Plain help: rich's renderer would cost as much time again as everything else together.
 app = typer.Typer(
     name="kbit",
@@ -71,10 +75,15 @@ def _take_debug(arguments: list[str]) -> tuple[list[str], bool]:
 
 
 def _run(arguments: list[str], debug: bool) -> int:
+    # Not app(arguments): that turns Ctrl-C and a closed pipe into exit codes of its own, without a word.
+    command = typer.main.get_command(app)
     try:
-        result = app(arguments, standalone_mode=False)
+        with command.make_context("kbit", list(arguments)) as context:
+            command.invoke(context)
         sys.stdout.flush()
-        return result if isinstance(result, int) else 0
+        return 0
+    except typer.Exit as done:
+        return done.exit_code
     except KeyboardInterrupt:
         sys.stderr.write("\nkbit: interrupted\n")
         return 130
@@ -103,7 +112,7 @@ def _explain(error: Exception) -> tuple[str, int]:
         return f"kbit: error: {_one_line(error.format_message())}{hint}", error.exit_code
     if type(error).__name__ == "Abort":
         return "kbit: interrupted", 130
-    if isinstance(error, MemoryError) or "not enough memory" in str(error):
+    if isinstance(error, MemoryError) or any(sign in str(error) for sign in _OUT_OF_MEMORY):
         return f"kbit: error: out of memory ({_one_line(error)[:120]}); use a smaller model or fewer bits", 1
     if isinstance(error, OSError) and error.errno is not None:
         remedy = {errno.ENOSPC: "; make room on the disk", errno.EACCES: "; check its permissions"}.get(error.errno, "")
@@ -113,7 +122,9 @@ def _explain(error: Exception) -> tuple[str, int]:
 
 
 def _one_line(error: object) -> str:
-    return " ".join(str(error).split())
+    # Names from a hostile file may hold escape sequences, or megabytes.
+    text = "".join(char if char.isprintable() else "?" for char in " ".join(str(error).split()))
+    return text if len(text) <= _MAX_MESSAGE else f"{text[:_MAX_MESSAGE]}..."
 
 
 if __name__ == "__main__":

@@ -12,6 +12,8 @@ import typer
 from kbit.errors import UsageError
 
 DEFAULT_MODEL = "smollm2-135m-instruct"
+# More than any machine has. OpenMP ends the process (without a word) when it cannot start its threads.
+MAX_THREADS = 1024
 MAX_PROMPT_BYTES = 64 << 20
 
 _SAMPLING = "Sampling"
@@ -97,9 +99,18 @@ StopOption = Annotated[
     list[str] | None,
     typer.Option("--stop", metavar="TEXT", help="End before this text appears. Can be given several times."),
 ]
+
+
+def _check_threads(threads: int | None) -> int | None:
+    if threads is not None and not 1 <= threads <= MAX_THREADS:
+        raise UsageError(f"--threads {threads}: expected at least 1 and at most {MAX_THREADS}")
+    return threads
+
+
 DeviceOption = Annotated[str, typer.Option("--device", metavar="auto|cpu|cuda", help="Where to run.")]
 ThreadsOption = Annotated[
-    int | None, typer.Option("--threads", metavar="N", help="CPU threads. [default: torch's choice]")
+    int | None,
+    typer.Option("--threads", metavar="N", callback=_check_threads, help="CPU threads. [default: torch's choice]"),
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
 

@@ -11,7 +11,8 @@ import typer
 
 def print_json(value: Mapping[str, Any]) -> None:
     """One JSON object on stdout: the whole output of a command under --json. NaN and infinity become null."""
-    typer.echo(json.dumps(_finite(value), ensure_ascii=False, allow_nan=False))
+    # Escaped: stdout's encoding may lack a character, and hostile files hold lone surrogates.
+    typer.echo(json.dumps(_finite(value), allow_nan=False))
 
 
 def _finite(value: Any) -> Any:
@@ -22,6 +23,11 @@ def _finite(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [_finite(item) for item in value]
     return value
+
+
+def printable(value: object) -> str:
+    """A value from a file as text that cannot disturb a terminal."""
+    return "".join(char if char.isprintable() else "?" for char in str(value))
 
 
 def size(nbytes: float) -> str:

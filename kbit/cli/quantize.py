@@ -7,29 +7,41 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from kbit.errors import UsageError
+from kbit.cli.options import ThreadsOption
+from kbit.errors import CheckpointError, UsageError
 
 if TYPE_CHECKING:
     from kbit.checkpoint.source import CheckpointSource
     from kbit.quantizers.plan import Plan
 
+_MAX_SHARD_GB = 1_000_000
+
 
 def quantize(
     model: Annotated[str, typer.Argument(help="A folder, a .gguf file, a hub id, or a name kbit pull lists.")],
-    bits: Annotated[int, typer.Option("--bits", help="Bits per code, 2 to 8.")] = 4,
+    bits: Annotated[int | None, typer.Option("--bits", help="Bits per code, 2 to 8.  [default: 4]")] = None,
     dtype: Annotated[
         str | None,
-        typer.Option("--dtype", help="Data type: int, float, dynamic, quantile, nf or lloyd.  [default: nf]"),
+        typer.Option(
+            "--dtype",
+            help="Data type: int, float, dynamic, quantile, nf or lloyd.  [default: nf at 3 and 4 bits, int at 8, "
+            "lloyd otherwise]",
+        ),
     ] = None,
     block_size: Annotated[
-        int, typer.Option("--block-size", help="Weights that share a scale: 16 to 4096, 0 for one scale per row.")
-    ] = 64,
+        int | None,
+        typer.Option(
+            "--block-size", help="Weights that share a scale: 16 to 4096, 0 for one scale per row.  [default: 64]"
+        ),
+    ] = None,
     asymmetric: Annotated[bool, typer.Option("--asym", help="int only: an offset per block.")] = False,
     exponent_bits: Annotated[int | None, typer.Option("--exponent-bits", help="float only.  [default: 2]")] = None,
     float_grid: Annotated[
         str | None, typer.Option("--float-grid", help="float only: ocp, paper or bnb.  [default: ocp]")
     ] = None,
-    scale_dtype: Annotated[str, typer.Option("--scale-dtype", help="fp16, bf16 or fp32.")] = "fp16",
+    scale_dtype: Annotated[
+        str | None, typer.Option("--scale-dtype", help="fp16, bf16 or fp32.  [default: fp16]")
+    ] = None,
     double_quant: Annotated[
         bool, typer.Option("--double-quant", help="8-bit scales with one fp32 factor per 256 blocks.")
     ] = False,
@@ -53,7 +65,7 @@ def quantize(
         bool, typer.Option("--resume/--no-resume", help="Continue an interrupted run, or start it over.")
     ] = True,
     force: Annotated[bool, typer.Option("--force", help="Replace a finished model in the output folder.")] = False,
-    threads: Annotated[int | None, typer.Option("--threads", help="CPU threads.  [default: all]")] = None,
+    threads: ThreadsOption = None,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else on stdout.")] = False,
 ) -> None:
     """Convert a model to k-bit weights by rounding to nearest.
@@ -69,23 +81,34 @@ def quantize(
       kbit quantize path/to/model --bits 3 --override '*.down_proj.weight=nf4-b32' --dry-run
     """
     from kbit.checkpoint.resolve import open_model
+    from kbit.checkpoint.writer import partial_folder
     from kbit.cli.output import print_json, size
-    from kbit.formats.quant_format import QuantFormat
-    from kbit.models.families import spec_from_config
+    from kbit.formats.quant_format import QuantFormat, default_dtype
     from kbit.quantizers.plan import check_disk, make_plan
 
-    if format is not None:
-        chosen = QuantFormat.parse(format)
+    fields: dict[str, Any] = {
+        "dtype": dtype,
+        "bits": bits,
+        "block_size": block_size,
+        "asymmetric": asymmetric or None,
+        "exponent_bits": exponent_bits,
+        "grid": float_grid,
+        "scale_dtype": scale_dtype,
+        "double_quant": double_quant or None,
+    }
+    given = {name: value for name, value in fields.items() if value is not None}
+    if format is not None and given:
+        field = next(iter(given)).replace("_", " ")
+        raise UsageError(f"--format {format}: says everything; drop the flag that gives its {field}")
+    if format is None:
+        given = {"bits": 4, **given}
+        chosen = QuantFormat(**{"dtype": default_dtype(given["bits"]), **given})
     else:
-        chosen = QuantFormat(
-            dtype or "nf", bits, block_size, asymmetric, exponent_bits, float_grid, scale_dtype, double_quant
-        )
-    if threads is not None and threads < 1:
-        raise UsageError(f"--threads {threads}: use 1 or more")
-    if not shard_size > 0:
-        raise UsageError(f"--shard-size {shard_size}: use a size in GB above 0")
+        chosen = QuantFormat.parse(format)
+    if not 0 < shard_size <= _MAX_SHARD_GB:
+        raise UsageError(f"--shard-size {shard_size}: use a size in GB, above 0 and at most {_MAX_SHARD_GB}")
     with open_model(model) as source:
-        spec_from_config(source.config)  # a model kbit could not run afterwards is refused now
+        _check_runnable(source)
         plan = make_plan(
             source,
             chosen,
@@ -94,7 +117,7 @@ def quantize(
             shard_bytes=int(shard_size * 1e9),
         )
         out = output or Path(f"{_short_name(model)}-{chosen}")
-        disk = check_disk(plan, out, _bytes_in(out.with_name(out.name + ".partial")))
+        disk = check_disk(plan, out, _bytes_in(partial_folder(out)))
         report = _report(source, plan, out, disk)
         if dry_run:
             if json:
@@ -107,12 +130,28 @@ def quantize(
     if json:
         print_json(report)
         return
+    if result["already_complete"]:
+        typer.echo(f"{out}: already complete, nothing to do (--force makes it anew)")
+        return
     again = f", {result['resumed_tensors']} tensors kept from an interrupted run" if result["resumed_tensors"] else ""
     typer.echo(
         f"{out}: {size(report['bytes_before'])} -> {size(report['bytes_after'])}, "
         f"{report['bits_per_weight']:.3f} bits per weight ({report['bits_per_weight_linear']:.3f} in linear layers), "
         f"{result['seconds']:.1f} s{again}"
     )
+
+
+def _check_runnable(source: CheckpointSource) -> None:
+    """Refuse now what kbit could not run after the conversion."""
+    from kbit.models.families import spec_from_config
+
+    expected = spec_from_config(source.config, where=f"config of {source.path}").expected_tensors()
+    missing = [name for name in expected if name not in source.tensors]
+    if missing:
+        raise CheckpointError(
+            f"{source.path}: {missing[0]} is missing{f' and {len(missing) - 1} more' if missing[1:] else ''}: the "
+            "checkpoint is incomplete, or its config.json is another model's"
+        )
 
 
 def _convert(
@@ -131,7 +170,8 @@ def _convert(
         torch.set_num_threads(threads)
     begin = time.perf_counter()
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True)) as bar:
+    console = Console(stderr=True)
+    with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
         task = bar.add_task("quantizing", total=len(plan.tensors))
 
         def on_tensor(tensor: TensorPlan) -> None:
@@ -143,6 +183,7 @@ def _convert(
         "seconds": time.perf_counter() - begin,
         "written_tensors": done.written,
         "resumed_tensors": done.resumed,
+        "already_complete": done.already_complete,
     }
 
 

@@ -38,6 +38,18 @@ _BASE = re.compile(r"(?P<dtype>[a-z]+?)(?P<bits>[0-9]+)(?:e(?P<exponent>[0-9]+)m
 _MAX_TEXT = 80
 
 
+def default_dtype(bits: int) -> str:
+    """The data type to use at a width unless the user names one.
+
+    From KL divergence on SmolLM2-135M and novels-2m (README, benchmarks/accuracy_table.py): nf is best at 3 and 4 bits
+    where outliers matter (SmolLM2, 3 bits: 1.28 against lloyd's 4.39), lloyd at 2 and from 5 on. At 8 bits all but
+    nf and quantile are below 0.003, and integers are what kernels multiply fastest.
+    """
+    if bits in (3, 4):
+        return "nf"
+    return "int" if bits == 8 else "lloyd"
+
+
 def plane_widths(bits: int) -> tuple[int, ...]:
     """Widths of the bit planes of a k-bit code, widest first: 3 -> (2, 1), 7 -> (4, 2, 1), 8 -> (8,)."""
     return tuple(width for width in (8, 4, 2, 1) if bits & width)
@@ -133,12 +145,17 @@ class QuantFormat:
         """Whether every tensor carries a codebook of its own (quantile: estimated from the tensor)."""
         return self.dtype == "quantile"
 
-    def with_bits(self, bits: int) -> QuantFormat:
-        """The same kind of format at another width (a float keeps its exponent bits where they fit)."""
-        exponent = self.exponent_bits
-        if exponent is not None and exponent > bits - 1:
-            exponent = None
-        return replace(self, bits=bits, exponent_bits=exponent)
+    def at_width(self, bits: int) -> QuantFormat:
+        """The format to use beside this one at another width: same blocks and scales, that width's default data type."""
+        if bits == self.bits:
+            return self
+        return QuantFormat(
+            default_dtype(bits),
+            bits,
+            self.block_size,
+            scale_dtype=self.scale_dtype,
+            double_quant=self.double_quant,
+        )
 
     @classmethod
     def parse(cls, text: str) -> QuantFormat:

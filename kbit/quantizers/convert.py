@@ -9,10 +9,10 @@ from typing import Any
 
 import torch
 
-from kbit.checkpoint.kbit_folder import LAYOUT_VERSION, codebook_key
+from kbit.checkpoint.kbit_folder import LAYOUT_VERSION, KbitFolder, codebook_key
 from kbit.checkpoint.source import CheckpointSource
-from kbit.checkpoint.writer import CheckpointWriter, finished_plan
-from kbit.errors import KbitError
+from kbit.checkpoint.writer import CheckpointWriter, finished_plan, remove_leftovers
+from kbit.errors import CheckpointError, KbitError
 from kbit.formats.blockwise import CHUNK_WEIGHTS, quantize_rows
 from kbit.formats.codebooks import codebook
 from kbit.formats.quant_tensor import SAFETENSORS_TO_TORCH
@@ -26,14 +26,16 @@ class Conversion:
     Attributes:
         out: the finished folder.
         written: weights written by this run.
-        resumed: weights an earlier, interrupted run had left.
+        resumed: weights that an earlier run had left, finished or interrupted.
         nbytes: size of the weight files.
+        already_complete: the folder was there, made by the same plan; nothing was done.
     """
 
     out: Path
     written: int
     resumed: int
     nbytes: int
+    already_complete: bool = False
 
 
 def convert(
@@ -50,16 +52,22 @@ def convert(
     Args:
         source: the model the plan was made for.
         plan: what to do.
-        out: folder to create; an identical finished one is left as it is.
+        out: folder to create; a finished one of the same plan is left as it is, unless `overwrite`.
         resume: continue an interrupted run of the same plan.
-        overwrite: replace a finished model of another plan.
+        overwrite: replace a finished model.
         on_tensor: called after each tensor (also for those found finished on resuming).
 
     Raises:
         KbitError and its kinds: see CheckpointWriter and quantize_rows; everything written stays for a rerun.
     """
-    if finished_plan(out) == plan.plan_id:
-        return Conversion(out, 0, len(plan.tensors), plan.bytes_after)
+    if finished_plan(out) == plan.plan_id and not overwrite:
+        try:
+            KbitFolder(out).close()
+        except CheckpointError as error:
+            raise CheckpointError(f"{error}; or make {out} anew with --force") from None
+        remove_leftovers(out)
+        nbytes = sum(path.stat().st_size for path in out.glob("*.safetensors"))
+        return Conversion(out, 0, len(plan.tensors), nbytes, already_complete=True)
     weights = [tensor.stored() for tensor in plan.tensors]
     with CheckpointWriter(
         out, weights, plan.plan_id, shard_bytes=plan.shard_bytes, resume=resume, overwrite=overwrite

@@ -14,15 +14,17 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
 
+from kbit.checkpoint.kbit_folder import LAYOUT_VERSION
 from kbit.checkpoint.source import CheckpointSource, TensorInfo
 from kbit.checkpoint.writer import DEFAULT_SHARD_BYTES, StoredWeight
-from kbit.errors import KbitError, UsageError
+from kbit.errors import KbitError, UnsupportedError, UsageError
 from kbit.formats.quant_format import Part, QuantFormat
 
 # What a kept tensor is stored as, by how the source holds it. GGUF's block types have no plain equivalent: their
 # values are multiples of an fp16 scale, which fp16 holds to 2^-11. fp8 times its scale needs bf16's range.
 _KEEP_AS = {"F64": "F32", "F32": "F32", "F16": "F16", "BF16": "BF16", "F8_E4M3": "BF16", "F8_E5M2": "BF16"}
 _KEEP_OTHERWISE = "F16"
+_INTEGERS = ("BOOL", "U8", "I8", "I16", "I32", "I64")
 
 # Peak memory of a conversion beyond its results: interpreter, torch and libraries (measured: 350 MB), and the scratch
 # of one chunk of 2^22 weights (measured: 140 MB).
@@ -112,13 +114,15 @@ def make_plan(
     Args:
         source: the model.
         format: for linear weights.
-        embedding_bits: quantize embeddings and head too, in the same kind of format with this many bits (16: keep).
+        embedding_bits: quantize embeddings and head too, to this many bits (16: keep) in that width's default data type,
+            with the same blocks and scales.
         overrides: (pattern, format string or "keep") pairs; patterns are shell-style and match whole tensor names,
             the last match wins.
         shard_bytes: largest output file.
 
     Raises:
         UsageError: an override matches nothing or asks for the impossible, or the source is quantized by kbit already.
+        UnsupportedError: the source has integer tensors.
     """
     if (source.config.get("quantization_config") or {}).get("quant_method") == "kbit":
         raise UsageError(f"{source.path}: already quantized by kbit; start from the model it was made of")
@@ -128,6 +132,8 @@ def make_plan(
     tied = bool(source.config.get("tie_word_embeddings"))
     for info in source.tensors.values():
         role = role_of(info)
+        if info.stored_as in _INTEGERS:
+            raise UnsupportedError(f"{info.file}: {info.name} is {info.stored_as}, but weights must be floating point")
         if role == "head" and tied and "model.embed_tokens.weight" in source.tensors:
             continue  # the same matrix under a second name; tied it stays, stored once
         target = _default_target(role, format, embedding_bits)
@@ -142,7 +148,7 @@ def make_plan(
         raise UsageError(f"override pattern {sorted(unused)[0]!r} matches no tensor; kbit info lists their names")
     if not any(tensor.format for tensor in tensors):
         raise UsageError(f"{source.path}: nothing to quantize: no linear weights among {len(tensors)} tensors")
-    plan_id = _plan_id(source, tensors, shard_bytes)
+    plan_id = _plan_id(source, format, tensors, shard_bytes)
     return Plan(format, tuple(tensors), shard_bytes, plan_id)
 
 
@@ -180,7 +186,7 @@ def _default_target(role: str, format: QuantFormat, embedding_bits: int | None) 
     if role == "linear":
         return format
     if role in ("embedding", "head") and embedding_bits not in (None, 16):
-        return format.with_bits(embedding_bits)
+        return format.at_width(embedding_bits)
     return None
 
 
@@ -192,8 +198,10 @@ def _override(pattern: str, text: str) -> QuantFormat | None:
     return None if text == "keep" else QuantFormat.parse(text)
 
 
-def _plan_id(source: CheckpointSource, tensors: Sequence[TensorPlan], shard_bytes: int) -> str:
+def _plan_id(source: CheckpointSource, format: QuantFormat, tensors: Sequence[TensorPlan], shard_bytes: int) -> str:
     description: Mapping[str, object] = {
+        "layout": LAYOUT_VERSION,
+        "format": str(format),
         "source": source.fingerprint(),
         "shard_bytes": shard_bytes,
         "tensors": [(tensor.source.name, tensor.source.shape, tensor.label) for tensor in tensors],
