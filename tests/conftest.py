@@ -108,3 +108,31 @@ def write_model() -> Callable[..., Path]:
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random tiny Llama, float16, one file. Not to be changed: copy it, or write another."""
     return _write_model(tmp_path_factory.mktemp("tiny") / "model")
+
+
+@pytest.fixture(scope="session")
+def small_model(tmp_path_factory: pytest.TempPathFactory, write_model: Callable[..., Path]) -> Path:
+    """As few tensors as a model can have."""
+    folder = tmp_path_factory.mktemp("small") / "model"
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2, "num_key_value_heads": 2}
+    return write_model(folder, num_hidden_layers=1, vocab_size=257, **sizes)
+
+
+@pytest.fixture(scope="session")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory, small_model: Path) -> dict[str, bytes]:
+    """The files of a conversion that nothing disturbed."""
+    from conversion_cases import files_of, rerun
+
+    out = tmp_path_factory.mktemp("undisturbed") / "out"
+    rerun(small_model, out)
+    return files_of(out)
+
+
+@pytest.fixture
+def interrupted(tmp_path: Path, small_model: Path) -> tuple[Path, Path]:
+    """OUT and the partial folder of a run that stopped after six tensors."""
+    from conversion_cases import stop_after
+
+    out = tmp_path / "out"
+    stop_after(small_model, out, 6)
+    return out, tmp_path / "out.partial"

@@ -489,6 +489,7 @@ def test_an_interrupted_run_of_other_settings(zoo: Path, tmp_path: Path, monkeyp
             "kbit: internal error: ZeroDivisionError: division by zero; this is",
             1,
         ),
+        (ValueError("x" * 100_000), f"kbit: internal error: ValueError: {'x' * 900}", 1),
         (ValueError("two\nlines \x1b[2J"), "kbit: internal error: ValueError: two lines ?[2J; this is a bug", 1),
     ],
 )
@@ -500,6 +501,7 @@ def test_errors_of_other_kinds(monkeypatch: pytest.MonkeyPatch, error: Exception
     found, stdout, stderr = run_command(["info", "x"])
     assert (found, stdout, len(stderr.splitlines())) == (code, "", 1)
     assert line in stderr
+    assert len(stderr) < 1200
 
 
 def test_debug_shows_the_traceback_wherever_it_stands(zoo: Path) -> None:

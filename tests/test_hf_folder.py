@@ -303,10 +303,11 @@ def test_a_refused_folder_is_closed(tmp_path: Path, write_model: Callable[..., P
     assert len(list(descriptors.iterdir())) == before
 
 
-@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root may read everything")
 def test_no_permission(tmp_path: Path, write_model: Callable[..., Path]) -> None:
     path = write_model(tmp_path / "m")
     (path / "model.safetensors").chmod(0)
+    if os.access(path / "model.safetensors", os.R_OK):
+        pytest.skip("permissions do not bind this user")
     refused(path, "model.safetensors", "cannot be opened")
 
 

@@ -1,0 +1,79 @@
+"""The product's main path on the real model: convert, inspect, run, measure, each through the command line."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from kbit.cli.main import _run
+
+MODEL = "smollm2-135m-instruct"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Any:
+    """Small operations crawl when OpenMP's threads have to share their cores with other processes."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def converted(smollm2_gguf: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
+    """SmolLM2 at 8, 5 and 4 bits, in the data types kbit chooses."""
+    folder = tmp_path_factory.mktemp("converted")
+    for bits in (8, 5, 4):
+        assert _run(["quantize", MODEL, "--bits", str(bits), "-o", str(folder / str(bits))], debug=True) == 0
+    return {bits: folder / str(bits) for bits in (8, 5, 4)}
+
+
+def json_of(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> Any:
+    """What a command prints under --json; fails unless that is one JSON object and nothing else."""
+    capsys.readouterr()
+    assert _run([*arguments, "--json"], debug=True) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+@pytest.mark.parametrize("bits", [8, 5, 4])
+def test_the_capital_of_france(converted: dict[int, Path], bits: int, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["run", "The capital of France is", "--model", str(converted[bits]), "--max-tokens", "12"]
+    result = json_of(arguments, capsys)
+    assert result["text"].startswith(" Paris")
+    assert result["prompt_tokens"] == 5
+    assert result["completion_tokens"] <= 12
+    for key in ("prefill_tokens_per_second", "time_to_first_token_s", "peak_rss_bytes"):
+        assert result[key] > 0
+    assert result["backend"] == "reference"
+
+
+@pytest.mark.parametrize(("bits", "format"), [(8, "int8-b64"), (5, "lloyd5-b64"), (4, "nf4-b64")])
+def test_info_counts_every_bit(
+    converted: dict[int, Path], bits: int, format: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    info = json_of(["info", str(converted[bits])], capsys)
+    assert info["formats"][format]["tensors"] == 7 * 30
+    # 16 bits of scale per 64 weights; the norms, in float32, add the rest.
+    assert bits + 0.25 < info["bits_per_weight_without_embeddings"] < bits + 0.27
+    # All there is in the file but its header: the embedding in 16 bits included.
+    assert 8 * info["tensor_bytes"] / info["parameters"] == pytest.approx(info["bits_per_weight"])
+    assert 0 < info["file_bytes"] - info["tensor_bytes"] < 100_000
+
+
+def test_eight_bits_cost_next_to_nothing(
+    converted: dict[int, Path], data_dir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Mean KL below 0.002 nats on WikiText-2 test; on the first 1,024 tokens here, on more of it in the README."""
+    text = str(data_dir / "wikitext2" / "wiki.test.raw")
+    arguments = ["eval", str(converted[8]), "--data", text, "--reference", MODEL]
+    result = json_of([*arguments, "--max-tokens", "1024", "--context", "512"], capsys)
+    assert result["tokens"] == 2 * 511
+    assert 0 < result["kl_mean"] < 0.002
+    assert result["top1_agreement"] > 0.95
+    low, high = result["delta_nll_ci95"]
+    assert low < result["delta_nll"] < high
+    assert result["perplexity"] == pytest.approx(result["reference_perplexity"], rel=0.02)
