@@ -8,4 +8,5 @@ mkdir "$view/kbit"
 ln -s "$root"/kbit/* "$view/kbit/"
 ln -s "$root/kernels" "$view/kbit/kernels"
 cd "$view"
-mypy --config-file "$root/pyproject.toml" --cache-dir "${MYPY_CACHE_DIR:-$root/.mypy_cache}" kbit
+# The view has another name every time, so a cache kept between runs would only confuse.
+mypy --config-file "$root/pyproject.toml" --cache-dir "$view/.cache" kbit

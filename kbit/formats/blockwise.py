@@ -81,6 +81,7 @@ def quantize_rows(
 
         def read_rows(start: int, stop: int) -> torch.Tensor:
             return whole
+
     if like is None:
         parts, levels = _fit(read_rows, chunks, shape, format, name)
     else:

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from kbit.errors import UsageError
 
@@ -146,7 +146,7 @@ class QuantFormat:
         return self.dtype == "quantile"
 
     def at_width(self, bits: int) -> QuantFormat:
-        """The format to use beside this one at another width: same blocks and scales, that width's default data type."""
+        """The format to use beside this one at another width: the default data type there, same blocks and scales."""
         if bits == self.bits:
             return self
         return QuantFormat(

@@ -114,8 +114,8 @@ def make_plan(
     Args:
         source: the model.
         format: for linear weights.
-        embedding_bits: quantize embeddings and head too, to this many bits (16: keep) in that width's default data type,
-            with the same blocks and scales.
+        embedding_bits: quantize embeddings and head too, to this many bits (16: keep), in that width's default data
+            type with the same blocks and scales.
         overrides: (pattern, format string or "keep") pairs; patterns are shell-style and match whole tensor names,
             the last match wins.
         shard_bytes: largest output file.
