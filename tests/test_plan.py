@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from kbit.checkpoint.hf_folder import HFFolder
 from kbit.checkpoint.resolve import open_model
 from kbit.checkpoint.source import TensorInfo
-from kbit.checkpoint.writer import CheckpointWriter
+from kbit.checkpoint.writer import CheckpointWriter, partial_folder
 from kbit.errors import KbitError, UnsupportedError, UsageError
 from kbit.formats.quant_format import QuantFormat
 from kbit.quantizers.convert import convert
@@ -312,4 +312,19 @@ def test_check_disk(tmp_path: Path, tiny_model: Path, monkeypatch: pytest.Monkey
     free(needed - 1)
     with pytest.raises(KbitError, match=r"there: needs 0\.02 GB, but only .* are free; make room or choose another"):
         check_disk(plan, out)
-    assert check_disk(plan, out, already_there=1) == needed  # what an interrupted run has written counts
+    partial = partial_folder(out)  # what an interrupted run has written counts
+    partial.mkdir(parents=True)
+    (partial / "model.safetensors").write_bytes(b"x" * 10_000)
+    free(needed - 10_000)
+    assert check_disk(plan, out) == needed
+
+
+def test_kept_tensors_in_another_type(tmp_path: Path, write_model: Callable[..., Path]) -> None:
+    path = write_model(tmp_path / "m", tie_word_embeddings=False)
+    overrides = [("*norm*", "f32"), ("lm_head.weight", "bf16"), ("*", "keep"), ("*.up_proj.weight", "nf4-b64")]
+    found = labels(plan_of(path, "nf4-b64", overrides=overrides[:2]))
+    assert found["lm_head.weight"] == "bf16"
+    assert {label for name, label in found.items() if "norm" in name} == {"f32"}
+    found = labels(plan_of(path, "nf4-b64", overrides=overrides))  # the last match wins
+    assert found["lm_head.weight"] == "f16"
+    assert found["model.layers.0.mlp.up_proj.weight"] == "nf4-b64"

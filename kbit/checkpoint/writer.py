@@ -388,7 +388,7 @@ def _names(folder: Path) -> set[str]:
 
 
 def _json_bytes(value: Mapping[str, Any]) -> bytes:
-    return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()
+    return (json.dumps(value, indent=2) + "\n").encode()
 
 
 def _write_durably(path: Path, data: bytes) -> None:

@@ -54,7 +54,9 @@ def quantize(
     ] = None,
     override: Annotated[
         list[str] | None,
-        typer.Option("--override", help="PATTERN=FORMAT or PATTERN=keep for matching tensor names; repeatable."),
+        typer.Option(
+            "--override", help="PATTERN=FORMAT (or =keep, =f16, =bf16, =f32) for matching tensor names; repeatable."
+        ),
     ] = None,
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="Folder to create.  [default: <model>-<format>]")
@@ -81,9 +83,8 @@ def quantize(
       kbit quantize path/to/model --bits 3 --override '*.down_proj.weight=nf4-b32' --dry-run
     """
     from kbit.checkpoint.resolve import open_model
-    from kbit.checkpoint.writer import partial_folder
     from kbit.cli.output import print_json, size
-    from kbit.formats.quant_format import QuantFormat, default_dtype
+    from kbit.formats.quant_format import MAX_BITS, MIN_BITS, QuantFormat, default_dtype
     from kbit.quantizers.plan import check_disk, make_plan
 
     fields: dict[str, Any] = {
@@ -107,6 +108,8 @@ def quantize(
         chosen = QuantFormat.parse(format)
     if not 0 < shard_size <= _MAX_SHARD_GB:
         raise UsageError(f"--shard-size {shard_size}: use a size in GB, above 0 and at most {_MAX_SHARD_GB}")
+    if embedding_bits is not None and embedding_bits != 16 and not MIN_BITS <= embedding_bits <= MAX_BITS:
+        raise UsageError(f"--embedding-bits {embedding_bits}: use {MIN_BITS} to {MAX_BITS}, or 16 to keep them")
     with open_model(model) as source:
         _check_runnable(source)
         plan = make_plan(
@@ -117,7 +120,7 @@ def quantize(
             shard_bytes=int(shard_size * 1e9),
         )
         out = output or Path(f"{_short_name(model)}-{chosen}")
-        disk = check_disk(plan, out, _bytes_in(partial_folder(out)))
+        disk = check_disk(plan, out)
         report = _report(source, plan, out, disk)
         if dry_run:
             if json:
@@ -237,10 +240,3 @@ def _split_override(text: str) -> tuple[str, str]:
 def _short_name(model: str) -> str:
     name = Path(model).name or Path(model).resolve().name
     return name.removesuffix(".gguf")
-
-
-def _bytes_in(folder: Path) -> int:
-    """What an interrupted run already occupies (sparse files: only what was written)."""
-    if not folder.is_dir():
-        return 0
-    return sum(getattr(path.stat(), "st_blocks", 0) * 512 for path in folder.iterdir() if path.is_file())

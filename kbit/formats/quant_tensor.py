@@ -124,8 +124,9 @@ class QuantTensor:
     def dequantize_rows(self, rows: torch.Tensor) -> torch.Tensor:
         """Chosen rows (an embedding lookup): rows int64 (R,) -> float32 (R, K)."""
         codes = unpack([plane[rows] for plane in self.planes], self.format.bits, self.shape[1])
-        offsets = self.offsets
-        return self._decode(codes, self.scales[rows], None if offsets is None else offsets[rows])
+        scales = load_scales(self.stored, "scales", self.format, rows)
+        assert scales is not None
+        return self._decode(codes, scales, load_scales(self.stored, "offsets", self.format, rows))
 
     def _decode(self, codes: torch.Tensor, scales: torch.Tensor, offsets: torch.Tensor | None) -> torch.Tensor:
         return decode(codes, scales, offsets, self.codebook, self.format)

@@ -32,15 +32,21 @@ def store_scales(scales: torch.Tensor, offsets: torch.Tensor | None, format: Qua
     return stored
 
 
-def load_scales(stored: Mapping[str, torch.Tensor], name: str, format: QuantFormat) -> torch.Tensor | None:
-    """Decode "scales" or "offsets" to float32 (N, blocks); None where the format has none."""
+def load_scales(
+    stored: Mapping[str, torch.Tensor], name: str, format: QuantFormat, rows: torch.Tensor | None = None
+) -> torch.Tensor | None:
+    """Decode "scales" or "offsets", float32 (N, blocks), or of `rows` int64 (R,) only; None where there are none."""
     values = stored.get(name)
     if values is None:
         return None
-    if not format.double_quant:
-        return values.float()
-    factors = stored[f"{name}_super"].repeat_interleave(SUPERBLOCK)[: values.numel()]
-    return values.float() * factors.view(values.shape)
+    if rows is None:
+        rows = torch.arange(values.shape[0], device=values.device)
+    decoded = values[rows].float()
+    if format.double_quant:
+        blocks = values.shape[1]
+        position = rows[:, None] * blocks + torch.arange(blocks, device=values.device)  # of a block in the matrix
+        decoded *= stored[f"{name}_super"][position // SUPERBLOCK]
+    return decoded
 
 
 def _round(values: torch.Tensor, scale_dtype: str, name: str) -> torch.Tensor:

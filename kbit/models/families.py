@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from kbit.errors import CheckpointError, UnsupportedError
 from kbit.models.config_values import ConfigValues, shown
-from kbit.models.rope import rope_from_config
+from kbit.models.rope_config import rope_from_config
 from kbit.models.spec import ModelSpec, TensorNames
 
 # Limits that no real model comes near; they keep a hostile config from asking for unbounded work.

@@ -68,14 +68,12 @@ def convert(
         remove_leftovers(out)
         nbytes = sum(path.stat().st_size for path in out.glob("*.safetensors"))
         return Conversion(out, 0, len(plan.tensors), nbytes, already_complete=True)
+    check_disk(plan, out)  # before the writer gives its files their full size
     weights = [tensor.stored() for tensor in plan.tensors]
     with CheckpointWriter(
         out, weights, plan.plan_id, shard_bytes=plan.shard_bytes, resume=resume, overwrite=overwrite
     ) as writer:
         found = writer.done
-        check_disk(
-            plan, out, already_there=sum(tensor.nbytes for tensor in plan.tensors if tensor.source.name in found)
-        )
         for tensor in plan.tensors:
             if tensor.source.name not in found:
                 write = _write_kept if tensor.format is None else _write_quantized
@@ -133,8 +131,15 @@ def _kept_pieces(source: CheckpointSource, tensor: TensorPlan) -> Iterator[memor
         kept = values.to(dtype)
         if not bool(torch.isfinite(kept).all()):
             bad = int((~torch.isfinite(kept)).sum())
-            cause = "are NaN or infinite" if not bool(torch.isfinite(values).all()) else f"do not fit {tensor.keep_as}"
-            raise KbitError(f"{name}: {bad} values {cause}: mend the source")
+            if not bool(torch.isfinite(values).all()):
+                raise KbitError(f"{name}: {bad} values are NaN or infinite: mend the source")
+            raise KbitError(f"{name}: {bad} values do not fit {tensor.keep_as}: keep it with --override '{name}=f32'")
+        largest = values.abs().max().item() if values.numel() else 0.0
+        if 0 < largest < torch.finfo(dtype).tiny:
+            raise KbitError(
+                f"{name}: values of at most {largest:.3g} would lose their bits in {tensor.keep_as}: keep it with "
+                f"--override '{name}=f32'"
+            )
         yield _bytes(kept)
 
 

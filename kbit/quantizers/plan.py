@@ -16,7 +16,7 @@ from pathlib import Path
 
 from kbit.checkpoint.kbit_folder import LAYOUT_VERSION
 from kbit.checkpoint.source import CheckpointSource, TensorInfo
-from kbit.checkpoint.writer import DEFAULT_SHARD_BYTES, StoredWeight
+from kbit.checkpoint.writer import DEFAULT_SHARD_BYTES, StoredWeight, partial_folder
 from kbit.errors import KbitError, UnsupportedError, UsageError
 from kbit.formats.quant_format import Part, QuantFormat
 
@@ -24,6 +24,8 @@ from kbit.formats.quant_format import Part, QuantFormat
 # values are multiples of an fp16 scale, which fp16 holds to 2^-11. fp8 times its scale needs bf16's range.
 _KEEP_AS = {"F64": "F32", "F32": "F32", "F16": "F16", "BF16": "BF16", "F8_E4M3": "BF16", "F8_E5M2": "BF16"}
 _KEEP_OTHERWISE = "F16"
+# What an override may say instead of a format.
+_KEEP_WORDS = {"keep": None, "f16": "F16", "bf16": "BF16", "f32": "F32"}
 _INTEGERS = ("BOOL", "U8", "I8", "I16", "I32", "I64")
 
 # Peak memory of a conversion beyond its results: interpreter, torch and libraries (measured: 350 MB), and the scratch
@@ -116,8 +118,8 @@ def make_plan(
         format: for linear weights.
         embedding_bits: quantize embeddings and head too, to this many bits (16: keep), in that width's default data
             type with the same blocks and scales.
-        overrides: (pattern, format string or "keep") pairs; patterns are shell-style and match whole tensor names,
-            the last match wins.
+        overrides: (pattern, what) pairs: a format string, or "keep" to leave the tensor as it is, or "f16", "bf16",
+            "f32" to keep it in that type. Patterns are shell-style and match whole tensor names; the last match wins.
         shard_bytes: largest output file.
 
     Raises:
@@ -137,13 +139,14 @@ def make_plan(
         if role == "head" and tied and "model.embed_tokens.weight" in source.tensors:
             continue  # the same matrix under a second name; tied it stays, stored once
         target = _default_target(role, format, embedding_bits)
-        for pattern, replacement in chosen:
+        keep_as = default_keep = _KEEP_AS.get(info.stored_as, _KEEP_OTHERWISE)
+        for pattern, (replacement, keep_word) in chosen:
             if fnmatchcase(info.name, pattern):
                 unused.discard(pattern)
-                target = replacement
+                target, keep_as = replacement, keep_word or default_keep
         if target is not None and len(info.shape) != 2:
             raise UsageError(f"{info.name} has shape {info.shape}: only matrices can be quantized; narrow the pattern")
-        tensors.append(TensorPlan(info, target, _KEEP_AS.get(info.stored_as, _KEEP_OTHERWISE), role))
+        tensors.append(TensorPlan(info, target, keep_as, role))
     if unused:
         raise UsageError(f"override pattern {sorted(unused)[0]!r} matches no tensor; kbit info lists their names")
     if not any(tensor.format for tensor in tensors):
@@ -163,18 +166,23 @@ def role_of(info: TensorInfo) -> str:
     return "other"
 
 
-def check_disk(plan: Plan, out: Path, already_there: int = 0) -> int:
+def check_disk(plan: Plan, out: Path) -> int:
     """Bytes the output needs on disk (shards and 16 MB for the rest), refusing early where they are not free.
 
+    What an interrupted run has written counts as free: it is continued, or removed.
+
     Raises:
-        KbitError: the file system of `out` has too little room.
+        KbitError: the file system of `out` has too little room, or is not there.
     """
     needed = plan.bytes_after + 16_000_000
-    folder = out.absolute()
-    while not folder.exists():
-        folder = folder.parent
-    free = shutil.disk_usage(folder).free
-    if free + already_there < needed:
+    try:
+        folder = next((parent for parent in (out.absolute(), *out.absolute().parents) if parent.exists()), None)
+        if folder is None:
+            raise KbitError(f"{out}: there is no such drive; choose another --output")
+        free = shutil.disk_usage(folder).free + _bytes_in(partial_folder(out))
+    except OSError as error:
+        raise KbitError(f"{out}: cannot be written ({error.strerror}); choose another --output") from None
+    if free < needed:
         raise KbitError(
             f"{out}: needs {needed / 1e9:.2f} GB, but only {free / 1e9:.2f} GB are free; make room or choose another "
             "--output"
@@ -190,12 +198,23 @@ def _default_target(role: str, format: QuantFormat, embedding_bits: int | None) 
     return None
 
 
-def _override(pattern: str, text: str) -> QuantFormat | None:
+def _bytes_in(folder: Path) -> int:
+    """What the files of a folder occupy; of sparse files, only what was written."""
+    if not folder.is_dir():
+        return 0
+    found = [path.stat() for path in folder.iterdir() if path.is_file()]
+    return sum(s.st_blocks * 512 if hasattr(s, "st_blocks") else s.st_size for s in found)
+
+
+def _override(pattern: str, text: str) -> tuple[QuantFormat | None, str | None]:
+    """The format, or None and the type to keep the tensor in (None: as it is)."""
     if not pattern:
         raise UsageError(
             "an override's pattern is empty; write PATTERN=FORMAT, for example '*.down_proj.weight=int8-b64'"
         )
-    return None if text == "keep" else QuantFormat.parse(text)
+    if text in _KEEP_WORDS:
+        return None, _KEEP_WORDS[text]
+    return QuantFormat.parse(text), None
 
 
 def _plan_id(source: CheckpointSource, format: QuantFormat, tensors: Sequence[TensorPlan], shard_bytes: int) -> str:
