@@ -15,7 +15,6 @@ from kbit.errors import KbitError, UsageError
 from kbit.evaluate import datasets
 from kbit.evaluate.datasets import NAMED_TEXTS, HubArchive, NamedText, read_text_file, resolve_data
 from kbit.evaluate.wikitext import (
-    WIKITEXT2_TEST_BYTES,
     WIKITEXT2_TEST_SHA256,
     looks_like_wikitext,
     restore_wikitext2_test,
@@ -30,7 +29,7 @@ def _own_folders(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """No test sees the machine's data folder, cache, or network."""
     monkeypatch.delenv("KBIT_DATA", raising=False)
     monkeypatch.setenv("KBIT_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(huggingface_hub, "hf_hub_download", _no_network)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", _no_network)
 
 
 def _no_network(*args: object, **kwargs: object) -> str:
@@ -205,11 +204,11 @@ class TestDownload:
         monkeypatch.setitem(NAMED_TEXTS, "sample", NamedText("a sample", (("sample.txt",),), archive))
         requests: list[object] = []
 
-        def download(repo: str, filename: str, repo_type: str) -> str:
-            requests.append((repo, filename, repo_type))
-            return str(path)
+        def download(repo: str, repo_type: str, allow_patterns: list[str]) -> str:
+            requests.append((repo, *allow_patterns, repo_type))
+            return str(path.parent)
 
-        monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
+        monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
         return requests
 
     def test_fetched_once_checked_and_cached(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -236,6 +235,12 @@ class TestDownload:
         with pytest.raises(KbitError, match="does not have the expected sha256"):
             resolve_data("sample")
         assert not (tmp_path / "cache").exists()
+
+    def test_an_archive_that_is_gone(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.offer(monkeypatch, tmp_path / "texts.zip")
+        (tmp_path / "texts.zip").unlink()
+        with pytest.raises(KbitError, match=r"texts\.zip could not be downloaded from somebody/texts: set KBIT_DATA"):
+            resolve_data("sample")
 
     @pytest.mark.parametrize("content", [OFFICIAL.encode() + b"x" * 10_000_000, OFFICIAL.encode()[:-1], b""])
     def test_a_member_with_another_content(
@@ -280,7 +285,7 @@ class TestDownload:
         def fail(*args: object, **kwargs: object) -> str:
             raise base("connection reset")
 
-        monkeypatch.setattr(huggingface_hub, "hf_hub_download", fail)
+        monkeypatch.setattr(huggingface_hub, "snapshot_download", fail)
         with pytest.raises(KbitError, match=r"could not be downloaded \(connection reset\)"):
             resolve_data("wikitext2")
 
@@ -331,7 +336,7 @@ class TestWikiText:
         monkeypatch.setenv("KBIT_DATA", str(data_dir))
         data = resolve_data("wikitext2")
         assert data.sha256 == WIKITEXT2_TEST_SHA256 == _digest(data.text.encode())
-        assert len(data.text.encode()) == WIKITEXT2_TEST_BYTES
+        assert len(data.text.encode()) == 1_290_590
         assert data.layout == "wikitext"
         rows = wikitext_rows(data.text)
         assert len(rows) == 4358

@@ -288,7 +288,7 @@ CASES: dict[str, Case] = {
     "embedding bits": Case(Q + "--embedding-bits 12", 2, ("--embedding-bits 12: use 2 to 8", "2 to 8")),
     "override without =": Case(Q + "--override down_proj", 2, ("--override 'down_proj'", "PATTERN=FORMAT")),
     "override matches nothing": Case(Q + "--override *nope*=int8-b64", 2, ("'*nope*' matches no tensor", "kbit info")),
-    "override format": Case(Q + "--override *=int12-b64", 2, ("--embedding-bits 12: use 2 to 8",)),
+    "override format": Case(Q + "--override *=int12-b64", 2, ("12 bits",)),
     "override without pattern": Case(Q + "--override =int8-b64", 2, ("pattern is empty", "PATTERN=FORMAT")),
     "override of a vector": Case(Q + "--override *norm*=int8-b64", 2, ("norm.weight has shape (32,)", "narrow")),
     "override keeps all": Case(Q + "--override *=keep", 2, ("nothing to quantize",)),

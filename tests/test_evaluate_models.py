@@ -177,6 +177,27 @@ class TestReport:
         with pytest.raises(UsageError, match="--context 49 exceeds the model's maximum of 48"):
             _evaluate(tiny / "a", text, short, context=49)
 
+    def test_context_of_extended_models(self, tiny: Path, tmp_path: Path) -> None:
+        """YaRN takes windows beyond max_position_embeddings; dynamic RoPE, which pieces would falsify, does not."""
+        paths = {}
+        for kind in ("yarn", "dynamic"):
+            paths[kind] = _tiny_model(tmp_path / kind)
+            config = json.loads((paths[kind] / "config.json").read_text())
+            config["rope_scaling"] = {"rope_type": kind, "factor": 2.0}
+            (paths[kind] / "config.json").write_text(json.dumps(config))
+        text = str(tiny / "text.txt")
+        assert _evaluate(paths["yarn"], text, max_tokens=256).result.context == 128
+        batch = torch.tensor(_tokens(paths["yarn"], TEXT)[:256]).view(2, 128)
+        losses = _hf_losses(_hf_log_probs(paths["yarn"], batch), batch)
+        report = _evaluate(paths["yarn"], text, max_tokens=256, context=128)
+        np.testing.assert_allclose(report.result.nll, losses.numpy(), atol=1e-4)
+        assert _evaluate(paths["dynamic"], text, max_tokens=256).result.context == 64
+        assert _evaluate(paths["dynamic"], text, max_tokens=256, context=64).result.context == 64
+        with pytest.raises(UsageError, match="--context 65: .*dynamic RoPE.* use --context 64 or less"):
+            _evaluate(paths["dynamic"], text, context=65)
+        with pytest.raises(UsageError, match="--context 129 exceeds the model's maximum of 128"):
+            _evaluate(paths["yarn"], text, context=129)
+
     def test_a_model_against_itself(self, tiny: Path) -> None:
         report = _evaluate(tiny / "a", tiny / "text.txt", tiny / "a")
         assert report.comparison is not None

@@ -95,7 +95,6 @@ def test_losses_equal_the_definition(convention: Convention) -> None:
     np.testing.assert_allclose(result.nll, expected, rtol=1e-13)
     assert result.perplexity == pytest.approx(math.exp(expected.mean()), rel=1e-13)
     assert result.tokens == expected.size == windows.scored
-    np.testing.assert_allclose(result.window_sums, expected.sum(axis=1), rtol=1e-13)
 
 
 def test_a_uniform_model_has_the_perplexity_of_its_vocabulary() -> None:
@@ -174,9 +173,10 @@ def test_broken_logits_are_located(value: float) -> None:
 
 
 def test_tokens_outside_the_vocabulary() -> None:
-    windows = cut_windows([1, 2, VOCAB, 3], "gptq", 4)
-    with pytest.raises(UsageError, match=f"token id {VOCAB} is outside the model's vocabulary of {VOCAB}"):
-        evaluate_perplexity(TableModel(0), windows)
+    for culprit in (VOCAB, -1):
+        windows = cut_windows([1, 2, culprit, 3], "gptq", 4)
+        with pytest.raises(UsageError, match=f"token id {culprit} is outside the model's vocabulary of {VOCAB}"):
+            evaluate_perplexity(TableModel(0), windows)
 
 
 def test_logits_narrower_than_the_vocabulary() -> None:

@@ -25,7 +25,7 @@ from kbit.engine.prompt_cache import PromptCache
 from kbit.engine.sampler import SamplingParams
 from kbit.engine.stop import StopMatcher
 from kbit.engine.tokenizer import Tokenizer
-from kbit.errors import CheckpointError, KbitError, UsageError
+from kbit.errors import KbitError, UsageError
 from kbit.ops.kv_cache import KVCache
 
 CHATML = (
@@ -174,8 +174,9 @@ class TestErrors:
             start("x", prompt="")
         with pytest.raises(UsageError, match="prompt has 10 tokens and the model's context is 10.*shorten the prompt"):
             start("x", prompt="p" * 10, context=10)
-        with pytest.raises(CheckpointError, match="token id 300.*vocabulary has 257"):
-            generate(FakeDecoder(lambda h: 0), byte_tokenizer(), [1, 300])
+        for ids, culprit in (([1, 300], 300), ([1, 257], 257), ([-2, 1], -2), ([-2, 300], -2)):
+            with pytest.raises(UsageError, match=f"token id {culprit} is outside the model's vocabulary of 257"):
+                generate(FakeDecoder(lambda h: 0), byte_tokenizer(), ids)
 
     def test_limits(self) -> None:
         with pytest.raises(UsageError, match="--max-tokens 0"):
@@ -370,16 +371,15 @@ class TestConversation:
         conversation.add("more", second)
         assert (first.text, second.text) == ("yo", "ok")
         assert second.cached_tokens == len("<system>S\n<user>hi\n<assistant>yo")
-        assert [m["content"] for m in conversation.messages] == ["S", "hi", "yo", "more", "ok"]
         conversation.reset()
-        assert [m["content"] for m in conversation.messages] == ["S"]
+        assert conversation.reply("hi", SamplingParams()).run().prompt_tokens == first.prompt_tokens
 
     def test_overflow_leaves_the_conversation_as_it_was(self) -> None:
         conversation = Conversation(FakeDecoder(lambda h: 256, context=40), byte_tokenizer(CHATML), "M")
         with pytest.raises(UsageError, match=r"conversation has 57 tokens .* context is 40: .*/reset"):
             conversation.reply("x" * 39, SamplingParams())
-        assert conversation.messages == ()
-        assert conversation.reply("x", SamplingParams()).run().finish_reason == "stop"
+        result = conversation.reply("x", SamplingParams()).run()
+        assert (result.prompt_tokens, result.finish_reason) == (len("<user>x\n<assistant>"), "stop")
 
     def test_turns_have_their_own_seeds(self) -> None:
         conversation = Conversation(FakeDecoder(lambda h: torch.zeros(257)), byte_tokenizer(CHATML), "M")
@@ -414,6 +414,78 @@ def kbit(*arguments: str, stdin: str = "", check: int = 0) -> subprocess.Complet
 @pytest.fixture(scope="module")
 def novels_folder(data_dir: Path) -> str:
     return str(data_dir / "models" / "novels-2m")
+
+
+ROPE: dict[str, dict[str, Any]] = {
+    "default": {},
+    "linear": {"factor": 2.0},
+    "dynamic": {"factor": 4.0},
+    "llama3": {
+        "factor": 4.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 16,
+    },
+    "yarn": {"factor": 4.0, "original_max_position_embeddings": 16},
+}
+
+
+class TestBeyondTheOriginalContext:
+    """Prompts longer than max_position_embeddings (16) where RoPE extends it, or 16 times factor where M is all."""
+
+    @pytest.fixture(params=ROPE)
+    def model(self, request: pytest.FixtureRequest, tmp_path: Path, write_model: Callable[..., Path]) -> Any:
+        from kbit.engine.loader import load_model
+
+        kind = request.param
+        positions = 16 if kind in ("dynamic", "yarn") else 64
+        folder = write_model(
+            tmp_path / "m",
+            dtype=torch.float32,
+            max_position_embeddings=positions,
+            rope_theta=100.0,
+            rope_scaling={"rope_type": kind, **ROPE[kind]},
+        )
+        return load_model(str(folder), "cpu")
+
+    @staticmethod
+    def logits(model: Any, ids: list[int], chunk: int, cache: PromptCache) -> tuple[list[torch.Tensor], int]:
+        """The logits that each of 8 greedy tokens was chosen from, and how many prompt tokens were in the cache."""
+        seen: list[torch.Tensor] = []
+        extend = cache.extend
+
+        def watched(tokens: Sequence[int]) -> torch.Tensor:
+            seen.append(extend(tokens))
+            return seen[-1]
+
+        cache.extend = watched  # type: ignore[method-assign]
+        generation = generate(
+            model.decoder, model.tokenizer, ids, max_tokens=8, prefill_chunk=chunk, prompt_cache=cache
+        )
+        result = generation.run()
+        cache.extend = extend  # type: ignore[method-assign]
+        assert result.completion_tokens == 8
+        return seen[-8:], result.cached_tokens
+
+    def test_chunks_and_shared_beginnings_give_the_same(self, model: Any) -> None:
+        ids = [(7 * index) % 251 for index in range(45)]
+        cache = PromptCache(model.decoder)
+        dynamic = model.decoder.spec.rope.depends_on_length
+        # Short, past the original context with the answer (12 + 8 > 16), long, and back.
+        for length, shared in ((5, 0), (12, 5), (45, 12), (44, 43), (10, 9)):
+            expected, _ = self.logits(model, ids[:length], 512, PromptCache(model.decoder))
+            found, cached = self.logits(model, ids[:length], 7, cache)
+            # Within M a beginning is shared as ever; beyond it dynamic RoPE begins anew.
+            assert cached == (shared if not dynamic or length == 12 else 0)
+            for ours, theirs in zip(found, expected, strict=True):
+                # Sums of at most 80 float32 terms in another order, some dozen operations deep.
+                torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-4 * float(theirs.abs().max()))
+
+    def test_the_end_of_the_context(self, model: Any) -> None:
+        result = generate(model.decoder, model.tokenizer, [1] * 60, max_tokens=50).run()
+        assert (result.finish_reason, result.completion_tokens) == ("context", 4)
+        with pytest.raises(UsageError, match="the prompt has 64 tokens and the model's context is 64"):
+            generate(model.decoder, model.tokenizer, [1] * 64)
 
 
 class TestRealModels:
@@ -512,6 +584,28 @@ class TestCommands:
         assert message in stderr
         assert stderr.count("\n") == 1
 
+    def test_a_prompt_too_long_is_refused_before_weights_are_read(
+        self, novels_folder: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def load(*_: object) -> None:
+            pytest.fail("weights were read")
+
+        monkeypatch.setattr("kbit.models.load.load_decoder", load)
+        code, _, stderr = in_process(["run", "-", "-m", novels_folder], monkeypatch, b"word " * 300)
+        assert (code, "tokens and the model's context is 256, answer included: shorten" in stderr) == (2, True)
+
+    def test_a_prompt_is_encoded_once(self, novels_folder: str, monkeypatch: pytest.MonkeyPatch) -> None:
+        texts = []
+        encode = Tokenizer.encode
+
+        def noting(self: Tokenizer, text: str, *options: bool) -> list[int]:
+            texts.append(text)
+            return encode(self, text, *options)
+
+        monkeypatch.setattr(Tokenizer, "encode", noting)
+        assert in_process(["run", "Once upon", "-m", novels_folder, "--max-tokens", "1"], monkeypatch)[0] == 0
+        assert texts == ["Once upon"]
+
     def test_prompt_that_is_not_utf8(self, monkeypatch: pytest.MonkeyPatch) -> None:
         code, _, stderr = in_process(["run", "-"], monkeypatch, stdin=b"ab\xff")
         assert (code, "not UTF-8 at byte 2" in stderr) == (2, True)
@@ -525,12 +619,11 @@ class TestCommands:
         for name in ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"):
             (folder / name).symlink_to(Path(novels_folder) / name)
         (folder / "chat_template.jinja").write_text(CHATML)
-        lines = "/help\nHello there\n\n/nonsense\nAnd then?\n/reset\nHello there\n/exit\nnever read\n"
+        lines = "/help\nHello there\n\n/etc/hosts holds what?\n/reset\nHello there\r\n/exit\nnever read\n"
         flags = ["-m", str(folder), "--system", "S", "--temperature", "0", "--max-tokens", "6"]
         code, stdout, stderr = in_process(["chat", *flags], monkeypatch, lines.encode())
         assert code == 0
         assert "/reset   forget the conversation" in stderr
-        assert "/nonsense: no such command" in stderr
         assert "conversation forgotten" in stderr
         assert stderr.count("stopped after 6 tokens") == 3
         report = json.loads(in_process(["run", "Hello there", "--chat", *flags, "--json"], monkeypatch)[1])
@@ -539,6 +632,12 @@ class TestCommands:
         assert stdout.startswith(answer)
         assert stdout.endswith(answer)
         assert len(stdout) > 2 * len(answer)
+        code, _, stderr = in_process(["chat", *flags], monkeypatch, b"ab\xff\n")
+        assert (code, "a message from standard input is not UTF-8 at byte 2" in stderr) == (2, True)
+        with monkeypatch.context() as patch:  # endless lines are not read to their end, which never comes
+            patch.setattr("kbit.cli.chat.MAX_PROMPT_BYTES", 1 << 20)
+            code, _, stderr = in_process(["chat", *flags], patch, b"x" * ((1 << 20) + 1))
+            assert (code, "a message from standard input is longer than 1 MiB" in stderr) == (2, True)
         # A message that does not fit ends a script with a usage error.
         code, _, stderr = in_process(["chat", *flags], monkeypatch, b"word " * 400)
         assert code == 2

@@ -310,6 +310,22 @@ def test_header_size_is_limited(monkeypatch: pytest.MonkeyPatch) -> None:
         parse_header(build([key("x.long", 8, text("x" * 200))]), NAME)
 
 
+@pytest.mark.parametrize(("limit", "what"), [("MAX_KEYS", "metadata keys"), ("MAX_TENSORS", "tensors")])
+def test_number_of_entries_is_limited(limit: str, what: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before anything is made of them, and only beyond the limit."""
+    most = getattr(gguf_header, limit)
+    counts = {"n_keys": most + 1} if limit == "MAX_KEYS" else {"n_tensors": most + 1}
+    # Zeros: the numbers could be true of a file of this size.
+    with pytest.raises(CheckpointError, match=rf"claims {most + 1} {what} \(at most {most} in a file\)"):
+        parse_header(build(**counts, data=33 * (most + 1)), NAME)
+    keys = [ARCHITECTURE, key("a", 4, bytes(4))]
+    monkeypatch.setattr(gguf_header, limit, 2)
+    assert len(parse_header(build(keys), NAME).tensors) == 2
+    monkeypatch.setattr(gguf_header, limit, 1)
+    with pytest.raises(CheckpointError, match=f"claims 2 {what}"):
+        parse_header(build(keys), NAME)
+
+
 def test_unreadable_files(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"none\.gguf: cannot read the file \(No such file"):
         read_header(tmp_path / "none.gguf")

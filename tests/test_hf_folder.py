@@ -90,11 +90,20 @@ def test_the_index_wins_over_everything(folder: Path) -> None:
 def test_sidecar_files_are_the_known_ones(tmp_path: Path, write_model: Callable[..., Path]) -> None:
     path = write_model(tmp_path / "m")
     (path / "chat_template.jinja").write_text("{{ messages }}")
+    more = {
+        "chat_template.json",
+        "tokenizer.model",
+        "spiece.model",
+        "sentencepiece.bpe.model",
+        "generation_config.json",
+    }
+    for name in more:
+        (path / name).write_text("{}")
     (path / "README.md").write_text("not ours to copy")
     (path / "modeling_x.py").write_text("raise SystemExit")
     (path / "vocab.json").mkdir()  # a folder of that name is no file
     with HFFolder(path) as source:
-        assert set(source.sidecar_files()) == {"tokenizer.json", "chat_template.jinja"}
+        assert set(source.sidecar_files()) == {"tokenizer.json", "chat_template.jinja", *more}
 
 
 def test_opening_imports_no_torch(tiny_model: Path) -> None:

@@ -23,7 +23,7 @@ LAYERS = (
     ("models",),
     ("engine",),
     ("evaluate",),
-    ("cli",),
+    ("cli", "__main__"),
 )
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
 
@@ -75,7 +75,15 @@ def loaded_after(statement: str) -> set[str]:
     return set(result.stdout.split())
 
 
-@pytest.mark.parametrize("statement", ["import kbit", "import kbit.cli.main", "import kbit.quantizers.plan"])
+@pytest.mark.parametrize(
+    "statement",
+    [
+        "import kbit",
+        "import kbit.cli.main",
+        "import kbit.quantizers.plan",
+        "import kbit.models.families, kbit.models.check",
+    ],
+)
 def test_imports_stay_light(statement: str) -> None:
     """`kbit --help` and `kbit info` must answer at once: nothing heavy before a command needs it."""
     heavy = {"torch", "numpy", "transformers", "tokenizers", "jinja2", "huggingface_hub", "gguf", "rich"}

@@ -142,6 +142,39 @@ def test_which_layers_slide(base: dict[str, Any], changes: dict[str, Any], windo
     assert spec_from_config({**base, **changes}).windows == windows
 
 
+@pytest.mark.parametrize(
+    ("scaling", "expected"),
+    [
+        (None, 1000),
+        ({"type": "linear", "factor": 4.0}, 1000),
+        ({"type": "dynamic", "factor": 2.5}, 2500),
+        ({"type": "dynamic", "factor": 0.5}, 1000),
+        ({"type": "dynamic", "factor": 9e8}, 2**31),
+        ({"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 1000}, 4000),  # Qwen2.5's instructions
+        ({"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 250}, 1000),  # M extended already
+        ({"type": "yarn", "factor": 2.0, "original_max_position_embeddings": 250}, 1000),
+        ({"type": "yarn", "factor": 4.0}, 4000),
+        ({"type": "yarn", "original_max_position_embeddings": 300}, 1000),
+        ({"type": "yarn", "factor": 1.1, "original_max_position_embeddings": 1000}, 1100),  # 1.1 * 1000 > 1100
+        (
+            {
+                "type": "llama3",
+                "factor": 32.0,
+                "low_freq_factor": 1.0,
+                "high_freq_factor": 4.0,
+                "original_max_position_embeddings": 500,
+            },
+            1000,
+        ),
+    ],
+)
+def test_context_length_counts_the_extension(scaling: dict[str, Any] | None, expected: int) -> None:
+    spec = spec_from_config({**LLAMA, "max_position_embeddings": 1000, "rope_scaling": scaling})
+    assert spec.context_length == spec.max_positions == expected
+    assert spec.rope.max_positions == 1000
+    assert spec.rope.depends_on_length is (scaling is not None and scaling["type"] == "dynamic")
+
+
 def test_switches() -> None:
     assert spec_from_config(QWEN2).qkv_bias
     assert not spec_from_config(QWEN2).output_bias

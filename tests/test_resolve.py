@@ -11,10 +11,11 @@ from pathlib import Path
 
 import pytest
 from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, OfflineModeIsEnabled, RepositoryNotFoundError
+from huggingface_hub.utils import filter_repo_objects
 
-from kbit.checkpoint.hf_folder import HFFolder
+from kbit.checkpoint.hf_folder import SIDECAR_NAMES, HFFolder
 from kbit.checkpoint.kbit_folder import KbitFolder
-from kbit.checkpoint.resolve import open_model
+from kbit.checkpoint.resolve import gguf_parts, open_model
 from kbit.errors import CheckpointError, KbitError, UnsupportedError, UsageError
 from kbit.formats.quant_format import QuantFormat
 from kbit.quantizers.convert import convert
@@ -152,7 +153,6 @@ def hub_raises(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
         raise error
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", download)
-    monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
 
 
 class ConnectError(Exception):
@@ -200,29 +200,63 @@ def test_impossible_hub_ids(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, mod
 
 
 def test_a_downloaded_folder_is_opened(monkeypatch: pytest.MonkeyPatch, tiny_model: Path) -> None:
-    patterns: list[str] = []
-
-    def download(repository: str, allow_patterns: list[str]) -> str:
-        assert repository == "org/name"
-        patterns.extend(allow_patterns)
-        return str(tiny_model)
-
-    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    weights = ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors", "model.safetensors.index.json"]
+    wanted = ["config.json", *weights, *SIDECAR_NAMES]
+    unwanted = [
+        *("README.md", ".gitattributes", "params.json", "modeling_custom.py", "pytorch_model.bin", "model.gguf"),
+        *("consolidated.safetensors", "consolidated.00.pth", "original/consolidated.00.pth", "original/params.json"),
+        *("onnx/model.onnx", "onnx/config.json", "sub/model.safetensors", "sub/sub/tokenizer.json"),
+    ]
+    hub_serves(monkeypatch, tiny_model, [*wanted, *unwanted], fetched := [])
     with open_model("org/name") as source:
         assert source.path == tiny_model
-    assert "*.safetensors" in patterns
-    assert not {"*", "*.bin", "*.py"} & set(patterns)  # neither pickles nor code
+    assert sorted(fetched) == sorted(wanted)
+
+
+def hub_serves(monkeypatch: pytest.MonkeyPatch, folder: Path, files: list[str], fetched: list[str]) -> None:
+    """A repository that holds `files`, already downloaded to `folder`; notes what the hub's own filter lets through."""
+
+    def download(repository: str, allow_patterns: list[str], ignore_patterns: list[str] | None = None) -> str:
+        assert repository == "org/name"
+        fetched.extend(filter_repo_objects(files, allow_patterns=allow_patterns, ignore_patterns=ignore_patterns))
+        return str(folder)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    monkeypatch.setattr("huggingface_hub.HfApi.list_repo_files", lambda *_: files)
 
 
 def test_a_repository_of_gguf_files(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     files = ["README.md", "a.gguf", "b.gguf"]
-    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_, **__: str(tmp_path))
-    monkeypatch.setattr("huggingface_hub.HfApi.list_repo_files", lambda *_: files)
+    hub_serves(monkeypatch, tmp_path, files, fetched := [])
     refused("org/name", "org/name: holds 2 GGUF files; name one, for example org/name:a.gguf", UsageError)
+    assert fetched == []
     files.remove("b.gguf")
     (tmp_path / "a.gguf").write_bytes(b"GGUF")
-    monkeypatch.setattr("huggingface_hub.hf_hub_download", lambda _, name: str(tmp_path / name))
     refused("org/name", r"a\.gguf: truncated", CheckpointError)
+    assert fetched == ["a.gguf"]
     files.remove("a.gguf")
     (tmp_path / "a.gguf").unlink()
     refused("org/name", "no config.json", CheckpointError)
+    refused("org/name:a.gguf", "org/name:a.gguf: there is no a.gguf in this repository", UsageError)
+
+
+@pytest.mark.parametrize(
+    "model", ["org/name", "org/name:Q4/m-00001-of-00003.gguf", "org/name:Q4/m-00003-of-00003.gguf"]
+)
+def test_all_parts_of_a_split_gguf_file_are_fetched(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, model: str
+) -> None:
+    parts = [f"Q4/m-0000{part}-of-00003.gguf" for part in (1, 2, 3)]
+    hub_serves(monkeypatch, tmp_path, ["config.json", *parts, "Q4/m-00001-of-00002.txt"], fetched := [])
+    (tmp_path / "Q4").mkdir()
+    for part in parts:
+        (tmp_path / part).write_bytes(b"GGUF")
+    refused(model, r"Q4/m-00001-of-00003\.gguf: truncated", CheckpointError)  # the first part, whichever was named
+    assert [name for name in fetched if name != "config.json"] == parts
+    (tmp_path / parts[1]).unlink()
+    refused(model, "there is no Q4/m-00002-of-00003.gguf in this repository", UsageError)
+
+
+@pytest.mark.parametrize("name", ["m.gguf", "m-00000-of-00002.gguf", "m-00003-of-00002.gguf", "m-1-of-2.gguf"])
+def test_what_is_no_part_stands_alone(name: str) -> None:
+    assert gguf_parts(name) == [name]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import pickle
@@ -284,6 +285,24 @@ def test_files_that_cannot_be_opened(tmp_path: Path) -> None:
         SafetensorsFile(tmp_path / "missing.safetensors")
     with pytest.raises(CheckpointError, match="cannot be opened"):
         SafetensorsFile(tmp_path)
+
+
+def test_a_disk_that_fails_while_the_header_is_read(write: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    class FailingFile(io.BytesIO):
+        def fileno(self) -> int:
+            return descriptor
+
+        def read(self, size: int | None = -1) -> bytes:
+            raise OSError(5, "Input/output error")
+
+    path = write(file_bytes(GOOD, EIGHT))
+    file = FailingFile()
+    with path.open("rb") as real:
+        descriptor = real.fileno()
+        monkeypatch.setattr(Path, "open", lambda *_: file)
+        with pytest.raises(CheckpointError, match=rf"{path}: cannot be read \(Input/output error\)"):
+            SafetensorsFile(path)
+    assert file.closed
 
 
 def test_a_file_that_shrinks_while_it_is_open(write: Any) -> None:

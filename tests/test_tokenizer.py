@@ -268,25 +268,30 @@ class TestFiles:
         with pytest.raises(CheckpointError, match="model: eos_token_id is .*expected a token id"):
             Tokenizer.from_source(source(files))
 
-    def test_add_bos_token(self) -> None:
-        """The post-processor decides; add_bos_token counts only where it adds nothing."""
-        plain, template = byte_level(), byte_level()
-        template.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 256)])
-        a = bytes_to_piece(ord("a"))
-        for backend, setting, expected in [
-            (plain, True, ["<s>", a]),
-            (plain, False, [a]),
-            (plain, None, [a]),
-            (template, True, ["<s>", a]),
-            (template, False, ["<s>", a]),
-        ]:
-            files = {
-                "tokenizer.json": backend.to_str().encode(),
-                "tokenizer_config.json": {"bos_token": "<s>", "add_bos_token": setting},
-            }
-            tokenizer = Tokenizer.from_source(source(files))
-            assert tokenizer.encode("a") == [backend.token_to_id(t) for t in expected]
-            assert tokenizer.encode("a", add_special_tokens=False) == [backend.token_to_id(a)]
+    @pytest.mark.parametrize("setting", [True, False, None])
+    @pytest.mark.parametrize("adds", [True, False])
+    @pytest.mark.parametrize("make", [byte_level, sentencepiece])
+    def test_who_adds_bos(self, tmp_path: Path, make: Callable[[], Backend], adds: bool, setting: bool | None) -> None:
+        """As in transformers, the post-processor alone decides; add_bos_token changes nothing either way."""
+        from transformers import LlamaTokenizerFast, PreTrainedTokenizerFast
+
+        backend = make()
+        bos = backend.token_to_id("<s>")
+        single = "<s> $A" if adds else "$A"
+        backend.post_processor = processors.TemplateProcessing(single=single, special_tokens=[("<s>", bos)])
+        state = json.loads(backend.to_str())
+        if not adds:
+            state["post_processor"] = None
+        config = {"bos_token": "<s>", "eos_token": "</s>", **({} if setting is None else {"add_bos_token": setting})}
+        files = {"tokenizer.json": state, "tokenizer_config.json": config, "config.json": {"model_type": "llama"}}
+        for name, content in files.items():
+            (tmp_path / name).write_text(json.dumps(content))
+        tokenizer = Tokenizer.from_source(source(files))
+        bare = tokenizer.encode("hello", add_special_tokens=False)
+        assert bos not in bare
+        assert tokenizer.encode("hello") == ([bos, *bare] if adds else bare)
+        for kind in (PreTrainedTokenizerFast, LlamaTokenizerFast):
+            assert tokenizer.encode("hello") == kind.from_pretrained(tmp_path).encode("hello")
 
     def test_training_truncation_and_padding_are_ignored(self) -> None:
         backend = byte_level()
@@ -356,8 +361,9 @@ class TestFiles:
     def test_missing_tokenizer(self) -> None:
         with pytest.raises(UnsupportedError, match="no tokenizer.json"):
             Tokenizer.from_source(source({}))
-        with pytest.raises(UnsupportedError, match="sentencepiece model.*AutoTokenizer"):
-            Tokenizer.from_source(source({"tokenizer.model": b"\x00"}))
+        for name in ("tokenizer.model", "spiece.model", "sentencepiece.bpe.model"):
+            with pytest.raises(UnsupportedError, match=f"{name} is a sentencepiece model.*AutoTokenizer"):
+                Tokenizer.from_source(source({name: b"\x00"}))
 
     def test_vocabulary_without_its_unknown_token(self) -> None:
         backend = Backend(models.WordPiece(vocab={"a": 0}, unk_token="[UNK]"))

@@ -33,6 +33,8 @@ from kbit.errors import CheckpointError, UnsupportedError
 # Real headers are a few MB (the largest known vocabularies: about 20 MB); the limits only stop files made to
 # exhaust memory or time.
 MAX_HEADER_BYTES = 256 << 20
+MAX_KEYS = 65_536
+MAX_TENSORS = 1 << 20
 MAX_ARRAY_ITEMS = 1 << 24
 MAX_NESTING = 4
 MAX_NAME_BYTES = 65_535
@@ -146,12 +148,15 @@ class _Parser:
         _, _, n_tensors, n_keys = _PREFIX.unpack_from(self.data, start)
         # The smallest key takes 8 + 4 + 1 bytes, the smallest tensor row 8 + 4 + 8 + 4 + 8.
         room = self.size - _PREFIX.size
-        for claimed, smallest, what in ((n_keys, 13, "metadata keys"), (n_tensors, 32, "tensors")):
+        counts = ((n_keys, 13, MAX_KEYS, "metadata keys"), (n_tensors, 32, MAX_TENSORS, "tensors"))
+        for claimed, smallest, most, what in counts:
             if claimed > room // smallest:
                 self.fail(
                     f"the header claims {claimed} {what}, more than the file's {self.size} bytes can hold",
                     "the file is truncated or damaged; download it again",
                 )
+            if claimed > most:  # each becomes a few objects of a hundred bytes
+                self.fail(f"the header claims {claimed} {what} (at most {most} in a file)")
         return version, n_tensors, n_keys
 
     def u32_at_4(self) -> int:

@@ -19,16 +19,20 @@ from kbit.errors import CheckpointError, UnsupportedError
 if TYPE_CHECKING:
     import torch
 
+# Tokenizers in sentencepiece's own format. kbit does not read them, but says what to do about one (T5, XLM-R names).
+SENTENCEPIECE_NAMES = ("tokenizer.model", "spiece.model", "sentencepiece.bpe.model")
+# Every file beside config.json and the weights that kbit reads, hints at, or hands on to other programs.
 SIDECAR_NAMES = (
     "tokenizer.json",
     "tokenizer_config.json",
-    "tokenizer.model",
+    *SENTENCEPIECE_NAMES,
     "special_tokens_map.json",
     "added_tokens.json",
     "vocab.json",
     "merges.txt",
     "generation_config.json",
     "chat_template.jinja",
+    "chat_template.json",
 )
 INDEX_NAME = "model.safetensors.index.json"
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
@@ -73,7 +77,9 @@ class HFFolder(CheckpointSource):
             raise CheckpointError(f"{path}: not a folder")
         if not (path / "config.json").is_file():
             hint = " (a LoRA adapter: merge it into its base model first)" if _is_adapter(path) else ""
-            raise CheckpointError(f"{path}: no config.json in this folder{hint}")
+            raise CheckpointError(
+                f"{path}: no config.json in this folder{hint}; give a Hugging Face model folder or a .gguf file"
+            )
         self.config = read_json_object(path / "config.json")
         self._fp8_block = _fp8_block_size(path, self.config)
         self._needs_scales = self.config.get("quantization_config") is not None

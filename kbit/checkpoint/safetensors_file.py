@@ -85,7 +85,10 @@ class SafetensorsFile:
         except OSError as error:
             raise CheckpointError(f"{path}: cannot be opened ({error.strerror})") from None
         try:
-            self.header_bytes, self.tensors, self.metadata = _read_header(path, self._file)
+            self.tensors, self.metadata = _read_header(path, self._file)
+        except OSError as error:  # a failing disk, a network folder that went away
+            self._file.close()
+            raise CheckpointError(f"{path}: cannot be read ({error.strerror or error})") from None
         except BaseException:
             self._file.close()
             raise
@@ -129,7 +132,7 @@ class SafetensorsFile:
         return torch.frombuffer(data, dtype=dtype).view(shape)
 
 
-def _read_header(path: Path, file: BinaryIO) -> tuple[int, dict[str, StoredTensor], dict[str, str]]:
+def _read_header(path: Path, file: BinaryIO) -> tuple[dict[str, StoredTensor], dict[str, str]]:
     size = os.fstat(file.fileno()).st_size
     prefix = file.read(8)
     if len(prefix) < 8:
@@ -163,7 +166,7 @@ def _read_header(path: Path, file: BinaryIO) -> tuple[int, dict[str, StoredTenso
         position, previous = tensor.end, tensor.name
     if position != size:
         raise CheckpointError(f"{path}: {size - position} bytes after the last tensor; the file is damaged")
-    return length, tensors, metadata if isinstance(metadata, dict) else {}
+    return tensors, metadata if isinstance(metadata, dict) else {}
 
 
 def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -10,6 +10,7 @@ import typer
 
 from kbit.cli.options import (
     DEFAULT_MODEL,
+    MAX_PROMPT_BYTES,
     DeviceOption,
     FrequencyPenaltyOption,
     MaxTokensOption,
@@ -41,6 +42,7 @@ Type a message and press Enter.
   /reset   forget the conversation (the system message stays)
   /help    this text
   /exit    leave; so does Ctrl-D
+Anything else is a message, also where it begins with a slash.
 Ctrl-C stops an answer; what there is of it stays in the conversation."""
 
 
@@ -74,7 +76,7 @@ def chat(
 
       printf 'Hello!\\nWhat did I say?\\n' | kbit chat --seed 1
     """
-    check_limits(max_tokens, stop, threads)
+    check_limits(max_tokens, stop)
     if system is not None:
         check_text("--system", system)
 
@@ -92,7 +94,7 @@ def chat(
         frequency_penalty=frequency_penalty,
         seed=seed,
     )
-    loaded = load_model(model, device, threads, check=lambda tokenizer: require_template(tokenizer, model))
+    loaded = load_model(model, device, threads, check=lambda tokenizer, _: require_template(tokenizer, model))
     conversation = Conversation(loaded.decoder, loaded.tokenizer, model, system)
     with streaming_output():
         _converse(conversation, loaded, params, max_tokens, stop or [])
@@ -118,8 +120,8 @@ def _converse(
         if message == "/reset":
             conversation.reset()
             _note("conversation forgotten")
-        elif message.startswith("/"):
-            _note(HELP if message == "/help" else f"{message.split()[0]}: no such command; /help lists them")
+        elif message == "/help":
+            _note(HELP)
         else:
             try:
                 generation = conversation.reply(message, params, max_tokens=max_tokens, stop=stop)
@@ -147,10 +149,13 @@ def _next_message(terminal: bool) -> str | None:
     from kbit.errors import UsageError
 
     if not terminal:
+        line = sys.stdin.buffer.readline(MAX_PROMPT_BYTES + 1)
+        if len(line) > MAX_PROMPT_BYTES:
+            raise UsageError(f"a message from standard input is longer than {MAX_PROMPT_BYTES >> 20} MiB: shorten it")
         try:
-            return sys.stdin.readline() or None
+            return line.decode("utf-8") or None
         except UnicodeDecodeError as error:
-            raise UsageError(f"a message from standard input is not UTF-8 ({error.reason}): convert it") from None
+            raise UsageError(f"a message from standard input is not UTF-8 at byte {error.start}: convert it") from None
     while True:
         try:
             return input("> ")

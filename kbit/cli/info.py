@@ -7,8 +7,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from kbit.errors import KbitError
+
 if TYPE_CHECKING:
     from kbit.checkpoint.source import CheckpointSource
+    from kbit.models.spec import ModelSpec
 
 
 def info(
@@ -41,6 +44,7 @@ def summarise(source: CheckpointSource) -> dict[str, Any]:
     """Everything `kbit info` knows, as plain values."""
     from kbit.quantizers.plan import role_of
 
+    spec, reason = _runnable(source)
     infos = list(source.tensors.values())
     roles = {info.name: role_of(info) for info in infos}
     inner = [info for info in infos if roles[info.name] not in ("embedding", "head")]
@@ -54,7 +58,7 @@ def summarise(source: CheckpointSource) -> dict[str, Any]:
         "hidden_size": config.get("hidden_size"),
         "heads": config.get("num_attention_heads"),
         "kv_heads": config.get("num_key_value_heads", config.get("num_attention_heads")),
-        "context_length": config.get("max_position_embeddings"),
+        "context_length": config.get("max_position_embeddings") if spec is None else spec.context_length,
         "vocabulary": config.get("vocab_size"),
         "tied_embeddings": bool(config.get("tie_word_embeddings")),
         "parameters": sum(info.numel for info in infos),
@@ -64,7 +68,8 @@ def summarise(source: CheckpointSource) -> dict[str, Any]:
         "file_bytes": sum(file.stat().st_size for file in files),
         "files": sorted(file.name for file in files),
         "formats": _by_format(infos),
-        "runs_on": {"cpu": "reference backend (torch, float32)", "cuda": None},
+        "runs_on": {"cpu": "reference backend (torch, float32)" if reason is None else None, "cuda": None},
+        "cannot_run": reason,
         "tensors": {
             info.name: {
                 "format": info.stored_as,
@@ -76,6 +81,24 @@ def summarise(source: CheckpointSource) -> dict[str, Any]:
             for info in infos
         },
     }
+
+
+def _runnable(source: CheckpointSource) -> tuple[ModelSpec | None, str | None]:
+    """What the configuration means to kbit, if anything, and why the model cannot run, or None where it can.
+
+    From headers alone: whether a tied head that is stored again equals the embedding, and whether values are finite,
+    shows when the model is loaded.
+    """
+    from kbit.models.check import check_tensors
+    from kbit.models.families import spec_from_config
+
+    spec = None
+    try:
+        spec = spec_from_config(source.config, where=f"config of {source.path}")
+        check_tensors(source, spec, read_data=False)
+    except KbitError as error:
+        return spec, str(error)
+    return spec, None
 
 
 def _bits(infos: list[Any]) -> float | None:
@@ -112,8 +135,11 @@ def _print_for_people(summary: dict[str, Any], list_tensors: bool) -> None:
         f"{bits(summary['bits_per_weight_without_embeddings'])} without embeddings and head",
         "files": f"{size(summary['file_bytes'])} in {len(summary['files'])} "
         + ("file" if len(summary["files"]) == 1 else "files"),
-        "runs on": f"cpu: {summary['runs_on']['cpu']}; cuda: not yet",
     }
+    if summary["cannot_run"] is None:
+        lines["runs on"] = f"cpu: {summary['runs_on']['cpu']}; cuda: not yet"
+    else:
+        lines["cannot run"] = summary["cannot_run"]
     for key, text in lines.items():
         typer.echo(f"{key + ':':<17}{printable(text)}")
     typer.echo(f"\n{'format':<22}{'tensors':>8}{'parameters':>16}{'bytes':>12}{'bits/weight':>13}")

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import errno
 import os
+import signal
 import sys
 import traceback
+from types import FrameType
 from typing import Annotated
 
 import typer
@@ -35,13 +37,14 @@ app = typer.Typer(
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
     add_completion=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.command()(run)
-app.command()(chat)
-app.command()(quantize)
-app.command("eval")(evaluate)
-app.command()(info)
-app.command()(pull)
+app.command(short_help="Talk to a model in its chat template.")(chat)
+app.command(short_help="Convert a model to k-bit weights.")(quantize)
+app.command("eval", short_help="Measure perplexity and KL divergence.")(evaluate)
+app.command(short_help="Show a model's size and bits per weight.")(info)
+app.command(short_help="Fetch a model into the cache.")(pull)
 
 
 def _print_version(asked: bool) -> None:
@@ -63,8 +66,23 @@ def _global_options(
 
 def main() -> None:
     """Entry point of the `kbit` script."""
+    signal.signal(signal.SIGINT, _on_interrupt)
     arguments, debug = _take_debug(sys.argv[1:])
     sys.exit(_run(arguments, debug or bool(os.environ.get("KBIT_DEBUG"))))
+
+
+def _on_interrupt(signal_number: int, frame: FrameType | None) -> None:
+    """Ctrl-C: KeyboardInterrupt, but not inside an import.
+
+    Extension modules do not survive an exception in the middle of their initialisation (torch aborts, or swallows it);
+    and while something is being imported nothing has begun that would need cleaning up.
+    """
+    while frame is not None:
+        if frame.f_code.co_filename.startswith("<frozen importlib"):
+            os.write(2, b"\nkbit: interrupted\n")
+            os._exit(130)
+        frame = frame.f_back
+    raise KeyboardInterrupt
 
 
 def _take_debug(arguments: list[str]) -> tuple[list[str], bool]:

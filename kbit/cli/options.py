@@ -12,8 +12,6 @@ import typer
 from kbit.errors import UsageError
 
 DEFAULT_MODEL = "smollm2-135m-instruct"
-# More than any machine has. OpenMP ends the process (without a word) when it cannot start its threads.
-MAX_THREADS = 1024
 MAX_PROMPT_BYTES = 64 << 20
 
 _SAMPLING = "Sampling"
@@ -102,8 +100,10 @@ StopOption = Annotated[
 
 
 def _check_threads(threads: int | None) -> int | None:
-    if threads is not None and not 1 <= threads <= MAX_THREADS:
-        raise UsageError(f"--threads {threads}: expected at least 1 and at most {MAX_THREADS}")
+    if threads is not None:  # torch comes with this import, and every command that is given threads needs it anyway
+        from kbit.ops.select import check_threads
+
+        check_threads(threads)
     return threads
 
 
@@ -115,7 +115,7 @@ ThreadsOption = Annotated[
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
 
 
-def check_limits(max_tokens: int, stop: list[str] | None, threads: int | None) -> None:
+def check_limits(max_tokens: int, stop: list[str] | None) -> None:
     """
     Raises:
         UsageError: a flag is out of range. Checked before a model is opened, which may mean a download.
@@ -124,16 +124,18 @@ def check_limits(max_tokens: int, stop: list[str] | None, threads: int | None) -
         raise UsageError(f"--max-tokens {max_tokens}: expected at least 1")
     if any(not text for text in stop or ()):
         raise UsageError("--stop '': a stop string needs at least one character")
-    if threads is not None and threads < 1:
-        raise UsageError(f"--threads {threads}: expected at least 1")
 
 
-def read_prompt(prompt: str) -> str:
-    """The PROMPT argument, or all of standard input for "-" (without its last line break).
+def read_prompt(prompt: str | None) -> str:
+    """The PROMPT argument, or all of standard input for "-" (without its last line break), also where it is a pipe.
 
     Raises:
-        UsageError: nothing but white space, no UTF-8, or more than 64 MiB.
+        UsageError: no prompt, nothing but white space, no UTF-8, or more than 64 MiB.
     """
+    if prompt is None:
+        if sys.stdin is None or sys.stdin.isatty():
+            raise UsageError('there is no prompt: give some text, for example kbit run "The capital of France is"')
+        prompt = "-"
     if prompt == "-":
         data = sys.stdin.buffer.read(MAX_PROMPT_BYTES + 1)
         if len(data) > MAX_PROMPT_BYTES:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from kbit.cli.options import ThreadsOption
-from kbit.errors import CheckpointError, UsageError
+from kbit.errors import UsageError
 
 if TYPE_CHECKING:
     from kbit.checkpoint.source import CheckpointSource
@@ -64,7 +64,7 @@ def quantize(
     shard_size: Annotated[float, typer.Option("--shard-size", help="Largest output file, in GB.")] = 5.0,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and stop.")] = False,
     resume: Annotated[
-        bool, typer.Option("--resume/--no-resume", help="Continue an interrupted run, or start it over.")
+        bool, typer.Option("--resume/--no-resume", help="Continue an interrupted run, or discard it and start over.")
     ] = True,
     force: Annotated[bool, typer.Option("--force", help="Replace a finished model in the output folder.")] = False,
     threads: ThreadsOption = None,
@@ -83,12 +83,13 @@ def quantize(
       kbit quantize path/to/model --bits 3 --override '*.down_proj.weight=nf4-b32' --dry-run
     """
     from kbit.checkpoint.resolve import open_model
+    from kbit.checkpoint.writer import check_output_folder, finished_plan
     from kbit.cli.output import print_json, size
     from kbit.formats.quant_format import MAX_BITS, MIN_BITS, QuantFormat, default_dtype
     from kbit.quantizers.plan import check_disk, make_plan
 
     fields: dict[str, Any] = {
-        "dtype": dtype,
+        "dtype": dtype.lower() if dtype else None,
         "bits": bits,
         "block_size": block_size,
         "asymmetric": asymmetric or None,
@@ -121,7 +122,10 @@ def quantize(
         )
         out = output or Path(f"{_short_name(model)}-{chosen}")
         disk = check_disk(plan, out)
+        if finished_plan(out) != plan.plan_id:
+            check_output_folder(out, overwrite=force)
         report = _report(source, plan, out, disk)
+        _note_quantized_source(plan)
         if dry_run:
             if json:
                 print_json({**report, "dry_run": True})
@@ -146,14 +150,22 @@ def quantize(
 
 def _check_runnable(source: CheckpointSource) -> None:
     """Refuse now what kbit could not run after the conversion."""
+    from kbit.models.check import check_tensors
     from kbit.models.families import spec_from_config
 
-    expected = spec_from_config(source.config, where=f"config of {source.path}").expected_tensors()
-    missing = [name for name in expected if name not in source.tensors]
-    if missing:
-        raise CheckpointError(
-            f"{source.path}: {missing[0]} is missing{f' and {len(missing) - 1} more' if missing[1:] else ''}: the "
-            "checkpoint is incomplete, or its config.json is another model's"
+    check_tensors(source, spec_from_config(source.config, where=f"config of {source.path}"))
+
+
+def _note_quantized_source(plan: Plan) -> None:
+    """Say on stderr what surprises people whose source is quantized already (most GGUF files)."""
+    formats = {
+        tensor.source.stored_as for tensor in plan.tensors if not tensor.source.stored_as.startswith(("F", "BF"))
+    }
+    if formats:
+        typer.echo(
+            f"note: the source is quantized already ({', '.join(sorted(formats))}): its errors stay, and what is kept "
+            "takes 16 bits (--embedding-bits 8 quantizes embeddings and head)",
+            err=True,
         )
 
 
@@ -162,15 +174,14 @@ def _convert(
 ) -> dict[str, Any]:
     import time
 
-    import torch
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+    from kbit.ops.select import set_threads
     from kbit.quantizers.convert import convert
     from kbit.quantizers.plan import TensorPlan
 
-    if threads is not None:
-        torch.set_num_threads(threads)
+    set_threads(threads)
     begin = time.perf_counter()
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     console = Console(stderr=True)

@@ -31,6 +31,7 @@ from kbit.cli.options import (
 )
 
 if TYPE_CHECKING:
+    from kbit.checkpoint.source import CheckpointSource
     from kbit.engine.generate import GenerationResult
     from kbit.engine.loader import LoadedModel
     from kbit.engine.tokenizer import Tokenizer
@@ -40,7 +41,10 @@ INTERRUPTED = 130
 
 
 def run(
-    prompt: Annotated[str, typer.Argument(metavar="PROMPT", help='The text to continue; "-" reads standard input.')],
+    prompt: Annotated[
+        str | None,
+        typer.Argument(metavar="PROMPT", help='The text to continue; "-", or none in a pipe, reads standard input.'),
+    ] = None,
     model: ModelOption = DEFAULT_MODEL,
     max_tokens: MaxTokensOption = 128,
     temperature: TemperatureOption = 0.0,
@@ -75,7 +79,7 @@ def run(
     """
     from kbit.errors import UsageError
 
-    check_limits(max_tokens, stop, threads)
+    check_limits(max_tokens, stop)
     if system is not None:
         check_text("--system", system)
         if not chat:
@@ -85,7 +89,9 @@ def run(
     from kbit.engine.conversation import chat_prompt
     from kbit.engine.generate import generate
     from kbit.engine.loader import load_model
+    from kbit.engine.prompt_cache import check_prompt
     from kbit.engine.sampler import SamplingParams
+    from kbit.models.families import spec_from_config
 
     params = SamplingParams(
         temperature=temperature,
@@ -98,19 +104,23 @@ def run(
         seed=seed,
     )
 
-    def encode(tokenizer: Tokenizer) -> list[int]:
-        if not chat:
-            return tokenizer.encode(text)
-        messages = [{"role": "user", "content": text}]
-        if system is not None:
-            messages.insert(0, {"role": "system", "content": system})
-        return chat_prompt(tokenizer, messages, model)
+    ids: list[int] = []
+
+    def encode(tokenizer: Tokenizer, source: CheckpointSource) -> None:
+        if chat:
+            messages = [{"role": "user", "content": text}]
+            if system is not None:
+                messages.insert(0, {"role": "system", "content": system})
+            ids.extend(chat_prompt(tokenizer, messages, model))
+        else:
+            ids.extend(tokenizer.encode(text))
+        check_prompt(ids, spec_from_config(source.config, where=f"config of {source.path}"))
 
     loaded = load_model(model, device, threads, check=encode)
     generation = generate(
         loaded.decoder,
         loaded.tokenizer,
-        encode(loaded.tokenizer),
+        ids,
         params,
         max_tokens=max_tokens,
         stop=stop or (),

@@ -67,11 +67,6 @@ class Conversation:
         self._turns = 0
         require_template(tokenizer, model)
 
-    @property
-    def messages(self) -> Sequence[Message]:
-        """All messages so far, the system message first."""
-        return tuple(self._messages)
-
     def reset(self) -> None:
         """Forgets everything but the system message."""
         self._messages = list(self._system)

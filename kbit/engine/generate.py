@@ -7,10 +7,11 @@ from dataclasses import dataclass
 from time import perf_counter
 from typing import TYPE_CHECKING, Literal
 
-from kbit.engine.prompt_cache import DecoderLike, PromptCache, check_vocabulary
+from kbit.engine.prompt_cache import DecoderLike, PromptCache, check_prompt
 from kbit.engine.sampler import Sampler, SamplingParams
 from kbit.engine.stop import StopMatcher
 from kbit.errors import UsageError
+from kbit.models.spec import ModelSpec
 
 if TYPE_CHECKING:
     from kbit.engine.tokenizer import Tokenizer
@@ -92,11 +93,12 @@ def generate(
         continues_prompt: the text goes on where the prompt ends, so a first word keeps the space before it. False for
             answers that stand on their own (chat).
         prompt_cache: a cache to use and leave filled, for prompts that begin like the last one.
-        prefill_chunk: prompt tokens to compute at once.
+        prefill_chunk: prompt tokens to compute at once. A model whose RoPE depends on the length of the text (dynamic)
+            takes a prompt beyond its max_position_embeddings in one piece, whatever this says, and from its beginning.
 
     Raises:
-        UsageError: an empty prompt, one that leaves no room in the model's context, or a limit below 1.
-        CheckpointError: a prompt token outside the model's vocabulary.
+        UsageError: an empty prompt, one that leaves no room in the model's context or has tokens the model does not
+            know, or a limit below 1.
     """
     return Generation(
         decoder,
@@ -137,15 +139,11 @@ class Generation:
             raise UsageError(f"--max-tokens {max_tokens}: expected at least 1")
         if prefill_chunk < 1:
             raise UsageError(f"a prefill chunk of {prefill_chunk} tokens: expected at least 1")
-        if not prompt_ids:
-            raise UsageError("the prompt is empty: give some text")
+        check_prompt(prompt_ids, decoder.spec)
         self._context = decoder.spec.max_positions
-        if len(prompt_ids) >= self._context:
-            raise UsageError(
-                f"the prompt has {len(prompt_ids)} tokens and the model's context is {self._context}, answer included: "
-                "shorten the prompt, or use a model with a longer context"
-            )
-        check_vocabulary(prompt_ids, decoder.spec.vocab_size)
+        # A decoder that is no model of ours (a test's) rotates nothing.
+        rope = decoder.spec.rope if isinstance(decoder.spec, ModelSpec) else None
+        self._whole_beyond = rope.max_positions if rope is not None and rope.depends_on_length else self._context
         self._prompt_ids = prompt_ids
         self._max_tokens = max_tokens
         self._prefill_chunk = prefill_chunk
@@ -232,10 +230,17 @@ class Generation:
         """Samples tokens, up to and without one that ends the generation; sets the finish reason at its end."""
         prompt = self._prompt_ids
         start = perf_counter()
-        position = self._cache.start(prompt, min(self._context, len(prompt) + self._max_tokens))
+        capacity, chunk = min(self._context, len(prompt) + self._max_tokens), self._prefill_chunk
+        if max(len(prompt), len(self._cache.ids)) > self._whole_beyond:
+            # Keys in the cache were rotated for another length than this prompt's: share nothing (a prompt of one token
+            # shares none), and leave none behind that a later prompt could not use.
+            self._cache.start(prompt[:1], capacity)
+        if len(prompt) > self._whole_beyond:
+            chunk = len(prompt)
+        position = self._cache.start(prompt, capacity)
         self._cached_tokens = position
-        for begin in range(position, len(prompt), self._prefill_chunk):
-            logits = self._cache.extend(prompt[begin : begin + self._prefill_chunk])
+        for begin in range(position, len(prompt), chunk):
+            logits = self._cache.extend(prompt[begin : begin + chunk])
         self._prefill_seconds = perf_counter() - start
         while True:
             token = self._sampler.sample(logits)

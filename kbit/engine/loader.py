@@ -5,10 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from time import perf_counter
+from typing import TYPE_CHECKING
 
 from kbit.engine.tokenizer import Tokenizer
-from kbit.errors import UsageError
 from kbit.models.decoder import Decoder
+
+if TYPE_CHECKING:
+    from kbit.checkpoint.source import CheckpointSource
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,7 +41,7 @@ def load_model(
     device: str = "auto",
     threads: int | None = None,
     *,
-    check: Callable[[Tokenizer], object] | None = None,
+    check: Callable[[Tokenizer, CheckpointSource], object] | None = None,
 ) -> LoadedModel:
     """Loads a model.
 
@@ -46,27 +49,22 @@ def load_model(
         model: a folder, a .gguf file, a hub id or a catalogue name (`kbit.checkpoint.resolve.open_model`).
         device: "auto", "cpu" or "cuda".
         threads: CPU threads for torch, for the whole process; None leaves torch's choice.
-        check: called with the tokenizer before any weight is read, to refuse early what the tokenizer can tell.
+        check: called with tokenizer and checkpoint before any weight is read, to refuse early what these can tell.
 
     Raises:
-        UsageError: no such model, no such device, or threads below 1.
+        UsageError: no such model, no such device, or an impossible number of threads.
         CheckpointError, UnsupportedError: the model cannot be read or run.
     """
     from kbit.checkpoint.resolve import open_model
     from kbit.models.load import load_decoder
-    from kbit.ops.select import select_backend
+    from kbit.ops.select import select_backend, set_threads
 
-    if threads is not None:
-        if threads < 1:
-            raise UsageError(f"--threads {threads}: expected at least 1")
-        import torch
-
-        torch.set_num_threads(threads)
+    set_threads(threads)
     backend = select_backend(device)  # before the model: a wrong device needs no download to be reported
     with open_model(model) as source:
         start = perf_counter()
         tokenizer = Tokenizer.from_source(source)
         if check is not None:
-            check(tokenizer)
+            check(tokenizer, source)
         decoder = load_decoder(source, backend)
         return LoadedModel(model, decoder, tokenizer, perf_counter() - start)

@@ -9,10 +9,24 @@ def peak_rss_bytes() -> int | None:
     """Largest resident set this process has had, in bytes; None where the system does not tell."""
     if sys.platform == "win32":
         return _windows_peak()
+    if sys.platform == "linux" and (peak := _linux_peak()) is not None:
+        return peak
     import resource
 
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024  # macOS counts bytes, Linux and the BSDs KiB
+    largest = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return largest if sys.platform == "darwin" else largest * 1024  # macOS counts bytes, Linux and the BSDs KiB
+
+
+def _linux_peak() -> int | None:
+    """VmHWM, which begins anew with the program. ru_maxrss does not: it keeps the size of what started it (exec)."""
+    try:
+        with open("/proc/self/status", "rb") as file:
+            for line in file:
+                if line.startswith(b"VmHWM:"):
+                    return int(line.split()[1]) * 1024  # "VmHWM:     1234 kB"
+    except OSError:  # no /proc, in some sandboxes
+        pass
+    return None
 
 
 if sys.platform == "win32":

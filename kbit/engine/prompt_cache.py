@@ -10,12 +10,12 @@ from typing import Protocol
 
 import torch
 
-from kbit.errors import CheckpointError, KbitError
+from kbit.errors import KbitError, UsageError
 from kbit.ops.kv_cache import KVCache
 
 
 class DecoderSpec(Protocol):
-    """What generation needs to know about a model."""
+    """What generation and evaluation need to know about a model (a `kbit.models.spec.ModelSpec`)."""
 
     @property
     def max_positions(self) -> int:
@@ -27,7 +27,7 @@ class DecoderSpec(Protocol):
 
 
 class DecoderLike(Protocol):
-    """A model generation can run: `kbit.models.decoder.Decoder`, or a fake in a test."""
+    """A model generation and evaluation can run: `kbit.models.decoder.Decoder`, or a fake in a test."""
 
     @property
     def spec(self) -> DecoderSpec:
@@ -98,17 +98,33 @@ class PromptCache:
         return result
 
 
+def check_prompt(ids: Sequence[int], spec: DecoderSpec) -> None:
+    """
+    Raises:
+        UsageError: the prompt is empty, leaves no room for an answer in the model's context, or has ids the model does
+            not know.
+    """
+    if not ids:
+        raise UsageError("the prompt is empty: give some text")
+    if len(ids) >= spec.max_positions:
+        raise UsageError(
+            f"the prompt has {len(ids)} tokens and the model's context is {spec.max_positions}, answer included: "
+            "shorten the prompt, or use a model with a longer context"
+        )
+    check_vocabulary(ids, spec.vocab_size)
+
+
 def check_vocabulary(ids: Sequence[int], vocab_size: int) -> None:
     """
     Raises:
-        CheckpointError: an id the model has no embedding for: tokenizer and model do not belong together.
+        UsageError: an id the model has no embedding for: tokenizer and model do not belong together.
     """
-    largest = max(ids, default=0)
-    if largest >= vocab_size:
-        raise CheckpointError(
-            f"the tokenizer gives token id {largest}, the model's vocabulary has {vocab_size} tokens: "
-            "the tokenizer files do not belong to this model"
-        )
+    for worst in (min(ids, default=0), max(ids, default=0)):
+        if not 0 <= worst < vocab_size:
+            raise UsageError(
+                f"token id {worst} is outside the model's vocabulary of {vocab_size}: "
+                "the tokenizer does not belong to this model"
+            )
 
 
 def _copy(source: KVCache, target: KVCache) -> None:

@@ -11,6 +11,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from kbit.checkpoint.hf_folder import SENTENCEPIECE_NAMES
 from kbit.engine.detokenizer import DetokenizerStream
 from kbit.errors import CheckpointError, UnsupportedError, UsageError
 
@@ -21,8 +22,6 @@ if TYPE_CHECKING:
 
 # Names under which chat templates and tokenizer_config.json know special tokens.
 SPECIAL_TOKEN_NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
-
-_SENTENCEPIECE_FILES = ("tokenizer.model", "spiece.model", "sentencepiece.bpe.model")
 
 
 class Tokenizer:
@@ -46,7 +45,6 @@ class Tokenizer:
         pad_id: int | None = None,
         special_tokens: Mapping[str, str] | None = None,
         chat_templates: Mapping[str, str] | None = None,
-        add_bos_token: bool = False,
     ) -> None:
         # A tokenizer.json may carry the truncation and padding of its training run: neither may touch a prompt.
         backend.no_truncation()
@@ -60,9 +58,6 @@ class Tokenizer:
         added = backend.get_added_tokens_decoder()
         self._skip_ids = frozenset(index for index, token in added.items() if token.special)
         self._byte_fallback = _has_byte_fallback(backend)
-        # The post-processor of tokenizer.json decides whether BOS is added. Only where it adds nothing at all does
-        # add_bos_token of tokenizer_config.json count.
-        self._prefix = [bos_id] if add_bos_token and bos_id is not None and not _encode(backend, "", True) else []
 
     @classmethod
     def from_source(cls, source: CheckpointSource) -> Tokenizer:
@@ -99,7 +94,6 @@ class Tokenizer:
             pad_id=token_id("pad_token"),
             special_tokens=named,
             chat_templates=_read_templates(files, settings, where),
-            add_bos_token=settings.get("add_bos_token") is True,
         )
 
     @property
@@ -117,7 +111,9 @@ class Tokenizer:
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Token ids of a text.
 
-        Special tokens written out in the text ("<|im_start|>") become their ids, as in transformers.
+        Special tokens written out in the text ("<|im_start|>") become their ids, as in transformers. Whether BOS is
+        added is for the post-processor of tokenizer.json alone to say: transformers 5 ignores add_bos_token of
+        tokenizer_config.json beside a tokenizer.json, whether true or false.
 
         Args:
             text: any Unicode text; "" gives [] or, with a tokenizer that adds it, the BOS token alone.
@@ -134,8 +130,10 @@ class Tokenizer:
             raise UsageError(
                 f"the text is not valid Unicode at character {error.start} ({text[error.start]!r}): pass it as UTF-8"
             ) from None
-        ids = _encode(self._backend, text, add_special_tokens)
-        return [*self._prefix, *ids] if add_special_tokens else ids
+        try:
+            return self._backend.encode(text, add_special_tokens=add_special_tokens).ids
+        except Exception as error:  # the library's only exception type
+            raise CheckpointError(f"tokenizer.json cannot encode this text: {_one_line(error)}") from None
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """Text of token ids; ids outside the vocabulary give nothing, invalid bytes give U+FFFD."""
@@ -148,19 +146,12 @@ class Tokenizer:
         return DetokenizerStream(self._backend, skip, self._byte_fallback, context)
 
 
-def _encode(backend: tokenizers.Tokenizer, text: str, add_special_tokens: bool) -> list[int]:
-    try:
-        return backend.encode(text, add_special_tokens=add_special_tokens).ids
-    except Exception as error:  # the library's only exception type
-        raise CheckpointError(f"tokenizer.json cannot encode this text: {_one_line(error)}") from None
-
-
 def _load_backend(files: Mapping[str, bytes], where: str) -> tokenizers.Tokenizer:
     import tokenizers
 
     data = files.get("tokenizer.json")
     if data is None:
-        for name in _SENTENCEPIECE_FILES:
+        for name in SENTENCEPIECE_NAMES:
             if name in files:
                 raise UnsupportedError(
                     f"{where}: {name} is a sentencepiece model, kbit reads tokenizer.json: convert it once with "

@@ -13,8 +13,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from kbit.engine.prompt_cache import DecoderLike
 from kbit.errors import UsageError
-from kbit.evaluate.logits import LogitsModel, LogitsSource, row_step
+from kbit.evaluate.logits import LogitsSource, row_step
 from kbit.evaluate.perplexity import PerplexityResult, Progress, as_source, check_finite, window_targets
 from kbit.evaluate.statistics import DRAWS, SEED, bootstrap_interval, cluster, standard_error
 from kbit.evaluate.windows import Windows
@@ -86,8 +87,8 @@ class Comparison:
 
 
 def compare(
-    model: LogitsModel | LogitsSource,
-    reference: LogitsModel | LogitsSource,
+    model: DecoderLike | LogitsSource,
+    reference: DecoderLike | LogitsSource,
     windows: Windows,
     progress: Progress | None = None,
 ) -> Comparison:
@@ -134,8 +135,8 @@ def compare(
 
 
 def compare_many(
-    candidates: Iterable[tuple[str, Callable[[], LogitsModel]]],
-    reference: LogitsModel | LogitsSource,
+    candidates: Iterable[tuple[str, Callable[[], DecoderLike]]],
+    reference: DecoderLike | LogitsSource,
     windows: Windows,
     progress: Callable[[str], Progress] | None = None,
 ) -> Iterator[tuple[str, Comparison]]:

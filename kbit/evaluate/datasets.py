@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Literal
 
 from kbit.errors import KbitError, UsageError
-from kbit.evaluate.wikitext import looks_like_wikitext, restore_wikitext2_test
+from kbit.evaluate.wikitext import WIKITEXT2_TEST_SHA256, looks_like_wikitext, restore_wikitext2_test
 
 # A tokenizer needs some forty times the text's size in memory; WikiText-2's test split has 1.3 MB.
 MAX_TEXT_BYTES = 64 << 20
@@ -87,7 +87,7 @@ def _wikitext2(split: str, sha256: str, nbytes: int) -> NamedText:
 _HELDOUT = ("Burnett_Garden_1911.txt", "Doyle_Hound_1902.txt", "Woolf_Lighthouse_1927.txt")
 
 NAMED_TEXTS: dict[str, NamedText] = {
-    "wikitext2": _wikitext2("test", "173c87a53759e0201f33e0ccf978e510c2042d7f2cb78229d9a50d79b9e7dd08", 1_290_590),
+    "wikitext2": _wikitext2("test", WIKITEXT2_TEST_SHA256, 1_290_590),
     "wikitext2-valid": _wikitext2(
         "valid", "4cd0f6876d07a413aa911261ff6d363c72d757d47f0fdd6015702014c89cb9c7", 1_146_846
     ),
@@ -212,16 +212,23 @@ def _download(archive: HubArchive, target: Path, problem: str, wanted: str) -> N
         problem: why a download is needed, for the error where there is no network.
         wanted: the file that would make it unnecessary, below KBIT_DATA.
     """
-    from huggingface_hub import hf_hub_download
+    from huggingface_hub import snapshot_download
 
     try:
-        fetched = Path(hf_hub_download(archive.repo, archive.filename, repo_type="dataset"))
+        # Not hf_hub_download: without a network that retries for 20 s, with warnings of its own.
+        folder = snapshot_download(archive.repo, repo_type="dataset", allow_patterns=[archive.filename])
     except _network_errors() as error:
         reason = str(error).strip().split("\n", 1)[0].split(". ", 1)[0][:160] or type(error).__name__
         raise KbitError(
             f"{problem}, and it could not be downloaded ({reason}): set KBIT_DATA to a folder with {wanted}, "
             "or give a text file's path to --data"
         ) from error
+    fetched = Path(folder) / archive.filename
+    if not fetched.is_file():  # gone from the repository, or an older incomplete download and no network
+        raise KbitError(
+            f"{problem}, and {archive.filename} could not be downloaded from {archive.repo}: set KBIT_DATA to a folder "
+            f"with {wanted}, or give a text file's path to --data"
+        )
     if _file_sha256(fetched) != archive.sha256:
         raise KbitError(f"{fetched} does not have the expected sha256 {archive.sha256}: delete it and try again")
     content = _read_member(fetched, archive)

@@ -13,11 +13,11 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Protocol
 
 import numpy as np
 import torch
 
+from kbit.engine.prompt_cache import DecoderLike, check_vocabulary
 from kbit.errors import KbitError, UsageError
 from kbit.evaluate.windows import Windows
 
@@ -28,20 +28,6 @@ _PIECE_MAX = 512
 _ROW_ELEMENTS = 1 << 22
 # Disk a reference's stored logits may take unless the caller allows more.
 DEFAULT_CACHE_BYTES = 16 << 30
-
-
-class LogitsModel(Protocol):
-    """What evaluation needs of a model (kbit.models.decoder.Decoder)."""
-
-    @property
-    def spec(self) -> Any:
-        """Something with an int `vocab_size`."""
-
-    def new_cache(self, batch: int, capacity: int) -> Any: ...
-
-    def forward(
-        self, ids: torch.Tensor, cache: Any, lengths: torch.Tensor | None = None, last_only: bool = False
-    ) -> torch.Tensor: ...
 
 
 class LogitsSource(ABC):
@@ -72,12 +58,12 @@ def row_step(vocab_size: int) -> int:
 class ModelLogits(LogitsSource):
     """Logits computed by a model as they are asked for."""
 
-    def __init__(self, model: LogitsModel) -> None:
+    def __init__(self, model: DecoderLike) -> None:
         self._model = model
 
     @property
     def vocab_size(self) -> int:
-        return int(self._model.spec.vocab_size)
+        return self._model.spec.vocab_size
 
     def window(self, windows: Windows, index: int) -> Iterator[torch.Tensor]:
         """See LogitsSource.
@@ -87,11 +73,7 @@ class ModelLogits(LogitsSource):
             KbitError: the model's logits do not have the vocabulary's width.
         """
         ids = torch.from_numpy(windows.ids[index])[None]  # (1, n)
-        if int(ids.max()) >= self.vocab_size or int(ids.min()) < 0:
-            raise UsageError(
-                f"token id {int(ids.max())} is outside the model's vocabulary of {self.vocab_size}: "
-                "the tokenizer does not belong to this model"
-            )
+        check_vocabulary((int(ids.min()), int(ids.max())), self.vocab_size)
         with torch.inference_mode():
             # The last token is only predicted, never fed.
             cache = self._model.new_cache(1, windows.context - 1)
@@ -129,7 +111,7 @@ class StoredLogits(LogitsSource):
 
     def __init__(
         self,
-        model: LogitsModel,
+        model: DecoderLike,
         windows: Windows,
         directory: Path | None = None,
         max_bytes: int = DEFAULT_CACHE_BYTES,

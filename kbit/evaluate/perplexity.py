@@ -10,8 +10,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from kbit.engine.prompt_cache import DecoderLike
 from kbit.errors import KbitError
-from kbit.evaluate.logits import LogitsModel, LogitsSource, ModelLogits, pieces, row_step
+from kbit.evaluate.logits import LogitsSource, ModelLogits, pieces, row_step
 from kbit.evaluate.statistics import cluster, standard_error
 from kbit.evaluate.windows import Convention, Windows
 
@@ -42,11 +43,6 @@ class PerplexityResult:
     def windows(self) -> int:
         """W."""
         return int(self.nll.shape[0])
-
-    @property
-    def window_sums(self) -> NDArray[np.float64]:
-        """Loss of each window in nats, float64 (W,)."""
-        return np.asarray(self.nll.sum(axis=1))
 
     @property
     def mean_nll(self) -> float:
@@ -99,7 +95,7 @@ def token_nll(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
 
 
 def evaluate_perplexity(
-    model: LogitsModel | LogitsSource, windows: Windows, progress: Progress | None = None
+    model: DecoderLike | LogitsSource, windows: Windows, progress: Progress | None = None
 ) -> PerplexityResult:
     """Perplexity of a model on windows.
 
@@ -125,7 +121,7 @@ def evaluate_perplexity(
     return PerplexityResult(nll, windows.convention, windows.context)
 
 
-def as_source(model: LogitsModel | LogitsSource) -> LogitsSource:
+def as_source(model: DecoderLike | LogitsSource) -> LogitsSource:
     """A source of logits as it is, or a decoder as one."""
     return model if isinstance(model, LogitsSource) else ModelLogits(model)
 

@@ -8,8 +8,6 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-
 from kbit.checkpoint.resolve import open_model
 from kbit.checkpoint.source import CheckpointSource
 from kbit.engine.process import peak_rss_bytes
@@ -21,7 +19,7 @@ from kbit.evaluate.perplexity import PerplexityResult, Progress, evaluate_perple
 from kbit.evaluate.windows import CONVENTIONS, Convention, Windows, choose_context, make_windows
 from kbit.models.families import spec_from_config
 from kbit.models.load import load_decoder
-from kbit.ops.select import select_backend
+from kbit.ops.select import select_backend, set_threads
 
 
 @dataclass(frozen=True)
@@ -136,18 +134,16 @@ def evaluate_model(
     """
     say = status or (lambda _: None)
     convention = parse_convention(request.convention)
-    for flag, value in (("--max-tokens", request.max_tokens), ("--threads", request.threads)):
-        if value is not None and value < 1:
-            raise UsageError(f"{flag} {value}: expected at least 1")
-    if request.threads is not None:
-        torch.set_num_threads(request.threads)
+    if request.max_tokens is not None and request.max_tokens < 1:
+        raise UsageError(f"--max-tokens {request.max_tokens}: expected at least 1")
+    set_threads(request.threads)
     backend = select_backend(request.device)
     text = resolve_data(request.data)
     with ExitStack() as stack:
         source = stack.enter_context(open_model(request.model))
         other = None if request.reference is None else stack.enter_context(open_model(request.reference))
         sources = [source] if other is None else [source, other]
-        longest = min(spec_from_config(each.config, where=f"config of {each.path}").max_positions for each in sources)
+        longest = min(_longest_window(each, request.context) for each in sources)
         context = choose_context(convention, request.context, longest)
         say("tokenising")
         windows = make_windows(text, Tokenizer.from_source(source), convention, context, request.max_tokens)
@@ -175,6 +171,24 @@ def parse_convention(name: str) -> Convention:
         if name == convention:
             return convention
     raise UsageError(f"--convention {name}: choose one of {', '.join(CONVENTIONS)}")
+
+
+def _longest_window(source: CheckpointSource, context: int | None) -> int:
+    """Tokens per window a model can take: its context length, or less where windows cannot be cut into pieces.
+
+    Raises:
+        UsageError: `context` asks for more than such a model's pieces allow.
+    """
+    spec = spec_from_config(source.config, where=f"config of {source.path}")
+    if not spec.rope.depends_on_length:
+        return spec.context_length
+    longest = spec.rope.max_positions  # as windows go through the model in pieces (kbit.evaluate.logits)
+    if context is not None and context > longest:
+        raise UsageError(
+            f"--context {context}: {source.path} has {spec.rope.kind} RoPE, whose rotation depends on the length of "
+            f"the text beyond {longest} tokens, and is evaluated up to there only: use --context {longest} or less"
+        )
+    return longest
 
 
 def _check_same_tokens(

@@ -5,9 +5,10 @@ the window ends), so the textbook error of a mean over tokens is too small. The 
 a window, whose tokens share their context. Windows share no context with each other, which leaves only the correlation
 of a document that spans several windows; clusters are far larger than sentences, so little of it remains.
 
-Ten clusters are the fewest from which a spread can be estimated at all. With fewer windows than that, every window
-is cut into equal blocks so that at least MIN_CLUSTERS result, as long as a block keeps MIN_BLOCK tokens; the
-number of clusters is reported along with every error.
+A spread estimated from few clusters is itself uncertain: from n of them by about 1/sqrt(2n - 2), which is 24 % at
+ten and 71 % at two. MIN_CLUSTERS is a compromise: with fewer windows, every window is cut into equal blocks so that at
+least that many clusters result, as long as a block keeps MIN_BLOCK tokens. Blocks of one window share their context,
+so errors from them may come out too small; the number of clusters is reported along with every error.
 
 Method: linearised ratio estimator for clusters, and the cluster bootstrap with percentile intervals (Efron and
 Tibshirani, "An Introduction to the Bootstrap", chapters 8 and 13).

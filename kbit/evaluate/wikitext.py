@@ -12,9 +12,8 @@ from __future__ import annotations
 import hashlib
 import re
 
-# Digest and size of wiki.test.raw in wikitext-2-raw-v1.zip (4,358 lines, of which 1,467 are blank).
+# Digest of wiki.test.raw in wikitext-2-raw-v1.zip (4,358 lines, of which 1,467 are blank).
 WIKITEXT2_TEST_SHA256 = "173c87a53759e0201f33e0ccf978e510c2042d7f2cb78229d9a50d79b9e7dd08"
-WIKITEXT2_TEST_BYTES = 1_290_590
 WIKITEXT2_TEST_TEXT_LINES = 2_891
 
 _HEADING = re.compile(r" (?:= )+.*(?: =)+ ")

@@ -11,8 +11,16 @@ from collections.abc import Sequence
 
 import torch
 
-from kbit import _native
+import kbit
 from kbit.formats.quant_format import plane_widths
+
+try:
+    from kbit import _native
+except ImportError as error:
+    raise ImportError(
+        f"kbit was imported from {kbit.__path__[0]}, which has no compiled module (kbit._native): a checkout hides the "
+        "installed package from Python started in it. Start Python elsewhere, or install with pip install -e ."
+    ) from error
 
 
 def pack(codes: torch.Tensor, bits: int) -> tuple[torch.Tensor, ...]:

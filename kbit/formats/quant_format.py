@@ -110,7 +110,7 @@ class QuantFormat:
                 "scale per row"
             )
         if self.asymmetric and self.dtype != "int":
-            raise UsageError(f"an offset per block (asym) exists for int only, not for {self.dtype}")
+            raise UsageError(f"an offset per block (asym) exists for int only, not for {self.dtype}: choose int")
         if self.scale_dtype not in SCALE_DTYPES:
             raise UsageError(f"scale type {self.scale_dtype!r} is unknown: use one of {', '.join(SCALE_DTYPES)}")
         if self.dtype == "float":

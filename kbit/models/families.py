@@ -1,7 +1,9 @@
 """Model families as data: which configuration key means what, and which tensor goes where.
 
-Absent keys take the defaults of transformers' configuration classes (`LlamaConfig`, `MistralConfig`, `Qwen2Config`), so
-a sparse config.json means here what it means there.
+Sizes that a model cannot be guessed without (vocab_size, hidden_size, intermediate_size, num_hidden_layers,
+num_attention_heads) must be there. Other keys that are absent take the default of transformers' configuration class
+(`LlamaConfig`, `MistralConfig`, `Qwen2Config`): context length, key/value heads, head size, activation, norm epsilon,
+tying, biases, sliding windows and RoPE. Keys that appear nowhere below are not looked at.
 """
 
 from __future__ import annotations
@@ -13,13 +15,12 @@ from typing import Any, Literal
 from kbit.errors import CheckpointError, UnsupportedError
 from kbit.models.config_values import ConfigValues, shown
 from kbit.models.rope_config import rope_from_config
-from kbit.models.spec import ModelSpec, TensorNames
+from kbit.models.spec import MAX_CONTEXT, ModelSpec, TensorNames
 
 # Limits that no real model comes near; they keep a hostile config from asking for unbounded work.
 _MAX_LAYERS = 4096
 _MAX_WIDTH = 1 << 24
 _MAX_VOCAB = 1 << 28
-_MAX_POSITIONS = 1 << 31
 
 _ACTIVATIONS = {
     "silu": "silu",
@@ -142,7 +143,7 @@ def spec_from_config(config: Mapping[str, Any], where: str = "config.json") -> M
         if hidden % heads:
             raise values.error("hidden_size", f"a multiple of num_attention_heads ({heads}), as there is no head_dim")
         head_dim = hidden // heads
-    max_positions = values.integer("max_position_embeddings", 1, _MAX_POSITIONS)
+    max_positions = values.integer("max_position_embeddings", 1, MAX_CONTEXT)
     return ModelSpec(
         family=model_type,
         vocab_size=values.integer("vocab_size", 1, _MAX_VOCAB),
@@ -155,7 +156,6 @@ def spec_from_config(config: Mapping[str, Any], where: str = "config.json") -> M
         norm_eps=values.number("rms_norm_eps", above=0.0, below=1.0),
         activation=values.choice("hidden_act", _ACTIVATIONS),
         rope=rope_from_config(config, head_dim, max_positions, where),
-        max_positions=max_positions,
         windows=_windows(family, values, layers),
         qkv_bias=_switch(family.qkv_bias, values),
         output_bias=_switch(family.output_bias, values),
@@ -201,13 +201,13 @@ def _windows(family: Family, values: ConfigValues, layers: int) -> tuple[int | N
     """Sliding window of every layer."""
     window = None
     if family.windows == "all" or (family.windows == "chosen" and values.boolean("use_sliding_window")):
-        window = values.optional_integer("sliding_window", 1, _MAX_POSITIONS)
+        window = values.optional_integer("sliding_window", 1, MAX_CONTEXT)
     types = _layer_types(values, layers)
     if family.windows == "chosen":
         if types is None:
             if window is None:
                 return (None,) * layers
-            first = values.integer("max_window_layers", 0, _MAX_POSITIONS)
+            first = values.integer("max_window_layers", 0, MAX_CONTEXT)
             return tuple(window if layer >= first else None for layer in range(layers))
         if window is None and "sliding_attention" in types:
             raise values.error("layer_types", "without sliding_attention, as use_sliding_window and sliding_window say")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterable
 
 import torch
@@ -10,17 +9,11 @@ import torch
 from kbit.checkpoint.source import CheckpointSource
 from kbit.errors import CheckpointError
 from kbit.formats.quant_tensor import QuantTensor
-from kbit.models.config_values import shown
+from kbit.models.check import check_tensors
 from kbit.models.decoder import Decoder, DecoderWeights, Layer, Linear
 from kbit.models.families import spec_from_config
 from kbit.models.spec import ModelSpec
 from kbit.ops.backend import Backend
-
-# Buffers that old checkpoints carry and that are computed here instead.
-_HARMLESS = re.compile(r"(^|.*\.)rotary_emb\.(inv_freq|cos_cached|sin_cached)$")
-
-# Rows of the head and the embedding compared at once, in bytes of float32.
-_COMPARE_BYTES = 32 << 20
 
 
 def load_decoder(
@@ -28,8 +21,8 @@ def load_decoder(
 ) -> Decoder:
     """Read a model.
 
-    Names and shapes are checked from headers before any data is read. Tensors are read one at a time, so memory stays
-    at the prepared weights plus one tensor.
+    Names and shapes are checked from headers before any data is read (check_tensors). Tensors are read one at a time,
+    so memory stays at the prepared weights plus one tensor.
 
     Args:
         source: the checkpoint.
@@ -38,60 +31,12 @@ def load_decoder(
 
     Raises:
         UnsupportedError: an unknown architecture.
-        CheckpointError: a senseless configuration; a missing, surplus, misshapen or non-finite tensor.
+        CheckpointError: a senseless configuration; a missing, surplus, misshapen or non-finite tensor; a tied head that
+            differs from the embedding.
     """
-    where = str(source.path)
-    spec = spec_from_config(source.config, where=f"config of {where}")
-    head = f"{spec.names.head}.weight"
-    _check_tensors(source, spec, head)
-    if spec.tied_embeddings and head in source.tensors:
-        _check_tied(source, f"{spec.names.embedding}.weight", head)
+    spec = spec_from_config(source.config, where=f"config of {source.path}")
+    check_tensors(source, spec)
     return _Loader(source, spec, backend, progress).decoder()
-
-
-def _check_tensors(source: CheckpointSource, spec: ModelSpec, head: str) -> None:
-    """Raise unless the checkpoint holds exactly what the spec needs."""
-    where, expected = str(source.path), spec.expected_tensors()
-    missing = [name for name in expected if name not in source.tensors]
-    if missing:
-        raise CheckpointError(
-            f"{where}: {_some(missing)} missing: the checkpoint is incomplete, or its config.json is another model's"
-        )
-    for name, shape in expected.items():
-        found = tuple(source.tensors[name].shape)
-        if found != shape:
-            raise CheckpointError(f"{where}: {name} has shape {found}, but config.json asks for {shape}")
-    surplus = [name for name in source.tensors if name not in expected and not _HARMLESS.match(name)]
-    if spec.tied_embeddings and head in surplus:
-        surplus.remove(head)
-    if surplus:
-        raise CheckpointError(
-            f"{where}: {_some(surplus)} not part of a {spec.family} model as config.json describes it; leaving them "
-            "out would change the model, so correct config.json or the checkpoint"
-        )
-
-
-def _some(names: list[str]) -> str:
-    """Up to three names, for a message."""
-    listed = ", ".join(name if name.isprintable() and len(name) < 120 else shown(name) for name in names[:3])
-    if len(names) == 1:
-        return f"1 tensor ({listed}) is"
-    return f"{len(names)} tensors ({listed}{', ...' if len(names) > 3 else ''}) are"
-
-
-def _check_tied(source: CheckpointSource, embedding: str, head: str) -> None:
-    """Some files store a tied head again. It must equal the embedding, or the configuration is wrong."""
-    rows, columns = source.tensors[embedding].shape
-    step = max(1, _COMPARE_BYTES // (4 * columns))
-    same = source.tensors[head].shape == source.tensors[embedding].shape and all(
-        torch.equal(source.read_rows(embedding, start, stop), source.read_rows(head, start, stop))
-        for start, stop in ((start, min(start + step, rows)) for start in range(0, rows, step))
-    )
-    if not same:
-        raise CheckpointError(
-            f"{source.path}: tie_word_embeddings is true, but {head} differs from {embedding}: set tie_word_embeddings "
-            f"to false to use {head}, or remove it from the checkpoint"
-        )
 
 
 class _Loader:
@@ -154,7 +99,7 @@ class _Loader:
                 if nans or infinities:
                     raise CheckpointError(
                         f"{self.source.path}: {name} holds {nans} NaN and {infinities} infinite values; the checkpoint "
-                        "is damaged or overflowed when it was converted"
+                        "is damaged or overflowed when it was converted; get it again"
                     )
         self.done += 1
         if self.progress is not None:

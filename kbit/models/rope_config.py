@@ -9,11 +9,10 @@ from typing import Any
 
 from kbit.errors import CheckpointError, UnsupportedError
 from kbit.models.config_values import ConfigValues, shown
-from kbit.models.spec import RopeSpec
+from kbit.models.spec import MAX_CONTEXT, RopeSpec
 
 KINDS = ("default", "linear", "dynamic", "llama3", "yarn")
 DEFAULT_THETA = 10000.0
-_MAX_POSITIONS = 1 << 31
 
 # Limits that keep every formula here finite; no real model comes near them.
 _MAX_THETA = 1e30
@@ -120,8 +119,8 @@ def _original_positions(base: RopeSpec, values: ConfigValues, config: Mapping[st
     """Pretraining length: beside the object (Phi's spelling, it wins), inside it, or max_position_embeddings."""
     key = "original_max_position_embeddings"
     if config.get(key) is not None:
-        return ConfigValues(config, {}, values.where).integer(key, 1, _MAX_POSITIONS)
-    return values.optional_integer(key, 1, _MAX_POSITIONS) or base.max_positions
+        return ConfigValues(config, {}, values.where).integer(key, 1, MAX_CONTEXT)
+    return values.optional_integer(key, 1, MAX_CONTEXT) or base.max_positions
 
 
 def _ratio(values: ConfigValues, key: str) -> float:

@@ -5,17 +5,20 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+# Longest context that is believed; a hostile factor could ask for any.
+MAX_CONTEXT = 1 << 31
+
 
 @dataclass(frozen=True)
 class RopeSpec:
-    """Rotary position embedding: rope.py turns it into angles.
+    """Rotary position embedding: rope_config.py reads it, rope.py turns it into angles.
 
     Attributes:
         kind: "default", "linear", "dynamic", "llama3" or "yarn".
         dim: rotated features of a head, even.
         theta: base of the wavelengths.
         factor: context extension factor (all kinds but default).
-        max_positions: dynamic: the length beyond which the base grows.
+        max_positions: M, max_position_embeddings; dynamic: the length beyond which the base grows.
         original_positions: llama3, yarn: context length of pretraining.
         low_freq_factor, high_freq_factor: llama3: borders of the smoothed band.
         beta_fast, beta_slow: yarn: rotations over the original context at the borders of the ramp.
@@ -35,6 +38,32 @@ class RopeSpec:
     beta_slow: float = 1.0
     truncate: bool = True
     attention_factor: float = 1.0
+
+    @property
+    def depends_on_length(self) -> bool:
+        """Whether a token's rotation depends on the length of the text around it, and not on its position alone.
+
+        Beyond max_positions such a text must go through the model at once: in pieces, the keys of each piece would be
+        rotated with another base. Up to max_positions pieces are as good as the whole.
+        """
+        return self.kind == "dynamic"
+
+    @property
+    def context_length(self) -> int:
+        """Tokens the embedding is meant for, M or more where it extends a shorter context.
+
+        yarn: factor times the original length, which is what M itself leaves out where a model is extended by its
+        user (Qwen2.5). dynamic: factor times M, as its base grows from M on. llama3: M, the extended length in every
+        published model; factor times original says something else (64k for Llama 3.1 and 256k for 3.2, both tuned for
+        128k). linear: M; the rotation does not refer to it, and transformers asks for the extended length there.
+        """
+        if self.kind == "yarn":
+            extended = round(self.factor * self.original_positions)
+        elif self.kind == "dynamic":
+            extended = round(self.factor * self.max_positions)
+        else:
+            extended = self.max_positions
+        return max(self.max_positions, min(extended, MAX_CONTEXT))
 
 
 @dataclass(frozen=True)
@@ -70,8 +99,7 @@ class ModelSpec:
         head_dim: D.
         norm_eps: epsilon of every norm.
         activation: one of kernels.reference.ACTIVATIONS.
-        rope: rotary embedding.
-        max_positions: longest context the model is meant for; not a hard limit.
+        rope: rotary embedding; how far it reaches is the model's context length.
         windows: per layer, tokens a query sees at most (itself included), or None for all.
         qkv_bias, output_bias, mlp_bias: which linears have biases.
         tied_embeddings: the head is the embedding matrix.
@@ -89,13 +117,24 @@ class ModelSpec:
     norm_eps: float
     activation: str
     rope: RopeSpec
-    max_positions: int
     windows: tuple[int | None, ...]
     qkv_bias: bool
     output_bias: bool
     mlp_bias: bool
     tied_embeddings: bool
     names: TensorNames
+
+    @property
+    def context_length(self) -> int:
+        """Longest text the model is meant for, in tokens, the extension by RoPE scaling included. The decoder itself
+        goes on beyond it; generation and evaluation do not."""
+        return self.rope.context_length
+
+    @property
+    def max_positions(self) -> int:
+        """The context length under the name that generation asks for; not `max_position_embeddings`, which is
+        rope.max_positions."""
+        return self.context_length
 
     @property
     def attention_scale(self) -> float:

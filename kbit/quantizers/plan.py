@@ -150,7 +150,7 @@ def make_plan(
     if unused:
         raise UsageError(f"override pattern {sorted(unused)[0]!r} matches no tensor; kbit info lists their names")
     if not any(tensor.format for tensor in tensors):
-        raise UsageError(f"{source.path}: nothing to quantize: no linear weights among {len(tensors)} tensors")
+        raise UsageError(f"{source.path}: nothing to quantize: every one of the {len(tensors)} tensors is kept")
     plan_id = _plan_id(source, format, tensors, shard_bytes)
     return Plan(format, tuple(tensors), shard_bytes, plan_id)
 

@@ -1,0 +1,83 @@
+"""Does a checkpoint hold the model its configuration describes? Asked of headers first, before anything is read.
+
+Without torch, so that planning and `kbit info` stay quick; comparing a tied head with the embedding reads data and
+needs it.
+"""
+
+from __future__ import annotations
+
+import re
+
+from kbit.checkpoint.source import CheckpointSource
+from kbit.errors import CheckpointError
+from kbit.models.config_values import shown
+from kbit.models.spec import ModelSpec
+
+# Buffers that old checkpoints carry and that are computed here instead.
+_HARMLESS = re.compile(r"(^|.*\.)rotary_emb\.(inv_freq|cos_cached|sin_cached)$")
+
+# Rows of the head and the embedding compared at once, in bytes of float32.
+_COMPARE_BYTES = 32 << 20
+
+
+def check_tensors(source: CheckpointSource, spec: ModelSpec, *, read_data: bool = True) -> None:
+    """Raise unless the checkpoint holds exactly what the spec needs.
+
+    A tied head that is stored again must equal the embedding; only then, and only if both are there, is data read.
+
+    Args:
+        source: the checkpoint.
+        spec: of its configuration.
+        read_data: False leaves the values of such a head unchecked and imports no torch.
+
+    Raises:
+        CheckpointError: a missing, misshapen or surplus tensor, or a tied head that differs from the embedding.
+    """
+    where, expected = str(source.path), spec.expected_tensors()
+    embedding, head = f"{spec.names.embedding}.weight", f"{spec.names.head}.weight"
+    missing = [name for name in expected if name not in source.tensors]
+    if missing:
+        raise CheckpointError(
+            f"{where}: {_some(missing)} missing: the checkpoint is incomplete, or its config.json is another model's"
+        )
+    for name, shape in expected.items():
+        found = tuple(source.tensors[name].shape)
+        if found != shape:
+            raise CheckpointError(f"{where}: {name} has shape {found}, but config.json asks for {shape}")
+    surplus = [name for name in source.tensors if name not in expected and not _HARMLESS.match(name)]
+    stored_again = spec.tied_embeddings and head in surplus
+    if stored_again:
+        surplus.remove(head)
+    if surplus:
+        raise CheckpointError(
+            f"{where}: {_some(surplus)} not part of a {spec.family} model as config.json describes it; leaving them "
+            "out would change the model, so correct config.json or the checkpoint"
+        )
+    if stored_again and not (
+        source.tensors[head].shape == source.tensors[embedding].shape
+        and (not read_data or _equal(source, embedding, head))
+    ):
+        raise CheckpointError(
+            f"{where}: tie_word_embeddings is true, but {head} differs from {embedding}: set tie_word_embeddings "
+            f"to false to use {head}, or remove it from the checkpoint"
+        )
+
+
+def _some(names: list[str]) -> str:
+    """Up to three names, for a message."""
+    listed = ", ".join(name if name.isprintable() and len(name) < 120 else shown(name) for name in names[:3])
+    if len(names) == 1:
+        return f"1 tensor ({listed}) is"
+    return f"{len(names)} tensors ({listed}{', ...' if len(names) > 3 else ''}) are"
+
+
+def _equal(source: CheckpointSource, one: str, other: str) -> bool:
+    """Whether two matrices of one shape hold the same values, a few rows at a time."""
+    import torch
+
+    rows, columns = source.tensors[one].shape
+    step = max(1, _COMPARE_BYTES // (4 * columns))
+    return all(
+        torch.equal(source.read_rows(one, start, stop), source.read_rows(other, start, stop))
+        for start, stop in ((start, min(start + step, rows)) for start in range(0, rows, step))
+    )
