@@ -6,7 +6,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable
+import shutil
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +19,18 @@ if TYPE_CHECKING:
 REPOSITORY = Path(__file__).resolve().parent.parent
 
 
+@pytest.fixture(scope="session", autouse=True)
+def away_from_the_checkout(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Run from another folder: a Python started in the checkout would import its kbit/, which has no compiled module."""
+    before = Path.cwd()
+    for variable in ("KBIT_DATA", "KBIT_CACHE"):  # may be relative
+        if os.environ.get(variable):
+            os.environ[variable] = str(before / os.environ[variable])
+    os.chdir(tmp_path_factory.mktemp("elsewhere"))
+    yield
+    os.chdir(before)
+
+
 @pytest.fixture(scope="session")
 def data_dir() -> Path:
     """Folder of evaluation text and small real models: KBIT_DATA, else shared/data beside the checkout."""
@@ -26,6 +39,12 @@ def data_dir() -> Path:
     if not (folder / "wikitext2" / "wiki.test.raw").is_file():
         pytest.skip(f"no evaluation data at {folder}: set KBIT_DATA to a folder with wikitext2/wiki.test.raw")
     return folder
+
+
+@pytest.fixture(scope="session")
+def novels_folder(data_dir: Path) -> str:
+    """The small model trained on novels, as the commands name it."""
+    return str(data_dir / "models" / "novels-2m")
 
 
 @pytest.fixture(scope="session")
@@ -136,3 +155,38 @@ def interrupted(tmp_path: Path, small_model: Path) -> tuple[Path, Path]:
     out = tmp_path / "out"
     stop_after(small_model, out, 6)
     return out, tmp_path / "out.partial"
+
+
+@pytest.fixture(scope="session")
+def zoo(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path, write_model: Callable[..., Path]) -> Path:
+    """The models and files of error_cases.ZOO, and damaged conversions. Not to be changed: copy what changes."""
+    from error_cases import SHARDED, ZOO, run_command
+
+    folder = tmp_path_factory.mktemp("zoo")
+    sharded = write_model(folder / "sharded", shards=2)
+    for name, make in ZOO.items():
+        if "." not in name:
+            shutil.copytree(sharded if name in SHARDED else tiny_model, folder / name)
+        make(folder / name)
+    code, _, error = run_command(["quantize", str(folder / "good"), "-o", str(folder / "done")])
+    assert code == 0, error
+    shutil.copytree(folder / "done", folder / "bit-rot")
+    weights = bytearray((folder / "bit-rot" / "model.safetensors").read_bytes())
+    weights[-1] ^= 1
+    (folder / "bit-rot" / "model.safetensors").write_bytes(weights)
+    shutil.copytree(folder / "done", folder / "no-manifest")
+    (folder / "no-manifest" / "kbit-manifest.json").unlink()
+    shutil.copytree(folder / "done", folder / "newer-kbit")
+    config = json.loads((folder / "newer-kbit" / "config.json").read_text())
+    config["quantization_config"]["version"] = 7
+    (folder / "newer-kbit" / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+@pytest.fixture
+def no_network(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """No hub, an empty cache and no KBIT_DEBUG."""
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setenv("KBIT_CACHE", str(tmp_path / "cache"))
+    monkeypatch.delenv("KBIT_DEBUG", raising=False)

@@ -1,4 +1,4 @@
-"""Tokenizer files rebuilt from GGUF metadata, against transformers' conversion and independent implementations.
+"""Byte-level BPE tokenizer files rebuilt from GGUF metadata, against transformers' conversion and published ids.
 
 Where transformers 5.23's GGUF conversion differs, and who is right:
 
@@ -9,125 +9,23 @@ Where transformers 5.23's GGUF conversion differs, and who is right:
   demand equal ids; on WikiText-2 the uncorrected one differs in one line ("4 ½ months").
 - `qwen2`: transformers' GGUF conversion and llama.cpp leave out the NFC normalization of Qwen2's tokenizer.json;
   kbit keeps it. Compared with transformers' Qwen2Tokenizer class, which has it.
-- SentencePiece: transformers adds the leading space only at the start of the text, kbit and llama.cpp (and Llama 2's
-  own tokenizer.json) before every stretch of text between special tokens.
 """
 
 from __future__ import annotations
 
-import heapq
 import json
-import random
-import re
-import struct
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import gguf
 import pytest
 import tokenizers
+from gguf_tokenizer_cases import TRICKY, byte_level, our_ids, random_texts, their_ids, through_transformers
 from tokenizers import pre_tokenizers
 
 from kbit.checkpoint.gguf_header import read_header
 from kbit.checkpoint.gguf_pretokenizers import PRE_TOKENIZERS
 from kbit.checkpoint.gguf_tokenizer import sidecars_from_header
-from kbit.errors import CheckpointError, KbitError, UnsupportedError
-
-TRICKY = [
-    "",
-    " ",
-    "Hello, world!",
-    "I'll say it's fine; we've SEEN IT'S don't, they'RE.",
-    "  leading, multiple   spaces and trailing   ",
-    "digits 1 12 123 1234567 3.14 1,000,000 x86_64 (2024-05-31) ½ ² Ⅷ ٣٤",
-    "tabs\tand\t\tmore\n\nblank lines\r\nwindows \n indented",
-    "Ünïcödé naïve café déjà vu Ångström Ελληνικά русский עברית العربية हिन्दी 漢字かな交じり文 한국어",
-    "emoji 🙂👩‍👩‍👧🏳️‍🌈!? 🇩🇪",
-    "def f(x):\n    return {'a': [1, 2]}  # comment\n\n\tpass\n",
-    "camelCase HTTPServer iPhone XMLHttpRequest2 ÀÉ",
-    "https://example.org/a?b=c&d=e#f <b>tags</b> $x^2+y$ ~|`@",
-    "\u00a0non\u3000breaking\u200bzero\ufeff",
-]
-
-
-def random_texts(count: int, seed: int = 0) -> list[str]:
-    rng = random.Random(seed)
-    pieces = [*"ab cZ09 \n\t\r'.,!  é漢字🙂٣²Ⅷſ", "'s", "'LL", " 123", "\u3000", "ing", " the", "<|im_start|>", "</s>"]
-    return ["".join(rng.choices(pieces, k=rng.randint(1, 40))) for _ in range(count)]
-
-
-class Metadata:
-    """Tokenizer metadata to be written as a GGUF file (with one tensor of no meaning)."""
-
-    def __init__(self, model: str, tokens: list[str], **keys: Any) -> None:
-        self.keys: dict[str, Any] = {"model": model, "tokens": tokens, **keys}
-        self.template: str | None = None
-        self.named: dict[str, str | None] = {}  # None: listed, but not there
-
-    def write(self, path: Path) -> Path:
-        writer = gguf.GGUFWriter(path, "llama")
-        for name, value in self.keys.items():
-            key = f"tokenizer.ggml.{name}"
-            if isinstance(value, bool):
-                writer.add_bool(key, value)
-            elif isinstance(value, int):
-                writer.add_uint32(key, value)
-            elif isinstance(value, str):
-                writer.add_string(key, value)
-            elif value is not None:
-                writer.add_array(key, value)
-        if self.template is not None:
-            writer.add_string("tokenizer.chat_template", self.template)
-        if self.named:
-            writer.add_array("tokenizer.chat_templates", list(self.named))
-            for name, text in ((name, text) for name, text in self.named.items() if text is not None):
-                writer.add_string(f"tokenizer.chat_template.{name}", text)
-        writer.write_header_to_file()
-        writer.write_kv_data_to_file()
-        writer.write_tensors_to_file()
-        writer.close()
-        return path
-
-    def sidecars(self, folder: Path) -> dict[str, bytes]:
-        return sidecars_from_header(read_header(self.write(folder / "t.gguf")), 2048)
-
-    def tokenizer(self, folder: Path) -> tokenizers.Tokenizer:
-        return tokenizers.Tokenizer.from_buffer(self.sidecars(folder)["tokenizer.json"])
-
-
-def byte_level(pre: str | None = "gpt-2", **keys: Any) -> Metadata:
-    """A small byte-level vocabulary: the 256 bytes, some English merges, and a few special tokens at the end."""
-    tokens = sorted(pre_tokenizers.ByteLevel.alphabet())
-    merges = []
-    for merge in (
-        "Ġ t", "h e", "Ġt he", "i n", "in g", "Ġ Ġ", "ĠĠ ĠĠ", "1 2", "12 3", "Ċ Ċ", "Ġ 1", "Ã ©", "' s", "' L", ". ,",
-    ):  # fmt: skip
-        tokens.append(merge.replace(" ", ""))
-        merges.append(merge)
-    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<tool>"]
-    types = [1] * len(tokens) + [3, 3, 3, 4]
-    first = len(tokens)
-    keys = {"bos_token_id": first + 1, "eos_token_id": first + 2, "pre": pre, **keys}
-    return Metadata("gpt2", [*tokens, *special], token_type=types, merges=merges, **keys)
-
-
-def through_transformers(path: Path) -> Any:
-    """transformers' own conversion of a GGUF file's tokenizer."""
-    transformers = pytest.importorskip("transformers")
-    return transformers.AutoTokenizer.from_pretrained(str(path.parent), gguf_file=path.name)
-
-
-def their_ids(theirs: Any, text: str) -> list[int]:
-    return list(theirs(text, add_special_tokens=False)["input_ids"])
-
-
-def our_ids(ours: tokenizers.Tokenizer, text: str, special: bool = False) -> list[int]:
-    return list(ours.encode(text, add_special_tokens=special).ids)
-
-
-# --- SmolLM2 -------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -177,8 +75,6 @@ def test_smollm2_files(smollm2_gguf: Path) -> None:
     assert config["chat_template"].startswith("{% for message in messages %}")
     assert json.loads(files["generation_config.json"]) == {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 2}
 
-
-# --- byte-level BPE ------------------------------------------------------------------------------------------------
 
 # Pre-tokenizers that transformers' GGUF conversion states too (it splits all others like GPT-2).
 STATED_BY_TRANSFORMERS = [
@@ -344,190 +240,3 @@ def test_empty_tokens_keep_their_ids(tmp_path: Path) -> None:
     metadata.keys["tokens"][100] = ""
     lost = metadata.tokenizer(tmp_path).id_to_token(100)
     assert lost == "[EMPTY_100]"
-
-
-# --- SentencePiece -------------------------------------------------------------------------------------------------
-
-
-def sentencepiece_ids(tokens: list[str], scores: list[float], types: list[int], text: str) -> list[int]:
-    """SentencePiece's BPE as published (and as llama.cpp runs it): join the adjacent pair whose joined token scores
-    highest, leftmost first on ties; what is no token in the end becomes bytes. `text` has no special tokens."""
-    ids = {token: index for index, token in enumerate(tokens) if types[index] in (1, 4, 5)}
-    symbols = list("▁" + text.replace(" ", "▁")) if text else []
-    after: list[int | None] = [index + 1 for index in range(len(symbols))]
-    before: list[int | None] = [index - 1 for index in range(len(symbols))]
-    if symbols:
-        after[-1] = before[0] = None
-    queue: list[tuple[float, int, int, int]] = []
-
-    def offer(left: int | None, right: int | None) -> None:
-        if left is not None and right is not None and symbols[left] + symbols[right] in ids:
-            joined = symbols[left] + symbols[right]
-            heapq.heappush(queue, (-scores[ids[joined]], left, right, len(joined)))
-
-    for index in range(1, len(symbols)):
-        offer(index - 1, index)
-    while queue:
-        _, left, right, size = heapq.heappop(queue)
-        if not symbols[left] or not symbols[right] or len(symbols[left] + symbols[right]) != size:
-            continue
-        symbols[left], symbols[right] = symbols[left] + symbols[right], ""
-        after[left] = after[right]
-        following = after[left]
-        if following is not None:
-            before[following] = left
-        offer(before[left], left)
-        offer(left, following)
-    result = []
-    for symbol in filter(None, symbols):
-        if symbol in ids:
-            result.append(ids[symbol])
-        else:
-            result += [tokens.index(f"<0x{byte:02X}>") for byte in symbol.encode()]
-    return result
-
-
-@pytest.fixture(scope="module")
-def tinystories(data_dir: Path) -> Metadata:
-    """stories260K's SentencePiece vocabulary of 512 tokens (llama2.c's tok512.bin) as GGUF metadata."""
-    raw = (data_dir / "models" / "stories260K" / "tok512.bin").read_bytes()
-    position, tokens, scores = 4, [], []
-    while position < len(raw):
-        score, size = struct.unpack_from("<fi", raw, position)
-        tokens.append(raw[position + 8 : position + 8 + size].decode("utf-8"))
-        scores.append(score)
-        position += 8 + size
-    # llama2.c writes spaces for SentencePiece's visible space, and line breaks around the control tokens.
-    tokens = [token.replace(" ", "▁") for token in tokens]
-    tokens[1], tokens[2] = "<s>", "</s>"
-    types = [2, 3, 3, *[6] * 256, *[1] * (len(tokens) - 259)]
-    keys = {"scores": scores, "token_type": types}
-    return Metadata("llama", tokens, **keys, bos_token_id=1, eos_token_id=2, unknown_token_id=0)
-
-
-def test_sentencepiece_equals_the_algorithm(tinystories: Metadata, data_dir: Path, tmp_path: Path) -> None:
-    ours = tinystories.tokenizer(tmp_path)
-    keys = tinystories.keys
-    stories = (data_dir / "tinystories" / "sample.txt").read_text(encoding="utf-8")[:60_000]
-    texts = [*stories.split("\n\n"), *TRICKY, *(text.replace("</s>", "") for text in random_texts(300)), "aaaa" * 9]
-    for text in texts:
-        expected = sentencepiece_ids(keys["tokens"], keys["scores"], keys["token_type"], text)
-        assert our_ids(ours, text) == expected, repr(text[:80])
-        assert ours.decode(expected) == text
-
-
-def test_sentencepiece_equals_transformers(tinystories: Metadata, data_dir: Path, tmp_path: Path) -> None:
-    """On text without special tokens; texts that start with a space are left to the test above, since transformers'
-    Metaspace adds no second one."""
-    path = tinystories.write(tmp_path / "t.gguf")
-    theirs = through_transformers(path)
-    ours = tinystories.tokenizer(tmp_path)
-    stories = (data_dir / "tinystories" / "sample.txt").read_text(encoding="utf-8")[:30_000]
-    for text in [stories, *TRICKY]:
-        if not text.startswith(" "):
-            assert our_ids(ours, text) == their_ids(theirs, text), repr(text[:80])
-
-
-def test_sentencepiece_special_tokens(tinystories: Metadata, tmp_path: Path) -> None:
-    """BOS by default; a space before each stretch of text; bytes and the unknown token's text stay text."""
-    ours = tinystories.tokenizer(tmp_path)
-    assert ours.encode("the").ids[0] == 1
-    between = ours.encode("the</s>the", add_special_tokens=False)
-    assert between.tokens == ["▁the", "</s>", "▁the"]
-    spelled = ours.encode("<0x0A>", add_special_tokens=False)
-    assert tinystories.keys["tokens"].index("<0x0A>") not in spelled.ids
-    assert our_ids(ours, "\n")[-1] == tinystories.keys["tokens"].index("<0x0A>")
-
-
-def test_sentencepiece_without_space_prefix(tinystories: Metadata, tmp_path: Path) -> None:
-    metadata = Metadata("llama", tinystories.keys["tokens"], **{
-        name: value for name, value in tinystories.keys.items() if name not in ("model", "tokens")
-    }, add_space_prefix=False, add_bos_token=False)  # fmt: skip
-    ours = metadata.tokenizer(tmp_path)
-    assert ours.encode("the dog").tokens[0] != "▁the"
-    assert ours.decode(ours.encode("the dog").ids) == "the dog"
-    assert ours.decode(ours.encode(" the").ids) == " the"
-
-
-# --- what is refused -----------------------------------------------------------------------------------------------
-
-
-def change(**keys: Any) -> Callable[[Metadata], None]:
-    def edit(metadata: Metadata) -> None:
-        metadata.keys.update(keys)
-
-    return edit
-
-
-def spm(edit: Callable[[Metadata], None]) -> Callable[[Metadata], None]:
-    def convert(metadata: Metadata) -> None:
-        metadata.keys = {
-            "model": "llama",
-            "tokens": ["<unk>", "<s>", "</s>", "a", "b", "ab"],
-            "scores": [0.0, 0.0, 0.0, -1.0, -2.0, -3.0],
-            "token_type": [2, 3, 3, 1, 1, 1],
-        }
-        edit(metadata)
-
-    return convert
-
-
-REFUSED: dict[str, tuple[Callable[[Metadata], None], type[KbitError], str]] = {
-    "another model": (change(model="t5"), UnsupportedError, "tokenizer model 't5' is not supported"),
-    "unknown pre-tokenizer": (change(pre="new-one"), UnsupportedError, "pre-tokenizer 'new-one' is not supported; known"),
-    "no pre-tokenizer": (change(pre=None), CheckpointError, "'tokenizer.ggml.pre' is missing"),
-    "no tokens": (change(tokens=None), CheckpointError, "'tokenizer.ggml.tokens' is missing or empty"),
-    "no merges": (change(merges=None), CheckpointError, "'tokenizer.ggml.merges' is missing"),
-    "tokens of another type": (change(tokens=[1, 2]), CheckpointError, "should be an array of strings"),
-    "duplicate token": (
-        lambda metadata: metadata.keys["tokens"].__setitem__(5, metadata.keys["tokens"][4]),
-        CheckpointError,
-        "appears twice in the vocabulary (ids 4 and 5)",
-    ),
-    "too few types": (change(token_type=[1, 1]), CheckpointError, "token_type has 2 entries for 275 tokens"),
-    "merge without space": (change(merges=["ab"]), CheckpointError, "merge 0 of the tokenizer, 'ab', does not join"),
-    "merge to no token": (change(merges=["a b"]), CheckpointError, "merge 0 of the tokenizer, 'a b', does not join"),
-    "eos outside": (change(eos_token_id=275), CheckpointError, "'tokenizer.ggml.eos_token_id' is 275, outside 0 to 274"),
-    "eot outside": (change(eot_token_id=999), CheckpointError, "'tokenizer.ggml.eot_token_id' is 999, outside"),
-    "bos wanted but unnamed": (
-        change(add_bos_token=True, bos_token_id=None), CheckpointError, "'tokenizer.ggml.bos_token_id' is missing",
-    ),
-    "flag of another type": (change(add_bos_token="yes"), CheckpointError, "should be true or false"),
-    "template missing": (
-        lambda metadata: metadata.named.update({"tool\nuse": None}),
-        CheckpointError,
-        "'tokenizer.chat_template.tool\\nuse' is missing",
-    ),
-    "no scores": (spm(change(scores=None)), CheckpointError, "'tokenizer.ggml.scores' is missing"),
-    "too few scores": (spm(change(scores=[0.5])), CheckpointError, "scores has 1 entries for 6 tokens"),
-    "score not a number": (
-        spm(change(scores=[0.0, 0.0, 0.0, 0.0, 0.0, float("nan")])), CheckpointError, "token 'ab' has the score nan",
-    ),
-    "endless token": (
-        spm(change(tokens=["<unk>", "<s>", "</s>", "a", "b", "a" * 300])), CheckpointError, "has 300 characters",
-    ),
-    "collapsing whitespace": (
-        spm(change(remove_extra_whitespaces=True)), UnsupportedError, "remove_extra_whitespaces is not supported",
-    ),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("case", REFUSED)
-def test_refused_tokenizers_are_named(case: str, tmp_path: Path) -> None:
-    edit, error, words = REFUSED[case]
-    metadata = byte_level()
-    edit(metadata)
-    with pytest.raises(error, match=re.escape(words)) as caught:
-        metadata.sidecars(tmp_path)
-    message = str(caught.value)
-    assert "t.gguf" in message
-    assert "\n" not in message
-
-
-def test_a_file_without_tokenizer_has_no_files(tmp_path: Path) -> None:
-    writer = gguf.GGUFWriter(tmp_path / "t.gguf", "llama")
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    assert sidecars_from_header(read_header(tmp_path / "t.gguf"), 2048) == {}

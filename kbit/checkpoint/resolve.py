@@ -56,7 +56,8 @@ def open_model(model: str) -> CheckpointSource:
 
 def open_folder(path: Path) -> CheckpointSource:
     """Open a Hugging Face style folder, quantized by kbit or not."""
-    from kbit.checkpoint.hf_folder import HFFolder, read_json_object
+    from kbit.checkpoint.files import read_json_object
+    from kbit.checkpoint.hf_folder import HFFolder
     from kbit.checkpoint.kbit_folder import KbitFolder
 
     config = path / "config.json"

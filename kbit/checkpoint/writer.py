@@ -25,7 +25,8 @@ from typing import IO, Any
 
 from filelock import FileLock, Timeout
 
-from kbit.checkpoint.hf_folder import INDEX_NAME, read_json_object
+from kbit.checkpoint.files import fsync_folder, read_json_object, write_durably
+from kbit.checkpoint.hf_folder import INDEX_NAME
 from kbit.checkpoint.kbit_folder import MANIFEST_NAME
 from kbit.errors import CheckpointError, KbitError, UsageError
 from kbit.formats.quant_format import Part
@@ -198,8 +199,8 @@ class CheckpointWriter:
             }
             files[MANIFEST_NAME] = _json_bytes(manifest)
             for name in sorted(files, key=lambda name: name == "config.json"):  # config.json last
-                _write_durably(self.partial / name, files[name])
-            _fsync_folder(self.partial)
+                write_durably(self.partial / name, files[name])
+            fsync_folder(self.partial)
             self._move_into_place()
         self.close()
 
@@ -238,7 +239,7 @@ class CheckpointWriter:
             records = None
         self.partial.mkdir(exist_ok=True)
         if records is None:
-            _write_durably(journal, (json.dumps({"plan": self.plan_id}) + "\n").encode())
+            write_durably(journal, (json.dumps({"plan": self.plan_id}) + "\n").encode())
         # Left by a run killed at the very end: the folder must not load before everything in it is checked.
         (self.partial / "config.json").unlink(missing_ok=True)
         for shard in self._shards:
@@ -258,7 +259,7 @@ class CheckpointWriter:
         # Rewritten without torn or stale lines; appended to from here on.
         lines = [json.dumps({"plan": self.plan_id})]
         lines += [json.dumps({"done": name, "sha256": digests}) for name, digests in self._done.items()]
-        _write_durably(journal, ("\n".join(lines) + "\n").encode())
+        write_durably(journal, ("\n".join(lines) + "\n").encode())
         self._journal = journal.open("a", encoding="utf-8")
 
     def _still_there(self, name: str, digests: Mapping[str, str]) -> bool:
@@ -288,7 +289,7 @@ class CheckpointWriter:
             shutil.rmtree(self.partial / _REPLACED, ignore_errors=True)  # of a run killed at this very point
             self.out.rename(self.partial / _REPLACED)
         self.partial.rename(self.out)
-        _fsync_folder(self.out.parent)
+        fsync_folder(self.out.parent)
         remove_leftovers(self.out)
 
     @contextmanager
@@ -389,22 +390,3 @@ def _names(folder: Path) -> set[str]:
 
 def _json_bytes(value: Mapping[str, Any]) -> bytes:
     return (json.dumps(value, indent=2) + "\n").encode()
-
-
-def _write_durably(path: Path, data: bytes) -> None:
-    temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-
-
-def _fsync_folder(path: Path) -> None:
-    if os.name == "nt":  # folders cannot be opened there
-        return
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

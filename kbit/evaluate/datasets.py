@@ -10,13 +10,13 @@ from __future__ import annotations
 import hashlib
 import os
 import stat
-import tempfile
 import zipfile
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from kbit.checkpoint.files import sha256_of, write_durably
 from kbit.errors import KbitError, UsageError
 from kbit.evaluate.wikitext import WIKITEXT2_TEST_SHA256, looks_like_wikitext, restore_wikitext2_test
 
@@ -234,7 +234,7 @@ def _download(archive: HubArchive, target: Path, problem: str, wanted: str) -> N
     content = _read_member(fetched, archive)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        _write_atomically(target, content)
+        write_durably(target, content)
     except OSError as error:
         raise KbitError(f"cannot write {target}: {error.strerror or error}") from error
 
@@ -251,28 +251,11 @@ def _read_member(zip_path: Path, archive: HubArchive) -> bytes:
     return content
 
 
-def _write_atomically(target: Path, content: bytes) -> None:
-    descriptor, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
-    try:
-        with open(descriptor, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, target)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
-
-
 def _file_sha256(path: Path) -> str:
-    digest = hashlib.sha256()
     try:
-        with path.open("rb") as file:
-            while block := file.read(1 << 20):
-                digest.update(block)
+        return sha256_of(path)
     except OSError as error:
         raise KbitError(f"{path} cannot be read: {error.strerror or error}") from error
-    return digest.hexdigest()
 
 
 def _network_errors() -> tuple[type[BaseException], ...]:
