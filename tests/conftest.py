@@ -12,9 +12,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from hypothesis import settings
 
 if TYPE_CHECKING:
     import torch
+
+# No test asserts a time: a slow machine is not a failure. (Some name a deadline of seconds, against hanging.)
+settings.register_profile("kbit", deadline=None)
+settings.load_profile("kbit")
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 

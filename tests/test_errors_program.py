@@ -19,7 +19,7 @@ def program(*arguments: str, **environment: str) -> subprocess.CompletedProcess[
         env={**os.environ, **environment},
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=300,
     )
 
 
@@ -60,7 +60,7 @@ def test_a_reader_that_goes_away_is_no_error(zoo: Path) -> None:
     reading, writing = os.pipe()
     os.close(reading)
     with open(writing, "w") as pipe:
-        result = subprocess.run(arguments, stdout=pipe, stderr=subprocess.PIPE, text=True, timeout=60)
+        result = subprocess.run(arguments, stdout=pipe, stderr=subprocess.PIPE, text=True, timeout=300)
     assert (result.returncode, result.stderr) == (0, "")
 
 
@@ -68,6 +68,6 @@ def test_a_reader_that_goes_away_is_no_error(zoo: Path) -> None:
 def test_standard_output_on_a_full_disk(zoo: Path) -> None:
     with open("/dev/full", "w") as full:
         arguments = [sys.executable, "-m", "kbit.cli.main", "info", str(zoo / "good")]
-        result = subprocess.run(arguments, stdout=full, stderr=subprocess.PIPE, text=True, timeout=60)
+        result = subprocess.run(arguments, stdout=full, stderr=subprocess.PIPE, text=True, timeout=300)
     assert result.returncode == 1
     assert "No space left on device; make room on the disk" in check_line("", result.stderr)

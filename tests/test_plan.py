@@ -256,7 +256,7 @@ with open_model(sys.argv[1]) as source:
 print("torch" in sys.modules, "numpy" in sys.modules)
 """
     arguments = [sys.executable, "-c", code, str(tiny_model), str(tmp_path / "out")]
-    result = subprocess.run(arguments, capture_output=True, text=True, check=True, timeout=60)
+    result = subprocess.run(arguments, capture_output=True, text=True, check=True, timeout=300)
     assert result.stdout.splitlines()[-1] == "False False"
 
 

@@ -88,7 +88,7 @@ def run_victim(context: Any, model: Path, out: Path, die_at: int, **options: Any
     count = out.with_name(f"{out.name}.count")
     variables = {"model": str(model), "out": str(out), "die_at": die_at, "options": options, "count": str(count)}
     process = start(context, VICTIM, variables)
-    process.join(60)
+    process.join(300)
     assert process.exitcode == (-signal.SIGKILL if die_at else 0)
     return int(count.read_text()) if not die_at else 0
 
@@ -341,11 +341,11 @@ def test_two_processes_at_once(
         "started": started,
     }
     process = start(forkserver, code, variables)
-    assert started.wait(60)
+    assert started.wait(300)
     with pytest.raises(KbitError, match="another kbit process is writing there"):
         rerun(small_model, out)
     process.kill()
-    process.join(60)
+    process.join(300)
     assert rerun(small_model, out).resumed == 1
     assert files_of(out) == undisturbed
 
