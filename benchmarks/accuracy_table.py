@@ -45,7 +45,7 @@ def measure(
     """
     from kbit.checkpoint.resolve import open_model
     from kbit.engine.tokenizer import Tokenizer
-    from kbit.evaluate.compare import compare
+    from kbit.evaluate.compare import compare_many
     from kbit.evaluate.datasets import resolve_data
     from kbit.evaluate.logits import StoredLogits
     from kbit.evaluate.report import comparison_dict
@@ -70,16 +70,18 @@ def measure(
         weights = {name: source.read(name) for name in source.tensors}
         backend = select_backend("cpu")
         with StoredLogits(load_decoder(source, backend), windows) as reference:
-            for number, format in enumerate(missing, start=1):
-                started = time.perf_counter()
-                plan = make_plan(source, format)
-                decoder = load_decoder(QuantizedView(source, plan, weights.__getitem__), backend)
-                comparison = compare(decoder, reference, windows)
+            plans = {str(format): make_plan(source, format) for format in missing}
+            candidates = [
+                (name, lambda plan=plan: load_decoder(QuantizedView(source, plan, weights.__getitem__), backend))
+                for name, plan in plans.items()
+            ]
+            started = time.perf_counter()
+            for format, (name, comparison) in zip(missing, compare_many(candidates, reference, windows), strict=True):
                 row = {
-                    "format": str(format),
+                    "format": name,
                     "dtype": format.dtype + ("-asym" if format.asymmetric else ""),
                     "bits": format.bits,
-                    "bits_per_weight": plan.bits_per_weight("linear"),
+                    "bits_per_weight": plans[name].bits_per_weight("linear"),
                     "tokens": comparison.model.tokens,
                     "perplexity": comparison.model.perplexity,
                     **comparison_dict(comparison),
@@ -89,8 +91,8 @@ def measure(
                     with results.open("a") as file:
                         file.write(json.dumps(row) + "\n")
                 print(
-                    f"{number}/{len(missing)} {format}: perplexity {row['perplexity']:.3f}, "
-                    f"KL {row['kl_mean']:.5f}, {time.perf_counter() - started:.0f} s",
+                    f"{name}: perplexity {row['perplexity']:.3f}, "
+                    f"KL {row['kl_mean']:.5f}; {time.perf_counter() - started:.0f} s so far",
                     file=sys.stderr,
                 )
     return rows

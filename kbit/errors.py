@@ -26,3 +26,11 @@ class CheckpointError(KbitError):
 
 class UnsupportedError(KbitError):
     """The input is well formed, but kbit does not implement what it asks for."""
+
+
+def one_line(value: object, limit: int = 200) -> str:
+    """A value or another library's error as part of a one-line message: white space collapsed, cut to `limit`
+    characters; an error without text is named by its type.
+    """
+    text = " ".join(str(value).split()) or (type(value).__name__ if isinstance(value, BaseException) else "")
+    return text if len(text) <= limit else text[: limit - 3] + "..."

@@ -36,6 +36,17 @@ def away_from_the_checkout(tmp_path_factory: pytest.TempPathFactory) -> Iterator
     os.chdir(before)
 
 
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """A token is hundreds of small products; on a busy machine the barriers between threads cost ten times the work."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(scope="session")
 def data_dir() -> Path:
     """Folder of evaluation text and small real models: KBIT_DATA, else shared/data beside the checkout."""

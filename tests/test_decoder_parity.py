@@ -16,6 +16,8 @@ from kbit.models.decoder import Decoder
 from kbit.models.load import load_decoder
 from kbit.ops.reference_backend import ReferenceBackend
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 transformers = pytest.importorskip("transformers")
 
 # Both sides compute in float32 but sum in different orders. A sum of n terms is off by at most n eps |x||y|, in
@@ -84,15 +86,6 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
 }
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> Iterator[None]:
-    """Models this small gain nothing from threads, and on a busy machine their barriers cost ten times the work."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @dataclass

@@ -19,6 +19,8 @@ from kbit.models.decoder import Decoder
 from kbit.models.load import load_decoder
 from kbit.ops.reference_backend import ReferenceBackend
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 transformers = pytest.importorskip("transformers")
 tokenizers = pytest.importorskip("tokenizers")
 
@@ -53,15 +55,6 @@ class Held(CheckpointSource):
 
     def fingerprint(self) -> str:
         return ""
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> Iterator[None]:
-    """A token is hundreds of small products; on a busy machine the barriers between threads cost ten times the work."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @dataclass

@@ -7,20 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from kbit.cli.main import _run
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 MODEL = "smollm2-135m-instruct"
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Any:
-    """Small operations crawl when OpenMP's threads have to share their cores with other processes."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

@@ -19,6 +19,7 @@ import typer
 from kbit.cli.chat import chat
 from kbit.cli.eval import evaluate
 from kbit.cli.info import info
+from kbit.cli.output import printable
 from kbit.cli.pull import pull
 from kbit.cli.quantize import quantize
 from kbit.cli.run import run
@@ -141,7 +142,7 @@ def _explain(error: Exception) -> tuple[str, int]:
 
 def _one_line(error: object) -> str:
     # Names from a hostile file may hold escape sequences, or megabytes.
-    text = "".join(char if char.isprintable() else "?" for char in " ".join(str(error).split()))
+    text = printable(" ".join(str(error).split()))
     return text if len(text) <= _MAX_MESSAGE else f"{text[:_MAX_MESSAGE]}..."
 
 

@@ -7,11 +7,10 @@ may do.
 from __future__ import annotations
 
 import functools
-import re
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from kbit.errors import CheckpointError, UsageError
+from kbit.errors import CheckpointError, UsageError, one_line
 
 if TYPE_CHECKING:
     from jinja2 import Template
@@ -63,9 +62,9 @@ def render_chat(
     try:
         return render(compiled, names)
     except TemplateRefusal as error:
-        raise UsageError(f"the model's chat template refuses these messages: {_one_line(error)}") from None
+        raise UsageError(f"the model's chat template refuses these messages: {one_line(error)}") from None
     except Exception as error:  # whatever a template runs into: it is the checkpoint's program, not ours
-        raise CheckpointError(f"the model's chat template failed: {_one_line(error)}") from None
+        raise CheckpointError(f"the model's chat template failed: {one_line(error)}") from None
 
 
 @functools.lru_cache(maxsize=16)
@@ -79,9 +78,9 @@ def _compile(template: str) -> Template:
     try:
         compiled: Template = _environment().compile_chat(template)
     except TemplateSyntaxError as error:
-        raise CheckpointError(f"the model's chat template, line {error.lineno}: {_one_line(error.message)}") from None
+        raise CheckpointError(f"the model's chat template, line {error.lineno}: {one_line(error.message)}") from None
     except Exception as error:  # RecursionError from deep nesting, SecurityError, compile errors of generated code
-        raise CheckpointError(f"the model's chat template cannot be compiled: {_one_line(error)}") from None
+        raise CheckpointError(f"the model's chat template cannot be compiled: {one_line(error)}") from None
     return compiled
 
 
@@ -107,8 +106,3 @@ def _plain(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [_plain(item) for item in value]
     raise UsageError(f"a chat message holds a {type(value).__name__}: use text, numbers, lists and objects only")
-
-
-def _one_line(error: object) -> str:
-    text = re.sub(r"\s+", " ", str(error)).strip() or type(error).__name__
-    return text if len(text) <= 200 else text[:197] + "..."

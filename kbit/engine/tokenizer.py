@@ -7,13 +7,12 @@ sequence, end of sequence, chat templates. Where files disagree, the rules are t
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from kbit.checkpoint.hf_folder import SENTENCEPIECE_NAMES
 from kbit.engine.detokenizer import DetokenizerStream
-from kbit.errors import CheckpointError, UnsupportedError, UsageError
+from kbit.errors import CheckpointError, UnsupportedError, UsageError, one_line
 
 if TYPE_CHECKING:
     import tokenizers
@@ -133,7 +132,7 @@ class Tokenizer:
         try:
             return self._backend.encode(text, add_special_tokens=add_special_tokens).ids
         except Exception as error:  # the library's only exception type
-            raise CheckpointError(f"tokenizer.json cannot encode this text: {_one_line(error)}") from None
+            raise CheckpointError(f"tokenizer.json cannot encode this text: {one_line(error)}") from None
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """Text of token ids; ids outside the vocabulary give nothing, invalid bytes give U+FFFD."""
@@ -161,12 +160,12 @@ def _load_backend(files: Mapping[str, bytes], where: str) -> tokenizers.Tokenize
     try:
         return tokenizers.Tokenizer.from_buffer(data)
     except Exception as error:  # the library raises plain Exception for everything it does not like
-        raise CheckpointError(f"{where}: tokenizer.json is not a tokenizer: {_one_line(error)}") from None
+        raise CheckpointError(f"{where}: tokenizer.json is not a tokenizer: {one_line(error)}") from None
     except BaseException as error:
         # A panic in the library's Rust code (an inconsistent vocabulary, for example) is no subclass of Exception.
         if type(error).__name__ != "PanicException":
             raise
-        raise CheckpointError(f"{where}: tokenizer.json is inconsistent: {_one_line(error)}") from None
+        raise CheckpointError(f"{where}: tokenizer.json is inconsistent: {one_line(error)}") from None
 
 
 def _mark_special(backend: tokenizers.Tokenizer, tokens: Iterable[str]) -> None:
@@ -194,7 +193,7 @@ def _read_json(files: Mapping[str, bytes], name: str, where: str) -> dict[str, A
     try:
         value = json.loads(data)
     except (ValueError, RecursionError) as error:  # UnicodeDecodeError is a ValueError
-        raise CheckpointError(f"{where}: {name} is not valid JSON: {_one_line(error)}") from None
+        raise CheckpointError(f"{where}: {name} is not valid JSON: {one_line(error)}") from None
     if not isinstance(value, dict):
         raise CheckpointError(f"{where}: {name} holds a {type(value).__name__}, not an object")
     return value
@@ -219,7 +218,7 @@ def _ids(value: object, key: str, where: str) -> list[int]:
     ids = []
     for entry in value if isinstance(value, list) else [value]:
         if not isinstance(entry, int) or isinstance(entry, bool):
-            raise CheckpointError(f"{where}: {key} is {_one_line(value)}: expected a token id or a list of token ids")
+            raise CheckpointError(f"{where}: {key} is {one_line(value)}: expected a token id or a list of token ids")
         if entry >= 0:
             ids.append(entry)
     return ids
@@ -231,7 +230,7 @@ def _read_templates(files: Mapping[str, bytes], settings: Mapping[str, Any], whe
         try:
             return {"default": files["chat_template.jinja"].decode("utf-8")}
         except UnicodeDecodeError as error:
-            raise CheckpointError(f"{where}: chat_template.jinja is not UTF-8: {_one_line(error)}") from None
+            raise CheckpointError(f"{where}: chat_template.jinja is not UTF-8: {one_line(error)}") from None
     value = settings.get("chat_template")
     if value is None:
         value = _read_json(files, "chat_template.json", where).get("chat_template")
@@ -249,8 +248,3 @@ def _read_templates(files: Mapping[str, bytes], settings: Mapping[str, Any], whe
             raise CheckpointError(f"{where}: chat_template is neither text nor a list of named templates")
         templates[name] = template
     return templates
-
-
-def _one_line(value: object) -> str:
-    text = re.sub(r"\s+", " ", str(value)).strip()
-    return text if len(text) <= 200 else text[:197] + "..."
