@@ -6,6 +6,7 @@
 #include <cstdint>
 #include <stdexcept>
 
+#include "bind_engine.h"
 #include "bitplanes.h"
 
 namespace nb = nanobind;
@@ -47,4 +48,6 @@ NB_MODULE(_native, module) {
   module.def("unpack_plane", &unpack_plane, nb::arg("plane").noconvert(), nb::arg("width"), nb::arg("shift"),
              nb::arg("first"), nb::arg("codes").noconvert(),
              "Write (first) or OR a plane's bits into uint8 codes (N, K) at bit `shift`.");
+  kbit::bind_engine(module);
+  kbit::bind_kv_cache(module);
 }

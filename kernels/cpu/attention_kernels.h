@@ -1,0 +1,135 @@
+// Attention over the KV cache: what one instruction set offers, and the plain structs its functions take. No standard
+// library here: this is included where each instruction set is compiled.
+#pragma once
+
+#include <cstdint>
+
+namespace kbit {
+
+class KVCache;
+
+// Tokens of one sequence lie in slots; 16 slots are a block of the cache's layout. Softmax is taken over chunks of
+// slots at absolute positions and chunks are combined in ascending order, in every kind of pass: that is what makes a
+// token's result the same bits however the work is cut.
+constexpr int kSlots = 16, kChunk = 128;
+constexpr int kRowTile = 4;  // rows (token, head) that share one pass over a chunk, at most
+
+// Where a cache keeps things; kv_cache.h draws it. Sizes in bytes.
+struct CacheView {
+  int bits;      // 32 and 16: floats; 8, 4, 3, 2: codes
+  int head_dim;  // D
+  int padded;    // D up to a multiple of 16
+  int group;     // features that share a scale, and are rotated together; the padded head for floats
+  int groups;
+  int kv_heads;
+  std::int64_t rows;         // of the batch
+  std::int64_t slots;        // of one strip, a multiple of kSlots
+  std::int64_t key_codes;    // codes (or floats) of one block of keys; its scales follow
+  std::int64_t key_block;    // the whole block
+  std::int64_t value_codes;
+  std::int64_t value_block;
+  std::int64_t strip;        // one layer, row and head: all blocks of keys, then all blocks of values
+  std::uint8_t* data;
+};
+
+static inline std::uint8_t* keys_of(const CacheView& c, std::int64_t layer, std::int64_t row, std::int64_t head) {
+  return c.data + ((layer * c.rows + row) * c.kv_heads + head) * c.strip;
+}
+static inline std::uint8_t* values_of(const CacheView& c, std::int64_t layer, std::int64_t row, std::int64_t head) {
+  return keys_of(c, layer, row, head) + c.slots / kSlots * c.key_block;
+}
+
+// One attention of a pass: rotate q and k, write k and v into the cache, attend. R rows are the pass's new tokens.
+struct AttentionArgs {
+  const float* q;  // (R, heads * D)
+  const float* k;  // (R, kv_heads * D)
+  const float* v;
+  float* out;  // (R, heads * D), none of the above
+  std::int64_t q_stride, k_stride, v_stride, out_stride;  // floats per row
+  std::int64_t rows;
+  const std::int32_t* sequence;  // (R), row of the cache; a sequence's rows are consecutive and ascend by one position
+  const std::int32_t* position;  // (R), slot of the token
+  const float* cos;              // (P, rotated_half)
+  const float* sin;
+  const std::int32_t* rope_row;  // (R), row of cos and sin
+  int rotated_half;              // pairs (i, i + rotated_half) turn, features from 2 * rotated_half on do not
+  int heads, kv_heads, head_dim;
+  float scale;
+  int window;  // slots a token sees at most, itself included; 0: all
+  KVCache* cache;
+  int layer;
+};
+
+// First slot that the token at `position` sees.
+static inline std::int64_t first_seen(const AttentionArgs& a, std::int64_t position) {
+  return a.window > 0 && position >= a.window ? position - a.window + 1 : 0;
+}
+
+// Where chunk results wait when several tasks share a row: (kv_heads, R, heads of a group, chunks).
+struct Partials {
+  float* maxima;   // largest score
+  float* sums;     // sum of 2^(score - largest)
+  float* outputs;  // (padded): the values, weighted alike
+  std::int64_t chunks;
+};
+
+// Some rows of one sequence, the query heads of one key/value head, some chunks.
+struct AttentionTask {
+  const AttentionArgs* args;
+  const CacheView* cache;
+  const Partials* partials;  // null: the task has all chunks and writes `out`
+  std::int64_t first_row, rows;
+  std::int64_t chunk_begin, chunk_end;
+  int kv_head;
+  float* scratch;  // TaskMemory::total floats, 64-byte aligned
+};
+
+// A task's scratch: offsets in floats, each a multiple of 16. M rows of (token, head).
+struct TaskMemory {
+  std::int64_t queries;        // (M, padded) floats, or int8 codes; and one query more
+  std::int64_t query_scales;   // (M, groups)
+  std::int64_t query_offsets;  // (M, groups): see score_tile
+  std::int64_t query_starts;   // (M, groups) int32
+  std::int64_t keys;           // a chunk's keys, unpacked: (kChunk / 16, D, 16) floats, or bytes
+  std::int64_t values;         // (kChunk, padded)
+  std::int64_t weights;        // (kRowTile, kChunk)
+  std::int64_t scaled;         // (kRowTile, groups, kChunk): weights times a value group's scales
+  std::int64_t maxima, sums;   // (M)
+  std::int64_t outputs;        // (M, padded)
+  std::int64_t total;
+};
+
+static inline TaskMemory task_memory(std::int64_t m, std::int64_t head_dim, std::int64_t padded, std::int64_t groups) {
+  TaskMemory t{};
+  std::int64_t next = 0;
+  const auto take = [&next](std::int64_t floats) {
+    const std::int64_t at = next;
+    next += (floats + 15) / 16 * 16;
+    return at;
+  };
+  t.queries = take((m + 1) * padded);
+  t.query_scales = take(m * groups);
+  t.query_offsets = take(m * groups);
+  t.query_starts = take(m * groups);
+  t.keys = take(kChunk * (head_dim + 32));
+  t.values = take(kChunk * padded);
+  t.weights = take(kRowTile * kChunk);
+  t.scaled = take(kRowTile * groups * kChunk);
+  t.maxima = take(m);
+  t.sums = take(m);
+  t.outputs = take(m * padded);
+  t.total = next + 16 * 16;  // and what is read past the end, never used
+  return t;
+}
+
+struct AttentionKernels {
+  // Rotates and writes keys and values of rows [first_row, first_row + rows), all of one sequence. Calls for the same
+  // 16 slots must not run at once. scratch: as of a task.
+  void (*append)(const AttentionArgs&, const CacheView&, std::int64_t first_row, std::int64_t rows, int kv_head,
+                 float* scratch);
+  void (*attend)(const AttentionTask&);
+  // Combines the chunks of one row and query head into `out`. scratch: `padded` floats.
+  void (*combine)(const AttentionArgs&, const CacheView&, const Partials&, std::int64_t row, int head, float* scratch);
+};
+
+}  // namespace kbit

@@ -1,0 +1,73 @@
+// A weight matrix as the kernels read it: prepared once at load from the portable layout on disk.
+//
+// Rows are taken 16 at a time. Such a *panel* is a stream along K, cut into tiles of 64 columns; in a tile, four
+// consecutive columns of all 16 rows make a *quad* of 64 weights, the unit of one dot-product instruction (vpdpbusd,
+// sdot: 4 products per 32-bit lane), and the layout AMX wants its B tiles in:
+//
+//     quad q:   row 0: k k+1 k+2 k+3 | row 1: k k+1 k+2 k+3 | ... | row 15: k k+1 k+2 k+3        k = 4 q
+//
+// So one value of x, four columns wide, is broadcast against 16 rows, sums stay in their lanes, and nothing is added
+// across lanes. Codes of k bits are kept as bit planes of widths 4, 2 and 1 (8 alone), as on disk, but plane by plane
+// within a tile, so that shifting a whole 64-byte vector yields one quad's codes:
+//
+//     a tile:   [ plane of the widest width | next | .. ]                        16 quads, 128 * bits bytes
+//     plane of width w:   vector v, bits f*w .. f*w+w-1 of every byte  =  the codes of quad v * (8/w) + f
+//
+//     4 bits:   byte b of vector 0:   hhhh llll     llll: quad 0, byte b     hhhh: quad 1, byte b
+//     3 bits:   4 vectors of 2 bits (4 quads each), then 2 vectors of 1 bit (8 quads each)
+//
+// Scales, and offsets where the format has them, lie beside: 16 per panel and block, in the order they are used.
+// Columns beyond K and rows beyond N are code 0 with scale 0, so they add nothing.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+namespace kbit {
+
+constexpr int kPanelRows = 16;    // rows of a panel
+constexpr int kTileColumns = 64;  // columns of a tile
+constexpr int kTileWeights = kPanelRows * kTileColumns;
+
+// How 16-bit and 32-bit numbers are stored.
+enum class Number : std::uint8_t { half, bfloat, single };
+
+inline int bytes_of(Number kind) { return kind == Number::single ? 4 : 2; }
+
+// A matrix (N, K), quantized (bits 2 to 8) or dense (bits 0: `values` holds [panel][k][16 rows]).
+// Plain data, so that kernels of every instruction set can read it; MatrixStorage owns the memory.
+struct Matrix {
+  std::int64_t rows = 0, columns = 0;   // N, K
+  std::int64_t panels = 0, tiles = 0;   // ceil(N / 16), ceil(K / 64)
+  int bits = 0;
+
+  // Dense.
+  const void* values = nullptr;
+  Number value_kind = Number::single;
+
+  // Quantized.
+  const std::uint8_t* codes = nullptr;  // [panel][tile][128 * bits bytes], 64-byte aligned
+  const void* scales = nullptr;         // [panel][block][16 rows]
+  const void* offsets = nullptr;        // the same, or null
+  Number scale_kind = Number::half;
+  std::int64_t block = 0;               // columns per scale, a multiple of segment; the whole padded row if one per row
+  std::int64_t blocks = 0;              // scales per row
+  // Columns whose products are summed as integers: 64, 32 or 16, the largest that divides the block. x is quantized to
+  // int8 with one scale per segment.
+  int segment = kTileColumns;
+  const float* codebook = nullptr;      // 2^bits values
+  // The codebook in int8: codebook[c] = level_scale * (high[c] + low[c] / kLowSteps), nearly. `low` is used, at the
+  // price of a second dot product, where 8 bits are too coarse beside the format's own error (two_digits).
+  const std::int8_t* high = nullptr;    // 2^bits, within [-128, 127]
+  const std::int8_t* low = nullptr;
+  float level_scale = 1.0f;
+  bool two_digits = false;
+  bool direct = false;                  // 8 bits, and level = code - 128: no lookup needed
+
+  std::int64_t tile_bytes() const { return kTileWeights / 8 * bits; }
+  std::int64_t panel_bytes() const { return tiles * tile_bytes(); }
+};
+
+constexpr int kLowSteps = 250;  // the low digit is within [-125, 125]
+
+}  // namespace kbit
