@@ -6,7 +6,16 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from kbit.cli.options import DeviceOption, JsonOption, ThreadsOption, streaming_output
+from kbit.cli.options import (
+    ENGINE,
+    BackendOption,
+    ComputeOption,
+    DeviceOption,
+    JsonOption,
+    KvBitsOption,
+    ThreadsOption,
+    streaming_output,
+)
 from kbit.cli.output import print_json
 
 if TYPE_CHECKING:
@@ -36,6 +45,18 @@ def evaluate(
         str, typer.Option("--convention", metavar="gptq|llamacpp", help="Whose way of computing perplexity.")
     ] = "gptq",
     device: DeviceOption = "auto",
+    backend: BackendOption = "auto",
+    compute: ComputeOption = None,
+    kv_bits: KvBitsOption = None,
+    reference_backend: Annotated[
+        str,
+        typer.Option(
+            "--reference-backend",
+            metavar="reference|native",
+            help="Who computes the --reference: torch in fp32 (exact), or the native backend in the same way as MODEL.",
+            rich_help_panel=ENGINE,
+        ),
+    ] = "reference",
     threads: ThreadsOption = None,
     json: JsonOption = False,
 ) -> None:
@@ -44,6 +65,10 @@ def evaluate(
     Perplexities compare only within one convention and one context length: "gptq" is that of the GPTQ papers (windows
     of 2048 tokens, or what the model can take), "llamacpp" that of llama.cpp (512, the second half scored).
 
+    MODEL runs as `kbit run` would run it (native backend, int8 compute): the figures include the engine's own error.
+    The reference runs exactly, in fp32, unless --reference-backend says otherwise. With the same model on both sides,
+    KL is the engine's error alone; with --backend reference it is that of the weights alone.
+
     Named texts are wikitext2, wikitext2-valid, wikitext2-valid-tokenized, tinystories and novels-heldout. They are
     looked for in the folder named by KBIT_DATA, then in the cache; the raw WikiText-2 splits can be downloaded.
 
@@ -51,6 +76,7 @@ def evaluate(
     Examples:
       kbit eval smollm2-135m-instruct
       kbit eval out/ --reference smollm2-135m-instruct --max-tokens 20000
+      kbit eval out/ --reference out/ --kv-bits 4
       kbit eval out/ --data mytext.txt --json
       kbit eval model.gguf --convention llamacpp --context 512
     """
@@ -66,6 +92,10 @@ def evaluate(
             convention=convention,
             device=device,
             threads=threads,
+            backend=backend,
+            compute=compute,
+            kv_bits=kv_bits,
+            reference_backend=reference_backend,
         ),
         quiet=json,
     )
@@ -130,6 +160,8 @@ def _table(report: EvaluationReport) -> Table:
     if result.clusters != result.windows:
         row("errors from", f"{result.clusters} blocks of {result.windows} windows (few windows: errors are rough)")
     row("backend", report.backend)
+    if report.reference_backend is not None:
+        row("reference backend", report.reference_backend)
     row("time", f"{report.seconds:.1f} s")
     return table
 

@@ -15,16 +15,20 @@ if TYPE_CHECKING:
 
 
 def info(
-    model: Annotated[str, typer.Argument(help="A folder, a .gguf file, a hub id, or a name kbit pull lists.")],
+    model: Annotated[
+        str | None,
+        typer.Argument(help="A folder, a .gguf file, a hub id, or a name kbit pull lists; without one: this machine."),
+    ] = None,
     tensors: Annotated[bool, typer.Option("--tensors", help="List every tensor.")] = False,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else on stdout.")] = False,
 ) -> None:
-    """Show a model's shape, size and bits per weight, without loading it.
+    """Show a model's shape, size and bits per weight, without loading it; or what kbit uses of this machine.
 
     Bits per weight count everything stored: codes, scales, offsets, codebooks, and whatever stayed in 16 bits.
 
     \b
     Examples:
+      kbit info
       kbit info smollm2-135m-instruct
       kbit info out/ --tensors
       kbit info out/ --json
@@ -32,6 +36,13 @@ def info(
     from kbit.checkpoint.resolve import open_model
     from kbit.cli.output import print_json
 
+    if model is None:
+        machine = machine_summary()
+        if json:
+            print_json(machine)
+        else:
+            _print_machine(machine)
+        return
     with open_model(model) as source:
         summary = summarise(source)
     if json:
@@ -40,8 +51,26 @@ def info(
         _print_for_people(summary, tensors)
 
 
+def machine_summary() -> dict[str, Any]:
+    """What runs here, as plain values."""
+    import platform
+
+    from kbit import __version__, _native
+    from kbit.ops.cpu import default_threads, instruction_set
+
+    return {
+        "kbit": __version__,
+        "machine": platform.machine(),
+        "instruction_set": instruction_set(),
+        "instruction_sets": _native.instruction_sets(),
+        "threads": default_threads(),
+        "cuda": None,
+    }
+
+
 def summarise(source: CheckpointSource) -> dict[str, Any]:
     """Everything `kbit info` knows, as plain values."""
+    from kbit.ops.cpu import instruction_set
     from kbit.quantizers.plan import role_of
 
     spec, reason = _runnable(source)
@@ -68,7 +97,7 @@ def summarise(source: CheckpointSource) -> dict[str, Any]:
         "file_bytes": sum(file.stat().st_size for file in files),
         "files": sorted(file.name for file in files),
         "formats": _by_format(infos),
-        "runs_on": {"cpu": "reference backend (torch, float32)" if reason is None else None, "cuda": None},
+        "runs_on": {"cpu": f"native backend ({instruction_set()})" if reason is None else None, "cuda": None},
         "cannot_run": reason,
         "tensors": {
             info.name: {
@@ -115,6 +144,19 @@ def _by_format(infos: list[Any]) -> dict[str, dict[str, int]]:
         numel[info.stored_as] += info.numel
         nbytes[info.stored_as] += info.nbytes
     return {key: {"tensors": count[key], "parameters": numel[key], "bytes": nbytes[key]} for key in count}
+
+
+def _print_machine(machine: dict[str, Any]) -> None:
+    others = [name for name in machine["instruction_sets"] if name != machine["instruction_set"]]
+    lines = {
+        "kbit": machine["kbit"],
+        "native kernels": f"{machine['instruction_set']} on {machine['machine']}"
+        + (f"; also {', '.join(others)} (environment variable KBIT_CPU_ISA)" if others else ""),
+        "threads": f"{machine['threads']} (physical cores this process may use; --threads changes it)",
+        "cuda": "not yet",
+    }
+    for key, text in lines.items():
+        typer.echo(f"{key + ':':<17}{text}")
 
 
 def _print_for_people(summary: dict[str, Any], list_tensors: bool) -> None:

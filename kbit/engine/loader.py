@@ -12,6 +12,7 @@ from kbit.models.decoder import Decoder
 
 if TYPE_CHECKING:
     from kbit.checkpoint.source import CheckpointSource
+    from kbit.ops.backend import Backend
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,12 +36,20 @@ class LoadedModel:
         """Short name of the backend, for reports."""
         return self.decoder.backend.name
 
+    @property
+    def backend_description(self) -> str:
+        """What computes, and how, for people."""
+        return self.decoder.backend.describe()
+
 
 def load_model(
     model: str,
     device: str = "auto",
     threads: int | None = None,
     *,
+    backend: str | Backend = "auto",
+    compute: str | None = None,
+    kv_bits: int | None = None,
     check: Callable[[Tokenizer, CheckpointSource], object] | None = None,
 ) -> LoadedModel:
     """Loads a model.
@@ -48,11 +57,13 @@ def load_model(
     Args:
         model: a folder, a .gguf file, a hub id or a catalogue name (`kbit.checkpoint.resolve.open_model`).
         device: "auto", "cpu" or "cuda".
-        threads: CPU threads for torch, for the whole process; None leaves torch's choice.
+        threads: CPU threads, also of torch for the whole process; None takes one per physical core and leaves torch's.
+        backend, compute, kv_bits: who computes and how, see `kbit.ops.select.select_backend`. Or a backend there is
+            already, which then says all of it: models that take turns should share one, and with it its threads.
         check: called with tokenizer and checkpoint before any weight is read, to refuse early what these can tell.
 
     Raises:
-        UsageError: no such model, no such device, or an impossible number of threads.
+        UsageError: no such model, or a value of the other arguments that does not exist or does not fit the rest.
         CheckpointError, UnsupportedError: the model cannot be read or run.
     """
     from kbit.checkpoint.resolve import open_model
@@ -60,7 +71,9 @@ def load_model(
     from kbit.ops.select import select_backend, set_threads
 
     set_threads(threads)
-    backend = select_backend(device)  # before the model: a wrong device needs no download to be reported
+    # Before the model: a wrong device needs no download to be reported.
+    if isinstance(backend, str):
+        backend = select_backend(device, backend=backend, threads=threads, compute=compute, kv_bits=kv_bits)
     with open_model(model) as source:
         start = perf_counter()
         tokenizer = Tokenizer.from_source(source)

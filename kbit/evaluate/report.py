@@ -19,6 +19,7 @@ from kbit.evaluate.perplexity import PerplexityResult, Progress, evaluate_perple
 from kbit.evaluate.windows import CONVENTIONS, Convention, Windows, choose_context, make_windows
 from kbit.models.families import spec_from_config
 from kbit.models.load import load_decoder
+from kbit.ops.backend import Backend
 from kbit.ops.select import select_backend, set_threads
 
 
@@ -33,7 +34,9 @@ class Request:
         context: tokens per window (default: the convention's, reduced to what the models can take).
         convention: "gptq" or "llamacpp" (kbit.evaluate.windows).
         device: "auto", "cpu" or "cuda".
-        threads: CPU threads for torch, for the whole process; None leaves torch's choice.
+        threads: CPU threads, also of torch for the whole process; None takes one per physical core and leaves torch's.
+        backend, compute, kv_bits: who runs the model, and how (`kbit.ops.select.select_backend`).
+        reference_backend: who runs the reference: "reference" (exactly), or "native", computing as the model does.
     """
 
     model: str
@@ -44,6 +47,10 @@ class Request:
     convention: str = "gptq"
     device: str = "auto"
     threads: int | None = None
+    backend: str = "auto"
+    compute: str | None = None
+    kv_bits: int | None = None
+    reference_backend: str = "reference"
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,7 +61,8 @@ class EvaluationReport:
         request: what was asked for.
         data: the text.
         windows: the windows it was cut into.
-        backend: one line about what computed.
+        backend: one line about what ran the model.
+        reference_backend: the same about the reference, where there is one.
         seconds: time spent running the models.
         result: the model's losses.
         comparison: the model against the reference, where there is one.
@@ -64,6 +72,7 @@ class EvaluationReport:
     data: TextData
     windows: Windows
     backend: str
+    reference_backend: str | None
     seconds: float
     result: PerplexityResult
     comparison: Comparison | None
@@ -94,7 +103,11 @@ class EvaluationReport:
             "peak_rss_bytes": peak_rss_bytes(),
         }
         if self.comparison is not None:
-            report |= {"reference": self.request.reference, **comparison_dict(self.comparison)}
+            report |= {
+                "reference": self.request.reference,
+                "reference_backend": self.reference_backend,
+                **comparison_dict(self.comparison),
+            }
         return report
 
 
@@ -137,7 +150,7 @@ def evaluate_model(
     if request.max_tokens is not None and request.max_tokens < 1:
         raise UsageError(f"--max-tokens {request.max_tokens}: expected at least 1")
     set_threads(request.threads)
-    backend = select_backend(request.device)
+    backend, reference_backend = _backends(request)
     text = resolve_data(request.data)
     with ExitStack() as stack:
         source = stack.enter_context(open_model(request.model))
@@ -157,12 +170,30 @@ def evaluate_model(
             result = evaluate_perplexity(decoder, windows, progress)
         else:
             say("loading the reference")
-            reference = load_decoder(other, backend)
+            reference = load_decoder(other, reference_backend)
             started = time.perf_counter()
             comparison = compare(decoder, reference, windows, progress)
             result = comparison.model
         seconds = time.perf_counter() - started
-    return EvaluationReport(request, text, windows, backend.describe(), seconds, result, comparison)
+    exact = None if other is None else reference_backend.describe()
+    return EvaluationReport(request, text, windows, backend.describe(), exact, seconds, result, comparison)
+
+
+def _backends(request: Request) -> tuple[Backend, Backend]:
+    """Who runs the model, and who the reference.
+
+    Raises:
+        UsageError: an impossible choice.
+    """
+    how: dict[str, Any] = {"threads": request.threads, "compute": request.compute, "kv_bits": request.kv_bits}
+    backend = select_backend(request.device, backend=request.backend, **how)
+    if request.reference_backend == "reference":
+        return backend, select_backend(request.device, backend="reference")
+    if request.reference_backend != "native":
+        raise UsageError(f"--reference-backend {request.reference_backend}: use reference or native")
+    if backend.name == "native":
+        return backend, backend
+    return backend, select_backend(request.device, backend="native", threads=request.threads)
 
 
 def parse_convention(name: str) -> Convention:

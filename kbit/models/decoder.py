@@ -1,6 +1,7 @@
 """One decoder for every family: embed, then layers of attention and MLP on a residual stream, then logits.
 
-The code names operations of a backend, never a device or a number format.
+`DecoderDefinition` is the model: it names operations, never a device or a number format, and every backend runs it.
+`Decoder` is what a program uses: it checks requests and hands them to the backend.
 """
 
 from __future__ import annotations
@@ -8,14 +9,18 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from kbit.errors import UsageError
 from kbit.models.rope import rope_tables
 from kbit.models.spec import ModelSpec
-from kbit.ops.backend import Backend, Weight
-from kbit.ops.kv_cache import KVCache
-from kbit.ops.step import Step, plan_step, positions_of
+from kbit.ops.backend import Attention, Backend, Ops, Weight, X
+from kbit.ops.cache import Cache
+
+# Up to so many ids are looked at one by one: two reductions over a tiny tensor would cost as much as a layer.
+_FEW_IDS = 64
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,6 +62,53 @@ class DecoderWeights:
         return sum(x.nbytes for x in matrices.values()) + sum(x.numel() * x.element_size() for x in vectors)
 
 
+class DecoderDefinition:
+    """The model: a `kbit.ops.backend.Definition`. Values are whatever the backend's operations return."""
+
+    def __init__(self, spec: ModelSpec, weights: DecoderWeights) -> None:
+        self.spec = spec
+        self.weights = weights
+
+    def body(self, ops: Ops[X], ids: X) -> X:
+        """Token ids -> hidden states (..., hidden), before the final norm."""
+        x = ops.embed(self.weights.embedding, ids)
+        for index, layer in enumerate(self.weights.layers):
+            x = self._attention(ops, layer, index, x)
+            x = self._mlp(ops, layer, x)
+        return x
+
+    def head(self, ops: Ops[X], hidden: X) -> X:
+        """Hidden states (..., hidden) -> logits (..., V)."""
+        return ops.logits(self.weights.head, ops.norm(hidden, self.weights.final_norm, self.spec.norm_eps))
+
+    def _attention(self, ops: Ops[X], layer: Layer, index: int, x: X) -> X:
+        """x + attention(norm(x)): (..., hidden)."""
+        spec = self.spec
+        q, k, v = _linears(ops, layer.qkv, ops.norm(x, layer.attention_norm, spec.norm_eps))
+        attention = Attention(
+            index, spec.heads, spec.kv_heads, spec.head_dim, spec.attention_scale, spec.windows[index]
+        )
+        seen = ops.self_attention(q, k, v, attention)  # (..., H D)
+        return ops.linear(layer.output.weight, seen, layer.output.bias, residual=x)
+
+    def _mlp(self, ops: Ops[X], layer: Layer, x: X) -> X:
+        """x + MLP(norm(x)): (..., hidden)."""
+        gate, up = _linears(ops, layer.gate_up, ops.norm(x, layer.mlp_norm, self.spec.norm_eps))
+        inner = ops.activate(gate, up, self.spec.activation)  # (..., intermediate)
+        return ops.linear(layer.down.weight, inner, layer.down.bias, residual=x)
+
+    @property
+    def rotation_depends_on_length(self) -> bool:
+        return self.spec.rope.depends_on_length
+
+    def rotation(self, positions: torch.Tensor, lengths: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return rope_tables(self.spec.rope, positions, lengths)
+
+
+def _linears(ops: Ops[X], linears: Sequence[Linear], x: X) -> tuple[X, ...]:
+    return ops.linear_group([linear.weight for linear in linears], x, [linear.bias for linear in linears])
+
+
 class Decoder:
     """A model ready to run. `load_decoder` makes one from a checkpoint.
 
@@ -70,14 +122,15 @@ class Decoder:
         self.spec = spec
         self.backend = backend
         self.weights = weights
+        self._runner = backend.bind(DecoderDefinition(spec, weights))
 
-    def new_cache(self, batch: int, capacity: int) -> KVCache:
+    def new_cache(self, batch: int, capacity: int) -> Cache:
         """An empty cache for `batch` sequences of at most `capacity` tokens each."""
         spec = self.spec
         return self.backend.new_cache(spec.layers, batch, spec.kv_heads, spec.head_dim, capacity)
 
     def forward(
-        self, ids: torch.Tensor, cache: KVCache, lengths: torch.Tensor | None = None, last_only: bool = False
+        self, ids: torch.Tensor, cache: Cache, lengths: torch.Tensor | None = None, last_only: bool = False
     ) -> torch.Tensor:
         """Feed tokens and get the logits of what follows each.
 
@@ -95,84 +148,70 @@ class Decoder:
         Raises:
             UsageError: shapes that do not fit, an id outside the vocabulary, or a full cache; the cache is unchanged.
         """
-        lengths = self._checked(ids, cache, lengths)
-        x = self._run(ids, cache, lengths)
-        if last_only:
-            last = (lengths.to(x.device) - 1).clamp(min=0)
-            x = x[torch.arange(x.shape[0], device=x.device), last][:, None]
-        return self.logits(x)
+        return self._runner.forward(ids, cache, self._checked(ids, cache, lengths), last_only)
 
-    def hidden_states(self, ids: torch.Tensor, cache: KVCache, lengths: torch.Tensor | None = None) -> torch.Tensor:
+    def extend(self, ids: Sequence[int], cache: Cache, last_only: bool = True) -> NDArray[np.float32]:
+        """`forward` for one sequence, as quick as it can be for one token: what generation calls.
+
+        Args:
+            ids: T tokens, at least 1.
+            cache: of one row.
+            last_only: only the logits of the last token.
+
+        Returns:
+            (1, V), or (T, V), on the CPU.
+
+        Raises:
+            UsageError: as `forward`.
+        """
+        if not ids or cache.batch != 1:
+            raise UsageError(
+                f"expected one sequence of at least 1 token, not {len(ids)} in a cache of {cache.batch} rows"
+            )
+        self._check_vocabulary(min(ids), max(ids))
+        cache.reserve((len(ids),))
+        return self._runner.extend(ids, cache, last_only)
+
+    def hidden_states(self, ids: torch.Tensor, cache: Cache, lengths: torch.Tensor | None = None) -> torch.Tensor:
         """`forward` without the head: (B, T, hidden_size) before the final norm, in the backend's type.
 
         With `logits` on slices of the result, a caller bounds the memory of (B, T, V).
         """
-        return self._run(ids, cache, self._checked(ids, cache, lengths))
+        return self._runner.hidden(ids, cache, self._checked(ids, cache, lengths))
 
-    @torch.no_grad()
-    def _run(self, ids: torch.Tensor, cache: KVCache, lengths: torch.Tensor) -> torch.Tensor:
-        """All layers, and the cache's new lengths: ids (B, T), lengths (B,) -> (B, T, hidden_size)."""
-        backend, spec = self.backend, self.spec
-        step = self._plan(cache, lengths, ids.shape[1])
-        x = backend.embed(self.weights.embedding, ids.to(backend.device))  # (B, T, hidden)
-        for index, layer in enumerate(self.weights.layers):
-            x = x + self._attention(layer, backend.norm(x, layer.attention_norm, spec.norm_eps), step, cache, index)
-            x = x + self._mlp(layer, backend.norm(x, layer.mlp_norm, spec.norm_eps))
-        cache.advance(step.lengths)
-        return x
-
-    @torch.no_grad()
     def logits(self, x: torch.Tensor) -> torch.Tensor:
         """Final norm and head: hidden states (..., hidden_size) -> float32 (..., V)."""
-        return self.backend.logits(self.weights.head, self.backend.norm(x, self.weights.final_norm, self.spec.norm_eps))
+        return self._runner.logits(x)
 
-    def _attention(self, layer: Layer, x: torch.Tensor, step: Step, cache: KVCache, index: int) -> torch.Tensor:
-        """x (B, T, hidden), normed -> (B, T, hidden)."""
-        backend, spec = self.backend, self.spec
-        q, k, v = (_heads(part, spec.head_dim) for part in self._linears(layer.qkv, x))  # (B, T, H or H_kv, D)
-        q = backend.rope_and_append(q, k, v, step, cache, index)
-        seen = backend.attend(q, step, cache, index, spec.attention_scale, spec.windows[index])
-        return backend.linear(layer.output.weight, seen.flatten(-2), layer.output.bias)
-
-    def _mlp(self, layer: Layer, x: torch.Tensor) -> torch.Tensor:
-        """x (B, T, hidden), normed -> (B, T, hidden)."""
-        gate, up = self._linears(layer.gate_up, x)
-        return self.backend.linear(
-            layer.down.weight, self.backend.activate(gate, up, self.spec.activation), layer.down.bias
-        )
-
-    def _linears(self, linears: Sequence[Linear], x: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        return self.backend.linear_group([linear.weight for linear in linears], x, [linear.bias for linear in linears])
-
-    def _plan(self, cache: KVCache, lengths: torch.Tensor, width: int) -> Step:
-        lengths = lengths.to(cache.lengths.device)
-        positions = positions_of(cache.lengths, width)
-        cos, sin = rope_tables(self.spec.rope, positions, cache.lengths + lengths)
-        return plan_step(cache.lengths, lengths, cos, sin)
-
-    def _checked(self, ids: torch.Tensor, cache: KVCache, lengths: torch.Tensor | None) -> torch.Tensor:
+    def _checked(self, ids: torch.Tensor, cache: Cache, lengths: torch.Tensor | None) -> list[int]:
         """Refuse a request that cannot be met, before anything is computed; the lengths, filled in."""
         if ids.ndim != 2 or ids.shape[1] == 0 or ids.dtype != torch.int64:
             raise UsageError(f"token ids must be int64 (rows, tokens) with at least 1 token, not {_kind(ids)}")
-        if ids.shape[0] != cache.batch:
-            raise UsageError(f"{ids.shape[0]} rows of token ids do not fit a cache of {cache.batch} rows")
-        low, high = int(ids.min()), int(ids.max())
+        rows, width = ids.shape
+        if rows != cache.batch:
+            raise UsageError(f"{rows} rows of token ids do not fit a cache of {cache.batch} rows")
+        if rows * width <= _FEW_IDS:
+            values = ids.flatten().tolist()
+            low, high = min(values), max(values)
+        else:
+            low, high = int(ids.min()), int(ids.max())
+        self._check_vocabulary(low, high)
+        if lengths is None:
+            new = [width] * rows
+        elif lengths.shape != ids.shape[:1] or lengths.dtype != torch.int64:
+            raise UsageError(f"lengths must be int64 ({rows},), not {_kind(lengths)}")
+        else:
+            new = lengths.tolist()
+            if min(new) < 0 or max(new) > width:
+                raise UsageError(f"lengths {new} do not fit {width} tokens per row")
+        cache.reserve(new)
+        return new
+
+    def _check_vocabulary(self, low: int, high: int) -> None:
+        """Refuse token ids of which the smallest or the largest does not exist."""
         if low < 0 or high >= self.spec.vocab_size:
             bad = low if low < 0 else high
             raise UsageError(f"token id {bad} is outside the model's vocabulary of {self.spec.vocab_size}")
-        if lengths is None:
-            lengths = torch.full((ids.shape[0],), ids.shape[1], dtype=torch.int64)
-        elif lengths.shape != ids.shape[:1] or lengths.dtype != torch.int64:
-            raise UsageError(f"lengths must be int64 ({ids.shape[0]},), not {_kind(lengths)}")
-        elif int(lengths.min()) < 0 or int(lengths.max()) > ids.shape[1]:
-            raise UsageError(f"lengths {lengths.tolist()} do not fit {ids.shape[1]} tokens per row")
-        cache.reserve(lengths.to(cache.lengths.device))
-        return lengths
-
-
-def _heads(x: torch.Tensor, head_dim: int) -> torch.Tensor:
-    """(B, T, H D) -> (B, T, H, D)."""
-    return x.view(*x.shape[:-1], -1, head_dim)
 
 
 def _kind(x: torch.Tensor) -> str:

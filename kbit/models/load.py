@@ -15,6 +15,8 @@ from kbit.models.families import spec_from_config
 from kbit.models.spec import ModelSpec
 from kbit.ops.backend import Backend
 
+_SIXTEEN_BITS = {"F16": torch.float16, "BF16": torch.bfloat16}
+
 
 def load_decoder(
     source: CheckpointSource, backend: Backend, *, progress: Callable[[int, int], None] | None = None
@@ -84,6 +86,9 @@ class _Loader:
         weight = self.source.read_weight(name)
         parts = [*weight.stored.values(), weight.codebook] if isinstance(weight, QuantTensor) else [weight]
         self._check_finite(name, parts)
+        if isinstance(weight, torch.Tensor):
+            # Sources read every float as float32; what the file holds in 16 bits fits them again, exactly.
+            weight = weight.to(_SIXTEEN_BITS.get(self.source.tensors[name].stored_as, weight.dtype))
         return weight
 
     def _vector(self, name: str) -> torch.Tensor:

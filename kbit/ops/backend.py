@@ -1,8 +1,12 @@
-"""Backend: the few operations a model is made of, and who runs them.
+"""Ops and Backend: the few operations a model is made of, and who runs them.
 
-Models call a backend and nothing else, so a new device means a new backend and no change to a model. Operations are cut
-where fused kernels exist: rotating, and writing to the cache, is one call; attention reads the cache itself; weights
-that share an input are multiplied in one call.
+A model is a definition (`Definition`): Python that calls operations (`Ops`) on values it cannot look into. A backend
+decides what such a value is. The reference backend's are tensors, and the definition computes; the native backend's are
+symbols, and the definition is written down, once, as a program that is then replayed without Python. So a new device
+means a new backend and no change to a model, and every backend runs the same definition.
+
+Operations are cut where fused kernels exist: rotating, appending to the cache and attending are one call, weights that
+share an input are multiplied in one call, and a residual is added by the product it belongs to.
 
 Dimension names: B batch rows, T new tokens per row, H query heads, H_kv key/value heads, D head dimension, K input
 features, N output features, V vocabulary. Activations are in whatever float type the backend computes in; only logits
@@ -13,13 +17,17 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Protocol
+from dataclasses import dataclass
+from typing import Protocol, TypeVar
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from kbit.formats.quant_tensor import QuantTensor
-from kbit.ops.kv_cache import KVCache
-from kbit.ops.step import Step
+from kbit.ops.cache import Cache
+
+X = TypeVar("X")
 
 
 class Weight(ABC):
@@ -36,6 +44,116 @@ class Weight(ABC):
         """Bytes it occupies in memory."""
 
 
+@dataclass(frozen=True)
+class Attention:
+    """What a layer's attention is.
+
+    Attributes:
+        layer: index of the layer, which is where its keys and values are in the cache.
+        heads: H.
+        kv_heads: H_kv, a divisor of H.
+        head_dim: D.
+        scale: multiplies the dot products.
+        window: tokens a query sees at most, itself included, or None for all.
+    """
+
+    layer: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    scale: float
+    window: int | None
+
+
+class Ops(Protocol[X]):
+    """Operations on values of type X, whose rows are the tokens of one forward pass.
+
+    Which tokens these are (positions, rows, the cache) belongs to the pass, not to the definition: an Ops knows it.
+    """
+
+    def embed(self, weight: Weight, ids: X) -> X:
+        """Rows of a weight prepared with lookup=True: token ids -> (..., K)."""
+
+    def norm(self, x: X, weight: torch.Tensor, eps: float) -> X:
+        """RMS normalisation over the features: x (..., K), weight (K,) -> (..., K)."""
+
+    def linear(self, weight: Weight, x: X, bias: torch.Tensor | None = None, residual: X | None = None) -> X:
+        """residual + x W^T + b: x (..., K), residual (..., N) -> (..., N).
+
+        The sum may be formed in the residual's place: it must not be used afterwards.
+        """
+
+    def linear_group(self, weights: Sequence[Weight], x: X, biases: Sequence[torch.Tensor | None]) -> tuple[X, ...]:
+        """Several linears of one input (q, k, v; gate, up): x (..., K) -> (..., N_i) each."""
+
+    def self_attention(self, q: X, k: X, v: X, attention: Attention) -> X:
+        """Causal attention of a pass's tokens to themselves and to what is in the cache.
+
+        q and k are rotated to their positions, k and v written to the cache, and every query attends to the tokens of
+        its row up to itself, within the window.
+
+        Args:
+            q: (..., H D).
+            k: (..., H_kv D).
+            v: (..., H_kv D).
+            attention: sizes, scale and window.
+
+        Returns:
+            (..., H D).
+        """
+
+    def activate(self, gate: X, up: X | None, kind: str) -> X:
+        """act(gate) * up, or act(gate): (..., K). `kind` is one of kernels.reference.ACTIVATIONS."""
+
+    def logits(self, weight: Weight, x: X) -> X:
+        """x (..., K) against a weight (V, K) -> float32 (..., V)."""
+
+
+class Definition(Protocol):
+    """A decoder-only model as its backend sees it: what it computes, and how its positions rotate."""
+
+    def body(self, ops: Ops[X], ids: X) -> X:
+        """Token ids -> hidden states (..., hidden size), before the final norm."""
+
+    def head(self, ops: Ops[X], hidden: X) -> X:
+        """Hidden states -> logits (..., V)."""
+
+    @property
+    def rotation_depends_on_length(self) -> bool:
+        """Whether `rotation` looks at the lengths, or at positions alone."""
+
+    def rotation(self, positions: torch.Tensor, lengths: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Rotary cosines and sines of tokens.
+
+        Args:
+            positions: int64 (B, T).
+            lengths: int64 (B,), tokens of each row once these are in.
+
+        Returns:
+            float32 (B, T, R/2) each, R = rotated features of a head.
+        """
+
+
+class Runner(Protocol):
+    """A definition bound to a backend: what runs it.
+
+    Arguments have been checked: ids are in the vocabulary and the cache has room. Every method that takes tokens leaves
+    them in the cache. Results are the caller's own.
+    """
+
+    def hidden(self, ids: torch.Tensor, cache: Cache, lengths: Sequence[int]) -> torch.Tensor:
+        """The body: ids int64 (B, T), of which lengths[b] are real in row b -> (B, T, hidden size)."""
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """The head: (..., hidden size) -> float32 (..., V)."""
+
+    def forward(self, ids: torch.Tensor, cache: Cache, lengths: Sequence[int], last_only: bool) -> torch.Tensor:
+        """Both: (B, T, V), or of each row's last real token only (B, 1, V)."""
+
+    def extend(self, ids: Sequence[int], cache: Cache, last_only: bool) -> NDArray[np.float32]:
+        """Both for the T tokens of one sequence, with as little around them as there can be: (T, V), or (1, V)."""
+
+
 class Backend(Protocol):
     """What a device must be able to do to run a model."""
 
@@ -45,7 +163,7 @@ class Backend(Protocol):
 
     @property
     def device(self) -> torch.device:
-        """Where token ids, lengths and activations live."""
+        """Where token ids and lengths live."""
 
     def describe(self) -> str:
         """One line for people: what computes, in which types, and how weights are held."""
@@ -64,59 +182,8 @@ class Backend(Protocol):
     def prepare_vector(self, vector: torch.Tensor) -> torch.Tensor:
         """A norm's weight or a bias (N,), in this backend's type and on its device."""
 
-    def new_cache(self, layers: int, batch: int, kv_heads: int, head_dim: int, capacity: int) -> KVCache:
+    def new_cache(self, layers: int, batch: int, kv_heads: int, head_dim: int, capacity: int) -> Cache:
         """An empty cache with room for `capacity` tokens per row."""
 
-    def embed(self, weight: Weight, ids: torch.Tensor) -> torch.Tensor:
-        """Rows of a weight prepared with lookup=True: ids int64 (B, T), each in [0, V) -> (B, T, K)."""
-
-    def linear(self, weight: Weight, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-        """x W^T + b: x (..., K) -> (..., N)."""
-
-    def linear_group(
-        self, weights: Sequence[Weight], x: torch.Tensor, biases: Sequence[torch.Tensor | None]
-    ) -> tuple[torch.Tensor, ...]:
-        """Several linears of one input (q, k, v; gate, up), which a backend may fuse: x (..., K) -> (..., N_i) each."""
-
-    def norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-        """RMS normalisation over the last dimension: x (..., K), weight (K,) -> (..., K)."""
-
-    def rope_and_append(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, step: Step, cache: KVCache, layer: int
-    ) -> torch.Tensor:
-        """Rotate q and k to their positions and write the real tokens' k and v into the cache.
-
-        Args:
-            q: (B, T, H, D).
-            k: (B, T, H_kv, D).
-            v: (B, T, H_kv, D).
-            step: positions, lengths, cosines and sines.
-            cache: where k and v go; the caller has reserved room.
-            layer: which layer of it.
-
-        Returns:
-            The rotated q, (B, T, H, D). q and k may be overwritten.
-        """
-
-    def attend(
-        self, q: torch.Tensor, step: Step, cache: KVCache, layer: int, scale: float, window: int | None
-    ) -> torch.Tensor:
-        """Causal attention of this step's queries over the cache, this step's tokens included.
-
-        Args:
-            q: (B, T, H, D), rotated.
-            step: positions and lengths.
-            cache: keys and values; slot j of a row holds position j.
-            layer: which layer of it.
-            scale: multiplies the dot products.
-            window: tokens a query sees at most, itself included, or None.
-
-        Returns:
-            (B, T, H, D). Padding gives some finite value.
-        """
-
-    def activate(self, gate: torch.Tensor, up: torch.Tensor | None, kind: str) -> torch.Tensor:
-        """act(gate) * up, or act(gate): (..., K). `kind` is one of kernels.reference.ACTIVATIONS."""
-
-    def logits(self, weight: Weight, x: torch.Tensor) -> torch.Tensor:
-        """x (..., K) against a weight (V, K) -> float32 (..., V)."""
+    def bind(self, definition: Definition) -> Runner:
+        """What runs a model whose weights this backend prepared."""

@@ -1,6 +1,8 @@
-"""The key/value cache of a batch of sequences."""
+"""The reference backend's key/value cache."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 
@@ -9,11 +11,10 @@ from kbit.ops.step import Step
 
 
 class KVCache:
-    """Keys and values of every layer, with room for a fixed number of tokens per row.
+    """Keys and values of every layer as tensors (a `kbit.ops.cache.Cache`).
 
     All memory is taken when the cache is made, 2 * layers * B * H_kv * S * D elements. A forward pass writes its
-    tokens layer by layer with `append` and makes them count with one `advance` at its end, so a pass that fails midway
-    leaves the cache as it was.
+    tokens layer by layer with `append` and makes them count with one `advance` at its end.
 
     Attributes:
         keys: per layer (B, H_kv, S, D), rotated.
@@ -55,12 +56,13 @@ class KVCache:
         """Bytes of all keys and values."""
         return sum(part.numel() * part.element_size() for part in (*self.keys, *self.values))
 
-    def reserve(self, new: torch.Tensor) -> None:
-        """Check that new tokens fit: int64 (B,).
+    def reserve(self, new: torch.Tensor | Sequence[int]) -> None:
+        """Check that new tokens fit: whole numbers (B,).
 
         Raises:
             UsageError: a row would exceed the capacity.
         """
+        new = torch.as_tensor(new, dtype=torch.int64, device=self.lengths.device)
         after = self.lengths + new
         row = int(after.argmax())
         if int(after[row]) > self.capacity:
@@ -86,9 +88,9 @@ class KVCache:
                 rows, columns, slots = step.real
                 store[rows, :, slots] = new[rows, columns].to(store.dtype)  # (tokens, H_kv, D)
 
-    def advance(self, new: torch.Tensor) -> None:
-        """Count the tokens just written: int64 (B,)."""
-        self.lengths = self.lengths + new
+    def advance(self, new: torch.Tensor | Sequence[int]) -> None:
+        """Count the tokens just written: whole numbers (B,)."""
+        self.lengths = self.lengths + torch.as_tensor(new, dtype=torch.int64, device=self.lengths.device)
 
     def truncate(self, length: int | torch.Tensor) -> None:
         """Forget every token from position `length` on: an int for all rows, or int64 (B,). Shorter rows stay.
@@ -114,3 +116,16 @@ class KVCache:
             self.keys[layer] = self.keys[layer][rows]
             self.values[layer] = self.values[layer][rows]
         self.lengths = self.lengths[rows]
+
+    def grow(self, capacity: int) -> None:
+        """Make room for `capacity` tokens per row, those in the cache kept. A capacity no larger changes nothing.
+
+        Old and new arrays of a layer exist side by side while it is copied.
+        """
+        if capacity <= self.capacity:
+            return
+        for part in (self.keys, self.values):
+            for layer, old in enumerate(part):
+                part[layer] = old.new_zeros((*old.shape[:2], capacity, old.shape[3]))
+                part[layer][:, :, : self.capacity] = old
+        self.capacity = capacity

@@ -5,13 +5,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from kbit.formats.quant_tensor import QuantTensor
 from kbit.kernels import reference
-from kbit.ops.backend import Weight
+from kbit.ops.backend import Attention, Definition, Weight
+from kbit.ops.cache import Cache
 from kbit.ops.kv_cache import KVCache
-from kbit.ops.step import Step
+from kbit.ops.step import Step, plan_step, positions_of
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,6 +34,103 @@ class ReferenceWeight(Weight):
         return self.data.numel() * self.data.element_size()
 
 
+class RowOps:
+    """The operations that take every token by itself, on tensors (..., K)."""
+
+    def embed(self, weight: Weight, ids: torch.Tensor) -> torch.Tensor:
+        return reference.embed(_data(weight), ids)
+
+    def linear(
+        self,
+        weight: Weight,
+        x: torch.Tensor,
+        bias: torch.Tensor | None = None,
+        residual: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        out = reference.linear(x, _data(weight), bias)
+        return out if residual is None else residual + out
+
+    def linear_group(
+        self, weights: Sequence[Weight], x: torch.Tensor, biases: Sequence[torch.Tensor | None]
+    ) -> tuple[torch.Tensor, ...]:
+        return tuple(self.linear(weight, x, bias) for weight, bias in zip(weights, biases, strict=True))
+
+    def norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+        return reference.rms_norm(x, weight, eps)
+
+    def activate(self, gate: torch.Tensor, up: torch.Tensor | None, kind: str) -> torch.Tensor:
+        return reference.activate(gate, up, kind)
+
+    def logits(self, weight: Weight, x: torch.Tensor) -> torch.Tensor:
+        return reference.logits(x, _data(weight))
+
+    def self_attention(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, attention: Attention) -> torch.Tensor:
+        raise TypeError("attention needs a step and a cache: this is a pass without tokens (a head)")
+
+
+class StepOps(RowOps):
+    """All operations, for one step's tokens: values are (B, T, K).
+
+    Args:
+        step: positions, lengths, cosines and sines.
+        cache: where keys and values go; the caller has reserved room.
+    """
+
+    def __init__(self, step: Step, cache: KVCache) -> None:
+        self._step = step
+        self._cache = cache
+
+    def self_attention(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, attention: Attention) -> torch.Tensor:
+        step, cache, layer = self._step, self._cache, attention.layer
+        q, k, v = (x.view(*x.shape[:-1], -1, attention.head_dim) for x in (q, k, v))  # (B, T, H or H_kv, D)
+        cache.append(layer, reference.rope(k, step.cos, step.sin), v, step)
+        seen = reference.attend(
+            reference.rope(q, step.cos, step.sin),
+            cache.keys[layer],
+            cache.values[layer],
+            step.positions,
+            step.kv_lengths,
+            attention.scale,
+            attention.window,
+        )
+        return seen.flatten(-2)
+
+
+class ReferenceRunner:
+    """Runs a definition by calling it (a `kbit.ops.backend.Runner`)."""
+
+    def __init__(self, definition: Definition) -> None:
+        self._definition = definition
+
+    @torch.no_grad()
+    def hidden(self, ids: torch.Tensor, cache: Cache, lengths: Sequence[int]) -> torch.Tensor:
+        if not isinstance(cache, KVCache):
+            raise TypeError(f"a {type(cache).__name__} was made by another backend")
+        device = cache.lengths.device
+        new = torch.tensor(lengths, dtype=torch.int64, device=device)
+        positions = positions_of(cache.lengths, ids.shape[1])
+        cos, sin = self._definition.rotation(positions, cache.lengths + new)
+        x = self._definition.body(StepOps(plan_step(cache.lengths, new, cos, sin), cache), ids.to(device))
+        cache.advance(new)
+        return x
+
+    @torch.no_grad()
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        return self._definition.head(RowOps(), hidden)
+
+    def forward(self, ids: torch.Tensor, cache: Cache, lengths: Sequence[int], last_only: bool) -> torch.Tensor:
+        x = self.hidden(ids, cache, lengths)
+        if last_only:
+            last = torch.tensor([max(length - 1, 0) for length in lengths], device=x.device)
+            x = x[torch.arange(x.shape[0], device=x.device), last][:, None]
+        return self.logits(x)
+
+    def extend(self, ids: Sequence[int], cache: Cache, last_only: bool) -> NDArray[np.float32]:
+        tokens = torch.tensor([ids], dtype=torch.int64)  # (1, T)
+        rows: NDArray[np.float32] = self.forward(tokens, cache, [len(ids)], last_only)[0].numpy()
+        return rows
+
+
 class ReferenceBackend:
     """Runs any model anywhere torch runs; the yardstick for every other backend.
 
@@ -46,8 +146,8 @@ class ReferenceBackend:
         self.device = torch.device("cpu")
 
     def describe(self) -> str:
-        held = "expanded to fp32 at load" if self.expand else "kept packed and dequantized at every use"
-        return f"reference: torch on CPU, {torch.get_num_threads()} threads, fp32; quantized weights {held}"
+        held = "expanded" if self.expand else "kept packed"
+        return f"reference: torch on CPU, {torch.get_num_threads()} threads, fp32, quantized weights {held}"
 
     def prepare(self, weight: torch.Tensor | QuantTensor, *, lookup: bool = False) -> ReferenceWeight:
         if isinstance(weight, QuantTensor):
@@ -60,38 +160,8 @@ class ReferenceBackend:
     def new_cache(self, layers: int, batch: int, kv_heads: int, head_dim: int, capacity: int) -> KVCache:
         return KVCache(layers, batch, kv_heads, head_dim, capacity, device=self.device)
 
-    def embed(self, weight: Weight, ids: torch.Tensor) -> torch.Tensor:
-        return reference.embed(_data(weight), ids)
-
-    def linear(self, weight: Weight, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-        return reference.linear(x, _data(weight), bias)
-
-    def linear_group(
-        self, weights: Sequence[Weight], x: torch.Tensor, biases: Sequence[torch.Tensor | None]
-    ) -> tuple[torch.Tensor, ...]:
-        return tuple(self.linear(weight, x, bias) for weight, bias in zip(weights, biases, strict=True))
-
-    def norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-        return reference.rms_norm(x, weight, eps)
-
-    def rope_and_append(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, step: Step, cache: KVCache, layer: int
-    ) -> torch.Tensor:
-        cache.append(layer, reference.rope(k, step.cos, step.sin), v, step)
-        return reference.rope(q, step.cos, step.sin)
-
-    def attend(
-        self, q: torch.Tensor, step: Step, cache: KVCache, layer: int, scale: float, window: int | None
-    ) -> torch.Tensor:
-        return reference.attend(
-            q, cache.keys[layer], cache.values[layer], step.positions, step.kv_lengths, scale, window
-        )
-
-    def activate(self, gate: torch.Tensor, up: torch.Tensor | None, kind: str) -> torch.Tensor:
-        return reference.activate(gate, up, kind)
-
-    def logits(self, weight: Weight, x: torch.Tensor) -> torch.Tensor:
-        return reference.logits(x, _data(weight))
+    def bind(self, definition: Definition) -> ReferenceRunner:
+        return ReferenceRunner(definition)
 
 
 def _data(weight: Weight) -> torch.Tensor | QuantTensor:

@@ -1,34 +1,75 @@
-"""Which backend runs, and on how many threads: decided once and in one place."""
+"""Which backend runs, how it computes, and on how many threads: decided once and in one place."""
 
 from __future__ import annotations
+
+from collections.abc import Collection
+from typing import TYPE_CHECKING
 
 import torch
 
 from kbit.errors import UnsupportedError, UsageError
-from kbit.ops.backend import Backend
-from kbit.ops.reference_backend import ReferenceBackend
+from kbit.ops.cpu import default_threads
+
+if TYPE_CHECKING:
+    from kbit.ops.backend import Backend
 
 DEVICES = ("auto", "cpu", "cuda")
+BACKENDS = ("auto", "native", "reference")
+COMPUTE = ("int8", "bf16", "fp32")
+# --kv-bits to what a cache stores.
+KV_KINDS = {2: "2", 3: "3", 4: "4", 8: "8", 16: "fp16", 32: "fp32"}
 # More than any machine has. OpenMP ends the process (without a word) when it cannot start its threads.
 MAX_THREADS = 1024
 
 
-def select_backend(device: str, *, expand: bool = True) -> Backend:
-    """The backend for a --device value.
+def select_backend(
+    device: str = "auto",
+    *,
+    backend: str = "auto",
+    threads: int | None = None,
+    compute: str | None = None,
+    kv_bits: int | None = None,
+    expand: bool = True,
+) -> Backend:
+    """The backend for the values of --device, --backend, --threads, --compute and --kv-bits.
 
     Args:
         device: "auto" (the best this version has: the CPU), "cpu" or "cuda".
+        backend: "native" (C++ kernels), "reference" (torch in fp32, the yardstick), or "auto": native.
+        threads: threads of the native backend; None: one per physical core this process may use. The reference runs on
+            torch's (see `set_threads`).
+        compute: how the native backend multiplies quantized weights: "int8" (None means this), "bf16" or "fp32".
+        kv_bits: bits of keys and values in the native backend's cache: 2, 3, 4 or 8 (codes), 16 or 32 (float). None: 32
+            for compute "fp32", else 16.
         expand: see ReferenceBackend.
 
     Raises:
-        UsageError: no such device.
-        UnsupportedError: a device this version has no backend for. It never runs elsewhere instead.
+        UsageError: a value that does not exist, or one the backend has no use for.
+        UnsupportedError: a device this version has no backend for, or an instruction set that cannot compute like this.
+            It never runs otherwise instead.
     """
-    if device in ("auto", "cpu"):
-        return ReferenceBackend(expand=expand)
     if device == "cuda":
         raise UnsupportedError("--device cuda: this version has no GPU backend yet; use --device cpu (or auto)")
-    raise UsageError(f"--device {device}: no such device; use one of {', '.join(DEVICES)}")
+    _check_choice("--device", device, DEVICES)
+    _check_choice("--backend", backend, BACKENDS)
+    if compute is not None:
+        _check_choice("--compute", compute, COMPUTE)
+    if kv_bits is not None:
+        _check_choice("--kv-bits", kv_bits, KV_KINDS)
+    if threads is not None:
+        check_threads(threads)
+    if backend == "reference":
+        from kbit.ops.reference_backend import ReferenceBackend
+
+        for flag, given, value in (("--compute", compute, "fp32"), ("--kv-bits", kv_bits, 32)):
+            if given not in (None, value):
+                raise UsageError(f"{flag} {given}: the reference backend has only {value}; use --backend native")
+        return ReferenceBackend(expand=expand)
+    from kbit.ops.native_backend import NativeBackend
+
+    compute = compute or "int8"
+    kv = KV_KINDS[kv_bits or (32 if compute == "fp32" else 16)]
+    return NativeBackend(threads or min(default_threads(), MAX_THREADS), compute=compute, kv=kv)
 
 
 def check_threads(threads: int) -> None:
@@ -41,7 +82,7 @@ def check_threads(threads: int) -> None:
 
 
 def set_threads(threads: int | None) -> None:
-    """Applies a --threads value, for the whole process; None leaves torch's choice.
+    """Applies a --threads value to torch, for the whole process; None leaves torch's choice.
 
     Raises:
         UsageError: see check_threads.
@@ -49,3 +90,8 @@ def set_threads(threads: int | None) -> None:
     if threads is not None:
         check_threads(threads)
         torch.set_num_threads(threads)
+
+
+def _check_choice(flag: str, value: object, choices: Collection[object]) -> None:
+    if value not in choices:
+        raise UsageError(f"{flag} {value}: use one of {', '.join(str(choice) for choice in choices)}")
