@@ -24,6 +24,9 @@ if TYPE_CHECKING:
     import numpy.typing as npt
     import torch
 
+    from kbit.checkpoint.gguf_blocks import BlockType
+    from kbit.formats.quant_tensor import QuantTensor
+
 # Values dequantized at a time: 4 MB of float32. gguf's dequantizers make a few temporaries of that size.
 _CHUNK_VALUES = 1 << 20
 
@@ -117,6 +120,18 @@ class GGUFSource(CheckpointSource):
             with self._open(located.header) as file:
                 _read_into(file, located, start, stop, out.numpy())
         return out
+
+    def read_weight(self, name: str) -> torch.Tensor | QuantTensor:
+        """A matrix of a block type kbit can run packed comes as its codes and scales, exactly; others as float32."""
+        from kbit.checkpoint.gguf_blocks import BLOCK_TYPES
+
+        located = self._located.get(name)
+        if located is None or len(located.tensor.shape) != 2 or located.tensor.type.name not in BLOCK_TYPES:
+            return self.read(name)
+        if self._closed:
+            raise ValueError(f"{self.path}: read after close")
+        with self._open(located.header) as file:
+            return _read_packed(file, located, BLOCK_TYPES[located.tensor.type.name])
 
     def sidecar_files(self) -> Mapping[str, bytes]:
         """tokenizer.json, tokenizer_config.json and generation_config.json, rebuilt from the metadata."""
@@ -248,11 +263,49 @@ def _read_into(file: BinaryIO, located: _Located, start: int, stop: int, out: np
         flat[low - start : high - start] = rows[low - begin : high - begin]
 
 
-def _unpermute(rows: npt.NDArray[np.float32], head_dim: int) -> npt.NDArray[np.float32]:
+def _read_packed(file: BinaryIO, located: _Located, block_type: BlockType) -> QuantTensor:
+    """A whole matrix as a QuantTensor, chunk by chunk."""
+    import torch
+
+    from kbit.formats.bitplanes import pack
+    from kbit.formats.quant_format import plane_widths
+    from kbit.formats.quant_tensor import SAFETENSORS_TO_TORCH, QuantTensor
+
+    tensor, head = located.tensor, located.head_dim
+    rows, columns = tensor.shape
+    format = block_type.format
+    stored = {
+        suffix: torch.empty(part.shape, dtype=SAFETENSORS_TO_TORCH[part.dtype])
+        for suffix, part in format.parts(rows, columns).items()
+    }
+    row_bytes = tensor.nbytes // rows
+    step = max(1, _CHUNK_VALUES // columns)
+    if head:
+        step = -(-step // head) * head
+    for begin in range(0, rows, step):
+        end = min(begin + step, rows)
+        data = _read_at(file, located.header.path, tensor.offset + begin * row_bytes, (end - begin) * row_bytes)
+        blocks = block_type.decode(data, end - begin, tensor.type.block_bytes)
+        planes = pack(torch.from_numpy(_in_order(blocks.codes, head)), format.bits)
+        for width, plane in zip(plane_widths(format.bits), planes, strict=True):
+            stored[f"plane{width}"][begin:end] = plane
+        for suffix, values in (("scales", blocks.scales), ("offsets", blocks.offsets)):
+            if values is not None:
+                stored[suffix][begin:end] = torch.from_numpy(_in_order(values, head))
+    return QuantTensor(format, (rows, columns), stored, torch.from_numpy(block_type.codebook))
+
+
+def _in_order(rows: npt.NDArray[Any], head_dim: int) -> npt.NDArray[Any]:
+    import numpy as np
+
+    return np.ascontiguousarray(_unpermute(rows, head_dim) if head_dim else rows)
+
+
+def _unpermute(rows: npt.NDArray[Any], head_dim: int) -> npt.NDArray[Any]:
     """Whole heads (n * D, K) from GGUF's order (row 2i + h of a head) to Hugging Face's (row h * D/2 + i)."""
     width = int(rows.shape[1])
     pairs = rows.reshape(-1, head_dim // 2, 2, width)
-    ordered: npt.NDArray[np.float32] = pairs.transpose(0, 2, 1, 3).reshape(-1, width)
+    ordered: npt.NDArray[Any] = pairs.transpose(0, 2, 1, 3).reshape(-1, width)
     return ordered
 
 
