@@ -11,14 +11,19 @@ import typer
 from kbit.cli.options import (
     DEFAULT_MODEL,
     MAX_PROMPT_BYTES,
+    BackendOption,
+    ComputeOption,
     DeviceOption,
+    DraftTokensOption,
     FrequencyPenaltyOption,
+    KvBitsOption,
     MaxTokensOption,
     MinPOption,
     ModelOption,
     PresencePenaltyOption,
     RepetitionPenaltyOption,
     SeedOption,
+    SpeculateOption,
     StopOption,
     SystemOption,
     TemperatureOption,
@@ -27,15 +32,18 @@ from kbit.cli.options import (
     TopPOption,
     check_limits,
     check_text,
+    draft_limit,
     show,
     streaming_output,
 )
 from kbit.cli.run import INTERRUPTED, statistics
 
 if TYPE_CHECKING:
+    from kbit.checkpoint.source import CheckpointSource
     from kbit.engine.conversation import Conversation
     from kbit.engine.loader import LoadedModel
     from kbit.engine.sampler import SamplingParams
+    from kbit.engine.tokenizer import Tokenizer
 
 HELP = """\
 Type a message and press Enter.
@@ -60,7 +68,12 @@ def chat(
     seed: SeedOption = None,
     stop: StopOption = None,
     device: DeviceOption = "auto",
+    backend: BackendOption = "auto",
+    compute: ComputeOption = None,
+    kv_bits: KvBitsOption = None,
     threads: ThreadsOption = None,
+    speculate: SpeculateOption = None,
+    draft_tokens: DraftTokensOption = None,
 ) -> None:
     """Talk to a model, in the chat template that comes with it.
 
@@ -79,10 +92,15 @@ def chat(
     check_limits(max_tokens, stop)
     if system is not None:
         check_text("--system", system)
+    most = draft_limit(speculate, draft_tokens)
+
+    from functools import partial
 
     from kbit.engine.conversation import Conversation, require_template
     from kbit.engine.loader import load_model
     from kbit.engine.sampler import SamplingParams
+    from kbit.engine.speculative import Speculation, load_drafter
+    from kbit.ops.select import select_backend
 
     params = SamplingParams(
         temperature=temperature,
@@ -94,8 +112,18 @@ def chat(
         frequency_penalty=frequency_penalty,
         seed=seed,
     )
-    loaded = load_model(model, device, threads, check=lambda tokenizer, _: require_template(tokenizer, model))
-    conversation = Conversation(loaded.decoder, loaded.tokenizer, model, system)
+    speculation: Speculation | None = None
+    chosen = select_backend(device, backend=backend, threads=threads, compute=compute, kv_bits=kv_bits)
+    load = partial(load_model, threads=threads, backend=chosen)
+
+    def prepare(tokenizer: Tokenizer, source: CheckpointSource) -> None:
+        nonlocal speculation
+        require_template(tokenizer, model)
+        if speculate is not None:
+            speculation = Speculation(load_drafter(speculate, model, tokenizer, load), most)
+
+    loaded = load(model, check=prepare)
+    conversation = Conversation(loaded.decoder, loaded.tokenizer, model, system, speculation)
     with streaming_output():
         _converse(conversation, loaded, params, max_tokens, stop or [])
 
@@ -110,7 +138,7 @@ def _converse(
     if terminal:
         with suppress(ImportError):  # importing it gives input() line editing and history; Windows has its own
             import readline  # noqa: F401
-        _note(f"{loaded.name} · {loaded.backend_name} backend · /help for commands, Ctrl-D to leave")
+        _note(f"{loaded.name} · {loaded.backend_description} · /help for commands, Ctrl-D to leave")
     while (line := _next_message(terminal)) is not None:
         message = line.strip()
         if not message:

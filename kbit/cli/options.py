@@ -15,6 +15,7 @@ DEFAULT_MODEL = "smollm2-135m-instruct"
 MAX_PROMPT_BYTES = 64 << 20
 
 _SAMPLING = "Sampling"
+ENGINE = "Engine"
 
 ModelOption = Annotated[
     str,
@@ -98,6 +99,20 @@ StopOption = Annotated[
     typer.Option("--stop", metavar="TEXT", help="End before this text appears. Can be given several times."),
 ]
 
+SpeculateOption = Annotated[
+    str | None,
+    typer.Option(
+        "--speculate",
+        metavar="ngram|MODEL",
+        help="Guess tokens and check several at once, for the same text sooner: from what the text repeats (ngram), or "
+        "with a smaller MODEL of the same vocabulary.",
+    ),
+]
+DraftTokensOption = Annotated[
+    int | None,
+    typer.Option("--draft-tokens", metavar="N", help="Most tokens to guess at a time. [default: 8]"),
+]
+
 
 def _check_threads(threads: int | None) -> int | None:
     if threads is not None:  # torch comes with this import, and every command that is given threads needs it anyway
@@ -107,10 +122,49 @@ def _check_threads(threads: int | None) -> int | None:
     return threads
 
 
-DeviceOption = Annotated[str, typer.Option("--device", metavar="auto|cpu|cuda", help="Where to run.")]
+DeviceOption = Annotated[
+    str, typer.Option("--device", metavar="auto|cpu|cuda", help="Where to run.", rich_help_panel=ENGINE)
+]
+BackendOption = Annotated[
+    str,
+    typer.Option(
+        "--backend",
+        metavar="auto|native|reference",
+        help="Who computes: C++ kernels (native, which auto takes), or torch in fp32 (reference: slow, and what "
+        "native is measured against).",
+        rich_help_panel=ENGINE,
+    ),
+]
+ComputeOption = Annotated[
+    str | None,
+    typer.Option(
+        "--compute",
+        metavar="int8|bf16|fp32",
+        help="How the native backend multiplies quantized weights. int8 rounds activations to 8 bits, a scale per 64 "
+        "values: fastest, and less of an error than 4-bit weights by far. bf16 rounds both sides to 8 significant "
+        "bits. fp32 rounds nothing and gives the reference's results. [default: int8]",
+        rich_help_panel=ENGINE,
+    ),
+]
+KvBitsOption = Annotated[
+    int | None,
+    typer.Option(
+        "--kv-bits",
+        metavar="2|3|4|8|16|32",
+        help="Bits of a number in the native backend's KV cache: fewer for long contexts in little memory, at a loss "
+        "that grows from 8 (small) to 2 (large). [default: 16; 32 with --compute fp32]",
+        rich_help_panel=ENGINE,
+    ),
+]
 ThreadsOption = Annotated[
     int | None,
-    typer.Option("--threads", metavar="N", callback=_check_threads, help="CPU threads. [default: torch's choice]"),
+    typer.Option(
+        "--threads",
+        metavar="N",
+        callback=_check_threads,
+        help="CPU threads. [default: one per physical core]",
+        rich_help_panel=ENGINE,
+    ),
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
 
@@ -124,6 +178,22 @@ def check_limits(max_tokens: int, stop: list[str] | None) -> None:
         raise UsageError(f"--max-tokens {max_tokens}: expected at least 1")
     if any(not text for text in stop or ()):
         raise UsageError("--stop '': a stop string needs at least one character")
+
+
+def draft_limit(speculate: str | None, draft_tokens: int | None) -> int:
+    """--draft-tokens, or what it is by default.
+
+    Raises:
+        UsageError: it is out of range, or given without --speculate.
+    """
+    from kbit.engine.speculative import DRAFT_TOKENS, check_draft_tokens
+
+    if draft_tokens is None:
+        return DRAFT_TOKENS
+    if speculate is None:
+        raise UsageError("--draft-tokens needs --speculate: nothing is drafted without it")
+    check_draft_tokens(draft_tokens)
+    return draft_tokens
 
 
 def read_prompt(prompt: str | None) -> str:

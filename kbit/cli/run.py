@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from kbit.cli.options import (
     DEFAULT_MODEL,
+    BackendOption,
+    ComputeOption,
     DeviceOption,
+    DraftTokensOption,
     FrequencyPenaltyOption,
     JsonOption,
+    KvBitsOption,
     MaxTokensOption,
     MinPOption,
     ModelOption,
     PresencePenaltyOption,
     RepetitionPenaltyOption,
     SeedOption,
+    SpeculateOption,
     StopOption,
     SystemOption,
     TemperatureOption,
@@ -25,6 +31,7 @@ from kbit.cli.options import (
     TopPOption,
     check_limits,
     check_text,
+    draft_limit,
     read_prompt,
     show,
     streaming_output,
@@ -57,7 +64,12 @@ def run(
     seed: SeedOption = None,
     stop: StopOption = None,
     device: DeviceOption = "auto",
+    backend: BackendOption = "auto",
+    compute: ComputeOption = None,
+    kv_bits: KvBitsOption = None,
     threads: ThreadsOption = None,
+    speculate: SpeculateOption = None,
+    draft_tokens: DraftTokensOption = None,
     chat: Annotated[
         bool, typer.Option("--chat", help="Send PROMPT as a message, in the model's chat template.")
     ] = False,
@@ -76,6 +88,8 @@ def run(
       kbit run --chat "Write a haiku about rivers." --temperature 0.7 --top-p 0.95 --seed 1
 
       kbit run - --model out/ --max-tokens 200 --json < prompt.txt
+
+      kbit run --chat "Correct the spelling: ..." --speculate ngram
     """
     from kbit.errors import UsageError
 
@@ -84,14 +98,19 @@ def run(
         check_text("--system", system)
         if not chat:
             raise UsageError("--system needs --chat: a text to continue has no system message")
+    most = draft_limit(speculate, draft_tokens)
     text = read_prompt(prompt)
+
+    from functools import partial
 
     from kbit.engine.conversation import chat_prompt
     from kbit.engine.generate import generate
     from kbit.engine.loader import load_model
     from kbit.engine.prompt_cache import check_prompt
     from kbit.engine.sampler import SamplingParams
+    from kbit.engine.speculative import Speculation, load_drafter
     from kbit.models.families import spec_from_config
+    from kbit.ops.select import select_backend
 
     params = SamplingParams(
         temperature=temperature,
@@ -105,8 +124,12 @@ def run(
     )
 
     ids: list[int] = []
+    speculation: Speculation | None = None
+    chosen = select_backend(device, backend=backend, threads=threads, compute=compute, kv_bits=kv_bits)
+    load = partial(load_model, threads=threads, backend=chosen)
 
-    def encode(tokenizer: Tokenizer, source: CheckpointSource) -> None:
+    def prepare(tokenizer: Tokenizer, source: CheckpointSource) -> None:
+        nonlocal speculation
         if chat:
             messages = [{"role": "user", "content": text}]
             if system is not None:
@@ -115,8 +138,10 @@ def run(
         else:
             ids.extend(tokenizer.encode(text))
         check_prompt(ids, spec_from_config(source.config, where=f"config of {source.path}"))
+        if speculate is not None:
+            speculation = Speculation(load_drafter(speculate, model, tokenizer, load), most)
 
-    loaded = load_model(model, device, threads, check=encode)
+    loaded = load(model, check=prepare)
     generation = generate(
         loaded.decoder,
         loaded.tokenizer,
@@ -125,6 +150,7 @@ def run(
         max_tokens=max_tokens,
         stop=stop or (),
         continues_prompt=not chat,
+        speculation=speculation,
     )
     if as_json:
         from kbit.cli.output import print_json
@@ -141,9 +167,10 @@ def run(
 
 
 def report(result: GenerationResult, loaded: LoadedModel) -> dict[str, Any]:
-    """The object `--json` prints. Rates that cannot be known (fewer than two tokens) are null."""
+    """The object `--json` prints. Rates that cannot be known (fewer than two tokens, no drafts) are null."""
     from kbit.engine.process import peak_rss_bytes
 
+    drafts = result.speculation
     return {
         "model": loaded.name,
         "text": result.text,
@@ -156,7 +183,9 @@ def report(result: GenerationResult, loaded: LoadedModel) -> dict[str, Any]:
         "load_s": loaded.load_seconds,
         "peak_rss_bytes": peak_rss_bytes(),
         "backend": loaded.backend_name,
+        "backend_description": loaded.backend_description,
         "seed": result.seed,
+        "speculation": drafts and {**asdict(drafts), "acceptance_rate": drafts.acceptance_rate},
     }
 
 
@@ -174,9 +203,14 @@ def statistics(result: GenerationResult, loaded: LoadedModel) -> str:
     if result.decode_tokens_per_second is not None:
         generated += f" at {result.decode_tokens_per_second:.1f} tok/s"
     parts.append(generated)
+    if (drafts := result.speculation) is not None:
+        rate = "" if drafts.acceptance_rate is None else f" ({drafts.acceptance_rate:.0%})"
+        parts.append(f"{drafts.accepted} of {drafts.drafted} drafted tokens accepted{rate}")
+        if drafts.note is not None:
+            parts.append(drafts.note)
     if result.finish_reason == "context":
         parts.append("the model's context is full")
     elif result.finish_reason == "interrupted":
         parts.append("interrupted")
-    parts.append(f"{loaded.backend_name} backend")
+    parts.append(loaded.backend_description)
     return " · ".join(parts)

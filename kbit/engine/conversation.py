@@ -10,6 +10,7 @@ from kbit.engine.chat import Message, render_chat
 from kbit.engine.generate import Generation, GenerationResult, generate
 from kbit.engine.prompt_cache import DecoderLike, PromptCache
 from kbit.engine.sampler import SamplingParams
+from kbit.engine.speculative import Speculation
 from kbit.errors import UsageError
 
 if TYPE_CHECKING:
@@ -52,17 +53,26 @@ class Conversation:
         tokenizer: its tokenizer.
         model: what to call it in messages.
         system: text of a system message, or None for the template's own.
+        speculation: who drafts the answers, or None.
 
     Raises:
         UsageError: the model has no chat template.
     """
 
-    def __init__(self, decoder: DecoderLike, tokenizer: Tokenizer, model: str, system: str | None = None) -> None:
+    def __init__(
+        self,
+        decoder: DecoderLike,
+        tokenizer: Tokenizer,
+        model: str,
+        system: str | None = None,
+        speculation: Speculation | None = None,
+    ) -> None:
         self._decoder = decoder
         self._tokenizer = tokenizer
         self._model = model
         self._system: list[Message] = [] if system is None else [{"role": "system", "content": system}]
         self._messages: list[Message] = list(self._system)
+        self._speculation = speculation
         self._cache = PromptCache(decoder)
         self._turns = 0
         require_template(tokenizer, model)
@@ -101,6 +111,7 @@ class Conversation:
             stop=stop,
             continues_prompt=False,
             prompt_cache=self._cache,
+            speculation=self._speculation,
         )
 
     def add(self, text: str, result: GenerationResult) -> None:

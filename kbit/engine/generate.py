@@ -8,7 +8,8 @@ from time import perf_counter
 from typing import TYPE_CHECKING, Literal
 
 from kbit.engine.prompt_cache import DecoderLike, PromptCache, check_prompt
-from kbit.engine.sampler import Sampler, SamplingParams
+from kbit.engine.sampler import Logits, Sampler, SamplingParams
+from kbit.engine.speculative import Speculation, SpeculationReport, SpeculativeTokens
 from kbit.engine.stop import StopMatcher
 from kbit.errors import UsageError
 from kbit.models.spec import ModelSpec
@@ -37,6 +38,7 @@ class GenerationResult:
         time_to_first_token: seconds from the start until the first token was sampled; None if there was none.
         decode_seconds: from the first to the last token.
         seed: what the sampler's generator was seeded with.
+        speculation: what drafting did; None without it, or where the prompt was not finished.
     """
 
     text: str
@@ -48,6 +50,7 @@ class GenerationResult:
     time_to_first_token: float | None
     decode_seconds: float
     seed: int
+    speculation: SpeculationReport | None = None
 
     @property
     def completion_tokens(self) -> int:
@@ -79,6 +82,7 @@ def generate(
     continues_prompt: bool = True,
     prompt_cache: PromptCache | None = None,
     prefill_chunk: int = PREFILL_CHUNK,
+    speculation: Speculation | None = None,
 ) -> Generation:
     """Starts a generation; nothing is computed until it is iterated (or `run`).
 
@@ -95,6 +99,7 @@ def generate(
         prompt_cache: a cache to use and leave filled, for prompts that begin like the last one.
         prefill_chunk: prompt tokens to compute at once. A model whose RoPE depends on the length of the text (dynamic)
             takes a prompt beyond its max_position_embeddings in one piece, whatever this says, and from its beginning.
+        speculation: who drafts tokens that the model then only checks; None computes one token at a time.
 
     Raises:
         UsageError: an empty prompt, one that leaves no room in the model's context or has tokens the model does not
@@ -111,6 +116,7 @@ def generate(
         continues_prompt=continues_prompt,
         prompt_cache=prompt_cache,
         prefill_chunk=prefill_chunk,
+        speculation=speculation,
     )
 
 
@@ -134,13 +140,14 @@ class Generation:
         continues_prompt: bool,
         prompt_cache: PromptCache | None,
         prefill_chunk: int,
+        speculation: Speculation | None,
     ) -> None:
         if max_tokens < 1:
             raise UsageError(f"--max-tokens {max_tokens}: expected at least 1")
         if prefill_chunk < 1:
             raise UsageError(f"a prefill chunk of {prefill_chunk} tokens: expected at least 1")
         check_prompt(prompt_ids, decoder.spec)
-        self._context = decoder.spec.max_positions
+        self._context, self._vocab_size = decoder.spec.max_positions, decoder.spec.vocab_size
         # A decoder that is no model of ours (a test's) rotates nothing.
         rope = decoder.spec.rope if isinstance(decoder.spec, ModelSpec) else None
         self._whole_beyond = rope.max_positions if rope is not None and rope.depends_on_length else self._context
@@ -152,6 +159,8 @@ class Generation:
         self._sampler = Sampler(params, prompt_ids)
         self._detokenizer = tokenizer.stream(prompt_ids if continues_prompt else ())
         self._stops = StopMatcher(stop)
+        self._speculation = speculation
+        self._speculative: SpeculativeTokens | None = None
 
         self._ids: list[int] = []
         self._shown: list[str] = []
@@ -203,6 +212,7 @@ class Generation:
             time_to_first_token=first,
             decode_seconds=0.0 if first is None else self._last_token_seconds - first,
             seed=self._sampler.seed,
+            speculation=None if self._speculative is None else self._speculative.report,
         )
 
     def _generate(self) -> Iterator[str]:
@@ -242,8 +252,7 @@ class Generation:
         for begin in range(position, len(prompt), chunk):
             logits = self._cache.extend(prompt[begin : begin + chunk])
         self._prefill_seconds = perf_counter() - start
-        while True:
-            token = self._sampler.sample(logits)
+        for token in self._source(logits):
             self._ids.append(token)
             self._last_token_seconds = perf_counter() - start
             if self._first_token_seconds is None:
@@ -258,4 +267,33 @@ class Generation:
             if len(prompt) + len(self._ids) >= self._context:
                 self._finish_reason = "context"
                 return
-            logits = self._cache.extend([token])
+
+    def _source(self, logits: Logits) -> Iterator[int]:
+        """Tokens for as long as they are asked for, one by one or drafted and checked; logits (V,) are the prompt's."""
+        if self._speculation is None:
+            return plain_tokens(self._cache, self._sampler, logits)
+        self._speculative = SpeculativeTokens(
+            self._speculation,
+            self._cache,
+            self._sampler,
+            self._prompt_ids,
+            room=min(self._max_tokens, self._context - len(self._prompt_ids)),
+            end_ids=self._end_ids,
+            vocab_size=self._vocab_size,
+            one_by_one_from=self._whole_beyond,
+        )
+        return self._speculative.run(logits)
+
+
+def plain_tokens(cache: PromptCache, sampler: Sampler, logits: Logits) -> Iterator[int]:
+    """Tokens after a prompt, each from a pass of the model over the one before it, for as long as they are asked for.
+
+    Args:
+        cache: with the prompt in it; gets all tokens but the last.
+        sampler: chooses them.
+        logits: (V,), those after the prompt.
+    """
+    while True:
+        token = sampler.sample(logits)
+        yield token
+        logits = cache.extend((token,))

@@ -5,13 +5,16 @@ Two requests that begin alike (the turns of a conversation) share the work of th
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Protocol
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Protocol, runtime_checkable
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from kbit.errors import KbitError, UsageError
-from kbit.ops.kv_cache import KVCache
+from kbit.ops.cache import Cache
 
 
 class DecoderSpec(Protocol):
@@ -33,13 +36,21 @@ class DecoderLike(Protocol):
     def spec(self) -> DecoderSpec:
         """Its sizes."""
 
-    def new_cache(self, batch: int, capacity: int) -> KVCache:
+    def new_cache(self, batch: int, capacity: int) -> Cache:
         """An empty cache."""
 
     def forward(
-        self, ids: torch.Tensor, cache: KVCache, lengths: torch.Tensor | None = None, last_only: bool = False
+        self, ids: torch.Tensor, cache: Cache, lengths: torch.Tensor | None = None, last_only: bool = False
     ) -> torch.Tensor:
         """ids (B, T) -> logits (B, T, V), or (B, 1, V) with last_only; the tokens are then in the cache."""
+
+
+@runtime_checkable
+class ExtendsOne(Protocol):
+    """What a decoder may have besides, for one sequence with less around it than `forward` (`Decoder.extend`)."""
+
+    def extend(self, ids: Sequence[int], cache: Cache, last_only: bool = True) -> NDArray[np.float32]:
+        """T token ids -> logits (T, V), or (1, V) with last_only."""
 
 
 class PromptCache:
@@ -50,8 +61,9 @@ class PromptCache:
 
     def __init__(self, decoder: DecoderLike) -> None:
         self._decoder = decoder
-        self._cache: KVCache | None = None
+        self._cache: Cache | None = None
         self._ids: list[int] = []
+        self._extends = decoder if isinstance(decoder, ExtendsOne) else None
 
     @property
     def ids(self) -> Sequence[int]:
@@ -78,24 +90,42 @@ class PromptCache:
             shared += 1
         del self._ids[shared:]
         if self._cache is None:
-            self._cache = _new_cache(self._decoder, capacity)
+            with _memory_for(capacity):
+                self._cache = self._decoder.new_cache(1, capacity)
         self._cache.truncate(shared)
         if self._cache.capacity < capacity:
-            context = self._decoder.spec.max_positions
-            larger = _new_cache(self._decoder, min(context, max(capacity, 2 * self._cache.capacity)))
-            _copy(self._cache, larger)
-            self._cache = larger
+            larger = min(self._decoder.spec.max_positions, max(capacity, 2 * self._cache.capacity))
+            with _memory_for(larger):
+                self._cache.grow(larger)
         return shared
 
-    def extend(self, ids: Sequence[int]) -> torch.Tensor:
-        """Runs tokens through the model behind those in the cache; the logits after the last one, float32 (V,), CPU."""
+    def extend(self, ids: Sequence[int]) -> NDArray[np.float32]:
+        """Runs tokens through the model behind those in the cache; the logits after the last one, (V,)."""
+        logits: NDArray[np.float32] = self._forward(ids, last_only=True)[-1]
+        return logits
+
+    def extend_all(self, ids: Sequence[int]) -> NDArray[np.float32]:
+        """Runs T tokens through the model in one pass; the logits after each of them, (T, V)."""
+        return self._forward(ids, last_only=False)
+
+    def truncate(self, length: int) -> None:
+        """Forgets every token from position `length` on."""
+        if length < len(self._ids):
+            assert self._cache is not None, "start() comes first"
+            del self._ids[length:]
+            self._cache.truncate(length)
+
+    def _forward(self, ids: Sequence[int], last_only: bool) -> NDArray[np.float32]:
         assert self._cache is not None, "start() comes first"
-        with torch.inference_mode():
-            tokens = torch.tensor([ids], dtype=torch.int64, device=self._cache.lengths.device)  # (1, T)
-            logits = self._decoder.forward(tokens, self._cache, last_only=True)  # (1, 1, V)
-            result = logits[0, -1].to("cpu", torch.float32)  # waits for an accelerator, so timings are honest
+        rows: NDArray[np.float32]
+        if self._extends is not None:
+            rows = self._extends.extend(ids, self._cache, last_only)
+        else:
+            tokens = torch.tensor([ids], dtype=torch.int64)  # (1, T)
+            logits = self._decoder.forward(tokens, self._cache, last_only=last_only)[0]
+            rows = logits.detach().to("cpu", torch.float32).numpy()
         self._ids.extend(ids)
-        return result
+        return rows
 
 
 def check_prompt(ids: Sequence[int], spec: DecoderSpec) -> None:
@@ -127,18 +157,11 @@ def check_vocabulary(ids: Sequence[int], vocab_size: int) -> None:
             )
 
 
-def _copy(source: KVCache, target: KVCache) -> None:
-    """Copies the tokens of a one-row cache into an empty larger one."""
-    length = int(source.lengths[0])
-    pairs = zip((*source.keys, *source.values), (*target.keys, *target.values), strict=True)
-    for old, new in pairs:
-        new[:, :, :length] = old[:, :, :length]  # (1, H_kv, length, D)
-    target.advance(source.lengths)
-
-
-def _new_cache(decoder: DecoderLike, capacity: int) -> KVCache:
+@contextmanager
+def _memory_for(capacity: int) -> Iterator[None]:
+    """Turns exhausted memory into a KbitError that names the tokens it was for."""
     try:
-        return decoder.new_cache(1, capacity)
+        yield
     except (RuntimeError, MemoryError) as error:  # torch reports exhausted memory as a RuntimeError
         if isinstance(error, RuntimeError) and "memory" not in str(error):
             raise

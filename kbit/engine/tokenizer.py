@@ -100,6 +100,11 @@ class Tokenizer:
         """Number of tokens, added ones included. A model's logits may have more columns (padding)."""
         return self._backend.get_vocab_size(with_added_tokens=True)
 
+    def has_vocabulary_of(self, other: Tokenizer) -> bool:
+        """Whether the same ids are the same tokens in both, added ones included."""
+        ours, theirs = (tokenizer._backend.get_vocab(with_added_tokens=True) for tokenizer in (self, other))
+        return ours == theirs
+
     @property
     def chat_template(self) -> str | None:
         """The template named "default", or the only one, or None."""
