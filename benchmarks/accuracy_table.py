@@ -68,7 +68,7 @@ def measure(
         length = choose_context("gptq", context, spec_from_config(source.config).max_positions)
         windows = make_windows(resolve_data(data), Tokenizer.from_source(source), "gptq", length, max_tokens)
         weights = {name: source.read(name) for name in source.tensors}
-        backend = select_backend("cpu")
+        backend = select_backend("cpu", backend="reference")
         with StoredLogits(load_decoder(source, backend), windows) as reference:
             plans = {str(format): make_plan(source, format) for format in missing}
             candidates = [

@@ -1,14 +1,33 @@
-"""What the benchmarks share: the default model, and the machine's read bandwidth as the yardstick."""
+"""What the benchmarks share: the default model, as it is and converted, and the evaluation text."""
 
 from __future__ import annotations
 
 import os
-import time
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
-from statistics import median
 
 import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))  # modules that benchmarks share: pytest's importlib mode adds no folders
+
+
+@pytest.fixture(scope="session")
+def converted(smollm2: Path) -> Callable[[int, int], Path]:
+    """A function (bits, bits of embedding and head) -> the default model converted so: a folder, made once and kept."""
+
+    def convert(bits: int, head: int) -> Path:
+        from kbit.checkpoint.cache import cache_dir
+
+        folder = cache_dir() / "benchmarks" / f"smollm2-135m-instruct-{bits}bit-head{head}"
+        widths = ["--bits", str(bits), "--embedding-bits", str(head)]
+        command = ["-m", "kbit.cli.main", "quantize", str(smollm2), *widths, "-o", str(folder), "--force"]
+        if not (folder / "config.json").is_file():  # quantize moves a finished folder into place, never a part of it
+            subprocess.run([sys.executable, *command], check=True, capture_output=True, cwd=Path.home())
+        return folder
+
+    return convert
 
 
 @pytest.fixture(scope="session")
@@ -31,22 +50,3 @@ def data_dir() -> Path:
     if not folder.is_dir():
         pytest.skip(f"no evaluation data at {folder}: set KBIT_DATA")
     return folder
-
-
-@pytest.fixture(scope="session")
-def read_bandwidth() -> Callable[[], float]:
-    """A function that measures the machine's read bandwidth: to be called in the run it is compared with."""
-    return measure_read_bandwidth
-
-
-def measure_read_bandwidth(seconds: float = 1.0) -> float:
-    """Bytes per second that torch reads with all its threads: the median of many sums over 256 MB of float32."""
-    import torch
-
-    data = torch.ones(64 << 20, dtype=torch.float32)
-    rates, end = [], time.perf_counter() + seconds
-    while time.perf_counter() < end or len(rates) < 5:
-        begin = time.perf_counter()
-        data.sum()
-        rates.append(data.numel() * 4 / (time.perf_counter() - begin))
-    return median(rates)

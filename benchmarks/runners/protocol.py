@@ -1,0 +1,50 @@
+"""How a benchmark talks to an engine in a process of its own: one JSON object per line, each way.
+
+A runner first writes what its engine has to say once it is ready, then answers requests until its input ends. A request
+names an action in `do` and holds its arguments; the answer is the action's result, or {"error": "..."}.
+
+Imports the standard library only: runners of peers live in environments without kbit.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import traceback
+from collections.abc import Callable, Mapping
+from typing import Any, TextIO
+
+FIRST_PROMPT = "The capital of France is"
+
+
+def claim_stdout() -> TextIO:
+    """The real standard output; whatever libraries print from now on goes to standard error instead."""
+    sys.stdout.flush()
+    real = os.fdopen(os.dup(1), "w", buffering=1)
+    os.dup2(2, 1)
+    return real
+
+
+def serve(out: TextIO, ready: Mapping[str, Any], actions: Mapping[str, Callable[..., Mapping[str, Any]]]) -> None:
+    """Announce, then answer until end of input. An action that fails is reported, and the next one may work."""
+    print(json.dumps({"ready": True, **ready}), file=out, flush=True)
+    for line in sys.stdin:
+        request = json.loads(line)
+        try:
+            answer = actions[request.pop("do")](**request)
+        except Exception as error:
+            traceback.print_exc()
+            answer = {"error": f"{type(error).__name__}: {error}"}
+        print(json.dumps(answer), file=out, flush=True)
+
+
+def resident_bytes() -> dict[str, int]:
+    """Memory of this process: now, and at its peak (Linux)."""
+    fields = {}
+    with open("/proc/self/status") as file:
+        for line in file:
+            name, _, value = line.partition(":")
+            if name in ("VmRSS", "VmHWM"):
+                fields[name] = int(value.split()[0]) * 1024
+    return {"resident": fields["VmRSS"], "peak": fields["VmHWM"]}

@@ -1,0 +1,80 @@
+"""What a token costs beside the model: choosing it, turning it into text, and the loop around.
+
+    pytest benchmarks/test_generation_overhead.py -s
+
+The decoder is a table of ready-made logits, so what is measured is the engine's own time, in microseconds per token.
+"""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from statistics import median
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+TOKENS, ROUNDS = 1000, 7
+TEXT = "The river runs slowly through the valley, and the old bridge stands where the two roads meet. "
+
+SETTINGS: dict[str, dict[str, float]] = {
+    "greedy": {},
+    "greedy, repetition penalty": {"repetition_penalty": 1.1},
+    "temperature": {"temperature": 0.7},
+    "temperature and top-p": {"temperature": 0.7, "top_p": 0.95},
+    "temperature and top-k": {"temperature": 0.7, "top_k": 40},
+}
+
+
+class ReadyMade:
+    """A decoder that answers at once: logits (1, 1, V) that make TEXT likely, whatever it is given."""
+
+    def __init__(self, ids: list[int], vocab_size: int) -> None:
+        noise = 3 * torch.randn(vocab_size, generator=torch.Generator().manual_seed(0))
+        self.spec = SimpleNamespace(max_positions=1 << 30, vocab_size=vocab_size)
+        self.answers = []
+        for token in ids:
+            logits = noise.clone()
+            logits[token] = 20.0
+            self.answers.append(logits[None, None])
+        self.count = 0
+
+    def new_cache(self, batch: int, capacity: int) -> Any:
+        return SimpleNamespace(capacity=capacity, truncate=lambda length: None)
+
+    def forward(self, ids: torch.Tensor, cache: Any, lengths: Any = None, last_only: bool = False) -> torch.Tensor:
+        self.count += 1
+        return self.answers[self.count % len(self.answers)]
+
+
+@pytest.fixture(scope="module")
+def tokenizer(smollm2: Path) -> Any:
+    from kbit.checkpoint.resolve import open_model
+    from kbit.engine.tokenizer import Tokenizer
+
+    with open_model(str(smollm2)) as source:
+        return Tokenizer.from_source(source)
+
+
+@pytest.mark.parametrize("setting", SETTINGS)
+def test_overhead(benchmark: Any, tokenizer: Any, setting: str) -> None:
+    from kbit.engine.generate import generate
+    from kbit.engine.sampler import SamplingParams
+
+    ids = tokenizer.encode(TEXT)
+    decoder = ReadyMade(ids, tokenizer.vocab_size)
+    params = SamplingParams(**SETTINGS[setting], seed=0)
+    times: list[float] = []
+
+    def run() -> None:
+        generation = generate(decoder, tokenizer, ids, params, max_tokens=TOKENS, stop_token_ids=())
+        begin = time.perf_counter()
+        result = generation.run()
+        times.append((time.perf_counter() - begin) / result.completion_tokens)
+
+    benchmark.pedantic(run, rounds=ROUNDS, warmup_rounds=1)
+    microseconds = 1e6 * median(times)
+    benchmark.extra_info["microseconds_per_token"] = microseconds
+    print(f"\n{setting}: {microseconds:.1f} us per token, V = {decoder.spec.vocab_size}")
