@@ -30,6 +30,19 @@ def byte_tokenizer(chat_template: str | None = None) -> Tokenizer:
     return Tokenizer(backend, eos_ids=frozenset({256}), chat_templates=templates)
 
 
+class GrowingCache(KVCache):
+    """A cache that tells a fake decoder how large it was made."""
+
+    def __init__(self, capacities: list[int], batch: int, capacity: int) -> None:
+        super().__init__(1, batch, 1, 1, capacity)
+        self._capacities = capacities
+        capacities.append(capacity)
+
+    def grow(self, capacity: int) -> None:
+        super().grow(capacity)
+        self._capacities.append(capacity)
+
+
 class FakeDecoder:
     """A decoder whose next token is a function of all tokens so far, read from the cache.
 
@@ -43,14 +56,12 @@ class FakeDecoder:
         self.capacities: list[int] = []
 
     def new_cache(self, batch: int, capacity: int) -> KVCache:
-        self.capacities.append(capacity)
-        return KVCache(1, batch, 1, 1, capacity)
+        return GrowingCache(self.capacities, batch, capacity)
 
     def forward(
         self, ids: torch.Tensor, cache: KVCache, lengths: torch.Tensor | None = None, last_only: bool = False
     ) -> torch.Tensor:
         assert ids.shape[0] == 1
-        assert last_only
         assert lengths is None
         new = torch.tensor([ids.shape[1]])
         cache.reserve(new)
@@ -58,10 +69,16 @@ class FakeDecoder:
         cache.keys[0][0, 0, start : start + ids.shape[1], 0] = ids[0].float()
         cache.advance(new)
         self.steps.append(ids.shape[1])
-        answer = self.rule(cache.keys[0][0, 0, : int(cache.lengths[0]), 0].long().tolist())
-        if isinstance(answer, torch.Tensor):
-            return answer[None, None]
-        return torch.nn.functional.one_hot(torch.tensor([[answer]]), self.spec.vocab_size).float()
+        history = cache.keys[0][0, 0, : int(cache.lengths[0]), 0].long().tolist()
+        first = len(history) if last_only else start + 1
+        answers = [self.rule(history[:end]) for end in range(first, len(history) + 1)]
+        vectors = [
+            answer
+            if isinstance(answer, torch.Tensor)
+            else torch.nn.functional.one_hot(torch.tensor(answer), self.spec.vocab_size).float()
+            for answer in answers
+        ]
+        return torch.stack(vectors)[None]  # (1, T or 1, V)
 
 
 def reciting(tokenizer: Tokenizer, prompt: str, answer: str, end: bool = True, **options: Any) -> FakeDecoder:

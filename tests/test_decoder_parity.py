@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from decoder_cases import CASES, PAD, TINY
 
 from kbit.checkpoint.hf_folder import HFFolder
 from kbit.models.decoder import Decoder
@@ -23,69 +24,6 @@ transformers = pytest.importorskip("transformers")
 # Both sides compute in float32 but sum in different orders. A sum of n terms is off by at most n eps |x||y|, in
 # practice by about sqrt(n) eps: with n <= 80 and a few dozen operations in a row, 1e-5 of the largest logit.
 RELATIVE = 1e-4
-
-PAD = 0
-
-# 6 heads of 8 with 2 key/value heads; a vocabulary and an MLP that are no multiple of anything.
-TINY: dict[str, Any] = {
-    "vocab_size": 131,
-    "hidden_size": 48,
-    "intermediate_size": 77,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 6,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 32,
-    "pad_token_id": PAD,
-    "bos_token_id": None,
-    "eos_token_id": None,
-    "attn_implementation": "eager",
-}
-LLAMA3 = {
-    "rope_type": "llama3",
-    "rope_theta": 500.0,
-    "factor": 8.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 16,
-}
-YARN = {"rope_type": "yarn", "rope_theta": 100.0, "factor": 4.0, "original_max_position_embeddings": 8}
-
-CASES: dict[str, tuple[str, dict[str, Any]]] = {
-    "llama": ("Llama", {}),
-    "llama-tied": ("Llama", {"tie_word_embeddings": True}),
-    "llama-biases": ("Llama", {"attention_bias": True, "mlp_bias": True}),
-    "llama-head-dim": ("Llama", {"head_dim": 14, "num_key_value_heads": 3}),
-    "llama-multi-query": ("Llama", {"num_key_value_heads": 1}),
-    "llama-every-head": ("Llama", {"num_key_value_heads": 6, "rms_norm_eps": 1e-2}),
-    "llama-gelu": ("Llama", {"hidden_act": "gelu"}),
-    "llama-gelu-tanh": ("Llama", {"hidden_act": "gelu_pytorch_tanh"}),
-    "llama-gelu-new": ("Llama", {"hidden_act": "gelu_new"}),
-    "llama-relu": ("Llama", {"hidden_act": "relu"}),
-    "llama-linear": ("Llama", {"rope_parameters": {"rope_type": "linear", "factor": 3.0, "rope_theta": 10000.0}}),
-    "llama-dynamic": ("Llama", {"rope_parameters": {"rope_type": "dynamic", "factor": 2.5, "rope_theta": 1000.0}}),
-    "llama-llama3": ("Llama", {"rope_parameters": LLAMA3}),
-    "llama-yarn": ("Llama", {"rope_parameters": YARN}),
-    "qwen2-yarn-mscale": ("Qwen2", {"rope_parameters": {**YARN, "mscale": 0.7, "mscale_all_dim": 0.3}}),
-    "mistral-window": ("Mistral", {"sliding_window": 7}),
-    # 2, not 1: with a window of 1 transformers' own cache keeps everything (it slices [-0:]).
-    "mistral-window-2": ("Mistral", {"sliding_window": 2}),
-    "mistral-no-window": ("Mistral", {"sliding_window": None, "head_dim": 10}),
-    "mistral-dynamic-window": (
-        "Mistral",
-        {"sliding_window": 9, "rope_parameters": {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 10000.0}},
-    ),
-    "qwen2": ("Qwen2", {}),
-    "qwen2-tied": ("Qwen2", {"tie_word_embeddings": True}),
-    "qwen2-some-windows": ("Qwen2", {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1}),
-    "qwen2-layer-types": (
-        "Qwen2",
-        {
-            "use_sliding_window": True,
-            "sliding_window": 6,
-            "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
-        },
-    ),
-}
 
 
 @dataclass

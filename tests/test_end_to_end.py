@@ -40,7 +40,7 @@ def test_the_capital_of_france(converted: dict[int, Path], bits: int, capsys: py
     assert result["completion_tokens"] <= 12
     for key in ("prefill_tokens_per_second", "time_to_first_token_s", "peak_rss_bytes"):
         assert result[key] > 0
-    assert result["backend"] == "reference"
+    assert result["backend"] == "native"
 
 
 @pytest.mark.parametrize(("bits", "format"), [(8, "int8-b64"), (5, "lloyd5-b64"), (4, "nf4-b64")])
@@ -59,9 +59,12 @@ def test_info_counts_every_bit(
 def test_eight_bits_cost_next_to_nothing(
     converted: dict[int, Path], data_dir: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Mean KL below 0.002 nats on WikiText-2 test; on the first 1,024 tokens here, on more of it in the README."""
+    """Mean KL below 0.002 nats on WikiText-2 test; on the first 1,024 tokens here, on more of it in the README.
+
+    That is the weights' own: int8 compute would add to it (see test_native_smollm2.py).
+    """
     text = str(data_dir / "wikitext2" / "wiki.test.raw")
-    arguments = ["eval", str(converted[8]), "--data", text, "--reference", MODEL]
+    arguments = ["eval", str(converted[8]), "--data", text, "--reference", MODEL, "--compute", "fp32"]
     result = json_of([*arguments, "--max-tokens", "1024", "--context", "512"], capsys)
     assert result["tokens"] == 2 * 511
     assert 0 < result["kl_mean"] < 0.002

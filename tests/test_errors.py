@@ -168,7 +168,7 @@ CASES: dict[str, Case] = {
     # The command line itself
     "unknown command": Case("transmogrify", 2, ("transmogrify",)),
     "unknown option": Case("info {good} --frobnicate", 2, ("--frobnicate", "kbit info --help")),
-    "missing argument": Case("info", 2, ("Missing argument", "kbit info --help")),
+    "missing argument": Case("quantize", 2, ("Missing argument", "kbit quantize --help")),
     "one argument too many": Case("info {good} {good}", 2, ("good", "kbit info --help")),
     "option without a value": Case("run Hi --model", 2, ("--model", "requires an argument")),
 }

@@ -109,14 +109,18 @@ def _tokens(folder: Path, text: str) -> list[int]:
     return list(tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json")).encode(text).ids)
 
 
+EXACT = {"compute": "fp32"}
+
+
 class TestAgainstTransformers:
     """Both sides compute float32 logits with sums in another order: they agree to about 1e-6 of their size."""
 
+    @pytest.mark.parametrize("how", [{"backend": "reference"}, EXACT], ids=["reference", "native"])
     @pytest.mark.parametrize(("convention", "first"), [("gptq", 0), ("llamacpp", 128)])
-    def test_perplexity_of_a_real_model(self, data_dir: Path, convention: str, first: int) -> None:
+    def test_perplexity_of_a_real_model(self, data_dir: Path, convention: str, first: int, how: dict[str, str]) -> None:
         model = data_dir / "models" / "novels-2m"
         file = data_dir / "novels" / "heldout" / "Doyle_Hound_1902.txt"
-        report = _evaluate(model, file, max_tokens=8 * 256, convention=convention)
+        report = _evaluate(model, file, max_tokens=8 * 256, convention=convention, **how)
 
         text = file.read_text(encoding="utf-8-sig")  # text mode: line ends become \n
         batch = torch.tensor(_tokens(model, text)[: 8 * 256]).view(8, 256)
@@ -140,7 +144,7 @@ class TestAgainstTransformers:
                 tensors[name] = quantize_blockwise(tensor.float(), nf4).dequantize()
         (model / "model.safetensors").chmod(0o644)
         save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
-        report = _evaluate(model, file, reference, max_tokens=6 * 256)
+        report = _evaluate(model, file, reference, max_tokens=6 * 256, **EXACT)
         result = report.comparison
         assert result is not None
 
@@ -161,7 +165,7 @@ class TestAgainstTransformers:
         assert 0.7 < result.top1_agreement < 1.0
 
     def test_a_tiny_model_in_windows_shorter_than_its_pieces(self, tiny: Path) -> None:
-        report = _evaluate(tiny / "a", tiny / "text.txt", context=17)
+        report = _evaluate(tiny / "a", tiny / "text.txt", context=17, **EXACT)
         batch = torch.tensor(_tokens(tiny / "a", TEXT))
         batch = batch[: len(batch) // 17 * 17].view(-1, 17)
         losses = _hf_losses(_hf_log_probs(tiny / "a", batch), batch)
@@ -189,7 +193,7 @@ class TestReport:
         assert _evaluate(paths["yarn"], text, max_tokens=256).result.context == 128
         batch = torch.tensor(_tokens(paths["yarn"], TEXT)[:256]).view(2, 128)
         losses = _hf_losses(_hf_log_probs(paths["yarn"], batch), batch)
-        report = _evaluate(paths["yarn"], text, max_tokens=256, context=128)
+        report = _evaluate(paths["yarn"], text, max_tokens=256, context=128, **EXACT)
         np.testing.assert_allclose(report.result.nll, losses.numpy(), atol=1e-4)
         assert _evaluate(paths["dynamic"], text, max_tokens=256).result.context == 64
         assert _evaluate(paths["dynamic"], text, max_tokens=256, context=64).result.context == 64
@@ -198,12 +202,31 @@ class TestReport:
         with pytest.raises(UsageError, match="--context 129 exceeds the model's maximum of 128"):
             _evaluate(paths["yarn"], text, context=129)
 
-    def test_a_model_against_itself(self, tiny: Path) -> None:
-        report = _evaluate(tiny / "a", tiny / "text.txt", tiny / "a")
+    @pytest.mark.parametrize("who", ["native", "reference"])
+    def test_a_model_against_itself(self, tiny: Path, who: str) -> None:
+        report = _evaluate(tiny / "a", tiny / "text.txt", tiny / "a", backend=who, reference_backend=who)
         assert report.comparison is not None
+        assert report.backend == report.reference_backend
         assert (report.comparison.kl == 0).all()
         assert report.comparison.top1_agreement == 1.0
         assert report.to_dict()["delta_nll_ci95"] == [0.0, 0.0]
+
+    def test_the_engines_own_error(self, tiny: Path) -> None:
+        """The reference computes exactly unless told otherwise, so a model against itself shows what its engine adds."""
+        divergences = []
+        for how in ({"compute": "fp32"}, {"kv_bits": 32}, {}):
+            report = _evaluate(tiny / "a", tiny / "text.txt", tiny / "a", max_tokens=256, **how)
+            assert report.comparison is not None
+            assert report.backend.startswith("native: ")
+            assert report.to_dict()["reference_backend"] == report.reference_backend
+            assert str(report.reference_backend).startswith("reference: ")
+            divergences.append(report.comparison.kl_mean)
+        exact, dense, half = divergences
+        # These weights are not quantized, so int8 has nothing to multiply; the cache in fp16 rounds by up to 2^-11, and
+        # KL is about half the squared error of a logit. float32 logits of size 3 leave 1e-12 or less.
+        assert abs(exact) < 1e-11
+        assert abs(dense) < 1e-11
+        assert 1e-10 < half < 1e-5
 
     def test_vocabularies_of_different_size(self, tiny: Path) -> None:
         with pytest.raises(UsageError, match="vocabulary of 256 tokens, the reference one of 260"):
@@ -229,6 +252,10 @@ class TestReport:
             ({"context": 65}, "--context 65 exceeds the model's maximum of 64"),
             ({"context": 1}, "--context 1 is too short"),
             ({"device": "abacus"}, "abacus"),
+            ({"compute": "int4"}, "--compute int4: use one of int8, bf16, fp32"),
+            ({"kv_bits": 7}, "--kv-bits 7: use one of 2, 3, 4, 8, 16, 32"),
+            ({"backend": "reference", "kv_bits": 4}, "--kv-bits 4: the reference backend has only 32"),
+            ({"reference_backend": "abacus"}, "--reference-backend abacus: use reference or native"),
             ({"data": "no-such-text"}, "no such file, and not one of the named texts"),
             ({"reference": "no such model"}, "no such model"),
         ],
@@ -272,7 +299,22 @@ class TestCommandLine:
         assert "kl_mean" not in report
 
     def test_json_with_a_reference(self, run: Any, tiny: Path) -> None:
-        result = run(tiny / "b", "--data", tiny / "text.txt", "--reference", tiny / "a", "--json", "--device", "cpu")
+        result = run(
+            tiny / "b",
+            "--data",
+            tiny / "text.txt",
+            "--reference",
+            tiny / "a",
+            "--json",
+            "--backend",
+            "native",
+            "--compute",
+            "fp32",
+            "--kv-bits",
+            "16",
+            "--reference-backend",
+            "native",
+        )
         assert result.exit_code == 0, result.exception
         report = json.loads(result.stdout)
         for key in ("kl_mean", "kl_stderr", "kl_p50", "kl_p99", "kl_p99.9", "kl_max", "reference_perplexity"):
@@ -283,6 +325,8 @@ class TestCommandLine:
         ratio = math.log(report["perplexity"] / report["reference_perplexity"])
         assert report["delta_nll"] == pytest.approx(ratio, abs=1e-12)
         assert report["reference"] == str(tiny / "a")
+        assert "fp32 compute, fp16 KV cache" in report["backend"]
+        assert report["reference_backend"] == report["backend"]
 
     def test_unknown_errors_are_null_not_nan(self, run: Any, tiny: Path) -> None:
         result = run(
@@ -315,7 +359,15 @@ class TestCommandLine:
             1,
         )
         assert result.exit_code == 0, result.exception
-        for word in ("perplexity", "llamacpp, context 64", "KL(reference || model)", "top-1 agreement", "delta NLL"):
+        for word in (
+            "perplexity",
+            "llamacpp, context 64",
+            "KL(reference || model)",
+            "top-1 agreement",
+            "delta NLL",
+            "native: ",
+            "reference: ",
+        ):
             assert word in result.stdout
 
     @pytest.mark.parametrize("threads", [0, -1])

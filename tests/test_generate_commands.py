@@ -67,7 +67,7 @@ class TestCommands:
         done = kbit("run", "-", *flags, "--threads", "1", stdin="Once upon\n")
         report = json.loads(in_process(["run", "Once upon", *flags, "--json"], monkeypatch)[1])
         assert done.stdout == report["text"] + "\n"
-        assert done.stderr.strip().endswith("reference backend")
+        assert done.stderr.strip().endswith(" 1 thread, int8 compute, fp16 KV cache")
         assert f"{report['prompt_tokens']} prompt tokens in " in done.stderr
         assert " · 6 tokens at " in done.stderr
 
@@ -93,6 +93,10 @@ class TestCommands:
             (("x", "--chat"), "no chat template; `kbit run` without --chat"),
             (("word " * 300,), "tokens and the model's context is 256, answer included: shorten"),
             (("x", "--device", "abacus"), "--device abacus"),
+            (("x", "--backend", "abacus"), "--backend abacus: use one of auto, native, reference"),
+            (("x", "--compute", "int4"), "--compute int4: use one of int8, bf16, fp32"),
+            (("x", "--kv-bits", "5"), "--kv-bits 5: use one of 2, 3, 4, 8, 16, 32"),
+            (("x", "--backend", "reference", "--compute", "int8"), "--compute int8: the reference backend has only"),
         ],
     )
     def test_run_usage_errors(
@@ -181,7 +185,7 @@ class TestCommands:
         code, _, stderr = in_process(["run", "Once upon", "-m", novels_folder], monkeypatch)
         assert code == 130
         assert shown[-1] == "\n"
-        assert "interrupted · reference backend" in stderr
+        assert "interrupted · native: " in stderr
 
     def test_terminal_gets_no_control_characters(self, monkeypatch: pytest.MonkeyPatch) -> None:
         from kbit.cli.options import show

@@ -5,13 +5,12 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from decoder_cases import DictSource, tensors_for
 
-from kbit.checkpoint.source import CheckpointSource, TensorInfo
 from kbit.errors import CheckpointError, KbitError, UnsupportedError, UsageError
 from kbit.formats.blockwise import quantize_blockwise
 from kbit.formats.quant_format import QuantFormat
@@ -33,41 +32,6 @@ LLAMA: dict[str, Any] = {
 }
 MISTRAL = {**LLAMA, "model_type": "mistral", "architectures": ["MistralForCausalLM"]}
 QWEN2 = {**LLAMA, "model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"]}
-
-
-class DictSource(CheckpointSource):
-    """A checkpoint in memory."""
-
-    def __init__(self, config: dict[str, Any], tensors: Mapping[str, torch.Tensor | QuantTensor]) -> None:
-        self.path = Path("some-model")
-        self.config = config
-        self.data = tensors
-        self.reads: list[str] = []
-
-    @property
-    def tensors(self) -> Mapping[str, TensorInfo]:
-        return {name: TensorInfo(name, tuple(x.shape), "F32", 0, self.path) for name, x in self.data.items()}
-
-    def read_rows(self, name: str, start: int, stop: int) -> torch.Tensor:
-        self.reads.append(name)
-        x = self.data[name]
-        return (x.dequantize() if isinstance(x, QuantTensor) else x)[start:stop].clone()
-
-    def read_weight(self, name: str) -> torch.Tensor | QuantTensor:
-        x = self.data[name]
-        return x if isinstance(x, QuantTensor) else self.read(name)
-
-    def sidecar_files(self) -> Mapping[str, bytes]:
-        return {}
-
-    def fingerprint(self) -> str:
-        return ""
-
-
-def tensors_for(config: dict[str, Any]) -> dict[str, torch.Tensor | QuantTensor]:
-    generator = torch.Generator().manual_seed(3)
-    shapes = spec_from_config(config).expected_tensors()
-    return {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
 
 
 def load(config: dict[str, Any], tensors: Mapping[str, torch.Tensor | QuantTensor], **kwargs: Any) -> Decoder:

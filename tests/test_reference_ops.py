@@ -13,8 +13,9 @@ from kbit.errors import UnsupportedError, UsageError
 from kbit.formats.blockwise import quantize_blockwise
 from kbit.formats.quant_format import QuantFormat
 from kbit.kernels import reference
+from kbit.ops.backend import Attention
 from kbit.ops.kv_cache import KVCache
-from kbit.ops.reference_backend import ReferenceBackend
+from kbit.ops.reference_backend import ReferenceBackend, RowOps, StepOps
 from kbit.ops.select import select_backend
 from kbit.ops.step import Step, plan_step, positions_of
 
@@ -254,6 +255,25 @@ def test_cache_reserve() -> None:
         cache.reserve(torch.tensor([0, 2]))
 
 
+def test_cache_grows_and_keeps_its_tokens() -> None:
+    cache = KVCache(2, 2, 3, 4, capacity=5)
+    for layer in range(2):
+        cache.keys[layer].copy_(randn(2, 3, 5, 4, seed=layer))
+    keys = [part.clone() for part in cache.keys]
+    cache.advance(torch.tensor([5, 2]))
+    cache.grow(4)
+    assert cache.capacity == 5
+    cache.grow(9)
+    assert cache.lengths.tolist() == [5, 2]
+    assert cache.nbytes == 2 * 2 * 2 * 3 * 9 * 4 * 4
+    cache.reserve([4, 7])
+    with pytest.raises(UsageError, match="holds 9 tokens per row: row 0 has 5 and 5 more"):
+        cache.reserve([5, 7])
+    for layer in range(2):
+        assert torch.equal(cache.keys[layer][:, :, :5], keys[layer])
+        assert not cache.keys[layer][:, :, 5:].any()
+
+
 def test_cache_truncate_and_select() -> None:
     cache = KVCache(2, 3, 1, 2, capacity=4)
     for layer in range(2):
@@ -285,10 +305,10 @@ def test_cache_needs_room(batch: int, capacity: int) -> None:
 # ---- the backend ---------------------------------------------------------------------------------------------------
 
 
-def test_backend_rotates_appends_and_attends() -> None:
-    """Two ragged steps through the backend equal one explicit computation over the real tokens of each row."""
-    backend = ReferenceBackend()
-    cache = backend.new_cache(layers=1, batch=2, kv_heads=1, head_dim=4, capacity=7)
+def test_step_ops_rotate_append_and_attend() -> None:
+    """Two ragged steps equal one explicit computation over the real tokens of each row."""
+    cache = ReferenceBackend().new_cache(layers=1, batch=2, kv_heads=1, head_dim=4, capacity=7)
+    attention = Attention(layer=0, heads=2, kv_heads=1, head_dim=4, scale=0.5, window=None)
     angles = positions_of(torch.zeros(2, dtype=torch.int64), 7)[..., None] * torch.tensor([1.0, 0.1])
     q, k, v = randn(2, 7, 2, 4), randn(2, 7, 1, 4, seed=1), randn(2, 7, 1, 4, seed=2)
     turned_q, turned_k = (reference.rope(x, angles.cos(), angles.sin()) for x in (q, k))
@@ -298,8 +318,8 @@ def test_backend_rotates_appends_and_attends() -> None:
         where = positions_of(taken, width).clamp(max=6)
         rows = torch.arange(2)[:, None]
         step = plan_step(cache.lengths, lengths, angles[rows, where].cos(), angles[rows, where].sin())
-        rotated = backend.rope_and_append(q[rows, where], k[rows, where], v[rows, where], step, cache, 0)
-        out = backend.attend(rotated, step, cache, 0, 0.5, None)
+        features = (x[rows, where].flatten(-2) for x in (q, k, v))
+        out = StepOps(step, cache).self_attention(*features, attention).view(2, width, 2, 4)
         cache.advance(lengths)
         taken = taken + lengths
         for row in range(2):
@@ -318,27 +338,38 @@ def test_backend_rotates_appends_and_attends() -> None:
     assert cache.lengths.tolist() == [7, 7]
 
 
-def test_backend_groups_and_foreign_weights() -> None:
-    backend = ReferenceBackend()
+def test_ops_groups_residuals_and_foreign_weights() -> None:
+    backend, ops = ReferenceBackend(), RowOps()
     weights = [backend.prepare(randn(n, 6, seed=n).half()) for n in (3, 5)]
     assert [weight.shape for weight in weights] == [(3, 6), (5, 6)]
     assert [weight.nbytes for weight in weights] == [72, 120]
-    x, bias = randn(2, 6), randn(5)
-    first, second = backend.linear_group(weights, x, [None, bias])
-    assert torch.equal(first, backend.linear(weights[0], x))
-    assert torch.equal(second, backend.linear(weights[1], x, bias))
+    x, bias, residual = randn(2, 6), randn(5), randn(2, 5)
+    first, second = ops.linear_group(weights, x, [None, bias])
+    assert torch.equal(first, ops.linear(weights[0], x))
+    assert torch.equal(second, ops.linear(weights[1], x, bias))
+    assert torch.equal(ops.linear(weights[1], x, bias, residual), residual + second)
     with pytest.raises(TypeError, match="prepared by another backend"):
-        backend.linear(torch.zeros(3, 6), x)  # type: ignore[arg-type]
+        ops.linear(torch.zeros(3, 6), x)  # type: ignore[arg-type]
 
 
 def test_select_backend() -> None:
     for device in ("auto", "cpu"):
-        backend = select_backend(device)
+        backend = select_backend(device, backend="reference")
         assert backend.name == "reference"
         assert backend.device == torch.device("cpu")
         assert "CPU" in backend.describe()
-    assert "packed" in select_backend("cpu", expand=False).describe()
+    assert "packed" in select_backend("cpu", backend="reference", expand=False).describe()
+    select_backend("cpu", backend="reference", compute="fp32", kv_bits=32)
     with pytest.raises(UnsupportedError, match=r"--device cuda.*--device cpu"):
         select_backend("cuda")
-    with pytest.raises(UsageError, match=r"--device tpu: .*auto, cpu, cuda"):
-        select_backend("tpu")
+    for choice, message in (
+        ({"device": "tpu"}, r"--device tpu: .*auto, cpu, cuda"),
+        ({"backend": "triton"}, r"--backend triton: .*auto, native, reference"),
+        ({"compute": "int4"}, r"--compute int4: .*int8, bf16, fp32"),
+        ({"kv_bits": 5}, r"--kv-bits 5: .*2, 3, 4, 8, 16, 32"),
+        ({"threads": 0}, r"--threads 0: expected at least 1"),
+        ({"backend": "reference", "compute": "int8"}, r"--compute int8: .*only fp32; use --backend native"),
+        ({"backend": "reference", "kv_bits": 4}, r"--kv-bits 4: .*only 32; use --backend native"),
+    ):
+        with pytest.raises(UsageError, match=message):
+            select_backend(**choice)  # type: ignore[arg-type]
