@@ -8,18 +8,26 @@ Imports the standard library only: runners of peers live in environments without
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
+import signal
 import sys
 import traceback
 from collections.abc import Callable, Mapping
 from typing import Any, TextIO
 
+_PR_SET_PDEATHSIG = 1  # <sys/prctl.h>
 FIRST_PROMPT = "The capital of France is"
 
 
 def claim_stdout() -> TextIO:
-    """The real standard output; whatever libraries print from now on goes to standard error instead."""
+    """The real standard output; whatever libraries print from now on goes to standard error instead.
+
+    Also has Linux end this process with the one that started it: it may be stopped then, and would stay so.
+    """
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     sys.stdout.flush()
     real = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)

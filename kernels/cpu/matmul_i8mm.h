@@ -1,5 +1,5 @@
-// The int8 matmul for many rows of x on Arm's matrix instruction: SMMLA multiplies 2 rows of x by 2 rows of W, 8 columns
-// deep, twice what SDOT does. Decoded weights (unpack.h) lie quad by quad; two quads of 16 rows are re-paired to
+// The int8 matmul for many rows of x on Arm's matrix instruction: SMMLA multiplies 2 rows of x by 2 rows of W over 8
+// columns, twice what SDOT does. Decoded weights (unpack.h) lie quad by quad; two quads of 16 rows are re-paired to
 //
 //     row 0: 8 columns, row 1: 8 columns | row 2, row 3 | .. | row 14, row 15
 //

@@ -1,7 +1,7 @@
 #!/bin/sh
 # Compiles all of kernels/cpu but its Python bindings for AArch64, and runs every kernel of the Arm instruction sets
 # against the plain C++ ones, byte for byte: with Debian's cross-compiler (g++-aarch64-linux-gnu) and under qemu-user,
-# or on an Arm machine with what it has. Elsewhere, the plain kernels' results are also compared with this machine's own.
+# or on an Arm machine with what it has. Elsewhere, the plain kernels' results are compared with this machine's, too.
 #
 #   tools/arm/check.sh [BUILD_FOLDER [quick]]      the folder: a temporary one by default; quick: fewer cases, -O1
 #
