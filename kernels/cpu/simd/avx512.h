@@ -40,8 +40,6 @@ inline Bytes xor_bits(Bytes a, uint8_t mask) { return {_mm512_xor_si512(a.v, _mm
 
 template <int IndexBits> struct Table { __m512i v[IndexBits <= 6 ? 1 : 1 << (IndexBits - 6)]; };
 
-#ifdef __AVX512VBMI__
-
 template <int IndexBits> inline Table<IndexBits> make_table(const uint8_t* entries) {
   Table<IndexBits> t;
   if constexpr (IndexBits == 4) {
@@ -53,6 +51,8 @@ template <int IndexBits> inline Table<IndexBits> make_table(const uint8_t* entri
   }
   return t;
 }
+
+#ifdef __AVX512VBMI__
 
 // vpermb reads the low 6 bits of an index, so a table of 16 or 32 is repeated instead of masking the index.
 template <int IndexBits> inline Bytes lookup(const Table<IndexBits>& t, Bytes index) {
@@ -67,19 +67,7 @@ template <int IndexBits> inline Bytes lookup(const Table<IndexBits>& t, Bytes in
 
 #else
 
-// Without byte permutes: each vector of 64 entries is four tables of 16 in one register's lanes, broadcast at use.
-template <int IndexBits> inline Table<IndexBits> make_table(const uint8_t* entries) {
-  Table<IndexBits> t;
-  if constexpr (IndexBits == 4) {
-    t.v[0] = _mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(entries)));
-  } else if constexpr (IndexBits == 5) {
-    t.v[0] = _mm512_broadcast_i64x4(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(entries)));
-  } else {
-    for (int i = 0; i < 1 << (IndexBits - 6); ++i) t.v[i] = _mm512_loadu_si512(entries + 64 * i);
-  }
-  return t;
-}
-
+// Without byte permutes, a vector of 64 entries is four tables of 16, one of them broadcast at each use.
 template <int IndexBits> inline Bytes lookup(const Table<IndexBits>& t, Bytes index) {
   const __m512i low = _mm512_and_si512(index.v, _mm512_set1_epi8(15));
   if constexpr (IndexBits == 4) return {_mm512_shuffle_epi8(t.v[0], low)};
