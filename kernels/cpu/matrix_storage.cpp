@@ -64,7 +64,7 @@ std::shared_ptr<MatrixStorage> MatrixStorage::quantized(const QuantizedParts& pa
     worker.for_each(m.panels, 4, [&](std::int64_t begin, std::int64_t end) {
       for (std::int64_t row = begin * kPanelRows; row < std::min(end * kPanelRows, m.rows); ++row) {
         const std::int64_t panel = row / kPanelRows, lane = row % kPanelRows;
-        int position = 0;
+        std::int64_t plane_at = 0;  // of this width's plane in a tile
         for (std::size_t i = 0, width = 8; width > 0; width /= 2) {
           if (!(static_cast<unsigned>(m.bits) & width)) continue;
           const std::size_t row_bytes = plane_row_bytes(static_cast<std::size_t>(m.columns), static_cast<unsigned>(width));
@@ -72,9 +72,6 @@ std::shared_ptr<MatrixStorage> MatrixStorage::quantized(const QuantizedParts& pa
                        static_cast<std::size_t>(m.columns), static_cast<unsigned>(width), 0, true, row_codes.data());
           // Four codes at a time: the 32-bit word that belongs to this row in a quad's vector.
           const int fields = 8 / static_cast<int>(width);
-          std::int64_t plane_at = 0;
-          for (std::size_t wider = 8; wider > width; wider /= 2)
-            if (static_cast<unsigned>(m.bits) & wider) plane_at += kTileWeights / 8 * static_cast<std::int64_t>(wider);
           for (std::int64_t tile = 0; tile < m.tiles; ++tile) {
             std::uint8_t* plane = codes + panel * m.panel_bytes() + tile * m.tile_bytes() + plane_at;
             for (int quad = 0; quad < kTileColumns / 4; ++quad) {
@@ -86,7 +83,7 @@ std::shared_ptr<MatrixStorage> MatrixStorage::quantized(const QuantizedParts& pa
               std::memcpy(at, &word, 4);
             }
           }
-          position += static_cast<int>(width);
+          plane_at += kTileWeights / 8 * static_cast<std::int64_t>(width);
         }
         for (std::int64_t block = 0; block < m.blocks; ++block) {
           const std::size_t to = static_cast<std::size_t>((panel * m.blocks + block) * kPanelRows + lane) * number;

@@ -35,6 +35,12 @@ constexpr std::int64_t padded(std::int64_t columns) { return (columns + kTileCol
 
 int segment_slot(int segment) { return segment == 64 ? 0 : segment == 32 ? 1 : 2; }
 
+// Marks the segments in which an int8 matmul wants its input.
+void mark_segments(const MatmulInstruction& m, bool used[3]) {
+  for (const Weights& w : m.weights)
+    if (w->matrix().bits) used[segment_slot(w->matrix().segment)] = true;
+}
+
 }  // namespace
 
 struct Program::Inputs {
@@ -158,16 +164,13 @@ std::size_t Program::nbytes() const {
 
 void Program::reserve(std::int64_t rows) {
   if (rows <= capacity_) return;
-  bool used[3] = {false, false, false}, bfloats = false;
-  auto visit = [&](const MatmulInstruction& m) {
-    for (const Weights& w : m.weights) {
-      if (compute_ == Compute::bf16) bfloats = true;
-      if (compute_ == Compute::int8 && w->matrix().bits) used[segment_slot(w->matrix().segment)] = true;
-    }
-  };
-  for (const Instruction& instruction : instructions_)
-    if (const auto* m = std::get_if<MatmulInstruction>(&instruction)) visit(*m);
-  if (head_) visit(*head_);
+  const bool bfloats = compute_ == Compute::bf16;
+  bool used[3] = {false, false, false};
+  if (compute_ == Compute::int8) {
+    for (const Instruction& instruction : instructions_)
+      if (const auto* m = std::get_if<MatmulInstruction>(&instruction)) mark_segments(*m, used);
+    if (head_) mark_segments(*head_, used);
+  }
   for (Buffer& buffer : buffers_) buffer.memory = AlignedBytes(static_cast<std::size_t>(rows * buffer.stride) * 4);
   shared_->reserve(rows, widest_input_, used, bfloats);
   const std::int64_t few = std::max<std::int64_t>(1, std::min(rows, kRedundantInput / widest_input_));
@@ -180,8 +183,7 @@ void Program::prepare_rows(const MatmulInstruction& m, Inputs& inputs, const flo
   const Kernels& kernels = *context_->kernels;
   const std::int64_t columns = m.weights[0]->matrix().columns, width = padded(columns);
   bool used[3] = {false, false, false};
-  for (const Weights& w : m.weights)
-    if (compute_ == Compute::int8 && w->matrix().bits) used[segment_slot(w->matrix().segment)] = true;
+  if (compute_ == Compute::int8) mark_segments(m, used);
   for (std::int64_t row = begin; row < end; ++row) {
     const float* source = x + (row_index ? row_index[row] : row) * x_stride;
     float* floats = reinterpret_cast<float*>(inputs.floats.data()) + row * width;
