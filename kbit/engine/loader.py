@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from time import perf_counter
 from typing import TYPE_CHECKING
 
 from kbit.engine.tokenizer import Tokenizer
+from kbit.errors import KbitError
 from kbit.models.decoder import Decoder
 
 if TYPE_CHECKING:
@@ -76,8 +78,15 @@ def load_model(
         backend = select_backend(device, backend=backend, threads=threads, compute=compute, kv_bits=kv_bits)
     with open_model(model) as source:
         start = perf_counter()
-        tokenizer = Tokenizer.from_source(source)
-        if check is not None:
-            check(tokenizer, source)
-        decoder = load_decoder(source, backend)
-        return LoadedModel(model, decoder, tokenizer, perf_counter() - start)
+        # Parsing a tokenizer takes a quarter of the time (SmolLM2-135M: 0.1 of 0.4 s) and needs no lock of Python's, so it
+        # goes on while weights are read.
+        with ThreadPoolExecutor(1) as pool:
+            parsing = pool.submit(Tokenizer.from_source, source, source.sidecar_files())
+            if check is not None:
+                check(parsing.result(), source)
+            try:
+                decoder = load_decoder(source, backend)
+            except KbitError:
+                parsing.result()  # what is wrong with the tokenizer is told first, as if it had been read first
+                raise
+            return LoadedModel(model, decoder, parsing.result(), perf_counter() - start)

@@ -59,14 +59,18 @@ class Tokenizer:
         self._byte_fallback = _has_byte_fallback(backend)
 
     @classmethod
-    def from_source(cls, source: CheckpointSource) -> Tokenizer:
+    def from_source(cls, source: CheckpointSource, files: Mapping[str, bytes] | None = None) -> Tokenizer:
         """Reads a checkpoint's tokenizer files.
+
+        Args:
+            source: the checkpoint.
+            files: its `sidecar_files`, where these have been read already: then only its config is looked at.
 
         Raises:
             UnsupportedError: there is no tokenizer.json, or its model is one the `tokenizers` library does not know.
             CheckpointError: a file is not what its name says.
         """
-        files = source.sidecar_files()
+        files = source.sidecar_files() if files is None else files
         where = str(source.path)
         backend = _load_backend(files, where)
         settings = _read_json(files, "tokenizer_config.json", where)

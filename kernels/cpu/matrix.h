@@ -8,13 +8,16 @@
 //
 // So one value of x, four columns wide, is broadcast against 16 rows, sums stay in their lanes, and nothing is added
 // across lanes. Codes of k bits are kept as bit planes of widths 4, 2 and 1 (8 alone), as on disk, but plane by plane
-// within a tile, so that shifting a whole 64-byte vector yields one quad's codes:
+// within half a tile, so that shifting a whole 64-byte vector yields one quad's codes:
 //
-//     a tile:   [ plane of the widest width | next | .. ]                        16 quads, 128 * bits bytes
+//     half a tile:   [ plane of the widest width | next | .. ]                   8 quads, 64 * bits bytes
 //     plane of width w:   vector v, bits f*w .. f*w+w-1 of every byte  =  the codes of quad v * (8/w) + f
 //
 //     4 bits:   byte b of vector 0:   hhhh llll     llll: quad 0, byte b     hhhh: quad 1, byte b
-//     3 bits:   4 vectors of 2 bits (4 quads each), then 2 vectors of 1 bit (8 quads each)
+//     3 bits:   2 vectors of 2 bits (4 quads each), then 1 vector of 1 bit (8 quads)
+//
+// Half a tile is the least that fills a vector of one bit, and what the kernels decode at a time: whatever the width, they
+// read memory from front to back, which is what its hardware prefetchers are made for.
 //
 // Scales, and offsets where the format has them, lie beside: 16 per panel and block, in the order they are used.
 // Columns beyond K and rows beyond N are code 0 with scale 0, so they add nothing.

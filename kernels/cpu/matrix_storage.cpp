@@ -64,7 +64,7 @@ std::shared_ptr<MatrixStorage> MatrixStorage::quantized(const QuantizedParts& pa
     worker.for_each(m.panels, 4, [&](std::int64_t begin, std::int64_t end) {
       for (std::int64_t row = begin * kPanelRows; row < std::min(end * kPanelRows, m.rows); ++row) {
         const std::int64_t panel = row / kPanelRows, lane = row % kPanelRows;
-        std::int64_t plane_at = 0;  // of this width's plane in a tile
+        std::int64_t plane_at = 0;  // of this width's plane in half a tile
         for (std::size_t i = 0, width = 8; width > 0; width /= 2) {
           if (!(static_cast<unsigned>(m.bits) & width)) continue;
           const std::size_t row_bytes = plane_row_bytes(static_cast<std::size_t>(m.columns), static_cast<unsigned>(width));
@@ -77,13 +77,13 @@ std::shared_ptr<MatrixStorage> MatrixStorage::quantized(const QuantizedParts& pa
             for (int quad = 0; quad < kTileColumns / 4; ++quad) {
               std::uint32_t four, word;
               std::memcpy(&four, row_codes.data() + tile * kTileColumns + quad * 4, 4);
-              std::uint8_t* at = plane + quad / fields * 64 + lane * 4;
+              std::uint8_t* at = plane + quad / 8 * m.tile_bytes() / 2 + quad % 8 / fields * 64 + lane * 4;
               std::memcpy(&word, at, 4);
               word |= four << (quad % fields * static_cast<int>(width));
               std::memcpy(at, &word, 4);
             }
           }
-          plane_at += kTileWeights / 8 * static_cast<std::int64_t>(width);
+          plane_at += kTileWeights / 16 * static_cast<std::int64_t>(width);
         }
         for (std::int64_t block = 0; block < m.blocks; ++block) {
           const std::size_t to = static_cast<std::size_t>((panel * m.blocks + block) * kPanelRows + lane) * number;

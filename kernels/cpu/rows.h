@@ -103,16 +103,16 @@ void activate_row(const float* gate, const float* up, float* out, int64_t count,
 
 // The code of (row, column) from the bit planes; for lookups of single rows.
 inline int code_at(const Matrix& w, int64_t row, int64_t column) {
-  const uint8_t* tile = w.codes + row / 16 * w.panel_bytes() + column / 64 * w.tile_bytes();
-  const int64_t quad = column % 64 / 4, byte = row % 16 * 4 + column % 4;
+  const uint8_t* plane = w.codes + row / 16 * w.panel_bytes() + column / 32 * (w.tile_bytes() / 2);
+  const int64_t quad = column % 32 / 4, byte = row % 16 * 4 + column % 4;
   int code = 0, position = 0;
   for (int width = 8; width > 0; width /= 2) {
     if (!(w.bits & width)) continue;
     const int fields = 8 / width;
     const int field = int(quad % fields);
-    code |= ((tile[quad / fields * 64 + byte] >> (field * width)) & ((1 << width) - 1)) << position;
+    code |= ((plane[quad / fields * 64 + byte] >> (field * width)) & ((1 << width) - 1)) << position;
     position += width;
-    tile += 1024 / fields;
+    plane += 512 / fields;
   }
   return code;
 }

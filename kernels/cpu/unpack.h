@@ -24,23 +24,24 @@ template <int N, typename Body> __attribute__((always_inline)) inline void repea
 // quads. Halves and not whole tiles are what is written out in a row, for the sake of the code's size.
 template <int Bits, int Q> __attribute__((always_inline)) inline Bytes quad_codes(const uint8_t* tile, int half) {
   static_assert(Bits >= 2 && Bits <= 8 && Q >= 0 && Q < 8);
+  const uint8_t* first = tile + half * (64 * Bits);
   if constexpr (Bits == 8) {
-    return load_bytes(tile + half * 512 + 64 * Q);
+    return load_bytes(first + 64 * Q);
   } else if constexpr (Bits >= 4) {
-    const Bytes low = shift<Q % 2 * 4>(load_bytes(tile + half * 256 + 64 * (Q / 2)));
-    const uint8_t* rest = tile + 512;
+    const Bytes low = shift<Q % 2 * 4>(load_bytes(first + 64 * (Q / 2)));
+    const uint8_t* rest = first + 256;
     if constexpr (Bits == 4) return low;
-    if constexpr (Bits == 5) return select_bits(0x0f, low, shift<Q - 4>(load_bytes(rest + half * 64)));
+    if constexpr (Bits == 5) return select_bits(0x0f, low, shift<Q - 4>(load_bytes(rest)));
     if constexpr (Bits >= 6) {
-      const Bytes middle = shift<Q % 4 * 2 - 4>(load_bytes(rest + half * 128 + 64 * (Q / 4)));
+      const Bytes middle = shift<Q % 4 * 2 - 4>(load_bytes(rest + 64 * (Q / 4)));
       if constexpr (Bits == 6) return select_bits(0x0f, low, middle);
-      const Bytes high = shift<Q - 6>(load_bytes(rest + 256 + half * 64));
+      const Bytes high = shift<Q - 6>(load_bytes(rest + 128));
       return select_bits(0x0f, low, select_bits(0x30, middle, high));
     }
   } else {
-    const Bytes low = shift<Q % 4 * 2>(load_bytes(tile + half * 128 + 64 * (Q / 4)));
+    const Bytes low = shift<Q % 4 * 2>(load_bytes(first + 64 * (Q / 4)));
     if constexpr (Bits == 2) return low;
-    return select_bits(0x03, low, shift<Q - 2>(load_bytes(tile + 256 + half * 64)));
+    return select_bits(0x03, low, shift<Q - 2>(load_bytes(first + 128)));
   }
 }
 

@@ -229,5 +229,6 @@ inline void store_low_bytes(int8_t* p, Ints a) {  // even bytes of even bytes
 }
 
 inline void prefetch(const void* p) { __builtin_prefetch(p); }
+inline void prefetch_second(const void* p) { __builtin_prefetch(p, 0, 2); }
 
 }  // namespace

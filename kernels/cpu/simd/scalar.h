@@ -183,5 +183,6 @@ template <int IndexBits> inline Floats lookup(const float* table, Ints index) {
 inline void store_low_bytes(int8_t* p, Ints a) { for (int i = 0; i < 16; ++i) p[i] = int8_t(a.at[i]); }
 
 inline void prefetch(const void*) {}  // a hint: the cache line will be read soon
+inline void prefetch_second(const void*) {}  // the same, into the second-level cache
 
 }  // namespace
