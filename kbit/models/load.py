@@ -32,12 +32,13 @@ def load_decoder(
         progress: called as (tensors done, tensors in all) after each tensor.
 
     Raises:
-        UnsupportedError: an unknown architecture.
+        UnsupportedError: an unknown architecture, or heads that the backend's cache cannot hold.
         CheckpointError: a senseless configuration; a missing, surplus, misshapen or non-finite tensor; a tied head that
             differs from the embedding.
     """
     spec = spec_from_config(source.config, where=f"config of {source.path}")
     check_tensors(source, spec)
+    backend.new_cache(1, 1, spec.kv_heads, spec.head_dim, 1)  # refuses now what it would refuse once all is read
     return _Loader(source, spec, backend, progress).decoder()
 
 

@@ -3,6 +3,7 @@
 #pragma once
 
 #include "attention_rows.h"
+#include "repeat.h"
 
 namespace {
 
@@ -21,14 +22,6 @@ constexpr int tile_width(int rows) {
 }
 
 template <int N> struct Index { static constexpr int value = N; };
-
-// body(Index<0>{}), body(Index<1>{}) .. N times: loops whose counter is an immediate of an instruction.
-template <int N, int I = 0, class Body> inline __attribute__((always_inline)) void unroll(const Body& body) {
-  if constexpr (I < N) {
-    body(Index<I>{});
-    unroll<N, I + 1>(body);
-  }
-}
 
 inline Floats load_element(const float* p) { return load(p); }
 inline Floats load_element(const uint16_t* p) { return load_half(p); }
@@ -130,8 +123,7 @@ template <int R> void score(const CodeKeys& t, int begin, int end, float* scores
 template <int Width> void unpack_key_block(const uint8_t* block, int quads, uint8_t* out) {
   for (int quad = 0; quad < quads; quad += 8 / Width, block += 64) {
     const Bytes packed = load_bytes(block);
-    unroll<8 / Width>([&](auto f) __attribute__((always_inline)) {
-      constexpr int F = decltype(f)::value;
+    repeat<8 / Width>([&]<int F>() __attribute__((always_inline)) {
       store_bytes(out + 64 * (quad + F), and_bits(shift<F * Width>(packed), (1 << Width) - 1));
     });
   }
@@ -142,8 +134,7 @@ void unpack_key_block_3(const uint8_t* block, int quads, uint8_t* out) {
   for (int quad = 0; quad < quads; quad += 8) {
     const Bytes top = load_bytes(top_plane + quad * 8);
     const Bytes low[2] = {load_bytes(block + quad * 16), load_bytes(block + quad * 16 + (quad + 4 < quads ? 64 : 0))};
-    unroll<8>([&](auto f) __attribute__((always_inline)) {
-      constexpr int F = decltype(f)::value;
+    repeat<8>([&]<int F>() __attribute__((always_inline)) {
       const Bytes code = select_bits(3, shift<F % 4 * 2>(low[F / 4]), shift<F - 2>(top));
       store_bytes(out + 64 * (quad + F), and_bits(code, 7));
     });

@@ -79,16 +79,15 @@ template <class Element, int R, int G, int P> void weigh_rows(const ValueTile& t
     end = t.end[r] < end ? t.end[r] : end;
   }
   if (begin >= end) begin = end = kChunk;  // nothing in common: row by row
-  unroll<R>([&](auto r) __attribute__((always_inline)) {
-    constexpr int I = decltype(r)::value;
-    one_row(r, t.begin[I], t.end[I] < begin ? t.end[I] : begin);
+  repeat<R>([&]<int I>() __attribute__((always_inline)) {
+    one_row(Index<I>{}, t.begin[I], t.end[I] < begin ? t.end[I] : begin);
   });
   for (int slot = begin; slot < end; ++slot) {
     Floats value[F];
     for (int f = 0; f < F; ++f) value[f] = load_element(values + int64_t(slot) * t.padded + 16 * f);
     add_slot<R, G, P>(sums, weights, slot, value);
   }
-  unroll<R>([&](auto r) __attribute__((always_inline)) { one_row(r, end, t.end[decltype(r)::value]); });
+  repeat<R>([&]<int I>() __attribute__((always_inline)) { one_row(Index<I>{}, end, t.end[I]); });
   finish(t, vector, sums);
 }
 
@@ -142,16 +141,14 @@ template <int Bits, int R, int G> void weigh_codes(const ValueTile& t, int vecto
     Word<Bits> word[F];
     for (int f = 0; f < F; ++f) word[f] = Word<Bits>::read(block, t.padded, vector + f, first % kSlots / kPer);
     if (first >= begin && first + kPer <= end) {
-      unroll<kPer>([&](auto field) __attribute__((always_inline)) {
-        constexpr int I = decltype(field)::value;
+      repeat<kPer>([&]<int I>() __attribute__((always_inline)) {
         Floats value[F];
         for (int f = 0; f < F; ++f) value[f] = word[f].template level<I>();
         add_slot<R, G, 2>(sums, weights, I, value);
       });
     } else {
       Floats values[kPer][F];
-      unroll<kPer>([&](auto field) __attribute__((always_inline)) {
-        constexpr int I = decltype(field)::value;
+      repeat<kPer>([&]<int I>() __attribute__((always_inline)) {
         for (int f = 0; f < F; ++f) values[I][f] = word[f].template level<I>();
       });
       const int last = end - first < kPer ? end - first : kPer;
@@ -202,8 +199,7 @@ template <int Bits> void unpack_value_block(const uint8_t* block, int padded, fl
   for (int vector = 0; vector < padded / 16; ++vector) {
     for (int index = 0; index < kSlots / kPer; ++index) {
       const Word<Bits> word = Word<Bits>::read(block, padded, vector, index);
-      unroll<kPer>([&](auto field) __attribute__((always_inline)) {
-        constexpr int I = decltype(field)::value;
+      repeat<kPer>([&]<int I>() __attribute__((always_inline)) {
         store(out + int64_t(index * kPer + I) * padded + 16 * vector, word.template level<I>());
       });
     }

@@ -52,7 +52,6 @@ struct Kernels {
   void (*add)(const float* x, float* out, std::int64_t count);                                // out += x
   void (*activate)(const float* gate, const float* up, float* out, std::int64_t count, Activation kind);  // up may be null
   void (*decode_row)(const Matrix& w, std::int64_t row, float* out);                          // out (K)
-  std::int64_t (*argmax)(const float* x, std::int64_t count);                                 // the first of the largest
 
   AttentionKernels attention;
   std::int64_t (*trace)(const std::uint8_t* in, std::int64_t in_bytes, std::uint8_t* out, std::int64_t out_bytes);

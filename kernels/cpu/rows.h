@@ -139,15 +139,4 @@ void decode_row(const Matrix& w, int64_t row, float* out) {
   }
 }
 
-int64_t argmax(const float* x, int64_t count) {
-  Floats largest = broadcast(x[0]);
-  int64_t k = 0;
-  for (; k + 16 <= count; k += 16) largest = max(largest, load(x + k));
-  float peak = reduce_max(largest);
-  for (int64_t i = k; i < count; ++i) peak = x[i] > peak ? x[i] : peak;
-  for (int64_t i = 0; i < count; ++i)
-    if (x[i] == peak) return i;
-  return 0;  // only NaNs
-}
-
 }  // namespace
