@@ -78,7 +78,7 @@ def load_model(
         backend = select_backend(device, backend=backend, threads=threads, compute=compute, kv_bits=kv_bits)
     with open_model(model) as source:
         start = perf_counter()
-        # Parsing a tokenizer takes a quarter of the time (SmolLM2-135M: 0.1 of 0.4 s) and hardly needs Python's lock, so
+        # Parsing a tokenizer takes a quarter of the time (SmolLM2-135M: 0.1 of 0.4 s) and hardly needs Python's lock:
         # it goes on while weights are read.
         with ThreadPoolExecutor(1) as pool:
             parsing = pool.submit(Tokenizer.from_source, source, source.sidecar_files())
