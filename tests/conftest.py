@@ -14,6 +14,9 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from hypothesis import settings
 
+# First of all of ours: it sets TRITON_INTERPRET, which must be set before anything imports triton.
+from triton_cases import device as device
+
 if TYPE_CHECKING:
     import torch
 

@@ -1,0 +1,112 @@
+"""Products with k-bit weights: launches of the GEMV and the GEMM, and what their machine code must satisfy."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from kbit.kernels.triton.configs import gemm_candidates, gemm_config, gemv_candidates, gemv_config
+from kbit.kernels.triton.gemm import gemm
+from kbit.kernels.triton.gemv import gemv, problem_of
+from kbit.kernels.triton.layout import ROW_TILE, TritonWeight
+from triton_lint.cases import Case, Gate
+from triton_lint.driver import Launch
+from triton_lint.model import Work
+from triton_lint.prepared import meta_weight
+
+# Gates on thread instructions per weight. At 4 bits an H100 that reads codes at full speed has 4.4 instructions for
+# each; a width's budget is in proportion.
+BUDGET = 4.4 / 4
+
+
+def _bytes(weight: TritonWeight, tokens: int) -> float:
+    return weight.nbytes + 2 * tokens * sum(weight.shape)
+
+
+def _gemv(
+    text: str,
+    *,
+    tokens: int = 1,
+    size: int = 4096,
+    gate: Gate | None = None,
+    quick: bool = False,
+    dtype: torch.dtype = torch.float16,
+) -> Case:
+    weight = meta_weight(text, (size, size), dtype)
+    x = torch.empty(tokens, size, dtype=dtype, device="meta")
+
+    def work(launch: Launch, config: Any) -> Work | None:
+        if launch.kernel != "gemv_kernel":
+            return None
+        chosen = config or gemv_config(launch.arch, problem_of(x, weight))
+        turns = -(-(weight.padded[1] // chosen.columns) // (chosen.warps * chosen.split))
+        steps = turns * chosen.split * weight.padded[0] // ROW_TILE
+        return Work(bytes=_bytes(weight, tokens), units=size * size, steps=steps)
+
+    name = "" if dtype == torch.float16 else "/bf16"
+    return Case(
+        f"gemv/{text}/{tokens}x{size}x{size}{name}",
+        launch=lambda arch, config: gemv(x, weight, config=config),
+        configs=lambda arch: (None, *gemv_candidates(arch, problem_of(x, weight))),
+        work=work,
+        gates={} if gate is None else {"sm_90": gate},
+        gated="gemv_kernel",
+        quick=quick,
+    )
+
+
+def _gemm(text: str, tokens: int, *, size: int = 4096, gate: Gate | None = None, quick: bool = False) -> Case:
+    weight = meta_weight(text, (size, size), torch.float16)
+    x = torch.empty(tokens, size, dtype=torch.float16, device="meta")
+
+    def work(launch: Launch, config: Any) -> Work | None:
+        if launch.kernel != "gemm_kernel":
+            return None
+        chosen = config or gemm_config(launch.arch, problem_of(x, weight))
+        tiles = -(-weight.padded[0] // (ROW_TILE * chosen.tiles)) * -(-tokens // chosen.tokens)
+        steps = tiles * (weight.padded[1] // chosen.columns)
+        return Work(bytes=_bytes(weight, tokens), units=size * size, flops=2 * tokens * size * size, steps=steps)
+
+    return Case(
+        f"gemm/{text}/{tokens}x{size}x{size}",
+        launch=lambda arch, config: gemm(x, weight, config=config),
+        configs=lambda arch: (None, *gemm_candidates(arch, problem_of(x, weight))),
+        work=work,
+        gates={} if gate is None else {"sm_90": gate},
+        gated="gemm_kernel",
+        quick=quick,
+    )
+
+
+def cases() -> list[Case]:
+    """All products. Gates are for sm_90: the widths' budgets, no shuffle, 128-bit loads, tensor cores."""
+
+    def read(bits: int, over: float, mma: tuple[str, ...] = ("HMMA",)) -> Gate:
+        return Gate(load_bits=128, mma=mma, per_unit=max(BUDGET * bits, 2.2) * over, shuffles=0)
+
+    return [
+        _gemv(
+            "int4-b64", gate=Gate(load_bits=128, mma=("HMMA",), per_unit=4.4, over_floor=1.15, shuffles=0), quick=True
+        ),
+        _gemv("nf4-b64", gate=read(4, 1.0), quick=True),
+        _gemv("int2-b64", gate=Gate(load_bits=128, mma=("HMMA",), over_floor=1.25, shuffles=0)),
+        _gemv("lloyd2-b64", gate=read(2, 1.25), quick=True),
+        _gemv("int3-b64", gate=Gate(load_bits=128, mma=("HMMA",), over_floor=1.25, shuffles=0)),
+        _gemv("nf3-b64", gate=read(3, 1.25)),
+        _gemv("int8-b64", gate=Gate(load_bits=128, mma=("HMMA",), over_floor=1.25, shuffles=0)),
+        _gemv("lloyd5-b64"),
+        _gemv("lloyd6-b64"),
+        _gemv("nf4-b64-dq"),
+        _gemv("int4-b128-asym"),
+        _gemv("int4-b64", tokens=4),
+        _gemv("int4-b64", dtype=torch.bfloat16),
+        _gemv("nf4-b64", size=8192),
+        _gemm("int4-b64", 16),
+        _gemm("nf4-b64", 16, gate=Gate(load_bits=128, mma=("HGMMA",), shuffles=0)),
+        _gemm("nf4-b64", 64),
+        _gemm("int4-b64", 256, gate=Gate(load_bits=128, mma=("HGMMA",), tensor_share=0.7, shuffles=0), quick=True),
+        _gemm("nf4-b64", 256, gate=Gate(load_bits=128, mma=("HGMMA",), tensor_share=0.7, shuffles=0)),
+        _gemm("nf3-b64", 256),
+        _gemm("int8-b64", 256),
+    ]

@@ -1,0 +1,62 @@
+"""Quantized matrices of any size that hold nothing, for compiling launches."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+
+from kbit.formats.blockwise import quantize_blockwise
+from kbit.formats.quant_format import QuantFormat
+from kbit.formats.quant_tensor import SAFETENSORS_TO_TORCH, QuantTensor
+from kbit.kernels.triton.layout import TritonWeight, prepare_weight
+
+
+def meta_quant(quant_format: QuantFormat, shape: tuple[int, int]) -> QuantTensor:
+    """A QuantTensor of device "meta"."""
+    stored = {
+        name: torch.empty(part.shape, dtype=SAFETENSORS_TO_TORCH[part.dtype], device="meta")
+        for name, part in quant_format.parts(*shape).items()
+    }
+    codebook = torch.empty(2**quant_format.bits, device="meta")
+    return QuantTensor(quant_format, shape, stored, codebook)
+
+
+def meta_weight(text: str, shape: tuple[int, int], dtype: torch.dtype) -> TritonWeight:
+    """What prepare_weight makes of a matrix, on device "meta".
+
+    Args:
+        text: the format.
+        shape: (N, K); multiples of 256.
+        dtype: of the activations.
+
+    Raises:
+        ValueError: a size that is not a multiple of 256.
+    """
+    rows, columns = shape
+    if rows % 256 or columns % 256:
+        raise ValueError(f"{rows} x {columns}: sizes must be multiples of 256")
+    quant_format = QuantFormat.parse(text)
+    # What does not grow with the rows (kind, table, factors of levels) is that of 16 real rows of the same length.
+    sample = torch.randn(16, columns, generator=torch.Generator().manual_seed(0))
+    real = prepare_weight(quantize_blockwise(sample, quant_format), "cpu", dtype)
+
+    def grown(tensor: torch.Tensor | None) -> torch.Tensor | None:
+        if tensor is None:
+            return None
+        return torch.empty((rows // 16, *tensor.shape[1:]), dtype=tensor.dtype, device="meta")
+
+    def empty(tensor: torch.Tensor | None) -> torch.Tensor | None:
+        return None if tensor is None else torch.empty_like(tensor, device="meta")
+
+    return replace(
+        real,
+        shape=shape,
+        padded=shape,
+        planes=tuple(plane for plane in map(grown, real.planes) if plane is not None),
+        scales=grown(real.scales),
+        offsets=grown(real.offsets),
+        scales_super=empty(real.scales_super),
+        offsets_super=empty(real.offsets_super),
+        table=empty(real.table),
+    )
