@@ -1,0 +1,114 @@
+"""Products with prepared weights: which kernel runs how many tokens.
+
+Up to 4 tokens gemv, from 5 gemm (up to 8 tokens either kernel does; from 5 on the activations that every 16 rows read
+again outweigh the codes). A float weight runs torch.matmul, which is cuBLAS or rocBLAS on a GPU: there is nothing to
+decode. `describe` says which it is, for `kbit info`.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from kbit.errors import UnsupportedError
+from kbit.kernels.triton.gemm import gemm
+from kbit.kernels.triton.gemv import GATES, gemv
+from kbit.kernels.triton.layout import TritonWeight
+
+GEMV_TOKENS = 4
+
+
+def describe(weight: TritonWeight, tokens: int) -> str:
+    """The kernel that multiplies `tokens` rows with a weight: "torch.matmul", "gemv" or "gemm"."""
+    if weight.dense is not None:
+        return "torch.matmul"
+    return "gemv" if tokens <= GEMV_TOKENS else "gemm"
+
+
+def matmul(
+    x: torch.Tensor,
+    weight: TritonWeight,
+    bias: torch.Tensor | None = None,
+    residual: torch.Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
+) -> torch.Tensor:
+    """x W^T (+ bias) (+ residual), summed in float32.
+
+    Args:
+        x: (M, K), the dtype that the weight was prepared for, contiguous rows.
+        weight: (N, K).
+        bias: (N,) or None, any float dtype.
+        residual: (M, N) or None, any float dtype.
+        out_dtype: of the result; x's by default.
+
+    Returns:
+        (M, N).
+
+    Raises:
+        UnsupportedError: shapes or types do not fit together.
+    """
+    if weight.dense is not None:
+        return _dense(x, weight.dense, bias, residual, out_dtype or x.dtype)
+    if x.ndim == 2 and x.shape[0] == 0:
+        return x.new_empty((0, weight.shape[0]), dtype=out_dtype or x.dtype)
+    run = gemv if x.ndim == 2 and x.shape[0] <= GEMV_TOKENS else gemm
+    return run(x, weight, bias, residual, out_dtype)
+
+
+def gated_matmul(
+    x: torch.Tensor, gate: TritonWeight, up: TritonWeight, kind: str, out_dtype: torch.dtype | None = None
+) -> torch.Tensor:
+    """act(x G^T) * (x U^T): one kernel up to 4 tokens; above, U's product with the activation in its epilogue.
+
+    Args:
+        x: (M, K), the dtype that the weights were prepared for, contiguous rows.
+        gate: G (N, K).
+        up: U (N, K).
+        kind: "silu", "gelu", "gelu_tanh" or "relu".
+        out_dtype: of the result; x's by default.
+
+    Returns:
+        (M, N).
+
+    Raises:
+        UnsupportedError: shapes or types do not fit together, or an unknown activation.
+    """
+    if kind not in GATES:
+        raise UnsupportedError(f"activation {kind!r} is not one of {', '.join(GATES)}")
+    if gate.shape != up.shape:
+        raise UnsupportedError(f"gate is {gate.shape}, up is {up.shape}: not alike")
+    if x.ndim == 2 and x.shape[0] == 0:
+        return x.new_empty((0, up.shape[0]), dtype=out_dtype or x.dtype)
+    alike = (gate.format, gate.kind) == (up.format, up.kind)
+    if alike and gate.dense is None and x.ndim == 2 and x.shape[0] <= GEMV_TOKENS:
+        return gemv(x, gate, out_dtype=out_dtype, up=up, kind=kind)
+    gates = matmul(x, gate, out_dtype=torch.float32)
+    if up.dense is None:
+        return gemm(x, up, out_dtype=out_dtype, gate=gates, kind=kind)
+    product = _activated(gates, kind) * _dense(x, up.dense, None, None, torch.float32)
+    return product.to(out_dtype or x.dtype)
+
+
+def _dense(
+    x: torch.Tensor, dense: torch.Tensor, bias: torch.Tensor | None, residual: torch.Tensor | None, out: torch.dtype
+) -> torch.Tensor:
+    if x.ndim != 2 or x.shape[1] != dense.shape[1] or x.dtype != dense.dtype:
+        raise UnsupportedError(
+            f"x {tuple(x.shape)} {x.dtype} does not match a float weight {tuple(dense.shape)} {dense.dtype}"
+        )
+    product = torch.matmul(x, dense.t())
+    if bias is None and residual is None:
+        return product.to(out)
+    total = product.float()
+    if bias is not None:
+        total += bias.float()
+    if residual is not None:
+        total += residual.float()
+    return total.to(out)
+
+
+def _activated(gate: torch.Tensor, kind: str) -> torch.Tensor:
+    if kind == "silu":
+        return torch.nn.functional.silu(gate)
+    if kind == "relu":
+        return torch.relu(gate)
+    return torch.nn.functional.gelu(gate, approximate="tanh" if kind == "gelu_tanh" else "none")
