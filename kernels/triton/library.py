@@ -1,0 +1,274 @@
+"""The kernels as torch operators, so that torch.compile and torch.export see through what calls them.
+
+    torch.ops.kbit.matmul           gated_matmul      embed
+    torch.ops.kbit.rms_norm         add_rms_norm      layer_norm      activate      softcap
+    torch.ops.kbit.kv_append        attention_decode  attention_prefill_paged
+    torch.ops.kbit.dequantize_planes
+
+Importing this module registers them, each with a fake implementation that knows shapes and types only. They compute
+what the launchers of the same names do, whose docstrings say what that is. An operator takes tensors, numbers and
+strings, so a prepared weight travels as its tensors and a description:
+
+    tensors, description = pack(weight)
+    y = torch.ops.kbit.matmul(x, tensors, description)
+"""
+
+from __future__ import annotations
+
+import json
+from functools import lru_cache
+from typing import Any
+
+import torch
+
+from kbit.kernels.triton import activate as _activate
+from kbit.kernels.triton import attention_decode as _decode
+from kbit.kernels.triton import attention_prefill as _prefill
+from kbit.kernels.triton import dequantize as _dequantize
+from kbit.kernels.triton import embed as _embed
+from kbit.kernels.triton import kv_append as _kv_append
+from kbit.kernels.triton import matmul as _matmul
+from kbit.kernels.triton import norm as _norm
+from kbit.kernels.triton import softcap as _softcap
+from kbit.kernels.triton.layout import TritonWeight
+
+_PARTS = ("scales", "scales_super", "offsets", "offsets_super", "table", "dense")
+_FIXED = ("format", "shape", "padded", "kind", "zero", "multiplier", "lift", "bits", "block_size")
+
+
+def pack(weight: TritonWeight) -> tuple[list[torch.Tensor], str]:
+    """A weight as arguments of the operators: its tensors, and everything else as JSON."""
+    present = [name for name in _PARTS if getattr(weight, name) is not None]
+    fixed: dict[str, Any] = {name: getattr(weight, name) for name in _FIXED}
+    fixed["dtype"] = str(weight.dtype).removeprefix("torch.")
+    fixed["parts"] = present
+    return [*weight.planes, *(getattr(weight, name) for name in present)], json.dumps(fixed)
+
+
+def unpack(tensors: list[torch.Tensor], description: str) -> TritonWeight:
+    """The reverse of pack."""
+    fixed = dict(_parsed(description))
+    present = fixed.pop("parts")
+    planes = tensors[: len(tensors) - len(present)]
+    parts = dict(zip(present, tensors[len(planes) :], strict=True))
+    return TritonWeight(planes=tuple(planes), **parts, **fixed)
+
+
+@lru_cache(maxsize=4096)
+def _parsed(description: str) -> dict[str, Any]:
+    fixed = json.loads(description)
+    fixed.update(shape=tuple(fixed["shape"]), padded=tuple(fixed["padded"]), dtype=getattr(torch, fixed["dtype"]))
+    return dict(fixed)
+
+
+def _rows_of(description: str) -> int:
+    return int(_parsed(description)["shape"][0])
+
+
+@torch.library.custom_op("kbit::matmul", mutates_args=())
+def matmul(
+    x: torch.Tensor,
+    tensors: list[torch.Tensor],
+    description: str,
+    bias: torch.Tensor | None = None,
+    residual: torch.Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
+) -> torch.Tensor:
+    return _matmul.matmul(x, unpack(tensors, description), bias, residual, out_dtype)
+
+
+@matmul.register_fake
+def _(x, tensors, description, bias=None, residual=None, out_dtype=None):
+    return x.new_empty((x.shape[0], _rows_of(description)), dtype=out_dtype or x.dtype)
+
+
+@torch.library.custom_op("kbit::gated_matmul", mutates_args=())
+def gated_matmul(
+    x: torch.Tensor,
+    gate: list[torch.Tensor],
+    gate_description: str,
+    up: list[torch.Tensor],
+    up_description: str,
+    kind: str,
+    out_dtype: torch.dtype | None = None,
+) -> torch.Tensor:
+    return _matmul.gated_matmul(x, unpack(gate, gate_description), unpack(up, up_description), kind, out_dtype)
+
+
+@gated_matmul.register_fake
+def _(x, gate, gate_description, up, up_description, kind, out_dtype=None):
+    return x.new_empty((x.shape[0], _rows_of(gate_description)), dtype=out_dtype or x.dtype)
+
+
+@torch.library.custom_op("kbit::embed", mutates_args=())
+def embed(
+    tensors: list[torch.Tensor], description: str, ids: torch.Tensor, dtype: torch.dtype | None = None
+) -> torch.Tensor:
+    return _embed.embed(unpack(tensors, description), ids, dtype)
+
+
+@embed.register_fake
+def _(tensors, description, ids, dtype=None):
+    fixed = _parsed(description)
+    return tensors[0].new_empty((*ids.shape, fixed["shape"][1]), dtype=dtype or fixed["dtype"])
+
+
+@torch.library.custom_op("kbit::rms_norm", mutates_args=())
+def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float, out_dtype: torch.dtype | None = None) -> torch.Tensor:
+    return _norm.rms_norm(x, weight, eps, out_dtype=out_dtype)[0]
+
+
+@rms_norm.register_fake
+def _(x, weight, eps, out_dtype=None):
+    return x.new_empty(x.shape, dtype=out_dtype or x.dtype)
+
+
+@torch.library.custom_op("kbit::add_rms_norm", mutates_args=())
+def add_rms_norm(
+    x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float, out_dtype: torch.dtype | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    return _norm.rms_norm(x, weight, eps, residual, out_dtype)
+
+
+@add_rms_norm.register_fake
+def _(x, residual, weight, eps, out_dtype=None):
+    return x.new_empty(x.shape, dtype=out_dtype or x.dtype), torch.empty_like(residual)
+
+
+@torch.library.custom_op("kbit::layer_norm", mutates_args=())
+def layer_norm(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    eps: float,
+    out_dtype: torch.dtype | None = None,
+) -> torch.Tensor:
+    return _norm.layer_norm(x, weight, bias, eps, out_dtype=out_dtype)[0]
+
+
+@layer_norm.register_fake
+def _(x, weight, bias, eps, out_dtype=None):
+    return x.new_empty(x.shape, dtype=out_dtype or x.dtype)
+
+
+@torch.library.custom_op("kbit::activate", mutates_args=())
+def activate(
+    gate: torch.Tensor, up: torch.Tensor | None, kind: str, out_dtype: torch.dtype | None = None
+) -> torch.Tensor:
+    return _activate.activate(gate, up, kind, out_dtype)
+
+
+@activate.register_fake
+def _(gate, up, kind, out_dtype=None):
+    return gate.new_empty(gate.shape, dtype=out_dtype or gate.dtype)
+
+
+@torch.library.custom_op("kbit::softcap", mutates_args=())
+def softcap(x: torch.Tensor, cap: float) -> torch.Tensor:
+    return _softcap.softcap(x, cap)
+
+
+@softcap.register_fake
+def _(x, cap):
+    return x.new_empty(x.shape)
+
+
+@torch.library.custom_op("kbit::kv_append", mutates_args=("k_pages", "v_pages"))
+def kv_append(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    cos: torch.Tensor | None,
+    sin: torch.Tensor | None,
+    slots: torch.Tensor,
+    k_pages: torch.Tensor,
+    v_pages: torch.Tensor,
+    k_kind: str,
+    v_kind: str,
+    rope_rows: torch.Tensor | None = None,
+) -> torch.Tensor:
+    return _kv_append.kv_append(
+        q, k, v, cos, sin, slots, k_pages, v_pages, k_kind=k_kind, v_kind=v_kind, rope_rows=rope_rows
+    )
+
+
+@kv_append.register_fake
+def _(q, k, v, cos, sin, slots, k_pages, v_pages, k_kind, v_kind, rope_rows=None):
+    return q.new_empty(q.shape)
+
+
+@torch.library.custom_op("kbit::attention_decode", mutates_args=())
+def attention_decode(
+    q: torch.Tensor,
+    k_pages: torch.Tensor,
+    v_pages: torch.Tensor,
+    block_table: torch.Tensor,
+    positions: torch.Tensor,
+    lengths: torch.Tensor,
+    scale: float,
+    k_kind: str,
+    v_kind: str,
+    window: int | None = None,
+    soft_cap: float | None = None,
+    slopes: torch.Tensor | None = None,
+    max_length: int | None = None,
+) -> torch.Tensor:
+    return _decode.attention_decode(
+        q, k_pages, v_pages, block_table, positions, lengths, scale, k_kind=k_kind, v_kind=v_kind, window=window,
+        soft_cap=soft_cap, slopes=slopes, max_length=max_length,
+    )  # fmt: skip
+
+
+@attention_decode.register_fake
+def _(q, *others, **options):
+    return q.new_empty(q.shape)
+
+
+@torch.library.custom_op("kbit::attention_prefill_paged", mutates_args=())
+def attention_prefill_paged(
+    q: torch.Tensor,
+    bounds: torch.Tensor,
+    k_pages: torch.Tensor,
+    v_pages: torch.Tensor,
+    block_table: torch.Tensor,
+    lengths: torch.Tensor,
+    scale: float,
+    k_kind: str,
+    v_kind: str,
+    max_queries: int,
+    window: int | None = None,
+    soft_cap: float | None = None,
+    slopes: torch.Tensor | None = None,
+) -> torch.Tensor:
+    return _prefill.attention_prefill_paged(
+        q, bounds, k_pages, v_pages, block_table, lengths, scale, k_kind=k_kind, v_kind=v_kind,
+        max_queries=max_queries, window=window, soft_cap=soft_cap, slopes=slopes,
+    )  # fmt: skip
+
+
+@attention_prefill_paged.register_fake
+def _(q, *others, **options):
+    return q.new_empty(q.shape)
+
+
+@torch.library.custom_op("kbit::dequantize_planes", mutates_args=())
+def dequantize_planes(
+    planes: list[torch.Tensor],
+    scales: torch.Tensor,
+    scales_super: torch.Tensor | None,
+    offsets: torch.Tensor | None,
+    offsets_super: torch.Tensor | None,
+    codebook: torch.Tensor,
+    columns: int,
+    bits: int,
+    block_size: int,
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    return _dequantize.dequantize_planes(
+        planes, scales, scales_super, offsets, offsets_super, codebook, columns, bits, block_size, dtype
+    )
+
+
+@dequantize_planes.register_fake
+def _(planes, scales, scales_super, offsets, offsets_super, codebook, columns, bits, block_size, dtype):
+    return codebook.new_empty((planes[0].shape[0], columns), dtype=dtype)
