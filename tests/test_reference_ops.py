@@ -364,8 +364,13 @@ def test_select_backend() -> None:
         select_backend("cuda")
     for choice, message in (
         ({"device": "tpu"}, r"--device tpu: .*auto, cpu, cuda"),
-        ({"backend": "triton"}, r"--backend triton: .*auto, native, reference"),
-        ({"compute": "int4"}, r"--compute int4: .*int8, bf16, fp32"),
+        ({"backend": "cutlass"}, r"--backend cutlass: .*auto, native, triton, reference"),
+        ({"backend": "triton", "device": "cpu"}, r"--backend triton runs on GPUs: use --device cuda"),
+        ({"backend": "native", "device": "cuda"}, r"--backend native runs on the CPU"),
+        ({"device": "cuda", "compute": "int8"}, r"--compute int8: on a GPU use fp16 or bf16"),
+        ({"device": "cuda", "kv_bits": 32}, r"--kv-bits 32: on a GPU use 16, 8, 4, 3 or 2"),
+        ({"compute": "fp16"}, r"--compute fp16: this is for GPUs"),
+        ({"compute": "int4"}, r"--compute int4: .*int8, fp16, bf16, fp32"),
         ({"kv_bits": 5}, r"--kv-bits 5: .*2, 3, 4, 8, 16, 32"),
         ({"threads": 0}, r"--threads 0: expected at least 1"),
         ({"backend": "reference", "compute": "int8"}, r"--compute int8: .*only fp32; use --backend native"),

@@ -57,6 +57,7 @@ def machine_summary() -> dict[str, Any]:
 
     from kbit import __version__, _native
     from kbit.ops.cpu import default_threads, instruction_set
+    from kbit.ops.gpu import gpu_summary
 
     return {
         "kbit": __version__,
@@ -64,13 +65,14 @@ def machine_summary() -> dict[str, Any]:
         "instruction_set": instruction_set(),
         "instruction_sets": _native.instruction_sets(),
         "threads": default_threads(),
-        "cuda": None,
+        "cuda": gpu_summary(),
     }
 
 
 def summarise(source: CheckpointSource) -> dict[str, Any]:
     """Everything `kbit info` knows, as plain values."""
     from kbit.ops.cpu import instruction_set
+    from kbit.ops.gpu import gpu_summary
     from kbit.quantizers.plan import role_of
 
     spec, reason = _runnable(source)
@@ -97,7 +99,10 @@ def summarise(source: CheckpointSource) -> dict[str, Any]:
         "file_bytes": sum(file.stat().st_size for file in files),
         "files": sorted(file.name for file in files),
         "formats": _by_format(infos),
-        "runs_on": {"cpu": f"native backend ({instruction_set()})" if reason is None else None, "cuda": None},
+        "runs_on": {
+            "cpu": f"native backend ({instruction_set()})" if reason is None else None,
+            "cuda": f"triton backend ({gpu_summary()})" if reason is None and gpu_summary() else None,
+        },
         "cannot_run": reason,
         "tensors": {
             info.name: {
@@ -153,7 +158,7 @@ def _print_machine(machine: dict[str, Any]) -> None:
         "native kernels": f"{machine['instruction_set']} on {machine['machine']}"
         + (f"; also {', '.join(others)} (environment variable KBIT_CPU_ISA)" if others else ""),
         "threads": f"{machine['threads']} (physical cores this process may use; --threads changes it)",
-        "cuda": "not yet",
+        "gpu": machine["cuda"] or "none that Triton could use",
     }
     for key, text in lines.items():
         typer.echo(f"{key + ':':<17}{text}")
@@ -179,7 +184,8 @@ def _print_for_people(summary: dict[str, Any], list_tensors: bool) -> None:
         + ("file" if len(summary["files"]) == 1 else "files"),
     }
     if summary["cannot_run"] is None:
-        lines["runs on"] = f"cpu: {summary['runs_on']['cpu']}; cuda: not yet"
+        cuda = summary["runs_on"]["cuda"] or "no GPU here"
+        lines["runs on"] = f"cpu: {summary['runs_on']['cpu']}; cuda: {cuda}"
     else:
         lines["cannot run"] = summary["cannot_run"]
     for key, text in lines.items():

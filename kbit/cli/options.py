@@ -123,15 +123,21 @@ def _check_threads(threads: int | None) -> int | None:
 
 
 DeviceOption = Annotated[
-    str, typer.Option("--device", metavar="auto|cpu|cuda", help="Where to run.", rich_help_panel=ENGINE)
+    str,
+    typer.Option(
+        "--device",
+        metavar="auto|cpu|cuda",
+        help="Where to run: the CPU (which auto takes), or a GPU (cuda, which is also what torch calls AMD's).",
+        rich_help_panel=ENGINE,
+    ),
 ]
 BackendOption = Annotated[
     str,
     typer.Option(
         "--backend",
-        metavar="auto|native|reference",
-        help="Who computes: C++ kernels (native, which auto takes), or torch in fp32 (reference: slow, and what "
-        "native is measured against).",
+        metavar="auto|native|triton|reference",
+        help="Who computes: C++ kernels (native, which auto takes on the CPU), Triton kernels (triton, on a GPU), or "
+        "torch in fp32 (reference: slow, and what the others are measured against).",
         rich_help_panel=ENGINE,
     ),
 ]
@@ -139,10 +145,11 @@ ComputeOption = Annotated[
     str | None,
     typer.Option(
         "--compute",
-        metavar="int8|bf16|fp32",
-        help="How the native backend multiplies quantized weights. int8 rounds activations to 8 bits, a scale per 64 "
-        "values: fastest, and less of an error than 4-bit weights by far. bf16 rounds both sides to 8 significant "
-        "bits. fp32 rounds nothing and gives the reference's results. [default: int8]",
+        metavar="int8|fp16|bf16|fp32",
+        help="How quantized weights are multiplied. On the CPU: int8 rounds activations to 8 bits, a scale per 64 "
+        "values: fastest, and less of an error than 4-bit weights by far; bf16 rounds both sides to 8 significant "
+        "bits; fp32 rounds nothing and gives the reference's results. On a GPU: fp16, or bf16 for models that leave "
+        "the range of fp16. [default: int8; on a GPU fp16]",
         rich_help_panel=ENGINE,
     ),
 ]
@@ -151,7 +158,7 @@ KvBitsOption = Annotated[
     typer.Option(
         "--kv-bits",
         metavar="2|3|4|8|16|32",
-        help="Bits of a number in the native backend's KV cache: fewer for long contexts in little memory, at a loss "
+        help="Bits of a number in the KV cache: fewer for long contexts in little memory, at a loss "
         "that grows from 8 (small) to 2 (large). [default: 16; 32 with --compute fp32]",
         rich_help_panel=ENGINE,
     ),

@@ -18,7 +18,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol, TypeVar
+from typing import Protocol, TypeVar, runtime_checkable
 
 import numpy as np
 import torch
@@ -81,6 +81,10 @@ class Ops(Protocol[X]):
         """residual + x W^T + b: x (..., K), residual (..., N) -> (..., N).
 
         The sum may be formed in the residual's place: it must not be used afterwards.
+
+        A product with a residual is where the processes meet that share a model (`SplitBackend`): there x and W are
+        this process's part of the input features, and x W^T is added up over the processes before b and the residual,
+        which all of them have whole.
         """
 
     def linear_group(self, weights: Sequence[Weight], x: X, biases: Sequence[torch.Tensor | None]) -> tuple[X, ...]:
@@ -187,3 +191,33 @@ class Backend(Protocol):
 
     def bind(self, definition: Definition) -> Runner:
         """What runs a model whose weights this backend prepared."""
+
+
+class Group(Protocol):
+    """The processes that share a model. Each calls the same methods in the same order, or all wait forever."""
+
+    rank: int
+    size: int
+
+    def sum(self, x: torch.Tensor) -> torch.Tensor:
+        """The sum of every process's x, in every process. x may be overwritten."""
+
+    def from_first(self, x: torch.Tensor) -> torch.Tensor:
+        """The first process's x, in every process. x may be overwritten."""
+
+
+@runtime_checkable
+class SplitBackend(Backend, Protocol):
+    """A backend that can run one process's share of a model (`kbit.models.shard`), together with the others.
+
+    Its products with a residual are added up over the group (`Ops.linear`). Its logits are the first process's in all:
+    neither gloo nor nccl promises that a sum comes out with the same last bit everywhere, and processes that chose
+    different tokens would go separate ways.
+    """
+
+    @property
+    def group(self) -> Group | None:
+        """The processes; None: a whole model in one."""
+
+    def split(self, group: Group) -> Backend:
+        """The same backend as one of a group's, on torch's current device."""

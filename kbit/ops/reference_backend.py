@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from kbit.formats.quant_tensor import QuantTensor
 from kbit.kernels import reference
-from kbit.ops.backend import Attention, Definition, Weight
+from kbit.ops.backend import Attention, Definition, Group, Weight
 from kbit.ops.cache import Cache
 from kbit.ops.kv_cache import KVCache
 from kbit.ops.step import Step, plan_step, positions_of
@@ -35,7 +35,14 @@ class ReferenceWeight(Weight):
 
 
 class RowOps:
-    """The operations that take every token by itself, on tensors (..., K)."""
+    """The operations that take every token by itself, on tensors (..., K).
+
+    Args:
+        group: the processes that share the model, if several do.
+    """
+
+    def __init__(self, group: Group | None = None) -> None:
+        self._group = group
 
     def embed(self, weight: Weight, ids: torch.Tensor) -> torch.Tensor:
         return reference.embed(_data(weight), ids)
@@ -47,8 +54,11 @@ class RowOps:
         bias: torch.Tensor | None = None,
         residual: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        out = reference.linear(x, _data(weight), bias)
-        return out if residual is None else residual + out
+        if residual is None or self._group is None:
+            out = reference.linear(x, _data(weight), bias)
+            return out if residual is None else residual + out
+        out = self._group.sum(reference.linear(x, _data(weight), None))
+        return residual + (out if bias is None else out + bias)
 
     def linear_group(
         self, weights: Sequence[Weight], x: torch.Tensor, biases: Sequence[torch.Tensor | None]
@@ -62,7 +72,8 @@ class RowOps:
         return reference.activate(gate, up, kind)
 
     def logits(self, weight: Weight, x: torch.Tensor) -> torch.Tensor:
-        return reference.logits(x, _data(weight))
+        out = reference.logits(x, _data(weight))
+        return out if self._group is None else self._group.from_first(out)
 
     def self_attention(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, attention: Attention) -> torch.Tensor:
         raise TypeError("attention needs a step and a cache: this is a pass without tokens (a head)")
@@ -74,9 +85,11 @@ class StepOps(RowOps):
     Args:
         step: positions, lengths, cosines and sines.
         cache: where keys and values go; the caller has reserved room.
+        group: see RowOps.
     """
 
-    def __init__(self, step: Step, cache: KVCache) -> None:
+    def __init__(self, step: Step, cache: KVCache, group: Group | None = None) -> None:
+        super().__init__(group)
         self._step = step
         self._cache = cache
 
@@ -99,8 +112,9 @@ class StepOps(RowOps):
 class ReferenceRunner:
     """Runs a definition by calling it (a `kbit.ops.backend.Runner`)."""
 
-    def __init__(self, definition: Definition) -> None:
+    def __init__(self, definition: Definition, group: Group | None = None) -> None:
         self._definition = definition
+        self._group = group
 
     @torch.no_grad()
     def hidden(self, ids: torch.Tensor, cache: Cache, lengths: Sequence[int]) -> torch.Tensor:
@@ -110,13 +124,14 @@ class ReferenceRunner:
         new = torch.tensor(lengths, dtype=torch.int64, device=device)
         positions = positions_of(cache.lengths, ids.shape[1])
         cos, sin = self._definition.rotation(positions, cache.lengths + new)
-        x = self._definition.body(StepOps(plan_step(cache.lengths, new, cos, sin), cache), ids.to(device))
+        ops = StepOps(plan_step(cache.lengths, new, cos, sin), cache, self._group)
+        x = self._definition.body(ops, ids.to(device))
         cache.advance(new)
         return x
 
     @torch.no_grad()
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        return self._definition.head(RowOps(), hidden)
+        return self._definition.head(RowOps(self._group), hidden)
 
     def forward(self, ids: torch.Tensor, cache: Cache, lengths: Sequence[int], last_only: bool) -> torch.Tensor:
         x = self.hidden(ids, cache, lengths)
@@ -137,17 +152,23 @@ class ReferenceBackend:
     Args:
         expand: dequantize quantized weights once, when they are prepared: fast, but 4 bytes a weight. False keeps them
             packed and dequantizes at every use: lean, and slow, since every token pays for it.
+        group: the processes that share a model, if several do (`kbit.ops.backend.SplitBackend`).
     """
 
     name = "reference"
 
-    def __init__(self, *, expand: bool = True) -> None:
+    def __init__(self, *, expand: bool = True, group: Group | None = None) -> None:
         self.expand = expand
+        self.group = group
         self.device = torch.device("cpu")
 
     def describe(self) -> str:
         held = "expanded" if self.expand else "kept packed"
-        return f"reference: torch on CPU, {torch.get_num_threads()} threads, fp32, quantized weights {held}"
+        shared = "" if self.group is None else f", {self.group.size} processes"
+        return f"reference: torch on CPU, {torch.get_num_threads()} threads, fp32, quantized weights {held}{shared}"
+
+    def split(self, group: Group) -> ReferenceBackend:
+        return ReferenceBackend(expand=self.expand, group=group)
 
     def prepare(self, weight: torch.Tensor | QuantTensor, *, lookup: bool = False) -> ReferenceWeight:
         if isinstance(weight, QuantTensor):
@@ -161,7 +182,7 @@ class ReferenceBackend:
         return KVCache(layers, batch, kv_heads, head_dim, capacity, device=self.device)
 
     def bind(self, definition: Definition) -> ReferenceRunner:
-        return ReferenceRunner(definition)
+        return ReferenceRunner(definition, self.group)
 
 
 def _data(weight: Weight) -> torch.Tensor | QuantTensor:

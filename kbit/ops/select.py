@@ -14,8 +14,8 @@ if TYPE_CHECKING:
     from kbit.ops.backend import Backend
 
 DEVICES = ("auto", "cpu", "cuda")
-BACKENDS = ("auto", "native", "reference")
-COMPUTE = ("int8", "bf16", "fp32")
+BACKENDS = ("auto", "native", "triton", "reference")
+COMPUTE = ("int8", "fp16", "bf16", "fp32")
 # --kv-bits to what a cache stores.
 KV_KINDS = {2: "2", 3: "3", 4: "4", 8: "8", 16: "fp16", 32: "fp32"}
 # More than any machine has. OpenMP ends the process (without a word) when it cannot start its threads.
@@ -34,22 +34,22 @@ def select_backend(
     """The backend for the values of --device, --backend, --threads, --compute and --kv-bits.
 
     Args:
-        device: "auto" (the best this version has: the CPU), "cpu" or "cuda".
-        backend: "native" (C++ kernels), "reference" (torch in fp32, the yardstick), or "auto": native.
+        device: "cpu", "cuda" (a GPU), or "auto": the CPU, since the GPU kernels have not run on one yet.
+        backend: "native" (C++ kernels), "triton" (GPU kernels), "reference" (torch in fp32, the yardstick), or "auto":
+            native on the CPU, triton on a GPU.
         threads: threads of the native backend; None: one per physical core this process may use. The reference runs on
             torch's (see `set_threads`).
-        compute: how the native backend multiplies quantized weights: "int8" (None means this), "bf16" or "fp32".
-        kv_bits: bits of keys and values in the native backend's cache: 2, 3, 4 or 8 (codes), 16 or 32 (float). None: 32
-            for compute "fp32", else 16.
+        compute: how quantized weights are multiplied. native: "int8" (None means this), "bf16" or "fp32"; triton:
+            "fp16" (None means this) or "bf16".
+        kv_bits: bits of keys and values in the cache: 2, 3, 4 or 8 (codes), 16 or, natively, 32 (float). None: 32 for
+            compute "fp32", else 16.
         expand: see ReferenceBackend.
 
     Raises:
         UsageError: a value that does not exist, or one the backend has no use for.
-        UnsupportedError: a device this version has no backend for, or an instruction set that cannot compute like this.
-            It never runs otherwise instead.
+        UnsupportedError: a GPU that is not there, or an instruction set that cannot compute like this. It never runs
+            otherwise instead.
     """
-    if device == "cuda":
-        raise UnsupportedError("--device cuda: this version has no GPU backend yet; use --device cpu (or auto)")
     _check_choice("--device", device, DEVICES)
     _check_choice("--backend", backend, BACKENDS)
     if compute is not None:
@@ -58,6 +58,10 @@ def select_backend(
         _check_choice("--kv-bits", kv_bits, KV_KINDS)
     if threads is not None:
         check_threads(threads)
+    if device == "cuda" or backend == "triton":
+        return _gpu(device, backend, compute, kv_bits)
+    if compute == "fp16":
+        raise UsageError("--compute fp16: this is for GPUs; on the CPU use int8, bf16 or fp32")
     if backend == "reference":
         from kbit.ops.reference_backend import ReferenceBackend
 
@@ -70,6 +74,27 @@ def select_backend(
     compute = compute or "int8"
     kv = KV_KINDS[kv_bits or (32 if compute == "fp32" else 16)]
     return NativeBackend(threads or min(default_threads(), MAX_THREADS), compute=compute, kv=kv)
+
+
+def _gpu(device: str, backend: str, compute: str | None, kv_bits: int | None) -> Backend:
+    """The Triton backend, or why not."""
+    if backend not in ("auto", "triton"):
+        raise UsageError(f"--backend {backend} runs on the CPU: drop --device cuda, or use --backend triton")
+    if device == "cpu":
+        raise UsageError("--backend triton runs on GPUs: use --device cuda")
+    if compute not in (None, "fp16", "bf16"):
+        raise UsageError(f"--compute {compute}: on a GPU use fp16 or bf16")
+    if kv_bits == 32:
+        raise UsageError("--kv-bits 32: on a GPU use 16, 8, 4, 3 or 2")
+    try:
+        from kbit.ops.triton_backend import TritonBackend
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] != "triton":
+            raise
+        raise UnsupportedError(
+            "--device cuda needs Triton, which this Python has not: pip install triton (Linux), or use --device cpu"
+        ) from None
+    return TritonBackend(compute=compute or "fp16", kv=str(kv_bits or 16))
 
 
 def check_threads(threads: int) -> None:

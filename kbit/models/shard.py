@@ -1,0 +1,112 @@
+"""How a model is split among processes: each has some of the heads and some of the MLP's features.
+
+    q, k, v, gate, up   rows (output features), with their biases
+    o, down             columns (input features): each process's product is a part of a sum, which the backend adds up
+                        before bias and residual (`kbit.ops.backend.SplitBackend`)
+    all the rest        whole: embedding, head, norms, the biases of o and down
+
+So a layer needs two sums over the processes and nothing else: attention and activation stay where their inputs are.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import lcm
+
+from kbit.checkpoint.shard import Cut, ShardedSource, column_unit, stored_format
+from kbit.checkpoint.source import CheckpointSource
+from kbit.errors import UnsupportedError
+from kbit.models.check import check_tensors
+from kbit.models.families import spec_from_config
+from kbit.models.spec import ModelSpec
+
+
+@dataclass(frozen=True)
+class Share:
+    """What one process has, as half-open ranges: query heads, key/value heads, features of the MLP."""
+
+    heads: tuple[int, int]
+    kv_heads: tuple[int, int]
+    features: tuple[int, int]
+
+
+def shard(source: CheckpointSource, rank: int, world: int) -> ShardedSource:
+    """The part of a model that process `rank` of `world` holds, as a checkpoint of its own.
+
+    Its configuration has the share's heads, key/value heads and MLP features. MLP features are dealt out in whole
+    blocks of the down projections, as evenly as that goes; heads must divide evenly. More processes than key/value
+    heads share these: each has a copy of the one its queries need.
+
+    Args:
+        source: the whole model; stays open and is read through.
+
+    Raises:
+        CheckpointError, UnsupportedError: the model cannot be run at all, or not by so many processes.
+    """
+    spec = spec_from_config(source.config, where=f"config of {source.path}")
+    check_tensors(source, spec, read_data=False)  # of the whole, so that complaints name its shapes
+    share = _share(source, spec, rank, world)
+    dim = spec.head_dim
+    queries, keys = (_scaled(heads, dim) for heads in (share.heads, share.kv_heads))
+    config = {
+        **source.config,
+        "num_attention_heads": share.heads[1] - share.heads[0],
+        "num_key_value_heads": share.kv_heads[1] - share.kv_heads[0],
+        "head_dim": dim,
+        "intermediate_size": share.features[1] - share.features[0],
+    }
+    names, cuts = spec.names, {}
+    for layer in range(spec.layers):
+        for name, (start, stop) in (
+            (names.q, queries),
+            (names.k, keys),
+            (names.v, keys),
+            (names.gate, share.features),
+            (names.up, share.features),
+        ):
+            for kind in ("weight", "bias"):
+                cuts[f"{name.format(layer=layer)}.{kind}"] = Cut(0, start, stop)
+        cuts[f"{names.o.format(layer=layer)}.weight"] = Cut(1, *queries)
+        cuts[f"{names.down.format(layer=layer)}.weight"] = Cut(1, *share.features)
+    return ShardedSource(source, config, cuts, f"{rank}/{world}")
+
+
+def _share(source: CheckpointSource, spec: ModelSpec, rank: int, world: int) -> Share:
+    where = f"{source.path}: cannot be split among {world} processes"
+    if not _heads_divide(spec, world):
+        fewer = [str(count) for count in range(1, world) if _heads_divide(spec, count)]
+        raise UnsupportedError(
+            f"{where}: it has {spec.heads} attention heads and {spec.kv_heads} key/value heads; use "
+            f"{' or '.join(fewer)}"
+        )
+    heads = spec.heads // world
+    kv_heads = max(1, spec.kv_heads // world)
+    first_kv = rank * spec.kv_heads // world
+    unit = 1
+    for layer in range(spec.layers):
+        for template, columns in ((spec.names.o, heads * spec.head_dim), (spec.names.down, None)):
+            info = source.tensors[f"{template.format(layer=layer)}.weight"]
+            needed = column_unit(stored_format(info), info.shape[1])
+            if columns is None:
+                unit = lcm(unit, needed)
+            elif columns % needed:
+                raise UnsupportedError(
+                    f"{where}: {info.name} has {columns} columns for each, which are no whole blocks of {needed} "
+                    f"({info.stored_as}); use fewer processes, or convert the model with a smaller block size"
+                )
+    blocks = -(-spec.intermediate_size // unit)
+    if blocks < world:
+        raise UnsupportedError(
+            f"{where}: the {spec.intermediate_size} columns of {spec.names.down.format(layer=0)}.weight are "
+            f"{blocks} blocks of {unit}; use fewer processes, or convert the model with a smaller block size"
+        )
+    first, last = (min(spec.intermediate_size, unit * (blocks * part // world)) for part in (rank, rank + 1))
+    return Share((rank * heads, (rank + 1) * heads), (first_kv, first_kv + kv_heads), (first, last))
+
+
+def _scaled(span: tuple[int, int], factor: int) -> tuple[int, int]:
+    return span[0] * factor, span[1] * factor
+
+
+def _heads_divide(spec: ModelSpec, world: int) -> bool:
+    return spec.heads % world == 0 and (spec.kv_heads % world == 0 or world % spec.kv_heads == 0)

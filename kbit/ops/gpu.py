@@ -1,0 +1,33 @@
+"""What GPU there is, for reports: as the driver tells it, so that asking imports no torch and touches no GPU."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from pathlib import Path
+
+NVIDIA = Path("/proc/driver/nvidia/gpus")
+AMD = Path("/sys/class/kfd/kfd/topology/nodes")
+
+
+def gpu_summary(nvidia: Path = NVIDIA, amd: Path = AMD) -> str | None:
+    """Names of the GPUs that the drivers list, or None where there are none or Triton is not installed.
+
+    Args:
+        nvidia: the driver's folder, a folder with a file `information` per GPU.
+        amd: likewise, a folder with a file `name` per node; processors are nodes without a name.
+    """
+    if find_spec("triton") is None:
+        return None
+    names = []
+    for file in sorted(nvidia.glob("*/information")):
+        lines = dict(line.split(":", 1) for line in _text(file).splitlines() if ":" in line)
+        names.append(lines.get("Model", "NVIDIA GPU").strip())
+    names += [name for file in sorted(amd.glob("*/name")) if (name := _text(file).strip())]
+    return ", ".join(names) or None
+
+
+def _text(file: Path) -> str:
+    try:
+        return file.read_text(errors="replace")
+    except OSError:
+        return ""

@@ -1,0 +1,98 @@
+"""TritonBackend: models on Triton kernels, on a GPU (or, for tests, in Triton's interpreter)."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+import triton
+
+from kbit.errors import UnsupportedError
+from kbit.formats.quant_tensor import QuantTensor
+from kbit.kernels.triton.layout import prepare_weight
+from kbit.ops.backend import Definition, Group
+from kbit.ops.triton_kv_cache import TritonKVCache
+from kbit.ops.triton_weight import TritonMatrix
+from kbit.ops.tuned import use_tuned
+
+if TYPE_CHECKING:
+    from kbit.ops.triton_runner import TritonRunner
+
+DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+class TritonBackend:
+    """Runs models on the Triton kernels.
+
+    Between token ids and logits everything runs on the device. Products take half precision and sum in float32, as does
+    attention; the residual stream and the logits are float32.
+
+    Args:
+        device: a CUDA device (ROCm's are called so too); "cpu" only where Triton interprets (TRITON_INTERPRET=1).
+        compute: "fp16" or "bf16": what activations and decoded weights are rounded to before they are multiplied. bf16
+            has the range of float32, for models whose activations leave that of fp16 (65504).
+        kv: what keys and values are stored as: "16" (in the type of `compute`), or bits of codes, "8", "4", "3" or "2".
+        graphs: replay decoding as a CUDA graph; None: on a GPU, unless there is a group.
+        group: the processes that share a model, if several do (`kbit.ops.backend.SplitBackend`).
+
+    Raises:
+        UnsupportedError: no such GPU, or graphs with a group.
+    """
+
+    name = "triton"
+
+    def __init__(
+        self,
+        device: str | torch.device = "cuda",
+        *,
+        compute: str = "fp16",
+        kv: str = "16",
+        graphs: bool | None = None,
+        group: Group | None = None,
+    ) -> None:
+        self.device = torch.device(device)
+        if self.device.type == "cuda" and not torch.cuda.is_available():
+            raise UnsupportedError(
+                "--device cuda: torch sees no GPU. Is there one, and is torch built for it (pip install torch from "
+                "download.pytorch.org/whl/cu... or rocm...)? Otherwise use --device cpu"
+            )
+        if self.device.type != "cuda" and not triton.knobs.runtime.interpret:
+            raise UnsupportedError(f"the Triton backend runs on GPUs, not on {self.device}")
+        self.compute = compute
+        self.dtype = DTYPES[compute]
+        self.kv = compute if kv == "16" else kv
+        if graphs and group is not None:
+            raise UnsupportedError("CUDA graphs do not hold the sums over several processes: leave graphs off")
+        # Capturing a collective needs all processes to capture at once, and nccl's watchdog, a thread of its own, to
+        # make no call that a capture forbids meanwhile. Nobody has tried this here on GPUs: until then, no graphs.
+        self.graphs = (self.device.type == "cuda" and group is None) if graphs is None else graphs
+        self.group = group
+        use_tuned(self.device)
+
+    def describe(self) -> str:
+        where = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "Triton's interpreter"
+        kv = f"{self.kv}-bit" if self.kv.isdigit() else self.kv
+        how = ", CUDA graphs" if self.graphs else "" if self.group is None else f", {self.group.size} processes"
+        return f"triton: {where}, {self.compute} compute, {kv} KV cache{how}"
+
+    def split(self, group: Group) -> TritonBackend:
+        here = torch.device("cuda", torch.cuda.current_device()) if self.device.type == "cuda" else self.device
+        kv = self.kv if self.kv.isdigit() else "16"
+        return TritonBackend(here, compute=self.compute, kv=kv, group=group)
+
+    def prepare(self, weight: torch.Tensor | QuantTensor, *, lookup: bool = False) -> TritonMatrix:
+        # Rearranged where it will live: sorting bits is quick on a GPU.
+        return TritonMatrix(prepare_weight(weight.to(self.device), self.device, self.dtype))
+
+    def prepare_vector(self, vector: torch.Tensor) -> torch.Tensor:
+        return vector.to(self.device, torch.float32).contiguous()
+
+    def new_cache(self, layers: int, batch: int, kv_heads: int, head_dim: int, capacity: int) -> TritonKVCache:
+        return TritonKVCache(
+            layers, batch, kv_heads, head_dim, capacity, k_kind=self.kv, v_kind=self.kv, device=self.device
+        )
+
+    def bind(self, definition: Definition) -> TritonRunner:
+        from kbit.ops.triton_runner import TritonRunner
+
+        return TritonRunner(definition, self.device, self.dtype, graphs=self.graphs, group=self.group)

@@ -1,0 +1,77 @@
+"""DecodeGraph: one decoding step, captured once as a CUDA graph and replayed without launching from Python."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+
+from kbit.kernels.triton.kv_layout import PAGE
+
+if TYPE_CHECKING:
+    from kbit.ops.triton_kv_cache import TritonKVCache
+
+Step = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+
+
+class DecodeGraph:
+    """A step of one new token per row of a cache.
+
+    Arguments go through one small tensor: a replay is one copy to the device and one launch. The step is run once
+    before it is captured, since the first launch of a kernel compiles it.
+
+    Args:
+        step: (ids int64 (B,), positions int64 (B,), slots int64 (B,), lengths int32 (B,)) -> logits (B, V). It must
+            launch the same kernels on the same memory whatever the values.
+        owner: whose step it is.
+        cache: whose tensors the step uses.
+        device: a CUDA device.
+
+    Attributes:
+        owner: as given.
+        version: of the cache when it was captured. Once that has another, the graph works on memory that is gone.
+    """
+
+    def __init__(self, step: Step, owner: object, cache: TritonKVCache, device: torch.device) -> None:
+        self.owner = owner
+        self.version = cache.version
+        self._row_slots = cache.block_table.shape[1] * PAGE
+        batch = cache.batch
+        self._host = torch.zeros((3, batch), dtype=torch.int64).pin_memory()
+        self._values = torch.zeros((3, batch), dtype=torch.int64, device=device)
+        ids, positions, slots = self._values
+        # Trying the step out writes a token to position 0 of every row: what is there is kept and put back.
+        kept = [(part, part[cache.block_table[:, 0].long()].clone()) for part in (*cache.keys, *cache.values)]
+        slots.copy_(torch.arange(batch, device=device) * self._row_slots)
+
+        def run() -> torch.Tensor:
+            return step(ids, positions, slots, (positions + 1).int())
+
+        stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        stream.wait_stream(torch.cuda.current_stream(device))
+        with torch.cuda.stream(stream):
+            run()
+        torch.cuda.current_stream(device).wait_stream(stream)
+        self._graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self._graph):
+            self._logits = run()
+        for part, pages in kept:
+            part[cache.block_table[:, 0].long()] = pages
+
+    def __call__(self, ids: Sequence[int], lengths: Sequence[int]) -> torch.Tensor:
+        """Logits (B, V) after one token per row; a copy.
+
+        Args:
+            ids: the tokens.
+            lengths: tokens that each row had before.
+        """
+        # The copy before this one may still be under way where nobody has read the logits since.
+        torch.cuda.current_stream(self._values.device).synchronize()
+        for row, (token, length) in enumerate(zip(ids, lengths, strict=True)):
+            self._host[0, row] = token
+            self._host[1, row] = length
+            self._host[2, row] = row * self._row_slots + length
+        self._values.copy_(self._host, non_blocking=True)
+        self._graph.replay()
+        return self._logits.clone()

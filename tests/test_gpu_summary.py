@@ -1,0 +1,32 @@
+"""What `kbit info` says of GPUs, from folders as the drivers make them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from kbit.ops.gpu import gpu_summary
+
+pytest.importorskip("triton")
+
+
+def test_no_gpu(tmp_path: Path) -> None:
+    assert gpu_summary(tmp_path / "nvidia", tmp_path / "amd") is None
+
+
+def test_names(tmp_path: Path) -> None:
+    for name, text in (
+        ("nvidia/0000:01:00.0/information", "Model: \t\t NVIDIA H100 80GB HBM3\nIRQ:   \t\t 61\n"),
+        ("nvidia/0000:02:00.0/information", "IRQ: 62\n"),
+        ("amd/0/name", "\n"),
+        ("amd/1/name", "gfx942\n"),
+    ):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    assert gpu_summary(tmp_path / "nvidia", tmp_path / "amd") == "NVIDIA H100 80GB HBM3, NVIDIA GPU, gfx942"
+
+
+def test_without_triton(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("kbit.ops.gpu.find_spec", lambda name: None)
+    assert gpu_summary(tmp_path, tmp_path) is None
