@@ -18,7 +18,7 @@ from kbit.formats.blockwise import quantize_blockwise, quantize_rows
 def test_small_chunks_give_the_same_bits(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
     fmt = parse(text)
     x = normal(10, 90, seed=5)
-    monkeypatch.setattr(blockwise, "_QUANTILE_SAMPLE", 100)  # 900 weights: quantiles come from every ninth or so
+    monkeypatch.setattr(blockwise, "QUANTILE_SAMPLE", 100)  # 900 weights: quantiles come from every ninth or so
     whole = quantize_blockwise(x, fmt)
     for weights in (1, 90, 91, 300, 899):
         monkeypatch.setattr(blockwise, "CHUNK_WEIGHTS", weights)
@@ -77,7 +77,7 @@ def test_scratch_memory_is_a_chunk(text: str, monkeypatch: pytest.MonkeyPatch) -
 
 def test_quantile_sample_leaves_no_column_out(monkeypatch: pytest.MonkeyPatch) -> None:
     """64 columns, every 16th weight: a stride of 16 would see 4 of the columns, here the four that are zero."""
-    monkeypatch.setattr(blockwise, "_QUANTILE_SAMPLE", 256)
+    monkeypatch.setattr(blockwise, "QUANTILE_SAMPLE", 256)
     x = normal(64, 64)
     x[:, ::16] = 0
     sampled = quantize_blockwise(x, parse("quantile4")).codebook

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from kbit.ops.gpu import gpu_summary
+from kbit.ops.gpu import gpu_kernels, gpu_summary
 
 pytest.importorskip("triton")
 
@@ -25,6 +25,22 @@ def test_names(tmp_path: Path) -> None:
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(text)
     assert gpu_summary(tmp_path / "nvidia", tmp_path / "amd") == "NVIDIA H100 80GB HBM3, NVIDIA GPU, gfx942"
+
+
+def test_kernels_named_are_there() -> None:
+    """What `kbit info` names are functions of the modules of that name, and the limits are those of the dispatch."""
+    from importlib import import_module
+
+    from kbit.kernels.triton.limits import DECODE_TOKENS, GEMV_TOKENS
+
+    kernels = gpu_kernels(float_weights=False)
+    for name in kernels.values():
+        if name.isidentifier():
+            module = import_module(f"kbit.kernels.triton.{name}" if name != "rms_norm" else "kbit.kernels.triton.norm")
+            assert callable(getattr(module, name, None) or getattr(module, f"{name}_paged"))
+    assert f"products, up to {GEMV_TOKENS} tokens" in kernels
+    assert f"attention, up to {DECODE_TOKENS} new tokens a row" in kernels
+    assert gpu_kernels(float_weights=True)["float weights"] == "torch.matmul"
 
 
 def test_without_triton(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

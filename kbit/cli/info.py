@@ -13,6 +13,9 @@ if TYPE_CHECKING:
     from kbit.checkpoint.source import CheckpointSource
     from kbit.models.spec import ModelSpec
 
+# Stored types of matrices that are not quantized.
+_FLOATS = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")
+
 
 def info(
     model: Annotated[
@@ -72,7 +75,7 @@ def machine_summary() -> dict[str, Any]:
 def summarise(source: CheckpointSource) -> dict[str, Any]:
     """Everything `kbit info` knows, as plain values."""
     from kbit.ops.cpu import instruction_set
-    from kbit.ops.gpu import gpu_summary
+    from kbit.ops.gpu import gpu_kernels, gpu_summary
     from kbit.quantizers.plan import role_of
 
     spec, reason = _runnable(source)
@@ -103,6 +106,7 @@ def summarise(source: CheckpointSource) -> dict[str, Any]:
             "cpu": f"native backend ({instruction_set()})" if reason is None else None,
             "cuda": f"triton backend ({gpu_summary()})" if reason is None and gpu_summary() else None,
         },
+        "gpu_kernels": gpu_kernels(any(len(info.shape) == 2 and info.stored_as in _FLOATS for info in infos)),
         "cannot_run": reason,
         "tensors": {
             info.name: {
@@ -186,6 +190,8 @@ def _print_for_people(summary: dict[str, Any], list_tensors: bool) -> None:
     if summary["cannot_run"] is None:
         cuda = summary["runs_on"]["cuda"] or "no GPU here"
         lines["runs on"] = f"cpu: {summary['runs_on']['cpu']}; cuda: {cuda}"
+        if list_tensors:
+            lines["gpu kernels"] = "; ".join(f"{what}: {kernel}" for what, kernel in summary["gpu_kernels"].items())
     else:
         lines["cannot run"] = summary["cannot_run"]
     for key, text in lines.items():

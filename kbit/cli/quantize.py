@@ -68,6 +68,12 @@ def quantize(
     ] = True,
     force: Annotated[bool, typer.Option("--force", help="Replace a finished model in the output folder.")] = False,
     threads: ThreadsOption = None,
+    device: Annotated[
+        str,
+        typer.Option(
+            "--device", metavar="cpu|cuda", help="Who rounds: the CPU, or a GPU. The result is the same, byte for byte."
+        ),
+    ] = "cpu",
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else on stdout.")] = False,
 ) -> None:
     """Convert a model to k-bit weights by rounding to nearest.
@@ -81,6 +87,7 @@ def quantize(
       kbit quantize smollm2-135m-instruct --bits 3 --dtype nf --block-size 64 -o out/
       kbit quantize path/to/model --format nf4-b64-dq --embedding-bits 8
       kbit quantize path/to/model --bits 3 --override '*.down_proj.weight=nf4-b32' --dry-run
+      kbit quantize path/to/model --bits 4 --device cuda
     """
     from kbit.checkpoint.resolve import open_model
     from kbit.checkpoint.writer import check_output_folder, finished_plan
@@ -111,6 +118,12 @@ def quantize(
         raise UsageError(f"--shard-size {shard_size}: use a size in GB, above 0 and at most {_MAX_SHARD_GB}")
     if embedding_bits is not None and embedding_bits != 16 and not MIN_BITS <= embedding_bits <= MAX_BITS:
         raise UsageError(f"--embedding-bits {embedding_bits}: use {MIN_BITS} to {MAX_BITS}, or 16 to keep them")
+    if device not in ("cpu", "cuda"):
+        raise UsageError(f"--device {device}: use cpu or cuda")
+    if device == "cuda":
+        from kbit.ops.select import select_backend
+
+        select_backend("cuda")  # refuses where there is no GPU, before anything is read
     with open_model(model) as source:
         _check_runnable(source)
         plan = make_plan(
@@ -132,7 +145,7 @@ def quantize(
             else:
                 _print_plan(report, plan)
             return
-        result = _convert(source, plan, out, resume=resume, force=force, threads=threads)
+        result = _convert(source, plan, out, resume=resume, force=force, threads=threads, device=device)
     report.update(result)
     if json:
         print_json(report)
@@ -170,7 +183,7 @@ def _note_quantized_source(plan: Plan) -> None:
 
 
 def _convert(
-    source: CheckpointSource, plan: Plan, out: Path, *, resume: bool, force: bool, threads: int | None
+    source: CheckpointSource, plan: Plan, out: Path, *, resume: bool, force: bool, threads: int | None, device: str
 ) -> dict[str, Any]:
     import time
 
@@ -178,7 +191,7 @@ def _convert(
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     from kbit.ops.select import set_threads
-    from kbit.quantizers.convert import convert
+    from kbit.quantizers.convert import convert, on_gpu
     from kbit.quantizers.plan import TensorPlan
 
     set_threads(threads)
@@ -191,7 +204,8 @@ def _convert(
         def on_tensor(tensor: TensorPlan) -> None:
             bar.update(task, advance=1, description=f"{tensor.source.name} {tensor.label}")
 
-        done = convert(source, plan, out, resume=resume, overwrite=force, on_tensor=on_tensor)
+        quantize = on_gpu() if device == "cuda" else None
+        done = convert(source, plan, out, resume=resume, overwrite=force, on_tensor=on_tensor, quantize=quantize)
         bar.update(task, completed=len(plan.tensors), description="done")
     return {
         "seconds": time.perf_counter() - begin,

@@ -28,7 +28,7 @@ CHUNK_WEIGHTS = 1 << 22
 
 # Values sampled, evenly spaced, to estimate a quantile codebook. With 2^20 values the standard error of the outermost
 # 8-bit quantile's probability (1/510) is 4e-5, 2 % of it.
-_QUANTILE_SAMPLE = 1 << 20
+QUANTILE_SAMPLE = 1 << 20
 
 
 def quantize_blockwise(x: torch.Tensor, format: QuantFormat, *, like: QuantTensor | None = None) -> QuantTensor:
@@ -116,7 +116,7 @@ def _fit(
     rows, columns = shape
     all_scales, all_offsets, samples = [], [], []
     # A stride with a factor in common with the row length would leave out most columns.
-    stride = max(1, rows * columns // _QUANTILE_SAMPLE)
+    stride = max(1, rows * columns // QUANTILE_SAMPLE)
     while gcd(stride, columns) != 1:
         stride += 1
     for start, stop in chunks:

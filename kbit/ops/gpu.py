@@ -5,6 +5,8 @@ from __future__ import annotations
 from importlib.util import find_spec
 from pathlib import Path
 
+from kbit.kernels.triton.limits import DECODE_TOKENS, GEMV_TOKENS
+
 NVIDIA = Path("/proc/driver/nvidia/gpus")
 AMD = Path("/sys/class/kfd/kfd/topology/nodes")
 
@@ -24,6 +26,27 @@ def gpu_summary(nvidia: Path = NVIDIA, amd: Path = AMD) -> str | None:
         names.append(lines.get("Model", "NVIDIA GPU").strip())
     names += [name for file in sorted(amd.glob("*/name")) if (name := _text(file).strip())]
     return ", ".join(names) or None
+
+
+def gpu_kernels(float_weights: bool) -> dict[str, str]:
+    """Which kernel of kbit.kernels.triton runs what of a model on a GPU.
+
+    Args:
+        float_weights: the model has matrices that are not quantized.
+    """
+    kernels = {
+        "embedding": "embed",
+        "norms": "rms_norm",
+        f"products, up to {GEMV_TOKENS} tokens": "gemv",
+        f"products, more than {GEMV_TOKENS} tokens": "gemm",
+        "rotation and cache": "kv_append",
+        f"attention, up to {DECODE_TOKENS} new tokens a row": "attention_decode",
+        "attention, otherwise": "attention_prefill",
+        "activation": "in gemv and gemm; activate where gate and up have biases, or there is no gate",
+    }
+    if float_weights:
+        kernels["float weights"] = "torch.matmul"
+    return kernels
 
 
 def _text(file: Path) -> str:

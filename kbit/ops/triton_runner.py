@@ -20,6 +20,7 @@ from kbit.kernels.triton.attention_prefill import attention_prefill_paged
 from kbit.kernels.triton.embed import embed
 from kbit.kernels.triton.kv_append import kv_append
 from kbit.kernels.triton.layout import TritonWeight
+from kbit.kernels.triton.limits import DECODE_TOKENS
 from kbit.kernels.triton.matmul import gated_matmul, matmul
 from kbit.kernels.triton.norm import rms_norm
 from kbit.ops.backend import Definition, Group
@@ -33,10 +34,6 @@ from kbit.ops.triton_weight import merge, triton_weight
 
 # Tokens that go through the model at once: bounds the memory of activations, and fills any GPU.
 PASS_ROWS = 2048
-
-# Up to so many new tokens per row, the same for all, attention is cut along the cached tokens (attention_decode): a
-# drafted continuation, too, is mostly reading the cache.
-DECODE_TOKENS = 8
 
 
 @dataclass(frozen=True, eq=False)

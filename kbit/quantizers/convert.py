@@ -15,8 +15,12 @@ from kbit.checkpoint.writer import CheckpointWriter, finished_plan, remove_lefto
 from kbit.errors import CheckpointError, KbitError
 from kbit.formats.blockwise import CHUNK_WEIGHTS, quantize_rows
 from kbit.formats.codebooks import codebook
-from kbit.formats.quant_tensor import SAFETENSORS_TO_TORCH
+from kbit.formats.quant_format import QuantFormat
+from kbit.formats.quant_tensor import SAFETENSORS_TO_TORCH, QuantTensor
 from kbit.quantizers.plan import Plan, TensorPlan, check_disk
+
+# A weight of a source, by name, rounded to nearest in a format.
+Quantize = Callable[[CheckpointSource, str, QuantFormat], QuantTensor]
 
 
 @dataclass(frozen=True)
@@ -46,6 +50,7 @@ def convert(
     resume: bool = True,
     overwrite: bool = False,
     on_tensor: Callable[[TensorPlan], None] | None = None,
+    quantize: Quantize | None = None,
 ) -> Conversion:
     """Carry out a plan by rounding to nearest.
 
@@ -56,6 +61,7 @@ def convert(
         resume: continue an interrupted run of the same plan.
         overwrite: replace a finished model.
         on_tensor: called after each tensor (also for those found finished on resuming).
+        quantize: who rounds; None: the CPU (`quantize_rows`).
 
     Raises:
         KbitError and its kinds: see CheckpointWriter and quantize_rows; everything written stays for a rerun.
@@ -76,8 +82,10 @@ def convert(
         found = writer.done
         for tensor in plan.tensors:
             if tensor.source.name not in found:
-                write = _write_kept if tensor.format is None else _write_quantized
-                write(source, tensor, writer)
+                if tensor.format is None:
+                    _write_kept(source, tensor, writer)
+                else:
+                    _write_quantized(source, tensor, writer, quantize or _on_cpu)
             if on_tensor is not None:
                 on_tensor(tensor)
         writer.finish(quantized_config(source.config, plan), source.sidecar_files())
@@ -106,12 +114,30 @@ def quantized_config(config: Mapping[str, Any], plan: Plan) -> dict[str, Any]:
     return {**config, "quantization_config": section}
 
 
-def _write_quantized(source: CheckpointSource, tensor: TensorPlan, writer: CheckpointWriter) -> None:
+def on_gpu(device: torch.device | str = "cuda") -> Quantize:
+    """Rounding on a GPU, by the Triton kernels: the same bytes as on the CPU.
+
+    A tensor is read whole, as float32, on the host and on the GPU.
+    """
+    from kbit.kernels.triton.quantize import quantize
+
+    def run(source: CheckpointSource, name: str, format: QuantFormat) -> QuantTensor:
+        return quantize(source.read(name).to(device), format, name=name).to("cpu")
+
+    return run
+
+
+def _on_cpu(source: CheckpointSource, name: str, format: QuantFormat) -> QuantTensor:
+    rows, columns = source.tensors[name].shape
+    return quantize_rows(lambda start, stop: source.read_rows(name, start, stop), (rows, columns), format, name=name)
+
+
+def _write_quantized(
+    source: CheckpointSource, tensor: TensorPlan, writer: CheckpointWriter, quantize: Quantize
+) -> None:
     assert tensor.format is not None
-    name, (rows, columns) = tensor.source.name, tensor.source.shape
-    quantized = quantize_rows(
-        lambda start, stop: source.read_rows(name, start, stop), (rows, columns), tensor.format, name=name
-    )
+    name = tensor.source.name
+    quantized = quantize(source, name, tensor.format)
     writer.write(name, {f"{name}.{suffix}": [_bytes(array)] for suffix, array in quantized.stored.items()})
 
 

@@ -13,8 +13,7 @@ from kbit.errors import UnsupportedError
 from kbit.kernels.triton.gemm import gemm
 from kbit.kernels.triton.gemv import GATES, gemv
 from kbit.kernels.triton.layout import TritonWeight
-
-GEMV_TOKENS = 4
+from kbit.kernels.triton.limits import GEMV_TOKENS
 
 
 def describe(weight: TritonWeight, tokens: int) -> str:

@@ -218,13 +218,16 @@ def encode(
     return planes
 
 
-def quantize(x: torch.Tensor, format: QuantFormat, *, like: QuantTensor | None = None) -> QuantTensor:
+def quantize(
+    x: torch.Tensor, format: QuantFormat, *, like: QuantTensor | None = None, name: str = "tensor"
+) -> QuantTensor:
     """Quantize a matrix by rounding to nearest: kbit.formats.blockwise.quantize_blockwise, on x's device.
 
     Args:
         x: (N, K) fp16, bf16 or fp32.
         format: the target format.
         like: take codebook and scales from this tensor (on the same device) instead of computing them.
+        name: what to call the tensor in errors.
 
     Raises:
         KbitError: x is empty, holds NaN or infinity, or a scale does not fit its stored type.
@@ -232,11 +235,11 @@ def quantize(x: torch.Tensor, format: QuantFormat, *, like: QuantTensor | None =
     x = x.detach()
     rows, columns = x.shape
     if rows < 1 or columns < 1:
-        raise KbitError(f"tensor is empty, {rows} x {columns}: there is nothing to quantize")
+        raise KbitError(f"{name} is empty, {rows} x {columns}: there is nothing to quantize")
     if like is not None and (like.format, like.shape) != (format, (rows, columns)):
         raise KbitError(f"`like` is {like.format} {like.shape}, not {format} {(rows, columns)}")
     if not bool(torch.isfinite(x.float().sum())) and (bad := int((~torch.isfinite(x)).sum())):
-        raise KbitError(f"tensor: {bad} weights are NaN or infinite: mend the source")
+        raise KbitError(f"{name}: {bad} weights are NaN or infinite: mend the source")
     x = x if x.stride(1) == 1 or columns == 1 else x.contiguous()
     if like is None:
         scales, offsets = block_statistics(x, format.block_size, format.asymmetric)
@@ -265,7 +268,7 @@ def quantize(x: torch.Tensor, format: QuantFormat, *, like: QuantTensor | None =
 def _sample(x: torch.Tensor) -> torch.Tensor:
     """The values a quantile codebook is estimated from, the same as on the CPU."""
     rows, columns = x.shape
-    stride = max(1, rows * columns // blockwise._QUANTILE_SAMPLE)
+    stride = max(1, rows * columns // blockwise.QUANTILE_SAMPLE)
     while gcd(stride, columns) != 1:
         stride += 1
     return x.reshape(-1)[::stride]
