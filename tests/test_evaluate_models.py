@@ -252,7 +252,7 @@ class TestReport:
             ({"context": 65}, "--context 65 exceeds the model's maximum of 64"),
             ({"context": 1}, "--context 1 is too short"),
             ({"device": "abacus"}, "abacus"),
-            ({"compute": "int4"}, "--compute int4: use one of int8, bf16, fp32"),
+            ({"compute": "int4"}, "--compute int4: use one of int8, fp16, bf16, fp32"),
             ({"kv_bits": 7}, "--kv-bits 7: use one of 2, 3, 4, 8, 16, 32"),
             ({"backend": "reference", "kv_bits": 4}, "--kv-bits 4: the reference backend has only 32"),
             ({"reference_backend": "abacus"}, "--reference-backend abacus: use reference or native"),

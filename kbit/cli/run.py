@@ -36,6 +36,7 @@ from kbit.cli.options import (
     show,
     streaming_output,
 )
+from kbit.cli.processes import processes
 
 if TYPE_CHECKING:
     from kbit.checkpoint.source import CheckpointSource
@@ -90,7 +91,94 @@ def run(
       kbit run - --model out/ --max-tokens 200 --json < prompt.txt
 
       kbit run --chat "Correct the spelling: ..." --speculate ngram
+
+      torchrun --nproc-per-node 2 -m kbit run "Once upon a time" --device cuda
     """
+    with processes() as peers:
+        text = peers.decided_by_first(
+            lambda: _question(prompt, chat, system, max_tokens, stop, speculate, draft_tokens)
+        )
+
+        from functools import partial
+
+        from kbit.engine.conversation import chat_prompt
+        from kbit.engine.generate import generate
+        from kbit.engine.loader import load_model
+        from kbit.engine.prompt_cache import check_prompt
+        from kbit.engine.sampler import SamplingParams
+        from kbit.engine.speculative import NGRAM, Speculation, load_drafter
+        from kbit.models.families import spec_from_config
+        from kbit.ops.select import select_backend
+
+        ids: list[int] = []
+        speculation: Speculation | None = None
+        seed = peers.seed(seed)
+        peers.fetch([name for name in (model, speculate) if name not in (None, NGRAM)])
+        with peers.together():
+            params = SamplingParams(
+                temperature=temperature,
+                top_k=top_k,
+                top_p=top_p,
+                min_p=min_p,
+                repetition_penalty=repetition_penalty,
+                presence_penalty=presence_penalty,
+                frequency_penalty=frequency_penalty,
+                seed=seed,
+            )
+            chosen = select_backend(device, backend=backend, threads=threads, compute=compute, kv_bits=kv_bits)
+            load = partial(load_model, threads=threads, backend=peers.split(chosen), group=peers.group)
+
+            def prepare(tokenizer: Tokenizer, source: CheckpointSource) -> None:
+                nonlocal speculation
+                if chat:
+                    messages = [{"role": "user", "content": text}]
+                    if system is not None:
+                        messages.insert(0, {"role": "system", "content": system})
+                    ids.extend(chat_prompt(tokenizer, messages, model))
+                else:
+                    ids.extend(tokenizer.encode(text))
+                check_prompt(ids, spec_from_config(source.config, where=f"config of {source.path}"))
+                if speculate is not None:
+                    most = draft_limit(speculate, draft_tokens)
+                    speculation = Speculation(load_drafter(speculate, model, tokenizer, load), most)
+
+            loaded = load(model, check=prepare)
+            generation = generate(
+                loaded.decoder,
+                loaded.tokenizer,
+                ids,
+                params,
+                max_tokens=max_tokens,
+                stop=stop or (),
+                continues_prompt=not chat,
+                speculation=speculation,
+            )
+        if not peers.speaks:
+            result = generation.run()
+        elif as_json:
+            from kbit.cli.output import print_json
+
+            result = generation.run()
+            print_json(report(result, loaded))
+        else:
+            with streaming_output():
+                result = generation.run(show)
+                show("\n")
+            typer.echo(statistics(result, loaded), err=True)
+        if result.finish_reason == "interrupted":
+            raise typer.Exit(INTERRUPTED)
+
+
+def _question(
+    prompt: str | None,
+    chat: bool,
+    system: str | None,
+    max_tokens: int,
+    stop: list[str] | None,
+    speculate: str | None,
+    draft_tokens: int | None,
+) -> str:
+    """The prompt, once the flags that need no model are known to make sense."""
     from kbit.errors import UsageError
 
     check_limits(max_tokens, stop)
@@ -98,72 +186,8 @@ def run(
         check_text("--system", system)
         if not chat:
             raise UsageError("--system needs --chat: a text to continue has no system message")
-    most = draft_limit(speculate, draft_tokens)
-    text = read_prompt(prompt)
-
-    from functools import partial
-
-    from kbit.engine.conversation import chat_prompt
-    from kbit.engine.generate import generate
-    from kbit.engine.loader import load_model
-    from kbit.engine.prompt_cache import check_prompt
-    from kbit.engine.sampler import SamplingParams
-    from kbit.engine.speculative import Speculation, load_drafter
-    from kbit.models.families import spec_from_config
-    from kbit.ops.select import select_backend
-
-    params = SamplingParams(
-        temperature=temperature,
-        top_k=top_k,
-        top_p=top_p,
-        min_p=min_p,
-        repetition_penalty=repetition_penalty,
-        presence_penalty=presence_penalty,
-        frequency_penalty=frequency_penalty,
-        seed=seed,
-    )
-
-    ids: list[int] = []
-    speculation: Speculation | None = None
-    chosen = select_backend(device, backend=backend, threads=threads, compute=compute, kv_bits=kv_bits)
-    load = partial(load_model, threads=threads, backend=chosen)
-
-    def prepare(tokenizer: Tokenizer, source: CheckpointSource) -> None:
-        nonlocal speculation
-        if chat:
-            messages = [{"role": "user", "content": text}]
-            if system is not None:
-                messages.insert(0, {"role": "system", "content": system})
-            ids.extend(chat_prompt(tokenizer, messages, model))
-        else:
-            ids.extend(tokenizer.encode(text))
-        check_prompt(ids, spec_from_config(source.config, where=f"config of {source.path}"))
-        if speculate is not None:
-            speculation = Speculation(load_drafter(speculate, model, tokenizer, load), most)
-
-    loaded = load(model, check=prepare)
-    generation = generate(
-        loaded.decoder,
-        loaded.tokenizer,
-        ids,
-        params,
-        max_tokens=max_tokens,
-        stop=stop or (),
-        continues_prompt=not chat,
-        speculation=speculation,
-    )
-    if as_json:
-        from kbit.cli.output import print_json
-
-        result = generation.run()
-        print_json(report(result, loaded))
-    else:
-        with streaming_output():
-            result = generation.run(show)
-            show("\n")
-        typer.echo(statistics(result, loaded), err=True)
-    if result.finish_reason == "interrupted":
-        raise typer.Exit(INTERRUPTED)
+    draft_limit(speculate, draft_tokens)
+    return read_prompt(prompt)
 
 
 def report(result: GenerationResult, loaded: LoadedModel) -> dict[str, Any]:

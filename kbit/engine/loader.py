@@ -15,6 +15,7 @@ from kbit.models.decoder import Decoder
 if TYPE_CHECKING:
     from kbit.checkpoint.source import CheckpointSource
     from kbit.ops.backend import Backend
+    from kbit.ops.tensor_parallel import Group
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,6 +53,7 @@ def load_model(
     backend: str | Backend = "auto",
     compute: str | None = None,
     kv_bits: int | None = None,
+    group: Group | None = None,
     check: Callable[[Tokenizer, CheckpointSource], object] | None = None,
 ) -> LoadedModel:
     """Loads a model.
@@ -62,20 +64,29 @@ def load_model(
         threads: CPU threads, also of torch for the whole process; None takes one per physical core and leaves torch's.
         backend, compute, kv_bits: who computes and how, see `kbit.ops.select.select_backend`. Or a backend there is
             already, which then says all of it: models that take turns should share one, and with it its threads.
+        group: processes among which the model is split (`kbit.ops.tensor_parallel`), this one among them. Each loads
+            its share; all must then ask for the same tokens. A backend that is given must be of this group.
         check: called with tokenizer and checkpoint before any weight is read, to refuse early what these can tell.
 
     Raises:
         UsageError: no such model, or a value of the other arguments that does not exist or does not fit the rest.
-        CheckpointError, UnsupportedError: the model cannot be read or run.
+        CheckpointError, UnsupportedError: the model cannot be read or run, or not be split like this.
     """
     from kbit.checkpoint.resolve import open_model
     from kbit.models.load import load_decoder
+    from kbit.models.shard import shard
     from kbit.ops.select import select_backend, set_threads
 
     set_threads(threads)
     # Before the model: a wrong device needs no download to be reported.
     if isinstance(backend, str):
         backend = select_backend(device, backend=backend, threads=threads, compute=compute, kv_bits=kv_bits)
+        if group is not None:
+            from kbit.ops.tensor_parallel import split
+
+            backend = split(backend, group)
+    elif getattr(backend, "group", None) is not group:
+        raise ValueError(f"the {backend.name} backend was not made for this group of processes")
     with open_model(model) as source:
         start = perf_counter()
         # Parsing a tokenizer takes a quarter of the time (SmolLM2-135M: 0.1 of 0.4 s) and hardly needs Python's lock:
@@ -85,7 +96,8 @@ def load_model(
             if check is not None:
                 check(parsing.result(), source)
             try:
-                decoder = load_decoder(source, backend)
+                part = source if group is None else shard(source, group.rank, group.size)
+                decoder = load_decoder(part, backend)
             except KbitError:
                 parsing.result()  # what is wrong with the tokenizer is told first, as if it had been read first
                 raise

@@ -74,10 +74,10 @@ def shard(source: CheckpointSource, rank: int, world: int) -> ShardedSource:
 def _share(source: CheckpointSource, spec: ModelSpec, rank: int, world: int) -> Share:
     where = f"{source.path}: cannot be split among {world} processes"
     if not _heads_divide(spec, world):
-        fewer = [str(count) for count in range(1, world) if _heads_divide(spec, count)]
+        counts = [str(count) for count in range(2, spec.heads + 1) if _heads_divide(spec, count)]
         raise UnsupportedError(
             f"{where}: it has {spec.heads} attention heads and {spec.kv_heads} key/value heads; use "
-            f"{' or '.join(fewer)}"
+            + (f"{' or '.join(counts)}" if counts else "one process")
         )
     heads = spec.heads // world
     kv_heads = max(1, spec.kv_heads // world)

@@ -28,7 +28,7 @@ _RANK, _WORLD, _LOCAL, _MEETING = "RANK", "WORLD_SIZE", "LOCAL_RANK", ("MASTER_A
 
 # How long a process waits for the others. One that died ends them all through torchrun; what takes long is downloading
 # a model, which the first does while the others wait.
-_PATIENCE = timedelta(days=1)
+_PATIENCE = timedelta(hours=6)
 
 
 class PeerError(KbitError):

@@ -120,9 +120,11 @@ def on_gpu(device: torch.device | str = "cuda") -> Quantize:
     A tensor is read whole, as float32, on the host and on the GPU.
     """
     from kbit.kernels.triton.quantize import quantize
+    from kbit.kernels.triton.target import active
 
     def run(source: CheckpointSource, name: str, format: QuantFormat) -> QuantTensor:
-        return quantize(source.read(name).to(device), format, name=name).to("cpu")
+        with active(device):
+            return quantize(source.read(name).to(device), format, name=name).to("cpu")
 
     return run
 

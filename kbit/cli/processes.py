@@ -1,0 +1,100 @@
+"""A command that torchrun starts several times at once: they act as one, and the first speaks for all.
+
+Imports nothing heavy, and without torchrun it does nothing.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import TYPE_CHECKING, TypeVar
+
+import typer
+
+if TYPE_CHECKING:
+    from kbit.ops.backend import Backend
+    from kbit.ops.tensor_parallel import Group
+
+T = TypeVar("T")
+
+
+class Peers:
+    """The processes of one command; usually this one alone.
+
+    Attributes:
+        group: how they reach each other; None for one alone.
+        speaks: whether this is the one that prints.
+    """
+
+    def __init__(self, group: Group | None) -> None:
+        self.group = group
+        self.speaks = group is None or group.rank == 0
+
+    def decided_by_first(self, work: Callable[[], T]) -> T:
+        """What `work` gives in the process that speaks, which alone calls it. It must be fit for JSON."""
+        return work() if self.group is None else self.group.decided_by_first(work)
+
+    def together(self) -> AbstractContextManager[None]:
+        """A block that fails everywhere if it fails anywhere; nothing in it may use the group."""
+        return nullcontext() if self.group is None else self.group.together()
+
+    def seed(self, seed: int | None) -> int | None:
+        """A seed for all: without one, each would draw its own."""
+        if self.group is None or seed is not None:
+            return seed
+        import secrets
+
+        return self.group.decided_by_first(lambda: secrets.randbits(63))
+
+    def fetch(self, models: list[str]) -> None:
+        """Has models downloaded, if need be, once and with one progress bar, before all open them."""
+        if self.group is None:
+            return
+        from kbit.checkpoint.resolve import open_model
+
+        def fetch() -> None:
+            for model in models:
+                open_model(model).close()
+
+        self.group.decided_by_first(fetch)
+
+    def split(self, backend: Backend) -> Backend:
+        """The backend for this process's share of a model."""
+        if self.group is None:
+            return backend
+        from kbit.ops.tensor_parallel import split
+
+        return split(backend, self.group)
+
+
+@contextmanager
+def processes() -> Iterator[Peers]:
+    """The processes of this command. An error of any is printed by one, and ends all.
+
+    Raises:
+        UsageError, UnsupportedError, KbitError: they cannot meet (`kbit.ops.tensor_parallel.join`).
+    """
+    if "RANK" not in os.environ or os.environ.get("WORLD_SIZE", "1") == "1":
+        yield Peers(None)
+        return
+    from kbit.ops.tensor_parallel import PeerError, join
+
+    group = join()
+    try:
+        yield Peers(group)
+    except PeerError as error:
+        if group.rank == 0:
+            raise
+        raise typer.Exit(error.exit_code) from None
+    except KeyboardInterrupt:
+        if group.rank == 0:
+            raise
+        raise typer.Exit(130) from None
+    except BrokenPipeError:
+        # Alone, a process whose reader has gone ends well. Here the others would wait for it: torchrun ends them when
+        # one ends badly.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise typer.Exit(1) from None
+    group.close()  # not after an error: the others may not come
