@@ -1,4 +1,4 @@
-"""What the benchmarks share: the default model, as it is and converted, and the evaluation text."""
+"""What the benchmarks share: where they run, the default model, as it is and converted, and the evaluation text."""
 
 from __future__ import annotations
 
@@ -7,10 +7,47 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
+if TYPE_CHECKING:
+    import torch
+
 sys.path.insert(0, str(Path(__file__).parent))  # modules that benchmarks share: pytest's importlib mode adds no folders
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--device", default="cpu", help="cpu (the default), or a GPU: cuda, cuda:1: then only test_gpu_* run."
+    )
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """On a GPU only what measures it: the CPU's benchmarks take hours, and say nothing about it."""
+    if config.getoption("--device") == "cpu":
+        return
+    benchmarks = Path(__file__).parent
+    others = [item for item in items if item.path.parent == benchmarks and not item.path.name.startswith("test_gpu_")]
+    if others:
+        config.hook.pytest_deselected(items=others)
+        items[:] = [item for item in items if item not in others]
+
+
+@pytest.fixture(scope="session")
+def gpu(request: pytest.FixtureRequest) -> torch.device:
+    """The GPU that --device names; skips without one."""
+    import torch
+
+    name = request.config.getoption("--device")
+    if name == "cpu":
+        pytest.skip("measures a GPU: pytest benchmarks/ --device cuda")
+    pytest.importorskip("triton", reason="Triton is not installed: pip install triton")
+    if not torch.cuda.is_available():
+        pytest.skip(f"--device {name}: torch sees no GPU")
+    device = torch.device(name)
+    torch.cuda.set_device(device)
+    return torch.device("cuda", torch.cuda.current_device())
 
 
 @pytest.fixture(scope="session")

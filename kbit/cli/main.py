@@ -23,6 +23,7 @@ from kbit.cli.output import printable
 from kbit.cli.pull import pull
 from kbit.cli.quantize import quantize
 from kbit.cli.run import run
+from kbit.cli.tune import tune
 from kbit.errors import KbitError
 
 _MAX_MESSAGE = 1000
@@ -46,6 +47,7 @@ app.command(short_help="Convert a model to k-bit weights.")(quantize)
 app.command("eval", short_help="Measure perplexity and KL divergence.")(evaluate)
 app.command(short_help="Show a model's size and bits per weight.")(info)
 app.command(short_help="Fetch a model into the cache.")(pull)
+app.command(short_help="Time the GPU kernels' configurations and keep the fastest.")(tune)
 
 
 def _print_version(asked: bool) -> None:

@@ -87,6 +87,7 @@ def load_model(
             backend = split(backend, group)
     elif getattr(backend, "group", None) is not group:
         raise ValueError(f"the {backend.name} backend was not made for this group of processes")
+    prefer_tuned(backend)
     with open_model(model) as source:
         start = perf_counter()
         # Parsing a tokenizer takes a quarter of the time (SmolLM2-135M: 0.1 of 0.4 s) and hardly needs Python's lock:
@@ -102,3 +103,11 @@ def load_model(
                 parsing.result()  # what is wrong with the tokenizer is told first, as if it had been read first
                 raise
             return LoadedModel(model, decoder, parsing.result(), perf_counter() - start)
+
+
+def prefer_tuned(backend: Backend) -> None:
+    """Lets a GPU backend's kernels use what `kbit tune` found for its GPU, if anything."""
+    if backend.name == "triton":
+        from kbit.engine.tuned import use_tuned
+
+        use_tuned(backend.device)

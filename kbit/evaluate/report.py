@@ -10,6 +10,7 @@ from typing import Any
 
 from kbit.checkpoint.resolve import open_model
 from kbit.checkpoint.source import CheckpointSource
+from kbit.engine.loader import prefer_tuned
 from kbit.engine.process import peak_rss_bytes
 from kbit.engine.tokenizer import Tokenizer
 from kbit.errors import UsageError
@@ -187,6 +188,7 @@ def _backends(request: Request) -> tuple[Backend, Backend]:
     """
     how: dict[str, Any] = {"threads": request.threads, "compute": request.compute, "kv_bits": request.kv_bits}
     backend = select_backend(request.device, backend=request.backend, **how)
+    prefer_tuned(backend)
     if request.reference_backend == "reference":
         return backend, select_backend(request.device, backend="reference")
     if request.reference_backend != "native":

@@ -13,7 +13,6 @@ from kbit.kernels.triton.layout import prepare_weight
 from kbit.ops.backend import Definition, Group
 from kbit.ops.triton_kv_cache import TritonKVCache
 from kbit.ops.triton_weight import TritonMatrix
-from kbit.ops.tuned import use_tuned
 
 if TYPE_CHECKING:
     from kbit.ops.triton_runner import TritonRunner
@@ -67,7 +66,6 @@ class TritonBackend:
         # make no call that a capture forbids meanwhile. Nobody has tried this here on GPUs: until then, no graphs.
         self.graphs = (self.device.type == "cuda" and group is None) if graphs is None else graphs
         self.group = group
-        use_tuned(self.device)
 
     def describe(self) -> str:
         where = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "Triton's interpreter"

@@ -16,8 +16,9 @@ strings, so a prepared weight travels as its tensors and a description:
 from __future__ import annotations
 
 import json
-from functools import lru_cache
-from typing import Any
+from collections.abc import Callable
+from functools import lru_cache, wraps
+from typing import Any, TypeVar
 
 import torch
 
@@ -31,6 +32,9 @@ from kbit.kernels.triton import matmul as _matmul
 from kbit.kernels.triton import norm as _norm
 from kbit.kernels.triton import softcap as _softcap
 from kbit.kernels.triton.layout import TritonWeight
+from kbit.kernels.triton.target import active
+
+F = TypeVar("F", bound=Callable[..., Any])
 
 _PARTS = ("scales", "scales_super", "offsets", "offsets_super", "table", "dense")
 _FIXED = ("format", "shape", "padded", "kind", "zero", "multiplier", "lift", "bits", "block_size")
@@ -65,7 +69,20 @@ def _rows_of(description: str) -> int:
     return int(_parsed(description)["shape"][0])
 
 
+def _where_its_tensors_are(run: F) -> F:
+    """Launches on the GPU of the first argument, as torch's own operators do, whichever is current."""
+
+    @wraps(run)
+    def there(first: Any, *others: Any, **options: Any) -> Any:
+        tensor = first if isinstance(first, torch.Tensor) else first[0]
+        with active(tensor.device):
+            return run(first, *others, **options)
+
+    return there  # type: ignore[return-value]
+
+
 @torch.library.custom_op("kbit::matmul", mutates_args=())
+@_where_its_tensors_are
 def matmul(
     x: torch.Tensor,
     tensors: list[torch.Tensor],
@@ -83,6 +100,7 @@ def _(x, tensors, description, bias=None, residual=None, out_dtype=None):
 
 
 @torch.library.custom_op("kbit::gated_matmul", mutates_args=())
+@_where_its_tensors_are
 def gated_matmul(
     x: torch.Tensor,
     gate: list[torch.Tensor],
@@ -101,6 +119,7 @@ def _(x, gate, gate_description, up, up_description, kind, out_dtype=None):
 
 
 @torch.library.custom_op("kbit::embed", mutates_args=())
+@_where_its_tensors_are
 def embed(
     tensors: list[torch.Tensor], description: str, ids: torch.Tensor, dtype: torch.dtype | None = None
 ) -> torch.Tensor:
@@ -114,6 +133,7 @@ def _(tensors, description, ids, dtype=None):
 
 
 @torch.library.custom_op("kbit::rms_norm", mutates_args=())
+@_where_its_tensors_are
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float, out_dtype: torch.dtype | None = None) -> torch.Tensor:
     return _norm.rms_norm(x, weight, eps, out_dtype=out_dtype)[0]
 
@@ -124,6 +144,7 @@ def _(x, weight, eps, out_dtype=None):
 
 
 @torch.library.custom_op("kbit::add_rms_norm", mutates_args=())
+@_where_its_tensors_are
 def add_rms_norm(
     x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float, out_dtype: torch.dtype | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -136,6 +157,7 @@ def _(x, residual, weight, eps, out_dtype=None):
 
 
 @torch.library.custom_op("kbit::layer_norm", mutates_args=())
+@_where_its_tensors_are
 def layer_norm(
     x: torch.Tensor,
     weight: torch.Tensor,
@@ -152,6 +174,7 @@ def _(x, weight, bias, eps, out_dtype=None):
 
 
 @torch.library.custom_op("kbit::activate", mutates_args=())
+@_where_its_tensors_are
 def activate(
     gate: torch.Tensor, up: torch.Tensor | None, kind: str, out_dtype: torch.dtype | None = None
 ) -> torch.Tensor:
@@ -164,6 +187,7 @@ def _(gate, up, kind, out_dtype=None):
 
 
 @torch.library.custom_op("kbit::softcap", mutates_args=())
+@_where_its_tensors_are
 def softcap(x: torch.Tensor, cap: float) -> torch.Tensor:
     return _softcap.softcap(x, cap)
 
@@ -174,6 +198,7 @@ def _(x, cap):
 
 
 @torch.library.custom_op("kbit::kv_append", mutates_args=("k_pages", "v_pages"))
+@_where_its_tensors_are
 def kv_append(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -198,6 +223,7 @@ def _(q, k, v, cos, sin, slots, k_pages, v_pages, k_kind, v_kind, rope_rows=None
 
 
 @torch.library.custom_op("kbit::attention_decode", mutates_args=())
+@_where_its_tensors_are
 def attention_decode(
     q: torch.Tensor,
     k_pages: torch.Tensor,
@@ -225,6 +251,7 @@ def _(q, *others, **options):
 
 
 @torch.library.custom_op("kbit::attention_prefill_paged", mutates_args=())
+@_where_its_tensors_are
 def attention_prefill_paged(
     q: torch.Tensor,
     bounds: torch.Tensor,
@@ -252,6 +279,7 @@ def _(q, *others, **options):
 
 
 @torch.library.custom_op("kbit::dequantize_planes", mutates_args=())
+@_where_its_tensors_are
 def dequantize_planes(
     planes: list[torch.Tensor],
     scales: torch.Tensor,
