@@ -169,8 +169,8 @@ def _check_gpu(device: str) -> None:
 
     if not torch.cuda.is_available():
         raise UnsupportedError(
-            "kbit tune times kernels on a GPU, and torch sees none. Is there one, and is torch built for it (pip "
-            "install torch from download.pytorch.org/whl/cu... or rocm...)? Without one there is nothing to tune"
+            "kbit tune times kernels on a GPU, and torch sees none. Is there one, and is this torch a CUDA "
+            "or ROCm build? Without a GPU there is nothing to tune"
         )
     index = device.partition(":")[2]
     if index and not (index.isdecimal() and int(index) < torch.cuda.device_count()):

@@ -52,8 +52,8 @@ class TritonBackend:
         self.device = torch.device(device)
         if self.device.type == "cuda" and not torch.cuda.is_available():
             raise UnsupportedError(
-                "--device cuda: torch sees no GPU. Is there one, and is torch built for it (pip install torch from "
-                "download.pytorch.org/whl/cu... or rocm...)? Otherwise use --device cpu"
+                "--device cuda: torch sees no GPU. Is there one, and is this torch a CUDA or ROCm build? Otherwise use "
+                "--device cpu"
             )
         if self.device.type != "cuda" and not triton.knobs.runtime.interpret:
             raise UnsupportedError(f"the Triton backend runs on GPUs, not on {self.device}")
