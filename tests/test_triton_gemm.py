@@ -13,6 +13,7 @@ from kbit.errors import UnsupportedError  # noqa: E402
 from kbit.formats.blockwise import quantize_blockwise  # noqa: E402
 from kbit.formats.quant_tensor import QuantTensor  # noqa: E402
 from kbit.kernels import reference  # noqa: E402
+from kbit.kernels.triton import gemm as gemm_module  # noqa: E402
 from kbit.kernels.triton.configs import GemmConfig, Problem, gemm_candidates, gemm_config  # noqa: E402
 from kbit.kernels.triton.gemm import gemm  # noqa: E402
 from kbit.kernels.triton.gemm_int8 import gemm_int8, quantize_tokens  # noqa: E402
@@ -147,6 +148,17 @@ def test_gate_and_up(device: str, texts: tuple[str, str], kind: str, tokens: int
     # |act'| is at most 1.13 for each of these activations, |act(g)| at most |g|.
     bound = 1.13 * error_g * (u.abs() + error_u) + g.abs() * error_u + 4 * unit(torch.float16) * expected.abs() + 1e-7
     assert_within(got.float(), expected, bound)
+
+
+def test_more_elements_than_a_launch_may_have(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    weight = prepare_weight(quantized("int4-b64", 48, 128), device)
+    x, residual, gate = (normal(70, width, seed=width).half().to(device) for width in (128, 48, 48))
+    whole = gemm(x, weight, None, residual, gate=gate, kind="silu", config=SUMS)
+    launches = []
+    monkeypatch.setattr(gemm_module, "MOST_ELEMENTS", 33 * 128)  # two tiles of 16 tokens
+    monkeypatch.setattr(gemm_module, "launch", lambda *a, launch=gemm_module.launch: (launches.append(a), launch(*a)))
+    assert torch.equal(gemm(x, weight, None, residual, gate=gate, kind="silu", config=SUMS), whole)
+    assert [len(launch[0]) for launch in launches] == [32, 32, 6]
 
 
 def test_no_tokens(device: str) -> None:

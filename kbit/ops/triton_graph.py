@@ -26,15 +26,24 @@ class DecodeGraph:
             launch the same kernels on the same memory whatever the values.
         owner: whose step it is.
         cache: whose tensors the step uses.
-        device: a CUDA device.
+        device: a CUDA device, the current one.
+        held: other tensors that the step reads and that nobody else may keep: a graph holds addresses, not tensors.
 
     Attributes:
         owner: as given.
         version: of the cache when it was captured. Once that has another, the graph works on memory that is gone.
     """
 
-    def __init__(self, step: Step, owner: object, cache: TritonKVCache, device: torch.device) -> None:
+    def __init__(
+        self,
+        step: Step,
+        owner: object,
+        cache: TritonKVCache,
+        device: torch.device,
+        held: Sequence[torch.Tensor] = (),
+    ) -> None:
         self.owner = owner
+        self._held = tuple(held)
         self.version = cache.version
         self._row_slots = cache.block_table.shape[1] * PAGE
         batch = cache.batch
@@ -42,7 +51,8 @@ class DecodeGraph:
         self._values = torch.zeros((3, batch), dtype=torch.int64, device=device)
         ids, positions, slots = self._values
         # Trying the step out writes a token to position 0 of every row: what is there is kept and put back.
-        kept = [(part, part[cache.block_table[:, 0].long()].clone()) for part in (*cache.keys, *cache.values)]
+        first = cache.block_table[:, 0].long()
+        kept = [(part, part[first]) for part in (*cache.keys, *cache.values)]
         slots.copy_(torch.arange(batch, device=device) * self._row_slots)
 
         def run() -> torch.Tensor:
@@ -50,14 +60,18 @@ class DecodeGraph:
 
         stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         stream.wait_stream(torch.cuda.current_stream(device))
-        with torch.cuda.stream(stream):
-            run()
-        torch.cuda.current_stream(device).wait_stream(stream)
-        self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._graph):
-            self._logits = run()
-        for part, pages in kept:
-            part[cache.block_table[:, 0].long()] = pages
+        try:
+            with torch.cuda.stream(stream):
+                run()
+            torch.cuda.current_stream(device).wait_stream(stream)
+            self._graph = torch.cuda.CUDAGraph()
+            # A stream of this device: the one that torch takes otherwise belongs to the first GPU it captured on. Other
+            # threads may allocate meanwhile, which the default mode takes for an error of this one.
+            with torch.cuda.graph(self._graph, stream=stream, capture_error_mode="thread_local"):
+                self._logits = run()
+        finally:  # also where memory ran out: the cache may be used on
+            for part, pages in kept:
+                part[first] = pages
 
     def __call__(self, ids: Sequence[int], lengths: Sequence[int]) -> torch.Tensor:
         """Logits (B, V) after one token per row; a copy.
@@ -68,10 +82,8 @@ class DecodeGraph:
         """
         # The copy before this one may still be under way where nobody has read the logits since.
         torch.cuda.current_stream(self._values.device).synchronize()
-        for row, (token, length) in enumerate(zip(ids, lengths, strict=True)):
-            self._host[0, row] = token
-            self._host[1, row] = length
-            self._host[2, row] = row * self._row_slots + length
+        slots = [row * self._row_slots + length for row, length in enumerate(lengths)]
+        self._host.copy_(torch.tensor([ids, lengths, slots]))
         self._values.copy_(self._host, non_blocking=True)
         self._graph.replay()
         return self._logits.clone()

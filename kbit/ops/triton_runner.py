@@ -23,6 +23,7 @@ from kbit.kernels.triton.layout import TritonWeight
 from kbit.kernels.triton.limits import DECODE_TOKENS
 from kbit.kernels.triton.matmul import gated_matmul, matmul
 from kbit.kernels.triton.norm import rms_norm
+from kbit.kernels.triton.target import active
 from kbit.ops.backend import Definition, Group
 from kbit.ops.cache import Cache
 from kbit.ops.lowering import fuse
@@ -144,7 +145,9 @@ class Replay:
         if residual is not None and self._group is not None:
             # In float32, as one process sums: half precision would halve what travels and round every part.
             total = self._group.sum(matmul(x, weights[0], out_dtype=torch.float32))
-            values[outs[0]] = residual + (total if biases[0] is None else total + biases[0])
+            if biases[0] is not None:
+                total += biases[0]
+            values[outs[0]] = total.add_(residual)
             return
         # The stream that norms read, and logits, stay in float32.
         exact = residual is not None or outs[0] is self._result
@@ -215,7 +218,7 @@ class TritonRunner:
     @torch.no_grad()
     def hidden(self, ids: torch.Tensor, cache: Cache, lengths: Sequence[int]) -> torch.Tensor:
         cache = _own(cache)
-        with self._lock:
+        with self._lock, active(self._device):
             parts = [self._body(*part) for part in self._passes(ids, cache, lengths)]
         empty = torch.empty((0, self._width), dtype=torch.float32, device=self._device)
         packed = torch.cat(parts or [empty])
@@ -225,8 +228,9 @@ class TritonRunner:
     @torch.no_grad()
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         x = hidden.to(self._device).reshape(-1, self._width)
-        with self._lock:
-            out = torch.cat([self._head(part, None) for part in torch.split(x, PASS_ROWS)])
+        with self._lock, active(self._device):
+            parts = [self._head(part, None) for part in torch.split(x, PASS_ROWS)]
+            out = parts[0] if len(parts) == 1 else torch.cat(parts)  # a copy of 2048 rows may be a gigabyte
             if self._group is not None:
                 out = self._group.from_first(out)
         return out.view(*hidden.shape[:-1], -1)
@@ -235,13 +239,13 @@ class TritonRunner:
     def forward(self, ids: torch.Tensor, cache: Cache, lengths: Sequence[int], last_only: bool) -> torch.Tensor:
         cache = _own(cache)
         if self._graphs and not self._rotary.by_length and all(length == 1 for length in lengths):
-            with self._lock:
+            with self._lock, active(self._device):
                 out = self._graph(cache)(ids[:, 0].tolist(), cache.host_lengths())
             cache.advance(lengths)
             return out[:, None]
         x = self.hidden(ids, cache, lengths)
         if last_only:
-            last = torch.tensor([max(length - 1, 0) for length in lengths], device=x.device)
+            last = self._upload(np.maximum(np.array(lengths), 1) - 1)  # torch.tensor(.., device) would wait for the GPU
             x = x[torch.arange(len(lengths), device=x.device), last][:, None]
         return self.logits(x)
 
@@ -260,7 +264,7 @@ class TritonRunner:
                 step = Pass(cache, slots, cos, sin, at, at[:, None], None, lengths, 1, cache.capacity)
                 return self._head(self._body(ids, step), None)
 
-            graph = cache.graph = DecodeGraph(run, self, cache, self._device)
+            graph = cache.graph = DecodeGraph(run, self, cache, self._device, held=(cos, sin))
         return graph
 
     def _passes(

@@ -198,10 +198,11 @@ def attend_range(
         if PAGED:
             page = tl.load(table + start // PAGE).to(tl.int64)
             place = start % PAGE + local
-            k_page, v_page = k_base + page * stride_k, v_base + page * stride_v
-            scores = scores_of(q, k_page, place, D, valid, D, K_BITS, K_DTYPE, M, SCALE_TILES)
-        else:
-            scores = scores_of(q, k_base, token, stride_k, valid, D, K_BITS, K_DTYPE, M, SCALE_TILES)
+            k_part, v_part = k_base + page * stride_k, v_base + page * stride_v
+            scores = scores_of(q, k_part, place, D, valid, D, K_BITS, K_DTYPE, M, SCALE_TILES)
+        else:  # 64 bits: tokens times stride may pass 2^31
+            k_part, v_part = k_base + start.to(tl.int64) * stride_k, v_base + start.to(tl.int64) * stride_v
+            scores = scores_of(q, k_part, local, stride_k, valid, D, K_BITS, K_DTYPE, M, SCALE_TILES)
         if HAS_CAP:  # tanh(x) = 1 - 2 / (1 + e^2x)
             scores = cap * (1.0 - 2.0 / (1.0 + tl.exp2(scores * (score_scale * 2.0 * LOG2_E))))
         distance = position[:, None] - token[None, :]
@@ -220,9 +221,9 @@ def attend_range(
         total = total * shrink + tl.sum(p, 1)
         largest = higher
         if PAGED:
-            sums = add_values(sums, p, shrink, v_page, place, D, valid, D, V_BITS, V_DTYPE, SCALE_TILES)
+            sums = add_values(sums, p, shrink, v_part, place, D, valid, D, V_BITS, V_DTYPE, SCALE_TILES)
         else:
-            sums = add_values(sums, p, shrink, v_base, token, stride_v, valid, D, V_BITS, V_DTYPE, SCALE_TILES)
+            sums = add_values(sums, p, shrink, v_part, local, stride_v, valid, D, V_BITS, V_DTYPE, SCALE_TILES)
     return sums, largest, total
 
 

@@ -28,7 +28,8 @@ from kbit.kernels.triton.target import current_arch
 MAX_ROWS = 64  # of a tile
 
 
-@triton.jit
+# `splits` and the table's width follow the lengths: their being 1 or a multiple of 16 is worth no kernel of its own.
+@triton.jit(do_not_specialize=["splits", "stride_table"])
 def attention_decode_kernel(
     q_ptr, k_pages, v_pages, table_ptr, position_ptr, length_ptr, slope_ptr, sums_ptr, stats_ptr,
     scale, cap, window, splits, stride_q_row, stride_q_token, stride_table, stride_k_page, stride_v_page,
@@ -89,7 +90,7 @@ def attention_decode_kernel(
     tl.store(stats_ptr + out * 2 + 1, total, mask=exists)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["splits"])
 def attention_combine_kernel(
     sums_ptr, stats_ptr, out_ptr, splits, factor,
     D: tl.constexpr, GROUPS: tl.constexpr, GROUP: tl.constexpr, V_BITS: tl.constexpr, BLOCK: tl.constexpr,
@@ -188,8 +189,10 @@ def attention_decode(
     check_pages(v_pages, v_format, "v_pages")
     kv_heads = k_pages.shape[1]
     check_queries(q, kv_heads, v_pages, block_table, slopes, window, soft_cap)
-    if positions.shape != (batch, tokens) or not positions.is_contiguous() or lengths.shape != (batch,):
+    if positions.shape != (batch, tokens) or lengths.shape != (batch,):
         raise ValueError(f"positions {tuple(positions.shape)}, lengths {tuple(lengths.shape)} for q {tuple(q.shape)}")
+    if not (positions.is_contiguous() and lengths.is_contiguous()):
+        raise ValueError("positions and lengths must be contiguous")
     out = torch.empty((batch, tokens, heads, dim), dtype=out_dtype or q.dtype, device=q.device)
     if out.numel() == 0:
         return out

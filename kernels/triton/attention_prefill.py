@@ -43,7 +43,7 @@ def turned_slab(sums, D: tl.constexpr, SLAB: tl.constexpr):
     return tl.dot(x, signs, input_precision="ieee")
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["stride_table"])  # it follows the cache's capacity
 def attention_prefill_kernel(
     q_ptr, k_ptr, v_ptr, table_ptr, bounds_ptr, lengths_ptr, slope_ptr, out_ptr,
     scale, cap, window, stride_q, stride_k, stride_v, stride_table,
@@ -237,6 +237,8 @@ def _launch(
 ) -> torch.Tensor:
     tokens, heads, dim = q.shape
     batch = bounds.shape[0] - 1
+    if not (bounds.is_contiguous() and lengths.is_contiguous()):
+        raise ValueError("bounds and lengths must be contiguous")
     k_format, v_format = formats
     out = torch.empty((tokens, heads, dim), dtype=out_dtype or q.dtype, device=q.device)
     if batch == 0 or max_queries < 1:

@@ -146,7 +146,7 @@ def dequantize_planes(
         scales if offsets is None else offsets.contiguous(),
         scales if offsets_super is None else offsets_super,
         codebook,
-        scales if ids is None else ids.reshape(-1),
+        scales if ids is None else ids.reshape(-1).contiguous(),
         out,
         columns,
         blocks,

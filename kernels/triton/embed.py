@@ -144,7 +144,7 @@ def embed(weight: TritonWeight, ids: torch.Tensor | None = None, dtype: torch.dt
     first, *others = weight.planes
     others += [first] * (2 - len(others))
     embed_kernel[(out.numel() // columns, triton.cdiv(columns, _BLOCK))](
-        scales if ids is None else ids.reshape(-1),
+        scales if ids is None else ids.reshape(-1).contiguous(),
         first,
         *others,
         scales if table is None else table,

@@ -43,8 +43,11 @@ from kbit.kernels.triton.target import current_arch
 # weight costs two conversions besides the product.
 SCALED_SUMS = 64
 
+# Offsets of activations and results are 32 bits wide: a launch has no more elements of either.
+MOST_ELEMENTS = 2**31 - 1
 
-@triton.jit
+
+@triton.jit(do_not_specialize=["tokens"])  # only compared with, and different in every pass
 def gemm_kernel(
     x_ptr, out_ptr, bias_ptr, residual_ptr, gate_ptr, order_ptr, expert_ptr,
     a_ptr, b_ptr, c_ptr, scales_ptr, factors_ptr, offsets_ptr, offset_factors_ptr, table_ptr,
@@ -187,13 +190,41 @@ def gemm(
     if gate is not None and config.split > 1:
         config = GemmConfig(config.tiles, config.tokens, config.columns, 1, config.warps, config.stages)
     out = torch.empty((tokens, rows), dtype=out_dtype or x.dtype, device=x.device)
+    most = tokens_per_launch(config, x, residual, gate, out)
+    if tokens <= most:
+        _product(x, weight, out, config, bias, residual, gate, kind)
+        return out
+    for start in range(0, tokens, most):
+        part = slice(start, start + most)
+        others = (None if residual is None else residual[part], None if gate is None else gate[part])
+        _product(x[part], weight, out[part], config, bias, *others, kind)
+    return out
+
+
+def tokens_per_launch(config: GemmConfig, *matrices: torch.Tensor | None) -> int:
+    """How many rows of these matrices a launch may take, whole tiles of a program."""
+    widest = max(matrix.stride(0) for matrix in matrices if matrix is not None)
+    return max(1, MOST_ELEMENTS // (config.split * max(1, widest) * config.tokens)) * config.tokens
+
+
+def _product(
+    x: torch.Tensor,
+    weight: TritonWeight,
+    out: torch.Tensor,
+    config: GemmConfig,
+    bias: torch.Tensor | None,
+    residual: torch.Tensor | None,
+    gate: torch.Tensor | None,
+    kind: str,
+) -> None:
+    """One launch, and the sum of its shares."""
+    tokens, rows = out.shape
     target = out
     if config.split > 1:
         target = torch.empty((config.split, tokens, rows), dtype=torch.float32, device=x.device)
     launch(x, weight, target, config, triton.cdiv(tokens, config.tokens), tokens, rows, bias, residual, gate, kind)
     if config.split > 1:
         add_shares(target, out, config.split, bias, residual, "")
-    return out
 
 
 def launch(

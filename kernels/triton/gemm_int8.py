@@ -24,6 +24,7 @@ import triton.language as tl
 from kbit.errors import UnsupportedError
 from kbit.kernels.triton.codes import decode_int8, load_plane, load_scale, operand, part
 from kbit.kernels.triton.configs import GemmConfig, gemm_int8_config
+from kbit.kernels.triton.gemm import tokens_per_launch
 from kbit.kernels.triton.gemv import check_product, problem_of, weight_pointers
 from kbit.kernels.triton.layout import ROW_TILE, TritonWeight
 from kbit.kernels.triton.target import current_arch
@@ -51,7 +52,7 @@ def quantize_tokens_kernel(x_ptr, out_ptr, scales_ptr, columns, padded_columns, 
         tl.store(out_ptr + m * padded_columns + at, rounded.to(tl.int8), mask=at < padded_columns)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens"])
 def gemm_int8_kernel(
     x_ptr, x_scales_ptr, out_ptr, bias_ptr, residual_ptr,
     a_ptr, b_ptr, c_ptr, scales_ptr, factors_ptr,
@@ -174,6 +175,8 @@ def gemm_int8(
     row_tiles = padded_rows // ROW_TILE
     values, scales = quantize_tokens(x, padded_columns)
     out = torch.empty((tokens, rows), dtype=out_dtype or x.dtype, device=x.device)
+    if tokens > (most := tokens_per_launch(config, values, residual, out)):
+        raise UnsupportedError(f"gemm_int8 takes at most {most} tokens of such a product, not {tokens}")
     gemm_int8_kernel[(triton.cdiv(row_tiles, config.tiles) * triton.cdiv(tokens, config.tokens),)](
         values, scales, out, out if bias is None else bias, out if residual is None else residual,
         *weight_pointers(weight)[:5],

@@ -17,7 +17,7 @@ import triton
 
 from kbit.errors import UnsupportedError
 from kbit.kernels.triton.configs import GemmConfig, Problem, gemm_config
-from kbit.kernels.triton.gemm import launch
+from kbit.kernels.triton.gemm import launch, tokens_per_launch
 from kbit.kernels.triton.gemv import GATES, check_product
 from kbit.kernels.triton.layout import TritonWeight
 from kbit.kernels.triton.target import current_arch
@@ -165,6 +165,8 @@ def grouped_matmul(
     if config.split != 1 or config.tokens != groups.tile:
         raise UnsupportedError(f"{config} does not fit tiles of {groups.tile} entries: one split, as many tokens")
     out = torch.empty((groups.entries, rows), dtype=out_dtype or x.dtype, device=x.device)
+    if groups.entries > (most := tokens_per_launch(config, x, gate, out)):
+        raise UnsupportedError(f"grouped_matmul takes at most {most} entries of such a product, not {groups.entries}")
     token_tiles = triton.cdiv(len(groups.order), groups.tile)
     top = 1 if per_entry else groups.top
     launch(

@@ -181,9 +181,9 @@ def kv_append_kernel(
     K_BITS: tl.constexpr, V_BITS: tl.constexpr, K_DTYPE: tl.constexpr, V_DTYPE: tl.constexpr,
     HAS_ROWS: tl.constexpr,
 ):  # fmt: skip
-    """Program (part, token): the parts are blocks of HEADS key heads, then value heads, then query heads."""
-    part = tl.program_id(0)
-    token = tl.program_id(1).to(tl.int64)
+    """Program (token, part): the parts are blocks of HEADS key heads, then value heads, then query heads."""
+    token = tl.program_id(0).to(tl.int64)  # the first axis alone takes more than 65535
+    part = tl.program_id(1)
     angle = token
     if HAS_ROWS:
         angle = tl.load(rope_row_ptr + token).to(tl.int64)
@@ -277,13 +277,14 @@ def kv_append(
             raise ValueError("cos and sin must be contiguous")
         if rope_rows is None and cos.shape[0] < tokens:
             raise ValueError(f"{cos.shape[0]} rows of cosines for {tokens} tokens, and no rope_rows")
-    if slots.shape != (tokens,) or (rope_rows is not None and rope_rows.shape != (tokens,)):
-        raise ValueError(f"slots and rope_rows: one entry for each of {tokens} tokens wanted")
+    for entries in (slots, slots if rope_rows is None else rope_rows):
+        if entries.shape != (tokens,) or not entries.is_contiguous():
+            raise ValueError(f"slots and rope_rows: one entry for each of {tokens} tokens wanted, contiguous")
     out = torch.empty((tokens, heads, dim), dtype=q.dtype, device=q.device)
     if tokens == 0:
         return out
     parts = 2 * triton.cdiv(kv_heads, HEADS) + triton.cdiv(heads, HEADS)
-    kv_append_kernel[(parts, tokens)](
+    kv_append_kernel[(tokens, parts)](
         q,
         k,
         v,

@@ -166,8 +166,8 @@ def _norm(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     columns = x.shape[-1]
     for name, vector in (("weight", weight), ("bias", bias)):
-        if vector is not None and vector.shape != (columns,):
-            raise ValueError(f"norm: {name} {tuple(vector.shape)} does not fit rows of {columns} features")
+        if vector is not None and (vector.shape != (columns,) or not vector.is_contiguous()):
+            raise ValueError(f"norm: {name} {tuple(vector.shape)} does not fit rows of {columns} features, contiguous")
     if residual is not None and residual.shape != x.shape:
         raise ValueError(f"norm: residual {tuple(residual.shape)} is not {tuple(x.shape)}")
     rows = as_rows(x)

@@ -238,7 +238,7 @@ def quantize(
         raise KbitError(f"{name} is empty, {rows} x {columns}: there is nothing to quantize")
     if like is not None and (like.format, like.shape) != (format, (rows, columns)):
         raise KbitError(f"`like` is {like.format} {like.shape}, not {format} {(rows, columns)}")
-    if not bool(torch.isfinite(x.float().sum())) and (bad := int((~torch.isfinite(x)).sum())):
+    if not bool(torch.isfinite(x.sum(dtype=torch.float32))) and (bad := int((~torch.isfinite(x)).sum())):
         raise KbitError(f"{name}: {bad} weights are NaN or infinite: mend the source")
     x = x if x.stride(1) == 1 or columns == 1 else x.contiguous()
     if like is None:
