@@ -6,6 +6,8 @@ Three steps, each on the list of operations of a `Recorder`:
     place       every symbol gets a buffer; a buffer is free again after the last operation that reads it
     emit        one native instruction per operation
 
+The Triton backend launches the fused operations one by one and needs only the first step.
+
 A Llama layer becomes five instructions: norm and q, k, v; attention; o added to the residual; norm, gate, up and
 activation; down added to the residual.
 """

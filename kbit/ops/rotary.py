@@ -1,4 +1,4 @@
-"""Rotary cosines and sines as the native runner takes them: tables with a row per token or position.
+"""Rotary cosines and sines as the native and the Triton runner take them: tables with a row per token or position.
 
 Angles are computed in blocks of BLOCK consecutive positions that begin at a multiple of BLOCK. Vectorized cosines treat
 the end of an array otherwise than its middle, so without this the last bit of a position's angle could depend on which
