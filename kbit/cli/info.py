@@ -79,6 +79,7 @@ def summarise(source: CheckpointSource) -> dict[str, Any]:
     from kbit.quantizers.plan import role_of
 
     spec, reason = _runnable(source)
+    gpu = gpu_summary()
     infos = list(source.tensors.values())
     roles = {info.name: role_of(info) for info in infos}
     inner = [info for info in infos if roles[info.name] not in ("embedding", "head")]
@@ -104,7 +105,7 @@ def summarise(source: CheckpointSource) -> dict[str, Any]:
         "formats": _by_format(infos),
         "runs_on": {
             "cpu": f"native backend ({instruction_set()})" if reason is None else None,
-            "cuda": f"triton backend ({gpu_summary()})" if reason is None and gpu_summary() else None,
+            "cuda": f"triton backend ({gpu})" if reason is None and gpu else None,
         },
         "gpu_kernels": gpu_kernels(any(len(info.shape) == 2 and info.stored_as in _FLOATS for info in infos)),
         "cannot_run": reason,

@@ -57,3 +57,11 @@ class Cache(Protocol):
 
     def grow(self, capacity: int) -> None:
         """Make room for `capacity` tokens per row, those in the cache kept. A capacity no larger changes nothing."""
+
+
+def whole_numbers(new: torch.Tensor | Sequence[int]) -> Sequence[int]:
+    """Counts of tokens per row, as a cache is given them, on the host."""
+    if isinstance(new, torch.Tensor):
+        numbers: list[int] = new.tolist()
+        return numbers
+    return new

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from kbit import _native
+from kbit.ops.cache import whole_numbers
 
 
 class NativeKVCache:
@@ -53,11 +54,11 @@ class NativeKVCache:
         Raises:
             UsageError: a row would exceed the capacity.
         """
-        self.native.reserve(_numbers(new))
+        self.native.reserve(whole_numbers(new))
 
     def advance(self, new: torch.Tensor | Sequence[int]) -> None:
         """Count the tokens just written: whole numbers (B,)."""
-        self.native.advance(_numbers(new))
+        self.native.advance(whole_numbers(new))
 
     def truncate(self, length: int | torch.Tensor) -> None:
         """Forget every token from position `length` on: an int for all rows, or int64 (B,). Shorter rows stay.
@@ -78,10 +79,3 @@ class NativeKVCache:
     def grow(self, capacity: int) -> None:
         """Make room for `capacity` tokens per row, those in the cache kept. A capacity no larger changes nothing."""
         self.native.grow(capacity)
-
-
-def _numbers(new: torch.Tensor | Sequence[int]) -> Sequence[int]:
-    if isinstance(new, torch.Tensor):
-        numbers: list[int] = new.tolist()
-        return numbers
-    return new

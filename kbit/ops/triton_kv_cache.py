@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from kbit.errors import UsageError
 from kbit.kernels.triton.kv_layout import PAGE, KVFormat, new_pages, pages_for
+from kbit.ops.cache import whole_numbers
 
 if TYPE_CHECKING:
     from kbit.ops.triton_graph import DecodeGraph
@@ -97,7 +98,7 @@ class TritonKVCache:
         Raises:
             UsageError: a row would exceed the capacity.
         """
-        for row, (length, more) in enumerate(zip(self._lengths, _numbers(new), strict=True)):
+        for row, (length, more) in enumerate(zip(self._lengths, whole_numbers(new), strict=True)):
             if length + more > self._capacity:
                 raise UsageError(
                     f"the KV cache holds {self._capacity} tokens per row: row {row} has {length} and {more} more do "
@@ -106,7 +107,7 @@ class TritonKVCache:
 
     def advance(self, new: torch.Tensor | Sequence[int]) -> None:
         """Count the tokens just written: whole numbers (B,)."""
-        self._lengths = [length + more for length, more in zip(self._lengths, _numbers(new), strict=True)]
+        self._lengths = [length + more for length, more in zip(self._lengths, whole_numbers(new), strict=True)]
 
     def truncate(self, length: int | torch.Tensor) -> None:
         """Forget every token from position `length` on: an int for all rows, or int64 (B,). Shorter rows stay.
@@ -156,10 +157,3 @@ class TritonKVCache:
         self.block_table = table
         self.version += 1
         self.graph = None
-
-
-def _numbers(new: torch.Tensor | Sequence[int]) -> Sequence[int]:
-    if isinstance(new, torch.Tensor):
-        numbers: list[int] = new.tolist()
-        return numbers
-    return new

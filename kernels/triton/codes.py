@@ -68,6 +68,30 @@ def load_plane(plane, first, WIDTH: tl.constexpr, COLUMNS: tl.constexpr):
 
 
 @triton.jit
+def load_planes(a_ptr, b_ptr, c_ptr, tile, chunk, padded_columns, BITS: tl.constexpr, COLUMNS: tl.constexpr):
+    """The words of a chunk's planes, widest first, as `decode` takes them; the first again for one that BITS lacks.
+
+    Args:
+        a_ptr, b_ptr, c_ptr: pointers to the planes.
+        tile: int32 (W,), row tiles.
+        chunk: int32, scalar or (W,), which COLUMNS columns.
+        padded_columns: K'.
+    """
+    A: tl.constexpr = 8 if BITS == 8 else (4 if BITS >= 4 else 2)
+    B: tl.constexpr = 2 if BITS >= 6 else 1
+    # a plane of width b has 16 rows' K' b / 2 words per tile, COLUMNS b / 2 per chunk
+    first = tile * (padded_columns // 2) + chunk * (COLUMNS // 2)
+    a = load_plane(a_ptr, first * A, A, COLUMNS)
+    b = a
+    c = a
+    if BITS > A:
+        b = load_plane(b_ptr, first * B, B, COLUMNS)
+    if BITS == 7:
+        c = load_plane(c_ptr, first, 1, COLUMNS)
+    return a, b, c
+
+
+@triton.jit
 def beside(words, PLACE: tl.constexpr, WIDTH: tl.constexpr, WIDEST: tl.constexpr, HALF: tl.constexpr):
     """A narrower plane's words, one for each of the widest plane's, so that its fields lie PLACE bits above theirs.
 
@@ -197,7 +221,7 @@ def decode(a, b, c, values, magic, BITS: tl.constexpr, KIND: tl.constexpr, STEPS
     """Words of the planes -> values (W, 32, STEPS, 2, 2, 2) of type DTYPE, before scale and multiplier.
 
     Args:
-        a, b, c: words of the planes, widest first (`load_plane`); those a width does not have are ignored.
+        a, b, c: words of the planes, widest first (`load_planes`); those a width does not have are ignored.
         values: `load_table`.
         magic: MAGIC_BF16 for int codes below 8 bits in bfloat16, else MAGIC_FP16.
     """

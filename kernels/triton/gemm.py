@@ -24,7 +24,7 @@ import triton
 import triton.language as tl
 
 from kbit.errors import UnsupportedError
-from kbit.kernels.triton.codes import activation, decode, load_plane, load_scale, load_table, operand, part, swapped
+from kbit.kernels.triton.codes import activation, decode, load_planes, load_scale, load_table, operand, part, swapped
 from kbit.kernels.triton.configs import GemmConfig, gemm_config
 from kbit.kernels.triton.gemv import (
     GATES,
@@ -64,8 +64,6 @@ def gemm_kernel(
     row of x, and `expert` says whose weight; the kernel ends at a tile of expert -1.
     """
     DTYPE: tl.constexpr = x_ptr.dtype.element_ty
-    A: tl.constexpr = 8 if BITS == 8 else (4 if BITS >= 4 else 2)
-    B: tl.constexpr = 2 if BITS >= 6 else 1
     BN: tl.constexpr = TILES * 16
     LOW_BIT: tl.constexpr = COLUMNS if BLOCK == 0 else BLOCK & -BLOCK
     SUB: tl.constexpr = LOW_BIT if LOW_BIT < COLUMNS else COLUMNS
@@ -96,14 +94,7 @@ def gemm_kernel(
     acc = tl.zeros((BN, BM), tl.float32)
     for turn in tl.range(turns, num_stages=STAGES):
         chunk = turn * SPLIT + share
-        first = tile * (padded_columns // 2) + chunk * (COLUMNS // 2)
-        a = load_plane(a_ptr, first * A, A, COLUMNS)
-        b = a
-        c = a
-        if BITS > A:
-            b = load_plane(b_ptr, first * B, B, COLUMNS)
-        if BITS == 7:
-            c = load_plane(c_ptr, first, 1, COLUMNS)
+        a, b, c = load_planes(a_ptr, b_ptr, c_ptr, tile, chunk, padded_columns, BITS, COLUMNS)
         weights = decode(a, b, c, values, magic, BITS, KIND, COLUMNS // 16, DTYPE)
         for i in tl.static_range(PARTS):
             column = chunk * COLUMNS + i * SUB

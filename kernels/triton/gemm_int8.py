@@ -22,7 +22,7 @@ import triton
 import triton.language as tl
 
 from kbit.errors import UnsupportedError
-from kbit.kernels.triton.codes import decode_int8, load_plane, load_scale, operand, part
+from kbit.kernels.triton.codes import decode_int8, load_planes, load_scale, operand, part
 from kbit.kernels.triton.configs import GemmConfig, gemm_int8_config
 from kbit.kernels.triton.gemm import tokens_per_launch
 from kbit.kernels.triton.gemv import check_product, problem_of, weight_pointers
@@ -61,8 +61,6 @@ def gemm_int8_kernel(
     COLUMNS: tl.constexpr, BIAS: tl.constexpr, RESIDUAL: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Grid (ceil(N' / (16 TILES)) * ceil(M / BM),)."""
-    A: tl.constexpr = 8 if BITS == 8 else (4 if BITS >= 4 else 2)
-    B: tl.constexpr = 2 if BITS >= 6 else 1
     BN: tl.constexpr = TILES * 16
     LOW_BIT: tl.constexpr = COLUMNS if BLOCK == 0 else BLOCK & -BLOCK
     SUB: tl.constexpr = LOW_BIT if LOW_BIT < COLUMNS else COLUMNS
@@ -77,14 +75,7 @@ def gemm_int8_kernel(
     k = tl.arange(0, SUB)
     acc = tl.zeros((BN, BM), tl.float32)
     for chunk in tl.range(turns, num_stages=STAGES):
-        first = tile * (padded_columns // 2) + chunk * (COLUMNS // 2)
-        a = load_plane(a_ptr, first * A, A, COLUMNS)
-        b = a
-        c = a
-        if BITS > A:
-            b = load_plane(b_ptr, first * B, B, COLUMNS)
-        if BITS == 7:
-            c = load_plane(c_ptr, first, 1, COLUMNS)
+        a, b, c = load_planes(a_ptr, b_ptr, c_ptr, tile, chunk, padded_columns, BITS, COLUMNS)
         weights = decode_int8(a, b, c, BITS, COLUMNS // 16)
         for i in tl.static_range(PARTS):
             x = tl.load(x_ptr + (x_row[:, None] * padded_columns + chunk * COLUMNS + i * SUB + k[None, :]))

@@ -29,7 +29,7 @@ from kbit.kernels.triton.codes import (
     MAGIC_FP16,
     activation,
     decode,
-    load_plane,
+    load_planes,
     load_scale,
     load_table,
     operand,
@@ -57,8 +57,6 @@ def gemv_sums(
 ):  # fmt: skip
     """Sums of one row tile over the columns of one program: float32 (16, BM)."""
     DTYPE: tl.constexpr = x_ptr.dtype.element_ty
-    A: tl.constexpr = 8 if BITS == 8 else (4 if BITS >= 4 else 2)
-    B: tl.constexpr = 2 if BITS >= 6 else 1
     # Columns that surely share a scale: the power of two in the block size, at most a chunk.
     LOW_BIT: tl.constexpr = COLUMNS if BLOCK == 0 else BLOCK & -BLOCK
     SUB: tl.constexpr = LOW_BIT if LOW_BIT < COLUMNS else COLUMNS
@@ -75,15 +73,7 @@ def gemv_sums(
         column = chunk * COLUMNS
         if not EVEN:  # the last turn's idle warps decode the last chunk again, times activations of zero
             chunk = tl.minimum(chunk, chunks - 1)
-        # a plane of width b has 16 rows' K' b / 2 words per tile, COLUMNS b / 2 per chunk
-        first = tile * (padded_columns // 2) + chunk * (COLUMNS // 2)
-        a = load_plane(a_ptr, first * A, A, COLUMNS)
-        b = a
-        c = a
-        if BITS > A:
-            b = load_plane(b_ptr, first * B, B, COLUMNS)
-        if BITS == 7:
-            c = load_plane(c_ptr, first, 1, COLUMNS)
+        a, b, c = load_planes(a_ptr, b_ptr, c_ptr, tile, chunk, padded_columns, BITS, COLUMNS)
         weights = decode(a, b, c, values, magic, BITS, KIND, COLUMNS // 16, DTYPE)
         at = x_ptr + (m[None, :, None] * stride_x + column[:, None, None] + k[None, None, :])
         for i in tl.static_range(PARTS):
