@@ -7,6 +7,8 @@ from typing import Protocol
 
 import torch
 
+from kbit.errors import UsageError
+
 
 class Cache(Protocol):
     """Keys and values of a batch of sequences, with room for a fixed number of tokens per row.
@@ -57,6 +59,23 @@ class Cache(Protocol):
 
     def grow(self, capacity: int) -> None:
         """Make room for `capacity` tokens per row, those in the cache kept. A capacity no larger changes nothing."""
+
+
+def check_size(batch: int, capacity: int) -> None:
+    """
+    Raises:
+        UsageError: a cache of no rows, or with no room.
+    """
+    if batch < 1 or capacity < 1:
+        raise UsageError(f"a cache needs at least 1 row and 1 token per row, not {batch} and {capacity}")
+
+
+def overflow(capacity: int, row: int, length: int, more: int) -> UsageError:
+    """What to raise where a row of `length` tokens has no room for `more`."""
+    return UsageError(
+        f"the KV cache holds {capacity} tokens per row: row {row} has {length} and {more} more do not fit; make the "
+        "cache larger or the text shorter"
+    )
 
 
 def whole_numbers(new: torch.Tensor | Sequence[int]) -> Sequence[int]:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from kbit.errors import UsageError
+from kbit.ops.cache import check_size, overflow
 from kbit.ops.step import Step
 
 
@@ -38,8 +39,7 @@ class KVCache:
         Raises:
             UsageError: batch or capacity below 1.
         """
-        if batch < 1 or capacity < 1:
-            raise UsageError(f"a cache needs at least 1 row and 1 token per row, not {batch} and {capacity}")
+        check_size(batch, capacity)
         shape = (batch, kv_heads, capacity, head_dim)
         self.keys = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(layers)]
         self.values = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(layers)]
@@ -66,10 +66,7 @@ class KVCache:
         after = self.lengths + new
         row = int(after.argmax())
         if int(after[row]) > self.capacity:
-            raise UsageError(
-                f"the KV cache holds {self.capacity} tokens per row: row {row} has {int(self.lengths[row])} and "
-                f"{int(new[row])} more do not fit; make the cache larger or the text shorter"
-            )
+            raise overflow(self.capacity, row, int(self.lengths[row]), int(new[row]))
 
     def append(self, layer: int, k: torch.Tensor, v: torch.Tensor, step: Step) -> None:
         """Write a step's real tokens into one layer. `reserve` has checked that they fit.

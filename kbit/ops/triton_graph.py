@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
-
-from kbit.kernels.triton.kv_layout import PAGE
 
 if TYPE_CHECKING:
     from kbit.ops.triton_kv_cache import TritonKVCache
@@ -45,7 +44,7 @@ class DecodeGraph:
         self.owner = owner
         self._held = tuple(held)
         self.version = cache.version
-        self._row_slots = cache.block_table.shape[1] * PAGE
+        self._first_slots = cache.slots(np.arange(cache.batch), np.zeros(cache.batch, dtype=np.int64))  # of each row
         batch = cache.batch
         self._host = torch.zeros((3, batch), dtype=torch.int64).pin_memory()
         self._values = torch.zeros((3, batch), dtype=torch.int64, device=device)
@@ -53,7 +52,7 @@ class DecodeGraph:
         # Trying the step out writes a token to position 0 of every row: what is there is kept and put back.
         first = cache.block_table[:, 0].long()
         kept = [(part, part[first]) for part in (*cache.keys, *cache.values)]
-        slots.copy_(torch.arange(batch, device=device) * self._row_slots)
+        slots.copy_(torch.from_numpy(self._first_slots))
 
         def run() -> torch.Tensor:
             return step(ids, positions, slots, (positions + 1).int())
@@ -82,7 +81,7 @@ class DecodeGraph:
         """
         # The copy before this one may still be under way where nobody has read the logits since.
         torch.cuda.current_stream(self._values.device).synchronize()
-        slots = [row * self._row_slots + length for row, length in enumerate(lengths)]
+        slots = (self._first_slots + np.array(lengths)).tolist()
         self._host.copy_(torch.tensor([ids, lengths, slots]))
         self._values.copy_(self._host, non_blocking=True)
         self._graph.replay()

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from kbit.errors import UsageError
 from kbit.kernels.triton.kv_layout import PAGE, KVFormat, new_pages, pages_for
-from kbit.ops.cache import whole_numbers
+from kbit.ops.cache import check_size, overflow, whole_numbers
 
 if TYPE_CHECKING:
     from kbit.ops.triton_graph import DecodeGraph
@@ -49,8 +49,7 @@ class TritonKVCache:
             UsageError: batch or capacity below 1.
             UnsupportedError: a kind, or heads, that the kernels do not have.
         """
-        if batch < 1 or capacity < 1:
-            raise UsageError(f"a cache needs at least 1 row and 1 token per row, not {batch} and {capacity}")
+        check_size(batch, capacity)
         self.k_kind, self.v_kind = k_kind, v_kind
         k_format, v_format = KVFormat(k_kind, head_dim), KVFormat(v_kind, head_dim)
         row_pages = pages_for(capacity)
@@ -100,10 +99,7 @@ class TritonKVCache:
         """
         for row, (length, more) in enumerate(zip(self._lengths, whole_numbers(new), strict=True)):
             if length + more > self._capacity:
-                raise UsageError(
-                    f"the KV cache holds {self._capacity} tokens per row: row {row} has {length} and {more} more do "
-                    "not fit; make the cache larger or the text shorter"
-                )
+                raise overflow(self._capacity, row, length, more)
 
     def advance(self, new: torch.Tensor | Sequence[int]) -> None:
         """Count the tokens just written: whole numbers (B,)."""
