@@ -288,6 +288,15 @@ class TestCommand:
         assert "kbit: error: the native backend runs a model in one process" in first[2]
         assert second == (1, "", "")
 
+    def test_after_an_error_no_thread_of_a_group_outlives_the_interpreter(self) -> None:
+        """Which now and then ended a run with an abort: what Python runs at its end is not run, what it wrote is."""
+        script = (
+            "import atexit, torch.distributed as d; from kbit.cli.processes import end\n"
+            "d.init_process_group('gloo', store=d.HashStore(), rank=0, world_size=1)\n"
+            "atexit.register(print, 'too late'); print('said'); end(3)"
+        )
+        assert run_all("-c", script)[0] == (3, "said\n", "")
+
 
 class TestJoining:
     @pytest.mark.parametrize(

@@ -20,6 +20,7 @@ from kbit.cli.chat import chat
 from kbit.cli.eval import evaluate
 from kbit.cli.info import info
 from kbit.cli.output import printable
+from kbit.cli.processes import end
 from kbit.cli.pull import pull
 from kbit.cli.quantize import quantize
 from kbit.cli.run import run
@@ -71,7 +72,7 @@ def main() -> None:
     """Entry point of the `kbit` script."""
     signal.signal(signal.SIGINT, _on_interrupt)
     arguments, debug = _take_debug(sys.argv[1:])
-    sys.exit(_run(arguments, debug or bool(os.environ.get("KBIT_DEBUG"))))
+    end(_run(arguments, debug or bool(os.environ.get("KBIT_DEBUG"))))
 
 
 def _on_interrupt(signal_number: int, frame: FrameType | None) -> None:
