@@ -25,7 +25,7 @@ def make_point(format: str, kl: float, *, method: str = "rtn", model: str = "mad
     noise = np.random.default_rng(len(format)).normal(0.0, spread, CLUSTERS) if spread else 0.0
     by_cluster = kl * TOKENS * (HARDNESS / HARDNESS.mean() + noise)
     block = parsed.block_size or 1024
-    bits = parsed.bits + 16 / block + (0.24 if method == "rtn-outliers" else 0.0)
+    bits = parsed.bits + 16 / block + (0.24 if method == "outliers" else 0.0)
     return Point(
         key=f"{model}/{method}/{format}",
         model=model,
@@ -129,8 +129,8 @@ class TestVerdicts:
     def test_outliers(self) -> None:
         points = [make_point(f"int{bits}-b64", 0.64 / 4 ** (bits - 2)) for bits in (3, 4, 5)]
         points += [
-            make_point("int3-b64", 0.08, method="rtn-outliers"),
-            make_point("int4-b64", 0.039, method="rtn-outliers"),
+            make_point("int3-b64", 0.08, method="outliers"),
+            make_point("int4-b64", 0.039, method="outliers"),
         ]
         found = claims_of(points)
         assert found["outliers at 3 bits"].verdict == "holds"

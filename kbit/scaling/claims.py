@@ -133,13 +133,13 @@ def check_claims(points: Iterable[Point]) -> list[Claim]:
         claim(
             "outliers at 3 bits",
             "2 % of the input features kept in 16 bits, those that vary most, are worth their bits at 3 bits",
-            "--methods rtn,rtn-outliers --bits 3,4",
+            "--methods rtn,outliers --bits 3,4",
             lambda model: _outliers(model, 3),
         ),
         claim(
             "outliers at 4 bits",
             "at 4 bits they are not",
-            "--methods rtn,rtn-outliers --bits 4,5",
+            "--methods rtn,outliers --bits 4,5",
             lambda model: _outliers(model, 4, pays=False),
         ),
     ]
@@ -320,7 +320,7 @@ def _exponent_bits(point: Point) -> int | None:
 
 def _outliers(model: _Model, bits: int, *, pays: bool = True) -> Iterator[Comparison]:
     for point in model.points:
-        if point.method != "rtn-outliers" or point.bits != bits:
+        if point.method != "outliers" or point.bits != bits:
             continue
         plain = model.get(point.dtype, bits, point.block_size)
         wider = model.get(point.dtype, bits + 1, point.block_size)
