@@ -49,6 +49,7 @@ def measure(
     from kbit.evaluate.datasets import resolve_data
     from kbit.evaluate.logits import StoredLogits
     from kbit.evaluate.report import comparison_dict
+    from kbit.evaluate.statistics import cluster
     from kbit.evaluate.windows import choose_context, make_windows
     from kbit.formats.quant_format import QuantFormat
     from kbit.models.families import spec_from_config
@@ -68,7 +69,7 @@ def measure(
         length = choose_context("gptq", context, spec_from_config(source.config).max_positions)
         windows = make_windows(resolve_data(data), Tokenizer.from_source(source), "gptq", length, max_tokens)
         weights = {name: source.read(name) for name in source.tensors}
-        backend = select_backend("cpu", backend="reference")
+        backend = select_backend("cpu", compute="fp32")  # equals the reference to rounding, and is quicker
         with StoredLogits(load_decoder(source, backend), windows) as reference:
             plans = {str(format): make_plan(source, format) for format in missing}
             candidates = [
@@ -85,6 +86,9 @@ def measure(
                     "tokens": comparison.model.tokens,
                     "perplexity": comparison.model.perplexity,
                     **comparison_dict(comparison),
+                    "cluster_tokens": cluster(comparison.kl).sizes.tolist(),
+                    "cluster_nll": cluster(comparison.model.nll).sums.tolist(),
+                    "cluster_kl": cluster(comparison.kl).sums.tolist(),
                 }
                 rows.append(row)
                 if results is not None:

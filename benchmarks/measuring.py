@@ -6,6 +6,7 @@ import os
 import platform
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -75,6 +76,13 @@ def take_turns(
             del contestant.values[0]
 
 
+def take_out(contestants: list[Contestant], engine: str) -> Contestant:
+    """The only contestant of an engine, which then is none of them any more: a control."""
+    (found,) = (contestant for contestant in contestants if contestant.engine == engine)
+    contestants.remove(found)
+    return found
+
+
 def ratios(contestants: Sequence[Contestant], *, higher_is_better: bool = True) -> dict[str, dict[str, float]]:
     """How many times better every kbit contestant is than other engines' of its group, by medians."""
     return {
@@ -98,6 +106,7 @@ def report(
     goal: str = "",
     higher_is_better: bool = True,
     columns: Mapping[str, str] | None = None,
+    controls: Sequence[Contestant] = (),
     **about: Any,
 ) -> None:
     """Put the results in benchmark.extra_info, and print them.
@@ -108,6 +117,8 @@ def report(
         missing: peers that could not take part, each with its reason.
         goal: what the project wants here, for the reader to compare.
         columns: further columns of the table: key in Contestant.about -> how to format it (a format spec).
+        controls: what was measured of the machine in the same rounds (its read bandwidth): kept for
+            tools/compare_benchmarks.py, which judges by it how far the machine itself changed between two runs.
         about: further facts of the case, for the report.
     """
     better = ratios(contestants, higher_is_better=higher_is_better)
@@ -115,10 +126,12 @@ def report(
         {
             "case": case,
             "unit": unit,
+            "higher_is_better": higher_is_better,
             **about,
             "goal": goal,
             "machine": machine(),
             "rows": [contestant.row() for contestant in contestants],
+            "controls": [contestant.row() for contestant in controls],
             "kbit_over": better,
             "missing": list(dict.fromkeys(missing)),
         }
@@ -135,6 +148,9 @@ def report(
             if contestant.about.get(key) is not None:
                 line += f"  {key.replace('_', ' ')} {contestant.about[key]:{spec}}"
         print(line)
+    for contestant in controls:
+        low, high = show(min(contestant.values)), show(max(contestant.values))
+        print(f"  {contestant.name:<{width}}  {show(contestant.median):>8}  ({low} to {high}), measured beside them")
     if any(better.values()):
         print("  times as good as the peers (above 1, kbit is ahead):")
     for name, others in better.items():
@@ -171,3 +187,35 @@ def machine() -> dict[str, Any]:
 def machine_line() -> str:
     facts = machine()
     return f"{facts['cpu']}, {facts['cores']} cores, {' '.join(facts['isa'])}; KBIT_CPU_ISA {facts['kbit_isa']}"
+
+
+def run_facts() -> dict[str, Any]:
+    """What a file of results should say beyond pytest-benchmark's own description of the machine."""
+    from kbit.ops.cpu import default_threads, instruction_set
+    from kbit.ops.gpu import gpu_summary
+
+    return {
+        **machine(),
+        "memory_bytes": memory_bytes(),
+        "load_average": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
+        "instruction_set": instruction_set(),
+        "threads": default_threads(),
+        "gpu": gpu_summary(),
+        "versions": {name: version_of(name) for name in ("kbit", "torch", "numpy", "triton", "bitsandbytes")},
+    }
+
+
+def memory_bytes() -> int | None:
+    """Memory of the machine; None where the system does not tell."""
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError, OSError):
+        return None
+
+
+def version_of(package: str) -> str | None:
+    """Version of an installed package, or None."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None

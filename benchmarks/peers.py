@@ -16,7 +16,7 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from time import perf_counter
+from time import perf_counter, sleep
 from typing import Any
 
 RUNNERS = Path(__file__).resolve().parent / "runners"
@@ -115,7 +115,7 @@ class Peers:
     def llama_memory(self, gguf: str, threads: int, prompt: int, tokens: int) -> int:
         """Peak resident bytes of llama-bench running a prompt and then decoding; mapped file pages count."""
         options = ["-p", "0", "-n", "0", "-pg", f"{prompt},{tokens}", "-r", "1", "-o", "json"]
-        return _output([self.tool("llama-bench"), "-m", self.gguf(gguf), "-t", threads, *options])[2]
+        return _output([self.tool("llama-bench"), "-m", self.gguf(gguf), "-t", threads, *options], peak=True)[2]
 
 
 class Worker:
@@ -206,8 +206,33 @@ def _environment() -> dict[str, str]:
     return {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "PYTHONHOME")}
 
 
-def _output(command: Sequence[object]) -> tuple[str, str, int]:
-    """Run a program to its end: standard output, standard error, and its peak resident bytes.
+def wait_for(process: subprocess.Popen[Any], *, peak: bool = False) -> int:
+    """Wait for a process to end; its peak resident bytes where they are asked for, else 0.
+
+    On Linux it is asked every 20 ms while it runs. What the system keeps of an ended process (ru_maxrss) begins with
+    the size of the process that started it, which here may be the larger.
+    """
+    most = 0
+    status = Path(f"/proc/{process.pid}/status")
+    if not peak or not status.exists():
+        _, code, usage = os.wait4(process.pid, 0)
+        # Linux counts in KiB, macOS in bytes.
+        most = usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024) if peak else 0
+        process.returncode = os.waitstatus_to_exitcode(code)
+        return most
+    while process.poll() is None:
+        try:
+            found = re.search(r"^VmHWM:\s*(\d+) kB", status.read_text(), re.MULTILINE)
+        except OSError:  # ended meanwhile
+            break
+        most = max(most, int(found[1]) * 1024 if found else 0)
+        sleep(0.02)
+    process.wait()
+    return most
+
+
+def _output(command: Sequence[object], *, peak: bool = False) -> tuple[str, str, int]:
+    """Run a program to its end: standard output, standard error, and (where asked for) its peak resident bytes.
 
     Raises:
         RuntimeError: it failed.
@@ -215,15 +240,13 @@ def _output(command: Sequence[object]) -> tuple[str, str, int]:
     with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as errors:
         words = [str(word) for word in command]
         process = subprocess.Popen(words, stdin=subprocess.DEVNULL, stdout=out, stderr=errors, env=_environment())
-        _, status, usage = os.wait4(process.pid, 0)
-        process.returncode = os.waitstatus_to_exitcode(status)
+        most = wait_for(process, peak=peak)
         out.seek(0)
         errors.seek(0)
         text, complaints = out.read(), errors.read()
     if process.returncode != 0:
         raise RuntimeError(f"{_words(command)}: exit code {process.returncode}:\n{complaints[-1500:]}")
-    # Linux counts in KiB, macOS in bytes.
-    return text, complaints, usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return text, complaints, most
 
 
 def _stamp(log: str, text: str) -> float:

@@ -1,15 +1,24 @@
-"""Accuracy against bits on a real model small enough to measure every format in a minute or two.
+"""Accuracy against bits: one model at every width, and every data type on a model small enough for all of them.
 
     pytest benchmarks/test_accuracy.py -s
 
-The novels-2m model of the data folder, on a novel it has not seen. For SmolLM2 run benchmarks/accuracy_table.py.
+The first is the default model (without it, novels-5m of the data folder) as users run it, int8 arithmetic and all, on
+WikiText-2; the second novels-2m on a novel it has not seen, with exact arithmetic. Both against the model as it is. For
+every data type on SmolLM2 run benchmarks/accuracy_table.py; for any other model, `kbit scale`.
 """
 
 from __future__ import annotations
 
 import importlib.util
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+if TYPE_CHECKING:
+    from ladder import Ladder
+
+TOKENS, CONTEXT = 2048, 512
 
 
 def load_accuracy_table() -> Any:
@@ -22,15 +31,72 @@ def load_accuracy_table() -> Any:
     return module
 
 
+def test_widths(benchmark: Any, ladder: Ladder, wikitext: Any) -> None:
+    """Every width of the default model, as `kbit run` computes it."""
+    from measuring import machine, machine_line
+
+    from kbit.evaluate.compare import compare
+    from kbit.evaluate.logits import StoredLogits
+    from kbit.evaluate.statistics import cluster
+    from kbit.evaluate.windows import choose_context, make_windows
+    from kbit.ops.select import select_backend
+
+    rows: list[dict[str, Any]] = []
+
+    def measure() -> None:
+        exact = ladder.load(None, select_backend("cpu", compute="fp32"))
+        context = min(CONTEXT, choose_context("gptq", None, exact.spec.max_positions))
+        windows = make_windows(wikitext, ladder.tokenizer, "gptq", context, TOKENS)
+        with StoredLogits(exact, windows) as reference:
+            for rung in ladder.rungs:
+                found = compare(rung.decoder, reference, windows)
+                losses, kl = cluster(found.model.nll), cluster(found.kl)
+                rows.append(
+                    {
+                        **rung.about(),
+                        "context": context,
+                        "tokens": found.model.tokens,
+                        "perplexity": found.model.perplexity,
+                        "reference_perplexity": found.reference.perplexity,
+                        "kl_mean": found.kl_mean,
+                        "kl_stderr": found.kl_stderr,
+                        "top1": found.top1_agreement,
+                        "cluster_tokens": kl.sizes.tolist(),
+                        "cluster_nll": losses.sums.tolist(),
+                        "cluster_kl": kl.sums.tolist(),
+                    }
+                )
+
+    benchmark.pedantic(measure, rounds=1)
+    about = {"model": ladder.name, "data": wikitext.name, "data_sha256": wikitext.sha256}
+    benchmark.extra_info.update({"case": "accuracy by width", **about, "machine": machine(), "rows": rows})
+    first = rows[0]
+    print(
+        f"\n\naccuracy by width, {ladder.name} on {wikitext.name}: {first['tokens']:,} tokens in windows of "
+        f"{first['context']}, perplexity of the original {first['reference_perplexity']:.2f}\n{machine_line()}"
+    )
+    show_kl, show_perplexity = load_accuracy_table().show_kl, load_accuracy_table().show_perplexity
+    for row in rows:
+        print(
+            f"  {row['bits']} bits, {row['format']:<12}{row['linear_bits_per_weight']:.2f} bits a weight "
+            f"({row['bits_per_weight']:.2f} in all)  perplexity {show_perplexity(row):>8}  KL {show_kl(row):<20}"
+            f"  top-1 {row['top1']:.1%}"
+        )
+
+
 def test_every_format(benchmark: Any, data_dir: Path) -> None:
+    """Every data type at every width on novels-2m."""
     accuracy_table = load_accuracy_table()
     model, text = data_dir / "models" / "novels-2m", data_dir / "novels" / "heldout" / "Doyle_Hound_1902.txt"
+    if not model.is_dir() or not text.is_file():
+        pytest.skip(f"no {model} or no {text}")
 
     def measure() -> list[dict[str, Any]]:
         return accuracy_table.measure(str(model), str(text), bits=(2, 3, 4, 5, 6, 7, 8), max_tokens=4096)
 
     rows = benchmark.pedantic(measure, rounds=1)
-    benchmark.extra_info["rows"] = [
-        {key: row[key] for key in ("format", "bits_per_weight", "perplexity", "kl_mean", "kl_stderr")} for row in rows
-    ]
+    figures = ("format", "dtype", "bits", "bits_per_weight", "tokens", "perplexity", "kl_mean", "kl_stderr")
+    clusters = ("cluster_tokens", "cluster_nll", "cluster_kl")
+    benchmark.extra_info["case"] = "accuracy by format"
+    benchmark.extra_info["rows"] = [{key: row[key] for key in (*figures, *clusters)} for row in rows]
     print("\n" + accuracy_table.table(rows))

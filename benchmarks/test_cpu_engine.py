@@ -6,7 +6,8 @@
     python benchmarks/cpu_figure.py results.json -o docs/cpu.svg
 
 Every engine runs in a process of its own, which is stopped while it is not its turn; a round asks each of them once,
-A B C, C B A, ..., and what is reported is medians over rounds with the spread. KBIT_BENCH_ROUNDS (5) and
+A B C, C B A, ..., and what is reported is medians over rounds with the spread. `pytest benchmarks/` runs the 4-bit
+cases on all cores, `--full` all of it. KBIT_BENCH_ROUNDS (5) and
 KBIT_BENCH_THREADS ("1,2"; one and all cores) change how much is measured. Nothing is asserted about time. A peer that
 is not installed is named in the report, with the command that installs it.
 
@@ -24,7 +25,7 @@ from time import perf_counter
 from typing import Any
 
 import pytest
-from measuring import ROUNDS, Contestant, machine, report, take_turns, thread_counts
+from measuring import ROUNDS, Contestant, machine, report, take_out, take_turns, thread_counts
 from peers import RUNNERS, MissingPeer, Peers, Worker, busy_process
 
 PROMPT, DECODE, DEPTH, BATCH = 512, 128, 4096, 8  # tokens, tokens, tokens, sequences
@@ -34,8 +35,22 @@ WEIGHTS = 134_515_008  # of the default model, its tied head counted once: for b
 ALL = thread_counts()[-1]
 ALLOWANCE = 350e6  # bytes that kbit may take beside weights and KV cache, torch included
 
+# Of a plain `pytest benchmarks/`: 4 bits on all cores.
+SHORT_BITS = 4
 by_bits = pytest.mark.parametrize("bits", LLAMA, ids=[f"{bits}bit" for bits in LLAMA])
-by_threads = pytest.mark.parametrize("threads", thread_counts(), ids=[f"{n}threads" for n in thread_counts()])
+by_bits_and_threads = pytest.mark.parametrize(
+    ("bits", "threads"),
+    [
+        pytest.param(
+            bits,
+            threads,
+            id=f"{bits}bit-{threads}threads",
+            marks=() if (bits, threads) == (SHORT_BITS, ALL) else pytest.mark.full,
+        )
+        for bits in LLAMA
+        for threads in thread_counts()
+    ],
+)
 
 
 class Field:
@@ -105,15 +120,14 @@ class Field:
         except MissingPeer as missing:
             self.missing.append(str(missing))
 
-    def share_of_limit(self) -> float:
-        """Read bandwidth in GB/s, taken out of the contestants; each of them gets its share of the limit it sets."""
-        memory = next(contestant for contestant in self.contestants if contestant.engine == "memory")
-        self.contestants.remove(memory)
+    def share_of_limit(self) -> Contestant:
+        """The read bandwidth, taken out of the contestants; each of them gets its share of the limit it sets."""
+        memory = take_out(self.contestants, "memory")
         for contestant in self.contestants:
             read = contestant.about.get("bytes_per_token")
             if read is not None:
                 contestant.about["share_of_limit"] = contestant.median * read / (memory.median * 1e9)
-        return memory.median
+        return memory
 
 
 def weights_of(ready: dict[str, Any]) -> dict[str, Any]:
@@ -130,8 +144,7 @@ def field(converted: Callable[..., Path]) -> Iterator[Field]:
         yield Field(stack, converted)
 
 
-@by_threads
-@by_bits
+@by_bits_and_threads
 def test_decode(benchmark: Any, field: Field, bits: int, threads: int) -> None:
     """Tokens per second after an empty context, batch 1."""
     for head in (bits,) if bits == 8 else (bits, 8):
@@ -142,7 +155,7 @@ def test_decode(benchmark: Any, field: Field, bits: int, threads: int) -> None:
     field.add_others(bits, threads, "decode", tokens=DECODE)
     field.add_bandwidth(threads)
     take_turns(benchmark, field.contestants)
-    bandwidth = field.share_of_limit()
+    memory = field.share_of_limit()
     report(
         benchmark,
         "decode",
@@ -151,14 +164,14 @@ def test_decode(benchmark: Any, field: Field, bits: int, threads: int) -> None:
         missing=field.missing,
         goal=f"{1.5 if threads > 1 else 1.25}x llama.cpp {LLAMA[bits]}, and 85 % of the limit",
         columns={"bits_per_weight": ".2f", "share_of_limit": ".0%"},
+        controls=[memory],
         bits=bits,
         threads=threads,
-        read_bandwidth_GB_per_s=bandwidth,
+        read_bandwidth_GB_per_s=memory.median,
     )
 
 
-@by_threads
-@by_bits
+@by_bits_and_threads
 def test_prefill(benchmark: Any, field: Field, bits: int, threads: int) -> None:
     """Tokens per second of a prompt of 512; where the CPU has AMX, once more without it on both sides."""
     worker = field.kbit(bits, threads)
@@ -184,6 +197,7 @@ def test_prefill(benchmark: Any, field: Field, bits: int, threads: int) -> None:
     )
 
 
+@pytest.mark.full
 def test_decode_in_long_context(benchmark: Any, field: Field) -> None:
     """Decoding behind 4096 tokens, 4-bit weights: 4-bit keys and values on both sides, and 16-bit ones."""
     threads, tokens = ALL, 32
@@ -206,6 +220,7 @@ def test_decode_in_long_context(benchmark: Any, field: Field) -> None:
     )
 
 
+@pytest.mark.full
 def test_batch(benchmark: Any, field: Field) -> None:
     """Eight sequences decoded at once against one."""
     threads = ALL
@@ -239,6 +254,7 @@ def test_batch(benchmark: Any, field: Field) -> None:
     )
 
 
+@pytest.mark.full
 def test_one_busy_process(benchmark: Any, field: Field) -> None:
     """Decoding on all cores alone, and beside one process that never rests."""
     threads = ALL
@@ -275,6 +291,7 @@ def test_one_busy_process(benchmark: Any, field: Field) -> None:
     )
 
 
+@pytest.mark.full
 def test_load_to_first_token(benchmark: Any, field: Field, converted: Callable[..., Path]) -> None:
     """Seconds to a cold process's first token, files in the page cache: in all, and from opening the model on."""
     threads, model = ALL, converted(4, 8)
@@ -319,6 +336,7 @@ def test_load_to_first_token(benchmark: Any, field: Field, converted: Callable[.
     )
 
 
+@pytest.mark.full
 @by_bits
 def test_memory(benchmark: Any, field: Field, bits: int) -> None:
     """Resident memory after a prompt of 512 and some decoding, in MB; llama.cpp's is its peak."""

@@ -15,6 +15,8 @@ from typing import Any
 import pytest
 from peers import MissingPeer, Peers
 
+pytestmark = pytest.mark.full  # not of a plain `pytest benchmarks/`
+
 TOKENS, CONTEXT = 4096, 512
 
 

@@ -30,11 +30,22 @@ GEMM_SHAPES = ((4096, 4096), (1536, 576))
 PEERS_AT_ONE = ("torch-int4", "torch-int8", "torch-bf16-packed", "bitsandbytes-nf4")
 PEERS_AT_MANY = ("torch-int8-gemm", "torch-bf16-packed", "torch-bf16", "torch-fp32", "torch-int4", "bitsandbytes-nf4")
 
-by_threads = pytest.mark.parametrize("threads", thread_counts(), ids=[f"{n}threads" for n in thread_counts()])
 
-
-def shapes(of: tuple[tuple[int, int], ...]) -> Any:
-    return pytest.mark.parametrize("shape", of, ids=[f"{rows}x{columns}" for rows, columns in of])
+def cases(shapes: tuple[tuple[int, int], ...], short: tuple[int, int] | None = None) -> Any:
+    """Every shape on one and on all cores; what is not `short` on all cores only with --full."""
+    return pytest.mark.parametrize(
+        ("shape", "threads"),
+        [
+            pytest.param(
+                (rows, columns),
+                threads,
+                id=f"{rows}x{columns}-{threads}threads",
+                marks=() if ((rows, columns), threads) == (short, thread_counts()[-1]) else pytest.mark.full,
+            )
+            for rows, columns in shapes
+            for threads in thread_counts()
+        ],
+    )
 
 
 @pytest.fixture
@@ -92,8 +103,7 @@ def add_peers(
     return missing
 
 
-@by_threads
-@shapes(GEMV_SHAPES)
+@cases(GEMV_SHAPES, short=GEMV_SHAPES[0])
 def test_gemv(benchmark: Any, stack: ExitStack, shape: tuple[int, int], threads: int) -> None:
     """One token, every width: no product can take less time than reading its weights."""
     contestants: list[Contestant] = []
@@ -115,14 +125,14 @@ def test_gemv(benchmark: Any, stack: ExitStack, shape: tuple[int, int], threads:
         goal="85 % of the read bandwidth at every width, or of the int8 peak",
         higher_is_better=False,
         columns={"GB/s": ".1f", "share_of_bandwidth": ".0%", "bits_per_weight": ".2f", "error": ".4f"},
+        controls=[reading],
         shape="x".join(map(str, shape)),
         threads=threads,
         read_bandwidth_GB_per_s=reading.median,
     )
 
 
-@by_threads
-@shapes(GEMM_SHAPES)
+@cases(GEMM_SHAPES)
 def test_gemm(benchmark: Any, stack: ExitStack, shape: tuple[int, int], threads: int) -> None:
     """512 tokens, every width, beside oneDNN on unpacked weights."""
     contestants: list[Contestant] = []
@@ -143,6 +153,7 @@ def test_gemm(benchmark: Any, stack: ExitStack, shape: tuple[int, int], threads:
     )
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("tokens", [1, 64])
 @pytest.mark.parametrize("bits", WIDTHS, ids=[f"{bits}bit" for bits in WIDTHS])
 def test_instruction_sets(benchmark: Any, stack: ExitStack, bits: int, tokens: int) -> None:

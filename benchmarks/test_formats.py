@@ -17,6 +17,8 @@ from kbit.formats.bitplanes import pack, pack_plane_torch, unpack, unpack_plane_
 from kbit.formats.blockwise import quantize_blockwise
 from kbit.formats.quant_format import QuantFormat, plane_widths
 
+pytestmark = pytest.mark.full  # not of a plain `pytest benchmarks/`
+
 ROWS, COLUMNS = 1024, 4096  # 4 MiB of codes: beyond a second-level cache
 ROUNDS = 5
 

@@ -16,6 +16,8 @@ from typing import Any
 import pytest
 import torch
 
+pytestmark = pytest.mark.full  # not of a plain `pytest benchmarks/`
+
 TOKENS, ROUNDS = 1000, 7
 TEXT = "The river runs slowly through the valley, and the old bridge stands where the two roads meet. "
 

@@ -16,6 +16,8 @@ from typing import Any
 
 import pytest
 
+pytestmark = pytest.mark.full  # not of a plain `pytest benchmarks/`
+
 TOKENS, ROUNDS = 96, 5
 
 PASSAGE = """\

@@ -1,6 +1,6 @@
 """Whole-process times of the commands people wait for. Printed, never asserted.
 
-pytest benchmarks/test_startup.py
+pytest benchmarks/test_startup.py -s
 """
 
 from __future__ import annotations
@@ -8,24 +8,36 @@ from __future__ import annotations
 import subprocess
 import sys
 from pathlib import Path
+from time import perf_counter
 from typing import Any
 
 import pytest
+from measuring import Contestant, report, take_turns
 
+pytestmark = pytest.mark.full  # not of a plain `pytest benchmarks/`
+
+MODEL = "smollm2-135m-instruct"
 COMMANDS = {
-    "python": ["-c", "pass"],
-    "help": ["-m", "kbit.cli.main", "--help"],
-    "info": ["-m", "kbit.cli.main", "info", "smollm2-135m-instruct"],
-    "first-token": ["-m", "kbit.cli.main", "run", "The capital of France is", "--max-tokens", "1"],
+    "kbit --help": ["-m", "kbit.cli.main", "--help"],
+    "kbit info MODEL": ["-m", "kbit.cli.main", "info", MODEL],
+    "kbit run, first token": ["-m", "kbit.cli.main", "run", "The capital of France is", "--max-tokens", "1"],
 }
 
 
-@pytest.mark.parametrize("command", COMMANDS)
-def test_command(benchmark: Any, smollm2: Path, command: str, tmp_path: Path) -> None:
-    """`python` is the floor: the interpreter alone."""
+def test_commands(benchmark: Any, smollm2: Path, tmp_path: Path) -> None:
+    """Seconds; python alone, which does nothing, is the floor."""
 
-    def run() -> None:
+    def run(words: list[str]) -> float:
+        begin = perf_counter()
         # cwd: a checkout's own kbit/ must not shadow the installed package.
-        subprocess.run([sys.executable, *COMMANDS[command]], check=True, capture_output=True, cwd=tmp_path)
+        subprocess.run([sys.executable, *words], check=True, capture_output=True, cwd=tmp_path)
+        return perf_counter() - begin
 
-    benchmark.pedantic(run, rounds=3 if command == "first-token" else 10, warmup_rounds=1)
+    contestants = [
+        Contestant("kbit", name, lambda words=words: run(words), group=name) for name, words in COMMANDS.items()
+    ]
+    python = Contestant("python", "python -c pass", lambda: run(["-c", "pass"]))
+    take_turns(benchmark, [python, *contestants])
+    report(
+        benchmark, "start of a process", "seconds", contestants, higher_is_better=False, controls=[python], model=MODEL
+    )
