@@ -99,6 +99,7 @@ def cases(converted: Callable[[int, int], Path], data_dir: Path) -> list[Case]:
     return found
 
 
+@pytest.mark.full
 def test_predictions(benchmark: Any, cases: list[Case]) -> None:
     """Errors of `kbit plan` on this machine."""
     from kbit.scaling.machine import machine_speed

@@ -1,0 +1,107 @@
+"""Shapes of well-known open models, so that `kbit plan` can say what would fit before anything is downloaded.
+
+Facts of configuration only, no weights: each row holds what the model's config.json on the Hugging Face hub says
+(repository named beside it), in the order of _KEYS. `parameters` is the total that the repository's page shows; tests
+compare it with what the shape adds up to. Licences and access are the repositories' own affair.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+_KEYS = (
+    "hidden_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "intermediate_size",
+    "vocab_size",
+    "max_position_embeddings",
+)
+
+
+@dataclass(frozen=True)
+class KnownModel:
+    """A published model.
+
+    Attributes:
+        name: short name, in lower case.
+        repository: on the Hugging Face hub, where the facts come from.
+        parameters: all weights, a tied head once.
+        dtype: what the weights are published in.
+        config: keys of config.json that fix its shape.
+    """
+
+    name: str
+    repository: str
+    parameters: int
+    dtype: str
+    config: Mapping[str, Any]
+
+
+# name, repository, parameters, model_type, the numbers of _KEYS, and "tied" where the head is the embedding.
+_MODELS = """
+smollm2-135m     HuggingFaceTB/SmolLM2-135M            134515008  llama    576 30  9  3  64  1536  49152   8192 tied
+smollm2-360m     HuggingFaceTB/SmolLM2-360M            361821120  llama    960 32 15  5  64  2560  49152   8192 tied
+smollm2-1.7b     HuggingFaceTB/SmolLM2-1.7B           1711376384  llama   2048 24 32 32  64  8192  49152   8192 tied
+tinyllama-1.1b   TinyLlama/TinyLlama-1.1B-Chat-v1.0   1100048384  llama   2048 22 32  4  64  5632  32000   2048
+llama-2-7b       meta-llama/Llama-2-7b-hf             6738415616  llama   4096 32 32 32 128 11008  32000   4096
+llama-2-13b      meta-llama/Llama-2-13b-hf           13015864320  llama   5120 40 40 40 128 13824  32000   4096
+llama-2-70b      meta-llama/Llama-2-70b-hf           68976648192  llama   8192 80 64  8 128 28672  32000   4096
+llama-3.2-1b     meta-llama/Llama-3.2-1B              1235814400  llama   2048 16 32  8  64  8192 128256 131072 tied
+llama-3.2-3b     meta-llama/Llama-3.2-3B              3212749824  llama   3072 28 24  8 128  8192 128256 131072 tied
+llama-3.1-8b     meta-llama/Llama-3.1-8B              8030261248  llama   4096 32 32  8 128 14336 128256 131072
+llama-3.1-70b    meta-llama/Llama-3.1-70B            70553706496  llama   8192 80 64  8 128 28672 128256 131072
+mistral-7b-v0.3  mistralai/Mistral-7B-v0.3            7248023552  mistral 4096 32 32  8 128 14336  32768  32768
+qwen2.5-0.5b     Qwen/Qwen2.5-0.5B                     494032768  qwen2    896 24 14  2  64  4864 151936  32768 tied
+qwen2.5-1.5b     Qwen/Qwen2.5-1.5B                    1543714304  qwen2   1536 28 12  2 128  8960 151936 131072 tied
+qwen2.5-3b       Qwen/Qwen2.5-3B                      3085938688  qwen2   2048 36 16  2 128 11008 151936  32768 tied
+qwen2.5-7b       Qwen/Qwen2.5-7B                      7615616512  qwen2   3584 28 28  4 128 18944 152064 131072
+qwen2.5-14b      Qwen/Qwen2.5-14B                    14770033664  qwen2   5120 48 40  8 128 13824 152064 131072
+qwen2.5-32b      Qwen/Qwen2.5-32B                    32763876352  qwen2   5120 64 40  8 128 27648 152064 131072
+qwen2.5-72b      Qwen/Qwen2.5-72B                    72706203648  qwen2   8192 80 64  8 128 29568 152064 131072
+"""
+
+
+def _known_model(line: str) -> KnownModel:
+    name, repository, parameters, model_type, *rest = line.split()
+    config: dict[str, Any] = {"model_type": model_type, **dict(zip(_KEYS, map(int, rest[: len(_KEYS)]), strict=True))}
+    config["tie_word_embeddings"] = rest[len(_KEYS) :] == ["tied"]
+    if model_type == "mistral":
+        config["sliding_window"] = None  # as this version's file says; the family's default is 4096
+    return KnownModel(name, repository, int(parameters), "bf16", config)
+
+
+KNOWN_MODELS: Mapping[str, KnownModel] = {
+    model.name: model for model in map(_known_model, _MODELS.strip().splitlines())
+}
+
+
+@dataclass(frozen=True)
+class KnownGpu:
+    """A GPU as its vendor's data sheet describes it.
+
+    Attributes:
+        name: short name, in lower case.
+        bandwidth: of its memory, bytes per second.
+        memory: bytes.
+    """
+
+    name: str
+    bandwidth: float
+    memory: int
+
+
+_GPUS = (
+    ("t4", 320, 16), ("v100-32gb", 900, 32), ("a10", 600, 24), ("l4", 300, 24), ("l40s", 864, 48),
+    ("a100-40gb", 1555, 40), ("a100-80gb", 2039, 80), ("h100-pcie", 2000, 80), ("h100", 3350, 80), ("h200", 4800, 141),
+    ("mi210", 1638, 64), ("mi250x", 3277, 128), ("mi300x", 5300, 192),
+    ("rtx-3060", 360, 12), ("rtx-3090", 936, 24), ("rtx-4070", 504, 12), ("rtx-4080", 717, 16), ("rtx-4090", 1008, 24),
+    ("rtx-5090", 1792, 32), ("rx-7900-xtx", 960, 24),
+)  # fmt: skip
+KNOWN_GPUS: Mapping[str, KnownGpu] = {
+    name: KnownGpu(name, bandwidth * 1e9, memory * 10**9) for name, bandwidth, memory in _GPUS
+}
