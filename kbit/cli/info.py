@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections import Counter
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from kbit.errors import KbitError
+from kbit.errors import KbitError, UsageError
 
 if TYPE_CHECKING:
     from kbit.checkpoint.source import CheckpointSource
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
 
 # Stored types of matrices that are not quantized.
 _FLOATS = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")
+_PICTURE = "Picture"
 
 
 def info(
@@ -23,11 +25,61 @@ def info(
         typer.Argument(help="A folder, a .gguf file, a hub id, or a name kbit pull lists; without one: this machine."),
     ] = None,
     tensors: Annotated[bool, typer.Option("--tensors", help="List every tensor.")] = False,
+    plot: Annotated[
+        Path | None,
+        typer.Option(
+            "--plot",
+            metavar="FILE",
+            help="Draw errors, sensitivity and bits of every matrix into FILE (.png, .svg, or .html with a table).",
+            rich_help_panel=_PICTURE,
+        ),
+    ] = None,
+    bits: Annotated[
+        str | None,
+        typer.Option(
+            "--bits",
+            metavar="K,...",
+            help="Widths to try on the weights: a list (3,4), a range (2..8), or formats (nf4-b64,int4-b32). "
+            "[default: 4]",
+            rich_help_panel=_PICTURE,
+        ),
+    ] = None,
+    reference: Annotated[
+        str | None,
+        typer.Option(
+            "--reference",
+            metavar="MODEL",
+            help="What a quantized MODEL was made of: draw the error of what is stored.",
+            rich_help_panel=_PICTURE,
+        ),
+    ] = None,
+    data: Annotated[
+        str | None,
+        typer.Option(
+            "--data",
+            metavar="FILE_OR_NAME",
+            help="Text to measure sensitivity on, as kbit eval takes it, or none. [default: wikitext2]",
+            rich_help_panel=_PICTURE,
+        ),
+    ] = None,
+    max_tokens: Annotated[
+        int | None,
+        typer.Option(
+            "--max-tokens",
+            metavar="N",
+            help="Tokens of it to use, in windows of up to 256. [default: 1024]",
+            rich_help_panel=_PICTURE,
+        ),
+    ] = None,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else on stdout.")] = False,
 ) -> None:
     """Show a model's shape, size and bits per weight, without loading it; or what kbit uses of this machine.
 
     Bits per weight count everything stored: codes, scales, offsets, codebooks, and whatever stayed in 16 bits.
+
+    With --plot, the weights are read after all: rounded to the widths of --bits (or compared with --reference), and
+    run on a little text to see how much an error in each matrix would change the predictions (KL divergence). The two
+    together predict what quantizing each matrix costs.
 
     \b
     Examples:
@@ -35,10 +87,25 @@ def info(
       kbit info smollm2-135m-instruct
       kbit info out/ --tensors
       kbit info out/ --json
+      kbit info smollm2-135m-instruct --plot layers.png --bits 3,4
+      kbit info out/ --plot layers.html --reference smollm2-135m-instruct
     """
     from kbit.checkpoint.resolve import open_model
     from kbit.cli.output import print_json
 
+    picture = {"--bits": bits, "--reference": reference, "--data": data, "--max-tokens": max_tokens}
+    if plot is None:
+        for flag, value in picture.items():
+            if value is not None:
+                raise UsageError(f"{flag} is for the picture: give --plot FILE as well")
+    elif model is None:
+        raise UsageError(
+            "--plot draws a model: name one, for example kbit info smollm2-135m-instruct --plot layers.png"
+        )
+    else:
+        from kbit.cli.layer_picture import check_request, draw
+
+        request = check_request(plot, bits, reference, data, max_tokens)
     if model is None:
         machine = machine_summary()
         if json:
@@ -48,10 +115,16 @@ def info(
         return
     with open_model(model) as source:
         summary = summarise(source)
+        if plot is not None:
+            summary["plot"] = draw(source, model, request, quiet=json)
     if json:
         print_json(summary)
-    else:
-        _print_for_people(summary, tensors)
+        return
+    _print_for_people(summary, tensors)
+    if plot is not None:
+        from kbit.cli.layer_picture import print_costliest
+
+        print_costliest(summary["plot"])
 
 
 def machine_summary() -> dict[str, Any]:

@@ -20,10 +20,12 @@ from kbit.cli.chat import chat
 from kbit.cli.eval import evaluate
 from kbit.cli.info import info
 from kbit.cli.output import printable
+from kbit.cli.plan import plan
 from kbit.cli.processes import end
 from kbit.cli.pull import pull
 from kbit.cli.quantize import quantize
 from kbit.cli.run import run
+from kbit.cli.scale import scale
 from kbit.cli.tune import tune
 from kbit.errors import KbitError
 
@@ -45,7 +47,9 @@ app = typer.Typer(
 app.command()(run)
 app.command(short_help="Talk to a model in its chat template.")(chat)
 app.command(short_help="Convert a model to k-bit weights.")(quantize)
-app.command("eval", short_help="Measure perplexity and KL divergence.")(evaluate)
+app.command("eval", short_help="Measure perplexity, KL divergence and zero-shot tasks.")(evaluate)
+app.command(short_help="Measure accuracy versus bits over models and formats.")(scale)
+app.command(short_help="Choose model, width and KV width for a memory and a speed.")(plan)
 app.command(short_help="Show a model's size and bits per weight.")(info)
 app.command(short_help="Fetch a model into the cache.")(pull)
 app.command(short_help="Time the GPU kernels' configurations and keep the fastest.")(tune)
