@@ -169,11 +169,18 @@ def _compare_rows(logits: torch.Tensor, reference: torch.Tensor, targets: torch.
     """
     ours = logits.double()  # (P, V)
     theirs = reference.to(logits.device).double()
-    our_sum = torch.logsumexp(ours, dim=1)  # (P,)
-    their_sum = torch.logsumexp(theirs, dim=1)
+    _, _, our_sum = _exponentials(ours)
+    weights, total, their_sum = _exponentials(theirs)
     chosen = targets[:, None].to(ours.device)
     nll = our_sum - ours.gather(1, chosen)[:, 0]
     reference_nll = their_sum - theirs.gather(1, chosen)[:, 0]
-    probabilities = (theirs - their_sum[:, None]).exp_()
-    kl = probabilities.mul_(theirs - ours).sum(dim=1) - their_sum + our_sum
+    kl = weights.mul_(theirs.sub_(ours)).sum(dim=1) / total - their_sum + our_sum
     return torch.stack((nll, reference_nll, kl))
+
+
+def _exponentials(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """exp(z - max z) of each row (P, V), its sum (P,) and log-sum-exp (P,): every logit goes through exp once."""
+    top = rows.amax(dim=1, keepdim=True)
+    weights = (rows - top).exp_()
+    total = weights.sum(dim=1)
+    return weights, total, total.log() + top[:, 0]

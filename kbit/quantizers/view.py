@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
@@ -15,8 +16,30 @@ if TYPE_CHECKING:
     from kbit.formats.quant_tensor import QuantTensor
 
 
-class QuantizedView(CheckpointSource):
-    """A source whose planned weights come quantized.
+class QuantizedSource(CheckpointSource):
+    """A model some of whose weights are quantized: what a method returns (kbit.quantizers.methods).
+
+    `read_weight` gives a planned weight as a QuantTensor; or, where kbit's formats cannot hold what the method makes of
+    it, as the float values it stands for.
+    """
+
+    @abstractmethod
+    def target(self, name: str) -> torch.Tensor:
+        """The weight (N, K), float32, that a quantized one stands for: what its error is measured against.
+
+        The original weight, or what a method that changes weights first (a rotation) has made of it.
+        """
+
+    def extra_bits(self, name: str) -> int:
+        """Bits that a planned weight takes beyond those of its format."""
+        return 0
+
+
+class QuantizedView(QuantizedSource):
+    """A source whose planned weights come quantized, rounded to nearest.
+
+    Attributes:
+        formats: the format of each planned weight, by name.
 
     Args:
         source: the original model.
@@ -29,7 +52,7 @@ class QuantizedView(CheckpointSource):
         self.config = source.config
         self._source = source
         self._read = read or source.read
-        self._formats = {tensor.source.name: tensor.format for tensor in plan.tensors if tensor.format}
+        self.formats = {tensor.source.name: tensor.format for tensor in plan.tensors if tensor.format}
 
     @property
     def tensors(self) -> Mapping[str, TensorInfo]:
@@ -39,16 +62,19 @@ class QuantizedView(CheckpointSource):
         return self.read(name)[start:stop]
 
     def read(self, name: str) -> torch.Tensor:
-        return self.read_quantized(name).dequantize() if name in self._formats else self._read(name)
+        return self.read_quantized(name).dequantize() if name in self.formats else self._read(name)
 
     def read_weight(self, name: str) -> torch.Tensor | QuantTensor:
-        return self.read_quantized(name) if name in self._formats else self._read(name)
+        return self.read_quantized(name) if name in self.formats else self._read(name)
+
+    def target(self, name: str) -> torch.Tensor:
+        return self._read(name)
 
     def read_quantized(self, name: str) -> QuantTensor:
         """A planned weight, rounded to nearest; the same bytes a conversion would write."""
         weight = self._read(name)
         shape = (weight.shape[0], weight.shape[1])
-        return quantize_rows(lambda start, stop: weight[start:stop], shape, self._formats[name], name=name)
+        return quantize_rows(lambda start, stop: weight[start:stop], shape, self.formats[name], name=name)
 
     def sidecar_files(self) -> Mapping[str, bytes]:
         return self._source.sidecar_files()

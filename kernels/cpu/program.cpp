@@ -99,7 +99,8 @@ void Program::reserve(std::int64_t rows) {
   }
   for (Buffer& buffer : buffers_) buffer.memory = AlignedBytes(static_cast<std::size_t>(rows * buffer.stride) * 4);
   shared_->reserve(rows, widest_input_, used, bfloats);
-  const std::int64_t few = std::max<std::int64_t>(1, std::min(rows, kRedundantInput / std::max<std::int64_t>(1, widest_input_)));
+  const std::int64_t widest = std::max<std::int64_t>(1, widest_input_);  // 0 without a product
+  const std::int64_t few = std::max<std::int64_t>(1, std::min(rows, kRedundantInput / widest));
   for (auto& scratch : scratch_) scratch->inputs->reserve(few, widest_input_, used, bfloats);
   capacity_ = rows;
 }

@@ -1,0 +1,113 @@
+"""Outlier features in 16 bits: the proxy quantization of Dettmers and Zettlemoyer (arXiv 2212.09720, section 3).
+
+Some features of a transformer's hidden states are far larger than the rest, and a weight that multiplies one passes its
+rounding error on multiplied. Which features these are shows, without any data, in the weights that produce them: a unit
+whose incoming weights vary most puts out the largest values. So for each matrix the p percent of its input features are
+kept in 16 bits whose producing units have the largest standard deviation of weights.
+
+For measuring only: kbit's kernels have no mixed matrices, so a weight comes as floats, and what it would take is counted:
+16 bits instead of k for each kept weight (p (16 - k) bits per weight on average, as in the paper).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import torch
+
+from kbit.errors import UnsupportedError
+from kbit.quantizers.view import QuantizedView
+
+if TYPE_CHECKING:
+    from kbit.checkpoint.source import CheckpointSource
+    from kbit.formats.quant_tensor import QuantTensor
+    from kbit.quantizers.plan import Plan
+
+# The paper's p: "outliers are between 0.1 and 2 % of all features"; 2 % is what it tests.
+SHARE = 0.02
+
+# What produces the input features of each matrix of a layer, as (layer offset, matrix); None: the embedding.
+_PRODUCERS = {
+    "self_attn.q_proj": (-1, "mlp.down_proj"),
+    "self_attn.k_proj": (-1, "mlp.down_proj"),
+    "self_attn.v_proj": (-1, "mlp.down_proj"),
+    "self_attn.o_proj": (0, "self_attn.v_proj"),
+    "mlp.gate_proj": (0, "self_attn.o_proj"),
+    "mlp.up_proj": (0, "self_attn.o_proj"),
+    "mlp.down_proj": (0, "mlp.up_proj"),
+}
+
+
+class OutlierView(QuantizedView):
+    """Planned weights rounded to nearest, but for their outlying input features, which stay as they are.
+
+    Args:
+        source, plan, read: as for QuantizedView.
+        share: of the input features that is kept, rounded to whole features and at least one.
+    """
+
+    def __init__(
+        self,
+        source: CheckpointSource,
+        plan: Plan,
+        read: Callable[[str], torch.Tensor] | None = None,
+        share: float = SHARE,
+    ) -> None:
+        super().__init__(source, plan, read)
+        self._share = share
+        self._config = source.config
+
+    def read_weight(self, name: str) -> torch.Tensor | QuantTensor:
+        """A float32 weight (N, K), of the values its codes and its 16-bit columns stand for."""
+        return self.read(name)
+
+    def read(self, name: str) -> torch.Tensor:
+        if name not in self.formats:
+            return super().read(name)
+        weight = self.read_quantized(name).dequantize()
+        kept = self.outliers(name)
+        # 16-bit floats hold what a 16-bit checkpoint has; of a float32 one they round as they would be stored.
+        weight[:, kept] = self.target(name)[:, kept].to(torch.bfloat16 if self._wide(name) else torch.float16).float()
+        return weight
+
+    def extra_bits(self, name: str) -> int:
+        """Bits that a planned weight takes beyond those of its format."""
+        rows, columns = self.tensors[name].shape
+        return rows * self._count(columns) * (16 - self.formats[name].bits)
+
+    def outliers(self, name: str) -> torch.Tensor:
+        """The input features of a planned weight that are kept: indices, int64 (p K,), ascending.
+
+        Raises:
+            UnsupportedError: a weight whose inputs' producer is not known.
+        """
+        columns = self.tensors[name].shape[1]
+        spread = self._spread(name)
+        if len(spread) != columns:  # grouped queries: several heads of o_proj's input come from one of v_proj
+            spread = self._repeat(name, spread, columns)
+        return spread.topk(self._count(columns)).indices.sort().values
+
+    def _count(self, columns: int) -> int:
+        return max(1, round(self._share * columns))
+
+    def _wide(self, name: str) -> bool:
+        return self.tensors[name].stored_as == "BF16"
+
+    def _spread(self, name: str) -> torch.Tensor:
+        """Standard deviation of the weights of each unit that produces an input feature, float32."""
+        prefix, _, rest = name.removesuffix(".weight").partition("layers.")
+        number, _, matrix = rest.partition(".")
+        if matrix not in _PRODUCERS or not number.isdecimal():
+            raise UnsupportedError(f"{name}: where its inputs come from is not known, so neither are its outliers")
+        offset, producer = _PRODUCERS[matrix]
+        layer = int(number) + offset
+        if layer < 0:  # the residual stream as the embedding fills it
+            return self.target(f"{prefix}embed_tokens.weight").std(dim=0)
+        return self.target(f"{prefix}layers.{layer}.{producer}.weight").std(dim=1)
+
+    def _repeat(self, name: str, spread: torch.Tensor, columns: int) -> torch.Tensor:
+        heads, kv_heads = self._config.get("num_attention_heads"), self._config.get("num_key_value_heads")
+        if not heads or not kv_heads or columns % heads or len(spread) * heads != columns * kv_heads:
+            raise UnsupportedError(f"{name}: {columns} inputs cannot come from {len(spread)} units")
+        return spread.view(kv_heads, -1).repeat_interleave(heads // kv_heads, dim=0).reshape(-1)
