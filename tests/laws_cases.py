@@ -10,8 +10,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from kbit.formats.quant_format import QuantFormat
-from kbit.scaling.forms import target
-from kbit.scaling.gaussian import gaussian_rounding
+from kbit.scaling.laws.forms import target
+from kbit.scaling.laws.gaussian import gaussian_rounding
 from kbit.scaling.points import ORIGINAL, Point
 
 CLUSTERS = 40

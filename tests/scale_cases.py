@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from kbit.scaling.points import Point
-from kbit.scaling.sweep import Failure, Status, SweepResult, run_sweep
-from kbit.scaling.sweep_plan import SweepPlan, SweepRequest, plan_sweep
+from kbit.scaling.sweep.plan import SweepPlan, SweepRequest, plan_sweep
+from kbit.scaling.sweep.run import Failure, Status, SweepResult, run_sweep
 
 # English enough for a byte tokenizer; every sentence another, so that windows differ.
 TEXT = "".join(

@@ -17,15 +17,15 @@ from kbit.errors import UsageError
 from kbit.evaluate.statistics import Clusters, bootstrap_interval
 from kbit.formats.blockwise import quantize_blockwise
 from kbit.formats.quant_format import QuantFormat
-from kbit.scaling.bootstrap import interval, redraw, redraw_models, times_of
-from kbit.scaling.fitting import loss_per_kl, train
-from kbit.scaling.forms import FORMS, target, target_of
-from kbit.scaling.gaussian import gaussian_rounding
-from kbit.scaling.heldout import hold_out
-from kbit.scaling.laws import Fit, Laws, SuiteLaws, fit_laws
+from kbit.scaling.laws.bootstrap import interval, redraw, redraw_models, times_of
+from kbit.scaling.laws.fit import Fit, Laws, SuiteLaws, fit_laws
+from kbit.scaling.laws.fitting import loss_per_kl, train
+from kbit.scaling.laws.forms import FORMS, target, target_of
+from kbit.scaling.laws.gaussian import gaussian_rounding
+from kbit.scaling.laws.heldout import hold_out
+from kbit.scaling.laws.suites import make_suites
+from kbit.scaling.laws.unquantized import MIN_MODELS_CHINCHILLA, fit_chinchilla
 from kbit.scaling.points import Point
-from kbit.scaling.suites import make_suites
-from kbit.scaling.unquantized import MIN_MODELS_CHINCHILLA, fit_chinchilla
 
 FORM = {form.name: form for form in FORMS}
 

@@ -12,15 +12,25 @@ import pytest
 from laws_cases import FAMILY, Size
 from laws_cases import measure as measure_world
 
-from kbit.scaling.best_width import ANY, BestWidths, best_measured
-from kbit.scaling.bootstrap import redraw
-from kbit.scaling.conclusion import NO, NO_CLAIM, NOT_ENOUGH, TIED, YES, Finding, best_of, conclude, conclusion_text
-from kbit.scaling.curves import REACH, Curve, make_curves
-from kbit.scaling.forms import target
-from kbit.scaling.gaussian import gaussian_rounding
-from kbit.scaling.laws import Laws, fit_laws
+from kbit.scaling.laws.best_width import ANY, BestWidths, best_measured
+from kbit.scaling.laws.bootstrap import redraw
+from kbit.scaling.laws.conclusion import (
+    NO,
+    NO_CLAIM,
+    NOT_ENOUGH,
+    TIED,
+    YES,
+    Finding,
+    best_of,
+    conclude,
+    conclusion_text,
+)
+from kbit.scaling.laws.curves import REACH, Curve, make_curves
+from kbit.scaling.laws.fit import Laws, fit_laws
+from kbit.scaling.laws.forms import target
+from kbit.scaling.laws.gaussian import gaussian_rounding
+from kbit.scaling.laws.suites import make_suites
 from kbit.scaling.points import Point
-from kbit.scaling.suites import make_suites
 
 WIDE_FAMILY = tuple(
     Size(f"m{index}", 10**6 * 2**index, 10**7 * 2**index, 4.5 - 0.15 * index, 0.0) for index in range(5)

@@ -10,12 +10,12 @@ import pytest
 from laws_cases import FAMILY, FORMATS, Size, measure
 
 from kbit.errors import KbitError, UsageError
-from kbit.scaling.bootstrap import interval
-from kbit.scaling.forms import target
-from kbit.scaling.gaussian import gaussian_rounding
-from kbit.scaling.laws import Laws, fit_laws
+from kbit.scaling.laws.bootstrap import interval
+from kbit.scaling.laws.fit import Laws, fit_laws
+from kbit.scaling.laws.forms import target
+from kbit.scaling.laws.gaussian import gaussian_rounding
+from kbit.scaling.laws.predict import MEASURED, Query, predict
 from kbit.scaling.points import ORIGINAL, Point
-from kbit.scaling.predict import MEASURED, Query, predict
 
 
 @pytest.fixture(scope="module")

@@ -19,16 +19,16 @@ from kbit.cli.plan import parse_size, plan
 from kbit.errors import CheckpointError, KbitError, UnsupportedError, UsageError
 from kbit.formats.quant_format import QuantFormat
 from kbit.models.families import spec_from_config
-from kbit.scaling.kernel_timing import AttentionRate, KernelRate, Overheads
-from kbit.scaling.laws import fit_laws
-from kbit.scaling.machine import MachineSpeed, attention_key
-from kbit.scaling.memory import parameters, planned_weights
-from kbit.scaling.plan_models import PlanModel, find_models
-from kbit.scaling.plan_types import PlanRequest, Recommendation
-from kbit.scaling.planner import make_recommendation
+from kbit.scaling.laws.fit import fit_laws
+from kbit.scaling.planner.choose import make_recommendation
+from kbit.scaling.planner.kernel_timing import AttentionRate, KernelRate, Overheads
+from kbit.scaling.planner.machine import MachineSpeed, attention_key
+from kbit.scaling.planner.memory import parameters, planned_weights
+from kbit.scaling.planner.models import PlanModel, find_models
+from kbit.scaling.planner.quality import Quality, compare
+from kbit.scaling.planner.shapes import KNOWN_GPUS, KNOWN_MODELS
+from kbit.scaling.planner.types import PlanRequest, Recommendation
 from kbit.scaling.points import append_points
-from kbit.scaling.quality import Quality, compare
-from kbit.scaling.shapes import KNOWN_GPUS, KNOWN_MODELS
 
 app = typer.Typer()
 app.command()(plan)

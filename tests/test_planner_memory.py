@@ -23,7 +23,7 @@ from kbit.models.families import spec_from_config
 from kbit.models.load import load_decoder
 from kbit.ops.native_backend import NativeBackend
 from kbit.ops.native_weight import prepare
-from kbit.scaling.memory import (
+from kbit.scaling.planner.memory import (
     Weight,
     cache_bytes,
     parameters,
@@ -35,7 +35,7 @@ from kbit.scaling.memory import (
     stored_weights,
     tokenizer_bytes,
 )
-from kbit.scaling.process_probe import probe
+from kbit.scaling.planner.process_probe import probe
 
 FORMATS = [
     *(f"int{bits}-b64" for bits in range(2, 9)),

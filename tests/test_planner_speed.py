@@ -16,13 +16,13 @@ from hypothesis import strategies as st
 from kbit.errors import KbitError
 from kbit.formats.quant_format import QuantFormat
 from kbit.models.families import spec_from_config
-from kbit.scaling import machine as machine_module
-from kbit.scaling import process_probe
-from kbit.scaling.kernel_timing import AttentionRate, KernelRate, Overheads, Timer, kernel_key
-from kbit.scaling.machine import MachineSpeed, attention_key, describe_machine, machine_speed
-from kbit.scaling.memory import planned_weights, prepared_bytes
-from kbit.scaling.process_probe import Probe, probe
-from kbit.scaling.speed import (
+from kbit.scaling.planner import machine as machine_module
+from kbit.scaling.planner import process_probe
+from kbit.scaling.planner.kernel_timing import AttentionRate, KernelRate, Overheads, Timer, kernel_key
+from kbit.scaling.planner.machine import MachineSpeed, attention_key, describe_machine, machine_speed
+from kbit.scaling.planner.memory import planned_weights, prepared_bytes
+from kbit.scaling.planner.process_probe import Probe, probe
+from kbit.scaling.planner.speed import (
     bytes_per_token,
     needed_attention,
     needed_kernels,
@@ -77,8 +77,8 @@ def test_formats_that_run_the_same_instructions() -> None:
 
 @pytest.mark.parametrize("key", ["int2-b64", "nf7-b32", "int8-row-asym", "int5-b128-fp32", "fp16", "bf16", "fp32"])
 def test_products_are_timed(key: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("kbit.scaling.kernel_timing.SECONDS", 0.0)
-    monkeypatch.setattr("kbit.scaling.kernel_timing.CACHED_BYTES", 1 << 20)
+    monkeypatch.setattr("kbit.scaling.planner.kernel_timing.SECONDS", 0.0)
+    monkeypatch.setattr("kbit.scaling.planner.kernel_timing.CACHED_BYTES", 1 << 20)
     rate = Timer(2, "int8", memory_bytes=6 << 20).kernel(key)
     assert all(math.isfinite(value) and value >= 0 for value in asdict(rate).values())
     assert rate.memory >= rate.cached > 0 < rate.prompt
@@ -91,7 +91,7 @@ def test_products_are_timed(key: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize(("kind", "dim", "group"), [("fp16", 64, 1), ("4", 64, 3), ("3", 80, 2), ("fp32", 24, 4)])
 def test_attention_is_timed(kind: str, dim: int, group: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("kbit.scaling.kernel_timing.SECONDS", 0.0)
+    monkeypatch.setattr("kbit.scaling.planner.kernel_timing.SECONDS", 0.0)
     rate = Timer(1, "int8", memory_bytes=4 << 20).attention(kind, dim, group)
     assert all(math.isfinite(value) and value >= 0 for value in asdict(rate).values())
     assert rate.memory >= rate.cached
@@ -100,7 +100,7 @@ def test_attention_is_timed(kind: str, dim: int, group: int, monkeypatch: pytest
 
 
 def test_misses_rise_from_nothing_to_all(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("kbit.scaling.kernel_timing.SECONDS", 0.0)
+    monkeypatch.setattr("kbit.scaling.planner.kernel_timing.SECONDS", 0.0)
     curve = Timer(1, "int8", memory_bytes=24 << 20).misses()
     shares = [share for _, share in curve]
     assert shares == sorted(shares)

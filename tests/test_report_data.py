@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 from report_cases import make_point, make_sweep
 
 from kbit.evaluate.statistics import Clusters, bootstrap_interval
-from kbit.scaling import plots_style as style
-from kbit.scaling.plots_data import (
+from kbit.scaling.points import ORIGINAL
+from kbit.scaling.report import plots_style as style
+from kbit.scaling.report.plots_data import (
     DRAWS,
     frontier,
     interval,
@@ -22,7 +23,6 @@ from kbit.scaling.plots_data import (
     kl_ratio_at_equal_bits,
     make_views,
 )
-from kbit.scaling.points import ORIGINAL
 
 
 @given(st.lists(st.tuples(st.integers(1, 30), st.integers(0, 20)), min_size=1, max_size=30))

@@ -25,8 +25,8 @@ from kbit.models.load import load_decoder
 from kbit.ops.reference_backend import ReferenceBackend
 from kbit.quantizers.plan import make_plan
 from kbit.quantizers.view import QuantizedView
-from kbit.scaling.layer_plots import check_picture_path
-from kbit.scaling.layers import linear_rows, measure_errors, with_sensitivity
+from kbit.scaling.report.layer_plots import check_picture_path
+from kbit.scaling.report.layers import linear_rows, measure_errors, with_sensitivity
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

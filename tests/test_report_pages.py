@@ -17,12 +17,12 @@ import pytest
 from report_cases import make_point, make_sweep
 
 from kbit.errors import KbitError
-from kbit.scaling.html_page import Page
-from kbit.scaling.plots import draw_pictures
-from kbit.scaling.plots_data import make_views
-from kbit.scaling.plots_style import rendered
 from kbit.scaling.points import ORIGINAL, Point
-from kbit.scaling.report import write_report
+from kbit.scaling.report.html_page import Page
+from kbit.scaling.report.plots import draw_pictures
+from kbit.scaling.report.plots_data import make_views
+from kbit.scaling.report.plots_style import rendered
+from kbit.scaling.report.write import write_report
 
 HOSTILE = '"><script>alert(1)</script>$\\frac{x}{y}$ <img src=http://x/>&amp;\x1b[31m\u202e\udcff_%s'
 VOID = {"meta", "br", "img", "input", "link", "hr"}
@@ -90,7 +90,7 @@ def sweep() -> list[Point]:
 @pytest.fixture(scope="module")
 def report(tmp_path_factory: pytest.TempPathFactory, sweep: list[Point]) -> tuple[Path, list[Path]]:
     """A report with all that a sweep of one method allows, laws included."""
-    from kbit.scaling.laws import fit_laws
+    from kbit.scaling.laws.fit import fit_laws
 
     folder = tmp_path_factory.mktemp("report")
     written = write_report(

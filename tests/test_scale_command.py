@@ -22,8 +22,8 @@ from kbit.cli.scale import scale
 from kbit.cli.scale_view import duration, live_view, plan_table, result_table
 from kbit.errors import UsageError
 from kbit.scaling.points import ORIGINAL, read_points
-from kbit.scaling.sweep import run_sweep
-from kbit.scaling.sweep_plan import plan_sweep
+from kbit.scaling.sweep.plan import plan_sweep
+from kbit.scaling.sweep.run import run_sweep
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -15,7 +15,7 @@ from kbit.formats.quant_format import DTYPES, FLOAT_GRIDS, SCALE_DTYPES, QuantFo
 from kbit.formats.quant_tensor import QuantTensor
 from kbit.quantizers.methods import METHODS, Method, MethodInput, get_method
 from kbit.quantizers.plan import make_plan
-from kbit.scaling.grid import Cell, dtype_label, expand, make_format, parse_bits, parse_blocks, split_list
+from kbit.scaling.sweep.grid import Cell, dtype_label, expand, make_format, parse_bits, parse_blocks, split_list
 
 
 @pytest.mark.parametrize(

@@ -20,12 +20,12 @@ from kbit.formats.quant_format import QuantFormat
 from kbit.quantizers.convert import convert
 from kbit.quantizers.methods import METHODS
 from kbit.quantizers.plan import make_plan
-from kbit.scaling import sweep_plan
 from kbit.scaling.points import ORIGINAL, Point
-from kbit.scaling.resources import Rates, choose_jobs
-from kbit.scaling.store import PointStore
-from kbit.scaling.sweep import run_sweep
-from kbit.scaling.sweep_plan import comparable_rows, plan_sweep
+from kbit.scaling.sweep import plan as sweep_plan
+from kbit.scaling.sweep.plan import comparable_rows, plan_sweep
+from kbit.scaling.sweep.resources import Rates, choose_jobs
+from kbit.scaling.sweep.run import run_sweep
+from kbit.scaling.sweep.store import PointStore
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -158,10 +158,10 @@ class TestPlan:
 
     def test_jobs(self, tiny_model: Path, tmp_path: Path, text: Path, monkeypatch: Any) -> None:
         subjects = plan_sweep(request(tiny_model, tmp_path / "out", text)).subjects
-        monkeypatch.setattr("kbit.scaling.resources.default_threads", lambda: 8)
+        monkeypatch.setattr("kbit.scaling.sweep.resources.default_threads", lambda: 8)
 
         def jobs(memory: int | None, asked: int | None = None, tasks: int = 100, threads: int = 1) -> tuple[int, bool]:
-            monkeypatch.setattr("kbit.scaling.resources.available_memory", lambda: memory)
+            monkeypatch.setattr("kbit.scaling.sweep.resources.available_memory", lambda: memory)
             found = choose_jobs([replace_parameters(subjects[0])], tasks, asked, threads)
             return found.count, found.keep_weights
 
@@ -246,6 +246,6 @@ def replace_parameters(subject: Any) -> Any:
 
 def test_the_sweep_of_a_plan_is_light() -> None:
     """`kbit scale --dry-run` answers without torch."""
-    code = "import sys, kbit.scaling.sweep_plan, kbit.cli.scale; sys.exit('torch' in sys.modules)"
+    code = "import sys, kbit.scaling.sweep.plan, kbit.cli.scale; sys.exit('torch' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(sys.prefix))
     assert sweep_plan.DEFAULT_MAX_TOKENS == 8192

@@ -13,9 +13,9 @@ from scale_cases import Recorder, request, sweep, write_text
 
 from kbit.errors import KbitError, UnsupportedError
 from kbit.scaling.points import Point
-from kbit.scaling.sweep import Failure, run_sweep
-from kbit.scaling.sweep_plan import plan_sweep
-from kbit.scaling.workers import ProcessPool
+from kbit.scaling.sweep.plan import plan_sweep
+from kbit.scaling.sweep.run import Failure, run_sweep
+from kbit.scaling.sweep.workers import ProcessPool
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -28,11 +28,11 @@ from kbit.ops.select import select_backend
 from kbit.quantizers.convert import convert
 from kbit.quantizers.methods import METHODS
 from kbit.quantizers.plan import make_plan
-from kbit.scaling import measure, workers
 from kbit.scaling.points import ORIGINAL, read_points
-from kbit.scaling.subject import content_digest
-from kbit.scaling.sweep import Failure, run_sweep
-from kbit.scaling.sweep_plan import plan_sweep
+from kbit.scaling.sweep import measure, workers
+from kbit.scaling.sweep.plan import plan_sweep
+from kbit.scaling.sweep.run import Failure, run_sweep
+from kbit.scaling.sweep.subject import content_digest
 
 pytestmark = pytest.mark.usefixtures("one_thread", "own_cache")
 

@@ -1,7 +1,8 @@
-"""`kbit eval`: perplexity of a model, and how far it is from a reference."""
+"""`kbit eval`: perplexity of a model and how far it is from a reference, or its answers to zero-shot tasks."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -17,11 +18,15 @@ from kbit.cli.options import (
     streaming_output,
 )
 from kbit.cli.output import print_json
+from kbit.errors import UsageError
 
 if TYPE_CHECKING:
     from rich.table import Table
 
     from kbit.evaluate.report import EvaluationReport, Request
+    from kbit.evaluate.tasks.report import TaskReport, TaskRequest
+
+_TASKS = "Zero-shot tasks"
 
 
 def evaluate(
@@ -29,8 +34,13 @@ def evaluate(
         str, typer.Argument(metavar="MODEL", help="A folder, a .gguf file, a hub id, or a name kbit pull lists.")
     ],
     data: Annotated[
-        str, typer.Option("--data", metavar="FILE_OR_NAME", help="A UTF-8 text file, or the name of a text.")
-    ] = "wikitext2",
+        str | None,
+        typer.Option(
+            "--data",
+            metavar="FILE_OR_NAME",
+            help="A UTF-8 text file, or the name of a text. [default: wikitext2]",
+        ),
+    ] = None,
     reference: Annotated[
         str | None, typer.Option("--reference", metavar="MODEL", help="Also measure the distance to this model.")
     ] = None,
@@ -39,11 +49,61 @@ def evaluate(
     ] = None,
     context: Annotated[
         int | None,
-        typer.Option("--context", metavar="N", help="Tokens per window. [default: 2048 (gptq), 512 (llamacpp)]"),
+        typer.Option(
+            "--context",
+            metavar="N",
+            help="Tokens per window. [default: 2048 (gptq), 512 (llamacpp); with --tasks what the model is meant for]",
+        ),
     ] = None,
     convention: Annotated[
-        str, typer.Option("--convention", metavar="gptq|llamacpp", help="Whose way of computing perplexity.")
-    ] = "gptq",
+        str | None,
+        typer.Option(
+            "--convention", metavar="gptq|llamacpp", help="Whose way of computing perplexity. [default: gptq]"
+        ),
+    ] = None,
+    tasks: Annotated[
+        str | None,
+        typer.Option(
+            "--tasks",
+            metavar="NAMES",
+            help="Instead of perplexity, score these (separated by commas, or all): lambada_openai, piqa, winogrande, "
+            "hellaswag, arc_easy, arc_challenge.",
+            rich_help_panel=_TASKS,
+        ),
+    ] = None,
+    limit: Annotated[
+        int | None,
+        typer.Option(
+            "--limit", metavar="N", help="The first N items of each task. [default: all]", rich_help_panel=_TASKS
+        ),
+    ] = None,
+    task_data: Annotated[
+        str | None,
+        typer.Option(
+            "--task-data",
+            metavar="DIR|hub",
+            help="Where the tasks' files are. [default: the folder KBIT_DATA names, else the hub]",
+            rich_help_panel=_TASKS,
+        ),
+    ] = None,
+    items: Annotated[
+        str | None,
+        typer.Option(
+            "--items",
+            metavar="FILE",
+            help="Keep what the model said to each item, as JSON lines; an interrupted run goes on from there.",
+            rich_help_panel=_TASKS,
+        ),
+    ] = None,
+    against: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--against",
+            metavar="FILE",
+            help="Compare with what another run kept with --items. Can be given several times.",
+            rich_help_panel=_TASKS,
+        ),
+    ] = None,
     device: DeviceOption = "auto",
     backend: BackendOption = "auto",
     compute: ComputeOption = None,
@@ -60,7 +120,8 @@ def evaluate(
     threads: ThreadsOption = None,
     json: JsonOption = False,
 ) -> None:
-    """Measure perplexity on a text and, with --reference, KL divergence, top-1 agreement and paired loss difference.
+    """Measure perplexity on a text and, with --reference, KL divergence, top-1 agreement and paired loss difference;
+    or, with --tasks, how many questions a model answers rightly.
 
     Perplexities compare only within one convention and one context length: "gptq" is that of the GPTQ papers (windows
     of 2048 tokens, or what the model can take), "llamacpp" that of llama.cpp (512, the second half scored).
@@ -72,6 +133,11 @@ def evaluate(
     Named texts are wikitext2, wikitext2-valid, wikitext2-valid-tokenized, tinystories and novels-heldout. They are
     looked for in the folder named by KBIT_DATA, then in the cache; the raw WikiText-2 splits can be downloaded.
 
+    Tasks are asked and scored as lm-eval does (zero-shot). With --reference or --against, the same items are compared
+    one by one: how many were lost and gained, McNemar's exact test, corrected for the number of comparisons, and
+    intervals. A few hundred items tell two widths apart only where these differ much: look at the log-likelihood of
+    the right answers, which sees more.
+
     \b
     Examples:
       kbit eval smollm2-135m-instruct
@@ -79,23 +145,43 @@ def evaluate(
       kbit eval out/ --reference out/ --kv-bits 4
       kbit eval out/ --data mytext.txt --json
       kbit eval model.gguf --convention llamacpp --context 512
+      kbit eval out/ --tasks piqa,arc_easy --limit 200 --reference smollm2-135m-instruct
+      kbit eval q4/ --tasks all --items q4.jsonl
+      kbit eval q3/ --tasks all --against q4.jsonl
     """
+    engine = {"device": device, "threads": threads, "backend": backend, "compute": compute, "kv_bits": kv_bits}
+    if tasks is not None:
+        from kbit.evaluate.tasks.report import TaskRequest
+
+        given = {"--data": data, "--convention": convention, "--max-tokens": max_tokens}
+        _refuse(given, f"goes with perplexity, not with --tasks {tasks}: use --task-data, --limit or another command")
+        asked = TaskRequest(
+            model,
+            tasks,
+            limit=limit,
+            data=task_data,
+            reference=reference,
+            items=items,
+            against=tuple(against or ()),
+            context=context,
+            reference_backend=reference_backend,
+            **engine,  # type: ignore[arg-type]
+        )
+        _evaluate_tasks(asked, json)
+        return
+    _refuse({"--limit": limit, "--task-data": task_data, "--items": items, "--against": against}, "goes with --tasks")
     from kbit.evaluate.report import Request
 
     report = _run(
         Request(
             model,
-            data,
+            "wikitext2" if data is None else data,
             reference,
             max_tokens=max_tokens,
             context=context,
-            convention=convention,
-            device=device,
-            threads=threads,
-            backend=backend,
-            compute=compute,
-            kv_bits=kv_bits,
+            convention="gptq" if convention is None else convention,
             reference_backend=reference_backend,
+            **engine,  # type: ignore[arg-type]
         ),
         quiet=json,
     )
@@ -106,6 +192,52 @@ def evaluate(
 
     with streaming_output():
         Console().print(_table(report))
+
+
+def _refuse(flags: Mapping[str, object], why: str) -> None:
+    """
+    Raises:
+        UsageError: a flag was given that has no meaning here.
+    """
+    for flag, value in flags.items():
+        if value is not None:
+            raise UsageError(f"{flag} {why}")
+
+
+def _evaluate_tasks(request: TaskRequest, json: bool) -> None:
+    """Score tasks and print what came out."""
+    report = _run_tasks(request, quiet=json)
+    if json:
+        print_json(report.to_dict())
+        return
+    from rich.console import Console
+
+    from kbit.cli.task_tables import task_tables
+
+    with streaming_output():
+        Console().print(*task_tables(report), sep="\n")
+
+
+def _run_tasks(request: TaskRequest, quiet: bool) -> TaskReport:
+    """The tasks, with a progress bar on stderr unless `quiet` or stderr is no terminal."""
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+
+    from kbit.evaluate.tasks.report import evaluate_tasks
+
+    console = Console(stderr=True)
+    columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, transient=True, disable=quiet or not console.is_terminal) as bar:
+        line = bar.add_task("opening", total=None)
+
+        def on_request(task: str, done: int, total: int, accuracy: float) -> None:
+            bar.update(line, completed=done, total=total, description=f"{task}: acc {accuracy:.3f}")
+
+        def on_status(text: str) -> None:
+            bar.reset(line, total=None, description=escape(text))
+
+        return evaluate_tasks(request, on_request, on_status)
 
 
 def _run(request: Request, quiet: bool) -> EvaluationReport:

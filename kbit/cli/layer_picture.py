@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from kbit.checkpoint.source import CheckpointSource
     from kbit.evaluate.sensitivity import Sensitivity
     from kbit.formats.quant_format import QuantFormat
-    from kbit.scaling.layers import LayerTable, MatrixRow
+    from kbit.scaling.report.layers import LayerTable, MatrixRow
 
 _DATA = "wikitext2"
 _NO_DATA = "none"
@@ -56,7 +56,7 @@ def check_request(
     Raises:
         UsageError: a flag that makes no sense.
     """
-    from kbit.scaling.layer_plots import check_picture_path
+    from kbit.scaling.report.layer_plots import check_picture_path
 
     check_picture_path(plot)
     if bits is not None and reference is not None:
@@ -107,8 +107,8 @@ def draw(source: CheckpointSource, model: str, request: PictureRequest, quiet: b
         Plain values: the file, the formats, what was measured on what, and every matrix.
     """
     from kbit.checkpoint.resolve import open_model
-    from kbit.scaling.layer_plots import write_layer_picture
-    from kbit.scaling.layers import LayerTable, linear_rows, measure_errors, with_sensitivity
+    from kbit.scaling.report.layer_plots import write_layer_picture
+    from kbit.scaling.report.layers import LayerTable, linear_rows, measure_errors, with_sensitivity
 
     rows: Sequence[MatrixRow] = linear_rows(source)
     original, against, formats = source, _stored(rows), tuple(str(format) for format in request.formats)
@@ -143,7 +143,7 @@ def draw(source: CheckpointSource, model: str, request: PictureRequest, quiet: b
 
 def print_costliest(plot: dict[str, Any]) -> None:
     """For people: where the picture is, what the errors cost in all, and the matrices that cost most."""
-    from kbit.scaling.layer_plots import LARGE_KL
+    from kbit.scaling.report.layer_plots import LARGE_KL
 
     typer.echo(f"\n{'picture:':<17}{printable(plot['file'])}")
     for note in plot["notes"]:

@@ -15,11 +15,11 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
 
     from kbit.formats.quant_format import QuantFormat
-    from kbit.scaling.laws import Laws
-    from kbit.scaling.machine import MachineSpeed
-    from kbit.scaling.plan_types import PlanRequest, Recommendation
+    from kbit.scaling.laws.fit import Laws
+    from kbit.scaling.planner.machine import MachineSpeed
+    from kbit.scaling.planner.shapes import KnownGpu
+    from kbit.scaling.planner.types import PlanRequest, Recommendation
     from kbit.scaling.points import Point
-    from kbit.scaling.shapes import KnownGpu
 
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([kmgt]?)(i?)b?", re.IGNORECASE)
 _BANDWIDTH = re.compile(r"(\d+(?:\.\d+)?)\s*(g|t)b/s", re.IGNORECASE)
@@ -166,8 +166,8 @@ def _request(
     """The flags, checked."""
     from kbit.formats.quant_format import MAX_BITS, MIN_BITS, QuantFormat
     from kbit.ops.cpu import default_threads
-    from kbit.scaling.machine import memory_bytes
-    from kbit.scaling.plan_types import PlanRequest
+    from kbit.scaling.planner.machine import memory_bytes
+    from kbit.scaling.planner.types import PlanRequest
 
     gpu = None if device == "cpu" else _gpu(device)
     if compute not in ("int8", "bf16", "fp32"):
@@ -221,7 +221,7 @@ def _numbers(flag: str, text: str, least: int, most: int) -> list[int]:
 
 
 def _gpu(text: str) -> KnownGpu:
-    from kbit.scaling.shapes import KNOWN_GPUS, KnownGpu
+    from kbit.scaling.planner.shapes import KNOWN_GPUS, KnownGpu
 
     name = text.strip().lower().replace(" ", "-").replace("_", "-")
     if name in KNOWN_GPUS:
@@ -239,9 +239,9 @@ def _recommend(
     """Everything behind the table, with a line on stderr about what is going on where that is a terminal."""
     from rich.console import Console
 
-    from kbit.scaling.machine import machine_speed
-    from kbit.scaling.plan_models import find_models
-    from kbit.scaling.planner import make_recommendation
+    from kbit.scaling.planner.choose import make_recommendation
+    from kbit.scaling.planner.machine import machine_speed
+    from kbit.scaling.planner.models import find_models
 
     console = Console(stderr=True)
     with console.status("reading models") as status:
@@ -251,7 +251,7 @@ def _recommend(
         models, more = find_models(names, rows)
         laws: Laws | None = None
         if any(model.measured is not None or model.tokenizer is not None for model in models) and rows:
-            from kbit.scaling.laws import fit_laws
+            from kbit.scaling.laws.fit import fit_laws
 
             status.update("fitting laws")
             laws = fit_laws(rows, draws=_DRAWS)
@@ -298,7 +298,7 @@ def _points(folders: list[Path] | None) -> tuple[list[Point], list[str]]:
                 raise UsageError(f"--points {folder}: no points.jsonl there; kbit scale ... --out {folder} writes one")
             rows += read_points(path)
         return rows, []
-    from kbit.scaling.store import PointStore
+    from kbit.scaling.sweep.store import PointStore
 
     try:
         return PointStore().all(), []
@@ -307,7 +307,7 @@ def _points(folders: list[Path] | None) -> tuple[list[Point], list[str]]:
 
 
 def _listing() -> dict[str, Any]:
-    from kbit.scaling.shapes import KNOWN_GPUS, KNOWN_MODELS
+    from kbit.scaling.planner.shapes import KNOWN_GPUS, KNOWN_MODELS
 
     return {
         "models": [

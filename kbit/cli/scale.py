@@ -12,8 +12,8 @@ from kbit.cli.output import print_json, printable
 from kbit.cli.run import INTERRUPTED
 
 if TYPE_CHECKING:
-    from kbit.scaling.sweep import SweepResult
-    from kbit.scaling.sweep_plan import SweepPlan, SweepRequest
+    from kbit.scaling.sweep.plan import SweepPlan, SweepRequest
+    from kbit.scaling.sweep.run import SweepResult
 
 _FORMATS = "Formats"
 _TEXT = "Text"
@@ -162,8 +162,8 @@ def scale(
       kbit scale small/ --dtypes int,int-asym,lloyd --block-sizes 32,64,row --methods rtn -o study/ --json
       kbit scale small/ medium/ large/ -o study/ --cluster auto --jobs 64
     """
-    from kbit.scaling.grid import parse_bits, parse_blocks, split_list
-    from kbit.scaling.sweep_plan import SweepRequest
+    from kbit.scaling.sweep.grid import parse_bits, parse_blocks, split_list
+    from kbit.scaling.sweep.plan import SweepRequest
 
     request = SweepRequest(
         models=tuple(models),
@@ -203,7 +203,7 @@ def _plan(request: SweepRequest, quiet: bool) -> SweepPlan:
     from rich.console import Console
     from rich.markup import escape
 
-    from kbit.scaling.sweep_plan import plan_sweep
+    from kbit.scaling.sweep.plan import plan_sweep
 
     console = Console(stderr=True)
     if quiet or not console.is_terminal:
@@ -215,7 +215,7 @@ def _plan(request: SweepRequest, quiet: bool) -> SweepPlan:
 def _run(plan: SweepPlan, quiet: bool) -> SweepResult:
     """The sweep, with its progress on stderr."""
     from kbit.cli.scale_view import Silent, progress_view
-    from kbit.scaling.sweep import run_sweep
+    from kbit.scaling.sweep.run import run_sweep
 
     view = Silent() if quiet else progress_view(plan)
     try:
@@ -238,11 +238,11 @@ def _report(result: SweepResult, quiet: bool) -> tuple[list[Path], str | None]:
     from rich.console import Console
 
     from kbit.errors import KbitError
-    from kbit.scaling.conclusion import conclusion_text
-    from kbit.scaling.laws import fit_laws
-    from kbit.scaling.report import write_report
-    from kbit.scaling.sweep import write_text
-    from kbit.scaling.sweep_plan import comparable_rows
+    from kbit.scaling.laws.conclusion import conclusion_text
+    from kbit.scaling.laws.fit import fit_laws
+    from kbit.scaling.report.write import write_report
+    from kbit.scaling.sweep.plan import comparable_rows
+    from kbit.scaling.sweep.run import write_text
 
     out = result.plan.request.out
     points, aside = comparable_rows(result.plan)

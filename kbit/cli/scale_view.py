@@ -16,8 +16,8 @@ from kbit.cli.output import printable, size
 from kbit.scaling.points import Point
 
 if TYPE_CHECKING:
-    from kbit.scaling.sweep import Failure, Running, Status, SweepResult
-    from kbit.scaling.sweep_plan import SweepPlan
+    from kbit.scaling.sweep.plan import SweepPlan
+    from kbit.scaling.sweep.run import Failure, Running, Status, SweepResult
 
 
 class View(Protocol):
@@ -64,7 +64,7 @@ class LiveTable(Silent):
         self._live = Live(console=console, transient=True, refresh_per_second=4)
 
     def update(self, status: Status, news: Point | Failure | None) -> None:
-        from kbit.scaling.sweep import Failure
+        from kbit.scaling.sweep.run import Failure
 
         if isinstance(news, Failure):
             self._live.console.print(Text(printable(f"{news.model} {news.label}: failed: {news.why}"), style="red"))

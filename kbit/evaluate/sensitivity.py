@@ -15,7 +15,7 @@ sum_t u_t z_t for logits z_t and random u_t of covariance diag(p_t) - p_t p_t^T.
 with mean zero, so the squared norm of one backward pass's gradient is an unbiased estimate of the sum over a window's
 positions of tr(F), for all matrices together (Hutchinson's estimator applied to the generalised Gauss-Newton matrix;
 Martens, "New insights and perspectives on the natural gradient method", 2020, section 9.1). `noise_kl` tries one
-matrix, to check. Both are about small errors: kbit.scaling.layer_plots.LARGE_KL says how far that goes.
+matrix, to check. Both are about small errors: report.layer_plots.LARGE_KL says how far that goes.
 """
 
 from __future__ import annotations

@@ -5,8 +5,8 @@ rounding error on multiplied. Which features these are shows, without any data, 
 whose incoming weights vary most puts out the largest values. So for each matrix the p percent of its input features are
 kept in 16 bits whose producing units have the largest standard deviation of weights.
 
-For measuring only: kbit's kernels have no mixed matrices, so a weight comes as floats, and what it would take is counted:
-16 bits instead of k for each kept weight (p (16 - k) bits per weight on average, as in the paper).
+For measuring only: kbit's kernels have no mixed matrices, so a weight comes as floats, and what it would take is
+counted: 16 bits instead of k for each kept weight (p (16 - k) bits per weight on average, as in the paper).
 """
 
 from __future__ import annotations

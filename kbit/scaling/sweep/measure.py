@@ -1,0 +1,365 @@
+"""Measuring one point: quantize a model in memory, run it over the windows, compare it with the original.
+
+`measure` is what a process of a sweep runs, again and again. Between calls it keeps the model it worked on last, so the
+weights of a model are read once per process.
+"""
+
+from __future__ import annotations
+
+import datetime
+import hashlib
+import json
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from kbit.checkpoint.source import CheckpointSource, TensorInfo
+from kbit.quantizers.methods import MethodInput, get_method
+from kbit.quantizers.plan import Plan, make_plan
+from kbit.scaling.points import ORIGINAL, Point
+from kbit.scaling.sweep.grid import Cell, dtype_label
+from kbit.scaling.sweep.subject import Subject
+
+if TYPE_CHECKING:
+    import torch
+
+    from kbit.formats.quant_tensor import QuantTensor
+    from kbit.ops.backend import Backend
+    from kbit.quantizers.view import QuantizedSource
+
+# Raised when the same model, format, text and arithmetic give other figures than before (a mended measure, a changed
+# codebook): points measured before are then measured again.
+MEASURE_VERSION = 1
+
+# (windows done, windows in all, mean loss so far in nats)
+OnWindow = Callable[[int, int, float], None]
+
+
+@dataclass(frozen=True)
+class Arithmetic:
+    """How models are run: the same for all points of a table, the original included.
+
+    Attributes:
+        compute: "fp32", "bf16" or "int8" of the native backend (kbit.ops.select).
+        embedding_bits: embeddings and head are quantized to this width, or None.
+    """
+
+    compute: str = "fp32"
+    embedding_bits: int | None = None
+
+    @property
+    def digest_text(self) -> str:
+        """What of it decides figures: not the instruction set or the threads, whose results differ by rounding."""
+        return f"native, {self.compute}, {'fp32' if self.compute == 'fp32' else 'fp16'} cache"
+
+
+@dataclass(frozen=True, eq=False)
+class Task:
+    """One point to measure.
+
+    Attributes:
+        key: the point's key.
+        subject: the model and its windows.
+        cell: method and format.
+        arithmetic: how to run it.
+        text_name, text_sha256: the text.
+        logits: file of the original's logits: read for a quantized model, written for the original; None: an original
+            whose logits nobody needs.
+        threads: of this task.
+        keep_weights: hold the model's weights in memory between tasks.
+    """
+
+    key: str
+    subject: Subject
+    cell: Cell
+    arithmetic: Arithmetic
+    text_name: str
+    text_sha256: str
+    logits: Path | None
+    threads: int = 1
+    keep_weights: bool = True
+
+
+def point_key(subject: Subject, cell: Cell, arithmetic: Arithmetic, plan: Plan | None) -> str:
+    """Hex digest of everything that determines a point's figures.
+
+    Args:
+        plan: of the quantized model; None for the original.
+    """
+    method = ORIGINAL if cell.format is None else f"{cell.method} {get_method(cell.method).version}"
+    what = {
+        "version": MEASURE_VERSION,
+        "model": subject.content,
+        "tokenizer": subject.tokenizer,
+        "tokens": subject.tokens_digest,
+        "method": method,
+        "format": cell.label,
+        "tensors": [] if plan is None else [(t.source.name, t.source.shape, t.label) for t in plan.tensors],
+        "arithmetic": arithmetic.digest_text,
+    }
+    return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()
+
+
+def plan_cell(source: CheckpointSource, cell: Cell, arithmetic: Arithmetic) -> Plan | None:
+    """What a cell's format does to each tensor; None for the original.
+
+    Raises:
+        UsageError: the model cannot be quantized, or not like this.
+    """
+    if cell.format is None:
+        return None
+    return make_plan(source, cell.format, embedding_bits=arithmetic.embedding_bits)
+
+
+def measure(task: Task, on_window: OnWindow | None = None) -> Point:
+    """Measure a point.
+
+    Raises:
+        KbitError: the model has changed since the sweep was planned, cannot be quantized like this, or gives NaN.
+    """
+    import torch
+
+    from kbit.evaluate.compare import compare
+    from kbit.evaluate.shared_logits import SharedLogits
+    from kbit.models.load import load_decoder
+
+    if torch.get_num_threads() != task.threads:
+        torch.set_num_threads(task.threads)
+    model = _model(task)
+    subject, cell = task.subject, task.cell
+    if cell.format is None:
+        return _measure_original(task, model, on_window)
+    plan = plan_cell(model.source, cell, task.arithmetic)
+    assert plan is not None
+    assert task.logits is not None
+    reference = SharedLogits(subject.windows, subject.vocab_size, task.logits)
+    planned = [tensor for tensor in plan.tensors if tensor.format is not None]
+    linear = frozenset(tensor.source.name for tensor in planned if tensor.role == "linear")
+    started = time.perf_counter()
+    quantized = get_method(cell.method).apply(MethodInput(model.source, plan, model.read))
+    formats = {tensor.source.name: str(tensor.format) for tensor in planned}
+    metered = MeteredSource(quantized, formats, linear, time.perf_counter() - started)
+    decoder = load_decoder(metered, model.backend)
+    started = time.perf_counter()
+    comparison = compare(decoder, reference, subject.windows, on_window)
+    seconds = time.perf_counter() - started
+    point = _point(task, model.backend.describe(), comparison.model.nll, comparison.kl, comparison.top1_agreement)
+    extra = {tensor.source.name: quantized.extra_bits(tensor.source.name) for tensor in planned}
+    in_linear = 8 * sum(tensor.nbytes for tensor in plan.tensors if tensor.role == "linear")
+    return replace(
+        point,
+        linear_bits=in_linear + sum(extra[name] for name in linear),
+        total_bits=8 * plan.bytes_after + sum(extra.values()),
+        weight_error=metered.error,
+        quantize_seconds=metered.seconds,
+        evaluate_seconds=seconds,
+    )
+
+
+def _measure_original(task: Task, model: _Model, on_window: OnWindow | None) -> Point:
+    import numpy as np
+
+    from kbit.evaluate.perplexity import evaluate_perplexity
+    from kbit.evaluate.shared_logits import WritingLogits
+    from kbit.models.load import load_decoder
+
+    windows = task.subject.windows
+    decoder = load_decoder(model, model.backend)
+    started = time.perf_counter()
+    if task.logits is None:
+        result = evaluate_perplexity(decoder, windows, on_window)
+    else:
+        with WritingLogits(decoder, windows, task.logits) as writing:
+            result = evaluate_perplexity(writing, windows, on_window)
+    seconds = time.perf_counter() - started
+    point = _point(task, model.backend.describe(), result.nll, np.zeros_like(result.nll), 1.0)
+    return replace(point, evaluate_seconds=seconds)
+
+
+def _point(task: Task, backend: str, nll: object, kl: object, top1: float) -> Point:
+    """The row, with the bits of the original and no error: what differs for a quantized model is filled in after."""
+    import numpy as np
+
+    from kbit.evaluate.statistics import cluster
+
+    subject, format = task.subject, task.cell.format
+    losses, divergences = np.asarray(nll), np.asarray(kl)
+    by_loss, by_kl = cluster(losses), cluster(divergences)
+    return Point(
+        key=task.key,
+        model=subject.name,
+        model_id=subject.content,
+        tokenizer=subject.tokenizer,
+        method=task.cell.method,
+        format=ORIGINAL if format is None else str(format),
+        dtype=ORIGINAL if format is None else dtype_label(format),
+        bits=round(subject.linear_bits / subject.linear_parameters) if format is None else format.bits,
+        block_size=0 if format is None else format.block_size,
+        linear_parameters=subject.linear_parameters,
+        parameters=subject.parameters,
+        linear_bits=subject.linear_bits,
+        total_bits=subject.total_bits,
+        training_tokens=subject.training_tokens,
+        data=task.text_name,
+        data_sha256=task.text_sha256,
+        convention=subject.windows.convention,
+        context=subject.windows.context,
+        tokens=int(losses.size),
+        text_bytes=subject.text_bytes,
+        backend=backend,
+        nll=float(losses.mean()),
+        kl=float(divergences.mean()),
+        top1=top1,
+        weight_error=0.0,
+        cluster_tokens=tuple(by_loss.sizes.tolist()),
+        cluster_nll=tuple(by_loss.sums.tolist()),
+        cluster_kl=tuple(by_kl.sums.tolist()),
+        quantize_seconds=0.0,
+        evaluate_seconds=0.0,
+        created=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+    )
+
+
+class Delegating(CheckpointSource):
+    """A source that is another one, but for what a subclass changes."""
+
+    def __init__(self, source: CheckpointSource) -> None:
+        self.path, self.config = source.path, source.config
+        self.source = source
+
+    @property
+    def tensors(self) -> Mapping[str, TensorInfo]:
+        return self.source.tensors
+
+    def read_rows(self, name: str, start: int, stop: int) -> torch.Tensor:
+        return self.source.read_rows(name, start, stop)
+
+    def read(self, name: str) -> torch.Tensor:
+        return self.source.read(name)
+
+    def read_weight(self, name: str) -> torch.Tensor | QuantTensor:
+        return self.source.read_weight(name)
+
+    def sidecar_files(self) -> Mapping[str, bytes]:
+        return self.source.sidecar_files()
+
+    def fingerprint(self) -> str:
+        return self.source.fingerprint()
+
+    def close(self) -> None:
+        self.source.close()
+
+
+class MeteredSource(Delegating):
+    """A quantized model that keeps count, as its weights are read, of their error and of the time quantizing takes.
+
+    Args:
+        source: what a method returned.
+        formats: the planned weights' formats, which are what these weights are stored as.
+        counted: names of the weights whose error counts.
+        seconds: time the method has taken so far.
+    """
+
+    def __init__(
+        self, source: QuantizedSource, formats: Mapping[str, str], counted: frozenset[str], seconds: float
+    ) -> None:
+        super().__init__(source)
+        # Not what the original is stored as: values that come as floats would be rounded to its 16 bits.
+        self._tensors = {
+            name: replace(info, stored_as=formats.get(name, info.stored_as)) for name, info in source.tensors.items()
+        }
+        self._quantized, self._counted = source, counted
+        self._squares = self._errors = 0.0
+        self.seconds = seconds
+
+    @property
+    def tensors(self) -> Mapping[str, TensorInfo]:
+        return self._tensors
+
+    @property
+    def error(self) -> float:
+        """Squared error of the counted weights read so far over their square; 0 where all of them are zero."""
+        return self._errors / self._squares if self._squares else 0.0
+
+    def read_weight(self, name: str) -> torch.Tensor | QuantTensor:
+        from kbit.formats.quant_tensor import QuantTensor
+
+        started = time.perf_counter()
+        weight = self._quantized.read_weight(name)
+        self.seconds += time.perf_counter() - started
+        if name in self._counted:
+            target = self._quantized.target(name).reshape(-1)
+            values = weight.dequantize() if isinstance(weight, QuantTensor) else weight.float()
+            difference = values.reshape(-1) - target
+            self._errors += float(difference.dot(difference))
+            self._squares += float(target.dot(target))
+        return weight
+
+
+class _Model(Delegating):
+    """An open model with the backend that runs it and, unless told otherwise, its weights in memory."""
+
+    def __init__(self, source: CheckpointSource, subject: Subject, backend: Backend, keep: bool) -> None:
+        super().__init__(source)
+        self.subject, self.backend, self._keep = subject, backend, keep
+        self._weights: dict[str, torch.Tensor] = {}
+
+    def read(self, name: str) -> torch.Tensor:
+        if not self._keep:
+            return self.source.read(name)
+        if name not in self._weights:
+            self._weights[name] = _compact(self.source.read(name), self.source.tensors[name].stored_as)
+        return self._weights[name].float()
+
+    def read_weight(self, name: str) -> torch.Tensor | QuantTensor:
+        return self.read(name)
+
+
+def _compact(weight: torch.Tensor, stored_as: str) -> torch.Tensor:
+    """The same values in half the memory, where the file holds them in 16 bits."""
+    import torch
+
+    kinds = {"F16": torch.float16, "BF16": torch.bfloat16}
+    return weight.to(kinds.get(stored_as, torch.float32))
+
+
+_last: _Model | None = None
+
+
+def _model(task: Task) -> _Model:
+    """The model of a task: the last one again, or opened now in its place.
+
+    Raises:
+        KbitError: it cannot be opened, or is another one than was planned for.
+    """
+    global _last
+    from kbit.checkpoint.resolve import open_model
+    from kbit.errors import KbitError
+    from kbit.ops.native_backend import NativeBackend
+    from kbit.ops.select import select_backend
+    from kbit.scaling.sweep.subject import content_digest
+
+    subject, compute = task.subject, task.arithmetic.compute
+    if _last is not None:
+        backend = _last.backend
+        same = isinstance(backend, NativeBackend) and (backend.compute, backend.threads) == (compute, task.threads)
+        if _last.subject.content == subject.content and _last.subject.location == subject.location and same:
+            return _last
+        forget_model()
+    source = open_model(subject.location)
+    if content_digest(source) != subject.content:
+        source.close()
+        raise KbitError(f"{subject.location}: changed while the sweep ran, or is another model on this machine")
+    backend = select_backend("cpu", backend="native", threads=task.threads, compute=compute)
+    _last = _Model(source, subject, backend, task.keep_weights)
+    return _last
+
+
+def forget_model() -> None:
+    """Let go of the model this process worked on last."""
+    global _last
+    if _last is not None:
+        _last.close()
+        _last = None
