@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ from kbit.scaling.planner.models import PlanModel, find_models
 from kbit.scaling.planner.quality import Quality, compare
 from kbit.scaling.planner.shapes import KNOWN_GPUS, KNOWN_MODELS
 from kbit.scaling.planner.types import PlanRequest, Recommendation
-from kbit.scaling.points import append_points
+from kbit.scaling.points import ORIGINAL, append_points
 
 app = typer.Typer()
 app.command()(plan)
@@ -171,6 +172,25 @@ def test_a_narrow_cache_where_a_wide_one_does_not_fit() -> None:
     kinds = [candidate.kv for candidate in mixed.candidates]
     assert set(kinds) == {"fp16", "4"}
     assert kinds == sorted(kinds, reverse=True)
+    # What a narrow cache costs is not in its loss, so it takes no part in who is best.
+    chances: dict[str, list[Any]] = {candidate.kv: [] for candidate in mixed.candidates}
+    for candidate in mixed.candidates:
+        chances[candidate.kv].append(candidate.standing.probability)
+        assert candidate.standing.compares
+    assert set(chances["4"]) == {None}
+    assert sum(chances["fp16"]) == pytest.approx(1)
+
+
+def test_what_was_only_measured_is_not_offered() -> None:
+    """16-bit outliers have no kernel; nor can a method run that this kbit does not know."""
+    extra = [
+        replace(point, method=method, key=f"{method} {point.key}")
+        for point in POINTS
+        for method in ("outliers", "unheard-of")
+        if point.format == "nf4-b64"
+    ]
+    found = choose(points=[*POINTS, *extra], laws=fit_laws([*POINTS, *extra], draws=50)).candidates
+    assert {candidate.method for candidate in found} <= {"rtn", ORIGINAL}
 
 
 def test_a_minimum_speed() -> None:

@@ -78,7 +78,7 @@ def _shown(result: Recommendation, everything: bool) -> list[Candidate]:
     ruled: set[str] = set()
     several = len({candidate.model.name for candidate in result.candidates}) > 3
     for candidate in result.candidates:
-        if candidate.standing.probability is None and several:
+        if not candidate.standing.compares and several:
             if candidate.model.name in ruled:
                 continue
             ruled.add(candidate.model.name)

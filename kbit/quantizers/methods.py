@@ -50,11 +50,13 @@ class Method(ABC):
         about: one line for people.
         version: raised whenever the same model and format get other codes: points measured before are then measured
             again.
+        measured_only: what it makes can be evaluated, and is no format that kbit stores and runs.
     """
 
     name: ClassVar[str]
     about: ClassVar[str]
     version: ClassVar[int]
+    measured_only: ClassVar[bool] = False
 
     def refuses(self, format: QuantFormat) -> str | None:
         """Why the method has no use for a format, or None if it can do it."""
@@ -90,6 +92,7 @@ class Outliers(Method):
     name = "outliers"
     about = "rounding to nearest, 2 % of the input features in 16 bits: the paper's proxy quantization"
     version = 1
+    measured_only = True
 
     def apply(self, job: MethodInput) -> QuantizedSource:
         from kbit.quantizers.outliers import OutlierView

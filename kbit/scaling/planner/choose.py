@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from kbit.errors import KbitError, UnsupportedError, UsageError
 from kbit.formats.quant_format import QuantFormat, default_dtype
+from kbit.quantizers.methods import METHODS
 from kbit.scaling.planner.memory import predict_memory
 from kbit.scaling.planner.models import PlanModel
 from kbit.scaling.planner.quality import Quality, compare, judge
@@ -95,8 +96,7 @@ def make_recommendation(
     for name, fastest in slow.items():
         if name not in remaining:
             rejected.append((name, f"too slow: {fastest:.3g} tokens/s at best at {request.context} tokens"))
-    standings = compare([candidate.known_quality for candidate in chosen], laws.level if laws is not None else 0.95)
-    chosen = [replace(candidate, standing=place) for candidate, place in zip(chosen, standings, strict=True)]
+    chosen = _placed(chosen, laws.level if laws is not None else 0.95)
     return Recommendation(
         request,
         tuple(_ordered(chosen)),
@@ -105,6 +105,18 @@ def make_recommendation(
         machine,
         (*notes, *_notes(request, chosen, machine, laws)),
     )
+
+
+def _placed(chosen: Sequence[Candidate], level: float) -> list[Candidate]:
+    """Candidates with their standing. Narrow caches take no part: their loss leaves out what the cache costs."""
+    everybody = compare([candidate.known_quality for candidate in chosen], level)
+    wide = compare([None if _narrow(candidate) else candidate.known_quality for candidate in chosen], level)
+    if not any(place.compares for place in wide):
+        wide = everybody
+    return [
+        replace(candidate, standing=replace(place, compares=whole.compares))
+        for candidate, place, whole in zip(chosen, wide, everybody, strict=True)
+    ]
 
 
 def _fitting(
@@ -153,11 +165,16 @@ def _formats(request: PlanRequest, model: PlanModel, points: Sequence[Point]) ->
             tried.update(dict.fromkeys(("rtn", format) for format in request.formats))
         else:
             for point in points:
-                if point.model == model.measured and not point.is_original and point.bits in request.bits:
+                if point.model == model.measured and point.bits in request.bits and _runs(point):
                     with suppress(UsageError):  # a row that another version wrote; it has no law either
                         tried[point.method, QuantFormat.parse(point.format)] = None
             tried.update(dict.fromkeys(("rtn", QuantFormat(default_dtype(bits), bits)) for bits in request.bits))
     return list(tried)
+
+
+def _runs(point: Point) -> bool:
+    """Whether kbit quantize makes what the point measured."""
+    return not point.is_original and point.method in METHODS and not METHODS[point.method].measured_only
 
 
 def _judge(laws: Laws, candidate: Candidate) -> Quality | str:
@@ -293,7 +310,7 @@ def _narrow(candidate: Candidate) -> bool:
 def _order(candidate: Candidate) -> tuple[Any, ...]:
     """By loss where it compares; else by the rule."""
     quality = candidate.known_quality
-    if quality is not None and candidate.standing.probability is not None:
+    if quality is not None and candidate.standing.compares:
         return (0, quality.per_byte, candidate.memory.peak)
     bits = 16 if candidate.format is None else candidate.format.bits
     return (1, bits < RULE_BITS, -candidate.model.total_parameters, -bits, candidate.memory.peak)

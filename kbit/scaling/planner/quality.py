@@ -74,13 +74,16 @@ class Standing:
     """Where one of several candidates stands.
 
     Attributes:
-        probability: that it is the best of them, on other text of the kind; None where it does not compare.
+        probability: that it is the best of them, on other text of the kind; None where it does not compare, or where
+            something that its loss leaves out would have to be compared too.
         tied: no worse than the best as far as the text can tell: the interval of their difference reaches below
             NEGLIGIBLE of the loss.
+        compares: whether its loss compares with those of the others.
     """
 
     probability: float | None
     tied: bool
+    compares: bool = False
 
 
 def judge(
@@ -163,6 +166,6 @@ def compare(qualities: Sequence[Quality | None], level: float = 0.95) -> list[St
     standings = [Standing(None, False)] * len(qualities)
     for place, index in enumerate(group):
         standings[index] = Standing(
-            float(wins[place]), place == best or bool(lowest[place] <= NEGLIGIBLE * table[best, 0])
+            float(wins[place]), place == best or bool(lowest[place] <= NEGLIGIBLE * table[best, 0]), True
         )
     return standings

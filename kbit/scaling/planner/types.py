@@ -143,7 +143,7 @@ class Recommendation:
     @property
     def by_rule(self) -> bool:
         """Whether the best is so by the rule alone."""
-        return self.best is not None and self.best.standing.probability is None
+        return self.best is not None and not self.best.standing.compares
 
     def total(self, candidate: Candidate) -> int:
         """Bytes of the whole process."""
