@@ -195,13 +195,14 @@ def _data_types(laws: SuiteLaws, method: str) -> Iterator[_Said]:
         ]
         text = f"{bits} bits: divergence over that of int at the same block size: {', '.join(parts)}."
         asked = True
-        claimed = [ratios[dtype] for dtype in ("nf", "float", "quantile") if dtype in ratios]
+        better = [dtype for dtype in ("quantile", "nf", "float") if dtype in ratios]
+        claimed = [ratios[dtype] for dtype in better]
         if bits not in (3, 4) or not claimed:  # the paper ranks data types where they matter to the scaling
             yield text, NO_CLAIM, False
         elif all(high < 1 for _, _, high in claimed):
-            yield text + " As in the paper, integers are the worst.", YES, True
+            yield f"{text} As in the paper, integers lose more than {' and '.join(better)}.", YES, True
         elif any(low > 1 for _, low, _ in claimed):
-            yield text + " Unlike in the paper, integers are not the worst.", NO, True
+            yield f"{text} Unlike in the paper, integers do not lose more than {' and '.join(better)}.", NO, True
         else:
             yield text, TIED, True
     if not asked:
