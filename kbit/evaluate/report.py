@@ -213,10 +213,8 @@ def _longest_window(source: CheckpointSource, context: int | None) -> int:
         UsageError: `context` asks for more than such a model's pieces allow.
     """
     spec = spec_from_config(source.config, where=f"config of {source.path}")
-    if not spec.rope.depends_on_length:
-        return spec.context_length
-    longest = spec.rope.max_positions  # as windows go through the model in pieces (kbit.evaluate.logits)
-    if context is not None and context > longest:
+    longest = spec.longest_in_pieces  # as windows go through the model (kbit.evaluate.logits)
+    if spec.rope.depends_on_length and context is not None and context > longest:
         raise UsageError(
             f"--context {context}: {source.path} has {spec.rope.kind} RoPE, whose rotation depends on the length of "
             f"the text beyond {longest} tokens, and is evaluated up to there only: use --context {longest} or less"

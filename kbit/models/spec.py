@@ -137,6 +137,11 @@ class ModelSpec:
         return self.context_length
 
     @property
+    def longest_in_pieces(self) -> int:
+        """Longest text that may go through the model piece by piece, over a cache (`RopeSpec.depends_on_length`)."""
+        return self.rope.max_positions if self.rope.depends_on_length else self.context_length
+
+    @property
     def attention_scale(self) -> float:
         """Factor on the dot products, D^-0.5."""
         return 1.0 / math.sqrt(self.head_dim)

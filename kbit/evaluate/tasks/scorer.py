@@ -96,7 +96,7 @@ def choose_length(spec: ModelSpec, asked: int | None) -> int:
         UsageError: fewer than 2, or more than the model takes.
     """
     # Beyond max_positions such a RoPE rotates a shared beginning otherwise than the longer whole.
-    longest = spec.rope.max_positions if spec.rope.depends_on_length else spec.context_length
+    longest = spec.longest_in_pieces
     if asked is not None and not 2 <= asked <= longest:
         raise UsageError(f"--context {asked}: expected at least 2 and at most the model's {longest} tokens")
     return longest if asked is None else asked

@@ -98,7 +98,8 @@ def find_subjects(
         for model in models:
             status(f"opening {model}")
             sources.append(open_model(model))
-        length = choose_context(convention, context, min(map(_longest_window, sources)))
+        specs = [spec_from_config(source.config, where=f"config of {source.path}") for source in sources]
+        length = choose_context(convention, context, min(spec.longest_in_pieces for spec in specs))
         subjects: list[Subject] = []
         seen: dict[tuple[bytes, ...], tuple[Windows, int]] = {}
         for model, name, source in zip(models, names, sources, strict=True):
@@ -194,12 +195,6 @@ def _names(models: Sequence[str]) -> list[str]:
         short.append((path.resolve().name if path.name in ("", ".", "..") else path.name) if known else model)
     names = [name.removesuffix(".gguf") for name in short]
     return [model if names.count(name) > 1 else name for model, name in zip(models, names, strict=True)]
-
-
-def _longest_window(source: CheckpointSource) -> int:
-    """Tokens per window a model can take (as in kbit.evaluate.report)."""
-    spec = spec_from_config(source.config, where=f"config of {source.path}")
-    return spec.rope.max_positions if spec.rope.depends_on_length else spec.context_length
 
 
 def _scored_bytes(windows: Windows, tokenizer: Tokenizer) -> int:
