@@ -29,9 +29,9 @@ _KEEP_WORDS = {"keep": None, "f16": "F16", "bf16": "BF16", "f32": "F32"}
 _INTEGERS = ("BOOL", "U8", "I8", "I16", "I32", "I64")
 
 # Peak memory of a conversion beyond its results: interpreter, torch and libraries (measured: 350 MB), and the scratch
-# of one chunk of 2^22 weights (measured: 140 MB).
+# of one chunk of 2^22 weights (measured: 30 to 60 MB, by format).
 _BASE_BYTES = 350_000_000
-_CHUNK_BYTES = 140_000_000
+_CHUNK_BYTES = 60_000_000
 
 
 @dataclass(frozen=True)
