@@ -8,21 +8,13 @@ from typing import Any
 
 import typer
 
+from kbit.evaluate.json_values import finite
+
 
 def print_json(value: Mapping[str, Any]) -> None:
     """One JSON object on stdout: the whole output of a command under --json. NaN and infinity become null."""
     # Escaped: stdout's encoding may lack a character, and hostile files hold lone surrogates.
-    typer.echo(json.dumps(_finite(value), allow_nan=False))
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, float) and (value != value or value in (float("inf"), float("-inf"))):
-        return None
-    if isinstance(value, Mapping):
-        return {str(key): _finite(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_finite(item) for item in value]
-    return value
+    typer.echo(json.dumps(finite(value), allow_nan=False))
 
 
 def printable(value: object) -> str:

@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kbit.errors import KbitError
+from kbit.evaluate.json_values import finite
 
 # Raised when what a row means changes: rows of another number are not read.
 SCHEMA = 1
@@ -121,7 +122,7 @@ class Point:
     def to_json(self) -> str:
         """One line, without its end. Infinite values become null."""
         row = {"schema": SCHEMA, **asdict(self), "perplexity": self.perplexity, "bits_per_weight": self.bits_per_weight}
-        return json.dumps(_finite(row), allow_nan=False)
+        return json.dumps(finite(row), allow_nan=False)
 
 
 def read_points(path: Path) -> list[Point]:
@@ -207,13 +208,3 @@ def _parse(line: str, where: str) -> Point:
 
 def _is_number(value: object) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_finite(item) for item in value]
-    return value

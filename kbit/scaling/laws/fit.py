@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from kbit.errors import UsageError
+from kbit.evaluate.json_values import finite
 from kbit.evaluate.statistics import SEED
 from kbit.scaling.laws.best_width import BestWidths, best_widths
 from kbit.scaling.laws.bootstrap import DRAWS, LEVEL, Array, Draws, interval, redraw, redraw_models, times_of
@@ -177,7 +178,7 @@ class Laws:
             "notes": list(self.notes),
             "suites": [laws.to_dict() for laws in self.suites],
         }
-        cleaned: dict[str, Any] = _finite(row)
+        cleaned: dict[str, Any] = finite(row)
         return cleaned
 
 
@@ -400,13 +401,3 @@ def _parameter(name: str, values: Array, level: float) -> Parameter:
 def _r_squared(measured: Array, fitted: Array) -> float:
     total = float(np.square(measured - measured.mean()).sum())
     return 1 - float(np.square(measured - fitted).sum()) / total if total > 0 else math.nan
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_finite(item) for item in value]
-    return value
