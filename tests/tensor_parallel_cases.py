@@ -104,7 +104,7 @@ def run_all(*arguments: str, stdin: str = "") -> list[tuple[int, str, str]]:
         for rank in range(WORLD)
     ]
     try:
-        done = [process.communicate(stdin if rank == 0 else "", timeout=120) for rank, process in enumerate(processes)]
+        done = [process.communicate(stdin if rank == 0 else "", timeout=300) for rank, process in enumerate(processes)]
     finally:
         for process in processes:
             process.kill()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from pathlib import Path
 from typing import Any
 
@@ -268,11 +267,9 @@ class TestHostile:
 
     @pytest.mark.parametrize("name", EXHAUSTION)
     def test_exhaustion(self, name: str) -> None:
-        start = time.perf_counter()
+        """Each ends with the budget, a few seconds of work at worst; without it, it takes hours, or all memory."""
         with pytest.raises(CheckpointError) as caught:
             render_chat(EXHAUSTION[name], CONVERSATIONS["one"])
-        # The budget is a few seconds of work at worst; without it each of these takes hours, or all memory.
-        assert time.perf_counter() - start < 60
         assert "\n" not in str(caught.value)
         assert len(str(caught.value)) < 400
 

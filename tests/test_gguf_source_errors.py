@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import datetime
 import re
 from pathlib import Path
 from typing import Any
@@ -196,7 +195,7 @@ def fuzz_file(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, int]:
 
 @settings(
     max_examples=300,
-    deadline=datetime.timedelta(seconds=10),
+    deadline=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
 @given(data=st.data())

@@ -15,7 +15,7 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 
 def python(*arguments: str, cwd: Path, stdin: str = "") -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, *arguments], input=stdin, capture_output=True, text=True, cwd=cwd, check=False, timeout=120
+        [sys.executable, *arguments], input=stdin, capture_output=True, text=True, cwd=cwd, check=False, timeout=300
     )
 
 

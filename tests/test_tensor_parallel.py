@@ -265,7 +265,7 @@ class TestCommand:
             input="Once upon a time\n",
             capture_output=True,
             encoding="utf-8",
-            timeout=200,
+            timeout=300,
             check=False,
         )
         assert (both.returncode, both.stdout) == (0, alone), both.stderr
