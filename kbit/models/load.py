@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from math import isfinite
 
 import torch
 
@@ -100,7 +101,7 @@ class _Loader:
     def _check_finite(self, name: str, parts: Iterable[torch.Tensor]) -> None:
         for part in parts:
             # A sum is finite only if every term is; it may overflow without a bad term, so count before complaining.
-            if part.is_floating_point() and not torch.isfinite(part.sum(dtype=torch.float32)):
+            if part.is_floating_point() and not isfinite(part.sum(dtype=torch.float32)):
                 nans, infinities = int(part.isnan().sum()), int(part.isinf().sum())
                 if nans or infinities:
                     raise CheckpointError(

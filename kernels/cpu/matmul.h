@@ -1,8 +1,9 @@
 // x W^T for packed weights: k decoders (unpack.h) and one multiplication per kind of arithmetic.
 //
-// Few rows of x (decoding a token, a small batch): codes go from memory to registers to the dot product, once, and every
-// row of x meets them there ("direct"). Many rows (a prompt): a stretch of a few panels is decoded into a buffer in
-// cache, then multiplied with register tiles of kTileRows x kTilePanels ("buffered").
+// Few rows of x (decoding a token, a batch, a draft): codes go from memory to registers to the dot product, where
+// kDirectRows rows of x meet them; the next rows have them decoded again, from cache ("direct"). Many rows (a prompt): a
+// stretch of a few panels is decoded into a buffer in cache, then multiplied with register tiles of kTileRows x
+// kTilePanels ("buffered").
 //
 // Every output is the same sequence of roundings in both: for each segment in order, an exact integer dot product, then
 //     sum = fma(float(dot), scale_w * scale_x, sum)
@@ -18,6 +19,12 @@ using kbit::MatmulTask;
 
 // Rows of the direct multiplication: as many sums, integer and float, as registers allow.
 constexpr int kDirectRows = kTileRows * kTilePanels >= 8 ? 8 : kTileRows;
+
+// Most rows that are multiplied so, pass after pass; to write a byte for each weight and read it back costs more than to
+// decode it a few times. A pass of SmolLM2 at 4 bits on Zen 4, one thread, milliseconds, direct against buffered: 16 rows
+// 13.7 and 21.8, 32 rows 24.9 and 30.6, 64 rows 48 and 55, 96 rows 78 and 79; with avx2 (kDirectRows 4) 16 rows 37 and 39,
+// 64 rows 142 and 129.
+constexpr int kDirectMost = 8 * kDirectRows;
 
 // Memory is asked for ahead of the decoder. Codes of up to 3 bits: every line, as decoding keeps up with nothing else.
 // Wider codes: one line in a tile, into the second-level cache, which is enough to start the hardware's own prefetchers on
@@ -207,8 +214,9 @@ template <bool kTwoDigits> void int8_buffered(const MatmulTask& task) {
         if constexpr (kTwoDigits) expand_levels(w, panel + p, begin, end, w.low, fine + p * bytes);
       }
       const Int8Stretch stretch{task.scratch, fine, begin, end, panel};
-      // Two digits need twice the integer sums.
-      for_row_tiles<kTwoDigits ? (kTileRows + 1) / 2 : kTileRows>(task.row_begin, task.row_end, [&](auto size, int64_t row) {
+      // Two digits need twice the integer sums. Of avx512's 6 rows 4 leave registers for them: 512 rows of 4096 x 4096 at
+      // 7 bits reach 0.47 of oneDNN's int8 product, 0.42 with 3 and 0.21 with 6.
+      for_row_tiles<kTwoDigits ? (2 * kTileRows + 1) / 3 : kTileRows>(task.row_begin, task.row_end, [&](auto size, int64_t row) {
         constexpr int kRows = decltype(size)::value;
         if (panels == kTilePanels) {
           int8_tile<kRows, kTilePanels, kTwoDigits>(task, stretch, row);
@@ -234,7 +242,7 @@ template <int Bits> void int8_direct(const MatmulTask& task) {
 }
 
 void matmul_int8(const MatmulTask& task) {
-  if (task.row_end - task.row_begin > kDirectRows || task.w->segment == 16) {
+  if (task.row_end - task.row_begin > kDirectMost || task.w->segment == 16) {
     return task.w->two_digits ? int8_buffered<true>(task) : int8_buffered<false>(task);
   }
   switch (task.w->bits) {

@@ -11,8 +11,8 @@ namespace {
 // while panel after panel meets them.
 constexpr std::int64_t kRowBlock = 256;
 
-// Kernels hold at most this many rows at once without a buffer (the most any instruction set has).
-constexpr std::int64_t kFewRows = 8;
+// Up to here kernels go over the codes without a buffer (kDirectMost of the widest instruction set).
+constexpr std::int64_t kFewRows = 64;
 
 // int8 compute: where one segment of a row is this many times as large as its segments are on average, the row is
 // multiplied a second time, with what rounding left of it. Attention sinks (the first token, those of a chat template)
@@ -173,7 +173,8 @@ void Program::matmul(Worker& worker, const MatmulInstruction& m, const float* x,
   const std::int64_t block = std::min(rows, kRowBlock), blocks = (rows + block - 1) / block;
   // Few rows: reading weights is all there is to it, and a memory stream takes a while to reach its speed, so pieces are
   // long (256 KB, about 10 microseconds) and a small matrix is one piece for each member. Decoding SmolLM2 at 4 bits on 2
-  // threads takes 2.5 ms a token so, and 3.4 with pieces of 64 KB, 8 for each member; 512 KB are no better.
+  // threads takes 2.5 ms a token so, and 3.4 with pieces of 64 KB, 8 for each member; 512 KB are no better. 16 rows: 7.7
+  // against 9.2 with pairs of panels.
   // Many rows: a pair of panels at a time, which is work enough.
   std::int64_t grain = 2;
   if (rows <= kFewRows) {
