@@ -72,22 +72,32 @@ def with_shares(contestants: list[Contestant], memory: Contestant, product: Cont
             about["share"] = about["GFLOP/s"] / product.median
 
 
-def contestant(phase: str, rung: dict[str, Any], decoder: Any, measure: Any) -> Contestant:
-    """A width's decoding or prompt, with what with_shares wants to know of it."""
-    from ladder import bytes_per_token
+def contestants_of(plan: Any, rung: dict[str, Any], decoder: Any, decode: int, prompt: int) -> list[Contestant]:
+    """A width's decoding and its prompt, with what with_shares and a report want to know of it.
 
-    about = {**rung, "phase": phase, "bytes_per_token": bytes_per_token(decoder)}
-    return Contestant("kbit", f"{rung['bits']} bits, {phase}", measure, about, phase)
+    Args:
+        plan: how the width is stored.
+        rung: what a report says of it.
+        decode, prompt: tokens of one measurement.
+    """
+    from ladder import Pace, bytes_per_token
+
+    pace = Pace(decoder, decode, prompt)
+    about = {
+        **rung,
+        # the weights that a prompt's token is multiplied by
+        "linear_weights": sum(x.source.numel for x in plan.tensors if x.role == "linear"),
+        "bytes_per_token": bytes_per_token(decoder),
+    }
+    return [
+        Contestant("kbit", f"{rung['bits']} bits, {phase}", measure, {**about, "phase": phase}, phase)
+        for phase, measure in (("decode", pace.decode), ("prefill", pace.prefill))
+    ]
 
 
 def gone() -> float:
     """In the place of a measurement whose model has made room for the next."""
     raise RuntimeError("this model is not in memory any more")
-
-
-def about_plan(plan: Any, rung: dict[str, Any]) -> dict[str, Any]:
-    """What a report says of a width, with the weights that a prompt's token is multiplied by."""
-    return {**rung, "linear_weights": sum(x.source.numel for x in plan.tensors if x.role == "linear")}
 
 
 def tell(benchmark: Any, contestants: list[Contestant], limits: tuple[Contestant, Contestant], **about: Any) -> None:
@@ -100,15 +110,10 @@ def tell(benchmark: Any, contestants: list[Contestant], limits: tuple[Contestant
 
 def test_native(benchmark: Any, ladder: Ladder, worker: Worker) -> None:
     """kbit's own kernels, as `kbit run` uses them: int8 arithmetic, 16-bit keys and values, all cores."""
-    from ladder import Pace
-
-    contestants = []
+    contestants: list[Contestant] = []
     prompt = min(PROMPT, ladder.rungs[0].decoder.spec.max_positions)
     for rung in ladder.rungs:
-        pace = Pace(rung.decoder, DECODE, prompt)
-        about = about_plan(rung.plan, rung.about())
-        contestants.append(contestant("decode", about, rung.decoder, pace.decode))
-        contestants.append(contestant("prefill", about, rung.decoder, pace.prefill))
+        contestants += contestants_of(rung.plan, rung.about(), rung.decoder, DECODE, prompt)
     limits = machine_limits(worker)
     take_turns(benchmark, [*contestants, *limits])
     backend = ladder.rungs[0].decoder.backend
@@ -127,7 +132,7 @@ def test_native(benchmark: Any, ladder: Ladder, worker: Worker) -> None:
 
 def test_reference(benchmark: Any, ladder: Ladder, worker: Worker) -> None:
     """Plain torch in float32 on the same weights, one width after the other."""
-    from ladder import WIDTHS, Pace
+    from ladder import WIDTHS
 
     from kbit.ops.select import select_backend
 
@@ -139,12 +144,8 @@ def test_reference(benchmark: Any, ladder: Ladder, worker: Worker) -> None:
         for bits in WIDTHS:
             plan = ladder.plan(bits)
             decoder = ladder.load(plan, backend)
-            pace = Pace(decoder, REFERENCE_DECODE, REFERENCE_PROMPT)
-            about = about_plan(plan, {"bits": bits, "bits_per_weight": plan.bits_per_weight()})
-            turns = [
-                contestant("decode", about, decoder, pace.decode),
-                contestant("prefill", about, decoder, pace.prefill),
-            ]
+            about = {"bits": bits, "bits_per_weight": plan.bits_per_weight()}
+            turns = contestants_of(plan, about, decoder, REFERENCE_DECODE, REFERENCE_PROMPT)
             for _ in range(min(ROUNDS, 3)):
                 for turn in (*turns, *limits):
                     turn.values.append(turn.measure())

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from hypothesis import settings
+from hypothesis import HealthCheck, settings
 
 # First of all of ours: it sets TRITON_INTERPRET, which must be set before anything imports triton.
 from triton_cases import device as device
@@ -20,8 +20,12 @@ from triton_cases import device as device
 if TYPE_CHECKING:
     import torch
 
-# No test asserts a time: a slow machine is not a failure. (Some name a deadline of seconds, against hanging.)
-settings.register_profile("kbit", deadline=None)
+# No test asserts a time: a slow machine is not a failure. (Some name a deadline of minutes, against hanging.) And none
+# draws other examples each time it runs, so that a failure has a cause in the change at hand. To look for more:
+#     pytest --hypothesis-profile explore
+PATIENT: dict[str, Any] = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow]}
+settings.register_profile("kbit", derandomize=True, **PATIENT)
+settings.register_profile("explore", **PATIENT)
 settings.load_profile("kbit")
 
 REPOSITORY = Path(__file__).resolve().parent.parent

@@ -7,7 +7,6 @@ and WORLD_SIZE name, and writes its logits to FOLDER/BACKEND-RANK.pt.
 from __future__ import annotations
 
 import os
-import socket
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -17,6 +16,7 @@ from typing import Any
 
 import torch
 from decoder_cases import DictSource, quantized, tame_tensors, tiny_config
+from torch import distributed
 
 from kbit.checkpoint.source import TensorInfo
 from kbit.errors import KbitError, UsageError
@@ -89,18 +89,18 @@ def few_logits(model: Decoder) -> dict[str, torch.Tensor]:
 def environment(rank: int, port: int) -> dict[str, str]:
     """What torchrun would tell a process."""
     told = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": WORLD, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    told["TORCHELASTIC_USE_AGENT_STORE"] = True  # the store at that address is the launcher's, as torchrun's is
     path = os.pathsep.join([str(Path(__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])])
     return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path, **{k: str(v) for k, v in told.items()}}
 
 
 def run_all(*arguments: str, stdin: str = "") -> list[tuple[int, str, str]]:
     """Exit code, stdout and stderr of the processes of one command (a Python's arguments); stdin is the first's."""
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port = listener.getsockname()[1]
+    # A port that is looked for, let go and taken again by the first process could be another program's meanwhile.
+    store = distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     processes = [
-        subprocess.Popen([sys.executable, *arguments], env=environment(rank, port), **pipes)  # type: ignore[call-overload]
+        subprocess.Popen([sys.executable, *arguments], env=environment(rank, store.port), **pipes)  # type: ignore[call-overload]
         for rank in range(WORLD)
     ]
     try:
@@ -108,6 +108,7 @@ def run_all(*arguments: str, stdin: str = "") -> list[tuple[int, str, str]]:
     finally:
         for process in processes:
             process.kill()
+        del store
     return [(process.returncode, out, err) for process, (out, err) in zip(processes, done, strict=True)]
 
 

@@ -7,23 +7,19 @@ AMX instructions executed in software where the processor faults on them; and "a
 from __future__ import annotations
 
 import functools
-import os
-import platform
 import re
-import shutil
-import subprocess
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from machine_code_cases import machine_code, run_check
 from test_native_matmul import exact, inputs, multiply, weights
 
 from kbit import _native
 from kbit.formats.quant_tensor import QuantTensor
 from kbit.ops.native_weight import prepare
 
-CHECK = Path(__file__).parents[1] / "tools" / "amx" / "check.sh"
 TILES = [*_native.emulated_sets(), *(name for name in _native.instruction_sets() if name == "amx")]
 FORMATS = (
     *(f"{dtype}{bits}-b64" for bits in range(2, 9) for dtype in ("int", "nf")),
@@ -124,19 +120,9 @@ def test_emulated_sets_are_used_only_when_asked_for_by_name(monkeypatch: pytest.
         _native.Context()
 
 
-@pytest.mark.slow
-@pytest.mark.skipif(not os.environ.get("KBIT_TEST_MACHINE_CODE"), reason="takes minutes: set KBIT_TEST_MACHINE_CODE=1")
-@pytest.mark.skipif(platform.system() != "Linux", reason="tools/amx/check.sh is for Linux")
 @pytest.mark.skipif("avx512bf16" not in _native.instruction_sets(), reason="the amx set has AVX-512 BF16 code in it")
-@pytest.mark.skipif(shutil.which("g++") is None, reason="not installed: g++")
+@machine_code("g++")
 def test_machine_code_equals_plain_kernels(tmp_path: Path) -> None:
-    environment = {name: value for name, value in os.environ.items() if name != "CXX"}
-    check = subprocess.run(
-        ["sh", CHECK, tmp_path, "quick"], env=environment, capture_output=True, text=True, timeout=1800
-    )
-    assert check.returncode == 0, check.stdout + check.stderr
-    comparisons, differences = re.findall(r"(\d+) comparisons, (\d+) differences", check.stderr)[0]
-    assert int(comparisons) > 3000
-    assert int(differences) == 0
+    check = run_check("amx", tmp_path)
     if "amx" not in _native.instruction_sets():
         assert int(re.findall(r"(\d+) AMX instructions executed", check.stderr)[0]) > 10000

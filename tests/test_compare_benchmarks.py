@@ -291,35 +291,51 @@ def test_bad_files(tool: ModuleType, write: Callable[[str, object], Path], capsy
         assert "1 compared" in capsys.readouterr().out
 
 
-def collected(*arguments: str) -> set[str]:
+def collected(*lines: tuple[str, ...]) -> list[set[str]]:
+    """What each of some command lines would run; they are asked side by side."""
     # As the `pytest` command does it: with -m, the checkout's kbit, which has no compiled module, would hide the installed.
     run = "import sys; sys.path.remove(''); import pytest; sys.exit(pytest.main(sys.argv[1:]))"
-    command = [sys.executable, "-c", run, "--collect-only", "-q", "-p", "no:cacheprovider", *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=REPOSITORY, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return {line.split("/")[-1] for line in done.stdout.splitlines() if "::" in line}
+    command = [sys.executable, "-c", run, "--collect-only", "-q", "-p", "no:cacheprovider"]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "cwd": REPOSITORY}
+    processes = [subprocess.Popen([*command, *line], **pipes) for line in lines]  # type: ignore[call-overload]
+    found = []
+    for process in processes:
+        out, _ = process.communicate(timeout=300)
+        assert process.returncode == 0, out
+        found.append({line.split("/")[-1] for line in out.splitlines() if "::" in line})
+    return found
 
 
 def test_which_benchmarks_run() -> None:
     """A folder: the short suite; --full: all but the GPU's; a named file: all of it."""
-    short, full = collected("benchmarks"), collected("benchmarks", "--full")
+    short, full, named = collected(
+        ("benchmarks",),
+        ("benchmarks", "--full"),
+        ("benchmarks/test_startup.py", "benchmarks/test_cpu_engine.py::test_batch"),
+    )
     assert 5 <= len(short) < len(full) / 5
     assert short < full
     assert {"test_accuracy.py::test_widths", "test_throughput.py::test_native", "test_convert.py::test_memory"} <= short
     assert any(name.startswith("test_cpu_engine.py::test_decode[4bit") for name in short)
     assert not any(name.startswith("test_gpu") for name in full)
-    named = collected("benchmarks/test_startup.py", "benchmarks/test_cpu_engine.py::test_batch")
     assert named == {name for name in full if name.startswith(("test_startup", "test_cpu_engine.py::test_batch"))}
 
 
-def test_peak_memory_is_the_process_own(load: Callable[[str], ModuleType]) -> None:
+def test_peak_memory_is_the_process_own(load: Callable[[str], ModuleType], monkeypatch: pytest.MonkeyPatch) -> None:
     """Not that of the process which started it: what ru_maxrss of an ended process begins with."""
     if not Path("/proc/self/status").exists():
         pytest.skip("the system's own figure is taken where there is no /proc")
     held = np.ones(50_000_000)  # 400 MB
-    program = "import time; held = bytearray(60_000_000); time.sleep(0.2)"
-    process = subprocess.Popen([sys.executable, "-c", program])
-    peak = load("peers").wait_for(process, peak=True)
+    program = "import sys; held = bytearray(60_000_000); print(flush=True); sys.stdin.read()"
+    process = subprocess.Popen([sys.executable, "-c", program], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    assert process.stdin is not None
+    assert process.stdout is not None
+    process.stdout.readline()
+    peers = load("peers")
+    # It lives until it was asked once: wait_for sleeps after asking.
+    monkeypatch.setattr(peers, "sleep", lambda seconds: process.stdin.close())
+    peak = peers.wait_for(process, peak=True)
+    process.stdout.close()
     assert process.returncode == 0
     assert 60e6 < peak < 200e6 < held.nbytes
 

@@ -7,6 +7,7 @@ import math
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -252,7 +253,7 @@ class TestReport:
             ({"context": 65}, "--context 65 exceeds the model's maximum of 64"),
             ({"context": 1}, "--context 1 is too short"),
             ({"device": "abacus"}, "abacus"),
-            ({"compute": "int4"}, "--compute int4: use one of int8, fp16, bf16, fp32"),
+            ({"compute": "int4"}, "--compute int4: use one of int8, fp8, fp16, bf16, fp32"),
             ({"kv_bits": 7}, "--kv-bits 7: use one of 2, 3, 4, 8, 16, 32"),
             ({"backend": "reference", "kv_bits": 4}, "--kv-bits 4: the reference backend has only 32"),
             ({"reference_backend": "abacus"}, "--reference-backend abacus: use reference or native"),
@@ -266,6 +267,18 @@ class TestReport:
             _evaluate(tiny / "a", **arguments)
         assert "\n" not in str(caught.value)
         assert caught.value.exit_code == 2
+
+    def test_beside_a_gpu_the_reference_runs_on_the_cpu(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        asked: list[tuple[str, str]] = []
+
+        def select(device: str, backend: str, **_: object) -> SimpleNamespace:
+            asked.append((device, backend))
+            return SimpleNamespace(name="triton")
+
+        monkeypatch.setattr("kbit.evaluate.request.select_backend", select)
+        Request("model", reference="other", device="cuda").backends()
+        Request("model", reference="other", device="cuda", reference_backend="native").backends()
+        assert asked == [("cuda", "auto"), ("cpu", "reference"), ("cuda", "auto"), ("cpu", "native")]
 
     def test_a_text_shorter_than_a_window(self, tiny: Path, tmp_path: Path) -> None:
         (tmp_path / "short.txt").write_text("Hello.")

@@ -94,7 +94,7 @@ class TestCommands:
             (("word " * 300,), "tokens and the model's context is 256, answer included: shorten"),
             (("x", "--device", "abacus"), "--device abacus"),
             (("x", "--backend", "abacus"), "--backend abacus: use one of auto, native, triton, reference"),
-            (("x", "--compute", "int4"), "--compute int4: use one of int8, fp16, bf16, fp32"),
+            (("x", "--compute", "int4"), "--compute int4: use one of int8, fp8, fp16, bf16, fp32"),
             (("x", "--kv-bits", "5"), "--kv-bits 5: use one of 2, 3, 4, 8, 16, 32"),
             (("x", "--backend", "reference", "--compute", "int8"), "--compute int8: the reference backend has only"),
         ],

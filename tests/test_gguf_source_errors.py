@@ -196,7 +196,7 @@ def fuzz_file(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, int]:
 @settings(
     max_examples=300,
     deadline=None,
-    suppress_health_check=[HealthCheck.function_scoped_fixture],
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
 @given(data=st.data())
 def test_damaged_files_raise_nothing_but_kbit_errors(fuzz_file: tuple[Path, int], data: st.DataObject) -> None:

@@ -191,13 +191,13 @@ def small_disk(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Path]
     disk.mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", f"size={request.param}k", "tmpfs", str(disk)]
     try:
-        done = subprocess.run(mount, capture_output=True, text=True, timeout=20)
+        done = subprocess.run(mount, capture_output=True, text=True, timeout=300)
     except OSError as error:
         pytest.skip(f"no mount: {error}")
     if done.returncode:
         pytest.skip(f"mounting a small file system is not allowed here: {done.stderr.strip()}")
     yield disk
-    subprocess.run(["umount", str(disk)], check=True, timeout=20)
+    subprocess.run(["umount", str(disk)], check=True, timeout=300)
 
 
 def test_a_disk_that_is_really_full(
@@ -213,7 +213,7 @@ def test_a_disk_that_is_really_full(
             quantize(tiny_model, out)
         assert not out.exists()
         assert_not_loadable(small_disk / "out.partial")
-    subprocess.run(["mount", "-o", "remount,size=4m", str(small_disk)], check=True, timeout=20)
+    subprocess.run(["mount", "-o", "remount,size=4m", str(small_disk)], check=True, timeout=300)
     quantize(tiny_model, out)
     quantize(tiny_model, tmp_path / "undisturbed")
     assert files_of(out) == files_of(tmp_path / "undisturbed")

@@ -332,7 +332,7 @@ def test_two_processes_at_once(
     """A run in another process is noticed, and once it is killed its lock counts no longer."""
     out = tmp_path / "out"
     started = forkserver.Event()
-    code = VICTIM.replace("**options)", "on_tensor=lambda tensor: (started.set(), __import__('time').sleep(60)))")
+    code = VICTIM.replace("**options)", "on_tensor=lambda tensor: (started.set(), __import__('time').sleep(3600)))")
     variables = {
         "model": str(small_model),
         "out": str(out),
@@ -341,11 +341,13 @@ def test_two_processes_at_once(
         "started": started,
     }
     process = start(forkserver, code, variables)
-    assert started.wait(300)
-    with pytest.raises(KbitError, match="another kbit process is writing there"):
-        rerun(small_model, out)
-    process.kill()
-    process.join(300)
+    try:
+        assert started.wait(300)
+        with pytest.raises(KbitError, match="another kbit process is writing there"):
+            rerun(small_model, out)
+    finally:
+        process.kill()
+        process.join(300)
     assert rerun(small_model, out).resumed == 1
     assert files_of(out) == undisturbed
 

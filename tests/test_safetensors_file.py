@@ -385,7 +385,9 @@ def kbit_view(path: Path) -> dict[str, tuple[str, tuple[int, ...], bytes]] | Non
         file.close()
 
 
-@settings(max_examples=400, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=400, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
+)
 @given(
     flips=st.lists(st.tuples(st.integers(0, len(VALID) - 1), st.integers(0, 255)), min_size=1, max_size=4),
     cut=st.none() | st.integers(0, len(VALID)),
@@ -412,7 +414,9 @@ HEADER_PARTS = st.recursive(
 )
 
 
-@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
+)
 @given(
     dtype=st.sampled_from(["F32", "F16", "U8", "I64"]) | HEADER_PARTS,
     shape=st.lists(st.integers(0, 4), max_size=3) | HEADER_PARTS,

@@ -14,8 +14,8 @@ from conversion_cases import Usage
 from kbit.checkpoint.resolve import open_model
 from kbit.engine.prompt_cache import DecoderLike
 from kbit.errors import KbitError
-from kbit.evaluate.logits import LogitsSource, ModelLogits
-from kbit.evaluate.shared_logits import SharedLogits, WritingLogits, logits_bytes, logits_complete, remove_logits
+from kbit.evaluate.logits import LogitsSource, ModelLogits, logits_bytes
+from kbit.evaluate.shared_logits import SharedLogits, WritingLogits, logits_complete, remove_logits
 from kbit.evaluate.windows import Windows, cut_windows
 from kbit.models.load import load_decoder
 from kbit.ops.backend import Backend

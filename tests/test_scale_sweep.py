@@ -7,7 +7,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -35,6 +34,24 @@ from kbit.scaling.sweep.run import Failure, run_sweep
 from kbit.scaling.sweep.subject import content_digest
 
 pytestmark = pytest.mark.usefixtures("one_thread", "own_cache")
+
+# `kbit scale` of ten windows a row that ends as if killed, in the middle of its fourth row.
+KILLED_IN_ITS_35TH_WINDOW = """
+import os, signal, typer
+from kbit.cli.scale import scale
+from kbit.evaluate.logits import ModelLogits
+
+compute, begun = ModelLogits.window, []
+
+def window(*arguments):
+    begun.append(arguments)
+    if len(begun) == 35:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return compute(*arguments)
+
+ModelLogits.window = window
+typer.run(scale)
+"""
 
 
 @pytest.fixture
@@ -230,28 +247,20 @@ class TestInterruptions:
 
     @pytest.mark.skipif(sys.platform == "win32", reason="no SIGKILL")
     def test_kill_9(self, tiny_model: Path, tmp_path: Path, text: Path) -> None:
-        """A process killed while it measures. What it had measured stays as it is, byte for byte."""
+        """A process killed while it measures its fourth row. What it had measured stays as it is, byte for byte."""
         out = tmp_path / "out"
         same = f"--data {text} --context 32 --max-tokens 320 --block-sizes 32 --jobs 1 --no-cache --no-report"
-        command = [sys.executable, "-c", "from kbit.cli.scale import scale; import typer; typer.run(scale)"]
-        command += [str(tiny_model), "-o", str(out), *same.split()]
+        command = [sys.executable, "-c", KILLED_IN_ITS_35TH_WINDOW, str(tiny_model), "-o", str(out), *same.split()]
+        done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=300, check=False)
+        assert done.returncode == -signal.SIGKILL, done.stderr
         table = out / "points.jsonl"
-        deadline = time.monotonic() + 300  # against hanging
-        with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd=tmp_path) as process:
-            while (
-                time.monotonic() < deadline
-                and not (table.is_file() and table.read_text().count("\n") >= 3)
-                and process.poll() is None
-            ):
-                time.sleep(0.002)
-            process.send_signal(signal.SIGKILL)
-        before = table.read_text()
-        rows = before[: before.rfind("\n") + 1]
-        assert 3 <= rows.count("\n") < 22, "it was over before it was killed"
+        rows = table.read_text()
+        assert rows.count("\n") == 3
+        assert rows.endswith("\n")
         recorder = Recorder()
         options: dict[str, Any] = {"bits": tuple(range(2, 9)), "dtypes": ("nf", "int", "float")}
         result = run_sweep(plan_sweep(request(tiny_model, out, text, **options)), recorder)
-        assert result.measured == len(recorder.news) == 22 - rows.count("\n")
+        assert result.measured == len(recorder.news) == 22 - 3
         assert table.read_text().startswith(rows)
         assert table.read_text().count("\n") == 22
         assert not list(out.glob("reference-*"))

@@ -6,14 +6,17 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import gguf
+import numpy as np
 import pytest
 import torch
 from conversion_cases import quantize
 from error_cases import run_command
+from generation_cases import CHATML
 from gguf_model_cases import Model
 from native_cases import assert_close
 from tensor_parallel_cases import (
@@ -31,8 +34,11 @@ from kbit.checkpoint.gguf_source import GGUFSource
 from kbit.checkpoint.resolve import open_model
 from kbit.checkpoint.shard import Cut, column_unit, cut_packed
 from kbit.checkpoint.source import CheckpointSource
+from kbit.cli.main import app
 from kbit.engine.loader import load_model
-from kbit.errors import CheckpointError, UnsupportedError, UsageError
+from kbit.errors import CheckpointError, KbitError, UnsupportedError, UsageError
+from kbit.evaluate.report import _check_same_windows
+from kbit.evaluate.windows import Windows
 from kbit.formats.blockwise import quantize_blockwise
 from kbit.formats.quant_format import QuantFormat
 from kbit.formats.quant_tensor import QuantTensor
@@ -47,6 +53,7 @@ from kbit.ops.reference_backend import ReferenceBackend
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 REFERENCE = str(Path(__file__).parent / "tensor_parallel_cases.py")
+COMMANDS = [command.name or getattr(command.callback, "__name__", "") for command in app.registered_commands]
 
 
 class Solo:
@@ -84,7 +91,8 @@ class TestCutting:
                 assert array.untyped_storage().nbytes() == array.numel() * array.element_size()
 
     def test_double_quantized_scales_stay_where_their_superblocks_are_whole(self) -> None:
-        whole = quantize_blockwise(torch.randn((64, 1024)), QuantFormat.parse("nf4-b64-dq"))
+        x = torch.randn((64, 1024), generator=torch.Generator().manual_seed(2))
+        whole = quantize_blockwise(x, QuantFormat.parse("nf4-b64-dq"))
         for cut, format in ((Cut(0, 32, 64), "nf4-b64-dq"), (Cut(0, 8, 64), "nf4-b64-fp32")):
             part = cut_packed(whole, cut)
             assert str(part.format) == format
@@ -92,7 +100,7 @@ class TestCutting:
 
     def test_a_cut_through_a_block_or_a_byte_is_refused(self) -> None:
         for text, stop, unit in (("nf4-b64", 96, 64), ("int3-row", 100, 8), ("nf4-row", 101, 2)):
-            whole = quantize_blockwise(torch.randn((2, 205)), QuantFormat.parse(text))
+            whole = quantize_blockwise(torch.ones((2, 205)), QuantFormat.parse(text))
             with pytest.raises(
                 UnsupportedError, match=rf"^o: columns 0 to {stop} of 205 are no whole blocks of {unit}"
             ):
@@ -287,6 +295,87 @@ class TestCommand:
         assert first[:2] == (1, "")
         assert "kbit: error: the native backend runs a model in one process" in first[2]
         assert second == (1, "", "")
+
+    def test_a_conversation_is_read_and_shown_by_the_first(
+        self, tmp_path: Path, write_model: Callable[..., Path]
+    ) -> None:
+        """Answers of one process; a message that is too long ends all, and is told once."""
+        folder = write_model(tmp_path / "m", max_position_embeddings=150)
+        (folder / "chat_template.jinja").write_text(CHATML)
+        flags = ["-m", str(folder), "--backend", "reference", "--max-tokens", "6", "--speculate", "ngram"]
+        (code, said, notes), other = run_all(
+            "-m", "kbit", "chat", *flags, "--seed", "5", stdin="Hello\n\nAgain\n/reset\nHello\n" + "x" * 150 + "\n"
+        )
+        assert code == 2
+        assert notes.count("stopped after 6 tokens") == 3
+        assert notes.count("conversation forgotten") == 1
+        assert notes.count("kbit: error: the conversation has") == 1
+        assert other == (1, "", "")
+        alone = json.loads(
+            run_command(
+                ["run", "Hello", "--chat", *flags, "--temperature", "0.7", "--top-p", "0.95"]
+                + ["--seed", "5", "--json"]
+            )[1]
+        )
+        assert said.startswith(alone["text"] + "\n")
+        assert len(said) > 2 * len(alone["text"])
+
+    def test_an_evaluation_is_that_of_one_process(self, model: str, tiny_model: Path, tmp_path: Path) -> None:
+        text = tmp_path / "text.txt"
+        text.write_text("It was a dark and stormy night. " * 20)
+        flags = ["eval", model, "--reference", str(tiny_model), "--data", str(text), "--context", "32"]
+        flags += ["--backend", "reference", "--json"]
+        alone = json.loads(run_command(flags)[1])
+        (code, stdout, error), other = run_all("-m", "kbit", *flags)
+        assert code == 0, error
+        assert other == (0, "", "")
+        report = json.loads(stdout)
+        for backend in ("backend", "reference_backend"):
+            assert report[backend].endswith(", 2 processes")
+        same = ("tokens", "windows", "data_sha256", "reference")
+        assert [report[key] for key in same] == [alone[key] for key in same]
+        # Sums are formed in another order: logits of size 1 differ by some float32 roundings.
+        for key in ("mean_nll", "kl_mean", "kl_max", "delta_nll"):
+            assert report[key] == pytest.approx(alone[key], abs=1e-5), key
+        assert alone["kl_mean"] > 1e-3
+
+    def test_processes_with_other_texts_do_not_go_on(self) -> None:
+        class Other:
+            def decided_by_first(self, work: object) -> str:
+                return "of another text"
+
+            def together(self) -> AbstractContextManager[None]:
+                return nullcontext()
+
+        windows = Windows("gptq", np.zeros((1, 4), np.int64), 0, 4)
+        with pytest.raises(KbitError, match="has another text or another tokenizer than the first"):
+            _check_same_windows(windows, Other())  # type: ignore[arg-type]
+
+    @pytest.mark.parametrize("command", [command for command in COMMANDS if command not in ("run", "chat", "eval")])
+    def test_what_one_process_does_alone_is_refused(
+        self, command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Before its arguments are looked at. The first process of a machine tells why."""
+        monkeypatch.chdir(tmp_path)
+        for name, value in {"RANK": "2", "WORLD_SIZE": "4", "LOCAL_RANK": "0"}.items():
+            monkeypatch.setenv(name, value)
+        refusal = f"kbit: error: kbit {command} runs as one process: start it without torchrun, or unset RANK"
+        code, stdout, error = run_command([command, "--no-such-flag"])
+        assert (code, stdout, error.startswith(refusal)) == (2, "", True), error
+        monkeypatch.setenv("LOCAL_RANK", "1")
+        assert run_command([command, "--no-such-flag"]) == (2, "", "")
+        monkeypatch.delenv("LOCAL_RANK")
+        assert run_command([command, "--no-such-flag"])[2].startswith(refusal)
+        monkeypatch.setenv("WORLD_SIZE", "1")
+        assert "--no-such-flag" in run_command([command, "--no-such-flag"])[2]
+        assert not list(tmp_path.iterdir())
+
+    def test_tasks_are_refused_too(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv("RANK", "0")
+        monkeypatch.setenv("WORLD_SIZE", "2")
+        code, stdout, error = run_command(["eval", "no/such/model", "--tasks", "piqa", "--items", "items.jsonl"])
+        assert (code, stdout) == (2, "")
+        assert error.startswith("kbit: error: kbit eval --tasks runs as one process: start it without torchrun")
 
     def test_after_an_error_no_thread_of_a_group_outlives_the_interpreter(self) -> None:
         """Which now and then ended a run with an abort: what Python runs at its end is not run, what it wrote is."""

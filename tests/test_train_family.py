@@ -8,7 +8,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -174,24 +173,30 @@ def test_progress(monkeypatch: pytest.MonkeyPatch) -> None:
 # The real thing
 
 
-def start(arguments: list[str]) -> subprocess.Popen[str]:
-    tool = [sys.executable, str(TOOLS / "train_family.py"), *arguments]
+# The tool, as if killed at the worst moment: after 30 steps are in the log, before the checkpoint of the last is in place.
+KILLED_AT_STEP_30 = """
+import os, sys
+sys.path.insert(0, sys.argv[1])
+import train.run, train_family
+
+replace, saved = os.replace, []
+
+def replace_29_times(source, target):
+    if os.path.basename(target) == train.run.CHECKPOINT:
+        saved.append(target)
+        if len(saved) == 30:
+            os._exit(99)
+    replace(source, target)
+
+os.replace = replace_29_times
+train_family.main(sys.argv[2:])
+"""
+
+
+def python(*arguments: object) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, *(str(argument) for argument in arguments)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(tool, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
-
-
-def wait_for_step(process: subprocess.Popen[str], partial: Path, step: int) -> None:
-    """Until the log has so many lines and there is a checkpoint; fails where the run ends before."""
-    deadline = time.monotonic() + 300
-    while time.monotonic() < deadline:
-        if process.poll() is not None:
-            pytest.fail(f"ended with {process.returncode} before step {step}: {process.communicate()}")
-        log = partial / train.run.LOG
-        if (partial / train.run.CHECKPOINT).exists() and log.exists() and log.read_bytes().count(b"\n") >= step:
-            return
-        time.sleep(0.005)
-    process.kill()
-    pytest.fail(f"step {step} was not reached")
+    return subprocess.run(command, capture_output=True, text=True, env=environment, check=False, timeout=300)
 
 
 @pytest.fixture(scope="module")
@@ -206,20 +211,17 @@ def trained(data_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[P
     heldout.write_bytes((data_dir / "novels" / "heldout" / heldout.name).read_bytes()[:20_000].replace(b"\r", b""))
     arguments = ["64x128x2", "--name", "novels", "--corpus", str(data_dir / "novels" / "heldout"), "--tokens", "120k"]
     arguments += ["--heldout", str(heldout.parent), "--vocabulary", "512", "--context", "64", "--batch", "16"]
-    arguments += ["--threads", "1", "--checkpoint-seconds", "0"]
+    arguments += ["--threads", "1"]
     model, partial = folder / "broken" / "novels-64x128x2", folder / "broken" / "novels-64x128x2.partial"
     broken = [*arguments, "--out", str(folder / "broken")]
-    killed = start(broken)
-    wait_for_step(killed, partial, 30)
-    killed.kill()
-    killed.communicate()
-    assert killed.returncode != 0
+    killed = python("-c", KILLED_AT_STEP_30, TOOLS, *broken, "--checkpoint-seconds", "0")
+    assert killed.returncode == 99, killed.stderr
     assert not model.exists()
-    finished = start([*broken, "--json"])
-    out, error = finished.communicate(timeout=300)
-    assert finished.returncode == 0, error
-    assert "going on after step" in error
-    assert json.loads(out)["models"][0]["folder"] == str(model)
+    assert (partial / train.run.LOG).read_bytes().count(b"\n") == 30
+    finished = python(TOOLS / "train_family.py", *broken, "--json")
+    assert finished.returncode == 0, finished.stderr
+    assert "going on after step 29 of" in finished.stderr
+    assert json.loads(finished.stdout)["models"][0]["folder"] == str(model)
     assert train_family.main([*arguments, "--out", str(folder / "whole")]) == 0
     return folder / "whole" / model.name, model, heldout
 

@@ -13,7 +13,7 @@ import argparse
 from time import perf_counter
 from typing import Any
 
-from protocol import FIRST_PROMPT, claim_stdout, resident_bytes, serve
+from protocol import FIRST_PROMPT, Startup, claim_stdout, resident_bytes, serve
 
 WARM_UP = 3  # steps before the clock starts: the process may have been stopped for a while
 
@@ -75,24 +75,25 @@ def main() -> None:
     out = claim_stdout()
     options = {"compute": arguments.compute, "kv_bits": arguments.kv_bits}
 
-    start = perf_counter()
+    startup = Startup()
+    from kbit.cli.heavy import import_torch
+
+    import_torch()  # as `kbit run` does
     import torch
 
     from kbit.engine.loader import load_model
 
-    begin = perf_counter()
+    startup.imported()
     given = {name: value for name, value in options.items() if value is not None}
     model = load_model(arguments.model, device="cpu", threads=arguments.threads, **given)
-    loaded = perf_counter()
+    startup.loaded()
     prompt = torch.tensor([model.tokenizer.encode(FIRST_PROMPT)])
     model.decoder.forward(prompt, model.decoder.new_cache(1, prompt.shape[1] + 1), last_only=True)
-    first = perf_counter()
+    startup.first_token()
 
     runner = Runner(model)
     ready = {
-        "import_seconds": begin - start,
-        "load_seconds": loaded - begin,
-        "first_token_seconds": first - begin,
+        **startup.seconds,
         "backend": model.decoder.backend.describe(),
         "weights_bytes": model.decoder.weights.nbytes,
         "bytes_per_token": runner.bytes_per_token(),

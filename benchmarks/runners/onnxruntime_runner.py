@@ -15,7 +15,7 @@ import random
 from time import perf_counter
 from typing import Any
 
-from protocol import FIRST_PROMPT, claim_stdout, resident_bytes, serve
+from protocol import FIRST_PROMPT, Startup, claim_stdout, resident_bytes, serve
 
 
 class Runner:
@@ -63,27 +63,25 @@ def main() -> None:
     arguments = parser.parse_args()
     out = claim_stdout()
 
-    start = perf_counter()
+    startup = Startup()
     import onnxruntime_genai
 
-    begin = perf_counter()
+    startup.imported()
     config = onnxruntime_genai.Config(arguments.model)
     session = {"intra_op_num_threads": arguments.threads}
     config.overlay(json.dumps({"model": {"decoder": {"session_options": session}}}))
     model = onnxruntime_genai.Model(config)
     tokenizer = onnxruntime_genai.Tokenizer(model)
-    loaded = perf_counter()
+    startup.loaded()
     parameters = onnxruntime_genai.GeneratorParams(model)
     parameters.set_search_options(max_length=32, do_sample=False)
     generator = onnxruntime_genai.Generator(model, parameters)
     generator.append_tokens(tokenizer.encode(FIRST_PROMPT))
     generator.generate_next_token()
-    first = perf_counter()
+    startup.first_token()
     del generator
     ready = {
-        "import_seconds": begin - start,
-        "load_seconds": loaded - begin,
-        "first_token_seconds": first - begin,
+        **startup.seconds,
         "backend": f"onnxruntime-genai {onnxruntime_genai.__version__}",
     }
     runner = Runner(model)

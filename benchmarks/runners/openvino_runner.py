@@ -11,10 +11,9 @@ from __future__ import annotations
 
 import argparse
 import random
-from time import perf_counter
 from typing import Any
 
-from protocol import FIRST_PROMPT, claim_stdout, resident_bytes, serve
+from protocol import FIRST_PROMPT, Startup, claim_stdout, resident_bytes, serve
 
 
 class Runner:
@@ -56,22 +55,20 @@ def main() -> None:
     arguments = parser.parse_args()
     out = claim_stdout()
 
-    start = perf_counter()
+    startup = Startup()
     import openvino_genai
 
-    begin = perf_counter()
+    startup.imported()
     scheduler = openvino_genai.SchedulerConfig()
     scheduler.enable_prefix_caching = False
     pipeline = openvino_genai.LLMPipeline(
         arguments.model, "CPU", scheduler_config=scheduler, INFERENCE_NUM_THREADS=arguments.threads
     )
-    loaded = perf_counter()
+    startup.loaded()
     pipeline.generate(FIRST_PROMPT, max_new_tokens=1)
-    first = perf_counter()
+    startup.first_token()
     ready = {
-        "import_seconds": begin - start,
-        "load_seconds": loaded - begin,
-        "first_token_seconds": first - begin,
+        **startup.seconds,
         "backend": f"OpenVINO GenAI {openvino_genai.__version__}",
     }
     runner = Runner(pipeline)

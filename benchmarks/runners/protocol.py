@@ -15,10 +15,37 @@ import signal
 import sys
 import traceback
 from collections.abc import Callable, Mapping
+from time import perf_counter
 from typing import Any, TextIO
 
 _PR_SET_PDEATHSIG = 1  # <sys/prctl.h>
 FIRST_PROMPT = "The capital of France is"
+
+
+class Startup:
+    """The clock of an engine's start: made before the engine is imported.
+
+    Attributes:
+        seconds: as a runner announces them: of the import; and from its end until the model is loaded, and until the
+            first token is there.
+    """
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self._begin = perf_counter()
+
+    def imported(self) -> None:
+        self._note("import_seconds")
+        self._begin = perf_counter()
+
+    def loaded(self) -> None:
+        self._note("load_seconds")
+
+    def first_token(self) -> None:
+        self._note("first_token_seconds")
+
+    def _note(self, name: str) -> None:
+        self.seconds[name] = perf_counter() - self._begin
 
 
 def claim_stdout() -> TextIO:

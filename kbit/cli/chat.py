@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import typer
 
+from kbit.cli.heavy import import_torch
 from kbit.cli.options import (
     DEFAULT_MODEL,
     MAX_PROMPT_BYTES,
@@ -36,6 +37,7 @@ from kbit.cli.options import (
     show,
     streaming_output,
 )
+from kbit.cli.processes import Peers, processes
 from kbit.cli.run import INTERRUPTED, statistics
 
 if TYPE_CHECKING:
@@ -88,58 +90,74 @@ def chat(
       kbit chat --model out/ --system "Answer in one sentence." --temperature 0
 
       printf 'Hello!\\nWhat did I say?\\n' | kbit chat --seed 1
+
+      torchrun --nproc-per-node 2 -m kbit chat --device cuda
     """
-    check_limits(max_tokens, stop)
-    if system is not None:
-        check_text("--system", system)
-    most = draft_limit(speculate, draft_tokens)
+    with processes() as peers:
+        with peers.together():
+            check_limits(max_tokens, stop)
+            if system is not None:
+                check_text("--system", system)
+            most = draft_limit(speculate, draft_tokens)
 
-    from functools import partial
+        import_torch()
+        from functools import partial
 
-    from kbit.engine.conversation import Conversation, require_template
-    from kbit.engine.loader import load_model
-    from kbit.engine.sampler import SamplingParams
-    from kbit.engine.speculative import Speculation, load_drafter
-    from kbit.ops.select import select_backend
+        from kbit.engine.conversation import Conversation, require_template
+        from kbit.engine.loader import load_model
+        from kbit.engine.sampler import SamplingParams
+        from kbit.engine.speculative import NGRAM, Speculation, load_drafter
+        from kbit.ops.select import select_backend
 
-    params = SamplingParams(
-        temperature=temperature,
-        top_k=top_k,
-        top_p=top_p,
-        min_p=min_p,
-        repetition_penalty=repetition_penalty,
-        presence_penalty=presence_penalty,
-        frequency_penalty=frequency_penalty,
-        seed=seed,
-    )
-    speculation: Speculation | None = None
-    chosen = select_backend(device, backend=backend, threads=threads, compute=compute, kv_bits=kv_bits)
-    load = partial(load_model, threads=threads, backend=chosen)
+        speculation: Speculation | None = None
+        seed = peers.seed(seed)
+        peers.fetch([name for name in (model, speculate) if name not in (None, NGRAM)])
+        with peers.together():
+            params = SamplingParams(
+                temperature=temperature,
+                top_k=top_k,
+                top_p=top_p,
+                min_p=min_p,
+                repetition_penalty=repetition_penalty,
+                presence_penalty=presence_penalty,
+                frequency_penalty=frequency_penalty,
+                seed=seed,
+            )
+            chosen = select_backend(device, backend=backend, threads=threads, compute=compute, kv_bits=kv_bits)
+            load = partial(load_model, threads=threads, backend=peers.split(chosen), group=peers.group)
 
-    def prepare(tokenizer: Tokenizer, source: CheckpointSource) -> None:
-        nonlocal speculation
-        require_template(tokenizer, model)
-        if speculate is not None:
-            speculation = Speculation(load_drafter(speculate, model, tokenizer, load), most)
+            def prepare(tokenizer: Tokenizer, source: CheckpointSource) -> None:
+                nonlocal speculation
+                require_template(tokenizer, model)
+                if speculate is not None:
+                    speculation = Speculation(load_drafter(speculate, model, tokenizer, load), most)
 
-    loaded = load(model, check=prepare)
-    conversation = Conversation(loaded.decoder, loaded.tokenizer, model, system, speculation)
-    with streaming_output():
-        _converse(conversation, loaded, params, max_tokens, stop or [])
+            loaded = load(model, check=prepare)
+            conversation = Conversation(loaded.decoder, loaded.tokenizer, model, system, speculation)
+        with streaming_output():
+            _converse(peers, conversation, loaded, params, max_tokens, stop or [])
 
 
 def _converse(
-    conversation: Conversation, loaded: LoadedModel, params: SamplingParams, max_tokens: int, stop: list[str]
+    peers: Peers,
+    conversation: Conversation,
+    loaded: LoadedModel,
+    params: SamplingParams,
+    max_tokens: int,
+    stop: list[str],
 ) -> None:
-    """Reads messages and shows answers until there are no more."""
+    """Reads messages and shows answers until there are no more. Of several processes, the first does both."""
     from kbit.errors import UsageError
 
-    terminal = sys.stdin.isatty()
+    shared = peers.group is not None
+    note = _note if peers.speaks else _unsaid
+    terminal = peers.decided_by_first(sys.stdin.isatty)
     if terminal:
-        with suppress(ImportError):  # importing it gives input() line editing and history; Windows has its own
-            import readline  # noqa: F401
-        _note(f"{loaded.name} · {loaded.backend_description} · /help for commands, Ctrl-D to leave")
-    while (line := _next_message(terminal)) is not None:
+        if peers.speaks:
+            with suppress(ImportError):  # importing it gives input() line editing and history; Windows has its own
+                import readline  # noqa: F401
+        note(f"{loaded.name} · {loaded.backend_description} · /help for commands, Ctrl-D to leave")
+    while (line := peers.decided_by_first(lambda: _next_message(terminal, shared))) is not None:
         message = line.strip()
         if not message:
             continue
@@ -147,33 +165,41 @@ def _converse(
             return
         if message == "/reset":
             conversation.reset()
-            _note("conversation forgotten")
+            note("conversation forgotten")
         elif message == "/help":
-            _note(HELP)
+            note(HELP)
         else:
             try:
                 generation = conversation.reply(message, params, max_tokens=max_tokens, stop=stop)
             except UsageError as error:
                 # Interactively the user can shorten or reset; a script cannot, and must see that it failed.
                 if not terminal:
-                    raise
-                _note(str(error))
+                    with peers.together():
+                        raise
+                note(str(error))
                 continue
-            result = generation.run(show)
-            show("\n")
+            result = generation.run(show if peers.speaks else None)
+            if peers.speaks:
+                show("\n")
             conversation.add(message, result)
             if terminal:
-                _note(statistics(result, loaded))
+                note(statistics(result, loaded))
             if result.finish_reason == "context":
-                _note("the model's context is full: /reset starts a new conversation")
+                note("the model's context is full: /reset starts a new conversation")
             elif result.finish_reason == "length":
-                _note(f"stopped after {max_tokens} tokens; --max-tokens sets this limit")
-            elif result.finish_reason == "interrupted" and not terminal:
+                note(f"stopped after {max_tokens} tokens; --max-tokens sets this limit")
+            elif result.finish_reason == "interrupted" and (shared or not terminal):
+                # Several processes do not stop at the same token, so they cannot go on together.
                 raise typer.Exit(INTERRUPTED)
 
 
-def _next_message(terminal: bool) -> str | None:
-    """The next line of input; None at its end."""
+def _next_message(terminal: bool, shared: bool) -> str | None:
+    """The next line of input; None at its end.
+
+    Args:
+        terminal: a person types it.
+        shared: several processes wait for it, and Ctrl-C ends them all.
+    """
     from kbit.errors import UsageError
 
     if not terminal:
@@ -191,9 +217,15 @@ def _next_message(terminal: bool) -> str | None:
             _note("")
             return None
         except KeyboardInterrupt:
+            if shared:
+                raise
             _note("\n(Ctrl-D or /exit to leave)")
 
 
 def _note(text: str) -> None:
     """Something that is not the model's words: to standard error."""
     typer.echo(text, err=True)
+
+
+def _unsaid(text: str) -> None:
+    """The same in a process that does not speak."""

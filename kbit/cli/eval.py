@@ -18,6 +18,7 @@ from kbit.cli.options import (
     streaming_output,
 )
 from kbit.cli.output import print_json
+from kbit.cli.processes import processes, refuse_copies
 from kbit.errors import UsageError
 
 if TYPE_CHECKING:
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 
     from kbit.evaluate.report import EvaluationReport, Request
     from kbit.evaluate.tasks.report import TaskReport, TaskRequest
+    from kbit.ops.tensor_parallel import Group
 
 _TASKS = "Zero-shot tasks"
 
@@ -148,14 +150,17 @@ def evaluate(
       kbit eval out/ --tasks piqa,arc_easy --limit 200 --reference smollm2-135m-instruct
       kbit eval q4/ --tasks all --items q4.jsonl
       kbit eval q3/ --tasks all --against q4.jsonl
+      torchrun --nproc-per-node 2 -m kbit eval out/ --device cuda
     """
     engine = {"device": device, "threads": threads, "backend": backend, "compute": compute, "kv_bits": kv_bits}
+    given: dict[str, object]
     if tasks is not None:
+        refuse_copies("kbit eval --tasks")
         from kbit.evaluate.tasks.report import TaskRequest
 
         given = {"--data": data, "--convention": convention, "--max-tokens": max_tokens}
         _refuse(given, f"goes with perplexity, not with --tasks {tasks}: use --task-data, --limit or another command")
-        asked = TaskRequest(
+        questions = TaskRequest(
             model,
             tasks,
             limit=limit,
@@ -167,24 +172,33 @@ def evaluate(
             reference_backend=reference_backend,
             **engine,  # type: ignore[arg-type]
         )
-        _evaluate_tasks(asked, json)
+        _evaluate_tasks(questions, json)
         return
-    _refuse({"--limit": limit, "--task-data": task_data, "--items": items, "--against": against}, "goes with --tasks")
     from kbit.evaluate.report import Request
 
-    report = _run(
-        Request(
-            model,
-            "wikitext2" if data is None else data,
-            reference,
-            max_tokens=max_tokens,
-            context=context,
-            convention="gptq" if convention is None else convention,
-            reference_backend=reference_backend,
-            **engine,  # type: ignore[arg-type]
-        ),
-        quiet=json,
+    asked = Request(
+        model,
+        "wikitext2" if data is None else data,
+        reference,
+        max_tokens=max_tokens,
+        context=context,
+        convention="gptq" if convention is None else convention,
+        reference_backend=reference_backend,
+        **engine,  # type: ignore[arg-type]
     )
+    with processes() as peers:
+        with peers.together():
+            given = {"--limit": limit, "--task-data": task_data, "--items": items, "--against": against}
+            _refuse(given, "goes with --tasks")
+            asked.check()
+        peers.fetch([name for name in (model, reference) if name is not None], asked.data)
+        report = _run(asked, quiet=json or not peers.speaks, group=peers.group)
+        if peers.speaks:
+            _tell(report, json)
+
+
+def _tell(report: EvaluationReport, json: bool) -> None:
+    """Print what was measured."""
     if json:
         print_json(report.to_dict())
         return
@@ -240,7 +254,7 @@ def _run_tasks(request: TaskRequest, quiet: bool) -> TaskReport:
         return evaluate_tasks(request, on_request, on_status)
 
 
-def _run(request: Request, quiet: bool) -> EvaluationReport:
+def _run(request: Request, quiet: bool, group: Group | None) -> EvaluationReport:
     """The evaluation, with a progress bar on stderr unless `quiet` or stderr is no terminal."""
     import math
 
@@ -257,7 +271,7 @@ def _run(request: Request, quiet: bool) -> EvaluationReport:
         def on_window(done: int, total: int, mean_nll: float) -> None:
             bar.update(task, completed=done, total=total, description=f"perplexity {math.exp(min(mean_nll, 700)):.4f}")
 
-        return evaluate_model(request, on_window, lambda text: bar.update(task, description=text))
+        return evaluate_model(request, on_window, lambda text: bar.update(task, description=text), group)
 
 
 def _table(report: EvaluationReport) -> Table:

@@ -21,7 +21,7 @@ from kbit.cli.eval import evaluate
 from kbit.cli.info import info
 from kbit.cli.output import printable
 from kbit.cli.plan import plan
-from kbit.cli.processes import end
+from kbit.cli.processes import SHARED, end, refuse_copies
 from kbit.cli.pull import pull
 from kbit.cli.quantize import quantize
 from kbit.cli.run import run
@@ -65,11 +65,13 @@ def _print_version(asked: bool) -> None:
 
 @app.callback()
 def _global_options(
+    context: typer.Context,
     version: Annotated[
         bool, typer.Option("--version", help="Print the version and exit.", callback=_print_version, is_eager=True)
     ] = False,
 ) -> None:
-    pass
+    if context.invoked_subcommand not in SHARED:
+        refuse_copies(f"kbit {context.invoked_subcommand}")
 
 
 def main() -> None:

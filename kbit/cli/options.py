@@ -145,11 +145,12 @@ ComputeOption = Annotated[
     str | None,
     typer.Option(
         "--compute",
-        metavar="int8|fp16|bf16|fp32",
+        metavar="int8|fp8|fp16|bf16|fp32",
         help="How quantized weights are multiplied. On the CPU: int8 rounds activations to 8 bits, a scale per 64 "
         "values: fastest, and less of an error than 4-bit weights by far; bf16 rounds both sides to 8 significant "
         "bits; fp32 rounds nothing and gives the reference's results. On a GPU: fp16, or bf16 for models that leave "
-        "the range of fp16. [default: int8; on a GPU fp16]",
+        "the range of fp16; int8 and fp8 round activations of prompts and large batches to 8 bits, for speed at some "
+        "loss (int8 less of it; fp8 from compute capability 8.9). [default: int8; on a GPU fp16]",
         rich_help_panel=ENGINE,
     ),
 ]

@@ -5,6 +5,7 @@ Imports nothing heavy, and without torchrun it does nothing.
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -13,11 +14,17 @@ from typing import TYPE_CHECKING, NoReturn, TypeVar
 
 import typer
 
+from kbit.errors import UsageError
+
 if TYPE_CHECKING:
     from kbit.ops.backend import Backend
     from kbit.ops.tensor_parallel import Group
 
 T = TypeVar("T")
+
+# Commands that several processes can share. Any other would do all its work once in each of them, and write to the same
+# files; `refuse_copies` keeps it from that.
+SHARED = frozenset({"run", "chat", "eval"})
 
 
 class Peers:
@@ -48,8 +55,9 @@ class Peers:
 
         return self.group.decided_by_first(lambda: secrets.randbits(63))
 
-    def fetch(self, models: list[str]) -> None:
-        """Has models downloaded, if need be, once and with one progress bar, before all open them."""
+    def fetch(self, models: list[str], text: str | None = None) -> None:
+        """Has models, and a text to evaluate on, downloaded, if need be, once and with one progress bar, before all
+        open them."""
         if self.group is None:
             return
         from kbit.checkpoint.resolve import open_model
@@ -57,6 +65,10 @@ class Peers:
         def fetch() -> None:
             for model in models:
                 open_model(model).close()
+            if text is not None:
+                from kbit.evaluate.datasets import resolve_data
+
+                resolve_data(text)
 
         self.group.decided_by_first(fetch)
 
@@ -76,7 +88,7 @@ def processes() -> Iterator[Peers]:
     Raises:
         UsageError, UnsupportedError, KbitError: they cannot meet (`kbit.ops.tensor_parallel.join`).
     """
-    if "RANK" not in os.environ or os.environ.get("WORLD_SIZE", "1") == "1":
+    if not _several():
         yield Peers(None)
         return
     from kbit.ops.tensor_parallel import PeerError, join
@@ -100,6 +112,28 @@ def processes() -> Iterator[Peers]:
     group.close()  # not after an error: the others may not come
 
 
+def refuse_copies(what: str) -> None:
+    """For what one process does alone: ends every process of several.
+
+    Args:
+        what: the command, as a user would name it.
+
+    Raises:
+        UsageError: torchrun started several. In the first of this machine only: the others end without a word.
+    """
+    if not _several():
+        return
+    # Other launchers set RANK as well, but not LOCAL_RANK: there every process speaks, as it may be the only one to.
+    if os.environ.get("LOCAL_RANK", "0") != "0":
+        raise typer.Exit(UsageError.exit_code)
+    raise UsageError(f"{what} runs as one process: start it without torchrun, or unset RANK and WORLD_SIZE")
+
+
+def _several() -> bool:
+    """Whether torchrun, or what sets its variables, started more than this process."""
+    return "RANK" in os.environ and os.environ.get("WORLD_SIZE", "1") != "1"
+
+
 def end(code: int) -> NoReturn:
     """Ends this process with an exit code.
 
@@ -113,4 +147,5 @@ def end(code: int) -> NoReturn:
             with suppress(OSError, ValueError):
                 stream.flush()
         os._exit(code)
+    gc.freeze()  # or the interpreter's last collection visits all of torch, to free what the process's end frees: 0.4 s
     sys.exit(code)

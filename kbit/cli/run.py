@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from kbit.cli.heavy import import_torch
 from kbit.cli.options import (
     DEFAULT_MODEL,
     BackendOption,
@@ -99,6 +100,7 @@ def run(
             lambda: _question(prompt, chat, system, max_tokens, stop, speculate, draft_tokens)
         )
 
+        import_torch()
         from functools import partial
 
         from kbit.engine.conversation import chat_prompt

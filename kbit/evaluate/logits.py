@@ -13,6 +13,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -31,8 +32,11 @@ _ROW_ELEMENTS = 1 << 17
 DEFAULT_CACHE_BYTES = 16 << 30
 
 
+Kept = TypeVar("Kept", bound="KeptLogits")
+
+
 class LogitsSource(ABC):
-    """A model's logits over windows: computed (ModelLogits) or stored (StoredLogits)."""
+    """A model's logits over windows: computed (ModelLogits) or kept in a file (KeptLogits)."""
 
     @property
     @abstractmethod
@@ -92,7 +96,74 @@ class ModelLogits(LogitsSource):
             yield logits
 
 
-class StoredLogits(LogitsSource):
+class KeptLogits(LogitsSource):
+    """A model's logits over certain windows in a file: float32 (W, S, V), exactly as computed.
+
+    Args:
+        windows: the windows they belong to.
+        vocab_size: V.
+    """
+
+    def __init__(self, windows: Windows, vocab_size: int) -> None:
+        self._windows, self._vocab_size = windows, vocab_size
+
+    @property
+    def vocab_size(self) -> int:
+        return self._vocab_size
+
+    def window(self, windows: Windows, index: int) -> Iterator[torch.Tensor]:
+        """See LogitsSource; `windows` must be those given at construction."""
+        if windows is not self._windows:
+            raise ValueError("stored logits belong to the windows they were made for")
+        return self._window(index)
+
+    @abstractmethod
+    def _window(self, index: int) -> Iterator[torch.Tensor]:
+        """`window` of the windows that the file belongs to."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Let go of the file."""
+
+    def __enter__(self: Kept) -> Kept:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def logits_bytes(windows: Windows, vocab_size: int) -> int:
+    """Disk that the logits of all windows take."""
+    return 4 * windows.scored * vocab_size
+
+
+def check_room(folder: Path, needed: int, have: int = 0) -> None:
+    """
+    Args:
+        folder: where logits are to be kept.
+        needed: bytes of their file.
+        have: bytes of it that are there already.
+
+    Raises:
+        KbitError: the disk has less room than that.
+        OSError: there is no such folder.
+    """
+    free = shutil.disk_usage(folder).free + have
+    if free < needed:
+        raise KbitError(
+            f"{folder} has {free / 1e9:.1f} GB free, the reference's logits need {needed / 1e9:.1f} GB: "
+            "use fewer tokens (--max-tokens) or another folder"
+        )
+
+
+def stored_bytes(logits: torch.Tensor) -> memoryview:
+    """Logits (P, V) as they are kept in a file."""
+    return logits.to("cpu", torch.float32).contiguous().numpy().data.cast("B")
+
+
+class StoredLogits(KeptLogits):
     """A model's logits on disk, so that many models can be compared with one that runs once per window.
 
     The first pass over a window computes it and writes float32 logits, exactly as computed, to a temporary file
@@ -118,9 +189,8 @@ class StoredLogits(LogitsSource):
         max_bytes: int = DEFAULT_CACHE_BYTES,
     ) -> None:
         self._live = ModelLogits(model)
-        self._windows = windows
-        self._vocab_size = self._live.vocab_size
-        needed = 4 * windows.scored * self._vocab_size
+        super().__init__(windows, self._live.vocab_size)
+        needed = logits_bytes(windows, self.vocab_size)
         if needed > max_bytes:
             raise UsageError(
                 f"the reference's logits for {windows.scored} tokens would take {needed / 1e9:.1f} GB of disk, more "
@@ -128,35 +198,23 @@ class StoredLogits(LogitsSource):
             )
         folder = Path(tempfile.gettempdir()) if directory is None else directory
         try:
-            free = shutil.disk_usage(folder).free
-            if free < needed:
-                raise KbitError(
-                    f"{folder} has {free / 1e9:.1f} GB free, the reference's logits need {needed / 1e9:.1f} GB: "
-                    "use fewer tokens or another folder"
-                )
+            check_room(folder, needed)
             # Closed by close(); unlinked by the operating system even when the process is killed.
             self._file = tempfile.TemporaryFile(dir=folder, prefix="kbit-logits-")  # noqa: SIM115
         except OSError as error:
             raise KbitError(f"cannot keep logits in {folder}: {error.strerror or error}") from error
         self._stored = [False] * windows.count
 
-    @property
-    def vocab_size(self) -> int:
-        return self._vocab_size
-
-    def window(self, windows: Windows, index: int) -> Iterator[torch.Tensor]:
-        """See LogitsSource; `windows` must be those given at construction."""
-        if windows is not self._windows:
-            raise ValueError("stored logits belong to the windows they were made for")
-        offset = 4 * self._vocab_size * windows.scored_per_window * index
+    def _window(self, index: int) -> Iterator[torch.Tensor]:
+        offset = 4 * self._vocab_size * self._windows.scored_per_window * index
         if self._stored[index]:
             yield from self._read(offset)
             return
-        for logits in self._live.window(windows, index):
-            data = logits.to("cpu", torch.float32).contiguous().numpy()
+        for logits in self._live.window(self._windows, index):
+            data = stored_bytes(logits)
             try:
                 self._file.seek(offset)
-                self._file.write(data.data)
+                self._file.write(data)
             except OSError as error:
                 raise KbitError(f"cannot store the reference's logits: {error.strerror or error}") from error
             offset += data.nbytes
@@ -175,11 +233,3 @@ class StoredLogits(LogitsSource):
     def close(self) -> None:
         """Give the disk back."""
         self._file.close()
-
-    def __enter__(self) -> StoredLogits:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()

@@ -2,31 +2,38 @@
 
 from __future__ import annotations
 
+import hashlib
 import time
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from kbit.checkpoint.resolve import open_model
 from kbit.checkpoint.source import CheckpointSource
 from kbit.engine.loader import prefer_tuned
 from kbit.engine.process import peak_rss_bytes
 from kbit.engine.tokenizer import Tokenizer
-from kbit.errors import UsageError
+from kbit.errors import KbitError, UsageError
 from kbit.evaluate.compare import KL_PERCENTILES, Comparison, check_vocabularies, compare
 from kbit.evaluate.datasets import TextData, resolve_data
 from kbit.evaluate.perplexity import PerplexityResult, Progress, evaluate_perplexity
+from kbit.evaluate.request import EngineRequest
 from kbit.evaluate.windows import CONVENTIONS, Convention, Windows, choose_context, make_windows
+from kbit.models.decoder import Decoder
 from kbit.models.families import spec_from_config
 from kbit.models.load import load_decoder
+from kbit.models.shard import shard
 from kbit.ops.backend import Backend
-from kbit.ops.select import select_backend, set_threads
+from kbit.ops.select import set_threads
+
+if TYPE_CHECKING:
+    from kbit.ops.tensor_parallel import Group
 
 
 @dataclass(frozen=True)
-class Request:
-    """What to evaluate.
+class Request(EngineRequest):
+    """What to evaluate, and who computes (EngineRequest).
 
     Attributes:
         model, reference: a folder, a .gguf file, a hub id or a name `kbit pull` lists.
@@ -34,10 +41,6 @@ class Request:
         max_tokens: use at most so many tokens of the text, rounded down to whole windows.
         context: tokens per window (default: the convention's, reduced to what the models can take).
         convention: "gptq" or "llamacpp" (kbit.evaluate.windows).
-        device: "auto", "cpu" or "cuda".
-        threads: CPU threads, also of torch for the whole process; None takes one per physical core and leaves torch's.
-        backend, compute, kv_bits: who runs the model, and how (`kbit.ops.select.select_backend`).
-        reference_backend: who runs the reference: "reference" (exactly), or "native", computing as the model does.
     """
 
     model: str
@@ -46,12 +49,16 @@ class Request:
     max_tokens: int | None = None
     context: int | None = None
     convention: str = "gptq"
-    device: str = "auto"
-    threads: int | None = None
-    backend: str = "auto"
-    compute: str | None = None
-    kv_bits: int | None = None
-    reference_backend: str = "reference"
+
+    def check(self) -> None:
+        """
+        Raises:
+            UsageError: a value that can be told wrong without opening anything.
+        """
+        super().check()
+        parse_convention(self.convention)
+        if self.max_tokens is not None and self.max_tokens < 1:
+            raise UsageError(f"--max-tokens {self.max_tokens}: expected at least 1")
 
 
 @dataclass(frozen=True, eq=False)
@@ -132,7 +139,10 @@ def comparison_dict(comparison: Comparison) -> dict[str, Any]:
 
 
 def evaluate_model(
-    request: Request, progress: Progress | None = None, status: Callable[[str], None] | None = None
+    request: Request,
+    progress: Progress | None = None,
+    status: Callable[[str], None] | None = None,
+    group: Group | None = None,
 ) -> EvaluationReport:
     """Measure a model's perplexity on a text and, given a reference, how far it is from that.
 
@@ -141,61 +151,90 @@ def evaluate_model(
     Args:
         progress: called after every window.
         status: told what is being done before the first window.
+        group: processes among which the models are split (`kbit.ops.tensor_parallel`), this one among them; all must
+            ask for the same.
 
     Raises:
         UsageError: a wrong option, too short a text, or models with different tokenizers.
         KbitError: data or checkpoints that cannot be read.
     """
     say = status or (lambda _: None)
-    convention = parse_convention(request.convention)
-    if request.max_tokens is not None and request.max_tokens < 1:
-        raise UsageError(f"--max-tokens {request.max_tokens}: expected at least 1")
-    set_threads(request.threads)
-    backend, reference_backend = _backends(request)
-    text = resolve_data(request.data)
     with ExitStack() as stack:
-        source = stack.enter_context(open_model(request.model))
-        other = None if request.reference is None else stack.enter_context(open_model(request.reference))
-        sources = [source] if other is None else [source, other]
-        longest = min(_longest_window(each, request.context) for each in sources)
-        context = choose_context(convention, request.context, longest)
-        say("tokenising")
-        windows = make_windows(text, Tokenizer.from_source(source), convention, context, request.max_tokens)
-        if other is not None:
-            _check_same_tokens(source, other, windows, text, request.max_tokens)
-        say("loading the model")
-        decoder = load_decoder(source, backend)
-        comparison = None
-        if other is None:
-            started = time.perf_counter()
-            result = evaluate_perplexity(decoder, windows, progress)
-        else:
-            say("loading the reference")
-            reference = load_decoder(other, reference_backend)
-            started = time.perf_counter()
-            comparison = compare(decoder, reference, windows, progress)
-            result = comparison.model
+        with nullcontext() if group is None else group.together():
+            backend, reference_backend = _backends(request, group)
+            text = resolve_data(request.data)
+            source = stack.enter_context(open_model(request.model))
+            other = None if request.reference is None else stack.enter_context(open_model(request.reference))
+            say("tokenising")
+            windows = _windows(request, text, source, other)
+        if group is not None:
+            _check_same_windows(windows, group)
+        reference = None
+        with nullcontext() if group is None else group.together():
+            say("loading the model")
+            decoder = _load(source, backend, group)
+            if other is not None:
+                say("loading the reference")
+                reference = _load(other, reference_backend, group)
+        started = time.perf_counter()
+        comparison = None if reference is None else compare(decoder, reference, windows, progress)
+        result = evaluate_perplexity(decoder, windows, progress) if comparison is None else comparison.model
         seconds = time.perf_counter() - started
-    exact = None if other is None else reference_backend.describe()
+    exact = None if reference is None else reference_backend.describe()
     return EvaluationReport(request, text, windows, backend.describe(), exact, seconds, result, comparison)
 
 
-def _backends(request: Request) -> tuple[Backend, Backend]:
-    """Who runs the model, and who the reference.
+def _backends(request: Request, group: Group | None) -> tuple[Backend, Backend]:
+    """Who runs the model, and who would run a reference; of a group, this process's share of both.
 
     Raises:
-        UsageError: an impossible choice.
+        UsageError, UnsupportedError: an impossible choice.
     """
-    how: dict[str, Any] = {"threads": request.threads, "compute": request.compute, "kv_bits": request.kv_bits}
-    backend = select_backend(request.device, backend=request.backend, **how)
+    request.check()
+    set_threads(request.threads)
+    backend, reference_backend = request.backends()
+    if group is not None:
+        from kbit.ops.tensor_parallel import split
+
+        backend = split(backend, group)
+        reference_backend = reference_backend if request.reference is None else split(reference_backend, group)
     prefer_tuned(backend)
-    if request.reference_backend == "reference":
-        return backend, select_backend(request.device, backend="reference")
-    if request.reference_backend != "native":
-        raise UsageError(f"--reference-backend {request.reference_backend}: use reference or native")
-    if backend.name == "native":
-        return backend, backend
-    return backend, select_backend(request.device, backend="native", threads=request.threads)
+    return backend, reference_backend
+
+
+def _windows(request: Request, text: TextData, source: CheckpointSource, reference: CheckpointSource | None) -> Windows:
+    """The text in tokens, cut as the convention wants it and the models can take it.
+
+    Raises:
+        UsageError: see evaluate_model.
+    """
+    sources = [source] if reference is None else [source, reference]
+    longest = min(_longest_window(each, request.context) for each in sources)
+    convention = parse_convention(request.convention)
+    context = choose_context(convention, request.context, longest)
+    windows = make_windows(text, Tokenizer.from_source(source), convention, context, request.max_tokens)
+    if reference is not None:
+        _check_same_tokens(source, reference, windows, text, request.max_tokens)
+    return windows
+
+
+def _load(source: CheckpointSource, backend: Backend, group: Group | None) -> Decoder:
+    """A model, or this process's share of it."""
+    return load_decoder(source if group is None else shard(source, group.rank, group.size), backend)
+
+
+def _check_same_windows(windows: Windows, group: Group) -> None:
+    """
+    Raises:
+        KbitError: some process reads other tokens than the first; together they would compute nonsense.
+    """
+    digest = hashlib.sha256(repr(windows.ids.shape).encode() + windows.ids.tobytes()).hexdigest()
+    first = group.decided_by_first(lambda: digest)
+    with group.together():
+        if digest != first:
+            raise KbitError(
+                "this process has another text or another tokenizer than the first: give all the same files"
+            )
 
 
 def parse_convention(name: str) -> Convention:

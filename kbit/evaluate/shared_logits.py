@@ -12,12 +12,10 @@ A window counts once its line is there, and a run that goes on from a killed one
 
 from __future__ import annotations
 
-import shutil
 import zlib
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
-from types import TracebackType
 
 import numpy as np
 import torch
@@ -25,13 +23,8 @@ from numpy.typing import NDArray
 
 from kbit.engine.prompt_cache import DecoderLike
 from kbit.errors import KbitError
-from kbit.evaluate.logits import LogitsSource, ModelLogits, pieces
+from kbit.evaluate.logits import KeptLogits, ModelLogits, check_room, logits_bytes, pieces, stored_bytes
 from kbit.evaluate.windows import Windows
-
-
-def logits_bytes(windows: Windows, vocab_size: int) -> int:
-    """Disk that the logits of all windows take."""
-    return 4 * windows.scored * vocab_size
 
 
 def logits_complete(path: Path, windows: Windows) -> bool:
@@ -39,7 +32,7 @@ def logits_complete(path: Path, windows: Windows) -> bool:
     return path.is_file() and len(_done(path)) == windows.count
 
 
-class WritingLogits(LogitsSource):
+class WritingLogits(KeptLogits):
     """A model's logits, computed once and written as they are used; windows a killed run has left are read.
 
     Used for one pass over all windows; afterwards the file is complete.
@@ -54,8 +47,8 @@ class WritingLogits(LogitsSource):
     """
 
     def __init__(self, model: DecoderLike, windows: Windows, path: Path) -> None:
-        self._live = ModelLogits(model)
-        self._windows, self._path = windows, path
+        self._live, self._path = ModelLogits(model), path
+        super().__init__(windows, self._live.vocab_size)
         self._shape = (windows.count, windows.scored_per_window, self.vocab_size)
         needed = logits_bytes(windows, self.vocab_size)
         self._window_bytes = needed // windows.count
@@ -66,12 +59,7 @@ class WritingLogits(LogitsSource):
                 _list(path).unlink(missing_ok=True)
                 path.unlink()
                 have = 0
-            free = shutil.disk_usage(path.parent).free + _allocated(path)
-            if free < needed:
-                raise KbitError(
-                    f"{path.parent} has {free / 1e9:.1f} GB free, the reference's logits need {needed / 1e9:.1f} GB: "
-                    "use fewer tokens (--max-tokens) or another folder"
-                )
+            check_room(path.parent, needed, _allocated(path))
             if not have:
                 _list(path).unlink(missing_ok=True)
                 with path.open("wb") as file:
@@ -85,24 +73,17 @@ class WritingLogits(LogitsSource):
             raise _cannot(path, error) from error
 
     @property
-    def vocab_size(self) -> int:
-        return self._live.vocab_size
-
-    @property
     def taken_up(self) -> int:
         """Windows found complete, from a run that was killed."""
         return len(self._done)
 
-    def window(self, windows: Windows, index: int) -> Iterator[torch.Tensor]:
-        """See LogitsSource; `windows` must be those given at construction."""
-        if windows is not self._windows:
-            raise ValueError("stored logits belong to the windows they were made for")
+    def _window(self, index: int) -> Iterator[torch.Tensor]:
         if index in self._done:
-            yield from _pieces(self._read(index), windows)
+            yield from _pieces(self._read(index), self._windows)
             return
         at, crc = index * self._window_bytes, 0
-        for logits in self._live.window(windows, index):
-            data = logits.to("cpu", torch.float32).contiguous().numpy().data.cast("B")
+        for logits in self._live.window(self._windows, index):
+            data = stored_bytes(logits)
             crc = zlib.crc32(data, crc)
             self._write(at, data)
             at += len(data)
@@ -117,14 +98,6 @@ class WritingLogits(LogitsSource):
     def close(self) -> None:
         """Close the file, which stays."""
         self._file.close()
-
-    def __enter__(self) -> WritingLogits:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
     def _write(self, at: int, data: memoryview) -> None:
         try:
@@ -150,7 +123,7 @@ class WritingLogits(LogitsSource):
         return zlib.crc32(self._read(index).data.cast("B"))
 
 
-class SharedLogits(LogitsSource):
+class SharedLogits(KeptLogits):
     """Logits that WritingLogits has written, mapped.
 
     Raises:
@@ -158,26 +131,24 @@ class SharedLogits(LogitsSource):
     """
 
     def __init__(self, windows: Windows, vocab_size: int, path: Path) -> None:
-        self._windows, self._vocab_size = windows, vocab_size
+        super().__init__(windows, vocab_size)
         try:
             if not logits_complete(path, windows) or path.stat().st_size != logits_bytes(windows, vocab_size):
                 raise KbitError(
                     f"{path}: the reference's logits are not there: was the folder changed by another program?"
                 )
             shape = (windows.count, windows.scored_per_window, vocab_size)
-            self._file: NDArray[np.float32] = np.memmap(path, np.float32, "r", shape=shape)
+            self._file: NDArray[np.float32] | None = np.memmap(path, np.float32, "r", shape=shape)
         except OSError as error:
             raise _cannot(path, error) from error
 
-    @property
-    def vocab_size(self) -> int:
-        return self._vocab_size
+    def _window(self, index: int) -> Iterator[torch.Tensor]:
+        assert self._file is not None, "closed"
+        yield from _pieces(self._file[index], self._windows)
 
-    def window(self, windows: Windows, index: int) -> Iterator[torch.Tensor]:
-        """See LogitsSource; `windows` must be equal to those the file was written for."""
-        if windows is not self._windows:
-            raise ValueError("stored logits belong to the windows they were made for")
-        yield from _pieces(self._file[index], windows)
+    def close(self) -> None:
+        """Let go of the mapping."""
+        self._file = None
 
 
 def remove_logits(path: Path) -> None:

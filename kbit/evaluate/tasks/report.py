@@ -15,6 +15,7 @@ from kbit.engine.loader import load_model
 from kbit.engine.process import peak_rss_bytes
 from kbit.errors import UsageError
 from kbit.evaluate.paired import PairedAccuracy, PairedMean, compare_correct, holm, paired_mean
+from kbit.evaluate.request import EngineRequest
 from kbit.evaluate.tasks.documents import parse_tasks
 from kbit.evaluate.tasks.records import ItemRecord, RecordFile, read_records
 from kbit.evaluate.tasks.scorer import Scorer, choose_length
@@ -22,12 +23,12 @@ from kbit.evaluate.tasks.scoring import Progress, TaskResult, score_items
 from kbit.evaluate.tasks.sources import TaskItems, item_digest, load_items
 from kbit.models.families import spec_from_config
 from kbit.ops.backend import Backend
-from kbit.ops.select import select_backend, set_threads
+from kbit.ops.select import set_threads
 
 
 @dataclass(frozen=True)
-class TaskRequest:
-    """What to evaluate.
+class TaskRequest(EngineRequest):
+    """What to evaluate, and who computes (EngineRequest).
 
     Attributes:
         model, reference: a folder, a .gguf file, a hub id or a name `kbit pull` lists.
@@ -37,8 +38,6 @@ class TaskRequest:
         items: file that keeps what the model said to each item; a file of the same model is continued.
         against: files of that kind to compare with.
         context: tokens of context and answer; None: what a model is meant for.
-        device, threads, backend, compute, kv_bits: who runs the model, and how (`kbit.ops.select.select_backend`).
-        reference_backend: who runs the reference: "reference" (exactly), or "native", computing as the model does.
     """
 
     model: str
@@ -49,12 +48,6 @@ class TaskRequest:
     items: str | None = None
     against: tuple[str, ...] = ()
     context: int | None = None
-    device: str = "auto"
-    threads: int | None = None
-    backend: str = "auto"
-    compute: str | None = None
-    kv_bits: int | None = None
-    reference_backend: str = "reference"
 
 
 @dataclass(frozen=True, eq=False)
@@ -143,7 +136,7 @@ def evaluate_tasks(
     say = status or (lambda _: None)
     tasks = parse_tasks(request.tasks)
     set_threads(request.threads)
-    backend, reference_backend = _backends(request)
+    backend, reference_backend = request.backends()
     say("reading the tasks")
     data = [load_items(task, request.data, request.limit) for task in tasks]
     others = [(path, read_records(Path(path))) for path in request.against]
@@ -152,7 +145,7 @@ def evaluate_tasks(
     started = time.perf_counter()
     results, resumed = _score(request, request.model, backend, data, request.items, progress, say)
     reference: dict[str, TaskResult] = {}
-    if request.reference is not None and reference_backend is not None:
+    if request.reference is not None:
         reference, _ = _score(request, request.reference, reference_backend, data, None, progress, say)
         rows = [record for result in reference.values() for record in result.records]
         others.insert(0, (request.reference, rows))
@@ -160,7 +153,7 @@ def evaluate_tasks(
     return TaskReport(
         request,
         backend.describe(),
-        None if reference_backend is None else reference_backend.describe(),
+        None if request.reference is None else reference_backend.describe(),
         seconds,
         results,
         reference,
@@ -228,23 +221,6 @@ def _score(
             scorer = Scorer(loaded.decoder, loaded.tokenizer, length)
             say("tokenising")
         return score_items(scorer, data, run, model, keep, progress), len(known)
-
-
-def _backends(request: TaskRequest) -> tuple[Backend, Backend | None]:
-    """Who runs the model, and who the reference, where there is one.
-
-    Raises:
-        UsageError: an impossible choice.
-    """
-    if request.reference_backend not in ("reference", "native"):
-        raise UsageError(f"--reference-backend {request.reference_backend}: use reference or native")
-    how: dict[str, Any] = {"threads": request.threads, "compute": request.compute, "kv_bits": request.kv_bits}
-    backend = select_backend(request.device, backend=request.backend, **how)
-    if request.reference is None:
-        return backend, None
-    if request.reference_backend == "native" == backend.name:
-        return backend, backend
-    return backend, select_backend("cpu", backend=request.reference_backend, threads=request.threads)
 
 
 def _pairs_exist(path: str, records: Sequence[ItemRecord], data: Sequence[TaskItems]) -> None:

@@ -7,8 +7,8 @@ with 95 % intervals from the cluster bootstrap. Ratios are of the same clusters 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from kbit.scaling.points import Point
 from kbit.scaling.report import plots_style as style
@@ -28,6 +28,8 @@ from kbit.scaling.report.plots_data import (
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+
+Kind = TypeVar("Kind", str, int)
 
 # Columns that a picture has room for; of more models, some evenly spread over the sizes are shown.
 MOST_COLUMNS = 4
@@ -83,31 +85,21 @@ def dtype_figure(view: View) -> Figure | None:
     if len(names) < 2:
         return None
     base = next((name for name in _BASE_DTYPES if name in names), names[0])
-    hues = style.dtype_colors(names)
-    models = _columns(part)
-    figure, grid = _two_rows(len(models))
-    shapes = dict(zip(names, style.marks(len(names)), strict=True))
-    for column, model in enumerate(models):
-        top, bottom = grid[0][column], grid[1][column]
-        top.set_title(style.shown(model.label))
-        rows = {name: _by_width([p for p in model.quantized if p.dtype == name]) for name in names}
-        for name, found in rows.items():
-            _kl_line(top, _measurable(found.values()), hues[name], shapes[name], "")
-            ratios = {
-                width: ratio
-                for width, point in found.items()
-                if width in rows[base] and (ratio := kl_ratio(point, rows[base][width])) is not None
-            }
-            if name != base:
-                _ratio_marks(bottom, ratios, hues[name], shapes[name], _dodge(name, [n for n in names if n != base]))
-        _ratio_panel(bottom, view.widths, hues[base])
-        top.set_xlabel("bits per weight")
-    grid[0][0].set_ylabel(_KL)
-    grid[1][0].set_ylabel(f"KL relative to {style.shown(base)} of the same width")
-    _shared_log(grid[0], [p.kl for model in models for p in _measurable(model.quantized)])
-    _ratio_axis(grid[1])
-    _legend(figure, {style.shown(name): (hues[name], shapes[name]) for name in names})
-    return figure
+
+    def ratio(point: Point, others: dict[int, Point]) -> Ratio | None:
+        return kl_ratio(point, others[point.bits]) if point.bits in others else None
+
+    return _kinds_figure(
+        part,
+        view.widths,
+        style.dtype_colors(names),
+        base,
+        kind=lambda point: point.dtype,
+        ratio=ratio,
+        label=style.shown,
+        bits="bits per weight",
+        relative=f"KL relative to {style.shown(base)} of the same width",
+    )
 
 
 def block_figure(view: View) -> Figure | None:
@@ -122,31 +114,63 @@ def block_figure(view: View) -> Figure | None:
     if len(blocks) < 2:
         return None
     base = blocks[-1]
-    hues = dict(zip(blocks, style.ordered_colors(len(blocks)), strict=True))
-    shapes = dict(zip(blocks, style.marks(len(blocks)), strict=True))
+    return _kinds_figure(
+        part,
+        view.widths,
+        dict(zip(blocks, style.ordered_colors(len(blocks)), strict=True)),
+        base,
+        kind=lambda point: point.block_size,
+        ratio=lambda point, others: kl_ratio_at_equal_bits(point, list(others.values())),
+        label=block_label,
+        bits="bits per weight, scales included",
+        relative=f"KL relative to {block_label(base)}\nat equal bits per weight",
+    )
+
+
+def _kinds_figure(
+    part: View,
+    widths: Sequence[int],
+    hues: dict[Kind, str],
+    base: Kind,
+    *,
+    kind: Callable[[Point], Kind],
+    ratio: Callable[[Point, dict[int, Point]], Ratio | None],
+    label: Callable[[Kind], str],
+    bits: str,
+    relative: str,
+) -> Figure:
+    """KL by bits per weight above, its ratio to that of a base below; a column per model, a line per kind of format.
+
+    Args:
+        part: the points to draw.
+        widths: of the axis below.
+        hues: the kinds in order, and their colours.
+        base: the kind that the others are divided by.
+        kind: of a point.
+        ratio: of a point to what there is of the base, by width.
+        label: a kind's name in the legend.
+        bits, relative: titles of the axes.
+    """
+    shapes = dict(zip(hues, style.marks(len(hues)), strict=True))
+    others = [name for name in hues if name != base]
     models = _columns(part)
     figure, grid = _two_rows(len(models))
     for column, model in enumerate(models):
         top, bottom = grid[0][column], grid[1][column]
         top.set_title(style.shown(model.label))
-        rows = {block: _by_width([p for p in model.quantized if p.block_size == block]) for block in blocks}
-        for block, found in rows.items():
-            _kl_line(top, _measurable(found.values()), hues[block], shapes[block], "")
-            if block == base:
-                continue
-            ratios = {
-                width: ratio
-                for width, point in found.items()
-                if (ratio := kl_ratio_at_equal_bits(point, list(rows[base].values()))) is not None
-            }
-            _ratio_marks(bottom, ratios, hues[block], shapes[block], _dodge(block, blocks[:-1]))
-        _ratio_panel(bottom, view.widths, hues[base])
-        top.set_xlabel("bits per weight, scales included")
+        rows = {name: _by_width([p for p in model.quantized if kind(p) == name]) for name in hues}
+        for name, found in rows.items():
+            _kl_line(top, _measurable(found.values()), hues[name], shapes[name], "")
+            if name != base:
+                ratios = {width: r for width, point in found.items() if (r := ratio(point, rows[base])) is not None}
+                _ratio_marks(bottom, ratios, hues[name], shapes[name], _dodge(name, others))
+        _ratio_panel(bottom, widths, hues[base])
+        top.set_xlabel(bits)
     grid[0][0].set_ylabel(_KL)
-    grid[1][0].set_ylabel(f"KL relative to {block_label(base)}\nat equal bits per weight")
+    grid[1][0].set_ylabel(relative)
     _shared_log(grid[0], [p.kl for model in models for p in _measurable(model.quantized)])
     _ratio_axis(grid[1])
-    _legend(figure, {block_label(block): (hues[block], shapes[block]) for block in blocks})
+    _legend(figure, {label(name): (hues[name], shapes[name]) for name in hues})
     return figure
 
 

@@ -1,0 +1,53 @@
+"""Who runs the models of an evaluation: what perplexity and zero-shot tasks ask alike."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from kbit.errors import UsageError
+from kbit.ops.backend import Backend
+from kbit.ops.select import select_backend
+
+_REFERENCE_BACKENDS = ("reference", "native")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineRequest:
+    """The part of a request that says who computes, and how.
+
+    Attributes:
+        device: "auto", "cpu" or "cuda".
+        threads: CPU threads, also of torch for the whole process; None takes one per physical core and leaves torch's.
+        backend, compute, kv_bits: who runs the model, and how (`kbit.ops.select.select_backend`).
+        reference_backend: who runs the reference, on the CPU: "reference" (exactly), or "native": computing as the
+            model does where that runs natively too, else as by default.
+    """
+
+    device: str = "auto"
+    threads: int | None = None
+    backend: str = "auto"
+    compute: str | None = None
+    kv_bits: int | None = None
+    reference_backend: str = "reference"
+
+    def check(self) -> None:
+        """
+        Raises:
+            UsageError: a reference backend that does not exist.
+        """
+        if self.reference_backend not in _REFERENCE_BACKENDS:
+            raise UsageError(f"--reference-backend {self.reference_backend}: use reference or native")
+
+    def backends(self) -> tuple[Backend, Backend]:
+        """Who runs the model, and who would run a reference.
+
+        Raises:
+            UsageError, UnsupportedError: an impossible choice.
+        """
+        self.check()
+        backend = select_backend(
+            self.device, backend=self.backend, threads=self.threads, compute=self.compute, kv_bits=self.kv_bits
+        )
+        if self.reference_backend == "native" == backend.name:
+            return backend, backend
+        return backend, select_backend("cpu", backend=self.reference_backend, threads=self.threads)
