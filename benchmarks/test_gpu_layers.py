@@ -4,6 +4,7 @@
     pytest benchmarks/test_gpu_layers.py --device cuda -s -k "product and 1tokens"
     kbit tune MODEL                                   # first, for configurations timed on this GPU
 
+Products with activations in 8 bits (`--compute int8`, `fp8`) are contestants of their own, where the GPU has them.
 These have not run on a GPU here: there is none. Every result is compared with the reference on the GPU before it is
 timed; nothing is asserted about time. Weights are rotated through more memory than any cache holds, and launches
 replayed from CUDA graphs (gpu.Rotation). `share_of_roofline` is the least time that this GPU's measured copy bandwidth
@@ -23,11 +24,13 @@ from gpu import Rotation, assert_product, bandwidth, copies_for, facts, relative
 from gpu_peers import PEERS, absent
 from measuring import ROUNDS, Contestant, report, take_turns
 
+from kbit.errors import UnsupportedError
 from kbit.formats.quant_format import QuantFormat, default_dtype
 
 WIDTHS = range(2, 9)
 SHAPES = ((4096, 4096), (14336, 4096), (4096, 14336))
 TOKENS = (1, 4, 16, 64, 256, 2048)
+KINDS = ("int8", "fp8")  # of rounded activations
 KV_KINDS = ("fp16", "8", "4", "3", "2")
 CONTEXTS = (2048, 8192, 32768, 131072)
 PROMPTS = (2048, 8192)
@@ -78,6 +81,7 @@ def test_product(benchmark: Any, gpu: torch.device, shape: tuple[int, int], toke
     from kbit.engine.tuned import use_tuned
     from kbit.formats.blockwise import quantize_blockwise
     from kbit.kernels.triton.layout import prepare_weight
+    from kbit.kernels.triton.limits import ROUNDED_TOKENS
     from kbit.kernels.triton.matmul import describe, matmul
 
     use_tuned(gpu)
@@ -100,6 +104,13 @@ def test_product(benchmark: Any, gpu: torch.device, shape: tuple[int, int], toke
         }
         launches = [partial(matmul, x, copy) for copy in rotated(weight)]
         contestants.append(contestant("kbit", f"kbit {format}", launches, weight.nbytes + moved, operations, **about))
+    for kind in KINDS if tokens > ROUNDED_TOKENS else ():
+        for bits in WIDTHS:
+            name = f"kbit int{bits}-b128 with {kind} activations"
+            try:
+                contestants.append(rounded_contestant(name, kind, bits, original, x, exact))
+            except UnsupportedError as error:  # a GPU without fp8, or too many bits for it
+                missing.append(f"{name}: {error}")
     for peer in PEERS:
         reason = absent(peer)
         if reason is not None:
@@ -131,6 +142,38 @@ def test_product(benchmark: Any, gpu: torch.device, shape: tuple[int, int], toke
         tokens=tokens,
         **facts(),
     )
+
+
+def rounded_contestant(
+    name: str, kind: str, bits: int, original: torch.Tensor, x: torch.Tensor, exact: torch.Tensor
+) -> Contestant:
+    """A product whose activations are rounded to 8 bits, as `--compute int8` or fp8 runs it.
+
+    Raises:
+        UnsupportedError: on this GPU or at this width they are not rounded.
+    """
+    from kbit.formats.blockwise import quantize_blockwise
+    from kbit.kernels import reference
+    from kbit.kernels.triton.layout import prepare_weight
+    from kbit.kernels.triton.matmul import describe, matmul
+    from kbit.kernels.triton.rounded import check_arch, segment_of, with_activations
+    from kbit.kernels.triton.target import current_arch
+
+    tokens, (rows, columns) = len(x), original.shape
+    check_arch(kind, current_arch())
+    quantized = quantize_blockwise(original.float().cpu(), QuantFormat("int", bits, block_size=128))
+    weight = with_activations(prepare_weight(quantized.to(original.device), original.device), kind)
+    out = matmul(x, weight, out_dtype=torch.float32)
+    rounded = reference.round_int8(x, segment_of(weight)) if kind == "int8" else reference.round_fp8(x)
+    assert_product(out, rounded, quantized.dequantize().to(original.device))
+    about = {
+        "bits_per_weight": weight.nbytes * 8 / (rows * columns),
+        "error": relative_error(out, exact),
+        "kernel": describe(weight, tokens),
+    }
+    launches = [partial(matmul, x, copy) for copy in rotated(weight)]
+    moved = 2 * tokens * (rows + columns)
+    return contestant("kbit", name, launches, weight.nbytes + moved, 2 * tokens * rows * columns, **about)
 
 
 def attention_contestant(gpu: torch.device, kind: str, new: int, held: int) -> Contestant:

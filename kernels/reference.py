@@ -53,6 +53,34 @@ def linear(x: torch.Tensor, weight: torch.Tensor | QuantTensor, bias: torch.Tens
     return out
 
 
+def round_int8(x: torch.Tensor, segment: int) -> torch.Tensor:
+    """x as int8 activations stand for it: runs of `segment` features (the last may be shorter) have a scale each, the
+    largest magnitude over 127.
+
+    Args:
+        x: (..., K).
+        segment: features that share a scale.
+
+    Returns:
+        (..., K) float32.
+    """
+    columns = x.shape[-1]
+    parts = F.pad(x.float(), (0, -columns % segment)).reshape(*x.shape[:-1], -1, segment)
+    scales = parts.abs().amax(-1, keepdim=True) / 127.0
+    inverse = torch.where(scales > 0, 1.0 / scales, 0.0)
+    levels = ((parts * inverse).clamp(-127.0, 127.0) + 0.5).floor()
+    return torch.flatten(levels * scales, -2)[..., :columns]
+
+
+def round_fp8(x: torch.Tensor) -> torch.Tensor:
+    """x as e4m3 activations stand for it (OCP 8-bit floating point specification), a scale for all of the K features,
+    which brings the largest magnitude to 448: (..., K) -> (..., K) float32."""
+    x = x.float()
+    scales = x.abs().amax(-1, keepdim=True) / 448.0
+    inverse = torch.where(scales > 0, 1.0 / scales, 0.0)
+    return (x * inverse).clamp(-448.0, 448.0).to(torch.float8_e4m3fn).float() * scales
+
+
 def embed(weight: torch.Tensor | QuantTensor, ids: torch.Tensor) -> torch.Tensor:
     """Rows of the embedding matrix.
 

@@ -100,6 +100,21 @@ def test_products(load: Callable[[str], ModuleType], device: str, monkeypatch: p
     assert four["bits_per_weight"] == pytest.approx(4.25, abs=0.05)
 
 
+def test_rounded_products(load: Callable[[str], ModuleType], device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    layers = load("test_gpu_layers")
+    monkeypatch.setattr(layers, "WIDTHS", (4, 8))
+    monkeypatch.setattr(layers, "PEERS", [])
+    benchmark = Benchmark()
+    layers.test_product(benchmark, torch.device(device), (48, 256), 70)
+    rows = {row["name"]: row for row in benchmark.extra_info["rows"]}
+    names = [f"kbit int{bits}-b128 with {kind} activations" for kind, bits in (("int8", 4), ("int8", 8), ("fp8", 4))]
+    assert [*rows][2:] == names
+    assert [rows[name]["kernel"] for name in names] == ["gemm_int8", "gemm_int8", "gemm_fp8"]
+    assert rows[names[1]]["error"] < rows[names[0]]["error"] < rows[names[2]]["error"] < 0.2
+    (reason,) = benchmark.extra_info["missing"]
+    assert "fp8 does not run int8-b128" in reason
+
+
 def test_attention(load: Callable[[str], ModuleType], device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     layers = load("test_gpu_layers")
     monkeypatch.setattr("kbit.engine.tuning.GpuTimer", lambda device: lambda launch: launch() is None or 1e-3)
@@ -125,7 +140,7 @@ def test_engine(
     def load_model(model: str, device_: str = "", **options: Any) -> Any:
         if options.get("device") != "cuda":
             return original(model, **options)
-        backend = TritonBackend(device, kv={16: "16", 4: "4"}[options["kv_bits"]])
+        backend = TritonBackend(device, kv={16: "16", 4: "4"}[options["kv_bits"]], compute=options["compute"])
         return original(model, backend=backend)
 
     monkeypatch.setattr(loader, "load_model", load_model)
@@ -139,7 +154,11 @@ def test_engine(
         rows = benchmark.extra_info["rows"]
         assert len(rows) == count
         assert 0 <= rows[0]["kl"] < 1e-3
-        assert len(benchmark.extra_info["missing"]) == 3
+        missing = benchmark.extra_info["missing"]
+        refused = [
+            line for line in missing if "this model's layers have none" in line
+        ]  # int8 and fp8: it is not quantized
+        assert (len(missing), len(refused)) == ((3, 0) if count == 2 else (5, 2))
 
 
 def test_a_wrong_product_is_noticed(load: Callable[[str], ModuleType]) -> None:

@@ -8,15 +8,20 @@ import pytest
 import torch
 from decoder_cases import CASES, DictSource, quantized, tame_tensors, tiny_config
 from native_cases import random_ids
+from triton_cases import assert_within, product_bound
 
 from kbit.errors import UnsupportedError, UsageError
 from kbit.formats.quant_tensor import QuantTensor
+from kbit.kernels import reference as reference_ops
 from kbit.models.decoder import Decoder
 from kbit.models.load import load_decoder
 from kbit.ops.reference_backend import ReferenceBackend
 
 pytest.importorskip("triton")
 
+from kbit.kernels.triton import gemm_fp8, gemm_int8
+from kbit.kernels.triton.embed import embed
+from kbit.kernels.triton.rounded import segment_of
 from kbit.ops.triton_backend import TritonBackend
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -26,9 +31,9 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 FAMILIES = ["llama", "llama-tied", "llama-biases", "llama-multi-query", "llama-gelu", "llama-dynamic", "mistral-window"]
 
 
-def source_of(name: str, format: str | None = None) -> DictSource:
+def source_of(name: str, format: str | None = None, **changes: Any) -> DictSource:
     """A tiny model with heads of 16 features: the kernels' pages hold multiples of 16."""
-    config = {**tiny_config(name), "head_dim": 16}
+    config = {**tiny_config(name), "head_dim": 16, **changes}
     tensors = tame_tensors(config)
     return DictSource(config, tensors if format is None else quantized(tensors, format))
 
@@ -178,6 +183,68 @@ def test_refuses(device: str) -> None:
     if not torch.cuda.is_available():
         with pytest.raises(UnsupportedError, match="no GPU"):
             TritonBackend("cuda")
+
+
+@pytest.mark.parametrize(
+    ("kind", "format", "unit"),
+    [
+        *(("int8", f"int{bits}-b32", 2.0**-7) for bits in range(2, 9)),
+        ("fp8", "lloyd5-b32", 2.0**-5),
+    ],
+)
+def test_activations_in_8_bits(
+    device: str, kind: str, format: str, unit: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every product of the layers is that of rounded activations, the head's and a single token's are not.
+
+    A model's logits say little about it: what half precision moves is rounded another way, and from there on the two
+    differ as if one of them had not been rounded. So products are compared, each with its own activations.
+    """
+    monkeypatch.setattr("kbit.kernels.triton.matmul.ROUNDED_TOKENS", 8)
+    module = {"int8": gemm_int8, "fp8": gemm_fp8}[kind]
+    products: list[tuple[tuple[Any, ...], dict[str, Any], torch.Tensor]] = []
+    run = getattr(module, f"gemm_{kind}")
+
+    def watched(*arguments: Any, **options: Any) -> torch.Tensor:
+        out: torch.Tensor = run(*arguments, **options)
+        products.append((arguments, options, out))
+        return out
+
+    monkeypatch.setattr(module, f"gemm_{kind}", watched)
+    source = source_of("llama", format, num_hidden_layers=1)
+    ours, theirs = on(device, source, compute=kind), reference(source)
+    ids, caches = random_ids(1, 10), (ours.new_cache(1, 20), theirs.new_cache(1, 20))
+    assert_close(ours.forward(ids[:, :9], caches[0]), theirs.forward(ids[:, :9], caches[1]), source, unit)
+    assert len(products) == 5  # q, k and v at once
+    for (x, weight, bias, residual, _), options, out in products:
+        x, out = x.cpu(), out.float().cpu()
+        rounded = reference_ops.round_int8(x, segment_of(weight)) if kind == "int8" else reference_ops.round_fp8(x)
+        dense = embed(weight, torch.arange(weight.shape[0], device=out.device), dtype=torch.float32).cpu()
+        expected = rounded @ dense.T
+        # What rounding a codebook costs: int8 has steps of 1/127 of it at most, e4m3 of 1/16 of each value.
+        loss = 0.0 if weight.table8 is None else 2.0**-5
+        bound = product_bound(rounded, dense, out.dtype, decoded=8) + loss * (rounded.abs() @ dense.abs().T)
+        if options["gate"] is not None:
+            gate = reference_ops.activate(options["gate"].cpu(), None, options["kind"])
+            expected, bound = gate * expected, gate.abs() * bound
+        if residual is not None:
+            expected = expected + residual.cpu()
+        assert bias is None
+        assert_within(out, expected, bound + 2.0**-10 * expected.abs() + 2.0**-24)
+    if format == "int4-b32":
+        products.clear()
+        ours.forward(ids[:, 9:], caches[0])
+        assert not products
+
+
+def test_compute_says_what_it_rounds(device: str) -> None:
+    for kind in ("int8", "fp8"):
+        backend = TritonBackend(device, compute=kind)
+        assert f"{kind} compute for more than 64 tokens at once, else fp16, fp16 KV cache" in backend.describe()
+        with pytest.raises(UnsupportedError, match=f"--compute {kind} does not run nf4-b16.*multiple of 32"):
+            load_decoder(source_of("llama", "nf4-b16"), TritonBackend(device, compute=kind))
+        with pytest.raises(UnsupportedError, match=f"--compute {kind} is for quantized weights"):
+            load_decoder(source_of("llama"), TritonBackend(device, compute=kind))
 
 
 assert set(FAMILIES) <= set(CASES)

@@ -5,20 +5,37 @@ from __future__ import annotations
 import pytest
 import torch
 from format_cases import normal, parse
-from triton_cases import HALF, assert_within, product_bound, rounded, unit
+from triton_cases import HALF, ON_GPU, assert_within, product_bound, rounded, unit
 
 triton = pytest.importorskip("triton")
+import triton.language as tl  # noqa: E402
 
 from kbit.errors import UnsupportedError  # noqa: E402
 from kbit.formats.blockwise import quantize_blockwise  # noqa: E402
 from kbit.formats.quant_tensor import QuantTensor  # noqa: E402
 from kbit.kernels import reference  # noqa: E402
 from kbit.kernels.triton import gemm as gemm_module  # noqa: E402
-from kbit.kernels.triton.configs import GemmConfig, Problem, gemm_candidates, gemm_config  # noqa: E402
+from kbit.kernels.triton import gemm_fp8, gemm_int8  # noqa: E402
+from kbit.kernels.triton.configs import (  # noqa: E402
+    GemmConfig,
+    Problem,
+    gemm_candidates,
+    gemm_config,
+    rounded_config,
+)
 from kbit.kernels.triton.gemm import gemm  # noqa: E402
-from kbit.kernels.triton.gemm_int8 import gemm_int8, quantize_tokens  # noqa: E402
-from kbit.kernels.triton.layout import prepare_weight  # noqa: E402
+from kbit.kernels.triton.gemm_fp8 import e4m3  # noqa: E402
+from kbit.kernels.triton.layout import TritonWeight, prepare_weight  # noqa: E402
+from kbit.kernels.triton.limits import ROUNDED_TOKENS  # noqa: E402
 from kbit.kernels.triton.matmul import describe, gated_matmul, matmul  # noqa: E402
+from kbit.kernels.triton.rounded import check_arch, segment_of, with_activations  # noqa: E402
+
+
+@triton.jit
+def to_e4m3(x_ptr, out_ptr, BLOCK: tl.constexpr):
+    at = tl.arange(0, BLOCK)
+    tl.store(out_ptr + at, e4m3(tl.load(x_ptr + at)))
+
 
 SUMS = GemmConfig(2, 16, 64, 1, 4, 2)  # scales multiply sums
 WEIGHTS = GemmConfig(2, 128, 64, 1, 4, 2)  # scales multiply weights
@@ -172,7 +189,8 @@ def test_configurations_fit_the_problem() -> None:
             problem = Problem(tokens, 4096, 11008, bits, 64)
             if 11008 % 256 and bits in (3, 5, 7):
                 problem = Problem(tokens, 4096, 11264, bits, 64)
-            for config in [gemm_config("sm_90", problem), *gemm_candidates("sm_90", problem)]:
+            rounded = [rounded_config("sm_90", problem, kind, 64) for kind in ("int8", "fp8")]
+            for config in [gemm_config("sm_90", problem), *gemm_candidates("sm_90", problem), *rounded]:
                 assert problem.columns % (config.columns * config.split) == 0
 
 
@@ -189,41 +207,144 @@ def test_what_does_not_fit_is_refused() -> None:
         gemm(x, weight, config=GemmConfig(2, 16, 64, 3, 4, 2))
 
 
-def rounded_tokens(x: torch.Tensor) -> torch.Tensor:
-    """x as int8 activations stand for it."""
-    scales = x.float().abs().amax(1, keepdim=True) / 127
-    inverse = torch.where(scales > 0, 1 / scales, 0.0)
-    return (x.float() * inverse + 0.5).floor() * scales
+# Products with activations in 8 bits: the kernel, how it rounds, and what its columns are.
+EIGHT = {"int8": gemm_int8.gemm_int8, "fp8": gemm_fp8.gemm_fp8}
+ROUND = {"int8": gemm_int8.round_tokens, "fp8": gemm_fp8.round_tokens}
 
 
-def test_tokens_as_int8(device: str) -> None:
-    x = normal(3, 100, seed=1).half()
+def marked(text: str, kind: str, rows: int, columns: int, device: str) -> tuple[QuantTensor, TritonWeight]:
+    weight = quantized(text, rows, columns)
+    return weight, with_activations(prepare_weight(weight, device), kind)
+
+
+def rounded_weight(weight: QuantTensor, prepared: TritonWeight, kind: str) -> torch.Tensor:
+    """The weight that a rounded product multiplies with: (N, K) float32."""
+    if prepared.table8 is None:
+        return weight.dequantize()
+    table = prepared.table8.cpu()
+    if prepared.kind == "pairs":  # entries of two codes: the code 0 beside each
+        codes = torch.arange(2**prepared.bits)
+        if prepared.bits == 3:  # the planes of 2 and 1 bits lie side by side, not the codes
+            codes = (codes & 3) | (codes >> 2) << 4
+        table = table[codes].to(torch.int8)  # the lower 16 bits
+    levels = (table if kind == "int8" else table.view(torch.float8_e4m3fn)).float() * prepared.multiplier8
+    assert (levels - weight.codebook).abs().max() <= weight.codebook.abs().max() * (2**-7 if kind == "int8" else 2**-4)
+    return QuantTensor(weight.format, weight.shape, weight.stored, levels).dequantize()
+
+
+def rounded_x(x: torch.Tensor, prepared: TritonWeight) -> torch.Tensor:
+    if prepared.activations == "int8":
+        return reference.round_int8(x, segment_of(prepared))
+    return reference.round_fp8(x)
+
+
+@pytest.mark.parametrize("text", ["int4-b64", "int3-b128", "nf2-b32"])
+@pytest.mark.parametrize("kind", EIGHT)
+def test_tokens_in_8_bits(device: str, kind: str, text: str) -> None:
+    """To the bit what the reference makes of them, in the order of the weight's columns, zeros behind them."""
+    _, prepared = marked(text, kind, 16, 300, device)
+    x = normal(3, 300, seed=1).half() * torch.logspace(-4, 3, 300)
     x[1] = 0
-    values, scales = quantize_tokens(x.to(device), 128)
-    index = torch.arange(128)
-    k8, t, k0 = index % 16 // 8, index % 8 // 2, index % 2
-    values = values.cpu()[:, index // 16 * 16 + t * 4 + k8 * 2 + k0].float()
-    assert not values[:, 100:].any()
-    error = (values[:, :100] * scales.cpu()[:, None] - x.float()).abs()
-    assert (error <= scales.cpu()[:, None] * (0.5 + 1e-4)).all()
+    tokens = ROUND[kind](x.half().to(device), prepared)
+    values, scales = tokens.values.float().cpu(), tokens.scales.cpu()
+    scales = scales.repeat_interleave(values.shape[1] // len(scales), 0).T
+    order = 32 if text.startswith("int3") else 16
+    index = torch.arange(values.shape[1])
+    t, k0, k8, step = index % 8 // 2, index % 2, index % 16 // 8, index % order // 16
+    place = k8 * 16 + t * 4 + k0 * 2 + step if order == 32 else t * 4 + k0 * 2 + k8
+    values = (values * scales)[:, index // order * order + place]
+    assert not values[:, 300:].any()
+    assert torch.equal(values[:, :300], rounded_x(x.half(), prepared))
 
 
-@pytest.mark.parametrize("tokens", [1, 9])
-@pytest.mark.parametrize("text", [f"int{k}-b64" for k in range(2, 9)] + ["int4-row", "int4-b32-dq", "int8-b96-bf16"])
-def test_int8_activations(device: str, text: str, tokens: int) -> None:
-    """Equal to the product of the rounded activations, to float32's rounding."""
-    weight = quantized(text, 40, 288)
-    x = normal(tokens, 288, seed=1).half()
-    residual = normal(tokens, 40, seed=3)
-    got = gemm_int8(x.to(device), prepare_weight(weight, device), residual=residual.to(device), out_dtype=torch.float32)
-    x = rounded_tokens(x)
-    expected = reference.linear(x, weight) + residual
-    bound = product_bound(x, weight.dequantize(), torch.float32, decoded=8) + 4 * rounded(expected, torch.float32)
+@pytest.mark.skipif(ON_GPU, reason="a kernel's part, called alone")
+def test_every_e4m3_value_and_every_tie(device: str) -> None:
+    values = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).float()
+    values = values[values.isfinite()].sort().values
+    between = (values[1:] + values[:-1]) / 2
+    x = torch.cat([values, between, between.nextafter(values[1:]), between.nextafter(values[:-1])])
+    x = torch.nn.functional.pad(x, (0, 1024 - len(x)))
+    out = torch.empty(1024, dtype=torch.int8)
+    to_e4m3[(1,)](x, out, 1024)
+    assert torch.equal(out.view(torch.float8_e4m3fn).float(), x.to(torch.float8_e4m3fn).float())
+
+
+NARROW = [f"int{bits}-b64" for bits in range(2, 6)] + ["int4-row", "int4-b32-dq", "nf2-b64", "nf3-b32", "nf4-b128"]
+NARROW += ["lloyd5-b64", "float4e2m1-b32"]
+WIDE = ["int6-b64", "int7-b64", "int8-b64", "int8-b96-bf16"]
+
+
+@pytest.mark.parametrize(
+    ("kind", "text"), [*(("int8", text) for text in NARROW + WIDE), *(("fp8", text) for text in NARROW)]
+)
+def test_8_bit_activations(device: str, kind: str, text: str) -> None:
+    """Equal to the product of what was rounded, to float32's rounding."""
+    tokens = 9
+    weight, prepared = marked(text, kind, 40, 288, device)
+    x, residual, bias = normal(tokens, 288, seed=1).half(), normal(tokens, 40, seed=3), normal(1, 40, seed=2)[0]
+    on = [tensor.to(device) for tensor in (x, bias, residual)]
+    got = EIGHT[kind](on[0], prepared, on[1], on[2], torch.float32)
+    x, dense = rounded_x(x, prepared), rounded_weight(weight, prepared, kind)
+    expected = reference.linear(x, dense, bias) + residual
+    bound = product_bound(x, dense, torch.float32, decoded=8) + 8 * rounded(expected, torch.float32)
     assert_within(got, expected, bound)
 
 
-def test_int8_activations_need_integer_codes() -> None:
-    x = normal(2, 64).half()
-    for text in ("nf4-b64", "int4-b64-asym", "int4-b16"):
-        with pytest.raises(UnsupportedError, match="symmetric integer"):
-            gemm_int8(x, prepare_weight(quantized(text, 16, 64), "cpu"))
+@pytest.mark.parametrize("kind", EIGHT)
+def test_marked_weights_round_many_tokens_only(device: str, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Plain and gated, the tokens of both matrices rounded once; few tokens as ever."""
+    assert ROUNDED_TOKENS >= 8
+    monkeypatch.setattr("kbit.kernels.triton.matmul.ROUNDED_TOKENS", 8)
+    calls = []
+    module = gemm_int8 if kind == "int8" else gemm_fp8
+    monkeypatch.setattr(module, "round_tokens", lambda *a, run=module.round_tokens: (calls.append(a), run(*a))[1])
+    texts = ("int4-b64", "lloyd5-b64", "int3-b64")
+    pairs = [
+        (marked(text, kind, 24, 256, device)[1], prepare_weight(quantized(text, 24, 256), device)) for text in texts
+    ]
+    for tokens, name in ((3, "gemv"), (8, "gemm"), (9, f"gemm_{kind}")):
+        x = normal(tokens, 256, seed=1).half().to(device)
+        for with_mark, plain in pairs:
+            calls.clear()
+            assert describe(with_mark, tokens) == name
+            got = matmul(x, with_mark), gated_matmul(x, with_mark, with_mark, "silu")
+            if tokens <= 8:
+                assert torch.equal(got[0], matmul(x, plain))
+                assert torch.equal(got[1], gated_matmul(x, plain, plain, "silu"))
+                assert not calls
+            else:
+                assert torch.equal(got[0], EIGHT[kind](x, with_mark))
+                gates = EIGHT[kind](x, with_mark, out_dtype=torch.float32)
+                assert torch.equal(got[1], EIGHT[kind](x, with_mark, gate=gates, kind="silu"))
+                expected = torch.nn.functional.silu(gates) * EIGHT[kind](x, with_mark, out_dtype=torch.float32)
+                assert_within(got[1].float(), expected.cpu(), 2 * rounded(expected.cpu(), torch.float16))
+                assert len(calls) == 6  # one of them for both products of gated_matmul
+    # int4's and lloyd5's columns stand in the same order, int3's do not.
+    int4, lloyd5, int3 = (with_mark for with_mark, _ in pairs)
+    for up, roundings in ((lloyd5, 1), (int3, 2)):
+        calls.clear()
+        gated_matmul(x, int4, up, "silu")
+        assert len(calls) == roundings
+
+
+def test_8_bit_activations_refuse_what_they_cannot_do() -> None:
+    for kind, text, reason in (
+        ("int8", "int4-b64-asym", "offsets"),
+        ("int8", "int4-b16", "32 columns"),
+        ("fp8", "nf4-b48", "32 columns"),
+        ("int8", "lloyd6-b64", "codebook of more than 5 bits"),
+        ("fp8", "int8-b64", "4 significant bits"),
+    ):
+        with pytest.raises(UnsupportedError, match=f"--compute {kind} does not run {text}: .*{reason}.*--compute fp16"):
+            with_activations(prepare_weight(quantized(text, 16, 64), "cpu"), kind)
+    with pytest.raises(UnsupportedError, match="float32 activations"):
+        with_activations(prepare_weight(quantized("int4-b64", 16, 64), "cpu", torch.float32), "int8")
+    with pytest.raises(UnsupportedError, match="sm_89.*this is gfx942.*int8"):
+        check_arch("fp8", "gfx942")
+    weight = with_activations(prepare_weight(quantized("int4-b64", 16, 64), "cpu"), "int8")
+    tokens = gemm_int8.round_tokens(normal(9, 64).half(), weight)
+    other = with_activations(prepare_weight(quantized("int4-b32", 16, 64), "cpu"), "int8")
+    with pytest.raises(UnsupportedError, match="these tokens were rounded for"):
+        gemm_int8.gemm_int8(normal(9, 64).half(), other, rounded=tokens)
+    dense = prepare_weight(normal(16, 64), "cpu")
+    assert with_activations(dense, "int8") is dense

@@ -12,12 +12,16 @@ from kbit.formats.quant_format import QuantFormat
 pytest.importorskip("triton")
 
 from kbit.kernels.triton import library
+from kbit.kernels.triton.gemm_fp8 import gemm_fp8
+from kbit.kernels.triton.gemm_int8 import gemm_int8
 from kbit.kernels.triton.kv_layout import KVFormat, new_pages, plain_block_table
 from kbit.kernels.triton.layout import TritonWeight, prepare_weight
 from kbit.kernels.triton.matmul import gated_matmul, matmul
+from kbit.kernels.triton.rounded import with_activations
 
 # Schema, fake implementation and dispatch; gradients there are none.
 TESTS = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
+EIGHT = {"int8": gemm_int8, "fp8": gemm_fp8}
 FORMATS = ["nf4-b16", "int3-b16-asym", "nf3-b32-dq", "lloyd6-b16", "quantile4-b32"]
 
 
@@ -51,6 +55,20 @@ def test_products(device: str) -> None:
     torch.library.opcheck(library.matmul, (x, *weight, half(device, 37), residual, torch.float32), test_utils=TESTS)
     torch.library.opcheck(library.gated_matmul, (x, *weight, *other, "silu"), test_utils=TESTS)
     torch.library.opcheck(library.embed, (*weight, torch.tensor([3, 36], device=device)), test_utils=TESTS)
+
+
+@pytest.mark.parametrize(("kind", "format"), [("int8", "int4-b32"), ("fp8", "nf3-b32")])
+def test_products_with_activations_in_8_bits(
+    device: str, kind: str, format: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a weight's products round travels with it."""
+    monkeypatch.setattr("kbit.kernels.triton.matmul.ROUNDED_TOKENS", 4)
+    weights = [with_activations(weight_of(format, device, seed=seed), kind) for seed in (0, 1)]
+    packed = [library.pack(weight) for weight in weights]
+    x = half(device, 5, 48)
+    assert torch.equal(torch.ops.kbit.matmul(x, *packed[0]), EIGHT[kind](x, weights[0]))
+    torch.library.opcheck(library.matmul, (x, *packed[0], None, None, torch.float32), test_utils=TESTS)
+    torch.library.opcheck(library.gated_matmul, (x, *packed[0], *packed[1], "silu"), test_utils=TESTS)
 
 
 def test_rows(device: str) -> None:

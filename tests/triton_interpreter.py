@@ -108,6 +108,8 @@ def _repair_arithmetic() -> None:
     def create_fma(self: Any, x: Any, y: Any, z: Any) -> Any:
         if _is_bf16(z):
             return result(_wide(x).data * _wide(y).data + _wide(z).data)
+        if z.data.dtype == np.float32:  # fused: the product is exact in float64, the sum nearly always
+            return handle((x.data.astype(np.float64) * y.data + z.data).astype(np.float32), tl.float32)
         return fma(self, x, y, z)
 
     def create_rsqrt(self: Any, value: Any) -> Any:

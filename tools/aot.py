@@ -97,16 +97,21 @@ def rows_of(name: str, arch: str, quick: bool, configs: bool) -> list[dict[str, 
 
 
 def all_rows(arguments: argparse.Namespace) -> Iterator[list[dict[str, Any]]]:
-    names = [
-        case.name
+    cases = [
+        case
         for case in all_cases()
         if (case.quick or not arguments.quick)
         and (not arguments.case or any(part in case.name for part in arguments.case))
     ]
-    if not names:
+    if not cases:
         print(f"aot.py: no case has {' or '.join(arguments.case)} in its name", file=sys.stderr)
         raise SystemExit(2)
-    jobs = [(name, arch, arguments.quick, arguments.configs) for name in names for arch in arguments.target or TARGETS]
+    jobs = [
+        (case.name, arch, arguments.quick, arguments.configs)
+        for case in cases
+        for arch in arguments.target or TARGETS
+        if arch in case.targets
+    ]
     if arguments.jobs <= 1:
         for job in jobs:
             yield rows_of(*job)

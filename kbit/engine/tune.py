@@ -110,6 +110,8 @@ def tune_model(
     from kbit.ops.select import select_backend
     from kbit.ops.triton_backend import TritonBackend
 
+    if compute in ("int8", "fp8"):
+        raise UsageError(f"--compute {compute}: its kernels have nothing to tune; use fp16, which it is for few tokens")
     checked = select_backend("cuda", compute=compute, kv_bits=kv_bits)  # refuses what does not exist
     assert isinstance(checked, TritonBackend)
     place = torch.device(device)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from importlib.util import find_spec
 from pathlib import Path
 
-from kbit.kernels.triton.limits import DECODE_TOKENS, GEMV_TOKENS
+from kbit.kernels.triton.limits import DECODE_TOKENS, GEMV_TOKENS, ROUNDED_TOKENS
 
 NVIDIA = Path("/proc/driver/nvidia/gpus")
 AMD = Path("/sys/class/kfd/kfd/topology/nodes")
@@ -39,6 +39,8 @@ def gpu_kernels(float_weights: bool) -> dict[str, str]:
         "norms": "rms_norm",
         f"products, up to {GEMV_TOKENS} tokens": "gemv",
         f"products, more than {GEMV_TOKENS} tokens": "gemm",
+        f"the layers', more than {ROUNDED_TOKENS} tokens, --compute int8": "gemm_int8",
+        f"the layers', more than {ROUNDED_TOKENS} tokens, --compute fp8": "gemm_fp8",
         "rotation and cache": "kv_append",
         f"attention, up to {DECODE_TOKENS} new tokens a row": "attention_decode",
         "attention, otherwise": "attention_prefill",

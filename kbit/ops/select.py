@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 DEVICES = ("auto", "cpu", "cuda")
 BACKENDS = ("auto", "native", "triton", "reference")
-COMPUTE = ("int8", "fp16", "bf16", "fp32")
+COMPUTE = ("int8", "fp8", "fp16", "bf16", "fp32")
 # --kv-bits to what a cache stores.
 KV_KINDS = {2: "2", 3: "3", 4: "4", 8: "8", 16: "fp16", 32: "fp32"}
 # More than any machine has. OpenMP ends the process (without a word) when it cannot start its threads.
@@ -40,7 +40,7 @@ def select_backend(
         threads: threads of the native backend; None: one per physical core this process may use. The reference runs on
             torch's (see `set_threads`).
         compute: how quantized weights are multiplied. native: "int8" (None means this), "bf16" or "fp32"; triton:
-            "fp16" (None means this) or "bf16".
+            "fp16" (None means this), "bf16", "int8" or "fp8" (see TritonBackend).
         kv_bits: bits of keys and values in the cache: 2, 3, 4 or 8 (codes), 16 or, natively, 32 (float). None: 32 for
             compute "fp32", else 16.
         expand: see ReferenceBackend.
@@ -60,8 +60,8 @@ def select_backend(
         check_threads(threads)
     if device == "cuda" or backend == "triton":
         return _gpu(device, backend, compute, kv_bits)
-    if compute == "fp16":
-        raise UsageError("--compute fp16: this is for GPUs; on the CPU use int8, bf16 or fp32")
+    if compute in ("fp16", "fp8"):
+        raise UsageError(f"--compute {compute}: this is for GPUs; on the CPU use int8, bf16 or fp32")
     if backend == "reference":
         from kbit.ops.reference_backend import ReferenceBackend
 
@@ -82,8 +82,8 @@ def _gpu(device: str, backend: str, compute: str | None, kv_bits: int | None) ->
         raise UsageError(f"--backend {backend} runs on the CPU: drop --device cuda, or use --backend triton")
     if device == "cpu":
         raise UsageError("--backend triton runs on GPUs: use --device cuda")
-    if compute not in (None, "fp16", "bf16"):
-        raise UsageError(f"--compute {compute}: on a GPU use fp16 or bf16")
+    if compute == "fp32":
+        raise UsageError("--compute fp32: on a GPU use fp16, bf16, int8 or fp8")
     if kv_bits == 32:
         raise UsageError("--kv-bits 32: on a GPU use 16, 8, 4, 3 or 2")
     try:

@@ -10,6 +10,9 @@ import triton
 from kbit.errors import UnsupportedError
 from kbit.formats.quant_tensor import QuantTensor
 from kbit.kernels.triton.layout import prepare_weight
+from kbit.kernels.triton.limits import ROUNDED_TOKENS
+from kbit.kernels.triton.rounded import KINDS, check_arch
+from kbit.kernels.triton.target import active, current_arch
 from kbit.ops.backend import Definition, Group
 from kbit.ops.triton_kv_cache import TritonKVCache
 from kbit.ops.triton_weight import TritonMatrix
@@ -17,7 +20,8 @@ from kbit.ops.triton_weight import TritonMatrix
 if TYPE_CHECKING:
     from kbit.ops.triton_runner import TritonRunner
 
-DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
+# The type of what is not rounded further, by compute.
+DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "int8": torch.float16, "fp8": torch.float16}
 
 
 class TritonBackend:
@@ -28,14 +32,18 @@ class TritonBackend:
 
     Args:
         device: a CUDA device (ROCm's are called so too); "cpu" only where Triton interprets (TRITON_INTERPRET=1).
-        compute: "fp16" or "bf16": what activations and decoded weights are rounded to before they are multiplied. bf16
-            has the range of float32, for models whose activations leave that of fp16 (65504).
-        kv: what keys and values are stored as: "16" (in the type of `compute`), or bits of codes, "8", "4", "3" or "2".
+        compute: what activations and decoded weights are rounded to before they are multiplied. "fp16"; "bf16", which
+            has the range of float32, for models whose activations leave that of fp16 (65504); "int8" or "fp8", which
+            round both to 8 bits in the layers' products of more than ROUNDED_TOKENS tokens (prompts, large batches)
+            and are "fp16" otherwise: the head, float weights, fewer tokens. They cost accuracy, see
+            `kbit.kernels.triton.gemm_int8` and `gemm_fp8`.
+        kv: what keys and values are stored as: "16" (fp16, or bf16 with it), or bits of codes, "8", "4", "3" or "2".
         graphs: replay decoding as a CUDA graph; None: on a GPU, unless there is a group.
         group: the processes that share a model, if several do (`kbit.ops.backend.SplitBackend`).
 
     Raises:
-        UnsupportedError: no such GPU, or graphs with a group.
+        UnsupportedError: no such GPU, one that cannot compute like this, or graphs with a group. A model with a format
+            that "int8" or "fp8" does not take is refused by `bind`.
     """
 
     name = "triton"
@@ -59,7 +67,11 @@ class TritonBackend:
             raise UnsupportedError(f"the Triton backend runs on GPUs, not on {self.device}")
         self.compute = compute
         self.dtype = DTYPES[compute]
-        self.kv = compute if kv == "16" else kv
+        self.kv = ("bf16" if compute == "bf16" else "fp16") if kv == "16" else kv
+        self.activations = compute if compute in KINDS else ""
+        if self.activations:
+            with active(self.device):
+                check_arch(self.activations, current_arch())
         if graphs and group is not None:
             raise UnsupportedError("CUDA graphs do not hold the sums over several processes: leave graphs off")
         # Capturing a collective needs all processes to capture at once, and nccl's watchdog, a thread of its own, to
@@ -71,7 +83,8 @@ class TritonBackend:
         where = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "Triton's interpreter"
         kv = f"{self.kv}-bit" if self.kv.isdigit() else self.kv
         how = ", CUDA graphs" if self.graphs else "" if self.group is None else f", {self.group.size} processes"
-        return f"triton: {where}, {self.compute} compute, {kv} KV cache{how}"
+        many = f" for more than {ROUNDED_TOKENS} tokens at once, else fp16" if self.activations else ""
+        return f"triton: {where}, {self.compute} compute{many}, {kv} KV cache{how}"
 
     def split(self, group: Group) -> TritonBackend:
         here = torch.device("cuda", torch.cuda.current_device()) if self.device.type == "cuda" else self.device
@@ -93,4 +106,6 @@ class TritonBackend:
     def bind(self, definition: Definition) -> TritonRunner:
         from kbit.ops.triton_runner import TritonRunner
 
-        return TritonRunner(definition, self.device, self.dtype, graphs=self.graphs, group=self.group)
+        return TritonRunner(
+            definition, self.device, self.dtype, graphs=self.graphs, group=self.group, activations=self.activations
+        )

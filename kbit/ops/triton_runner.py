@@ -31,7 +31,7 @@ from kbit.ops.recording import Activate, Attend, Embed, Norm, Operation, Project
 from kbit.ops.rotary import RotaryTable
 from kbit.ops.triton_graph import DecodeGraph
 from kbit.ops.triton_kv_cache import TritonKVCache
-from kbit.ops.triton_weight import merge, triton_weight
+from kbit.ops.triton_weight import merge, round_activations, triton_weight
 
 # Tokens that go through the model at once: bounds the memory of activations, and fills any GPU.
 PASS_ROWS = 2048
@@ -74,6 +74,10 @@ class Replay:
         result: the symbol it returns.
         dtype: of what is multiplied.
         group: processes over which products with a residual are added up.
+        activations: what products with many tokens round these to, "int8" or "fp8"; "" for not at all.
+
+    Raises:
+        UnsupportedError: a weight's format cannot be multiplied with such activations.
     """
 
     def __init__(
@@ -83,6 +87,7 @@ class Replay:
         result: Symbol,
         dtype: torch.dtype,
         group: Group | None = None,
+        activations: str = "",
     ) -> None:
         self._operations = list(operations)
         self._input, self._result, self._dtype, self._group = input, result, dtype, group
@@ -91,6 +96,9 @@ class Replay:
         # Symbols that nobody reads after an operation: their memory is free for the next one.
         self._dead = [[symbol for symbol, index in last.items() if index == i] for i in range(len(operations))]
         self._merged: dict[Operation, TritonWeight] = {}
+        if activations:
+            projects = [operation for operation in operations if isinstance(operation, Project)]
+            round_activations([weight for project in projects for weight in project.weights], activations)
         for operation in operations:
             if isinstance(operation, Project) and operation.activation is None and len(operation.weights) > 1:
                 merged = merge(operation.weights) if all(bias is None for bias in operation.biases) else None
@@ -189,6 +197,11 @@ class TritonRunner:
         dtype: of what is multiplied: float16 or bfloat16.
         graphs: replay the decoding of a token as a CUDA graph; not with a group.
         group: the processes that share the model, if several do.
+        activations: what the layers' products with many tokens round these to, "int8" or "fp8"; "" for not at all. The
+            head's are never rounded: generating text, it has a row per sequence.
+
+    Raises:
+        UnsupportedError: a weight's format cannot be multiplied with such activations.
     """
 
     def __init__(
@@ -199,6 +212,7 @@ class TritonRunner:
         *,
         graphs: bool,
         group: Group | None = None,
+        activations: str = "",
     ) -> None:
         self._device = device
         self._graphs = graphs
@@ -207,7 +221,7 @@ class TritonRunner:
         self._lock = Lock()
         body = Recorder(Symbol(1))
         hidden = definition.body(body, body.input)
-        self._body = Replay(fuse(body.operations, hidden), body.input, hidden, dtype, group)
+        self._body = Replay(fuse(body.operations, hidden), body.input, hidden, dtype, group, activations)
         head = Recorder(Symbol(hidden.width))
         logits = definition.head(head, head.input)
         self._head = Replay(fuse(head.operations, logits), head.input, logits, dtype)

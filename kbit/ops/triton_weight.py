@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 import torch
 
+from kbit.errors import UnsupportedError
 from kbit.kernels.triton.layout import TritonWeight
+from kbit.kernels.triton.rounded import with_activations
 from kbit.ops.backend import Weight
 
 
@@ -15,7 +18,8 @@ class TritonMatrix(Weight):
     """A prepared matrix.
 
     Attributes:
-        data: the tensors. They may become views of a larger matrix (`merge`), with the same contents.
+        data: the tensors. They may become views of a larger matrix (`merge`), with the same contents, and be marked so
+            that products round their activations (`round_activations`).
     """
 
     data: TritonWeight
@@ -36,6 +40,24 @@ def triton_weight(weight: Weight) -> TritonWeight:
         TypeError: another backend prepared it.
     """
     return _matrix(weight).data
+
+
+def round_activations(weights: Iterable[Weight], kind: str) -> None:
+    """Marks weights so that their products with many tokens round these to `kind`, "int8" or "fp8".
+
+    Float weights stay as they are: there is nothing of 8 bits to multiply with.
+
+    Raises:
+        UnsupportedError: a format whose products do not, or no weight is quantized.
+    """
+    matrices = [_matrix(weight) for weight in weights]
+    if all(matrix.data.dense is not None for matrix in matrices):
+        raise UnsupportedError(
+            f"--compute {kind} is for quantized weights, and this model's layers have none: quantize it, or use "
+            "--compute fp16"
+        )
+    for matrix in matrices:
+        matrix.data = with_activations(matrix.data, kind)
 
 
 def merge(weights: tuple[Weight, ...]) -> TritonWeight | None:

@@ -168,12 +168,39 @@ def gemm_config(arch: str, problem: Problem) -> GemmConfig:
     return GemmConfig(tiles, tokens, columns, _split(arch, problem, tiles, tokens, columns), warps, stages)
 
 
-def gemm_int8_config(arch: str, problem: Problem) -> GemmConfig:
-    """The configuration of kernels/triton/gemm_int8.py: chunks as wide as a block, as each costs a scaling of sums."""
-    config = gemm_config(arch, problem)
-    columns = chunk_columns(problem, min(256, problem.block_size or 256))
-    tiles, warps = (4, 4) if config.tiles > 4 else (config.tiles, config.warps)
-    return GemmConfig(tiles, min(config.tokens, 128), columns, 1, warps, 2)
+def rounded_config(arch: str, problem: Problem, activations: str, segment: int) -> GemmConfig:
+    """The configuration of kernels/triton/rounded.py.
+
+    What the offline model says of 256 x 4096 x 4096 in microseconds, int4 in blocks of 64 (of 128), beside gemm's:
+
+                sm_80  86   89   90          100         120  gfx90a  942         1100  1201
+        gemm    58     155  104  9.3         11.8        54   77      14.8        82    44
+        int8    48 (36)  43   15   11.1 (6.9)  14.8 (12.8)  14   58      14.9 (9.7)  79    25
+        fp8                  26   7.4 (5.4)   7.3 (5.5)   27
+
+    With 64 tokens gemm is bound by memory or close to it (3.1 on sm_90, of a floor of 2.9), which 8 bits do not change:
+    hence limits.ROUNDED_TOKENS. On GeForce cards int8 is the faster of the two, and loses less; on sm_90 int8 wants
+    blocks of 128, and fp8 is ahead of it at both; on sm_100 the compiler has no tcgen05 for integers, and int8 does not
+    pay, nor does it on gfx11 and at a width of 256 columns a chunk (3, 5 and 7 bits) on AMD's.
+
+    Args:
+        arch, problem: as for gemm_config.
+        activations: "int8" or "fp8".
+        segment: columns whose products are summed before a scale; a chunk has whole ones.
+    """
+    columns = max(segment, chunk_columns(problem, 64))
+    tiles = 4
+    sizes: tuple[int, ...] = (64, 128)
+    if arch.startswith("gfx1") and columns == 256:  # more would spill, here and in the next line
+        tiles, sizes = 2, (32,)
+    elif arch.startswith("gfx1"):
+        sizes = ((128 if arch.startswith("gfx12") else 64) * 64 // columns,)
+    elif columns == 256 or arch.startswith("gfx9"):  # more would spill, or be slower
+        sizes = (64,)
+    # Least work for the busiest multiprocessor; of equals the larger tile, which decodes each weight less often.
+    tokens = min(sizes, key=lambda size: (_rounds(arch, problem, tiles, size) * size, -size))
+    tokens = min(tokens, max(16, 1 << (problem.tokens - 1).bit_length()))
+    return GemmConfig(tiles, tokens, columns, 1, 4, 2)
 
 
 def _programs(problem: Problem, tiles: int, tokens: int) -> int:

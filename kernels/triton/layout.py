@@ -24,6 +24,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
@@ -57,6 +58,10 @@ class TritonWeight:
         multiplier: the value of a code is (code - zero) or table[code], times this, times the block's scale.
         lift: a power of two that brings the largest scale (or offset) near 1, where half precision is at its best.
         dense: the matrix itself where format is "dense", in `dtype`; torch.matmul runs it.
+        activations: what tokens are rounded to where there are many, "int8" or "fp8" (`rounded.with_activations`), or
+            "" for not at all.
+        table8: with activations, the table in their type, or None for "int".
+        multiplier8: the multiplier that goes with it.
     """
 
     format: str
@@ -76,6 +81,9 @@ class TritonWeight:
     dense: torch.Tensor | None = None
     bits: int = field(default=16)
     block_size: int = field(default=0)
+    activations: str = ""
+    table8: torch.Tensor | None = None
+    multiplier8: float = 1.0
 
     @property
     def blocks(self) -> int:
@@ -98,7 +106,7 @@ class TritonWeight:
 
     def _tensors(self) -> list[torch.Tensor]:
         several = (self.dense, *self.planes, self.scales, self.scales_super, self.offsets, self.offsets_super)
-        return [tensor for tensor in (*several, self.table) if tensor is not None]
+        return [tensor for tensor in (*several, self.table, self.table8) if tensor is not None]
 
 
 def columns_multiple(bits: int) -> int:
@@ -135,7 +143,7 @@ def prepare_weight(
     for width in plane_widths(quant_format.bits):
         planes.append(pack_plane(codes, width, shift, widest, adjacent=kind == "pairs").to(device))
         shift += width
-    scales = {}
+    scales: dict[str, Any] = {}
     for name in ("scales", "offsets"):
         if name in weight.stored:
             scales[name] = _tiles_first(weight.stored[name], quant_format, padded).to(device)

@@ -7,7 +7,8 @@
 
 Importing this module registers them, each with a fake implementation that knows shapes and types only. They compute
 what the launchers of the same names do, whose docstrings say what that is. An operator takes tensors, numbers and
-strings, so a prepared weight travels as its tensors and a description:
+strings, so a prepared weight travels as its tensors and a description (whether its products round their activations,
+`rounded.with_activations`, is part of that):
 
     tensors, description = pack(weight)
     y = torch.ops.kbit.matmul(x, tensors, description)
@@ -36,14 +37,15 @@ from kbit.kernels.triton.target import active
 
 F = TypeVar("F", bound=Callable[..., Any])
 
-_PARTS = ("scales", "scales_super", "offsets", "offsets_super", "table", "dense")
+_PARTS = ("scales", "scales_super", "offsets", "offsets_super", "table", "table8", "dense")
 _FIXED = ("format", "shape", "padded", "kind", "zero", "multiplier", "lift", "bits", "block_size")
+_FIXED_ROUNDED = ("activations", "multiplier8")
 
 
 def pack(weight: TritonWeight) -> tuple[list[torch.Tensor], str]:
     """A weight as arguments of the operators: its tensors, and everything else as JSON."""
     present = [name for name in _PARTS if getattr(weight, name) is not None]
-    fixed: dict[str, Any] = {name: getattr(weight, name) for name in _FIXED}
+    fixed: dict[str, Any] = {name: getattr(weight, name) for name in (*_FIXED, *_FIXED_ROUNDED)}
     fixed["dtype"] = str(weight.dtype).removeprefix("torch.")
     fixed["parts"] = present
     return [*weight.planes, *(getattr(weight, name) for name in present)], json.dumps(fixed)

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from triton_lint.chips import TARGETS
 from triton_lint.code import SHARED_LOAD, SHUFFLE
 from triton_lint.driver import Launch
 from triton_lint.model import Work
@@ -86,6 +87,7 @@ class Case:
         gates: arch -> what must hold, for launches of `gated` under the launcher's own choice of configuration.
         gated: name of the kernel that the gates are about; "" for all launches.
         quick: part of the subset that tests compile.
+        targets: architectures that the kernel is for.
     """
 
     name: str
@@ -95,6 +97,7 @@ class Case:
     gates: Mapping[str, Gate] = field(default_factory=dict, repr=False)
     gated: str = ""
     quick: bool = False
+    targets: Sequence[str] = TARGETS
 
 
 def all_cases() -> list[Case]:

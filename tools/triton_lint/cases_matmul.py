@@ -1,4 +1,5 @@
-"""Products with k-bit weights: launches of the GEMV and the GEMM, and what their machine code must satisfy."""
+"""Products with k-bit weights: launches of the GEMV, the GEMM and those with activations in 8 bits, and what their
+machine code must satisfy."""
 
 from __future__ import annotations
 
@@ -6,11 +7,21 @@ from typing import Any
 
 import torch
 
-from kbit.kernels.triton.configs import gemm_candidates, gemm_config, gemv_candidates, gemv_config
+from kbit.kernels.triton.configs import (
+    gemm_candidates,
+    gemm_config,
+    gemv_candidates,
+    gemv_config,
+    rounded_config,
+)
 from kbit.kernels.triton.gemm import gemm
+from kbit.kernels.triton.gemm_fp8 import gemm_fp8
+from kbit.kernels.triton.gemm_int8 import gemm_int8
 from kbit.kernels.triton.gemv import gemv, problem_of
 from kbit.kernels.triton.layout import ROW_TILE, TritonWeight
+from kbit.kernels.triton.rounded import FP8_ARCHES, segment_of
 from triton_lint.cases import Case, Gate
+from triton_lint.chips import TARGETS
 from triton_lint.driver import Launch
 from triton_lint.model import Work
 from triton_lint.prepared import meta_weight
@@ -79,8 +90,44 @@ def _gemm(text: str, tokens: int, *, size: int = 4096, gate: Gate | None = None,
     )
 
 
+# Tensor-core instructions of each target that take int8 and e4m3 operands.
+INT8_MMA = dict.fromkeys(("sm_80", "sm_86", "sm_89", "sm_100", "sm_120"), "IMMA.16832.S8.S8")
+INT8_MMA |= {"sm_90": "IGMMA", "gfx90a": "v_mfma_i32", "gfx942": "v_mfma_i32"}
+INT8_MMA |= {"gfx1100": "v_wmma_i32", "gfx1201": "v_wmma_i32"}
+FP8_MMA = {"sm_89": "QMMA", "sm_90": "QGMMA", "sm_100": "UTCQMMA", "sm_120": "QMMA"}
+
+
+def _rounded(kind: str, text: str, tokens: int, *, size: int = 4096, quick: bool = False) -> Case:
+    """Gated on every target: no spills, 128-bit loads of codes, tensor cores on 8-bit operands."""
+    weight = meta_weight(text, (size, size), torch.float16, kind)
+    x = torch.empty(tokens, size, dtype=torch.float16, device="meta")
+    multiply = gemm_int8 if kind == "int8" else gemm_fp8
+
+    def work(launch: Launch, config: Any) -> Work | None:
+        if launch.kernel != "gemm_rounded_kernel":
+            return None
+        chosen = rounded_config(launch.arch, problem_of(x, weight), kind, segment_of(weight))
+        tiles = -(-weight.padded[0] // (ROW_TILE * chosen.tiles)) * -(-tokens // chosen.tokens)
+        steps = tiles * (weight.padded[1] // chosen.columns)
+        moved = weight.nbytes + tokens * (size + 2 * size)  # activations of a byte, results of two
+        return Work(bytes=moved, units=size * size, flops=2 * tokens * size * size, steps=steps)
+
+    names = INT8_MMA if kind == "int8" else FP8_MMA
+    return Case(
+        f"gemm_{kind}/{text}/{tokens}x{size}x{size}",
+        launch=lambda arch, config: multiply(x, weight),
+        work=work,
+        # AMD's loads carry no mark, and codes come among loads of scales: only NVIDIA's are asked for their width.
+        gates={arch: Gate(load_bits=128 if arch.startswith("sm_") else 0, mma=(name,)) for arch, name in names.items()},
+        gated="gemm_rounded_kernel",
+        quick=quick,
+        targets=TARGETS if kind == "int8" else tuple(arch for arch in TARGETS if arch in FP8_ARCHES),
+    )
+
+
 def cases() -> list[Case]:
-    """All products. Gates are for sm_90: the widths' budgets, no shuffle, 128-bit loads, tensor cores."""
+    """All products. Gates are for sm_90: the widths' budgets, no shuffle, 128-bit loads, tensor cores. Products with
+    activations in 8 bits have theirs for every target."""
 
     def read(bits: int, over: float, mma: tuple[str, ...] = ("HMMA",)) -> Gate:
         return Gate(load_bits=128, mma=mma, per_unit=max(BUDGET * bits, 2.2) * over, shuffles=0)
@@ -109,4 +156,16 @@ def cases() -> list[Case]:
         _gemm("nf4-b64", 256, gate=Gate(load_bits=128, mma=("HGMMA",), tensor_share=0.7, shuffles=0)),
         _gemm("nf3-b64", 256),
         _gemm("int8-b64", 256),
+        _rounded("int8", "int4-b64", 256),
+        _rounded("int8", "int4-b64", 1024),
+        _rounded("int8", "int4-b128", 256, quick=True),
+        _rounded("int8", "nf4-b64", 256),
+        _rounded("int8", "int3-b64", 256),
+        _rounded("int8", "lloyd5-b64", 256),
+        _rounded("int8", "int8-b64", 256),
+        _rounded("fp8", "int4-b64", 256, quick=True),
+        _rounded("fp8", "int4-b64", 1024),
+        _rounded("fp8", "int4-b128", 256),
+        _rounded("fp8", "nf4-b64", 256),
+        _rounded("fp8", "int3-b64", 256),
     ]

@@ -194,8 +194,10 @@ def estimate(
     names = [i.op for i in machine.instructions if i.kind == code.MMA]
     warp_level = any(name.startswith(("HMMA", "IMMA", "QMMA")) for name in names)
     rate = chip.tensor * (chip.tensor_warp_level if warp_level else 1.0)
-    if any(name.startswith(("IMMA", "IGMMA", "QMMA", "QGMMA")) or "i8" in name or "fp8" in name for name in names):
-        rate *= 2
+    if any(name.startswith(("IMMA", "IGMMA")) or "i8" in name or "iu8" in name for name in names):
+        rate *= chip.tensor_int8
+    elif any(name.startswith(("QMMA", "QGMMA", "UTCQMMA")) or "fp8" in name for name in names):
+        rate *= chip.tensor_fp8
     tensor = work.flops / programs * busiest / (rate * chip.clock)
     held = min(resident, busiest) if resident else 1
     # Without a loop every load of the kernel may be on its way at once.

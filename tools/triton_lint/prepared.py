@@ -10,6 +10,7 @@ from kbit.formats.blockwise import quantize_blockwise
 from kbit.formats.quant_format import QuantFormat
 from kbit.formats.quant_tensor import SAFETENSORS_TO_TORCH, QuantTensor
 from kbit.kernels.triton.layout import TritonWeight, prepare_weight
+from kbit.kernels.triton.rounded import with_activations
 
 
 def meta_quant(quant_format: QuantFormat, shape: tuple[int, int]) -> QuantTensor:
@@ -22,13 +23,14 @@ def meta_quant(quant_format: QuantFormat, shape: tuple[int, int]) -> QuantTensor
     return QuantTensor(quant_format, shape, stored, codebook)
 
 
-def meta_weight(text: str, shape: tuple[int, int], dtype: torch.dtype) -> TritonWeight:
+def meta_weight(text: str, shape: tuple[int, int], dtype: torch.dtype, activations: str = "") -> TritonWeight:
     """What prepare_weight makes of a matrix, on device "meta".
 
     Args:
         text: the format.
         shape: (N, K); multiples of 256.
         dtype: of the activations.
+        activations: what they are rounded to, "int8" or "fp8"; "" for not at all.
 
     Raises:
         ValueError: a size that is not a multiple of 256.
@@ -40,6 +42,8 @@ def meta_weight(text: str, shape: tuple[int, int], dtype: torch.dtype) -> Triton
     # What does not grow with the rows (kind, table, factors of levels) is that of 16 real rows of the same length.
     sample = torch.randn(16, columns, generator=torch.Generator().manual_seed(0))
     real = prepare_weight(quantize_blockwise(sample, quant_format), "cpu", dtype)
+    if activations:
+        real = with_activations(real, activations)
 
     def grown(tensor: torch.Tensor | None) -> torch.Tensor | None:
         if tensor is None:
@@ -59,4 +63,5 @@ def meta_weight(text: str, shape: tuple[int, int], dtype: torch.dtype) -> Triton
         scales_super=empty(real.scales_super),
         offsets_super=empty(real.offsets_super),
         table=empty(real.table),
+        table8=empty(real.table8),
     )
