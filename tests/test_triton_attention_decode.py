@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from triton_attention_cases import Cache, Mask, attend, attention_bound
-from triton_cases import DTYPES, assert_within
+from triton_cases import DTYPES, ON_GPU, assert_within
 
 triton = pytest.importorskip("triton")
 
@@ -32,6 +32,7 @@ def check(
     """The last `tokens` tokens of every row, or those at `positions` (B, T), in one launch against `attend`."""
     mask = mask or Mask()
     dim = cache.head_dim
+    config: DecodeConfig | None = options.get("config")
     lengths = torch.tensor(cache.lengths)
     if positions is None:
         positions = lengths[:, None] - tokens + torch.arange(tokens)
@@ -54,7 +55,8 @@ def check(
     for row in range(len(cache.lengths)):
         k, v = cache.row(row)
         expected, weights, magnitudes = attend(q[row], k, v, positions[row], dim**-0.5, mask)
-        bound = attention_bound(v, weights, magnitudes, cache.kinds, out, mask, rounds_values=False)
+        rounds = config.scale_tiles if config else ON_GPU and dim > 192  # decode_config of NVIDIA's
+        bound = attention_bound(v, weights, magnitudes, cache.kinds, out, mask, rounds_values=rounds)
         assert_within(got[row], expected, bound)
 
 
@@ -113,6 +115,12 @@ def test_types(dtype: torch.dtype, device: str) -> None:
 def test_blocks(block: int, device: str) -> None:
     config = DecodeConfig(block=block, p_log2=10)
     check(device, Cache(("4", "2"), 1, 64, [130]), 2, 2, splits=2, config=config)
+
+
+@pytest.mark.parametrize("kinds", [("4", "4"), ("8", "3"), ("2", "fp16")])
+def test_scaled_values(kinds: tuple[str, str], device: str) -> None:
+    """Scales go to the decoded values instead of scores and probabilities."""
+    check(device, Cache(kinds, 1, 64, [45]), 2, 1, splits=2, config=DecodeConfig(block=16, scale_tiles=True))
 
 
 def test_queries_that_see_less(device: str) -> None:

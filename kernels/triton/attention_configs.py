@@ -108,8 +108,14 @@ def decode_config(arch: str, head_dim: int, k_bits: int, v_bits: int, rows: int)
         block = 16  # more tokens a step spill: RDNA keeps the operands of WMMA twice, 3-bit codes take two words
     else:
         block = 64 if nvidia and head_dim <= 64 and codes and rows == 16 else 32
-    # Two steps in flight where a step's bytes are few, or where the registers leave no room for early loads.
-    stages = 2 if nvidia and ((k_bits, v_bits) == (2, 2) or (head_dim > 128 and codes)) else 1
+    # Two steps in flight where a step's bytes are few, or where the registers leave no room for early loads (with one,
+    # sm_80 spills four queries of 4 bits).
+    few = (k_bits, v_bits) == (2, 2) or (arch == "sm_80" and head_dim > 64 and (k_bits, v_bits) == (4, 4))
+    stages = 2 if nvidia and (few or (head_dim > 128 and codes)) else 1
+    # 256 features hold nearly all registers; scaling the decoded values saves those of the groups' own scores, and with
+    # three steps in flight keys and values of the same 2, 4 or 8 bits do not spill (else 20 to 24 spills at 4 bits).
+    scale_tiles = nvidia and head_dim > 192 and codes
+    stages = 3 if scale_tiles else stages
     # gfx90a takes fp16 numbers below 2^-14 as zero in its matrix instructions; 2^10 keeps probability times scale above
     # that down to products of 6e-8, and allows scales up to 64 (values up to 1024 at 4 bits).
     p_log2 = 10 if arch == "gfx90a" else 4
@@ -119,6 +125,7 @@ def decode_config(arch: str, head_dim: int, k_bits: int, v_bits: int, rows: int)
         stages=stages,
         programs=max(1, FILL.get(arch, 1056) // warps),
         p_log2=p_log2,
+        scale_tiles=scale_tiles,
         # gfx1201 spills 8 registers of one loop of 3-bit codes, none of two.
         one_loop=not (arch.startswith("gfx12") and 3 in (k_bits, v_bits)),
         waves=2 if arch == "gfx1100" and codes else 0,

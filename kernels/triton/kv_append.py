@@ -3,13 +3,15 @@
 Shapes: N new tokens of any sequences; q (N, H, D), k and v (N, H_kv, D) in fp16, bf16 or fp32; pages as kv_layout has
 them; cosines and sines (rows, R/2) in fp32.
 
-One program handles one token and a few heads of one of q, k, v, so that a decode step of one sequence still gives a GPU
-(H + 2 H_kv) / HEADS programs. Bound: launch latency at decode; at prefill the bytes read and written, since
-quantizing costs about 16 multiply-adds per value.
+A program takes a few tokens of one key/value head and of the query heads that read it. A thread has one scale group of
+one token: its 32 (or 16) features come in 128-bit loads, and transform, scale and codes are found without another
+thread. Then the threads of a token put their bits of each word together, since a word has codes of several groups.
+There are as many tokens as give every thread of one warp a group: 8 at D = 128. Bound: launch latency at decode; at
+prefill the bytes read and written.
 
-The result is what `reference.rope` followed by `reference.quantize_kv` gives, bit for bit: the Hadamard sums add their
-16 terms in the same order, divisions are correctly rounded, and contraction into fused multiply-adds is off, since it
-would round the rotation once less than the reference does. (A code on the edge between two levels would differ.)
+The result is what `reference.rope` followed by `reference.quantize_kv` gives, bit for bit (a code on the edge between
+two levels would differ otherwise): the Hadamard sums add their terms in the same order, and contraction into fused
+multiply-adds is off, since it would round the rotation once less than the reference does.
 """
 
 from __future__ import annotations
@@ -20,198 +22,346 @@ import triton.language as tl
 
 from kbit.kernels.triton.kv_codes import (
     PAGE,
-    chunk_count,
-    chunk_size,
-    chunk_start,
     low_width,
+    odd_parity,
     page_bytes,
+    power_above,
+    power_below,
     scale_group,
+    shifted,
 )
 from kbit.kernels.triton.kv_layout import KVFormat, check_pages
+from kbit.kernels.triton.target import current_arch
 
-HEADS = 2  # heads of a program, of one warp; with 4, keys of 8 bits beside float values spill on sm_90 and gfx1100
+# With more query heads than this for one key/value head, programs of their own take SEVERAL of them each.
+MOST_HEADS = 8
+SEVERAL = 4
 
 
 @triton.jit
-def rotated(row, head, feature, cos, sin, HALF: tl.constexpr):
-    """reference.rope of some features of some heads, float32.
+def columns(x):
+    """The columns of a tile (R, C), each (R,): a tuple of C, a power of two."""
+    ROWS: tl.constexpr = x.shape[0]
+    COUNT: tl.constexpr = x.shape[1]
+    found = ()
+    if COUNT == 1:
+        found = (tl.reshape(x, (ROWS,)),)
+    else:
+        even, odd = tl.split(tl.reshape(x, (ROWS, COUNT // 2, 2)))
+        evens, odds = columns(even), columns(odd)
+        for i in tl.static_range(COUNT // 2):
+            found = found + (evens[i], odds[i])
+    return found
 
-    Args:
-        row: pointer to a token's heads.
-        head: offsets of the heads' first features, any shape.
-        feature: features, broadcastable against head.
-        cos: pointer to the token's cosines; as is sin. Not read where HALF is 0.
-        HALF: R / 2.
-    """
-    keep = head >= 0
-    x = tl.load(row + head + feature, mask=keep, other=0.0).to(tl.float32)
-    if HALF > 0:
-        first = feature < HALF
-        turns = feature < 2 * HALF
-        other = tl.where(first, feature + HALF, feature - HALF)
-        angle = tl.where(first, feature, feature - HALF)
-        pair = tl.load(row + head + other, mask=keep & turns, other=0.0).to(tl.float32)
-        c = tl.load(cos + angle, mask=turns, other=1.0)
-        s = tl.load(sin + angle, mask=turns, other=0.0)
-        x = tl.where(first, x * c - pair * s, x * c + pair * s)
+
+@triton.jit
+def beside(parts, FIRST: tl.constexpr, COUNT: tl.constexpr):
+    """The reverse of `columns` for COUNT of a tuple's tensors from FIRST on: (R, COUNT)."""
+    ROWS: tl.constexpr = parts[FIRST].shape[0]
+    if COUNT == 1:
+        x = tl.reshape(parts[FIRST], (ROWS, 1))
+    else:
+        low, high = beside(parts, FIRST, COUNT // 2), beside(parts, FIRST + COUNT // 2, COUNT // 2)
+        x = tl.reshape(tl.permute(tl.join(low, high), (0, 2, 1)), (ROWS, COUNT))
     return x
 
 
 @triton.jit
-def store_plane(
-    page, heads, keep, place, codes, D: tl.constexpr, BITS: tl.constexpr, WIDTH: tl.constexpr, START: tl.constexpr
-):
-    """Pack codes int32 (HEADS, slabs, 16), each below 2^WIDTH, into one chunk of a plane."""
-    SLABS: tl.constexpr = chunk_size(D, WIDTH, START) // 16
-    LANE_BITS: tl.constexpr = SLABS * WIDTH
-    shift = (tl.arange(0, SLABS) * WIDTH)[None, :, None]
-    words = tl.sum(codes << shift, 1)  # (HEADS, 16): the fields do not overlap, so the sum is an OR
-    byte = page + place * (D * WIDTH // 8) + START * WIDTH // 8
-    at = heads[:, None] * page_bytes(D, BITS)
-    if LANE_BITS == 32:
-        to = (byte + at).to(tl.pointer_type(tl.int32), bitcast=True) + tl.arange(0, 16)[None, :]
-        tl.store(to, words, mask=keep[:, None])
-    elif LANE_BITS == 16:
-        to = (byte + at).to(tl.pointer_type(tl.int16), bitcast=True) + tl.arange(0, 16)[None, :]
-        tl.store(to, words.to(tl.int16), mask=keep[:, None])
-    elif LANE_BITS == 8:
-        tl.store(byte + at + tl.arange(0, 16)[None, :], words.to(tl.uint8), mask=keep[:, None])
-    else:
-        SHARE: tl.constexpr = 8 // LANE_BITS
-        lanes = tl.reshape(words, (words.shape[0], 16 // SHARE, SHARE))
-        packed = tl.sum(lanes << (tl.arange(0, SHARE) * LANE_BITS)[None, None, :], 2)
-        tl.store(byte + at + tl.arange(0, 16 // SHARE)[None, :], packed.to(tl.uint8), mask=keep[:, None])
+def rotated(row, keep, cos, sin, first, DIM: tl.constexpr, HALF: tl.constexpr, WIDTH: tl.constexpr):
+    """reference.rope of features [first, first + WIDTH) of some tokens' heads, float32 (R, WIDTH).
+
+    Args:
+        row: (R,) pointers to heads; keep: which may be read.
+        cos: (R,) pointers to the tokens' cosines; as is sin. Not read where HALF is 0.
+        first: int32 (R,), multiples of WIDTH.
+        HALF: R / 2.
+    """
+    feature = first[:, None] + tl.arange(0, WIDTH)[None, :]
+    there = keep[:, None]
+    x = tl.load(row[:, None] + feature, mask=there, other=0.0).to(tl.float32)
+    if HALF > 0:
+        # Where the halves hold whole runs of WIDTH, a comparison by run keeps the loads wide.
+        position = first[:, None] if HALF % WIDTH == 0 else feature
+        lower = position < HALF
+        if 2 * HALF < DIM:
+            there = there & (position < 2 * HALF)
+        angle = feature - tl.where(lower, 0, HALF)
+        pair = tl.load(row[:, None] + (feature + tl.where(lower, HALF, -HALF)), mask=there, other=0.0).to(tl.float32)
+        c = tl.load(cos[:, None] + angle, mask=there, other=1.0)
+        s = tl.load(sin[:, None] + angle, mask=there, other=0.0)
+        turned = pair * s
+        x = x * c + tl.where(lower, -turned, turned)
+    return x
 
 
 @triton.jit
-def store_quantized(
-    row,
-    cos,
-    sin,
-    page,
-    place,
-    heads,
-    keep,
-    D: tl.constexpr,
-    BITS: tl.constexpr,
-    START: tl.constexpr,
-    HALF: tl.constexpr,
-):
-    """One chunk of features of a token's heads: rotate, transform, quantize (reference.quantize_kv), store.
+def hadamard16(x, FIRST: tl.constexpr):
+    """The transform of 16 of a tuple's tensors from FIRST on, before the norm: the sums of reference.hadamard.
+
+    A sum over the first i terms depends on as many bits of the lane as i has, so that lanes share it: 170 additions
+    for 16 lanes, not 240, in the same order.
+    """
+    sums = (x[FIRST],)
+    for i in tl.static_range(1, 16):
+        grown = ()
+        for lane in tl.static_range(power_above(i - 1)):
+            if odd_parity(lane & i):
+                grown = grown + (sums[lane] - x[FIRST + i],)
+            else:
+                grown = grown + (sums[lane] + x[FIRST + i],)
+        if power_above(i - 1) == i:  # a new bit: the lanes that have it began as the others did
+            for lane in tl.static_range(i):
+                grown = grown + (sums[lane] - x[FIRST + i],)
+        sums = grown
+    return sums
+
+
+@triton.jit
+def transformed(x, GROUP: tl.constexpr):
+    """reference.hadamard of a group, before the norm: a tuple of GROUP tensors."""
+    low = hadamard16(x, 0)
+    if GROUP == 32:
+        high = hadamard16(x, 16)
+        sums, differences = (), ()
+        for lane in tl.static_range(16):
+            sums = sums + (low[lane] + high[lane],)
+            differences = differences + (low[lane] - high[lane],)
+        low = sums + differences
+    return low
+
+
+@triton.jit
+def code_of(x, divisor, reciprocal, BITS: tl.constexpr):
+    """The code of a value in the low bits of an int32; what lies above them is to be cleared.
+
+    The quotient is correctly rounded, as the reference's is, though division itself takes four times as long: the
+    divisor has 11 bits, so that a quotient is never closer to the middle of two float32 numbers than 2^-12 of their
+    distance, and one correction leaves far less error than that.
+    """
+    quotient = x * reciprocal
+    units = tl.fma(tl.fma(-quotient, divisor, x), reciprocal, quotient)
+    # adding 1.5 * 2^23 rounds to the nearest integer, ties to even, and leaves it in the low bits
+    if BITS == 8:
+        whole = tl.minimum(tl.maximum(units, -127.0), 127.0) + (12582912.0 + 128.0)
+    else:
+        TOP: tl.constexpr = (1 << BITS) - 1
+        whole = tl.minimum(tl.maximum(tl.fma(units, 0.5, 0.5 * TOP), 0.0), TOP * 1.0) + 12582912.0
+    return whole.to(tl.int32, bitcast=True)
+
+
+@triton.jit
+def packed(codes, place, GROUP: tl.constexpr, FROM: tl.constexpr, WIDTH: tl.constexpr, GROUPS: tl.constexpr):
+    """Bits [FROM, FROM + WIDTH) of the codes of a chunk's groups as the words of a plane.
 
     Args:
-        row: pointer to the token's heads (H_kv, D).
-        page: pointer to the token's page.
-        place: its place within the page.
-        heads: (HEADS,) heads; keep: which of them exist.
-        START: first feature of the chunk of the low plane.
+        codes: tuple of GROUP int32 (R,).
+        place: int32 (R,), index of the group in its chunk of GROUPS groups.
+
+    Returns:
+        int32 (R / GROUPS, words of a chunk); of one word half may be empty.
+    """
+    ROWS: tl.constexpr = place.shape[0]
+    LANE_BITS: tl.constexpr = GROUP * GROUPS // 16 * WIDTH
+    LANES: tl.constexpr = min(32 // LANE_BITS, 16)
+    words = ()
+    for word in tl.static_range(16 // LANES):
+        sum = tl.zeros((ROWS,), tl.int32)
+        for lane in tl.static_range(LANES):
+            for slab in tl.static_range(GROUP // 16):
+                field = codes[slab * 16 + word * LANES + lane] & (((1 << WIDTH) - 1) << FROM)
+                sum |= shifted(field, FROM - lane * LANE_BITS - slab * WIDTH)
+        words = words + (sum << (place * (GROUP // 16 * WIDTH)),)
+    parts = tl.reshape(beside(words, 0, 16 // LANES), (ROWS // GROUPS, GROUPS, 16 // LANES))
+    return tl.sum(parts, 1)  # no two have a bit in common
+
+
+@triton.jit
+def page_of(pages, slot, stride_page):
+    """Pointers to the pages of slots, and the places within them; a negative slot counts as 0."""
+    slot = tl.maximum(slot, 0)
+    return pages + (slot // PAGE).to(tl.int64) * stride_page, (slot % PAGE).to(tl.int32)
+
+
+@triton.jit
+def store_plane(
+    codes, plane, place, keep, group, START: tl.constexpr, D: tl.constexpr, GROUP: tl.constexpr, FROM: tl.constexpr,
+    WIDTH: tl.constexpr, GROUPS: tl.constexpr, CHUNKS: tl.constexpr,
+):  # fmt: skip
+    """Put one plane of a run's codes into the pages.
+
+    Args:
+        codes: tuple of GROUP int32 (T CHUNKS GROUPS,).
+        plane: (T CHUNKS,) pointers to bytes, where the plane begins in the token's page.
+        place: (T CHUNKS,) places of the tokens within the page; keep: which tokens there are.
+        group: int32 (T CHUNKS GROUPS,), index of the group in its run.
+    """
+    words = packed(codes, group % GROUPS, GROUP, FROM, WIDTH, GROUPS)
+    ROWS: tl.constexpr = words.shape[0]
+    BYTES: tl.constexpr = GROUP * GROUPS * WIDTH // 8  # of a chunk
+    chunk = tl.arange(0, ROWS) % CHUNKS
+    to = plane + (place * (D * WIDTH // 8) + (START * WIDTH // 8 + chunk * BYTES))
+    if D * WIDTH % 32 == 0:
+        whole = to.to(tl.pointer_type(tl.int32), bitcast=True)
+        tl.store(whole[:, None] + tl.arange(0, BYTES // 4)[None, :], words, mask=keep[:, None])
+    else:  # a token's bytes are a multiple of two only
+        halves = tl.reshape(tl.join(words, words >> 16), (ROWS, 2 * words.shape[1])).to(tl.int16)
+        at = tl.arange(0, 2 * words.shape[1])[None, :]
+        whole = to.to(tl.pointer_type(tl.int16), bitcast=True)
+        tl.store(whole[:, None] + at, halves, mask=keep[:, None] & (at < BYTES // 2))
+
+
+@triton.jit
+def store_run(
+    x_ptr, cos_ptr, sin_ptr, rope_row_ptr, slot_ptr, pages, first, tokens, stride, stride_cos, stride_page,
+    START: tl.constexpr, SIZE: tl.constexpr, D: tl.constexpr, BITS: tl.constexpr, HALF: tl.constexpr, T: tl.constexpr,
+    HAS_ROWS: tl.constexpr,
+):  # fmt: skip
+    """Features [START, START + SIZE) of one head of T tokens: rotate, quantize (reference.quantize_kv), store.
+
+    Args:
+        x_ptr: pointer to the head of token 0.
+        pages: pointer to the head's part of page 0.
+        first: int32, the first token.
+        SIZE: a power of two: a run of equal chunks.
         HALF: pairs of features that turn; 0 for values.
     """
     WIDTH: tl.constexpr = low_width(BITS)
     GROUP: tl.constexpr = scale_group(D)
-    C: tl.constexpr = chunk_size(D, WIDTH, START)
-    SLABS: tl.constexpr = C // 16
-    R: tl.constexpr = heads.shape[0]
-    lane = tl.arange(0, 16)
-    head = tl.where(keep, heads * D, -1)[:, None]
-    x = tl.zeros((R, SLABS, 16), tl.float32)
-    for i in tl.static_range(16):
-        feature = (START + tl.arange(0, SLABS) * 16 + i)[None, :]
-        parity = lane & i
-        parity = parity ^ (parity >> 2)
-        parity = parity ^ (parity >> 1)
-        sign = 1.0 - 2.0 * (parity & 1).to(tl.float32)
-        x += rotated(row, head, feature, cos, sin, HALF)[:, :, None] * sign[None, None, :]
-    if GROUP == 32:
-        pairs = tl.permute(tl.reshape(x, (R, SLABS // 2, 2, 16)), (0, 1, 3, 2))
-        a, b = tl.split(pairs)
-        x = tl.reshape(tl.permute(tl.join(a + b, a - b), (0, 1, 3, 2)), (R, SLABS, 16))
-    x = tl.reshape(x * (GROUP**-0.5), (R, C // GROUP, GROUP))
-    largest = tl.max(tl.abs(x), 2)
-    STEPS: tl.constexpr = 127.0 if BITS == 8 else 2.0**BITS
-    scale = tl.minimum(tl.div_rn(largest, tl.full(largest.shape, STEPS, tl.float32)), 65504.0).to(tl.float16)
-    divisor = tl.where(scale == 0.0, 1.0, scale.to(tl.float32))
-    units = tl.div_rn(x, tl.broadcast_to(divisor[:, :, None], x.shape))
-    # adding and subtracting 1.5 * 2^23 rounds to the nearest integer, ties to even
-    if BITS == 8:
-        rounded = (tl.minimum(tl.maximum(units, -127.0), 127.0) + 12582912.0) - 12582912.0
-        codes = (rounded + 128.0).to(tl.int32)
+    RUN: tl.constexpr = SIZE // GROUP  # groups of a token here
+    CHUNK: tl.constexpr = min(512 // WIDTH, 256, SIZE)
+    CHUNKS: tl.constexpr = SIZE // CHUNK
+    VECTOR: tl.constexpr = 128 // x_ptr.dtype.element_ty.primitive_bitwidth
+    local = tl.arange(0, T * RUN)
+    group = local % RUN
+    token = first + local // RUN
+    keep = token < tokens
+    row = x_ptr + token.to(tl.int64) * stride
+    angle = token.to(tl.int64)
+    if HAS_ROWS and HALF > 0:
+        angle = tl.load(rope_row_ptr + token, mask=keep, other=0).to(tl.int64)
+    x = ()
+    for piece in tl.static_range(GROUP // VECTOR):
+        feature = START + group * GROUP + piece * VECTOR
+        cos, sin = cos_ptr + angle * stride_cos, sin_ptr + angle * stride_cos
+        x = x + columns(rotated(row, keep, cos, sin, feature, D, HALF, VECTOR))
+    x = transformed(x, GROUP)
+    largest = tl.abs(x[0])
+    for i in tl.static_range(1, GROUP):
+        largest = tl.maximum(largest, tl.abs(x[i]))
+    NORM: tl.constexpr = GROUP**-0.5
+    largest = largest * NORM
+    if BITS == 8:  # noqa: SIM108
+        step = tl.div_rn(largest, tl.full(largest.shape, 127.0, tl.float32))
     else:
-        TOP: tl.constexpr = (1 << BITS) - 1
-        clamped = tl.minimum(tl.maximum(units * 0.5 + 0.5 * TOP, 0.0), TOP * 1.0)
-        codes = ((clamped + 12582912.0) - 12582912.0).to(tl.int32)
-    codes = tl.reshape(codes, (R, SLABS, 16))
-    store_plane(page, heads, keep, place, codes & ((1 << WIDTH) - 1), D, BITS, WIDTH, START)
-    if BITS == 3:  # the chunks of planes of 2 and of 1 bits are the same
-        store_plane(page + PAGE * (D * 2 // 8), heads, keep, place, codes >> 2, D, BITS, 1, START)
+        step = largest * (0.5**BITS)
+    scale = tl.minimum(step, 65504.0).to(tl.float16)
+    divisor = tl.where(scale == 0.0, 1.0, scale.to(tl.float32))
+    reciprocal = tl.div_rn(tl.full(divisor.shape, 1.0, tl.float32), divisor)
+    codes = ()
+    for i in tl.static_range(GROUP):
+        codes = codes + (code_of(x[i] * NORM, divisor, reciprocal, BITS),)
+    slot = tl.load(slot_ptr + token, mask=keep, other=-1)
+    page, place = page_of(pages, slot, stride_page)
     scales = (page + PAGE * (D * BITS // 8)).to(tl.pointer_type(tl.float16), bitcast=True)
-    half_page: tl.constexpr = page_bytes(D, BITS) // 2
-    group = START // GROUP + tl.arange(0, C // GROUP)
-    tl.store(scales + heads[:, None] * half_page + group[None, :] * PAGE + place, scale, mask=keep[:, None])
+    tl.store(scales + (START // GROUP + group) * PAGE + place, scale, mask=slot >= 0)
+    token = first + tl.arange(0, T * CHUNKS) // CHUNKS
+    slot = tl.load(slot_ptr + token, mask=token < tokens, other=-1)
+    page, place = page_of(pages, slot, stride_page)
+    store_plane(codes, page, place, slot >= 0, group, START, D, GROUP, 0, WIDTH, CHUNK // GROUP, CHUNKS)
+    if BITS == 3:  # the chunks of planes of 2 and of 1 bits are the same
+        top = page + PAGE * (D * 2 // 8)
+        store_plane(codes, top, place, slot >= 0, group, START, D, GROUP, 2, 1, CHUNK // GROUP, CHUNKS)
 
 
 @triton.jit
-def append_heads(
-    row, cos, sin, pages, slot, stride_page, heads, keep,
-    D: tl.constexpr, BITS: tl.constexpr, HALF: tl.constexpr, DTYPE: tl.constexpr,
+def load_angles(table, row, keep, HALF: tl.constexpr):
+    """Cosines or sines of some tokens, float32 (T, a power of two of at least HALF)."""
+    at = tl.arange(0, power_above(HALF - 1))[None, :]
+    return tl.load(table + row[:, None] + at, mask=keep[:, None] & (at < HALF), other=0.0)
+
+
+@triton.jit
+def store_rotated(row, keep, c, s, to, store, D: tl.constexpr, HALF: tl.constexpr):
+    """reference.rope of a head of some tokens, in the type of `to`.
+
+    Args:
+        row: (T,) pointers to the heads; keep: (T,) which there are.
+        c, s: load_angles (HALF > 0).
+        to: (T,) pointers to the results; store: (T,) which to write.
+    """
+    if HALF > 0:
+        at = tl.arange(0, power_above(HALF - 1))[None, :]
+        there = keep[:, None] & (at < HALF)
+        x = tl.load(row[:, None] + at, mask=there, other=0.0).to(tl.float32)
+        y = tl.load(row[:, None] + (at + HALF), mask=there, other=0.0).to(tl.float32)
+        there = store[:, None] & (at < HALF)
+        tl.store(to[:, None] + at, (x * c - y * s).to(to.dtype.element_ty), mask=there)
+        tl.store(to[:, None] + (at + HALF), (y * c + x * s).to(to.dtype.element_ty), mask=there)
+    REST: tl.constexpr = D - 2 * HALF
+    if REST > 0:
+        at = tl.arange(0, power_above(REST - 1))[None, :]
+        x = tl.load(row[:, None] + (at + 2 * HALF), mask=keep[:, None] & (at < REST), other=0.0).to(tl.float32)
+        tl.store(to[:, None] + (at + 2 * HALF), x.to(to.dtype.element_ty), mask=store[:, None] & (at < REST))
+
+
+@triton.jit
+def append_head(
+    x_ptr, cos_ptr, sin_ptr, rope_row_ptr, slot_ptr, pages, c, s, first, tokens, stride, stride_cos, stride_page,
+    D: tl.constexpr, BITS: tl.constexpr, DTYPE: tl.constexpr, HALF: tl.constexpr, T: tl.constexpr,
+    HAS_ROWS: tl.constexpr,
 ):  # fmt: skip
-    """Keys or values of one token and some heads; `keep`: which of them there are."""
-    slot = tl.maximum(slot, 0)
-    place = (slot % PAGE).to(tl.int32)
-    page = pages + (slot // PAGE).to(tl.int64) * stride_page
+    """Keys or values of one head of T tokens into its pages; arguments as for store_run and store_rotated."""
     if BITS == 16:
+        token = first + tl.arange(0, T)
+        keep = token < tokens
+        slot = tl.load(slot_ptr + token, mask=keep, other=-1)
+        page, place = page_of(pages, slot, stride_page)
         to = page.to(tl.pointer_type(DTYPE), bitcast=True) + place * D
-        head = tl.where(keep, heads * D, -1)[:, None]
-        for chunk in tl.static_range(chunk_count(D, 2)):
-            feature = chunk_start(D, 2, chunk) + tl.arange(0, chunk_size(D, 2, chunk_start(D, 2, chunk)))[None, :]
-            x = rotated(row, head, feature, cos, sin, HALF)
-            tl.store(to + heads[:, None] * (PAGE * D) + feature, x.to(DTYPE), mask=keep[:, None])
+        store_rotated(x_ptr + token.to(tl.int64) * stride, keep, c, s, to, slot >= 0, D, HALF)
     else:
-        for chunk in tl.static_range(chunk_count(D, low_width(BITS))):
-            store_quantized(
-                row, cos, sin, page, place, heads, keep, D, BITS, chunk_start(D, low_width(BITS), chunk), HALF
-            )
+        for bit in tl.static_range(8, 3, -1):  # the runs: the powers of two that D is the sum of, largest first
+            if D & (1 << bit):
+                store_run(
+                    x_ptr, cos_ptr, sin_ptr, rope_row_ptr, slot_ptr, pages, first, tokens, stride, stride_cos,
+                    stride_page, D >> (bit + 1) << (bit + 1), 1 << bit, D, BITS, HALF, T, HAS_ROWS,
+                )  # fmt: skip
 
 
 @triton.jit
 def kv_append_kernel(
-    q_ptr, k_ptr, v_ptr, cos_ptr, sin_ptr, rope_row_ptr, slot_ptr, out_ptr, k_pages, v_pages,
+    q_ptr, k_ptr, v_ptr, cos_ptr, sin_ptr, rope_row_ptr, slot_ptr, out_ptr, k_pages, v_pages, tokens,
     stride_q, stride_k, stride_v, stride_cos, stride_k_page, stride_v_page,
-    H: tl.constexpr, H_KV: tl.constexpr, D: tl.constexpr, HALF: tl.constexpr, HEADS: tl.constexpr,
+    H: tl.constexpr, H_KV: tl.constexpr, D: tl.constexpr, HALF: tl.constexpr, T: tl.constexpr, HEADS: tl.constexpr,
     K_BITS: tl.constexpr, V_BITS: tl.constexpr, K_DTYPE: tl.constexpr, V_DTYPE: tl.constexpr,
     HAS_ROWS: tl.constexpr,
 ):  # fmt: skip
-    """Program (token, part): the parts are blocks of HEADS key heads, then value heads, then query heads."""
-    token = tl.program_id(0).to(tl.int64)  # the first axis alone takes more than 65535
+    """Program (token tile, part): T tokens of HEADS query heads from HEADS part on, and of key/value head part."""
+    first = tl.program_id(0) * T  # the first axis alone takes more than 65535
     part = tl.program_id(1)
-    angle = token
-    if HAS_ROWS:
-        angle = tl.load(rope_row_ptr + token).to(tl.int64)
-    cos, sin = cos_ptr + angle * stride_cos, sin_ptr + angle * stride_cos
-    slot = tl.load(slot_ptr + token)
-    present = tl.where(slot >= 0, H_KV, 0)  # a negative slot stores nothing
-    KV_PARTS: tl.constexpr = (H_KV + HEADS - 1) // HEADS
-    local = tl.arange(0, HEADS)
-    if part < KV_PARTS:
-        heads = part * HEADS + local
-        append_heads(
-            k_ptr + token * stride_k, cos, sin, k_pages, slot, stride_k_page, heads, heads < present,
-            D, K_BITS, HALF, K_DTYPE,
+    token = first + tl.arange(0, T)
+    keep = token < tokens
+    c, s = 0.0, 0.0  # placeholders
+    if HALF > 0:
+        row = token.to(tl.int64)
+        if HAS_ROWS:
+            row = tl.load(rope_row_ptr + token, mask=keep, other=0).to(tl.int64)
+        c = load_angles(cos_ptr, row * stride_cos, keep, HALF)
+        s = load_angles(sin_ptr, row * stride_cos, keep, HALF)
+    row = q_ptr + token.to(tl.int64) * stride_q
+    to = out_ptr + token.to(tl.int64) * (H * D)
+    for i in tl.static_range(HEADS):
+        head = part * HEADS + i
+        there = keep & (head < H)
+        store_rotated(row + head * D, there, c, s, to + head * D, there, D, HALF)
+    if part < H_KV:
+        append_head(
+            k_ptr + part * D, cos_ptr, sin_ptr, rope_row_ptr, slot_ptr, k_pages + part * page_bytes(D, K_BITS), c, s,
+            first, tokens, stride_k, stride_cos, stride_k_page, D, K_BITS, K_DTYPE, HALF, T, HAS_ROWS,
         )  # fmt: skip
-    elif part < 2 * KV_PARTS:
-        heads = (part - KV_PARTS) * HEADS + local
-        append_heads(
-            v_ptr + token * stride_v, cos, sin, v_pages, slot, stride_v_page, heads, heads < present,
-            D, V_BITS, 0, V_DTYPE,
+        append_head(
+            v_ptr + part * D, cos_ptr, sin_ptr, rope_row_ptr, slot_ptr, v_pages + part * page_bytes(D, V_BITS), c, s,
+            first, tokens, stride_v, stride_cos, stride_v_page, D, V_BITS, V_DTYPE, 0, T, HAS_ROWS,
         )  # fmt: skip
-    else:
-        heads = (part - 2 * KV_PARTS) * HEADS + local
-        head = tl.where(heads < H, heads * D, -1)[:, None]
-        for chunk in tl.static_range(chunk_count(D, 2)):
-            feature = chunk_start(D, 2, chunk) + tl.arange(0, chunk_size(D, 2, chunk_start(D, 2, chunk)))[None, :]
-            x = rotated(q_ptr + token * stride_q, head, feature, cos, sin, HALF)
-            to = out_ptr + token * (H * D) + heads[:, None] * D + feature
-            tl.store(to, x.to(out_ptr.dtype.element_ty), mask=(heads < H)[:, None])
 
 
 def kv_append(
@@ -283,8 +433,11 @@ def kv_append(
     out = torch.empty((tokens, heads, dim), dtype=q.dtype, device=q.device)
     if tokens == 0:
         return out
-    parts = 2 * triton.cdiv(kv_heads, HEADS) + triton.cdiv(heads, HEADS)
-    kv_append_kernel[(tokens, parts)](
+    group = heads // kv_heads
+    several = group if group <= MOST_HEADS else SEVERAL
+    threads = 64 if current_arch().startswith("gfx9") else 32
+    tile = threads // (power_below(dim) // scale_group(dim))
+    kv_append_kernel[(triton.cdiv(tokens, tile), max(kv_heads, triton.cdiv(heads, several)))](
         q,
         k,
         v,
@@ -295,6 +448,7 @@ def kv_append(
         out,
         k_pages,
         v_pages,
+        tokens,
         q.stride(0),
         k.stride(0),
         v.stride(0),
@@ -305,7 +459,8 @@ def kv_append(
         H_KV=kv_heads,
         D=dim,
         HALF=half,
-        HEADS=HEADS,
+        T=tile,
+        HEADS=several,
         K_BITS=k_format.bits,
         V_BITS=v_format.bits,
         K_DTYPE=tl.bfloat16 if k_kind == "bf16" else tl.float16,

@@ -90,6 +90,24 @@ def place_of(head_dim: int, bits: int, group: int) -> int:
 
 
 @triton.constexpr_function
+def power_above(number: int) -> int:
+    """The smallest power of two above a number."""
+    return 1 << number.bit_length()
+
+
+@triton.constexpr_function
+def power_below(number: int) -> int:
+    """The largest power of two that a positive number reaches."""
+    return 1 << (number.bit_length() - 1)
+
+
+@triton.constexpr_function
+def odd_parity(number: int) -> bool:
+    """Whether an odd number of bits is set."""
+    return number.bit_count() % 2 == 1
+
+
+@triton.constexpr_function
 def low_width(bits: int) -> int:
     """Width of the first plane of a code."""
     return 2 if bits == 3 else bits

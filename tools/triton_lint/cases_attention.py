@@ -41,6 +41,7 @@ def cases() -> list[Case]:
         decode_case("3", "3"),
         decode_case("2", "2"),
         decode_case("4", "4", dim=64),
+        decode_case("4", "4", dim=256),
         decode_case("4", "4", tokens=4),
         packed_case(quick=True),
         packed_case(dim=64),
@@ -48,6 +49,7 @@ def cases() -> list[Case]:
         paged_case("fp16", "fp16"),
         append_case("4", "4", quick=True),
         append_case("3", "2"),
+        append_case("8", "8"),
         append_case("fp16", "fp16"),
     ]
 
@@ -188,5 +190,9 @@ def append_case(k_kind: str, v_kind: str, *, tokens: int = 512, dim: int = 128, 
         return Work(bytes=read + written, units=tokens * (HEADS + 2 * KV_HEADS) * dim, steps=launch.programs)
 
     return Case(
-        f"kv_append/k{k_kind}-v{v_kind}/{tokens}x{dim}", launch, work=work, gates=gates_of(None, Gate()), quick=quick
+        f"kv_append/k{k_kind}-v{v_kind}/{tokens}x{dim}",
+        launch,
+        work=work,
+        gates=gates_of({"sm_90": Gate(over_floor=1.5)}, Gate()),
+        quick=quick,
     )

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from kbit.formats.codebooks import codebook
 from kbit.formats.quant_format import QuantFormat
 from kbit.kernels.triton import activate, dequantize, embed, norm, quantize, rotary, softcap
 from kbit.kernels.triton.layout import TritonWeight
@@ -139,8 +140,8 @@ def quantize_once(quant_format: QuantFormat, rows: int, columns: int) -> Any:
     x = meta(rows, columns)
     size, bits = quant_format.block_size, quant_format.bits
     scales, offsets = quantize.block_statistics(x, size, quant_format.asymmetric)
-    borders, codes = meta(2**bits - 1, dtype=torch.float32), meta(2**bits, dtype=torch.uint8)
-    return quantize.encode(x, scales, offsets, borders, codes, bits, size)
+    borders, codes = quantize.tables(torch.from_numpy(codebook(quant_format, columns).copy()), bits)
+    return quantize.encode(x, scales, offsets, borders, codes, bits, size, quantize.cell_table(borders, codes))
 
 
 def quantize_work(launch: Launch, quant_format: QuantFormat, size: int, packed: float) -> Work:
