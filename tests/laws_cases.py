@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -50,15 +50,17 @@ def measure(
     tokenizer: str = "t",
     data: str = "text.txt",
     originals: bool = True,
+    gradients: bool = False,
 ) -> list[Point]:
     """Rows of every model as it is and in every format.
 
     Args:
-        log_kl: the law: ln of the mean divergence. By default constant + ln(error on normal weights).
+        log_kl: the law: ln of the mean divergence. By default constant + ln(the noise's share on normal weights).
         noise: standard deviation of the logarithm of a cluster's divergence; the mean over the clusters scatters with it.
         loss_per_kl: how the loss follows the divergence, on average.
+        gradients: whether rows say what their errors cost to second order: exp(constant) times the error.
     """
-    law = log_kl or (lambda size, format: size.constant + math.log(gaussian_rounding(format).error))
+    law = log_kl or (lambda size, format: size.constant + math.log(gaussian_rounding(format).noise))
     generator = np.random.default_rng(seed)
     hardness = 1 + 0.15 * generator.standard_normal(CLUSTERS)  # of the text: the same for all models
     hardness /= hardness.mean()
@@ -73,7 +75,10 @@ def measure(
             kl = math.exp(law(size, format)) * factor
             step = noise * np.sqrt(kl) * 0.1 * generator.standard_normal(CLUSTERS)
             nll = base + loss_per_kl * kl + step
-            points.append(_point(size, format, method, nll, kl, tokens, embedding, tokenizer, data))
+            point = _point(size, format, method, nll, kl, tokens, embedding, tokenizer, data)
+            if gradients:
+                point = replace(point, expected_kl=math.exp(size.constant) * point.weight_error)
+            points.append(point)
     return points
 
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,14 +19,15 @@ from kbit.errors import UsageError
 from kbit.evaluate.statistics import Clusters, bootstrap_interval
 from kbit.formats.blockwise import quantize_blockwise
 from kbit.formats.quant_format import QuantFormat
+from kbit.scaling.laws import heldout
 from kbit.scaling.laws.bootstrap import interval, redraw, redraw_models, times_of
 from kbit.scaling.laws.fit import Fit, Laws, SuiteLaws, fit_laws
 from kbit.scaling.laws.fitting import loss_per_kl, train
-from kbit.scaling.laws.forms import FORMS, target, target_of
-from kbit.scaling.laws.gaussian import gaussian_rounding
+from kbit.scaling.laws.forms import FORMS, Form, Target, target, target_of
+from kbit.scaling.laws.gaussian import gaussian_rounding, noise_share
 from kbit.scaling.laws.heldout import hold_out
-from kbit.scaling.laws.suites import make_suites
-from kbit.scaling.laws.unquantized import MIN_MODELS_CHINCHILLA, fit_chinchilla
+from kbit.scaling.laws.suites import Model, make_suites
+from kbit.scaling.laws.unquantized import MIN_MODELS_CHINCHILLA, fit_chinchilla, fit_published
 from kbit.scaling.points import Point
 
 FORM = {form.name: form for form in FORMS}
@@ -199,6 +202,19 @@ def test_gaussian_error_is_that_of_the_quantizer(format: str) -> None:
     assert gaussian_rounding(format).error == pytest.approx(error, rel=0.02)
 
 
+@pytest.mark.parametrize("format", ["int2-b128", "nf3-b64", "lloyd2-b64", "int4-b64-asym"])
+def test_noise_is_what_no_scale_explains(format: str) -> None:
+    x = torch.randn(128, 1024, generator=torch.Generator().manual_seed(6))
+    back = quantize_blockwise(x, QuantFormat.parse(format)).dequantize()
+    cosine = float((back * x).sum() / (back.norm() * x.norm()))
+    assert gaussian_rounding(format).noise == pytest.approx(1 - cosine**2, rel=0.02)
+    error, gain = float((back - x).square().sum() / x.square().sum()), float((back * x).sum() / x.square().sum())
+    assert noise_share(error, gain) == pytest.approx(1 - cosine**2, rel=1e-3)
+    point = replace(measure(FAMILY[:1], [format])[1], weight_error=error, weight_gain=gain)
+    assert target_of(point).noise == pytest.approx(1 - cosine**2, rel=1e-3)
+    assert target(format, "rtn", error).noise == pytest.approx(1 - cosine**2, rel=0.03)
+
+
 def test_only_lopsided_codebooks_shift_the_mean() -> None:
     assert target("nf2-b64", "rtn").region == "shifted"
     assert target("int2-b64", "rtn").region == "far"
@@ -222,8 +238,8 @@ def test_a_point_and_its_format_string_are_the_same_target() -> None:
 
 def test_a_known_law_is_found_again() -> None:
     def law(size: Size, format: str) -> float:
-        error = gaussian_rounding(format).error
-        return size.constant + 1.1 * math.log(error) + 2.0 * error
+        noise = gaussian_rounding(format).noise
+        return size.constant + 1.1 * math.log(noise) + 2.0 * noise
 
     laws = laws_of(measure(log_kl=law, noise=0.0, loss_per_kl=0.9))
     for name in ("error", "gaussian", "format"):
@@ -234,6 +250,46 @@ def test_a_known_law_is_found_again() -> None:
         assert fit.r_squared == pytest.approx(1)
         assert fit.loss_worst < 1e-6
     assert laws.methods["rtn"].loss_per_kl[0] == pytest.approx(0.9)
+
+
+def test_what_gradients_say_needs_no_constant_of_a_models_own() -> None:
+    def law(size: Size, format: str) -> float:
+        noise = gaussian_rounding(format).noise
+        return size.constant + math.log(noise) + 3 * noise
+
+    points = measure(log_kl=law, noise=0.0, gradients=True)
+    laws = laws_of(points)
+    fit = fit_of(laws, "sensitivity")
+    assert value_of(fit, "q") == pytest.approx(3, abs=1e-6)
+    assert [value_of(fit, f"c({size.name})") for size in FAMILY] == pytest.approx([0, 0, 0], abs=1e-6)
+    by = {(held.form, held.left_out): held for held in laws.heldout}
+    for left_out in ("a model between others", "the smallest or the largest model"):
+        assert by["sensitivity", left_out].kl_factor == pytest.approx(1, abs=1e-6)
+    assert by["error", "the smallest or the largest model"].kl_factor == pytest.approx(math.exp(0.45), rel=0.01)
+    # Rows without it are passed over, and where no row has it, that is said.
+    half = [replace(point, expected_kl=None) if point.block_size == 128 else point for point in points]
+    assert fit_of(laws_of(half), "sensitivity").points == len(FAMILY) * len(FORMATS) // 2
+    none = laws_of(measure(noise=0.0))
+    assert not [fit for fit in none.fits if fit.name == "sensitivity"]
+    assert any("without gradients" in text for text in none.missing)
+
+
+def test_a_format_that_a_model_cannot_bear_does_not_move_the_others() -> None:
+    broken = "int3-b128"
+
+    def law(size: Size, format: str) -> float:
+        return size.constant + math.log(gaussian_rounding(format).noise) + (2.0 if format == broken else 0.0)
+
+    suite = make_suites(measure(FAMILY[:1], noise=0.02, log_kl=law))[0][0]
+    rows = [index for index, point in enumerate(suite.points) if not point.is_original]
+    targets = [target_of(suite.points[row]) for row in rows]
+    log_kl = np.log([[suite.points[row].kl] for row in rows])
+    trained = train(FORM["error"], suite.models, [suite.points[row].model_id for row in rows], targets, log_kl)
+    assert trained is not None
+    constant = trained.constants[suite.models[0].id][0]
+    missed = [value[0] - constant - trained.format_part(seen)[0] for value, seen in zip(log_kl, targets, strict=True)]
+    for seen, value in zip(targets, missed, strict=True):
+        assert value == pytest.approx(2.0 if seen.format == broken else 0.0, abs=0.05)
 
 
 def test_intervals_hold_the_truth_about_as_often_as_they_promise() -> None:
@@ -287,7 +343,7 @@ def test_bits_and_kumar_find_their_own_laws() -> None:
 
 def test_each_method_has_its_own_law() -> None:
     better = measure(
-        method="gptq", log_kl=lambda size, format: size.constant - 1 + math.log(gaussian_rounding(format).error)
+        method="gptq", log_kl=lambda size, format: size.constant - 1 + math.log(gaussian_rounding(format).noise)
     )
     laws = laws_of([*measure(), *[point for point in better if not point.is_original]])
     both = {fit.method: value_of(fit, "c(small)") for fit in laws.fits if fit.name == "error"}
@@ -323,6 +379,35 @@ def test_the_power_law_of_models_as_they_are() -> None:
     assert {held.left_out for held in left_out} == {"a model between others", "the smallest or the largest model"}
     assert sum(held.count for held in left_out) == 5
     assert max(held.worst for held in left_out) < 1e-6
+
+
+def test_the_published_law_of_models_as_they_are() -> None:
+    def loss(n: int, d: int) -> float:
+        return 1.9 + 0.15 * (406.4 / n**0.34 + 410.7 / d**0.28)
+
+    family = [replace(size, loss=loss(size.linear, size.tokens or 1)) for size in power_family(5)]
+    laws = laws_of(measure(family, FORMATS[:1]))
+    fit = fit_of(laws, "published")
+    assert value_of(fit, "E") == pytest.approx(1.9)
+    assert value_of(fit, "s") == pytest.approx(0.15)
+    left_out = [held for held in laws.heldout if held.form == "published"]
+    assert sum(held.count for held in left_out) == 5
+    assert max(held.worst for held in left_out) < 1e-6
+    assert laws.published is not None
+    for n, d in ((10**7, 10**9), (10**9, 10**11)):
+        assert math.exp(laws.published.at(n, d)[0][0]) == pytest.approx(loss(n, d))
+    # Without the tokens of a model there is no such law, and a loss that falls faster than it can has no negative E.
+    unknown = [replace(family[0], tokens=None), *family[1:]]
+    assert laws_of(measure(unknown, FORMATS[:1])).published is None
+    steep = [replace(size, loss=size.loss - 1.895) for size in family]
+    law = laws_of(measure(steep, FORMATS[:1])).published
+    assert law is not None
+    assert law.E[0] == pytest.approx(0.005, abs=1e-6)
+    negative = fit_published(laws.suite.models, np.array([[size.loss - 1.95] for size in family]))
+    assert negative is not None
+    assert negative.E[0] == 0
+    assert negative.s[0] > 0
+    assert laws_of(measure(power_family(8), ["nf4-b64"])).published is None
 
 
 def test_too_few_models_are_not_given_an_interval() -> None:
@@ -380,7 +465,7 @@ def test_held_out_points_are_really_left_out() -> None:
     odd = "int4-b64"
 
     def law(size: Size, format: str) -> float:
-        return size.constant + math.log(gaussian_rounding(format).error) + (math.log(3) if format == odd else 0.0)
+        return size.constant + math.log(gaussian_rounding(format).noise) + (math.log(3) if format == odd else 0.0)
 
     suite = make_suites(measure(log_kl=law, noise=0.0))[0][0]
     rows = [index for index, point in enumerate(suite.points) if not point.is_original]
@@ -403,6 +488,25 @@ def test_held_out_points_are_really_left_out() -> None:
         max(1 - size.loss / point.nll for point in points for size in FAMILY if size.name == point.model)
     )
     assert sum(count for count, _, _ in nothing.by_bits.values()) == nothing.count == len(points)
+
+
+def test_a_twin_is_left_out_with_its_format(monkeypatch: pytest.MonkeyPatch) -> None:
+    points = measure(FAMILY[:1], FORMATS[:8])
+    points.append(replace(points[3], key="twin", format="float3e1m1-row", dtype="float", block_size=0))
+    twins = {points[3].format, points[-1].format}
+    suite = make_suites(points)[0][0]
+    rows = [index for index, point in enumerate(suite.points) if not point.is_original]
+    seen: list[set[str]] = []
+
+    def spy(form: Form, models: Sequence[Model], owners: Sequence[str], targets: Sequence[Target], *rest: Any) -> Any:
+        seen.append({target.format for target in targets})
+        return train(form, models, owners, targets, *rest)
+
+    monkeypatch.setattr(heldout, "train", spy)
+    hold_out(suite, "rtn", [suite.points[row] for row in rows], redraw(suite.points, 5).only(rows))
+    assert any(not formats & twins for formats in seen)
+    assert any(formats >= twins for formats in seen)
+    assert all(formats >= twins or not formats & twins for formats in seen)
 
 
 def test_a_model_left_out_is_predicted_from_the_others() -> None:

@@ -62,7 +62,7 @@ def test_formats_that_were_not_measured_are_predicted_within_their_intervals() -
 
 def test_a_format_of_other_models_is_predicted_with_its_own_factor() -> None:
     def law(size: Size, format: str) -> float:
-        return size.constant + math.log(gaussian_rounding(format).error) + (0.7 if "nf" in format else 0.0)
+        return size.constant + math.log(gaussian_rounding(format).noise) + (0.7 if "nf" in format else 0.0)
 
     points = measure(log_kl=law, noise=0.05)
     left_out = [point for point in points if (point.model, point.format) == ("middle", "nf4-b64")]
@@ -85,6 +85,22 @@ def test_a_model_that_was_not_measured(laws: Laws) -> None:
     assert len(beyond.extrapolated) == 2
     assert "1000000000 parameters" in beyond.extrapolated[0]
     assert predict(laws, Query(ORIGINAL, linear_parameters=2_000_000)).basis == "power"
+    trained = predict(laws, Query(ORIGINAL, linear_parameters=2_000_000, training_tokens=20_000_000))
+    assert trained.basis == "published"
+    assert 3.8 < trained.nll < 4.2
+    assert trained.nll_low < trained.nll < trained.nll_high
+
+
+def test_a_model_whose_gradients_were_taken() -> None:
+    laws = fit_laws(measure(noise=0.02, gradients=True), draws=100)
+    error = gaussian_rounding("nf4-b32").error
+    query = Query("nf4-b32", linear_parameters=10**9, original_nll=3.0, weight_error=error, expected_kl=5 * error)
+    found = predict(laws, query)
+    assert found.basis == "sensitivity"
+    # Far from the measured models, and with a divergence for its error that none of them has.
+    assert found.kl == pytest.approx(5 * gaussian_rounding("nf4-b32").noise, rel=0.05)
+    with pytest.raises(UsageError, match="expected divergence"):
+        predict(laws, Query("nf4-b32", model="small", expected_kl=0.0))
 
 
 def test_what_lies_beyond_the_laws_is_marked(laws: Laws) -> None:

@@ -88,7 +88,7 @@ def measure_sensitivity(
         CheckpointError, UnsupportedError: a model that cannot be run (kbit.models.load).
         KbitError: gradients that are NaN or infinite, or a matrix of zeros.
     """
-    decoder = load_decoder(source, _KeepingBackend())
+    decoder = load_decoder(source, KeepingBackend())
     definition = DecoderDefinition(decoder.spec, decoder.weights)
     names = matrix_names(decoder.spec.names, decoder.weights)
     places = {id(weight): place for place, (_, weight) in enumerate(names)}
@@ -148,7 +148,7 @@ def matrix_names(names: TensorNames, weights: DecoderWeights) -> list[tuple[str,
     return found
 
 
-class _KeepingBackend(ReferenceBackend):
+class KeepingBackend(ReferenceBackend):
     """Keeps matrices in the precision they are stored in, quantized ones packed: every use makes them float32."""
 
     def __init__(self) -> None:
@@ -200,8 +200,25 @@ def _traces(
 ) -> NDArray[np.float64]:
     """Estimates of the sum over scored positions of tr(F), for each pass and matrix: float64 (probes, matrices)."""
     sums = np.zeros((probes, len(places)))
+    backward_passes(
+        definition, TracingOps(definition, ids.shape[1], places, sums), ids, first_scored, probes, generator
+    )
+    return sums
+
+
+def backward_passes(
+    definition: DecoderDefinition,
+    ops: TracingOps,
+    ids: torch.Tensor,
+    first_scored: int,
+    probes: int,
+    generator: torch.Generator,
+) -> None:
+    """Run a text, ids (1, T), and send `probes` random u back from its scored positions; `ops.add` gets the gradients.
+
+    The expected square of a gradient is the sum over the scored positions of the diagonal of F.
+    """
     with torch.enable_grad():
-        ops = _TracingOps(definition, ids.shape[1], places, sums)
         logits = definition.head(ops, definition.body(ops, ids))[0, first_scored:]  # (S, V)
         roots = torch.softmax(logits.detach(), dim=1).sqrt_()  # sqrt(p)
         for probe in range(probes):
@@ -211,10 +228,9 @@ def _traces(
             u = roots * signs
             u -= roots.square() * u.sum(dim=1, keepdim=True)
             torch.autograd.backward(logits, u, retain_graph=probe + 1 < probes)
-    return sums
 
 
-class _TracingOps(RowOps):
+class TracingOps(RowOps):
     """The reference's operations with gradients, for one text from its start; a backward pass adds up squared norms.
 
     Attributes:
@@ -256,11 +272,9 @@ class _TracingOps(RowOps):
         out = torch.nn.functional.scaled_dot_product_attention(q, k, v, seen, scale=attention.scale)  # (1, H, T, D)
         return out.transpose(1, 2).flatten(-2)
 
-    def add(self, weight: Weight, square: float) -> None:
-        """Take a matrix's squared gradient norm; of others than those asked for (the head), nothing."""
-        place = self._places.get(id(weight))
-        if place is not None:
-            self._sums[self.row, place] += square
+    def add(self, weight: Weight, gradient: torch.Tensor) -> None:
+        """Take the gradient (N, K) of a matrix that is asked for."""
+        self._sums[self.row, self._places[id(weight)]] += float(gradient.square().sum(dtype=torch.float64))
 
     def wants(self, weight: Weight) -> bool:
         """Whether a matrix's gradient is asked for."""
@@ -268,10 +282,10 @@ class _TracingOps(RowOps):
 
 
 class _TracedLinear(torch.autograd.Function):
-    """x W^T whose backward pass forms the weight's gradient only to take its squared norm."""
+    """x W^T whose backward pass forms the weight's gradient only to hand it to the operations."""
 
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, weight: Weight, ops: _TracingOps) -> torch.Tensor:
+    def forward(ctx: Any, x: torch.Tensor, weight: Weight, ops: TracingOps) -> torch.Tensor:
         ctx.save_for_backward(x)
         ctx.weight, ctx.ops = weight, ops
         return torch.nn.functional.linear(x, _dense(weight))
@@ -281,8 +295,7 @@ class _TracedLinear(torch.autograd.Function):
         (grad,) = grads
         (x,) = ctx.saved_tensors
         if ctx.ops.wants(ctx.weight):
-            gradient = grad.flatten(0, -2).T @ x.flatten(0, -2)  # (N, K)
-            ctx.ops.add(ctx.weight, float(gradient.square().sum(dtype=torch.float64)))
+            ctx.ops.add(ctx.weight, grad.flatten(0, -2).T @ x.flatten(0, -2))  # (N, K)
         return grad @ _dense(ctx.weight), None, None
 
 

@@ -58,6 +58,10 @@ class Point:
             same clusters for all formats of a model.
         quantize_seconds, evaluate_seconds: what it took.
         created: date and time, ISO 8601, UTC.
+        weight_gain: how much of the linear weights is left in the quantized ones, <w, q> / <w, w>; None where an older
+            kbit measured the row.
+        expected_kl: the divergence that the errors of the linear weights make to second order, from gradients of the
+            model as it is (kbit.evaluate.fisher), nats per token; None where they were not taken.
     """
 
     key: str
@@ -91,6 +95,8 @@ class Point:
     quantize_seconds: float
     evaluate_seconds: float
     created: str
+    weight_gain: float | None = None
+    expected_kl: float | None = None
 
     @property
     def is_original(self) -> bool:
@@ -191,8 +197,8 @@ def _parse(line: str, where: str) -> Point:
         if kind.startswith("tuple"):
             good = isinstance(value, list) and all(_is_number(item) for item in value)
             value = tuple(float(item) for item in value) if good and value is not None else None
-        elif kind == "float":
-            good = _is_number(value)
+        elif kind.startswith("float"):
+            good = _is_number(value) or (value is None and "None" in kind)
             value = float(value) if good and value is not None else value
         elif kind == "str":
             good = isinstance(value, str)

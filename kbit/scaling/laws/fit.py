@@ -9,7 +9,6 @@ judges all of them on what they were not fitted to (laws.heldout) and finds the 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -21,53 +20,30 @@ from kbit.evaluate.json_values import finite
 from kbit.evaluate.statistics import SEED
 from kbit.scaling.laws.best_width import BestWidths, best_widths
 from kbit.scaling.laws.bootstrap import DRAWS, LEVEL, Array, Draws, interval, redraw, redraw_models, times_of
+from kbit.scaling.laws.describe import Fit as Fit
+from kbit.scaling.laws.describe import Parameter as Parameter
+from kbit.scaling.laws.describe import (
+    between_parameters,
+    describe_form,
+    describe_original,
+    describe_published,
+    parameter_of,
+)
 from kbit.scaling.laws.fitting import Between, Trained, loss_per_kl, train
-from kbit.scaling.laws.forms import FORMS, Form, Target, target_of
+from kbit.scaling.laws.forms import FORMS, SENSITIVITY, target_of
 from kbit.scaling.laws.heldout import HeldOut, Residuals, hold_out, hold_out_originals
-from kbit.scaling.laws.suites import FEW_CLUSTERS, Model, Suite, make_suites
-from kbit.scaling.laws.unquantized import MIN_MODELS_CHINCHILLA, fit_chinchilla, fit_power
+from kbit.scaling.laws.suites import FEW_CLUSTERS, Suite, make_suites
+from kbit.scaling.laws.unquantized import (
+    MIN_MODELS_CHINCHILLA,
+    Published,
+    fit_chinchilla,
+    fit_power,
+    fit_published,
+)
 from kbit.scaling.points import Point
 
 # Divergences below this are rounding noise of the arithmetic, not a cost of the format.
 MIN_KL = 1e-9
-
-
-@dataclass(frozen=True)
-class Parameter:
-    """A fitted number and its interval. An unbounded interval means: too few models to say."""
-
-    name: str
-    value: float
-    low: float
-    high: float
-
-
-@dataclass(frozen=True)
-class Fit:
-    """A form fitted to the points of one method.
-
-    Attributes:
-        name: "format", "error", "gaussian", "bits", "kumar"; "power" or "chinchilla" for models as they are.
-        method: whose points; "original" for models as they are.
-        title, formula: for people.
-        parameters: constants of models bear the models' names, which are text from outside.
-        points, models: how many were fitted.
-        r_squared: share of the variance explained, of ln KL (of ln loss for models as they are), on the points fitted.
-        spread: root mean square residual of the same logarithm.
-        loss_median, loss_worst: relative error of the loss on the points fitted; see HeldOut for the error on others.
-    """
-
-    name: str
-    method: str
-    title: str
-    formula: str
-    parameters: tuple[Parameter, ...]
-    points: int
-    models: int
-    r_squared: float
-    spread: float
-    loss_median: float
-    loss_worst: float
 
 
 @dataclass(frozen=True, eq=False)
@@ -99,7 +75,8 @@ class SuiteLaws:
         best: the best widths by axis, method and data type.
         missing: what was not fitted, and why.
         methods: what predictions are made of, by method.
-        power: the law of the models as they are, or None.
+        power: the power law of the models as they are, or None.
+        published: what predicts them better while models are few (laws.unquantized), or None.
         level: of the intervals.
     """
 
@@ -111,6 +88,7 @@ class SuiteLaws:
     missing: tuple[str, ...]
     methods: Mapping[str, MethodLaws]
     power: Between | None
+    published: Published | None
     level: float
 
     def to_dict(self) -> dict[str, Any]:
@@ -222,9 +200,11 @@ def _fit_suite(suite: Suite, draws: int, seed: int, level: float) -> SuiteLaws:
         laws = _fit_method(suite, method, rows, drawn, times, fits, heldout, missing, level)
         if laws is not None:
             methods[method] = laws
-    power = _fit_originals(suite, drawn, times, fits, heldout, missing, level)
+    power, published = fit_originals(suite, drawn, times, fits, heldout, missing, level)
     best = best_widths(suite, drawn, level)
-    return SuiteLaws(suite, drawn, tuple(fits), tuple(heldout), tuple(best), tuple(missing), methods, power, level)
+    return SuiteLaws(
+        suite, drawn, tuple(fits), tuple(heldout), tuple(best), tuple(missing), methods, power, published, level
+    )
 
 
 def _fit_method(
@@ -253,61 +233,19 @@ def _fit_method(
     for form in FORMS:
         found = train(form, suite.models, owners, targets, np.log(kl), times)
         if found is None:
-            missing.append(f'{method}: "{form.name}" ({form.title}): too few points or widths')
+            why = "too few points or widths"
+            if form is SENSITIVITY and not all(target.expected_kl for target in targets):
+                why = "points were measured without gradients of the model as it is"
+            missing.append(f'{method}: "{form.name}" ({form.title}): {why}')
             continue
         trained[form.name] = found
-        fits.append(_describe(suite, form, method, found, points, targets, kl, delta, ratio, level))
+        fits.append(describe_form(suite, form, method, found, points, targets, kl, delta, ratio, level))
     errors, residuals = hold_out(suite, method, points, drawn.only(rows))
     heldout += errors
     return MethodLaws(trained, residuals, ratio, scatter)
 
 
-def _describe(
-    suite: Suite,
-    form: Form,
-    method: str,
-    trained: Trained,
-    points: Sequence[Point],
-    targets: Sequence[Target],
-    kl: Array,
-    delta: Array,
-    ratio: Array,
-    level: float,
-) -> Fit:
-    rows = [at for at, target in enumerate(targets) if target.region == "near" and trained.knows(target)]
-    rows = [at for at in rows if points[at].model_id in trained.constants]
-    measured = np.log(kl[rows, 0])
-    fitted = np.array([trained.constants[points[at].model_id][0] + trained.format_part(targets[at])[0] for at in rows])
-    nll = np.array([points[at].nll for at in rows])
-    predicted = nll - delta[rows, 0] + ratio[0] * np.exp(fitted)
-    errors = np.abs(predicted / nll - 1)
-    parameters = [_parameter(name, values, level) for name, values in zip(trained.names, trained.slopes, strict=True)]
-    if form.name == "kumar":
-        slope = trained.slopes[0]
-        inverse = np.divide(1.0, slope, out=np.full_like(slope, math.inf), where=slope > 0)
-        parameters = [_parameter("gamma", inverse, level)]
-    if form.own_constant:
-        names = {model.id: model.name for model in suite.models}
-        parameters += [_parameter(f"c({names[key]})", values, level) for key, values in trained.constants.items()]
-        parameters += _between_parameters(trained.between, {"1": "c(any)", "N": "c, ln N", "D": "c, ln D"}, level)
-    else:
-        parameters += _between_parameters(trained.between, {"1": "ln C", "N": "-g_N", "D": "g_D"}, level)
-    return Fit(
-        form.name,
-        method,
-        form.title,
-        form.formula,
-        tuple(parameters),
-        len(rows),
-        len(trained.constants),
-        _r_squared(measured, fitted),
-        math.sqrt(float(np.mean(np.square(measured - fitted)))),
-        float(np.median(errors)),
-        float(errors.max()),
-    )
-
-
-def _fit_originals(
+def fit_originals(
     suite: Suite,
     drawn: Draws,
     times: Array | None,
@@ -315,11 +253,12 @@ def _fit_originals(
     heldout: list[HeldOut],
     missing: list[str],
     level: float,
-) -> Between | None:
+) -> tuple[Between | None, Published | None]:
+    """The laws of the models as they are: the power law; and the published one, where it is the one to predict with."""
     models = [model for model in suite.models if model.original is not None]
     if len({model.linear_parameters for model in models}) < 2:
         missing.append("models as they are: a law of the size needs two sizes")
-        return None
+        return None, None
     rows = [index for model in models for index, point in enumerate(suite.points) if point is model.original]
     nll = drawn.nll[rows]
     chosen = [index for index, model in enumerate(suite.models) if model.original is not None]
@@ -327,15 +266,20 @@ def _fit_originals(
     power = fit_power(models, nll, own_times)
     fitted = np.array([power.at(model.linear_parameters, model.training_tokens)[0][0] for model in models])
     names = {"1": "ln a", "N": "b (with d = 0)", "D": "c (with d = 0)"}
-    parameters = _between_parameters(power, names, level)
+    parameters = between_parameters(power, names, level)
     title = "power law of parameters and training tokens"
     formula = "L = a N^b D^c C^d, C = 6 N D"
-    fits.append(_describe_originals("power", title, formula, parameters, models, nll[:, 0], np.exp(fitted)))
+    fits.append(describe_original("power", title, formula, parameters, models, nll[:, 0], np.exp(fitted)))
     if power.degrees < 1:
         missing.append(
             f'models as they are: "power" has {len(power.names)} coefficients for {len(models)} models: it runs '
             "through them, and nothing can be said of how well it predicts another"
         )
+    published = fit_published(models, nll)
+    if published is None:
+        missing.append('models as they are: "published" needs training tokens, and sizes that differ')
+    else:
+        fits.append(describe_published(published, models, nll[:, 0], level))
     heldout += hold_out_originals(models, nll)
     big = fit_chinchilla(models, nll)
     if big is None:
@@ -344,60 +288,8 @@ def _fit_originals(
             f"different N and D; there are {len(models)}"
         )
     else:
-        parameters = [_parameter(name, values, level) for name, values in big.__dict__.items()]
+        parameters = [parameter_of(name, values, level) for name, values in big.__dict__.items()]
         predicted = np.array([big.at(model.linear_parameters, model.training_tokens or 1)[0] for model in models])
         title, formula = "Hoffmann et al. (2022), in Kumar et al. (2024)", "L = E + A / N^alpha + B / D^beta"
-        fits.append(_describe_originals("chinchilla", title, formula, parameters, models, nll[:, 0], predicted))
-    return power
-
-
-def _describe_originals(
-    name: str,
-    title: str,
-    formula: str,
-    parameters: Sequence[Parameter],
-    models: Sequence[Model],
-    nll: Array,
-    predicted: Array,
-) -> Fit:
-    errors = np.abs(predicted / nll - 1)
-    measured, fitted = np.log(nll), np.log(predicted)
-    return Fit(
-        name,
-        "original",
-        title,
-        formula,
-        tuple(parameters),
-        len(models),
-        len(models),
-        _r_squared(measured, fitted),
-        math.sqrt(float(np.mean(np.square(measured - fitted)))),
-        float(np.median(errors)),
-        float(errors.max()),
-    )
-
-
-def _between_parameters(between: Between, names: Mapping[str, str], level: float) -> list[Parameter]:
-    """Coefficients of a regression over models. Unless models were redrawn, their scatter is added to the text's."""
-    found = []
-    generator = np.random.default_rng(SEED)
-    for index, name in enumerate(between.names):
-        values = between.coefficients[index].copy()
-        if not between.redrawn:
-            if between.degrees < 1:
-                values[1:] = math.inf
-            else:
-                error = between.spread * math.sqrt(float(between.inverse[index, index]))
-                values[1:] += error * generator.standard_t(between.degrees, size=len(values) - 1)
-        found.append(_parameter(names[name], values, level))
-    return found
-
-
-def _parameter(name: str, values: Array, level: float) -> Parameter:
-    low, high = interval(values, level)
-    return Parameter(name, float(values[0]), low, high)
-
-
-def _r_squared(measured: Array, fitted: Array) -> float:
-    total = float(np.square(measured - measured.mean()).sum())
-    return 1 - float(np.square(measured - fitted).sum()) / total if total > 0 else math.nan
+        fits.append(describe_original("chinchilla", title, formula, parameters, models, nll[:, 0], predicted))
+    return power, published if len(models) < MIN_MODELS_CHINCHILLA else None

@@ -31,11 +31,13 @@ class Rounding:
         error: mean squared error over mean square.
         shift: mean error, in standard deviations of the weights: 0 but for sampling noise where the codebook is
             symmetric.
+        noise: the share of the rounded weights' energy that is not the weights at another scale (forms.Target.noise).
         bits_per_weight: stored, scales included, in rows of ROW weights.
     """
 
     error: float
     shift: float
+    noise: float
     bits_per_weight: float
 
 
@@ -64,4 +66,20 @@ def gaussian_rounding(format: str) -> Rounding:
     rounded = used[np.searchsorted((used[1:] + used[:-1]) / 2, (blocks - middle) / scale)] * scale + middle
     error = float(np.square(blocks - rounded).sum() / np.square(x).sum())
     shift = float((rounded - blocks).mean() / x.std())
-    return Rounding(error, shift, parsed.bits_per_weight(ROW, ROW))
+    gain = float((blocks * rounded).sum() / np.square(x).sum())
+    return Rounding(error, shift, noise_share(error, gain), parsed.bits_per_weight(ROW, ROW))
+
+
+def noise_share(error: float, gain: float) -> float:
+    """How much of what rounded weights q hold is noise: 1 - cos^2 of the angle between them and the weights w.
+
+    q = gain w + noise, the noise orthogonal to w. What a matrix at another scale does to a model is undone by the next
+    norm, or nearly, so the noise against the signal is what counts; the squared error of coarse formats is in good part
+    gain (int2 in blocks of 128 leaves 0.82 of the weights).
+
+    Args:
+        error: |q - w|^2 / |w|^2.
+        gain: <w, q> / <w, w>.
+    """
+    noise = max(error - (1 - gain) ** 2, 0.0)
+    return noise / (noise + gain**2) if noise else 0.0

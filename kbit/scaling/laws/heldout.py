@@ -1,9 +1,10 @@
 """How well the laws predict what they were not fitted to.
 
 Everything of one kind is left out, the law is fitted to the rest and asked for what was left out, one group after the
-other. Errors are relative to the loss. What is left out matters more than the form: a format whose neighbours were
-measured in the same model is easy, a model whose own loss is unknown is hard, so results are kept apart by what was
-left out.
+other. With a format goes its twin, if it has one (`int2` and `float2` are the same values, and so are a row and a block
+that is as long). Errors are relative to the loss. What is left out matters more than the form: a format whose
+neighbours were measured in the same model is easy, a model whose own loss is unknown is hard, so results are kept apart
+by what was left out.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from kbit.scaling.laws.curves import make_curves
 from kbit.scaling.laws.fitting import Trained, loss_per_kl, train
 from kbit.scaling.laws.forms import FORMS, Form, target_of
 from kbit.scaling.laws.suites import Model, Suite
-from kbit.scaling.laws.unquantized import fit_power
+from kbit.scaling.laws.unquantized import fit_own_loss, fit_power, fit_published
 from kbit.scaling.points import ORIGINAL, Point
 
 BETWEEN, OUTER = "a model between others", "the smallest or the largest model"
@@ -44,6 +45,7 @@ class HeldOut:
         worst_point: "MODEL, FORMAT" of the worst: text from outside.
         near_count, near_median, near_worst: of formats with small errors (forms.NEAR_ERROR: 3 bits and more); None of
             none.
+        far_count, far_median, far_worst: of coarser formats whose codebooks do not shift the mean ("far"); the same.
         kl_factor: the factor within which half of the divergences are predicted (1.1: within 10 %); None for what
             predicts losses alone.
         by_bits: width -> (count, median, worst).
@@ -61,6 +63,9 @@ class HeldOut:
     near_count: int
     near_median: float | None
     near_worst: float | None
+    far_count: int
+    far_median: float | None
+    far_worst: float | None
     kl_factor: float | None
     by_bits: dict[int, tuple[int, float, float]]
 
@@ -138,7 +143,7 @@ def hold_out(
 
 
 def hold_out_originals(models: Sequence[Model], nll: Array) -> list[HeldOut]:
-    """Judge the power law of the models as they are: each model predicted from the others.
+    """Judge the laws of the models as they are: each model predicted from the others.
 
     Args:
         models: M with their own loss measured.
@@ -146,23 +151,22 @@ def hold_out_originals(models: Sequence[Model], nll: Array) -> list[HeldOut]:
     """
     found: list[HeldOut] = []
     sizes = [model.linear_parameters for model in models]
-    for outer in (False, True):
-        errors, missed = [], 0
-        for index, model in enumerate(models):
-            if (model.linear_parameters in (min(sizes), max(sizes))) != outer:
-                continue
-            others = [other for other in models if other.id != model.id]
-            assert model.original is not None
-            if len({other.linear_parameters for other in others}) < 2:
-                missed += 1
-                continue
-            law = fit_power(others, np.delete(nll, index, axis=0)[:, :1])
-            if "D" in law.names and not model.training_tokens:
-                missed += 1
-                continue
-            predicted = math.exp(float(law.at(model.linear_parameters, model.training_tokens)[0][0]))
-            errors.append(_Errors(model.original, "near", abs(predicted / float(nll[index, 0]) - 1), None))
-        _add(found, ORIGINAL, "power", OUTER if outer else BETWEEN, errors, missed)
+    for name, fit in (("power", fit_power), ("published", fit_published)):
+        for outer in (False, True):
+            errors, missed = [], 0
+            for index, model in enumerate(models):
+                if (model.linear_parameters in (min(sizes), max(sizes))) != outer:
+                    continue
+                others = [other for other in models if other.id != model.id]
+                assert model.original is not None
+                different = len({other.linear_parameters for other in others}) > 1
+                law = fit(others, np.delete(nll, index, axis=0)[:, :1]) if different else None
+                if law is None or ("D" in law.names and not model.training_tokens):
+                    missed += 1
+                    continue
+                predicted = math.exp(float(law.at(model.linear_parameters, model.training_tokens)[0][0]))
+                errors.append(_Errors(model.original, "near", abs(predicted / float(nll[index, 0]) - 1), None))
+            _add(found, ORIGINAL, name, OUTER if outer else BETWEEN, errors, missed)
     return found
 
 
@@ -171,6 +175,8 @@ class _Case:
         self.suite = suite
         self.points = points
         self.owners = [point.model_id for point in points]
+        # The same codes give the same figures to the last digit.
+        self.identity = [(point.model_id, point.nll, point.kl) for point in points]
         self.targets = [target_of(point) for point in points]
         self.kl = draws.kl[:, :1]
         self.log_kl = np.log(self.kl)
@@ -203,7 +209,8 @@ class _Case:
             return [], 0
         for group in groups:
             out = [index for index in everything if label(index) == group]
-            fitted = self.fit(form, [index for index in everything if label(index) != group])
+            same = {self.identity[index] for index in out}
+            fitted = self.fit(form, [index for index in everything if self.identity[index] not in same])
             for index in out:
                 owner = self.owners[index]
                 if fitted is None or owner not in fitted[0].constants or not fitted[0].knows(self.targets[index]):
@@ -227,7 +234,7 @@ class _Case:
                 loss = model.original.nll if model.original is not None else math.nan
                 if not known:
                     losses = np.array([[other.original.nll] for other in others if other.original is not None])
-                    law = fit_power(others, losses)
+                    law = (fit_own_loss if model.training_tokens else fit_power)(others, losses)
                     loss = math.exp(law.at(model.linear_parameters, model.training_tokens)[0][0])
             except ValueError:
                 missed += len(out)
@@ -307,6 +314,7 @@ def _add(found: list[HeldOut], method: str, form: str, left_out: str, errors: Se
         return
     loss = np.array([error.loss for error in errors])
     near = np.array([error.loss for error in errors if error.region == "near"])
+    far = np.array([error.loss for error in errors if error.region == "far"])
     log_kl = [abs(error.log_kl) for error in errors if error.log_kl is not None]
     worst = errors[int(loss.argmax())].point
     by_bits: dict[int, tuple[int, float, float]] = {}
@@ -327,6 +335,9 @@ def _add(found: list[HeldOut], method: str, form: str, left_out: str, errors: Se
             len(near),
             float(np.median(near)) if len(near) else None,
             float(near.max()) if len(near) else None,
+            len(far),
+            float(np.median(far)) if len(far) else None,
+            float(far.max()) if len(far) else None,
             math.exp(float(np.median(log_kl))) if log_kl else None,
             by_bits,
         )

@@ -18,10 +18,11 @@ from kbit.evaluate.statistics import SEED
 from kbit.formats.quant_format import QuantFormat
 from kbit.scaling.laws.bootstrap import Array, interval
 from kbit.scaling.laws.fit import Laws, MethodLaws, SuiteLaws
-from kbit.scaling.laws.fitting import Trained
+from kbit.scaling.laws.fitting import Between, Trained
 from kbit.scaling.laws.forms import Target, target
 from kbit.scaling.laws.gaussian import ROW
 from kbit.scaling.laws.suites import Model
+from kbit.scaling.laws.unquantized import Published
 from kbit.scaling.points import ORIGINAL, Point
 
 # exp of this is far beyond any loss; it only keeps the arithmetic finite.
@@ -42,6 +43,7 @@ class Query:
         training_tokens: its D, if known.
         original_nll: its loss as it is in nats per token on the suite's text, if known.
         weight_error: relative squared error of its weights in the format, if they were quantized.
+        expected_kl: what this error costs to second order (kbit.evaluate.fisher), if that is known.
     """
 
     format: str
@@ -52,6 +54,7 @@ class Query:
     training_tokens: int | None = None
     original_nll: float | None = None
     weight_error: float | None = None
+    expected_kl: float | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,7 +66,8 @@ class Prediction:
         delta, delta_low, delta_high: loss above that of the model as it is, NaN if that was not measured. Narrower,
             since the text's difficulty cancels: the one to compare formats of a model by.
         kl, kl_low, kl_high: divergence from the model as it is, nats per token.
-        basis: MEASURED, or the name of the form used ("power" where only the loss of the model as it is was asked for).
+        basis: MEASURED, or the name of the form used (that of the law of models as they are, where only this loss was
+            asked for).
         extrapolated: in what way this lies beyond what was measured; empty if it does not.
         laws: the suite asked.
         nll_draws, delta_draws: (1 + R,) what the intervals are taken of; predictions of one suite share the draws of
@@ -113,7 +117,7 @@ def predict(laws: Laws, query: Query) -> Prediction:
         extrapolated += _beyond(own, query.linear_parameters, query.training_tokens)
     if format == ORIGINAL:
         zero = np.zeros_like(loss)
-        return _prediction(own, loss, zero, zero, "power" if model is None else MEASURED, extrapolated)
+        return _prediction(own, loss, zero, zero, _own_basis(own, model, query), extrapolated)
     methods = own.methods.get(query.method)
     if methods is None:
         known = ", ".join(own.methods) or "none"
@@ -121,7 +125,8 @@ def predict(laws: Laws, query: Query) -> Prediction:
             f"no law for the method {query.method!r} on {own.suite.name}: methods with one: {known}; measure some "
             "formats of 3 bits and more with it, by kbit scale"
         )
-    wanted = target(format, query.method, query.weight_error or _known_error(own, query.method, format))
+    error = query.weight_error or _known_error(own, query.method, format)
+    wanted = target(format, query.method, error, query.expected_kl)
     form, spread, degrees = _best_form(methods, wanted)
     trained = methods.trained[form]
     log_kl = trained.format_part(wanted) + _constant(trained, model, query, generator, extrapolated)
@@ -136,6 +141,8 @@ def predict(laws: Laws, query: Query) -> Prediction:
 def _choose(laws: Laws, query: Query) -> SuiteLaws:
     if query.weight_error is not None and not 0 < query.weight_error < math.inf:
         raise UsageError(f"weight error {query.weight_error}: it is a positive fraction, as in 0.008")
+    if query.expected_kl is not None and not 0 < query.expected_kl < math.inf:
+        raise UsageError(f"expected divergence {query.expected_kl}: it is a positive number of nats per token")
     if query.original_nll is not None and not 0 < query.original_nll < math.inf:
         raise UsageError(f"loss {query.original_nll}: it is a positive number of nats per token")
     if query.linear_parameters is not None and query.linear_parameters < 1:
@@ -175,11 +182,31 @@ def _own_loss(own: SuiteLaws, model: Model | None, query: Query, generator: np.r
         )
     n, tokens = query.linear_parameters, query.training_tokens
     try:
-        log_loss, error = own.power.at(n, tokens)
+        law = _own_law(own, tokens)
+        log_loss, error = law.at(n, tokens)
     except ValueError as problem:
         raise KbitError(f"the loss of a model of {n} parameters that was not measured: {problem}") from None
-    loss: Array = np.exp(np.minimum(_disturbed(log_loss, error, own.power.degrees, generator), _LARGEST))
+    loss: Array = np.exp(np.minimum(_disturbed(log_loss, error, law.degrees, generator), _LARGEST))
     return loss
+
+
+def _own_basis(own: SuiteLaws, model: Model | None, query: Query) -> str:
+    if model is not None:
+        return MEASURED
+    return "published" if own.published is not None and query.training_tokens else "power"
+
+
+def _own_law(own: SuiteLaws, training_tokens: int | None) -> Between | Published:
+    """The law for the loss of a model that was not measured.
+
+    Raises:
+        ValueError: there is none.
+    """
+    if own.published is not None and training_tokens:
+        return own.published
+    if own.power is None:
+        raise ValueError("no two models of other sizes were measured")
+    return own.power
 
 
 def _constant(

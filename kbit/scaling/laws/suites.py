@@ -175,6 +175,7 @@ def _unusable(point: Point) -> str | None:
     if counts == {0} or len(counts) > 1:
         return "its clusters do not match"
     numbers = (point.nll, point.kl, point.weight_error, *point.cluster_tokens, *point.cluster_nll, *point.cluster_kl)
+    numbers += tuple(number for number in (point.weight_gain, point.expected_kl) if number is not None)
     if not all(math.isfinite(number) for number in numbers):
         return "a loss or an error is not a number"
     if min(point.cluster_tokens) <= 0 or point.nll <= 0 or point.tokens <= 0 or point.text_bytes <= 0:

@@ -15,23 +15,28 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from kbit.checkpoint.source import CheckpointSource, TensorInfo
+from kbit.checkpoint.source import CheckpointSource
 from kbit.quantizers.methods import MethodInput, get_method
 from kbit.quantizers.plan import Plan, make_plan
 from kbit.scaling.points import ORIGINAL, Point
 from kbit.scaling.sweep.grid import Cell, dtype_label
+from kbit.scaling.sweep.metered import Delegating, MeteredSource
 from kbit.scaling.sweep.subject import Subject
 
 if TYPE_CHECKING:
     import torch
 
+    from kbit.evaluate.fisher import Diagonal
     from kbit.formats.quant_tensor import QuantTensor
     from kbit.ops.backend import Backend
-    from kbit.quantizers.view import QuantizedSource
 
 # Raised when the same model, format, text and arithmetic give other figures than before (a mended measure, a changed
 # codebook): points measured before are then measured again.
 MEASURE_VERSION = 1
+
+# Gradients of larger models are not taken (kbit.evaluate.fisher): torch needs minutes for each window of theirs, and
+# memory that the processes were not planned with. Their points have no expected divergence.
+MAX_GRADIENT_PARAMETERS = 1_000_000_000
 
 # (windows done, windows in all, mean loss so far in nats)
 OnWindow = Callable[[int, int, float], None]
@@ -66,7 +71,7 @@ class Task:
         arithmetic: how to run it.
         text_name, text_sha256: the text.
         logits: file of the original's logits: read for a quantized model, written for the original; None: an original
-            whose logits nobody needs.
+            whose logits nobody needs. Beside it, ending in .npz, lies what the original's gradients say of its weights.
         threads: of this task.
         keep_weights: hold the model's weights in memory between tasks.
     """
@@ -140,7 +145,8 @@ def measure(task: Task, on_window: OnWindow | None = None) -> Point:
     started = time.perf_counter()
     quantized = get_method(cell.method).apply(MethodInput(model.source, plan, model.read))
     formats = {tensor.source.name: str(tensor.format) for tensor in planned}
-    metered = MeteredSource(quantized, formats, linear, time.perf_counter() - started)
+    diagonal = _diagonal(task.logits)
+    metered = MeteredSource(quantized, formats, linear, time.perf_counter() - started, diagonal)
     decoder = load_decoder(metered, model.backend)
     started = time.perf_counter()
     comparison = compare(decoder, reference, subject.windows, on_window)
@@ -153,6 +159,8 @@ def measure(task: Task, on_window: OnWindow | None = None) -> Point:
         linear_bits=in_linear + sum(extra[name] for name in linear),
         total_bits=8 * plan.bytes_after + sum(extra.values()),
         weight_error=metered.error,
+        weight_gain=metered.gain,
+        expected_kl=metered.expected_kl,
         quantize_seconds=metered.seconds,
         evaluate_seconds=seconds,
     )
@@ -174,8 +182,38 @@ def _measure_original(task: Task, model: _Model, on_window: OnWindow | None) -> 
         with WritingLogits(decoder, windows, task.logits) as writing:
             result = evaluate_perplexity(writing, windows, on_window)
     seconds = time.perf_counter() - started
+    if task.logits is not None:
+        _take_gradients(task, model)
     point = _point(task, model.backend.describe(), result.nll, np.zeros_like(result.nll), 1.0)
     return replace(point, evaluate_seconds=seconds)
+
+
+def _take_gradients(task: Task, model: _Model) -> None:
+    """Write what the model's gradients say of its weights beside its logits, unless it is there or the model too large.
+
+    Raises:
+        KbitError: it cannot be written, or gradients are NaN.
+    """
+    from kbit.errors import KbitError
+    from kbit.evaluate.fisher import measure_diagonal, write_diagonal
+
+    assert task.logits is not None
+    path = task.logits.with_suffix(".npz")
+    if path.exists() or task.subject.parameters > MAX_GRADIENT_PARAMETERS:
+        return
+    try:
+        # The weights as they are stored, not as this process holds them: half the memory.
+        write_diagonal(path, measure_diagonal(model.source, task.subject.windows))
+    except OSError as error:
+        raise KbitError(f"{path}: cannot be written ({error.strerror or error}); choose another --out") from error
+
+
+def _diagonal(logits: Path) -> Mapping[str, Diagonal]:
+    """What `_take_gradients` wrote; nothing where it was not taken."""
+    from kbit.evaluate.fisher import read_diagonal
+
+    path = logits.with_suffix(".npz")
+    return read_diagonal(path) if path.exists() else {}
 
 
 def _point(task: Task, backend: str, nll: object, kl: object, top1: float) -> Point:
@@ -220,82 +258,6 @@ def _point(task: Task, backend: str, nll: object, kl: object, top1: float) -> Po
         evaluate_seconds=0.0,
         created=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
     )
-
-
-class Delegating(CheckpointSource):
-    """A source that is another one, but for what a subclass changes."""
-
-    def __init__(self, source: CheckpointSource) -> None:
-        self.path, self.config = source.path, source.config
-        self.source = source
-
-    @property
-    def tensors(self) -> Mapping[str, TensorInfo]:
-        return self.source.tensors
-
-    def read_rows(self, name: str, start: int, stop: int) -> torch.Tensor:
-        return self.source.read_rows(name, start, stop)
-
-    def read(self, name: str) -> torch.Tensor:
-        return self.source.read(name)
-
-    def read_weight(self, name: str) -> torch.Tensor | QuantTensor:
-        return self.source.read_weight(name)
-
-    def sidecar_files(self) -> Mapping[str, bytes]:
-        return self.source.sidecar_files()
-
-    def fingerprint(self) -> str:
-        return self.source.fingerprint()
-
-    def close(self) -> None:
-        self.source.close()
-
-
-class MeteredSource(Delegating):
-    """A quantized model that keeps count, as its weights are read, of their error and of the time quantizing takes.
-
-    Args:
-        source: what a method returned.
-        formats: the planned weights' formats, which are what these weights are stored as.
-        counted: names of the weights whose error counts.
-        seconds: time the method has taken so far.
-    """
-
-    def __init__(
-        self, source: QuantizedSource, formats: Mapping[str, str], counted: frozenset[str], seconds: float
-    ) -> None:
-        super().__init__(source)
-        # Not what the original is stored as: values that come as floats would be rounded to its 16 bits.
-        self._tensors = {
-            name: replace(info, stored_as=formats.get(name, info.stored_as)) for name, info in source.tensors.items()
-        }
-        self._quantized, self._counted = source, counted
-        self._squares = self._errors = 0.0
-        self.seconds = seconds
-
-    @property
-    def tensors(self) -> Mapping[str, TensorInfo]:
-        return self._tensors
-
-    @property
-    def error(self) -> float:
-        """Squared error of the counted weights read so far over their square; 0 where all of them are zero."""
-        return self._errors / self._squares if self._squares else 0.0
-
-    def read_weight(self, name: str) -> torch.Tensor | QuantTensor:
-        from kbit.formats.quant_tensor import QuantTensor
-
-        started = time.perf_counter()
-        weight = self._quantized.read_weight(name)
-        self.seconds += time.perf_counter() - started
-        if name in self._counted:
-            target = self._quantized.target(name).reshape(-1)
-            values = weight.dequantize() if isinstance(weight, QuantTensor) else weight.float()
-            difference = values.reshape(-1) - target
-            self._errors += float(difference.dot(difference))
-            self._squares += float(target.dot(target))
-        return weight
 
 
 class _Model(Delegating):

@@ -6,6 +6,7 @@ processes. Rows are written as they come; a run that is killed at any moment lea
     OUT/points.jsonl         the table
     OUT/sweep.json           what all its rows share: text, windows, arithmetic
     OUT/reference-*.logits   while the sweep runs: the originals' logits (kbit.evaluate.shared_logits)
+    OUT/reference-*.npz      the same time: what their gradients say of their weights (kbit.evaluate.fisher)
 """
 
 from __future__ import annotations
@@ -348,6 +349,7 @@ def _locked(out: Path) -> Iterator[None]:
 
 def _remove_logits(path: Path) -> None:
     _remove(path.with_suffix(".done"))
+    _remove(path.with_suffix(".npz"))
     _remove(path)
 
 
