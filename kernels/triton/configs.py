@@ -156,15 +156,15 @@ def gemm_config(arch: str, problem: Problem) -> GemmConfig:
         tiles, tokens, warps = (4, 32, 4) if wide or arch.startswith("gfx") else (8, 32, 4)
         if arch.startswith("gfx11") and columns == 256:  # 32 tokens spill
             tokens = 16
-    elif arch in _WGMMA and not wide:
-        # Least work for the busiest multiprocessor; of equals the larger tile, which decodes each weight less often.
-        shapes = ((8, 256, 8), (8, 128, 8), (4, 128, 4))
-        tiles, tokens, warps = min(shapes, key=lambda s: _rounds(arch, problem, s[0], s[1]) * s[0] * s[1])
     elif arch.startswith("gfx1"):
         few, many = (32, 128) if arch.startswith("gfx12") else (16 if columns == 256 else 32, 64)  # more would spill
         tiles, tokens, warps = 4, few if wide else many, 4
+    elif wide or arch == "sm_100" or arch.startswith("gfx"):
+        tiles, tokens, warps = 4, 128, 4
     else:
-        tiles, tokens, warps = (4, 128, 4) if wide or arch == "sm_100" or arch.startswith("gfx") else (8, 128, 8)
+        # Least work for the busiest multiprocessor; of equals the larger tile, which decodes each weight less often.
+        shapes = ((8, 256, 8), (8, 128, 8), (4, 128, 4))[0 if arch in _WGMMA else 1 :]
+        tiles, tokens, warps = min(shapes, key=lambda s: _rounds(arch, problem, s[0], s[1]) * s[0] * s[1])
     return GemmConfig(tiles, tokens, columns, _split(arch, problem, tiles, tokens, columns), warps, stages)
 
 
@@ -174,7 +174,7 @@ def rounded_config(arch: str, problem: Problem, activations: str, segment: int) 
     What the offline model says of 256 x 4096 x 4096 in microseconds, int4 in blocks of 64 (of 128), beside gemm's:
 
                 sm_80  86   89   90          100         120  gfx90a  942         1100  1201
-        gemm    58     155  104  9.3         11.8        54   77      14.8        82    44
+        gemm    58     155  52   9.3         11.8        54   77      14.8        82    44
         int8    48 (36)  43   15   11.1 (6.9)  14.8 (12.8)  14   58      14.9 (9.7)  79    25
         fp8                  26   7.4 (5.4)   7.3 (5.5)   27
 

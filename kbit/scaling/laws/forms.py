@@ -158,19 +158,19 @@ class Form:
 
     Attributes:
         name, title, formula: for people.
+        encoder: (formats in the fit) -> (names of the coefficients, encode).
         own_constant: whether every measured model has a constant of its own.
         universal: whether that of a model that was not measured is the others' mean, whatever its size.
         residuals: whether a format's mean residual over the models is added.
-        encoder: (formats in the fit) -> (names of the coefficients, encode).
     """
 
     name: str
     title: str
     formula: str
-    own_constant: bool
-    universal: bool
-    residuals: bool
     encoder: Callable[[Sequence[Target]], tuple[tuple[str, ...], Encode]]
+    own_constant: bool = True
+    universal: bool = False
+    residuals: bool = False
 
 
 def _from_noise(read: Callable[[Target], float | None]) -> Callable[[Sequence[Target]], tuple[tuple[str, ...], Encode]]:
@@ -237,9 +237,7 @@ SENSITIVITY = Form(
     name="sensitivity",
     title="errors of the weights by what the model's gradients say they cost",
     formula="ln KL = c + ln(v y / e) + q y",
-    own_constant=True,
     universal=True,
-    residuals=False,
     encoder=_sensitivity_encoder,
 )
 
@@ -249,8 +247,6 @@ FORMS = (
         name="format",
         title="error of the weights, and each format's own factor",
         formula="ln KL = c(model) + s ln y + q y + u(format)",
-        own_constant=True,
-        universal=False,
         residuals=True,
         encoder=_BY_ERROR,
     ),
@@ -258,27 +254,18 @@ FORMS = (
         name="error",
         title="error of the weights",
         formula="ln KL = c(model) + s ln y + q y",
-        own_constant=True,
-        universal=False,
-        residuals=False,
         encoder=_BY_ERROR,
     ),
     Form(
         name="gaussian",
         title="error on normal weights",
         formula="ln KL = c(model) + s ln g + q g",
-        own_constant=True,
-        universal=False,
-        residuals=False,
         encoder=_BY_GAUSSIAN,
     ),
     Form(
         name="bits",
         title="stored bits per weight",
         formula="ln KL = c(model) + a(data type) - kappa b",
-        own_constant=True,
-        universal=False,
-        residuals=False,
         encoder=_bits_encoder,
     ),
     Form(
@@ -286,8 +273,6 @@ FORMS = (
         title="Kumar et al. (2024)",
         formula="ln KL = ln C + g_D ln D - g_N ln N - k / gamma",
         own_constant=False,
-        universal=False,
-        residuals=False,
         encoder=_kumar_encoder,
     ),
 )
