@@ -55,8 +55,10 @@ def test_no_command_shows_the_help() -> None:
 
 
 @pytest.mark.skipif(os.name == "nt", reason="no such pipes there")
-def test_a_reader_that_goes_away_is_no_error(zoo: Path) -> None:
-    arguments = [sys.executable, "-m", "kbit.cli.main", "info", str(zoo / "good"), "--tensors"]
+@pytest.mark.parametrize("command", [("info", "--tensors"), ("run", "a", "--model")])
+def test_a_reader_that_goes_away_is_no_error(zoo: Path, command: tuple[str, ...]) -> None:
+    """Also with a model in memory: nothing is said of what the interpreter still holds at its end."""
+    arguments = [sys.executable, "-m", "kbit.cli.main", *command, str(zoo / "good")]
     reading, writing = os.pipe()
     os.close(reading)
     with open(writing, "w") as pipe:
