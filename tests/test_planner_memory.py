@@ -147,7 +147,8 @@ def test_a_large_head_counts_while_it_is_loaded() -> None:
     head = 400_000 * 48
     before = sum(prepared_bytes(weight) for weight in weights if weight.role != "head")
     use = predict_memory(spec, weights, context=64, prompt=8)
-    assert use.loading == before + 6 * head + tokenizer_bytes(400_000)
+    assert use.loading == before + 6 * head + use.tokenizer
+    assert 0.5 * tokenizer_bytes(400_000) < use.tokenizer < tokenizer_bytes(400_000)
     assert use.peak == use.loading > use.running
     small = planned_weights(spec, QuantFormat.parse("int4-b64"), head=QuantFormat.parse("int8-b64"))
     assert predict_memory(spec, small, context=64, prompt=8).loading < use.loading
