@@ -194,4 +194,4 @@ def test_a_process_takes_what_was_predicted(smollm2_gguf: Path, tmp_path: Path) 
     assert answer["prompt_tokens"] > 512
     use = predict_memory(spec, weights, context=context, prompt=answer["prompt_tokens"], kv="8", gguf=True)
     measured = answer["peak_rss_bytes"] - constant
-    assert abs(use.peak - measured) < 0.12 * measured, (use, measured)
+    assert abs(use.peak - measured) < 0.2 * measured, (use, measured)
