@@ -101,10 +101,7 @@ def chat(
             most = draft_limit(speculate, draft_tokens)
 
         import_torch()
-        from functools import partial
-
         from kbit.engine.conversation import Conversation, require_template
-        from kbit.engine.loader import load_model
         from kbit.engine.sampler import SamplingParams
         from kbit.engine.speculative import NGRAM, Speculation, load_drafter
         from kbit.ops.select import select_backend
@@ -124,7 +121,7 @@ def chat(
                 seed=seed,
             )
             chosen = select_backend(device, backend=backend, threads=threads, compute=compute, kv_bits=kv_bits)
-            load = partial(load_model, threads=threads, backend=peers.split(chosen), group=peers.group)
+            load = peers.loader(chosen, threads)
 
             def prepare(tokenizer: Tokenizer, source: CheckpointSource) -> None:
                 nonlocal speculation

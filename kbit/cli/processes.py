@@ -16,6 +16,7 @@ import typer
 from kbit.errors import UsageError
 
 if TYPE_CHECKING:
+    from kbit.engine.loader import LoadedModel
     from kbit.ops.backend import Backend
     from kbit.ops.tensor_parallel import Group
 
@@ -71,13 +72,17 @@ class Peers:
 
         self.group.decided_by_first(fetch)
 
-    def split(self, backend: Backend) -> Backend:
-        """The backend for this process's share of a model."""
-        if self.group is None:
-            return backend
-        from kbit.ops.tensor_parallel import split
+    def loader(self, backend: Backend, threads: int | None) -> Callable[..., LoadedModel]:
+        """`load_model` for this process's share of any model; all that it loads take turns on one backend."""
+        from functools import partial
 
-        return split(backend, self.group)
+        from kbit.engine.loader import load_model
+
+        if self.group is not None:
+            from kbit.ops.tensor_parallel import split
+
+            backend = split(backend, self.group)
+        return partial(load_model, threads=threads, backend=backend, group=self.group)
 
 
 @contextmanager

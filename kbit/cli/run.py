@@ -101,11 +101,8 @@ def run(
         )
 
         import_torch()
-        from functools import partial
-
         from kbit.engine.conversation import chat_prompt
         from kbit.engine.generate import generate
-        from kbit.engine.loader import load_model
         from kbit.engine.prompt_cache import check_prompt
         from kbit.engine.sampler import SamplingParams
         from kbit.engine.speculative import NGRAM, Speculation, load_drafter
@@ -128,7 +125,7 @@ def run(
                 seed=seed,
             )
             chosen = select_backend(device, backend=backend, threads=threads, compute=compute, kv_bits=kv_bits)
-            load = partial(load_model, threads=threads, backend=peers.split(chosen), group=peers.group)
+            load = peers.loader(chosen, threads)
 
             def prepare(tokenizer: Tokenizer, source: CheckpointSource) -> None:
                 nonlocal speculation

@@ -75,18 +75,18 @@ def measure_diagonal(
     decoder = load_decoder(source, KeepingBackend())
     definition = DecoderDefinition(decoder.spec, decoder.weights)
     names = matrix_names(decoder.spec.names, decoder.weights)
-    places = {id(weight): place for place, (_, weight) in enumerate(names)}
-    sums = [_Sums.of(weight) for _, weight in names]
+    sums = {id(weight): _Sums.of(weight) for _, weight in names}
     generator = torch.Generator().manual_seed(seed)
     count = min(max(WINDOWS, -(-TOKENS // windows.context)), windows.count)
     chosen = np.unique(np.linspace(0, windows.count - 1, count).round().astype(int))
     for index in chosen:
         ids = torch.from_numpy(windows.ids[index, :-1])[None]  # (1, T): the last token is only predicted
-        ops = _SummingOps(definition, ids.shape[1], places, sums)
+        ops = _SummingOps(definition, ids.shape[1], sums)
         backward_passes(definition, ops, ids, windows.first_scored, probes, generator)
     tokens = len(chosen) * probes * windows.scored_per_window
     found = {}
-    for (name, _), own in zip(names, sums, strict=True):
+    for name, weight in names:
+        own = sums[id(weight)]
         total = float(own.columns.sum())
         if not np.isfinite(total):
             raise KbitError(f"{source.path}: the gradients of {name} are not finite: the weights are broken")
@@ -142,11 +142,11 @@ class _Sums:
 class _SummingOps(TracingOps):
     """Adds up squared gradients by row and by column."""
 
-    def __init__(self, definition: DecoderDefinition, tokens: int, places: dict[int, int], sums: list[_Sums]) -> None:
-        super().__init__(definition, tokens, places, np.zeros((0, 0)))
-        self._by_matrix = {key: sums[place] for key, place in places.items()}
+    def __init__(self, definition: DecoderDefinition, tokens: int, sums: dict[int, _Sums]) -> None:
+        super().__init__(definition, tokens, sums)
+        self._sums = sums
 
     def add(self, weight: Weight, gradient: torch.Tensor) -> None:
-        own, square = self._by_matrix[id(weight)], gradient.square()
+        own, square = self._sums[id(weight)], gradient.square()
         own.rows.add_(square.sum(dim=1, dtype=torch.float64))
         own.columns.add_(square.sum(dim=0, dtype=torch.float64))

@@ -20,7 +20,7 @@ matrix, to check. Both are about small errors: report.layer_plots.LARGE_KL says 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -200,9 +200,8 @@ def _traces(
 ) -> NDArray[np.float64]:
     """Estimates of the sum over scored positions of tr(F), for each pass and matrix: float64 (probes, matrices)."""
     sums = np.zeros((probes, len(places)))
-    backward_passes(
-        definition, TracingOps(definition, ids.shape[1], places, sums), ids, first_scored, probes, generator
-    )
+    ops = _SquaredNorms(definition, ids.shape[1], places, sums)
+    backward_passes(definition, ops, ids, first_scored, probes, generator)
     return sums
 
 
@@ -222,7 +221,7 @@ def backward_passes(
         logits = definition.head(ops, definition.body(ops, ids))[0, first_scored:]  # (S, V)
         roots = torch.softmax(logits.detach(), dim=1).sqrt_()  # sqrt(p)
         for probe in range(probes):
-            ops.row = probe
+            ops.probe = probe
             # u = sqrt(p) e - p (sqrt(p) . e) has covariance diag(p) - p p^T for e of unit covariance.
             signs = torch.randint(0, 2, roots.shape, generator=generator, dtype=torch.int8).mul_(2).sub_(1)
             u = roots * signs
@@ -231,18 +230,20 @@ def backward_passes(
 
 
 class TracingOps(RowOps):
-    """The reference's operations with gradients, for one text from its start; a backward pass adds up squared norms.
+    """The reference's operations with gradients, for one text from its start; `add` takes those of matrices.
+
+    Args:
+        tokens: of the text.
+        wanted: ids (`id`) of the matrices whose gradients are asked for.
 
     Attributes:
-        row: where in `sums` the next backward pass adds.
+        probe: which backward pass comes next.
     """
 
-    def __init__(
-        self, definition: DecoderDefinition, tokens: int, places: dict[int, int], sums: NDArray[np.float64]
-    ) -> None:
+    def __init__(self, definition: DecoderDefinition, tokens: int, wanted: Collection[int]) -> None:
         super().__init__()
-        self.row = 0
-        self._places, self._sums = places, sums
+        self.probe = 0
+        self._wanted = wanted
         self._positions = torch.arange(tokens)[None]  # (1, T)
         self._lengths = torch.tensor([tokens])
         self._cos, self._sin = definition.rotation(self._positions, self._lengths)
@@ -274,11 +275,24 @@ class TracingOps(RowOps):
 
     def add(self, weight: Weight, gradient: torch.Tensor) -> None:
         """Take the gradient (N, K) of a matrix that is asked for."""
-        self._sums[self.row, self._places[id(weight)]] += float(gradient.square().sum(dtype=torch.float64))
+        raise NotImplementedError
 
     def wants(self, weight: Weight) -> bool:
         """Whether a matrix's gradient is asked for."""
-        return id(weight) in self._places
+        return id(weight) in self._wanted
+
+
+class _SquaredNorms(TracingOps):
+    """Adds the squared norms of gradients to sums (probes, matrices)."""
+
+    def __init__(
+        self, definition: DecoderDefinition, tokens: int, places: dict[int, int], sums: NDArray[np.float64]
+    ) -> None:
+        super().__init__(definition, tokens, places)
+        self._places, self._sums = places, sums
+
+    def add(self, weight: Weight, gradient: torch.Tensor) -> None:
+        self._sums[self.probe, self._places[id(weight)]] += float(gradient.square().sum(dtype=torch.float64))
 
 
 class _TracedLinear(torch.autograd.Function):
