@@ -43,20 +43,20 @@ def measure(
     Returns:
         One row per format: its name, bits per weight and the figures of `kbit eval --json`.
     """
+    from kbit.backends.select import select_backend
     from kbit.checkpoint.resolve import open_model
-    from kbit.engine.tokenizer import Tokenizer
     from kbit.evaluate.compare import compare_many
-    from kbit.evaluate.datasets import resolve_data
     from kbit.evaluate.logits import StoredLogits
     from kbit.evaluate.report import comparison_dict
     from kbit.evaluate.statistics import cluster
-    from kbit.evaluate.windows import choose_context, make_windows
     from kbit.formats.quant_format import QuantFormat
     from kbit.models.families import spec_from_config
     from kbit.models.load import load_decoder
-    from kbit.ops.select import select_backend
     from kbit.quantizers.plan import make_plan
     from kbit.quantizers.view import QuantizedView
+    from kbit.text.datasets import resolve_data
+    from kbit.text.tokenizer import Tokenizer
+    from kbit.text.windows import choose_context, make_windows
 
     rows = read_rows(results)
     done = {row["format"] for row in rows}

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     import torch
     from ladder import Ladder
 
-    from kbit.evaluate.datasets import TextData
+    from kbit.text.datasets import TextData
 
 BENCHMARKS = Path(__file__).resolve().parent
 sys.path.insert(0, str(BENCHMARKS))  # modules that benchmarks share: pytest's importlib mode adds no folders
@@ -163,7 +163,7 @@ def converted(smollm2: Path) -> Callable[[int, int], Path]:
     """A function (bits, bits of embedding and head) -> the default model converted so: a folder, made once and kept."""
 
     def convert(bits: int, head: int) -> Path:
-        from kbit.checkpoint.cache import cache_dir
+        from kbit.host.cache_folder import cache_dir
 
         folder = cache_dir() / "benchmarks" / f"smollm2-135m-instruct-{bits}bit-head{head}"
         widths = ["--bits", str(bits), "--embedding-bits", str(head)]
@@ -179,7 +179,7 @@ def converted(smollm2: Path) -> Callable[[int, int], Path]:
 def smollm2() -> Path:
     """The default model's GGUF file, downloaded into the cache on first use."""
     from kbit.checkpoint.pull import pull
-    from kbit.errors import KbitError
+    from kbit.host.errors import KbitError
 
     try:
         return pull("smollm2-135m-instruct")
@@ -220,8 +220,8 @@ def data_dir() -> Path:
 @pytest.fixture(scope="session")
 def wikitext() -> TextData:
     """WikiText-2's test split: of the data folder, or of the cache, into which it is downloaded on first use."""
-    from kbit.errors import KbitError
-    from kbit.evaluate.datasets import resolve_data
+    from kbit.host.errors import KbitError
+    from kbit.text.datasets import resolve_data
 
     if find_data_dir().is_dir():
         os.environ.setdefault("KBIT_DATA", str(find_data_dir()))

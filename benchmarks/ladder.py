@@ -15,13 +15,13 @@ from typing import Any
 
 import torch
 
+from kbit.backends.select import select_backend
 from kbit.checkpoint.resolve import open_model
-from kbit.engine.tokenizer import Tokenizer
 from kbit.formats.quant_format import QuantFormat, default_dtype
 from kbit.models.load import load_decoder
-from kbit.ops.select import select_backend
 from kbit.quantizers.plan import Plan, make_plan
 from kbit.quantizers.view import QuantizedView
+from kbit.text.tokenizer import Tokenizer
 
 WIDTHS = range(2, 9)
 HEAD_BITS = 8

@@ -34,7 +34,7 @@ class Peers:
     """What peers.json records."""
 
     def __init__(self) -> None:
-        from kbit.checkpoint.cache import cache_dir
+        from kbit.host.cache_folder import cache_dir
 
         named = os.environ.get("KBIT_PEERS")
         self.folder = Path(named).expanduser().absolute() if named else cache_dir() / "peers"

@@ -35,11 +35,11 @@ def test_widths(benchmark: Any, ladder: Ladder, wikitext: Any) -> None:
     """Every width of the default model, as `kbit run` computes it."""
     from measuring import machine, machine_line
 
+    from kbit.backends.select import select_backend
     from kbit.evaluate.compare import compare
     from kbit.evaluate.logits import StoredLogits
     from kbit.evaluate.statistics import cluster
-    from kbit.evaluate.windows import choose_context, make_windows
-    from kbit.ops.select import select_backend
+    from kbit.text.windows import choose_context, make_windows
 
     rows: list[dict[str, Any]] = []
 

@@ -25,9 +25,9 @@ class Judge:
 
     def __init__(self, reference: str, text: Path) -> None:
         from kbit.engine.loader import load_model
-        from kbit.evaluate.datasets import resolve_data
         from kbit.evaluate.logits import StoredLogits
-        from kbit.evaluate.windows import make_windows
+        from kbit.text.datasets import resolve_data
+        from kbit.text.windows import make_windows
 
         model = load_model(reference, device="cpu", compute="fp32")
         self.windows = make_windows(resolve_data(str(text)), model.tokenizer, "gptq", CONTEXT, TOKENS)

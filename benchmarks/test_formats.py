@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 import torch
 
-from kbit.formats.bitplanes import pack, pack_plane_torch, unpack, unpack_plane_torch
 from kbit.formats.blockwise import quantize_blockwise
+from kbit.formats.planes import pack, pack_plane_torch, unpack, unpack_plane_torch
 from kbit.formats.quant_format import QuantFormat, plane_widths
 
 pytestmark = pytest.mark.full  # not of a plain `pytest benchmarks/`

@@ -54,7 +54,7 @@ class ReadyMade:
 @pytest.fixture(scope="module")
 def tokenizer(smollm2: Path) -> Any:
     from kbit.checkpoint.resolve import open_model
-    from kbit.engine.tokenizer import Tokenizer
+    from kbit.text.tokenizer import Tokenizer
 
     with open_model(str(smollm2)) as source:
         return Tokenizer.from_source(source)

@@ -48,7 +48,7 @@ def models(converted: Callable[[int, int], Path]) -> Callable[[int], Path]:
     source = Path(named).resolve()
 
     def convert(bits: int) -> Path:
-        from kbit.checkpoint.cache import cache_dir
+        from kbit.host.cache_folder import cache_dir
 
         folder = cache_dir() / "benchmarks" / f"{source.name}-{bits}bit"
         command = ["-m", "kbit.cli.main", "quantize", source, "--bits", bits, "--embedding-bits", bits, "-o", folder]
@@ -166,7 +166,7 @@ def kbit_contestants(
 
 def rounded_contestants(models: Callable[[int], Path]) -> tuple[list[Contestant], list[str]]:
     """Prefill with activations in 8 bits, where the GPU and the model's formats allow it, and why not elsewhere."""
-    from kbit.errors import UnsupportedError
+    from kbit.host.errors import UnsupportedError
 
     contestants, refused = [], []
     for compute in ROUNDED:

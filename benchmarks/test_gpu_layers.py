@@ -24,8 +24,8 @@ from gpu import Rotation, assert_product, bandwidth, copies_for, facts, relative
 from gpu_peers import PEERS, absent
 from measuring import ROUNDS, Contestant, report, take_turns
 
-from kbit.errors import UnsupportedError
 from kbit.formats.quant_format import QuantFormat, default_dtype
+from kbit.host.errors import UnsupportedError
 
 WIDTHS = range(2, 9)
 SHAPES = ((4096, 4096), (14336, 4096), (4096, 14336))
@@ -78,11 +78,11 @@ def add_rates(contestants: list[Contestant]) -> None:
 @by_shape
 def test_product(benchmark: Any, gpu: torch.device, shape: tuple[int, int], tokens: int) -> None:
     """x W^T at every width."""
-    from kbit.engine.tuned import use_tuned
     from kbit.formats.blockwise import quantize_blockwise
-    from kbit.kernels.triton.layout import prepare_weight
-    from kbit.kernels.triton.limits import ROUNDED_TOKENS
-    from kbit.kernels.triton.matmul import describe, matmul
+    from kbit.kernels.triton.codecs.layout import prepare_weight
+    from kbit.kernels.triton.product.limits import ROUNDED_TOKENS
+    from kbit.kernels.triton.product.matmul import describe, matmul
+    from kbit.tuning.stored import use_tuned
 
     use_tuned(gpu)
     rows, columns = shape
@@ -154,9 +154,9 @@ def rounded_contestant(
     """
     from kbit.formats.blockwise import quantize_blockwise
     from kbit.kernels import reference
-    from kbit.kernels.triton.layout import prepare_weight
-    from kbit.kernels.triton.matmul import describe, matmul
-    from kbit.kernels.triton.rounded import check_arch, segment_of, with_activations
+    from kbit.kernels.triton.codecs.layout import prepare_weight
+    from kbit.kernels.triton.product.matmul import describe, matmul
+    from kbit.kernels.triton.product.rounded import check_arch, segment_of, with_activations
     from kbit.kernels.triton.target import current_arch
 
     tokens, (rows, columns) = len(x), original.shape
@@ -178,8 +178,8 @@ def rounded_contestant(
 
 def attention_contestant(gpu: torch.device, kind: str, new: int, held: int) -> Contestant:
     """kbit's attention of `new` tokens over `held` ones; at 1 new token decoding, else prefill."""
-    from kbit.engine.tuning import GpuTimer
-    from kbit.engine.tuning_jobs import Heads
+    from kbit.tuning.jobs import Heads
+    from kbit.tuning.timing import GpuTimer
 
     heads, kv_heads, dim = HEADS
     model = Heads(heads, kv_heads, dim, dim**-0.5, None, kind, torch.float16, gpu)
@@ -195,7 +195,7 @@ def attention_contestant(gpu: torch.device, kind: str, new: int, held: int) -> C
 
 def torch_attention(gpu: torch.device, new: int, held: int) -> Contestant:
     """torch's scaled_dot_product_attention in fp16."""
-    from kbit.engine.tuning import GpuTimer
+    from kbit.tuning.timing import GpuTimer
 
     heads, kv_heads, dim = HEADS
     q = torch.randn((1, heads, new, dim), device=gpu).half()
@@ -221,7 +221,7 @@ def test_attention_prefill(benchmark: Any, gpu: torch.device, held: int) -> None
 
 
 def _attention(benchmark: Any, gpu: torch.device, case: str, new: int, held: int, goal: str) -> None:
-    from kbit.engine.tuned import use_tuned
+    from kbit.tuning.stored import use_tuned
 
     use_tuned(gpu)
     contestants = [attention_contestant(gpu, kind, new, held) for kind in KV_KINDS]

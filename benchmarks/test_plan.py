@@ -65,8 +65,8 @@ class Case:
         """Once from the shapes and this machine's rates."""
         from kbit.checkpoint.resolve import open_model
         from kbit.models.families import spec_from_config
-        from kbit.scaling.planner.memory import predict_memory, stored_weights
-        from kbit.scaling.planner.speed import needed_attention, needed_kernels, predict_speed, prompt_seconds
+        from kbit.planner.memory import predict_memory, stored_weights
+        from kbit.planner.speed import needed_attention, needed_kernels, predict_speed, prompt_seconds
 
         with open_model(str(self.model)) as source:
             spec = spec_from_config(source.config)
@@ -102,7 +102,7 @@ def cases(converted: Callable[[int, int], Path], data_dir: Path) -> list[Case]:
 @pytest.mark.full
 def test_predictions(benchmark: Any, cases: list[Case]) -> None:
     """Errors of `kbit plan` on this machine."""
-    from kbit.scaling.planner.machine import machine_speed
+    from kbit.planner.machine import machine_speed
 
     constants: list[float] = []
     last: list[Any] = []

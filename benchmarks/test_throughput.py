@@ -134,7 +134,7 @@ def test_reference(benchmark: Any, ladder: Ladder, worker: Worker) -> None:
     """Plain torch in float32 on the same weights, one width after the other."""
     from ladder import WIDTHS
 
-    from kbit.ops.select import select_backend
+    from kbit.backends.select import select_backend
 
     backend = select_backend("cpu", backend="reference")
     limits = machine_limits(worker)

@@ -1,4 +1,4 @@
-"""Types of the compiled module (kernels/cpu/module.cpp, bind_*.cpp)."""
+"""Types of the compiled module (kernels/cpu/bind/module.cpp, bind_*.cpp)."""
 
 from collections.abc import Sequence
 from typing import Any

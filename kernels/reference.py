@@ -16,8 +16,8 @@ from collections.abc import Iterator
 import torch
 import torch.nn.functional as F
 
-from kbit.errors import UnsupportedError
 from kbit.formats.quant_tensor import QuantTensor
+from kbit.host.errors import UnsupportedError
 
 # Upper bound, in bytes, on the scores of one attention piece and on the dequantized rows of one linear piece. A piece
 # is never smaller than one query token of one batch row (4 H S bytes) or one weight row (4 K bytes).

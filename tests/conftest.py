@@ -74,7 +74,7 @@ def novels_folder(data_dir: Path) -> str:
 def smollm2_gguf() -> Path:
     """The default model's file, downloaded into the cache on first use."""
     from kbit.checkpoint.pull import pull
-    from kbit.errors import KbitError
+    from kbit.host.errors import KbitError
 
     try:
         return pull("smollm2-135m-instruct")

@@ -14,16 +14,17 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 
 # Lowest first. A module may import from its own layer and from those before it.
 LAYERS = (
-    ("errors", "_native"),
+    ("host", "_native"),
     ("formats",),
     ("kernels",),
-    ("ops",),
-    ("checkpoint",),
-    ("quantizers",),
+    ("graph",),
+    ("text", "checkpoint"),
+    ("backends",),
     ("models",),
+    ("quantizers",),
     ("engine",),
-    ("evaluate",),
-    ("scaling",),
+    ("evaluate", "tuning"),
+    ("scaling", "planner"),
     ("cli", "__main__"),
 )
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}

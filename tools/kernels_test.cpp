@@ -13,11 +13,11 @@
 #include <string>
 #include <vector>
 
-#include "attention_plan.h"
-#include "kernels.h"
-#include "kv_cache.h"
-#include "matrix_storage.h"
-#include "threads.h"
+#include "attention/attention_plan.h"
+#include "isa/kernels.h"
+#include "attention/kv_cache.h"
+#include "codecs/matrix_storage.h"
+#include "program/threads.h"
 
 #define SET(name) extern const Kernels kernels_##name;
 namespace kbit {

@@ -32,7 +32,7 @@ from typing import Any
 
 from train.shapes import PRESETS, Shape, parse_size
 
-from kbit.errors import KbitError, UsageError
+from kbit.host.errors import KbitError, UsageError
 
 DEFAULT_CORPUS = Path("novels") / "novels.tar.xz"
 DEFAULT_HELDOUT = Path("novels") / "heldout"
@@ -108,7 +108,7 @@ def family_tokenizer(
     """The tokenizer given; else the one of OUT, which is trained if need be."""
     from train.corpus import train_tokenizer
 
-    from kbit.checkpoint.files import write_durably
+    from kbit.host.files import write_durably
 
     path = given or arguments.out / "tokenizer.json"
     try:

@@ -2,7 +2,7 @@
 
     python tools/ttsem_check.py                      every test file of a kernel
     python tools/ttsem_check.py --quick              a few tests of each
-    python tools/ttsem_check.py tests/test_triton_rows.py -k softcap
+    python tools/ttsem_check.py tests/kernels/triton/test_triton_rows.py -k softcap
 
 ttsem executes the IR that Triton's frontend makes of every launch, on the CPU. The tests are those that the interpreter
 and a GPU run (KBIT_TEST_DEVICE=cuda); here every launch also fails at the kernel's line if it touches memory outside
@@ -32,7 +32,7 @@ MISSING = 3
 
 # Tests of a file that --quick runs: at least one of every test function, spread over its cases.
 QUICK = 16
-# The kernels' own test files: tests/test_triton_<name>.py.
+# The kernels' own test files: tests/kernels/triton/test_triton_<name>.py.
 KERNELS = ("rows", "blockwise", "gemv", "gemm", "grouped", "kv", "attention_prefill", "attention_decode")
 
 PLANTED = """
@@ -59,7 +59,7 @@ else:
 
 def environment() -> dict[str, str] | None:
     """Environment of a run under ttsem, or None where ttsem is not there."""
-    paths = [str(REPOSITORY / "tests"), *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
+    paths = [str(REPOSITORY / "tests" / "cases"), *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
     named = os.environ.get("KBIT_TTSEM")
     if named:
         if not (Path(named) / "ttsem" / "sanitize.py").is_file():
@@ -92,7 +92,7 @@ def planted_faults(variables: dict[str, str], folder: Path) -> list[str]:
 def test_files(named: list[str]) -> list[Path]:
     if named:
         return [Path(name).resolve() for name in named]
-    found = [REPOSITORY / "tests" / f"test_triton_{name}.py" for name in KERNELS]
+    found = [REPOSITORY / "tests" / "kernels" / "triton" / f"test_triton_{name}.py" for name in KERNELS]
     return [path for path in found if path.is_file()]
 
 

@@ -115,7 +115,7 @@ KERNELS: dict[str, Callable[[torch.Tensor], Layer]] = {
 
 
 class OneLayer:
-    """A model of one matrix, for a backend to run: its head is the layer (a kbit.ops.backend.Definition)."""
+    """A model of one matrix, for a backend to run: its head is the layer (a kbit.graph.ops.Definition)."""
 
     rotation_depends_on_length = False
 
@@ -134,9 +134,9 @@ class OneLayer:
 
 def kbit_copies(format: str, weight: torch.Tensor, spread: int, options: dict[str, Any]) -> list[Layer]:
     """The layer in a kbit format on the CPU backend, quantized once and prepared as often as `spread` asks."""
+    from kbit.backends.select import select_backend
     from kbit.formats.blockwise import quantize_blockwise
     from kbit.formats.quant_format import QuantFormat
-    from kbit.ops.select import select_backend
 
     backend = select_backend("cpu", **options)
     embedding = backend.prepare(torch.zeros(16, weight.shape[1]), lookup=True)

@@ -20,9 +20,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from kbit.checkpoint.cache import cache_dir
-from kbit.checkpoint.files import sha256_of
-from kbit.errors import KbitError, UsageError
+from kbit.host.cache_folder import cache_dir
+from kbit.host.errors import KbitError, UsageError
+from kbit.host.files import sha256_of
 
 
 @dataclass(frozen=True)

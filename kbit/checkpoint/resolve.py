@@ -8,7 +8,7 @@ import re
 from pathlib import Path
 
 from kbit.checkpoint.source import CheckpointSource
-from kbit.errors import CheckpointError, KbitError, UnsupportedError, UsageError
+from kbit.host.errors import CheckpointError, KbitError, UnsupportedError, UsageError
 
 _PICKLE_ENDINGS = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+(:[\w./-]+\.gguf)?")
@@ -56,9 +56,9 @@ def open_model(model: str) -> CheckpointSource:
 
 def open_folder(path: Path) -> CheckpointSource:
     """Open a Hugging Face style folder, quantized by kbit or not."""
-    from kbit.checkpoint.files import read_json_object
-    from kbit.checkpoint.hf_folder import HFFolder
-    from kbit.checkpoint.kbit_folder import KbitFolder
+    from kbit.checkpoint.readers.hf_folder import HFFolder
+    from kbit.checkpoint.readers.kbit_folder import KbitFolder
+    from kbit.host.files import read_json_object
 
     config = path / "config.json"
     if not config.is_file():
@@ -81,14 +81,14 @@ def _open_file(path: Path) -> CheckpointSource:
         )
     if path.suffix == ".safetensors":
         raise UsageError(f"{path}: name the folder that holds it (its config.json and tokenizer are needed too)")
-    from kbit.checkpoint.gguf_source import GGUFSource
+    from kbit.checkpoint.gguf.source import GGUFSource
 
     return GGUFSource(path)
 
 
 def hub_patterns() -> list[str]:
     """What to fetch of a model's repository: what kbit reads, so neither pickles nor code."""
-    from kbit.checkpoint.hf_folder import INDEX_NAME, SIDECAR_NAMES
+    from kbit.checkpoint.readers.hf_folder import INDEX_NAME, SIDECAR_NAMES
 
     return ["*.safetensors", "config.json", "adapter_config.json", INDEX_NAME, *SIDECAR_NAMES]
 

@@ -12,8 +12,8 @@ from math import prod
 from typing import TYPE_CHECKING, Any
 
 from kbit.checkpoint.source import CheckpointSource, TensorInfo
-from kbit.errors import UnsupportedError, UsageError
 from kbit.formats.quant_format import SUPERBLOCK, QuantFormat, plane_widths
+from kbit.host.errors import UnsupportedError, UsageError
 
 if TYPE_CHECKING:
     import torch
@@ -111,7 +111,7 @@ def stored_format(info: TensorInfo) -> QuantFormat | None:
         return QuantFormat.parse(info.stored_as)
     except UsageError:
         pass  # no kbit format: a GGUF type or a safetensors dtype
-    from kbit.checkpoint.gguf_blocks import BLOCK_TYPES
+    from kbit.checkpoint.gguf.blocks import BLOCK_TYPES
 
     block_type = BLOCK_TYPES.get(info.stored_as)
     return None if block_type is None else block_type.format

@@ -25,11 +25,11 @@ from typing import IO, Any
 
 from filelock import FileLock, Timeout
 
-from kbit.checkpoint.files import fsync_folder, read_json_object, write_durably
-from kbit.checkpoint.hf_folder import INDEX_NAME
-from kbit.checkpoint.kbit_folder import MANIFEST_NAME
-from kbit.errors import CheckpointError, KbitError, UsageError
+from kbit.checkpoint.readers.hf_folder import INDEX_NAME
+from kbit.checkpoint.readers.kbit_folder import MANIFEST_NAME
 from kbit.formats.quant_format import Part
+from kbit.host.errors import CheckpointError, KbitError, UsageError
+from kbit.host.files import fsync_folder, read_json_object, write_durably
 
 # Hugging Face's default. Large enough that most models have a few files, small enough to copy and retry.
 DEFAULT_SHARD_BYTES = 5_000_000_000

@@ -42,10 +42,10 @@ from kbit.cli.run import INTERRUPTED, statistics
 
 if TYPE_CHECKING:
     from kbit.checkpoint.source import CheckpointSource
-    from kbit.engine.conversation import Conversation
     from kbit.engine.loader import LoadedModel
     from kbit.engine.sampler import SamplingParams
-    from kbit.engine.tokenizer import Tokenizer
+    from kbit.text.conversation import Conversation
+    from kbit.text.tokenizer import Tokenizer
 
 HELP = """\
 Type a message and press Enter.
@@ -101,10 +101,10 @@ def chat(
             most = draft_limit(speculate, draft_tokens)
 
         import_torch()
-        from kbit.engine.conversation import Conversation, require_template
+        from kbit.backends.select import select_backend
         from kbit.engine.sampler import SamplingParams
         from kbit.engine.speculative import NGRAM, Speculation, load_drafter
-        from kbit.ops.select import select_backend
+        from kbit.text.conversation import Conversation, require_template
 
         speculation: Speculation | None = None
         seed = peers.seed(seed)
@@ -144,7 +144,7 @@ def _converse(
     stop: list[str],
 ) -> None:
     """Reads messages and shows answers until there are no more. Of several processes, the first does both."""
-    from kbit.errors import UsageError
+    from kbit.host.errors import UsageError
 
     shared = peers.group is not None
     note = _note if peers.speaks else _unsaid
@@ -197,7 +197,7 @@ def _next_message(terminal: bool, shared: bool) -> str | None:
         terminal: a person types it.
         shared: several processes wait for it, and Ctrl-C ends them all.
     """
-    from kbit.errors import UsageError
+    from kbit.host.errors import UsageError
 
     if not terminal:
         line = sys.stdin.buffer.readline(MAX_PROMPT_BYTES + 1)

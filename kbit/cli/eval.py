@@ -19,14 +19,14 @@ from kbit.cli.options import (
 )
 from kbit.cli.output import print_json
 from kbit.cli.processes import processes, refuse_copies
-from kbit.errors import UsageError
+from kbit.host.errors import UsageError
 
 if TYPE_CHECKING:
     from rich.table import Table
 
+    from kbit.backends.parallel import Group
     from kbit.evaluate.report import EvaluationReport, Request
     from kbit.evaluate.tasks.report import TaskReport, TaskRequest
-    from kbit.ops.tensor_parallel import Group
 
 _TASKS = "Zero-shot tasks"
 

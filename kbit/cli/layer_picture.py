@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from kbit.cli.output import printable
-from kbit.errors import KbitError, UsageError
+from kbit.host.errors import KbitError, UsageError
 
 if TYPE_CHECKING:
     from kbit.checkpoint.source import CheckpointSource
@@ -174,11 +174,11 @@ def _sensitivity(
     """
     if request.data == _NO_DATA:
         return None, []
-    from kbit.engine.tokenizer import Tokenizer
-    from kbit.evaluate.datasets import resolve_data
     from kbit.evaluate.sensitivity import measure_sensitivity
-    from kbit.evaluate.windows import make_windows
     from kbit.models.families import spec_from_config
+    from kbit.text.datasets import resolve_data
+    from kbit.text.tokenizer import Tokenizer
+    from kbit.text.windows import make_windows
 
     spec = spec_from_config(source.config, where=f"config of {source.path}")
     data = resolve_data(request.data or _DATA)

@@ -27,7 +27,7 @@ from kbit.cli.quantize import quantize
 from kbit.cli.run import run
 from kbit.cli.scale import scale
 from kbit.cli.tune import tune
-from kbit.errors import KbitError
+from kbit.host.errors import KbitError
 
 _MAX_MESSAGE = 1000
 # How torch's allocators say it, in a plain RuntimeError.

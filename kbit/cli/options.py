@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from kbit.errors import UsageError
+from kbit.host.errors import UsageError
 
 DEFAULT_MODEL = "smollm2-135m-instruct"
 MAX_PROMPT_BYTES = 64 << 20
@@ -116,7 +116,7 @@ DraftTokensOption = Annotated[
 
 def _check_threads(threads: int | None) -> int | None:
     if threads is not None:  # torch comes with this import, and every command that is given threads needs it anyway
-        from kbit.ops.select import check_threads
+        from kbit.backends.select import check_threads
 
         check_threads(threads)
     return threads

@@ -8,7 +8,7 @@ from typing import Any
 
 import typer
 
-from kbit.evaluate.json_values import finite
+from kbit.host.json_values import finite
 
 
 def print_json(value: Mapping[str, Any]) -> None:

@@ -9,16 +9,16 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from kbit.cli.options import ENGINE, JsonOption, streaming_output
-from kbit.errors import UsageError
+from kbit.host.errors import UsageError
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
     from kbit.formats.quant_format import QuantFormat
+    from kbit.planner.machine import MachineSpeed
+    from kbit.planner.shapes import KnownGpu
+    from kbit.planner.types import PlanRequest, Recommendation
     from kbit.scaling.laws.fit import Laws
-    from kbit.scaling.planner.machine import MachineSpeed
-    from kbit.scaling.planner.shapes import KnownGpu
-    from kbit.scaling.planner.types import PlanRequest, Recommendation
     from kbit.scaling.points import Point
 
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([kmgt]?)(i?)b?", re.IGNORECASE)
@@ -165,9 +165,9 @@ def _request(
 ) -> PlanRequest:
     """The flags, checked."""
     from kbit.formats.quant_format import MAX_BITS, MIN_BITS, QuantFormat
-    from kbit.ops.cpu import default_threads
-    from kbit.scaling.planner.machine import memory_bytes
-    from kbit.scaling.planner.types import PlanRequest
+    from kbit.host.cpu import default_threads
+    from kbit.planner.machine import memory_bytes
+    from kbit.planner.types import PlanRequest
 
     gpu = None if device == "cpu" else _gpu(device)
     if compute not in ("int8", "bf16", "fp32"):
@@ -221,7 +221,7 @@ def _numbers(flag: str, text: str, least: int, most: int) -> list[int]:
 
 
 def _gpu(text: str) -> KnownGpu:
-    from kbit.scaling.planner.shapes import KNOWN_GPUS, KnownGpu
+    from kbit.planner.shapes import KNOWN_GPUS, KnownGpu
 
     name = text.strip().lower().replace(" ", "-").replace("_", "-")
     if name in KNOWN_GPUS:
@@ -239,9 +239,9 @@ def _recommend(
     """Everything behind the table, with a line on stderr about what is going on where that is a terminal."""
     from rich.console import Console
 
-    from kbit.scaling.planner.choose import make_recommendation
-    from kbit.scaling.planner.machine import machine_speed
-    from kbit.scaling.planner.models import find_models
+    from kbit.planner.choose import make_recommendation
+    from kbit.planner.machine import machine_speed
+    from kbit.planner.models import find_models
 
     console = Console(stderr=True)
     with console.status("reading models") as status:
@@ -287,7 +287,7 @@ def _recommend(
 
 def _points(folders: list[Path] | None) -> tuple[list[Point], list[str]]:
     """Measured rows, of some folders or of this machine, and notes about them."""
-    from kbit.errors import KbitError
+    from kbit.host.errors import KbitError
     from kbit.scaling.points import read_points
 
     if folders:
@@ -307,7 +307,7 @@ def _points(folders: list[Path] | None) -> tuple[list[Point], list[str]]:
 
 
 def _listing() -> dict[str, Any]:
-    from kbit.scaling.planner.shapes import KNOWN_GPUS, KNOWN_MODELS
+    from kbit.planner.shapes import KNOWN_GPUS, KNOWN_MODELS
 
     return {
         "models": [

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from rich.table import Table
     from rich.text import Text
 
-    from kbit.scaling.planner.types import Candidate, Recommendation
+    from kbit.planner.types import Candidate, Recommendation
 
 _ROWS = 15
 

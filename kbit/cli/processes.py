@@ -13,12 +13,12 @@ from typing import TYPE_CHECKING, NoReturn, TypeVar
 
 import typer
 
-from kbit.errors import UsageError
+from kbit.host.errors import UsageError
 
 if TYPE_CHECKING:
+    from kbit.backends.parallel import Group
     from kbit.engine.loader import LoadedModel
-    from kbit.ops.backend import Backend
-    from kbit.ops.tensor_parallel import Group
+    from kbit.graph.ops import Backend
 
 T = TypeVar("T")
 
@@ -66,7 +66,7 @@ class Peers:
             for model in models:
                 open_model(model).close()
             if text is not None:
-                from kbit.evaluate.datasets import resolve_data
+                from kbit.text.datasets import resolve_data
 
                 resolve_data(text)
 
@@ -79,7 +79,7 @@ class Peers:
         from kbit.engine.loader import load_model
 
         if self.group is not None:
-            from kbit.ops.tensor_parallel import split
+            from kbit.backends.parallel import split
 
             backend = split(backend, self.group)
         return partial(load_model, threads=threads, backend=backend, group=self.group)
@@ -90,12 +90,12 @@ def processes() -> Iterator[Peers]:
     """The processes of this command. An error of any is printed by one, and ends all.
 
     Raises:
-        UsageError, UnsupportedError, KbitError: they cannot meet (`kbit.ops.tensor_parallel.join`).
+        UsageError, UnsupportedError, KbitError: they cannot meet (`kbit.backends.parallel.join`).
     """
     if not _several():
         yield Peers(None)
         return
-    from kbit.ops.tensor_parallel import PeerError, join
+    from kbit.backends.parallel import PeerError, join
 
     group = join()
     try:

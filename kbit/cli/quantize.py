@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from kbit.cli.options import ThreadsOption
-from kbit.errors import UsageError
+from kbit.host.errors import UsageError
 
 if TYPE_CHECKING:
     from kbit.checkpoint.source import CheckpointSource
@@ -121,7 +121,7 @@ def quantize(
     if device not in ("cpu", "cuda"):
         raise UsageError(f"--device {device}: use cpu or cuda")
     if device == "cuda":
-        from kbit.ops.select import select_backend
+        from kbit.backends.select import select_backend
 
         select_backend("cuda")  # refuses where there is no GPU, before anything is read
     with open_model(model) as source:
@@ -190,7 +190,7 @@ def _convert(
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-    from kbit.ops.select import set_threads
+    from kbit.backends.select import set_threads
     from kbit.quantizers.convert import convert, on_gpu
     from kbit.quantizers.plan import TensorPlan
 

@@ -43,7 +43,7 @@ if TYPE_CHECKING:
     from kbit.checkpoint.source import CheckpointSource
     from kbit.engine.generate import GenerationResult
     from kbit.engine.loader import LoadedModel
-    from kbit.engine.tokenizer import Tokenizer
+    from kbit.text.tokenizer import Tokenizer
 
 # Exit code of a command that Ctrl-C ended, by the convention of shells (128 + SIGINT).
 INTERRUPTED = 130
@@ -101,13 +101,13 @@ def run(
         )
 
         import_torch()
-        from kbit.engine.conversation import chat_prompt
+        from kbit.backends.select import select_backend
         from kbit.engine.generate import generate
         from kbit.engine.prompt_cache import check_prompt
         from kbit.engine.sampler import SamplingParams
         from kbit.engine.speculative import NGRAM, Speculation, load_drafter
         from kbit.models.families import spec_from_config
-        from kbit.ops.select import select_backend
+        from kbit.text.conversation import chat_prompt
 
         ids: list[int] = []
         speculation: Speculation | None = None
@@ -178,7 +178,7 @@ def _question(
     draft_tokens: int | None,
 ) -> str:
     """The prompt, once the flags that need no model are known to make sense."""
-    from kbit.errors import UsageError
+    from kbit.host.errors import UsageError
 
     check_limits(max_tokens, stop)
     if system is not None:
@@ -191,7 +191,7 @@ def _question(
 
 def report(result: GenerationResult, loaded: LoadedModel) -> dict[str, Any]:
     """The object `--json` prints. Rates that cannot be known (fewer than two tokens, no drafts) are null."""
-    from kbit.engine.process import peak_rss_bytes
+    from kbit.host.process import peak_rss_bytes
 
     drafts = result.speculation
     return {

@@ -237,7 +237,7 @@ def _report(result: SweepResult, quiet: bool) -> tuple[list[Path], str | None]:
 
     from rich.console import Console
 
-    from kbit.errors import KbitError
+    from kbit.host.errors import KbitError
     from kbit.scaling.laws.conclusion import conclusion_text
     from kbit.scaling.laws.fit import fit_laws
     from kbit.scaling.report.write import write_report

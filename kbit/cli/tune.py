@@ -13,7 +13,7 @@ from kbit.cli.run import INTERRUPTED
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from kbit.engine.tune import TuneReport
+    from kbit.tuning.run import TuneReport
 
 
 def tune(
@@ -70,7 +70,7 @@ def _run(
     from rich.markup import escape
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-    from kbit.engine.tune import tune_model
+    from kbit.tuning.run import tune_model
 
     console = Console(stderr=True)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())

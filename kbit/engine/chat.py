@@ -10,7 +10,7 @@ import functools
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from kbit.errors import CheckpointError, UsageError, one_line
+from kbit.host.errors import CheckpointError, UsageError, one_line
 
 if TYPE_CHECKING:
     from jinja2 import Template
@@ -46,7 +46,7 @@ def render_chat(
         UsageError: no message, or messages this template refuses (it says why: a role it does not know, for example).
         CheckpointError: the template is broken, or does what a template must not.
     """
-    from kbit.engine.template_sandbox import TemplateRefusal, render
+    from kbit.text.template_sandbox import TemplateRefusal, render
 
     if not messages:
         raise UsageError("the conversation is empty: give at least one message")
@@ -86,7 +86,7 @@ def _compile(template: str) -> Template:
 
 @functools.lru_cache(maxsize=1)
 def _environment() -> Any:
-    from kbit.engine.template_sandbox import ChatEnvironment
+    from kbit.text.template_sandbox import ChatEnvironment
 
     return ChatEnvironment()
 

@@ -11,11 +11,11 @@ from kbit.engine.prompt_cache import DecoderLike, PromptCache, check_prompt
 from kbit.engine.sampler import Logits, Sampler, SamplingParams
 from kbit.engine.speculative import Speculation, SpeculationReport, SpeculativeTokens
 from kbit.engine.stop import StopMatcher
-from kbit.errors import UsageError
+from kbit.host.errors import UsageError
 from kbit.models.spec import ModelSpec
 
 if TYPE_CHECKING:
-    from kbit.engine.tokenizer import Tokenizer
+    from kbit.text.tokenizer import Tokenizer
 
 # Tokens of a prompt that go through the model at once: bounds the memory of activations, (chunk, intermediate size).
 PREFILL_CHUNK = 512

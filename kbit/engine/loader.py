@@ -7,13 +7,13 @@ from dataclasses import dataclass
 from time import perf_counter
 from typing import TYPE_CHECKING
 
-from kbit.engine.tokenizer import Tokenizer
 from kbit.models.decoder import Decoder
+from kbit.text.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
+    from kbit.backends.parallel import Group
     from kbit.checkpoint.source import CheckpointSource
-    from kbit.ops.backend import Backend
-    from kbit.ops.tensor_parallel import Group
+    from kbit.graph.ops import Backend
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,9 +60,9 @@ def load_model(
         model: a folder, a .gguf file, a hub id or a catalogue name (`kbit.checkpoint.resolve.open_model`).
         device: "auto", "cpu" or "cuda".
         threads: CPU threads, also of torch for the whole process; None takes one per physical core and leaves torch's.
-        backend, compute, kv_bits: who computes and how, see `kbit.ops.select.select_backend`. Or a backend there is
-            already, which then says all of it: models that take turns should share one, and with it its threads.
-        group: processes among which the model is split (`kbit.ops.tensor_parallel`), this one among them. Each loads
+        backend, compute, kv_bits: who computes and how, see `kbit.backends.select.select_backend`. Or a backend there
+            is already, which then says all of it: models that take turns should share one, and with it its threads.
+        group: processes among which the model is split (`kbit.backends.parallel`), this one among them. Each loads
             its share; all must then ask for the same tokens. A backend that is given must be of this group.
         check: called with tokenizer and checkpoint before any weight is read, to refuse early what these can tell.
 
@@ -70,17 +70,17 @@ def load_model(
         UsageError: no such model, or a value of the other arguments that does not exist or does not fit the rest.
         CheckpointError, UnsupportedError: the model cannot be read or run, or not be split like this.
     """
+    from kbit.backends.select import select_backend, set_threads
     from kbit.checkpoint.resolve import open_model
     from kbit.models.load import load_decoder
     from kbit.models.shard import shard
-    from kbit.ops.select import select_backend, set_threads
 
     set_threads(threads)
     # Before the model: a wrong device needs no download to be reported.
     if isinstance(backend, str):
         backend = select_backend(device, backend=backend, threads=threads, compute=compute, kv_bits=kv_bits)
         if group is not None:
-            from kbit.ops.tensor_parallel import split
+            from kbit.backends.parallel import split
 
             backend = split(backend, group)
     elif getattr(backend, "group", None) is not group:
@@ -102,6 +102,6 @@ def load_model(
 def prefer_tuned(backend: Backend) -> None:
     """Lets a GPU backend's kernels use what `kbit tune` found for its GPU, if anything."""
     if backend.name == "triton":
-        from kbit.engine.tuned import use_tuned
+        from kbit.tuning.stored import use_tuned
 
         use_tuned(backend.device)

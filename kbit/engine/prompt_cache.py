@@ -13,8 +13,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from kbit.errors import KbitError, UsageError
-from kbit.ops.cache import Cache
+from kbit.graph.cache import Cache
+from kbit.host.errors import KbitError, UsageError
 
 
 class DecoderSpec(Protocol):

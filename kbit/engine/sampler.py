@@ -29,7 +29,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from kbit.errors import KbitError, UsageError
+from kbit.host.errors import KbitError, UsageError
 
 # Below this a temperature is indistinguishable from greedy decoding, and logits divided by it can leave float32.
 MIN_TEMPERATURE = 1e-6

@@ -17,12 +17,12 @@ from typing import TYPE_CHECKING, Protocol
 from kbit.engine.ngram import NgramDrafter
 from kbit.engine.prompt_cache import DecoderLike, PromptCache
 from kbit.engine.sampler import Guess, Logits, Sampler
-from kbit.errors import KbitError, UsageError
+from kbit.host.errors import KbitError, UsageError
 
 if TYPE_CHECKING:
     from kbit.checkpoint.source import CheckpointSource
     from kbit.engine.loader import LoadedModel
-    from kbit.engine.tokenizer import Tokenizer
+    from kbit.text.tokenizer import Tokenizer
 
 NGRAM = NgramDrafter.name
 DRAFT_TOKENS = 8

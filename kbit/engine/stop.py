@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from kbit.errors import UsageError
+from kbit.host.errors import UsageError
 
 
 class StopMatcher:

@@ -14,11 +14,11 @@ import torch
 from numpy.typing import NDArray
 
 from kbit.engine.prompt_cache import DecoderLike
-from kbit.errors import UsageError
 from kbit.evaluate.logits import LogitsSource, row_step
 from kbit.evaluate.perplexity import PerplexityResult, Progress, as_source, check_finite, window_targets
 from kbit.evaluate.statistics import DRAWS, SEED, bootstrap_interval, cluster, standard_error
-from kbit.evaluate.windows import Windows
+from kbit.host.errors import UsageError
+from kbit.text.windows import Windows
 
 KL_PERCENTILES = (50.0, 90.0, 95.0, 99.0, 99.9)
 

@@ -25,12 +25,12 @@ import torch
 from numpy.typing import NDArray
 
 from kbit.checkpoint.source import CheckpointSource
-from kbit.errors import KbitError
 from kbit.evaluate.sensitivity import PROBES, KeepingBackend, TracingOps, backward_passes, matrix_names
-from kbit.evaluate.windows import Windows
+from kbit.graph.ops import Weight
+from kbit.host.errors import KbitError
 from kbit.models.decoder import DecoderDefinition
 from kbit.models.load import load_decoder
-from kbit.ops.backend import Weight
+from kbit.text.windows import Windows
 
 # Tokens and windows that gradients are taken of at least, spread over the text: on half as many the sum comes out up to
 # a tenth too large or too small (novels family).
@@ -104,7 +104,7 @@ def write_diagonal(path: Path, diagonal: Mapping[str, Diagonal]) -> None:
     """
     import io
 
-    from kbit.checkpoint.files import write_durably
+    from kbit.host.files import write_durably
 
     arrays = {}
     for name, own in diagonal.items():

@@ -29,10 +29,10 @@ import torch
 from kbit.engine.generate import generate
 from kbit.engine.loader import load_model
 from kbit.engine.sampler import SamplingParams
-from kbit.errors import KbitError, UnsupportedError, UsageError, one_line
 from kbit.evaluate.tasks.documents import Row, parse_tasks
 from kbit.evaluate.tasks.scorer import Scorer
 from kbit.evaluate.tasks.sources import load_items
+from kbit.host.errors import KbitError, UnsupportedError, UsageError, one_line
 
 try:
     from lm_eval import utils
@@ -60,7 +60,7 @@ class KbitLM(TemplateLM):  # type: ignore[misc]
         pretrained: the same, under the name that lm-eval's own models use.
         device: "auto", "cpu" or "cuda" (also with a number, which must be that of the current GPU). lm-eval's command
             line asks for a GPU unless told otherwise: where there is none, the CPU runs, which the log says.
-        backend, compute, kv_bits, threads: who runs the model, and how (`kbit.ops.select.select_backend`).
+        backend, compute, kv_bits, threads: who runs the model, and how (`kbit.backends.select.select_backend`).
         max_length: tokens of context and answer; by default what the model is meant for.
         prefix_token_id: stands for an empty context; by default the beginning of a sequence, or its end.
         batch_size, max_batch_size: not used: batches are as large as the kernels like them.

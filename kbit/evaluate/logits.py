@@ -19,8 +19,8 @@ import numpy as np
 import torch
 
 from kbit.engine.prompt_cache import DecoderLike, check_vocabulary
-from kbit.errors import KbitError, UsageError
-from kbit.evaluate.windows import Windows
+from kbit.host.errors import KbitError, UsageError
+from kbit.text.windows import Windows
 
 # Positions per forward pass: as many as keep the logits below 128 MiB, at most 512.
 _PIECE_ELEMENTS = 1 << 25

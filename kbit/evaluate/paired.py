@@ -23,8 +23,8 @@ from statistics import NormalDist
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from kbit.errors import KbitError
 from kbit.evaluate.statistics import DRAWS, SEED, Clusters, bootstrap_interval, standard_error
+from kbit.host.errors import KbitError
 
 LEVEL = 0.95
 

@@ -11,10 +11,10 @@ import torch
 from numpy.typing import NDArray
 
 from kbit.engine.prompt_cache import DecoderLike
-from kbit.errors import KbitError
 from kbit.evaluate.logits import LogitsSource, ModelLogits, pieces, row_step
 from kbit.evaluate.statistics import cluster, standard_error
-from kbit.evaluate.windows import Convention, Windows
+from kbit.host.errors import KbitError
+from kbit.text.windows import Convention, Windows
 
 # (windows done, windows in all, mean loss so far in nats)
 Progress = Callable[[int, int, float], None]

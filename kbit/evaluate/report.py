@@ -9,26 +9,26 @@ from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from kbit.backends.select import set_threads
 from kbit.checkpoint.resolve import open_model
 from kbit.checkpoint.source import CheckpointSource
 from kbit.engine.loader import prefer_tuned
-from kbit.engine.process import peak_rss_bytes
-from kbit.engine.tokenizer import Tokenizer
-from kbit.errors import KbitError, UsageError
 from kbit.evaluate.compare import KL_PERCENTILES, Comparison, check_vocabularies, compare
-from kbit.evaluate.datasets import TextData, resolve_data
 from kbit.evaluate.perplexity import PerplexityResult, Progress, evaluate_perplexity
 from kbit.evaluate.request import EngineRequest
-from kbit.evaluate.windows import CONVENTIONS, Convention, Windows, choose_context, make_windows
+from kbit.graph.ops import Backend
+from kbit.host.errors import KbitError, UsageError
+from kbit.host.process import peak_rss_bytes
 from kbit.models.decoder import Decoder
 from kbit.models.families import spec_from_config
 from kbit.models.load import load_decoder
 from kbit.models.shard import shard
-from kbit.ops.backend import Backend
-from kbit.ops.select import set_threads
+from kbit.text.datasets import TextData, resolve_data
+from kbit.text.tokenizer import Tokenizer
+from kbit.text.windows import CONVENTIONS, Convention, Windows, choose_context, make_windows
 
 if TYPE_CHECKING:
-    from kbit.ops.tensor_parallel import Group
+    from kbit.backends.parallel import Group
 
 
 @dataclass(frozen=True)
@@ -37,10 +37,10 @@ class Request(EngineRequest):
 
     Attributes:
         model, reference: a folder, a .gguf file, a hub id or a name `kbit pull` lists.
-        data: a text file or the name of a text (kbit.evaluate.datasets).
+        data: a text file or the name of a text (kbit.text.datasets).
         max_tokens: use at most so many tokens of the text, rounded down to whole windows.
         context: tokens per window (default: the convention's, reduced to what the models can take).
-        convention: "gptq" or "llamacpp" (kbit.evaluate.windows).
+        convention: "gptq" or "llamacpp" (kbit.text.windows).
     """
 
     model: str
@@ -151,7 +151,7 @@ def evaluate_model(
     Args:
         progress: called after every window.
         status: told what is being done before the first window.
-        group: processes among which the models are split (`kbit.ops.tensor_parallel`), this one among them; all must
+        group: processes among which the models are split (`kbit.backends.parallel`), this one among them; all must
             ask for the same.
 
     Raises:
@@ -194,7 +194,7 @@ def _backends(request: Request, group: Group | None) -> tuple[Backend, Backend]:
     set_threads(request.threads)
     backend, reference_backend = request.backends()
     if group is not None:
-        from kbit.ops.tensor_parallel import split
+        from kbit.backends.parallel import split
 
         backend = split(backend, group)
         reference_backend = reference_backend if request.reference is None else split(reference_backend, group)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from kbit.errors import UsageError
-from kbit.ops.backend import Backend
-from kbit.ops.select import select_backend
+from kbit.backends.select import select_backend
+from kbit.graph.ops import Backend
+from kbit.host.errors import UsageError
 
 _REFERENCE_BACKENDS = ("reference", "native")
 
@@ -18,7 +18,7 @@ class EngineRequest:
     Attributes:
         device: "auto", "cpu" or "cuda".
         threads: CPU threads, also of torch for the whole process; None takes one per physical core and leaves torch's.
-        backend, compute, kv_bits: who runs the model, and how (`kbit.ops.select.select_backend`).
+        backend, compute, kv_bits: who runs the model, and how (`kbit.backends.select.select_backend`).
         reference_backend: who runs the reference, on the CPU: "reference" (exactly), or "native": computing as the
             model does where that runs natively too, else as by default.
     """

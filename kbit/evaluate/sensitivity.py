@@ -28,17 +28,17 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from kbit.backends.reference.backend import ReferenceBackend, ReferenceWeight, RowOps
 from kbit.checkpoint.source import CheckpointSource
-from kbit.errors import KbitError
 from kbit.evaluate.compare import compare
-from kbit.evaluate.windows import Windows
 from kbit.formats.quant_tensor import QuantTensor
+from kbit.graph.ops import Attention, Weight
+from kbit.host.errors import KbitError
 from kbit.kernels import reference
 from kbit.models.decoder import DecoderDefinition, DecoderWeights
 from kbit.models.load import load_decoder
 from kbit.models.spec import TensorNames
-from kbit.ops.backend import Attention, Weight
-from kbit.ops.reference_backend import ReferenceBackend, ReferenceWeight, RowOps
+from kbit.text.windows import Windows
 
 # Backward passes per window. The spread between windows is larger than that between passes, so more windows help more;
 # with 4 windows of 256 tokens and 2 passes a_l comes out within about 10 % (novels-2m; the standard error is reported).

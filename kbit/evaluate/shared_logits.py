@@ -22,9 +22,9 @@ import torch
 from numpy.typing import NDArray
 
 from kbit.engine.prompt_cache import DecoderLike
-from kbit.errors import KbitError
 from kbit.evaluate.logits import KeptLogits, ModelLogits, check_room, logits_bytes, pieces, stored_bytes
-from kbit.evaluate.windows import Windows
+from kbit.host.errors import KbitError
+from kbit.text.windows import Windows
 
 
 def logits_complete(path: Path, windows: Windows) -> bool:

@@ -14,13 +14,13 @@ from math import gcd
 import numpy as np
 import torch
 
-from kbit.errors import KbitError
-from kbit.formats.bitplanes import pack
 from kbit.formats.codebooks import codebook as format_codebook
 from kbit.formats.codebooks import quantile_codebook
+from kbit.formats.planes import pack
 from kbit.formats.quant_format import QuantFormat, plane_widths
 from kbit.formats.quant_tensor import QuantTensor, spread
 from kbit.formats.scales import load_scales, store_scales
+from kbit.host.errors import KbitError
 
 # Weights worked on at once. The scratch of a chunk is about 16 bytes a weight (values, normalised values, 32-bit
 # codes, masks): 64 MB here. Larger chunks are no faster.

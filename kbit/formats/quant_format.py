@@ -17,7 +17,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from kbit.errors import UsageError
+from kbit.host.errors import UsageError
 
 DTYPES = ("int", "float", "dynamic", "quantile", "nf", "lloyd")
 FLOAT_GRIDS = ("ocp", "paper", "bnb")

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 
 import torch
 
-from kbit.errors import CheckpointError
-from kbit.formats.bitplanes import unpack
+from kbit.formats.planes import unpack
 from kbit.formats.quant_format import QuantFormat, plane_widths
 from kbit.formats.scales import load_scales
+from kbit.host.errors import CheckpointError
 
 SAFETENSORS_TO_TORCH = {
     "U8": torch.uint8,

@@ -6,8 +6,8 @@ from collections.abc import Mapping
 
 import torch
 
-from kbit.errors import KbitError
 from kbit.formats.quant_format import SUPERBLOCK, QuantFormat
+from kbit.host.errors import KbitError
 
 TORCH_SCALE_DTYPE = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 
 from kbit.checkpoint.source import CheckpointSource
-from kbit.errors import CheckpointError
+from kbit.host.errors import CheckpointError
 from kbit.models.config_values import shown
 from kbit.models.spec import ModelSpec
 

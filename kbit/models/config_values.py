@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from kbit.errors import CheckpointError
+from kbit.host.errors import CheckpointError
 
 
 def shown(value: object) -> str:

@@ -13,11 +13,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from kbit.errors import UsageError
+from kbit.graph.cache import Cache
+from kbit.graph.ops import Attention, Backend, Ops, Weight, X
+from kbit.host.errors import UsageError
 from kbit.models.rope import rope_tables
 from kbit.models.spec import ModelSpec
-from kbit.ops.backend import Attention, Backend, Ops, Weight, X
-from kbit.ops.cache import Cache
 
 # Up to so many ids are looked at one by one: two reductions over a tiny tensor would cost as much as a layer.
 _FEW_IDS = 64
@@ -63,7 +63,7 @@ class DecoderWeights:
 
 
 class DecoderDefinition:
-    """The model: a `kbit.ops.backend.Definition`. Values are whatever the backend's operations return."""
+    """The model: a `kbit.graph.ops.Definition`. Values are whatever the backend's operations return."""
 
     def __init__(self, spec: ModelSpec, weights: DecoderWeights) -> None:
         self.spec = spec

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from kbit.errors import CheckpointError, UnsupportedError
+from kbit.host.errors import CheckpointError, UnsupportedError
 from kbit.models.config_values import ConfigValues, shown
 from kbit.models.rope_config import rope_from_config
 from kbit.models.spec import MAX_CONTEXT, ModelSpec, TensorNames

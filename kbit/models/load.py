@@ -8,13 +8,13 @@ from math import isfinite
 import torch
 
 from kbit.checkpoint.source import CheckpointSource
-from kbit.errors import CheckpointError
 from kbit.formats.quant_tensor import QuantTensor
+from kbit.graph.ops import Backend
+from kbit.host.errors import CheckpointError
 from kbit.models.check import check_tensors
 from kbit.models.decoder import Decoder, DecoderWeights, Layer, Linear
 from kbit.models.families import spec_from_config
 from kbit.models.spec import ModelSpec
-from kbit.ops.backend import Backend
 
 _SIXTEEN_BITS = {"F16": torch.float16, "BF16": torch.bfloat16}
 

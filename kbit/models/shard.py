@@ -2,7 +2,7 @@
 
     q, k, v, gate, up   rows (output features), with their biases
     o, down             columns (input features): each process's product is a part of a sum, which the backend adds up
-                        before bias and residual (`kbit.ops.backend.SplitBackend`)
+                        before bias and residual (`kbit.graph.ops.SplitBackend`)
     all the rest        whole: embedding, head, norms, the biases of o and down
 
 So a layer needs two sums over the processes and nothing else: attention and activation stay where their inputs are.
@@ -15,7 +15,7 @@ from math import lcm
 
 from kbit.checkpoint.shard import Cut, ShardedSource, column_unit, stored_format
 from kbit.checkpoint.source import CheckpointSource
-from kbit.errors import UnsupportedError
+from kbit.host.errors import UnsupportedError
 from kbit.models.check import check_tensors
 from kbit.models.families import spec_from_config
 from kbit.models.spec import ModelSpec

@@ -9,14 +9,14 @@ from typing import Any
 
 import torch
 
-from kbit.checkpoint.kbit_folder import LAYOUT_VERSION, KbitFolder, codebook_key
+from kbit.checkpoint.readers.kbit_folder import LAYOUT_VERSION, KbitFolder, codebook_key
 from kbit.checkpoint.source import CheckpointSource
 from kbit.checkpoint.writer import CheckpointWriter, finished_plan, remove_leftovers
-from kbit.errors import CheckpointError, KbitError
 from kbit.formats.blockwise import CHUNK_WEIGHTS, quantize_rows
 from kbit.formats.codebooks import codebook
 from kbit.formats.quant_format import QuantFormat
 from kbit.formats.quant_tensor import SAFETENSORS_TO_TORCH, QuantTensor
+from kbit.host.errors import CheckpointError, KbitError
 from kbit.quantizers.plan import Plan, TensorPlan, check_disk
 
 # A weight of a source, by name, rounded to nearest in a format.
@@ -119,7 +119,7 @@ def on_gpu(device: torch.device | str = "cuda") -> Quantize:
 
     A tensor is read whole, as float32, on the host and on the GPU.
     """
-    from kbit.kernels.triton.quantize import quantize
+    from kbit.kernels.triton.codecs.quantize import quantize
     from kbit.kernels.triton.target import active
 
     def run(source: CheckpointSource, name: str, format: QuantFormat) -> QuantTensor:

@@ -17,8 +17,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 from kbit.checkpoint.source import CheckpointSource
-from kbit.errors import UsageError
 from kbit.formats.quant_format import QuantFormat
+from kbit.host.errors import UsageError
 from kbit.quantizers.plan import Plan
 
 if TYPE_CHECKING:

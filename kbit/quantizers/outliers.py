@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from kbit.errors import UnsupportedError
+from kbit.host.errors import UnsupportedError
 from kbit.quantizers.view import QuantizedView
 
 if TYPE_CHECKING:

@@ -14,11 +14,11 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
 
-from kbit.checkpoint.kbit_folder import LAYOUT_VERSION
+from kbit.checkpoint.readers.kbit_folder import LAYOUT_VERSION
 from kbit.checkpoint.source import CheckpointSource, TensorInfo
 from kbit.checkpoint.writer import DEFAULT_SHARD_BYTES, StoredWeight, partial_folder
-from kbit.errors import KbitError, UnsupportedError, UsageError
 from kbit.formats.quant_format import Part, QuantFormat
+from kbit.host.errors import KbitError, UnsupportedError, UsageError
 
 # What a kept tensor is stored as, by how the source holds it. GGUF's block types have no plain equivalent: their
 # values are multiples of an fp16 scale, which fp16 holds to 2^-11. fp8 times its scale needs bf16's range.

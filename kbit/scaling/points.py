@@ -18,8 +18,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from kbit.errors import KbitError
-from kbit.evaluate.json_values import finite
+from kbit.host.errors import KbitError
+from kbit.host.json_values import finite
 
 # Raised when what a row means changes: rows of another number are not read.
 SCHEMA = 1
@@ -46,7 +46,7 @@ class Point:
         total_bits: bits that all tensors take as stored.
         training_tokens: tokens the model was trained on, D, or None where its folder does not say.
         data, data_sha256: the text.
-        convention, context: how windows were cut (kbit.evaluate.windows).
+        convention, context: how windows were cut (kbit.text.windows).
         tokens: scored tokens.
         text_bytes: bytes of UTF-8 these tokens make: losses per byte compare between all models.
         backend: who computed, for people.

@@ -23,16 +23,16 @@ from typing import Any, TypeVar
 
 import torch
 
-from kbit.kernels.triton import activate as _activate
-from kbit.kernels.triton import attention_decode as _decode
-from kbit.kernels.triton import attention_prefill as _prefill
-from kbit.kernels.triton import dequantize as _dequantize
-from kbit.kernels.triton import embed as _embed
-from kbit.kernels.triton import kv_append as _kv_append
-from kbit.kernels.triton import matmul as _matmul
-from kbit.kernels.triton import norm as _norm
-from kbit.kernels.triton import softcap as _softcap
-from kbit.kernels.triton.layout import TritonWeight
+from kbit.kernels.triton.attention import decode as _decode
+from kbit.kernels.triton.attention import kv_append as _kv_append
+from kbit.kernels.triton.attention import prefill as _prefill
+from kbit.kernels.triton.attention import softcap as _softcap
+from kbit.kernels.triton.codecs import dequantize as _dequantize
+from kbit.kernels.triton.codecs.layout import TritonWeight
+from kbit.kernels.triton.product import matmul as _matmul
+from kbit.kernels.triton.rows import activate as _activate
+from kbit.kernels.triton.rows import embed as _embed
+from kbit.kernels.triton.rows import norm as _norm
 from kbit.kernels.triton.target import active
 
 F = TypeVar("F", bound=Callable[..., Any])

@@ -1,6 +1,6 @@
 """Configurations found by timing on a GPU, which the table's choices (configs.py, attention_configs.py) give way to.
 
-Only a table in memory: `kbit.engine.tuned` reads it from the user's cache and writes it there, `kbit tune` finds what
+Only a table in memory: `kbit.tuning.stored` reads it from the user's cache and writes it there, `kbit tune` finds what
 belongs in it. Nothing here touches a file or a GPU, and without entries a lookup is one test of an empty dictionary.
 """
 

@@ -1,5 +1,5 @@
 #!/bin/sh
-# Runs the machine code of the AMX kernels (kernels/cpu/isa_amx.cpp) against the plain C++ ones, byte for byte. AMX
+# Runs the machine code of the AMX kernels (kernels/cpu/isa/amx.cpp) against the plain C++ ones, byte for byte. AMX
 # instructions are executed in software (trap.cpp), so this needs an x86-64 Linux machine with AVX-512 BF16, but no AMX.
 #
 #   tools/amx/check.sh [BUILD_FOLDER [quick]]      the folder: a temporary one by default; quick: fewer cases, -O1
@@ -25,12 +25,12 @@ compile() {
 }
 
 kernels="-fno-math-errno -fno-strict-aliasing"
-compile isa_amx "$cpu/isa_amx.cpp" $kernels -mavx2 -mfma -mf16c -mbmi2 -mavx512f -mavx512bw -mavx512dq -mavx512vl \
+compile isa_amx "$cpu/isa/amx.cpp" $kernels -mavx2 -mfma -mf16c -mbmi2 -mavx512f -mavx512bw -mavx512dq -mavx512vl \
   -mavx512vnni -mprefer-vector-width=512 -mavx512vbmi -mavx512bf16 -Wno-uninitialized
-compile isa_scalar "$cpu/isa_scalar.cpp" $kernels -O1
-compile isa_amx_emulated "$cpu/isa_amx_emulated.cpp" $kernels -Os
-for name in matrix_storage bitplanes threads kv_cache attention_plan; do
-  compile $name "$cpu/$name.cpp"
+compile isa_scalar "$cpu/isa/scalar.cpp" $kernels -O1
+compile isa_amx_emulated "$cpu/isa/amx_emulated.cpp" $kernels -Os
+for name in codecs/matrix_storage codecs/bitplanes program/threads attention/kv_cache attention/attention_plan; do
+  compile "$(basename $name)" "$cpu/$name.cpp"
 done
 compile trap "$root/tools/amx/trap.cpp"
 compile kernels_test "$root/tools/kernels_test.cpp" "-DSETS=SET(scalar) SET(amx_emulated) SET(amx)"

@@ -29,22 +29,19 @@ compile() {
 }
 
 kernels="-fno-math-errno -fno-strict-aliasing"
-compile "$arm" arm "$cpu/isa_neon.cpp" $kernels -march=armv8.2-a+dotprod
-compile "$arm" arm "$cpu/isa_i8mm.cpp" $kernels -march=armv8.2-a+dotprod+i8mm
-compile "$arm" arm "$cpu/isa_scalar.cpp" $kernels
-compile "$arm" arm "$cpu/isa_amx_emulated.cpp" $kernels -Os
-for source in "$cpu"/*.cpp; do
-  case $(basename "$source") in
-    isa_*.cpp | bind_*.cpp | module.cpp) ;;
-    *) compile "$arm" arm "$source" ;;
-  esac
+compile "$arm" arm "$cpu/isa/neon.cpp" $kernels -march=armv8.2-a+dotprod
+compile "$arm" arm "$cpu/isa/i8mm.cpp" $kernels -march=armv8.2-a+dotprod+i8mm
+compile "$arm" arm "$cpu/isa/scalar.cpp" $kernels
+compile "$arm" arm "$cpu/isa/amx_emulated.cpp" $kernels -Os
+for source in "$cpu"/codecs/*.cpp "$cpu"/attention/*.cpp "$cpu"/program/*.cpp "$cpu/isa/isa.cpp"; do
+  compile "$arm" arm "$source"
 done
 sets="SET(scalar) SET(neon) SET(i8mm) SET(amx_emulated)"
 if [ -z "$run" ] && ! grep -qw i8mm /proc/cpuinfo; then sets="SET(scalar) SET(neon) SET(amx_emulated)"; fi
 compile "$arm" arm "$root/tools/kernels_test.cpp" "-DSETS=$sets"
 if [ -n "$run" ]; then
-  compile "$native" native "$cpu/isa_scalar.cpp" $kernels -O1
-  for name in matrix_storage bitplanes threads kv_cache attention_plan; do
+  compile "$native" native "$cpu/isa/scalar.cpp" $kernels -O1
+  for name in codecs/matrix_storage codecs/bitplanes program/threads attention/kv_cache attention/attention_plan; do
     compile "$native" native "$cpu/$name.cpp"
   done
   compile "$native" native "$root/tools/kernels_test.cpp" "-DSETS=SET(scalar)"

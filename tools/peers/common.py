@@ -21,7 +21,7 @@ class PeerError(Exception):
 
 def peers_dir() -> Path:
     """Where the peers live: KBIT_PEERS, else `peers` in kbit's cache folder."""
-    from kbit.checkpoint.cache import cache_dir
+    from kbit.host.cache_folder import cache_dir
 
     named = os.environ.get("KBIT_PEERS")
     return Path(named).expanduser().absolute() if named else cache_dir() / "peers"

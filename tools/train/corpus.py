@@ -21,8 +21,8 @@ import numpy as np
 from numpy.typing import NDArray
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from kbit.checkpoint.files import fsync_folder
-from kbit.errors import KbitError, UsageError, one_line
+from kbit.host.errors import KbitError, UsageError, one_line
+from kbit.host.files import fsync_folder
 
 SEPARATORS = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>")
 # The tokenizer takes about 100 bytes of memory per byte of text while it works, so long documents go through in pieces.

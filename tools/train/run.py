@@ -30,8 +30,8 @@ from numpy.typing import NDArray
 from safetensors.torch import save
 from torch.nn import functional
 
-from kbit.checkpoint.files import fsync_folder, read_json_object, write_durably
-from kbit.errors import KbitError, UsageError, one_line
+from kbit.host.errors import KbitError, UsageError, one_line
+from kbit.host.files import fsync_folder, read_json_object, write_durably
 from train.corpus import Tokens, WindowOrder
 from train.model import Llama, exported
 from train.settings import Settings, differences

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 import torch
 
-from kbit.errors import UsageError
+from kbit.host.errors import UsageError
 from train.shapes import Shape
 
 Precision = Literal["fp32", "bf16"]

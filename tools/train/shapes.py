@@ -6,7 +6,7 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
-from kbit.errors import UsageError
+from kbit.host.errors import UsageError
 
 
 @dataclass(frozen=True)

@@ -7,11 +7,11 @@ from typing import Any
 
 import torch
 
-from kbit.kernels.triton import attention_configs as configs
-from kbit.kernels.triton.attention_decode import attention_decode
-from kbit.kernels.triton.attention_prefill import attention_prefill, attention_prefill_paged
-from kbit.kernels.triton.kv_append import kv_append
-from kbit.kernels.triton.kv_layout import PAGE, KVFormat
+from kbit.kernels.triton.attention import configs
+from kbit.kernels.triton.attention.decode import attention_decode
+from kbit.kernels.triton.attention.kv_append import kv_append
+from kbit.kernels.triton.attention.kv_layout import PAGE, KVFormat
+from kbit.kernels.triton.attention.prefill import attention_prefill, attention_prefill_paged
 from triton_lint.cases import Case, Gate
 from triton_lint.chips import TARGETS
 from triton_lint.driver import Launch

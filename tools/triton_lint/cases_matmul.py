@@ -7,19 +7,19 @@ from typing import Any
 
 import torch
 
-from kbit.kernels.triton.configs import (
+from kbit.kernels.triton.codecs.layout import ROW_TILE, TritonWeight
+from kbit.kernels.triton.product.configs import (
     gemm_candidates,
     gemm_config,
     gemv_candidates,
     gemv_config,
     rounded_config,
 )
-from kbit.kernels.triton.gemm import gemm
-from kbit.kernels.triton.gemm_fp8 import gemm_fp8
-from kbit.kernels.triton.gemm_int8 import gemm_int8
-from kbit.kernels.triton.gemv import gemv, problem_of
-from kbit.kernels.triton.layout import ROW_TILE, TritonWeight
-from kbit.kernels.triton.rounded import FP8_ARCHES, segment_of
+from kbit.kernels.triton.product.gemm import gemm
+from kbit.kernels.triton.product.gemm_fp8 import gemm_fp8
+from kbit.kernels.triton.product.gemm_int8 import gemm_int8
+from kbit.kernels.triton.product.gemv import gemv, problem_of
+from kbit.kernels.triton.product.rounded import FP8_ARCHES, segment_of
 from triton_lint.cases import Case, Gate
 from triton_lint.chips import TARGETS
 from triton_lint.driver import Launch

@@ -9,8 +9,10 @@ import torch
 
 from kbit.formats.codebooks import codebook
 from kbit.formats.quant_format import QuantFormat
-from kbit.kernels.triton import activate, dequantize, embed, norm, quantize, rotary, softcap
-from kbit.kernels.triton.layout import TritonWeight
+from kbit.kernels.triton.attention import rotary, softcap
+from kbit.kernels.triton.codecs import dequantize, quantize
+from kbit.kernels.triton.codecs.layout import TritonWeight
+from kbit.kernels.triton.rows import activate, embed, norm
 from triton_lint.cases import Case, Gate
 from triton_lint.chips import TARGETS
 from triton_lint.driver import Launch

@@ -9,8 +9,8 @@ import torch
 from kbit.formats.blockwise import quantize_blockwise
 from kbit.formats.quant_format import QuantFormat
 from kbit.formats.quant_tensor import SAFETENSORS_TO_TORCH, QuantTensor
-from kbit.kernels.triton.layout import TritonWeight, prepare_weight
-from kbit.kernels.triton.rounded import with_activations
+from kbit.kernels.triton.codecs.layout import TritonWeight, prepare_weight
+from kbit.kernels.triton.product.rounded import with_activations
 
 
 def meta_quant(quant_format: QuantFormat, shape: tuple[int, int]) -> QuantTensor:

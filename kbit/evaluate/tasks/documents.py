@@ -16,7 +16,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from kbit.errors import KbitError, UsageError
+from kbit.host.errors import KbitError, UsageError
 
 Row = Mapping[str, Any]
 Metric = Literal["perplexity", "acc", "acc_norm"]

@@ -18,10 +18,10 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from kbit.errors import KbitError, UsageError
 from kbit.evaluate.tasks.documents import Item, Metric, Task
 from kbit.evaluate.tasks.scorer import Score
 from kbit.evaluate.tasks.sources import item_digest
+from kbit.host.errors import KbitError, UsageError
 
 # Raised when what a row means changes: rows of another number are not read.
 SCHEMA = 1

@@ -10,10 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from kbit.backends.select import set_threads
 from kbit.checkpoint.resolve import open_model
 from kbit.engine.loader import load_model
-from kbit.engine.process import peak_rss_bytes
-from kbit.errors import UsageError
 from kbit.evaluate.paired import PairedAccuracy, PairedMean, compare_correct, holm, paired_mean
 from kbit.evaluate.request import EngineRequest
 from kbit.evaluate.tasks.documents import parse_tasks
@@ -21,9 +20,10 @@ from kbit.evaluate.tasks.records import ItemRecord, RecordFile, read_records
 from kbit.evaluate.tasks.scorer import Scorer, choose_length
 from kbit.evaluate.tasks.scoring import Progress, TaskResult, score_items
 from kbit.evaluate.tasks.sources import TaskItems, item_digest, load_items
+from kbit.graph.ops import Backend
+from kbit.host.errors import UsageError
+from kbit.host.process import peak_rss_bytes
 from kbit.models.families import spec_from_config
-from kbit.ops.backend import Backend
-from kbit.ops.select import set_threads
 
 
 @dataclass(frozen=True)

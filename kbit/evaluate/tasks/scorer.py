@@ -18,12 +18,12 @@ from dataclasses import dataclass
 
 import torch
 
-from kbit.engine.tokenizer import Tokenizer
-from kbit.errors import KbitError, UsageError
 from kbit.evaluate.logits import row_step
 from kbit.evaluate.perplexity import token_nll
+from kbit.host.errors import KbitError, UsageError
 from kbit.models.decoder import Decoder
 from kbit.models.spec import ModelSpec
+from kbit.text.tokenizer import Tokenizer
 
 # Tokens of a batch: four passes of the native kernels (512 rows), so that a last, incomplete pass costs little.
 BATCH_TOKENS = 2048

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from kbit.errors import KbitError
 from kbit.evaluate.tasks.documents import Metric
 from kbit.evaluate.tasks.records import Estimate, ItemRecord, RecordFile, make_record, summarize
 from kbit.evaluate.tasks.scorer import Encoded, Score, Scorer, TooLongError
 from kbit.evaluate.tasks.sources import TaskItems, item_digest
+from kbit.host.errors import KbitError
 
 # (task, tokens done, tokens in all, accuracy on the task's items so far)
 Progress = Callable[[str, int, int, float], None]

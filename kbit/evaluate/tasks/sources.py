@@ -25,8 +25,8 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from kbit.errors import KbitError, UnsupportedError, UsageError, one_line
 from kbit.evaluate.tasks.documents import Item, Row, Task
+from kbit.host.errors import KbitError, UnsupportedError, UsageError, one_line
 
 # The largest of the sets, HellaSwag's validation split, has 12 MB as JSON lines.
 MAX_BYTES = 256 << 20

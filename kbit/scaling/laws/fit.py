@@ -15,9 +15,9 @@ from typing import Any
 
 import numpy as np
 
-from kbit.errors import UsageError
-from kbit.evaluate.json_values import finite
 from kbit.evaluate.statistics import SEED
+from kbit.host.errors import UsageError
+from kbit.host.json_values import finite
 from kbit.scaling.laws.best_width import BestWidths, best_widths
 from kbit.scaling.laws.bootstrap import DRAWS, LEVEL, Array, Draws, interval, redraw, redraw_models, times_of
 from kbit.scaling.laws.describe import Fit as Fit

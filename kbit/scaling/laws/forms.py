@@ -31,8 +31,8 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from kbit.errors import UsageError
 from kbit.formats.quant_format import QuantFormat
+from kbit.host.errors import UsageError
 from kbit.scaling.laws.gaussian import Rounding, gaussian_rounding, noise_share
 from kbit.scaling.points import ORIGINAL, Point
 from kbit.scaling.sweep.grid import dtype_label

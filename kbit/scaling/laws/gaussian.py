@@ -12,9 +12,9 @@ from functools import lru_cache
 
 import numpy as np
 
-from kbit.errors import UsageError
 from kbit.formats.codebooks import codebook, quantile_codebook
 from kbit.formats.quant_format import QuantFormat
+from kbit.host.errors import UsageError
 
 # Weights of the sample. The error of the 8-bit formats comes out to 1 %, that of the others better.
 _SAMPLE = 1 << 17

@@ -13,9 +13,9 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from kbit.errors import KbitError, UsageError
 from kbit.evaluate.statistics import SEED
 from kbit.formats.quant_format import QuantFormat
+from kbit.host.errors import KbitError, UsageError
 from kbit.scaling.laws.bootstrap import Array, interval
 from kbit.scaling.laws.fit import Laws, MethodLaws, SuiteLaws
 from kbit.scaling.laws.fitting import Between, Trained

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from kbit.checkpoint.files import write_durably
-from kbit.errors import KbitError, UsageError
+from kbit.host.errors import KbitError, UsageError
+from kbit.host.files import write_durably
 from kbit.scaling.report import plots_style as style
 from kbit.scaling.report.html_page import Cell, Page
 from kbit.scaling.report.layers import LayerTable, MatrixRow

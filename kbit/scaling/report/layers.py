@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
-from kbit.errors import UsageError
+from kbit.host.errors import UsageError
 
 if TYPE_CHECKING:
     import torch

@@ -18,7 +18,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kbit.errors import KbitError
+from kbit.host.errors import KbitError
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -9,8 +9,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kbit.checkpoint.files import write_durably
-from kbit.errors import KbitError
+from kbit.host.errors import KbitError
+from kbit.host.files import write_durably
 from kbit.scaling.claims import check_claims
 from kbit.scaling.points import Point
 from kbit.scaling.report import plots_style as style
@@ -265,7 +265,7 @@ def _reproduce(
 
 def _this_machine() -> dict[str, str]:
     """Where the page was made, which is where a sweep measures unless it runs on a cluster."""
-    from kbit.scaling.planner.machine import describe_machine
+    from kbit.planner.machine import describe_machine
 
     facts = describe_machine()
     memory = style.size_label(float(facts["memory_bytes"])) if facts.get("memory_bytes") else "unknown"

@@ -11,7 +11,7 @@ import logging
 import os
 from typing import Any
 
-from kbit.errors import KbitError, UnsupportedError
+from kbit.host.errors import KbitError, UnsupportedError
 from kbit.scaling.sweep.measure import Task
 from kbit.scaling.sweep.workers import Event, Pool, run_task
 
@@ -46,7 +46,7 @@ class RayPool(Pool):
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # else it reports to its makers
         options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
         if address == LOCAL:
-            from kbit.ops.cpu import default_threads
+            from kbit.host.cpu import default_threads
 
             processors = (jobs or max(1, default_threads() // threads)) * threads
             options |= {"address": LOCAL, "num_cpus": processors, "include_dashboard": False}

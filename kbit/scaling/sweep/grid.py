@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from itertools import product
 from typing import TypeVar
 
-from kbit.errors import UsageError
 from kbit.formats.quant_format import MAX_BITS, MIN_BITS, QuantFormat
+from kbit.host.errors import UsageError
 from kbit.quantizers.methods import get_method
 from kbit.scaling.points import ORIGINAL
 

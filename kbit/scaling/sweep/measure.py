@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
     from kbit.evaluate.fisher import Diagonal
     from kbit.formats.quant_tensor import QuantTensor
-    from kbit.ops.backend import Backend
+    from kbit.graph.ops import Backend
 
 # Raised when the same model, format, text and arithmetic give other figures than before (a mended measure, a changed
 # codebook): points measured before are then measured again.
@@ -47,7 +47,7 @@ class Arithmetic:
     """How models are run: the same for all points of a table, the original included.
 
     Attributes:
-        compute: "fp32", "bf16" or "int8" of the native backend (kbit.ops.select).
+        compute: "fp32", "bf16" or "int8" of the native backend (kbit.backends.select).
         embedding_bits: embeddings and head are quantized to this width, or None.
     """
 
@@ -194,8 +194,8 @@ def _take_gradients(task: Task, model: _Model) -> None:
     Raises:
         KbitError: it cannot be written, or gradients are NaN.
     """
-    from kbit.errors import KbitError
     from kbit.evaluate.fisher import measure_diagonal, write_diagonal
+    from kbit.host.errors import KbitError
 
     assert task.logits is not None
     path = task.logits.with_suffix(".npz")
@@ -297,10 +297,10 @@ def _model(task: Task) -> _Model:
         KbitError: it cannot be opened, or is another one than was planned for.
     """
     global _last
+    from kbit.backends.cpu.backend import NativeBackend
+    from kbit.backends.select import select_backend
     from kbit.checkpoint.resolve import open_model
-    from kbit.errors import KbitError
-    from kbit.ops.native_backend import NativeBackend
-    from kbit.ops.select import select_backend
+    from kbit.host.errors import KbitError
     from kbit.scaling.sweep.subject import content_digest
 
     subject, compute = task.subject, task.arithmetic.compute

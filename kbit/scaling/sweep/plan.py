@@ -11,18 +11,18 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from kbit.checkpoint.files import read_json_object
 from kbit.checkpoint.resolve import open_model
-from kbit.errors import UsageError
-from kbit.evaluate.datasets import TextData, resolve_data
-from kbit.evaluate.windows import CONVENTIONS, Convention
 from kbit.formats.quant_format import MAX_BITS, MIN_BITS
+from kbit.host.errors import UsageError
+from kbit.host.files import read_json_object
 from kbit.scaling.points import Point, read_points
 from kbit.scaling.sweep.grid import BASELINE, Cell, LeftOut, expand
 from kbit.scaling.sweep.measure import MEASURE_VERSION, Arithmetic, plan_cell, point_key
 from kbit.scaling.sweep.resources import Jobs, Rates, choose_jobs, guess_seconds
 from kbit.scaling.sweep.store import PointStore
 from kbit.scaling.sweep.subject import Subject, find_subjects, text_name
+from kbit.text.datasets import TextData, resolve_data
+from kbit.text.windows import CONVENTIONS, Convention
 
 # Enough for paired differences of 1 % of a loss to show on small models, at seconds a point.
 DEFAULT_MAX_TOKENS = 8192
@@ -41,7 +41,7 @@ class SweepRequest:
         data: a text file or the name of a text.
         context: tokens per window (default: the convention's, or what the shortest model can take).
         max_tokens: tokens of the text that are used at most.
-        convention: "gptq" or "llamacpp" (kbit.evaluate.windows).
+        convention: "gptq" or "llamacpp" (kbit.text.windows).
         embedding_bits: quantize embeddings and head too, to this width in its default data type.
         compute: arithmetic of all models, the originals included: "fp32", "bf16" or "int8".
         jobs: points measured side by side; None: as many as cores and memory allow.

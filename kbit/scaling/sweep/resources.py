@@ -7,7 +7,7 @@ import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
-from kbit.ops.cpu import default_threads
+from kbit.host.cpu import default_threads
 from kbit.scaling.points import Point
 from kbit.scaling.sweep.subject import Subject
 

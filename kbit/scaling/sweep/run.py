@@ -18,8 +18,8 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from kbit.checkpoint.files import write_durably
-from kbit.errors import KbitError, UsageError
+from kbit.host.errors import KbitError, UsageError
+from kbit.host.files import write_durably
 from kbit.scaling.points import Point, append_points
 from kbit.scaling.sweep.measure import Task
 from kbit.scaling.sweep.plan import Planned, SweepPlan, check_settings, read_table, settings_of

@@ -11,8 +11,8 @@ import re
 import tempfile
 from pathlib import Path
 
-from kbit.checkpoint.cache import cache_dir
-from kbit.errors import KbitError
+from kbit.host.cache_folder import cache_dir
+from kbit.host.errors import KbitError
 from kbit.scaling.points import Point, read_points
 
 _KEY = re.compile(r"[0-9a-f]{64}")

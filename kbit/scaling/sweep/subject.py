@@ -13,18 +13,18 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from kbit.checkpoint.cache import cache_dir
-from kbit.checkpoint.files import read_json_object, sha256_of, write_durably
 from kbit.checkpoint.resolve import open_model
 from kbit.checkpoint.source import CheckpointSource
-from kbit.engine.tokenizer import Tokenizer
-from kbit.errors import CheckpointError, KbitError, UsageError
-from kbit.evaluate.datasets import NAMED_TEXTS, TextData
-from kbit.evaluate.windows import Convention, Windows, choose_context, make_windows
 from kbit.formats.quant_format import QuantFormat
+from kbit.host.cache_folder import cache_dir
+from kbit.host.errors import CheckpointError, KbitError, UsageError
+from kbit.host.files import read_json_object, sha256_of, write_durably
 from kbit.models.check import check_tensors
 from kbit.models.families import spec_from_config
 from kbit.quantizers.plan import make_plan
+from kbit.text.datasets import NAMED_TEXTS, TextData
+from kbit.text.tokenizer import Tokenizer
+from kbit.text.windows import Convention, Windows, choose_context, make_windows
 
 # What decides how a text becomes tokens.
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from multiprocessing import connection
 from typing import TYPE_CHECKING
 
-from kbit.errors import KbitError
+from kbit.host.errors import KbitError
 from kbit.scaling.points import Point
 from kbit.scaling.sweep.measure import Task, forget_model, measure
 

@@ -1,0 +1,1 @@
+"""Who runs a model: the reference (torch), the CPU (C++) and GPUs (Triton)."""

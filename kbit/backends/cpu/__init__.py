@@ -1,0 +1,1 @@
+"""Models as recorded programs of C++ kernels."""

@@ -1,0 +1,84 @@
+"""NativeBackend: models as recorded programs of C++ kernels, on the CPU."""
+
+from __future__ import annotations
+
+import torch
+
+from kbit import _native
+from kbit.backends.cpu.kv_cache import NativeKVCache
+from kbit.backends.cpu.runner import NativeRunner, record
+from kbit.backends.cpu.weight import NativeWeight, prepare
+from kbit.formats.quant_tensor import QuantTensor
+from kbit.graph.ops import Definition
+from kbit.host.errors import UnsupportedError
+
+
+class NativeBackend:
+    """Runs models on the native kernels of this machine's best instruction set.
+
+    `compute` says how activations and weights are multiplied:
+
+        int8   activations are rounded to 8 bits, a scale for every 64 (or 32, 16) features: fastest. Weights that are
+               not quantized are multiplied in fp32.
+        bf16   activations and expanded weights are rounded to bfloat16
+        fp32   nothing is rounded: equal to the reference but for the order of sums
+
+    Everything else is in float32, attention over a cache of codes excepted (kernels/cpu/attention/kv_cache.h).
+
+    Args:
+        threads: members of the team that computes, at least 1.
+        compute: "int8", "bf16" or "fp32".
+        kv: what keys and values are stored as: "fp32", "fp16", or bits of codes, "8", "4", "3" or "2".
+        isa: an instruction set of `_native.instruction_sets()`; None takes the best, or what the environment variable
+            KBIT_CPU_ISA names.
+
+    Raises:
+        UnsupportedError: an instruction set this machine does not have, or one that cannot compute like this.
+    """
+
+    name = "native"
+
+    def __init__(self, threads: int, *, compute: str = "int8", kv: str = "fp16", isa: str | None = None) -> None:
+        try:
+            self._context = _native.Context(isa, threads)
+        except ValueError as error:
+            raise UnsupportedError(str(error)) from None
+        if compute == "bf16" and not self._context.has_bf16:
+            raise UnsupportedError(
+                f"--compute bf16: the {self._context.isa} kernels have no bfloat16 products; use --compute int8 or fp32"
+            )
+        self.device = torch.device("cpu")
+        self.compute = compute
+        self.kv = kv
+
+    @property
+    def isa(self) -> str:
+        """The instruction set whose kernels run."""
+        return self._context.isa
+
+    @property
+    def threads(self) -> int:
+        """Members of the team."""
+        return self._context.threads
+
+    def describe(self) -> str:
+        threads = f"{self.threads} thread{'s' if self.threads != 1 else ''}"
+        kv = f"{self.kv}-bit" if self.kv.isdigit() else self.kv
+        return f"native: {self.isa} kernels, {threads}, {self.compute} compute, {kv} KV cache"
+
+    def prepare(self, weight: torch.Tensor | QuantTensor, *, lookup: bool = False) -> NativeWeight:
+        return prepare(weight, self._context)
+
+    def prepare_vector(self, vector: torch.Tensor) -> torch.Tensor:
+        return vector.to(self.device, torch.float32).contiguous()
+
+    def new_cache(self, layers: int, batch: int, kv_heads: int, head_dim: int, capacity: int) -> NativeKVCache:
+        if self.kv.isdigit() and head_dim % 16:
+            raise UnsupportedError(
+                f"--kv-bits {self.kv}: this model's heads have {head_dim} features, and codes need a multiple of 16; "
+                "use --kv-bits 16 or 32"
+            )
+        return NativeKVCache(layers, batch, kv_heads, head_dim, capacity, self.kv)
+
+    def bind(self, definition: Definition) -> NativeRunner:
+        return NativeRunner(definition, record(definition, self._context, self.compute))

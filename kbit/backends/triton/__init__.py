@@ -1,0 +1,1 @@
+"""Models as launches of Triton kernels, captured as CUDA graphs."""

@@ -1,0 +1,88 @@
+"""DecodeGraph: one decoding step, captured once as a CUDA graph and replayed without launching from Python."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+if TYPE_CHECKING:
+    from kbit.backends.triton.kv_cache import TritonKVCache
+
+Step = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+
+
+class DecodeGraph:
+    """A step of one new token per row of a cache.
+
+    Arguments go through one small tensor: a replay is one copy to the device and one launch. The step is run once
+    before it is captured, since the first launch of a kernel compiles it.
+
+    Args:
+        step: (ids int64 (B,), positions int64 (B,), slots int64 (B,), lengths int32 (B,)) -> logits (B, V). It must
+            launch the same kernels on the same memory whatever the values.
+        owner: whose step it is.
+        cache: whose tensors the step uses.
+        device: a CUDA device, the current one.
+        held: other tensors that the step reads and that nobody else may keep: a graph holds addresses, not tensors.
+
+    Attributes:
+        owner: as given.
+        version: of the cache when it was captured. Once that has another, the graph works on memory that is gone.
+    """
+
+    def __init__(
+        self,
+        step: Step,
+        owner: object,
+        cache: TritonKVCache,
+        device: torch.device,
+        held: Sequence[torch.Tensor] = (),
+    ) -> None:
+        self.owner = owner
+        self._held = tuple(held)
+        self.version = cache.version
+        self._first_slots = cache.slots(np.arange(cache.batch), np.zeros(cache.batch, dtype=np.int64))  # of each row
+        batch = cache.batch
+        self._host = torch.zeros((3, batch), dtype=torch.int64).pin_memory()
+        self._values = torch.zeros((3, batch), dtype=torch.int64, device=device)
+        ids, positions, slots = self._values
+        # Trying the step out writes a token to position 0 of every row: what is there is kept and put back.
+        first = cache.block_table[:, 0].long()
+        kept = [(part, part[first]) for part in (*cache.keys, *cache.values)]
+        slots.copy_(torch.from_numpy(self._first_slots))
+
+        def run() -> torch.Tensor:
+            return step(ids, positions, slots, (positions + 1).int())
+
+        stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        stream.wait_stream(torch.cuda.current_stream(device))
+        try:
+            with torch.cuda.stream(stream):
+                run()
+            torch.cuda.current_stream(device).wait_stream(stream)
+            self._graph = torch.cuda.CUDAGraph()
+            # A stream of this device: the one that torch takes otherwise belongs to the first GPU it captured on. Other
+            # threads may allocate meanwhile, which the default mode takes for an error of this one.
+            with torch.cuda.graph(self._graph, stream=stream, capture_error_mode="thread_local"):
+                self._logits = run()
+        finally:  # also where memory ran out: the cache may be used on
+            for part, pages in kept:
+                part[first] = pages
+
+    def __call__(self, ids: Sequence[int], lengths: Sequence[int]) -> torch.Tensor:
+        """Logits (B, V) after one token per row; a copy.
+
+        Args:
+            ids: the tokens.
+            lengths: tokens that each row had before.
+        """
+        # The copy before this one may still be under way where nobody has read the logits since.
+        torch.cuda.current_stream(self._values.device).synchronize()
+        slots = (self._first_slots + np.array(lengths)).tolist()
+        self._host.copy_(torch.tensor([ids, lengths, slots]))
+        self._values.copy_(self._host, non_blocking=True)
+        self._graph.replay()
+        return self._logits.clone()

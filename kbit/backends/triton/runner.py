@@ -1,0 +1,354 @@
+"""TritonRunner: runs a recorded model on the Triton kernels, one launch per fused operation.
+
+The residual stream is float32; what is multiplied is half precision (fp16 or bf16). Only real tokens become rows of a
+pass, sequence after sequence. The host knows every length, so nothing waits for the device before the logits are read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from threading import Lock
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from kbit.backends.cpu.lowering import fuse
+from kbit.backends.rotary import RotaryTable
+from kbit.backends.triton.graph import DecodeGraph
+from kbit.backends.triton.kv_cache import TritonKVCache
+from kbit.backends.triton.weight import merge, round_activations, triton_weight
+from kbit.graph.cache import Cache
+from kbit.graph.ops import Definition, Group
+from kbit.graph.recording import Activate, Attend, Embed, Norm, Operation, Project, Recorder, Symbol, reads
+from kbit.kernels.triton.attention.decode import attention_decode
+from kbit.kernels.triton.attention.kv_append import kv_append
+from kbit.kernels.triton.attention.prefill import attention_prefill_paged
+from kbit.kernels.triton.codecs.layout import TritonWeight
+from kbit.kernels.triton.product.limits import DECODE_TOKENS
+from kbit.kernels.triton.product.matmul import gated_matmul, matmul
+from kbit.kernels.triton.rows.activate import activate
+from kbit.kernels.triton.rows.embed import embed
+from kbit.kernels.triton.rows.norm import rms_norm
+from kbit.kernels.triton.target import active
+
+# Tokens that go through the model at once: bounds the memory of activations, and fills any GPU.
+PASS_ROWS = 2048
+
+
+@dataclass(frozen=True, eq=False)
+class Pass:
+    """The tokens of one pass, N in all, and where they stand. Everything is on the device.
+
+    Attributes:
+        cache: where keys and values go.
+        slots: int64 (N,), places in the cache.
+        cos, sin: float32 (rows, R/2), rotary tables.
+        angles: int64 (N,), row of the tables for each token.
+        positions: int64 (B, T) where every row has the same T <= DECODE_TOKENS new tokens, else None.
+        bounds: int32 (B + 1,): row b's tokens are bounds[b] .. bounds[b + 1]. Not used with positions.
+        lengths: int32 (B,), tokens of each row, the new ones included.
+        longest: most new tokens of a row.
+        reach: a bound on lengths.
+    """
+
+    cache: TritonKVCache
+    slots: torch.Tensor
+    cos: torch.Tensor
+    sin: torch.Tensor
+    angles: torch.Tensor
+    positions: torch.Tensor | None
+    bounds: torch.Tensor | None
+    lengths: torch.Tensor
+    longest: int
+    reach: int
+
+
+class Replay:
+    """A recorded function of one symbol as launches.
+
+    Args:
+        operations: fused (`kbit.backends.cpu.lowering.fuse`).
+        input: the symbol it is called with.
+        result: the symbol it returns.
+        dtype: of what is multiplied.
+        group: processes over which products with a residual are added up.
+        activations: what products with many tokens round these to, "int8" or "fp8"; "" for not at all.
+
+    Raises:
+        UnsupportedError: a weight's format cannot be multiplied with such activations.
+    """
+
+    def __init__(
+        self,
+        operations: Sequence[Operation],
+        input: Symbol,
+        result: Symbol,
+        dtype: torch.dtype,
+        group: Group | None = None,
+        activations: str = "",
+    ) -> None:
+        self._operations = list(operations)
+        self._input, self._result, self._dtype, self._group = input, result, dtype, group
+        last = {symbol: index for index, operation in enumerate(operations) for symbol in reads(operation)}
+        last[result] = len(operations)
+        # Symbols that nobody reads after an operation: their memory is free for the next one.
+        self._dead = [[symbol for symbol, index in last.items() if index == i] for i in range(len(operations))]
+        self._merged: dict[Operation, TritonWeight] = {}
+        if activations:
+            projects = [operation for operation in operations if isinstance(operation, Project)]
+            round_activations([weight for project in projects for weight in project.weights], activations)
+        for operation in operations:
+            if isinstance(operation, Project) and operation.activation is None and len(operation.weights) > 1:
+                merged = merge(operation.weights) if all(bias is None for bias in operation.biases) else None
+                if merged is not None:
+                    self._merged[operation] = merged
+
+    def __call__(self, x: torch.Tensor, step: Pass | None) -> torch.Tensor:
+        """x: token ids (N,), or hidden states (N, hidden) float32 -> (N, width) float32."""
+        values = {self._input: x}
+        for operation, dead in zip(self._operations, self._dead, strict=True):
+            self._run(operation, values, step)
+            for symbol in dead:
+                del values[symbol]
+        return values[self._result]
+
+    def _run(self, operation: Operation, values: dict[Symbol, torch.Tensor], step: Pass | None) -> None:
+        if isinstance(operation, Embed):
+            ids = values[self._input]
+            values[operation.out] = embed(triton_weight(operation.weight), ids, dtype=torch.float32)
+        elif isinstance(operation, Norm):
+            x = values[operation.x]
+            values[operation.out] = rms_norm(x, operation.weight, operation.eps, out_dtype=self._dtype)[0]
+        elif isinstance(operation, Activate):
+            up = None if operation.up is None else values[operation.up]
+            values[operation.out] = activate(values[operation.gate], up, operation.kind, out_dtype=self._dtype)
+        elif isinstance(operation, Attend):
+            assert step is not None
+            values[operation.out] = self._attend(operation, values, step)
+        else:
+            self._project(operation, values)
+
+    def _project(self, operation: Project, values: dict[Symbol, torch.Tensor]) -> None:
+        x = values[operation.x]
+        if operation.norm is not None:
+            x = rms_norm(x, operation.norm.weight, operation.norm.eps, out_dtype=self._dtype)[0]
+        elif x.dtype != self._dtype:
+            x = x.to(self._dtype)
+        outs, biases = operation.outs, operation.biases
+        if operation in self._merged:
+            product = matmul(x, self._merged[operation])
+            values.update(zip(outs, torch.split(product, [out.width for out in outs], dim=1), strict=True))
+            return
+        weights = [triton_weight(weight) for weight in operation.weights]
+        if operation.activation is not None:
+            if len(weights) == 2 and biases == (None, None):
+                values[outs[0]] = gated_matmul(x, weights[0], weights[1], operation.activation)
+                return
+            products = [matmul(x, weight, bias) for weight, bias in zip(weights, biases, strict=True)]
+            values[outs[0]] = activate(products[0], products[1] if len(products) > 1 else None, operation.activation)
+            return
+        residual = None if operation.residual is None else values[operation.residual]
+        if residual is not None and self._group is not None:
+            # In float32, as one process sums: half precision would halve what travels and round every part.
+            total = self._group.sum(matmul(x, weights[0], out_dtype=torch.float32))
+            if biases[0] is not None:
+                total += biases[0]
+            values[outs[0]] = total.add_(residual)
+            return
+        # The stream that norms read, and logits, stay in float32.
+        exact = residual is not None or outs[0] is self._result
+        for weight, bias, out in zip(weights, biases, outs, strict=True):
+            values[out] = matmul(x, weight, bias, residual, out_dtype=torch.float32 if exact else None)
+
+    def _attend(self, operation: Attend, values: dict[Symbol, torch.Tensor], step: Pass) -> torch.Tensor:
+        a, cache = operation.attention, step.cache
+        q = values[operation.q].view(-1, a.heads, a.head_dim)
+        k = values[operation.k].view(-1, a.kv_heads, a.head_dim)
+        v = values[operation.v].view(-1, a.kv_heads, a.head_dim)
+        pages = (cache.keys[a.layer], cache.values[a.layer])
+        k_kind, v_kind = cache.k_kind, cache.v_kind
+        q = kv_append(
+            q, k, v, step.cos, step.sin, step.slots, *pages, rope_rows=step.angles, k_kind=k_kind, v_kind=v_kind
+        )
+        if step.positions is not None:
+            batch, tokens = step.positions.shape
+            q = q.view(batch, tokens, a.heads, a.head_dim)
+            out = attention_decode(
+                q, *pages, cache.block_table, step.positions, step.lengths, a.scale, window=a.window,
+                max_length=step.reach, k_kind=k_kind, v_kind=v_kind,
+            )  # fmt: skip
+        else:
+            assert step.bounds is not None
+            out = attention_prefill_paged(
+                q, step.bounds, *pages, cache.block_table, step.lengths, a.scale, window=a.window,
+                max_queries=step.longest, k_kind=k_kind, v_kind=v_kind,
+            )  # fmt: skip
+        return out.reshape(-1, operation.out.width)
+
+
+class TritonRunner:
+    """Runs a model (a `kbit.graph.ops.Runner`). Calls from several threads take turns.
+
+    Args:
+        definition: the model. Its body and head are called once; only its rotation is asked for again.
+        device: where the kernels run.
+        dtype: of what is multiplied: float16 or bfloat16.
+        graphs: replay the decoding of a token as a CUDA graph; not with a group.
+        group: the processes that share the model, if several do.
+        activations: what the layers' products with many tokens round these to, "int8" or "fp8"; "" for not at all. The
+            head's are never rounded: generating text, it has a row per sequence.
+
+    Raises:
+        UnsupportedError: a weight's format cannot be multiplied with such activations.
+    """
+
+    def __init__(
+        self,
+        definition: Definition,
+        device: torch.device,
+        dtype: torch.dtype,
+        *,
+        graphs: bool,
+        group: Group | None = None,
+        activations: str = "",
+    ) -> None:
+        self._device = device
+        self._graphs = graphs
+        self._group = group
+        self._rotary = RotaryTable(definition)
+        self._lock = Lock()
+        body = Recorder(Symbol(1))
+        hidden = definition.body(body, body.input)
+        self._body = Replay(fuse(body.operations, hidden), body.input, hidden, dtype, group, activations)
+        head = Recorder(Symbol(hidden.width))
+        logits = definition.head(head, head.input)
+        self._head = Replay(fuse(head.operations, logits), head.input, logits, dtype)
+        self._width = hidden.width
+        empty = torch.empty((0, 0), dtype=torch.float32, device=device)
+        self._angles: tuple[torch.Tensor, torch.Tensor] = (empty, empty)
+
+    @torch.no_grad()
+    def hidden(self, ids: torch.Tensor, cache: Cache, lengths: Sequence[int]) -> torch.Tensor:
+        cache = _own(cache)
+        with self._lock, active(self._device):
+            parts = [self._body(*part) for part in self._passes(ids, cache, lengths)]
+        empty = torch.empty((0, self._width), dtype=torch.float32, device=self._device)
+        packed = torch.cat(parts or [empty])
+        cache.advance(lengths)
+        return _padded(packed, lengths, ids.shape[1])
+
+    @torch.no_grad()
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        x = hidden.to(self._device).reshape(-1, self._width)
+        with self._lock, active(self._device):
+            parts = [self._head(part, None) for part in torch.split(x, PASS_ROWS)]
+            out = parts[0] if len(parts) == 1 else torch.cat(parts)  # a copy of 2048 rows may be a gigabyte
+            if self._group is not None:
+                out = self._group.from_first(out)
+        return out.view(*hidden.shape[:-1], -1)
+
+    @torch.no_grad()
+    def forward(self, ids: torch.Tensor, cache: Cache, lengths: Sequence[int], last_only: bool) -> torch.Tensor:
+        cache = _own(cache)
+        if self._graphs and not self._rotary.by_length and all(length == 1 for length in lengths):
+            with self._lock, active(self._device):
+                out = self._graph(cache)(ids[:, 0].tolist(), cache.host_lengths())
+            cache.advance(lengths)
+            return out[:, None]
+        x = self.hidden(ids, cache, lengths)
+        if last_only:
+            last = self._upload(np.maximum(np.array(lengths), 1) - 1)  # torch.tensor(.., device) would wait for the GPU
+            x = x[torch.arange(len(lengths), device=x.device), last][:, None]
+        return self.logits(x)
+
+    def extend(self, ids: Sequence[int], cache: Cache, last_only: bool) -> NDArray[np.float32]:
+        tokens = torch.tensor([ids], dtype=torch.int64)  # (1, T)
+        rows: NDArray[np.float32] = self.forward(tokens, cache, [len(ids)], last_only)[0].cpu().numpy()
+        return rows
+
+    def _graph(self, cache: TritonKVCache) -> DecodeGraph:
+        """The captured decoding of one token per row of a cache, which keeps it."""
+        graph = cache.graph
+        if graph is None or graph.owner is not self or graph.version != cache.version:
+            cos, sin = self._table(cache.capacity)
+
+            def run(ids: torch.Tensor, at: torch.Tensor, slots: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
+                step = Pass(cache, slots, cos, sin, at, at[:, None], None, lengths, 1, cache.capacity)
+                return self._head(self._body(ids, step), None)
+
+            graph = cache.graph = DecodeGraph(run, self, cache, self._device, held=(cos, sin))
+        return graph
+
+    def _passes(
+        self, ids: torch.Tensor, cache: TritonKVCache, lengths: Sequence[int]
+    ) -> list[tuple[torch.Tensor, Pass]]:
+        """The tokens of a right-padded batch (B, T) as passes of at most PASS_ROWS real tokens, ids (N,) each."""
+        array: NDArray[np.int64] = ids.cpu().numpy()
+        counts = np.array(lengths)
+        starts = np.array(cache.host_lengths())
+        tokens = np.concatenate([row[:count] for row, count in zip(array, counts, strict=True)])
+        passes = []
+        ends = counts.cumsum()
+        for begin in range(0, len(tokens), PASS_ROWS):
+            end = min(begin + PASS_ROWS, len(tokens))
+            done = np.clip(begin - (ends - counts), 0, counts)  # of each row, before this pass
+            new = np.clip(end - (ends - counts), 0, counts) - done
+            passes.append((self._upload(tokens[begin:end]), self._pass(cache, starts + done, new)))
+        return passes
+
+    def _pass(self, cache: TritonKVCache, starts: NDArray[np.int64], counts: NDArray[np.int64]) -> Pass:
+        """counts[b] tokens for each row b, after its first starts[b]."""
+        rows = np.arange(len(counts)).repeat(counts)
+        bounds = np.concatenate([[0], counts.cumsum()])
+        positions = np.arange(len(rows)) - bounds[:-1].repeat(counts) + starts.repeat(counts)
+        if self._rotary.by_length:
+            tables = self._rotary.of_spans(starts, starts + counts)
+            cos, sin = (self._upload(table) for table in tables)
+            angles = np.arange(len(rows))
+        else:
+            (cos, sin), angles = self._table(int((starts + counts).max())), positions
+        longest = int(counts.max())
+        uniform = 0 < longest <= DECODE_TOKENS and int(counts.min()) == longest
+        return Pass(
+            cache,
+            self._upload(cache.slots(rows, positions)),
+            cos,
+            sin,
+            self._upload(angles),
+            self._upload(positions.reshape(len(counts), -1)) if uniform else None,
+            None if uniform else self._upload(bounds.astype(np.int32)),
+            self._upload((starts + counts).astype(np.int32)),
+            longest,
+            int((starts + counts).max()),
+        )
+
+    def _table(self, stop: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """The rotary table by position on the device, for positions below `stop` at least."""
+        if len(self._angles[0]) < stop:
+            cos, sin = self._rotary.by_position(stop)
+            self._angles = (self._upload(cos), self._upload(sin))
+        return self._angles
+
+    def _upload(self, array: NDArray[np.int64] | NDArray[np.int32] | NDArray[np.float32]) -> torch.Tensor:
+        values = torch.from_numpy(np.ascontiguousarray(array))
+        if self._device.type == "cpu":
+            return values
+        return values.pin_memory().to(self._device, non_blocking=True)
+
+
+def _own(cache: Cache) -> TritonKVCache:
+    if not isinstance(cache, TritonKVCache):
+        raise TypeError(f"a {type(cache).__name__} was made by another backend")
+    return cache
+
+
+def _padded(values: torch.Tensor, lengths: Sequence[int], width: int) -> torch.Tensor:
+    """Rows of real tokens (N, K) as a right-padded batch (B, width, K), with zeros for padding."""
+    if len(values) == width * len(lengths):
+        return values.view(len(lengths), width, -1)
+    out = values.new_zeros((len(lengths), width, values.shape[1]))
+    for row, part in zip(out, torch.split(values, list(lengths)), strict=True):
+        row[: len(part)] = part
+    return out

@@ -1,0 +1,1 @@
+"""Readers of folders: Hugging Face's, and kbit's own."""

@@ -1,0 +1,204 @@
+"""Reading a folder kbit wrote: packed weights beside whatever stayed in 16 bits, checked against the manifest.
+
+What is on disk (all plain Hugging Face files plus one):
+
+    config.json              the model's config, with quantization_config {"quant_method": "kbit", ...}
+    model-....safetensors    for a quantized `X.weight`: X.weight.plane4, X.weight.scales, ... (QuantFormat.parts)
+    kbit-manifest.json       sha256 of every stored tensor and of every other file
+    tokenizer.json, ...      copied from the source
+
+quantization_config holds, next to quant_method and version: `format` (the default), `tensors` (name -> format and
+shape) and `codebooks` (format -> the 2^k values; integers need none, quantile stores one per tensor).
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from kbit.checkpoint.readers.hf_folder import INDEX_NAME, HFFolder
+from kbit.checkpoint.source import TensorInfo
+from kbit.formats.quant_format import QuantFormat
+from kbit.host.errors import CheckpointError, UnsupportedError, UsageError
+from kbit.host.files import read_json_object
+
+if TYPE_CHECKING:
+    import torch
+
+    from kbit.formats.quant_tensor import QuantTensor
+
+MANIFEST_NAME = "kbit-manifest.json"
+LAYOUT_VERSION = 1
+
+# What weights that stay unquantized are stored in.
+_KEPT_DTYPES = ("F32", "F16", "BF16")
+_MAX_FLOAT32 = 3.4028234663852886e38
+
+
+def codebook_key(format: QuantFormat, columns: int) -> str:
+    """Under which name quantization_config keeps a format's codebook (lloyd per row depends on the row length)."""
+    return f"{format}@{columns}" if format.dtype == "lloyd" and not format.block_size else str(format)
+
+
+class KbitFolder(HFFolder):
+    """A quantized model folder. Tensor data is compared with the manifest's sha256 as it is read.
+
+    Raises:
+        CheckpointError: config, manifest and files disagree.
+        UnsupportedError: the folder was written by a newer layout.
+    """
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path)
+        try:
+            self._quantized, self._codebooks = self._read_quantization_config()
+            self.manifest = self._read_manifest()
+            self._infos = self._merge_parts()
+        except BaseException:
+            self.close()
+            raise
+
+    def _read_quantization_config(
+        self,
+    ) -> tuple[dict[str, tuple[QuantFormat, tuple[int, int]]], dict[str, list[float]]]:
+        where = f"{self.path}/config.json"
+        section = self.config["quantization_config"]
+        if section.get("version") != LAYOUT_VERSION:
+            raise UnsupportedError(
+                f"{where}: layout version {section.get('version')!r}; this kbit reads {LAYOUT_VERSION}: update kbit"
+            )
+        tensors, codebooks = section.get("tensors"), section.get("codebooks", {})
+        if not isinstance(tensors, dict) or not isinstance(codebooks, dict):
+            raise CheckpointError(f"{where}: quantization_config lacks its tensors or codebooks")
+        quantized = {}
+        for name, entry in tensors.items():
+            try:
+                format, shape = QuantFormat.parse(entry["format"]), tuple(entry["shape"])
+            except (UsageError, KeyError, TypeError, AttributeError) as error:
+                raise CheckpointError(f"{where}: {name}: bad entry {str(entry)[:80]} ({error})") from None
+            if len(shape) != 2 or not all(type(dim) is int and dim > 0 for dim in shape):
+                raise CheckpointError(f"{where}: {name}: impossible shape {shape}")
+            quantized[name] = (format, (shape[0], shape[1]))
+        for key, values in codebooks.items():
+            if not isinstance(values, list) or not all(
+                isinstance(v, (int, float)) and abs(v) <= _MAX_FLOAT32 for v in values
+            ):
+                raise CheckpointError(f"{where}: codebook {key!r} is not a list of finite numbers")
+        return quantized, codebooks
+
+    def _read_manifest(self) -> dict[str, Any]:
+        path = self.path / MANIFEST_NAME
+        if not path.is_file():
+            raise CheckpointError(f"{path}: missing, so the folder is an incomplete copy; copy it again")
+        manifest = read_json_object(path)
+        if manifest.get("version") != LAYOUT_VERSION:
+            raise UnsupportedError(
+                f"{path}: version {str(manifest.get('version'))[:40]}; this kbit reads {LAYOUT_VERSION}: update kbit"
+            )
+        if not isinstance(manifest.get("tensors"), dict) or not isinstance(manifest.get("files"), dict):
+            raise CheckpointError(f"{path}: lacks its tensors or files; copy it again")
+        if "config.json" not in manifest["files"]:
+            raise CheckpointError(f"{path}: no checksum of config.json; copy it again")
+        for name in manifest["files"]:
+            file = self.path / name
+            if Path(name).name != name or not file.is_file():
+                raise CheckpointError(f"{file}: missing, though the manifest lists it; copy the folder again")
+        for name in ("config.json", INDEX_NAME):  # the others as they are read
+            if name in manifest["files"]:
+                _check_file(self.path / name, (self.path / name).read_bytes(), manifest)
+        for name in manifest["tensors"].keys() ^ self._where.keys():
+            where = "the manifest" if name in manifest["tensors"] else "the weight files"
+            raise CheckpointError(f"{self.path}: {name} is in {where} only; convert or copy again")
+        return manifest
+
+    def _merge_parts(self) -> dict[str, TensorInfo]:
+        """One entry per weight instead of one per stored part."""
+        infos: dict[str, TensorInfo] = {}
+        part_of = {}
+        for name, (format, shape) in self._quantized.items():
+            for suffix, part in format.parts(*shape).items():
+                stored_name = f"{name}.{suffix}"
+                if stored_name not in self._where:
+                    raise CheckpointError(f"{self.path}: {stored_name} is missing; convert or copy again")
+                stored = self.stored(stored_name)
+                if (stored.dtype, stored.shape) != (part.dtype, part.shape):
+                    raise CheckpointError(
+                        f"{self.path}: {stored_name} is {stored.dtype} {stored.shape}; {format} stores {part.dtype} "
+                        f"{part.shape}"
+                    )
+                part_of[stored_name] = name
+        for stored_name, file in self._where.items():
+            name = part_of.get(stored_name, stored_name)
+            if name not in self._quantized:
+                infos[name] = super().tensors[stored_name]
+            elif name not in infos:
+                format, shape = self._quantized[name]
+                infos[name] = TensorInfo(name, shape, str(format), format.nbytes(*shape), file.path)
+        return infos
+
+    @property
+    def tensors(self) -> Mapping[str, TensorInfo]:
+        return self._infos
+
+    def _read_checked(self, stored_name: str) -> torch.Tensor:
+        """A stored tensor in its stored dtype, compared with the manifest."""
+        expected = self.manifest["tensors"].get(stored_name)
+        file = self._where[stored_name]
+        if expected is None:
+            raise CheckpointError(f"{self.path}/{MANIFEST_NAME}: no checksum of {stored_name}; convert or copy again")
+
+        def check(data: bytearray) -> None:
+            if hashlib.sha256(data).hexdigest() != expected:
+                raise CheckpointError(f"{file.path}: {stored_name} is damaged (sha256 differs); copy the file again")
+
+        return file.read(stored_name, check=check)
+
+    def read(self, name: str) -> torch.Tensor:
+        if name in self._quantized:
+            return self.read_quantized(name).dequantize()
+        if self.stored(name).dtype not in _KEPT_DTYPES:  # kbit wrote no such thing: a header with a flipped bit
+            raise CheckpointError(f"{self.path}: {name} is {self.stored(name).dtype}; copy the file again")
+        return self._read_checked(name).float()
+
+    def read_rows(self, name: str, start: int, stop: int) -> torch.Tensor:
+        values = self.read(name)  # all of it: the checksum is of the whole tensor
+        return values[start:stop].clone() if values.dim() else values
+
+    def sidecar_files(self) -> Mapping[str, bytes]:
+        files = super().sidecar_files()
+        for name, data in files.items():
+            if name in self.manifest["files"]:
+                _check_file(self.path / name, data, self.manifest)
+        return files
+
+    def read_weight(self, name: str) -> torch.Tensor | QuantTensor:
+        return self.read_quantized(name) if name in self._quantized else self.read(name)
+
+    def read_quantized(self, name: str) -> QuantTensor:
+        """A packed weight, its checksums verified."""
+        import torch
+
+        from kbit.formats.codebooks import int_codebook
+        from kbit.formats.quant_tensor import QuantTensor
+
+        format, shape = self._quantized[name]
+        stored = {suffix: self._read_checked(f"{name}.{suffix}") for suffix in format.parts(*shape)}
+        if format.dtype == "int":
+            codebook = torch.from_numpy(int_codebook(format.bits, format.asymmetric))
+        elif format.has_own_codebook:
+            codebook = stored["codebook"]
+        else:
+            values = self._codebooks.get(codebook_key(format, shape[1]))
+            if values is None or len(values) != 2**format.bits:
+                raise CheckpointError(f"{self.path}/config.json: no codebook of {2**format.bits} values for {format}")
+            codebook = torch.tensor(values, dtype=torch.float32)
+        return QuantTensor.checked(name, format, shape, stored, codebook)
+
+
+def _check_file(path: Path, data: bytes, manifest: Mapping[str, Any]) -> None:
+    if hashlib.sha256(data).hexdigest() != manifest["files"][path.name]:
+        raise CheckpointError(
+            f"{path}: changed since it was written (sha256 differs from {MANIFEST_NAME}); copy the folder again"
+        )

@@ -1,0 +1,1 @@
+"""What a model is made of: operations, their recording, and the caches they write to."""

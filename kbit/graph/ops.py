@@ -1,0 +1,223 @@
+"""Ops and Backend: the few operations a model is made of, and who runs them.
+
+A model is a definition (`Definition`): Python that calls operations (`Ops`) on values it cannot look into. A backend
+decides what such a value is. The reference backend's are tensors, and the definition computes; the native backend's are
+symbols, and the definition is written down, once, as a program that is then replayed without Python. So a new device
+means a new backend and no change to a model, and every backend runs the same definition.
+
+Operations are cut where fused kernels exist: rotating, appending to the cache and attending are one call, weights that
+share an input are multiplied in one call, and a residual is added by the product it belongs to.
+
+Dimension names: B batch rows, T new tokens per row, H query heads, H_kv key/value heads, D head dimension, K input
+features, N output features, V vocabulary. Activations are in whatever float type the backend computes in; only logits
+are promised to be float32.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol, TypeVar, runtime_checkable
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from kbit.formats.quant_tensor import QuantTensor
+from kbit.graph.cache import Cache
+
+X = TypeVar("X")
+
+
+class Weight(ABC):
+    """A matrix as one backend keeps it. Only the backend that prepared it can look inside."""
+
+    @property
+    @abstractmethod
+    def shape(self) -> tuple[int, int]:
+        """(N, K)."""
+
+    @property
+    @abstractmethod
+    def nbytes(self) -> int:
+        """Bytes it occupies in memory."""
+
+
+@dataclass(frozen=True)
+class Attention:
+    """What a layer's attention is.
+
+    Attributes:
+        layer: index of the layer, which is where its keys and values are in the cache.
+        heads: H.
+        kv_heads: H_kv, a divisor of H.
+        head_dim: D.
+        scale: multiplies the dot products.
+        window: tokens a query sees at most, itself included, or None for all.
+    """
+
+    layer: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    scale: float
+    window: int | None
+
+
+class Ops(Protocol[X]):
+    """Operations on values of type X, whose rows are the tokens of one forward pass.
+
+    Which tokens these are (positions, rows, the cache) belongs to the pass, not to the definition: an Ops knows it.
+    """
+
+    def embed(self, weight: Weight, ids: X) -> X:
+        """Rows of a weight prepared with lookup=True: token ids -> (..., K)."""
+
+    def norm(self, x: X, weight: torch.Tensor, eps: float) -> X:
+        """RMS normalisation over the features: x (..., K), weight (K,) -> (..., K)."""
+
+    def linear(self, weight: Weight, x: X, bias: torch.Tensor | None = None, residual: X | None = None) -> X:
+        """residual + x W^T + b: x (..., K), residual (..., N) -> (..., N).
+
+        The sum may be formed in the residual's place: it must not be used afterwards.
+
+        A product with a residual is where the processes meet that share a model (`SplitBackend`): there x and W are
+        this process's part of the input features, and x W^T is added up over the processes before b and the residual,
+        which all of them have whole.
+        """
+
+    def linear_group(self, weights: Sequence[Weight], x: X, biases: Sequence[torch.Tensor | None]) -> tuple[X, ...]:
+        """Several linears of one input (q, k, v; gate, up): x (..., K) -> (..., N_i) each."""
+
+    def self_attention(self, q: X, k: X, v: X, attention: Attention) -> X:
+        """Causal attention of a pass's tokens to themselves and to what is in the cache.
+
+        q and k are rotated to their positions, k and v written to the cache, and every query attends to the tokens of
+        its row up to itself, within the window.
+
+        Args:
+            q: (..., H D).
+            k: (..., H_kv D).
+            v: (..., H_kv D).
+            attention: sizes, scale and window.
+
+        Returns:
+            (..., H D).
+        """
+
+    def activate(self, gate: X, up: X | None, kind: str) -> X:
+        """act(gate) * up, or act(gate): (..., K). `kind` is one of kernels.reference.ACTIVATIONS."""
+
+    def logits(self, weight: Weight, x: X) -> X:
+        """x (..., K) against a weight (V, K) -> float32 (..., V)."""
+
+
+class Definition(Protocol):
+    """A decoder-only model as its backend sees it: what it computes, and how its positions rotate."""
+
+    def body(self, ops: Ops[X], ids: X) -> X:
+        """Token ids -> hidden states (..., hidden size), before the final norm."""
+
+    def head(self, ops: Ops[X], hidden: X) -> X:
+        """Hidden states -> logits (..., V)."""
+
+    @property
+    def rotation_depends_on_length(self) -> bool:
+        """Whether `rotation` looks at the lengths, or at positions alone."""
+
+    def rotation(self, positions: torch.Tensor, lengths: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Rotary cosines and sines of tokens.
+
+        Args:
+            positions: int64 (B, T).
+            lengths: int64 (B,), tokens of each row once these are in.
+
+        Returns:
+            float32 (B, T, R/2) each, R = rotated features of a head.
+        """
+
+
+class Runner(Protocol):
+    """A definition bound to a backend: what runs it.
+
+    Arguments have been checked: ids are in the vocabulary and the cache has room. Every method that takes tokens leaves
+    them in the cache. Results are the caller's own.
+    """
+
+    def hidden(self, ids: torch.Tensor, cache: Cache, lengths: Sequence[int]) -> torch.Tensor:
+        """The body: ids int64 (B, T), of which lengths[b] are real in row b -> (B, T, hidden size)."""
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """The head: (..., hidden size) -> float32 (..., V)."""
+
+    def forward(self, ids: torch.Tensor, cache: Cache, lengths: Sequence[int], last_only: bool) -> torch.Tensor:
+        """Both: (B, T, V), or of each row's last real token only (B, 1, V)."""
+
+    def extend(self, ids: Sequence[int], cache: Cache, last_only: bool) -> NDArray[np.float32]:
+        """Both for the T tokens of one sequence, with as little around them as there can be: (T, V), or (1, V)."""
+
+
+class Backend(Protocol):
+    """What a device must be able to do to run a model."""
+
+    @property
+    def name(self) -> str:
+        """A short name for reports, for example "reference"."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where token ids and lengths live."""
+
+    def describe(self) -> str:
+        """One line for people: what computes, in which types, and how weights are held."""
+
+    def prepare(self, weight: torch.Tensor | QuantTensor, *, lookup: bool = False) -> Weight:
+        """Take over a matrix (N, K), rearranging it once if that helps. The argument may be kept: do not change it.
+
+        Args:
+            weight: float, or quantized.
+            lookup: its rows will also be looked up with `embed` (an embedding, perhaps tied to the head).
+
+        Raises:
+            UnsupportedError: a format this backend does not run.
+        """
+
+    def prepare_vector(self, vector: torch.Tensor) -> torch.Tensor:
+        """A norm's weight or a bias (N,), in this backend's type and on its device."""
+
+    def new_cache(self, layers: int, batch: int, kv_heads: int, head_dim: int, capacity: int) -> Cache:
+        """An empty cache with room for `capacity` tokens per row."""
+
+    def bind(self, definition: Definition) -> Runner:
+        """What runs a model whose weights this backend prepared."""
+
+
+class Group(Protocol):
+    """The processes that share a model. Each calls the same methods in the same order, or all wait forever."""
+
+    rank: int
+    size: int
+
+    def sum(self, x: torch.Tensor) -> torch.Tensor:
+        """The sum of every process's x, in every process. x may be overwritten."""
+
+    def from_first(self, x: torch.Tensor) -> torch.Tensor:
+        """The first process's x, in every process. x may be overwritten."""
+
+
+@runtime_checkable
+class SplitBackend(Backend, Protocol):
+    """A backend that can run one process's share of a model (`kbit.models.shard`), together with the others.
+
+    Its products with a residual are added up over the group (`Ops.linear`). Its logits are the first process's in all:
+    neither gloo nor nccl promises that a sum comes out with the same last bit everywhere, and processes that chose
+    different tokens would go separate ways.
+    """
+
+    @property
+    def group(self) -> Group | None:
+        """The processes; None: a whole model in one."""
+
+    def split(self, group: Group) -> Backend:
+        """The same backend as one of a group's, on torch's current device."""

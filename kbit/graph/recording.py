@@ -1,0 +1,182 @@
+"""Recording: a model's definition written down as a list of operations on symbols.
+
+`Recorder` is an `Ops` whose values are symbols: calling a definition with it computes nothing and leaves the list of
+what would be computed. Widths are checked on the way, so a definition that does not fit its weights fails here, with
+the operation's name, and not in native code.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from kbit.graph.ops import Attention, Weight
+from kbit.kernels.reference import ACTIVATIONS
+
+
+@dataclass(frozen=True, eq=False)
+class Symbol:
+    """One value of the recorded pass: a row of `width` features for every token. It is itself and equals no other."""
+
+    width: int
+
+
+@dataclass(frozen=True, eq=False)
+class Embed:
+    """out = rows of a matrix; the ids are the pass's."""
+
+    weight: Weight
+    out: Symbol
+
+
+@dataclass(frozen=True, eq=False)
+class Norm:
+    """out = RMS norm of x."""
+
+    x: Symbol
+    weight: torch.Tensor
+    eps: float
+    out: Symbol
+
+
+@dataclass(frozen=True, eq=False)
+class Project:
+    """outs[i] = (residual +) norm(x) W_i^T + b_i; or one out = act(the first) * the second, or act(the only one).
+
+    The recorder writes neither `norm` nor `activation`: lowering puts them in where an instruction can take them over.
+
+    Attributes:
+        norm: applied to x first.
+        activation: kind, applied to the products.
+        residual: added; only where there is one out.
+    """
+
+    x: Symbol
+    weights: tuple[Weight, ...]
+    biases: tuple[torch.Tensor | None, ...]
+    outs: tuple[Symbol, ...]
+    residual: Symbol | None = None
+    norm: Norm | None = None
+    activation: str | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Attend:
+    """out = attention of the pass's tokens, after rotating q and k and appending k and v to the cache."""
+
+    q: Symbol
+    k: Symbol
+    v: Symbol
+    attention: Attention
+    out: Symbol
+
+
+@dataclass(frozen=True, eq=False)
+class Activate:
+    """out = act(gate) * up, or act(gate)."""
+
+    gate: Symbol
+    up: Symbol | None
+    kind: str
+    out: Symbol
+
+
+Operation = Embed | Norm | Project | Attend | Activate
+
+
+def reads(operation: Operation) -> tuple[Symbol, ...]:
+    """The symbols an operation needs, a residual last."""
+    if isinstance(operation, Embed):
+        return ()
+    if isinstance(operation, Attend):
+        return (operation.q, operation.k, operation.v)
+    if isinstance(operation, Activate):
+        return (operation.gate,) if operation.up is None else (operation.gate, operation.up)
+    if isinstance(operation, Project) and operation.residual is not None:
+        return (operation.x, operation.residual)
+    return (operation.x,)
+
+
+def writes(operation: Operation) -> tuple[Symbol, ...]:
+    """The symbols an operation makes."""
+    return operation.outs if isinstance(operation, Project) else (operation.out,)
+
+
+@dataclass
+class Recorder:
+    """Writes down what a definition does: a `kbit.graph.ops.Ops` on symbols.
+
+    Attributes:
+        input: what the definition is called with: token ids (body; width 1) or hidden states (head).
+        operations: what it did, in order. `logits` is an ordinary product here.
+    """
+
+    input: Symbol
+    operations: list[Operation] = field(default_factory=list)
+
+    def embed(self, weight: Weight, ids: Symbol) -> Symbol:
+        if ids is not self.input:
+            raise ValueError("embed looks up the token ids of the pass and nothing else")
+        out = Symbol(weight.shape[1])
+        self.operations.append(Embed(weight, out))
+        return out
+
+    def norm(self, x: Symbol, weight: torch.Tensor, eps: float) -> Symbol:
+        _expect("the weight of a norm", weight.numel(), x.width)
+        out = Symbol(x.width)
+        self.operations.append(Norm(x, weight, eps, out))
+        return out
+
+    def linear(
+        self, weight: Weight, x: Symbol, bias: torch.Tensor | None = None, residual: Symbol | None = None
+    ) -> Symbol:
+        if residual is not None:
+            _expect("a residual", residual.width, weight.shape[0])
+        return self._project((weight,), x, (bias,), residual)[0]
+
+    def linear_group(
+        self, weights: Sequence[Weight], x: Symbol, biases: Sequence[torch.Tensor | None]
+    ) -> tuple[Symbol, ...]:
+        return self._project(tuple(weights), x, tuple(biases), None)
+
+    def logits(self, weight: Weight, x: Symbol) -> Symbol:
+        return self.linear(weight, x)
+
+    def self_attention(self, q: Symbol, k: Symbol, v: Symbol, attention: Attention) -> Symbol:
+        _expect("queries", q.width, attention.heads * attention.head_dim)
+        for part in (k, v):
+            _expect("keys and values", part.width, attention.kv_heads * attention.head_dim)
+        out = Symbol(q.width)
+        self.operations.append(Attend(q, k, v, attention, out))
+        return out
+
+    def activate(self, gate: Symbol, up: Symbol | None, kind: str) -> Symbol:
+        if kind not in ACTIVATIONS:
+            raise ValueError(f"activation {kind!r} is not one of {', '.join(ACTIVATIONS)}")
+        if up is not None:
+            _expect("what an activation multiplies", up.width, gate.width)
+        out = Symbol(gate.width)
+        self.operations.append(Activate(gate, up, kind, out))
+        return out
+
+    def _project(
+        self,
+        weights: tuple[Weight, ...],
+        x: Symbol,
+        biases: tuple[torch.Tensor | None, ...],
+        residual: Symbol | None,
+    ) -> tuple[Symbol, ...]:
+        for weight, bias in zip(weights, biases, strict=True):
+            _expect("the input of a linear", x.width, weight.shape[1])
+            if bias is not None:
+                _expect("a bias", bias.numel(), weight.shape[0])
+        outs = tuple(Symbol(weight.shape[0]) for weight in weights)
+        self.operations.append(Project(x, weights, biases, outs, residual))
+        return outs
+
+
+def _expect(what: str, width: int, wanted: int) -> None:
+    if width != wanted:
+        raise ValueError(f"{what} has {width} features where {wanted} are needed")

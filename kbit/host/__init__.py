@@ -1,0 +1,1 @@
+"""What is around the program: errors, files, folders, processors, this process."""

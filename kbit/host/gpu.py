@@ -1,0 +1,58 @@
+"""What GPU there is, for reports: as the driver tells it, so that asking imports no torch and touches no GPU."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from pathlib import Path
+
+from kbit.kernels.triton.product.limits import DECODE_TOKENS, GEMV_TOKENS, ROUNDED_TOKENS
+
+NVIDIA = Path("/proc/driver/nvidia/gpus")
+AMD = Path("/sys/class/kfd/kfd/topology/nodes")
+
+
+def gpu_summary(nvidia: Path = NVIDIA, amd: Path = AMD) -> str | None:
+    """Names of the GPUs that the drivers list, or None where there are none or Triton is not installed.
+
+    Args:
+        nvidia: the driver's folder, a folder with a file `information` per GPU.
+        amd: likewise, a folder with a file `name` per node; processors are nodes without a name.
+    """
+    if find_spec("triton") is None:
+        return None
+    names = []
+    for file in sorted(nvidia.glob("*/information")):
+        lines = dict(line.split(":", 1) for line in _text(file).splitlines() if ":" in line)
+        names.append(lines.get("Model", "NVIDIA GPU").strip())
+    names += [name for file in sorted(amd.glob("*/name")) if (name := _text(file).strip())]
+    return ", ".join(names) or None
+
+
+def gpu_kernels(float_weights: bool) -> dict[str, str]:
+    """Which kernel of kbit.kernels.triton runs what of a model on a GPU.
+
+    Args:
+        float_weights: the model has matrices that are not quantized.
+    """
+    kernels = {
+        "embedding": "embed",
+        "norms": "rms_norm",
+        f"products, up to {GEMV_TOKENS} tokens": "gemv",
+        f"products, more than {GEMV_TOKENS} tokens": "gemm",
+        f"the layers', more than {ROUNDED_TOKENS} tokens, --compute int8": "gemm_int8",
+        f"the layers', more than {ROUNDED_TOKENS} tokens, --compute fp8": "gemm_fp8",
+        "rotation and cache": "kv_append",
+        f"attention, up to {DECODE_TOKENS} new tokens a row": "attention_decode",
+        "attention, otherwise": "attention_prefill",
+        "activation": "in gemv and gemm; activate where gate and up have biases, or there is no gate",
+    }
+    if float_weights:
+        kernels["float weights"] = "torch.matmul"
+    return kernels
+
+
+def _text(file: Path) -> str:
+    try:
+        return file.read_text(errors="replace")
+    except OSError:
+        return ""

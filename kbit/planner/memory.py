@@ -1,0 +1,435 @@
+"""How much memory a model takes while it runs, from its configuration alone: no weight is read.
+
+What is counted is what the backends allocate, to the byte where that is possible:
+
+    weights      every matrix in its backend's layout, padding included (codecs/matrix.h; triton/codecs/layout.py)
+    cache        keys and values of every layer for the whole context (kernels/cpu/attention/kv_cache.h; kv_layout.py)
+    workspace    buffers of the recorded program for a pass of at most 512 tokens, scratch of every thread, rotary
+                 tables, logits
+    tokenizer    vocabulary and merges in memory, read first; what that leaves free is used again by the weights
+    loading      what the worst moment of loading takes beyond the weights that are ready by then
+
+The peak is the larger of two moments, running and loading: a 16-bit matrix passes through float32 when it is read, so
+an embedding or a head that stays at 16 bits costs 6 bytes per weight for a moment, which in a large vocabulary can
+exceed all the rest. The interpreter, torch and the libraries come on top: a constant of the machine, measured by
+`planner.machine`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from math import ceil
+
+from kbit.checkpoint.source import CheckpointSource
+from kbit.formats.quant_format import QuantFormat, plane_widths
+from kbit.host.errors import UnsupportedError, UsageError
+from kbit.models.spec import ModelSpec
+
+# Bytes of a number of the types that weights are kept in without being quantized.
+DENSE_BYTES = {"fp16": 2, "bf16": 2, "fp32": 4}
+# How files name these types; everything else that is not a k-bit format becomes float32 (kbit.models.load).
+_DENSE_OF = {"F16": "fp16", "BF16": "bf16"}
+KV_KINDS = ("fp32", "fp16", "8", "4", "3", "2")
+
+# kernels/cpu/codecs/matrix.h
+_PANEL_ROWS, _TILE_COLUMNS = 16, 64
+# kernels/cpu/attention/kv_cache.h: tokens of a block.
+_SLOTS = 16
+# kbit.backends.cpu.runner.PASS_ROWS: tokens that go through the program at once.
+_PASS_ROWS = 512
+# kernels/cpu/program/program_scratch.h and kernels.h
+_REDUNDANT_INPUT, _STAGING_FLOATS, _KERNEL_SCRATCH = 4096, 16 << 10, 256 << 10
+# kbit.backends.rotary: positions of the first table, which then doubles.
+_ROTARY_POSITIONS = 1024
+# Fraction of rows that a layer's int8 products multiply a second time (kernels/cpu/program/program_matmul.cpp, kSpike:
+# 5 % on SmolLM2). They are not the same rows in every layer, so in a deep model most of that memory is touched.
+_SPIKY = 0.05
+
+# Memory of a BPE tokenizer of the `tokenizers` library: bytes per entry (a token and its merge) and per slot of its
+# hash tables, which have a power of two of them, at most 7/8 full. Fitted to resident memory after loading
+# vocabularies of 16,000 to 151,936 entries, which it meets within 16 % but for one (32,000: 24 % too much).
+_TOKEN_BYTES, _SLOT_BYTES = 560, 65
+# What reading a GGUF file's tokenizer leaves, per token: its metadata and the tokenizer.json made of it.
+_GGUF_TOKEN_BYTES = 390
+# How much of either is free memory that the weights, which are read afterwards, take up again: measured on
+# SmolLM2-135M, 14.2 of 31.8 MB from folders at 2, 4 and 8 bits, 6.3 of 19.2 MB more from a GGUF file. (A third of the
+# tokenizer is in use; the rest lies in pieces too small for weights, as all of a small vocabulary's 1.4 MB does.)
+_TOKENIZER_REUSED, _GGUF_REUSED, _SMALL_TOKENIZER = 0.477, 0.33, 2e6
+# Allocations below this come from the heap, which keeps what was freed (glibc's M_MMAP_THRESHOLD_MAX).
+_HEAP_LIMIT = 32 << 20
+
+
+@dataclass(frozen=True)
+class Weight:
+    """One tensor of a model and what it is kept in.
+
+    Attributes:
+        name: its name in a checkpoint.
+        role: "linear", "embedding", "head" or "other" (norms, biases).
+        rows, columns: shape; a vector has one row.
+        kept: a format, or one of DENSE_BYTES.
+    """
+
+    name: str
+    role: str
+    rows: int
+    columns: int
+    kept: QuantFormat | str
+
+    @property
+    def numel(self) -> int:
+        """Number of weights."""
+        return self.rows * self.columns
+
+    @property
+    def stored_bytes(self) -> int:
+        """Bytes in a file."""
+        if isinstance(self.kept, QuantFormat):
+            return self.kept.nbytes(self.rows, self.columns)
+        return self.numel * DENSE_BYTES[self.kept]
+
+
+@dataclass(frozen=True)
+class MemoryUse:
+    """Bytes of a model in memory, at the worst moment.
+
+    Attributes:
+        linear, embedding, head, vectors: weights as the backend keeps them. A tied head counts as the embedding.
+        cache: keys and values, for the whole context.
+        workspace: buffers, scratch and tables of a pass.
+        tokenizer: vocabulary and merges.
+        loading: what the worst moment of loading takes, weights loaded by then included.
+    """
+
+    linear: int
+    embedding: int
+    head: int
+    vectors: int
+    cache: int
+    workspace: int
+    tokenizer: int
+    loading: int
+
+    @property
+    def weights(self) -> int:
+        """All weights."""
+        return self.linear + self.embedding + self.head + self.vectors
+
+    @property
+    def running(self) -> int:
+        """While generating, the context full."""
+        return self.weights + self.cache + self.workspace + self.tokenizer
+
+    @property
+    def peak(self) -> int:
+        """The larger of running and loading; the process's constant comes on top."""
+        return max(self.running, self.loading)
+
+    def to_dict(self) -> dict[str, int]:
+        """For JSON."""
+        parts = ("linear", "embedding", "head", "vectors", "cache", "workspace", "tokenizer", "loading")
+        return {**{part: getattr(self, part) for part in parts}, "running": self.running, "peak": self.peak}
+
+
+def planned_weights(
+    spec: ModelSpec,
+    linear: QuantFormat | str,
+    *,
+    embedding: QuantFormat | str = "fp16",
+    head: QuantFormat | str = "fp16",
+) -> tuple[Weight, ...]:
+    """Every tensor of a model, as `kbit quantize` would keep it.
+
+    Args:
+        spec: the model.
+        linear: what matrices inside layers become.
+        embedding, head: likewise; `head` does not matter where it is tied.
+
+    Raises:
+        UsageError: a type that is neither a format nor one of DENSE_BYTES.
+    """
+    for kept in (linear, embedding, head):
+        if isinstance(kept, str) and kept not in DENSE_BYTES:
+            raise UsageError(f"weights kept as {kept!r}: use a format such as nf4-b64, or {', '.join(DENSE_BYTES)}")
+    roles = {f"{spec.names.embedding}.weight": ("embedding", embedding), f"{spec.names.head}.weight": ("head", head)}
+    weights = []
+    for name, shape in spec.expected_tensors().items():
+        if len(shape) == 1:
+            weights.append(Weight(name, "other", 1, shape[0], "fp32"))
+        else:
+            role, kept = roles.get(name, ("linear", linear))
+            weights.append(Weight(name, role, shape[0], shape[1], kept))
+    return tuple(weights)
+
+
+def stored_weights(source: CheckpointSource, spec: ModelSpec) -> tuple[Weight, ...]:
+    """Every tensor of a checkpoint as it is loaded: k-bit formats packed, 16-bit floats as they are, others as fp32."""
+    weights = []
+    block_types = _packed_gguf_types()
+    for planned in planned_weights(spec, "fp16"):
+        kept: QuantFormat | str = "fp32"
+        if planned.role != "other":
+            stored = source.tensors[planned.name].stored_as
+            kept = _DENSE_OF.get(stored) or block_types.get(stored) or _format_of(stored) or "fp32"
+        weights.append(Weight(planned.name, planned.role, planned.rows, planned.columns, kept))
+    return tuple(weights)
+
+
+def predict_memory(
+    spec: ModelSpec,
+    weights: Sequence[Weight],
+    *,
+    context: int,
+    prompt: int | None = None,
+    batch: int = 1,
+    kv: str = "fp16",
+    compute: str = "int8",
+    threads: int = 1,
+    backend: str = "native",
+    gguf: bool = False,
+) -> MemoryUse:
+    """What a model takes.
+
+    Args:
+        spec: the model.
+        weights: its tensors (`planned_weights`, `stored_weights`).
+        context: tokens per sequence that the cache has room for, all of them used.
+        prompt: tokens of the longest prompt, which passes are as large as; None: the whole context.
+        batch: sequences at once.
+        kv: what keys and values are kept as, one of KV_KINDS.
+        compute: "int8", "bf16" or "fp32" (native), "fp16" or "bf16" (triton).
+        threads: members of the native team.
+        backend: "native", or "triton": then all of this is the GPU's memory, its workspace is an estimate, and what the
+            driver takes is not in it.
+        gguf: the model is read from a GGUF file, whose tokenizer takes more memory to read.
+
+    Raises:
+        UsageError: a context or batch below 1.
+        UnsupportedError: a cache kind that the backend or the model's heads cannot have.
+    """
+    if context < 1 or batch < 1:
+        raise UsageError(f"a context of {context} tokens for {batch} sequences: both need to be at least 1")
+    sizes = {"linear": 0, "embedding": 0, "head": 0, "other": 0}
+    ready, loading, leftover = 0, 0, 0
+    for weight in weights:
+        size = prepared_bytes(weight, backend)
+        sizes[weight.role] += size
+        loading = max(loading, ready + _passing_bytes(weight, size, backend))
+        ready += size
+        if isinstance(weight.kept, str) and 4 * weight.numel < _HEAP_LIMIT:
+            leftover = max(leftover, 4 * weight.numel)  # a float32 copy that is freed, and that the heap keeps
+    tokenizer = tokenizer_bytes(spec.vocab_size)
+    reused = _TOKENIZER_REUSED * max(0.0, tokenizer - _SMALL_TOKENIZER)
+    if gguf:
+        tokenizer += _GGUF_TOKEN_BYTES * spec.vocab_size
+        reused += _GGUF_REUSED * _GGUF_TOKEN_BYTES * spec.vocab_size
+    kept = tokenizer - int(reused)
+    rows = min((prompt or context) * batch, context * batch, _PASS_ROWS)
+    if backend == "native":
+        workspace = program_bytes(spec, weights, rows, compute, threads, resident=True)
+        workspace = max(workspace + _attention_bytes(spec, context, threads), leftover)
+    else:
+        tokenizer = kept = 0  # not on the GPU
+        # Residual stream, q, k, v and attention's output, gate and up, each in float32 at most.
+        width = 2 * spec.hidden_size + 2 * (spec.heads + spec.kv_heads) * spec.head_dim + 3 * spec.intermediate_size
+        workspace = 4 * rows * width
+    workspace += _rotary_bytes(spec, context) + 3 * 4 * spec.vocab_size * batch
+    cache = cache_bytes(spec, context, batch, kv, backend)
+    return MemoryUse(
+        sizes["linear"],
+        sizes["embedding"],
+        sizes["head"],
+        sizes["other"],
+        cache,
+        workspace,
+        kept,
+        max(tokenizer, kept + loading),
+    )
+
+
+def prepared_bytes(weight: Weight, backend: str = "native") -> int:
+    """Bytes of a tensor as a backend keeps it: what its prepared weight calls `nbytes`."""
+    if weight.role == "other":
+        return 4 * weight.numel
+    kept = weight.kept
+    if backend != "native":
+        return _triton_bytes(weight)
+    panels, tiles = ceil(weight.rows / _PANEL_ROWS), ceil(weight.columns / _TILE_COLUMNS)
+    if isinstance(kept, str):
+        return panels * _PANEL_ROWS * tiles * _TILE_COLUMNS * DENSE_BYTES[kept]
+    codes = panels * tiles * (_PANEL_ROWS * _TILE_COLUMNS // 8) * kept.bits
+    number = 4 if kept.double_quant else DENSE_BYTES[kept.scale_dtype]  # factors are multiplied in at load
+    scales = panels * kept.blocks_per_row(weight.columns) * _PANEL_ROWS * number
+    return codes + scales * (2 if kept.asymmetric else 1)
+
+
+def cache_bytes(spec: ModelSpec, context: int, batch: int = 1, kv: str = "fp16", backend: str = "native") -> int:
+    """Bytes of a key/value cache with room for `context` tokens in each of `batch` rows: its `nbytes`.
+
+    Raises:
+        UnsupportedError: a kind that does not exist there, or heads that it cannot hold.
+    """
+    if kv not in KV_KINDS or (kv == "fp32" and backend != "native"):
+        raise UnsupportedError(f"a KV cache of {kv}: the {backend} backend has 16-bit floats and 8, 4, 3 or 2 bits")
+    dim = spec.head_dim
+    if kv.isdigit() and dim % 16:
+        raise UnsupportedError(
+            f"a KV cache of {kv} bits: heads of {dim} features are not a multiple of 16; use 16 bits"
+        )
+    heads = spec.layers * batch * spec.kv_heads
+    group = 32 if dim % 32 == 0 else 16
+    if backend != "native":
+        page = 64  # tokens, kernels/triton/attention/kv_layout.py
+        bits, groups = (int(kv), dim // group) if kv.isdigit() else (16, 0)
+        return heads * 2 * ceil(context / page) * page * (dim * bits // 8 + 2 * groups)
+    blocks = ceil(context / _SLOTS)
+    if not kv.isdigit():
+        number = 4 if kv == "fp32" else 2
+        keys = _up(_SLOTS * dim * number, 64)
+        values = _SLOTS * _up(dim, 16) * number
+    else:
+        bits = int(kv)
+        scales = _up(dim // group * _SLOTS * 2, 64)
+        keys = sum(_up(dim * 2 * width, 64) for width in plane_widths(bits)) + scales
+        values = _up(dim * 2 * bits, 64) + scales
+    return heads * blocks * (keys + values)
+
+
+def program_bytes(
+    spec: ModelSpec, weights: Sequence[Weight], rows: int, compute: str, threads: int, *, resident: bool = False
+) -> int:
+    """Bytes of a recorded native program that has run passes of `rows` tokens: its `nbytes`.
+
+    Args:
+        resident: only what such passes touch; memory that is never written costs nothing.
+    """
+    hidden, queries = spec.hidden_size, spec.heads * spec.head_dim
+    buffers = sum(4 * rows * _up(width, _TILE_COLUMNS) for width in _buffer_widths(spec))
+    widest = _up(max(hidden, queries, spec.intermediate_size), _TILE_COLUMNS)
+    multiplied = [w.kept for w in weights if w.role != "embedding" or spec.tied_embeddings]
+    segments = {_segment(kept) for kept in multiplied if isinstance(kept, QuantFormat)} if compute == "int8" else set()
+
+    def inputs(count: int, floats: float, second: float) -> float:
+        """Rows of x made ready: `count` numbers; `floats` and `second` of them in float32, and rounded once more."""
+        total = 4 * floats + (2 * count if compute == "bf16" else 0)
+        if segments:
+            total += 4 * second
+        for segment in segments:
+            rounded = 1 + 8 / segment  # a byte each, and scale and sum of a segment
+            total += rounded * (count + second)
+        return total
+
+    few = max(1, min(rows, _REDUNDANT_INPUT // widest))
+    scratch = _KERNEL_SCRATCH + 3 * 4 * _STAGING_FLOATS + inputs(few * widest, few * widest, few * widest)
+    if resident:
+        spiky = 1 - (1 - _SPIKY) ** spec.layers
+        shared = inputs(rows * widest, rows * _up(hidden, _TILE_COLUMNS), spiky * rows * widest)
+    else:
+        shared = inputs(rows * widest, rows * widest, rows * widest)
+    return int(buffers + shared + threads * scratch)
+
+
+def tokenizer_bytes(vocabulary: int) -> int:
+    """Memory of a byte-pair tokenizer with so many tokens, about (see _TOKEN_BYTES)."""
+    slots = 4
+    while slots * 7 / 8 < vocabulary:
+        slots *= 2
+    return _TOKEN_BYTES * vocabulary + _SLOT_BYTES * slots
+
+
+def parameters(weights: Iterable[Weight], *roles: str) -> int:
+    """Number of weights of these roles, or of all."""
+    return sum(weight.numel for weight in weights if not roles or weight.role in roles)
+
+
+def stored_bits(weights: Iterable[Weight], *roles: str) -> int:
+    """Bits in files of the tensors of these roles, or of all."""
+    return 8 * sum(weight.stored_bytes for weight in weights if not roles or weight.role in roles)
+
+
+def _passing_bytes(weight: Weight, size: int, backend: str) -> int:
+    """Most bytes that a tensor takes while it is made ready (kbit.models.load), its final `size` included."""
+    if backend != "native":  # on the GPU: codes are unpacked to bytes, twice, before they are sorted
+        return size + (weight.stored_bytes + 2 * weight.numel if isinstance(weight.kept, QuantFormat) else 0)
+    copies = weight.stored_bytes
+    if isinstance(weight.kept, str) and DENSE_BYTES[weight.kept] == 2:
+        copies += 4 * weight.numel  # read as float32, then rounded to what it was
+    return max(copies, weight.stored_bytes + size)
+
+
+def _triton_bytes(weight: Weight) -> int:
+    kept = weight.kept
+    if isinstance(kept, str):
+        return 2 * weight.numel
+    multiple = max(64, 256 // min(plane_widths(kept.bits)))
+    rows, columns = _up(weight.rows, 16), _up(weight.columns, multiple)
+    blocks = kept.blocks_per_row(columns)
+    number = 1 if kept.double_quant else DENSE_BYTES[kept.scale_dtype]
+    scales = rows * blocks * number + (4 * ceil(rows * blocks / 256) if kept.double_quant else 0)
+    return rows * columns * kept.bits // 8 + scales * (2 if kept.asymmetric else 1)
+
+
+def _buffer_widths(spec: ModelSpec) -> list[int]:
+    """Widths of a program's buffers, as `backends.cpu.lowering.place` gives them out, one layer after another."""
+    hidden, queries, keys, mlp = (
+        spec.hidden_size,
+        spec.heads * spec.head_dim,
+        spec.kv_heads * spec.head_dim,
+        spec.intermediate_size,
+    )
+    widths, free = [hidden], list[int]()
+
+    def take(width: int) -> None:
+        if width in free:
+            free.remove(width)
+        else:
+            widths.append(width)
+
+    for _ in range(min(spec.layers, 2)):  # from the second layer on nothing new is needed
+        for width in (queries, keys, keys, queries):  # q, k, v and what attention makes of them
+            take(width)
+        free += [queries, keys, keys, queries]
+        take(mlp)
+        free.append(mlp)
+    return widths
+
+
+def _segment(kept: QuantFormat) -> int:
+    """Columns that int8 products sum as integers (kernels/cpu/codecs/matrix.h)."""
+    block = kept.block_size
+    return 64 if block % 64 == 0 else 32 if block % 32 == 0 else 16
+
+
+def _attention_bytes(spec: ModelSpec, context: int, threads: int) -> int:
+    """Scratch of attention (attention_kernels.h, task_memory) and, with threads, of chunks that wait."""
+    group, padded = spec.heads // spec.kv_heads, _up(spec.head_dim, 16)
+    rows = max(48, 16 * group)
+    task = 4 * (2 * rows * padded + 128 * (spec.head_dim + 32) + 128 * padded + 4 * 128 * (1 + padded // 16))
+    waiting = 4 * spec.heads * ceil(context / 128) * (padded + 2) if threads > 1 else 0
+    return threads * task + waiting
+
+
+def _rotary_bytes(spec: ModelSpec, context: int) -> int:
+    """Cosines and sines of all positions, in tables that double."""
+    positions = _ROTARY_POSITIONS
+    while positions < context:
+        positions *= 2
+    return 4 * spec.rope.dim * positions
+
+
+def _packed_gguf_types() -> Mapping[str, QuantFormat]:
+    from kbit.checkpoint.gguf.blocks import BLOCK_TYPES
+
+    return {name: block_type.format for name, block_type in BLOCK_TYPES.items()}
+
+
+def _format_of(stored: str) -> QuantFormat | None:
+    try:
+        return QuantFormat.parse(stored)
+    except UsageError:
+        return None
+
+
+def _up(value: int, multiple: int) -> int:
+    return ceil(value / multiple) * multiple

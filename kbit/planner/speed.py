@@ -1,0 +1,164 @@
+"""Tokens per second that a model will make, from the rates of a machine (planner.machine) and its shapes alone.
+
+A token's time is a sum: every weight once, at the rate of its format's kernel; every slot of the context once, at the
+rate of its cache kind; and what products, layers and Python cost beside that. Rates lie between those of weights in the
+processor's caches and in memory, by how much a token reads in all.
+
+Against decoding timed by benchmarks/test_plan.py the errors were within TYPICAL_ERROR, but for models of about the size
+of the caches. Intervals are that wide, and wider where rates varied while they were measured or caches may or may not
+hold a model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from kbit.host.errors import KbitError
+from kbit.models.spec import ModelSpec
+from kbit.planner.kernel_timing import PASS_ROWS, AttentionRate, KernelRate, kernel_key
+from kbit.planner.machine import MachineSpeed, attention_key
+from kbit.planner.memory import Weight, cache_bytes, prepared_bytes
+
+# What predictions are off by, as a fraction (benchmarks/test_plan.py prints it).
+TYPICAL_ERROR = 0.15
+# Caches hold less of a model than of as many bytes in a measurement: pages of a process that has lived lie where they
+# may, and others share the last level. A model of 11 MB was seen to take 300 to 850 microseconds a token on a machine
+# with 32 MB of cache. So shares are looked up at more than the bytes read: the estimate, and the ends of its interval.
+_CROWDING, _LEAST_CROWDING, _MOST_CROWDING = 1.5, 1.0, 2.5
+
+
+@dataclass(frozen=True)
+class SpeedEstimate:
+    """Tokens per second.
+
+    Attributes:
+        decode: one sequence, the context full: the slowest moment.
+        low, high: interval of `decode`.
+        decode_empty: at the beginning of a context.
+        prefill: reading a prompt that fills the context.
+        bytes_per_token: weights and cache that a token reads, the context full.
+        basis: "measured rates", or what the estimate rests on.
+    """
+
+    decode: float
+    low: float
+    high: float
+    decode_empty: float
+    prefill: float | None
+    bytes_per_token: int
+    basis: str = "measured rates"
+
+
+def needed_kernels(weights: Sequence[Weight], tied: bool) -> list[str]:
+    """Keys of the kernels that a model's products run (`MachineSpeed.kernels`)."""
+    return list(dict.fromkeys(kernel_key(weight.kept) for weight in _multiplied(weights, tied)))
+
+
+def needed_attention(spec: ModelSpec, kv: str) -> tuple[str, int, int]:
+    """The attention shape of a model: cache kind, features of a head, query heads per key/value head."""
+    return kv, spec.head_dim, spec.heads // spec.kv_heads
+
+
+def predict_speed(
+    spec: ModelSpec, weights: Sequence[Weight], machine: MachineSpeed, *, context: int, kv: str = "fp16"
+) -> SpeedEstimate:
+    """What a model makes on a machine.
+
+    Args:
+        spec: the model.
+        weights: its tensors (`planner.memory`).
+        machine: rates; must have those of the model's kernels and attention.
+        context: tokens in the cache.
+        kv: what keys and values are kept as.
+
+    Raises:
+        KbitError: a rate that was not measured.
+    """
+    multiplied = _multiplied(weights, spec.tied_embeddings)
+    seen = float(_seen(spec, context))
+    full, best, worst = (
+        _decode_seconds(spec, multiplied, machine, kv, seen, crowding)
+        for crowding in (_CROWDING, _LEAST_CROWDING, _MOST_CROWDING)
+    )
+    spread = max(_kernel(machine, weight).spread for weight in multiplied)
+    error = 1 + max(TYPICAL_ERROR, spread)
+    prefill = context / prompt_seconds(spec, weights, machine, context, kv)
+    return SpeedEstimate(
+        decode=1 / full,
+        low=1 / (worst * error),
+        high=error / best,
+        decode_empty=1 / _decode_seconds(spec, multiplied, machine, kv, 0.0, _CROWDING),
+        prefill=prefill,
+        bytes_per_token=bytes_per_token(spec, weights, context, kv),
+    )
+
+
+def prompt_seconds(spec: ModelSpec, weights: Sequence[Weight], machine: MachineSpeed, tokens: int, kv: str) -> float:
+    """Seconds that a prompt of so many tokens takes, in passes of PASS_ROWS.
+
+    Raises:
+        KbitError: a rate that was not measured.
+    """
+    rate = _attention(machine, kv, spec)
+    over = machine.overheads
+    passes = -(-tokens // PASS_ROWS)
+    seconds = over.prompt + passes * over.layer * spec.layers
+    for weight in _multiplied(weights, spec.tied_embeddings):
+        kernel = _kernel(machine, weight)
+        if weight.role == "linear":  # a pass of few tokens still reads every weight
+            seconds += weight.numel * max(kernel.prompt * tokens, kernel.cached * passes)
+        else:  # logits of a pass's last token alone
+            seconds += passes * weight.numel * kernel.memory
+    step = min(16, tokens)  # a sum over positions, every sixteenth of them
+    seen = step * sum(_seen(spec, position + step // 2) for position in range(0, tokens, step))
+    return seconds + spec.kv_heads * (rate.prompt * seen + rate.row * tokens * spec.layers)
+
+
+def bytes_per_token(spec: ModelSpec, weights: Sequence[Weight], context: int, kv: str, backend: str = "native") -> int:
+    """Bytes of weights and cache that one token reads with `context` tokens in the cache."""
+    read = sum(prepared_bytes(weight, backend) for weight in _multiplied(weights, spec.tied_embeddings))
+    cache = cache_bytes(spec, 1 << 10, 1, kv, backend) / (1 << 10)  # of a token, in all layers
+    return round(read + cache * _seen(spec, context) / spec.layers)
+
+
+def _decode_seconds(
+    spec: ModelSpec, weights: Sequence[Weight], machine: MachineSpeed, kv: str, seen: float, crowding: float
+) -> float:
+    """Seconds of one token with `seen` slots in sight, added up over the layers."""
+    rate = _attention(machine, kv, spec)
+    read = sum(prepared_bytes(weight) for weight in weights) + seen * spec.kv_heads * rate.nbytes
+    share = machine.memory_share(crowding * read)
+    over = machine.overheads
+    seconds = over.token + over.vocabulary * spec.vocab_size + over.layer * spec.layers + over.matmul
+    for weight in weights:
+        kernel = _kernel(machine, weight)
+        seconds += weight.numel * (kernel.cached + share * (kernel.memory - kernel.cached))
+    # q, k and v share their input, as do gate and up; the activation goes over its features once more.
+    features = 2 * spec.hidden_size + spec.heads * spec.head_dim + 2 * spec.intermediate_size
+    seconds += over.column * (features * spec.layers + spec.hidden_size)
+    return seconds + seen * spec.kv_heads * (rate.cached + share * (rate.memory - rate.cached))
+
+
+def _seen(spec: ModelSpec, context: int) -> int:
+    """Slots that a token sees with `context` tokens in the cache, added up over the layers."""
+    return sum(context if window is None else min(window, context) for window in spec.windows)
+
+
+def _multiplied(weights: Sequence[Weight], tied: bool) -> list[Weight]:
+    """Matrices that a token is multiplied with: an embedding is only looked up in, unless it is the head too."""
+    return [w for w in weights if w.role in ("linear", "head") or (w.role == "embedding" and tied)]
+
+
+def _kernel(machine: MachineSpeed, weight: Weight) -> KernelRate:
+    key = kernel_key(weight.kept)
+    if key not in machine.kernels:
+        raise KbitError(f"products with {key} weights have not been timed on this machine")
+    return machine.kernels[key]
+
+
+def _attention(machine: MachineSpeed, kv: str, spec: ModelSpec) -> AttentionRate:
+    key = attention_key(*needed_attention(spec, kv))
+    if key not in machine.attention:
+        raise KbitError(f"attention {key} has not been timed on this machine")
+    return machine.attention[key]

@@ -1,0 +1,259 @@
+"""Text to token ids and back, as the checkpoint's tokenizer files say.
+
+The work is done by the `tokenizers` library; this module reads the files around it: special tokens, beginning of
+sequence, end of sequence, chat templates. Where files disagree, the rules are those of transformers (named below).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from kbit.checkpoint.readers.hf_folder import SENTENCEPIECE_NAMES
+from kbit.host.errors import CheckpointError, UnsupportedError, UsageError, one_line
+from kbit.text.detokenizer import DetokenizerStream
+
+if TYPE_CHECKING:
+    import tokenizers
+
+    from kbit.checkpoint.source import CheckpointSource
+
+# Names under which chat templates and tokenizer_config.json know special tokens.
+SPECIAL_TOKEN_NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+
+
+class Tokenizer:
+    """A checkpoint's tokenizer.
+
+    Attributes:
+        bos_id: id of the beginning-of-sequence token, or None.
+        eos_ids: ids that end a generation: the tokenizer's eos_token, and generation_config.json's eos_token_id
+            (one or several), or where that is absent config.json's.
+        pad_id: id of the padding token, or None.
+        special_tokens: special token strings by name ("bos_token": "<s>"), for chat templates; only those that are set.
+        chat_templates: Jinja sources by name; a single template is called "default".
+    """
+
+    def __init__(
+        self,
+        backend: tokenizers.Tokenizer,
+        *,
+        bos_id: int | None = None,
+        eos_ids: frozenset[int] = frozenset(),
+        pad_id: int | None = None,
+        special_tokens: Mapping[str, str] | None = None,
+        chat_templates: Mapping[str, str] | None = None,
+    ) -> None:
+        # A tokenizer.json may carry the truncation and padding of its training run: neither may touch a prompt.
+        backend.no_truncation()
+        backend.no_padding()
+        self._backend = backend
+        self.bos_id = bos_id
+        self.eos_ids = eos_ids
+        self.pad_id = pad_id
+        self.special_tokens = dict(special_tokens or {})
+        self.chat_templates = dict(chat_templates or {})
+        added = backend.get_added_tokens_decoder()
+        self._skip_ids = frozenset(index for index, token in added.items() if token.special)
+        self._byte_fallback = _has_byte_fallback(backend)
+
+    @classmethod
+    def from_source(cls, source: CheckpointSource, files: Mapping[str, bytes] | None = None) -> Tokenizer:
+        """Reads a checkpoint's tokenizer files.
+
+        Args:
+            source: the checkpoint.
+            files: its `sidecar_files`, where these have been read already: then only its config is looked at.
+
+        Raises:
+            UnsupportedError: there is no tokenizer.json, or its model is one the `tokenizers` library does not know.
+            CheckpointError: a file is not what its name says.
+        """
+        files = source.sidecar_files() if files is None else files
+        where = str(source.path)
+        backend = _load_backend(files, where)
+        settings = _read_json(files, "tokenizer_config.json", where)
+        generation = _read_json(files, "generation_config.json", where)
+        named = {**_token_strings(_read_json(files, "special_tokens_map.json", where)), **_token_strings(settings)}
+        _mark_special(backend, named.values())
+
+        def token_id(name: str) -> int | None:
+            if name in named:
+                return backend.token_to_id(named[name])
+            for config in (generation, source.config):
+                ids = _ids(config.get(f"{name}_id"), f"{name}_id", where)
+                if ids and backend.id_to_token(ids[0]) is not None:
+                    return ids[0]
+            return None
+
+        eos = _ids(generation.get("eos_token_id"), "eos_token_id", where)
+        eos = eos or _ids(source.config.get("eos_token_id"), "eos_token_id", where)
+        named_eos = backend.token_to_id(named["eos_token"]) if "eos_token" in named else None
+        return cls(
+            backend,
+            bos_id=token_id("bos_token"),
+            eos_ids=frozenset(eos if named_eos is None else [*eos, named_eos]),
+            pad_id=token_id("pad_token"),
+            special_tokens=named,
+            chat_templates=_read_templates(files, settings, where),
+        )
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of tokens, added ones included. A model's logits may have more columns (padding)."""
+        return self._backend.get_vocab_size(with_added_tokens=True)
+
+    def has_vocabulary_of(self, other: Tokenizer) -> bool:
+        """Whether the same ids are the same tokens in both, added ones included."""
+        ours, theirs = (tokenizer._backend.get_vocab(with_added_tokens=True) for tokenizer in (self, other))
+        return ours == theirs
+
+    @property
+    def chat_template(self) -> str | None:
+        """The template named "default", or the only one, or None."""
+        if len(self.chat_templates) == 1:
+            return next(iter(self.chat_templates.values()))
+        return self.chat_templates.get("default")
+
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        """Token ids of a text.
+
+        Special tokens written out in the text ("<|im_start|>") become their ids, as in transformers. Whether BOS is
+        added is for the post-processor of tokenizer.json alone to say: transformers 5 ignores add_bos_token of
+        tokenizer_config.json beside a tokenizer.json, whether true or false.
+
+        Args:
+            text: any Unicode text; "" gives [] or, with a tokenizer that adds it, the BOS token alone.
+            add_special_tokens: add what the tokenizer adds around a text, BOS above all. False for the output of a
+                chat template, which has written these tokens itself.
+
+        Raises:
+            UsageError: the text has lone surrogates (bytes that were not UTF-8 where it came from).
+            CheckpointError: the vocabulary cannot express it (it names an unknown token it does not have).
+        """
+        try:
+            text.encode("utf-8")
+        except UnicodeEncodeError as error:
+            raise UsageError(
+                f"the text is not valid Unicode at character {error.start} ({text[error.start]!r}): pass it as UTF-8"
+            ) from None
+        try:
+            return self._backend.encode(text, add_special_tokens=add_special_tokens).ids
+        except Exception as error:  # the library's only exception type
+            raise CheckpointError(f"tokenizer.json cannot encode this text: {one_line(error)}") from None
+
+    def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
+        """Text of token ids; ids outside the vocabulary give nothing, invalid bytes give U+FFFD."""
+        known = [i for i in ids if i >= 0]
+        return self._backend.decode(known, skip_special_tokens=skip_special_tokens)
+
+    def stream(self, context: Sequence[int] = (), skip_special_tokens: bool = True) -> DetokenizerStream:
+        """A new incremental decoder; `context` are ids before the first pushed one (see DetokenizerStream)."""
+        skip = self._skip_ids if skip_special_tokens else frozenset()
+        return DetokenizerStream(self._backend, skip, self._byte_fallback, context)
+
+
+def _load_backend(files: Mapping[str, bytes], where: str) -> tokenizers.Tokenizer:
+    import tokenizers
+
+    data = files.get("tokenizer.json")
+    if data is None:
+        for name in SENTENCEPIECE_NAMES:
+            if name in files:
+                raise UnsupportedError(
+                    f"{where}: {name} is a sentencepiece model, kbit reads tokenizer.json: convert it once with "
+                    f'transformers: AutoTokenizer.from_pretrained("{where}").save_pretrained("{where}")'
+                )
+        raise UnsupportedError(f"{where}: there is no tokenizer.json: copy it from the model's original repository")
+    try:
+        return tokenizers.Tokenizer.from_buffer(data)
+    except Exception as error:  # the library raises plain Exception for everything it does not like
+        raise CheckpointError(f"{where}: tokenizer.json is not a tokenizer: {one_line(error)}") from None
+    except BaseException as error:
+        # A panic in the library's Rust code (an inconsistent vocabulary, for example) is no subclass of Exception.
+        if type(error).__name__ != "PanicException":
+            raise
+        raise CheckpointError(f"{where}: tokenizer.json is inconsistent: {one_line(error)}") from None
+
+
+def _mark_special(backend: tokenizers.Tokenizer, tokens: Iterable[str]) -> None:
+    """Makes named special tokens special in the tokenizer too, as transformers does, where tokenizer.json forgot."""
+    from tokenizers import AddedToken
+
+    special = {token.content for token in backend.get_added_tokens_decoder().values() if token.special}
+    forgotten = {token for token in tokens if token not in special and backend.token_to_id(token) is not None}
+    backend.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in sorted(forgotten)])
+
+
+def _has_byte_fallback(backend: tokenizers.Tokenizer) -> bool:
+    decoder = backend.decoder
+    if decoder is None:
+        return False
+    state = json.loads(decoder.__getstate__())
+    parts = state.get("decoders", [state]) if isinstance(state, dict) else []
+    return any(part.get("type") == "ByteFallback" for part in parts)
+
+
+def _read_json(files: Mapping[str, bytes], name: str, where: str) -> dict[str, Any]:
+    data = files.get(name)
+    if data is None:
+        return {}
+    try:
+        value = json.loads(data)
+    except (ValueError, RecursionError) as error:  # UnicodeDecodeError is a ValueError
+        raise CheckpointError(f"{where}: {name} is not valid JSON: {one_line(error)}") from None
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{where}: {name} holds a {type(value).__name__}, not an object")
+    return value
+
+
+def _token_strings(settings: Mapping[str, Any]) -> dict[str, str]:
+    """Special tokens by name; each is a string or an object with "content". Unset ones (null) are left out."""
+    found = {}
+    for name in SPECIAL_TOKEN_NAMES:
+        value = settings.get(name)
+        if isinstance(value, dict):
+            value = value.get("content")
+        if isinstance(value, str) and value:
+            found[name] = value
+    return found
+
+
+def _ids(value: object, key: str, where: str) -> list[int]:
+    """Ids of a config entry that is null, one id or a list of ids; negative ones mean "none" and are dropped."""
+    if value is None:
+        return []
+    ids = []
+    for entry in value if isinstance(value, list) else [value]:
+        if not isinstance(entry, int) or isinstance(entry, bool):
+            raise CheckpointError(f"{where}: {key} is {one_line(value)}: expected a token id or a list of token ids")
+        if entry >= 0:
+            ids.append(entry)
+    return ids
+
+
+def _read_templates(files: Mapping[str, bytes], settings: Mapping[str, Any], where: str) -> dict[str, str]:
+    """Chat templates by name. As in transformers, chat_template.jinja stands before tokenizer_config.json."""
+    if "chat_template.jinja" in files:
+        try:
+            return {"default": files["chat_template.jinja"].decode("utf-8")}
+        except UnicodeDecodeError as error:
+            raise CheckpointError(f"{where}: chat_template.jinja is not UTF-8: {one_line(error)}") from None
+    value = settings.get("chat_template")
+    if value is None:
+        value = _read_json(files, "chat_template.json", where).get("chat_template")
+    if value is None:
+        return {}
+    if isinstance(value, str):
+        return {"default": value}
+    if isinstance(value, dict):
+        value = [{"name": name, "template": template} for name, template in value.items()]
+    templates = {}
+    for entry in value if isinstance(value, list) else [value]:
+        name = entry.get("name") if isinstance(entry, dict) else None
+        template = entry.get("template") if isinstance(entry, dict) else None
+        if not isinstance(name, str) or not isinstance(template, str):
+            raise CheckpointError(f"{where}: chat_template is neither text nor a list of named templates")
+        templates[name] = template
+    return templates

@@ -1,0 +1,299 @@
+// Attention of one task: some tokens of a sequence, the query heads that share one key/value head, some chunks.
+//
+// The arithmetic of a (token, head), the same in every kind of pass:
+//   for each chunk that holds a slot it sees, in ascending order:
+//     s[j] = q . k[j], features in ascending order       (q includes scale and log2(e))
+//     m' = max s,  p[j] = 2^(s[j] - m'),  l' = sum p      (hidden slots: p = 0)
+//     o' = sum p[j] v[j], slots in ascending order
+//     m = max(m, m'),  l = l 2^(m_old - m) + l' 2^(m' - m),  o likewise
+//   out = o / l, un-rotated where the cache rotates
+// Passes differ in who computes a chunk (split: results wait in Partials for `combine`) and in what is shared: the keys
+// and values of a chunk are unpacked once for all rows of a task, or read as they are for one token's few heads.
+#pragma once
+
+#include "attention/attention_values.h"
+
+namespace {
+
+using kbit::AttentionTask;
+using kbit::Partials;
+using kbit::TaskMemory;
+
+constexpr float kLowest = -3.4028234663852886e38f, kHide = -__builtin_huge_valf(), kShow = __builtin_huge_valf();
+
+// Limits for the scores of a block's slots: from kLimits + 16 - n the first n are hidden, from kLimits + 32 - n all but
+// the first n.
+alignas(64) constexpr float kLimits[48] = {
+    kHide, kHide, kHide, kHide, kHide, kHide, kHide, kHide, kHide, kHide, kHide, kHide, kHide, kHide, kHide, kHide,
+    kShow, kShow, kShow, kShow, kShow, kShow, kShow, kShow, kShow, kShow, kShow, kShow, kShow, kShow, kShow, kShow,
+    kHide, kHide, kHide, kHide, kHide, kHide, kHide, kHide, kHide, kHide, kHide, kHide, kHide, kHide, kHide, kHide};
+
+// 2^x for x <= 0, to 1 ulp from -126 up; exactly 1 at 0 and exactly 0 from -127 down; NaN stays NaN. 2^n p(x - n) with
+// the minimax polynomial of degree 6 (relative error 2.6e-9; Remez, constant term 1) on [-1/2, 1/2].
+inline Floats power_of_two(Floats x) {
+  x = max(broadcast(-127.0f), x);
+  const Ints n = round_to_int(x);
+  const Floats f = sub(x, to_float(n));
+  Floats p = fma(f, broadcast(0.00015594677824992687f), broadcast(0.0013406643411144614f));
+  p = fma(f, p, broadcast(0.009617692790925503f));
+  p = fma(f, p, broadcast(0.055503103882074356f));
+  p = fma(f, p, broadcast(0.24022652208805084f));
+  p = fma(f, p, broadcast(0.6931472420692444f));
+  p = fma(f, p, broadcast(1.0f));
+  return mul(p, from_bits(shift_left<23>(add(n, broadcast(127)))));
+}
+struct ChunkSoftmax {
+  float largest, sum;
+};
+
+// Scores of one row in a chunk become weights; slots [begin, end) are seen, begin < end.
+ChunkSoftmax softmax_chunk(float* scores, int begin, int end) {
+  const int first = begin / kSlots, last = (end - 1) / kSlots;
+  if (begin % kSlots) {
+    float* edge = scores + first * kSlots;
+    store(edge, min(load(edge), load(kLimits + 16 - begin % kSlots)));
+  }
+  if (end % kSlots) {
+    float* edge = scores + last * kSlots;
+    store(edge, min(load(edge), load(kLimits + 32 - end % kSlots)));
+  }
+  Floats largest = load(scores + first * kSlots);
+  for (int b = first + 1; b <= last; ++b) largest = max(largest, load(scores + b * kSlots));
+  const float peak = reduce_max(largest);
+  Floats sum = zero();
+  for (int b = first; b <= last; ++b) {
+    const Floats weight = power_of_two(sub(load(scores + b * kSlots), broadcast(peak)));
+    store(scores + b * kSlots, weight);
+    sum = add(sum, weight);
+  }
+  return {peak, reduce_add(sum)};
+}
+
+// Takes chunk results into what has been combined so far of n <= 8 rows: largest score and sum. keep and add say how
+// outputs follow. Rows with chunk.sum 0 (nothing seen) stay.
+inline void combine_chunks(float* largest, float* sum, const ChunkSoftmax* chunk, int n, float* keep, float* add) {
+  alignas(64) float factors[16] = {};
+  for (int r = 0; r < n; ++r) {
+    const float both = chunk[r].largest > largest[r] ? chunk[r].largest : largest[r];
+    factors[r] = largest[r] - both;
+    factors[8 + r] = chunk[r].largest - both;
+    largest[r] = both;
+  }
+  store(factors, power_of_two(load(factors)));
+  for (int r = 0; r < n; ++r) {
+    keep[r] = factors[r];
+    add[r] = factors[8 + r];
+    sum[r] = fmaf(sum[r], keep[r], chunk[r].sum * add[r]);
+  }
+}
+
+// o / l to the result, un-rotated.
+void finish_row(const CacheView& c, float* outputs, float sum, float* out) {
+  const Floats divisor = broadcast(sum);
+  for (int d = 0; d < c.padded; d += 16) store(outputs + d, div(load(outputs + d), divisor));
+  if (c.bits < 16) hadamard(outputs, c.head_dim, c.group);
+  copy_head(outputs, c.head_dim, out);
+}
+
+// One chunk as a task's tiles read it.
+struct Chunk {
+  int64_t index, start;  // start: its first slot
+  const uint8_t* keys;   // block 0 of the chunk: floats, halves or bytes, by `direct` and bits
+  int64_t key_stride;    // bytes
+  const uint8_t* key_scales;
+  const void* values;
+  const uint8_t* value_scales;
+  const uint8_t* next_keys;  // of the next chunk, in the cache
+};
+
+struct TaskState {
+  const AttentionTask* task;
+  const CacheView* cache;
+  Queries queries;
+  bool direct;
+  float* scores;  // (kRowTile, kChunk)
+  float* scaled;  // (kRowTile, groups, kChunk)
+  float* maxima;
+  float* sums;
+  float* outputs;
+};
+
+template <int R> void score_rows(const TaskState& s, const Chunk& chunk, int64_t m, int begin, int end) {
+  const CacheView& c = *s.cache;
+  if (c.bits < 16) {
+    const int64_t g = m * c.groups;
+    const CodeKeys keys{chunk.keys,      chunk.key_stride, chunk.key_scales, c.key_block, c.group, c.groups,
+                        c.bits == 8 ? 1.0f : 2.0f, s.queries.codes + m * c.padded, c.padded, s.queries.scales + g,
+                        s.queries.offsets + g, s.queries.starts + g};
+    score<R>(keys, begin, end, s.scores);
+  } else if (c.bits == 16 && s.direct) {
+    const FloatKeys<uint16_t> keys{reinterpret_cast<const uint16_t*>(chunk.keys), chunk.key_stride / 2, c.head_dim,
+                                   s.queries.floats + m * c.padded, c.padded};
+    score<R>(keys, begin, end, s.scores);
+  } else {
+    const FloatKeys<float> keys{reinterpret_cast<const float*>(chunk.keys), chunk.key_stride / 4, c.head_dim,
+                                s.queries.floats + m * c.padded, c.padded};
+    score<R>(keys, begin, end, s.scores);
+  }
+}
+
+// Rows m .. m + R - 1 of the task against one chunk.
+template <int R> void attend_tile(const TaskState& s, const Chunk& chunk, int64_t m) {
+  const AttentionArgs& a = *s.task->args;
+  const CacheView& c = *s.cache;
+  const int group = a.heads / a.kv_heads;
+  int begin[R], end[R], lowest = kChunk, highest = 0;
+  for (int r = 0; r < R; ++r) {
+    const int64_t position = a.position[s.task->first_row + (m + r) / group];
+    const int64_t first = first_seen(a, position) - chunk.start, last = position + 1 - chunk.start;
+    begin[r] = int(first < 0 ? 0 : first > kChunk ? kChunk : first);
+    end[r] = int(last < 0 ? 0 : last > kChunk ? kChunk : last);
+    if (begin[r] >= end[r]) continue;
+    lowest = begin[r] < lowest ? begin[r] : lowest;
+    highest = end[r] > highest ? end[r] : highest;
+  }
+  if (lowest >= highest) return;
+  const int first = lowest / kSlots, last = (highest + kSlots - 1) / kSlots;
+  score_rows<R>(s, chunk, m, first, last);
+
+  ChunkSoftmax results[R];
+  float keep[R], add[R];
+  for (int r = 0; r < R; ++r) {
+    results[r] = {kLowest, 0.0f};
+    if (begin[r] < end[r]) results[r] = softmax_chunk(s.scores + r * kChunk, begin[r], end[r]);
+  }
+  if (!s.task->partials) combine_chunks(s.maxima + m, s.sums + m, results, R, keep, add);
+  for (int r = 0; s.task->partials && r < R; ++r) {
+    s.maxima[(m + r) * s.task->partials->chunks + chunk.index] = results[r].largest;
+    s.sums[(m + r) * s.task->partials->chunks + chunk.index] = results[r].sum;
+  }
+
+  ValueTile tile{chunk.values, c.value_block, c.padded, c.group, 1,          s.scores, begin, end,
+                 nullptr,      0,             keep,     add,     chunk.next_keys, c.key_block};
+  if (c.bits < 16) {  // the slots' scales go into the weights
+    for (int b = first; b < last; ++b) {
+      const uint16_t* scales = reinterpret_cast<const uint16_t*>(chunk.value_scales + b * c.value_block);
+      for (int g = 0; g < c.groups; ++g) {
+        const Floats scale = load_half(scales + g * kSlots);
+        for (int r = 0; r < R; ++r) {
+          store(s.scaled + int64_t(r * c.groups + g) * kChunk + b * kSlots,
+                mul(load(s.scores + r * kChunk + b * kSlots), scale));
+        }
+      }
+    }
+    tile.weights = s.scaled;
+    tile.groups = c.groups;
+  }
+  if (s.task->partials) {
+    tile.out_stride = s.task->partials->chunks * c.padded;
+    tile.out = s.outputs + m * tile.out_stride + chunk.index * c.padded;
+    tile.keep = nullptr;
+  } else {
+    tile.out_stride = c.padded;
+    tile.out = s.outputs + m * c.padded;
+  }
+  weigh<R>(tile, c.bits, s.direct);
+}
+
+void attend_rows(const TaskState& s, const Chunk& chunk, int64_t m, int64_t end) {
+  for (; m + kRows <= end; m += kRows) attend_tile<kRows>(s, chunk, m);
+  if constexpr (kRows > 3) if (end - m == 3) return attend_tile<3>(s, chunk, m);
+  if constexpr (kRows > 2) if (end - m == 2) return attend_tile<2>(s, chunk, m);
+  if constexpr (kRows > 1) if (end - m == 1) return attend_tile<1>(s, chunk, m);
+}
+
+// A task's place in a chunk: unpacked into scratch for many rows, in the cache for few.
+Chunk open_chunk(const TaskState& s, const TaskMemory& memory, int64_t index, int64_t sequence) {
+  const AttentionTask& t = *s.task;
+  const AttentionArgs& a = *t.args;
+  const CacheView& c = *s.cache;
+  const int64_t start = index * kChunk;
+  const int64_t seen_from = first_seen(a, a.position[t.first_row]) - start;
+  const int64_t seen_to = a.position[t.first_row + t.rows - 1] + 1 - start;
+  const int64_t begin = seen_from > 0 ? seen_from / kSlots : 0;  // blocks within the chunk
+  const int64_t end = seen_to < kChunk ? (seen_to + kSlots - 1) / kSlots : kChunk / kSlots;
+  const uint8_t* keys = keys_of(c, a.layer, sequence, t.kv_head) + start / kSlots * c.key_block;
+  const uint8_t* values = values_of(c, a.layer, sequence, t.kv_head) + start / kSlots * c.value_block;
+  Chunk chunk{index, start, keys, c.key_block, keys + c.key_codes, values, values + c.value_codes,
+              keys + kChunk / kSlots * c.key_block};
+  const bool unpack_keys_too = c.bits < 8 || (c.bits == 8 && kLevelBias != 0) || (c.bits == 16 && !s.direct);
+  if (unpack_keys_too) {
+    uint8_t* out = reinterpret_cast<uint8_t*>(t.scratch + memory.keys);
+    chunk.key_stride = c.bits == 16 ? int64_t(64) * c.head_dim : int64_t(64) * ((c.head_dim / 4 + 7) / 8 * 8);
+    chunk.keys = out;
+    unpack_keys(c, keys, begin, end, out + begin * chunk.key_stride, chunk.key_stride, s.direct ? values : nullptr);
+  }
+  if (c.bits != 32 && !s.direct) {
+    float* out = t.scratch + memory.values;
+    chunk.values = out;
+    unpack_values(c, values, begin, end, out + begin * kSlots * c.padded);
+  }
+  return chunk;
+}
+
+void attend(const AttentionTask& t) {
+  const AttentionArgs& a = *t.args;
+  const CacheView& c = *t.cache;
+  const int group = a.heads / a.kv_heads;
+  const int64_t m = t.rows * group;
+  const TaskMemory memory = kbit::task_memory(m, c.head_dim, c.padded, c.groups);
+  float* scratch = t.scratch;
+  // One token's heads are few: its codes go straight into sums where groups are whole pairs of vectors.
+  const bool direct = t.rows == 1 && (c.bits >= 16 || c.group == 32);
+  TaskState s{&t, &c, {}, direct, scratch + memory.weights, scratch + memory.scaled, scratch + memory.maxima,
+              scratch + memory.sums, scratch + memory.outputs};
+  s.queries = {scratch + memory.queries, reinterpret_cast<int8_t*>(scratch + memory.queries),
+               scratch + memory.query_scales, scratch + memory.query_offsets,
+               reinterpret_cast<int32_t*>(scratch + memory.query_starts)};
+  if (c.bits < 16) s.queries.floats += m * c.padded;
+  if (t.partials) {
+    const int64_t first = (t.kv_head * a.rows + t.first_row) * group * t.partials->chunks;
+    s.maxima = t.partials->maxima + first;
+    s.sums = t.partials->sums + first;
+    s.outputs = t.partials->outputs + first * c.padded;
+  }
+  for (int64_t i = 0; i < m; ++i) {
+    if (i % group == 0 && i + group < m) {  // the next row's heads lie a stride away, where hardware does not look
+      const int64_t row = t.first_row + i / group + 1, head = int64_t(t.kv_head) * group * a.head_dim;
+      prefetch_bytes(a.q + row * a.q_stride + head, int64_t(group) * a.head_dim * 4);
+      prefetch_bytes(a.out + row * a.out_stride + head, int64_t(group) * a.head_dim * 4);
+    }
+    prepare_query(a, c, t.first_row + i / group, t.kv_head * group + int(i % group), s.queries, i);
+    if (t.partials) continue;
+    s.maxima[i] = kLowest;
+    s.sums[i] = 0.0f;
+    for (int d = 0; d < c.padded; d += 16) store(s.outputs + i * c.padded + d, zero());
+  }
+  for (int64_t chunk = t.chunk_begin; chunk < t.chunk_end; ++chunk) {
+    if ((chunk + 1) * kChunk <= first_seen(a, a.position[t.first_row])) continue;
+    if (chunk * kChunk > a.position[t.first_row + t.rows - 1]) break;
+    attend_rows(s, open_chunk(s, memory, chunk, a.sequence[t.first_row]), 0, m);
+  }
+  if (t.partials) return;
+  for (int64_t i = 0; i < m; ++i) {
+    const int head = t.kv_head * group + int(i % group);
+    finish_row(c, s.outputs + i * c.padded, s.sums[i],
+               a.out + (t.first_row + i / group) * a.out_stride + int64_t(head) * a.head_dim);
+  }
+}
+
+void combine(const AttentionArgs& a, const CacheView& c, const Partials& p, int64_t row, int head, float* scratch) {
+  const int group = a.heads / a.kv_heads;
+  const int64_t base = ((head / group * a.rows + row) * group + head % group) * p.chunks, position = a.position[row];
+  float largest = kLowest, sum = 0.0f;
+  for (int d = 0; d < c.padded; d += 16) store(scratch + d, zero());
+  for (int64_t chunk = first_seen(a, position) / kChunk; chunk <= position / kChunk; ++chunk) {
+    const ChunkSoftmax result = {p.maxima[base + chunk], p.sums[base + chunk]};
+    float keep, add;
+    combine_chunks(&largest, &sum, &result, 1, &keep, &add);
+    const float* outputs = p.outputs + (base + chunk) * c.padded;
+    for (int d = 0; d < c.padded; d += 16) {
+      store(scratch + d, fma(load(scratch + d), broadcast(keep), mul(load(outputs + d), broadcast(add))));
+    }
+  }
+  finish_row(c, scratch, sum, a.out + row * a.out_stride + int64_t(head) * a.head_dim);
+}
+
+constexpr kbit::AttentionKernels kAttentionKernels = {&append, &attend, &combine};
+
+}  // namespace

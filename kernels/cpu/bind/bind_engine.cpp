@@ -1,0 +1,283 @@
+// Python bindings of the engine: Context, Matrix and Program of kbit._native. Arrays are numpy's (or anything with
+// DLPack on the CPU); nothing is converted or copied on the way in, and everything that a kernel relies on is checked.
+#include "bind/bind_engine.h"
+
+#include <nanobind/ndarray.h>
+#include <nanobind/stl/optional.h>
+#include <nanobind/stl/shared_ptr.h>
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/vector.h>
+
+#include <stdexcept>
+
+#include "codecs/bitplanes.h"
+#include "isa/isa.h"
+#include "attention/kv_cache.h"
+#include "program/program.h"
+
+namespace nb = nanobind;
+
+namespace kbit {
+namespace {
+
+template <typename T, int kDims>
+using Array = nb::ndarray<T, nb::ndim<kDims>, nb::c_contig, nb::device::cpu>;
+using Untyped = nb::ndarray<nb::ro, nb::c_contig, nb::device::cpu>;
+
+void require(bool condition, const char* message) {
+  if (!condition) throw std::invalid_argument(message);
+}
+
+Number number_kind(const std::string& name) {
+  if (name == "fp16") return Number::half;
+  if (name == "bf16") return Number::bfloat;
+  require(name == "fp32", "a number type is fp16, bf16 or fp32");
+  return Number::single;
+}
+
+// 16-bit floats come as uint16.
+void require_numbers(const Untyped& array, Number kind, std::int64_t rows, std::int64_t columns) {
+  const nb::dlpack::dtype wanted = kind == Number::single ? nb::dtype<float>() : nb::dtype<std::uint16_t>();
+  require(array.dtype() == wanted, "fp16 and bf16 are passed as uint16, fp32 as float32");
+  require(array.ndim() == 2 && static_cast<std::int64_t>(array.shape(0)) == rows &&
+              static_cast<std::int64_t>(array.shape(1)) == columns,
+          "an array has the wrong shape");
+}
+
+Compute compute_kind(const std::string& name) {
+  if (name == "int8") return Compute::int8;
+  if (name == "bf16") return Compute::bf16;
+  require(name == "fp32", "compute is int8, bf16 or fp32");
+  return Compute::fp32;
+}
+
+Activation activation_kind(const std::optional<std::string>& name) {
+  if (!name) return Activation::none;
+  if (*name == "silu") return Activation::silu;
+  if (*name == "gelu") return Activation::gelu;
+  if (*name == "gelu_tanh") return Activation::gelu_tanh;
+  require(*name == "relu", "an activation is silu, gelu, gelu_tanh or relu");
+  return Activation::relu;
+}
+
+Weights quantized_matrix(const std::vector<Array<const std::uint8_t, 2>>& planes, int bits, std::int64_t columns,
+                         std::int64_t block_size, const Untyped& scales, const std::optional<Untyped>& offsets,
+                         const std::string& scale_kind, const Array<const float, 1>& codebook, Context& context) {
+  require(bits >= 2 && bits <= 8, "bits are 2 to 8");
+  require(columns >= 1 && block_size >= 0 && block_size % 16 == 0, "a block is 0 (a row) or a multiple of 16 columns");
+  require(!planes.empty(), "there are no planes");
+  QuantizedParts parts{};
+  parts.rows = static_cast<std::int64_t>(planes[0].shape(0));
+  parts.columns = columns;
+  parts.bits = bits;
+  parts.block_size = block_size;
+  std::size_t used = 0;
+  for (unsigned width = 8; width > 0; width /= 2) {
+    if (!(static_cast<unsigned>(bits) & width)) continue;
+    require(used < planes.size(), "a bit plane is missing");
+    const auto& plane = planes[used++];
+    require(static_cast<std::int64_t>(plane.shape(0)) == parts.rows &&
+                plane.shape(1) == plane_row_bytes(static_cast<std::size_t>(columns), width),
+            "a bit plane has the wrong shape");
+    parts.planes.push_back(plane.data());
+  }
+  require(used == planes.size() && parts.rows >= 1, "there are more bit planes than the width has, or no rows");
+  parts.scale_kind = number_kind(scale_kind);
+  const std::int64_t blocks = block_size ? (columns + block_size - 1) / block_size : 1;
+  require_numbers(scales, parts.scale_kind, parts.rows, blocks);
+  parts.scales = scales.data();
+  if (offsets) {
+    require_numbers(*offsets, parts.scale_kind, parts.rows, blocks);
+    parts.offsets = offsets->data();
+  }
+  require(codebook.shape(0) == (std::size_t{1} << bits), "a codebook has 2^bits values");
+  parts.codebook = codebook.data();
+  nb::gil_scoped_release release;
+  return MatrixStorage::quantized(parts, *context.team);
+}
+
+Weights dense_matrix(const Untyped& values, const std::string& kind, Context& context) {
+  require(values.ndim() == 2 && values.shape(0) >= 1 && values.shape(1) >= 1, "a matrix has two dimensions");
+  const auto rows = static_cast<std::int64_t>(values.shape(0)), columns = static_cast<std::int64_t>(values.shape(1));
+  const Number number = number_kind(kind);
+  require_numbers(values, number, rows, columns);
+  nb::gil_scoped_release release;
+  return MatrixStorage::dense(values.data(), rows, columns, number, *context.team);
+}
+
+using Vector = Array<const float, 1>;
+
+std::vector<float> copied(const std::optional<Vector>& vector) {
+  if (!vector) return {};
+  return std::vector<float>(vector->data(), vector->data() + vector->shape(0));
+}
+
+void add_matmul(Program& program, int x, const std::vector<Weights>& weights,
+                const std::vector<std::optional<Vector>>& biases, const std::vector<int>& outs,
+                const std::optional<Vector>& norm, float eps, const std::optional<std::string>& activation,
+                std::optional<int> residual) {
+  MatmulInstruction m;
+  m.x = x;
+  m.weights = weights;
+  for (const auto& bias : biases) m.biases.push_back(copied(bias));
+  m.outs = outs;
+  m.norm = copied(norm);
+  m.eps = eps;
+  m.activation = activation_kind(activation);
+  m.residual = residual.has_value();
+  if (residual) require(outs.size() == 1 && outs[0] == *residual && *residual != x, "a residual sum is made in place");
+  for (int out : outs) require(out != x, "a matmul cannot write over its input");
+  program.append(std::move(m));
+}
+
+void run(Program& program, const Array<const std::int64_t, 1>& ids, const Array<const std::int32_t, 1>& sequence,
+         const Array<const std::int32_t, 1>& positions, const Array<const float, 2>& cos, const Array<const float, 2>& sin,
+         const Array<const std::int32_t, 1>& rope_row, KVCache& cache,
+         const std::optional<Array<const std::int64_t, 1>>& logits_rows, const Array<float, 2>& out) {
+  Pass pass;
+  const std::size_t rows = ids.shape(0);
+  require(rows >= 1, "a pass has at least one row");
+  require(sequence.shape(0) == rows && positions.shape(0) == rows && rope_row.shape(0) == rows,
+          "ids, sequence, positions and rope_row have one value per row");
+  require(cos.shape(0) == sin.shape(0) && cos.shape(1) == sin.shape(1), "cos and sin have the same shape");
+  pass.rows = static_cast<std::int64_t>(rows);
+  pass.ids = ids.data();
+  pass.sequence = sequence.data();
+  pass.position = positions.data();
+  pass.cos = cos.data();
+  pass.sin = sin.data();
+  pass.rope_row = rope_row.data();
+  pass.rotated_half = static_cast<int>(cos.shape(1));
+  pass.cache = &cache;
+  for (std::size_t r = 0; r < rows; ++r) {
+    require(rope_row.data()[r] >= 0 && static_cast<std::size_t>(rope_row.data()[r]) < cos.shape(0),
+            "a row of the rotary tables does not exist");
+    require(sequence.data()[r] >= 0 && sequence.data()[r] < cache.batch() && positions.data()[r] >= 0 &&
+                positions.data()[r] < cache.capacity(),
+            "a token lies outside the cache");
+  }
+  if (logits_rows) {
+    pass.logits_rows = static_cast<std::int64_t>(logits_rows->shape(0));
+    pass.logits_row = logits_rows->data();
+    require(program.vocabulary() > 0, "the program has no head");
+  }
+  pass.out = out.data();
+  const std::int64_t out_rows = logits_rows ? pass.logits_rows : pass.rows;
+  const std::int64_t out_columns = logits_rows ? program.vocabulary() : program.hidden_width();
+  require(static_cast<std::int64_t>(out.shape(0)) == out_rows && static_cast<std::int64_t>(out.shape(1)) == out_columns,
+          "out has the wrong shape");
+  nb::gil_scoped_release release;
+  program.run(pass);
+}
+
+}  // namespace
+
+void bind_engine(nb::module_& module) {
+  module.def("instruction_sets", &instruction_sets, "Instruction sets this machine can run, best last.");
+  module.def("emulated_sets", &emulated_sets, "Instruction sets emulated in plain C++, for tests.");
+
+  nb::class_<Context>(module, "Context", "Kernels of one instruction set, and the threads that run them.")
+      .def("__init__",
+           [](Context* self, const std::optional<std::string>& isa, int threads) {
+             new (self) Context(isa.value_or(""), threads);
+           },
+           nb::arg("isa") = nb::none(), nb::arg("threads") = 1,
+           "isa: a name from instruction_sets(), or None for the best, or the one KBIT_CPU_ISA names.")
+      .def_prop_ro("isa", [](const Context& c) { return std::string(c.kernels->name); })
+      .def_prop_ro("has_bf16", [](const Context& c) { return c.kernels->matmul_bf16 != nullptr; })
+      .def_prop_ro("threads", [](const Context& c) { return c.team->size(); });
+
+  nb::class_<MatrixStorage>(module, "Matrix", "A weight matrix (N, K) in the layout of kernels/cpu/codecs/matrix.h.")
+      .def_static("quantized", &quantized_matrix, nb::arg("planes"), nb::arg("bits"), nb::arg("columns"),
+                  nb::arg("block_size"), nb::arg("scales"), nb::arg("offsets").none(), nb::arg("scale_kind"),
+                  nb::arg("codebook"), nb::arg("context"))
+      .def_static("dense", &dense_matrix, nb::arg("values"), nb::arg("kind"), nb::arg("context"))
+      .def_prop_ro("rows", [](const MatrixStorage& m) { return m.matrix().rows; })
+      .def_prop_ro("columns", [](const MatrixStorage& m) { return m.matrix().columns; })
+      .def_prop_ro("bits", [](const MatrixStorage& m) { return m.matrix().bits; })
+      .def_prop_ro("two_digits", [](const MatrixStorage& m) { return m.matrix().two_digits; })
+      .def_prop_ro("nbytes", &MatrixStorage::nbytes);
+
+  nb::class_<Program>(module, "Program", "A forward pass, recorded once and run for any number of rows.")
+      .def("__init__",
+           [](Program* self, std::shared_ptr<Context> context, const std::string& compute) {
+             new (self) Program(std::move(context), compute_kind(compute));
+           },
+           nb::arg("context"), nb::arg("compute"))
+      .def("buffer", &Program::buffer, nb::arg("width"))
+      .def("embed",
+           [](Program& p, Weights matrix, int out) {
+             require(p.buffer_width(out) == matrix->matrix().columns, "the embedding does not fit its buffer");
+             p.append(EmbedInstruction{std::move(matrix), out});
+           },
+           nb::arg("matrix"), nb::arg("out"))
+      .def("matmul", &add_matmul, nb::arg("x"), nb::arg("matrices"), nb::arg("biases"), nb::arg("outs"),
+           nb::arg("norm").none(), nb::arg("eps"), nb::arg("activation").none(), nb::arg("residual").none())
+      .def("norm",
+           [](Program& p, int x, const Vector& weight, float eps, int out) {
+             require(p.buffer_width(x) == p.buffer_width(out) && static_cast<std::int64_t>(weight.shape(0)) == p.buffer_width(x),
+                     "the norm does not fit its buffers");
+             p.append(NormInstruction{x, copied(weight), eps, out});
+           },
+           nb::arg("x"), nb::arg("weight"), nb::arg("eps"), nb::arg("out"))
+      .def("activate",
+           [](Program& p, int gate, std::optional<int> up, const std::string& kind, int out) {
+             require(p.buffer_width(gate) == p.buffer_width(out) && (!up || p.buffer_width(*up) == p.buffer_width(out)),
+                     "the activation's buffers differ");
+             p.append(ActivateInstruction{gate, up.value_or(-1), out, activation_kind(kind)});
+           },
+           nb::arg("gate"), nb::arg("up").none(), nb::arg("kind"), nb::arg("out"))
+      .def("attend",
+           [](Program& p, int q, int k, int v, int out, int layer, int heads, int kv_heads, int head_dim, float scale,
+              std::optional<int> window) {
+             require(heads >= 1 && kv_heads >= 1 && head_dim >= 1 && heads % kv_heads == 0 && layer >= 0 &&
+                         p.buffer_width(q) == std::int64_t{heads} * head_dim && p.buffer_width(out) == p.buffer_width(q) &&
+                         p.buffer_width(k) == std::int64_t{kv_heads} * head_dim && p.buffer_width(v) == p.buffer_width(k) &&
+                         out != q && out != k && out != v && (!window || *window > 0),
+                     "the heads do not fit their buffers");
+             p.append(AttendInstruction{q, k, v, out, layer, heads, kv_heads, head_dim, scale, window.value_or(0)});
+           },
+           nb::arg("q"), nb::arg("k"), nb::arg("v"), nb::arg("out"), nb::arg("layer"), nb::arg("heads"),
+           nb::arg("kv_heads"), nb::arg("head_dim"), nb::arg("scale"), nb::arg("window").none())
+      .def("finish",
+           [](Program& p, int hidden) {
+             p.buffer_width(hidden);
+             p.finish(hidden);
+           },
+           nb::arg("hidden"))
+      .def("head",
+           [](Program& p, Weights matrix, const std::optional<Vector>& norm, float eps) {
+             MatmulInstruction head;
+             head.weights = {std::move(matrix)};
+             head.biases.resize(1);
+             head.norm = copied(norm);
+             head.eps = eps;
+             p.set_head(std::move(head));
+           },
+           nb::arg("matrix"), nb::arg("norm").none(), nb::arg("eps"))
+      .def("run", &run, nb::arg("ids"), nb::arg("sequence"), nb::arg("positions"), nb::arg("cos"), nb::arg("sin"),
+           nb::arg("rope_row"), nb::arg("cache"), nb::arg("logits_rows").none(), nb::arg("out"))
+      .def("logits",
+           [](Program& p, const Array<const float, 2>& hidden, const Array<float, 2>& out) {
+             require(hidden.shape(0) == out.shape(0) && static_cast<std::int64_t>(hidden.shape(1)) == p.hidden_width() &&
+                         static_cast<std::int64_t>(out.shape(1)) == p.vocabulary(),
+                     "hidden states or logits have the wrong shape");
+             nb::gil_scoped_release release;
+             if (hidden.shape(0) > 0) p.logits(hidden.data(), static_cast<std::int64_t>(hidden.shape(0)), out.data());
+           },
+           nb::arg("hidden"), nb::arg("out"))
+      .def_prop_ro("nbytes", &Program::nbytes);
+
+  module.def("simd_trace",
+             [](const std::string& isa, const Array<const std::uint8_t, 1>& data) {
+               const Context context(isa, 1);
+               const auto bytes = static_cast<std::int64_t>(data.shape(0));
+               std::vector<std::uint8_t> out(static_cast<std::size_t>(context.kernels->trace(data.data(), bytes, nullptr, 0)));
+               context.kernels->trace(data.data(), bytes, out.data(), static_cast<std::int64_t>(out.size()));
+               return nb::bytes(reinterpret_cast<const char*>(out.data()), out.size());
+             },
+             nb::arg("isa"), nb::arg("data"),
+             "Every vector operation of an instruction set applied to data (uint8), for comparing sets.");
+}
+
+}  // namespace kbit

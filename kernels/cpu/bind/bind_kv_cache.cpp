@@ -1,0 +1,161 @@
+// Python bindings of the KV cache and, for tests, of one attention: KVCache and attention of kbit._native.
+#include <nanobind/nanobind.h>
+#include <nanobind/ndarray.h>
+#include <nanobind/stl/pair.h>
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/vector.h>
+
+#include <algorithm>
+#include <stdexcept>
+#include <utility>
+
+#include "attention/attention_plan.h"
+#include "bind/bind_engine.h"
+#include "program/context.h"
+#include "attention/kv_cache.h"
+
+namespace nb = nanobind;
+
+namespace kbit {
+namespace {
+
+using Numbers = std::vector<std::int64_t>;
+using Result = nb::ndarray<nb::numpy, float, nb::ndim<3>>;
+template <typename T, int kDims>
+using Array = nb::ndarray<const T, nb::ndim<kDims>, nb::c_contig, nb::device::cpu>;
+
+// Calls function(); a std::invalid_argument becomes kbit's UsageError, one line for the user.
+template <typename Function>
+void checked(Function&& function) {
+  try {
+    function();
+  } catch (const std::invalid_argument& error) {
+    PyErr_SetString(nb::module_::import_("kbit.host.errors").attr("UsageError").ptr(), error.what());
+    throw nb::python_error();
+  }
+}
+
+void require(bool condition, const char* message) {
+  if (!condition) throw std::invalid_argument(message);
+}
+
+// A new zeroed array (a, b, c), owned by Python, and where its values are.
+std::pair<Result, float*> make_array(std::size_t a, std::size_t b, std::size_t c) {
+  float* data = new float[std::max<std::size_t>(1, a * b * c)]();
+  nb::capsule owner(data, [](void* p) noexcept { delete[] static_cast<float*>(p); });
+  return {Result(data, {a, b, c}, owner), data};
+}
+
+std::pair<Result, Result> dequantized(const KVCache& cache, std::int64_t layer, std::int64_t row) {
+  require(layer >= 0 && layer < cache.layers() && row >= 0 && row < cache.batch(),
+          "the cache has no such layer or row");
+  const auto heads = static_cast<std::size_t>(cache.view().kv_heads);
+  const auto dim = static_cast<std::size_t>(cache.view().head_dim);
+  const auto length = static_cast<std::size_t>(cache.lengths()[static_cast<std::size_t>(row)]);
+  auto [keys, key_data] = make_array(heads, length, dim);
+  auto [values, value_data] = make_array(heads, length, dim);
+  cache.dequantize(layer, row, key_data, value_data);
+  return {keys, values};
+}
+
+Result attention_once(Context& context, const Array<float, 3>& q, const Array<float, 3>& k, const Array<float, 3>& v,
+                      const Array<std::int32_t, 1>& positions, const Array<std::int32_t, 1>& sequence,
+                      const Array<float, 2>& cos, const Array<float, 2>& sin, KVCache& cache, std::int64_t layer,
+                      float scale, int window) {
+  const std::size_t rows = q.shape(0), heads = q.shape(1), dim = q.shape(2), kv_heads = k.shape(1);
+  const auto row_count = static_cast<std::int64_t>(rows);
+  const CacheView& view = cache.view();
+  require(rows >= 1 && k.shape(0) == rows && v.shape(0) == rows && positions.shape(0) == rows &&
+              sequence.shape(0) == rows && cos.shape(0) == rows && sin.shape(0) == rows,
+          "q, k, v, positions, sequence, cos and sin have the same number of rows, at least 1");
+  require(k.shape(2) == dim && v.shape(1) == kv_heads && v.shape(2) == dim && cos.shape(1) == sin.shape(1) &&
+              2 * cos.shape(1) <= dim && kv_heads >= 1 && heads >= 1 && heads % kv_heads == 0,
+          "q (R, H, D), k and v (R, H_kv, D), cos and sin (R, up to D / 2) do not fit each other");
+  require(static_cast<std::size_t>(view.kv_heads) == kv_heads && static_cast<std::size_t>(view.head_dim) == dim &&
+              layer >= 0 && layer < cache.layers() && window >= 0,
+          "the cache has other heads or no such layer, or the window is negative");
+  for (std::size_t r = 0; r < rows; ++r) {
+    const std::int32_t where = sequence.data()[r], position = positions.data()[r];
+    require(where >= 0 && where < view.rows && position >= 0 && position < cache.capacity(),
+            "a token lies outside the cache");
+    const bool follows = r > 0 && where == sequence.data()[r - 1];
+    require(!follows || position == positions.data()[r - 1] + 1, "positions of a sequence must ascend by one");
+  }
+  std::vector<std::int32_t> rope_row(rows);
+  for (std::size_t r = 0; r < rows; ++r) rope_row[r] = static_cast<std::int32_t>(r);
+  auto [out, out_data] = make_array(rows, heads, dim);
+  AttentionArgs args{};
+  args.q = q.data();
+  args.k = k.data();
+  args.v = v.data();
+  args.out = out_data;
+  args.q_stride = args.out_stride = static_cast<std::int64_t>(heads * dim);
+  args.k_stride = args.v_stride = static_cast<std::int64_t>(kv_heads * dim);
+  args.rows = row_count;
+  args.sequence = sequence.data();
+  args.position = positions.data();
+  args.cos = cos.data();
+  args.sin = sin.data();
+  args.rope_row = rope_row.data();
+  args.rotated_half = static_cast<int>(cos.shape(1));
+  args.heads = static_cast<int>(heads);
+  args.kv_heads = static_cast<int>(kv_heads);
+  args.head_dim = static_cast<int>(dim);
+  args.scale = scale;
+  args.window = window;
+  args.cache = &cache;
+  args.layer = static_cast<int>(layer);
+  AttentionScratch scratch;
+  scratch.prepare(row_count, args.sequence, args.position, args.heads, args.kv_heads, args.head_dim,
+                  context.team->size());
+  {
+    nb::gil_scoped_release release;
+    context.team->run([&](Worker& worker) { attention(context.kernels->attention, worker, args, scratch); });
+  }
+  return out;
+}
+
+}  // namespace
+
+void bind_kv_cache(nb::module_& module) {
+  nb::class_<KVCache>(module, "KVCache", "Keys and values of every layer; kernels/cpu/attention/kv_cache.h.")
+      .def("__init__",
+           [](KVCache* self, std::int64_t layers, std::int64_t batch, std::int64_t kv_heads, std::int64_t head_dim,
+              std::int64_t capacity, const std::string& kind) {
+             checked([&] { new (self) KVCache(layers, batch, kv_heads, head_dim, capacity, kind); });
+           },
+           nb::arg("layers"), nb::arg("batch"), nb::arg("kv_heads"), nb::arg("head_dim"), nb::arg("capacity"),
+           nb::arg("kind"))
+      .def_prop_ro("kind", &KVCache::kind)
+      .def_prop_ro("capacity", &KVCache::capacity)
+      .def_prop_ro("batch", &KVCache::batch)
+      .def_prop_ro("nbytes", &KVCache::nbytes)
+      .def("lengths", &KVCache::lengths, "Tokens in each row.")
+      .def("length",
+           [](const KVCache& c, std::int64_t row) {
+             require(row >= 0 && row < c.batch(), "the cache has no such row");
+             return c.lengths()[static_cast<std::size_t>(row)];
+           },
+           nb::arg("row"))
+      .def("reserve", [](const KVCache& c, const Numbers& new_) { checked([&] { c.reserve(new_); }); }, nb::arg("new"),
+           "Check that so many more tokens per row fit.")
+      .def("advance", [](KVCache& c, const Numbers& new_) { checked([&] { c.advance(new_); }); }, nb::arg("new"),
+           "Count the tokens just written.")
+      .def("truncate", [](KVCache& c, const Numbers& lengths) { checked([&] { c.truncate(lengths); }); },
+           nb::arg("lengths"), "Forget every token from these positions on; shorter rows stay.")
+      .def("select", [](KVCache& c, const Numbers& rows) { checked([&] { c.select(rows); }); }, nb::arg("rows"),
+           "Keep these rows, in this order; a row may appear several times.")
+      .def("grow", [](KVCache& c, std::int64_t capacity) { checked([&] { c.grow(capacity); }); }, nb::arg("capacity"),
+           "Make room for at least so many tokens per row.")
+      .def("dequantized", &dequantized, nb::arg("layer"), nb::arg("row"),
+           "Keys and values of a row's tokens as attention understands them: two float32 (H_kv, length, D).");
+
+  module.def("attention", &attention_once, nb::arg("context"), nb::arg("q"), nb::arg("k"), nb::arg("v"),
+             nb::arg("positions"), nb::arg("sequence"), nb::arg("cos"), nb::arg("sin"), nb::arg("cache"),
+             nb::arg("layer"), nb::arg("scale"), nb::arg("window") = 0,
+             "One attention as a program runs it: q float32 (R, H, D), k and v (R, H_kv, D), positions and sequence\n"
+             "int32 (R,), cos and sin (R, half) of each token -> (R, H, D). Writes k and v into the cache but does\n"
+             "not advance it.");
+}
+
+}  // namespace kbit

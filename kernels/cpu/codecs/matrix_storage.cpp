@@ -1,0 +1,177 @@
+#include "codecs/matrix_storage.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <new>
+
+#include "codecs/bitplanes.h"
+
+namespace kbit {
+namespace {
+
+// From this width on, a codebook that is not of whole steps is multiplied in two digits: rounding it to int8 (an error
+// of up to 1/254 of the largest level) would add more than 4 % to the format's own squared error: 1.4 % at 5 bits, 5 % at
+// 6, 15 % at 7, more than all of it at 8 (Gaussian blocks of 64).
+constexpr int kTwoDigitBits = 6;
+
+int integer_segment(std::int64_t block) {
+  if (block == 0) return 64;
+  for (int segment : {64, 32})
+    if (block % segment == 0) return segment;
+  return 16;
+}
+
+}  // namespace
+
+AlignedBytes::AlignedBytes(std::size_t bytes) : size_(bytes) {
+  // calloc: the kernel's zero pages, so that memory that is written first costs no second pass.
+  void* memory = std::calloc(bytes + 64, 1);
+  if (memory == nullptr) throw std::bad_alloc();
+  owner_.reset(static_cast<std::uint8_t*>(memory));
+  data_ = reinterpret_cast<std::uint8_t*>((reinterpret_cast<std::uintptr_t>(memory) + 63) / 64 * 64);
+}
+
+std::shared_ptr<MatrixStorage> MatrixStorage::quantized(const QuantizedParts& parts, Team& team) {
+  auto storage = std::make_shared<MatrixStorage>();
+  Matrix& m = storage->matrix_;
+  m.rows = parts.rows;
+  m.columns = parts.columns;
+  m.panels = (parts.rows + kPanelRows - 1) / kPanelRows;
+  m.tiles = (parts.columns + kTileColumns - 1) / kTileColumns;
+  m.bits = parts.bits;
+  m.scale_kind = parts.scale_kind;
+  m.block = parts.block_size ? parts.block_size : m.tiles * kTileColumns;
+  m.blocks = parts.block_size ? (parts.columns + parts.block_size - 1) / parts.block_size : 1;
+  m.segment = integer_segment(parts.block_size);
+  storage->data_ = AlignedBytes(static_cast<std::size_t>(m.panels * m.panel_bytes()));
+  const std::size_t number = static_cast<std::size_t>(bytes_of(m.scale_kind));
+  const std::size_t scale_bytes = static_cast<std::size_t>(m.panels * m.blocks * kPanelRows) * number;
+  storage->scales_ = AlignedBytes(scale_bytes);
+  if (parts.offsets) storage->offsets_ = AlignedBytes(scale_bytes);
+  m.codes = storage->data_.data();
+  m.scales = storage->scales_.data();
+  m.offsets = parts.offsets ? storage->offsets_.data() : nullptr;
+  storage->codebook_.assign(parts.codebook, parts.codebook + (std::size_t{1} << m.bits));
+  storage->choose_levels();
+
+  std::uint8_t* codes = storage->data_.data();
+  std::uint8_t* scales = storage->scales_.data();
+  std::uint8_t* offsets = storage->offsets_.data();
+  team.run([&](Worker& worker) {
+    // One row's codes as bytes, padded to whole tiles.
+    std::vector<std::uint8_t> row_codes(static_cast<std::size_t>(m.tiles * kTileColumns));
+    worker.for_each(m.panels, 4, [&](std::int64_t begin, std::int64_t end) {
+      for (std::int64_t row = begin * kPanelRows; row < std::min(end * kPanelRows, m.rows); ++row) {
+        const std::int64_t panel = row / kPanelRows, lane = row % kPanelRows;
+        std::int64_t plane_at = 0;  // of this width's plane in half a tile
+        for (std::size_t i = 0, width = 8; width > 0; width /= 2) {
+          if (!(static_cast<unsigned>(m.bits) & width)) continue;
+          const std::size_t row_bytes = plane_row_bytes(static_cast<std::size_t>(m.columns), static_cast<unsigned>(width));
+          unpack_plane(parts.planes[i++] + static_cast<std::size_t>(row) * row_bytes, 1,
+                       static_cast<std::size_t>(m.columns), static_cast<unsigned>(width), 0, true, row_codes.data());
+          // Four codes at a time: the 32-bit word that belongs to this row in a quad's vector.
+          const int fields = 8 / static_cast<int>(width);
+          for (std::int64_t tile = 0; tile < m.tiles; ++tile) {
+            std::uint8_t* plane = codes + panel * m.panel_bytes() + tile * m.tile_bytes() + plane_at;
+            for (int quad = 0; quad < kTileColumns / 4; ++quad) {
+              std::uint32_t four, word;
+              std::memcpy(&four, row_codes.data() + tile * kTileColumns + quad * 4, 4);
+              std::uint8_t* at = plane + quad / 8 * m.tile_bytes() / 2 + quad % 8 / fields * 64 + lane * 4;
+              std::memcpy(&word, at, 4);
+              word |= four << (quad % fields * static_cast<int>(width));
+              std::memcpy(at, &word, 4);
+            }
+          }
+          plane_at += kTileWeights / 16 * static_cast<std::int64_t>(width);
+        }
+        for (std::int64_t block = 0; block < m.blocks; ++block) {
+          const std::size_t to = static_cast<std::size_t>((panel * m.blocks + block) * kPanelRows + lane) * number;
+          const std::size_t from = static_cast<std::size_t>(row * m.blocks + block) * number;
+          std::memcpy(scales + to, static_cast<const std::uint8_t*>(parts.scales) + from, number);
+          if (offsets) std::memcpy(offsets + to, static_cast<const std::uint8_t*>(parts.offsets) + from, number);
+        }
+      }
+    });
+  });
+  return storage;
+}
+
+// Finds integers for the codebook's levels. Where all levels are whole steps of one size (the integer types) the result
+// is exact; otherwise the scale with the least squared rounding error is taken.
+void MatrixStorage::choose_levels() {
+  Matrix& m = matrix_;
+  const std::size_t count = codebook_.size();
+  m.codebook = codebook_.data();
+  float peak = 0.0f;
+  for (float level : codebook_) peak = std::max(peak, std::fabs(level));
+  high_.assign(count, 0);
+  low_.assign(count, 0);
+  m.high = high_.data();
+  m.low = low_.data();
+  if (peak == 0.0f) return;
+  double best = -1.0;
+  double chosen = 127.0;
+  for (int steps = 1; steps <= 128; ++steps) {  // whole steps of peak / steps
+    double error = 0.0;
+    bool fits = true;
+    for (float level : codebook_) {
+      const double scaled = static_cast<double>(level) / peak * steps;
+      fits = fits && std::round(scaled) <= 127.0;
+      error += (scaled - std::round(scaled)) * (scaled - std::round(scaled));
+    }
+    error /= static_cast<double>(steps) * steps;  // in units of the peak
+    if (fits && (best < 0.0 || error < best * (1.0 - 1e-9))) {
+      best = error;
+      chosen = steps;
+    }
+  }
+  // A relative error of 1e-6 per level is float32's own rounding of the codebook.
+  const bool exact = best <= 1e-12 * static_cast<double>(count);
+  m.two_digits = m.bits >= kTwoDigitBits && !exact;
+  if (m.two_digits) chosen = 126.0;  // leaves room for the low digit
+  m.level_scale = static_cast<float>(peak / chosen);
+  m.direct = m.bits == 8 && exact;
+  for (std::size_t c = 0; c < count; ++c) {
+    const double scaled = static_cast<double>(codebook_[c]) / peak * chosen;
+    const double whole = std::round(scaled);
+    high_[c] = static_cast<std::int8_t>(whole);
+    if (m.two_digits) low_[c] = static_cast<std::int8_t>(std::round((scaled - whole) * kLowSteps));
+    m.direct = m.direct && (c == 0 || static_cast<int>(whole) == static_cast<int>(c) - 128);
+  }
+}
+
+std::shared_ptr<MatrixStorage> MatrixStorage::dense(const void* values, std::int64_t rows, std::int64_t columns,
+                                                    Number kind, Team& team) {
+  auto storage = std::make_shared<MatrixStorage>();
+  Matrix& m = storage->matrix_;
+  m.rows = rows;
+  m.columns = columns;
+  m.panels = (rows + kPanelRows - 1) / kPanelRows;
+  m.tiles = (columns + kTileColumns - 1) / kTileColumns;
+  m.value_kind = kind;
+  const std::int64_t padded = m.tiles * kTileColumns;
+  storage->data_ = AlignedBytes(static_cast<std::size_t>(m.panels * padded * kPanelRows * bytes_of(kind)));
+  m.values = storage->data_.data();
+  auto transpose = [&]<typename Value>(const Value* from, Value* to) {
+    team.run([&](Worker& worker) {
+      worker.for_each(m.panels, 4, [&](std::int64_t begin, std::int64_t end) {
+        for (std::int64_t panel = begin; panel < end; ++panel) {
+          const std::int64_t lanes = std::min<std::int64_t>(kPanelRows, rows - panel * kPanelRows);
+          const Value* source = from + panel * kPanelRows * columns;
+          Value* target = to + panel * padded * kPanelRows;
+          for (std::int64_t k = 0; k < columns; ++k)
+            for (std::int64_t lane = 0; lane < lanes; ++lane) target[k * kPanelRows + lane] = source[lane * columns + k];
+        }
+      });
+    });
+  };
+  if (kind == Number::single) {
+    transpose(static_cast<const std::uint32_t*>(values), reinterpret_cast<std::uint32_t*>(storage->data_.data()));
+  } else {
+    transpose(static_cast<const std::uint16_t*>(values), reinterpret_cast<std::uint16_t*>(storage->data_.data()));
+  }
+  return storage;
+}
+
+}  // namespace kbit

@@ -1,0 +1,60 @@
+// The kernels of one instruction set, as a table of functions. Every set has all of them: the same source
+// (kernels_body.h) compiled with other flags over another simd/*.h.
+#pragma once
+
+#include <cstdint>
+
+#include "attention/attention_kernels.h"
+#include "codecs/matrix.h"
+
+namespace kbit {
+
+enum class Compute : std::uint8_t { int8, bf16, fp32 };
+enum class Activation : std::uint8_t { none, silu, gelu, gelu_tanh, relu };
+
+// Rows of x as a matmul reads them. All pointers are to row 0 of the pass.
+struct MatmulInput {
+  const float* x;               // (rows, K), the columns up to the next multiple of 64 are zero
+  std::int64_t x_stride;        // floats
+  const std::int8_t* codes;     // int8 compute: (rows, K padded to 64)
+  std::int64_t codes_stride;    // bytes
+  const float* scales;          // (rows, segments): x is codes * scale
+  const std::int32_t* sums;     // (rows, segments): sum of a segment's codes
+  std::int64_t segments_stride; // values
+};
+
+// out[row][16 * (panel - panel_begin) ..] = x W^T for some rows and panels.
+struct MatmulTask {
+  const Matrix* w;
+  MatmulInput x;
+  std::int64_t row_begin, row_end, panel_begin, panel_end;
+  float* out;               // of row_begin and panel_begin
+  std::int64_t out_stride;  // floats
+  std::uint8_t* scratch;    // kMatmulScratch bytes, 64-byte aligned, of this thread's own
+};
+
+constexpr std::int64_t kMatmulScratch = 256 << 10;
+
+struct Kernels {
+  const char* name;
+
+  void (*matmul_int8)(const MatmulTask&);
+  void (*matmul_bf16)(const MatmulTask&);  // null where the set has no bf16 dot product: compute bf16 is refused there
+  void (*matmul_fp32)(const MatmulTask&);
+
+  // One row of x (K) to int8, by segments: codes (padded with zeros to a multiple of 64), scales, sums of codes.
+  void (*quantize_row)(const float* x, std::int64_t columns, int segment, std::int8_t* codes, float* scales,
+                       std::int32_t* sums);
+  // One row of x rounded to bfloat16.
+  void (*bfloat_row)(const float* x, std::int64_t columns, std::uint16_t* out);
+  // out = weight * x / sqrt(mean(x^2) + eps); out is padded with zeros to a multiple of 64.
+  void (*rms_norm)(const float* x, const float* weight, std::int64_t columns, float eps, float* out);
+  void (*add)(const float* x, float* out, std::int64_t count);                                // out += x
+  void (*activate)(const float* gate, const float* up, float* out, std::int64_t count, Activation kind);  // up may be null
+  void (*decode_row)(const Matrix& w, std::int64_t row, float* out);                          // out (K)
+
+  AttentionKernels attention;
+  std::int64_t (*trace)(const std::uint8_t* in, std::int64_t in_bytes, std::uint8_t* out, std::int64_t out_bytes);
+};
+
+}  // namespace kbit

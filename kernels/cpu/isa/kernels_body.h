@@ -1,0 +1,19 @@
+// The table of one instruction set: included last by each isa_*.cpp, after its simd header.
+#pragma once
+
+#include "attention/attention.h"
+#include "isa/kernels.h"
+#include "matmul/matmul.h"
+#include "matmul/matmul_float.h"
+#include "program/rows.h"
+#include "simd/trace.h"
+
+// The table kbit::kernels_<set>, with these matmuls where they are the set's own.
+#define KBIT_DEFINE_KERNELS_WITH(set, name, matmul_int8, matmul_bf16)                                              \
+  namespace kbit {                                                                                                 \
+  extern const Kernels kernels_##set;                                                                              \
+  const Kernels kernels_##set = {name,          ::matmul_int8,     ::matmul_bf16, ::matmul_fp32,  ::quantize_row,  \
+                                 ::bfloat_row,  ::rms_norm,        ::add_row,     ::activate_row, ::decode_row,    \
+                                 kAttentionKernels, ::trace};                                                      \
+  }
+#define KBIT_DEFINE_KERNELS(set) KBIT_DEFINE_KERNELS_WITH(set, #set, matmul_int8, matmul_bf16)

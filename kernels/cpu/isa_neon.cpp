@@ -1,6 +1,0 @@
-// AArch64 with the dot product (Armv8.2 and later).
-#include "simd/neon.h"
-
-#include "kernels_body.h"
-
-KBIT_DEFINE_KERNELS(neon)

@@ -1,6 +1,0 @@
-// Plain C++: any machine, and what the other sets are compared with.
-#include "simd/scalar.h"
-
-#include "kernels_body.h"
-
-KBIT_DEFINE_KERNELS(scalar)

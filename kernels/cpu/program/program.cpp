@@ -1,0 +1,220 @@
+#include "program/program.h"
+
+#include <algorithm>
+#include <cstring>
+#include <stdexcept>
+
+#include "attention/kv_cache.h"
+#include "program/program_scratch.h"
+
+namespace kbit {
+
+Program::Program(std::shared_ptr<Context> context, Compute compute) : context_(std::move(context)), compute_(compute) {
+  if (compute_ == Compute::bf16 && context_->kernels->matmul_bf16 == nullptr) {
+    throw std::invalid_argument(std::string("compute bf16 needs an instruction set with bfloat16 products, which ") +
+                                context_->kernels->name + " has not: use int8 or fp32");
+  }
+  shared_ = std::make_unique<Inputs>();
+  for (int i = 0; i < context_->team->size(); ++i) scratch_.push_back(std::make_unique<Scratch>());
+}
+
+Program::~Program() = default;
+
+int Program::buffer(std::int64_t width) {
+  if (width < 1) throw std::invalid_argument("a buffer needs a width of at least 1");
+  buffers_.push_back({width, padded(width), {}});
+  capacity_ = 0;
+  return static_cast<int>(buffers_.size()) - 1;
+}
+
+void Program::check(const MatmulInstruction& m) const {
+  const std::size_t count = m.weights.size();
+  const bool gated = m.activation != Activation::none && count == 2;
+  if (count == 0 || m.biases.size() != count || m.outs.size() != (gated ? 1 : count)) {
+    throw std::invalid_argument("a matmul needs a bias (or none) for every matrix, and an output for every result");
+  }
+  if (m.activation != Activation::none && count > 2) throw std::invalid_argument("an activation takes one or two matrices");
+  if (m.residual && (count != 1 || gated)) throw std::invalid_argument("a residual sum has one matrix and one output");
+  for (std::size_t i = 0; i < count; ++i) {
+    const Matrix& w = m.weights[i]->matrix();
+    if (w.columns != buffer_width(m.x)) throw std::invalid_argument("a matrix does not fit its input buffer");
+    if (w.rows != buffer_width(m.outs[gated ? 0 : i])) throw std::invalid_argument("a matrix does not fit its output buffer");
+    if (!m.biases[i].empty() && static_cast<std::int64_t>(m.biases[i].size()) != w.rows) {
+      throw std::invalid_argument("a bias does not fit its matrix");
+    }
+  }
+  if (!m.norm.empty() && static_cast<std::int64_t>(m.norm.size()) != buffer_width(m.x)) {
+    throw std::invalid_argument("a norm does not fit its input buffer");
+  }
+}
+
+void Program::append(Instruction instruction) {
+  if (const auto* m = std::get_if<MatmulInstruction>(&instruction)) {
+    check(*m);
+    widest_input_ = std::max(widest_input_, padded(buffer_width(m->x)));
+  } else if (const auto* a = std::get_if<AttendInstruction>(&instruction)) {
+    const AttendInstruction* first = first_attention();
+    if (first && (first->heads != a->heads || first->kv_heads != a->kv_heads || first->head_dim != a->head_dim)) {
+      throw std::invalid_argument("all attentions of a program have the same heads");
+    }
+  }
+  instructions_.push_back(std::move(instruction));
+  capacity_ = 0;
+}
+
+void Program::set_head(MatmulInstruction head) {
+  if (hidden_ < 0) throw std::invalid_argument("finish() comes before head()");
+  const Matrix& w = head.weights.at(0)->matrix();
+  if (w.columns != hidden_width() || (!head.norm.empty() && static_cast<std::int64_t>(head.norm.size()) != w.columns)) {
+    throw std::invalid_argument("the head does not fit the hidden states");
+  }
+  widest_input_ = std::max(widest_input_, padded(w.columns));
+  head_ = std::move(head);
+  capacity_ = 0;
+}
+
+std::size_t Program::nbytes() const {
+  std::size_t total = 0;
+  for (const Buffer& buffer : buffers_) total += buffer.memory.size();
+  auto inputs = [](const Inputs& in) {
+    std::size_t bytes = in.floats.size() + in.bfloats.size() + in.rest.size();
+    for (int slot = 0; slot < 3; ++slot) bytes += in.main[slot].size() + in.fine[slot].size();
+    return bytes;
+  };
+  total += inputs(*shared_);
+  for (const auto& scratch : scratch_) {
+    total += scratch->kernel.size() + 3 * scratch->first.size() + inputs(*scratch->inputs);
+  }
+  return total;
+}
+
+void Program::reserve(std::int64_t rows) {
+  if (rows <= capacity_) return;
+  const bool bfloats = compute_ == Compute::bf16;
+  bool used[3] = {false, false, false};
+  if (compute_ == Compute::int8) {
+    for (const Instruction& instruction : instructions_)
+      if (const auto* m = std::get_if<MatmulInstruction>(&instruction)) mark_segments(*m, used);
+    if (head_) mark_segments(*head_, used);
+  }
+  for (Buffer& buffer : buffers_) buffer.memory = AlignedBytes(static_cast<std::size_t>(rows * buffer.stride) * 4);
+  shared_->reserve(rows, widest_input_, used, bfloats);
+  const std::int64_t widest = std::max<std::int64_t>(1, widest_input_);  // 0 without a product
+  const std::int64_t few = std::max<std::int64_t>(1, std::min(rows, kRedundantInput / widest));
+  for (auto& scratch : scratch_) scratch->inputs->reserve(few, widest_input_, used, bfloats);
+  capacity_ = rows;
+}
+
+const AttendInstruction* Program::first_attention() const {
+  for (const Instruction& instruction : instructions_)
+    if (const auto* a = std::get_if<AttendInstruction>(&instruction)) return a;
+  return nullptr;
+}
+
+void Program::attend(Worker& worker, const AttendInstruction& a, const Pass& pass) {
+  const auto at = [&](int index) -> const Buffer& { return buffers_[static_cast<std::size_t>(index)]; };
+  AttentionArgs args{};
+  args.q = at(a.q).data();
+  args.k = at(a.k).data();
+  args.v = at(a.v).data();
+  args.out = at(a.out).data();
+  args.q_stride = at(a.q).stride;
+  args.k_stride = at(a.k).stride;
+  args.v_stride = at(a.v).stride;
+  args.out_stride = at(a.out).stride;
+  args.rows = pass.rows;
+  args.sequence = pass.sequence;
+  args.position = pass.position;
+  args.cos = pass.cos;
+  args.sin = pass.sin;
+  args.rope_row = pass.rope_row;
+  args.rotated_half = pass.rotated_half;
+  args.heads = a.heads;
+  args.kv_heads = a.kv_heads;
+  args.head_dim = a.head_dim;
+  args.scale = a.scale;
+  args.window = a.window;
+  args.cache = pass.cache;
+  args.layer = a.layer;
+  attention(context_->kernels->attention, worker, args, attention_scratch_);
+}
+
+void Program::run(const Pass& pass) {
+  if (hidden_ < 0) throw std::invalid_argument("the program is not finished");
+  const std::int64_t limit = [&] {
+    for (const Instruction& i : instructions_)
+      if (const auto* e = std::get_if<EmbedInstruction>(&i)) return e->weights->matrix().rows;
+    return std::int64_t{0};
+  }();
+  for (std::int64_t r = 0; r < pass.rows; ++r) {
+    if (pass.ids[r] < 0 || pass.ids[r] >= limit) throw std::invalid_argument("a token id is outside the vocabulary");
+  }
+  for (std::int64_t i = 0; i < pass.logits_rows; ++i) {
+    if (pass.logits_row[i] < 0 || pass.logits_row[i] >= pass.rows) throw std::invalid_argument("no such row for logits");
+  }
+  reserve(std::max(pass.rows, pass.logits_rows));
+  const Kernels& kernels = *context_->kernels;
+  auto at = [&](int index) -> Buffer& { return buffers_[static_cast<std::size_t>(index)]; };
+  if (const AttendInstruction* a = first_attention()) {
+    const CacheView& view = pass.cache->view();
+    if (view.kv_heads != a->kv_heads || view.head_dim != a->head_dim || 2 * pass.rotated_half > a->head_dim) {
+      throw std::invalid_argument("the cache or the rotary tables do not fit the program's heads");
+    }
+    for (const Instruction& instruction : instructions_) {
+      const auto* other = std::get_if<AttendInstruction>(&instruction);
+      if (other && other->layer >= pass.cache->layers()) throw std::invalid_argument("the cache has too few layers");
+    }
+    attention_scratch_.prepare(pass.rows, pass.sequence, pass.position, a->heads, a->kv_heads, a->head_dim,
+                               context_->team->size());
+  }
+  context_->team->run([&](Worker& worker) {
+    for (const Instruction& instruction : instructions_) {
+      if (const auto* m = std::get_if<MatmulInstruction>(&instruction)) {
+        matmul(worker, *m, at(m->x).data(), at(m->x).stride, nullptr, pass.rows, nullptr, 0);
+      } else if (const auto* a = std::get_if<AttendInstruction>(&instruction)) {
+        attend(worker, *a, pass);
+      } else if (const auto* e = std::get_if<EmbedInstruction>(&instruction)) {
+        worker.for_each(pass.rows, 1, [&](std::int64_t begin, std::int64_t end) {
+          for (std::int64_t r = begin; r < end; ++r)
+            kernels.decode_row(e->weights->matrix(), pass.ids[r], at(e->out).data() + r * at(e->out).stride);
+        });
+      } else if (const auto* n = std::get_if<NormInstruction>(&instruction)) {
+        worker.for_each(pass.rows, 4, [&](std::int64_t begin, std::int64_t end) {
+          for (std::int64_t r = begin; r < end; ++r)
+            kernels.rms_norm(at(n->x).data() + r * at(n->x).stride, n->weight.data(), at(n->x).width, n->eps,
+                             at(n->out).data() + r * at(n->out).stride);
+        });
+      } else if (const auto* g = std::get_if<ActivateInstruction>(&instruction)) {
+        worker.for_each(pass.rows, 4, [&](std::int64_t begin, std::int64_t end) {
+          for (std::int64_t r = begin; r < end; ++r)
+            kernels.activate(at(g->gate).data() + r * at(g->gate).stride,
+                             g->up < 0 ? nullptr : at(g->up).data() + r * at(g->up).stride,
+                             at(g->out).data() + r * at(g->out).stride, at(g->gate).width, g->kind);
+        });
+      }
+    }
+    const Buffer& hidden = at(hidden_);
+    if (pass.logits_rows >= 0) {
+      if (pass.logits_rows > 0) {
+        matmul(worker, *head_, hidden.data(), hidden.stride, pass.logits_row, pass.logits_rows, pass.out, vocabulary());
+      }
+    } else {
+      worker.for_each(pass.rows, 16, [&](std::int64_t begin, std::int64_t end) {
+        for (std::int64_t r = begin; r < end; ++r)
+          std::memcpy(pass.out + r * hidden.width, hidden.data() + r * hidden.stride, static_cast<std::size_t>(hidden.width) * 4);
+      });
+    }
+  });
+}
+
+void Program::logits(const float* hidden, std::int64_t rows, float* out) {
+  if (!head_) throw std::invalid_argument("the program has no head");
+  reserve(rows);
+  Buffer& buffer = buffers_[static_cast<std::size_t>(hidden_)];
+  for (std::int64_t r = 0; r < rows; ++r)
+    std::memcpy(buffer.data() + r * buffer.stride, hidden + r * buffer.width, static_cast<std::size_t>(buffer.width) * 4);
+  context_->team->run(
+      [&](Worker& worker) { matmul(worker, *head_, buffer.data(), buffer.stride, nullptr, rows, out, vocabulary()); });
+}
+
+}  // namespace kbit

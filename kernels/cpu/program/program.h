@@ -1,0 +1,120 @@
+// A model's forward pass as a list of instructions, recorded once from its Python definition and run for any number of
+// rows (tokens). All members of the team run the whole list together; what one instruction reads was finished in a loop of
+// an earlier one.
+#pragma once
+
+#include <cstdint>
+#include <memory>
+#include <optional>
+#include <string>
+#include <variant>
+#include <vector>
+
+#include "attention/attention_plan.h"
+#include "program/context.h"
+#include "codecs/matrix_storage.h"
+
+namespace kbit {
+
+using Weights = std::shared_ptr<MatrixStorage>;
+
+// outs[i] = norm(x) W_i^T + b_i, and then, where asked for, an activation (W = [gate, up] or one matrix) or the addition
+// to what outs[0] holds.
+struct MatmulInstruction {
+  int x = -1;
+  std::vector<Weights> weights;
+  std::vector<std::vector<float>> biases;  // empty: none
+  std::vector<int> outs;
+  std::vector<float> norm;                 // empty: none
+  float eps = 0.0f;
+  Activation activation = Activation::none;
+  bool residual = false;
+};
+struct EmbedInstruction { Weights weights; int out; };
+struct NormInstruction { int x; std::vector<float> weight; float eps; int out; };
+struct ActivateInstruction { int gate, up, out; Activation kind; };  // up: -1 for none
+struct AttendInstruction {
+  int q, k, v, out, layer, heads, kv_heads, head_dim;
+  float scale;
+  int window;
+};
+using Instruction =
+    std::variant<MatmulInstruction, EmbedInstruction, NormInstruction, ActivateInstruction, AttendInstruction>;
+
+// One pass: R rows and where they belong.
+struct Pass {
+  std::int64_t rows = 0;
+  const std::int64_t* ids = nullptr;         // (R)
+  const std::int32_t* sequence = nullptr;    // (R) row of the cache; a sequence's rows are consecutive and ascending
+  const std::int32_t* position = nullptr;    // (R)
+  const float* cos = nullptr;                // (P, half)
+  const float* sin = nullptr;
+  const std::int32_t* rope_row = nullptr;    // (R) row of the tables
+  int rotated_half = 0;
+  KVCache* cache = nullptr;
+  std::int64_t logits_rows = -1;             // -1: the hidden states of all rows are wanted instead
+  const std::int64_t* logits_row = nullptr;  // (L)
+  float* out = nullptr;                      // (L, V) or (R, hidden)
+};
+
+class Program {
+ public:
+  // Throws std::invalid_argument where the instruction set lacks what the compute type needs.
+  Program(std::shared_ptr<Context> context, Compute compute);
+  ~Program();
+
+  // Recording.
+  int buffer(std::int64_t width);
+  void append(Instruction instruction);
+  void finish(int hidden) { hidden_ = hidden; }
+  void set_head(MatmulInstruction head);  // x and outs are ignored
+
+  // Runs all instructions. Throws std::invalid_argument for an id or position that does not exist.
+  void run(const Pass& pass);
+  // The head alone: hidden (L, hidden width) -> out (L, V).
+  void logits(const float* hidden, std::int64_t rows, float* out);
+
+  std::int64_t buffer_width(int index) const { return buffers_.at(static_cast<std::size_t>(index)).width; }
+  int buffer_count() const { return static_cast<int>(buffers_.size()); }
+  std::int64_t hidden_width() const { return buffer_width(hidden_); }
+  std::int64_t vocabulary() const { return head_ ? head_->weights.at(0)->matrix().rows : 0; }
+  std::size_t nbytes() const;  // of buffers and scratch
+
+ private:
+  struct Buffer {
+    std::int64_t width, stride;  // floats; columns beyond the width are zero, as matmuls read whole tiles
+    AlignedBytes memory;
+    float* data() const { return reinterpret_cast<float*>(memory.data()); }
+  };
+  // Rows of x as the matmuls want them: normalised, and quantized by segments of 64, 32 or 16 or rounded to bfloat16.
+  struct Inputs;
+  struct Scratch;  // of one member of the team
+
+  void reserve(std::int64_t rows);
+  const AttendInstruction* first_attention() const;
+  void attend(Worker& worker, const AttendInstruction& instruction, const Pass& pass);
+  void check(const MatmulInstruction& instruction) const;
+  void matmul(Worker& worker, const MatmulInstruction& instruction, const float* x, std::int64_t x_stride,
+              const std::int64_t* row_index, std::int64_t rows, float* out, std::int64_t out_stride);
+  void prepare_rows(const MatmulInstruction& instruction, Inputs& inputs, const float* x, std::int64_t x_stride,
+                    const std::int64_t* row_index, std::int64_t begin, std::int64_t end) const;
+  void matmul_block(const MatmulInstruction& instruction, const Inputs& inputs, Scratch& scratch, std::size_t which,
+                    std::int64_t row_begin, std::int64_t row_end, std::int64_t panel_begin, std::int64_t panel_end,
+                    float* out, std::int64_t out_stride) const;
+  void round_row(Inputs& inputs, int slot, const float* source, std::int64_t columns, std::int64_t row) const;
+  void run_kernel(const Inputs& inputs, MatmulTask& task, float* staging) const;
+
+  std::shared_ptr<Context> context_;
+  Compute compute_;
+  std::vector<Buffer> buffers_;
+  std::vector<Instruction> instructions_;
+  std::optional<MatmulInstruction> head_;
+  int hidden_ = -1;
+  std::int64_t capacity_ = 0;     // rows the buffers have
+  std::int64_t widest_input_ = 0; // K of the widest matmul, padded
+  std::unique_ptr<Inputs> shared_;
+  std::vector<std::unique_ptr<Scratch>> scratch_;
+  AttentionScratch attention_scratch_;
+};
+
+}  // namespace kbit

@@ -1,0 +1,1 @@
+"""Attention over paged, possibly k-bit, keys and values."""

@@ -1,0 +1,1 @@
+"""Products with k-bit weights."""

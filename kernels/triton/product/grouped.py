@@ -1,0 +1,176 @@
+"""Products of a mixture of experts: every token with the weights of the experts it was sent to.
+
+Shapes: x (T, K), E expert matrices (N, K) of one format, expert ids (T, TOP); out (T TOP, N): row t TOP + i is token t
+with its i-th expert. The kernel is gemm's: experts lie one after the other along the row tiles (`stack_experts`),
+tokens are sorted by expert into tiles of one expert each (`group_tokens`), and a program looks up whose tile it has.
+How many tiles an expert needs is known on the GPU only: the grid has room for the worst case, one tile per expert more
+than the entries fill, and surplus programs end at once, so nothing waits for the host.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import triton
+
+from kbit.host.errors import UnsupportedError
+from kbit.kernels.triton.codecs.layout import TritonWeight
+from kbit.kernels.triton.product.configs import GemmConfig, Problem, gemm_config
+from kbit.kernels.triton.product.gemm import launch, tokens_per_launch
+from kbit.kernels.triton.product.gemv import GATES, check_product
+from kbit.kernels.triton.target import current_arch
+
+
+@dataclass(frozen=True, eq=False)
+class Groups:
+    """Tokens sorted by expert, in tiles of one expert each.
+
+    Attributes:
+        order: int32 (tiles * tile): entries t TOP + i, sorted by expert; T TOP where a tile is not full.
+        experts: int32 (tiles,): each tile's expert, -1 for a tile without entries.
+        tile: entries of a tile.
+        top: TOP.
+        entries: T TOP.
+    """
+
+    order: torch.Tensor
+    experts: torch.Tensor
+    tile: int
+    top: int
+    entries: int
+
+
+def stack_experts(weights: Sequence[TritonWeight]) -> TritonWeight:
+    """Several prepared weights of one format and shape, one after the other, for grouped_matmul.
+
+    The result's shape is one expert's. Formats whose tensors have tables of their own (quantile) cannot be stacked.
+
+    Raises:
+        UnsupportedError: the weights differ in more than their values.
+    """
+    if not weights:
+        raise UnsupportedError("there are no experts to stack")
+    first = weights[0]
+    for weight in weights:
+        if weight.dense is not None or (weight.format, weight.shape, weight.dtype) != (
+            first.format,
+            first.shape,
+            first.dtype,
+        ):
+            raise UnsupportedError(f"experts {first.format} {first.shape} and {weight.format} {weight.shape} differ")
+        if first.table is not None and (weight.table is None or not torch.equal(first.table, weight.table)):
+            raise UnsupportedError(f"experts in {first.format} have a table each: choose a format with a common one")
+
+    def join(name: str, *, stack: bool = False) -> torch.Tensor | None:
+        parts = [getattr(weight, name) for weight in weights]
+        if parts[0] is None:
+            return None
+        return torch.stack(parts) if stack else torch.cat(parts)
+
+    return TritonWeight(
+        first.format,
+        first.shape,
+        first.padded,
+        first.dtype,
+        planes=tuple(torch.cat(planes) for planes in zip(*(weight.planes for weight in weights), strict=True)),
+        scales=join("scales"),
+        scales_super=join("scales_super", stack=True),
+        offsets=join("offsets"),
+        offsets_super=join("offsets_super", stack=True),
+        kind=first.kind,
+        table=first.table,
+        zero=first.zero,
+        multiplier=first.multiplier,
+        lift=min(weight.lift for weight in weights),
+        bits=first.bits,
+        block_size=first.block_size,
+    )
+
+
+def group_tokens(experts: torch.Tensor, count: int, tile: int) -> Groups:
+    """Sort the entries of a routing by expert, without waiting for the host.
+
+    Args:
+        experts: int (T, TOP), each in [0, count).
+        count: E.
+        tile: entries of a tile.
+    """
+    top = experts.shape[1]
+    flat = experts.reshape(-1).long()
+    entries = flat.numel()
+    sizes = torch.zeros(count, dtype=torch.int64, device=flat.device).scatter_add_(0, flat, torch.ones_like(flat))
+    tiles = (sizes + tile - 1) // tile
+    ends = tiles.cumsum(0)
+    most = min(entries, entries // tile + count)  # full tiles, and one that is not full for each expert
+    sorted_entries = torch.argsort(flat, stable=True)
+    owner = flat[sorted_entries]
+    rank = torch.arange(entries, device=flat.device) - (sizes.cumsum(0) - sizes)[owner]  # within its expert
+    order = torch.full((most * tile,), entries, dtype=torch.int32, device=flat.device)
+    order[(ends - tiles)[owner] * tile + rank] = sorted_entries.int()
+    index = torch.arange(most, device=flat.device)
+    owners = torch.searchsorted(ends, index, right=True)
+    return Groups(order, torch.where(index < ends[-1], owners, -1).int(), tile, top, entries)
+
+
+def grouped_config(weight: TritonWeight, entries: int, count: int) -> GemmConfig:
+    """Block sizes for a routing: tiles hold what an expert gets on average, at most 64 entries."""
+    average = max(5, min(64, -(-entries // count)))
+    problem = Problem(average, *weight.padded, weight.bits, weight.block_size)
+    config = gemm_config(current_arch(), problem)
+    return GemmConfig(config.tiles, config.tokens, config.columns, 1, config.warps, config.stages)
+
+
+def grouped_matmul(
+    x: torch.Tensor,
+    weight: TritonWeight,
+    groups: Groups,
+    out_dtype: torch.dtype | None = None,
+    *,
+    per_entry: bool = False,
+    gate: torch.Tensor | None = None,
+    kind: str = "",
+    config: GemmConfig | None = None,
+) -> torch.Tensor:
+    """Each entry's row of x times its expert's matrix; with `gate`, act(gate) times that.
+
+    Args:
+        x: (T, K), a row per token; or (T TOP, K), a row per entry, with per_entry (a second product).
+        weight: E matrices (N, K) from stack_experts.
+        groups: from group_tokens, with the configuration's tokens as tile.
+        out_dtype: of the result; x's by default.
+        per_entry: see x.
+        gate: (T TOP, N) or None: the gate's product, before its activation.
+        kind: the activation.
+        config: block sizes; chosen for the GPU by default, but with tiles of groups.tile entries.
+
+    Returns:
+        (T TOP, N).
+
+    Raises:
+        UnsupportedError: the arguments do not fit together.
+    """
+    check_product(x, weight, None, None)
+    rows = weight.shape[0]
+    expected = groups.entries if per_entry else groups.entries // groups.top
+    if x.shape[0] != expected:
+        raise UnsupportedError(f"x has {x.shape[0]} rows, the routing needs {expected}")
+    if gate is not None and (gate.shape != (groups.entries, rows) or gate.stride(1) != 1 or kind not in GATES):
+        raise UnsupportedError(f"gate must be ({groups.entries}, {rows}) with contiguous rows, activation in {GATES}")
+    if config is None:
+        count = weight.planes[0].shape[0] * 16 // weight.padded[0]
+        chosen = grouped_config(weight, groups.entries, count)
+        config = GemmConfig(chosen.tiles, groups.tile, chosen.columns, 1, chosen.warps, chosen.stages)
+    if config.split != 1 or config.tokens != groups.tile:
+        raise UnsupportedError(f"{config} does not fit tiles of {groups.tile} entries: one split, as many tokens")
+    out = torch.empty((groups.entries, rows), dtype=out_dtype or x.dtype, device=x.device)
+    if groups.entries > (most := tokens_per_launch(config, x, gate, out)):
+        raise UnsupportedError(f"grouped_matmul takes at most {most} entries of such a product, not {groups.entries}")
+    token_tiles = triton.cdiv(len(groups.order), groups.tile)
+    top = 1 if per_entry else groups.top
+    launch(
+        x, weight, out, config, token_tiles, groups.entries, rows,
+        gate=gate, kind=kind, order=groups.order, experts=groups.experts, top=top,
+    )  # fmt: skip
+    return out

@@ -1,0 +1,154 @@
+"""Products with prepared weights: which kernel runs how many tokens.
+
+Up to 4 tokens gemv, from 5 gemm (up to 8 tokens either kernel does; from 5 on the activations that every 16 rows read
+again outweigh the codes). A weight that `rounded.with_activations` marked runs gemm_int8 or gemm_fp8 with more than
+ROUNDED_TOKENS tokens. A float weight runs torch.matmul, which is cuBLAS or rocBLAS on a GPU: there is nothing to
+decode. `describe` says which it is, for `kbit info`.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from kbit.host.errors import UnsupportedError
+from kbit.kernels.triton.codecs.layout import TritonWeight
+from kbit.kernels.triton.product import gemm_fp8, gemm_int8
+from kbit.kernels.triton.product.gemm import gemm
+from kbit.kernels.triton.product.gemv import GATES, gemv
+from kbit.kernels.triton.product.limits import GEMV_TOKENS, ROUNDED_TOKENS
+from kbit.kernels.triton.product.rounded import RoundedTokens, tokens_layout
+
+
+def describe(weight: TritonWeight, tokens: int) -> str:
+    """The kernel that multiplies `tokens` rows with a weight: "torch.matmul", "gemv", "gemm", "gemm_int8" or so."""
+    if weight.dense is not None:
+        return "torch.matmul"
+    if _rounds(weight, tokens):
+        return f"gemm_{weight.activations}"
+    return "gemv" if tokens <= GEMV_TOKENS else "gemm"
+
+
+def matmul(
+    x: torch.Tensor,
+    weight: TritonWeight,
+    bias: torch.Tensor | None = None,
+    residual: torch.Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
+) -> torch.Tensor:
+    """x W^T (+ bias) (+ residual), summed in float32; x is rounded where `describe` names a kernel that does.
+
+    Args:
+        x: (M, K), the dtype that the weight was prepared for, contiguous rows.
+        weight: (N, K).
+        bias: (N,) or None, any float dtype.
+        residual: (M, N) or None, any float dtype.
+        out_dtype: of the result; x's by default.
+
+    Returns:
+        (M, N).
+
+    Raises:
+        UnsupportedError: shapes or types do not fit together.
+    """
+    if weight.dense is not None:
+        return _dense(x, weight.dense, bias, residual, out_dtype or x.dtype)
+    if x.ndim == 2 and x.shape[0] == 0:
+        return x.new_empty((0, weight.shape[0]), dtype=out_dtype or x.dtype)
+    if x.ndim == 2 and x.shape[0] <= GEMV_TOKENS:
+        return gemv(x, weight, bias, residual, out_dtype)
+    return _many(x, weight, bias, residual, out_dtype)
+
+
+def gated_matmul(
+    x: torch.Tensor, gate: TritonWeight, up: TritonWeight, kind: str, out_dtype: torch.dtype | None = None
+) -> torch.Tensor:
+    """act(x G^T) * (x U^T): one kernel up to 4 tokens; above, U's product with the activation in its epilogue.
+
+    Args:
+        x: (M, K), the dtype that the weights were prepared for, contiguous rows.
+        gate: G (N, K).
+        up: U (N, K).
+        kind: "silu", "gelu", "gelu_tanh" or "relu".
+        out_dtype: of the result; x's by default.
+
+    Returns:
+        (M, N).
+
+    Raises:
+        UnsupportedError: shapes or types do not fit together, or an unknown activation.
+    """
+    if kind not in GATES:
+        raise UnsupportedError(f"activation {kind!r} is not one of {', '.join(GATES)}")
+    if gate.shape != up.shape:
+        raise UnsupportedError(f"gate is {gate.shape}, up is {up.shape}: not alike")
+    if x.ndim == 2 and x.shape[0] == 0:
+        return x.new_empty((0, up.shape[0]), dtype=out_dtype or x.dtype)
+    alike = (gate.format, gate.kind) == (up.format, up.kind)
+    if alike and gate.dense is None and x.ndim == 2 and x.shape[0] <= GEMV_TOKENS:
+        return gemv(x, gate, out_dtype=out_dtype, up=up, kind=kind)
+    rounded = None
+    if x.ndim == 2 and _rounds(gate, x.shape[0]) and _rounds(up, x.shape[0]):
+        if tokens_layout(gate) == tokens_layout(up):
+            rounded = round_tokens(x, gate)  # once for both
+        gates = _many(x, gate, out_dtype=torch.float32, rounded=rounded)
+    else:
+        gates = matmul(x, gate, out_dtype=torch.float32)
+    if up.dense is None:
+        return _many(x, up, out_dtype=out_dtype, rounded=rounded, gate=gates, kind=kind)
+    product = _activated(gates, kind) * _dense(x, up.dense, None, None, torch.float32)
+    return product.to(out_dtype or x.dtype)
+
+
+def round_tokens(x: torch.Tensor, weight: TritonWeight) -> RoundedTokens:
+    """x (M, K) in 8 bits, as products with this weight take it."""
+    if weight.activations == "int8":
+        return gemm_int8.round_tokens(x, weight)
+    return gemm_fp8.round_tokens(x, weight)
+
+
+def _rounds(weight: TritonWeight, tokens: int) -> bool:
+    return bool(weight.activations) and weight.dense is None and tokens > ROUNDED_TOKENS
+
+
+def _many(
+    x: torch.Tensor,
+    weight: TritonWeight,
+    bias: torch.Tensor | None = None,
+    residual: torch.Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
+    *,
+    rounded: RoundedTokens | None = None,
+    gate: torch.Tensor | None = None,
+    kind: str = "",
+) -> torch.Tensor:
+    """A quantized weight's product with more tokens than gemv takes."""
+    if x.ndim != 2 or not _rounds(weight, x.shape[0]):
+        return gemm(x, weight, bias, residual, out_dtype, gate=gate, kind=kind)
+    run = gemm_int8.gemm_int8 if weight.activations == "int8" else gemm_fp8.gemm_fp8
+    return run(x, weight, bias, residual, out_dtype, rounded=rounded, gate=gate, kind=kind)
+
+
+def _dense(
+    x: torch.Tensor, dense: torch.Tensor, bias: torch.Tensor | None, residual: torch.Tensor | None, out: torch.dtype
+) -> torch.Tensor:
+    if x.ndim != 2 or x.shape[1] != dense.shape[1] or x.dtype != dense.dtype:
+        raise UnsupportedError(
+            f"x {tuple(x.shape)} {x.dtype} does not match a float weight {tuple(dense.shape)} {dense.dtype}"
+        )
+    product = torch.matmul(x, dense.t())
+    if bias is None and residual is None:
+        return product.to(out)
+    total = product.float()
+    if bias is not None:
+        total += bias.float()
+    if residual is not None:
+        total += residual.float()
+    return total.to(out)
+
+
+def _activated(gate: torch.Tensor, kind: str) -> torch.Tensor:
+    if kind == "silu":
+        return torch.nn.functional.silu(gate)
+    if kind == "relu":
+        return torch.relu(gate)
+    return torch.nn.functional.gelu(gate, approximate="tanh" if kind == "gelu_tanh" else "none")

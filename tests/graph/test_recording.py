@@ -1,0 +1,325 @@
+"""Definitions become programs: what is fused, where values live, what is refused, and that nothing changes by it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from decoder_cases import DictSource, tame_tensors, tiny_config
+
+from kbit.backends.cpu.backend import NativeBackend
+from kbit.backends.cpu.lowering import fuse, place
+from kbit.backends.reference.backend import ReferenceBackend
+from kbit.graph.ops import Ops, Weight
+from kbit.graph.recording import Norm, Project, Recorder, Symbol
+from kbit.models.decoder import DecoderDefinition
+from kbit.models.load import load_decoder
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+WIDTH, INNER, VOCABULARY = 24, 40, 50
+
+# float32 sums of at most 40 terms in another order, four products deep; see test_decoder_parity.py.
+RELATIVE = 1e-5
+
+
+def randn(*shape: int, seed: int) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)) / shape[-1] ** 0.5
+
+
+@dataclass(eq=False)
+class Sized(Weight):
+    """A weight that is nothing but a shape."""
+
+    size: tuple[int, int]
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.size
+
+    @property
+    def nbytes(self) -> int:
+        return 0
+
+
+class Parts:
+    """The weights of a made-up model, prepared by a backend (or by none, where only the recording is looked at)."""
+
+    def __init__(self, backend: Any = None) -> None:
+        def matrix(rows: int, columns: int, seed: int) -> Any:
+            return Sized((rows, columns)) if backend is None else backend.prepare(randn(rows, columns, seed=seed))
+
+        self.embedding = matrix(VOCABULARY, WIDTH, 0)
+        self.first, self.second = matrix(INNER, WIDTH, 1), matrix(INNER, WIDTH, 2)
+        self.back, self.other = matrix(WIDTH, INNER, 3), matrix(WIDTH, INNER, 4)
+        self.square = matrix(WIDTH, WIDTH, 5)
+        self.scale = 1.0 + randn(WIDTH, seed=6)
+        self.bias = randn(INNER, seed=7)
+
+
+Body = Callable[[Parts, Ops[Any], Any], Any]
+
+
+def gated(w: Parts, ops: Ops[Any], x: Any) -> Any:
+    gate, up = ops.linear_group([w.first, w.second], ops.norm(x, w.scale, 1e-5), [w.bias, None])
+    return ops.linear(w.back, ops.activate(gate, up, "silu"), None, residual=x)
+
+
+def swapped(w: Parts, ops: Ops[Any], x: Any) -> Any:
+    """The group makes up and gate in the other order, so it cannot apply the activation."""
+    up, gate = ops.linear_group([w.second, w.first], ops.norm(x, w.scale, 1e-5), [None, w.bias])
+    return ops.linear(w.back, ops.activate(gate, up, "silu"), None, residual=x)
+
+
+def plain(w: Parts, ops: Ops[Any], x: Any) -> Any:
+    """An MLP without gating, and without a norm or a residual."""
+    return ops.linear(w.back, ops.activate(ops.linear(w.first, x, w.bias), None, "gelu"))
+
+
+def shared_norm(w: Parts, ops: Ops[Any], x: Any) -> Any:
+    h = ops.norm(x, w.scale, 1e-5)
+    gate = ops.linear(w.first, h)
+    up = ops.linear(w.second, h, w.bias)
+    return ops.linear(w.back, ops.activate(gate, up, "relu"), None, residual=h)
+
+
+def parallel(w: Parts, ops: Ops[Any], x: Any) -> Any:
+    """Two branches off one input, as in GPT-NeoX; both norms are taken before the first sum takes x's place."""
+    left = ops.linear(w.first, ops.norm(x, w.scale, 1e-5), w.bias)
+    right = ops.linear(w.second, ops.norm(x, w.scale, 1e-3))
+    x = ops.linear(w.back, left, None, residual=x)
+    return ops.linear(w.other, right, None, residual=x)
+
+
+def late_norm(w: Parts, ops: Ops[Any], x: Any) -> Any:
+    """The norm's product comes after the sum that takes x's place: the norm must not wait for it."""
+    h = ops.norm(x, w.scale, 1e-5)
+    x = ops.linear(w.back, ops.linear(w.first, x), None, residual=x)
+    return ops.linear(w.other, ops.linear(w.second, h), None, residual=x)
+
+
+def own_residual(w: Parts, ops: Ops[Any], x: Any) -> Any:
+    """A product reads the norm of what it is added to."""
+    return ops.linear(w.square, ops.norm(x, w.scale, 1e-5), None, residual=x)
+
+
+def kept_products(w: Parts, ops: Ops[Any], x: Any) -> Any:
+    """The gate is read again after its activation."""
+    gate, up = ops.linear_group([w.first, w.second], x, [None, None])
+    inner = ops.linear(w.back, ops.activate(gate, up, "gelu_tanh"))
+    return ops.linear(w.back, gate, None, residual=inner)
+
+
+def last_norm(w: Parts, ops: Ops[Any], x: Any) -> Any:
+    """The hidden states are a norm, which is read by no product of the body."""
+    return ops.norm(ops.linear(w.square, x), w.scale, 1e-5)
+
+
+def squared(w: Parts, ops: Ops[Any], x: Any) -> Any:
+    """Gate and up are the same value."""
+    gate = ops.linear(w.first, x)
+    return ops.linear(w.back, ops.activate(gate, gate, "silu"))
+
+
+BODIES: tuple[Body, ...] = (
+    gated,
+    swapped,
+    plain,
+    shared_norm,
+    parallel,
+    late_norm,
+    own_residual,
+    kept_products,
+    last_norm,
+    squared,
+)
+
+
+class Made:
+    """A definition with one of these bodies and no attention."""
+
+    rotation_depends_on_length = False
+
+    def __init__(self, backend: Any, body: Body) -> None:
+        self.parts = Parts(backend)
+        self._body = body
+
+    def body(self, ops: Ops[Any], ids: Any) -> Any:
+        return self._body(self.parts, ops, ops.embed(self.parts.embedding, ids))
+
+    def head(self, ops: Ops[Any], hidden: Any) -> Any:
+        return ops.logits(self.parts.embedding, ops.norm(hidden, self.parts.scale, 1e-6))
+
+    def rotation(self, positions: torch.Tensor, lengths: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        angles = positions[..., None] * torch.tensor([1.0, 0.1])
+        return angles.cos(), angles.sin()
+
+
+def recorded(body: Body) -> tuple[list[Any], Symbol]:
+    recorder = Recorder(Symbol(1))
+    parts = Parts()
+    result = body(parts, recorder, recorder.embed(parts.embedding, recorder.input))
+    return recorder.operations, result
+
+
+def kinds(operations: Sequence[object]) -> list[str]:
+    """Operations in short, with what was fused into them."""
+    found = []
+    for operation in operations:
+        name = type(operation).__name__.lower()
+        if isinstance(operation, Project):
+            name = "+".join(
+                ["norm"] * (operation.norm is not None)
+                + [f"project{len(operation.weights)}"]
+                + [operation.activation or ""] * (operation.activation is not None)
+                + ["residual"] * (operation.residual is not None)
+            )
+        found.append(name)
+    return found
+
+
+@pytest.mark.parametrize(
+    ("body", "expected"),
+    [
+        (gated, ["norm+project2+silu", "project1+residual"]),
+        (swapped, ["norm+project2", "activate", "project1+residual"]),
+        (plain, ["project1+gelu", "project1"]),
+        (shared_norm, ["norm", "project1", "project1", "activate", "project1+residual"]),
+        (parallel, ["norm+project1", "norm+project1", "project1+residual", "project1+residual"]),
+        (late_norm, ["norm", "project1", "project1+residual", "project1", "project1+residual"]),
+        (own_residual, ["norm", "project1+residual"]),
+        (kept_products, ["project2", "activate", "project1", "project1+residual"]),
+        (last_norm, ["project1", "norm"]),
+        (squared, ["project1", "activate", "project1"]),
+    ],
+)
+def test_what_is_fused(body: Body, expected: list[str]) -> None:
+    assert kinds(fuse(*recorded(body))) == ["embed", *expected]
+
+
+@pytest.mark.parametrize("body", BODIES)
+def test_fusing_and_placing_change_nothing(body: Body) -> None:
+    """Made-up models through the native program and through plain calls."""
+    ids = torch.tensor([[3, 49, 0, 3, 17]])
+    reference, native = ReferenceBackend(), NativeBackend(2, compute="fp32", kv="fp32")
+    expected = reference.bind(Made(reference, body))  # type: ignore[arg-type]
+    found = native.bind(Made(native, body))  # type: ignore[arg-type]
+    for _ in range(2):  # a second pass finds buffers as the first has left them
+        wanted = expected.hidden(ids, reference.new_cache(1, 1, 1, 4, 5), [5])
+        hidden = found.hidden(ids, native.new_cache(1, 1, 1, 4, 5), [5])
+        assert float((hidden - wanted).abs().max() / wanted.abs().max()) <= RELATIVE
+        logits = found.logits(hidden)
+        assert float((logits - expected.logits(hidden)).abs().max() / logits.abs().max()) <= RELATIVE
+        ids = ids.flip(1)
+
+
+@pytest.mark.parametrize("body", BODIES)
+def test_no_value_is_overwritten_before_its_last_use(body: Body) -> None:
+    operations, result = recorded(body)
+    operations = fuse(operations, result)
+    buffers = place(operations, result).buffers
+    holds: dict[int, Symbol] = {}
+    for operation in operations:
+        reads = [operation.x] if isinstance(operation, Norm | Project) else []
+        reads += [s for s in (getattr(operation, name, None) for name in ("residual", "gate", "up")) if s is not None]
+        for symbol in reads:
+            assert holds[buffers[symbol]] is symbol
+        outs = operation.outs if isinstance(operation, Project) else (operation.out,)
+        for out in outs:
+            assert out.width == next(s.width for s, b in buffers.items() if b == buffers[out])
+            holds[buffers[out]] = out
+    assert holds[buffers[result]] is result
+
+
+class TestDecoders:
+    def test_a_layer_is_five_operations_and_six_buffers(self) -> None:
+        config = tiny_config("llama")
+        definition = load_decoder(DictSource(config, tame_tensors(config)), ReferenceBackend())._runner._definition
+        recorder = Recorder(Symbol(1))
+        result = definition.body(recorder, recorder.input)
+        operations = fuse(recorder.operations, result)
+        layer = ["norm+project3", "attend", "project1+residual", "norm+project2+silu", "project1+residual"]
+        assert kinds(operations) == ["embed", *(3 * layer)]
+        # The residual stream, q, k, v, what attention saw, and the MLP's inside: layers share them.
+        assert sorted(place(operations, result).widths) == [16, 16, 48, 48, 48, 77]
+
+    def test_the_definition_is_called_once(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        called: list[str] = []
+        for name in ("body", "head"):
+            original = getattr(DecoderDefinition, name)
+
+            def counting(self: Any, *arguments: Any, name: str = name, original: Any = original) -> Any:
+                called.append(name)
+                return original(self, *arguments)
+
+            monkeypatch.setattr(DecoderDefinition, name, counting)
+        config = tiny_config("llama")
+        decoder = load_decoder(DictSource(config, tame_tensors(config)), NativeBackend(1))
+        assert called == ["body", "head"]
+        cache = decoder.new_cache(2, 9)
+        for width in (3, 1, 5):
+            decoder.forward(torch.ones(2, width, dtype=torch.int64), cache)
+        decoder.logits(decoder.hidden_states(torch.ones(1, 2, dtype=torch.int64), decoder.new_cache(1, 2)))
+        assert called == ["body", "head"]
+
+
+class TestRefusals:
+    def test_a_residual_that_is_read_again(self) -> None:
+        def twice(w: Parts, ops: Ops[Any], x: Any) -> Any:
+            y = ops.linear(w.square, ops.norm(x, w.scale, 1e-5), None, residual=x)
+            return ops.linear(w.square, y, None, residual=x)
+
+        def itself(w: Parts, ops: Ops[Any], x: Any) -> Any:
+            return ops.linear(w.square, x, None, residual=x)
+
+        for body in (twice, itself):
+            operations, result = recorded(body)
+            with pytest.raises(ValueError, match="a residual is read again"):
+                place(fuse(operations, result), result)
+
+    def test_widths_that_do_not_fit(self) -> None:
+        w, recorder = Parts(), Recorder(Symbol(1))
+        x = recorder.embed(w.embedding, recorder.input)
+        for call, message in (
+            (lambda: recorder.linear(w.back, x), "the input of a linear has 24 features where 40 are needed"),
+            (lambda: recorder.linear(w.first, x, w.scale), "a bias has 24 features where 40"),
+            (lambda: recorder.linear(w.first, x, None, x), "a residual has 24 features where 40"),
+            (lambda: recorder.norm(x, w.bias, 1e-5), "the weight of a norm has 40 features where 24"),
+            (lambda: recorder.activate(x, recorder.linear(w.first, x), "silu"), "multiplies has 40 features where 24"),
+            (lambda: recorder.activate(x, None, "swish"), "'swish' is not one of silu"),
+            (lambda: recorder.embed(w.embedding, x), "token ids of the pass and nothing else"),
+        ):
+            with pytest.raises(ValueError, match=message):
+                call()
+
+    @pytest.mark.parametrize(
+        "head",
+        [
+            lambda w, ops, x: ops.activate(ops.logits(w.embedding, x), None, "silu"),
+            lambda w, ops, x: ops.linear(w.first, x, w.bias),
+            lambda w, ops, x: ops.logits(w.embedding, ops.linear(w.square, x)),
+            lambda w, ops, x: ops.norm(x, w.scale, 1e-5),
+        ],
+    )
+    def test_heads_that_a_program_cannot_have(self, head: Body) -> None:
+        backend = NativeBackend(1)
+        made = Made(backend, gated)
+        made.head = lambda ops, hidden: head(made.parts, ops, hidden)  # type: ignore[method-assign]
+        with pytest.raises(ValueError, match="a head is a norm, or none, and one product"):
+            backend.bind(made)  # type: ignore[arg-type]
+
+    def test_a_head_without_a_norm(self) -> None:
+        backend = NativeBackend(1, compute="fp32")
+        made = Made(backend, gated)
+        made.head = lambda ops, hidden: ops.logits(made.parts.embedding, hidden)  # type: ignore[method-assign]
+        hidden = randn(4, WIDTH, seed=9)
+        expected = hidden @ randn(VOCABULARY, WIDTH, seed=0).T
+        assert float((backend.bind(made).logits(hidden) - expected).abs().max()) <= RELATIVE  # type: ignore[arg-type]
+
+    def test_weights_of_another_backend(self) -> None:
+        reference, native = ReferenceBackend(), NativeBackend(1)
+        with pytest.raises(TypeError, match="prepared by another backend"):
+            native.bind(Made(reference, gated))  # type: ignore[arg-type]
