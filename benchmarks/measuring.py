@@ -191,8 +191,8 @@ def machine_line() -> str:
 
 def run_facts() -> dict[str, Any]:
     """What a file of results should say beyond pytest-benchmark's own description of the machine."""
+    from kbit.backends.gpu import gpu_summary
     from kbit.host.cpu import default_threads, instruction_set
-    from kbit.host.gpu import gpu_summary
 
     return {
         **machine(),

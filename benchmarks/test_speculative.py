@@ -109,8 +109,8 @@ def compare(benchmark: Any, title: str, loaded: Any, ids: list[int], temperature
 @pytest.mark.parametrize("temperature", [0.0, 0.7])
 @pytest.mark.parametrize("prompt", PROMPTS)
 def test_prompt_lookup(benchmark: Any, loaded: Any, prompt: str, temperature: float) -> None:
+    from kbit.engine.conversation import chat_prompt
     from kbit.engine.ngram import NgramDrafter
-    from kbit.text.conversation import chat_prompt
 
     ids = chat_prompt(loaded.tokenizer, [{"role": "user", "content": PROMPTS[prompt]}], "the default model")
     compare(benchmark, prompt, loaded, ids, temperature, NgramDrafter())

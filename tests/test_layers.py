@@ -21,9 +21,9 @@ LAYERS = (
     ("text", "checkpoint"),
     ("backends",),
     ("models",),
-    ("quantizers",),
+    ("quantizers", "tuning"),
     ("engine",),
-    ("evaluate", "tuning"),
+    ("evaluate",),
     ("scaling", "planner"),
     ("cli", "__main__"),
 )

@@ -42,9 +42,9 @@ from kbit.cli.run import INTERRUPTED, statistics
 
 if TYPE_CHECKING:
     from kbit.checkpoint.source import CheckpointSource
+    from kbit.engine.conversation import Conversation
     from kbit.engine.loader import LoadedModel
     from kbit.engine.sampler import SamplingParams
-    from kbit.text.conversation import Conversation
     from kbit.text.tokenizer import Tokenizer
 
 HELP = """\
@@ -102,9 +102,9 @@ def chat(
 
         import_torch()
         from kbit.backends.select import select_backend
+        from kbit.engine.conversation import Conversation, require_template
         from kbit.engine.sampler import SamplingParams
         from kbit.engine.speculative import NGRAM, Speculation, load_drafter
-        from kbit.text.conversation import Conversation, require_template
 
         speculation: Speculation | None = None
         seed = peers.seed(seed)

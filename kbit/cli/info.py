@@ -132,8 +132,8 @@ def machine_summary() -> dict[str, Any]:
     import platform
 
     from kbit import __version__, _native
+    from kbit.backends.gpu import gpu_summary
     from kbit.host.cpu import default_threads, instruction_set
-    from kbit.host.gpu import gpu_summary
 
     return {
         "kbit": __version__,
@@ -147,8 +147,8 @@ def machine_summary() -> dict[str, Any]:
 
 def summarise(source: CheckpointSource) -> dict[str, Any]:
     """Everything `kbit info` knows, as plain values."""
+    from kbit.backends.gpu import gpu_kernels, gpu_summary
     from kbit.host.cpu import instruction_set
-    from kbit.host.gpu import gpu_kernels, gpu_summary
     from kbit.quantizers.plan import role_of
 
     spec, reason = _runnable(source)

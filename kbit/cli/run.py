@@ -102,12 +102,12 @@ def run(
 
         import_torch()
         from kbit.backends.select import select_backend
+        from kbit.engine.conversation import chat_prompt
         from kbit.engine.generate import generate
         from kbit.engine.prompt_cache import check_prompt
         from kbit.engine.sampler import SamplingParams
         from kbit.engine.speculative import NGRAM, Speculation, load_drafter
         from kbit.models.families import spec_from_config
-        from kbit.text.conversation import chat_prompt
 
         ids: list[int] = []
         speculation: Speculation | None = None

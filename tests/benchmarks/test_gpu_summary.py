@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from kbit.host.gpu import gpu_kernels, gpu_summary
+from kbit.backends.gpu import gpu_kernels, gpu_summary
 
 pytest.importorskip("triton")
 
@@ -31,6 +31,7 @@ def test_kernels_named_are_there() -> None:
     """What `kbit info` names are functions of the modules of that name, and the limits are those of the dispatch."""
     from importlib import import_module
 
+    from kbit.kernels import triton as triton_kernels
     from kbit.kernels.triton.product.limits import DECODE_TOKENS, GEMV_TOKENS
 
     kernels = gpu_kernels(float_weights=False)
@@ -46,5 +47,5 @@ def test_kernels_named_are_there() -> None:
 
 
 def test_without_triton(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("kbit.host.gpu.find_spec", lambda name: None)
+    monkeypatch.setattr("kbit.backends.gpu.find_spec", lambda name: None)
     assert gpu_summary(tmp_path, tmp_path) is None

@@ -74,7 +74,7 @@ class TestInsideACheckout:
         assert result.returncode == 0, result.stderr
 
     def test_without_one_a_line_says_what_to_do(self, checkout: Path) -> None:
-        # -S: without the environment's packages, so without the installed one.
+        # -E -S: without the packages of the environment, the installed one among them.
         torch_folder = Path(__import__("torch").__file__).parent.parent
         only_torch = checkout / "packages"
         only_torch.mkdir()
@@ -82,6 +82,6 @@ class TestInsideACheckout:
             if not entry.name.startswith(("kbit", "_kbit")):
                 (only_torch / entry.name).symlink_to(entry)
         code = f"import sys; sys.path.append({str(only_torch)!r}); import kbit.formats.planes"
-        result = python("-S", "-c", code, cwd=checkout)
+        result = python("-E", "-S", "-c", code, cwd=checkout)
         assert result.returncode != 0
         assert "pip install ." in result.stderr

@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 import torch
 
+from kbit.engine.conversation import Conversation
 from kbit.engine.generate import generate
 from kbit.engine.prompt_cache import PromptCache
 from kbit.engine.sampler import SamplingParams
 from kbit.host.errors import UsageError
-from kbit.text.conversation import Conversation
 
 ROPE: dict[str, dict[str, Any]] = {
     "default": {},

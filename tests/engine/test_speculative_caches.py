@@ -8,12 +8,12 @@ import pytest
 from generation_cases import CHATML, FakeDecoder, byte_tokenizer
 from speculative_cases import TOKENIZER, A, guesser, next_after
 
+from kbit.engine.conversation import Conversation
 from kbit.engine.generate import generate
 from kbit.engine.ngram import NgramDrafter
 from kbit.engine.prompt_cache import PromptCache
 from kbit.engine.sampler import SamplingParams
 from kbit.engine.speculative import DraftModel, Speculation
-from kbit.text.conversation import Conversation
 
 
 class TestInterrupt:

@@ -6,9 +6,9 @@ import pytest
 import torch
 from generation_cases import CHATML, FakeDecoder, byte_tokenizer
 
+from kbit.engine.conversation import Conversation
 from kbit.engine.sampler import SamplingParams
 from kbit.host.errors import UsageError
-from kbit.text.conversation import Conversation
 
 
 class TestConversation:
