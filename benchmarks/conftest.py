@@ -47,6 +47,8 @@ def pytest_configure(config: pytest.Config) -> None:
     if not config.pluginmanager.hasplugin("benchmark"):
         raise pytest.UsageError("pytest-benchmark is not installed: pip install -c constraints.txt '.[bench]'")
     option = config.option
+    if getattr(option, "numprocesses", None):
+        raise pytest.UsageError("-n: benchmarks have the machine to themselves, one after the other; leave it out")
     if is_short(config) and not named_files(config) and not option.verbose:
         option.benchmark_quiet = True  # its table of rounds says nothing that the reports do not say better
     elsewhere = option.benchmark_json or option.benchmark_save or option.benchmark_autosave

@@ -14,6 +14,10 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from hypothesis import HealthCheck, settings
 
+# Of several processes (`pytest -n auto`) each has its share of the cores. Before torch is imported, which reads it once.
+if WORKERS := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "0")):
+    os.environ["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // WORKERS))
+
 # First of all of ours: it sets TRITON_INTERPRET, which must be set before anything imports triton.
 from triton_cases import device as device
 
@@ -29,6 +33,16 @@ settings.register_profile("explore", **PATIENT)
 settings.load_profile("kbit")
 
 REPOSITORY = Path(__file__).resolve().parent.parent
+WORKER_BYTES = 3 << 30  # memory that a test process and the processes it starts may need
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers() -> int:
+    """Processes of `pytest -n auto`: one a physical core, and no more than memory holds."""
+    from kbit.host.cpu import default_threads
+    from kbit.planner.machine import memory_bytes
+
+    return max(1, min(default_threads(), (memory_bytes() or WORKER_BYTES) // WORKER_BYTES))
 
 
 @pytest.fixture(scope="session", autouse=True)
