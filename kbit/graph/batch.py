@@ -1,0 +1,113 @@
+"""Batch: the new tokens of several sequences, one after another without padding, as a forward pass takes them.
+
+A prompt in pieces, a token for each of many texts, or both at once are the same thing here: every sequence has some new
+tokens, at positions that go on where its earlier ones ended. The sequences are the rows of a `kbit.graph.cache.Cache`.
+
+Dimension names: B sequences, R new tokens in all, L tokens whose results are wanted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+Integers = NDArray[np.int64]
+
+
+@dataclass(frozen=True, eq=False)
+class Batch:
+    """What a pass computes. Tokens of a sequence are consecutive, those of the first sequence first.
+
+    Attributes:
+        ids: int64 (R,), the tokens.
+        counts: int64 (B,), new tokens of each sequence, 0 for one that rests.
+        starts: int64 (B,), tokens each sequence had before.
+        wanted: int64 (L,), ascending indices of the tokens whose hidden states or logits are wanted.
+    """
+
+    ids: Integers
+    counts: Integers
+    starts: Integers
+    wanted: Integers
+
+    @classmethod
+    def of(
+        cls,
+        tokens: Sequence[Sequence[int]],
+        starts: Sequence[int] | Integers,
+        wanted: Literal["last", "all"] | Sequence[int] | Integers = "last",
+    ) -> Batch:
+        """A batch from lists.
+
+        Args:
+            tokens: the new tokens of each sequence, B of them.
+            starts: (B,), tokens each sequence has.
+            wanted: whose results to compute: "last", of each sequence that has new tokens; "all"; or indices into all
+                tokens, ascending.
+
+        Raises:
+            ValueError: `starts` is not one number per sequence.
+        """
+        if len(starts) != len(tokens):
+            raise ValueError(f"{len(tokens)} sequences of tokens do not go with {len(starts)} starts")
+        counts = np.array([len(part) for part in tokens], dtype=np.int64)
+        ids = np.array([token for part in tokens for token in part], dtype=np.int64)
+        return cls.packed(ids, counts, starts, wanted)
+
+    @classmethod
+    def packed(
+        cls,
+        ids: Integers,
+        counts: Sequence[int] | Integers,
+        starts: Sequence[int] | Integers,
+        wanted: Literal["last", "all"] | Sequence[int] | Integers = "last",
+    ) -> Batch:
+        """As `of`, from tokens (R,) that lie one after another already, counts[b] of sequence b."""
+        counts = np.asarray(counts, dtype=np.int64)
+        if isinstance(wanted, str):
+            wanted = np.arange(len(ids)) if wanted == "all" else counts.cumsum()[counts > 0] - 1
+        return cls(ids, counts, np.asarray(starts, dtype=np.int64), np.asarray(wanted, dtype=np.int64))
+
+    def __len__(self) -> int:
+        """R."""
+        return len(self.ids)
+
+    @property
+    def lengths(self) -> Integers:
+        """int64 (B,): tokens of each sequence once these are in."""
+        return self.starts + self.counts
+
+    @cached_property
+    def sequences(self) -> NDArray[np.int32]:
+        """int32 (R,): whose token each is."""
+        return np.arange(len(self.counts), dtype=np.int32).repeat(self.counts)
+
+    @cached_property
+    def bounds(self) -> Integers:
+        """int64 (B + 1,): the tokens of sequence b are bounds[b] .. bounds[b + 1]."""
+        return np.concatenate([np.zeros(1, dtype=np.int64), self.counts.cumsum()])
+
+    @cached_property
+    def positions(self) -> NDArray[np.int32]:
+        """int32 (R,): where in its sequence each token is."""
+        offsets = (self.starts - self.bounds[:-1]).astype(np.int32)
+        return np.arange(len(self.ids), dtype=np.int32) + offsets.repeat(self.counts)
+
+    def pieces(self, most: int) -> Iterator[Batch]:
+        """The same tokens in batches of at most `most`, in order, over the same B sequences."""
+        if len(self.ids) <= most:
+            if len(self.ids):
+                yield self
+            return
+        first = self.bounds[:-1]
+        for begin in range(0, len(self.ids), most):
+            end = min(begin + most, len(self.ids))
+            done = np.clip(begin - first, 0, self.counts)  # of each sequence, in earlier pieces
+            new = np.clip(end - first, 0, self.counts) - done
+            low, high = np.searchsorted(self.wanted, (begin, end))
+            yield Batch(self.ids[begin:end], new, self.starts + done, self.wanted[low:high] - begin)

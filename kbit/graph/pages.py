@@ -1,0 +1,278 @@
+"""Pages of a key/value cache: who owns which, and which sequences share one.
+
+Memory for keys and values comes in pages of PAGE tokens. A page has one id, under which every layer keeps its part. A
+sequence has a block table: the ids of its pages, in order. So sequences grow without being moved, and those with a
+common beginning have pages in common, which are counted and copied only when one of them is about to write into it.
+
+Nothing here knows how keys and values are stored: a backend keeps the bytes (`PageStore`), this keeps the books.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Sequence
+from hashlib import blake2b
+from typing import Protocol
+
+import numpy as np
+
+from kbit.host.errors import KbitError
+
+PAGE = 64  # tokens
+
+
+def pages_for(tokens: int) -> int:
+    """Pages that hold so many tokens of one sequence."""
+    return -(-tokens // PAGE)
+
+
+class OutOfPagesError(KbitError):
+    """Every page is in use."""
+
+
+class PageStore(Protocol):
+    """A backend's memory for pages 0 .. count - 1."""
+
+    @property
+    def count(self) -> int:
+        """Pages there is memory for."""
+
+    @property
+    def page_bytes(self) -> int:
+        """Bytes of a page: keys and values of PAGE tokens in all layers."""
+
+    def resize(self, count: int) -> None:
+        """Memory for at least `count` pages; those there are keep their contents.
+
+        Raises:
+            MemoryError, RuntimeError: there is none.
+        """
+
+    def copy(self, source: int, target: int) -> None:
+        """Makes the contents of page `target` those of `source`."""
+
+
+class PagePool:
+    """The pages of one store, each free, used by some block tables, or kept for its contents.
+
+    A page whose tokens are known can be published under their key (`prefix_keys`). When its last user lets go of it, it
+    is kept, and found again by that key, until no other page is free: then the one that was let go of first is taken.
+
+    Args:
+        store: the memory.
+    """
+
+    def __init__(self, store: PageStore) -> None:
+        self.store = store
+        self._uses = [0] * store.count
+        self._free = list(range(store.count - 1, -1, -1))  # the next to be taken is the last
+        self._keys: dict[int, bytes] = {}  # of published pages
+        self._published: dict[bytes, int] = {}
+        self._kept: OrderedDict[int, None] = OrderedDict()  # published pages nobody uses, the oldest first
+
+    @property
+    def count(self) -> int:
+        """All pages."""
+        return len(self._uses)
+
+    @property
+    def available(self) -> int:
+        """Pages that can be taken now."""
+        return len(self._free) + len(self._kept)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all pages."""
+        return self.store.count * self.store.page_bytes
+
+    def uses(self, page: int) -> int:
+        """Block tables that have a page."""
+        return self._uses[page]
+
+    def ensure(self, count: int) -> None:
+        """At least `count` pages in all."""
+        if count > len(self._uses):
+            self.store.resize(count)
+            self._free[:0] = range(self.store.count - 1, len(self._uses) - 1, -1)
+            self._uses += [0] * (self.store.count - len(self._uses))
+
+    def take(self) -> int:
+        """A page for one user, contents undefined.
+
+        Raises:
+            OutOfPagesError: all are in use.
+        """
+        if self._free:
+            page = self._free.pop()
+        elif self._kept:
+            page, _ = self._kept.popitem(last=False)
+            self._withdraw(page)
+        else:
+            raise OutOfPagesError(f"all {self.count} pages of the KV cache are in use")
+        self._uses[page] = 1
+        return page
+
+    def share(self, page: int) -> int:
+        """The same page for one user more."""
+        if self._uses[page] == 0:
+            del self._kept[page]
+        self._uses[page] += 1
+        return page
+
+    def release(self, page: int) -> None:
+        """One user less."""
+        self._uses[page] -= 1
+        if self._uses[page] == 0:
+            if page in self._keys:
+                self._kept[page] = None
+            else:
+                self._free.append(page)
+
+    def writable(self, page: int) -> int:
+        """The page itself, or a copy where others use it too; what is written next is not what a key promises."""
+        if self._uses[page] > 1:
+            copy = self.take()
+            self.store.copy(page, copy)
+            self._uses[page] -= 1
+            return copy
+        if page in self._keys:
+            self._withdraw(page)
+        return page
+
+    def publish(self, page: int, key: bytes) -> None:
+        """Lets a full page be found by the key of its tokens. Where the key has a page already, that one stays."""
+        if page not in self._keys and key not in self._published:
+            self._keys[page] = key
+            self._published[key] = page
+
+    def find(self, key: bytes) -> int | None:
+        """The page of a key, or None."""
+        return self._published.get(key)
+
+    def _withdraw(self, page: int) -> None:
+        del self._published[self._keys.pop(page)]
+
+
+class BlockTable:
+    """The pages of one sequence, and how many tokens are in them.
+
+    Room is made before tokens are written (`reserve`), and they count once they are (`advance`): what fails in between
+    leaves the sequence as it was.
+
+    Args:
+        pool: where pages come from.
+
+    Attributes:
+        pages: ids in order, room made for later tokens included. Not to be written to.
+        length: tokens.
+        version: changes with `pages`.
+    """
+
+    def __init__(self, pool: PagePool) -> None:
+        self._pool = pool
+        self.pages: list[int] = []
+        self.length = 0
+        self.version = 0
+        self._own_from = 0  # pages from this index on are known to be this table's alone, and not published
+
+    def missing(self, tokens: int) -> int:
+        """Pages that `reserve` would take."""
+        first, stop = self._span(tokens)
+        return max(0, stop - len(self.pages)) + sum(self._pool.uses(page) > 1 for page in self.pages[first:stop])
+
+    def reserve(self, tokens: int) -> None:
+        """Makes room for the next `tokens` tokens, in pages that nobody else has.
+
+        Raises:
+            OutOfPagesError: there are not enough; nothing changed but that shared pages may have been copied.
+        """
+        first, stop = self._span(tokens)
+        if tokens == 0 or (first >= self._own_from and stop <= len(self.pages)):
+            return
+        if self.missing(tokens) > self._pool.available:
+            raise OutOfPagesError(
+                f"{tokens} more tokens need {self.missing(tokens)} pages of the KV cache, of which "
+                f"{self._pool.available} are free"
+            )
+        for index in range(first, min(stop, len(self.pages))):
+            self.pages[index] = self._pool.writable(self.pages[index])
+        while len(self.pages) < stop:
+            self.pages.append(self._pool.take())
+        self._own_from = min(self._own_from, first)
+        self.version += 1
+
+    def advance(self, tokens: int) -> None:
+        """Counts tokens that were written where `reserve` made room."""
+        self.length += tokens
+
+    def truncate(self, length: int) -> None:
+        """Forgets every token from position `length` on, and gives back the pages behind it."""
+        if length < self.length:
+            self.length = length
+        self._release_from(pages_for(self.length))
+
+    def fork(self) -> BlockTable:
+        """Another sequence with the same tokens, on the same pages."""
+        other = BlockTable(self._pool)
+        other.pages = [self._pool.share(page) for page in self.pages[: pages_for(self.length)]]
+        other.length = self.length
+        other._own_from = self._own_from = len(other.pages)
+        return other
+
+    def release(self) -> None:
+        """Gives back all pages; the table is empty then."""
+        self.truncate(0)
+
+    def match(self, keys: Sequence[bytes]) -> int:
+        """Takes over published pages for the beginning of an empty sequence.
+
+        Args:
+            keys: of its full pages (`prefix_keys`).
+
+        Returns:
+            How many tokens are in the sequence by that.
+
+        Raises:
+            ValueError: the table is not empty.
+        """
+        if self.pages:
+            raise ValueError("only an empty sequence can begin with pages of another")
+        for key in keys:
+            page = self._pool.find(key)
+            if page is None:
+                break
+            self.pages.append(self._pool.share(page))
+        self.length = PAGE * len(self.pages)
+        self._own_from = len(self.pages)
+        self.version += 1
+        return self.length
+
+    def publish(self, keys: Sequence[bytes]) -> None:
+        """Lets other sequences find this one's full pages; `keys` as for `match`."""
+        full = self.length // PAGE
+        for page, key in zip(self.pages[:full], keys, strict=False):
+            self._pool.publish(page, key)
+        self._own_from = max(self._own_from, min(full, len(keys)))
+
+    def _span(self, tokens: int) -> tuple[int, int]:
+        """[first, stop) of the pages into which the next tokens go."""
+        return self.length // PAGE, pages_for(self.length + tokens)
+
+    def _release_from(self, index: int) -> None:
+        if index < len(self.pages):
+            for page in self.pages[index:]:
+                self._pool.release(page)
+            del self.pages[index:]
+            self._own_from = min(self._own_from, index)
+            self.version += 1
+
+
+def prefix_keys(tokens: Sequence[int]) -> list[bytes]:
+    """A key for each full page of a text: equal exactly where the page and everything before it is equal."""
+    ids = np.asarray(tokens, dtype=np.int64)
+    keys: list[bytes] = []
+    key = b""
+    for start in range(0, len(ids) - PAGE + 1, PAGE):
+        key = blake2b(key + ids[start : start + PAGE].tobytes(), digest_size=16).digest()
+        keys.append(key)
+    return keys
