@@ -1,4 +1,4 @@
-"""Perplexity and KL divergence for every width and data type: the README's table.
+"""Perplexity and KL divergence for every width and data type: the table of docs/accuracy.md.
 
     python benchmarks/accuracy_table.py --data wikitext2 --max-tokens 8192 --context 512
 
