@@ -18,12 +18,11 @@ import torch.nn.functional as F
 
 from kbit.formats.quant_tensor import QuantTensor
 from kbit.host.errors import UnsupportedError
+from kbit.kernels.activations import ACTIVATIONS as ACTIVATIONS
 
 # Upper bound, in bytes, on the scores of one attention piece and on the dequantized rows of one linear piece. A piece
 # is never smaller than one query token of one batch row (4 H S bytes) or one weight row (4 K bytes).
 SCRATCH_BYTES = 64 << 20
-
-ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu")
 
 
 def linear(x: torch.Tensor, weight: torch.Tensor | QuantTensor, bias: torch.Tensor | None = None) -> torch.Tensor:

@@ -90,3 +90,11 @@ def test_imports_stay_light(statement: str) -> None:
     """`kbit --help` and `kbit info` must answer at once: nothing heavy before a command needs it."""
     heavy = {"torch", "numpy", "transformers", "tokenizers", "jinja2", "huggingface_hub", "gguf", "rich"}
     assert not heavy & loaded_after(statement)
+
+
+@pytest.mark.parametrize(
+    "statement",
+    ["import kbit.graph.recording, kbit.graph.fuse, kbit.graph.cache", "import kbit.models.decoder, kbit.models.load"],
+)
+def test_what_a_model_is_made_of_needs_no_torch(statement: str) -> None:
+    assert not {"torch", "scipy", "transformers", "triton"} & loaded_after(statement)

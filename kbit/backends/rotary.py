@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from kbit.graph.ops import Definition
@@ -62,11 +61,11 @@ class RotaryTable:
 
     def _blocks(self, first: int, stop: int, length: int) -> Table:
         """Whole blocks from `first`, a multiple of BLOCK, to `stop` at least, of a sequence of `length` tokens."""
-        lengths = torch.tensor([length], dtype=torch.int64)
+        lengths = np.array([length])
         tables = []
         for begin in range(first, stop, BLOCK):
-            cos, sin = self._definition.rotation(torch.arange(begin, begin + BLOCK)[None], lengths)
-            tables.append((cos[0].numpy(), sin[0].numpy()))  # (BLOCK, R/2)
+            cos, sin = self._definition.rotation(np.arange(begin, begin + BLOCK)[None], lengths)
+            tables.append((cos[0], sin[0]))  # (BLOCK, R/2)
         return _joined(tables)
 
 

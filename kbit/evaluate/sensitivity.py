@@ -28,11 +28,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from kbit.backends.reference.backend import ReferenceBackend, ReferenceWeight, RowOps
+from kbit.backends.reference.backend import ReferenceBackend, ReferenceWeight, RowOps, tensor_of
 from kbit.checkpoint.source import CheckpointSource
 from kbit.evaluate.compare import compare
 from kbit.formats.quant_tensor import QuantTensor
-from kbit.graph.ops import Attention, Weight
+from kbit.graph.ops import Attention, Vector, Weight
 from kbit.host.errors import KbitError
 from kbit.kernels import reference
 from kbit.models.decoder import DecoderDefinition, DecoderWeights
@@ -245,17 +245,17 @@ class TracingOps(RowOps):
         self.probe = 0
         self._wanted = wanted
         self._positions = torch.arange(tokens)[None]  # (1, T)
-        self._lengths = torch.tensor([tokens])
-        self._cos, self._sin = definition.rotation(self._positions, self._lengths)
+        tables = definition.rotation(np.arange(tokens)[None], np.array([tokens]))
+        self._cos, self._sin = (torch.from_numpy(table) for table in tables)
 
     def embed(self, weight: Weight, ids: torch.Tensor) -> torch.Tensor:
         return super().embed(weight, ids).requires_grad_()
 
     def linear(
-        self, weight: Weight, x: torch.Tensor, bias: torch.Tensor | None = None, residual: torch.Tensor | None = None
+        self, weight: Weight, x: torch.Tensor, bias: Vector | None = None, residual: torch.Tensor | None = None
     ) -> torch.Tensor:
         out: torch.Tensor = _TracedLinear.apply(x, weight, self)  # type: ignore[no-untyped-call]
-        out = out if bias is None else out + bias
+        out = out if bias is None else out + tensor_of(bias)
         return out if residual is None else residual + out
 
     def logits(self, weight: Weight, x: torch.Tensor) -> torch.Tensor:

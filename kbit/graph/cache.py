@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
-
-import torch
+from typing import TYPE_CHECKING, Protocol
 
 from kbit.host.errors import UsageError
+
+if TYPE_CHECKING:
+    import torch
 
 
 class Cache(Protocol):
@@ -80,7 +81,7 @@ def overflow(capacity: int, row: int, length: int, more: int) -> UsageError:
 
 def whole_numbers(new: torch.Tensor | Sequence[int]) -> Sequence[int]:
     """Counts of tokens per row, as a cache is given them, on the host."""
-    if isinstance(new, torch.Tensor):
-        numbers: list[int] = new.tolist()
-        return numbers
-    return new
+    if isinstance(new, Sequence):
+        return new
+    numbers: list[int] = new.tolist()
+    return numbers

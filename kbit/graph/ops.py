@@ -18,14 +18,15 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol, TypeVar, runtime_checkable
+from typing import TYPE_CHECKING, Protocol, TypeVar, runtime_checkable
 
-import numpy as np
-import torch
-from numpy.typing import NDArray
+if TYPE_CHECKING:
+    import numpy as np
+    import torch
+    from numpy.typing import NDArray
 
-from kbit.formats.quant_tensor import QuantTensor
-from kbit.graph.cache import Cache
+    from kbit.formats.quant_tensor import QuantTensor
+    from kbit.graph.cache import Cache
 
 X = TypeVar("X")
 
@@ -40,6 +41,18 @@ class Weight(ABC):
 
     @property
     @abstractmethod
+    def nbytes(self) -> int:
+        """Bytes it occupies in memory."""
+
+
+class Vector(Protocol):
+    """A norm's weight or a bias as one backend keeps it (`Backend.prepare_vector`). Only that backend looks inside."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """(N,)."""
+
+    @property
     def nbytes(self) -> int:
         """Bytes it occupies in memory."""
 
@@ -74,10 +87,10 @@ class Ops(Protocol[X]):
     def embed(self, weight: Weight, ids: X) -> X:
         """Rows of a weight prepared with lookup=True: token ids -> (..., K)."""
 
-    def norm(self, x: X, weight: torch.Tensor, eps: float) -> X:
+    def norm(self, x: X, weight: Vector, eps: float) -> X:
         """RMS normalisation over the features: x (..., K), weight (K,) -> (..., K)."""
 
-    def linear(self, weight: Weight, x: X, bias: torch.Tensor | None = None, residual: X | None = None) -> X:
+    def linear(self, weight: Weight, x: X, bias: Vector | None = None, residual: X | None = None) -> X:
         """residual + x W^T + b: x (..., K), residual (..., N) -> (..., N).
 
         The sum may be formed in the residual's place: it must not be used afterwards.
@@ -87,7 +100,7 @@ class Ops(Protocol[X]):
         which all of them have whole.
         """
 
-    def linear_group(self, weights: Sequence[Weight], x: X, biases: Sequence[torch.Tensor | None]) -> tuple[X, ...]:
+    def linear_group(self, weights: Sequence[Weight], x: X, biases: Sequence[Vector | None]) -> tuple[X, ...]:
         """Several linears of one input (q, k, v; gate, up): x (..., K) -> (..., N_i) each."""
 
     def self_attention(self, q: X, k: X, v: X, attention: Attention) -> X:
@@ -107,7 +120,7 @@ class Ops(Protocol[X]):
         """
 
     def activate(self, gate: X, up: X | None, kind: str) -> X:
-        """act(gate) * up, or act(gate): (..., K). `kind` is one of kernels.reference.ACTIVATIONS."""
+        """act(gate) * up, or act(gate): (..., K). `kind` is one of kernels.activations.ACTIVATIONS."""
 
     def logits(self, weight: Weight, x: X) -> X:
         """x (..., K) against a weight (V, K) -> float32 (..., V)."""
@@ -126,15 +139,17 @@ class Definition(Protocol):
     def rotation_depends_on_length(self) -> bool:
         """Whether `rotation` looks at the lengths, or at positions alone."""
 
-    def rotation(self, positions: torch.Tensor, lengths: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def rotation(
+        self, positions: NDArray[np.int64], lengths: NDArray[np.int64]
+    ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
         """Rotary cosines and sines of tokens.
 
         Args:
-            positions: int64 (B, T).
-            lengths: int64 (B,), tokens of each row once these are in.
+            positions: (B, T).
+            lengths: (B,), tokens of each row once these are in.
 
         Returns:
-            float32 (B, T, R/2) each, R = rotated features of a head.
+            (B, T, R/2) each, R = rotated features of a head.
         """
 
 
@@ -183,7 +198,7 @@ class Backend(Protocol):
             UnsupportedError: a format this backend does not run.
         """
 
-    def prepare_vector(self, vector: torch.Tensor) -> torch.Tensor:
+    def prepare_vector(self, vector: torch.Tensor) -> Vector:
         """A norm's weight or a bias (N,), in this backend's type and on its device."""
 
     def new_cache(self, layers: int, batch: int, kv_heads: int, head_dim: int, capacity: int) -> Cache:

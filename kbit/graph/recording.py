@@ -10,10 +10,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-import torch
-
-from kbit.graph.ops import Attention, Weight
-from kbit.kernels.reference import ACTIVATIONS
+from kbit.graph.ops import Attention, Vector, Weight
+from kbit.kernels.activations import ACTIVATIONS
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,7 +34,7 @@ class Norm:
     """out = RMS norm of x."""
 
     x: Symbol
-    weight: torch.Tensor
+    weight: Vector
     eps: float
     out: Symbol
 
@@ -45,7 +43,8 @@ class Norm:
 class Project:
     """outs[i] = (residual +) norm(x) W_i^T + b_i; or one out = act(the first) * the second, or act(the only one).
 
-    The recorder writes neither `norm` nor `activation`: lowering puts them in where an instruction can take them over.
+    The recorder writes neither `norm` nor `activation`: `kbit.graph.fuse` puts them in where a product can take them
+    over.
 
     Attributes:
         norm: applied to x first.
@@ -55,7 +54,7 @@ class Project:
 
     x: Symbol
     weights: tuple[Weight, ...]
-    biases: tuple[torch.Tensor | None, ...]
+    biases: tuple[Vector | None, ...]
     outs: tuple[Symbol, ...]
     residual: Symbol | None = None
     norm: Norm | None = None
@@ -123,22 +122,18 @@ class Recorder:
         self.operations.append(Embed(weight, out))
         return out
 
-    def norm(self, x: Symbol, weight: torch.Tensor, eps: float) -> Symbol:
-        _expect("the weight of a norm", weight.numel(), x.width)
+    def norm(self, x: Symbol, weight: Vector, eps: float) -> Symbol:
+        _expect("the weight of a norm", weight.shape[0], x.width)
         out = Symbol(x.width)
         self.operations.append(Norm(x, weight, eps, out))
         return out
 
-    def linear(
-        self, weight: Weight, x: Symbol, bias: torch.Tensor | None = None, residual: Symbol | None = None
-    ) -> Symbol:
+    def linear(self, weight: Weight, x: Symbol, bias: Vector | None = None, residual: Symbol | None = None) -> Symbol:
         if residual is not None:
             _expect("a residual", residual.width, weight.shape[0])
         return self._project((weight,), x, (bias,), residual)[0]
 
-    def linear_group(
-        self, weights: Sequence[Weight], x: Symbol, biases: Sequence[torch.Tensor | None]
-    ) -> tuple[Symbol, ...]:
+    def linear_group(self, weights: Sequence[Weight], x: Symbol, biases: Sequence[Vector | None]) -> tuple[Symbol, ...]:
         return self._project(tuple(weights), x, tuple(biases), None)
 
     def logits(self, weight: Weight, x: Symbol) -> Symbol:
@@ -165,13 +160,13 @@ class Recorder:
         self,
         weights: tuple[Weight, ...],
         x: Symbol,
-        biases: tuple[torch.Tensor | None, ...],
+        biases: tuple[Vector | None, ...],
         residual: Symbol | None,
     ) -> tuple[Symbol, ...]:
         for weight, bias in zip(weights, biases, strict=True):
             _expect("the input of a linear", x.width, weight.shape[1])
             if bias is not None:
-                _expect("a bias", bias.numel(), weight.shape[0])
+                _expect("a bias", bias.shape[0], weight.shape[0])
         outs = tuple(Symbol(weight.shape[0]) for weight in weights)
         self.operations.append(Project(x, weights, biases, outs, residual))
         return outs

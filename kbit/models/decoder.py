@@ -8,16 +8,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from kbit.graph.cache import Cache
-from kbit.graph.ops import Attention, Backend, Ops, Weight, X
+from kbit.graph.ops import Attention, Backend, Ops, Vector, Weight, X
 from kbit.host.errors import UsageError
 from kbit.models.rope import rope_tables
 from kbit.models.spec import ModelSpec
+
+if TYPE_CHECKING:
+    import torch
 
 # Up to so many ids are looked at one by one: two reductions over a tiny tensor would cost as much as a layer.
 _FEW_IDS = 64
@@ -28,17 +31,17 @@ class Linear:
     """A prepared matrix and its bias."""
 
     weight: Weight
-    bias: torch.Tensor | None
+    bias: Vector | None
 
 
 @dataclass(frozen=True, eq=False)
 class Layer:
     """The weights of one block."""
 
-    attention_norm: torch.Tensor
+    attention_norm: Vector
     qkv: tuple[Linear, Linear, Linear]
     output: Linear
-    mlp_norm: torch.Tensor
+    mlp_norm: Vector
     gate_up: tuple[Linear, Linear]
     down: Linear
 
@@ -49,7 +52,7 @@ class DecoderWeights:
 
     embedding: Weight
     layers: tuple[Layer, ...]
-    final_norm: torch.Tensor
+    final_norm: Vector
     head: Weight
 
     @property
@@ -59,7 +62,7 @@ class DecoderWeights:
         vectors = [self.final_norm, *(norm for layer in self.layers for norm in (layer.attention_norm, layer.mlp_norm))]
         vectors += [linear.bias for linear in linears if linear.bias is not None]
         matrices = {id(weight): weight for weight in (self.embedding, self.head, *(x.weight for x in linears))}
-        return sum(x.nbytes for x in matrices.values()) + sum(x.numel() * x.element_size() for x in vectors)
+        return sum(x.nbytes for x in matrices.values()) + sum(x.nbytes for x in vectors)
 
 
 class DecoderDefinition:
@@ -101,7 +104,9 @@ class DecoderDefinition:
     def rotation_depends_on_length(self) -> bool:
         return self.spec.rope.depends_on_length
 
-    def rotation(self, positions: torch.Tensor, lengths: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def rotation(
+        self, positions: NDArray[np.int64], lengths: NDArray[np.int64]
+    ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
         return rope_tables(self.spec.rope, positions, lengths)
 
 
@@ -185,6 +190,8 @@ class Decoder:
 
     def _checked(self, ids: torch.Tensor, cache: Cache, lengths: torch.Tensor | None) -> list[int]:
         """Refuse a request that cannot be met, before anything is computed; the lengths, filled in."""
+        import torch  # as the caller, who has a tensor, has done; `extend` needs none
+
         if ids.ndim != 2 or ids.shape[1] == 0 or ids.dtype != torch.int64:
             raise UsageError(f"token ids must be int64 (rows, tokens) with at least 1 token, not {_kind(ids)}")
         rows, width = ids.shape

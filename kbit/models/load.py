@@ -4,19 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from math import isfinite
-
-import torch
+from typing import TYPE_CHECKING
 
 from kbit.checkpoint.source import CheckpointSource
-from kbit.formats.quant_tensor import QuantTensor
-from kbit.graph.ops import Backend
+from kbit.graph.ops import Backend, Vector
 from kbit.host.errors import CheckpointError
 from kbit.models.check import check_tensors
 from kbit.models.decoder import Decoder, DecoderWeights, Layer, Linear
 from kbit.models.families import spec_from_config
 from kbit.models.spec import ModelSpec
 
-_SIXTEEN_BITS = {"F16": torch.float16, "BF16": torch.bfloat16}
+if TYPE_CHECKING:
+    import torch
+
+    from kbit.formats.quant_tensor import QuantTensor
 
 
 def load_decoder(
@@ -72,7 +73,7 @@ class _Loader:
             weight = self.backend.prepare(self._matrix(f"{name}.weight"))
             return Linear(weight, self._vector(f"{name}.bias") if has_bias else None)
 
-        def norm(name: str) -> torch.Tensor:
+        def norm(name: str) -> Vector:
             return self._vector(f"{name.format(layer=index)}.weight")
 
         return Layer(
@@ -85,20 +86,27 @@ class _Loader:
         )
 
     def _matrix(self, name: str) -> torch.Tensor | QuantTensor:
+        import torch
+
+        from kbit.formats.quant_tensor import QuantTensor
+
         weight = self.source.read_weight(name)
         parts = [*weight.stored.values(), weight.codebook] if isinstance(weight, QuantTensor) else [weight]
         self._check_finite(name, parts)
         if isinstance(weight, torch.Tensor):
             # Sources read every float as float32; what the file holds in 16 bits fits them again, exactly.
-            weight = weight.to(_SIXTEEN_BITS.get(self.source.tensors[name].stored_as, weight.dtype))
+            sixteen_bits = {"F16": torch.float16, "BF16": torch.bfloat16}
+            weight = weight.to(sixteen_bits.get(self.source.tensors[name].stored_as, weight.dtype))
         return weight
 
-    def _vector(self, name: str) -> torch.Tensor:
+    def _vector(self, name: str) -> Vector:
         vector = self.source.read(name)
         self._check_finite(name, [vector])
         return self.backend.prepare_vector(vector)
 
     def _check_finite(self, name: str, parts: Iterable[torch.Tensor]) -> None:
+        import torch
+
         for part in parts:
             # A sum is finite only if every term is; it may overflow without a bad term, so count before complaining.
             if part.is_floating_point() and not isfinite(part.sum(dtype=torch.float32)):

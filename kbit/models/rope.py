@@ -13,8 +13,10 @@ with s the factor, M max_position_embeddings, O original_max_position_embeddings
 factors, and m the attention factor: as given, or mscale(s, mscale) / mscale(s, mscale_all_dim) where both are set, or
 mscale(s, 1), with mscale(s, c) = 0.1 c ln s + 1.
 
-Everything is computed in float32 in the order transformers uses, because models were trained with those roundings:
-at position 8000 a frequency that is off by one part in 10^7 turns the fastest pair by 10^-3 radians.
+Frequencies and angles are rounded to float32 in the order transformers uses, because models were trained with those
+roundings: at position 8000 a frequency that is off by one part in 10^7 turns the fastest pair by 10^-3 radians. Powers,
+cosines and sines are formed in float64 and rounded once: they are the nearest float32 (or, where float64 was off just
+there, its neighbour), the same on every machine, which vector libraries in float32 are not.
 
 *Dynamic scaling and the cache.* L is the length of the row once the step is in: the position of its last real token
 plus one. A prefill longer than M therefore rotates all its tokens with the base for the full length, and every decoding
@@ -29,58 +31,67 @@ from __future__ import annotations
 
 import math
 
-import torch
+import numpy as np
+from numpy.typing import NDArray
 
 from kbit.models.spec import RopeSpec
 
+Floats = NDArray[np.float32]
 
-def inverse_frequencies(spec: RopeSpec, seq_lengths: torch.Tensor) -> torch.Tensor:
+
+def inverse_frequencies(spec: RopeSpec, seq_lengths: NDArray[np.int64]) -> Floats:
     """Radians per position of every feature pair.
 
     Args:
         spec: the rotary embedding.
-        seq_lengths: int64 (B,), length of each row; only "dynamic" looks at it.
+        seq_lengths: (B,), length of each row; only "dynamic" looks at it.
 
     Returns:
-        float32 (1, R/2), or (B, R/2) for "dynamic".
+        (1, R/2), or (B, R/2) for "dynamic".
     """
-    device = seq_lengths.device
-    exponents = torch.arange(0, spec.dim, 2, dtype=torch.float32, device=device) / spec.dim
+    exponents = np.arange(0, spec.dim, 2, dtype=np.float32) / np.float32(spec.dim)
     if spec.kind == "dynamic":
-        return 1.0 / (_dynamic_base(spec, seq_lengths)[:, None] ** exponents)
-    powers = spec.theta**exponents
-    plain = 1.0 / powers
+        return 1 / _power(_dynamic_base(spec, seq_lengths)[:, None], exponents)
+    powers = _power(spec.theta, exponents)
+    plain = 1 / powers
     if spec.kind == "linear":
-        plain = plain / spec.factor
+        plain = plain / np.float32(spec.factor)
     elif spec.kind == "llama3":
         plain = _llama3(spec, plain)
     elif spec.kind == "yarn":
-        keep = 1 - _yarn_ramp(spec, device)
-        plain = 1.0 / (spec.factor * powers) * (1 - keep) + plain * keep
+        keep = 1 - _yarn_ramp(spec)
+        plain = 1 / (np.float32(spec.factor) * powers) * (1 - keep) + plain * keep
     return plain[None]
 
 
-def _dynamic_base(spec: RopeSpec, seq_lengths: torch.Tensor) -> torch.Tensor:
-    """float32 (B,): the base of each row."""
-    scale = (spec.factor * seq_lengths / spec.max_positions) - (spec.factor - 1)
+def _power(base: float | Floats, exponents: float | Floats) -> Floats:
+    """base^exponents, rounded once. A Python number counts as the float32 that torch would make of it."""
+    power = np.asarray(base, dtype=np.float32).astype(np.float64) ** exponents
+    return power.astype(np.float32)
+
+
+def _dynamic_base(spec: RopeSpec, seq_lengths: NDArray[np.int64]) -> Floats:
+    """(B,): the base of each row."""
+    lengths = seq_lengths.astype(np.float32)
+    scale = np.float32(spec.factor) * lengths / np.float32(spec.max_positions) - np.float32(spec.factor - 1)
     # 1 or more for L >= M, but for what cancels in the subtraction when the factor is huge.
-    grown = spec.theta * scale.clamp(min=1.0) ** (spec.dim / (spec.dim - 2))
-    return torch.where(seq_lengths > spec.max_positions, grown, spec.theta)
+    grown = np.float32(spec.theta) * _power(np.maximum(scale, np.float32(1)), spec.dim / (spec.dim - 2))
+    return np.where(seq_lengths > spec.max_positions, grown, np.float32(spec.theta))
 
 
-def _llama3(spec: RopeSpec, plain: torch.Tensor) -> torch.Tensor:
-    wavelengths = 2 * math.pi / plain
+def _llama3(spec: RopeSpec, plain: Floats) -> Floats:
+    wavelengths = np.float32(2 * math.pi) / plain
     long_from = spec.original_positions / spec.low_freq_factor
     short_to = spec.original_positions / spec.high_freq_factor
-    smooth = spec.original_positions / wavelengths - spec.low_freq_factor
-    smooth = smooth / (spec.high_freq_factor - spec.low_freq_factor)
-    between = (1 - smooth) * plain / spec.factor + smooth * plain
-    short = torch.where(wavelengths < short_to, plain, between)
-    return torch.where(wavelengths > long_from, plain / spec.factor, short)
+    smooth = np.float32(spec.original_positions) / wavelengths - np.float32(spec.low_freq_factor)
+    smooth = smooth / np.float32(spec.high_freq_factor - spec.low_freq_factor)
+    between = (1 - smooth) * plain / np.float32(spec.factor) + smooth * plain
+    short = np.where(wavelengths < short_to, plain, between)
+    return np.where(wavelengths > long_from, plain / np.float32(spec.factor), short)
 
 
-def _yarn_ramp(spec: RopeSpec, device: torch.device) -> torch.Tensor:
-    """float32 (R/2,): 0 where a pair keeps its frequency, 1 where it is interpolated."""
+def _yarn_ramp(spec: RopeSpec) -> Floats:
+    """(R/2,): 0 where a pair keeps its frequency, 1 where it is interpolated."""
 
     def feature(rotations: float) -> float:
         """The (fractional) feature index that turns this often within the original context."""
@@ -93,21 +104,22 @@ def _yarn_ramp(spec: RopeSpec, device: torch.device) -> torch.Tensor:
     low, high = max(low, 0.0), min(high, spec.dim - 1.0)
     if low == high:
         high += 0.001  # a step instead of a ramp, without dividing by zero
-    return ((torch.arange(spec.dim // 2, dtype=torch.float32, device=device) - low) / (high - low)).clamp(0, 1)
+    pairs = np.arange(spec.dim // 2, dtype=np.float32)
+    ramp: Floats = np.clip((pairs - np.float32(low)) / np.float32(high - low), 0, 1)
+    return ramp
 
 
-def rope_tables(
-    spec: RopeSpec, positions: torch.Tensor, seq_lengths: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
+def rope_tables(spec: RopeSpec, positions: NDArray[np.int64], seq_lengths: NDArray[np.int64]) -> tuple[Floats, Floats]:
     """Cosines and sines for every token, attention factor included.
 
     Args:
         spec: the rotary embedding.
-        positions: int64 (B, T).
-        seq_lengths: int64 (B,), length of each row once these tokens are in (see "dynamic" above).
+        positions: (B, T).
+        seq_lengths: (B,), length of each row once these tokens are in (see "dynamic" above).
 
     Returns:
-        cos and sin, each float32 (B, T, R/2).
+        cos and sin, each (B, T, R/2).
     """
-    angles = positions[..., None].float() * inverse_frequencies(spec, seq_lengths)[:, None]
-    return angles.cos() * spec.attention_factor, angles.sin() * spec.attention_factor
+    angles = positions[..., None].astype(np.float32) * inverse_frequencies(spec, seq_lengths)[:, None]
+    exact, factor = angles.astype(np.float64), np.float32(spec.attention_factor)
+    return np.cos(exact).astype(np.float32) * factor, np.sin(exact).astype(np.float32) * factor

@@ -1,4 +1,4 @@
-"""Rotary settings of a configuration, read and checked; rope.py, which needs torch, turns them into angles."""
+"""Rotary settings of a configuration, read and checked; rope.py, which needs numpy, turns them into angles."""
 
 from __future__ import annotations
 

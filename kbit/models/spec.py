@@ -98,7 +98,7 @@ class ModelSpec:
         kv_heads: key/value heads H_kv, a divisor of H.
         head_dim: D.
         norm_eps: epsilon of every norm.
-        activation: one of kernels.reference.ACTIVATIONS.
+        activation: one of kernels.activations.ACTIVATIONS.
         rope: rotary embedding; how far it reaches is the model's context length.
         windows: per layer, tokens a query sees at most (itself included), or None for all.
         qkv_bias, output_bias, mlp_bias: which linears have biases.

@@ -71,7 +71,7 @@ def test_capture_and_replay(captures: list[dict[str, Any]], monkeypatch: pytest.
     before = [pages.clone() for pages in (*cache.keys, *cache.values)]
     steps, table = Steps(cache), torch.zeros(4)
     monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: type("Graph", (), {"replay": lambda graph: steps.replay()})())
-    graph = DecodeGraph(steps, "owner", cache, torch.device("cpu"), held=(table,))
+    graph = DecodeGraph(steps, cache, torch.device("cpu"), held=(table,))
 
     # Once before it is captured and once for that, at position 0 of every row; the cache is as it was.
     assert steps.seen == 2 * [[[0, 0, 0], [0, 0, 0], [0, 128, 256], [1, 1, 1]]]

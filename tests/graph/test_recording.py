@@ -6,13 +6,15 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from decoder_cases import DictSource, tame_tensors, tiny_config
 
 from kbit.backends.cpu.backend import NativeBackend
-from kbit.backends.cpu.lowering import fuse, place
+from kbit.backends.cpu.lowering import place
 from kbit.backends.reference.backend import ReferenceBackend
+from kbit.graph.fuse import fuse
 from kbit.graph.ops import Ops, Weight
 from kbit.graph.recording import Norm, Project, Recorder, Symbol
 from kbit.models.decoder import DecoderDefinition
@@ -56,8 +58,12 @@ class Parts:
         self.first, self.second = matrix(INNER, WIDTH, 1), matrix(INNER, WIDTH, 2)
         self.back, self.other = matrix(WIDTH, INNER, 3), matrix(WIDTH, INNER, 4)
         self.square = matrix(WIDTH, WIDTH, 5)
-        self.scale = 1.0 + randn(WIDTH, seed=6)
-        self.bias = randn(INNER, seed=7)
+
+        def vector(values: torch.Tensor) -> Any:
+            return values if backend is None else backend.prepare_vector(values)
+
+        self.scale = vector(1.0 + randn(WIDTH, seed=6))
+        self.bias = vector(randn(INNER, seed=7))
 
 
 Body = Callable[[Parts, Ops[Any], Any], Any]
@@ -153,9 +159,9 @@ class Made:
     def head(self, ops: Ops[Any], hidden: Any) -> Any:
         return ops.logits(self.parts.embedding, ops.norm(hidden, self.parts.scale, 1e-6))
 
-    def rotation(self, positions: torch.Tensor, lengths: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        angles = positions[..., None] * torch.tensor([1.0, 0.1])
-        return angles.cos(), angles.sin()
+    def rotation(self, positions: Any, lengths: Any) -> tuple[Any, Any]:
+        angles = positions[..., None] * np.array([1.0, 0.1])
+        return np.cos(angles).astype(np.float32), np.sin(angles).astype(np.float32)
 
 
 def recorded(body: Body) -> tuple[list[Any], Symbol]:

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from kbit.host.errors import CheckpointError, UnsupportedError
-from kbit.models.rope import inverse_frequencies, rope_tables
+from kbit.models import rope
 from kbit.models.rope_config import rope_from_config
 from kbit.models.spec import RopeSpec
 
@@ -97,6 +97,17 @@ SETTINGS: dict[str, tuple[dict[str, Any], int, int]] = {
 }
 
 
+def inverse_frequencies(spec: RopeSpec, seq_lengths: torch.Tensor) -> torch.Tensor:
+    return torch.from_numpy(rope.inverse_frequencies(spec, seq_lengths.numpy()))
+
+
+def rope_tables(
+    spec: RopeSpec, positions: torch.Tensor, seq_lengths: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    cos, sin = rope.rope_tables(spec, positions.numpy(), seq_lengths.numpy())
+    return torch.from_numpy(cos), torch.from_numpy(sin)
+
+
 def both(name: str) -> tuple[RopeSpec, Any]:
     """Our RopeSpec and transformers' rotary module for one setting."""
     settings, head_dim, max_positions = SETTINGS[name]
@@ -123,6 +134,18 @@ def test_frequencies_equal_transformers(name: str) -> None:
     assert ours.shape == (1, spec.dim // 2)
     torch.testing.assert_close(ours[0], module.inv_freq, rtol=FREQUENCY_RTOL, atol=0)
     assert math.isclose(spec.attention_factor, module.attention_scaling, rel_tol=1e-12)
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_tables_are_within_a_rounding_of_torchs(name: str) -> None:
+    """Powers, cosines and sines formed in float64 and rounded once, against torch's float32 ones (1 ulp each)."""
+    spec, _ = both(name)
+    positions = torch.arange(0, 4096, 7)[None]
+    frequencies = inverse_frequencies(spec, lengths(4096))
+    cos, sin = rope_tables(spec, positions, lengths(4096))
+    angles = positions[..., None].float() * frequencies
+    for ours, theirs in ((cos, angles.cos()), (sin, angles.sin())):
+        assert float((ours / spec.attention_factor - theirs).abs().max()) <= 2 * 2.0**-24
 
 
 @pytest.mark.parametrize("name", SETTINGS)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from kbit import _native
 from kbit.backends.cpu.kv_cache import NativeKVCache
@@ -69,8 +71,9 @@ class NativeBackend:
     def prepare(self, weight: torch.Tensor | QuantTensor, *, lookup: bool = False) -> NativeWeight:
         return prepare(weight, self._context)
 
-    def prepare_vector(self, vector: torch.Tensor) -> torch.Tensor:
-        return vector.to(self.device, torch.float32).contiguous()
+    def prepare_vector(self, vector: torch.Tensor) -> NDArray[np.float32]:
+        array: NDArray[np.float32] = vector.to(self.device, torch.float32).contiguous().numpy()
+        return array
 
     def new_cache(self, layers: int, batch: int, kv_heads: int, head_dim: int, capacity: int) -> NativeKVCache:
         if self.kv.isdigit() and head_dim % 16:

@@ -2,11 +2,9 @@
 
 Three steps, each on the list of operations of a `Recorder`:
 
-    fuse        norms move into the products that read them, activations into the products they apply to
+    fuse        in fewer operations (`kbit.graph.fuse`)
     place       every symbol gets a buffer; a buffer is free again after the last operation that reads it
     emit        one native instruction per operation
-
-The Triton backend launches the fused operations one by one and needs only the first step.
 
 A Llama layer becomes five instructions: norm and q, k, v; attention; o added to the residual; norm, gate, up and
 activation; down added to the residual.
@@ -14,76 +12,19 @@ activation; down added to the residual.
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from numpy.typing import NDArray
 
-from kbit.backends.cpu.weight import native_matrix
+from kbit.backends.cpu.weight import native_matrix, native_vector
+from kbit.graph.fuse import fuse
 from kbit.graph.recording import Activate, Attend, Embed, Norm, Operation, Project, Symbol, reads, writes
 
 if TYPE_CHECKING:
     from kbit._native import Program
-
-
-def fuse(operations: Sequence[Operation], result: Symbol) -> list[Operation]:
-    """The same computation in fewer operations.
-
-    Args:
-        operations: as recorded.
-        result: what is read in the end.
-    """
-    return _fuse_activations(_fuse_norms(operations, result), result)
-
-
-def _fuse_norms(operations: Sequence[Operation], result: Symbol) -> list[Operation]:
-    """A norm that a single product reads, as its input, is computed by that product."""
-    uses = _uses(operations, result)
-    reader = {op.x: index for index, op in enumerate(operations) if isinstance(op, Project)}
-    overwritten = {op.residual: index for index, op in enumerate(operations) if isinstance(op, Project)}
-    fused: list[Operation] = []
-    waiting: dict[Symbol, Norm] = {}
-    for operation in operations:
-        if isinstance(operation, Norm) and uses[operation.out] == 1 and operation.out in reader:
-            # Until its reader runs, what it is a norm of must not become a sum.
-            if overwritten.get(operation.x, len(operations)) > reader[operation.out]:
-                waiting[operation.out] = operation
-                continue
-        elif isinstance(operation, Project) and operation.x in waiting:
-            norm = waiting.pop(operation.x)
-            operation = replace(operation, x=norm.x, norm=norm)
-        fused.append(operation)
-    return fused
-
-
-def _fuse_activations(operations: Sequence[Operation], result: Symbol) -> list[Operation]:
-    """An activation whose arguments one product makes, for it alone, is applied by that product."""
-    uses = _uses(operations, result)
-    activations = {
-        (operation.gate,) if operation.up is None else (operation.gate, operation.up): operation
-        for operation in operations
-        if isinstance(operation, Activate) and all(uses[symbol] == 1 for symbol in reads(operation))
-    }
-    fused: list[Operation] = []
-    done: set[Operation] = set()
-    for operation in operations:
-        if operation in done:
-            continue
-        if isinstance(operation, Project) and operation.residual is None and operation.outs in activations:
-            activation = activations[operation.outs]
-            done.add(activation)
-            operation = replace(operation, outs=(activation.out,), activation=activation.kind)
-        fused.append(operation)
-    return fused
-
-
-def _uses(operations: Sequence[Operation], result: Symbol) -> Counter[Symbol]:
-    """How often each symbol is read."""
-    uses = Counter(symbol for operation in operations for symbol in reads(operation))
-    uses[result] += 1
-    return uses
 
 
 @dataclass(frozen=True)
@@ -150,7 +91,7 @@ def lower_head(program: Program, operations: Sequence[Operation], result: Symbol
     operations = fuse(operations, result)
     if len(operations) == 1 and isinstance(operations[0], Project):
         product = operations[0]
-        plain = product.residual is None and product.activation is None and product.biases == (None,)
+        plain = product.residual is None and product.activation is None and all(bias is None for bias in product.biases)
         if plain and product.x is hidden and product.outs == (result,):
             program.head(native_matrix(product.weights[0]), *_norm(product.norm))
             return
@@ -161,7 +102,7 @@ def _emit(program: Program, operation: Operation, at: dict[Symbol, int]) -> None
     if isinstance(operation, Embed):
         program.embed(native_matrix(operation.weight), at[operation.out])
     elif isinstance(operation, Norm):
-        program.norm(at[operation.x], operation.weight.numpy(), operation.eps, at[operation.out])
+        program.norm(at[operation.x], native_vector(operation.weight), operation.eps, at[operation.out])
     elif isinstance(operation, Attend):
         a = operation.attention
         q, k, v, out = (at[symbol] for symbol in (operation.q, operation.k, operation.v, operation.out))
@@ -174,7 +115,7 @@ def _emit(program: Program, operation: Operation, at: dict[Symbol, int]) -> None
         program.matmul(
             at[operation.x],
             [native_matrix(weight) for weight in operation.weights],
-            [None if bias is None else bias.numpy() for bias in operation.biases],
+            [None if bias is None else native_vector(bias) for bias in operation.biases],
             [at[out] for out in operation.outs],
             weight,
             eps,
@@ -185,4 +126,4 @@ def _emit(program: Program, operation: Operation, at: dict[Symbol, int]) -> None
 
 def _norm(norm: Norm | None) -> tuple[NDArray[Any] | None, float]:
     """Weight and epsilon of a norm that a product takes over."""
-    return (None, 0.0) if norm is None else (norm.weight.numpy(), norm.eps)
+    return (None, 0.0) if norm is None else (native_vector(norm.weight), norm.eps)

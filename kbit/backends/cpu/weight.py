@@ -5,12 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from kbit import _native
 from kbit.formats.quant_tensor import QuantTensor
-from kbit.graph.ops import Weight
+from kbit.graph.ops import Vector, Weight
 
 if TYPE_CHECKING:
     from kbit._native import Context, Matrix
@@ -46,6 +47,17 @@ def native_matrix(weight: Weight) -> Matrix:
     if not isinstance(weight, NativeWeight):
         raise TypeError(f"{type(weight).__name__} was prepared by another backend")
     return weight.matrix
+
+
+def native_vector(vector: Vector) -> NDArray[np.float32]:
+    """A norm's weight or a bias (N,) as programs take it.
+
+    Raises:
+        TypeError: another backend prepared it.
+    """
+    if not isinstance(vector, np.ndarray):
+        raise TypeError(f"{type(vector).__name__} was prepared by another backend")
+    return vector
 
 
 def prepare(weight: torch.Tensor | QuantTensor, context: Context) -> NativeWeight:

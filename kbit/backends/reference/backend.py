@@ -13,7 +13,7 @@ from kbit.backends.reference.kv_cache import KVCache
 from kbit.backends.step import Step, plan_step, positions_of
 from kbit.formats.quant_tensor import QuantTensor
 from kbit.graph.cache import Cache
-from kbit.graph.ops import Attention, Definition, Group, Weight
+from kbit.graph.ops import Attention, Definition, Group, Vector, Weight
 from kbit.kernels import reference
 
 
@@ -51,22 +51,23 @@ class RowOps:
         self,
         weight: Weight,
         x: torch.Tensor,
-        bias: torch.Tensor | None = None,
+        bias: Vector | None = None,
         residual: torch.Tensor | None = None,
     ) -> torch.Tensor:
+        added = None if bias is None else tensor_of(bias)
         if residual is None or self._group is None:
-            out = reference.linear(x, _data(weight), bias)
+            out = reference.linear(x, _data(weight), added)
             return out if residual is None else residual + out
         out = self._group.sum(reference.linear(x, _data(weight), None))
-        return residual + (out if bias is None else out + bias)
+        return residual + (out if added is None else out + added)
 
     def linear_group(
-        self, weights: Sequence[Weight], x: torch.Tensor, biases: Sequence[torch.Tensor | None]
+        self, weights: Sequence[Weight], x: torch.Tensor, biases: Sequence[Vector | None]
     ) -> tuple[torch.Tensor, ...]:
         return tuple(self.linear(weight, x, bias) for weight, bias in zip(weights, biases, strict=True))
 
-    def norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-        return reference.rms_norm(x, weight, eps)
+    def norm(self, x: torch.Tensor, weight: Vector, eps: float) -> torch.Tensor:
+        return reference.rms_norm(x, tensor_of(weight), eps)
 
     def activate(self, gate: torch.Tensor, up: torch.Tensor | None, kind: str) -> torch.Tensor:
         return reference.activate(gate, up, kind)
@@ -123,7 +124,8 @@ class ReferenceRunner:
         device = cache.lengths.device
         new = torch.tensor(lengths, dtype=torch.int64, device=device)
         positions = positions_of(cache.lengths, ids.shape[1])
-        cos, sin = self._definition.rotation(positions, cache.lengths + new)
+        tables = self._definition.rotation(positions.cpu().numpy(), (cache.lengths + new).cpu().numpy())
+        cos, sin = (torch.from_numpy(table).to(device) for table in tables)
         ops = StepOps(plan_step(cache.lengths, new, cos, sin), cache, self._group)
         x = self._definition.body(ops, ids.to(device))
         cache.advance(new)
@@ -189,3 +191,10 @@ def _data(weight: Weight) -> torch.Tensor | QuantTensor:
     if not isinstance(weight, ReferenceWeight):
         raise TypeError(f"{type(weight).__name__} was prepared by another backend")
     return weight.data
+
+
+def tensor_of(vector: Vector) -> torch.Tensor:
+    """A vector that this backend prepared."""
+    if not isinstance(vector, torch.Tensor):
+        raise TypeError(f"{type(vector).__name__} was prepared by another backend")
+    return vector

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
-if TYPE_CHECKING:
-    from kbit.backends.triton.kv_cache import TritonKVCache
+from kbit.backends.triton.kv_cache import TritonKVCache
 
 Step = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
@@ -23,25 +21,21 @@ class DecodeGraph:
     Args:
         step: (ids int64 (B,), positions int64 (B,), slots int64 (B,), lengths int32 (B,)) -> logits (B, V). It must
             launch the same kernels on the same memory whatever the values.
-        owner: whose step it is.
         cache: whose tensors the step uses.
         device: a CUDA device, the current one.
         held: other tensors that the step reads and that nobody else may keep: a graph holds addresses, not tensors.
 
     Attributes:
-        owner: as given.
         version: of the cache when it was captured. Once that has another, the graph works on memory that is gone.
     """
 
     def __init__(
         self,
         step: Step,
-        owner: object,
         cache: TritonKVCache,
         device: torch.device,
         held: Sequence[torch.Tensor] = (),
     ) -> None:
-        self.owner = owner
         self._held = tuple(held)
         self.version = cache.version
         self._first_slots = cache.slots(np.arange(cache.batch), np.zeros(cache.batch, dtype=np.int64))  # of each row

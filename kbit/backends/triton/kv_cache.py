@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -12,9 +11,6 @@ from numpy.typing import NDArray
 from kbit.graph.cache import check_size, overflow, whole_numbers
 from kbit.host.errors import UsageError
 from kbit.kernels.triton.attention.kv_layout import PAGE, KVFormat, new_pages, pages_for
-
-if TYPE_CHECKING:
-    from kbit.backends.triton.graph import DecodeGraph
 
 
 class TritonKVCache:
@@ -29,7 +25,6 @@ class TritonKVCache:
         block_table: int32 (B, pages of a row), which pages a row owns.
         k_kind, v_kind: what is stored, one of kv_layout.KINDS.
         version: changes when keys, values or block_table are other tensors than before.
-        graph: decoding into this cache, captured by the runner that did.
     """
 
     def __init__(
@@ -59,7 +54,6 @@ class TritonKVCache:
         # Rows own runs of pages, one after the other (`slots` relies on it).
         self.block_table = torch.arange(pages, dtype=torch.int32, device=device).view(batch, row_pages)
         self.version = 0
-        self.graph: DecodeGraph | None = None
         self._capacity = capacity
         self._lengths = [0] * batch
 
@@ -152,4 +146,3 @@ class TritonKVCache:
                 part[layer][target.flatten()] = old[source.flatten()]
         self.block_table = table
         self.version += 1
-        self.graph = None

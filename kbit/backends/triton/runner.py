@@ -9,17 +9,18 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from threading import Lock
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from kbit.backends.cpu.lowering import fuse
 from kbit.backends.rotary import RotaryTable
 from kbit.backends.triton.graph import DecodeGraph
 from kbit.backends.triton.kv_cache import TritonKVCache
-from kbit.backends.triton.weight import merge, round_activations, triton_weight
+from kbit.backends.triton.weight import merge, round_activations, triton_vector, triton_weight
 from kbit.graph.cache import Cache
+from kbit.graph.fuse import fuse
 from kbit.graph.ops import Definition, Group
 from kbit.graph.recording import Activate, Attend, Embed, Norm, Operation, Project, Recorder, Symbol, reads
 from kbit.kernels.triton.attention.decode import attention_decode
@@ -69,7 +70,7 @@ class Replay:
     """A recorded function of one symbol as launches.
 
     Args:
-        operations: fused (`kbit.backends.cpu.lowering.fuse`).
+        operations: fused (`kbit.graph.fuse.fuse`).
         input: the symbol it is called with.
         result: the symbol it returns.
         dtype: of what is multiplied.
@@ -120,7 +121,9 @@ class Replay:
             values[operation.out] = embed(triton_weight(operation.weight), ids, dtype=torch.float32)
         elif isinstance(operation, Norm):
             x = values[operation.x]
-            values[operation.out] = rms_norm(x, operation.weight, operation.eps, out_dtype=self._dtype)[0]
+            values[operation.out] = rms_norm(x, triton_vector(operation.weight), operation.eps, out_dtype=self._dtype)[
+                0
+            ]
         elif isinstance(operation, Activate):
             up = None if operation.up is None else values[operation.up]
             values[operation.out] = activate(values[operation.gate], up, operation.kind, out_dtype=self._dtype)
@@ -133,17 +136,18 @@ class Replay:
     def _project(self, operation: Project, values: dict[Symbol, torch.Tensor]) -> None:
         x = values[operation.x]
         if operation.norm is not None:
-            x = rms_norm(x, operation.norm.weight, operation.norm.eps, out_dtype=self._dtype)[0]
+            x = rms_norm(x, triton_vector(operation.norm.weight), operation.norm.eps, out_dtype=self._dtype)[0]
         elif x.dtype != self._dtype:
             x = x.to(self._dtype)
-        outs, biases = operation.outs, operation.biases
+        outs = operation.outs
+        biases = tuple(None if bias is None else triton_vector(bias) for bias in operation.biases)
         if operation in self._merged:
             product = matmul(x, self._merged[operation])
             values.update(zip(outs, torch.split(product, [out.width for out in outs], dim=1), strict=True))
             return
         weights = [triton_weight(weight) for weight in operation.weights]
         if operation.activation is not None:
-            if len(weights) == 2 and biases == (None, None):
+            if len(weights) == 2 and all(bias is None for bias in biases):
                 values[outs[0]] = gated_matmul(x, weights[0], weights[1], operation.activation)
                 return
             products = [matmul(x, weight, bias) for weight, bias in zip(weights, biases, strict=True)]
@@ -228,6 +232,7 @@ class TritonRunner:
         self._width = hidden.width
         empty = torch.empty((0, 0), dtype=torch.float32, device=device)
         self._angles: tuple[torch.Tensor, torch.Tensor] = (empty, empty)
+        self._captured: WeakKeyDictionary[TritonKVCache, DecodeGraph] = WeakKeyDictionary()
 
     @torch.no_grad()
     def hidden(self, ids: torch.Tensor, cache: Cache, lengths: Sequence[int]) -> torch.Tensor:
@@ -269,16 +274,16 @@ class TritonRunner:
         return rows
 
     def _graph(self, cache: TritonKVCache) -> DecodeGraph:
-        """The captured decoding of one token per row of a cache, which keeps it."""
-        graph = cache.graph
-        if graph is None or graph.owner is not self or graph.version != cache.version:
+        """The captured decoding of one token per row of a cache, kept as long as the cache is."""
+        graph = self._captured.get(cache)
+        if graph is None or graph.version != cache.version:
             cos, sin = self._table(cache.capacity)
 
             def run(ids: torch.Tensor, at: torch.Tensor, slots: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
                 step = Pass(cache, slots, cos, sin, at, at[:, None], None, lengths, 1, cache.capacity)
                 return self._head(self._body(ids, step), None)
 
-            graph = cache.graph = DecodeGraph(run, self, cache, self._device, held=(cos, sin))
+            graph = self._captured[cache] = DecodeGraph(run, cache, self._device, held=(cos, sin))
         return graph
 
     def _passes(

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from kbit.graph.ops import Weight
+from kbit.graph.ops import Vector, Weight
 from kbit.host.errors import UnsupportedError
 from kbit.kernels.triton.codecs.layout import TritonWeight
 from kbit.kernels.triton.product.rounded import with_activations
@@ -40,6 +40,17 @@ def triton_weight(weight: Weight) -> TritonWeight:
         TypeError: another backend prepared it.
     """
     return _matrix(weight).data
+
+
+def triton_vector(vector: Vector) -> torch.Tensor:
+    """A norm's weight or a bias (N,).
+
+    Raises:
+        TypeError: another backend prepared it.
+    """
+    if not isinstance(vector, torch.Tensor):
+        raise TypeError(f"{type(vector).__name__} was prepared by another backend")
+    return vector
 
 
 def round_activations(weights: Iterable[Weight], kind: str) -> None:
