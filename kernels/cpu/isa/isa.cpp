@@ -5,6 +5,8 @@
 #include <cstdlib>
 #include <stdexcept>
 
+#include "isa/kernel_table.h"
+
 #if defined(__x86_64__) && (defined(__GNUC__) || defined(__clang__))  // MSVC is not a target
 #define KBIT_X86_64 1
 #include <cpuid.h>
@@ -99,15 +101,22 @@ std::vector<std::string> detect() { return {"scalar"}; }
 
 #endif
 
+// Those that are compiled in.
+std::vector<std::string> compiled(std::vector<std::string> names) {
+  const auto absent = [](const std::string& name) { return find_kernels(name.c_str()) == nullptr; };
+  names.erase(std::remove_if(names.begin(), names.end(), absent), names.end());
+  return names;
+}
+
 }  // namespace
 
 const std::vector<std::string>& instruction_sets() {
-  static const std::vector<std::string> names = detect();
+  static const std::vector<std::string> names = compiled(detect());
   return names;
 }
 
 const std::vector<std::string>& emulated_sets() {
-  static const std::vector<std::string> names = {"amx-emulated"};
+  static const std::vector<std::string> names = compiled({"amx-emulated"});
   return names;
 }
 

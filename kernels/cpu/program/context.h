@@ -9,9 +9,6 @@
 
 namespace kbit {
 
-// The table of a set that is compiled in, whether or not this machine can run it; null if there is none of this name.
-const Kernels* find_kernels(const std::string& set);
-
 struct Context {
   // isa: a name instruction_sets() lists, or empty for the best (or what KBIT_CPU_ISA says). threads >= 1.
   // Throws std::invalid_argument.
