@@ -14,9 +14,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    import numpy as np
     import torch
+    from numpy.typing import NDArray
 
     from kbit.formats.quant_tensor import QuantTensor
+    from kbit.formats.stored import AnyStored
 
 
 @dataclass(frozen=True)
@@ -93,3 +96,40 @@ class CheckpointSource(ABC):
 
     def __exit__(self, *exc: object) -> None:
         self.close()
+
+
+class StoredSource(CheckpointSource):
+    """A reader of files: what it reads are numpy arrays, so that an engine that needs no torch loads none."""
+
+    @abstractmethod
+    def read_array_rows(self, name: str, start: int, stop: int) -> NDArray[np.float32]:
+        """`read_rows` without torch."""
+
+    @abstractmethod
+    def read_stored(self, name: str) -> AnyStored:
+        """A matrix as the file holds it, without torch: quantized, 16-bit floats as they are, all else as float32.
+
+        Raises CheckpointError when the data is unreadable.
+        """
+
+    def read_array(self, name: str) -> NDArray[np.float32]:
+        """`read` without torch."""
+        shape = self.tensors[name].shape
+        return self.read_array_rows(name, 0, shape[0] if shape else 1)
+
+    def read_rows(self, name: str, start: int, stop: int) -> torch.Tensor:
+        import torch
+
+        return torch.from_numpy(self.read_array_rows(name, start, stop))
+
+    def read_weight(self, name: str) -> torch.Tensor | QuantTensor:
+        import torch
+
+        from kbit.formats.stored import StoredMatrix, widened
+
+        if len(self.tensors[name].shape) != 2:
+            return self.read(name)
+        stored = self.read_stored(name)
+        if isinstance(stored, StoredMatrix):
+            return stored.tensor()
+        return torch.from_numpy(widened(stored.values, stored.kind))

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+from numpy.typing import NDArray
 
 from kbit.formats.planes import unpack
 from kbit.formats.quant_format import QuantFormat, plane_widths
@@ -154,6 +156,14 @@ def decode(
     if offsets is not None:
         values += spread(offsets, format, columns)
     return values
+
+
+def from_numpy(array: NDArray[Any], dtype: str) -> torch.Tensor:
+    """A stored array as a tensor on the same memory; `dtype` is its safetensors name (16-bit floats come as uint16)."""
+    # torch warns of memory that it must not write to (a mapped file); nobody writes to stored arrays.
+    tensor = torch.from_numpy(array if array.flags.writeable else array.copy())
+    wanted = SAFETENSORS_TO_TORCH[dtype]
+    return tensor if tensor.dtype == wanted else tensor.view(wanted)
 
 
 def spread(per_block: torch.Tensor, format: QuantFormat, columns: int) -> torch.Tensor:

@@ -390,8 +390,8 @@ def test_opening_imports_neither_torch_nor_numpy(tmp_path: Path) -> None:
     path = tmp_path / "small.gguf"
     path.write_bytes(build())
     code = (
-        "import sys, pathlib; from kbit.checkpoint import gguf_source, gguf_header;"
-        f"gguf_header.read_header(pathlib.Path({str(path)!r}));"
+        "import sys, pathlib; from kbit.checkpoint.gguf import header, source;"
+        f"header.read_header(pathlib.Path({str(path)!r}));"
         "print(sorted({'torch', 'numpy', 'gguf', 'tokenizers'} & set(sys.modules)))"
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=os.environ)

@@ -29,7 +29,7 @@ compile isa_amx "$cpu/isa/amx.cpp" $kernels -mavx2 -mfma -mf16c -mbmi2 -mavx512f
   -mavx512vnni -mprefer-vector-width=512 -mavx512vbmi -mavx512bf16 -Wno-uninitialized
 compile isa_scalar "$cpu/isa/scalar.cpp" $kernels -O1
 compile isa_amx_emulated "$cpu/isa/amx_emulated.cpp" $kernels -Os
-for name in codecs/matrix_storage codecs/bitplanes program/threads attention/kv_cache attention/attention_plan; do
+for name in codecs/mapped_file codecs/matrix_storage codecs/bitplanes program/threads attention/kv_cache attention/attention_plan; do
   compile "$(basename $name)" "$cpu/$name.cpp"
 done
 compile trap "$root/tools/amx/trap.cpp"

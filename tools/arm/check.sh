@@ -41,7 +41,7 @@ if [ -z "$run" ] && ! grep -qw i8mm /proc/cpuinfo; then sets="SET(scalar) SET(ne
 compile "$arm" arm "$root/tools/kernels_test.cpp" "-DSETS=$sets"
 if [ -n "$run" ]; then
   compile "$native" native "$cpu/isa/scalar.cpp" $kernels -O1
-  for name in codecs/matrix_storage codecs/bitplanes program/threads attention/kv_cache attention/attention_plan; do
+  for name in codecs/mapped_file codecs/matrix_storage codecs/bitplanes program/threads attention/kv_cache attention/attention_plan; do
     compile "$native" native "$cpu/$name.cpp"
   done
   compile "$native" native "$root/tools/kernels_test.cpp" "-DSETS=SET(scalar)"

@@ -6,17 +6,18 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from kbit import _native
-from kbit.formats.quant_tensor import QuantTensor
+from kbit.formats.quant_format import plane_widths
+from kbit.formats.stored import AnyStored, DenseMatrix, StoredMatrix
 from kbit.graph.ops import Vector, Weight
 
 if TYPE_CHECKING:
-    from kbit._native import Context, Matrix
+    import torch
 
-_KINDS = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
+    from kbit._native import Context, Matrix
+    from kbit.formats.quant_tensor import QuantTensor
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,28 +62,36 @@ def native_vector(vector: Vector) -> NDArray[np.float32]:
 
 
 def prepare(weight: torch.Tensor | QuantTensor, context: Context) -> NativeWeight:
+    """`prepare_stored` for a matrix in torch. Dense types other than fp16, bf16 and fp32 become fp32."""
+    import torch
+
+    if isinstance(weight, torch.Tensor):
+        kinds = {torch.float16: "fp16", torch.bfloat16: "bf16"}
+        values = weight if weight.dtype in kinds else weight.float()
+        return prepare_stored(DenseMatrix(_bits(values), kinds.get(values.dtype, "fp32")), context)
+    parts = {name: _bits(array) for name, array in weight.stored.items()}
+    return prepare_stored(StoredMatrix(weight.format, weight.shape, parts, _bits(weight.codebook)), context)
+
+
+def prepare_stored(stored: AnyStored, context: Context) -> NativeWeight:
     """A matrix (N, K) in the native layout: codes and scales as they are stored, dense values in their own type.
 
-    Double-quantized scales become fp32: their products are formed here, as `kbit.formats.scales` defines them, and not
-    at every use. Dense types other than fp16, bf16 and fp32 become fp32.
+    Double-quantized scales become fp32: their products are formed here, and not at every use.
     """
-    if isinstance(weight, torch.Tensor):
-        values = weight if weight.dtype in _KINDS else weight.float()
-        return NativeWeight(_native.Matrix.dense(_bits(values), _KINDS[values.dtype], context))
-    format = weight.format
-    if format.double_quant:
-        scales, offsets = weight.scales, weight.offsets
-    else:
-        scales, offsets = weight.stored["scales"], weight.stored.get("offsets")
+    if isinstance(stored, DenseMatrix):
+        return NativeWeight(_native.Matrix.dense(stored.values, stored.kind, context))
+    format = stored.format
+    scales, kind = stored.kernel_scales("scales")
+    assert scales is not None
     matrix = _native.Matrix.quantized(
-        [_bits(plane) for plane in weight.planes],
+        [stored.parts[f"plane{width}"] for width in plane_widths(format.bits)],
         format.bits,
-        weight.shape[1],
+        stored.shape[1],
         format.block_size,
-        _bits(scales),
-        None if offsets is None else _bits(offsets),
-        _KINDS[scales.dtype],
-        _bits(weight.codebook),
+        scales,
+        stored.kernel_scales("offsets")[0],
+        kind,
+        stored.codebook,
         context,
     )
     return NativeWeight(matrix)
@@ -90,6 +99,8 @@ def prepare(weight: torch.Tensor | QuantTensor, context: Context) -> NativeWeigh
 
 def _bits(values: torch.Tensor) -> NDArray[Any]:
     """The same memory where possible, as numpy; 16-bit floats as their bit patterns, since numpy has no bfloat16."""
+    import torch
+
     values = values.detach().contiguous()
     if values.dtype in (torch.float16, torch.bfloat16):
         values = values.view(torch.uint16)

@@ -16,16 +16,15 @@ from kbit.checkpoint.gguf.config import architecture_of, config_from_header
 from kbit.checkpoint.gguf.header import read_header
 from kbit.checkpoint.gguf.metadata import GGUFHeader, GGUFTensor, quoted
 from kbit.checkpoint.gguf.names import ROPE_FREQS, hf_name
-from kbit.checkpoint.source import CheckpointSource, TensorInfo
+from kbit.checkpoint.source import StoredSource, TensorInfo
 from kbit.host.errors import CheckpointError, UnsupportedError
 
 if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
-    import torch
 
     from kbit.checkpoint.gguf.blocks import BlockType
-    from kbit.formats.quant_tensor import QuantTensor
+    from kbit.formats.stored import AnyStored, StoredMatrix
 
 # Values dequantized at a time: 4 MB of float32. gguf's dequantizers make a few temporaries of that size.
 _CHUNK_VALUES = 1 << 20
@@ -45,7 +44,7 @@ class _Located:
     head_dim: int
 
 
-class GGUFSource(CheckpointSource):
+class GGUFSource(StoredSource):
     """A model in a GGUF file, or in the parts of a split one (give the first part).
 
     Opening reads headers only (no torch, no numpy). Tensor data is read with plain positioned reads, a few rows at
@@ -97,7 +96,7 @@ class GGUFSource(CheckpointSource):
         """All tensors by Hugging Face name, in file order."""
         return self._infos
 
-    def read_rows(self, name: str, start: int, stop: int) -> torch.Tensor:
+    def read_array_rows(self, name: str, start: int, stop: int) -> npt.NDArray[np.float32]:
         """Rows [start, stop) of a tensor as float32, in Hugging Face row order; see CheckpointSource.read_rows.
 
         Raises:
@@ -105,7 +104,7 @@ class GGUFSource(CheckpointSource):
             UnsupportedError: a tensor type that the installed gguf package cannot dequantize.
             ValueError: a row range outside the tensor, or the source is closed.
         """
-        import torch
+        import numpy as np
 
         if self._closed:
             raise ValueError(f"{self.path}: read after close")
@@ -115,19 +114,22 @@ class GGUFSource(CheckpointSource):
         shape = located.tensor.shape
         if not 0 <= start <= stop <= shape[0]:
             raise ValueError(f"rows {start}:{stop} are outside tensor {name} with {shape[0]} rows")
-        out = torch.empty((stop - start, *shape[1:]), dtype=torch.float32)
+        out = np.empty((stop - start, *shape[1:]), dtype=np.float32)
         if start < stop:
             with self._open(located.header) as file:
-                _read_into(file, located, start, stop, out.numpy())
+                _read_into(file, located, start, stop, out)
         return out
 
-    def read_weight(self, name: str) -> torch.Tensor | QuantTensor:
+    def read_stored(self, name: str) -> AnyStored:
         """A matrix of a block type kbit can run packed comes as its codes and scales, exactly; others as float32."""
         from kbit.checkpoint.gguf.blocks import BLOCK_TYPES
+        from kbit.formats.stored import DenseMatrix, narrowed
 
         located = self._located.get(name)
-        if located is None or len(located.tensor.shape) != 2 or located.tensor.type.name not in BLOCK_TYPES:
-            return self.read(name)
+        if located is None or located.tensor.type.name not in BLOCK_TYPES:
+            values = self.read_array(name)
+            kind = {"F16": "fp16", "BF16": "bf16"}.get(self._infos[name].stored_as, "fp32")
+            return DenseMatrix(narrowed(values, kind), kind)
         if self._closed:
             raise ValueError(f"{self.path}: read after close")
         with self._open(located.header) as file:
@@ -263,19 +265,18 @@ def _read_into(file: BinaryIO, located: _Located, start: int, stop: int, out: np
         flat[low - start : high - start] = rows[low - begin : high - begin]
 
 
-def _read_packed(file: BinaryIO, located: _Located, block_type: BlockType) -> QuantTensor:
-    """A whole matrix as a QuantTensor, chunk by chunk."""
-    import torch
+def _read_packed(file: BinaryIO, located: _Located, block_type: BlockType) -> StoredMatrix:
+    """A whole matrix as it is stored, chunk by chunk."""
+    import numpy as np
 
-    from kbit.formats.planes import pack
     from kbit.formats.quant_format import plane_widths
-    from kbit.formats.quant_tensor import SAFETENSORS_TO_TORCH, QuantTensor
+    from kbit.formats.stored import NUMPY_DTYPES, StoredMatrix, pack_codes
 
     tensor, head = located.tensor, located.head_dim
     rows, columns = tensor.shape
     format = block_type.format
-    stored = {
-        suffix: torch.empty(part.shape, dtype=SAFETENSORS_TO_TORCH[part.dtype])
+    stored: dict[str, npt.NDArray[Any]] = {
+        suffix: np.empty(part.shape, dtype=NUMPY_DTYPES[part.dtype])
         for suffix, part in format.parts(rows, columns).items()
     }
     row_bytes = tensor.nbytes // rows
@@ -286,13 +287,14 @@ def _read_packed(file: BinaryIO, located: _Located, block_type: BlockType) -> Qu
         end = min(begin + step, rows)
         data = _read_at(file, located.header.path, tensor.offset + begin * row_bytes, (end - begin) * row_bytes)
         blocks = block_type.decode(data, end - begin, tensor.type.block_bytes)
-        planes = pack(torch.from_numpy(_in_order(blocks.codes, head)), format.bits)
+        planes = pack_codes(_in_order(blocks.codes, head), format.bits)
         for width, plane in zip(plane_widths(format.bits), planes, strict=True):
             stored[f"plane{width}"][begin:end] = plane
         for suffix, values in (("scales", blocks.scales), ("offsets", blocks.offsets)):
             if values is not None:
-                stored[suffix][begin:end] = torch.from_numpy(_in_order(values, head))
-    return QuantTensor(format, (rows, columns), stored, torch.from_numpy(block_type.codebook))
+                ordered = _in_order(values, head)
+                stored[suffix][begin:end] = ordered.view(np.uint16) if ordered.dtype == np.float16 else ordered
+    return StoredMatrix(format, (rows, columns), stored, block_type.codebook)
 
 
 def _in_order(rows: npt.NDArray[Any], head_dim: int) -> npt.NDArray[Any]:

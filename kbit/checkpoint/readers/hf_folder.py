@@ -8,16 +8,20 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kbit.checkpoint.readers.safetensors_file import SafetensorsFile, StoredTensor
-from kbit.checkpoint.source import CheckpointSource, TensorInfo
+from kbit.checkpoint.source import StoredSource, TensorInfo
 from kbit.host.errors import CheckpointError, UnsupportedError
 from kbit.host.files import MAX_TEXT_BYTES, read_json_object
 
 if TYPE_CHECKING:
-    import torch
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from kbit.formats.stored import AnyStored
 
 # Tokenizers in sentencepiece's own format. kbit does not read them, but says what to do about one (T5, XLM-R names).
 SENTENCEPIECE_NAMES = ("tokenizer.model", "spiece.model", "sentencepiece.bpe.model")
@@ -40,7 +44,7 @@ _FP8 = ("F8_E4M3", "F8_E5M2")
 _FLOATS = ("F64", "F32", "F16", "BF16", *_FP8)
 
 
-class HFFolder(CheckpointSource):
+class HFFolder(StoredSource):
     """A folder with config.json and safetensors files.
 
     Raises:
@@ -134,32 +138,42 @@ class HFFolder(CheckpointSource):
         """The header entry of a tensor."""
         return self._where[name].tensors[name]
 
-    def read_rows(self, name: str, start: int, stop: int) -> torch.Tensor:
+    def read_array_rows(self, name: str, start: int, stop: int) -> NDArray[np.float32]:
         file = self._where[name]
         stored = file.tensors[name]
         if stored.dtype not in _FLOATS:
             raise UnsupportedError(f"{file.path}: {name} is {stored.dtype}, but weights must be floating point")
-        values = file.read(name, start, stop).float()
+        values = to_float32(file.read_array(name, start, stop), stored.dtype)
         scale_name = self._scale_of(name)
         if scale_name is not None:
             values = self._apply_fp8_scale(name, values, scale_name, start, stop)
         return values
 
-    def _apply_fp8_scale(self, name: str, values: torch.Tensor, scale_name: str, start: int, stop: int) -> torch.Tensor:
-        import torch
+    def read_stored(self, name: str) -> AnyStored:
+        from kbit.formats.stored import KINDS, DenseMatrix
 
-        scale = self._where[scale_name].read(scale_name).float()
+        file = self._where[name]
+        kind = KINDS.get(file.tensors[name].dtype)
+        return DenseMatrix(self.read_array(name), "fp32") if kind is None else DenseMatrix(file.read_array(name), kind)
+
+    def _apply_fp8_scale(
+        self, name: str, values: NDArray[np.float32], scale_name: str, start: int, stop: int
+    ) -> NDArray[np.float32]:
+        import numpy as np
+
+        file = self._where[scale_name]
+        scale = to_float32(file.read_array(scale_name), file.tensors[scale_name].dtype)
         shape = self.stored(name).shape
-        if scale.numel() == 1:
+        if scale.size == 1:
             return values * scale.reshape(())
         if len(shape) == 2:
             rows, columns = self._fp8_block
             if scale.shape == (-(-shape[0] // rows), -(-shape[1] // columns)):
-                wide = scale[torch.arange(start, stop) // rows].repeat_interleave(columns, dim=1)[:, : shape[1]]
-                return values * wide
+                wide: NDArray[np.float32] = scale[np.arange(start, stop) // rows].repeat(columns, axis=1)
+                return values * wide[:, : shape[1]]
             if scale.shape in ((shape[0],), (shape[0], 1)):
                 return values * scale.reshape(-1, 1)[start:stop]
-        raise UnsupportedError(f"{self.path}: {scale_name} of shape {tuple(scale.shape)} does not fit {name} {shape}")
+        raise UnsupportedError(f"{self.path}: {scale_name} of shape {scale.shape} does not fit {name} {shape}")
 
     def sidecar_files(self) -> Mapping[str, bytes]:
         return {name: _read_bytes(self.path / name) for name in SIDECAR_NAMES if (self.path / name).is_file()}
@@ -179,6 +193,41 @@ class HFFolder(CheckpointSource):
     def close(self) -> None:
         for file in self._files.values():
             file.close()
+
+
+def to_float32(values: NDArray[Any], dtype: str) -> NDArray[np.float32]:
+    """Stored numbers as float32: exact, but for F64, which is rounded.
+
+    Args:
+        values: as `SafetensorsFile.read_array` gives them.
+        dtype: their safetensors name.
+    """
+    import numpy as np
+
+    from kbit.formats.stored import KINDS, widened
+
+    if dtype in KINDS:
+        return widened(values, KINDS[dtype])
+    if dtype == "F8_E5M2":  # the upper half of an fp16 number
+        return widened(values.astype(np.uint16) << np.uint16(8), "fp16")
+    if dtype == "F8_E4M3":
+        return _e4m3_values()[values]
+    with np.errstate(over="ignore"):  # what float32 cannot hold becomes infinite, which those who load refuse
+        return values.astype(np.float32)
+
+
+@lru_cache(maxsize=1)
+def _e4m3_values() -> NDArray[np.float32]:
+    """The number behind every code of OCP's E4M3 (FN: no infinity, NaN where all other bits are set): (256,)."""
+    import numpy as np
+
+    codes = np.arange(256)
+    exponent, mantissa = codes >> 3 & 15, codes & 7
+    normal = np.ldexp(1.0 + mantissa / 8, exponent - 7)
+    values = np.where(exponent == 0, np.ldexp(mantissa / 8, -6), normal)
+    values[codes & 127 == 127] = np.nan
+    signed: NDArray[np.float32] = np.where(codes & 128, -values, values).astype(np.float32)
+    return signed
 
 
 def _read_bytes(path: Path) -> bytes:

@@ -18,16 +18,19 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kbit.checkpoint.readers.hf_folder import INDEX_NAME, HFFolder
+from kbit.checkpoint.readers.hf_folder import INDEX_NAME, HFFolder, to_float32
 from kbit.checkpoint.source import TensorInfo
+from kbit.checkpoint.verified import VerifiedFiles
 from kbit.formats.quant_format import QuantFormat
 from kbit.host.errors import CheckpointError, UnsupportedError, UsageError
 from kbit.host.files import read_json_object
 
 if TYPE_CHECKING:
-    import torch
+    import numpy as np
+    from numpy.typing import NDArray
 
     from kbit.formats.quant_tensor import QuantTensor
+    from kbit.formats.stored import AnyStored, StoredMatrix
 
 MANIFEST_NAME = "kbit-manifest.json"
 LAYOUT_VERSION = 1
@@ -51,6 +54,7 @@ class KbitFolder(HFFolder):
     """
 
     def __init__(self, path: Path) -> None:
+        self._verified = VerifiedFiles()
         super().__init__(path)
         try:
             self._quantized, self._codebooks = self._read_quantization_config()
@@ -142,29 +146,31 @@ class KbitFolder(HFFolder):
     def tensors(self) -> Mapping[str, TensorInfo]:
         return self._infos
 
-    def _read_checked(self, stored_name: str) -> torch.Tensor:
-        """A stored tensor in its stored dtype, compared with the manifest."""
+    def _read_checked(self, stored_name: str) -> NDArray[Any]:
+        """A stored array, compared with the manifest unless it was before and the file is the same."""
         expected = self.manifest["tensors"].get(stored_name)
         file = self._where[stored_name]
         if expected is None:
             raise CheckpointError(f"{self.path}/{MANIFEST_NAME}: no checksum of {stored_name}; convert or copy again")
 
         def check(data: bytearray) -> None:
+            if self._verified.knows(file.path, expected):
+                return
             if hashlib.sha256(data).hexdigest() != expected:
                 raise CheckpointError(f"{file.path}: {stored_name} is damaged (sha256 differs); copy the file again")
+            self._verified.add(file.path, expected)
 
-        return file.read(stored_name, check=check)
+        return file.read_array(stored_name, check=check)
 
-    def read(self, name: str) -> torch.Tensor:
+    def read_array_rows(self, name: str, start: int, stop: int) -> NDArray[np.float32]:
         if name in self._quantized:
-            return self.read_quantized(name).dequantize()
-        if self.stored(name).dtype not in _KEPT_DTYPES:  # kbit wrote no such thing: a header with a flipped bit
-            raise CheckpointError(f"{self.path}: {name} is {self.stored(name).dtype}; copy the file again")
-        return self._read_checked(name).float()
-
-    def read_rows(self, name: str, start: int, stop: int) -> torch.Tensor:
-        values = self.read(name)  # all of it: the checksum is of the whole tensor
-        return values[start:stop].clone() if values.dim() else values
+            array: NDArray[np.float32] = self.read_quantized(name).dequantize()[start:stop].numpy()
+            return array
+        dtype = self.stored(name).dtype
+        if dtype not in _KEPT_DTYPES:  # kbit wrote no such thing: a header with a flipped bit
+            raise CheckpointError(f"{self.path}: {name} is {dtype}; copy the file again")
+        values = to_float32(self._read_checked(name), dtype)  # all of it: the checksum is of the whole tensor
+        return values[start:stop].copy() if values.ndim else values
 
     def sidecar_files(self) -> Mapping[str, bytes]:
         files = super().sidecar_files()
@@ -173,28 +179,53 @@ class KbitFolder(HFFolder):
                 _check_file(self.path / name, data, self.manifest)
         return files
 
-    def read_weight(self, name: str) -> torch.Tensor | QuantTensor:
-        return self.read_quantized(name) if name in self._quantized else self.read(name)
+    def read_stored(self, name: str) -> AnyStored:
+        from kbit.formats.stored import KINDS, DenseMatrix
+
+        if name in self._quantized:
+            return self._read_packed(name)
+        dtype = self.stored(name).dtype
+        if dtype not in KINDS:
+            raise CheckpointError(f"{self.path}: {name} is {dtype}; copy the file again")
+        return DenseMatrix(self._read_checked(name), KINDS[dtype])
 
     def read_quantized(self, name: str) -> QuantTensor:
         """A packed weight, its checksums verified."""
-        import torch
+        return self._read_packed(name).tensor()
+
+    def _read_packed(self, name: str) -> StoredMatrix:
+        import numpy as np
 
         from kbit.formats.codebooks import int_codebook
-        from kbit.formats.quant_tensor import QuantTensor
+        from kbit.formats.stored import StoredMatrix
 
         format, shape = self._quantized[name]
-        stored = {suffix: self._read_checked(f"{name}.{suffix}") for suffix in format.parts(*shape)}
+        parts = {suffix: self._read_checked(f"{name}.{suffix}") for suffix in format.parts(*shape)}
         if format.dtype == "int":
-            codebook = torch.from_numpy(int_codebook(format.bits, format.asymmetric))
+            codebook = int_codebook(format.bits, format.asymmetric)
         elif format.has_own_codebook:
-            codebook = stored["codebook"]
+            codebook = parts["codebook"]
         else:
             values = self._codebooks.get(codebook_key(format, shape[1]))
             if values is None or len(values) != 2**format.bits:
                 raise CheckpointError(f"{self.path}/config.json: no codebook of {2**format.bits} values for {format}")
-            codebook = torch.tensor(values, dtype=torch.float32)
-        return QuantTensor.checked(name, format, shape, stored, codebook)
+            codebook = np.array(values, dtype=np.float32)
+        return StoredMatrix.checked(name, format, shape, parts, codebook)
+
+    def verify(self) -> int:
+        """Compares every stored tensor with its checksum, whatever was remembered; how many there were.
+
+        Raises:
+            CheckpointError: one differs.
+        """
+        self._verified = VerifiedFiles(forget=True)
+        for stored_name in self._where:
+            self._read_checked(stored_name)
+        return len(self._where)
+
+    def close(self) -> None:
+        self._verified.save()
+        super().close()
 
 
 def _check_file(path: Path, data: bytes, manifest: Mapping[str, Any]) -> None:

@@ -24,6 +24,7 @@ from kbit.host.errors import CheckpointError, UnsupportedError
 
 if TYPE_CHECKING:
     import torch
+    from numpy.typing import NDArray
 
 # The limit the safetensors library sets too; the largest published headers are below 2 MB.
 MAX_HEADER_BYTES = 100_000_000
@@ -34,20 +35,20 @@ _PICKLE_STARTS = (b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x
 # Real names have below 100 characters.
 _MAX_NAME = 1000
 
-# Bytes per element and torch name of every dtype kbit reads.
-_DTYPES: Mapping[str, tuple[int, str]] = {
-    "BOOL": (1, "bool"),
-    "U8": (1, "uint8"),
-    "I8": (1, "int8"),
-    "F8_E4M3": (1, "float8_e4m3fn"),
-    "F8_E5M2": (1, "float8_e5m2"),
-    "F16": (2, "float16"),
-    "BF16": (2, "bfloat16"),
-    "I16": (2, "int16"),
-    "I32": (4, "int32"),
-    "F32": (4, "float32"),
-    "I64": (8, "int64"),
-    "F64": (8, "float64"),
+# Bytes per element, torch's name and numpy's of every dtype kbit reads; what numpy lacks comes as bit patterns.
+_DTYPES: Mapping[str, tuple[int, str, str]] = {
+    "BOOL": (1, "bool", "?"),
+    "U8": (1, "uint8", "u1"),
+    "I8": (1, "int8", "i1"),
+    "F8_E4M3": (1, "float8_e4m3fn", "u1"),
+    "F8_E5M2": (1, "float8_e5m2", "u1"),
+    "F16": (2, "float16", "<u2"),
+    "BF16": (2, "bfloat16", "<u2"),
+    "I16": (2, "int16", "<i2"),
+    "I32": (4, "int32", "<i4"),
+    "F32": (4, "float32", "<f4"),
+    "I64": (8, "int64", "<i8"),
+    "F64": (8, "float64", "<f8"),
 }
 
 
@@ -110,14 +111,15 @@ class SafetensorsFile:
             raise CheckpointError(f"{self.path}: {name}: the file has shrunk since it was opened; download it again")
         return data
 
-    def read(
+    def read_array(
         self, name: str, start: int = 0, stop: int | None = None, *, check: Callable[[bytearray], None] | None = None
-    ) -> torch.Tensor:
-        """Rows [start, stop) of a tensor in its stored dtype; the result owns its memory.
+    ) -> NDArray[Any]:
+        """Rows [start, stop) of a tensor; the result owns its memory.
 
-        `check` sees the raw bytes first, and may raise.
+        16-bit and 8-bit floats come as their bit patterns, uint16 and uint8. `check` sees the raw bytes first, and may
+        raise.
         """
-        import torch
+        import numpy as np
 
         tensor = self.tensors[name]
         rows = tensor.shape[0] if tensor.shape else 1
@@ -125,11 +127,19 @@ class SafetensorsFile:
         data = self.bytes_of(name, start * tensor.row_bytes, stop * tensor.row_bytes)
         if check is not None:
             check(data)
-        dtype = getattr(torch, _DTYPES[tensor.dtype][1])
         shape = (stop - start, *tensor.shape[1:]) if tensor.shape else ()
-        if not data:
-            return torch.empty(shape, dtype=dtype)
-        return torch.frombuffer(data, dtype=dtype).view(shape)
+        array: NDArray[Any] = np.frombuffer(data, dtype=_DTYPES[tensor.dtype][2]).reshape(shape)
+        return array
+
+    def read(
+        self, name: str, start: int = 0, stop: int | None = None, *, check: Callable[[bytearray], None] | None = None
+    ) -> torch.Tensor:
+        """`read_array` as a tensor of the stored dtype."""
+        import torch
+
+        return torch.from_numpy(self.read_array(name, start, stop, check=check)).view(
+            getattr(torch, _DTYPES[self.tensors[name].dtype][1])
+        )
 
 
 def _read_header(path: Path, file: BinaryIO) -> tuple[dict[str, StoredTensor], dict[str, str]]:

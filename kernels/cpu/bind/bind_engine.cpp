@@ -168,6 +168,7 @@ void run(Program& program, const Array<const std::int64_t, 1>& ids, const Array<
           "out has the wrong shape");
   nb::gil_scoped_release release;
   program.run(pass);
+  program.check_files();
 }
 
 }  // namespace
@@ -264,6 +265,7 @@ void bind_engine(nb::module_& module) {
                      "hidden states or logits have the wrong shape");
              nb::gil_scoped_release release;
              if (hidden.shape(0) > 0) p.logits(hidden.data(), static_cast<std::int64_t>(hidden.shape(0)), out.data());
+             p.check_files();
            },
            nb::arg("hidden"), nb::arg("out"))
       .def_prop_ro("nbytes", &Program::nbytes);

@@ -7,5 +7,6 @@ namespace kbit {
 
 void bind_engine(nanobind::module_& module);
 void bind_kv_cache(nanobind::module_& module);
+void bind_mapped(nanobind::module_& module);
 
 }  // namespace kbit

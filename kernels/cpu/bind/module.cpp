@@ -50,4 +50,5 @@ NB_MODULE(_native, module) {
              "Write (first) or OR a plane's bits into uint8 codes (N, K) at bit `shift`.");
   kbit::bind_engine(module);
   kbit::bind_kv_cache(module);
+  kbit::bind_mapped(module);
 }

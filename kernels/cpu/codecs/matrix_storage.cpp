@@ -4,6 +4,7 @@
 #include <cmath>
 #include <cstring>
 #include <new>
+#include <stdexcept>
 
 #include "codecs/bitplanes.h"
 
@@ -32,28 +33,89 @@ AlignedBytes::AlignedBytes(std::size_t bytes) : size_(bytes) {
   data_ = reinterpret_cast<std::uint8_t*>((reinterpret_cast<std::uintptr_t>(memory) + 63) / 64 * 64);
 }
 
+void MatrixStorage::lay_out(const Description& what) {
+  description_ = what;
+  Matrix& m = matrix_;
+  m.rows = what.rows;
+  m.columns = what.columns;
+  m.panels = (what.rows + kPanelRows - 1) / kPanelRows;
+  m.tiles = (what.columns + kTileColumns - 1) / kTileColumns;
+  m.bits = what.bits;
+  if (what.bits == 0) {
+    m.value_kind = what.kind;
+    return;
+  }
+  m.scale_kind = what.kind;
+  m.block = what.block_size ? what.block_size : m.tiles * kTileColumns;
+  m.blocks = what.block_size ? (what.columns + what.block_size - 1) / what.block_size : 1;
+  m.segment = integer_segment(what.block_size);
+}
+
+std::array<std::size_t, kArrays> MatrixStorage::sizes() const {
+  const Matrix& m = matrix_;
+  const auto number = static_cast<std::size_t>(bytes_of(description_.kind));
+  if (m.bits == 0) return {static_cast<std::size_t>(m.panels * m.tiles * kTileWeights) * number, 0, 0, 0};
+  const std::size_t scales = static_cast<std::size_t>(m.panels * m.blocks * kPanelRows) * number;
+  return {static_cast<std::size_t>(m.panels * m.panel_bytes()), scales, description_.offsets ? scales : 0,
+          sizeof(float) << m.bits};
+}
+
+std::size_t MatrixStorage::nbytes() const {
+  const auto bytes = sizes();
+  return bytes[0] + bytes[1] + bytes[2];
+}
+
+std::array<Bytes, kArrays> MatrixStorage::arrays() const {
+  const Matrix& m = matrix_;
+  const void* begins[kArrays] = {m.bits ? m.codes : m.values, m.scales, m.offsets, m.codebook};
+  const auto bytes = sizes();
+  std::array<Bytes, kArrays> found;
+  for (std::size_t i = 0; i < kArrays; ++i) found[i] = {static_cast<const std::uint8_t*>(begins[i]), bytes[i]};
+  return found;
+}
+
+std::shared_ptr<MatrixStorage> MatrixStorage::mapped(const Description& what, std::shared_ptr<const MappedFile> file,
+                                                     const std::array<std::uint64_t, kArrays>& offsets) {
+  auto storage = std::make_shared<MatrixStorage>();
+  storage->lay_out(what);
+  const auto bytes = storage->sizes();
+  const std::uint8_t* begins[kArrays] = {};
+  for (std::size_t i = 0; i < kArrays; ++i) {
+    if (bytes[i] == 0) continue;
+    if (offsets[i] % 64 || offsets[i] > file->size() || bytes[i] > file->size() - offsets[i]) {
+      throw std::invalid_argument("an array of a prepared matrix lies outside its file");
+    }
+    begins[i] = file->data() + offsets[i];
+  }
+  Matrix& m = storage->matrix_;
+  if (m.bits == 0) {
+    m.values = begins[0];
+  } else {
+    m.codes = begins[0];
+    m.scales = begins[1];
+    m.offsets = begins[2];
+    storage->codebook_.resize(std::size_t{1} << m.bits);
+    std::memcpy(storage->codebook_.data(), begins[3], bytes[3]);
+    storage->choose_levels();
+  }
+  storage->file_ = std::move(file);
+  return storage;
+}
+
 std::shared_ptr<MatrixStorage> MatrixStorage::quantized(const QuantizedParts& parts, Team& team) {
   auto storage = std::make_shared<MatrixStorage>();
+  storage->lay_out({parts.rows, parts.columns, parts.bits, parts.block_size, parts.scale_kind, parts.offsets != nullptr});
   Matrix& m = storage->matrix_;
-  m.rows = parts.rows;
-  m.columns = parts.columns;
-  m.panels = (parts.rows + kPanelRows - 1) / kPanelRows;
-  m.tiles = (parts.columns + kTileColumns - 1) / kTileColumns;
-  m.bits = parts.bits;
-  m.scale_kind = parts.scale_kind;
-  m.block = parts.block_size ? parts.block_size : m.tiles * kTileColumns;
-  m.blocks = parts.block_size ? (parts.columns + parts.block_size - 1) / parts.block_size : 1;
-  m.segment = integer_segment(parts.block_size);
-  storage->data_ = AlignedBytes(static_cast<std::size_t>(m.panels * m.panel_bytes()));
-  const std::size_t number = static_cast<std::size_t>(bytes_of(m.scale_kind));
-  const std::size_t scale_bytes = static_cast<std::size_t>(m.panels * m.blocks * kPanelRows) * number;
-  storage->scales_ = AlignedBytes(scale_bytes);
-  if (parts.offsets) storage->offsets_ = AlignedBytes(scale_bytes);
+  const auto bytes = storage->sizes();
+  storage->data_ = AlignedBytes(bytes[0]);
+  storage->scales_ = AlignedBytes(bytes[1]);
+  if (parts.offsets) storage->offsets_ = AlignedBytes(bytes[2]);
   m.codes = storage->data_.data();
   m.scales = storage->scales_.data();
   m.offsets = parts.offsets ? storage->offsets_.data() : nullptr;
   storage->codebook_.assign(parts.codebook, parts.codebook + (std::size_t{1} << m.bits));
   storage->choose_levels();
+  const auto number = static_cast<std::size_t>(bytes_of(m.scale_kind));
 
   std::uint8_t* codes = storage->data_.data();
   std::uint8_t* scales = storage->scales_.data();
@@ -144,14 +206,10 @@ void MatrixStorage::choose_levels() {
 std::shared_ptr<MatrixStorage> MatrixStorage::dense(const void* values, std::int64_t rows, std::int64_t columns,
                                                     Number kind, Team& team) {
   auto storage = std::make_shared<MatrixStorage>();
+  storage->lay_out({rows, columns, 0, 0, kind, false});
   Matrix& m = storage->matrix_;
-  m.rows = rows;
-  m.columns = columns;
-  m.panels = (rows + kPanelRows - 1) / kPanelRows;
-  m.tiles = (columns + kTileColumns - 1) / kTileColumns;
-  m.value_kind = kind;
   const std::int64_t padded = m.tiles * kTileColumns;
-  storage->data_ = AlignedBytes(static_cast<std::size_t>(m.panels * padded * kPanelRows * bytes_of(kind)));
+  storage->data_ = AlignedBytes(storage->sizes()[0]);
   m.values = storage->data_.data();
   auto transpose = [&]<typename Value>(const Value* from, Value* to) {
     team.run([&](Worker& worker) {

@@ -1,11 +1,14 @@
 // Weight matrices in memory: from the portable layout (formats/bitplanes.py) to the one of matrix.h, once, at load.
 #pragma once
 
+#include <array>
 #include <cstdint>
 #include <cstdlib>
 #include <memory>
+#include <string>
 #include <vector>
 
+#include "codecs/mapped_file.h"
 #include "codecs/matrix.h"
 #include "program/threads.h"
 
@@ -37,6 +40,23 @@ struct QuantizedParts {
   const float* codebook;                         // 2^bits
 };
 
+// What a prepared matrix is, apart from its arrays: enough to find them again in a file.
+struct Description {
+  std::int64_t rows, columns;
+  int bits;                 // 0: dense
+  std::int64_t block_size;  // as in QuantizedParts
+  Number kind;              // of the scales, or of dense values
+  bool offsets;
+};
+
+// A prepared matrix's arrays, in this order. The codebook is there where there are codes.
+enum class ArrayOf : int { data, scales, offsets, codebook };
+constexpr int kArrays = 4;
+struct Bytes {
+  const std::uint8_t* begin = nullptr;
+  std::size_t size = 0;
+};
+
 class MatrixStorage {
  public:
   static std::shared_ptr<MatrixStorage> quantized(const QuantizedParts& parts, Team& team);
@@ -44,14 +64,29 @@ class MatrixStorage {
   static std::shared_ptr<MatrixStorage> dense(const void* values, std::int64_t rows, std::int64_t columns, Number kind,
                                               Team& team);
 
+  // A matrix whose arrays lie in a mapped file, as `arrays` once gave them; where each begins.
+  // Throws std::invalid_argument: an array lies outside the file, or is not aligned to 64 bytes.
+  static std::shared_ptr<MatrixStorage> mapped(const Description& what, std::shared_ptr<const MappedFile> file,
+                                               const std::array<std::uint64_t, kArrays>& offsets);
+
   const Matrix& matrix() const { return matrix_; }
-  std::size_t nbytes() const { return data_.size() + scales_.size() + offsets_.size(); }
+  const Description& description() const { return description_; }
+  std::array<Bytes, kArrays> arrays() const;
+  std::size_t nbytes() const;
+  // The file the arrays lie in, or null.
+  const std::shared_ptr<const MappedFile>& file() const { return file_; }
 
  private:
+  // Everything about the matrix but the pointers.
+  void lay_out(const Description& what);
+  // Bytes each array has.
+  std::array<std::size_t, kArrays> sizes() const;
   void choose_levels();
 
+  Description description_{};
   Matrix matrix_;
   AlignedBytes data_, scales_, offsets_;
+  std::shared_ptr<const MappedFile> file_;
   std::vector<float> codebook_;
   std::vector<std::int8_t> high_, low_;
 };

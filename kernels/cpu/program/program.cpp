@@ -51,7 +51,10 @@ void Program::check(const MatmulInstruction& m) const {
 void Program::append(Instruction instruction) {
   if (const auto* m = std::get_if<MatmulInstruction>(&instruction)) {
     check(*m);
+    for (const Weights& weights : m->weights) note_file(weights);
     widest_input_ = std::max(widest_input_, padded(buffer_width(m->x)));
+  } else if (const auto* e = std::get_if<EmbedInstruction>(&instruction)) {
+    note_file(e->weights);
   } else if (const auto* a = std::get_if<AttendInstruction>(&instruction)) {
     const AttendInstruction* first = first_attention();
     if (first && (first->heads != a->heads || first->kv_heads != a->kv_heads || first->head_dim != a->head_dim)) {
@@ -69,8 +72,18 @@ void Program::set_head(MatmulInstruction head) {
     throw std::invalid_argument("the head does not fit the hidden states");
   }
   widest_input_ = std::max(widest_input_, padded(w.columns));
+  note_file(head.weights.at(0));
   head_ = std::move(head);
   capacity_ = 0;
+}
+
+void Program::note_file(const Weights& weights) {
+  const auto& file = weights->file();
+  if (file && std::find(files_.begin(), files_.end(), file) == files_.end()) files_.push_back(file);
+}
+
+void Program::check_files() const {
+  for (const auto& file : files_) file->check();
 }
 
 std::size_t Program::nbytes() const {

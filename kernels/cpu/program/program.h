@@ -79,6 +79,8 @@ class Program {
   std::int64_t hidden_width() const { return buffer_width(hidden_); }
   std::int64_t vocabulary() const { return head_ ? head_->weights.at(0)->matrix().rows : 0; }
   std::size_t nbytes() const;  // of buffers and scratch
+  // Throws FileChanged where a file that holds weights is no longer what it was.
+  void check_files() const;
 
  private:
   struct Buffer {
@@ -92,6 +94,7 @@ class Program {
 
   void reserve(std::int64_t rows);
   const AttendInstruction* first_attention() const;
+  void note_file(const Weights& weights);
   void attend(Worker& worker, const AttendInstruction& instruction, const Pass& pass);
   void check(const MatmulInstruction& instruction) const;
   void matmul(Worker& worker, const MatmulInstruction& instruction, const float* x, std::int64_t x_stride,
@@ -109,6 +112,7 @@ class Program {
   std::vector<Buffer> buffers_;
   std::vector<Instruction> instructions_;
   std::optional<MatmulInstruction> head_;
+  std::vector<std::shared_ptr<const MappedFile>> files_;  // that hold weights, each once
   int hidden_ = -1;
   std::int64_t capacity_ = 0;     // rows the buffers have
   std::int64_t widest_input_ = 0; // K of the widest matmul, padded

@@ -1,0 +1,108 @@
+// Python bindings of prepared weights in files: MappedFile, and a Matrix's arrays on their way there and back.
+#include <nanobind/ndarray.h>
+#include <nanobind/stl/array.h>
+#include <nanobind/stl/optional.h>
+#include <nanobind/stl/shared_ptr.h>
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/vector.h>
+
+#include <stdexcept>
+
+#include "bind/bind_engine.h"
+#include "codecs/mapped_file.h"
+#include "codecs/matrix_storage.h"
+
+namespace nb = nanobind;
+
+namespace kbit {
+namespace {
+
+using ByteView = nb::ndarray<nb::numpy, const std::uint8_t, nb::ndim<1>, nb::c_contig>;
+
+constexpr const char* kNumberNames[] = {"fp16", "bf16", "fp32"};
+
+Number number_named(const std::string& name) {
+  for (int i = 0; i < 3; ++i)
+    if (name == kNumberNames[i]) return static_cast<Number>(i);
+  throw std::invalid_argument("a number type is fp16, bf16 or fp32");
+}
+
+// A view that keeps `owner` alive.
+template <typename Owner> ByteView view_of(const std::uint8_t* begin, std::size_t size, std::shared_ptr<Owner> owner) {
+  auto* kept = new std::shared_ptr<Owner>(std::move(owner));
+  nb::capsule capsule(kept, [](void* p) noexcept { delete static_cast<std::shared_ptr<Owner>*>(p); });
+  static const std::uint8_t nothing = 0;
+  return ByteView(begin ? begin : &nothing, {size}, capsule);
+}
+
+std::shared_ptr<MatrixStorage> map_matrix(std::shared_ptr<MappedFile> file, std::int64_t rows, std::int64_t columns,
+                                          int bits, std::int64_t block_size, const std::string& kind, bool offsets,
+                                          const std::array<std::uint64_t, kArrays>& begins) {
+  constexpr std::int64_t kMost = std::int64_t{1} << 40;
+  if (rows < 1 || columns < 1 || rows > kMost / columns || (bits != 0 && (bits < 2 || bits > 8)) || block_size < 0 ||
+      block_size % 16) {
+    throw std::invalid_argument("a prepared matrix cannot have this shape and width");
+  }
+  return MatrixStorage::mapped({rows, columns, bits, block_size, number_named(kind), offsets}, std::move(file), begins);
+}
+
+}  // namespace
+
+void bind_mapped(nb::module_& module) {
+  nb::register_exception_translator([](const std::exception_ptr& pointer, void*) {
+    try {
+      std::rethrow_exception(pointer);
+    } catch (const FileChanged& error) {
+      PyErr_SetString(nb::module_::import_("kbit.host.errors").attr("CheckpointError").ptr(), error.what());
+    }
+  });
+
+  nb::class_<MappedFile>(module, "MappedFile", "A file of prepared weights; kernels/cpu/codecs/mapped_file.h.")
+      .def("__init__",
+           [](MappedFile* self, std::string path) {
+             try {
+               new (self) MappedFile(std::move(path));
+             } catch (const std::runtime_error& error) {
+               PyErr_SetString(PyExc_OSError, error.what());
+               throw nb::python_error();
+             }
+           },
+           nb::arg("path"))
+      .def_prop_ro("path", &MappedFile::path)
+      .def("__len__", &MappedFile::size)
+      .def("check", &MappedFile::check, "Raise CheckpointError where the file is no longer what was opened.")
+      .def("prefetch", &MappedFile::prefetch, "Ask the system to read all of it ahead.")
+      .def("bytes",
+           [](std::shared_ptr<MappedFile> file, std::uint64_t begin, std::uint64_t end) {
+             if (begin > end || end > file->size()) throw std::invalid_argument("these bytes lie outside the file");
+             const std::uint8_t* data = file->data();
+             return view_of(data + begin, static_cast<std::size_t>(end - begin), std::move(file));
+           },
+           nb::arg("begin"), nb::arg("end"), "Bytes [begin, end), not copied: uint8.");
+
+  module.def("describe_matrix",
+             [](const MatrixStorage& matrix) {
+               const Description& d = matrix.description();
+               nb::dict found;
+               found["rows"] = d.rows;
+               found["columns"] = d.columns;
+               found["bits"] = d.bits;
+               found["block_size"] = d.block_size;
+               found["kind"] = kNumberNames[static_cast<int>(d.kind)];
+               found["offsets"] = d.offsets;
+               return found;
+             },
+             nb::arg("matrix"), "What map_matrix wants to know of a prepared matrix.");
+  module.def("matrix_arrays",
+             [](std::shared_ptr<MatrixStorage> matrix) {
+               nb::list found;
+               for (const Bytes& bytes : matrix->arrays()) found.append(view_of(bytes.begin, bytes.size, matrix));
+               return found;
+             },
+             nb::arg("matrix"), "A prepared matrix's arrays, not copied; empty ones where it has none.");
+  module.def("map_matrix", &map_matrix, nb::arg("file"), nb::arg("rows"), nb::arg("columns"), nb::arg("bits"),
+             nb::arg("block_size"), nb::arg("kind"), nb::arg("offsets"), nb::arg("begins"),
+             "A matrix whose arrays lie in a file, each from one of `begins` on.");
+}
+
+}  // namespace kbit
