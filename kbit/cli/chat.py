@@ -8,35 +8,9 @@ from typing import TYPE_CHECKING
 
 import typer
 
-from kbit.cli.heavy import import_torch
-from kbit.cli.options import (
-    DEFAULT_MODEL,
-    MAX_PROMPT_BYTES,
-    BackendOption,
-    ComputeOption,
-    DeviceOption,
-    DraftTokensOption,
-    FrequencyPenaltyOption,
-    KvBitsOption,
-    MaxTokensOption,
-    MinPOption,
-    ModelOption,
-    PresencePenaltyOption,
-    RepetitionPenaltyOption,
-    SeedOption,
-    SpeculateOption,
-    StopOption,
-    SystemOption,
-    TemperatureOption,
-    ThreadsOption,
-    TopKOption,
-    TopPOption,
-    check_limits,
-    check_text,
-    draft_limit,
-    show,
-    streaming_output,
-)
+from kbit.cli.flag_groups import flag_groups
+from kbit.cli.generation import GenerationFlags, load_to_generate
+from kbit.cli.options import MAX_PROMPT_BYTES, show, streaming_output
 from kbit.cli.processes import Peers, processes
 from kbit.cli.run import INTERRUPTED, statistics
 
@@ -56,27 +30,8 @@ Anything else is a message, also where it begins with a slash.
 Ctrl-C stops an answer; what there is of it stays in the conversation."""
 
 
-def chat(
-    model: ModelOption = DEFAULT_MODEL,
-    system: SystemOption = None,
-    max_tokens: MaxTokensOption = 512,
-    temperature: TemperatureOption = 0.7,
-    top_k: TopKOption = 0,
-    top_p: TopPOption = 0.95,
-    min_p: MinPOption = 0.0,
-    repetition_penalty: RepetitionPenaltyOption = 1.0,
-    presence_penalty: PresencePenaltyOption = 0.0,
-    frequency_penalty: FrequencyPenaltyOption = 0.0,
-    seed: SeedOption = None,
-    stop: StopOption = None,
-    device: DeviceOption = "auto",
-    backend: BackendOption = "auto",
-    compute: ComputeOption = None,
-    kv_bits: KvBitsOption = None,
-    threads: ThreadsOption = None,
-    speculate: SpeculateOption = None,
-    draft_tokens: DraftTokensOption = None,
-) -> None:
+@flag_groups(max_tokens=512, temperature=0.7, top_p=0.95)
+def chat(*, flags: GenerationFlags) -> None:
     """Talk to a model, in the chat template that comes with it.
 
     Earlier turns stay in the key/value cache, so each answer costs only what is new. In the conversation, /help lists
@@ -95,44 +50,21 @@ def chat(
     """
     with processes() as peers:
         with peers.together():
-            check_limits(max_tokens, stop)
-            if system is not None:
-                check_text("--system", system)
-            most = draft_limit(speculate, draft_tokens)
+            flags.check()
 
-        import_torch()
-        from kbit.backends.select import select_backend
-        from kbit.engine.conversation import Conversation, require_template
-        from kbit.engine.sampler import SamplingParams
-        from kbit.engine.speculative import NGRAM, Speculation, load_drafter
+        def check(tokenizer: Tokenizer, source: CheckpointSource) -> None:
+            from kbit.engine.conversation import require_template
 
-        speculation: Speculation | None = None
-        seed = peers.seed(seed)
-        peers.fetch([name for name in (model, speculate) if name not in (None, NGRAM)])
+            require_template(tokenizer, flags.model)
+
+        ready = load_to_generate(flags, peers, check)
+        loaded = ready.loaded
+        from kbit.engine.conversation import Conversation
+
         with peers.together():
-            params = SamplingParams(
-                temperature=temperature,
-                top_k=top_k,
-                top_p=top_p,
-                min_p=min_p,
-                repetition_penalty=repetition_penalty,
-                presence_penalty=presence_penalty,
-                frequency_penalty=frequency_penalty,
-                seed=seed,
-            )
-            chosen = select_backend(device, backend=backend, threads=threads, compute=compute, kv_bits=kv_bits)
-            load = peers.loader(chosen, threads)
-
-            def prepare(tokenizer: Tokenizer, source: CheckpointSource) -> None:
-                nonlocal speculation
-                require_template(tokenizer, model)
-                if speculate is not None:
-                    speculation = Speculation(load_drafter(speculate, model, tokenizer, load), most)
-
-            loaded = load(model, check=prepare)
-            conversation = Conversation(loaded.decoder, loaded.tokenizer, model, system, speculation)
+            conversation = Conversation(loaded.decoder, loaded.tokenizer, flags.model, flags.system, ready.speculation)
         with streaming_output():
-            _converse(peers, conversation, loaded, params, max_tokens, stop or [])
+            _converse(peers, conversation, loaded, ready.sampling, flags.max_tokens, flags.stop or [])
 
 
 def _converse(

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from kbit.cli.flag_groups import flag_groups
 from kbit.cli.options import (
     ENGINE,
     BackendOption,
@@ -31,10 +33,13 @@ if TYPE_CHECKING:
 _TASKS = "Zero-shot tasks"
 
 
-def evaluate(
+@dataclass(frozen=True)
+class EvalFlags:
+    """Flags of `kbit eval`."""
+
     model: Annotated[
         str, typer.Argument(metavar="MODEL", help="A folder, a .gguf file, a hub id, or a name kbit pull lists.")
-    ],
+    ]
     data: Annotated[
         str | None,
         typer.Option(
@@ -42,13 +47,13 @@ def evaluate(
             metavar="FILE_OR_NAME",
             help="A UTF-8 text file, or the name of a text. [default: wikitext2]",
         ),
-    ] = None,
+    ] = None
     reference: Annotated[
         str | None, typer.Option("--reference", metavar="MODEL", help="Also measure the distance to this model.")
-    ] = None,
+    ] = None
     max_tokens: Annotated[
         int | None, typer.Option("--max-tokens", metavar="N", help="Use at most N tokens of the text.")
-    ] = None,
+    ] = None
     context: Annotated[
         int | None,
         typer.Option(
@@ -56,13 +61,13 @@ def evaluate(
             metavar="N",
             help="Tokens per window. [default: 2048 (gptq), 512 (llamacpp); with --tasks what the model is meant for]",
         ),
-    ] = None,
+    ] = None
     convention: Annotated[
         str | None,
         typer.Option(
             "--convention", metavar="gptq|llamacpp", help="Whose way of computing perplexity. [default: gptq]"
         ),
-    ] = None,
+    ] = None
     tasks: Annotated[
         str | None,
         typer.Option(
@@ -72,13 +77,13 @@ def evaluate(
             "hellaswag, arc_easy, arc_challenge.",
             rich_help_panel=_TASKS,
         ),
-    ] = None,
+    ] = None
     limit: Annotated[
         int | None,
         typer.Option(
             "--limit", metavar="N", help="The first N items of each task. [default: all]", rich_help_panel=_TASKS
         ),
-    ] = None,
+    ] = None
     task_data: Annotated[
         str | None,
         typer.Option(
@@ -87,7 +92,7 @@ def evaluate(
             help="Where the tasks' files are. [default: the folder KBIT_DATA names, else the hub]",
             rich_help_panel=_TASKS,
         ),
-    ] = None,
+    ] = None
     items: Annotated[
         str | None,
         typer.Option(
@@ -96,7 +101,7 @@ def evaluate(
             help="Keep what the model said to each item, as JSON lines; an interrupted run goes on from there.",
             rich_help_panel=_TASKS,
         ),
-    ] = None,
+    ] = None
     against: Annotated[
         list[str] | None,
         typer.Option(
@@ -105,11 +110,11 @@ def evaluate(
             help="Compare with what another run kept with --items. Can be given several times.",
             rich_help_panel=_TASKS,
         ),
-    ] = None,
-    device: DeviceOption = "auto",
-    backend: BackendOption = "auto",
-    compute: ComputeOption = None,
-    kv_bits: KvBitsOption = None,
+    ] = None
+    device: DeviceOption = "auto"
+    backend: BackendOption = "auto"
+    compute: ComputeOption = None
+    kv_bits: KvBitsOption = None
     reference_backend: Annotated[
         str,
         typer.Option(
@@ -118,10 +123,67 @@ def evaluate(
             help="Who computes the --reference: torch in fp32 (exact), or the native backend in the same way as MODEL.",
             rich_help_panel=ENGINE,
         ),
-    ] = "reference",
-    threads: ThreadsOption = None,
-    json: JsonOption = False,
-) -> None:
+    ] = "reference"
+    threads: ThreadsOption = None
+
+    def request(self) -> Request:
+        """What to measure of perplexity.
+
+        Raises:
+            UsageError: a flag was given that belongs to --tasks.
+        """
+        from kbit.evaluate.report import Request
+
+        given = {"--limit": self.limit, "--task-data": self.task_data, "--items": self.items, "--against": self.against}
+        _refuse(given, "goes with --tasks")
+        return Request(
+            self.model,
+            "wikitext2" if self.data is None else self.data,
+            self.reference,
+            max_tokens=self.max_tokens,
+            context=self.context,
+            convention="gptq" if self.convention is None else self.convention,
+            reference_backend=self.reference_backend,
+            device=self.device,
+            threads=self.threads,
+            backend=self.backend,
+            compute=self.compute,
+            kv_bits=self.kv_bits,
+        )
+
+    def task_request(self) -> TaskRequest:
+        """What to ask of --tasks.
+
+        Raises:
+            UsageError: a flag was given that belongs to perplexity.
+        """
+        from kbit.evaluate.tasks.report import TaskRequest
+
+        given = {"--data": self.data, "--convention": self.convention, "--max-tokens": self.max_tokens}
+        _refuse(
+            given, f"goes with perplexity, not with --tasks {self.tasks}: use --task-data, --limit or another command"
+        )
+        assert self.tasks is not None
+        return TaskRequest(
+            self.model,
+            self.tasks,
+            limit=self.limit,
+            data=self.task_data,
+            reference=self.reference,
+            items=self.items,
+            against=tuple(self.against or ()),
+            context=self.context,
+            reference_backend=self.reference_backend,
+            device=self.device,
+            threads=self.threads,
+            backend=self.backend,
+            compute=self.compute,
+            kv_bits=self.kv_bits,
+        )
+
+
+@flag_groups()
+def evaluate(*, flags: EvalFlags, json: JsonOption = False) -> None:
     """Measure perplexity on a text and, with --reference, KL divergence, top-1 agreement and paired loss difference;
     or, with --tasks, how many questions a model answers rightly.
 
@@ -152,46 +214,15 @@ def evaluate(
       kbit eval q3/ --tasks all --against q4.jsonl
       torchrun --nproc-per-node 2 -m kbit eval out/ --device cuda
     """
-    engine = {"device": device, "threads": threads, "backend": backend, "compute": compute, "kv_bits": kv_bits}
-    given: dict[str, object]
-    if tasks is not None:
+    if flags.tasks is not None:
         refuse_copies("kbit eval --tasks")
-        from kbit.evaluate.tasks.report import TaskRequest
-
-        given = {"--data": data, "--convention": convention, "--max-tokens": max_tokens}
-        _refuse(given, f"goes with perplexity, not with --tasks {tasks}: use --task-data, --limit or another command")
-        questions = TaskRequest(
-            model,
-            tasks,
-            limit=limit,
-            data=task_data,
-            reference=reference,
-            items=items,
-            against=tuple(against or ()),
-            context=context,
-            reference_backend=reference_backend,
-            **engine,  # type: ignore[arg-type]
-        )
-        _evaluate_tasks(questions, json)
+        _evaluate_tasks(flags.task_request(), json)
         return
-    from kbit.evaluate.report import Request
-
-    asked = Request(
-        model,
-        "wikitext2" if data is None else data,
-        reference,
-        max_tokens=max_tokens,
-        context=context,
-        convention="gptq" if convention is None else convention,
-        reference_backend=reference_backend,
-        **engine,  # type: ignore[arg-type]
-    )
     with processes() as peers:
         with peers.together():
-            given = {"--limit": limit, "--task-data": task_data, "--items": items, "--against": against}
-            _refuse(given, "goes with --tasks")
+            asked = flags.request()
             asked.check()
-        peers.fetch([name for name in (model, reference) if name is not None], asked.data)
+        peers.fetch([name for name in (flags.model, flags.reference) if name is not None], asked.data)
         report = _run(asked, quiet=json or not peers.speaks, group=peers.group)
         if peers.speaks:
             _tell(report, json)

@@ -14,103 +14,11 @@ from kbit.host.errors import UsageError
 DEFAULT_MODEL = "smollm2-135m-instruct"
 MAX_PROMPT_BYTES = 64 << 20
 
-_SAMPLING = "Sampling"
 ENGINE = "Engine"
 
 ModelOption = Annotated[
     str,
     typer.Option("--model", "-m", metavar="MODEL", help="A folder, a .gguf file, a hub id, or a name kbit pull lists."),
-]
-SystemOption = Annotated[
-    str | None, typer.Option("--system", metavar="TEXT", help="System message of the conversation.")
-]
-MaxTokensOption = Annotated[int, typer.Option("--max-tokens", metavar="N", help="Most tokens to generate.")]
-TemperatureOption = Annotated[
-    float,
-    typer.Option(
-        "--temperature",
-        metavar="T",
-        help="0 always takes the most probable token; higher is more random.",
-        rich_help_panel=_SAMPLING,
-    ),
-]
-TopKOption = Annotated[
-    int,
-    typer.Option(
-        "--top-k", metavar="K", help="Keep the K most probable tokens; 0 keeps all.", rich_help_panel=_SAMPLING
-    ),
-]
-TopPOption = Annotated[
-    float,
-    typer.Option(
-        "--top-p",
-        metavar="P",
-        help="Keep the fewest tokens whose probabilities reach P; 1 keeps all.",
-        rich_help_panel=_SAMPLING,
-    ),
-]
-MinPOption = Annotated[
-    float,
-    typer.Option(
-        "--min-p",
-        metavar="P",
-        help="Keep tokens at least P times as probable as the best one; 0 keeps all.",
-        rich_help_panel=_SAMPLING,
-    ),
-]
-RepetitionPenaltyOption = Annotated[
-    float,
-    typer.Option(
-        "--repetition-penalty",
-        metavar="R",
-        help="Weaken tokens seen in prompt or answer; 1 is off, 1.1 is usual.",
-        rich_help_panel=_SAMPLING,
-    ),
-]
-PresencePenaltyOption = Annotated[
-    float,
-    typer.Option(
-        "--presence-penalty",
-        metavar="X",
-        help="Subtract X from the logits of tokens in the answer.",
-        rich_help_panel=_SAMPLING,
-    ),
-]
-FrequencyPenaltyOption = Annotated[
-    float,
-    typer.Option(
-        "--frequency-penalty",
-        metavar="X",
-        help="Subtract X for every time a token is in the answer.",
-        rich_help_panel=_SAMPLING,
-    ),
-]
-SeedOption = Annotated[
-    int | None,
-    typer.Option(
-        "--seed",
-        metavar="S",
-        help="Makes sampling repeatable. [default: a fresh one]",
-        rich_help_panel=_SAMPLING,
-    ),
-]
-StopOption = Annotated[
-    list[str] | None,
-    typer.Option("--stop", metavar="TEXT", help="End before this text appears. Can be given several times."),
-]
-
-SpeculateOption = Annotated[
-    str | None,
-    typer.Option(
-        "--speculate",
-        metavar="ngram|MODEL",
-        help="Guess tokens and check several at once, for the same text sooner: from what the text repeats (ngram), or "
-        "with a smaller MODEL of the same vocabulary.",
-    ),
-]
-DraftTokensOption = Annotated[
-    int | None,
-    typer.Option("--draft-tokens", metavar="N", help="Most tokens to guess at a time. [default: 8]"),
 ]
 
 
@@ -175,33 +83,6 @@ ThreadsOption = Annotated[
     ),
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
-
-
-def check_limits(max_tokens: int, stop: list[str] | None) -> None:
-    """
-    Raises:
-        UsageError: a flag is out of range. Checked before a model is opened, which may mean a download.
-    """
-    if max_tokens < 1:
-        raise UsageError(f"--max-tokens {max_tokens}: expected at least 1")
-    if any(not text for text in stop or ()):
-        raise UsageError("--stop '': a stop string needs at least one character")
-
-
-def draft_limit(speculate: str | None, draft_tokens: int | None) -> int:
-    """--draft-tokens, or what it is by default.
-
-    Raises:
-        UsageError: it is out of range, or given without --speculate.
-    """
-    from kbit.engine.speculative import DRAFT_TOKENS, check_draft_tokens
-
-    if draft_tokens is None:
-        return DRAFT_TOKENS
-    if speculate is None:
-        raise UsageError("--draft-tokens needs --speculate: nothing is drafted without it")
-    check_draft_tokens(draft_tokens)
-    return draft_tokens
 
 
 def read_prompt(prompt: str | None) -> str:

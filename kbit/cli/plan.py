@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import re
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from kbit.cli.flag_groups import flag_groups
 from kbit.cli.options import ENGINE, JsonOption, streaming_output
 from kbit.host.errors import UsageError
 
@@ -27,7 +29,10 @@ _BANDWIDTH = re.compile(r"(\d+(?:\.\d+)?)\s*(g|t)b/s", re.IGNORECASE)
 _DRAWS = 1000
 
 
-def plan(
+@dataclass(frozen=True)
+class PlanFlags:
+    """Flags of `kbit plan`."""
+
     models: Annotated[
         list[str] | None,
         typer.Argument(
@@ -35,17 +40,17 @@ def plan(
             help="Folders, .gguf files, config.json files, hub ids in the local cache, or names of well-known models "
             "(--list). Default: what is in the caches, and the well-known ones.",
         ),
-    ] = None,
+    ] = None
     memory: Annotated[
         str | None,
         typer.Option("--memory", metavar="SIZE", help="What the process may take, as 6GiB.  [default: what is free]"),
-    ] = None,
+    ] = None
     context: Annotated[
         int, typer.Option("--context", metavar="N", help="Tokens that the cache must hold, prompt and answer.")
-    ] = 4096,
+    ] = 4096
     min_speed: Annotated[
         float | None, typer.Option("--min-speed", metavar="T", help="Tokens per second at the end of the context.")
-    ] = None,
+    ] = None
     points: Annotated[
         list[Path] | None,
         typer.Option(
@@ -53,28 +58,28 @@ def plan(
             metavar="DIR",
             help="Where kbit scale wrote its points.jsonl; repeatable.  [default: every point this machine measured]",
         ),
-    ] = None,
-    bits: Annotated[str, typer.Option("--bits", metavar="2..8", help="Widths to try: 2..8, or 3,4,8.")] = "2..8",
+    ] = None
+    bits: Annotated[str, typer.Option("--bits", metavar="2..8", help="Widths to try: 2..8, or 3,4,8.")] = "2..8"
     kv_bits: Annotated[
         str, typer.Option("--kv-bits", metavar="16,8,4", help="Cache widths to try, of 32, 16, 8, 4, 3, 2.")
-    ] = "16,8,4",
+    ] = "16,8,4"
     format: Annotated[
         list[str] | None,
         typer.Option("--format", metavar="FORMAT", help="Try this format (nf4-b64) and no other; repeatable."),
-    ] = None,
+    ] = None
     embedding_bits: Annotated[
         int | None, typer.Option("--embedding-bits", metavar="N", help="Quantize embeddings and head too, to N bits.")
-    ] = None,
+    ] = None
     threads: Annotated[
         int | None,
         typer.Option(
             "--threads", metavar="N", help="CPU threads.  [default: one per physical core]", rich_help_panel=ENGINE
         ),
-    ] = None,
+    ] = None
     compute: Annotated[
         str,
         typer.Option("--compute", metavar="int8|bf16|fp32", help="How weights are multiplied.", rich_help_panel=ENGINE),
-    ] = "int8",
+    ] = "int8"
     device: Annotated[
         str,
         typer.Option(
@@ -84,13 +89,15 @@ def plan(
             "estimate from data sheets.",
             rich_help_panel=ENGINE,
         ),
-    ] = "cpu",
-    remeasure: Annotated[bool, typer.Option("--remeasure", help="Time this machine's kernels again.")] = False,
-    no_speed: Annotated[bool, typer.Option("--no-speed", help="Memory and losses only: nothing is timed.")] = False,
-    everything: Annotated[bool, typer.Option("--all", help="Every candidate, not just the first.")] = False,
-    list_models: Annotated[bool, typer.Option("--list", help="Print the well-known models and GPUs.")] = False,
-    json: JsonOption = False,
-) -> None:
+    ] = "cpu"
+    remeasure: Annotated[bool, typer.Option("--remeasure", help="Time this machine's kernels again.")] = False
+    no_speed: Annotated[bool, typer.Option("--no-speed", help="Memory and losses only: nothing is timed.")] = False
+    everything: Annotated[bool, typer.Option("--all", help="Every candidate, not just the first.")] = False
+    list_models: Annotated[bool, typer.Option("--list", help="Print the well-known models and GPUs.")] = False
+
+
+@flag_groups()
+def plan(*, flags: PlanFlags, json: JsonOption = False) -> None:
     """Choose a model, its bits and its cache's bits for a memory and a speed.
 
     Nothing is downloaded and no weight is read. Memory follows from each model's config.json; speed from short timings
@@ -109,28 +116,21 @@ def plan(
     from kbit.cli.output import print_json
     from kbit.cli.plan_view import print_listing, print_recommendation
 
-    if list_models:
+    if flags.list_models:
         listing = _listing()
         if json:
             print_json(listing)
         else:
             print_listing(listing)
         return
-    result = _recommend(
-        models or [],
-        _request(memory, context, min_speed, bits, kv_bits, format, embedding_bits, threads, compute, device),
-        points,
-        remeasure=remeasure,
-        no_speed=no_speed,
-        quiet=json,
-    )
+    result = _recommend(flags, quiet=json)
     if json:
         print_json(result.to_dict())
         return
     from rich.console import Console
 
     with streaming_output():
-        print_recommendation(Console(), result, everything)
+        print_recommendation(Console(), result, flags.everything)
 
 
 def parse_size(flag: str, text: str) -> int:
@@ -151,33 +151,26 @@ def parse_size(flag: str, text: str) -> int:
     return size
 
 
-def _request(
-    memory: str | None,
-    context: int,
-    min_speed: float | None,
-    bits: str,
-    kv_bits: str,
-    formats: list[str] | None,
-    embedding_bits: int | None,
-    threads: int | None,
-    compute: str,
-    device: str,
-) -> PlanRequest:
+def _request(flags: PlanFlags) -> PlanRequest:
     """The flags, checked."""
     from kbit.formats.quant_format import MAX_BITS, MIN_BITS, QuantFormat
     from kbit.host.cpu import default_threads
     from kbit.planner.machine import memory_bytes
     from kbit.planner.types import PlanRequest
 
-    gpu = None if device == "cpu" else _gpu(device)
-    if compute not in ("int8", "bf16", "fp32"):
-        raise UsageError(f"--compute {compute}: use int8, bf16 or fp32")
-    if threads is not None and not 1 <= threads <= 1024:
-        raise UsageError(f"--threads {threads}: expected at least 1 and at most 1024")
-    if embedding_bits is not None and embedding_bits != 16 and not MIN_BITS <= embedding_bits <= MAX_BITS:
-        raise UsageError(f"--embedding-bits {embedding_bits}: use {MIN_BITS} to {MAX_BITS}, or 16 to keep them")
-    if memory is not None:
-        limit: int | None = parse_size("--memory", memory)
+    gpu = None if flags.device == "cpu" else _gpu(flags.device)
+    if flags.compute not in ("int8", "bf16", "fp32"):
+        raise UsageError(f"--compute {flags.compute}: use int8, bf16 or fp32")
+    if flags.threads is not None and not 1 <= flags.threads <= 1024:
+        raise UsageError(f"--threads {flags.threads}: expected at least 1 and at most 1024")
+    if (
+        flags.embedding_bits is not None
+        and flags.embedding_bits != 16
+        and not MIN_BITS <= flags.embedding_bits <= MAX_BITS
+    ):
+        raise UsageError(f"--embedding-bits {flags.embedding_bits}: use {MIN_BITS} to {MAX_BITS}, or 16 to keep them")
+    if flags.memory is not None:
+        limit: int | None = parse_size("--memory", flags.memory)
     elif gpu is not None:
         limit = gpu.memory or None
     else:
@@ -185,23 +178,23 @@ def _request(
     if limit is None:
         raise UsageError("--memory is missing: say what the process may take, for example --memory 6GiB")
     parsed: tuple[QuantFormat, ...] | None = None
-    if formats:
-        parsed = tuple(dict.fromkeys(QuantFormat.parse(text) for text in formats))
+    if flags.format:
+        parsed = tuple(dict.fromkeys(QuantFormat.parse(text) for text in flags.format))
     kinds = {32: "fp32", 16: "fp16", 8: "8", 4: "4", 3: "3", 2: "2"}
-    widths = sorted(set(_numbers("--kv-bits", kv_bits, 2, 32)), reverse=True)
+    widths = sorted(set(_numbers("--kv-bits", flags.kv_bits, 2, 32)), reverse=True)
     unknown = [width for width in widths if width not in kinds]
     if unknown:
         raise UsageError(f"--kv-bits {unknown[0]}: use one of 32, 16, 8, 4, 3, 2")
     return PlanRequest(
         memory=limit,
-        context=context,
-        min_speed=min_speed,
-        bits=tuple(_numbers("--bits", bits, MIN_BITS, MAX_BITS)),
+        context=flags.context,
+        min_speed=flags.min_speed,
+        bits=tuple(_numbers("--bits", flags.bits, MIN_BITS, MAX_BITS)),
         kv=tuple(kinds[width] for width in widths),
-        embedding_bits=embedding_bits,
+        embedding_bits=flags.embedding_bits,
         formats=parsed,
-        threads=threads or default_threads(),
-        compute=compute,
+        threads=flags.threads or default_threads(),
+        compute=flags.compute,
         gpu=gpu,
     )
 
@@ -233,9 +226,7 @@ def _gpu(text: str) -> KnownGpu:
     return KnownGpu(f"a GPU of {text.strip()}", bandwidth, 0)
 
 
-def _recommend(
-    names: list[str], request: PlanRequest, folders: list[Path] | None, *, remeasure: bool, no_speed: bool, quiet: bool
-) -> Recommendation:
+def _recommend(flags: PlanFlags, *, quiet: bool) -> Recommendation:
     """Everything behind the table, with a line on stderr about what is going on where that is a terminal."""
     from rich.console import Console
 
@@ -243,12 +234,13 @@ def _recommend(
     from kbit.planner.machine import machine_speed
     from kbit.planner.models import find_models
 
+    request = _request(flags)
     console = Console(stderr=True)
     with console.status("reading models") as status:
         if quiet or not console.is_terminal:
             status.stop()
-        rows, notes = _points(folders)
-        models, more = find_models(names, rows)
+        rows, notes = _points(flags.points)
+        models, more = find_models(flags.models or [], rows)
         laws: Laws | None = None
         if any(model.measured is not None or model.tokenizer is not None for model in models) and rows:
             from kbit.scaling.laws.fit import fit_laws
@@ -259,7 +251,7 @@ def _recommend(
 
         def rates(kernels: Iterable[str], shapes: Iterable[tuple[str, int, int]]) -> MachineSpeed:
             nonlocal first
-            again, first = remeasure and first, False
+            again, first = flags.remeasure and first, False
             return machine_speed(
                 kernels,
                 shapes,
@@ -270,7 +262,7 @@ def _recommend(
             )
 
         constant = None
-        if request.gpu is None and not no_speed:
+        if request.gpu is None and not flags.no_speed:
             constant = rates((), ()).constant_bytes
         elif request.gpu is None:
             notes.append("the process itself (Python, torch: some 250 MB) is not counted: --no-speed measures nothing")
@@ -279,7 +271,7 @@ def _recommend(
             models,
             points=rows,
             laws=laws,
-            rates=None if no_speed or request.gpu is not None else rates,
+            rates=None if flags.no_speed or request.gpu is not None else rates,
             constant=constant,
             notes=[*notes, *more, *(laws.notes if laws is not None else ())],
         )

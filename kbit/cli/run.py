@@ -7,36 +7,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from kbit.cli.heavy import import_torch
-from kbit.cli.options import (
-    DEFAULT_MODEL,
-    BackendOption,
-    ComputeOption,
-    DeviceOption,
-    DraftTokensOption,
-    FrequencyPenaltyOption,
-    JsonOption,
-    KvBitsOption,
-    MaxTokensOption,
-    MinPOption,
-    ModelOption,
-    PresencePenaltyOption,
-    RepetitionPenaltyOption,
-    SeedOption,
-    SpeculateOption,
-    StopOption,
-    SystemOption,
-    TemperatureOption,
-    ThreadsOption,
-    TopKOption,
-    TopPOption,
-    check_limits,
-    check_text,
-    draft_limit,
-    read_prompt,
-    show,
-    streaming_output,
-)
+from kbit.cli.flag_groups import flag_groups
+from kbit.cli.generation import GenerationFlags, load_to_generate
+from kbit.cli.options import JsonOption, read_prompt, show, streaming_output
 from kbit.cli.processes import processes
 
 if TYPE_CHECKING:
@@ -49,33 +22,17 @@ if TYPE_CHECKING:
 INTERRUPTED = 130
 
 
+@flag_groups()
 def run(
     prompt: Annotated[
         str | None,
         typer.Argument(metavar="PROMPT", help='The text to continue; "-", or none in a pipe, reads standard input.'),
     ] = None,
-    model: ModelOption = DEFAULT_MODEL,
-    max_tokens: MaxTokensOption = 128,
-    temperature: TemperatureOption = 0.0,
-    top_k: TopKOption = 0,
-    top_p: TopPOption = 1.0,
-    min_p: MinPOption = 0.0,
-    repetition_penalty: RepetitionPenaltyOption = 1.0,
-    presence_penalty: PresencePenaltyOption = 0.0,
-    frequency_penalty: FrequencyPenaltyOption = 0.0,
-    seed: SeedOption = None,
-    stop: StopOption = None,
-    device: DeviceOption = "auto",
-    backend: BackendOption = "auto",
-    compute: ComputeOption = None,
-    kv_bits: KvBitsOption = None,
-    threads: ThreadsOption = None,
-    speculate: SpeculateOption = None,
-    draft_tokens: DraftTokensOption = None,
+    *,
+    flags: GenerationFlags,
     chat: Annotated[
         bool, typer.Option("--chat", help="Send PROMPT as a message, in the model's chat template.")
     ] = False,
-    system: SystemOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Continue a text, or answer a message (--chat).
@@ -96,61 +53,26 @@ def run(
       torchrun --nproc-per-node 2 -m kbit run "Once upon a time" --device cuda
     """
     with processes() as peers:
-        text = peers.decided_by_first(
-            lambda: _question(prompt, chat, system, max_tokens, stop, speculate, draft_tokens)
-        )
-
-        import_torch()
-        from kbit.backends.select import select_backend
-        from kbit.engine.conversation import chat_prompt
-        from kbit.engine.generate import generate
-        from kbit.engine.prompt_cache import check_prompt
-        from kbit.engine.sampler import SamplingParams
-        from kbit.engine.speculative import NGRAM, Speculation, load_drafter
-        from kbit.models.families import spec_from_config
-
+        text = peers.decided_by_first(lambda: _question(prompt, chat, flags))
         ids: list[int] = []
-        speculation: Speculation | None = None
-        seed = peers.seed(seed)
-        peers.fetch([name for name in (model, speculate) if name not in (None, NGRAM)])
+
+        def encode(tokenizer: Tokenizer, source: CheckpointSource) -> None:
+            ids.extend(_encode(text, chat, flags, tokenizer, source))
+
+        ready = load_to_generate(flags, peers, encode)
+        loaded = ready.loaded
         with peers.together():
-            params = SamplingParams(
-                temperature=temperature,
-                top_k=top_k,
-                top_p=top_p,
-                min_p=min_p,
-                repetition_penalty=repetition_penalty,
-                presence_penalty=presence_penalty,
-                frequency_penalty=frequency_penalty,
-                seed=seed,
-            )
-            chosen = select_backend(device, backend=backend, threads=threads, compute=compute, kv_bits=kv_bits)
-            load = peers.loader(chosen, threads)
+            from kbit.engine.generate import generate
 
-            def prepare(tokenizer: Tokenizer, source: CheckpointSource) -> None:
-                nonlocal speculation
-                if chat:
-                    messages = [{"role": "user", "content": text}]
-                    if system is not None:
-                        messages.insert(0, {"role": "system", "content": system})
-                    ids.extend(chat_prompt(tokenizer, messages, model))
-                else:
-                    ids.extend(tokenizer.encode(text))
-                check_prompt(ids, spec_from_config(source.config, where=f"config of {source.path}"))
-                if speculate is not None:
-                    most = draft_limit(speculate, draft_tokens)
-                    speculation = Speculation(load_drafter(speculate, model, tokenizer, load), most)
-
-            loaded = load(model, check=prepare)
             generation = generate(
                 loaded.decoder,
                 loaded.tokenizer,
                 ids,
-                params,
-                max_tokens=max_tokens,
-                stop=stop or (),
+                ready.sampling,
+                max_tokens=flags.max_tokens,
+                stop=flags.stop or (),
                 continues_prompt=not chat,
-                speculation=speculation,
+                speculation=ready.speculation,
             )
         if not peers.speaks:
             result = generation.run()
@@ -168,25 +90,31 @@ def run(
             raise typer.Exit(INTERRUPTED)
 
 
-def _question(
-    prompt: str | None,
-    chat: bool,
-    system: str | None,
-    max_tokens: int,
-    stop: list[str] | None,
-    speculate: str | None,
-    draft_tokens: int | None,
-) -> str:
+def _question(prompt: str | None, chat: bool, flags: GenerationFlags) -> str:
     """The prompt, once the flags that need no model are known to make sense."""
     from kbit.host.errors import UsageError
 
-    check_limits(max_tokens, stop)
-    if system is not None:
-        check_text("--system", system)
-        if not chat:
-            raise UsageError("--system needs --chat: a text to continue has no system message")
-    draft_limit(speculate, draft_tokens)
+    flags.check()
+    if flags.system is not None and not chat:
+        raise UsageError("--system needs --chat: a text to continue has no system message")
     return read_prompt(prompt)
+
+
+def _encode(text: str, chat: bool, flags: GenerationFlags, tokenizer: Tokenizer, source: CheckpointSource) -> list[int]:
+    """The prompt's tokens, once they are known to fit the model."""
+    from kbit.engine.conversation import chat_prompt
+    from kbit.engine.prompt_cache import check_prompt
+    from kbit.models.families import spec_from_config
+
+    if chat:
+        messages = [{"role": "user", "content": text}]
+        if flags.system is not None:
+            messages.insert(0, {"role": "system", "content": flags.system})
+        ids = chat_prompt(tokenizer, messages, flags.model)
+    else:
+        ids = tokenizer.encode(text)
+    check_prompt(ids, spec_from_config(source.config, where=f"config of {source.path}"))
+    return ids
 
 
 def report(result: GenerationResult, loaded: LoadedModel) -> dict[str, Any]:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
-from kbit.cli.options import ENGINE, JsonOption, streaming_output
+from kbit.cli.flag_groups import flag_groups
+from kbit.cli.options import ENGINE, JsonOption
 from kbit.cli.output import print_json, printable
 from kbit.cli.run import INTERRUPTED
+from kbit.cli.scale_output import complain, result_dict, show_plan, show_result
 
 if TYPE_CHECKING:
     from kbit.scaling.sweep.plan import SweepPlan, SweepRequest
@@ -19,17 +22,20 @@ _FORMATS = "Formats"
 _TEXT = "Text"
 
 
-def scale(
+@dataclass(frozen=True)
+class ScaleFlags:
+    """Flags of `kbit scale`."""
+
     models: Annotated[
         list[str],
         typer.Argument(metavar="MODEL...", help="Folders, .gguf files, hub ids, or names kbit pull lists."),
-    ],
+    ]
     out: Annotated[
         Path, typer.Option("--out", "-o", metavar="DIR", help="Folder of the table, the pictures and the report.")
-    ],
-    bits: Annotated[
-        str, typer.Option("--bits", metavar="2..8|2,3,4", help="Widths.", rich_help_panel=_FORMATS)
-    ] = "2..8",
+    ]
+    bits: Annotated[str, typer.Option("--bits", metavar="2..8|2,3,4", help="Widths.", rich_help_panel=_FORMATS)] = (
+        "2..8"
+    )
     dtypes: Annotated[
         str,
         typer.Option(
@@ -39,7 +45,7 @@ def scale(
             "name: int-asym, float-paper, nf-dq; float-e3 has three exponent bits.",
             rich_help_panel=_FORMATS,
         ),
-    ] = "nf,int,float",
+    ] = "nf,int,float"
     block_sizes: Annotated[
         str,
         typer.Option(
@@ -48,7 +54,7 @@ def scale(
             help="Weights that share a scale; row: one scale per row.",
             rich_help_panel=_FORMATS,
         ),
-    ] = "64",
+    ] = "64"
     methods: Annotated[
         str,
         typer.Option(
@@ -58,7 +64,7 @@ def scale(
             "bits.",
             rich_help_panel=_FORMATS,
         ),
-    ] = "rtn",
+    ] = "rtn"
     embedding_bits: Annotated[
         int | None,
         typer.Option(
@@ -67,7 +73,7 @@ def scale(
             help="Quantize embeddings and head too, to this many bits.",
             rich_help_panel=_FORMATS,
         ),
-    ] = None,
+    ] = None
     data: Annotated[
         str,
         typer.Option(
@@ -76,11 +82,11 @@ def scale(
             help="A UTF-8 text file, or the name of a text (kbit eval --help).",
             rich_help_panel=_TEXT,
         ),
-    ] = "wikitext2",
+    ] = "wikitext2"
     max_tokens: Annotated[
         int,
         typer.Option("--max-tokens", metavar="N", help="Use at most N tokens of the text.", rich_help_panel=_TEXT),
-    ] = 8192,
+    ] = 8192
     context: Annotated[
         int | None,
         typer.Option(
@@ -90,7 +96,7 @@ def scale(
             "(llamacpp)]",
             rich_help_panel=_TEXT,
         ),
-    ] = None,
+    ] = None
     convention: Annotated[
         str,
         typer.Option(
@@ -99,7 +105,7 @@ def scale(
             help="Whose way of computing perplexity.",
             rich_help_panel=_TEXT,
         ),
-    ] = "gptq",
+    ] = "gptq"
     compute: Annotated[
         str,
         typer.Option(
@@ -108,7 +114,7 @@ def scale(
             help="How all models run, the original included. fp32 shows the error of the weights alone.",
             rich_help_panel=ENGINE,
         ),
-    ] = "fp32",
+    ] = "fp32"
     jobs: Annotated[
         int | None,
         typer.Option(
@@ -117,10 +123,10 @@ def scale(
             help="Points measured side by side. [default: as many as cores and memory allow]",
             rich_help_panel=ENGINE,
         ),
-    ] = None,
+    ] = None
     threads: Annotated[
         int, typer.Option("--threads", metavar="N", help="CPU threads of each.", rich_help_panel=ENGINE)
-    ] = 1,
+    ] = 1
     cluster: Annotated[
         str | None,
         typer.Option(
@@ -130,18 +136,48 @@ def scale(
             "for one on this machine.",
             rich_help_panel=ENGINE,
         ),
-    ] = None,
+    ] = None
     cache: Annotated[
         bool, typer.Option("--cache/--no-cache", help="Use and keep what this machine has measured for any folder.")
-    ] = True,
+    ] = True
     report: Annotated[
         bool, typer.Option("--report/--no-report", help="Fit laws, and write pictures and report.html.")
-    ] = True,
+    ] = True
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print the points, what is known, and the time it would take.")
-    ] = False,
-    json: JsonOption = False,
-) -> None:
+    ] = False
+
+    def request(self) -> SweepRequest:
+        """What to measure.
+
+        Raises:
+            UsageError: a flag cannot be read.
+        """
+        from kbit.scaling.sweep.grid import parse_bits, parse_blocks, split_list
+        from kbit.scaling.sweep.plan import SweepRequest
+
+        return SweepRequest(
+            models=tuple(self.models),
+            out=self.out,
+            bits=tuple(parse_bits(self.bits)),
+            dtypes=tuple(split_list(self.dtypes, "--dtypes")),
+            block_sizes=tuple(parse_blocks(self.block_sizes)),
+            methods=tuple(split_list(self.methods, "--methods")),
+            data=self.data,
+            context=self.context,
+            max_tokens=self.max_tokens,
+            convention=cast(Any, self.convention),  # checked with the rest of the request
+            embedding_bits=self.embedding_bits,
+            compute=self.compute,
+            jobs=self.jobs,
+            threads=self.threads,
+            cluster=self.cluster,
+            cache=self.cache,
+        )
+
+
+@flag_groups()
+def scale(*, flags: ScaleFlags, json: JsonOption = False) -> None:
     """Measure what each bit buys: every MODEL at every width, data type and block size, against the original.
 
     All run on the same windows of one text. DIR/points.jsonl holds a row for each point: loss, KL divergence from the
@@ -162,39 +198,18 @@ def scale(
       kbit scale small/ --dtypes int,int-asym,lloyd --block-sizes 32,64,row --methods rtn -o study/ --json
       kbit scale small/ medium/ large/ -o study/ --cluster auto --jobs 64
     """
-    from kbit.scaling.sweep.grid import parse_bits, parse_blocks, split_list
-    from kbit.scaling.sweep.plan import SweepRequest
-
-    request = SweepRequest(
-        models=tuple(models),
-        out=out,
-        bits=tuple(parse_bits(bits)),
-        dtypes=tuple(split_list(dtypes, "--dtypes")),
-        block_sizes=tuple(parse_blocks(block_sizes)),
-        methods=tuple(split_list(methods, "--methods")),
-        data=data,
-        context=context,
-        max_tokens=max_tokens,
-        convention=cast(Any, convention),  # checked with the rest of the request
-        embedding_bits=embedding_bits,
-        compute=compute,
-        jobs=jobs,
-        threads=threads,
-        cluster=cluster,
-        cache=cache,
-    )
-    plan = _plan(request, quiet=json)
-    if dry_run:
-        _show_plan(plan, json)
+    plan = _plan(flags.request(), quiet=json)
+    if flags.dry_run:
+        show_plan(plan, json)
         return
     result = _run(plan, quiet=json)
-    files, conclusion = _report(result, quiet=json) if report else ([], None)
+    files, conclusion = _report(result, quiet=json) if flags.report else ([], None)
     if json:
-        print_json(_result_dict(result, files, conclusion))
+        print_json(result_dict(result, files, conclusion))
     else:
-        _show_result(result, files, conclusion)
+        show_result(result, files, conclusion)
     if result.failures:
-        _complain(result)
+        complain(result)
         raise typer.Exit(1)
 
 
@@ -272,96 +287,3 @@ def _json_text(value: dict[str, Any]) -> str:
     import json
 
     return json.dumps(value, indent=1, allow_nan=False) + "\n"
-
-
-def _result_dict(result: SweepResult, files: list[Path], conclusion: str | None) -> dict[str, Any]:
-    import json
-
-    plan = result.plan
-    return {
-        "out": str(plan.request.out),
-        "table": str(plan.request.out / "points.jsonl"),
-        "asked": len(plan.points),
-        "measured": result.measured,
-        "reused": len(result.points) - result.measured,
-        "failed": [{"model": f.model, "format": f.label, "why": f.why} for f in result.failures],
-        "left_out": [{"what": item.what, "why": item.why} for item in plan.left_out],
-        "seconds": result.seconds,
-        "points": [json.loads(point.to_json()) for point in result.points],
-        "files": [str(file) for file in files],
-        "conclusion": conclusion,
-    }
-
-
-def _show_plan(plan: SweepPlan, json: bool) -> None:
-    seconds, measured = plan.seconds()
-    if json:
-        print_json(
-            {
-                "out": str(plan.request.out),
-                "asked": len(plan.points),
-                "known": len(plan.points) - len(plan.missing),
-                "jobs": plan.jobs.count,
-                "seconds": seconds,
-                "seconds_from_measurements": measured,
-                "context": plan.subjects[0].windows.context,
-                "left_out": [{"what": item.what, "why": item.why} for item in plan.left_out],
-                "points": [
-                    {
-                        "key": point.key,
-                        "model": point.subject.name,
-                        "method": point.cell.method,
-                        "format": point.cell.label,
-                        "total_bits": point.total_bits,
-                        "known": point.known is not None,
-                    }
-                    for point in plan.points
-                ],
-                "dry_run": True,
-            }
-        )
-        return
-    from rich.console import Console
-
-    from kbit.cli.scale_view import plan_lines, plan_table
-
-    with streaming_output():
-        console = Console()
-        console.print(plan_table(plan))
-        for line in plan_lines(plan):
-            console.print(line, highlight=False, markup=False, soft_wrap=True)
-
-
-def _show_result(result: SweepResult, files: list[Path], conclusion: str | None) -> None:
-    from rich.console import Console
-
-    from kbit.cli.scale_view import result_lines, result_table
-
-    with streaming_output():
-        console = Console()
-        if result.points:
-            console.print(result_table(result.points))
-        for line in [*result_lines(result), *_paragraphs(conclusion)]:
-            console.print(line, highlight=False, markup=False, soft_wrap=True)
-        page = next((file for file in files if file.suffix == ".html"), None)
-        if page is not None:
-            console.print(f"report: {printable(page)}", highlight=False, markup=False, soft_wrap=True)
-
-
-def _paragraphs(text: str | None) -> list[str]:
-    return [printable(line) for line in (text or "").splitlines()]
-
-
-def _complain(result: SweepResult) -> None:
-    """What could not be measured, on stderr."""
-    import os
-    import sys
-
-    debug = bool(os.environ.get("KBIT_DEBUG")) or "--debug" in sys.argv
-    for failure in result.failures:
-        line = f"kbit: error: {failure.model} {failure.label}: {failure.why}"
-        if failure.bug is not None:
-            line += "; this is a bug: please report it with --debug's output"
-        typer.echo(printable(" ".join(line.split())), err=True)
-        if debug and failure.bug is not None:
-            typer.echo(failure.bug, err=True)

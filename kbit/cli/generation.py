@@ -1,0 +1,228 @@
+"""What `kbit run` and `kbit chat` share: their flags, and the way from these to a model that is ready to generate."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from kbit.cli.heavy import import_torch
+from kbit.cli.options import (
+    DEFAULT_MODEL,
+    BackendOption,
+    ComputeOption,
+    DeviceOption,
+    KvBitsOption,
+    ModelOption,
+    ThreadsOption,
+    check_text,
+)
+from kbit.cli.processes import Peers
+from kbit.host.errors import UsageError
+
+if TYPE_CHECKING:
+    from kbit.checkpoint.source import CheckpointSource
+    from kbit.engine.loader import LoadedModel
+    from kbit.engine.sampler import SamplingParams
+    from kbit.engine.speculative import Speculation
+    from kbit.text.tokenizer import Tokenizer
+
+_SAMPLING = "Sampling"
+
+
+@dataclass(frozen=True)
+class GenerationFlags:
+    """Flags of a command that generates text."""
+
+    model: ModelOption = DEFAULT_MODEL
+    system: Annotated[
+        str | None, typer.Option("--system", metavar="TEXT", help="System message of the conversation.")
+    ] = None
+    max_tokens: Annotated[int, typer.Option("--max-tokens", metavar="N", help="Most tokens to generate.")] = 128
+    temperature: Annotated[
+        float,
+        typer.Option(
+            "--temperature",
+            metavar="T",
+            help="0 always takes the most probable token; higher is more random.",
+            rich_help_panel=_SAMPLING,
+        ),
+    ] = 0.0
+    top_k: Annotated[
+        int,
+        typer.Option(
+            "--top-k", metavar="K", help="Keep the K most probable tokens; 0 keeps all.", rich_help_panel=_SAMPLING
+        ),
+    ] = 0
+    top_p: Annotated[
+        float,
+        typer.Option(
+            "--top-p",
+            metavar="P",
+            help="Keep the fewest tokens whose probabilities reach P; 1 keeps all.",
+            rich_help_panel=_SAMPLING,
+        ),
+    ] = 1.0
+    min_p: Annotated[
+        float,
+        typer.Option(
+            "--min-p",
+            metavar="P",
+            help="Keep tokens at least P times as probable as the best one; 0 keeps all.",
+            rich_help_panel=_SAMPLING,
+        ),
+    ] = 0.0
+    repetition_penalty: Annotated[
+        float,
+        typer.Option(
+            "--repetition-penalty",
+            metavar="R",
+            help="Weaken tokens seen in prompt or answer; 1 is off, 1.1 is usual.",
+            rich_help_panel=_SAMPLING,
+        ),
+    ] = 1.0
+    presence_penalty: Annotated[
+        float,
+        typer.Option(
+            "--presence-penalty",
+            metavar="X",
+            help="Subtract X from the logits of tokens in the answer.",
+            rich_help_panel=_SAMPLING,
+        ),
+    ] = 0.0
+    frequency_penalty: Annotated[
+        float,
+        typer.Option(
+            "--frequency-penalty",
+            metavar="X",
+            help="Subtract X for every time a token is in the answer.",
+            rich_help_panel=_SAMPLING,
+        ),
+    ] = 0.0
+    seed: Annotated[
+        int | None,
+        typer.Option(
+            "--seed",
+            metavar="S",
+            help="Makes sampling repeatable. [default: a fresh one]",
+            rich_help_panel=_SAMPLING,
+        ),
+    ] = None
+    stop: Annotated[
+        list[str] | None,
+        typer.Option("--stop", metavar="TEXT", help="End before this text appears. Can be given several times."),
+    ] = None
+    device: DeviceOption = "auto"
+    backend: BackendOption = "auto"
+    compute: ComputeOption = None
+    kv_bits: KvBitsOption = None
+    threads: ThreadsOption = None
+    speculate: Annotated[
+        str | None,
+        typer.Option(
+            "--speculate",
+            metavar="ngram|MODEL",
+            help="Guess tokens and check several at once, for the same text sooner: from what the text repeats "
+            "(ngram), or with a smaller MODEL of the same vocabulary.",
+        ),
+    ] = None
+    draft_tokens: Annotated[
+        int | None,
+        typer.Option("--draft-tokens", metavar="N", help="Most tokens to guess at a time. [default: 8]"),
+    ] = None
+
+    def check(self) -> None:
+        """Look for mistakes that show before a model is opened, which may mean a download.
+
+        Raises:
+            UsageError: a flag is out of range, or needs another one.
+        """
+        if self.max_tokens < 1:
+            raise UsageError(f"--max-tokens {self.max_tokens}: expected at least 1")
+        if any(not text for text in self.stop or ()):
+            raise UsageError("--stop '': a stop string needs at least one character")
+        if self.system is not None:
+            check_text("--system", self.system)
+        self.draft_limit()
+
+    def draft_limit(self) -> int:
+        """--draft-tokens, or what it is by default.
+
+        Raises:
+            UsageError: it is out of range, or given without --speculate.
+        """
+        from kbit.engine.speculative import DRAFT_TOKENS, check_draft_tokens
+
+        if self.draft_tokens is None:
+            return DRAFT_TOKENS
+        if self.speculate is None:
+            raise UsageError("--draft-tokens needs --speculate: nothing is drafted without it")
+        check_draft_tokens(self.draft_tokens)
+        return self.draft_tokens
+
+    def sampling(self, seed: int | None) -> SamplingParams:
+        """How tokens are chosen.
+
+        Raises:
+            UsageError: a value is out of range.
+        """
+        from kbit.engine.sampler import SamplingParams
+
+        return SamplingParams(
+            temperature=self.temperature,
+            top_k=self.top_k,
+            top_p=self.top_p,
+            min_p=self.min_p,
+            repetition_penalty=self.repetition_penalty,
+            presence_penalty=self.presence_penalty,
+            frequency_penalty=self.frequency_penalty,
+            seed=seed,
+        )
+
+
+@dataclass(frozen=True)
+class Ready:
+    """A model that is ready to generate as the flags say."""
+
+    loaded: LoadedModel
+    sampling: SamplingParams
+    speculation: Speculation | None
+
+
+def load_to_generate(
+    flags: GenerationFlags, peers: Peers, check: Callable[[Tokenizer, CheckpointSource], None]
+) -> Ready:
+    """Load the model, and what drafts for it.
+
+    Args:
+        flags: already checked.
+        peers: the processes that share the model.
+        check: called with tokenizer and checkpoint before any weight is read, to refuse early what these can tell.
+
+    Raises:
+        UsageError, CheckpointError, UnsupportedError: see `kbit.engine.loader.load_model`; in every process alike.
+    """
+    import_torch()
+    from kbit.backends.select import select_backend
+    from kbit.engine.speculative import NGRAM, Speculation, load_drafter
+
+    model, speculate = flags.model, flags.speculate
+    speculation: Speculation | None = None
+    seed = peers.seed(flags.seed)
+    peers.fetch([name for name in (model, speculate) if name not in (None, NGRAM)])
+    with peers.together():
+        sampling = flags.sampling(seed)
+        backend = select_backend(
+            flags.device, backend=flags.backend, threads=flags.threads, compute=flags.compute, kv_bits=flags.kv_bits
+        )
+        load = peers.loader(backend, flags.threads)
+
+        def prepare(tokenizer: Tokenizer, source: CheckpointSource) -> None:
+            nonlocal speculation
+            check(tokenizer, source)
+            if speculate is not None:
+                speculation = Speculation(load_drafter(speculate, model, tokenizer, load), flags.draft_limit())
+
+        return Ready(load(model, check=prepare), sampling, speculation)
