@@ -46,8 +46,8 @@ def measure(
     from kbit.backends.select import select_backend
     from kbit.checkpoint.resolve import open_model
     from kbit.evaluate.compare import compare_many
+    from kbit.evaluate.evaluation import comparison_dict
     from kbit.evaluate.logits import StoredLogits
-    from kbit.evaluate.report import comparison_dict
     from kbit.evaluate.statistics import cluster
     from kbit.formats.quant_format import QuantFormat
     from kbit.models.families import spec_from_config

@@ -27,8 +27,8 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from kbit.backends.parallel import Group
-    from kbit.evaluate.report import EvaluationReport, Request
-    from kbit.evaluate.tasks.report import TaskReport, TaskRequest
+    from kbit.evaluate.evaluation import Evaluation, Request
+    from kbit.evaluate.tasks.evaluation import TaskEvaluation, TaskRequest
 
 _TASKS = "Zero-shot tasks"
 
@@ -132,7 +132,7 @@ class EvalFlags:
         Raises:
             UsageError: a flag was given that belongs to --tasks.
         """
-        from kbit.evaluate.report import Request
+        from kbit.evaluate.evaluation import Request
 
         given = {"--limit": self.limit, "--task-data": self.task_data, "--items": self.items, "--against": self.against}
         _refuse(given, "goes with --tasks")
@@ -157,7 +157,7 @@ class EvalFlags:
         Raises:
             UsageError: a flag was given that belongs to perplexity.
         """
-        from kbit.evaluate.tasks.report import TaskRequest
+        from kbit.evaluate.tasks.evaluation import TaskRequest
 
         given = {"--data": self.data, "--convention": self.convention, "--max-tokens": self.max_tokens}
         _refuse(
@@ -223,20 +223,20 @@ def evaluate(*, flags: EvalFlags, json: JsonOption = False) -> None:
             asked = flags.request()
             asked.check()
         peers.fetch([name for name in (flags.model, flags.reference) if name is not None], asked.data)
-        report = _run(asked, quiet=json or not peers.speaks, group=peers.group)
+        evaluation = _run(asked, quiet=json or not peers.speaks, group=peers.group)
         if peers.speaks:
-            _tell(report, json)
+            _tell(evaluation, json)
 
 
-def _tell(report: EvaluationReport, json: bool) -> None:
+def _tell(evaluation: Evaluation, json: bool) -> None:
     """Print what was measured."""
     if json:
-        print_json(report.to_dict())
+        print_json(evaluation.to_dict())
         return
     from rich.console import Console
 
     with streaming_output():
-        Console().print(_table(report))
+        Console().print(_table(evaluation))
 
 
 def _refuse(flags: Mapping[str, object], why: str) -> None:
@@ -251,25 +251,25 @@ def _refuse(flags: Mapping[str, object], why: str) -> None:
 
 def _evaluate_tasks(request: TaskRequest, json: bool) -> None:
     """Score tasks and print what came out."""
-    report = _run_tasks(request, quiet=json)
+    evaluation = _run_tasks(request, quiet=json)
     if json:
-        print_json(report.to_dict())
+        print_json(evaluation.to_dict())
         return
     from rich.console import Console
 
     from kbit.cli.task_tables import task_tables
 
     with streaming_output():
-        Console().print(*task_tables(report), sep="\n")
+        Console().print(*task_tables(evaluation), sep="\n")
 
 
-def _run_tasks(request: TaskRequest, quiet: bool) -> TaskReport:
+def _run_tasks(request: TaskRequest, quiet: bool) -> TaskEvaluation:
     """The tasks, with a progress bar on stderr unless `quiet` or stderr is no terminal."""
     from rich.console import Console
     from rich.markup import escape
     from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
-    from kbit.evaluate.tasks.report import evaluate_tasks
+    from kbit.evaluate.tasks.evaluation import evaluate_tasks
 
     console = Console(stderr=True)
     columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
@@ -285,14 +285,14 @@ def _run_tasks(request: TaskRequest, quiet: bool) -> TaskReport:
         return evaluate_tasks(request, on_request, on_status)
 
 
-def _run(request: Request, quiet: bool, group: Group | None) -> EvaluationReport:
+def _run(request: Request, quiet: bool, group: Group | None) -> Evaluation:
     """The evaluation, with a progress bar on stderr unless `quiet` or stderr is no terminal."""
     import math
 
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-    from kbit.evaluate.report import evaluate_model
+    from kbit.evaluate.evaluation import evaluate_model
 
     console = Console(stderr=True)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
@@ -305,26 +305,26 @@ def _run(request: Request, quiet: bool, group: Group | None) -> EvaluationReport
         return evaluate_model(request, on_window, lambda text: bar.update(task, description=text), group)
 
 
-def _table(report: EvaluationReport) -> Table:
-    """The report for people."""
+def _table(evaluation: Evaluation) -> Table:
+    """The result for people."""
     from rich.table import Table
     from rich.text import Text
 
-    result = report.result
-    table = Table(show_header=False, title=Text(report.request.model), title_justify="left")
+    result = evaluation.result
+    table = Table(show_header=False, title=Text(evaluation.request.model), title_justify="left")
     table.add_column(no_wrap=True)
     table.add_column(overflow="fold")
 
     def row(name: str, value: str) -> None:
         table.add_row(name, Text(value))
 
-    row("text", report.data.name + (f" ({report.data.note})" if report.data.note else ""))
+    row("text", evaluation.data.name + (f" ({evaluation.data.note})" if evaluation.data.note else ""))
     row("convention", f"{result.convention}, context {result.context}")
     row("tokens scored", f"{result.tokens:,} in {result.windows} windows")
     row("perplexity", _with_error(result.perplexity, result.perplexity_stderr, 4))
-    if report.comparison is not None and report.request.reference is not None:
-        other = report.comparison
-        row("reference", report.request.reference)
+    if evaluation.comparison is not None and evaluation.request.reference is not None:
+        other = evaluation.comparison
+        row("reference", evaluation.request.reference)
         row("reference perplexity", _with_error(other.reference.perplexity, other.reference.perplexity_stderr, 4))
         row("KL(reference || model)", _with_error(other.kl_mean, other.kl_stderr, 6) + " nats/token")
         percentiles = ", ".join(f"{percent:g}%: {other.kl_percentile(percent):.5f}" for percent in (50, 90, 99, 99.9))
@@ -336,10 +336,10 @@ def _table(report: EvaluationReport) -> Table:
             row("  95 % interval", f"{interval[0]:+.6f} to {interval[1]:+.6f}")
     if result.clusters != result.windows:
         row("errors from", f"{result.clusters} blocks of {result.windows} windows (few windows: errors are rough)")
-    row("backend", report.backend)
-    if report.reference_backend is not None:
-        row("reference backend", report.reference_backend)
-    row("time", f"{report.seconds:.1f} s")
+    row("backend", evaluation.backend)
+    if evaluation.reference_backend is not None:
+        row("reference backend", evaluation.reference_backend)
+    row("time", f"{evaluation.seconds:.1f} s")
     return table
 
 

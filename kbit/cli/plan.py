@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from kbit.formats.quant_format import QuantFormat
     from kbit.planner.machine import MachineSpeed
     from kbit.planner.shapes import KnownGpu
-    from kbit.planner.types import PlanRequest, Recommendation
+    from kbit.planner.types import Recommendation, Requirements
     from kbit.scaling.laws.fit import Laws
     from kbit.scaling.points import Point
 
@@ -151,12 +151,12 @@ def parse_size(flag: str, text: str) -> int:
     return size
 
 
-def _request(flags: PlanFlags) -> PlanRequest:
+def _request(flags: PlanFlags) -> Requirements:
     """The flags, checked."""
     from kbit.formats.quant_format import MAX_BITS, MIN_BITS, QuantFormat
     from kbit.host.cpu import default_threads
     from kbit.planner.machine import memory_bytes
-    from kbit.planner.types import PlanRequest
+    from kbit.planner.types import Requirements
 
     gpu = None if flags.device == "cpu" else _gpu(flags.device)
     if flags.compute not in ("int8", "bf16", "fp32"):
@@ -185,7 +185,7 @@ def _request(flags: PlanFlags) -> PlanRequest:
     unknown = [width for width in widths if width not in kinds]
     if unknown:
         raise UsageError(f"--kv-bits {unknown[0]}: use one of 32, 16, 8, 4, 3, 2")
-    return PlanRequest(
+    return Requirements(
         memory=limit,
         context=flags.context,
         min_speed=flags.min_speed,

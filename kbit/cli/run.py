@@ -80,7 +80,7 @@ def run(
             from kbit.cli.output import print_json
 
             result = generation.run()
-            print_json(report(result, loaded))
+            print_json(result_dict(result, loaded))
         else:
             with streaming_output():
                 result = generation.run(show)
@@ -117,7 +117,7 @@ def _encode(text: str, chat: bool, flags: GenerationFlags, tokenizer: Tokenizer,
     return ids
 
 
-def report(result: GenerationResult, loaded: LoadedModel) -> dict[str, Any]:
+def result_dict(result: GenerationResult, loaded: LoadedModel) -> dict[str, Any]:
     """The object `--json` prints. Rates that cannot be known (fewer than two tokens, no drafts) are null."""
     from kbit.host.process import peak_rss_bytes
 

@@ -10,23 +10,25 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
     from rich.table import Table
 
+    from kbit.evaluate.tasks.evaluation import TaskComparison, TaskEvaluation
     from kbit.evaluate.tasks.records import Estimate
-    from kbit.evaluate.tasks.report import TaskComparison, TaskReport
 
 # What the sentence under the comparisons calls a difference.
 _LEVEL = 0.05
 
 
-def task_tables(report: TaskReport) -> list[RenderableType]:
+def task_tables(evaluation: TaskEvaluation) -> list[RenderableType]:
     """Scores, comparisons where there are any, and what they were made of."""
     from rich.text import Text
 
-    parts: list[RenderableType] = [_scores(report)]
-    others = dict.fromkeys(each.other for each in report.comparisons)
-    parts += [_comparisons(report, [each for each in report.comparisons if each.other == other]) for other in others]
-    if report.comparisons:
-        parts.append(Text(conclusion(report.comparisons) + "\n"))
-    parts.append(Text("\n".join(_notes(report)), style="dim"))
+    parts: list[RenderableType] = [_scores(evaluation)]
+    others = dict.fromkeys(each.other for each in evaluation.comparisons)
+    parts += [
+        _comparisons(evaluation, [each for each in evaluation.comparisons if each.other == other]) for other in others
+    ]
+    if evaluation.comparisons:
+        parts.append(Text(conclusion(evaluation.comparisons) + "\n"))
+    parts.append(Text("\n".join(_notes(evaluation)), style="dim"))
     return parts
 
 
@@ -44,49 +46,49 @@ def conclusion(comparisons: tuple[TaskComparison, ...]) -> str:
     return f"Differences in accuracy that hold at {_LEVEL:.0%} ({tested}, corrected by Holm): {found}."
 
 
-def _notes(report: TaskReport) -> list[str]:
+def _notes(evaluation: TaskEvaluation) -> list[str]:
     """What the figures were made of, line by line."""
-    lines = [f"backend: {report.backend}"]
-    if report.reference_backend is not None:
-        lines.append(f"reference backend: {report.reference_backend}")
-    if report.resumed:
-        lines.append(f"{report.resumed} items were in {printable(report.request.items)} already")
-    for name, result in report.results.items():
+    lines = [f"backend: {evaluation.backend}"]
+    if evaluation.reference_backend is not None:
+        lines.append(f"reference backend: {evaluation.reference_backend}")
+    if evaluation.resumed:
+        lines.append(f"{evaluation.resumed} items were in {printable(evaluation.request.items)} already")
+    for name, result in evaluation.results.items():
         data = result.data
         lines.append(f"{name}: {printable(data.origin)}" + (f" ({data.note})" if data.note else ""))
         if result.truncated:
             lines.append(f"{name}: {result.truncated} contexts were too long for the model and cut off in front")
         if result.left_out:
             lines.append(f"{name}: {len(result.left_out)} items left out: an answer alone is too long for the model")
-    for each in report.comparisons:
-        scored = len(report.results[each.task].records)
+    for each in evaluation.comparisons:
+        scored = len(evaluation.results[each.task].records)
         if each.accuracy.items < scored:
             lines.append(f"{each.task}: {printable(each.other)} has {each.accuracy.items} of these {scored} items")
-    lines.append(f"time: {report.seconds:.1f} s")
+    lines.append(f"time: {evaluation.seconds:.1f} s")
     return lines
 
 
-def _scores(report: TaskReport) -> RenderableType:
-    table = _table(printable(report.request.model), ["task", "items", "metric", "value"])
-    if report.reference:
+def _scores(evaluation: TaskEvaluation) -> RenderableType:
+    table = _table(printable(evaluation.request.model), ["task", "items", "metric", "value"])
+    if evaluation.reference:
         table.add_column("reference", justify="right", no_wrap=True)
-    for name, result in report.results.items():
+    for name, result in evaluation.results.items():
         scored, available = len(result.records), result.data.available
         heading = (name, f"{scored:,}" if scored == available else f"{scored:,} of {available:,}")
         for metric, estimate in result.metrics.items():
             cells = [*heading, metric, _estimate(metric, estimate)]
-            if report.reference:
-                cells.append(_estimate(metric, report.reference[name].metrics[metric]))
+            if evaluation.reference:
+                cells.append(_estimate(metric, evaluation.reference[name].metrics[metric]))
             table.add_row(*cells)
             heading = ("", "")
     return table
 
 
-def _comparisons(report: TaskReport, comparisons: list[TaskComparison]) -> RenderableType:
+def _comparisons(evaluation: TaskEvaluation, comparisons: list[TaskComparison]) -> RenderableType:
     first = comparisons[0]
     model = "" if first.other_model == first.other else f" ({printable(first.other_model)})"
     table = _table(
-        f"{printable(report.request.model)} less {printable(first.other)}{model}, item by item",
+        f"{printable(evaluation.request.model)} less {printable(first.other)}{model}, item by item",
         ["task", "acc, points", "lost", "gained", "p (Holm)", "right answer, nats"],
     )
     for each in comparisons:

@@ -13,7 +13,7 @@ from kbit.cli.run import INTERRUPTED
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from kbit.tuning.run import TuneReport
+    from kbit.tuning.run import TuneResult
 
 
 def tune(
@@ -47,24 +47,24 @@ def tune(
       kbit tune out/ --quick
       kbit tune out/ --kv-bits 4 --json
     """
-    report = _run(model, device, compute, kv_bits, quick=quick, again=again, quiet=json)
+    result = _run(model, device, compute, kv_bits, quick=quick, again=again, quiet=json)
     if json:
-        print_json(report.to_dict())
+        print_json(result.to_dict())
     else:
         from rich.console import Console
 
         with streaming_output():
             console = Console()
-            if report.outcomes:
-                console.print(_table(report))
-            console.print(_summary(report), highlight=False, markup=False, soft_wrap=True)
-    if report.interrupted:
+            if result.outcomes:
+                console.print(_table(result))
+            console.print(_summary(result), highlight=False, markup=False, soft_wrap=True)
+    if result.interrupted:
         raise typer.Exit(INTERRUPTED)
 
 
 def _run(
     model: str, device: str, compute: str | None, kv_bits: int | None, *, quick: bool, again: bool, quiet: bool
-) -> TuneReport:
+) -> TuneResult:
     """The tuning, with a progress bar on stderr unless `quiet` or stderr is no terminal."""
     from rich.console import Console
     from rich.markup import escape
@@ -83,17 +83,17 @@ def _run(
         return tune_model(model, device, compute=compute, kv_bits=kv_bits, quick=quick, again=again, on_step=on_step)
 
 
-def _table(report: TuneReport) -> Table:
+def _table(result: TuneResult) -> Table:
     """What was found, for people."""
     from rich.table import Table
     from rich.text import Text
 
-    table = Table(title=Text(f"{report.gpu}, Triton {report.triton}"), title_justify="left")
+    table = Table(title=Text(f"{result.gpu}, Triton {result.triton}"), title_justify="left")
     for name in ("kernel", "problem"):
         table.add_column(name, overflow="fold")
     for name in ("default", "tuned", "times as fast"):
         table.add_column(name, justify="right", no_wrap=True)
-    for outcome in report.outcomes:
+    for outcome in result.outcomes:
         entry = outcome.entry
         figures = ("", "none ran and was right", "")
         if entry is not None:
@@ -104,20 +104,20 @@ def _table(report: TuneReport) -> Table:
     return table
 
 
-def _summary(report: TuneReport) -> str:
+def _summary(result: TuneResult) -> str:
     parts = []
-    gain: Any = report.gain
+    gain: Any = result.gain
     if gain is not None:
-        parts.append(f"{gain:.2f} times as fast as by default (geometric mean over {len(report.outcomes)} problems)")
-    if report.known:
-        parts.append(f"{report.known} problems were tuned before (--again repeats them)")
-    wrong = sum(outcome.wrong for outcome in report.outcomes)
+        parts.append(f"{gain:.2f} times as fast as by default (geometric mean over {len(result.outcomes)} problems)")
+    if result.known:
+        parts.append(f"{result.known} problems were tuned before (--again repeats them)")
+    wrong = sum(outcome.wrong for outcome in result.outcomes)
     if wrong:
         parts.append(f"{wrong} configurations computed something else and were not taken: please report this")
-    if report.interrupted:
+    if result.interrupted:
         parts.append("interrupted: run it again to go on")
-    if report.outcomes or report.known:
-        parts.append(f"kept in {report.path}")
+    if result.outcomes or result.known:
+        parts.append(f"kept in {result.path}")
     else:
         parts.append("there was nothing to tune")
     return "\n".join(parts)

@@ -20,7 +20,7 @@ from kbit.host.errors import KbitError, UnsupportedError, UsageError
 from kbit.planner.memory import predict_memory
 from kbit.planner.models import PlanModel
 from kbit.planner.quality import Quality, compare, judge
-from kbit.planner.types import Candidate, PlanRequest, Recommendation
+from kbit.planner.types import Candidate, Recommendation, Requirements
 from kbit.quantizers.methods import METHODS
 from kbit.scaling.points import ORIGINAL, Point
 
@@ -41,7 +41,7 @@ Rates = Callable[[Iterable[str], Iterable[tuple[str, int, int]]], "MachineSpeed"
 
 
 def make_recommendation(
-    request: PlanRequest,
+    request: Requirements,
     models: Sequence[PlanModel],
     *,
     points: Sequence[Point] = (),
@@ -120,7 +120,7 @@ def _placed(chosen: Sequence[Candidate], level: float) -> list[Candidate]:
 
 
 def _fitting(
-    request: PlanRequest, model: PlanModel, points: Sequence[Point], constant: int
+    request: Requirements, model: PlanModel, points: Sequence[Point], constant: int
 ) -> tuple[list[list[Candidate]], str]:
     """For each format of a model, its candidates that fit, widest cache first; and why there are none."""
     if request.context > model.spec.context_length:
@@ -155,7 +155,7 @@ def _fitting(
     return found, why
 
 
-def _formats(request: PlanRequest, model: PlanModel, points: Sequence[Point]) -> list[tuple[str, QuantFormat | None]]:
+def _formats(request: Requirements, model: PlanModel, points: Sequence[Point]) -> list[tuple[str, QuantFormat | None]]:
     """(method, format) to try: the model as it is, what was measured of it, and a default format for each width."""
     tried: dict[tuple[str, QuantFormat | None], None] = {}
     if request.formats is None:
@@ -244,7 +244,7 @@ def _rates_for(rates: Rates, fitting: Sequence[Sequence[Candidate]]) -> MachineS
     return rates(kernels, shapes)
 
 
-def _timed(request: PlanRequest, option: Candidate, machine: MachineSpeed | None, rates: Rates | None) -> Candidate:
+def _timed(request: Requirements, option: Candidate, machine: MachineSpeed | None, rates: Rates | None) -> Candidate:
     from kbit.planner.speed import needed_attention, needed_kernels, predict_speed
 
     spec = option.model.spec
@@ -262,7 +262,7 @@ def _timed(request: PlanRequest, option: Candidate, machine: MachineSpeed | None
         return option
 
 
-def _gpu_speed(request: PlanRequest, option: Candidate) -> SpeedEstimate:
+def _gpu_speed(request: Requirements, option: Candidate) -> SpeedEstimate:
     """Bytes over bandwidth, times what a GPU might reach of it."""
     from kbit.planner.speed import SpeedEstimate, bytes_per_token
 
@@ -288,7 +288,7 @@ def _size(nbytes: int) -> str:
     return f"{nbytes / 1e9:.2f} GB" if nbytes >= 10**9 else f"{nbytes / 1e6:.0f} MB"
 
 
-def _quick(request: PlanRequest, option: Candidate) -> bool:
+def _quick(request: Requirements, option: Candidate) -> bool:
     return request.min_speed is None or (option.speed is not None and option.speed.decode >= request.min_speed)
 
 
@@ -317,7 +317,7 @@ def _order(candidate: Candidate) -> tuple[Any, ...]:
 
 
 def _notes(
-    request: PlanRequest, chosen: Sequence[Candidate], machine: MachineSpeed | None, laws: Laws | None
+    request: Requirements, chosen: Sequence[Candidate], machine: MachineSpeed | None, laws: Laws | None
 ) -> list[str]:
     notes = []
     narrow = sorted({candidate.kv for candidate in chosen if candidate.kv.isdigit()}, key=int, reverse=True)

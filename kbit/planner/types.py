@@ -23,7 +23,7 @@ _NOWHERE = Standing(None, False)
 
 
 @dataclass(frozen=True)
-class PlanRequest:
+class Requirements:
     """What is asked for.
 
     Attributes:
@@ -128,7 +128,7 @@ class Recommendation:
         notes: what to know before relying on this.
     """
 
-    request: PlanRequest
+    request: Requirements
     candidates: tuple[Candidate, ...]
     rejected: tuple[tuple[str, str], ...]
     constant: int | None

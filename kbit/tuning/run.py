@@ -20,7 +20,7 @@ Step = Callable[[int, int, str], None]
 
 
 @dataclass(frozen=True, eq=False)
-class TuneReport:
+class TuneResult:
     """What a tuning came to.
 
     Attributes:
@@ -81,7 +81,7 @@ def tune_model(
     quick: bool = False,
     again: bool = False,
     on_step: Step = lambda done, total, label: None,
-) -> TuneReport:
+) -> TuneResult:
     """Tunes the kernels for a model's shapes on a GPU, and saves what is found after every problem.
 
     Args:
@@ -126,7 +126,7 @@ def tune_model(
 
 def tune_jobs(
     jobs: Sequence[Job], target: Target, timer: Timer, *, again: bool = False, on_step: Step = lambda *_: None
-) -> TuneReport:
+) -> TuneResult:
     """Tunes jobs for a target and keeps its file; see tune_model. Ctrl-C ends it and is reported, not raised."""
     from kbit.tuning.stored import choices, install, load, save
     from kbit.tuning.timing import tune
@@ -155,7 +155,7 @@ def tune_jobs(
     except KeyboardInterrupt:
         interrupted = True
     install(target, entries)
-    return TuneReport(target.gpu, target.triton, path, outcomes, len(jobs) - len(wanted), interrupted)
+    return TuneResult(target.gpu, target.triton, path, outcomes, len(jobs) - len(wanted), interrupted)
 
 
 def _check_gpu(device: str) -> None:

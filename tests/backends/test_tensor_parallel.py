@@ -40,7 +40,7 @@ from kbit.checkpoint.shard import Cut, column_unit, cut_packed
 from kbit.checkpoint.source import CheckpointSource
 from kbit.cli.main import app
 from kbit.engine.loader import load_model
-from kbit.evaluate.report import _check_same_windows
+from kbit.evaluate.evaluation import _check_same_windows
 from kbit.formats.blockwise import quantize_blockwise
 from kbit.formats.quant_format import QuantFormat
 from kbit.formats.quant_tensor import QuantTensor

@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from kbit.cli.eval import evaluate
-from kbit.evaluate.report import EvaluationReport, Request, evaluate_model
+from kbit.evaluate.evaluation import Evaluation, Request, evaluate_model
 from kbit.formats.blockwise import quantize_blockwise
 from kbit.formats.quant_format import QuantFormat
 from kbit.host.errors import KbitError, UsageError
@@ -86,7 +86,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def _evaluate(model: Path, data: Path | str, reference: Path | str | None = None, **options: Any) -> EvaluationReport:
+def _evaluate(model: Path, data: Path | str, reference: Path | str | None = None, **options: Any) -> Evaluation:
     return evaluate_model(Request(str(model), str(data), None if reference is None else str(reference), **options))
 
 

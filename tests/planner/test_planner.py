@@ -27,7 +27,7 @@ from kbit.planner.memory import parameters, planned_weights
 from kbit.planner.models import PlanModel, find_models
 from kbit.planner.quality import Quality, compare
 from kbit.planner.shapes import KNOWN_GPUS, KNOWN_MODELS
-from kbit.planner.types import PlanRequest, Recommendation
+from kbit.planner.types import Recommendation, Requirements
 from kbit.scaling.laws.fit import fit_laws
 from kbit.scaling.points import ORIGINAL, append_points
 
@@ -98,7 +98,7 @@ def choose(
     options = {"points": POINTS, "laws": LAWS, "rates": rates, "constant": 10_000_000, "notes": ()}
     given = {name: more.pop(name) for name in tuple(more) if name in options}
     return make_recommendation(
-        PlanRequest(memory, context, **more), MODELS if models is None else models, **{**options, **given}
+        Requirements(memory, context, **more), MODELS if models is None else models, **{**options, **given}
     )
 
 

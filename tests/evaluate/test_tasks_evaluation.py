@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 from error_cases import run_command
 
-from kbit.evaluate.tasks import report as module
+from kbit.evaluate.tasks import evaluation as module
 from kbit.evaluate.tasks.documents import TASKS
+from kbit.evaluate.tasks.evaluation import TaskEvaluation, TaskRequest, evaluate_tasks
 from kbit.evaluate.tasks.records import ItemRecord, RecordFile, read_records, summarize
-from kbit.evaluate.tasks.report import TaskReport, TaskRequest, evaluate_tasks
 from kbit.host.errors import KbitError, UsageError
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -125,7 +125,7 @@ def models(data_dir: Path) -> tuple[str, str]:
     return str(data_dir / "models" / "novels-0.7m"), str(data_dir / "models" / "novels-2m")
 
 
-def evaluate(model: str, data_dir: Path, **options: Any) -> TaskReport:
+def evaluate(model: str, data_dir: Path, **options: Any) -> TaskEvaluation:
     settings: dict[str, Any] = {"tasks": TASK_NAMES, "limit": 12, "threads": 1, "compute": "fp32"}
     return evaluate_tasks(TaskRequest(model, data=str(data_dir), **(settings | options)))
 

@@ -62,7 +62,7 @@ class Request(EngineRequest):
 
 
 @dataclass(frozen=True, eq=False)
-class EvaluationReport:
+class Evaluation:
     """What one evaluation measured.
 
     Attributes:
@@ -88,7 +88,7 @@ class EvaluationReport:
     def to_dict(self) -> dict[str, Any]:
         """Numbers and strings for JSON. Errors are None where a single cluster leaves them unknown."""
         result = self.result
-        report: dict[str, Any] = {
+        shown: dict[str, Any] = {
             "model": self.request.model,
             "data": self.data.name,
             "data_origin": self.data.origin,
@@ -111,12 +111,12 @@ class EvaluationReport:
             "peak_rss_bytes": peak_rss_bytes(),
         }
         if self.comparison is not None:
-            report |= {
+            shown |= {
                 "reference": self.request.reference,
                 "reference_backend": self.reference_backend,
                 **comparison_dict(self.comparison),
             }
-        return report
+        return shown
 
 
 def comparison_dict(comparison: Comparison) -> dict[str, Any]:
@@ -143,7 +143,7 @@ def evaluate_model(
     progress: Progress | None = None,
     status: Callable[[str], None] | None = None,
     group: Group | None = None,
-) -> EvaluationReport:
+) -> Evaluation:
     """Measure a model's perplexity on a text and, given a reference, how far it is from that.
 
     What can be wrong with the request is checked before any weight is read.
@@ -181,7 +181,7 @@ def evaluate_model(
         result = evaluate_perplexity(decoder, windows, progress) if comparison is None else comparison.model
         seconds = time.perf_counter() - started
     exact = None if reference is None else reference_backend.describe()
-    return EvaluationReport(request, text, windows, backend.describe(), exact, seconds, result, comparison)
+    return Evaluation(request, text, windows, backend.describe(), exact, seconds, result, comparison)
 
 
 def _backends(request: Request, group: Group | None) -> tuple[Backend, Backend]:

@@ -59,7 +59,7 @@ class TaskComparison:
         other: the reference, or the file of --against.
         other_model: the model that the other's rows name.
         accuracy: right and wrong answers (acc).
-        adjusted_p: accuracy.p_value after Holm's correction over all comparisons of the report.
+        adjusted_p: accuracy.p_value after Holm's correction over all comparisons of the evaluation.
         changed: fraction of items with another answer, right or wrong.
         gold: difference of the right answers' log-likelihoods in nats per item, the model's less the other's.
     """
@@ -74,7 +74,7 @@ class TaskComparison:
 
 
 @dataclass(frozen=True, eq=False)
-class TaskReport:
+class TaskEvaluation:
     """What one evaluation measured.
 
     Attributes:
@@ -98,7 +98,7 @@ class TaskReport:
 
     def to_dict(self) -> dict[str, Any]:
         """Numbers and strings for JSON, metrics under lm-eval's names."""
-        report: dict[str, Any] = {
+        shown: dict[str, Any] = {
             "model": self.request.model,
             "limit": self.request.limit,
             "tasks": {name: _result_dict(result) for name, result in self.results.items()},
@@ -108,19 +108,19 @@ class TaskReport:
             "peak_rss_bytes": peak_rss_bytes(),
         }
         if self.request.reference is not None:
-            report |= {
+            shown |= {
                 "reference": self.request.reference,
                 "reference_backend": self.reference_backend,
                 "reference_tasks": {name: _result_dict(result) for name, result in self.reference.items()},
             }
         if self.comparisons:
-            report["comparisons"] = [_comparison_dict(comparison) for comparison in self.comparisons]
-        return report
+            shown["comparisons"] = [_comparison_dict(comparison) for comparison in self.comparisons]
+        return shown
 
 
 def evaluate_tasks(
     request: TaskRequest, progress: Progress | None = None, status: Callable[[str], None] | None = None
-) -> TaskReport:
+) -> TaskEvaluation:
     """Score a model on zero-shot tasks, and compare it with a reference or with earlier runs on the same items.
 
     What can be wrong with the request is checked before any weight is read.
@@ -150,7 +150,7 @@ def evaluate_tasks(
         rows = [record for result in reference.values() for record in result.records]
         others.insert(0, (request.reference, rows))
     seconds = time.perf_counter() - started
-    return TaskReport(
+    return TaskEvaluation(
         request,
         backend.describe(),
         None if request.reference is None else reference_backend.describe(),
