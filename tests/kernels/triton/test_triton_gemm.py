@@ -300,10 +300,10 @@ def test_marked_weights_round_many_tokens_only(device: str, kind: str, monkeypat
     monkeypatch.setattr(module, "round_tokens", lambda *a, run=module.round_tokens: (calls.append(a), run(*a))[1])
     texts = ("int4-b64", "lloyd5-b64", "int3-b64")
     pairs = [
-        (marked(text, kind, 24, 256, device)[1], prepare_weight(quantized(text, 24, 256), device)) for text in texts
+        (marked(text, kind, 24, 128, device)[1], prepare_weight(quantized(text, 24, 128), device)) for text in texts
     ]
     for tokens, name in ((3, "gemv"), (8, "gemm"), (9, f"gemm_{kind}")):
-        x = normal(tokens, 256, seed=1).half().to(device)
+        x = normal(tokens, 128, seed=1).half().to(device)
         for with_mark, plain in pairs:
             calls.clear()
             assert describe(with_mark, tokens) == name
