@@ -33,8 +33,8 @@ if TYPE_CHECKING:
 RULE_BITS = 4
 # What a GPU reaches of its memory's bandwidth when it decodes: an assumption, no kernel of kbit has been timed there.
 _GPU_SHARES = (0.4, 0.85)
-# A cache below this many bits costs so much that a format which leaves room for more comes first: on SmolLM2-135M
-# (2,048 tokens, windows of 1,024) 8 bits cost a KL of 0.00017 nats per token and 4 bits 0.034, like weights of 5 to 6.
+# A cache below this many bits costs so much that a format which leaves room for more comes first: 8 bits cost next to
+# nothing, 4 bits as much as weights of 5 to 6 (docs/measurements.md).
 _NARROW_KV = 8
 
 Rates = Callable[[Iterable[str], Iterable[tuple[str, int, int]]], "MachineSpeed"]

@@ -23,8 +23,8 @@ from kbit.planner.memory import Weight, cache_bytes, prepared_bytes
 # What predictions are off by, as a fraction (benchmarks/test_plan.py prints it).
 TYPICAL_ERROR = 0.15
 # Caches hold less of a model than of as many bytes in a measurement: pages of a process that has lived lie where they
-# may, and others share the last level. A model of 11 MB was seen to take 300 to 850 microseconds a token on a machine
-# with 32 MB of cache. So shares are looked up at more than the bytes read: the estimate, and the ends of its interval.
+# may, and others share the last level; the same model can be three times as slow in the next process
+# (docs/measurements.md). So shares are looked up at more than the bytes read: the estimate, and its interval's ends.
 _CROWDING, _LEAST_CROWDING, _MOST_CROWDING = 1.5, 1.0, 2.5
 
 
