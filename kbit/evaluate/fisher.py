@@ -6,12 +6,12 @@ weights (kbit.evaluate.sensitivity). Errors of rounding are as good as independe
     KL = 1/2 sum_l sum_ij F_l[i, j] dW_l[i, j]^2
 
 A matrix's diagonal is kept as what its rows and its columns sum to (F[i, j] = rows[i] columns[j] / total): N + K
-numbers, as Adafactor keeps its second moments (Shazeer and Stern, 2018). On SmolLM2-135M the full diagonal predicts the
-divergences of 40 formats (those below 1 nat) no better, both within 5 % in the median and 21 % at worst; one number for
-each matrix (sensitivity.Sensitivity) is off by 28 % and 82 %: input features with outliers are what counts there.
+numbers, as Adafactor keeps its second moments (Shazeer and Stern, 2018). The full diagonal predicts no better; one
+number for each matrix (sensitivity.Sensitivity) predicts far worse in models with outliers, where input features differ
+most (docs/measurements.md).
 
-One gradient pass over a few windows serves all formats. There is nothing to fit: on five models of the novels family
-the divergence of formats with small errors is 0.95 to 1.02 times what this says.
+One gradient pass over a few windows serves all formats. There is nothing to fit: what formats with small errors cost is
+what this says.
 """
 
 from __future__ import annotations

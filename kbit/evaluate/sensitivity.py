@@ -40,8 +40,8 @@ from kbit.models.load import load_decoder
 from kbit.models.spec import TensorNames
 from kbit.text.windows import Windows
 
-# Backward passes per window. The spread between windows is larger than that between passes, so more windows help more;
-# with 4 windows of 256 tokens and 2 passes a_l comes out within about 10 % (novels-2m; the standard error is reported).
+# Backward passes per window. The spread between windows is larger than that between passes, so more windows help more
+# (docs/measurements.md; the standard error is reported).
 PROBES = 2
 # The noise's energy, relative to the matrix's, for trying: small enough for KL to be quadratic, far above rounding.
 NOISE_ENERGY = 1e-3

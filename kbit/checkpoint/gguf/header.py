@@ -1,9 +1,9 @@
 """GGUF headers (versions 2 and 3, little endian), parsed quickly and without trusting them.
 
-Why not `gguf.GGUFReader`: it makes a numpy view for every string of the vocabulary, so that opening SmolLM2's
-file (49,152 tokens, 48,900 merges) takes 2.7 to 3.3 s, and it believes what the header says about lengths,
-offsets and shapes. This parser steps over arrays (15 to 25 ms for the same file), decodes a value only when it is
-asked for, and checks every number against the file before using it. Nothing but the standard library is imported.
+Why not `gguf.GGUFReader`: it makes a numpy view for every string of the vocabulary, which takes a hundred times as
+long (docs/measurements.md), and it believes what the header says about lengths, offsets and shapes. This parser steps
+over arrays, decodes a value only when it is asked for, and checks every number against the file before using it.
+Nothing but the standard library is imported.
 
 Layout (ggml, docs/gguf.md): magic "GGUF", version u32, tensor count u64, key count u64; then the keys (string
 key, type u32, value), then the tensor table (string name, n_dims u32, dims u64 x n_dims innermost first,
