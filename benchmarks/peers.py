@@ -57,15 +57,15 @@ class Peers:
     def version(self, peer: str) -> str:
         return str(self._peers.get(peer, {}).get("version", "missing"))
 
-    def gguf(self, name: str) -> Path:
-        """The default model as a GGUF file: F16, Q4_0, Q8_0, Q2_K, Q3_K_M or Q4_0-pure."""
-        return self.path("gguf", name)
+    def gguf(self, name: str | Path) -> Path:
+        """The default model as a GGUF file: F16, Q4_0, Q8_0, Q2_K, Q3_K_M or Q4_0-pure; or a file as it is."""
+        return name if isinstance(name, Path) else self.path("gguf", name)
 
     def tool(self, name: str, variant: str = "native") -> Path:
         """A program of llama.cpp, built natively or ("no-amx") without AMX."""
         return self.path("llama.cpp", variant) / name
 
-    def openvino(self, gguf: str, threads: int) -> Worker:
+    def openvino(self, gguf: str | Path, threads: int) -> Worker:
         """OpenVINO GenAI with a GGUF file."""
         python, model = self.path("openvino", "python"), self.gguf(gguf)
         return Worker([python, RUNNERS / "openvino_runner.py", model, "--threads", threads])
@@ -75,11 +75,23 @@ class Peers:
         python, model = self.path("onnxruntime", "python"), self.path("onnxruntime", f"int{bits}")
         return Worker([python, RUNNERS / "onnxruntime_runner.py", model, "--threads", threads])
 
-    def llama_bench(self, gguf: str, threads: int, *options: str, variant: str = "native") -> dict[str, Any]:
+    def requantized(self, gguf: Path, kind: str) -> Path:
+        """A GGUF file in another of llama.cpp's formats ("Q4_0"), made by llama-quantize and kept with the peers."""
+        size = gguf.stat().st_size
+        out = self.folder / "gguf" / f"{gguf.stem}-{size}-{kind}.gguf"
+        if not out.is_file():
+            quantize = self.tool("llama-quantize")
+            out.parent.mkdir(parents=True, exist_ok=True)
+            partial = out.with_suffix(".partial")
+            _output([quantize, "--allow-requantize", gguf, partial, kind])
+            partial.replace(out)
+        return out
+
+    def llama_bench(self, gguf: str | Path, threads: int, *options: str, variant: str = "native") -> dict[str, Any]:
         """One run of llama-bench for one test: its JSON object, `avg_ts` in tokens per second among it.
 
         Args:
-            gguf: name of the file.
+            gguf: name of the file, or the file.
             threads: for prompt and decoding.
             options: what to test, for example "-p", "512", "-n", "0".
             variant: which build.
@@ -93,7 +105,9 @@ class Peers:
             raise RuntimeError(f"{_words(command)}: gave {len(results)} results where one was asked for")
         return dict(results[0])
 
-    def llama_batched_bench(self, gguf: str, threads: int, batches: Sequence[int], tokens: int) -> dict[int, float]:
+    def llama_batched_bench(
+        self, gguf: str | Path, threads: int, batches: Sequence[int], tokens: int
+    ) -> dict[int, float]:
         """Tokens per second of decoding several sequences at once, by their number (llama-batched-bench)."""
         sizes = ["-c", max(batches) * (tokens + 8) + 64, "-npp", 8, "-ntg", tokens, "-npl", ",".join(map(str, batches))]
         command = [self.tool("llama-batched-bench"), "-m", self.gguf(gguf), "-t", threads, "-tb", threads, *sizes]
@@ -101,7 +115,7 @@ class Peers:
         rows = [json.loads(line) for line in lines if line.startswith("{")]
         return {int(row["pl"]): float(row["speed_tg"]) for row in rows}
 
-    def llama_first_token(self, gguf: str, threads: int, prompt: str) -> dict[str, float]:
+    def llama_first_token(self, gguf: str | Path, threads: int, prompt: str) -> dict[str, float]:
         """Seconds from a cold process to its first token: `process` in all, `inside` from opening the model on."""
         options = ["-n", 1, "-no-cnv", "--no-warmup", "--simple-io", "--temp", 0, "-c", 512, "-p", prompt]
         command = [self.tool("llama-completion"), "-m", self.gguf(gguf), "-t", threads, *options]
@@ -112,7 +126,7 @@ class Peers:
         stamps = [_stamp(log, text) for text in ("load the model", "sampling time")]
         return {"process": seconds, "inside": stamps[1] - stamps[0]}
 
-    def llama_memory(self, gguf: str, threads: int, prompt: int, tokens: int) -> int:
+    def llama_memory(self, gguf: str | Path, threads: int, prompt: int, tokens: int) -> int:
         """Peak resident bytes of llama-bench running a prompt and then decoding; mapped file pages count."""
         options = ["-p", "0", "-n", "0", "-pg", f"{prompt},{tokens}", "-r", "1", "-o", "json"]
         return _output([self.tool("llama-bench"), "-m", self.gguf(gguf), "-t", threads, *options], peak=True)[2]

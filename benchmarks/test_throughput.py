@@ -17,6 +17,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from limits import product_rate, read_bandwidth
 from measuring import ROUNDS, Contestant, cores, report, take_turns
 from peers import RUNNERS, Worker
 
@@ -25,8 +26,6 @@ if TYPE_CHECKING:
 
 DECODE, PROMPT = 64, 512  # tokens
 REFERENCE_DECODE, REFERENCE_PROMPT = 8, 128
-PRODUCT = (4096, 4096)  # rows and columns of the product that stands for what the cores can do
-PRODUCT_KERNELS = ("torch-int8-gemm", "torch-fp32")
 
 
 @pytest.fixture
@@ -38,26 +37,7 @@ def worker() -> Iterator[Worker]:
 
 def machine_limits(worker: Worker) -> tuple[Contestant, Contestant]:
     """Read bandwidth in GB/s, and a product of 512 tokens in GFLOP/s."""
-    rows, columns = PRODUCT
-    kernel, why = "", ""
-    for name in PRODUCT_KERNELS:
-        try:
-            worker.ask("prepare", kernel=name, rows=rows, columns=columns)
-            worker.ask("run", tokens=PROMPT, seconds=0.05)
-            kernel = name
-            break
-        except RuntimeError as error:  # torch has not every kernel on every CPU
-            why = str(error)
-    assert kernel, why
-
-    def product() -> float:
-        seconds = float(worker.ask("run", tokens=PROMPT)["seconds"])
-        return 2 * rows * columns * PROMPT / seconds / 1e9
-
-    memory = Contestant(
-        "memory", "read GB/s", lambda: float(worker.ask("bandwidth", seconds=0.3)["bytes_per_second"]) / 1e9
-    )
-    return memory, Contestant("torch", f"{kernel} {rows}x{columns} GFLOP/s", product)
+    return read_bandwidth(worker), product_rate(worker)
 
 
 def with_shares(contestants: list[Contestant], memory: Contestant, product: Contestant) -> None:
