@@ -30,20 +30,15 @@ def open_model(model: str) -> CheckpointSource:
         CheckpointError, UnsupportedError: there is, but it cannot be read.
         KbitError: a download failed.
     """
-    if not model.strip():
-        raise UsageError("the model's name is empty: give a folder, a .gguf file, a hub id or a name kbit pull lists")
-    path = Path(os.path.expanduser(model))
+    path = locate(model)
     try:
-        if path.is_dir():
-            return open_folder(path)
-        if path.is_file():
-            return _open_file(path)
+        if path is not None:
+            return open_folder(path) if path.is_dir() else _open_file(path)
     except OSError as error:
         raise CheckpointError(f"{model[:200]}: cannot be opened ({error.strerror})") from None
-    from kbit.checkpoint.pull import CATALOGUE, pull
+    from kbit.checkpoint.pull import CATALOGUE
 
-    if model in CATALOGUE:
-        return _open_file(pull(model))
+    path = Path(os.path.expanduser(model))
     hub_id = _HUB_ID.fullmatch(model)
     # "models/x.gguf" is a path with a typing error; "org/name:x.gguf" is not.
     if hub_id and (hub_id[1] or path.suffix not in (".gguf", ".safetensors", *_PICKLE_ENDINGS)):
@@ -52,6 +47,27 @@ def open_model(model: str) -> CheckpointSource:
         f"{model}: no such folder or file, and not a name kbit knows ({', '.join(CATALOGUE)}); a hub id looks like "
         "org/name"
     )
+
+
+def locate(model: str) -> Path | None:
+    """The folder or file of a model that is on this machine, or is in the catalogue; None for what may be a hub id.
+
+    Raises:
+        UsageError: no name at all.
+        CheckpointError: a path that cannot be looked at.
+        KbitError: a download failed.
+    """
+    if not model.strip():
+        raise UsageError("the model's name is empty: give a folder, a .gguf file, a hub id or a name kbit pull lists")
+    path = Path(os.path.expanduser(model))
+    try:
+        if path.is_dir() or path.is_file():
+            return path
+    except OSError as error:
+        raise CheckpointError(f"{model[:200]}: cannot be opened ({error.strerror})") from None
+    from kbit.checkpoint.pull import CATALOGUE, pull
+
+    return pull(model) if model in CATALOGUE else None
 
 
 def open_folder(path: Path) -> CheckpointSource:

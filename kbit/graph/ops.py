@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from kbit.formats.quant_tensor import QuantTensor
+    from kbit.formats.stored import AnyStored
     from kbit.graph.cache import Cache
 
 X = TypeVar("X")
@@ -171,6 +172,28 @@ class Runner(Protocol):
 
     def extend(self, ids: Sequence[int], cache: Cache, last_only: bool) -> NDArray[np.float32]:
         """Both for the T tokens of one sequence, with as little around them as there can be: (T, V), or (1, V)."""
+
+
+@runtime_checkable
+class HoldsPrepared(Protocol):
+    """A checkpoint that holds its weights as one backend prepared them before."""
+
+    def prepared_weight(self, name: str) -> Weight:
+        """A matrix."""
+
+    def prepared_vector(self, name: str) -> Vector:
+        """A norm's weight or a bias."""
+
+
+@runtime_checkable
+class PreparesStored(Protocol):
+    """A backend that takes weights as files hold them, without torch."""
+
+    def prepare_stored(self, stored: AnyStored) -> Weight:
+        """`Backend.prepare`."""
+
+    def prepare_array(self, vector: NDArray[np.float32]) -> Vector:
+        """`Backend.prepare_vector`."""
 
 
 class Backend(Protocol):

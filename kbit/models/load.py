@@ -6,8 +6,9 @@ from collections.abc import Callable, Iterable
 from math import isfinite
 from typing import TYPE_CHECKING
 
-from kbit.checkpoint.source import CheckpointSource
-from kbit.graph.ops import Backend, Vector
+from kbit.checkpoint.finite import read_array, read_stored
+from kbit.checkpoint.source import CheckpointSource, StoredSource
+from kbit.graph.ops import Backend, HoldsPrepared, PreparesStored, Vector, Weight
 from kbit.host.errors import CheckpointError
 from kbit.models.check import check_tensors
 from kbit.models.decoder import Decoder, DecoderWeights, Layer, Linear
@@ -58,19 +59,19 @@ class _Loader:
         self.done, self.total = 0, len(spec.expected_tensors())
 
     def decoder(self) -> Decoder:
-        spec, names, backend = self.spec, self.spec.names, self.backend
-        embedding = backend.prepare(self._matrix(f"{names.embedding}.weight"), lookup=True)
+        spec, names = self.spec, self.spec.names
+        embedding = self._weight(f"{names.embedding}.weight", lookup=True)
         layers = tuple(self._layer(index) for index in range(spec.layers))
         final_norm = self._vector(f"{names.final_norm}.weight")
-        head = embedding if spec.tied_embeddings else backend.prepare(self._matrix(f"{names.head}.weight"))
-        return Decoder(spec, backend, DecoderWeights(embedding, layers, final_norm, head))
+        head = embedding if spec.tied_embeddings else self._weight(f"{names.head}.weight")
+        return Decoder(spec, self.backend, DecoderWeights(embedding, layers, final_norm, head))
 
     def _layer(self, index: int) -> Layer:
         spec, names = self.spec, self.spec.names
 
         def linear(name: str, has_bias: bool) -> Linear:
             name = name.format(layer=index)
-            weight = self.backend.prepare(self._matrix(f"{name}.weight"))
+            weight = self._weight(f"{name}.weight")
             return Linear(weight, self._vector(f"{name}.bias") if has_bias else None)
 
         def norm(name: str) -> Vector:
@@ -84,6 +85,31 @@ class _Loader:
             gate_up=(linear(names.gate, spec.mlp_bias), linear(names.up, spec.mlp_bias)),
             down=linear(names.down, spec.mlp_bias),
         )
+
+    def _weight(self, name: str, *, lookup: bool = False) -> Weight:
+        """A matrix as the backend keeps it: as prepared before, as the file holds it, or from torch."""
+        source, backend = self.source, self.backend
+        if isinstance(source, HoldsPrepared):
+            weight = source.prepared_weight(name)
+        elif isinstance(source, StoredSource) and isinstance(backend, PreparesStored):
+            weight = backend.prepare_stored(read_stored(source, name))
+        else:
+            return backend.prepare(self._matrix(name), lookup=lookup)
+        self._count()
+        return weight
+
+    def _vector(self, name: str) -> Vector:
+        source, backend = self.source, self.backend
+        if isinstance(source, HoldsPrepared):
+            vector = source.prepared_vector(name)
+        elif isinstance(source, StoredSource) and isinstance(backend, PreparesStored):
+            vector = backend.prepare_array(read_array(source, name))
+        else:
+            values = source.read(name)
+            self._check_finite(name, [values])
+            return backend.prepare_vector(values)
+        self._count()
+        return vector
 
     def _matrix(self, name: str) -> torch.Tensor | QuantTensor:
         import torch
@@ -99,11 +125,6 @@ class _Loader:
             weight = weight.to(sixteen_bits.get(self.source.tensors[name].stored_as, weight.dtype))
         return weight
 
-    def _vector(self, name: str) -> Vector:
-        vector = self.source.read(name)
-        self._check_finite(name, [vector])
-        return self.backend.prepare_vector(vector)
-
     def _check_finite(self, name: str, parts: Iterable[torch.Tensor]) -> None:
         import torch
 
@@ -116,6 +137,9 @@ class _Loader:
                         f"{self.source.path}: {name} holds {nans} NaN and {infinities} infinite values; the checkpoint "
                         "is damaged or overflowed when it was converted; get it again"
                     )
+        self._count()
+
+    def _count(self) -> None:
         self.done += 1
         if self.progress is not None:
             self.progress(self.done, self.total)

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from kbit import _native
 from kbit.backends.cpu.kv_cache import NativeKVCache
 from kbit.backends.cpu.runner import NativeRunner, record
-from kbit.backends.cpu.weight import NativeWeight, prepare
-from kbit.formats.quant_tensor import QuantTensor
+from kbit.backends.cpu.weight import NativeWeight, prepare, prepare_stored
 from kbit.graph.ops import Definition
 from kbit.host.errors import UnsupportedError
+
+if TYPE_CHECKING:
+    import torch
+
+    from kbit.formats.quant_tensor import QuantTensor
+    from kbit.formats.stored import AnyStored
 
 
 class NativeBackend:
@@ -49,9 +55,20 @@ class NativeBackend:
             raise UnsupportedError(
                 f"--compute bf16: the {self._context.isa} kernels have no bfloat16 products; use --compute int8 or fp32"
             )
-        self.device = torch.device("cpu")
         self.compute = compute
         self.kv = kv
+
+    @property
+    def context(self) -> _native.Context:
+        """The kernels, and the threads that run them."""
+        return self._context
+
+    @property
+    def device(self) -> torch.device:
+        """torch's name for the CPU."""
+        import torch
+
+        return torch.device("cpu")
 
     @property
     def isa(self) -> str:
@@ -72,8 +89,16 @@ class NativeBackend:
         return prepare(weight, self._context)
 
     def prepare_vector(self, vector: torch.Tensor) -> NDArray[np.float32]:
-        array: NDArray[np.float32] = vector.to(self.device, torch.float32).contiguous().numpy()
+        array: NDArray[np.float32] = vector.to("cpu").float().contiguous().numpy()
         return array
+
+    def prepare_stored(self, stored: AnyStored) -> NativeWeight:
+        """`prepare` without torch: a matrix as files hold it."""
+        return prepare_stored(stored, self._context)
+
+    def prepare_array(self, vector: NDArray[np.float32]) -> NDArray[np.float32]:
+        """`prepare_vector` without torch."""
+        return np.ascontiguousarray(vector, dtype=np.float32)
 
     def new_cache(self, layers: int, batch: int, kv_heads: int, head_dim: int, capacity: int) -> NativeKVCache:
         if self.kv.isdigit() and head_dim % 16:

@@ -1,0 +1,351 @@
+"""Prepared weights in a file: a model in the layout that the CPU engine reads, so that it starts by mapping it.
+
+The first run of a model rearranges its weights (kernels/cpu/codecs/matrix.h) and keeps the result in the cache folder;
+later ones map the file read-only and share its memory with every other process that does. The file holds all that a run
+needs (configuration and tokenizer too), so the checkpoint itself is not opened again:
+
+    bytes 0 to 4096     magic, where the index is, its length and sha256
+    arrays              each at a multiple of 64 bytes: a matrix's codes, scales, offsets and codebook; vectors; files
+    index               JSON: what was prepared, and where each array begins
+
+It is never stale: its name holds path, size, modification time and inode of every file of the checkpoint, and the version
+of the layout. It is never half-written: it gets its name when all of it is on disk. Two processes that want to make one do
+it in turn, and the second finds it made. Files of a checkpoint's earlier states are removed when a new one is written.
+`KBIT_PREPARED` names another folder, or says "off"; `kbit info` shows the file and `kbit info --forget` removes it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, BinaryIO
+
+import numpy as np
+
+from kbit import _native
+from kbit.backends.cpu.weight import NativeWeight, prepare_stored
+from kbit.checkpoint.finite import read_array, read_stored
+from kbit.checkpoint.source import CheckpointSource, StoredSource, TensorInfo
+from kbit.host.cache_folder import cache_dir
+from kbit.host.errors import CheckpointError, KbitError
+from kbit.host.files import fsync_folder
+
+if TYPE_CHECKING:
+    import torch
+    from numpy.typing import NDArray
+
+    from kbit._native import Context
+
+# Of this file and of the layout of kernels/cpu/codecs/matrix.h: another number, another file.
+VERSION = 1
+
+_MAGIC = b"kbitprep"
+_HEAD_BYTES = 4096
+_ALIGN = 64
+_ENDING = ".kbit"
+# A folder's files whose change may change the model: everything kbit reads of one.
+_FOLDER_PATTERNS = ("*.safetensors", "*.json", "*.jinja", "*.gguf", "*.model", "*.txt")
+# Room that is left on the disk beside a prepared file.
+_SPARE_BYTES = 1 << 30
+
+
+def prepared_folder() -> Path | None:
+    """Where prepared weights are kept; None where KBIT_PREPARED says "off", or where there is no place for them."""
+    named = os.environ.get("KBIT_PREPARED")
+    if named == "off":
+        return None
+    try:
+        return Path(os.path.expanduser(named)) if named else cache_dir() / "prepared"
+    except KbitError:
+        return None
+
+
+def prepared_path(checkpoint: Path) -> Path | None:
+    """Where the prepared weights of a checkpoint are, or would be; None where none are kept.
+
+    Args:
+        checkpoint: a folder or a .gguf file.
+    """
+    folder = prepared_folder()
+    if folder is None:
+        return None
+    path = checkpoint.resolve()
+    try:
+        states = [[str(file), *_state(file)] for file in _files_of(path)]
+    except OSError:
+        return None  # it cannot be opened either, and who opens it says so
+    state = hashlib.sha256(json.dumps([VERSION, states]).encode()).hexdigest()
+    return folder / f"{_prefix(path)}-{state[:24]}{_ENDING}"
+
+
+def _prefix(path: Path) -> str:
+    return hashlib.sha256(str(path).encode("utf-8", "surrogateescape")).hexdigest()[:16]
+
+
+def _state(file: Path) -> list[int]:
+    status = file.stat()
+    return [status.st_size, status.st_mtime_ns, status.st_ino]
+
+
+def _files_of(path: Path) -> Iterator[Path]:
+    """The files that a checkpoint consists of. Of a split .gguf file all parts are there by their common name."""
+    if path.is_dir():
+        yield from sorted({file for pattern in _FOLDER_PATTERNS for file in path.glob(pattern)})
+        return
+    from kbit.checkpoint.resolve import gguf_parts
+
+    for name in gguf_parts(path.name):
+        yield path.with_name(name)
+
+
+class PreparedSource(CheckpointSource):
+    """A checkpoint whose weights are prepared and mapped (a `kbit.graph.ops.HoldsPrepared`).
+
+    Everything else about it reads as the checkpoint itself would, which is opened only if its plain weights are asked
+    for.
+
+    Args:
+        file: written by `make`.
+
+    Raises:
+        CheckpointError: the file is damaged.
+        OSError: it cannot be mapped.
+    """
+
+    def __init__(self, file: Path) -> None:
+        self.prepared = file
+        self._map = _native.MappedFile(str(file))
+        try:
+            index = _read_index(self._map)
+            self.path = Path(index["path"])
+            self.config = dict(index["config"])
+            self._infos = {
+                name: TensorInfo(name, tuple(shape), stored_as, nbytes, Path(where))
+                for name, shape, stored_as, nbytes, where in index["tensors"]
+            }
+            self._matrices: dict[str, dict[str, Any]] = index["matrices"]
+            self._vectors: dict[str, list[int]] = index["vectors"]
+            self._files: dict[str, list[int]] = index["files"]
+            self._fingerprint = str(index["fingerprint"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise self._damaged(error) from None
+        self._original: CheckpointSource | None = None
+
+    def _damaged(self, why: object) -> CheckpointError:
+        return CheckpointError(f"{self.prepared}: the prepared weights are damaged ({why}); remove the file")
+
+    @property
+    def tensors(self) -> Mapping[str, TensorInfo]:
+        return self._infos
+
+    def prepared_weight(self, name: str) -> NativeWeight:
+        """A matrix in the mapped file.
+
+        Raises:
+            CheckpointError: the file's index says what cannot be.
+        """
+        try:
+            return NativeWeight(_native.map_matrix(self._map, **self._matrices[name]))
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
+            raise self._damaged(f"{name}: {error}") from None
+
+    def prepared_vector(self, name: str) -> NDArray[np.float32]:
+        """A norm's weight or a bias in the mapped file.
+
+        Raises:
+            CheckpointError: the file's index says what cannot be.
+        """
+        try:
+            return self._map.bytes(*self._vectors[name]).view(np.float32)
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
+            raise self._damaged(f"{name}: {error}") from None
+
+    def sidecar_files(self) -> Mapping[str, bytes]:
+        try:
+            return {name: self._map.bytes(*place).tobytes() for name, place in self._files.items()}
+        except (TypeError, ValueError, OverflowError) as error:
+            raise self._damaged(error) from None
+
+    def fingerprint(self) -> str:
+        return self._fingerprint
+
+    def read_rows(self, name: str, start: int, stop: int) -> torch.Tensor:
+        return self._opened().read_rows(name, start, stop)
+
+    def read_weight(self, name: str) -> Any:
+        return self._opened().read_weight(name)
+
+    def close(self) -> None:
+        if self._original is not None:
+            self._original.close()
+
+    def _opened(self) -> CheckpointSource:
+        from kbit.checkpoint.resolve import open_model
+
+        if self._original is None:
+            self._original = open_model(str(self.path))
+        return self._original
+
+
+def find(checkpoint: Path) -> PreparedSource | None:
+    """The prepared weights of a checkpoint as it is now, if there are any. A damaged file counts as none."""
+    path = prepared_path(checkpoint)
+    if path is None or not path.is_file():
+        return None
+    try:
+        return PreparedSource(path)
+    except (OSError, CheckpointError):
+        return None
+
+
+def make(
+    source: StoredSource,
+    checkpoint: Path,
+    names: Mapping[str, tuple[int, ...]],
+    context: Context,
+    progress: Callable[[int, int], None] | None = None,
+) -> PreparedSource | None:
+    """Prepares a checkpoint's weights into a file, unless another process just did.
+
+    Args:
+        source: the open checkpoint.
+        checkpoint: the folder or file it was opened from.
+        names: the tensors the model needs, with their shapes.
+        context: whose threads rearrange.
+        progress: called as (tensors done, tensors in all) after each tensor.
+
+    Returns:
+        None where no file can be kept: switched off, no place, or no room on the disk.
+
+    Raises:
+        CheckpointError: a tensor cannot be read, or holds NaN or infinity.
+    """
+    path = prepared_path(checkpoint)
+    if path is None:
+        return None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        needed = sum(info.nbytes for info in source.tensors.values())
+        if shutil.disk_usage(path.parent).free < needed + needed // 4 + _SPARE_BYTES:
+            return None
+        from filelock import FileLock
+
+        with FileLock(path.with_suffix(".lock")):
+            found = find(checkpoint)
+            if found is None:
+                _write(path, source, checkpoint, names, context, progress)
+        with suppress(OSError):
+            path.with_suffix(".lock").unlink()
+        return found or find(checkpoint)
+    except OSError:
+        return None  # a folder that cannot be written: the weights are prepared in memory, as without a cache
+
+
+def forget(checkpoint: Path) -> int:
+    """Removes what was prepared of a checkpoint, in whatever state; bytes that were freed."""
+    folder = prepared_folder()
+    freed = 0
+    for file in [] if folder is None else folder.glob(f"{_prefix(checkpoint.resolve())}-*"):
+        with suppress(OSError):
+            size = file.stat().st_size
+            file.unlink()
+            freed += size
+    return freed
+
+
+def _write(
+    path: Path,
+    source: StoredSource,
+    checkpoint: Path,
+    names: Mapping[str, tuple[int, ...]],
+    context: Context,
+    progress: Callable[[int, int], None] | None,
+) -> None:
+    for leftover in path.parent.glob(f"{_prefix(checkpoint.resolve())}-*"):
+        if leftover.suffix != ".lock":
+            leftover.unlink(missing_ok=True)
+    partial = path.with_suffix(".part")
+    try:
+        with partial.open("wb") as file:
+            file.write(b"\0" * _HEAD_BYTES)
+            index = _write_arrays(file, source, names, context, progress)
+            index["path"] = str(checkpoint.resolve())
+            data = json.dumps(index).encode()
+            begin = file.tell()
+            file.write(data)
+            file.seek(0)
+            file.write(_MAGIC + begin.to_bytes(8, "little") + len(data).to_bytes(8, "little"))
+            file.write(hashlib.sha256(data).digest())
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+        fsync_folder(path.parent)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+
+
+def _write_arrays(
+    file: BinaryIO,
+    source: StoredSource,
+    names: Mapping[str, tuple[int, ...]],
+    context: Context,
+    progress: Callable[[int, int], None] | None,
+) -> dict[str, Any]:
+    matrices: dict[str, Any] = {}
+    vectors: dict[str, list[int]] = {}
+    for done, (name, shape) in enumerate(names.items(), start=1):
+        if len(shape) == 2:
+            matrix = prepare_stored(read_stored(source, name), context).matrix
+            begins = [_append(file, array) for array in _native.matrix_arrays(matrix)]
+            matrices[name] = {**_native.describe_matrix(matrix), "begins": begins}
+        else:
+            vector = np.ascontiguousarray(read_array(source, name))
+            begin = _append(file, vector.view(np.uint8))
+            vectors[name] = [begin, begin + vector.nbytes]
+        if progress is not None:
+            progress(done, len(names))
+    files = {}
+    for name, data in source.sidecar_files().items():
+        begin = _append(file, np.frombuffer(data, dtype=np.uint8))
+        files[name] = [begin, begin + len(data)]
+    return {
+        "config": source.config,
+        "fingerprint": source.fingerprint(),
+        "tensors": [[i.name, i.shape, i.stored_as, i.nbytes, str(i.file)] for i in source.tensors.values()],
+        "matrices": matrices,
+        "vectors": vectors,
+        "files": files,
+    }
+
+
+def _append(file: BinaryIO, data: NDArray[np.uint8]) -> int:
+    """Writes an array at the next aligned place; where that is. 64 bytes lie between arrays, as kernels read ahead."""
+    begin = file.tell()
+    begin += -begin % _ALIGN + _ALIGN
+    file.seek(begin)
+    file.write(memoryview(data))
+    return begin
+
+
+def _read_index(file: _native.MappedFile) -> dict[str, Any]:
+    """
+    Raises:
+        ValueError: the file is not what `make` writes.
+    """
+    head = file.bytes(0, min(_HEAD_BYTES, len(file))).tobytes()
+    begin, length = (int.from_bytes(head[at : at + 8], "little") for at in (8, 16))
+    if not head.startswith(_MAGIC):
+        raise ValueError("it does not begin as such a file does")
+    data = file.bytes(begin, begin + length).tobytes()
+    if hashlib.sha256(data).digest() != head[24:56]:
+        raise ValueError("its index has another sha256")
+    index = json.loads(data)
+    if not isinstance(index, dict):
+        raise ValueError("its index is no object")
+    return index
