@@ -57,6 +57,18 @@ def away_from_the_checkout(tmp_path_factory: pytest.TempPathFactory) -> Iterator
     os.chdir(before)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def prepared_weights_elsewhere(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Hundreds of tiny models are loaded: what is prepared of them is not for the user's cache."""
+    before = os.environ.get("KBIT_PREPARED")
+    os.environ["KBIT_PREPARED"] = str(tmp_path_factory.mktemp("prepared"))
+    yield
+    if before is None:
+        del os.environ["KBIT_PREPARED"]
+    else:
+        os.environ["KBIT_PREPARED"] = before
+
+
 @pytest.fixture(scope="module")
 def one_thread() -> Iterator[None]:
     """A token is hundreds of small products; on a busy machine the barriers between threads cost ten times the work."""

@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Collection
 from typing import TYPE_CHECKING
 
-import torch
-
 from kbit.host.cpu import default_threads
 from kbit.host.errors import UnsupportedError, UsageError
 
@@ -113,6 +111,8 @@ def set_threads(threads: int | None) -> None:
         UsageError: see check_threads.
     """
     if threads is not None:
+        import torch
+
         check_threads(threads)
         torch.set_num_threads(threads)
 

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from kbit.cli.heavy import import_torch
 from kbit.cli.options import (
     DEFAULT_MODEL,
     BackendOption,
@@ -204,7 +203,6 @@ def load_to_generate(
     Raises:
         UsageError, CheckpointError, UnsupportedError: see `kbit.engine.loader.load_model`; in every process alike.
     """
-    import_torch()
     from kbit.backends.select import select_backend
     from kbit.engine.speculative import NGRAM, Speculation, load_drafter
 

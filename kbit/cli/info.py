@@ -71,11 +71,21 @@ def info(
             rich_help_panel=_PICTURE,
         ),
     ] = None,
+    verify: Annotated[
+        bool, typer.Option("--verify", help="Compare every stored tensor with its checksum again.")
+    ] = False,
+    forget: Annotated[
+        bool, typer.Option("--forget", help="Remove what the CPU engine has kept of MODEL: its prepared weights.")
+    ] = False,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else on stdout.")] = False,
 ) -> None:
     """Show a model's shape, size and bits per weight, without loading it; or what kbit uses of this machine.
 
     Bits per weight count everything stored: codes, scales, offsets, codebooks, and whatever stayed in 16 bits.
+
+    The first run of a model on the CPU keeps its weights, rearranged for the kernels, in the cache folder
+    (KBIT_PREPARED names another, or says "off"), so that later runs only map them. That file is shown here, and
+    --forget removes it.
 
     With --plot, the weights are read after all: rounded to the widths of --bits (or compared with --reference), and
     run on a little text to see how much an error in each matrix would change the predictions (KL divergence). The two
@@ -87,6 +97,8 @@ def info(
       kbit info smollm2-135m-instruct
       kbit info out/ --tensors
       kbit info out/ --json
+      kbit info out/ --verify
+      kbit info out/ --forget
       kbit info smollm2-135m-instruct --plot layers.png --bits 3,4
       kbit info out/ --plot layers.html --reference smollm2-135m-instruct
     """
@@ -107,6 +119,8 @@ def info(
 
         request = check_request(plot, bits, reference, data, max_tokens)
     if model is None:
+        if verify or forget:
+            raise UsageError(f"{'--verify' if verify else '--forget'} is for a model: name one")
         machine = machine_summary()
         if json:
             print_json(machine)
@@ -115,6 +129,11 @@ def info(
         return
     with open_model(model) as source:
         summary = summarise(source)
+        if verify:
+            summary["verified_tensors"] = _verify(source)
+        if forget:
+            summary["forgotten_bytes"] = _forget(model)
+            summary["prepared_bytes"] = None
         if plot is not None:
             summary["plot"] = draw(source, model, request, quiet=json)
     if json:
@@ -176,6 +195,7 @@ def summarise(source: CheckpointSource) -> dict[str, Any]:
         "file_bytes": sum(file.stat().st_size for file in files),
         "files": sorted(file.name for file in files),
         "formats": _by_format(infos),
+        "prepared_bytes": _prepared_bytes(source.path),
         "runs_on": {
             "cpu": f"native backend ({instruction_set()})" if reason is None else None,
             "cuda": f"triton backend ({gpu})" if reason is None and gpu else None,
@@ -193,6 +213,39 @@ def summarise(source: CheckpointSource) -> dict[str, Any]:
             for info in infos
         },
     }
+
+
+def _prepared_bytes(path: Path) -> int | None:
+    """Size of the file of prepared weights, if there is one."""
+    from kbit.checkpoint.prepared_place import prepared_path
+
+    place = prepared_path(path)
+    return place.stat().st_size if place is not None and place.is_file() else None
+
+
+def _forget(model: str) -> int:
+    from kbit.checkpoint.prepared_place import forget
+    from kbit.checkpoint.resolve import locate
+
+    place = locate(model)
+    return 0 if place is None else forget(place)
+
+
+def _verify(source: CheckpointSource) -> int:
+    """How many tensors were compared with their checksums.
+
+    Raises:
+        UsageError: the model has none.
+        CheckpointError: one differs.
+    """
+    from kbit.checkpoint.readers.kbit_folder import KbitFolder
+
+    if not isinstance(source, KbitFolder):
+        raise UsageError(
+            f"{source.path}: --verify compares with the checksums that kbit writes, and this model has none (kbit pull "
+            "compares the catalogue's)"
+        )
+    return source.verify()
 
 
 def _runnable(source: CheckpointSource) -> tuple[ModelSpec | None, str | None]:
@@ -261,6 +314,12 @@ def _print_for_people(summary: dict[str, Any], list_tensors: bool) -> None:
         "files": f"{size(summary['file_bytes'])} in {len(summary['files'])} "
         + ("file" if len(summary["files"]) == 1 else "files"),
     }
+    if summary["prepared_bytes"] is not None:
+        lines["prepared"] = f"{size(summary['prepared_bytes'])} for the CPU engine, in the cache (--forget removes it)"
+    if "verified_tensors" in summary:
+        lines["checksums"] = f"all {summary['verified_tensors']} stored tensors are as they were written"
+    if "forgotten_bytes" in summary:
+        lines["forgotten"] = f"{size(summary['forgotten_bytes'])} of prepared weights"
     if summary["cannot_run"] is None:
         cuda = summary["runs_on"]["cuda"] or "no GPU here"
         lines["runs on"] = f"cpu: {summary['runs_on']['cpu']}; cuda: {cuda}"

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, NoReturn, TypeVar
 
 import typer
 
+from kbit.cli.heavy import import_torch
 from kbit.host.errors import UsageError
 
 if TYPE_CHECKING:
@@ -78,6 +79,8 @@ class Peers:
 
         from kbit.engine.loader import load_model
 
+        if backend.name != "native":
+            import_torch()
         if self.group is not None:
             from kbit.backends.parallel import split
 

@@ -132,6 +132,7 @@ def result_dict(result: GenerationResult, loaded: LoadedModel) -> dict[str, Any]
         "decode_tokens_per_second": result.decode_tokens_per_second,
         "time_to_first_token_s": result.time_to_first_token,
         "load_s": loaded.load_seconds,
+        "prepared_weights": loaded.prepared and str(loaded.prepared),
         "peak_rss_bytes": peak_rss_bytes(),
         "backend": loaded.backend_name,
         "backend_description": loaded.backend_description,

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from time import perf_counter
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from kbit.models.decoder import Decoder
 from kbit.text.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
+    from kbit.backends.cpu.backend import NativeBackend
+    from kbit.backends.cpu.prepared import PreparedSource
     from kbit.backends.parallel import Group
     from kbit.checkpoint.source import CheckpointSource
     from kbit.graph.ops import Backend
@@ -25,12 +28,14 @@ class LoadedModel:
         decoder: the model, prepared for its backend.
         tokenizer: its tokenizer.
         load_seconds: from opening the checkpoint to the last prepared weight, a download not included.
+        prepared: the file of prepared weights that it runs on, mapped; None: they were prepared in memory.
     """
 
     name: str
     decoder: Decoder
     tokenizer: Tokenizer
     load_seconds: float
+    prepared: Path | None = None
 
     @property
     def backend_name(self) -> str:
@@ -53,29 +58,28 @@ def load_model(
     kv_bits: int | None = None,
     group: Group | None = None,
     check: Callable[[Tokenizer, CheckpointSource], object] | None = None,
+    progress: Callable[[int, int], None] | None = None,
 ) -> LoadedModel:
     """Loads a model.
 
     Args:
         model: a folder, a .gguf file, a hub id or a catalogue name (`kbit.checkpoint.resolve.open_model`).
         device: "auto", "cpu" or "cuda".
-        threads: CPU threads, also of torch for the whole process; None takes one per physical core and leaves torch's.
+        threads: CPU threads, where torch computes also torch's, for the whole process; None takes one per physical
+            core and leaves torch's.
         backend, compute, kv_bits: who computes and how, see `kbit.backends.select.select_backend`. Or a backend there
             is already, which then says all of it: models that take turns should share one, and with it its threads.
         group: processes among which the model is split (`kbit.backends.parallel`), this one among them. Each loads
             its share; all must then ask for the same tokens. A backend that is given must be of this group.
         check: called with tokenizer and checkpoint before any weight is read, to refuse early what these can tell.
+        progress: called as (tensors done, tensors in all) while weights are read and prepared.
 
     Raises:
         UsageError: no such model, or a value of the other arguments that does not exist or does not fit the rest.
         CheckpointError, UnsupportedError: the model cannot be read or run, or not be split like this.
     """
     from kbit.backends.select import select_backend, set_threads
-    from kbit.checkpoint.resolve import open_model
-    from kbit.models.load import load_decoder
-    from kbit.models.shard import shard
 
-    set_threads(threads)
     # Before the model: a wrong device needs no download to be reported.
     if isinstance(backend, str):
         backend = select_backend(device, backend=backend, threads=threads, compute=compute, kv_bits=kv_bits)
@@ -85,6 +89,13 @@ def load_model(
             backend = split(backend, group)
     elif getattr(backend, "group", None) is not group:
         raise ValueError(f"the {backend.name} backend was not made for this group of processes")
+    if backend.name == "native":
+        return _load_native(model, cast("NativeBackend", backend), check, progress)
+    from kbit.checkpoint.resolve import open_model
+    from kbit.models.load import load_decoder
+    from kbit.models.shard import shard
+
+    set_threads(threads)
     prefer_tuned(backend)
     with open_model(model) as source:
         start = perf_counter()
@@ -95,8 +106,47 @@ def load_model(
         if check is not None:
             check(tokenizer, source)
         part = source if group is None else shard(source, group.rank, group.size)
-        decoder = load_decoder(part, backend)
+        decoder = load_decoder(part, backend, progress=progress)
         return LoadedModel(model, decoder, tokenizer, perf_counter() - start)
+
+
+def _load_native(
+    model: str,
+    backend: NativeBackend,
+    check: Callable[[Tokenizer, CheckpointSource], object] | None,
+    progress: Callable[[int, int], None] | None,
+) -> LoadedModel:
+    """`load_model` for the CPU engine: from an earlier run's prepared weights, or preparing them for later ones."""
+    from kbit.backends.cpu.prepared import find
+    from kbit.checkpoint.resolve import locate, open_model
+    from kbit.models.load import load_decoder
+
+    place = locate(model)
+    start = perf_counter()
+    prepared = None if place is None else find(place)
+    with prepared or open_model(model) as source:
+        tokenizer = Tokenizer.from_source(source)
+        if check is not None:
+            check(tokenizer, source)
+        if prepared is None and place is not None:
+            prepared = _prepare(source, place, backend, progress)
+        decoder = load_decoder(prepared or source, backend, progress=progress)
+        file = None if prepared is None else prepared.prepared
+        return LoadedModel(model, decoder, tokenizer, perf_counter() - start, file)
+
+
+def _prepare(
+    source: CheckpointSource, place: Path, backend: NativeBackend, progress: Callable[[int, int], None] | None
+) -> PreparedSource | None:
+    """Prepares the weights into a file; None where none is kept."""
+    from kbit.backends.cpu.prepared import make
+    from kbit.checkpoint.source import StoredSource
+    from kbit.models.load import check_loadable
+
+    if not isinstance(source, StoredSource):
+        return None
+    spec = check_loadable(source, backend)
+    return make(source, place, spec.expected_tensors(), backend.context, progress)
 
 
 def prefer_tuned(backend: Backend) -> None:

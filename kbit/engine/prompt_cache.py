@@ -7,14 +7,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from kbit.graph.cache import Cache
 from kbit.host.errors import KbitError, UsageError
+
+if TYPE_CHECKING:
+    import torch
 
 
 class DecoderSpec(Protocol):
@@ -121,6 +123,8 @@ class PromptCache:
         if self._extends is not None:
             rows = self._extends.extend(ids, self._cache, last_only)
         else:
+            import torch
+
             tokens = torch.tensor([ids], dtype=torch.int64)  # (1, T)
             logits = self._decoder.forward(tokens, self._cache, last_only=last_only)[0]
             rows = logits.detach().to("cpu", torch.float32).numpy()

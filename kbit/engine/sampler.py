@@ -24,12 +24,15 @@ import secrets
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
-import torch
 
 from kbit.host.errors import KbitError, UsageError
+
+if TYPE_CHECKING:
+    import torch
 
 # Below this a temperature is indistinguishable from greedy decoding, and logits divided by it can leave float32.
 MIN_TEMPERATURE = 1e-6
@@ -38,7 +41,7 @@ _BLOCK = 256
 
 Scores = npt.NDArray[np.float32]
 # (V,): a tensor on any device, or an array, which saves the calls into torch that cost the most per token.
-Logits = torch.Tensor | Scores
+Logits: TypeAlias = "torch.Tensor | Scores"
 Indices = npt.NDArray[np.int64]
 Probabilities = npt.NDArray[np.float64]
 # A token that may come next, and the distribution (V,) it was drawn from; None where it was not drawn at random.
@@ -114,7 +117,8 @@ class Sampler:
         self.seed = secrets.randbits(63) if params.seed is None else params.seed
         self._greedy = params.temperature == 0
         self._penalises = bool(params.repetition_penalty != 1 or params.presence_penalty or params.frequency_penalty)
-        self._generator = torch.Generator(device="cpu").manual_seed(self.seed)
+        # Seeded and read as torch.Generator and torch.rand do, so that a seed gives what it gives there.
+        self._generator = np.random.RandomState(self.seed & 0xFFFFFFFF)._bit_generator
         self._seen = set(prompt_ids)
         self._generated: Counter[int] = Counter()
 
@@ -189,7 +193,7 @@ class Sampler:
     def _scores(self, logits: Logits, pending: Sequence[int] = ()) -> tuple[Scores, int]:
         """Penalised logits (V,), which may share memory with `logits`, and the index of the largest."""
         scores: Scores
-        scores = logits if isinstance(logits, np.ndarray) else logits.detach().to("cpu", torch.float32).numpy()
+        scores = logits if isinstance(logits, np.ndarray) else logits.detach().cpu().float().numpy()
         if self._penalises:
             scores = self._penalise(scores, pending)
         # A NaN counts as the largest: one pass answers "which is best?" and "is everything a number?".
@@ -259,7 +263,9 @@ class Sampler:
         return index if candidates is None else int(candidates[index])
 
     def _uniform(self) -> float:
-        return float(torch.rand(1, generator=self._generator, dtype=torch.float64))
+        """A number in [0, 1) with 53 random bits."""
+        high, low = self._generator.random_raw(2).tolist()
+        return float(((high << 32 | low) & ((1 << 53) - 1)) * 2.0**-53)
 
 
 def _probabilities(candidates: Indices | None, weights: Scores, size: int) -> Probabilities:

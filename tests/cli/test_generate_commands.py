@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from command_cases import in_process
 from generation_cases import CHATML
 
 from kbit.text.tokenizer import Tokenizer
@@ -29,20 +30,6 @@ def kbit(*arguments: str, stdin: str = "", check: int = 0) -> subprocess.Complet
     )
     assert done.returncode == check, done.stderr
     return done
-
-
-def in_process(arguments: list[str], monkeypatch: pytest.MonkeyPatch, stdin: bytes = b"") -> tuple[int, str, str]:
-    """(exit code, stdout, stderr) of the command without the cost of a process."""
-    from kbit.cli.main import main
-
-    out, err = io.StringIO(), io.StringIO()
-    monkeypatch.setattr(sys, "argv", ["kbit", *arguments])
-    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin), encoding="utf-8"))
-    monkeypatch.setattr(sys, "stdout", out)
-    monkeypatch.setattr(sys, "stderr", err)
-    with pytest.raises(SystemExit) as exit_:
-        main()
-    return int(exit_.value.code or 0), out.getvalue(), err.getvalue()
 
 
 class TestCommands:

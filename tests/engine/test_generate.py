@@ -73,7 +73,7 @@ class TestLoop:
         assert len(set(a.ids)) > 10
 
     def test_first_word_keeps_its_space(self) -> None:
-        from tests.test_tokenizer import sentencepiece
+        from tokenizer_cases import sentencepiece
 
         tokenizer = Tokenizer(sentencepiece(), eos_ids=frozenset({2}))
         ids = tokenizer.encode("hello")

@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from command_cases import in_process
 from speculative_cases import FixedDrafter, TokenByToken, both
-from test_generate_commands import in_process
 
 from kbit.backends.select import select_backend
 from kbit.engine.generate import generate

@@ -8,10 +8,11 @@ needs (configuration and tokenizer too), so the checkpoint itself is not opened 
     arrays              each at a multiple of 64 bytes: a matrix's codes, scales, offsets and codebook; vectors; files
     index               JSON: what was prepared, and where each array begins
 
-It is never stale: its name holds path, size, modification time and inode of every file of the checkpoint, and the version
-of the layout. It is never half-written: it gets its name when all of it is on disk. Two processes that want to make one do
-it in turn, and the second finds it made. Files of a checkpoint's earlier states are removed when a new one is written.
-`KBIT_PREPARED` names another folder, or says "off"; `kbit info` shows the file and `kbit info --forget` removes it.
+It is never stale: its name holds path, size, modification time and inode of every file of the checkpoint, and the
+version of the layout. It is never half-written: it gets its name when all of it is on disk. Two processes that want to
+make one do it in turn, and the second finds it made. Files of a checkpoint's earlier states are removed when a new one
+is written. `KBIT_PREPARED` names another folder, or says "off"; `kbit info` shows the file and `kbit info --forget`
+removes it.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
@@ -30,9 +31,9 @@ import numpy as np
 from kbit import _native
 from kbit.backends.cpu.weight import NativeWeight, prepare_stored
 from kbit.checkpoint.finite import read_array, read_stored
+from kbit.checkpoint.prepared_place import prepared_path, prepared_prefix
 from kbit.checkpoint.source import CheckpointSource, StoredSource, TensorInfo
-from kbit.host.cache_folder import cache_dir
-from kbit.host.errors import CheckpointError, KbitError
+from kbit.host.errors import CheckpointError
 from kbit.host.files import fsync_folder
 
 if TYPE_CHECKING:
@@ -41,66 +42,11 @@ if TYPE_CHECKING:
 
     from kbit._native import Context
 
-# Of this file and of the layout of kernels/cpu/codecs/matrix.h: another number, another file.
-VERSION = 1
-
 _MAGIC = b"kbitprep"
 _HEAD_BYTES = 4096
 _ALIGN = 64
-_ENDING = ".kbit"
-# A folder's files whose change may change the model: everything kbit reads of one.
-_FOLDER_PATTERNS = ("*.safetensors", "*.json", "*.jinja", "*.gguf", "*.model", "*.txt")
 # Room that is left on the disk beside a prepared file.
 _SPARE_BYTES = 1 << 30
-
-
-def prepared_folder() -> Path | None:
-    """Where prepared weights are kept; None where KBIT_PREPARED says "off", or where there is no place for them."""
-    named = os.environ.get("KBIT_PREPARED")
-    if named == "off":
-        return None
-    try:
-        return Path(os.path.expanduser(named)) if named else cache_dir() / "prepared"
-    except KbitError:
-        return None
-
-
-def prepared_path(checkpoint: Path) -> Path | None:
-    """Where the prepared weights of a checkpoint are, or would be; None where none are kept.
-
-    Args:
-        checkpoint: a folder or a .gguf file.
-    """
-    folder = prepared_folder()
-    if folder is None:
-        return None
-    path = checkpoint.resolve()
-    try:
-        states = [[str(file), *_state(file)] for file in _files_of(path)]
-    except OSError:
-        return None  # it cannot be opened either, and who opens it says so
-    state = hashlib.sha256(json.dumps([VERSION, states]).encode()).hexdigest()
-    return folder / f"{_prefix(path)}-{state[:24]}{_ENDING}"
-
-
-def _prefix(path: Path) -> str:
-    return hashlib.sha256(str(path).encode("utf-8", "surrogateescape")).hexdigest()[:16]
-
-
-def _state(file: Path) -> list[int]:
-    status = file.stat()
-    return [status.st_size, status.st_mtime_ns, status.st_ino]
-
-
-def _files_of(path: Path) -> Iterator[Path]:
-    """The files that a checkpoint consists of. Of a split .gguf file all parts are there by their common name."""
-    if path.is_dir():
-        yield from sorted({file for pattern in _FOLDER_PATTERNS for file in path.glob(pattern)})
-        return
-    from kbit.checkpoint.resolve import gguf_parts
-
-    for name in gguf_parts(path.name):
-        yield path.with_name(name)
 
 
 class PreparedSource(CheckpointSource):
@@ -246,18 +192,6 @@ def make(
         return None  # a folder that cannot be written: the weights are prepared in memory, as without a cache
 
 
-def forget(checkpoint: Path) -> int:
-    """Removes what was prepared of a checkpoint, in whatever state; bytes that were freed."""
-    folder = prepared_folder()
-    freed = 0
-    for file in [] if folder is None else folder.glob(f"{_prefix(checkpoint.resolve())}-*"):
-        with suppress(OSError):
-            size = file.stat().st_size
-            file.unlink()
-            freed += size
-    return freed
-
-
 def _write(
     path: Path,
     source: StoredSource,
@@ -266,7 +200,7 @@ def _write(
     context: Context,
     progress: Callable[[int, int], None] | None,
 ) -> None:
-    for leftover in path.parent.glob(f"{_prefix(checkpoint.resolve())}-*"):
+    for leftover in path.parent.glob(f"{prepared_prefix(checkpoint)}-*"):
         if leftover.suffix != ".lock":
             leftover.unlink(missing_ok=True)
     partial = path.with_suffix(".part")

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 from machine_code_cases import machine_code, run_check
-from test_native_matmul import exact, inputs, multiply, weights
+from matmul_cases import exact, inputs, multiply, weights
 
 from kbit import _native
 from kbit.backends.cpu.weight import prepare

@@ -1,0 +1,82 @@
+"""Where the prepared weights of a checkpoint lie (`kbit.backends.cpu.prepared`), and removing them. Opens none."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+
+from kbit.host.cache_folder import cache_dir
+from kbit.host.errors import KbitError
+
+# Of the file and of the layout of kernels/cpu/codecs/matrix.h: another number, another file.
+VERSION = 1
+
+_ENDING = ".kbit"
+# A folder's files whose change may change the model: everything kbit reads of one.
+_FOLDER_PATTERNS = ("*.safetensors", "*.json", "*.jinja", "*.gguf", "*.model", "*.txt")
+
+
+def prepared_folder() -> Path | None:
+    """Where prepared weights are kept; None where KBIT_PREPARED says "off", or where there is no place for them."""
+    named = os.environ.get("KBIT_PREPARED")
+    if named == "off":
+        return None
+    try:
+        return Path(os.path.expanduser(named)) if named else cache_dir() / "prepared"
+    except KbitError:
+        return None
+
+
+def prepared_path(checkpoint: Path) -> Path | None:
+    """Where the prepared weights of a checkpoint are, or would be; None where none are kept.
+
+    Args:
+        checkpoint: a folder or a .gguf file.
+    """
+    folder = prepared_folder()
+    if folder is None:
+        return None
+    path = checkpoint.resolve()
+    try:
+        states = [[str(file), *_state(file)] for file in _files_of(path)]
+    except OSError:
+        return None  # it cannot be opened either, and who opens it says so
+    state = hashlib.sha256(json.dumps([VERSION, states]).encode()).hexdigest()
+    return folder / f"{prepared_prefix(path)}-{state[:24]}{_ENDING}"
+
+
+def prepared_prefix(checkpoint: Path) -> str:
+    """What the name of every file begins with that was prepared of a checkpoint, in whatever state of it."""
+    return hashlib.sha256(str(checkpoint.resolve()).encode("utf-8", "surrogateescape")).hexdigest()[:16]
+
+
+def _state(file: Path) -> list[int]:
+    status = file.stat()
+    return [status.st_size, status.st_mtime_ns, status.st_ino]
+
+
+def _files_of(path: Path) -> Iterator[Path]:
+    """The files that a checkpoint consists of. Of a split .gguf file all parts are there by their common name."""
+    if path.is_dir():
+        yield from sorted({file for pattern in _FOLDER_PATTERNS for file in path.glob(pattern)})
+        return
+    from kbit.checkpoint.resolve import gguf_parts
+
+    for name in gguf_parts(path.name):
+        yield path.with_name(name)
+
+
+def forget(checkpoint: Path) -> int:
+    """Removes what was prepared of a checkpoint, in whatever state; bytes that were freed."""
+    folder = prepared_folder()
+    freed = 0
+    for file in [] if folder is None else folder.glob(f"{prepared_prefix(checkpoint)}-*"):
+        with suppress(OSError):
+            size = file.stat().st_size
+            file.unlink()
+            freed += size
+    return freed
