@@ -77,6 +77,7 @@ class Peers:
         """`load_model` for this process's share of any model; all that it loads take turns on one backend."""
         from functools import partial
 
+        from kbit.cli.loading import loading_line
         from kbit.engine.loader import load_model
 
         if backend.name != "native":
@@ -85,7 +86,8 @@ class Peers:
             from kbit.backends.parallel import split
 
             backend = split(backend, self.group)
-        return partial(load_model, threads=threads, backend=backend, group=self.group)
+        progress = loading_line() if self.speaks else None
+        return partial(load_model, threads=threads, backend=backend, group=self.group, progress=progress)
 
 
 @contextmanager

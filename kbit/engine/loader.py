@@ -130,7 +130,7 @@ def _load_native(
             check(tokenizer, source)
         if prepared is None and place is not None:
             prepared = _prepare(source, place, backend, progress)
-        decoder = load_decoder(prepared or source, backend, progress=progress)
+        decoder = load_decoder(prepared or source, backend, progress=None if prepared else progress)
         file = None if prepared is None else prepared.prepared
         return LoadedModel(model, decoder, tokenizer, perf_counter() - start, file)
 

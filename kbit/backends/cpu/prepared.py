@@ -66,6 +66,7 @@ class PreparedSource(CheckpointSource):
     def __init__(self, file: Path) -> None:
         self.prepared = file
         self._map = _native.MappedFile(str(file))
+        self._map.prefetch()  # where the disk must be read, all of it at its speed, and not page by page
         try:
             index = _read_index(self._map)
             self.path = Path(index["path"])
