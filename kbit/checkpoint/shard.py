@@ -7,35 +7,19 @@ their codes never decoded. Who gets which part is decided above (`kbit.models.sh
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from math import prod
 from typing import TYPE_CHECKING, Any
 
 from kbit.checkpoint.source import CheckpointSource, TensorInfo
-from kbit.formats.quant_format import SUPERBLOCK, QuantFormat, plane_widths
-from kbit.host.errors import UnsupportedError, UsageError
+from kbit.formats.codec import Codec, Cut
+from kbit.formats.registry import parse_format
+from kbit.host.errors import UsageError
 
 if TYPE_CHECKING:
     import torch
 
     from kbit.formats.quant_tensor import QuantTensor
-
-
-@dataclass(frozen=True)
-class Cut:
-    """The part [start, stop) of a tensor along a dimension: 0 for rows, 1 for columns."""
-
-    dim: int
-    start: int
-    stop: int
-
-    def shape(self, whole: tuple[int, ...]) -> tuple[int, ...]:
-        """The part's shape."""
-        return tuple(self.stop - self.start if dim == self.dim else size for dim, size in enumerate(whole))
-
-    def of(self, tensor: torch.Tensor) -> torch.Tensor:
-        """The part, in memory of its own."""
-        return tensor.narrow(self.dim, self.start, self.stop - self.start).clone()
 
 
 class ShardedSource(CheckpointSource):
@@ -85,7 +69,7 @@ class ShardedSource(CheckpointSource):
         weight = self._source.read_weight(name)
         import torch
 
-        return cut.of(weight) if isinstance(weight, torch.Tensor) else cut_packed(weight, cut, name)
+        return cut.of(weight) if isinstance(weight, torch.Tensor) else weight.cut(cut, name)
 
     def sidecar_files(self) -> Mapping[str, bytes]:
         return self._source.sidecar_files()
@@ -103,12 +87,12 @@ class ShardedSource(CheckpointSource):
         return replace(info, shape=shape, nbytes=-(-info.nbytes * prod(shape) // max(1, info.numel)))
 
 
-def stored_format(info: TensorInfo) -> QuantFormat | None:
+def stored_format(info: TensorInfo) -> Codec | None:
     """The packed format in which `read_weight` gives a tensor, or None where it gives floats."""
     if len(info.shape) != 2:
         return None
     try:
-        return QuantFormat.parse(info.stored_as)
+        return parse_format(info.stored_as)
     except UsageError:
         pass  # no kbit format: a GGUF type or a safetensors dtype
     from kbit.checkpoint.gguf.blocks import BLOCK_TYPES
@@ -117,51 +101,7 @@ def stored_format(info: TensorInfo) -> QuantFormat | None:
     return None if block_type is None else block_type.format
 
 
-def column_unit(format: QuantFormat | None, columns: int) -> int:
-    """Columns of a row of `columns` weights are cut at multiples of this: whole blocks and whole bytes."""
-    if format is None:
-        return 1
-    if format.blocks_per_row(columns) == 1:  # its scale is every part's
-        return 8 // min(plane_widths(format.bits))
-    return format.block_size  # a multiple of 16 codes, so of whole bytes at every width
-
-
-def cut_packed(weight: QuantTensor, cut: Cut, name: str = "tensor") -> QuantTensor:
-    """A part of a packed weight, with the same values and its own memory.
-
-    Double-quantized scales stay as they are where the part begins with a run of 256 blocks of its own; elsewhere, since
-    these runs go on from row to row, they become float32 scales of the same values (3 bytes a block more).
-
-    Raises:
-        UnsupportedError: the cut goes through a block or a byte.
-    """
-    from kbit.formats.quant_tensor import QuantTensor
-
-    format, shape = weight.format, weight.shape
-    unit = column_unit(format, shape[1])
-    if cut.dim == 1 and (cut.start % unit or (cut.stop % unit and cut.stop != shape[1])):
-        raise UnsupportedError(
-            f"{name}: columns {cut.start} to {cut.stop} of {shape[1]} are no whole blocks of {unit} ({format}): "
-            "split it among fewer processes, or convert the model with a smaller block size"
-        )
-    stored = dict(weight.stored)
-    blocks = format.blocks_per_row(shape[1])
-    if format.double_quant and (cut.dim == 1 or cut.start * blocks % SUPERBLOCK):
-        decoded = {"scales": weight.scales, "offsets": weight.offsets}
-        stored.update({kind: values for kind, values in decoded.items() if values is not None})
-        format = replace(format, double_quant=False, scale_dtype="fp32")
-    part = cut.shape(shape)
-    parts = {}
-    for suffix in format.parts(*part):
-        array = stored[suffix]
-        if suffix.startswith("plane") and cut.dim == 1:
-            per_byte = 8 // int(suffix.removeprefix("plane"))
-            array = array[:, cut.start // per_byte : -(-cut.stop // per_byte)]
-        elif suffix.endswith("_super"):  # only where rows are cut between two of them
-            array = array[cut.start * blocks // SUPERBLOCK : -(-cut.stop * blocks // SUPERBLOCK)]
-        elif cut.dim == 0 and suffix != "codebook":
-            array = array[cut.start : cut.stop]
-        elif suffix in ("scales", "offsets") and blocks > 1:
-            array = array[:, cut.start // format.block_size : -(-cut.stop // format.block_size)]
-        parts[suffix] = array.clone()
-    return QuantTensor(format, (part[0], part[1]), parts, weight.codebook)
+def column_unit(info: TensorInfo) -> int:
+    """A matrix's columns are cut at multiples of this."""
+    format = stored_format(info)
+    return 1 if format is None else format.column_unit(info.shape[1])

@@ -27,7 +27,7 @@ from filelock import FileLock, Timeout
 
 from kbit.checkpoint.readers.hf_folder import INDEX_NAME
 from kbit.checkpoint.readers.kbit_folder import MANIFEST_NAME
-from kbit.formats.quant_format import Part
+from kbit.formats.codec import Part
 from kbit.host.errors import CheckpointError, KbitError, UsageError
 from kbit.host.files import fsync_folder, read_json_object, write_durably
 

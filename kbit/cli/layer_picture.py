@@ -16,7 +16,7 @@ from kbit.host.errors import KbitError, UsageError
 if TYPE_CHECKING:
     from kbit.checkpoint.source import CheckpointSource
     from kbit.evaluate.sensitivity import Sensitivity
-    from kbit.formats.quant_format import QuantFormat
+    from kbit.formats.codec import Codec
     from kbit.scaling.report.layers import LayerTable, MatrixRow
 
 _DATA = "wikitext2"
@@ -41,7 +41,7 @@ class PictureRequest:
     """
 
     path: Path
-    formats: tuple[QuantFormat, ...]
+    formats: tuple[Codec, ...]
     bits: str | None
     reference: str | None
     data: str | None
@@ -69,13 +69,14 @@ def check_request(
     return PictureRequest(plot, formats, bits, reference, data, max_tokens or _MAX_TOKENS)
 
 
-def parse_formats(text: str) -> Iterator[QuantFormat]:
+def parse_formats(text: str) -> Iterator[Codec]:
     """ "3,4", "2..8" or "nf4-b64,int3-b32": widths in their default data type and blocks of 64, or formats.
 
     Raises:
         UsageError: an entry is neither, or there is none.
     """
     from kbit.formats.quant_format import QuantFormat, default_dtype
+    from kbit.formats.registry import parse_format
 
     entries = [entry.strip() for entry in text.split(",")]
     seen: set[str] = set()
@@ -86,7 +87,7 @@ def parse_formats(text: str) -> Iterator[QuantFormat]:
         elif dots and first.isdecimal() and last.isdecimal() and int(first) <= int(last) < 100:
             formats = list(range(int(first), int(last) + 1))
         elif entry:
-            format = QuantFormat.parse(entry)
+            format = parse_format(entry)
             if str(format) not in seen:
                 seen.add(str(format))
                 yield format

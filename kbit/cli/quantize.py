@@ -12,6 +12,7 @@ from kbit.host.errors import UsageError
 
 if TYPE_CHECKING:
     from kbit.checkpoint.source import CheckpointSource
+    from kbit.formats.codec import Codec
     from kbit.quantizers.plan import Plan
 
 _MAX_SHARD_GB = 1_000_000
@@ -93,6 +94,7 @@ def quantize(
     from kbit.checkpoint.writer import check_output_folder, finished_plan
     from kbit.cli.output import print_json, size
     from kbit.formats.quant_format import MAX_BITS, MIN_BITS, QuantFormat, default_dtype
+    from kbit.formats.registry import parse_format
     from kbit.quantizers.plan import check_disk, make_plan
 
     fields: dict[str, Any] = {
@@ -109,11 +111,12 @@ def quantize(
     if format is not None and given:
         field = next(iter(given)).replace("_", " ")
         raise UsageError(f"--format {format}: says everything; drop the flag that gives its {field}")
+    chosen: Codec
     if format is None:
         given = {"bits": 4, **given}
         chosen = QuantFormat(**{"dtype": default_dtype(given["bits"]), **given})
     else:
-        chosen = QuantFormat.parse(format)
+        chosen = parse_format(format)
     if not 0 < shard_size <= _MAX_SHARD_GB:
         raise UsageError(f"--shard-size {shard_size}: use a size in GB, above 0 and at most {_MAX_SHARD_GB}")
     if embedding_bits is not None and embedding_bits != 16 and not MIN_BITS <= embedding_bits <= MAX_BITS:

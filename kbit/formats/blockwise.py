@@ -17,8 +17,9 @@ import torch
 from kbit.formats.codebooks import codebook as format_codebook
 from kbit.formats.codebooks import quantile_codebook
 from kbit.formats.planes import pack
+from kbit.formats.planes_codec import PlanesTensor, spread
 from kbit.formats.quant_format import QuantFormat, plane_widths
-from kbit.formats.quant_tensor import QuantTensor, spread
+from kbit.formats.quant_tensor import QuantTensor
 from kbit.formats.scales import load_scales, store_scales
 from kbit.host.errors import KbitError
 
@@ -31,7 +32,7 @@ CHUNK_WEIGHTS = 1 << 22
 QUANTILE_SAMPLE = 1 << 20
 
 
-def quantize_blockwise(x: torch.Tensor, format: QuantFormat, *, like: QuantTensor | None = None) -> QuantTensor:
+def quantize_blockwise(x: torch.Tensor, format: QuantFormat, *, like: QuantTensor | None = None) -> PlanesTensor:
     """Quantize a matrix by rounding to nearest.
 
     Args:
@@ -55,7 +56,7 @@ def quantize_rows(
     *,
     like: QuantTensor | None = None,
     name: str = "tensor",
-) -> QuantTensor:
+) -> PlanesTensor:
     """quantize_blockwise for a matrix that is read in pieces.
 
     Args:
@@ -102,7 +103,7 @@ def quantize_rows(
             plane[start:stop] = packed
     stored = {**planes, **parts}
     ordered = {suffix: stored[suffix] for suffix in format.parts(rows, columns)}
-    return QuantTensor(format, shape, ordered, levels)
+    return PlanesTensor(format, shape, ordered, levels)
 
 
 def _fit(

@@ -1,4 +1,4 @@
-"""QuantFormat: everything that defines a k-bit format, as one short string.
+"""QuantFormat: everything that defines a format of the planes codec, as one short string.
 
     nf4-b64               4-bit normal float, blocks of 64, fp16 scales
     int3-b128-asym        3-bit integer with an offset per block
@@ -8,16 +8,25 @@
     int8-row-fp32         one fp32 scale per row
 
 A format fixes what is stored for a matrix, to the byte (`parts`), so sizes are known before any tensor is read.
-This module imports no torch: `kbit info` and planning stay quick.
+This module imports neither torch nor numpy: `kbit info` and planning stay quick.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, ClassVar
 
+from kbit.formats.codec import Array, Codec, Cut, Part, ReadRows
 from kbit.host.errors import UsageError
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+    import torch
+
+    from kbit.formats.quant_tensor import QuantTensor
 
 DTYPES = ("int", "float", "dynamic", "quantile", "nf", "lloyd")
 FLOAT_GRIDS = ("ocp", "paper", "bnb")
@@ -30,7 +39,6 @@ MIN_BLOCK, MAX_BLOCK = 16, 4096
 SUPERBLOCK = 256
 
 _SAFETENSORS_NAME = {"fp16": "F16", "bf16": "BF16", "fp32": "F32"}
-_DTYPE_BYTES = {"U8": 1, "I8": 1, "F16": 2, "BF16": 2, "F32": 4}
 
 _BASE = re.compile(r"(?P<dtype>[a-z]+?)(?P<bits>[0-9]+)(?:e(?P<exponent>[0-9]+)m(?P<mantissa>[0-9]+))?")
 
@@ -56,23 +64,8 @@ def plane_widths(bits: int) -> tuple[int, ...]:
 
 
 @dataclass(frozen=True)
-class Part:
-    """One stored array of a quantized matrix: its safetensors dtype and shape."""
-
-    dtype: str
-    shape: tuple[int, ...]
-
-    @property
-    def nbytes(self) -> int:
-        count = _DTYPE_BYTES[self.dtype]
-        for dim in self.shape:
-            count *= dim
-        return count
-
-
-@dataclass(frozen=True)
-class QuantFormat:
-    """A k-bit format.
+class QuantFormat(Codec):
+    """A format of the planes codec: codes as bit planes, a scale (and perhaps an offset) per block, a codebook.
 
     Attributes:
         dtype: family of the codebook: "int", "float", "dynamic", "quantile", "nf" or "lloyd".
@@ -88,6 +81,8 @@ class QuantFormat:
     Raises:
         UsageError: a value is out of range or two fields contradict each other.
     """
+
+    family: ClassVar[str] = "planes"
 
     dtype: str = "nf"
     bits: int = 4
@@ -158,6 +153,10 @@ class QuantFormat:
         )
 
     @classmethod
+    def claims(cls, text: str) -> bool:
+        return True  # what no other codec reads is taken for a format of this one, misspelt
+
+    @classmethod
     def parse(cls, text: str) -> QuantFormat:
         """Read a format string such as "nf4-b64-dq"; flags may come in any order.
 
@@ -226,13 +225,70 @@ class QuantFormat:
             parts["codebook"] = Part("F32", (2**self.bits,))
         return parts
 
-    def nbytes(self, rows: int, columns: int) -> int:
-        """Bytes stored for a (rows, columns) matrix: codes, scales, offsets and codebook."""
-        return sum(part.nbytes for part in self.parts(rows, columns).values())
+    @property
+    def codebook_size(self) -> int:
+        return int(2**self.bits)
 
-    def bits_per_weight(self, rows: int, columns: int) -> float:
-        """Stored bits per weight, everything counted."""
-        return 8 * self.nbytes(rows, columns) / (rows * columns)
+    def codebook_key(self, columns: int) -> str | None:
+        if self.dtype == "int" or self.has_own_codebook:
+            return None
+        # lloyd's levels follow from the block's length, with one scale per row from the row's
+        return f"{self}@{columns}" if self.dtype == "lloyd" and not self.block_size else str(self)
+
+    def codebook(self, columns: int) -> npt.NDArray[np.float32]:
+        from kbit.formats.codebooks import codebook
+
+        return codebook(self, columns)
+
+    def decode(self, matrix: QuantTensor, rows: slice | torch.Tensor, width: int | None = None) -> torch.Tensor:
+        from kbit.formats.planes_codec import PlanesTensor
+
+        if width is not None:
+            self.parts_read(*matrix.shape, width)  # refuses a width that is not the format's
+        return PlanesTensor.of(matrix).decode(rows)
+
+    def encode(self, read_rows: ReadRows, shape: tuple[int, int], *, name: str = "tensor") -> QuantTensor:
+        from kbit.formats.blockwise import quantize_rows
+
+        return quantize_rows(read_rows, shape, self, name=name)
+
+    def column_unit(self, columns: int) -> int:
+        """Whole blocks and whole bytes."""
+        if self.blocks_per_row(columns) == 1:  # its scale is every part's
+            return 8 // min(plane_widths(self.bits))
+        return self.block_size  # a multiple of 16 codes, so of whole bytes at every width
+
+    def cut(
+        self, stored: Mapping[str, Array], shape: tuple[int, int], cut: Cut
+    ) -> tuple[QuantFormat, Mapping[str, Array]]:
+        """See Codec.cut. Double-quantized scales stay as they are where the part begins with a run of 256 blocks of its
+        own; elsewhere, since these runs go on from row to row, they become float32 scales of the same values (3 bytes
+        a block more).
+        """
+        import numpy as np
+
+        arrays: dict[str, Any] = dict(stored)
+        format, blocks = self, self.blocks_per_row(shape[1])
+        if self.double_quant and (cut.dim == 1 or cut.start * blocks % SUPERBLOCK):
+            run = np.arange(shape[0] * blocks).reshape(shape[0], blocks) // SUPERBLOCK
+            for kind in ("scales", "offsets"):
+                if kind in arrays:  # 8-bit integers times float32: exact in float32, in numpy as in torch
+                    arrays[kind] = arrays[kind] * arrays[f"{kind}_super"][run]
+            format = replace(self, double_quant=False, scale_dtype="fp32")
+        parts = {}
+        for suffix in format.parts(*cut.shape(shape)):
+            array = arrays[suffix]
+            if suffix.startswith("plane") and cut.dim == 1:
+                per_byte = 8 // int(suffix.removeprefix("plane"))
+                array = array[:, cut.start // per_byte : -(-cut.stop // per_byte)]
+            elif suffix.endswith("_super"):  # only where rows are cut between two of them
+                array = array[cut.start * blocks // SUPERBLOCK : -(-cut.stop * blocks // SUPERBLOCK)]
+            elif cut.dim == 0 and suffix != "codebook":
+                array = array[cut.start : cut.stop]
+            elif suffix in ("scales", "offsets") and blocks > 1:
+                array = array[:, cut.start // self.block_size : -(-cut.stop // self.block_size)]
+            parts[suffix] = array
+        return format, parts
 
 
 def _parse_flag(flag: str, text: str) -> tuple[str, object]:

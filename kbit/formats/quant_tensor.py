@@ -1,17 +1,15 @@
-"""QuantTensor: a k-bit matrix in memory, in the portable layout that is also on disk."""
+"""QuantTensor: a k-bit matrix in memory, in the portable layout that is also on disk, whatever its codec."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from numpy.typing import NDArray
 
-from kbit.formats.planes import unpack
-from kbit.formats.quant_format import QuantFormat, plane_widths
-from kbit.formats.scales import load_scales
+from kbit.formats.codec import Codec, Cut
 from kbit.host.errors import CheckpointError
 
 SAFETENSORS_TO_TORCH = {
@@ -28,18 +26,16 @@ _CHUNK_WEIGHTS = 1 << 22
 
 @dataclass(frozen=True, eq=False)
 class QuantTensor:
-    """A quantized matrix: codes as bit planes, a scale (and perhaps an offset) per block, a codebook.
-
-    weight[n, k] = codebook[code[n, k]] * scale[n, k // block] (+ offset[n, k // block])
+    """A quantized matrix: the arrays its codec stores for it.
 
     Attributes:
-        format: what the arrays mean.
-        shape: (N rows, K columns); blocks run along a row.
+        format: the codec with its settings: what the arrays mean.
+        shape: (N rows, K columns).
         stored: the stored arrays by part name, as `format.parts` lists them.
-        codebook: float32 (2^k,), indexed by code.
+        codebook: float32 (format.codebook_size,): the values of codes; empty for a codec without.
     """
 
-    format: QuantFormat
+    format: Codec
     shape: tuple[int, int]
     stored: Mapping[str, torch.Tensor]
     codebook: torch.Tensor
@@ -48,7 +44,7 @@ class QuantTensor:
     def checked(
         cls,
         name: str,
-        format: QuantFormat,
+        format: Codec,
         shape: tuple[int, int],
         stored: Mapping[str, torch.Tensor],
         codebook: torch.Tensor,
@@ -72,23 +68,6 @@ class QuantTensor:
         return cls(format, shape, dict(stored), codebook)
 
     @property
-    def planes(self) -> tuple[torch.Tensor, ...]:
-        """Bit planes (N, ceil(K * width / 8)) uint8, widest first."""
-        return tuple(self.stored[f"plane{width}"] for width in plane_widths(self.format.bits))
-
-    @property
-    def scales(self) -> torch.Tensor:
-        """Scales as the kernels use them: float32 (N, blocks)."""
-        scales = load_scales(self.stored, "scales", self.format)
-        assert scales is not None
-        return scales
-
-    @property
-    def offsets(self) -> torch.Tensor | None:
-        """Offsets, float32 (N, blocks), or None for a format without."""
-        return load_scales(self.stored, "offsets", self.format)
-
-    @property
     def nbytes(self) -> int:
         """Bytes of everything stored for this tensor."""
         return sum(array.numel() * array.element_size() for array in self.stored.values())
@@ -105,57 +84,37 @@ class QuantTensor:
     def to(self, device: torch.device | str) -> QuantTensor:
         """The same tensor on another device."""
         moved = {name: array.to(device) for name, array in self.stored.items()}
-        return QuantTensor(self.format, self.shape, moved, self.codebook.to(device))
+        return replace(self, stored=moved, codebook=self.codebook.to(device))
 
-    def codes(self) -> torch.Tensor:
-        """All codes, uint8 (N, K)."""
-        return unpack(self.planes, self.format.bits, self.shape[1])
+    def dequantize(self, dtype: torch.dtype = torch.float32, width: int | None = None) -> torch.Tensor:
+        """The weights (N, K). Computed in float32, rounded once to `dtype`.
 
-    def dequantize(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-        """The weights (N, K). Computed in float32, rounded once to `dtype`."""
+        Args:
+            dtype: of the result.
+            width: one of the widths the format serves; None: the widest.
+        """
         rows, columns = self.shape
         out = torch.empty((rows, columns), dtype=dtype, device=self.device)
-        scales, offsets = self.scales, self.offsets
         step = max(1, _CHUNK_WEIGHTS // columns)
         for start in range(0, rows, step):
-            chunk = slice(start, start + step)
-            codes = unpack([plane[chunk] for plane in self.planes], self.format.bits, columns)
-            out[chunk] = self._decode(codes, scales[chunk], None if offsets is None else offsets[chunk])
+            chunk = slice(start, min(start + step, rows))
+            out[chunk] = self.format.decode(self, chunk, width)
         return out
 
     def dequantize_rows(self, rows: torch.Tensor) -> torch.Tensor:
         """Chosen rows (an embedding lookup): rows int64 (R,) -> float32 (R, K)."""
-        codes = unpack([plane[rows] for plane in self.planes], self.format.bits, self.shape[1])
-        scales = load_scales(self.stored, "scales", self.format, rows)
-        assert scales is not None
-        return self._decode(codes, scales, load_scales(self.stored, "offsets", self.format, rows))
+        return self.format.decode(self, rows)
 
-    def _decode(self, codes: torch.Tensor, scales: torch.Tensor, offsets: torch.Tensor | None) -> torch.Tensor:
-        return decode(codes, scales, offsets, self.codebook, self.format)
+    def cut(self, cut: Cut, name: str = "tensor") -> QuantTensor:
+        """A part of the matrix, with the same values and its own memory.
 
-
-def decode(
-    codes: torch.Tensor,
-    scales: torch.Tensor,
-    offsets: torch.Tensor | None,
-    codebook: torch.Tensor,
-    format: QuantFormat,
-) -> torch.Tensor:
-    """The meaning of a code: codebook[code] * scale (+ offset), float32 (N, K).
-
-    Args:
-        codes: uint8 (N, K).
-        scales: float32 (N, blocks).
-        offsets: float32 (N, blocks) or None.
-        codebook: float32 (2^k,).
-        format: gives the block size.
-    """
-    columns = codes.shape[1]
-    values = codebook[codes.int()]
-    values *= spread(scales, format, columns)
-    if offsets is not None:
-        values += spread(offsets, format, columns)
-    return values
+        Raises:
+            UnsupportedError: the format cannot be cut there.
+        """
+        self.format.check_cut(self.shape, cut, name)
+        format, stored = self.format.cut(self.stored, self.shape, cut)
+        rows, columns = cut.shape(self.shape)
+        return QuantTensor(format, (rows, columns), {key: a.clone() for key, a in stored.items()}, self.codebook)
 
 
 def from_numpy(array: NDArray[Any], dtype: str) -> torch.Tensor:
@@ -164,10 +123,3 @@ def from_numpy(array: NDArray[Any], dtype: str) -> torch.Tensor:
     tensor = torch.from_numpy(array if array.flags.writeable else array.copy())
     wanted = SAFETENSORS_TO_TORCH[dtype]
     return tensor if tensor.dtype == wanted else tensor.view(wanted)
-
-
-def spread(per_block: torch.Tensor, format: QuantFormat, columns: int) -> torch.Tensor:
-    """A value per block (N, blocks) as a value per weight, broadcastable to (N, columns)."""
-    if per_block.shape[1] == 1:  # one block per row: repeating it to a whole block would waste memory on short rows
-        return per_block
-    return per_block.repeat_interleave(format.block_size, dim=1)[:, :columns]

@@ -33,17 +33,20 @@ def store_scales(scales: torch.Tensor, offsets: torch.Tensor | None, format: Qua
 
 
 def load_scales(
-    stored: Mapping[str, torch.Tensor], name: str, format: QuantFormat, rows: torch.Tensor | None = None
+    stored: Mapping[str, torch.Tensor], name: str, format: QuantFormat, rows: slice | torch.Tensor = slice(None)
 ) -> torch.Tensor | None:
-    """Decode "scales" or "offsets", float32 (N, blocks), or of `rows` int64 (R,) only; None where there are none."""
+    """Decode "scales" or "offsets", float32 (N, blocks), or of some rows only (a slice, or int64 (R,)).
+
+    None where there are none.
+    """
     values = stored.get(name)
     if values is None:
         return None
-    if rows is None:
-        rows = torch.arange(values.shape[0], device=values.device)
     decoded = values[rows].float()
     if format.double_quant:
         blocks = values.shape[1]
+        if isinstance(rows, slice):
+            rows = torch.arange(values.shape[0], device=values.device)[rows]
         position = rows[:, None] * blocks + torch.arange(blocks, device=values.device)  # of a block in the matrix
         decoded *= stored[f"{name}_super"][position // SUPERBLOCK]
     return decoded

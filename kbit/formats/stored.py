@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 
-from kbit.formats.quant_format import SUPERBLOCK, QuantFormat, plane_widths
+from kbit.formats.codec import Codec
 from kbit.host.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -52,10 +52,10 @@ class StoredMatrix:
         format: what the arrays mean.
         shape: (N, K).
         parts: the stored arrays by part name, as `format.parts` lists them.
-        codebook: float32 (2^k,).
+        codebook: float32 (format.codebook_size,).
     """
 
-    format: QuantFormat
+    format: Codec
     shape: tuple[int, int]
     parts: Mapping[str, NDArray[Any]]
     codebook: NDArray[np.float32]
@@ -64,7 +64,7 @@ class StoredMatrix:
     def checked(
         cls,
         name: str,
-        format: QuantFormat,
+        format: Codec,
         shape: tuple[int, int],
         parts: Mapping[str, NDArray[Any]],
         codebook: NDArray[np.float32],
@@ -86,17 +86,6 @@ class StoredMatrix:
             if part.dtype in KINDS and not is_finite(array, KINDS[part.dtype]):
                 raise CheckpointError(f"{name}.{suffix} holds NaN or infinity: the file is damaged; convert again")
         return cls(format, shape, dict(parts), codebook)
-
-    def kernel_scales(self, name: str) -> tuple[NDArray[Any] | None, str]:
-        """ "scales" or "offsets" as kernels read them, and their number type: (N, blocks), or None.
-
-        Double-quantized ones are multiplied out, in float32, as `kbit.formats.scales.load_scales` does.
-        """
-        values = self.parts.get(name)
-        if values is None or not self.format.double_quant:
-            return values, self.format.scale_dtype
-        position = np.arange(values.size).reshape(values.shape) // SUPERBLOCK
-        return values.astype(np.float32) * self.parts[f"{name}_super"][position], "fp32"
 
     def tensor(self) -> QuantTensor:
         """The same in torch, on the same memory."""
@@ -136,16 +125,3 @@ def narrowed(values: NDArray[np.float32], kind: str) -> NDArray[Any]:
     if kind == "bf16":
         return (values.view(np.uint32) >> np.uint32(16)).astype(np.uint16)
     return values
-
-
-def pack_codes(codes: NDArray[np.uint8], bits: int) -> list[NDArray[np.uint8]]:
-    """Codes (N, K), each below 2^bits, as bit planes (N, ceil(K * width / 8)), widest first; see formats.planes."""
-    from kbit import _native
-
-    planes, shift = [], 0
-    for width in plane_widths(bits):
-        plane = np.empty((codes.shape[0], -(-codes.shape[1] * width // 8)), dtype=np.uint8)
-        _native.pack_plane(codes, width, shift, plane)
-        planes.append(plane)
-        shift += width
-    return planes

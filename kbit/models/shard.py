@@ -13,8 +13,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from math import lcm
 
-from kbit.checkpoint.shard import Cut, ShardedSource, column_unit, stored_format
+from kbit.checkpoint.shard import ShardedSource, column_unit
 from kbit.checkpoint.source import CheckpointSource
+from kbit.formats.codec import Cut
 from kbit.host.errors import UnsupportedError
 from kbit.models.check import check_tensors
 from kbit.models.families import spec_from_config
@@ -86,7 +87,7 @@ def _share(source: CheckpointSource, spec: ModelSpec, rank: int, world: int) -> 
     for layer in range(spec.layers):
         for template, columns in ((spec.names.o, heads * spec.head_dim), (spec.names.down, None)):
             info = source.tensors[f"{template.format(layer=layer)}.weight"]
-            needed = column_unit(stored_format(info), info.shape[1])
+            needed = column_unit(info)
             if columns is None:
                 unit = lcm(unit, needed)
             elif columns % needed:

@@ -9,18 +9,18 @@ from typing import Any
 
 import torch
 
-from kbit.checkpoint.readers.kbit_folder import LAYOUT_VERSION, KbitFolder, codebook_key
+from kbit.checkpoint.readers.kbit_folder import LAYOUT_VERSION, KbitFolder
 from kbit.checkpoint.source import CheckpointSource
 from kbit.checkpoint.writer import CheckpointWriter, finished_plan, remove_leftovers
-from kbit.formats.blockwise import CHUNK_WEIGHTS, quantize_rows
-from kbit.formats.codebooks import codebook
+from kbit.formats.blockwise import CHUNK_WEIGHTS
+from kbit.formats.codec import Codec, no_kernel
 from kbit.formats.quant_format import QuantFormat
 from kbit.formats.quant_tensor import SAFETENSORS_TO_TORCH, QuantTensor
 from kbit.host.errors import CheckpointError, KbitError
 from kbit.quantizers.plan import Plan, TensorPlan, check_disk
 
 # A weight of a source, by name, rounded to nearest in a format.
-Quantize = Callable[[CheckpointSource, str, QuantFormat], QuantTensor]
+Quantize = Callable[[CheckpointSource, str, Codec], QuantTensor]
 
 
 @dataclass(frozen=True)
@@ -61,10 +61,10 @@ def convert(
         resume: continue an interrupted run of the same plan.
         overwrite: replace a finished model.
         on_tensor: called after each tensor (also for those found finished on resuming).
-        quantize: who rounds; None: the CPU (`quantize_rows`).
+        quantize: who rounds; None: the CPU (`Codec.encode`).
 
     Raises:
-        KbitError and its kinds: see CheckpointWriter and quantize_rows; everything written stays for a rerun.
+        KbitError and its kinds: see CheckpointWriter and Codec.encode; everything written stays for a rerun.
     """
     if finished_plan(out) == plan.plan_id and not overwrite:
         try:
@@ -100,9 +100,10 @@ def quantized_config(config: Mapping[str, Any], plan: Plan) -> dict[str, Any]:
         if format is None:
             continue
         tensors[tensor.source.name] = {"format": str(format), "shape": list(tensor.source.shape)}
-        if format.dtype != "int" and not format.has_own_codebook:
-            columns = tensor.source.shape[1]
-            codebooks[codebook_key(format, columns)] = codebook(format, columns).tolist()
+        columns = tensor.source.shape[1]
+        key = format.codebook_key(columns)
+        if key is not None and key not in codebooks:
+            codebooks[key] = format.codebook(columns).tolist()
     section = {
         "quant_method": "kbit",
         "version": LAYOUT_VERSION,
@@ -122,16 +123,22 @@ def on_gpu(device: torch.device | str = "cuda") -> Quantize:
     from kbit.kernels.triton.codecs.quantize import quantize
     from kbit.kernels.triton.target import active
 
-    def run(source: CheckpointSource, name: str, format: QuantFormat) -> QuantTensor:
+    def run(source: CheckpointSource, name: str, format: Codec) -> QuantTensor:
         with active(device):
-            return quantize(source.read(name).to(device), format, name=name).to("cpu")
+            return quantize(source.read(name).to(device), _planes_format(format), name=name).to("cpu")
 
     return run
 
 
-def _on_cpu(source: CheckpointSource, name: str, format: QuantFormat) -> QuantTensor:
+def _planes_format(format: Codec) -> QuantFormat:
+    if not isinstance(format, QuantFormat):
+        raise no_kernel("triton", format, {QuantFormat.family: None})
+    return format
+
+
+def _on_cpu(source: CheckpointSource, name: str, format: Codec) -> QuantTensor:
     rows, columns = source.tensors[name].shape
-    return quantize_rows(lambda start, stop: source.read_rows(name, start, stop), (rows, columns), format, name=name)
+    return format.encode(lambda start, stop: source.read_rows(name, start, stop), (rows, columns), name=name)
 
 
 def _write_quantized(

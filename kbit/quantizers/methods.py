@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 from kbit.checkpoint.source import CheckpointSource
-from kbit.formats.quant_format import QuantFormat
+from kbit.formats.codec import Codec
 from kbit.host.errors import UsageError
 from kbit.quantizers.plan import Plan
 
@@ -58,7 +58,7 @@ class Method(ABC):
     version: ClassVar[int]
     measured_only: ClassVar[bool] = False
 
-    def refuses(self, format: QuantFormat) -> str | None:
+    def refuses(self, format: Codec) -> str | None:
         """Why the method has no use for a format, or None if it can do it."""
         return None
 

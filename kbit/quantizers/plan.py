@@ -17,7 +17,8 @@ from pathlib import Path
 from kbit.checkpoint.readers.kbit_folder import LAYOUT_VERSION
 from kbit.checkpoint.source import CheckpointSource, TensorInfo
 from kbit.checkpoint.writer import DEFAULT_SHARD_BYTES, StoredWeight, partial_folder
-from kbit.formats.quant_format import Part, QuantFormat
+from kbit.formats.codec import Codec, Part
+from kbit.formats.registry import parse_format
 from kbit.host.errors import KbitError, UnsupportedError, UsageError
 
 # What a kept tensor is stored as, by how the source holds it. GGUF's block types have no plain equivalent: their
@@ -46,7 +47,7 @@ class TensorPlan:
     """
 
     source: TensorInfo
-    format: QuantFormat | None
+    format: Codec | None
     keep_as: str
     role: str
 
@@ -77,7 +78,7 @@ class Plan:
         plan_id: hex digest of everything that determines the output, the source's fingerprint included.
     """
 
-    default_format: QuantFormat
+    default_format: Codec
     tensors: tuple[TensorPlan, ...]
     shard_bytes: int
     plan_id: str
@@ -105,7 +106,7 @@ class Plan:
 
 def make_plan(
     source: CheckpointSource,
-    format: QuantFormat,
+    format: Codec,
     *,
     embedding_bits: int | None = None,
     overrides: Sequence[tuple[str, str]] = (),
@@ -190,7 +191,7 @@ def check_disk(plan: Plan, out: Path) -> int:
     return needed
 
 
-def _default_target(role: str, format: QuantFormat, embedding_bits: int | None) -> QuantFormat | None:
+def _default_target(role: str, format: Codec, embedding_bits: int | None) -> Codec | None:
     if role == "linear":
         return format
     if role in ("embedding", "head") and embedding_bits not in (None, 16):
@@ -206,7 +207,7 @@ def _bytes_in(folder: Path) -> int:
     return sum(s.st_blocks * 512 if hasattr(s, "st_blocks") else s.st_size for s in found)
 
 
-def _override(pattern: str, text: str) -> tuple[QuantFormat | None, str | None]:
+def _override(pattern: str, text: str) -> tuple[Codec | None, str | None]:
     """The format, or None and the type to keep the tensor in (None: as it is)."""
     if not pattern:
         raise UsageError(
@@ -214,10 +215,10 @@ def _override(pattern: str, text: str) -> tuple[QuantFormat | None, str | None]:
         )
     if text in _KEEP_WORDS:
         return None, _KEEP_WORDS[text]
-    return QuantFormat.parse(text), None
+    return parse_format(text), None
 
 
-def _plan_id(source: CheckpointSource, format: QuantFormat, tensors: Sequence[TensorPlan], shard_bytes: int) -> str:
+def _plan_id(source: CheckpointSource, format: Codec, tensors: Sequence[TensorPlan], shard_bytes: int) -> str:
     description: Mapping[str, object] = {
         "layout": LAYOUT_VERSION,
         "format": str(format),

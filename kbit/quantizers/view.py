@@ -7,7 +7,6 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
 from kbit.checkpoint.source import CheckpointSource, TensorInfo
-from kbit.formats.blockwise import quantize_rows
 from kbit.quantizers.plan import Plan
 
 if TYPE_CHECKING:
@@ -74,7 +73,7 @@ class QuantizedView(QuantizedSource):
         """A planned weight, rounded to nearest; the same bytes a conversion would write."""
         weight = self._read(name)
         shape = (weight.shape[0], weight.shape[1])
-        return quantize_rows(lambda start, stop: weight[start:stop], shape, self.formats[name], name=name)
+        return self.formats[name].encode(lambda start, stop: weight[start:stop], shape, name=name)
 
     def sidecar_files(self) -> Mapping[str, bytes]:
         return self._source.sidecar_files()

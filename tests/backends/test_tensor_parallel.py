@@ -36,12 +36,12 @@ from kbit.backends.cpu.backend import NativeBackend
 from kbit.backends.reference.backend import ReferenceBackend
 from kbit.checkpoint.gguf.source import GGUFSource
 from kbit.checkpoint.resolve import open_model
-from kbit.checkpoint.shard import Cut, column_unit, cut_packed
 from kbit.checkpoint.source import CheckpointSource
 from kbit.cli.main import app
 from kbit.engine.loader import load_model
 from kbit.evaluate.evaluation import _check_same_windows
 from kbit.formats.blockwise import quantize_blockwise
+from kbit.formats.codec import Cut
 from kbit.formats.quant_format import QuantFormat
 from kbit.formats.quant_tensor import QuantTensor
 from kbit.host.errors import CheckpointError, KbitError, UnsupportedError, UsageError
@@ -79,12 +79,12 @@ class TestCutting:
         """Every cut at a whole unit, and three of rows; bit for bit, in arrays that the part's format prescribes."""
         format, shape = QuantFormat.parse(text), (30, 205)
         whole = quantize_blockwise(torch.randn(shape, generator=torch.Generator().manual_seed(1)), format)
-        values, unit = whole.dequantize(), column_unit(format, shape[1])
+        values, unit = whole.dequantize(), format.column_unit(shape[1])
         ends = [*range(unit, shape[1], unit), shape[1]]
         cuts = [Cut(0, 0, 13), Cut(0, 13, 30), Cut(0, 0, 30)]
         cuts += [Cut(1, 0, end) for end in ends] + [Cut(1, start, shape[1]) for start in ends[:-1]]
         for cut in cuts:
-            part = cut_packed(whole, cut)
+            part = whole.cut(cut)
             assert part.shape == cut.shape(shape)
             QuantTensor.checked("part", part.format, part.shape, part.stored, part.codebook)
             assert torch.equal(part.dequantize(), cut.of(values)), cut
@@ -95,7 +95,7 @@ class TestCutting:
         x = torch.randn((64, 1024), generator=torch.Generator().manual_seed(2))
         whole = quantize_blockwise(x, QuantFormat.parse("nf4-b64-dq"))
         for cut, format in ((Cut(0, 32, 64), "nf4-b64-dq"), (Cut(0, 8, 64), "nf4-b64-fp32")):
-            part = cut_packed(whole, cut)
+            part = whole.cut(cut)
             assert str(part.format) == format
             assert torch.equal(part.dequantize(), cut.of(whole.dequantize()))
 
@@ -105,7 +105,7 @@ class TestCutting:
             with pytest.raises(
                 UnsupportedError, match=rf"^o: columns 0 to {stop} of 205 are no whole blocks of {unit}"
             ):
-                cut_packed(whole, Cut(1, 0, stop), "o")
+                whole.cut(Cut(1, 0, stop), "o")
 
 
 def folder_source(tmp_path: Path, write_model: Callable[..., Path], format: str | None) -> CheckpointSource:

@@ -11,7 +11,8 @@ from kbit.formats.blockwise import quantize_blockwise
 from kbit.formats.planes import pack
 from kbit.formats.quant_format import QuantFormat
 from kbit.formats.scales import load_scales
-from kbit.formats.stored import StoredMatrix, is_finite, narrowed, pack_codes, widened
+from kbit.formats.stored import StoredMatrix, is_finite, narrowed, widened
+from kbit.formats.stored_planes import StoredPlanes, pack_codes
 
 
 @pytest.mark.parametrize(
@@ -60,7 +61,7 @@ def test_a_stored_matrix_is_the_same_tensor(text: str) -> None:
     stored = StoredMatrix.checked("x", tensor.format, tensor.shape, parts, tensor.codebook.numpy())
     assert torch.equal(stored.tensor().dequantize(), tensor.dequantize())
     for name in ("scales", "offsets"):
-        values, kind = stored.kernel_scales(name)
+        values, kind = StoredPlanes.of(stored).kernel_scales(name)
         expected = load_scales(tensor.stored, name, tensor.format)
         assert (values is None) == (expected is None)
         if values is not None and expected is not None:

@@ -7,20 +7,21 @@ from dataclasses import replace
 import torch
 
 from kbit.formats.blockwise import quantize_blockwise
+from kbit.formats.planes_codec import PlanesTensor
 from kbit.formats.quant_format import QuantFormat
-from kbit.formats.quant_tensor import SAFETENSORS_TO_TORCH, QuantTensor
+from kbit.formats.quant_tensor import SAFETENSORS_TO_TORCH
 from kbit.kernels.triton.codecs.layout import TritonWeight, prepare_weight
 from kbit.kernels.triton.product.rounded import with_activations
 
 
-def meta_quant(quant_format: QuantFormat, shape: tuple[int, int]) -> QuantTensor:
-    """A QuantTensor of device "meta"."""
+def meta_quant(quant_format: QuantFormat, shape: tuple[int, int]) -> PlanesTensor:
+    """A PlanesTensor of device "meta"."""
     stored = {
         name: torch.empty(part.shape, dtype=SAFETENSORS_TO_TORCH[part.dtype], device="meta")
         for name, part in quant_format.parts(*shape).items()
     }
-    codebook = torch.empty(2**quant_format.bits, device="meta")
-    return QuantTensor(quant_format, shape, stored, codebook)
+    codebook = torch.empty(quant_format.codebook_size, device="meta")
+    return PlanesTensor(quant_format, shape, stored, codebook)
 
 
 def meta_weight(text: str, shape: tuple[int, int], dtype: torch.dtype, activations: str = "") -> TritonWeight:

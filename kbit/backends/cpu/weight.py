@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -9,8 +10,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kbit import _native
-from kbit.formats.quant_format import plane_widths
+from kbit.formats.codec import no_kernel
 from kbit.formats.stored import AnyStored, DenseMatrix, StoredMatrix
+from kbit.formats.stored_planes import StoredPlanes
 from kbit.graph.ops import Vector, Weight
 
 if TYPE_CHECKING:
@@ -77,24 +79,39 @@ def prepare_stored(stored: AnyStored, context: Context) -> NativeWeight:
     """A matrix (N, K) in the native layout: codes and scales as they are stored, dense values in their own type.
 
     Double-quantized scales become fp32: their products are formed here, and not at every use.
+
+    Raises:
+        UnsupportedError: a codec without native kernels.
     """
     if isinstance(stored, DenseMatrix):
         return NativeWeight(_native.Matrix.dense(stored.values, stored.kind, context))
-    format = stored.format
-    scales, kind = stored.kernel_scales("scales")
+    make = _CODECS.get(stored.format.family)
+    if make is None:
+        raise no_kernel("native", stored.format, _CODECS)
+    return NativeWeight(make(stored, context))
+
+
+def _planes(stored: StoredMatrix, context: Context) -> Matrix:
+    """Planes, scales and codebook (kernels/cpu/codecs/matrix_storage.h)."""
+    matrix = StoredPlanes.of(stored)
+    format = matrix.format
+    scales, kind = matrix.kernel_scales("scales")
     assert scales is not None
-    matrix = _native.Matrix.quantized(
-        [stored.parts[f"plane{width}"] for width in plane_widths(format.bits)],
+    return _native.Matrix.quantized(
+        matrix.planes,
         format.bits,
         stored.shape[1],
         format.block_size,
         scales,
-        stored.kernel_scales("offsets")[0],
+        matrix.kernel_scales("offsets")[0],
         kind,
         stored.codebook,
         context,
     )
-    return NativeWeight(matrix)
+
+
+# How a matrix of each codec gets into the native layout, by family.
+_CODECS: dict[str, Callable[[StoredMatrix, Context], Matrix]] = {"planes": _planes}
 
 
 def _bits(values: torch.Tensor) -> NDArray[Any]:

@@ -267,18 +267,11 @@ def _read_into(file: BinaryIO, located: _Located, start: int, stop: int, out: np
 
 def _read_packed(file: BinaryIO, located: _Located, block_type: BlockType) -> StoredMatrix:
     """A whole matrix as it is stored, chunk by chunk."""
-    import numpy as np
-
-    from kbit.formats.quant_format import plane_widths
-    from kbit.formats.stored import NUMPY_DTYPES, StoredMatrix, pack_codes
+    from kbit.formats.stored_planes import RowsPacker
 
     tensor, head = located.tensor, located.head_dim
     rows, columns = tensor.shape
-    format = block_type.format
-    stored: dict[str, npt.NDArray[Any]] = {
-        suffix: np.empty(part.shape, dtype=NUMPY_DTYPES[part.dtype])
-        for suffix, part in format.parts(rows, columns).items()
-    }
+    packer = RowsPacker(block_type.format, (rows, columns))
     row_bytes = tensor.nbytes // rows
     step = max(1, _CHUNK_VALUES // columns)
     if head:
@@ -287,14 +280,12 @@ def _read_packed(file: BinaryIO, located: _Located, block_type: BlockType) -> St
         end = min(begin + step, rows)
         data = _read_at(file, located.header.path, tensor.offset + begin * row_bytes, (end - begin) * row_bytes)
         blocks = block_type.decode(data, end - begin, tensor.type.block_bytes)
-        planes = pack_codes(_in_order(blocks.codes, head), format.bits)
-        for width, plane in zip(plane_widths(format.bits), planes, strict=True):
-            stored[f"plane{width}"][begin:end] = plane
-        for suffix, values in (("scales", blocks.scales), ("offsets", blocks.offsets)):
-            if values is not None:
-                ordered = _in_order(values, head)
-                stored[suffix][begin:end] = ordered.view(np.uint16) if ordered.dtype == np.float16 else ordered
-    return StoredMatrix(format, (rows, columns), stored, block_type.codebook)
+        scales, offsets = (
+            None if values is None else _in_order(values, head) for values in (blocks.scales, blocks.offsets)
+        )
+        assert scales is not None
+        packer.put(begin, _in_order(blocks.codes, head), scales, offsets)
+    return packer.matrix(block_type.codebook)
 
 
 def _in_order(rows: npt.NDArray[Any], head_dim: int) -> npt.NDArray[Any]:

@@ -3,7 +3,7 @@
 What is on disk (all plain Hugging Face files plus one):
 
     config.json              the model's config, with quantization_config {"quant_method": "kbit", ...}
-    model-....safetensors    for a quantized `X.weight`: X.weight.plane4, X.weight.scales, ... (QuantFormat.parts)
+    model-....safetensors    for a quantized `X.weight`: X.weight.plane4, X.weight.scales, ... (Codec.parts)
     kbit-manifest.json       sha256 of every stored tensor and of every other file
     tokenizer.json, ...      copied from the source
 
@@ -21,7 +21,8 @@ from typing import TYPE_CHECKING, Any
 from kbit.checkpoint.readers.hf_folder import INDEX_NAME, HFFolder, to_float32
 from kbit.checkpoint.source import TensorInfo
 from kbit.checkpoint.verified import VerifiedFiles
-from kbit.formats.quant_format import QuantFormat
+from kbit.formats.codec import Codec
+from kbit.formats.registry import parse_format
 from kbit.host.errors import CheckpointError, UnsupportedError, UsageError
 from kbit.host.files import read_json_object
 
@@ -38,11 +39,6 @@ LAYOUT_VERSION = 1
 # What weights that stay unquantized are stored in.
 _KEPT_DTYPES = ("F32", "F16", "BF16")
 _MAX_FLOAT32 = 3.4028234663852886e38
-
-
-def codebook_key(format: QuantFormat, columns: int) -> str:
-    """Under which name quantization_config keeps a format's codebook (lloyd per row depends on the row length)."""
-    return f"{format}@{columns}" if format.dtype == "lloyd" and not format.block_size else str(format)
 
 
 class KbitFolder(HFFolder):
@@ -66,7 +62,7 @@ class KbitFolder(HFFolder):
 
     def _read_quantization_config(
         self,
-    ) -> tuple[dict[str, tuple[QuantFormat, tuple[int, int]]], dict[str, list[float]]]:
+    ) -> tuple[dict[str, tuple[Codec, tuple[int, int]]], dict[str, list[float]]]:
         where = f"{self.path}/config.json"
         section = self.config["quantization_config"]
         if section.get("version") != LAYOUT_VERSION:
@@ -79,7 +75,7 @@ class KbitFolder(HFFolder):
         quantized = {}
         for name, entry in tensors.items():
             try:
-                format, shape = QuantFormat.parse(entry["format"]), tuple(entry["shape"])
+                format, shape = parse_format(entry["format"]), tuple(entry["shape"])
             except (UsageError, KeyError, TypeError, AttributeError) as error:
                 raise CheckpointError(f"{where}: {name}: bad entry {str(entry)[:80]} ({error})") from None
             if len(shape) != 2 or not all(type(dim) is int and dim > 0 for dim in shape):
@@ -196,19 +192,19 @@ class KbitFolder(HFFolder):
     def _read_packed(self, name: str) -> StoredMatrix:
         import numpy as np
 
-        from kbit.formats.codebooks import int_codebook
         from kbit.formats.stored import StoredMatrix
 
         format, shape = self._quantized[name]
         parts = {suffix: self._read_checked(f"{name}.{suffix}") for suffix in format.parts(*shape)}
-        if format.dtype == "int":
-            codebook = int_codebook(format.bits, format.asymmetric)
-        elif format.has_own_codebook:
+        key = format.codebook_key(shape[1])
+        if "codebook" in parts:
             codebook = parts["codebook"]
+        elif key is None:
+            codebook = format.codebook(shape[1])
         else:
-            values = self._codebooks.get(codebook_key(format, shape[1]))
-            if values is None or len(values) != 2**format.bits:
-                raise CheckpointError(f"{self.path}/config.json: no codebook of {2**format.bits} values for {format}")
+            values, size = self._codebooks.get(key), format.codebook_size
+            if values is None or len(values) != size:
+                raise CheckpointError(f"{self.path}/config.json: no codebook of {size} values for {format}")
             codebook = np.array(values, dtype=np.float32)
         return StoredMatrix.checked(name, format, shape, parts, codebook)
 

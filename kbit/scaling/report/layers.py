@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
     from kbit.checkpoint.source import CheckpointSource
     from kbit.evaluate.sensitivity import Sensitivity
-    from kbit.formats.quant_format import QuantFormat
+    from kbit.formats.codec import Codec
 
 # The first number between dots in a name is the layer: "model.layers.11.mlp.up_proj.weight".
 _LAYER = re.compile(r"^(?P<before>.*?)\.(?P<layer>[0-9]+)\.(?P<kind>.+?)(?:\.weight)?$")
@@ -134,7 +134,7 @@ def linear_rows(source: CheckpointSource) -> list[MatrixRow]:
 def measure_errors(
     source: CheckpointSource,
     rows: Sequence[MatrixRow],
-    formats: Sequence[QuantFormat],
+    formats: Sequence[Codec],
     reference: CheckpointSource | None = None,
     progress: Progress | None = None,
 ) -> list[MatrixRow]:
@@ -179,11 +179,9 @@ def with_sensitivity(rows: Sequence[MatrixRow], found: Sequence[Sensitivity]) ->
     ]
 
 
-def _rounded(weight: torch.Tensor, row: MatrixRow, format: QuantFormat) -> torch.Tensor:
+def _rounded(weight: torch.Tensor, row: MatrixRow, format: Codec) -> torch.Tensor:
     """What a format's codes stand for."""
-    from kbit.formats.blockwise import quantize_rows
-
-    return quantize_rows(lambda start, stop: weight[start:stop], row.shape, format, name=row.name).dequantize()
+    return format.encode(lambda start, stop: weight[start:stop], row.shape, name=row.name).dequantize()
 
 
 def _error(ours: torch.Tensor, weight: torch.Tensor) -> float:

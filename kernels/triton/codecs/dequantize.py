@@ -16,6 +16,7 @@ import torch
 import triton
 import triton.language as tl
 
+from kbit.formats.planes_codec import PlanesTensor
 from kbit.formats.quant_format import SUPERBLOCK, plane_widths
 from kbit.formats.quant_tensor import QuantTensor
 
@@ -165,18 +166,19 @@ def dequantize_planes(
 def dequantize(
     weight: QuantTensor, dtype: torch.dtype = torch.float32, ids: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """dequantize_planes of a QuantTensor: weight.dequantize(dtype), or rows of it, on its device."""
-    stored = weight.stored
+    """dequantize_planes of a matrix in a planes format: weight.dequantize(dtype), or rows of it, on its device."""
+    matrix = PlanesTensor.of(weight)
+    stored = matrix.stored
     return dequantize_planes(
-        weight.planes,
+        matrix.planes,
         stored["scales"],
         stored.get("scales_super"),
         stored.get("offsets"),
         stored.get("offsets_super"),
-        weight.codebook,
-        weight.shape[1],
-        weight.format.bits,
-        weight.format.block_size,
+        matrix.codebook,
+        matrix.shape[1],
+        matrix.format.bits,
+        matrix.format.block_size,
         dtype,
         ids,
     )

@@ -23,11 +23,14 @@ on disk, plus padding.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
+from kbit.formats.codec import no_kernel
+from kbit.formats.planes_codec import PlanesTensor
 from kbit.formats.quant_format import SUPERBLOCK, QuantFormat, plane_widths
 from kbit.formats.quant_tensor import QuantTensor
 from kbit.host.errors import UnsupportedError
@@ -126,13 +129,21 @@ def prepare_weight(
         dtype: of the activations: float16, bfloat16 or float32.
 
     Raises:
-        UnsupportedError: another dtype.
+        UnsupportedError: another dtype, or a codec without Triton kernels.
     """
     if dtype not in ACTIVATION_DTYPES:
         raise UnsupportedError(f"the Triton kernels take float16, bfloat16 or float32 activations, not {dtype}")
     if isinstance(weight, torch.Tensor):
         shape = (weight.shape[0], weight.shape[1])
         return TritonWeight("dense", shape, shape, dtype, dense=weight.to(device=device, dtype=dtype).contiguous())
+    arrange = CODECS.get(weight.format.family)
+    if arrange is None:
+        raise no_kernel("triton", weight.format, CODECS)
+    return arrange(weight, device, dtype)
+
+
+def _planes(matrix: QuantTensor, device: torch.device | str, dtype: torch.dtype) -> TritonWeight:
+    weight = PlanesTensor.of(matrix)
     quant_format = weight.format
     rows, columns = weight.shape
     padded = (_up(rows, ROW_TILE), _up(columns, columns_multiple(quant_format.bits)))
@@ -164,6 +175,10 @@ def prepare_weight(
         block_size=quant_format.block_size,
         **scales,
     )
+
+
+# How a matrix of each codec gets into the layout of its kernels, by family.
+CODECS: dict[str, Callable[[QuantTensor, torch.device | str, torch.dtype], TritonWeight]] = {"planes": _planes}
 
 
 def pack_plane(codes: torch.Tensor, width: int, shift: int, widest: int, *, adjacent: bool) -> torch.Tensor:
@@ -257,7 +272,7 @@ def _tiles_first(stored: torch.Tensor, quant_format: QuantFormat, padded: tuple[
     return out.view(-1, ROW_TILE, wanted).transpose(1, 2).contiguous()
 
 
-def _factors(weight: QuantTensor, name: str, padded: tuple[int, int]) -> torch.Tensor:
+def _factors(weight: PlanesTensor, name: str, padded: tuple[int, int]) -> torch.Tensor:
     """A superblock's factors, with zeros for the rows and blocks of the padding."""
     factors = weight.stored[f"{name}_super"]
     blocks = weight.format.blocks_per_row(weight.shape[1])
@@ -265,7 +280,7 @@ def _factors(weight: QuantTensor, name: str, padded: tuple[int, int]) -> torch.T
     return torch.nn.functional.pad(factors, (0, max(0, wanted - len(factors))))
 
 
-def _lift(weight: QuantTensor) -> float:
+def _lift(weight: PlanesTensor) -> float:
     """The power of two by which the largest scale or offset falls short of 1."""
     largest = float(weight.scales.abs().max())
     if weight.offsets is not None:

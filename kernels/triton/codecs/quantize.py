@@ -26,6 +26,7 @@ import triton.language as tl
 from kbit.formats import blockwise
 from kbit.formats.codebooks import codebook as format_codebook
 from kbit.formats.codebooks import quantile_codebook
+from kbit.formats.planes_codec import PlanesTensor
 from kbit.formats.quant_format import QuantFormat, plane_widths
 from kbit.formats.quant_tensor import QuantTensor
 from kbit.formats.scales import load_scales, store_scales
@@ -250,7 +251,7 @@ def encode(
 
 def quantize(
     x: torch.Tensor, format: QuantFormat, *, like: QuantTensor | None = None, name: str = "tensor"
-) -> QuantTensor:
+) -> PlanesTensor:
     """Quantize a matrix by rounding to nearest: kbit.formats.blockwise.quantize_blockwise, on x's device.
 
     Args:
@@ -302,7 +303,7 @@ def quantize(
     names = [f"plane{width}" for width in plane_widths(format.bits)]
     stored = {**dict(zip(names, planes, strict=True)), **parts}
     ordered = {suffix: stored[suffix] for suffix in format.parts(rows, columns)}
-    return QuantTensor(format, (rows, columns), ordered, levels.to(x.device))
+    return PlanesTensor(format, (rows, columns), ordered, levels.to(x.device))
 
 
 def _sample(x: torch.Tensor) -> torch.Tensor:
