@@ -20,7 +20,7 @@ from kbit.models.load import load_decoder
 pytest.importorskip("triton")
 
 from kbit.backends.triton.backend import TritonBackend
-from kbit.kernels.triton.product import gemm_fp8, gemm_int8
+from kbit.kernels.triton.product import gemm_rounded
 from kbit.kernels.triton.product.rounded import segment_of
 from kbit.kernels.triton.rows.embed import embed
 
@@ -201,16 +201,15 @@ def test_activations_in_8_bits(
     differ as if one of them had not been rounded. So products are compared, each with its own activations.
     """
     monkeypatch.setattr("kbit.kernels.triton.product.matmul.ROUNDED_TOKENS", 8)
-    module = {"int8": gemm_int8, "fp8": gemm_fp8}[kind]
     products: list[tuple[tuple[Any, ...], dict[str, Any], torch.Tensor]] = []
-    run = getattr(module, f"gemm_{kind}")
+    run = gemm_rounded.gemm_rounded
 
     def watched(*arguments: Any, **options: Any) -> torch.Tensor:
         out: torch.Tensor = run(*arguments, **options)
         products.append((arguments, options, out))
         return out
 
-    monkeypatch.setattr(module, f"gemm_{kind}", watched)
+    monkeypatch.setattr(gemm_rounded, "gemm_rounded", watched)
     source = source_of("llama", format, num_hidden_layers=1)
     ours, theirs = on(device, source, compute=kind), reference(source)
     ids, caches = random_ids(1, 10), (ours.new_cache(1, 20), theirs.new_cache(1, 20))

@@ -16,8 +16,7 @@ from kbit.kernels.triton.product.configs import (
     rounded_config,
 )
 from kbit.kernels.triton.product.gemm import gemm
-from kbit.kernels.triton.product.gemm_fp8 import gemm_fp8
-from kbit.kernels.triton.product.gemm_int8 import gemm_int8
+from kbit.kernels.triton.product.gemm_rounded import gemm_rounded
 from kbit.kernels.triton.product.gemv import gemv, problem_of
 from kbit.kernels.triton.product.rounded import FP8_ARCHES, segment_of
 from triton_lint.cases import Case, Gate
@@ -101,7 +100,6 @@ def _rounded(kind: str, text: str, tokens: int, *, size: int = 4096, quick: bool
     """Gated on every target: no spills, 128-bit loads of codes, tensor cores on 8-bit operands."""
     weight = meta_weight(text, (size, size), torch.float16, kind)
     x = torch.empty(tokens, size, dtype=torch.float16, device="meta")
-    multiply = gemm_int8 if kind == "int8" else gemm_fp8
 
     def work(launch: Launch, config: Any) -> Work | None:
         if launch.kernel != "gemm_rounded_kernel":
@@ -115,7 +113,7 @@ def _rounded(kind: str, text: str, tokens: int, *, size: int = 4096, quick: bool
     names = INT8_MMA if kind == "int8" else FP8_MMA
     return Case(
         f"gemm_{kind}/{text}/{tokens}x{size}x{size}",
-        launch=lambda arch, config: multiply(x, weight),
+        launch=lambda arch, config: gemm_rounded(x, weight),
         work=work,
         # AMD's loads carry no mark, and codes come among loads of scales: only NVIDIA's are asked for their width.
         gates={arch: Gate(load_bits=128 if arch.startswith("sm_") else 0, mma=(name,)) for arch, name in names.items()},

@@ -36,7 +36,7 @@ class TritonBackend:
             has the range of float32, for models whose activations leave that of fp16 (65504); "int8" or "fp8", which
             round both to 8 bits in the layers' products of more than ROUNDED_TOKENS tokens (prompts, large batches)
             and are "fp16" otherwise: the head, float weights, fewer tokens. They cost accuracy, see
-            `kbit.kernels.triton.product.gemm_int8` and `gemm_fp8`.
+            `kbit.kernels.triton.product.gemm_rounded`.
         kv: what keys and values are stored as: "16" (fp16, or bf16 with it), or bits of codes, "8", "4", "3" or "2".
         graphs: replay decoding as a CUDA graph; None: on a GPU, unless there is a group.
         group: the processes that share a model, if several do (`kbit.graph.ops.SplitBackend`).

@@ -1,7 +1,7 @@
 """Products with prepared weights: which kernel runs how many tokens.
 
 Up to 4 tokens gemv, from 5 gemm (up to 8 tokens either kernel does; from 5 on the activations that every 16 rows read
-again outweigh the codes). A weight that `rounded.with_activations` marked runs gemm_int8 or gemm_fp8 with more than
+again outweigh the codes). A weight that `rounded.with_activations` marked runs gemm_rounded with more than
 ROUNDED_TOKENS tokens. A float weight runs torch.matmul, which is cuBLAS or rocBLAS on a GPU: there is nothing to
 decode. `describe` says which it is, for `kbit info`.
 """
@@ -12,7 +12,7 @@ import torch
 
 from kbit.host.errors import UnsupportedError
 from kbit.kernels.triton.codecs.layout import TritonWeight
-from kbit.kernels.triton.product import gemm_fp8, gemm_int8
+from kbit.kernels.triton.product import gemm_rounded
 from kbit.kernels.triton.product.gemm import gemm
 from kbit.kernels.triton.product.gemv import GATES, gemv
 from kbit.kernels.triton.product.limits import GEMV_TOKENS, ROUNDED_TOKENS
@@ -89,7 +89,7 @@ def gated_matmul(
     rounded = None
     if x.ndim == 2 and _rounds(gate, x.shape[0]) and _rounds(up, x.shape[0]):
         if tokens_layout(gate) == tokens_layout(up):
-            rounded = round_tokens(x, gate)  # once for both
+            rounded = gemm_rounded.round_tokens(x, gate)  # once for both
         gates = _many(x, gate, out_dtype=torch.float32, rounded=rounded)
     else:
         gates = matmul(x, gate, out_dtype=torch.float32)
@@ -97,13 +97,6 @@ def gated_matmul(
         return _many(x, up, out_dtype=out_dtype, rounded=rounded, gate=gates, kind=kind)
     product = _activated(gates, kind) * _dense(x, up.dense, None, None, torch.float32)
     return product.to(out_dtype or x.dtype)
-
-
-def round_tokens(x: torch.Tensor, weight: TritonWeight) -> RoundedTokens:
-    """x (M, K) in 8 bits, as products with this weight take it."""
-    if weight.activations == "int8":
-        return gemm_int8.round_tokens(x, weight)
-    return gemm_fp8.round_tokens(x, weight)
 
 
 def _rounds(weight: TritonWeight, tokens: int) -> bool:
@@ -124,8 +117,7 @@ def _many(
     """A quantized weight's product with more tokens than gemv takes."""
     if x.ndim != 2 or not _rounds(weight, x.shape[0]):
         return gemm(x, weight, bias, residual, out_dtype, gate=gate, kind=kind)
-    run = gemm_int8.gemm_int8 if weight.activations == "int8" else gemm_fp8.gemm_fp8
-    return run(x, weight, bias, residual, out_dtype, rounded=rounded, gate=gate, kind=kind)
+    return gemm_rounded.gemm_rounded(x, weight, bias, residual, out_dtype, rounded=rounded, gate=gate, kind=kind)
 
 
 def _dense(

@@ -1,4 +1,4 @@
-"""x W^T with activations rounded to 8 bits: what gemm_int8 and gemm_fp8 share.
+"""x W^T with activations rounded to 8 bits: the kernel, and what a weight must be for it.
 
 Shapes: x (M, K), W (N, K) prepared by `layout.prepare_weight` and marked by `with_activations`, out (M, N).
 
@@ -197,8 +197,10 @@ def product(
     kind: str = "",
     config: GemmConfig | None = None,
 ) -> torch.Tensor:
-    """What gemm_int8 and gemm_fp8 do; arguments as theirs, and `tokens_of` to round x where `rounded` is not given."""
+    """`gemm_rounded.gemm_rounded`, which has its arguments; and `tokens_of` to round x where `rounded` is not given."""
     check_product(x, weight, bias, residual)
+    if weight.activations not in KINDS:
+        raise UnsupportedError(f"{weight.format} is not marked for products with rounded tokens: use with_activations")
     tokens, rows = x.shape[0], weight.shape[0]
     if gate is not None and (gate.shape != (tokens, rows) or gate.stride(1) != 1 or kind not in GATES):
         raise UnsupportedError(f"gate must be ({tokens}, {rows}) with contiguous rows, its activation one of {GATES}")

@@ -16,7 +16,7 @@ from kbit.host.errors import UnsupportedError  # noqa: E402
 from kbit.kernels import reference  # noqa: E402
 from kbit.kernels.triton.codecs.layout import TritonWeight, prepare_weight  # noqa: E402
 from kbit.kernels.triton.product import gemm as gemm_module  # noqa: E402
-from kbit.kernels.triton.product import gemm_fp8, gemm_int8  # noqa: E402
+from kbit.kernels.triton.product import gemm_rounded as rounding  # noqa: E402
 from kbit.kernels.triton.product.configs import (  # noqa: E402
     GemmConfig,
     Problem,
@@ -25,9 +25,9 @@ from kbit.kernels.triton.product.configs import (  # noqa: E402
     rounded_config,
 )
 from kbit.kernels.triton.product.gemm import gemm  # noqa: E402
-from kbit.kernels.triton.product.gemm_fp8 import e4m3  # noqa: E402
 from kbit.kernels.triton.product.limits import ROUNDED_TOKENS  # noqa: E402
 from kbit.kernels.triton.product.matmul import describe, gated_matmul, matmul  # noqa: E402
+from kbit.kernels.triton.product.round_fp8 import e4m3  # noqa: E402
 from kbit.kernels.triton.product.rounded import check_arch, segment_of, with_activations  # noqa: E402
 
 
@@ -208,8 +208,7 @@ def test_what_does_not_fit_is_refused() -> None:
 
 
 # Products with activations in 8 bits: the kernel, how it rounds, and what its columns are.
-EIGHT = {"int8": gemm_int8.gemm_int8, "fp8": gemm_fp8.gemm_fp8}
-ROUND = {"int8": gemm_int8.round_tokens, "fp8": gemm_fp8.round_tokens}
+EIGHT = ("int8", "fp8")
 
 
 def marked(text: str, kind: str, rows: int, columns: int, device: str) -> tuple[QuantTensor, TritonWeight]:
@@ -245,7 +244,7 @@ def test_tokens_in_8_bits(device: str, kind: str, text: str) -> None:
     _, prepared = marked(text, kind, 16, 300, device)
     x = normal(3, 300, seed=1).half() * torch.logspace(-4, 3, 300)
     x[1] = 0
-    tokens = ROUND[kind](x.half().to(device), prepared)
+    tokens = rounding.round_tokens(x.half().to(device), prepared)
     values, scales = tokens.values.float().cpu(), tokens.scales.cpu()
     scales = scales.repeat_interleave(values.shape[1] // len(scales), 0).T
     order = 32 if text.startswith("int3") else 16
@@ -283,7 +282,7 @@ def test_8_bit_activations(device: str, kind: str, text: str) -> None:
     weight, prepared = marked(text, kind, 40, 288, device)
     x, residual, bias = normal(tokens, 288, seed=1).half(), normal(tokens, 40, seed=3), normal(1, 40, seed=2)[0]
     on = [tensor.to(device) for tensor in (x, bias, residual)]
-    got = EIGHT[kind](on[0], prepared, on[1], on[2], torch.float32)
+    got = rounding.gemm_rounded(on[0], prepared, on[1], on[2], torch.float32)
     x, dense = rounded_x(x, prepared), rounded_weight(weight, prepared, kind)
     expected = reference.linear(x, dense, bias) + residual
     bound = product_bound(x, dense, torch.float32, decoded=8) + 8 * rounded(expected, torch.float32)
@@ -296,14 +295,13 @@ def test_marked_weights_round_many_tokens_only(device: str, kind: str, monkeypat
     assert ROUNDED_TOKENS >= 8
     monkeypatch.setattr("kbit.kernels.triton.product.matmul.ROUNDED_TOKENS", 8)
     calls = []
-    module = gemm_int8 if kind == "int8" else gemm_fp8
-    monkeypatch.setattr(module, "round_tokens", lambda *a, run=module.round_tokens: (calls.append(a), run(*a))[1])
+    monkeypatch.setattr(rounding, "round_tokens", lambda *a, run=rounding.round_tokens: (calls.append(a), run(*a))[1])
     texts = ("int4-b64", "lloyd5-b64", "int3-b64")
     pairs = [
-        (marked(text, kind, 24, 128, device)[1], prepare_weight(quantized(text, 24, 128), device)) for text in texts
+        (marked(text, kind, 24, 256, device)[1], prepare_weight(quantized(text, 24, 256), device)) for text in texts
     ]
     for tokens, name in ((3, "gemv"), (8, "gemm"), (9, f"gemm_{kind}")):
-        x = normal(tokens, 128, seed=1).half().to(device)
+        x = normal(tokens, 256, seed=1).half().to(device)
         for with_mark, plain in pairs:
             calls.clear()
             assert describe(with_mark, tokens) == name
@@ -313,10 +311,12 @@ def test_marked_weights_round_many_tokens_only(device: str, kind: str, monkeypat
                 assert torch.equal(got[1], gated_matmul(x, plain, plain, "silu"))
                 assert not calls
             else:
-                assert torch.equal(got[0], EIGHT[kind](x, with_mark))
-                gates = EIGHT[kind](x, with_mark, out_dtype=torch.float32)
-                assert torch.equal(got[1], EIGHT[kind](x, with_mark, gate=gates, kind="silu"))
-                expected = torch.nn.functional.silu(gates) * EIGHT[kind](x, with_mark, out_dtype=torch.float32)
+                assert torch.equal(got[0], rounding.gemm_rounded(x, with_mark))
+                gates = rounding.gemm_rounded(x, with_mark, out_dtype=torch.float32)
+                assert torch.equal(got[1], rounding.gemm_rounded(x, with_mark, gate=gates, kind="silu"))
+                expected = torch.nn.functional.silu(gates) * rounding.gemm_rounded(
+                    x, with_mark, out_dtype=torch.float32
+                )
                 assert_within(got[1].float(), expected.cpu(), 2 * rounded(expected.cpu(), torch.float16))
                 assert len(calls) == 6  # one of them for both products of gated_matmul
     # int4's and lloyd5's columns stand in the same order, int3's do not.
@@ -342,9 +342,11 @@ def test_8_bit_activations_refuse_what_they_cannot_do() -> None:
     with pytest.raises(UnsupportedError, match="sm_89.*this is gfx942.*int8"):
         check_arch("fp8", "gfx942")
     weight = with_activations(prepare_weight(quantized("int4-b64", 16, 64), "cpu"), "int8")
-    tokens = gemm_int8.round_tokens(normal(9, 64).half(), weight)
+    tokens = rounding.round_tokens(normal(9, 64).half(), weight)
     other = with_activations(prepare_weight(quantized("int4-b32", 16, 64), "cpu"), "int8")
     with pytest.raises(UnsupportedError, match="these tokens were rounded for"):
-        gemm_int8.gemm_int8(normal(9, 64).half(), other, rounded=tokens)
+        rounding.gemm_rounded(normal(9, 64).half(), other, rounded=tokens)
+    with pytest.raises(UnsupportedError, match="int4-b64 is not marked"):
+        rounding.gemm_rounded(normal(9, 64).half(), prepare_weight(quantized("int4-b64", 16, 64), "cpu"))
     dense = prepare_weight(normal(16, 64), "cpu")
     assert with_activations(dense, "int8") is dense

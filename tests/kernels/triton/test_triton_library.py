@@ -14,14 +14,12 @@ pytest.importorskip("triton")
 from kbit.kernels.triton import library
 from kbit.kernels.triton.attention.kv_layout import KVFormat, new_pages, plain_block_table
 from kbit.kernels.triton.codecs.layout import TritonWeight, prepare_weight
-from kbit.kernels.triton.product.gemm_fp8 import gemm_fp8
-from kbit.kernels.triton.product.gemm_int8 import gemm_int8
+from kbit.kernels.triton.product.gemm_rounded import gemm_rounded
 from kbit.kernels.triton.product.matmul import gated_matmul, matmul
 from kbit.kernels.triton.product.rounded import with_activations
 
 # Schema, fake implementation and dispatch; gradients there are none.
 TESTS = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
-EIGHT = {"int8": gemm_int8, "fp8": gemm_fp8}
 FORMATS = ["nf4-b16", "int3-b16-asym", "nf3-b32-dq", "lloyd6-b16", "quantile4-b32"]
 
 
@@ -66,7 +64,7 @@ def test_products_with_activations_in_8_bits(
     weights = [with_activations(weight_of(format, device, seed=seed), kind) for seed in (0, 1)]
     packed = [library.pack(weight) for weight in weights]
     x = half(device, 5, 48)
-    assert torch.equal(torch.ops.kbit.matmul(x, *packed[0]), EIGHT[kind](x, weights[0]))
+    assert torch.equal(torch.ops.kbit.matmul(x, *packed[0]), gemm_rounded(x, weights[0]))
     torch.library.opcheck(library.matmul, (x, *packed[0], None, None, torch.float32), test_utils=TESTS)
     torch.library.opcheck(library.gated_matmul, (x, *packed[0], *packed[1], "silu"), test_utils=TESTS)
 

@@ -1,24 +1,10 @@
-"""x W^T with activations rounded to fp8 (e4m3), on fp8 tensor cores: sm_89, sm_90, sm_100, sm_120.
-
-Shapes: x (M, K), W (N, K) from `rounded.with_activations(weight, "fp8")`, out (M, N).
+"""Activations rounded to fp8 (e4m3), for products on fp8 tensor cores: sm_89, sm_90, sm_100, sm_120.
 
 Each token has one float32 scale, which brings its largest value to 448, e4m3's own; e4m3 spans 17 octaves below that,
 so that a spike does not take the rest of its token along. (A scale per 64 columns would help by less than the kernel's
-time would suffer.) Symmetric integer codes of up to 5 bits are exact in e4m3; a codebook is rounded to it, and the
-scale of a block multiplies the float32 sum of its products. What that costs, as mean KL divergence from exact
-activations (nf4-b64, WikiText-2, 512 and 1024 tokens):
-
-                                           SmolLM2-135M    novels-5m
-    activations, a scale per token         0.0113          0.0015         (per 64 columns: 0.0080, 0.0012)
-    nf4's codebook in e4m3 alone           0.0077          0.0006         (no codebook is rounded at int4)
-    both                                   0.0191          0.0020
-    gemm_int8, both                        0.0046          0.0002
-
-So this rounds more than int8 with scales per segment: e4m3 keeps 4 significant bits of everything, int8 7 of what is
-large. What it has for it is the sum: a multiplication and addition per sum and block where int8 takes three
-instructions. Estimates: `configs.rounded_config`.
-
-Roofline: tensor cores at fp8 rate (twice fp16's); memory bandwidth for the codes with few tokens.
+time would suffer.) This rounds more than int8 with scales per segment (docs/measurements.md): e4m3 keeps 4 significant
+bits of everything, int8 7 of what is large. What it has for it is the sum: a multiplication and addition per sum and
+block where int8 takes three instructions.
 """
 
 from __future__ import annotations
@@ -28,8 +14,7 @@ import triton
 import triton.language as tl
 
 from kbit.kernels.triton.codecs.layout import TritonWeight
-from kbit.kernels.triton.product.configs import GemmConfig
-from kbit.kernels.triton.product.rounded import RoundedTokens, product, source_column, tokens_layout, with_activations
+from kbit.kernels.triton.product.rounded import RoundedTokens, source_column, tokens_layout
 
 _COLUMNS = 2048
 
@@ -73,7 +58,7 @@ def round_fp8_kernel(
         tl.store(out_ptr + m * padded_columns + at, e4m3(x), mask=at < padded_columns)
 
 
-def round_tokens(x: torch.Tensor, weight: TritonWeight) -> RoundedTokens:
+def round_fp8(x: torch.Tensor, weight: TritonWeight) -> RoundedTokens:
     """Round each token of x (M, K) to e4m3, for products with this weight and others of its layout."""
     tokens, columns = x.shape
     layout = tokens_layout(weight)
@@ -86,25 +71,3 @@ def round_tokens(x: torch.Tensor, weight: TritonWeight) -> RoundedTokens:
         ORDER=order, BLOCK=block, num_warps=4,
     )  # fmt: skip
     return RoundedTokens(out.view(torch.float8_e4m3fn), scales, layout)
-
-
-def gemm_fp8(
-    x: torch.Tensor,
-    weight: TritonWeight,
-    bias: torch.Tensor | None = None,
-    residual: torch.Tensor | None = None,
-    out_dtype: torch.dtype | None = None,
-    *,
-    rounded: RoundedTokens | None = None,
-    gate: torch.Tensor | None = None,
-    kind: str = "",
-    config: GemmConfig | None = None,
-) -> torch.Tensor:
-    """x W^T (+ bias) (+ residual) with x rounded to e4m3; or act(gate) * (x W^T) (+ bias) (+ residual).
-
-    Args, result and errors as `gemm_int8`; also UnsupportedError on a GPU without e4m3 tensor cores.
-    """
-    return product(
-        x, with_activations(weight, "fp8"), round_tokens, bias, residual, out_dtype,
-        rounded=rounded, gate=gate, kind=kind, config=config,
-    )  # fmt: skip
