@@ -69,6 +69,7 @@ class Weight:
         role: "linear", "embedding", "head" or "other" (norms, biases).
         rows, columns: shape; a vector has one row.
         kept: a format, or one of DENSE_BYTES.
+        steps: its scales are fp32 products of a step and a size, which the CPU engine keeps apart (GGUF's K types).
     """
 
     name: str
@@ -76,6 +77,7 @@ class Weight:
     rows: int
     columns: int
     kept: QuantFormat | str
+    steps: bool = False
 
     @property
     def numel(self) -> int:
@@ -169,10 +171,12 @@ def stored_weights(source: CheckpointSource, spec: ModelSpec) -> tuple[Weight, .
     block_types = _packed_gguf_types()
     for planned in planned_weights(spec, "fp16"):
         kept: QuantFormat | str = "fp32"
+        steps = False
         if planned.role != "other":
             stored = source.tensors[planned.name].stored_as
             kept = _DENSE_OF.get(stored) or block_types.get(stored) or _format_of(stored) or "fp32"
-        weights.append(Weight(planned.name, planned.role, planned.rows, planned.columns, kept))
+            steps = stored in block_types and block_types[stored].scale_dtype == "fp32"
+        weights.append(Weight(planned.name, planned.role, planned.rows, planned.columns, kept, steps))
     return tuple(weights)
 
 
@@ -261,6 +265,8 @@ def prepared_bytes(weight: Weight, backend: str = "native") -> int:
     codes = panels * tiles * (_PANEL_ROWS * _TILE_COLUMNS // 8) * kept.bits
     number = 4 if kept.double_quant else DENSE_BYTES[kept.scale_dtype]  # factors are multiplied in at load
     scales = panels * kept.blocks_per_row(weight.columns) * _PANEL_ROWS * number
+    if weight.steps:  # int8, and an fp32 number for 256 columns
+        scales = panels * ceil(weight.columns / 256) * _PANEL_ROWS * (256 // kept.block_size + 4)
     return codes + scales * (2 if kept.asymmetric else 1)
 
 

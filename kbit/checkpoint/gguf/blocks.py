@@ -2,7 +2,7 @@
 
 ggml's legacy and K types are what kbit's formats are: w = codebook[code] * scale (+ offset), in blocks of 16 or 32.
 Legacy types keep their fp16 scales. K types multiply a scale of 4, 6 or 8 bits with an fp16 one per 256 weights; the
-product is kept in fp32, where it is exact, at up to 4 bits per weight more than the file has.
+product is kept in fp32, where it is exact; the CPU engine takes the two apart again (kernels/cpu/codecs/scale_steps.h).
 
 Layouts: ggml-common.h (block_q4_0 and so on) and dequantize_row_* of ggml-quants.c; a test compares every type with the
 gguf package's dequantization, bit for bit.
@@ -22,7 +22,7 @@ from kbit.formats.quant_format import QuantFormat
 # uint8; not said to mypy, whose numpy stubs lose the type in every shift and mask
 Bytes: TypeAlias = NDArray[Any]
 
-# The 16 levels of IQ4_NL (kvalues_iq4nl in ggml-common.h).
+# The 16 levels of IQ4_NL and IQ4_XS (kvalues_iq4nl in ggml-common.h).
 _IQ4_NL = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
 
 
@@ -153,6 +153,13 @@ def _q6_k(blocks: Bytes) -> tuple[Bytes, NDArray[np.floating], None]:
     return codes, _half(blocks, 208).astype(np.float32) * steps, None
 
 
+def _iq4_xs(blocks: Bytes) -> tuple[Bytes, NDArray[np.floating], None]:
+    # Eight scales of 6 bits: 2 high bits each in bytes 2 and 3, 4 low bits each in bytes 4 to 7.
+    highs, lows = _fields(blocks[:, 2:4], 2, 1), _fields(blocks[:, 4:8], 4, 1)
+    steps = (lows | (highs << 4)).astype(np.int8) - 32
+    return _fields(blocks[:, 8:], 4, 16), _half(blocks, 0).astype(np.float32) * steps, None
+
+
 def _steps(bits: int, zero: int) -> NDArray[np.float32]:
     return np.arange(-zero, 2**bits - zero, dtype=np.float32)
 
@@ -170,6 +177,7 @@ BLOCK_TYPES = {
     "Q5_1": _type("int5-b32-asym", _steps(5, 0), _q5_1),
     "Q8_0": _type("int8-b32", _steps(8, 128), _q8_0),
     "IQ4_NL": _type("int4-b32", np.array(_IQ4_NL, dtype=np.float32), _q4_0),
+    "IQ4_XS": _type("int4-b32-fp32", np.array(_IQ4_NL, dtype=np.float32), _iq4_xs),
     "Q2_K": _type("int2-b16-asym-fp32", _steps(2, 0), _q2_k),
     "Q3_K": _type("int3-b16-fp32", _steps(3, 4), _q3_k),
     "Q4_K": _type("int4-b32-asym-fp32", _steps(4, 0), _q4_k),

@@ -19,12 +19,12 @@ namespace {
 
 using ByteView = nb::ndarray<nb::numpy, const std::uint8_t, nb::ndim<1>, nb::c_contig>;
 
-constexpr const char* kNumberNames[] = {"fp16", "bf16", "fp32"};
+constexpr const char* kNumberNames[] = {"fp16", "bf16", "fp32", "fp32-steps"};
 
 Number number_named(const std::string& name) {
-  for (int i = 0; i < 3; ++i)
+  for (int i = 0; i < 4; ++i)
     if (name == kNumberNames[i]) return static_cast<Number>(i);
-  throw std::invalid_argument("a number type is fp16, bf16 or fp32");
+  throw std::invalid_argument("a number type is fp16, bf16, fp32 or fp32-steps");
 }
 
 // A view that keeps `owner` alive.

@@ -20,6 +20,11 @@
 // read memory from front to back, which is what its hardware prefetchers are made for.
 //
 // Scales, and offsets where the format has them, lie beside: 16 per panel and block, in the order they are used.
+// Where blocks of 16 or 32 columns share one fp32 number per 256 columns, as GGUF's K types do (scale = step * size with
+// an integer step), they are kept so (Number::steps), which takes a quarter of fp32's bytes:
+//
+//     group of 256 columns of a panel:   16 fp32 sizes | 16 int8 steps of its first block | of the second | ..
+//
 // Columns beyond K and rows beyond N are code 0 with scale 0, so they add nothing.
 #pragma once
 
@@ -30,11 +35,13 @@ namespace kbit {
 
 constexpr int kPanelRows = 16;    // rows of a panel
 constexpr int kTileColumns = 64;  // columns of a tile
+constexpr int kStepColumns = 256;  // columns of a group of stepped scales
 constexpr int kTileWeights = kPanelRows * kTileColumns;
 
-// How 16-bit and 32-bit numbers are stored.
-enum class Number : std::uint8_t { half, bfloat, single };
+// How numbers are stored: in 16 or 32 bits each or, scales only, as steps.
+enum class Number : std::uint8_t { half, bfloat, single, steps };
 
+// Of a number that is stored by itself.
 inline int bytes_of(Number kind) { return kind == Number::single ? 4 : 2; }
 
 // A matrix (N, K), quantized (bits 2 to 8) or dense (bits 0: `values` holds [panel][k][16 rows]).
@@ -53,6 +60,9 @@ struct Matrix {
   const void* scales = nullptr;         // [panel][block][16 rows]
   const void* offsets = nullptr;        // the same, or null
   Number scale_kind = Number::half;
+  // Number::steps: scales and offsets are [panel][group], of kStepColumns columns and 1 << group_shift blocks each.
+  int group_shift = 0;
+  std::int64_t groups = 0, group_bytes = 0;
   std::int64_t block = 0;               // columns per scale, a multiple of segment; the whole padded row if one per row
   std::int64_t blocks = 0;              // scales per row
   // Columns whose products are summed as integers: 64, 32 or 16, the largest that divides the block. x is quantized to
@@ -66,6 +76,8 @@ struct Matrix {
   float level_scale = 1.0f;
   bool two_digits = false;
   bool direct = false;                  // 8 bits, and level = code - 128: no lookup needed
+  bool plain = false;                   // up to 7 bits, and level = code - zero: no lookup either
+  std::int32_t zero = 0;
 
   std::int64_t tile_bytes() const { return kTileWeights / 8 * bits; }
   std::int64_t panel_bytes() const { return tiles * tile_bytes(); }

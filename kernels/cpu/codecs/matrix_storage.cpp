@@ -1,12 +1,14 @@
 #include "codecs/matrix_storage.h"
 
 #include <algorithm>
+#include <atomic>
 #include <cmath>
 #include <cstring>
 #include <new>
 #include <stdexcept>
 
 #include "codecs/bitplanes.h"
+#include "codecs/scale_steps.h"
 
 namespace kbit {
 namespace {
@@ -21,6 +23,11 @@ int integer_segment(std::int64_t block) {
   for (int segment : {64, 32})
     if (block % segment == 0) return segment;
   return 16;
+}
+
+// K types have fp32 scales (products of two numbers, exact) in blocks of 16 or 32.
+bool steps_fit(Number kind, std::int64_t block_size) {
+  return kind == Number::single && (block_size == 16 || block_size == 32);
 }
 
 }  // namespace
@@ -49,13 +56,21 @@ void MatrixStorage::lay_out(const Description& what) {
   m.block = what.block_size ? what.block_size : m.tiles * kTileColumns;
   m.blocks = what.block_size ? (what.columns + what.block_size - 1) / what.block_size : 1;
   m.segment = integer_segment(what.block_size);
+  if (what.kind == Number::steps) {
+    const std::int64_t per_group = kStepColumns / m.block;
+    m.group_shift = m.block == 16 ? 4 : 3;
+    m.groups = (m.blocks + per_group - 1) / per_group;
+    m.group_bytes = (4 + per_group) * kPanelRows;
+  }
 }
 
 std::array<std::size_t, kArrays> MatrixStorage::sizes() const {
   const Matrix& m = matrix_;
-  const auto number = static_cast<std::size_t>(bytes_of(description_.kind));
-  if (m.bits == 0) return {static_cast<std::size_t>(m.panels * m.tiles * kTileWeights) * number, 0, 0, 0};
-  const std::size_t scales = static_cast<std::size_t>(m.panels * m.blocks * kPanelRows) * number;
+  const std::int64_t number = bytes_of(description_.kind);
+  if (m.bits == 0) return {static_cast<std::size_t>(m.panels * m.tiles * kTileWeights * number), 0, 0, 0};
+  const bool steps = description_.kind == Number::steps;
+  const std::size_t scales = static_cast<std::size_t>(steps ? m.panels * m.groups * m.group_bytes
+                                                            : m.panels * m.blocks * kPanelRows * number);
   return {static_cast<std::size_t>(m.panels * m.panel_bytes()), scales, description_.offsets ? scales : 0,
           sizeof(float) << m.bits};
 }
@@ -76,6 +91,9 @@ std::array<Bytes, kArrays> MatrixStorage::arrays() const {
 
 std::shared_ptr<MatrixStorage> MatrixStorage::mapped(const Description& what, std::shared_ptr<const MappedFile> file,
                                                      const std::array<std::uint64_t, kArrays>& offsets) {
+  if (what.kind == Number::steps && (what.bits == 0 || !steps_fit(Number::single, what.block_size))) {
+    throw std::invalid_argument("scales are steps in blocks of 16 or 32 only");
+  }
   auto storage = std::make_shared<MatrixStorage>();
   storage->lay_out(what);
   const auto bytes = storage->sizes();
@@ -106,20 +124,15 @@ std::shared_ptr<MatrixStorage> MatrixStorage::quantized(const QuantizedParts& pa
   auto storage = std::make_shared<MatrixStorage>();
   storage->lay_out({parts.rows, parts.columns, parts.bits, parts.block_size, parts.scale_kind, parts.offsets != nullptr});
   Matrix& m = storage->matrix_;
-  const auto bytes = storage->sizes();
-  storage->data_ = AlignedBytes(bytes[0]);
-  storage->scales_ = AlignedBytes(bytes[1]);
-  if (parts.offsets) storage->offsets_ = AlignedBytes(bytes[2]);
+  storage->data_ = AlignedBytes(storage->sizes()[0]);
   m.codes = storage->data_.data();
+  if (!storage->take_steps(parts, team)) storage->take_numbers(parts, team);
   m.scales = storage->scales_.data();
   m.offsets = parts.offsets ? storage->offsets_.data() : nullptr;
   storage->codebook_.assign(parts.codebook, parts.codebook + (std::size_t{1} << m.bits));
   storage->choose_levels();
-  const auto number = static_cast<std::size_t>(bytes_of(m.scale_kind));
 
   std::uint8_t* codes = storage->data_.data();
-  std::uint8_t* scales = storage->scales_.data();
-  std::uint8_t* offsets = storage->offsets_.data();
   team.run([&](Worker& worker) {
     // One row's codes as bytes, padded to whole tiles.
     std::vector<std::uint8_t> row_codes(static_cast<std::size_t>(m.tiles * kTileColumns));
@@ -147,16 +160,77 @@ std::shared_ptr<MatrixStorage> MatrixStorage::quantized(const QuantizedParts& pa
           }
           plane_at += kTileWeights / 16 * static_cast<std::int64_t>(width);
         }
-        for (std::int64_t block = 0; block < m.blocks; ++block) {
-          const std::size_t to = static_cast<std::size_t>((panel * m.blocks + block) * kPanelRows + lane) * number;
-          const std::size_t from = static_cast<std::size_t>(row * m.blocks + block) * number;
-          std::memcpy(scales + to, static_cast<const std::uint8_t*>(parts.scales) + from, number);
-          if (offsets) std::memcpy(offsets + to, static_cast<const std::uint8_t*>(parts.offsets) + from, number);
-        }
       }
     });
   });
   return storage;
+}
+
+// Scales and offsets as the numbers they are.
+void MatrixStorage::take_numbers(const QuantizedParts& parts, Team& team) {
+  const Matrix& m = matrix_;
+  const std::size_t number = static_cast<std::size_t>(bytes_of(m.scale_kind));
+  const auto take = [&](const void* source, AlignedBytes& target) {
+    if (source == nullptr) return;
+    target = AlignedBytes(static_cast<std::size_t>(m.panels * m.blocks * kPanelRows) * number);
+    const auto* from = static_cast<const std::uint8_t*>(source);
+    team.run([&](Worker& worker) {
+      worker.for_each(m.rows, 64, [&](std::int64_t begin, std::int64_t end) {
+        for (std::int64_t row = begin; row < end; ++row) {
+          for (std::int64_t block = 0; block < m.blocks; ++block) {
+            const std::int64_t at = (row / kPanelRows * m.blocks + block) * kPanelRows + row % kPanelRows;
+            std::memcpy(target.data() + static_cast<std::size_t>(at) * number,
+                        from + static_cast<std::size_t>(row * m.blocks + block) * number, number);
+          }
+        }
+      });
+    });
+  };
+  take(parts.scales, scales_);
+  take(parts.offsets, offsets_);
+}
+
+// The same as steps, if all of them are: false, and nothing changed, where one is not.
+bool MatrixStorage::take_steps(const QuantizedParts& parts, Team& team) {
+  if (!steps_fit(parts.scale_kind, parts.block_size)) return false;
+  const Description numbers = description_;
+  Description steps = numbers;
+  steps.kind = Number::steps;
+  lay_out(steps);
+  const Matrix& m = matrix_;
+  const std::int64_t per_group = kStepColumns / m.block;
+  const auto take = [&](const void* source, AlignedBytes& target) {
+    if (source == nullptr) return true;
+    AlignedBytes taken(static_cast<std::size_t>(m.panels * m.groups * m.group_bytes));
+    std::atomic<bool> exact{true};
+    team.run([&](Worker& worker) {
+      worker.for_each(m.rows, 64, [&](std::int64_t begin, std::int64_t end) {
+        for (std::int64_t row = begin; row < end && exact; ++row) {
+          const float* numbers = static_cast<const float*>(source) + row * m.blocks;
+          for (std::int64_t group = 0; group < m.groups; ++group) {
+            const int count = static_cast<int>(std::min(per_group, m.blocks - group * per_group));
+            float size;
+            std::int8_t steps[kStepColumns / 16];
+            if (!find_steps(numbers + group * per_group, count, &size, steps)) {
+              exact = false;
+              break;
+            }
+            std::uint8_t* at = taken.data() + (row / kPanelRows * m.groups + group) * m.group_bytes;
+            const std::int64_t lane = row % kPanelRows;
+            std::memcpy(at + 4 * lane, &size, 4);
+            for (int i = 0; i < count; ++i)
+              at[(4 + i) * kPanelRows + lane] = static_cast<std::uint8_t>(steps[i]);
+          }
+        }
+      });
+    });
+    if (exact) target = std::move(taken);
+    return exact.load();
+  };
+  if (take(parts.scales, scales_) && take(parts.offsets, offsets_)) return true;
+  scales_ = AlignedBytes();
+  lay_out(numbers);
+  return false;
 }
 
 // Finds integers for the codebook's levels. Where all levels are whole steps of one size (the integer types) the result
@@ -194,13 +268,16 @@ void MatrixStorage::choose_levels() {
   if (m.two_digits) chosen = 126.0;  // leaves room for the low digit
   m.level_scale = static_cast<float>(peak / chosen);
   m.direct = m.bits == 8 && exact;
+  m.plain = m.bits < 8 && exact;
   for (std::size_t c = 0; c < count; ++c) {
     const double scaled = static_cast<double>(codebook_[c]) / peak * chosen;
     const double whole = std::round(scaled);
     high_[c] = static_cast<std::int8_t>(whole);
     if (m.two_digits) low_[c] = static_cast<std::int8_t>(std::round((scaled - whole) * kLowSteps));
+    m.plain = m.plain && static_cast<int>(whole) == high_[0] + static_cast<int>(c);
     m.direct = m.direct && (c == 0 || static_cast<int>(whole) == static_cast<int>(c) - 128);
   }
+  m.zero = -high_[0];
 }
 
 std::shared_ptr<MatrixStorage> MatrixStorage::dense(const void* values, std::int64_t rows, std::int64_t columns,

@@ -45,7 +45,7 @@ struct Description {
   std::int64_t rows, columns;
   int bits;                 // 0: dense
   std::int64_t block_size;  // as in QuantizedParts
-  Number kind;              // of the scales, or of dense values
+  Number kind;              // of the scales as they are kept, or of dense values
   bool offsets;
 };
 
@@ -82,6 +82,8 @@ class MatrixStorage {
   // Bytes each array has.
   std::array<std::size_t, kArrays> sizes() const;
   void choose_levels();
+  void take_numbers(const QuantizedParts& parts, Team& team);
+  bool take_steps(const QuantizedParts& parts, Team& team);
 
   Description description_{};
   Matrix matrix_;

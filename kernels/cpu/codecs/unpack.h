@@ -35,8 +35,22 @@ template <int Bits, int Q> __attribute__((always_inline)) inline Bytes quad_code
   }
 }
 
+// Level c of a code c: what is taken off all levels, w.zero, is taken off the sums instead.
+template <int Bits> struct PlainLevels {
+  static constexpr bool kPlain = true;
+  explicit PlainLevels(const int8_t*) {}
+  __attribute__((always_inline)) Bytes of(Bytes codes) const { return and_bits(codes, uint8_t((1 << Bits) - 1)); }
+};
+
+// How many quads of plain levels can be summed as Pairs (simd/scalar.h), up to the 4 of a segment of 16 columns.
+constexpr int pair_chain(int bits) {
+  const int most = 32767 / (2 * 127 * ((1 << bits) - 1));
+  return most < 4 ? most : 4;
+}
+
 // Codes to int8 levels plus kLevelBias, by table: the table ignores what stands above the code.
 template <int Bits> struct Levels {
+  static constexpr bool kPlain = false;
   static constexpr int kIndexBits = Bits < 4 ? 4 : Bits;
   Table<kIndexBits> table;
 
@@ -50,6 +64,7 @@ template <int Bits> struct Levels {
 
 // Eight bits whose level is code - 128: with a bias of 128 the code is the biased level; without, its top bit flips.
 struct DirectLevels {
+  static constexpr bool kPlain = false;
   explicit DirectLevels(const int8_t*) {}
   __attribute__((always_inline)) Bytes of(Bytes codes) const {
     if constexpr (kLevelBias == 128) return codes;
@@ -65,6 +80,15 @@ inline Floats load_number(const void* p, int64_t index, Number kind) {
   }
 }
 
+// Scales (or offsets, of the same kind) of the 16 rows of a panel's block.
+inline Floats load_scales(const Matrix& w, const void* p, int64_t panel, int64_t block) {
+  if (w.scale_kind != Number::steps) return load_number(p, (panel * w.blocks + block) * kbit::kPanelRows, w.scale_kind);
+  const uint8_t* group = static_cast<const uint8_t*>(p) + (panel * w.groups + (block >> w.group_shift)) * w.group_bytes;
+  const int64_t within = block & ((int64_t{1} << w.group_shift) - 1);
+  const int8_t* steps = reinterpret_cast<const int8_t*>(group) + (4 + within) * kbit::kPanelRows;
+  return mul(to_float(load_i8(steps)), load(reinterpret_cast<const float*>(group)));
+}
+
 // Which block a segment of a panel lies in: walks along a row, segment by segment.
 struct BlockWalk {
   const Matrix& w;
@@ -73,9 +97,9 @@ struct BlockWalk {
   BlockWalk(const Matrix& matrix, int64_t column) : w(matrix), index(column / matrix.block) {
     left = matrix.block - column % matrix.block;
   }
-  // Index of this segment's 16 scales; then on to the next segment.
-  int64_t next(int64_t panel) {
-    const int64_t at = (panel * w.blocks + (index < w.blocks ? index : w.blocks - 1)) * kbit::kPanelRows;
+  // This segment's block; then on to the next segment.
+  int64_t next() {
+    const int64_t at = index < w.blocks ? index : w.blocks - 1;
     left -= w.segment;
     if (left == 0) {
       ++index;
@@ -115,6 +139,20 @@ void expand_levels(const Matrix& w, int64_t panel, int64_t begin, int64_t end, c
   }
 }
 
+// The codes themselves, for plain levels.
+void expand_codes(const Matrix& w, int64_t panel, int64_t begin, int64_t end, uint8_t* out) {
+  const uint8_t* tile = w.codes + panel * w.panel_bytes() + begin * w.tile_bytes();
+  const int64_t tiles = end - begin;
+  switch (w.bits) {
+    case 2: return expand_levels<2>(tile, tiles, PlainLevels<2>(nullptr), out);
+    case 3: return expand_levels<3>(tile, tiles, PlainLevels<3>(nullptr), out);
+    case 4: return expand_levels<4>(tile, tiles, PlainLevels<4>(nullptr), out);
+    case 5: return expand_levels<5>(tile, tiles, PlainLevels<5>(nullptr), out);
+    case 6: return expand_levels<6>(tile, tiles, PlainLevels<6>(nullptr), out);
+    case 7: return expand_levels<7>(tile, tiles, PlainLevels<7>(nullptr), out);
+  }
+}
+
 // Weights of tiles [begin, end) of a panel as floats, [column][16 rows]: codebook * scale (+ offset), each rounded, as
 // formats/quant_tensor.py defines them.
 template <int Bits>
@@ -130,9 +168,9 @@ inline void expand_floats(const Matrix& w, int64_t panel, int64_t begin, int64_t
       });
     }
     for (int first = 0; first < 16; first += quads) {
-      const int64_t at = walk.next(panel);
-      const Floats scale = load_number(w.scales, at, w.scale_kind);
-      const Floats offset = w.offsets ? load_number(w.offsets, at, w.scale_kind) : zero();
+      const int64_t block = walk.next();
+      const Floats scale = load_scales(w, w.scales, panel, block);
+      const Floats offset = w.offsets ? load_scales(w, w.offsets, panel, block) : zero();
       for (int q = first; q < first + quads; ++q) {
         const Ints four = as_ints(load_bytes(codes + 64 * q));  // lane: the codes of one row's columns 4q .. 4q+3
         repeat<4>([&]<int J>() __attribute__((always_inline)) {

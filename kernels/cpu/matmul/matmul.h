@@ -26,8 +26,8 @@ constexpr int kDirectRows = kTileRows * kTilePanels >= 8 ? 8 : kTileRows;
 // 64 rows 142 and 129.
 constexpr int kDirectMost = 8 * kDirectRows;
 
-// Memory is asked for ahead of the decoder. Codes of up to 3 bits: every line, as decoding keeps up with nothing else.
-// Wider codes: one line in a tile, into the second-level cache, which is enough to start the hardware's own prefetchers on
+// Memory is asked for ahead of the decoder. Codes of up to kPrefetchedBits: every line, as decoding keeps up with nothing
+// else. Wider codes: one line in a tile, into the second-level cache, which is enough to start the hardware's own prefetchers on
 // the next page; more would take the first-level cache's few line buffers from the loads themselves. Decoding a token of
 // SmolLM2 on Zen 4, one thread, best tenth, milliseconds: 2 bits 1.9 with every line against 2.6 with one; 8 bits 7.7
 // against 5.5, and 6.9 with none.
@@ -46,16 +46,17 @@ template <int kMost, typename Function> inline void for_row_tiles(int64_t begin,
 
 // ----------------------------------------------------------------------------------------------- int8, direct
 
-// Segments of 64 columns (a tile) or 32 (half of one).
 template <int Bits, typename Decoder, bool kTwoDigits, int kRows>
 void int8_direct_rows(const MatmulTask& task, int64_t row) {
   const Matrix& w = *task.w;
   const Decoder high(w.high), low(kTwoDigits ? w.low : w.high);
+  constexpr bool kInPairs = Decoder::kPlain && kPairs;
   // Independent sums, so that a dot product need not wait for the one before (4 cycles). Integers: the same result. Codes
   // of up to 3 bits are slowed by the additions that join them.
-  constexpr int kChains = Bits <= 3 || kRows > 2 ? 1 : 4 / kRows;
+  constexpr int kChains = kInPairs || Bits <= 3 || kRows > 2 ? 1 : 4 / kRows;
   const int64_t tile_bytes = 128 * Bits;
-  const bool whole = w.segment == 64;
+  const int32_t bias = Decoder::kPlain ? w.zero : kLevelBias;
+  const int last_quarter = w.segment / 16 - 1;  // of a segment: 0, 1 or 3
   const int8_t* codes[kRows];
   const float* scales[kRows];
   const int32_t* sums[kRows];
@@ -74,48 +75,61 @@ void int8_direct_rows(const MatmulTask& task, int64_t row) {
     int64_t segment = 0;
     for (int64_t t = 0; t < w.tiles; ++t, tile += tile_bytes) {
       // Not a function of its own: GCC 12 takes one that only prefetches for one that does nothing.
-      if constexpr (Bits <= 3) {
+      if constexpr (Bits <= kPrefetchedBits) {
         for (int line = 0; line < 2 * Bits; ++line) prefetch(tile + kPrefetchBytes + 64 * line);
       } else {
         prefetch_second(tile + kPrefetchBytes);
       }
       for (int half = 0; half < 2; ++half) {
-        if (half == 0 || !whole) {
-          for (int r = 0; r < kRows; ++r)
-            for (int c = 0; c < kChains; ++c)
-              fine[r][c] = dot[r][c] = broadcast(c == 0 ? -kLevelBias * sums[r][segment] : 0);
-        }
-        repeat<8>([&]<int Q>() __attribute__((always_inline)) {
-          const int64_t column = t * 64 + half * 32 + 4 * Q;
-          const Bytes code = quad_codes<Bits, Q>(tile, half);
-          const Bytes level = high.of(code);
-          constexpr int c = Q % kChains;
-          for (int r = 0; r < kRows; ++r) dot[r][c] = dot4(dot[r][c], level, codes[r] + column);
-          if constexpr (kTwoDigits) {
-            const Bytes digit = low.of(code);
-            for (int r = 0; r < kRows; ++r) fine[r][c] = dot4(fine[r][c], digit, codes[r] + column);
+        repeat<2>([&]<int kQuarter>() __attribute__((always_inline)) {  // 16 columns, the least that a segment has
+          const int quarter = 2 * half + kQuarter;
+          const int64_t column = t * 64 + quarter * 16;
+          if ((quarter & last_quarter) == 0) {
+            for (int r = 0; r < kRows; ++r)
+              for (int c = 0; c < kChains; ++c)
+                fine[r][c] = dot[r][c] = broadcast(c == 0 ? -bias * sums[r][segment] : 0);
           }
-        });
-        if (half == 0 && whole) continue;
-        const int64_t at = walk.next(panel);
-        const Floats scale = load_number(w.scales, at, w.scale_kind);
-        for (int r = 0; r < kRows; ++r) {
-          for (int c = 1; c < kChains; ++c) dot[r][0] = add(dot[r][0], dot[r][c]);
-          Floats value = to_float(dot[r][0]);
-          if constexpr (kTwoDigits) {
-            for (int c = 1; c < kChains; ++c) fine[r][0] = add(fine[r][0], fine[r][c]);
-            value = fma(to_float(fine[r][0]), broadcast(1.0f / kbit::kLowSteps), value);
-          }
-          total[r] = fma(value, mul(scale, broadcast(scales[r][segment])), total[r]);
-        }
-        if (w.offsets) {
-          const Floats offset = load_number(w.offsets, at, w.scale_kind);
+          Pairs pairs[kRows];
+          repeat<4>([&]<int kQuad>() __attribute__((always_inline)) {
+            constexpr int Q = 4 * kQuarter + kQuad;
+            const Bytes code = quad_codes<Bits, Q>(tile, half);
+            const Bytes level = high.of(code);
+            if constexpr (kInPairs) {
+              constexpr int kChain = pair_chain(Bits);
+              for (int r = 0; r < kRows; ++r) {
+                pairs[r] = dot4(kQuad % kChain == 0 ? no_pairs() : pairs[r], level, codes[r] + column + 4 * kQuad);
+                if constexpr (kQuad % kChain == kChain - 1) dot[r][0] = add(dot[r][0], pairs[r]);
+              }
+            } else {
+              constexpr int c = Q % kChains;
+              for (int r = 0; r < kRows; ++r) dot[r][c] = dot4(dot[r][c], level, codes[r] + column + 4 * kQuad);
+              if constexpr (kTwoDigits) {
+                const Bytes digit = low.of(code);
+                for (int r = 0; r < kRows; ++r) fine[r][c] = dot4(fine[r][c], digit, codes[r] + column + 4 * kQuad);
+              }
+            }
+          });
+          if ((quarter & last_quarter) != last_quarter) return;
+          const int64_t block = walk.next();
+          const Floats scale = load_scales(w, w.scales, panel, block);
           for (int r = 0; r < kRows; ++r) {
-            const float sum = scales[r][segment] * float(sums[r][segment]) * inverse;
-            total[r] = fma(offset, broadcast(sum), total[r]);
+            for (int c = 1; c < kChains; ++c) dot[r][0] = add(dot[r][0], dot[r][c]);
+            Floats value = to_float(dot[r][0]);
+            if constexpr (kTwoDigits) {
+              for (int c = 1; c < kChains; ++c) fine[r][0] = add(fine[r][0], fine[r][c]);
+              value = fma(to_float(fine[r][0]), broadcast(1.0f / kbit::kLowSteps), value);
+            }
+            total[r] = fma(value, mul(scale, broadcast(scales[r][segment])), total[r]);
           }
-        }
-        ++segment;
+          if (w.offsets) {
+            const Floats offset = load_scales(w, w.offsets, panel, block);
+            for (int r = 0; r < kRows; ++r) {
+              const float sum = scales[r][segment] * float(sums[r][segment]) * inverse;
+              total[r] = fma(offset, broadcast(sum), total[r]);
+            }
+          }
+          ++segment;
+        });
       }
     }
     for (int r = 0; r < kRows; ++r) {
@@ -142,11 +156,13 @@ struct Int8Stretch {
   int64_t tile_begin, tile_end, panel;
 };
 
-template <int kRows, int kPanels, bool kTwoDigits>
+// kChain: 0 for levels, and for plain codes how many quads are summed as Pairs.
+template <int kRows, int kPanels, bool kTwoDigits, int kChain>
 void int8_tile(const MatmulTask& task, const Int8Stretch& stretch, int64_t row) {
   const Matrix& w = *task.w;
   const int64_t tiles = stretch.tile_end - stretch.tile_begin, column = stretch.tile_begin * 64;
   const int quads = w.segment / 4;
+  const int32_t bias = kChain ? w.zero : kLevelBias;
   const int64_t first_segment = column / w.segment;
   float* out = task.out + (row - task.row_begin) * task.out_stride + (stretch.panel - task.panel_begin) * 16;
   const int8_t* codes = task.x.codes + row * task.x.codes_stride + column;
@@ -162,32 +178,49 @@ void int8_tile(const MatmulTask& task, const Int8Stretch& stretch, int64_t row) 
     Ints dot[kRows][kPanels], fine[kRows][kPanels];
     for (int r = 0; r < kRows; ++r)
       for (int p = 0; p < kPanels; ++p) {
-        dot[r][p] = broadcast(-kLevelBias * sums[r * task.x.segments_stride + s]);
+        dot[r][p] = broadcast(-bias * sums[r * task.x.segments_stride + s]);
         if constexpr (kTwoDigits) fine[r][p] = dot[r][p];
       }
-    for (int q = 0; q < quads; ++q) {
-      const int64_t quad = s * quads + q;
-      Bytes level[kPanels], digit[kPanels];
-      for (int p = 0; p < kPanels; ++p) {
-        level[p] = load_bytes(stretch.high + (p * tiles * 16 + quad) * 64);
-        if constexpr (kTwoDigits) digit[p] = load_bytes(stretch.low + (p * tiles * 16 + quad) * 64);
+    if constexpr (kChain > 0) {
+      for (int64_t quad = s * quads; quad < (s + 1) * quads; quad += kChain) {
+        Pairs pairs[kRows][kPanels];
+        repeat<kChain>([&]<int kQuad>() __attribute__((always_inline)) {
+          for (int p = 0; p < kPanels; ++p) {
+            const Bytes level = load_bytes(stretch.high + (p * tiles * 16 + quad + kQuad) * 64);
+            for (int r = 0; r < kRows; ++r) {
+              const int8_t* x = codes + r * task.x.codes_stride + 4 * (quad + kQuad);
+              pairs[r][p] = dot4(kQuad == 0 ? no_pairs() : pairs[r][p], level, x);
+            }
+          }
+        });
+        for (int r = 0; r < kRows; ++r)
+          for (int p = 0; p < kPanels; ++p) dot[r][p] = add(dot[r][p], pairs[r][p]);
       }
-      for (int r = 0; r < kRows; ++r)
+    } else {
+      for (int q = 0; q < quads; ++q) {
+        const int64_t quad = s * quads + q;
+        Bytes level[kPanels], digit[kPanels];
         for (int p = 0; p < kPanels; ++p) {
-          dot[r][p] = dot4(dot[r][p], level[p], codes + r * task.x.codes_stride + 4 * quad);
-          if constexpr (kTwoDigits) fine[r][p] = dot4(fine[r][p], digit[p], codes + r * task.x.codes_stride + 4 * quad);
+          level[p] = load_bytes(stretch.high + (p * tiles * 16 + quad) * 64);
+          if constexpr (kTwoDigits) digit[p] = load_bytes(stretch.low + (p * tiles * 16 + quad) * 64);
         }
+        for (int r = 0; r < kRows; ++r)
+          for (int p = 0; p < kPanels; ++p) {
+            dot[r][p] = dot4(dot[r][p], level[p], codes + r * task.x.codes_stride + 4 * quad);
+            if constexpr (kTwoDigits) fine[r][p] = dot4(fine[r][p], digit[p], codes + r * task.x.codes_stride + 4 * quad);
+          }
+      }
     }
-    const int64_t at = walk.next(stretch.panel);
+    const int64_t block = walk.next();
     for (int p = 0; p < kPanels; ++p) {
-      const Floats scale = load_number(w.scales, at + p * w.blocks * 16, w.scale_kind);
+      const Floats scale = load_scales(w, w.scales, stretch.panel + p, block);
       for (int r = 0; r < kRows; ++r) {
         Floats value = to_float(dot[r][p]);
         if constexpr (kTwoDigits) value = fma(to_float(fine[r][p]), broadcast(1.0f / kbit::kLowSteps), value);
         total[r][p] = fma(value, mul(scale, broadcast(scales[r * task.x.segments_stride + s])), total[r][p]);
       }
       if (w.offsets) {
-        const Floats offset = load_number(w.offsets, at + p * w.blocks * 16, w.scale_kind);
+        const Floats offset = load_scales(w, w.offsets, stretch.panel + p, block);
         for (int r = 0; r < kRows; ++r) {
           const int64_t index = r * task.x.segments_stride + s;
           total[r][p] = fma(offset, broadcast(scales[index] * float(sums[index]) * inverse), total[r][p]);
@@ -201,7 +234,7 @@ void int8_tile(const MatmulTask& task, const Int8Stretch& stretch, int64_t row) 
       store(out + r * task.out_stride + 16 * p, last ? mul(total[r][p], broadcast(w.level_scale)) : total[r][p]);
 }
 
-template <bool kTwoDigits> void int8_buffered(const MatmulTask& task) {
+template <bool kTwoDigits, int kChain = 0> void int8_buffered(const MatmulTask& task) {
   const Matrix& w = *task.w;
   constexpr int64_t kTiles = kBufferColumns / 64;
   for (int64_t panel = task.panel_begin; panel < task.panel_end; panel += kTilePanels) {
@@ -210,7 +243,8 @@ template <bool kTwoDigits> void int8_buffered(const MatmulTask& task) {
       const int64_t end = begin + kTiles < w.tiles ? begin + kTiles : w.tiles, bytes = (end - begin) * 1024;
       uint8_t* fine = task.scratch + kTilePanels * kTiles * 1024;
       for (int64_t p = 0; p < panels; ++p) {
-        expand_levels(w, panel + p, begin, end, w.high, task.scratch + p * bytes);
+        if constexpr (kChain > 0) expand_codes(w, panel + p, begin, end, task.scratch + p * bytes);
+        else expand_levels(w, panel + p, begin, end, w.high, task.scratch + p * bytes);
         if constexpr (kTwoDigits) expand_levels(w, panel + p, begin, end, w.low, fine + p * bytes);
       }
       const Int8Stretch stretch{task.scratch, fine, begin, end, panel};
@@ -219,11 +253,11 @@ template <bool kTwoDigits> void int8_buffered(const MatmulTask& task) {
       for_row_tiles<kTwoDigits ? (2 * kTileRows + 1) / 3 : kTileRows>(task.row_begin, task.row_end, [&](auto size, int64_t row) {
         constexpr int kRows = decltype(size)::value;
         if (panels == kTilePanels) {
-          int8_tile<kRows, kTilePanels, kTwoDigits>(task, stretch, row);
+          int8_tile<kRows, kTilePanels, kTwoDigits, kChain>(task, stretch, row);
         } else {
           for (int64_t p = 0; p < panels; ++p) {
             const Int8Stretch one{task.scratch + p * bytes, fine + p * bytes, begin, end, panel + p};
-            int8_tile<kRows, 1, kTwoDigits>(task, one, row);
+            int8_tile<kRows, 1, kTwoDigits, kChain>(task, one, row);
           }
         }
       });
@@ -231,20 +265,33 @@ template <bool kTwoDigits> void int8_buffered(const MatmulTask& task) {
   }
 }
 
+void int8_buffered(const MatmulTask& task) {
+  if constexpr (kPairs) {
+    if (task.w->plain) {
+      switch (pair_chain(task.w->bits)) {
+        case 1: return int8_buffered<false, 1>(task);
+        case 2: return int8_buffered<false, 2>(task);
+        default: return int8_buffered<false, 4>(task);
+      }
+    }
+  }
+  task.w->two_digits ? int8_buffered<true>(task) : int8_buffered<false>(task);
+}
+
 template <int Bits> void int8_direct(const MatmulTask& task) {
   if constexpr (Bits >= 6) {
     if (task.w->two_digits) return int8_direct<Bits, Levels<Bits>, true>(task);
   }
-  if constexpr (Bits == 8) {
+  if constexpr (Bits < 8) {
+    if (task.w->plain) return int8_direct<Bits, PlainLevels<Bits>, false>(task);
+  } else {
     if (task.w->direct) return int8_direct<Bits, DirectLevels, false>(task);
   }
   int8_direct<Bits, Levels<Bits>, false>(task);
 }
 
 void matmul_int8(const MatmulTask& task) {
-  if (task.row_end - task.row_begin > kDirectMost || task.w->segment == 16) {
-    return task.w->two_digits ? int8_buffered<true>(task) : int8_buffered<false>(task);
-  }
+  if (task.row_end - task.row_begin > kDirectMost) return int8_buffered(task);
   switch (task.w->bits) {
     case 2: return int8_direct<2>(task);
     case 3: return int8_direct<3>(task);

@@ -139,9 +139,9 @@ template <int kPanels, bool kTwoDigits> struct Int8Tiles {
       }
       BlockWalk walk(w, begin * 64);
       for (int64_t t = 0; t < end - begin; ++t) {
-        const int64_t at = walk.next(panel + p);
-        store(scratch.scales[t][p], load_number(w.scales, at, w.scale_kind));
-        if (w.offsets) store(scratch.offsets[t][p], load_number(w.offsets, at, w.scale_kind));
+        const int64_t block = walk.next();
+        store(scratch.scales[t][p], load_scales(w, w.scales, panel + p, block));
+        if (w.offsets) store(scratch.offsets[t][p], load_scales(w, w.offsets, panel + p, block));
       }
     }
   }

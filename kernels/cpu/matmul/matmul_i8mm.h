@@ -70,8 +70,8 @@ void int8_pairs(const MatmulTask& task, const uint8_t* high, const uint8_t* low,
         if constexpr (kTwoDigits) fine[p].add(x, low + 128 * k);
       }
     }
-    const int64_t at = walk.next(panel);
-    const Floats scale = load_number(w.scales, at, w.scale_kind);
+    const int64_t block = walk.next();
+    const Floats scale = load_scales(w, w.scales, panel, block);
     for (int r = 0; r < rows; ++r) {
       const int64_t segment = (row + r) * task.x.segments_stride + first_segment + s;
       const float x_scale = task.x.scales[segment];
@@ -81,7 +81,7 @@ void int8_pairs(const MatmulTask& task, const uint8_t* high, const uint8_t* low,
       }
       total[r] = fma(value, mul(scale, broadcast(x_scale)), total[r]);
       if (w.offsets) {
-        const Floats offset = load_number(w.offsets, at, w.scale_kind);
+        const Floats offset = load_scales(w, w.offsets, panel, block);
         total[r] = fma(offset, broadcast(x_scale * float(task.x.sums[segment]) * inverse), total[r]);
       }
     }

@@ -106,6 +106,8 @@ class Program {
                     float* out, std::int64_t out_stride) const;
   void round_row(Inputs& inputs, int slot, const float* source, std::int64_t columns, std::int64_t row) const;
   void run_kernel(const Inputs& inputs, MatmulTask& task, float* staging) const;
+  void add_spikes(const MatmulInput& fine, const MatmulTask& task, const std::int64_t* rows, std::int64_t count,
+                  float* staging) const;
 
   std::shared_ptr<Context> context_;
   Compute compute_;

@@ -22,6 +22,10 @@ constexpr std::int64_t kFewRows = 64;
 // template is answered with Paris, as by fp32, and no longer with a street.
 constexpr float kSpike = 5.0f;
 
+// Rows with spikes that are multiplied together the second time: one after the other they would have the weights decoded
+// for each. Every instruction set multiplies so few rows without scratch memory.
+constexpr std::int64_t kSpikesTogether = 4;
+
 }  // namespace
 
 void Program::prepare_rows(const MatmulInstruction& m, Inputs& inputs, const float* x, std::int64_t x_stride,
@@ -98,18 +102,52 @@ void Program::run_kernel(const Inputs& inputs, MatmulTask& task, float* staging)
   if (compute_ == Compute::bf16) return kernels.matmul_bf16(task);
   if (compute_ != Compute::int8 || w.bits == 0) return kernels.matmul_fp32(task);
   kernels.matmul_int8(task);
-  const std::int64_t width = (task.panel_end - task.panel_begin) * kPanelRows;
+  std::int64_t spiky[kSpikesTogether], count = 0;
   for (std::int64_t row = task.row_begin; row < task.row_end; ++row) {
     if (!inputs.spiky[slot][static_cast<std::size_t>(row)]) continue;
-    MatmulTask fine = task;
-    fine.x = inputs.fine_view[slot];
-    fine.row_begin = row;
-    fine.row_end = row + 1;
-    fine.out = staging;
-    fine.out_stride = width;
-    kernels.matmul_int8(fine);
-    kernels.add(staging, task.out + (row - task.row_begin) * task.out_stride, width);
+    spiky[count++] = row;
+    if (count == kSpikesTogether) {
+      add_spikes(inputs.fine_view[slot], task, spiky, count, staging);
+      count = 0;
+    }
   }
+  if (count > 0) add_spikes(inputs.fine_view[slot], task, spiky, count, staging);
+}
+
+// Adds the products of what rounding left of some rows: brought together, as the kernels take rows that follow each other.
+void Program::add_spikes(const MatmulInput& fine, const MatmulTask& task, const std::int64_t* rows, std::int64_t count,
+                         float* staging) const {
+  const std::int64_t codes = fine.codes_stride, segments = fine.segments_stride;
+  const std::int64_t width = (task.panel_end - task.panel_begin) * kPanelRows;
+  if (kSpikesTogether * (codes + 8 * segments) > kMatmulScratch && count > 1) {  // rows too wide to be copied
+    for (std::int64_t i = 0; i < count; ++i) add_spikes(fine, task, rows + i, 1, staging);
+    return;
+  }
+  MatmulTask part = task;
+  part.x = fine;
+  part.row_begin = rows[0];
+  part.row_end = rows[0] + count;
+  part.out = staging;
+  part.out_stride = width;
+  if (count > 1) {
+    // So few rows need no scratch memory in the kernels of any set, so there is room for them in it.
+    auto* to_codes = reinterpret_cast<std::int8_t*>(task.scratch);
+    auto* to_scales = reinterpret_cast<float*>(task.scratch + kSpikesTogether * codes);
+    auto* to_sums = reinterpret_cast<std::int32_t*>(to_scales + kSpikesTogether * segments);
+    for (std::int64_t i = 0; i < count; ++i) {
+      std::memcpy(to_codes + i * codes, fine.codes + rows[i] * codes, static_cast<std::size_t>(codes));
+      std::memcpy(to_scales + i * segments, fine.scales + rows[i] * segments, static_cast<std::size_t>(segments) * 4);
+      std::memcpy(to_sums + i * segments, fine.sums + rows[i] * segments, static_cast<std::size_t>(segments) * 4);
+    }
+    part.x.codes = to_codes;
+    part.x.scales = to_scales;
+    part.x.sums = to_sums;
+    part.row_begin = 0;
+    part.row_end = count;
+  }
+  context_->kernels->matmul_int8(part);
+  for (std::int64_t i = 0; i < count; ++i)
+    context_->kernels->add(staging + i * width, task.out + (rows[i] - task.row_begin) * task.out_stride, width);
 }
 
 // Rows [row_begin, row_end) of panels [panel_begin, panel_end) of one matrix (or of gate and up together).

@@ -126,6 +126,14 @@ inline float number_at(const void* p, int64_t index, Number kind) {
   return value;
 }
 
+// Scale, or offset, of one row's block.
+inline float scale_at(const Matrix& w, const void* p, int64_t panel, int64_t block, int64_t lane) {
+  if (w.scale_kind != Number::steps) return number_at(p, (panel * w.blocks + block) * 16 + lane, w.scale_kind);
+  float lanes[16];
+  store(lanes, load_scales(w, p, panel, block));
+  return lanes[lane];
+}
+
 void decode_row(const Matrix& w, int64_t row, float* out) {
   const int64_t panel = row / 16, lane = row % 16;
   for (int64_t k = 0; k < w.columns; ++k) {
@@ -133,9 +141,9 @@ void decode_row(const Matrix& w, int64_t row, float* out) {
       out[k] = number_at(w.values, ((panel * w.tiles * 64) + k) * 16 + lane, w.value_kind);
       continue;
     }
-    const int64_t at = (panel * w.blocks + k / w.block) * 16 + lane;
-    const float value = w.codebook[code_at(w, row, k)] * number_at(w.scales, at, w.scale_kind);
-    out[k] = w.offsets ? value + number_at(w.offsets, at, w.scale_kind) : value;
+    const int64_t block = k / w.block;
+    const float value = w.codebook[code_at(w, row, k)] * scale_at(w, w.scales, panel, block, lane);
+    out[k] = w.offsets ? value + scale_at(w, w.offsets, panel, block, lane) : value;
   }
 }
 

@@ -14,6 +14,9 @@ constexpr int kLevelBias = 0;
 // 16 registers: 4 x 1 accumulators are 8 of them; the weights, their magnitudes and the ones of dot4 take 5, x and the
 // products the rest. Four rows share one weight load and one magnitude.
 constexpr int kTileRows = 4, kTilePanels = 1;
+// On Zen 1 the hardware's prefetchers hide nothing of the memory from a loop with this much arithmetic: asking for every
+// line takes one core from 8 to 12 billion nf4 weights a second, and from 10 to 15 of Q4_K.
+constexpr int kPrefetchedBits = 8;
 
 struct Bytes { __m256i lo, hi; };
 struct Ints { __m256i lo, hi; };
@@ -113,6 +116,10 @@ inline Ints load_u16(const uint16_t* p) {
   return {_mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))),
           _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p + 8)))};
 }
+inline Ints load_i8(const int8_t* p) {
+  const __m128i v = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+  return {_mm256_cvtepi8_epi32(v), _mm256_cvtepi8_epi32(_mm_unpackhi_epi64(v, v))};
+}
 inline Ints as_ints(Bytes a) { return {a.lo, a.hi}; }
 inline Bytes as_bytes(Ints a) { return {a.lo, a.hi}; }
 
@@ -127,6 +134,23 @@ inline Ints dot4(Ints sum, Bytes w, const int8_t* x) {
   memcpy(&four, x, 4);
   const __m256i v = _mm256_set1_epi32(four);
   return {dot256(sum.lo, w.lo, v), dot256(sum.hi, w.hi, v)};
+}
+
+// Codes are unsigned as they are, and small: no signs to move, and sums of pairs of columns stay in 16 bits.
+constexpr bool kPairs = true;
+struct Pairs { __m256i lo, hi; };
+inline Pairs no_pairs() { return {_mm256_setzero_si256(), _mm256_setzero_si256()}; }
+inline Pairs dot4(Pairs sum, Bytes codes, const int8_t* x) {
+  int32_t four;
+  memcpy(&four, x, 4);
+  const __m256i v = _mm256_set1_epi32(four);
+  return {_mm256_add_epi16(sum.lo, _mm256_maddubs_epi16(codes.lo, v)),
+          _mm256_add_epi16(sum.hi, _mm256_maddubs_epi16(codes.hi, v))};
+}
+inline Ints add(Ints sum, Pairs pairs) {
+  const __m256i one = _mm256_set1_epi16(1);
+  return {_mm256_add_epi32(sum.lo, _mm256_madd_epi16(pairs.lo, one)),
+          _mm256_add_epi32(sum.hi, _mm256_madd_epi16(pairs.hi, one))};
 }
 
 // ---------------------------------------------------------------------------------------------------- floats

@@ -14,6 +14,7 @@ constexpr int kLevelBias = 128;
 // 6 x 2 int sums and as many float sums take 24 of 32 registers; 12 dot products in flight cover their latency (4 or 5
 // cycles, two pipes).
 constexpr int kTileRows = 6, kTilePanels = 2;
+constexpr int kPrefetchedBits = 3;
 
 struct Bytes { __m512i v; };
 struct Ints { __m512i v; };
@@ -116,6 +117,9 @@ inline Ints load_u8(const uint8_t* p) {
 inline Ints load_u16(const uint16_t* p) {
   return {_mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)))};
 }
+inline Ints load_i8(const int8_t* p) {
+  return {_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)))};
+}
 inline Ints as_ints(Bytes a) { return {a.v}; }
 inline Bytes as_bytes(Ints a) { return {a.v}; }
 
@@ -124,6 +128,13 @@ inline Ints dot4(Ints sum, Bytes w, const int8_t* x) {
   memcpy(&four, x, 4);
   return {_mm512_dpbusd_epi32(sum.v, w.v, _mm512_set1_epi32(four))};
 }
+
+// vpdpbusd adds to 32 bits at no cost, and takes codes as they are.
+constexpr bool kPairs = false;
+struct Pairs { Ints sums; };
+inline Pairs no_pairs() { return {broadcast(0)}; }
+inline Pairs dot4(Pairs sum, Bytes codes, const int8_t* x) { return {dot4(sum.sums, codes, x)}; }
+inline Ints add(Ints sum, Pairs pairs) { return add(sum, pairs.sums); }
 
 // ---------------------------------------------------------------------------------------------------- floats
 

@@ -14,6 +14,7 @@ namespace {
 constexpr int kLevelBias = 0;
 // 32 registers: 6 x 1 accumulators are 24 of them, the weights 4, x and what is being decoded the rest.
 constexpr int kTileRows = 6, kTilePanels = 1;
+constexpr int kPrefetchedBits = 3;
 
 struct Bytes { uint8x16_t q[4]; };
 struct Ints { int32x4_t q[4]; };
@@ -106,6 +107,12 @@ inline Ints load_u16(const uint16_t* p) {
   return {{vreinterpretq_s32_u32(vmovl_u16(vget_low_u16(a))), vreinterpretq_s32_u32(vmovl_high_u16(a)),
            vreinterpretq_s32_u32(vmovl_u16(vget_low_u16(b))), vreinterpretq_s32_u32(vmovl_high_u16(b))}};
 }
+inline Ints load_i8(const int8_t* p) {
+  const int8x16_t v = vld1q_s8(p);
+  const int16x8_t low = vmovl_s8(vget_low_s8(v)), high = vmovl_s8(vget_high_s8(v));
+  return {{vmovl_s16(vget_low_s16(low)), vmovl_s16(vget_high_s16(low)), vmovl_s16(vget_low_s16(high)),
+           vmovl_s16(vget_high_s16(high))}};
+}
 inline Ints load_u8(const uint8_t* p) {
   const uint8x16_t v = vld1q_u8(p);
   const uint16x8_t a = vmovl_u8(vget_low_u8(v)), b = vmovl_high_u8(v);
@@ -122,6 +129,13 @@ inline Ints dot4(Ints sum, Bytes w, const int8_t* x) {
   for (int i = 0; i < 4; ++i) sum.q[i] = vdotq_s32(sum.q[i], vreinterpretq_s8_u8(w.q[i]), v);
   return sum;
 }
+
+// SDOT adds to 32 bits at no cost; codes of up to 7 bits are signed bytes as they are.
+constexpr bool kPairs = false;
+struct Pairs { Ints sums; };
+inline Pairs no_pairs() { return {broadcast(0)}; }
+inline Pairs dot4(Pairs sum, Bytes codes, const int8_t* x) { return {dot4(sum.sums, codes, x)}; }
+inline Ints add(Ints sum, Pairs pairs) { return add(sum, pairs.sums); }
 
 // ---------------------------------------------------------------------------------------------------- floats
 

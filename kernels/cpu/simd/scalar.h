@@ -18,6 +18,8 @@ namespace {
 constexpr int kLevelBias = 0;
 // Registers a matmul tile may use: rows of x, and panels of 16 weight rows, that are accumulated at once.
 constexpr int kTileRows = 2, kTilePanels = 1;
+// Codes of up to this many bits are decoded so fast that every line of them is to be asked for ahead (matmul.h).
+constexpr int kPrefetchedBits = 3;
 
 struct Bytes { uint8_t at[64]; };
 struct Ints { int32_t at[16]; };
@@ -82,6 +84,7 @@ template <int N> inline Ints shift_left(Ints a) {
 }
 inline Ints load_u8(const uint8_t* p) { Ints r; for (int i = 0; i < 16; ++i) r.at[i] = p[i]; return r; }  // 16 bytes
 inline Ints load_u16(const uint16_t* p) { Ints r; for (int i = 0; i < 16; ++i) r.at[i] = p[i]; return r; }
+inline Ints load_i8(const int8_t* p) { Ints r; for (int i = 0; i < 16; ++i) r.at[i] = p[i]; return r; }  // 16 bytes
 inline Ints as_ints(Bytes a) { Ints r; memcpy(r.at, a.at, 64); return r; }
 inline Bytes as_bytes(Ints a) { Bytes r; memcpy(r.at, a.at, 64); return r; }
 
@@ -92,6 +95,15 @@ inline Ints dot4(Ints sum, Bytes w, const int8_t* x) {
     for (int j = 0; j < 4; ++j) sum.at[i] += int32_t(int8_t(w.at[4 * i + j])) * x[j];
   return sum;
 }
+
+// The same products for weights that are codes from 0 on: sums that an instruction set may keep in 16 bits, as long as
+// 127 times the codes of two columns, over all calls, stays within 32767; then they join the 32-bit ones. kPairs: whether
+// this takes fewer instructions here than dot4 of Ints.
+constexpr bool kPairs = false;
+struct Pairs { Ints sums; };
+inline Pairs no_pairs() { return {broadcast(0)}; }
+inline Pairs dot4(Pairs sum, Bytes codes, const int8_t* x) { return {dot4(sum.sums, codes, x)}; }
+inline Ints add(Ints sum, Pairs pairs) { return add(sum, pairs.sums); }
 
 // ---------------------------------------------------------------------------------------------------- floats
 

@@ -18,7 +18,7 @@ enum class Tag : uint16_t {
   kBroadcastInt, kLoadInts, kAddInts, kAndInts, kOrInts, kShiftRight, kShiftLeft, kLoadU8, kLoadU16,       // 9 .. 17
   kAsInts, kDot4, kZero, kBroadcastFloat, kLoad, kAdd, kSub, kMul, kDiv, kFma, kMax, kMin, kAbs,           // 18 .. 30
   kToFloat, kRoundToInt, kReduceAdd, kReduceMax, kLoadFirst, kStoreFirst, kLoadHalf, kStoreHalf,           // 31 .. 38
-  kLoadBfloat, kFloatLookup, kStoreLowBytes, kXorBytes, kHalfToFloat, kFloatToHalf,                        // 39 .. 44
+  kLoadBfloat, kFloatLookup, kStoreLowBytes, kXorBytes, kHalfToFloat, kFloatToHalf, kLoadI8, kDot4Pairs,   // 39 .. 46
 };
 
 // Writes while there is room, and counts always.
@@ -118,6 +118,7 @@ inline void trace_ints(Trace& t, const uint8_t* a, const uint8_t* b, const uint8
   memcpy(words, b, 32);
   t.put(Tag::kLoadU8, load_u8(b));
   t.put(Tag::kLoadU16, load_u16(words));
+  t.put(Tag::kLoadI8, load_i8(reinterpret_cast<const int8_t*>(b)));
   t.put(Tag::kAsInts, as_bytes(add(as_ints(load_bytes(a)), broadcast(0))));
 
   alignas(64) uint8_t weights[64];
@@ -127,6 +128,10 @@ inline void trace_ints(Trace& t, const uint8_t* a, const uint8_t* b, const uint8
     const int bias = kLevelBias * (x[k] + x[k + 1] + x[k + 2] + x[k + 3]);
     t.put(Tag::kDot4, add(dot4(quarter_c, load_bytes(weights), x + k), broadcast(-bias)));
   }
+  for (int i = 0; i < 64; ++i) weights[i] = a[i] & 15;  // codes of 4 bits, of which 8 quads fit 16 bits
+  Pairs pairs = no_pairs();
+  for (int k = 0; k < 32; k += 4) pairs = dot4(pairs, load_bytes(weights), x + k);
+  t.put(Tag::kDot4Pairs, add(quarter_c, pairs));
   alignas(64) int8_t low[64];
   for (int i = 0; i < 64; i += 16) store_low_bytes(low + i, i < 32 ? va : quarter_b);
   t.section(Tag::kStoreLowBytes, low, 64);

@@ -28,8 +28,10 @@ TAGS = {
     "store_half": 38,
     "half_to_float": 43,
     "float_to_half": 44,
+    "load_i8": 45,
+    "dot4_pairs": 46,
 }
-LAST_TAG = 44
+LAST_TAG = 46
 
 
 def trace(isa: str, data: Array) -> bytes:
@@ -125,6 +127,21 @@ def test_dot4_is_the_exact_integer_sum() -> None:
         # (records, quads of x, 16): each quad meets the same four bytes of each of the 16 lanes.
         dots = np.einsum("rlj,rqj->rql", levels.reshape(-1, 16, 4), x.reshape(-1, 16, 4)) + start[:, None, :]
         np.testing.assert_array_equal(joined(scalar_results(data)[TAGS["dot4"]], np.int32), dots.ravel())
+
+
+def test_dot4_of_codes_is_the_exact_integer_sum() -> None:
+    for data in (DATA["random"], DATA["special bytes"]):
+        a, b, c = np.moveaxis(data.reshape(-1, 3, 64), 1, 0)
+        codes, x = (a & 15).astype(np.int64), np.where(b == 128, 129, b).view(np.int8).astype(np.int64)
+        start = np.ascontiguousarray(c).view(np.uint32).astype(np.int64) >> 2
+        dots = np.einsum("rlj,rqj->rl", codes.reshape(-1, 16, 4), x[:, :32].reshape(-1, 8, 4)) + start
+        np.testing.assert_array_equal(joined(scalar_results(data)[TAGS["dot4_pairs"]], np.int32), dots.ravel())
+
+
+def test_signed_bytes_widen_to_integers() -> None:
+    data = DATA["special bytes"]
+    expected = data.reshape(-1, 3, 64)[:, 1, :16].view(np.int8).astype(np.int32)
+    np.testing.assert_array_equal(joined(scalar_results(data)[TAGS["load_i8"]], np.int32), expected.ravel())
 
 
 @pytest.mark.parametrize("bits", range(4, 9))
