@@ -53,7 +53,7 @@ def measure(
     from kbit.models.families import spec_from_config
     from kbit.models.load import load_decoder
     from kbit.quantizers.plan import make_plan
-    from kbit.quantizers.view import QuantizedView
+    from kbit.quantizers.rtn import QuantizedView
     from kbit.text.datasets import resolve_data
     from kbit.text.tokenizer import Tokenizer
     from kbit.text.windows import choose_context, make_windows

@@ -20,7 +20,7 @@ from kbit.checkpoint.resolve import open_model
 from kbit.formats.quant_format import QuantFormat, default_dtype
 from kbit.models.load import load_decoder
 from kbit.quantizers.plan import Plan, make_plan
-from kbit.quantizers.view import QuantizedView
+from kbit.quantizers.rtn import QuantizedView
 from kbit.text.tokenizer import Tokenizer
 
 WIDTHS = range(2, 9)

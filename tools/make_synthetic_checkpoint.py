@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     import torch
 
     from kbit.checkpoint.source import CheckpointSource
-    from kbit.formats.quant_format import QuantFormat
+    from kbit.formats.codec import Codec
     from kbit.formats.quant_tensor import QuantTensor
 
 SHARD_BYTES = 1_000_000_000
@@ -200,13 +200,12 @@ def synthetic_source(shape: Shape, layers: int, seed: int = 0) -> CheckpointSour
     return Synthetic()
 
 
-def quantize_tile(source: CheckpointSource, name: str, format: QuantFormat) -> QuantTensor:
+def quantize_tile(source: CheckpointSource, name: str, format: Codec) -> QuantTensor:
     """A matrix of `synthetic_source`, its tile quantized once and repeated, as the rows it is made of repeat."""
-    from kbit.formats.blockwise import quantize_blockwise
     from kbit.formats.quant_tensor import QuantTensor
 
     rows, columns = source.tensors[name].shape
-    tile = quantize_blockwise(source.read_rows(name, 0, TILE_ROWS), format)
+    tile = format.encode(lambda start, stop: source.read_rows(name, start, stop), (TILE_ROWS, columns), name=name)
     repeats = -(-rows // TILE_ROWS)
     # Every part has a first dimension of rows: data types with a codebook of the tensor's own are not for this.
     stored = {part: array.repeat(repeats, 1)[:rows] for part, array in tile.stored.items()}
@@ -229,7 +228,7 @@ def make_quantized(
 
     source = synthetic_source(shape, layers, seed)
     plan = make_plan(source, QuantFormat(default_dtype(bits), bits, 64), embedding_bits=head_bits)
-    return convert(source, plan, folder, quantize=quantize_tile).nbytes
+    return convert(source, plan, folder, encode=quantize_tile).nbytes
 
 
 def main() -> None:

@@ -170,8 +170,16 @@ class CheckpointWriter:
             self._journal.flush()
         self._done[name] = digests
 
-    def finish(self, config: Mapping[str, Any], sidecars: Mapping[str, bytes]) -> None:
-        """Write index, tokenizer files, manifest and config, and move the folder into place."""
+    def finish(
+        self, config: Mapping[str, Any], sidecars: Mapping[str, bytes], about: Mapping[str, Any] | None = None
+    ) -> None:
+        """Write index, tokenizer files, manifest and config, and move the folder into place.
+
+        Args:
+            config: the model's.
+            sidecars: other files by name.
+            about: what else the manifest is to say.
+        """
         missing = self._weights.keys() - self._done.keys()
         if missing:
             raise RuntimeError(f"not written: {sorted(missing)}")
@@ -194,6 +202,7 @@ class CheckpointWriter:
             manifest = {
                 "version": 1,
                 "plan": self.plan_id,
+                **(about or {}),
                 "tensors": dict(sorted(digests.items())),
                 "files": {name: hashlib.sha256(data).hexdigest() for name, data in sorted(files.items())},
             }

@@ -50,6 +50,9 @@ def quantize(
         str | None,
         typer.Option("--format", help="The whole format in one string (nf4-b64-dq), instead of the flags above."),
     ] = None,
+    method: Annotated[
+        str, typer.Option("--method", help="How codes are found; kbit scale --methods takes the same.")
+    ] = "rtn",
     embedding_bits: Annotated[
         int | None, typer.Option("--embedding-bits", help="Quantize embeddings and head too, to this many bits.")
     ] = None,
@@ -77,7 +80,7 @@ def quantize(
     ] = "cpu",
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else on stdout.")] = False,
 ) -> None:
-    """Convert a model to k-bit weights by rounding to nearest.
+    """Convert a model to k-bit weights, by rounding to nearest unless another method is named.
 
     Tensors are read and written one at a time, so memory does not grow with the model. A killed run continues
     where it stopped when the same command is given again, and OUTPUT appears only once it is complete.
@@ -95,6 +98,7 @@ def quantize(
     from kbit.cli.output import print_json, size
     from kbit.formats.quant_format import MAX_BITS, MIN_BITS, QuantFormat, default_dtype
     from kbit.formats.registry import parse_format
+    from kbit.quantizers.methods import get_method
     from kbit.quantizers.plan import check_disk, make_plan
 
     fields: dict[str, Any] = {
@@ -127,6 +131,7 @@ def quantize(
         from kbit.backends.select import select_backend
 
         select_backend("cuda")  # refuses where there is no GPU, before anything is read
+    chosen_method = get_method(method, to_store=True)
     with open_model(model) as source:
         _check_runnable(source)
         plan = make_plan(
@@ -135,6 +140,7 @@ def quantize(
             embedding_bits=embedding_bits,
             overrides=[_split_override(text) for text in override or ()],
             shard_bytes=int(shard_size * 1e9),
+            method=chosen_method,
         )
         out = output or Path(f"{_short_name(model)}-{chosen}")
         disk = check_disk(plan, out)
@@ -207,8 +213,8 @@ def _convert(
         def on_tensor(tensor: TensorPlan) -> None:
             bar.update(task, advance=1, description=f"{tensor.source.name} {tensor.label}")
 
-        quantize = on_gpu() if device == "cuda" else None
-        done = convert(source, plan, out, resume=resume, overwrite=force, on_tensor=on_tensor, quantize=quantize)
+        encode = on_gpu() if device == "cuda" else None
+        done = convert(source, plan, out, resume=resume, overwrite=force, on_tensor=on_tensor, encode=encode)
         bar.update(task, completed=len(plan.tensors), description="done")
     return {
         "seconds": time.perf_counter() - begin,
@@ -223,6 +229,7 @@ def _report(source: CheckpointSource, plan: Plan, out: Path, disk: int) -> dict[
         "model": str(source.path),
         "output": str(out),
         "format": str(plan.default_format),
+        "method": plan.method.name,
         "bytes_before": plan.bytes_before,
         "bytes_after": plan.bytes_after,
         "bits_per_weight": plan.bits_per_weight(),

@@ -5,19 +5,8 @@ from __future__ import annotations
 from kbit.formats.codec import Codec
 from kbit.formats.quant_format import QuantFormat
 
-# By family. The first that claims a format's string reads it; the planes codec, which claims all, comes last.
-CODECS: dict[str, type[Codec]] = {}
-
-
-def register(codec: type[Codec]) -> type[Codec]:
-    """Make a codec's formats known; also usable as a class decorator.
-
-    Raises:
-        ValueError: another codec has this family's name.
-    """
-    if CODECS.setdefault(codec.family, codec) is not codec:
-        raise ValueError(f"codec {codec.family!r} is registered already")
-    return codec
+# By family. The first that claims a format's string reads it; what none claims goes to the planes codec.
+CODECS: dict[str, type[Codec]] = {codec.family: codec for codec in (QuantFormat,)}
 
 
 def parse_format(text: str) -> Codec:
@@ -28,6 +17,3 @@ def parse_format(text: str) -> Codec:
     """
     claiming = (codec for codec in CODECS.values() if codec is not QuantFormat and codec.claims(text))
     return next(claiming, QuantFormat).parse(text)
-
-
-register(QuantFormat)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,10 +18,11 @@ from kbit.formats.codec import Codec, no_kernel
 from kbit.formats.quant_format import QuantFormat
 from kbit.formats.quant_tensor import SAFETENSORS_TO_TORCH, QuantTensor
 from kbit.host.errors import CheckpointError, KbitError
+from kbit.quantizers.method import Encode, MethodInput, QuantizedSource
 from kbit.quantizers.plan import Plan, TensorPlan, check_disk
 
-# A weight of a source, by name, rounded to nearest in a format.
-Quantize = Callable[[CheckpointSource, str, Codec], QuantTensor]
+# The layer a tensor belongs to.
+_LAYER = re.compile(r"\blayers\.([0-9]+)\.")
 
 
 @dataclass(frozen=True)
@@ -50,9 +52,9 @@ def convert(
     resume: bool = True,
     overwrite: bool = False,
     on_tensor: Callable[[TensorPlan], None] | None = None,
-    quantize: Quantize | None = None,
+    encode: Encode | None = None,
 ) -> Conversion:
-    """Carry out a plan by rounding to nearest.
+    """Carry out a plan: write what its method makes of the source, layer by layer.
 
     Args:
         source: the model the plan was made for.
@@ -61,7 +63,7 @@ def convert(
         resume: continue an interrupted run of the same plan.
         overwrite: replace a finished model.
         on_tensor: called after each tensor (also for those found finished on resuming).
-        quantize: who rounds; None: the CPU (`Codec.encode`).
+        encode: who rounds, where the method leaves that open; None: the CPU (`Codec.encode`).
 
     Raises:
         KbitError and its kinds: see CheckpointWriter and Codec.encode; everything written stays for a rerun.
@@ -80,15 +82,16 @@ def convert(
         out, weights, plan.plan_id, shard_bytes=plan.shard_bytes, resume=resume, overwrite=overwrite
     ) as writer:
         found = writer.done
-        for tensor in plan.tensors:
+        made = plan.method.apply(MethodInput(source, plan, encode=encode))
+        for tensor in sorted(plan.tensors, key=_layer):
             if tensor.source.name not in found:
                 if tensor.format is None:
-                    _write_kept(source, tensor, writer)
+                    _write_kept(made, tensor, writer)
                 else:
-                    _write_quantized(source, tensor, writer, quantize or _on_cpu)
+                    _write_quantized(made, tensor, writer)
             if on_tensor is not None:
                 on_tensor(tensor)
-        writer.finish(quantized_config(source.config, plan), source.sidecar_files())
+        writer.finish(quantized_config(source.config, plan), source.sidecar_files(), {"method": plan.method.identity})
         return Conversion(out, len(plan.tensors) - len(found), len(found), writer.nbytes)
 
 
@@ -115,7 +118,7 @@ def quantized_config(config: Mapping[str, Any], plan: Plan) -> dict[str, Any]:
     return {**config, "quantization_config": section}
 
 
-def on_gpu(device: torch.device | str = "cuda") -> Quantize:
+def on_gpu(device: torch.device | str = "cuda") -> Encode:
     """Rounding on a GPU, by the Triton kernels: the same bytes as on the CPU.
 
     A tensor is read whole, as float32, on the host and on the GPU.
@@ -136,33 +139,33 @@ def _planes_format(format: Codec) -> QuantFormat:
     return format
 
 
-def _on_cpu(source: CheckpointSource, name: str, format: Codec) -> QuantTensor:
-    rows, columns = source.tensors[name].shape
-    return format.encode(lambda start, stop: source.read_rows(name, start, stop), (rows, columns), name=name)
+def _layer(tensor: TensorPlan) -> int:
+    """The number of a tensor's layer; -1 for what stands outside of layers."""
+    found = _LAYER.search(tensor.source.name)
+    return int(found[1]) if found else -1
 
 
-def _write_quantized(
-    source: CheckpointSource, tensor: TensorPlan, writer: CheckpointWriter, quantize: Quantize
-) -> None:
-    assert tensor.format is not None
+def _write_quantized(made: QuantizedSource, tensor: TensorPlan, writer: CheckpointWriter) -> None:
     name = tensor.source.name
-    quantized = quantize(source, name, tensor.format)
-    writer.write(name, {f"{name}.{suffix}": [_bytes(array)] for suffix, array in quantized.stored.items()})
+    weight = made.read_weight(name)
+    if not isinstance(weight, QuantTensor) or weight.format != tensor.format:
+        raise RuntimeError(f"{name}: the method did not make the planned {tensor.format} of it")
+    writer.write(name, {f"{name}.{suffix}": [_bytes(array)] for suffix, array in weight.stored.items()})
 
 
-def _write_kept(source: CheckpointSource, tensor: TensorPlan, writer: CheckpointWriter) -> None:
+def _write_kept(made: QuantizedSource, tensor: TensorPlan, writer: CheckpointWriter) -> None:
     name = tensor.source.name
-    pieces: Iterable[memoryview] = _kept_pieces(source, tensor)
+    pieces: Iterable[memoryview] = _kept_pieces(made, tensor)
     writer.write(name, {name: pieces})
 
 
-def _kept_pieces(source: CheckpointSource, tensor: TensorPlan) -> Iterator[memoryview]:
+def _kept_pieces(made: QuantizedSource, tensor: TensorPlan) -> Iterator[memoryview]:
     name, shape = tensor.source.name, tensor.source.shape
     dtype = SAFETENSORS_TO_TORCH[tensor.keep_as]
     rows = shape[0] if shape else 1
     step = max(1, CHUNK_WEIGHTS * rows // max(1, tensor.source.numel))
     for start in range(0, rows, step):
-        values = source.read_rows(name, start, min(start + step, rows))
+        values = made.read_rows(name, start, min(start + step, rows))
         kept = values.to(dtype)
         if not bool(torch.isfinite(kept).all()):
             bad = int((~torch.isfinite(kept)).sum())

@@ -11,15 +11,16 @@ counted: 16 bits instead of k for each kept weight (p (16 - k) bits per weight o
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import TYPE_CHECKING
-
-import torch
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
 
 from kbit.host.errors import UnsupportedError
-from kbit.quantizers.view import QuantizedView
+from kbit.quantizers.method import Method, MethodInput, QuantizedSource
+from kbit.quantizers.rtn import QuantizedView
 
 if TYPE_CHECKING:
+    import torch
+
     from kbit.checkpoint.source import CheckpointSource
     from kbit.formats.quant_tensor import QuantTensor
     from kbit.quantizers.plan import Plan
@@ -37,6 +38,29 @@ _PRODUCERS = {
     "mlp.up_proj": (0, "self_attn.o_proj"),
     "mlp.down_proj": (0, "mlp.up_proj"),
 }
+
+
+class Outliers(Method):
+    """Rounding to nearest, some of each matrix's input features kept in 16 bits.
+
+    Args:
+        share: of the input features that is kept.
+    """
+
+    name = "outliers"
+    about = "rounding to nearest, 2 % of the input features in 16 bits: the paper's proxy quantization"
+    version = 1
+    measured_only = True
+
+    def __init__(self, share: float = SHARE) -> None:
+        self.share = share
+
+    @property
+    def settings(self) -> Mapping[str, Any]:
+        return {"share": self.share}
+
+    def apply(self, job: MethodInput) -> QuantizedSource:
+        return OutlierView(job.source, job.plan, job.read, self.share)
 
 
 class OutlierView(QuantizedView):
@@ -65,6 +89,8 @@ class OutlierView(QuantizedView):
     def read(self, name: str) -> torch.Tensor:
         if name not in self.formats:
             return super().read(name)
+        import torch
+
         weight = self.read_quantized(name).dequantize()
         kept = self.outliers(name)
         # 16-bit floats hold what a 16-bit checkpoint has; of a float32 one they round as they would be stored.

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -20,6 +20,8 @@ from kbit.checkpoint.writer import DEFAULT_SHARD_BYTES, StoredWeight, partial_fo
 from kbit.formats.codec import Codec, Part
 from kbit.formats.registry import parse_format
 from kbit.host.errors import KbitError, UnsupportedError, UsageError
+from kbit.quantizers.method import Method
+from kbit.quantizers.rtn import RoundToNearest
 
 # What a kept tensor is stored as, by how the source holds it. GGUF's block types have no plain equivalent: their
 # values are multiples of an fp16 scale, which fp16 holds to 2^-11. fp8 times its scale needs bf16's range.
@@ -28,6 +30,10 @@ _KEEP_OTHERWISE = "F16"
 # What an override may say instead of a format.
 _KEEP_WORDS = {"keep": None, "f16": "F16", "bf16": "BF16", "f32": "F32"}
 _INTEGERS = ("BOOL", "U8", "I8", "I16", "I32", "I64")
+
+# The method unless another is named; and what a plan without a method's name was made with, in folders of before.
+_RTN = RoundToNearest()
+_RTN_1 = {"name": "rtn", "version": 1, "settings": {}}
 
 # Peak memory of a conversion beyond its results: interpreter, torch and libraries (measured: 350 MB), and the scratch
 # of one chunk of 2^22 weights (measured: 30 to 60 MB, by format).
@@ -76,12 +82,14 @@ class Plan:
         tensors: one entry per tensor, in the source's order.
         shard_bytes: largest size of one output file.
         plan_id: hex digest of everything that determines the output, the source's fingerprint included.
+        method: who finds the codes.
     """
 
     default_format: Codec
     tensors: tuple[TensorPlan, ...]
     shard_bytes: int
     plan_id: str
+    method: Method
 
     @property
     def bytes_before(self) -> int:
@@ -111,6 +119,7 @@ def make_plan(
     embedding_bits: int | None = None,
     overrides: Sequence[tuple[str, str]] = (),
     shard_bytes: int = DEFAULT_SHARD_BYTES,
+    method: Method = _RTN,
 ) -> Plan:
     """Plan a conversion.
 
@@ -122,9 +131,11 @@ def make_plan(
         overrides: (pattern, what) pairs: a format string, or "keep" to leave the tensor as it is, or "f16", "bf16",
             "f32" to keep it in that type. Patterns are shell-style and match whole tensor names; the last match wins.
         shard_bytes: largest output file.
+        method: who finds the codes.
 
     Raises:
-        UsageError: an override matches nothing or asks for the impossible, or the source is quantized by kbit already.
+        UsageError: the method has no use for a format, an override matches nothing or asks for the impossible, or the
+            source is quantized by kbit already.
         UnsupportedError: the source has integer tensors.
     """
     if (source.config.get("quantization_config") or {}).get("quant_method") == "kbit":
@@ -152,8 +163,12 @@ def make_plan(
         raise UsageError(f"override pattern {sorted(unused)[0]!r} matches no tensor; kbit info lists their names")
     if not any(tensor.format for tensor in tensors):
         raise UsageError(f"{source.path}: nothing to quantize: every one of the {len(tensors)} tensors is kept")
-    plan_id = _plan_id(source, format, tensors, shard_bytes)
-    return Plan(format, tuple(tensors), shard_bytes, plan_id)
+    for chosen_format in {tensor.format for tensor in tensors if tensor.format}:
+        reason = method.refuses(chosen_format)
+        if reason is not None:
+            raise UsageError(f"method {method.name}, format {chosen_format}: {reason}")
+    plan_id = _plan_id(source, format, tensors, shard_bytes, method)
+    return Plan(format, tuple(tensors), shard_bytes, plan_id, method)
 
 
 def role_of(info: TensorInfo) -> str:
@@ -218,12 +233,16 @@ def _override(pattern: str, text: str) -> tuple[Codec | None, str | None]:
     return parse_format(text), None
 
 
-def _plan_id(source: CheckpointSource, format: Codec, tensors: Sequence[TensorPlan], shard_bytes: int) -> str:
-    description: Mapping[str, object] = {
+def _plan_id(
+    source: CheckpointSource, format: Codec, tensors: Sequence[TensorPlan], shard_bytes: int, method: Method
+) -> str:
+    description: dict[str, object] = {
         "layout": LAYOUT_VERSION,
         "format": str(format),
         "source": source.fingerprint(),
         "shard_bytes": shard_bytes,
         "tensors": [(tensor.source.name, tensor.source.shape, tensor.label) for tensor in tensors],
     }
+    if method.identity != _RTN_1:
+        description["method"] = method.identity
     return hashlib.sha256(json.dumps(description, sort_keys=True).encode()).hexdigest()

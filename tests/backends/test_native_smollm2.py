@@ -16,7 +16,7 @@ from kbit.graph.ops import Backend
 from kbit.models.decoder import Decoder
 from kbit.models.load import load_decoder
 from kbit.quantizers.plan import make_plan
-from kbit.quantizers.view import QuantizedView
+from kbit.quantizers.rtn import QuantizedView
 from kbit.text.tokenizer import Tokenizer
 
 pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.slow]

@@ -25,7 +25,7 @@ def test_same_files(device: str, tmp_path: Path, small_model: Path, format: str)
     with HFFolder(small_model) as source:
         plan = make_plan(source, QuantFormat.parse(format), embedding_bits=8)
         convert(source, plan, tmp_path / "cpu")
-        convert(source, plan, tmp_path / "gpu", quantize=on_gpu(device))
+        convert(source, plan, tmp_path / "gpu", encode=on_gpu(device))
     assert files_of(tmp_path / "gpu") == files_of(tmp_path / "cpu")
 
 
@@ -38,7 +38,7 @@ def test_a_bad_weight_is_named(device: str, tmp_path: Path, write_model: Callabl
     tensors[name][3, 5] = torch.nan
     save_file(tensors, folder / "model.safetensors")
     with HFFolder(folder) as source, pytest.raises(KbitError, match=f"{name}: 1 weights are NaN or infinite"):
-        convert(source, make_plan(source, QuantFormat.parse("nf4-b64")), tmp_path / "out", quantize=on_gpu(device))
+        convert(source, make_plan(source, QuantFormat.parse("nf4-b64")), tmp_path / "out", encode=on_gpu(device))
 
 
 def test_the_command(tmp_path: Path, small_model: Path) -> None:

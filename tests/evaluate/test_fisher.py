@@ -17,7 +17,7 @@ from kbit.evaluate.sensitivity import measure_sensitivity
 from kbit.formats.quant_format import QuantFormat
 from kbit.models.load import load_decoder
 from kbit.quantizers.plan import make_plan
-from kbit.quantizers.view import QuantizedView
+from kbit.quantizers.rtn import QuantizedView
 from kbit.scaling.points import read_points
 from kbit.text.datasets import resolve_data
 from kbit.text.tokenizer import Tokenizer

@@ -191,7 +191,7 @@ def measure_model(folder: Path, text_file: Path, tokens: int = 3072) -> list[Poi
     from kbit.formats.quant_format import QuantFormat
     from kbit.models.load import load_decoder
     from kbit.quantizers.plan import make_plan
-    from kbit.quantizers.view import QuantizedView
+    from kbit.quantizers.rtn import QuantizedView
     from kbit.text.datasets import resolve_data
     from kbit.text.tokenizer import Tokenizer
     from kbit.text.windows import make_windows

@@ -21,7 +21,7 @@ from kbit.formats.quant_format import QuantFormat
 from kbit.host.errors import KbitError, UsageError
 from kbit.models.load import load_decoder
 from kbit.quantizers.plan import make_plan
-from kbit.quantizers.view import QuantizedView
+from kbit.quantizers.rtn import QuantizedView
 from kbit.scaling.report.layer_plots import check_picture_path
 from kbit.scaling.report.layers import linear_rows, measure_errors, with_sensitivity
 from kbit.text.datasets import resolve_data

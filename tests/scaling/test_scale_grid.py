@@ -13,7 +13,8 @@ from kbit.formats.codebooks import codebook
 from kbit.formats.quant_format import DTYPES, FLOAT_GRIDS, SCALE_DTYPES, QuantFormat
 from kbit.formats.quant_tensor import QuantTensor
 from kbit.host.errors import UsageError
-from kbit.quantizers.methods import METHODS, Method, MethodInput, get_method
+from kbit.quantizers.method import Method, MethodInput
+from kbit.quantizers.methods import METHODS, get_method
 from kbit.quantizers.plan import make_plan
 from kbit.scaling.sweep.grid import Cell, dtype_label, expand, make_format, parse_bits, parse_blocks, split_list
 

@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from kbit.checkpoint.source import CheckpointSource
-from kbit.quantizers.methods import MethodInput, get_method
+from kbit.quantizers.method import MethodInput
+from kbit.quantizers.methods import get_method
 from kbit.quantizers.plan import Plan, make_plan
 from kbit.scaling.points import ORIGINAL, Point
 from kbit.scaling.sweep.grid import Cell, dtype_label

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
     from kbit.evaluate.fisher import Diagonal
     from kbit.formats.quant_tensor import QuantTensor
-    from kbit.quantizers.view import QuantizedSource
+    from kbit.quantizers.method import QuantizedSource
 
 
 class Delegating(CheckpointSource):
