@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -81,7 +82,7 @@ def loaded_after(statement: str) -> set[str]:
     "statement",
     [
         "import kbit",
-        "import kbit.cli.main",
+        "from kbit.cli.main import build; build([])",
         "import kbit.quantizers.plan",
         "import kbit.models.families, kbit.models.check",
     ],
@@ -98,3 +99,21 @@ def test_imports_stay_light(statement: str) -> None:
 )
 def test_what_a_model_is_made_of_needs_no_torch(statement: str) -> None:
     assert not {"torch", "scipy", "transformers", "triton"} & loaded_after(statement)
+
+
+@pytest.mark.parametrize(
+    "options", [[], ["--temperature", "0.7", "--seed", "1", "--top-k", "5"], ["--kv-bits", "4", "--speculate", "ngram"]]
+)
+def test_running_on_the_cpu_needs_no_torch(tmp_path: Path, tiny_model: Path, options: list[str]) -> None:
+    """Neither the first run, which prepares the weights, nor later ones: importing torch alone takes a second."""
+    arguments = ["run", "Hello there", "--model", str(tiny_model), "--max-tokens", "4", *options]
+    code = (
+        "import sys; from kbit.cli.main import _run\n"
+        f"code = _run({arguments!r}, True)\n"
+        "print(code, *{'torch', 'scipy', 'matplotlib', 'transformers', 'pandas', 'rich'} & sys.modules.keys(), file=sys.stderr)"
+    )
+    environment = {**os.environ, "KBIT_PREPARED": str(tmp_path)}
+    for _ in ("first", "later"):
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment)
+        assert done.stderr.splitlines()[-1] == "0"
+    assert len(list(tmp_path.glob("*.kbit"))) == 1

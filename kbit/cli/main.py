@@ -11,48 +11,55 @@ import os
 import signal
 import sys
 import traceback
+from importlib import import_module
 from types import FrameType
 from typing import Annotated
 
 import typer
 
-from kbit.cli.chat import chat
-from kbit.cli.eval import evaluate
-from kbit.cli.info import info
 from kbit.cli.output import printable
-from kbit.cli.plan import plan
 from kbit.cli.processes import SHARED, end, refuse_copies
-from kbit.cli.pull import pull
-from kbit.cli.quantize import quantize
-from kbit.cli.run import run
-from kbit.cli.scale import scale
-from kbit.cli.tune import tune
 from kbit.host.errors import KbitError
 
 _MAX_MESSAGE = 1000
 # How torch's allocators say it, in a plain RuntimeError.
 _OUT_OF_MEMORY = ("not enough memory", "can't allocate memory")
 
-# Plain help: rich's renderer would cost as much time again as everything else together.
-app = typer.Typer(
-    name="kbit",
-    help="Convert, run and measure language models at 2 to 8 bits per weight.",
-    epilog="Any command: --debug shows the traceback of an error. Exit codes: 0 done, 1 failed, 2 wrong usage.",
-    no_args_is_help=True,
-    rich_markup_mode=None,
-    pretty_exceptions_enable=False,
-    add_completion=False,
-    context_settings={"help_option_names": ["-h", "--help"]},
-)
-app.command()(run)
-app.command(short_help="Talk to a model in its chat template.")(chat)
-app.command(short_help="Convert a model to k-bit weights.")(quantize)
-app.command("eval", short_help="Measure perplexity, KL divergence and zero-shot tasks.")(evaluate)
-app.command(short_help="Measure accuracy versus bits over models and formats.")(scale)
-app.command(short_help="Choose model, width and KV width for a memory and a speed.")(plan)
-app.command(short_help="Show a model's size and bits per weight.")(info)
-app.command(short_help="Fetch a model into the cache.")(pull)
-app.command(short_help="Time the GPU kernels' configurations and keep the fastest.")(tune)
+# Every command's module, function and line in the list of commands ("" : the first of its docstring).
+COMMANDS = {
+    "run": ("kbit.cli.run", "run", ""),
+    "chat": ("kbit.cli.chat", "chat", "Talk to a model in its chat template."),
+    "quantize": ("kbit.cli.quantize", "quantize", "Convert a model to k-bit weights."),
+    "eval": ("kbit.cli.eval", "evaluate", "Measure perplexity, KL divergence and zero-shot tasks."),
+    "scale": ("kbit.cli.scale", "scale", "Measure accuracy versus bits over models and formats."),
+    "plan": ("kbit.cli.plan", "plan", "Choose model, width and KV width for a memory and a speed."),
+    "info": ("kbit.cli.info", "info", "Show a model's size and bits per weight."),
+    "pull": ("kbit.cli.pull", "pull", "Fetch a model into the cache."),
+    "tune": ("kbit.cli.tune", "tune", "Time the GPU kernels' configurations and keep the fastest."),
+}
+
+
+def build(arguments: list[str]) -> typer.Typer:
+    """The application, with the command that the arguments name; where they name none, with all of them."""
+    named = next((word for word in arguments if not word.startswith("-")), None)
+    chosen = [named] if named in COMMANDS else list(COMMANDS)
+    # Plain help: rich's renderer would cost as much time again as everything else together.
+    app = typer.Typer(
+        name="kbit",
+        help="Convert, run and measure language models at 2 to 8 bits per weight.",
+        epilog="Any command: --debug shows the traceback of an error. Exit codes: 0 done, 1 failed, 2 wrong usage.",
+        no_args_is_help=True,
+        rich_markup_mode=None,
+        pretty_exceptions_enable=False,
+        add_completion=False,
+        context_settings={"help_option_names": ["-h", "--help"]},
+    )
+    app.callback()(_global_options)
+    for name in chosen:
+        module, function, short_help = COMMANDS[name]
+        command = getattr(import_module(module), function)
+        app.command(name, short_help=short_help or None)(command)
+    return app
 
 
 def _print_version(asked: bool) -> None:
@@ -63,7 +70,6 @@ def _print_version(asked: bool) -> None:
         raise typer.Exit
 
 
-@app.callback()
 def _global_options(
     context: typer.Context,
     version: Annotated[
@@ -104,7 +110,7 @@ def _take_debug(arguments: list[str]) -> tuple[list[str], bool]:
 
 def _run(arguments: list[str], debug: bool) -> int:
     # Not app(arguments): that turns Ctrl-C and a closed pipe into exit codes of its own, without a word.
-    command = typer.main.get_command(app)
+    command = typer.main.get_command(build(arguments))
     try:
         with command.make_context("kbit", list(arguments)) as context:
             command.invoke(context)

@@ -37,7 +37,7 @@ from kbit.backends.reference.backend import ReferenceBackend
 from kbit.checkpoint.gguf.source import GGUFSource
 from kbit.checkpoint.resolve import open_model
 from kbit.checkpoint.source import CheckpointSource
-from kbit.cli.main import app
+from kbit.cli.main import COMMANDS as MAIN_COMMANDS
 from kbit.engine.loader import load_model
 from kbit.evaluate.evaluation import _check_same_windows
 from kbit.formats.blockwise import quantize_blockwise
@@ -54,7 +54,7 @@ from kbit.text.windows import Windows
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 REFERENCE = tensor_parallel_cases.__file__
-COMMANDS = [command.name or getattr(command.callback, "__name__", "") for command in app.registered_commands]
+COMMANDS = list(MAIN_COMMANDS)
 
 
 class Solo:

@@ -11,7 +11,7 @@ from conversion_cases import files_of
 from typer.testing import CliRunner
 
 from kbit.checkpoint.readers.hf_folder import HFFolder
-from kbit.cli.main import app
+from kbit.cli.main import build
 from kbit.formats.quant_format import QuantFormat
 from kbit.host.errors import KbitError, UnsupportedError, UsageError
 from kbit.quantizers.convert import convert, on_gpu
@@ -44,8 +44,8 @@ def test_a_bad_weight_is_named(device: str, tmp_path: Path, write_model: Callabl
 def test_the_command(tmp_path: Path, small_model: Path) -> None:
     command = ["quantize", str(small_model), "-o", str(tmp_path / "out"), "--device"]
     with pytest.raises(UsageError, match="--device tpu: use cpu or cuda"):
-        CliRunner().invoke(app, [*command, "tpu"], catch_exceptions=False)
+        CliRunner().invoke(build([]), [*command, "tpu"], catch_exceptions=False)
     if not torch.cuda.is_available():
         with pytest.raises(UnsupportedError, match="no GPU"):
-            CliRunner().invoke(app, [*command, "cuda"], catch_exceptions=False)
+            CliRunner().invoke(build([]), [*command, "cuda"], catch_exceptions=False)
         assert not (tmp_path / "out").exists()

@@ -87,9 +87,7 @@ def test_instruction_set(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_kbit_info_shows_the_machine_and_needs_no_torch() -> None:
-    code = (
-        "import sys; from kbit.cli.main import app; app({!r}, standalone_mode=False); sys.exit('torch' in sys.modules)"
-    )
+    code = "import sys; from kbit.cli.main import build; app = build([]); app({!r}, standalone_mode=False); sys.exit('torch' in sys.modules)"
     environment = {name: value for name, value in os.environ.items() if name != "KBIT_CPU_ISA"}
     report, text = (
         subprocess.run(

@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 
 from kbit.checkpoint.resolve import open_model
 from kbit.cli.info import summarise
-from kbit.cli.main import app
+from kbit.cli.main import build
 from kbit.host.errors import CheckpointError, KbitError
 from kbit.models.check import check_tensors
 from kbit.models.families import spec_from_config
@@ -55,14 +55,14 @@ def test_quantize_refuses_and_info_says_why(tmp_path: Path, write_model: Callabl
     edit, config, message = BROKEN[name]
     folder = change(write_model(tmp_path / "m"), edit, **config)
     with pytest.raises(KbitError, match=message):
-        CliRunner().invoke(app, ["quantize", str(folder), "-o", str(tmp_path / "out")], catch_exceptions=False)
+        CliRunner().invoke(build([]), ["quantize", str(folder), "-o", str(tmp_path / "out")], catch_exceptions=False)
     assert [path.name for path in tmp_path.iterdir()] == ["m"]
     with open_model(str(folder)) as source:
         found = summarise(source)
     assert found["runs_on"] == {"cpu": None, "cuda": None}
     with pytest.raises(KbitError, match=message):
         raise KbitError(found["cannot_run"])
-    text = CliRunner().invoke(app, ["info", str(folder)], catch_exceptions=False).stdout
+    text = CliRunner().invoke(build([]), ["info", str(folder)], catch_exceptions=False).stdout
     assert "cannot run:      " in text
     assert "runs on" not in text
 
@@ -72,7 +72,9 @@ def test_quantize_refuses_a_tied_head_that_differs(tmp_path: Path, write_model: 
     folder = change(write_model(tmp_path / "m"), other_head)
     for more in ([], ["--dry-run"]):
         with pytest.raises(CheckpointError, match=r"tie_word_embeddings is true, but lm_head\.weight differs"):
-            CliRunner().invoke(app, ["quantize", str(folder), "-o", str(tmp_path / "o"), *more], catch_exceptions=False)
+            CliRunner().invoke(
+                build([]), ["quantize", str(folder), "-o", str(tmp_path / "o"), *more], catch_exceptions=False
+            )
     assert [path.name for path in tmp_path.iterdir()] == ["m"]
     with open_model(str(folder)) as source:
         spec = spec_from_config(source.config)
@@ -83,7 +85,9 @@ def test_quantize_refuses_a_tied_head_that_differs(tmp_path: Path, write_model: 
 
 def test_a_tied_head_that_equals_the_embedding_is_fine(tmp_path: Path, write_model: Callable[..., Path]) -> None:
     folder = change(write_model(tmp_path / "m"), lambda t: t.update({HEAD: t[EMBEDDING].clone()}))
-    result = CliRunner().invoke(app, ["quantize", str(folder), "-o", str(tmp_path / "out")], catch_exceptions=False)
+    result = CliRunner().invoke(
+        build([]), ["quantize", str(folder), "-o", str(tmp_path / "out")], catch_exceptions=False
+    )
     assert result.exit_code == 0
     with open_model(str(tmp_path / "out")) as source:
         assert HEAD not in source.tensors
@@ -97,7 +101,7 @@ def test_info_gives_the_extended_context(tmp_path: Path, write_model: Callable[.
     assert found["context_length"] == 4 * 64
     assert found["cannot_run"] is None
     assert found["runs_on"]["cpu"]
-    text = CliRunner().invoke(app, ["info", str(folder)], catch_exceptions=False).stdout
+    text = CliRunner().invoke(build([]), ["info", str(folder)], catch_exceptions=False).stdout
     assert "context:         256 tokens" in text
     assert "cannot run" not in text
 
@@ -106,8 +110,8 @@ def test_info_gives_the_extended_context(tmp_path: Path, write_model: Callable[.
 def test_no_torch(tiny_model: Path, command: list[str]) -> None:
     code = """
 import sys
-from kbit.cli.main import app
-app(sys.argv[1:], standalone_mode=False)
+from kbit.cli.main import build
+build([])(sys.argv[1:], standalone_mode=False)
 print(*sorted({"torch", "numpy"} & sys.modules.keys()), file=sys.stderr)
 """
     arguments = [sys.executable, "-c", code, *command, str(tiny_model)]
