@@ -2,25 +2,31 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from kbit.cli.options import ThreadsOption
+from kbit.cli.flag_groups import flag_groups
+from kbit.cli.options import JsonOption, ThreadsOption
 from kbit.host.errors import UsageError
 
 if TYPE_CHECKING:
     from kbit.checkpoint.source import CheckpointSource
     from kbit.formats.codec import Codec
+    from kbit.quantizers.method import Method
     from kbit.quantizers.plan import Plan
 
 _MAX_SHARD_GB = 1_000_000
 
 
-def quantize(
-    model: Annotated[str, typer.Argument(help="A folder, a .gguf file, a hub id, or a name kbit pull lists.")],
-    bits: Annotated[int | None, typer.Option("--bits", help="Bits per code, 2 to 8.  [default: 4]")] = None,
+@dataclass(frozen=True)
+class QuantizeFlags:
+    """Flags of `kbit quantize`."""
+
+    model: Annotated[str, typer.Argument(help="A folder, a .gguf file, a hub id, or a name kbit pull lists.")]
+    bits: Annotated[int | None, typer.Option("--bits", help="Bits per code, 2 to 8.  [default: 4]")] = None
     dtype: Annotated[
         str | None,
         typer.Option(
@@ -28,58 +34,122 @@ def quantize(
             help="Data type: int, float, dynamic, quantile, nf or lloyd.  [default: nf at 3 and 4 bits, int at 8, "
             "lloyd otherwise]",
         ),
-    ] = None,
+    ] = None
     block_size: Annotated[
         int | None,
         typer.Option(
             "--block-size", help="Weights that share a scale: 16 to 4096, 0 for one scale per row.  [default: 64]"
         ),
-    ] = None,
-    asymmetric: Annotated[bool, typer.Option("--asym", help="int only: an offset per block.")] = False,
-    exponent_bits: Annotated[int | None, typer.Option("--exponent-bits", help="float only.  [default: 2]")] = None,
+    ] = None
+    asymmetric: Annotated[bool, typer.Option("--asym", help="int only: an offset per block.")] = False
+    exponent_bits: Annotated[int | None, typer.Option("--exponent-bits", help="float only.  [default: 2]")] = None
     float_grid: Annotated[
         str | None, typer.Option("--float-grid", help="float only: ocp, paper or bnb.  [default: ocp]")
-    ] = None,
-    scale_dtype: Annotated[
-        str | None, typer.Option("--scale-dtype", help="fp16, bf16 or fp32.  [default: fp16]")
-    ] = None,
+    ] = None
+    scale_dtype: Annotated[str | None, typer.Option("--scale-dtype", help="fp16, bf16 or fp32.  [default: fp16]")] = (
+        None
+    )
     double_quant: Annotated[
         bool, typer.Option("--double-quant", help="8-bit scales with one fp32 factor per 256 blocks.")
-    ] = False,
+    ] = False
     format: Annotated[
         str | None,
         typer.Option("--format", help="The whole format in one string (nf4-b64-dq), instead of the flags above."),
-    ] = None,
+    ] = None
     method: Annotated[
         str, typer.Option("--method", help="How codes are found; kbit scale --methods takes the same.")
-    ] = "rtn",
+    ] = "rtn"
     embedding_bits: Annotated[
         int | None, typer.Option("--embedding-bits", help="Quantize embeddings and head too, to this many bits.")
-    ] = None,
+    ] = None
     override: Annotated[
         list[str] | None,
         typer.Option(
             "--override", help="PATTERN=FORMAT (or =keep, =f16, =bf16, =f32) for matching tensor names; repeatable."
         ),
-    ] = None,
+    ] = None
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="Folder to create.  [default: <model>-<format>]")
-    ] = None,
-    shard_size: Annotated[float, typer.Option("--shard-size", help="Largest output file, in GB.")] = 5.0,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and stop.")] = False,
+    ] = None
+    shard_size: Annotated[float, typer.Option("--shard-size", help="Largest output file, in GB.")] = 5.0
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and stop.")] = False
     resume: Annotated[
         bool, typer.Option("--resume/--no-resume", help="Continue an interrupted run, or discard it and start over.")
-    ] = True,
-    force: Annotated[bool, typer.Option("--force", help="Replace a finished model in the output folder.")] = False,
-    threads: ThreadsOption = None,
+    ] = True
+    force: Annotated[bool, typer.Option("--force", help="Replace a finished model in the output folder.")] = False
+    threads: ThreadsOption = None
     device: Annotated[
         str,
         typer.Option(
             "--device", metavar="cpu|cuda", help="Who rounds: the CPU, or a GPU. The result is the same, byte for byte."
         ),
-    ] = "cpu",
-    json: Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else on stdout.")] = False,
-) -> None:
+    ] = "cpu"
+
+    def codec(self) -> Codec:
+        """The format of linear weights.
+
+        Raises:
+            UsageError: a setting that does not exist, or one that --format says already.
+        """
+        from kbit.formats.quant_format import QuantFormat, default_dtype
+        from kbit.formats.registry import parse_format
+
+        fields: dict[str, Any] = {
+            "dtype": self.dtype.lower() if self.dtype else None,
+            "bits": self.bits,
+            "block_size": self.block_size,
+            "asymmetric": self.asymmetric or None,
+            "exponent_bits": self.exponent_bits,
+            "grid": self.float_grid,
+            "scale_dtype": self.scale_dtype,
+            "double_quant": self.double_quant or None,
+        }
+        given = {name: value for name, value in fields.items() if value is not None}
+        if self.format is None:
+            given = {"bits": 4, **given}
+            return QuantFormat(**{"dtype": default_dtype(given["bits"]), **given})
+        if given:
+            field = next(iter(given)).replace("_", " ")
+            raise UsageError(f"--format {self.format}: says everything; drop the flag that gives its {field}")
+        return parse_format(self.format)
+
+    def check(self) -> None:
+        """Look for mistakes that show before the model is opened.
+
+        Raises:
+            UsageError: a flag is out of range.
+            UnsupportedError: --device cuda where there is no GPU.
+        """
+        from kbit.formats.quant_format import MAX_BITS, MIN_BITS
+
+        if not 0 < self.shard_size <= _MAX_SHARD_GB:
+            raise UsageError(f"--shard-size {self.shard_size}: use a size in GB, above 0 and at most {_MAX_SHARD_GB}")
+        bits = self.embedding_bits
+        if bits is not None and bits != 16 and not MIN_BITS <= bits <= MAX_BITS:
+            raise UsageError(f"--embedding-bits {bits}: use {MIN_BITS} to {MAX_BITS}, or 16 to keep them")
+        if self.device not in ("cpu", "cuda"):
+            raise UsageError(f"--device {self.device}: use cpu or cuda")
+        if self.device == "cuda":
+            from kbit.backends.select import select_backend
+
+            select_backend("cuda")
+
+    def plan(self, source: CheckpointSource, codec: Codec, method: Method) -> Plan:
+        """What becomes of every tensor."""
+        from kbit.quantizers.plan import make_plan
+
+        return make_plan(
+            source,
+            codec,
+            embedding_bits=self.embedding_bits,
+            overrides=[_split_override(text) for text in self.override or ()],
+            shard_bytes=int(self.shard_size * 1e9),
+            method=method,
+        )
+
+
+@flag_groups()
+def quantize(*, flags: QuantizeFlags, json: JsonOption = False) -> None:
     """Convert a model to k-bit weights, by rounding to nearest unless another method is named.
 
     Tensors are read and written one at a time, so memory does not grow with the model. A killed run continues
@@ -95,79 +165,33 @@ def quantize(
     """
     from kbit.checkpoint.resolve import open_model
     from kbit.checkpoint.writer import check_output_folder, finished_plan
-    from kbit.cli.output import print_json, size
-    from kbit.formats.quant_format import MAX_BITS, MIN_BITS, QuantFormat, default_dtype
-    from kbit.formats.registry import parse_format
+    from kbit.cli.output import print_json
     from kbit.quantizers.methods import get_method
-    from kbit.quantizers.plan import check_disk, make_plan
+    from kbit.quantizers.plan import check_disk
 
-    fields: dict[str, Any] = {
-        "dtype": dtype.lower() if dtype else None,
-        "bits": bits,
-        "block_size": block_size,
-        "asymmetric": asymmetric or None,
-        "exponent_bits": exponent_bits,
-        "grid": float_grid,
-        "scale_dtype": scale_dtype,
-        "double_quant": double_quant or None,
-    }
-    given = {name: value for name, value in fields.items() if value is not None}
-    if format is not None and given:
-        field = next(iter(given)).replace("_", " ")
-        raise UsageError(f"--format {format}: says everything; drop the flag that gives its {field}")
-    chosen: Codec
-    if format is None:
-        given = {"bits": 4, **given}
-        chosen = QuantFormat(**{"dtype": default_dtype(given["bits"]), **given})
-    else:
-        chosen = parse_format(format)
-    if not 0 < shard_size <= _MAX_SHARD_GB:
-        raise UsageError(f"--shard-size {shard_size}: use a size in GB, above 0 and at most {_MAX_SHARD_GB}")
-    if embedding_bits is not None and embedding_bits != 16 and not MIN_BITS <= embedding_bits <= MAX_BITS:
-        raise UsageError(f"--embedding-bits {embedding_bits}: use {MIN_BITS} to {MAX_BITS}, or 16 to keep them")
-    if device not in ("cpu", "cuda"):
-        raise UsageError(f"--device {device}: use cpu or cuda")
-    if device == "cuda":
-        from kbit.backends.select import select_backend
-
-        select_backend("cuda")  # refuses where there is no GPU, before anything is read
-    chosen_method = get_method(method, to_store=True)
-    with open_model(model) as source:
+    codec = flags.codec()
+    flags.check()
+    method = get_method(flags.method, to_store=True)
+    with open_model(flags.model) as source:
         _check_runnable(source)
-        plan = make_plan(
-            source,
-            chosen,
-            embedding_bits=embedding_bits,
-            overrides=[_split_override(text) for text in override or ()],
-            shard_bytes=int(shard_size * 1e9),
-            method=chosen_method,
-        )
-        out = output or Path(f"{_short_name(model)}-{chosen}")
+        plan = flags.plan(source, codec, method)
+        out = flags.output or Path(f"{_short_name(flags.model)}-{codec}")
         disk = check_disk(plan, out)
         if finished_plan(out) != plan.plan_id:
-            check_output_folder(out, overwrite=force)
-        report = _report(source, plan, out, disk)
+            check_output_folder(out, overwrite=flags.force)
+        facts = _facts(source, plan, out, disk)
         _note_quantized_source(plan)
-        if dry_run:
+        if flags.dry_run:
             if json:
-                print_json({**report, "dry_run": True})
+                print_json({**facts, "dry_run": True})
             else:
-                _print_plan(report, plan)
+                _print_plan(facts, plan)
             return
-        result = _convert(source, plan, out, resume=resume, force=force, threads=threads, device=device)
-    report.update(result)
+        facts.update(_convert(source, plan, out, flags))
     if json:
-        print_json(report)
-        return
-    if result["already_complete"]:
-        typer.echo(f"{out}: already complete, nothing to do (--force makes it anew)")
-        return
-    again = f", {result['resumed_tensors']} tensors kept from an interrupted run" if result["resumed_tensors"] else ""
-    typer.echo(
-        f"{out}: {size(report['bytes_before'])} -> {size(report['bytes_after'])}, "
-        f"{report['bits_per_weight']:.3f} bits per weight ({report['bits_per_weight_linear']:.3f} in linear layers), "
-        f"{result['seconds']:.1f} s{again}"
-    )
+        print_json(facts)
+    else:
+        _print_result(facts, out)
 
 
 def _check_runnable(source: CheckpointSource) -> None:
@@ -191,9 +215,7 @@ def _note_quantized_source(plan: Plan) -> None:
         )
 
 
-def _convert(
-    source: CheckpointSource, plan: Plan, out: Path, *, resume: bool, force: bool, threads: int | None, device: str
-) -> dict[str, Any]:
+def _convert(source: CheckpointSource, plan: Plan, out: Path, flags: QuantizeFlags) -> dict[str, Any]:
     import time
 
     from rich.console import Console
@@ -203,7 +225,7 @@ def _convert(
     from kbit.quantizers.convert import convert, on_gpu
     from kbit.quantizers.plan import TensorPlan
 
-    set_threads(threads)
+    set_threads(flags.threads)
     begin = time.perf_counter()
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     console = Console(stderr=True)
@@ -213,8 +235,10 @@ def _convert(
         def on_tensor(tensor: TensorPlan) -> None:
             bar.update(task, advance=1, description=f"{tensor.source.name} {tensor.label}")
 
-        encode = on_gpu() if device == "cuda" else None
-        done = convert(source, plan, out, resume=resume, overwrite=force, on_tensor=on_tensor, encode=encode)
+        encode = on_gpu() if flags.device == "cuda" else None
+        done = convert(
+            source, plan, out, resume=flags.resume, overwrite=flags.force, on_tensor=on_tensor, encode=encode
+        )
         bar.update(task, completed=len(plan.tensors), description="done")
     return {
         "seconds": time.perf_counter() - begin,
@@ -224,7 +248,7 @@ def _convert(
     }
 
 
-def _report(source: CheckpointSource, plan: Plan, out: Path, disk: int) -> dict[str, Any]:
+def _facts(source: CheckpointSource, plan: Plan, out: Path, disk: int) -> dict[str, Any]:
     return {
         "model": str(source.path),
         "output": str(out),
@@ -248,11 +272,26 @@ def _report(source: CheckpointSource, plan: Plan, out: Path, disk: int) -> dict[
     }
 
 
-def _print_plan(report: dict[str, Any], plan: Plan) -> None:
+def _print_result(facts: dict[str, Any], out: Path) -> None:
+    """What was done, for people."""
+    from kbit.cli.output import size
+
+    if facts["already_complete"]:
+        typer.echo(f"{out}: already complete, nothing to do (--force makes it anew)")
+        return
+    again = f", {facts['resumed_tensors']} tensors kept from an interrupted run" if facts["resumed_tensors"] else ""
+    typer.echo(
+        f"{out}: {size(facts['bytes_before'])} -> {size(facts['bytes_after'])}, "
+        f"{facts['bits_per_weight']:.3f} bits per weight ({facts['bits_per_weight_linear']:.3f} in linear layers), "
+        f"{facts['seconds']:.1f} s{again}"
+    )
+
+
+def _print_plan(facts: dict[str, Any], plan: Plan) -> None:
     from kbit.cli.output import size
 
     typer.echo(f"{'tensor':<52}{'shape':>16}  {'from':<10}{'to':<18}{'bytes':>10}")
-    for name, row in report["tensors"].items():
+    for name, row in facts["tensors"].items():
         shape = " x ".join(str(dim) for dim in row["shape"])
         typer.echo(f"{name:<52}{shape:>16}  {row['from']:<10}{row['to']:<18}{size(row['bytes']):>10}")
     linear = plan.bits_per_weight("linear")
@@ -260,7 +299,7 @@ def _print_plan(report: dict[str, Any], plan: Plan) -> None:
         f"\nsize             {size(plan.bytes_before)} -> {size(plan.bytes_after)}\n"
         f"bits per weight  {plan.bits_per_weight():.3f} in all, {linear or 0:.3f} in linear layers\n"
         f"peak memory      about {size(plan.peak_memory)}\n"
-        f"disk needed      {size(report['disk_bytes'])} in {report['output']}\n"
+        f"disk needed      {size(facts['disk_bytes'])} in {facts['output']}\n"
         "nothing was written (--dry-run)"
     )
 
