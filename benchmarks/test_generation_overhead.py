@@ -8,6 +8,7 @@ The decoder is a table of ready-made logits, so what is measured is the engine's
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from statistics import median
 from types import SimpleNamespace
@@ -31,22 +32,22 @@ SETTINGS: dict[str, dict[str, float]] = {
 
 
 class ReadyMade:
-    """A decoder that answers at once: logits (1, 1, V) that make TEXT likely, whatever it is given."""
+    """A decoder that answers at once: logits (1, V) that make TEXT likely, whatever it is given."""
 
     def __init__(self, ids: list[int], vocab_size: int) -> None:
         noise = 3 * torch.randn(vocab_size, generator=torch.Generator().manual_seed(0))
-        self.spec = SimpleNamespace(max_positions=1 << 30, vocab_size=vocab_size)
+        self.spec = SimpleNamespace(max_positions=1 << 30, longest_in_pieces=1 << 30, vocab_size=vocab_size)
         self.answers = []
         for token in ids:
             logits = noise.clone()
             logits[token] = 20.0
-            self.answers.append(logits[None, None])
+            self.answers.append(logits[None].numpy())
         self.count = 0
 
     def new_cache(self, batch: int, capacity: int) -> Any:
         return SimpleNamespace(capacity=capacity, truncate=lambda length: None)
 
-    def forward(self, ids: torch.Tensor, cache: Any, lengths: Any = None, last_only: bool = False) -> torch.Tensor:
+    def extend(self, ids: Sequence[int], cache: Any, last_only: bool = True) -> Any:
         self.count += 1
         return self.answers[self.count % len(self.answers)]
 

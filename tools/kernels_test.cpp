@@ -15,7 +15,7 @@
 
 #include "attention/attention_plan.h"
 #include "isa/kernels.h"
-#include "attention/kv_cache.h"
+#include "attention/kv_pages.h"
 #include "codecs/matrix_storage.h"
 #include "program/threads.h"
 
@@ -333,7 +333,8 @@ std::vector<float> attend(const Kernels& set, Team& team, const Shape& s, const 
   constexpr std::int64_t kBatch = 2, kCapacity = 300;
   std::vector<std::int64_t> passes{150, 33, 1, 3};
   if (quick) passes = {17, 1};
-  KVCache cache(1, kBatch, s.kv_heads, s.head_dim, kCapacity, kind);
+  constexpr std::int32_t kTables[kBatch][5] = {{3, 7, 1, 9, 4}, {0, 8, 2, 5, 6}};  // pages in no order
+  KVPages cache(1, s.kv_heads, s.head_dim, kind, 10);
   const std::vector<float> cos = random_floats(kCapacity * s.rotated_half, 1);
   const std::vector<float> sin = random_floats(kCapacity * s.rotated_half, 2);
   std::vector<float> results;
@@ -356,7 +357,7 @@ std::vector<float> attend(const Kernels& set, Team& team, const Shape& s, const 
                              k_width,         k_width,    q_width,        rows,       sequence.data(),
                              position.data(), cos.data(), sin.data(),     position.data(),
                              s.rotated_half,  s.heads,    s.kv_heads,     s.head_dim, 0.125f,
-                             s.window,        &cache,     0};
+                             s.window,        &cache,     kTables[0],     5,          0};
     AttentionScratch scratch;
     scratch.prepare(rows, sequence.data(), position.data(), s.heads, s.kv_heads, s.head_dim, team.size());
     team.run([&](Worker& worker) { attention(set.attention, worker, args, scratch); });

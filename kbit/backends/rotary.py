@@ -12,6 +12,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from kbit.graph.batch import Batch
 from kbit.graph.ops import Definition
 
 BLOCK = 64
@@ -35,6 +36,12 @@ class RotaryTable:
         self._end = 0
         self._table: Table = (np.empty((0, 0), dtype=np.float32), np.empty((0, 0), dtype=np.float32))
 
+    def of_batch(self, batch: Batch) -> tuple[Table, NDArray[np.int32]]:
+        """A table, and which of its rows is each token's: int32 (R,)."""
+        if self.by_length:
+            return self.of_spans(batch.starts, batch.lengths), np.arange(len(batch), dtype=np.int32)
+        return self.by_position(int(batch.lengths.max())), batch.positions
+
     def by_position(self, stop: int) -> Table:
         """A table whose row p is position p, for positions [0, stop) at least. Not for a rotation by length."""
         if stop > self._end:
@@ -54,6 +61,8 @@ class RotaryTable:
         """
         tables = []
         for start, stop in zip(starts.tolist(), stops.tolist(), strict=True):
+            if start == stop:
+                continue
             first = start - start % BLOCK
             cos, sin = self._blocks(first, stop, stop)
             tables.append((cos[start - first : stop - first], sin[start - first : stop - first]))

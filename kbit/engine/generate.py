@@ -12,12 +12,13 @@ from kbit.engine.sampler import Logits, Sampler, SamplingParams
 from kbit.engine.speculative import Speculation, SpeculationReport, SpeculativeTokens
 from kbit.engine.stop import StopMatcher
 from kbit.host.errors import UsageError
-from kbit.models.spec import ModelSpec
 
 if TYPE_CHECKING:
     from kbit.text.tokenizer import Tokenizer
 
-# Tokens of a prompt that go through the model at once: bounds the memory of activations, (chunk, intermediate size).
+# Tokens of a prompt that go through the model at once: bounds the memory of activations, (chunk, intermediate size). A
+# model whose RoPE depends on the length of the text (dynamic) takes a prompt beyond its max_position_embeddings in one
+# piece, and from its beginning.
 PREFILL_CHUNK = 512
 
 FinishReason = Literal["stop", "length", "context", "interrupted"]
@@ -81,7 +82,6 @@ def generate(
     stop_token_ids: Collection[int] = (),
     continues_prompt: bool = True,
     prompt_cache: PromptCache | None = None,
-    prefill_chunk: int = PREFILL_CHUNK,
     speculation: Speculation | None = None,
 ) -> Generation:
     """Starts a generation; nothing is computed until it is iterated (or `run`).
@@ -97,8 +97,6 @@ def generate(
         continues_prompt: the text goes on where the prompt ends, so a first word keeps the space before it. False for
             answers that stand on their own (chat).
         prompt_cache: a cache to use and leave filled, for prompts that begin like the last one.
-        prefill_chunk: prompt tokens to compute at once. A model whose RoPE depends on the length of the text (dynamic)
-            takes a prompt beyond its max_position_embeddings in one piece, whatever this says, and from its beginning.
         speculation: who drafts tokens that the model then only checks; None computes one token at a time.
 
     Raises:
@@ -115,7 +113,6 @@ def generate(
         stop_token_ids=stop_token_ids,
         continues_prompt=continues_prompt,
         prompt_cache=prompt_cache,
-        prefill_chunk=prefill_chunk,
         speculation=speculation,
     )
 
@@ -139,21 +136,15 @@ class Generation:
         stop_token_ids: Collection[int],
         continues_prompt: bool,
         prompt_cache: PromptCache | None,
-        prefill_chunk: int,
         speculation: Speculation | None,
     ) -> None:
         if max_tokens < 1:
             raise UsageError(f"--max-tokens {max_tokens}: expected at least 1")
-        if prefill_chunk < 1:
-            raise UsageError(f"a prefill chunk of {prefill_chunk} tokens: expected at least 1")
         check_prompt(prompt_ids, decoder.spec)
         self._context, self._vocab_size = decoder.spec.max_positions, decoder.spec.vocab_size
-        # A decoder that is no model of ours (a test's) rotates nothing.
-        rope = decoder.spec.rope if isinstance(decoder.spec, ModelSpec) else None
-        self._whole_beyond = rope.max_positions if rope is not None and rope.depends_on_length else self._context
+        self._whole_beyond = decoder.spec.longest_in_pieces
         self._prompt_ids = prompt_ids
         self._max_tokens = max_tokens
-        self._prefill_chunk = prefill_chunk
         self._end_ids = frozenset(stop_token_ids) | tokenizer.eos_ids
         self._cache = PromptCache(decoder) if prompt_cache is None else prompt_cache
         self._sampler = Sampler(params, prompt_ids)
@@ -240,7 +231,7 @@ class Generation:
         """Samples tokens, up to and without one that ends the generation; sets the finish reason at its end."""
         prompt = self._prompt_ids
         start = perf_counter()
-        capacity, chunk = min(self._context, len(prompt) + self._max_tokens), self._prefill_chunk
+        capacity, chunk = min(self._context, len(prompt) + self._max_tokens), PREFILL_CHUNK
         if max(len(prompt), len(self._cache.ids)) > self._whole_beyond:
             # Keys in the cache were rotated for another length than this prompt's: share nothing (a prompt of one token
             # shares none), and leave none behind that a later prompt could not use.

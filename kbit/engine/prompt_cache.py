@@ -7,16 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Protocol, runtime_checkable
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from kbit.graph.cache import Cache
 from kbit.host.errors import KbitError, UsageError
-
-if TYPE_CHECKING:
-    import torch
 
 
 class DecoderSpec(Protocol):
@@ -27,12 +24,16 @@ class DecoderSpec(Protocol):
         """Tokens of context."""
 
     @property
+    def longest_in_pieces(self) -> int:
+        """Longest text that may go through the model piece by piece."""
+
+    @property
     def vocab_size(self) -> int:
         """V."""
 
 
 class DecoderLike(Protocol):
-    """A model generation and evaluation can run: `kbit.models.decoder.Decoder`, or a fake in a test."""
+    """A model that can generate: `kbit.models.decoder.Decoder` or the like."""
 
     @property
     def spec(self) -> DecoderSpec:
@@ -41,18 +42,8 @@ class DecoderLike(Protocol):
     def new_cache(self, batch: int, capacity: int) -> Cache:
         """An empty cache."""
 
-    def forward(
-        self, ids: torch.Tensor, cache: Cache, lengths: torch.Tensor | None = None, last_only: bool = False
-    ) -> torch.Tensor:
-        """ids (B, T) -> logits (B, T, V), or (B, 1, V) with last_only; the tokens are then in the cache."""
-
-
-@runtime_checkable
-class ExtendsOne(Protocol):
-    """What a decoder may have besides, for one sequence with less around it than `forward` (`Decoder.extend`)."""
-
     def extend(self, ids: Sequence[int], cache: Cache, last_only: bool = True) -> NDArray[np.float32]:
-        """T token ids -> logits (T, V), or (1, V) with last_only."""
+        """T tokens of one sequence -> logits (T, V), or (1, V) with last_only; the tokens are then in the cache."""
 
 
 class PromptCache:
@@ -65,7 +56,6 @@ class PromptCache:
         self._decoder = decoder
         self._cache: Cache | None = None
         self._ids: list[int] = []
-        self._extends = decoder if isinstance(decoder, ExtendsOne) else None
 
     @property
     def ids(self) -> Sequence[int]:
@@ -119,15 +109,7 @@ class PromptCache:
 
     def _forward(self, ids: Sequence[int], last_only: bool) -> NDArray[np.float32]:
         assert self._cache is not None, "start() comes first"
-        rows: NDArray[np.float32]
-        if self._extends is not None:
-            rows = self._extends.extend(ids, self._cache, last_only)
-        else:
-            import torch
-
-            tokens = torch.tensor([ids], dtype=torch.int64)  # (1, T)
-            logits = self._decoder.forward(tokens, self._cache, last_only=last_only)[0]
-            rows = logits.detach().to("cpu", torch.float32).numpy()
+        rows = self._decoder.extend(ids, self._cache, last_only)
         self._ids.extend(ids)
         return rows
 

@@ -13,8 +13,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from kbit.engine.prompt_cache import DecoderLike
-from kbit.evaluate.logits import LogitsSource, row_step
+from kbit.evaluate.logits import Evaluable, LogitsSource, row_step
 from kbit.evaluate.perplexity import PerplexityResult, Progress, as_source, check_finite, window_targets
 from kbit.evaluate.statistics import DRAWS, SEED, bootstrap_interval, cluster, standard_error
 from kbit.host.errors import UsageError
@@ -87,8 +86,8 @@ class Comparison:
 
 
 def compare(
-    model: DecoderLike | LogitsSource,
-    reference: DecoderLike | LogitsSource,
+    model: Evaluable | LogitsSource,
+    reference: Evaluable | LogitsSource,
     windows: Windows,
     progress: Progress | None = None,
 ) -> Comparison:
@@ -135,8 +134,8 @@ def compare(
 
 
 def compare_many(
-    candidates: Iterable[tuple[str, Callable[[], DecoderLike]]],
-    reference: DecoderLike | LogitsSource,
+    candidates: Iterable[tuple[str, Callable[[], Evaluable]]],
+    reference: Evaluable | LogitsSource,
     windows: Windows,
     progress: Callable[[str], Progress] | None = None,
 ) -> Iterator[tuple[str, Comparison]]:

@@ -13,12 +13,13 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
-from typing import TypeVar
+from typing import Protocol, TypeVar
 
 import numpy as np
 import torch
 
-from kbit.engine.prompt_cache import DecoderLike, check_vocabulary
+from kbit.engine.prompt_cache import DecoderSpec, check_vocabulary
+from kbit.graph.cache import Cache
 from kbit.host.errors import KbitError, UsageError
 from kbit.text.windows import Windows
 
@@ -33,6 +34,22 @@ DEFAULT_CACHE_BYTES = 16 << 30
 
 
 Kept = TypeVar("Kept", bound="KeptLogits")
+
+
+class Evaluable(Protocol):
+    """A model that gives logits over windows: `kbit.models.decoder.Decoder` or the like."""
+
+    @property
+    def spec(self) -> DecoderSpec:
+        """Its sizes."""
+
+    def new_cache(self, batch: int, capacity: int) -> Cache:
+        """An empty cache."""
+
+    def forward(
+        self, ids: torch.Tensor, cache: Cache, lengths: torch.Tensor | None = None, last_only: bool = False
+    ) -> torch.Tensor:
+        """ids (B, T) -> logits (B, T, V), or (B, 1, V) with last_only; the tokens are then in the cache."""
 
 
 class LogitsSource(ABC):
@@ -63,7 +80,7 @@ def row_step(vocab_size: int) -> int:
 class ModelLogits(LogitsSource):
     """Logits computed by a model as they are asked for."""
 
-    def __init__(self, model: DecoderLike) -> None:
+    def __init__(self, model: Evaluable) -> None:
         self._model = model
 
     @property
@@ -183,7 +200,7 @@ class StoredLogits(KeptLogits):
 
     def __init__(
         self,
-        model: DecoderLike,
+        model: Evaluable,
         windows: Windows,
         directory: Path | None = None,
         max_bytes: int = DEFAULT_CACHE_BYTES,

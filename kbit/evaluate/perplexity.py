@@ -10,8 +10,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from kbit.engine.prompt_cache import DecoderLike
-from kbit.evaluate.logits import LogitsSource, ModelLogits, pieces, row_step
+from kbit.evaluate.logits import Evaluable, LogitsSource, ModelLogits, pieces, row_step
 from kbit.evaluate.statistics import cluster, standard_error
 from kbit.host.errors import KbitError
 from kbit.text.windows import Convention, Windows
@@ -95,7 +94,7 @@ def token_nll(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
 
 
 def evaluate_perplexity(
-    model: DecoderLike | LogitsSource, windows: Windows, progress: Progress | None = None
+    model: Evaluable | LogitsSource, windows: Windows, progress: Progress | None = None
 ) -> PerplexityResult:
     """Perplexity of a model on windows.
 
@@ -121,7 +120,7 @@ def evaluate_perplexity(
     return PerplexityResult(nll, windows.convention, windows.context)
 
 
-def as_source(model: DecoderLike | LogitsSource) -> LogitsSource:
+def as_source(model: Evaluable | LogitsSource) -> LogitsSource:
     """A source of logits as it is, or a decoder as one."""
     return model if isinstance(model, LogitsSource) else ModelLogits(model)
 

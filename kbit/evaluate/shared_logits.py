@@ -21,8 +21,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from kbit.engine.prompt_cache import DecoderLike
-from kbit.evaluate.logits import KeptLogits, ModelLogits, check_room, logits_bytes, pieces, stored_bytes
+from kbit.evaluate.logits import Evaluable, KeptLogits, ModelLogits, check_room, logits_bytes, pieces, stored_bytes
 from kbit.host.errors import KbitError
 from kbit.text.windows import Windows
 
@@ -46,7 +45,7 @@ class WritingLogits(KeptLogits):
         KbitError: the disk has less room than the file needs.
     """
 
-    def __init__(self, model: DecoderLike, windows: Windows, path: Path) -> None:
+    def __init__(self, model: Evaluable, windows: Windows, path: Path) -> None:
         self._live, self._path = ModelLogits(model), path
         super().__init__(windows, self._live.vocab_size)
         self._shape = (windows.count, windows.scored_per_window, self.vocab_size)

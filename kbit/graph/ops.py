@@ -18,7 +18,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol, TypeVar, runtime_checkable
+from typing import TYPE_CHECKING, Protocol, TypeAlias, TypeVar, runtime_checkable
 
 if TYPE_CHECKING:
     import numpy as np
@@ -27,9 +27,14 @@ if TYPE_CHECKING:
 
     from kbit.formats.quant_tensor import QuantTensor
     from kbit.formats.stored import AnyStored
+    from kbit.graph.batch import Batch
     from kbit.graph.cache import Cache
+    from kbit.graph.pages import PagePool
 
 X = TypeVar("X")
+
+# Rows of features as a runner returns them: on the backend's device, numpy's on the native backend.
+Array: TypeAlias = "torch.Tensor | NDArray[np.float32]"
 
 
 class Weight(ABC):
@@ -157,18 +162,18 @@ class Definition(Protocol):
 class Runner(Protocol):
     """A definition bound to a backend: what runs it.
 
-    Arguments have been checked: ids are in the vocabulary and the cache has room. Every method that takes tokens leaves
-    them in the cache. Results are the caller's own.
+    Arguments have been checked: there are tokens, all in the vocabulary, and the cache has room for them. Every method
+    that takes tokens leaves them in the cache. Results are the caller's own.
     """
 
-    def hidden(self, ids: torch.Tensor, cache: Cache, lengths: Sequence[int]) -> torch.Tensor:
-        """The body: ids int64 (B, T), of which lengths[b] are real in row b -> (B, T, hidden size)."""
+    def hidden(self, batch: Batch, cache: Cache) -> Array:
+        """The body: hidden states (L, hidden size) of the tokens that are wanted."""
 
-    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """The head: (..., hidden size) -> float32 (..., V)."""
+    def logits(self, hidden: Array) -> Array:
+        """The head: (L, hidden size) -> float32 (L, V)."""
 
-    def forward(self, ids: torch.Tensor, cache: Cache, lengths: Sequence[int], last_only: bool) -> torch.Tensor:
-        """Both: (B, T, V), or of each row's last real token only (B, 1, V)."""
+    def forward(self, batch: Batch, cache: Cache) -> Array:
+        """Both: float32 (L, V) of the tokens that are wanted."""
 
     def extend(self, ids: Sequence[int], cache: Cache, last_only: bool) -> NDArray[np.float32]:
         """Both for the T tokens of one sequence, with as little around them as there can be: (T, V), or (1, V)."""
@@ -224,8 +229,11 @@ class Backend(Protocol):
     def prepare_vector(self, vector: torch.Tensor) -> Vector:
         """A norm's weight or a bias (N,), in this backend's type and on its device."""
 
+    def new_pool(self, layers: int, kv_heads: int, head_dim: int, pages: int) -> PagePool:
+        """Pages for keys and values, all free."""
+
     def new_cache(self, layers: int, batch: int, kv_heads: int, head_dim: int, capacity: int) -> Cache:
-        """An empty cache with room for `capacity` tokens per row."""
+        """An empty cache with room for `capacity` tokens per row, in a pool of its own."""
 
     def bind(self, definition: Definition) -> Runner:
         """What runs a model whose weights this backend prepared."""

@@ -267,12 +267,17 @@ class BlockTable:
             self.version += 1
 
 
-def prefix_keys(tokens: Sequence[int]) -> list[bytes]:
-    """A key for each full page of a text: equal exactly where the page and everything before it is equal."""
-    ids = np.asarray(tokens, dtype=np.int64)
-    keys: list[bytes] = []
-    key = b""
-    for start in range(0, len(ids) - PAGE + 1, PAGE):
-        key = blake2b(key + ids[start : start + PAGE].tobytes(), digest_size=16).digest()
+def prefix_keys(tokens: Sequence[int], known: Sequence[bytes] = ()) -> list[bytes]:
+    """A key for each full page of a text: equal exactly where the page and everything before it is equal.
+
+    Args:
+        tokens: the text.
+        known: its first keys, where they were made before.
+    """
+    keys = list(known)
+    key = keys[-1] if keys else b""
+    for start in range(PAGE * len(keys), len(tokens) - PAGE + 1, PAGE):
+        ids = np.asarray(tokens[start : start + PAGE], dtype=np.int64)
+        key = blake2b(key + ids.tobytes(), digest_size=16).digest()
         keys.append(key)
     return keys

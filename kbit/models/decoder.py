@@ -13,17 +13,16 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
+from kbit.graph.batch import Batch
 from kbit.graph.cache import Cache
-from kbit.graph.ops import Attention, Backend, Ops, Vector, Weight, X
+from kbit.graph.ops import Array, Attention, Backend, Ops, Vector, Weight, X
+from kbit.graph.pages import PagePool
 from kbit.host.errors import UsageError
 from kbit.models.rope import rope_tables
 from kbit.models.spec import ModelSpec
 
 if TYPE_CHECKING:
     import torch
-
-# Up to so many ids are looked at one by one: two reductions over a tiny tensor would cost as much as a layer.
-_FEW_IDS = 64
 
 
 @dataclass(frozen=True, eq=False)
@@ -134,29 +133,46 @@ class Decoder:
         spec = self.spec
         return self.backend.new_cache(spec.layers, batch, spec.kv_heads, spec.head_dim, capacity)
 
-    def forward(
-        self, ids: torch.Tensor, cache: Cache, lengths: torch.Tensor | None = None, last_only: bool = False
-    ) -> torch.Tensor:
-        """Feed tokens and get the logits of what follows each.
+    def new_pool(self, pages: int) -> PagePool:
+        """Pages for the keys and values of this model, all free."""
+        spec = self.spec
+        return self.backend.new_pool(spec.layers, spec.kv_heads, spec.head_dim, pages)
+
+    def run(self, batch: Batch, cache: Cache) -> Array:
+        """Feeds the tokens of a batch; the logits of those that are wanted.
 
         Args:
-            ids: int64 (B, T). A right-padded ragged batch: row b has lengths[b] real tokens, the rest may be any valid
-                id. Positions continue from cache.lengths[b].
-            cache: of this decoder's making; takes the real tokens in, and cache.lengths grows by `lengths`.
-            lengths: int64 (B,), each 0 to T; None means T for all.
-            last_only: only the logits of each row's last real token.
+            batch: the new tokens of the cache's sequences; they go on where `cache.lengths` says.
+            cache: of this decoder's making; the tokens are in it afterwards.
 
         Returns:
-            float32 (B, T, V), or (B, 1, V) with last_only. Values at padding are finite and mean nothing, as does the
-            last token of a row of length 0.
+            float32 (L, V), on the backend's device.
 
         Raises:
-            UsageError: shapes that do not fit, an id outside the vocabulary, or a full cache; the cache is unchanged.
+            UsageError: an id outside the vocabulary, or a full cache; no sequence is longer then.
+            OutOfPagesError: other sequences have the pages of a shared pool.
         """
-        return self._runner.forward(ids, cache, self._checked(ids, cache, lengths), last_only)
+        self._reserve(batch, cache)
+        if not len(batch):
+            return np.empty((0, self.spec.vocab_size), dtype=np.float32)
+        return self._runner.forward(batch, cache)
+
+    def run_hidden(self, batch: Batch, cache: Cache) -> Array:
+        """`run` without the head: hidden states (L, hidden_size) before the final norm, in the backend's type.
+
+        With `run_head` on slices of the result, a caller bounds the memory of (L, V).
+        """
+        self._reserve(batch, cache)
+        if not len(batch):
+            return np.empty((0, self.spec.hidden_size), dtype=np.float32)
+        return self._runner.hidden(batch, cache)
+
+    def run_head(self, hidden: Array) -> Array:
+        """Final norm and head: hidden states (L, hidden_size) -> float32 (L, V)."""
+        return self._runner.logits(hidden)
 
     def extend(self, ids: Sequence[int], cache: Cache, last_only: bool = True) -> NDArray[np.float32]:
-        """`forward` for one sequence, as quick as it can be for one token: what generation calls.
+        """`run` for one sequence, as quick as it can be for one token: what generation calls.
 
         Args:
             ids: T tokens, at least 1.
@@ -167,7 +183,7 @@ class Decoder:
             (1, V), or (T, V), on the CPU.
 
         Raises:
-            UsageError: as `forward`.
+            UsageError, OutOfPagesError: as `run`.
         """
         if not ids or cache.batch != 1:
             raise UsageError(
@@ -177,49 +193,54 @@ class Decoder:
         cache.reserve((len(ids),))
         return self._runner.extend(ids, cache, last_only)
 
-    def hidden_states(self, ids: torch.Tensor, cache: Cache, lengths: torch.Tensor | None = None) -> torch.Tensor:
-        """`forward` without the head: (B, T, hidden_size) before the final norm, in the backend's type.
+    def forward(
+        self, ids: torch.Tensor, cache: Cache, lengths: torch.Tensor | None = None, last_only: bool = False
+    ) -> torch.Tensor:
+        """`run` for a rectangle of tokens.
 
-        With `logits` on slices of the result, a caller bounds the memory of (B, T, V).
+        Args:
+            ids: int64 (B, T). A right-padded ragged batch: row b has lengths[b] real tokens, the rest may be any id.
+                Positions continue from cache.lengths[b].
+            cache: of this decoder's making; takes the real tokens in, and cache.lengths grows by `lengths`.
+            lengths: int64 (B,), each 0 to T; None means T for all.
+            last_only: only the logits of each row's last real token.
+
+        Returns:
+            float32 (B, T, V), or (B, 1, V) with last_only. Values at padding are finite and mean nothing, as does the
+            last token of a row of length 0.
+
+        Raises:
+            UsageError: shapes that do not fit, or as `run`; the cache is unchanged.
         """
-        return self._runner.hidden(ids, cache, self._checked(ids, cache, lengths))
+        from kbit.models.padding import pack, pad
+
+        batch = pack(ids, cache, lengths, last_only)
+        logits = self.run(batch, cache)
+        if last_only:
+            return pad(logits, np.minimum(batch.counts, 1).tolist(), 1)
+        return pad(logits, batch.counts.tolist(), ids.shape[1])
+
+    def hidden_states(self, ids: torch.Tensor, cache: Cache, lengths: torch.Tensor | None = None) -> torch.Tensor:
+        """`forward` without the head: (B, T, hidden_size) before the final norm, in the backend's type."""
+        from kbit.models.padding import pack, pad
+
+        batch = pack(ids, cache, lengths, last_only=False)
+        return pad(self.run_hidden(batch, cache), batch.counts.tolist(), ids.shape[1])
 
     def logits(self, x: torch.Tensor) -> torch.Tensor:
         """Final norm and head: hidden states (..., hidden_size) -> float32 (..., V)."""
-        return self._runner.logits(x)
+        import torch
 
-    def _checked(self, ids: torch.Tensor, cache: Cache, lengths: torch.Tensor | None) -> list[int]:
-        """Refuse a request that cannot be met, before anything is computed; the lengths, filled in."""
-        import torch  # as the caller, who has a tensor, has done; `extend` needs none
+        return torch.as_tensor(self.run_head(x.reshape(-1, x.shape[-1]))).view(*x.shape[:-1], -1)
 
-        if ids.ndim != 2 or ids.shape[1] == 0 or ids.dtype != torch.int64:
-            raise UsageError(f"token ids must be int64 (rows, tokens) with at least 1 token, not {_kind(ids)}")
-        rows, width = ids.shape
-        if rows != cache.batch:
-            raise UsageError(f"{rows} rows of token ids do not fit a cache of {cache.batch} rows")
-        if rows * width <= _FEW_IDS:
-            values = ids.flatten().tolist()
-            low, high = min(values), max(values)
-        else:
-            low, high = int(ids.min()), int(ids.max())
-        self._check_vocabulary(low, high)
-        if lengths is None:
-            new = [width] * rows
-        elif lengths.shape != ids.shape[:1] or lengths.dtype != torch.int64:
-            raise UsageError(f"lengths must be int64 ({rows},), not {_kind(lengths)}")
-        else:
-            new = lengths.tolist()
-            if min(new) < 0 or max(new) > width:
-                raise UsageError(f"lengths {new} do not fit {width} tokens per row")
-        cache.reserve(new)
-        return new
+    def _reserve(self, batch: Batch, cache: Cache) -> None:
+        """Refuses a request that cannot be met, before anything is computed, and makes room for it."""
+        if len(batch):
+            self._check_vocabulary(int(batch.ids.min()), int(batch.ids.max()))
+        cache.reserve(batch.counts)
 
     def _check_vocabulary(self, low: int, high: int) -> None:
         """Refuse token ids of which the smallest or the largest does not exist."""
         if low < 0 or high >= self.spec.vocab_size:
             bad = low if low < 0 else high
             raise UsageError(f"token id {bad} is outside the model's vocabulary of {self.spec.vocab_size}")
-
-
-def _kind(x: torch.Tensor) -> str:
-    return f"{str(x.dtype).removeprefix('torch.')} {tuple(x.shape)}"

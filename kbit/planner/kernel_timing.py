@@ -17,9 +17,11 @@ from statistics import median
 from time import perf_counter
 
 import numpy as np
+from numpy.typing import NDArray
 
 from kbit import _native
 from kbit.formats.quant_format import QuantFormat, plane_widths
+from kbit.graph.pages import pages_for
 
 # A matrix of the size of those in a small model; a large one is many of these to the kernels.
 ROWS = COLUMNS = 1024
@@ -191,13 +193,14 @@ class Timer:
     def attention(self, kind: str, head_dim: int, group: int) -> AttentionRate:
         """What attention takes: cache kind, features of a head, query heads per key/value head."""
         kv_heads = 2
-        probe = _native.KVCache(1, 1, kv_heads, head_dim, _TOKENS, kind)
+        page_bytes = _native.kv_page_bytes(1, kv_heads, head_dim, kind)
+        layer_bytes = pages_for(_TOKENS) * page_bytes
         slots = kv_heads * _TOKENS
-        layers = max(2, min(self.memory_bytes, _ATTENTION_BYTES) // probe.nbytes)
+        layers = max(2, min(self.memory_bytes, _ATTENTION_BYTES) // layer_bytes)
         times: dict[int, float] = {}
         begin = later = 0.0
         for count in (1, layers):
-            cache = _native.KVCache(count, 1, kv_heads, head_dim, _TOKENS + PASS_ROWS, kind)
+            cache = _one_sequence(count, kv_heads, head_dim, kind, _TOKENS + PASS_ROWS)
             write = self._attentions(count, kv_heads, head_dim, group, 1)
             for start in range(0, _TOKENS, PASS_ROWS):  # what was never written is a page of zeros, always in cache
                 _passes(write, PASS_ROWS, cache, start)()
@@ -209,7 +212,7 @@ class Timer:
                 begin = _seconds(_passes(program, PASS_ROWS, cache))[0]
         prompt = max(later - begin, 0.0) / (_TOKENS * PASS_ROWS * kv_heads)
         row = begin / (PASS_ROWS * kv_heads) - prompt * (PASS_ROWS + 1) / 2
-        return AttentionRate(times[1], max(times[layers], times[1]), prompt, max(row, 0.0), probe.nbytes / slots)
+        return AttentionRate(times[1], max(times[layers], times[1]), prompt, max(row, 0.0), layer_bytes / slots)
 
     def overheads(self, token: float, prompt: float) -> Overheads:
         """Everything else. `token` and `prompt` are measured elsewhere, as they take a whole model."""
@@ -262,7 +265,7 @@ class Timer:
         program.finish(out)
         return _Recorded(program, dim * kv_heads * group)
 
-    def _tiny_model(self, layers: int) -> tuple[_Recorded, _native.KVCache]:
+    def _tiny_model(self, layers: int) -> tuple[_Recorded, _Sequence]:
         """A whole decoder whose weights take no time to read."""
         width, mlp = 64, 64
         program = _native.Program(self.context, self.compute)
@@ -284,7 +287,7 @@ class Timer:
             program.matmul(middle, [matrix(width, mlp)], [None], [x], None, 0.0, None, x)
         program.finish(x)
         program.head(matrix(16, width), norm, 1e-5)
-        return _Recorded(program, width), _native.KVCache(layers, 1, 1, width, 16, "fp16")
+        return _Recorded(program, width), _one_sequence(layers, 1, width, "fp16", 16)
 
     def _embedding(self, columns: int) -> _native.Matrix:
         values = np.random.default_rng(0).standard_normal((16, columns), dtype=np.float32)
@@ -293,7 +296,21 @@ class Timer:
     @staticmethod
     def _time(recorded: _Recorded, rows: int) -> tuple[float, float]:
         """Seconds of a pass of `rows` tokens, and its spread."""
-        return _seconds(_passes(recorded, rows, _native.KVCache(1, 1, 1, 16, max(rows, 16), "fp32")))
+        return _seconds(_passes(recorded, rows, _one_sequence(1, 1, 16, "fp32", rows)))
+
+
+@dataclass(frozen=True, eq=False)
+class _Sequence:
+    """Keys and values of one sequence: its pages, and all of them in order."""
+
+    pages: _native.KVPages
+    table: NDArray[np.int32]
+
+
+def _one_sequence(layers: int, kv_heads: int, head_dim: int, kind: str, tokens: int) -> _Sequence:
+    count = pages_for(tokens)
+    pages = _native.KVPages(layers, kv_heads, head_dim, kind, count)
+    return _Sequence(pages, np.arange(count, dtype=np.int32)[None])
 
 
 def _seconds(run: Callable[[], object]) -> tuple[float, float]:
@@ -311,9 +328,9 @@ def _seconds(run: Callable[[], object]) -> tuple[float, float]:
 
 
 def _passes(
-    recorded: _Recorded, rows: int, cache: _native.KVCache, start: int = 0, *, logits: bool = False
+    recorded: _Recorded, rows: int, cache: _Sequence, start: int = 0, *, logits: bool = False
 ) -> Callable[[], None]:
-    """A call that runs `rows` tokens at positions from `start` on. The cache's length is not looked at."""
+    """A call that runs `rows` tokens at positions from `start` on."""
     ids = np.arange(rows, dtype=np.int64) % 16
     positions = np.arange(start, start + rows, dtype=np.int32)
     zeros = np.zeros(rows, dtype=np.int32)
@@ -322,7 +339,7 @@ def _passes(
     out = np.empty((1, 16) if logits else (rows, recorded.hidden), dtype=np.float32)
 
     def run() -> None:
-        recorded.program.run(ids, zeros, positions, turn, turn, zeros, cache, wanted, out)
+        recorded.program.run(ids, zeros, positions, turn, turn, zeros, cache.pages, cache.table, wanted, out)
 
     return run
 

@@ -3,7 +3,7 @@
 What is counted is what the backends allocate, to the byte where that is possible:
 
     weights      every matrix in its backend's layout, padding included (codecs/matrix.h; triton/codecs/layout.py)
-    cache        keys and values of every layer for the whole context (kernels/cpu/attention/kv_cache.h; kv_layout.py)
+    cache        keys and values of every layer for the whole context (kv_pages.h; kv_layout.py)
     workspace    buffers of the recorded program for a pass of at most 512 tokens, scratch of every thread, rotary
                  tables, logits
     tokenizer    vocabulary and merges in memory, read first; what that leaves free is used again by the weights
@@ -21,8 +21,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from math import ceil
 
+from kbit import _native
 from kbit.checkpoint.source import CheckpointSource
 from kbit.formats.quant_format import QuantFormat, plane_widths
+from kbit.graph.pages import pages_for
 from kbit.host.errors import UnsupportedError, UsageError
 from kbit.models.spec import ModelSpec
 
@@ -32,14 +34,8 @@ DENSE_BYTES = {"fp16": 2, "bf16": 2, "fp32": 4}
 _DENSE_OF = {"F16": "fp16", "BF16": "bf16"}
 KV_KINDS = ("fp32", "fp16", "8", "4", "3", "2")
 
-# kernels/cpu/codecs/matrix.h
-_PANEL_ROWS, _TILE_COLUMNS = 16, 64
-# kernels/cpu/attention/kv_cache.h: tokens of a block.
-_SLOTS = 16
 # kbit.backends.cpu.runner.PASS_ROWS: tokens that go through the program at once.
 _PASS_ROWS = 512
-# kernels/cpu/program/program_scratch.h and kernels.h
-_REDUNDANT_INPUT, _STAGING_FLOATS, _KERNEL_SCRATCH = 4096, 16 << 10, 256 << 10
 # kbit.backends.rotary: positions of the first table, which then doubles.
 _ROTARY_POSITIONS = 1024
 # Fraction of rows that a layer's int8 products multiply a second time (kernels/cpu/program/program_matmul.cpp, kSpike:
@@ -259,15 +255,12 @@ def prepared_bytes(weight: Weight, backend: str = "native") -> int:
     kept = weight.kept
     if backend != "native":
         return _triton_bytes(weight)
-    panels, tiles = ceil(weight.rows / _PANEL_ROWS), ceil(weight.columns / _TILE_COLUMNS)
     if isinstance(kept, str):
-        return panels * _PANEL_ROWS * tiles * _TILE_COLUMNS * DENSE_BYTES[kept]
-    codes = panels * tiles * (_PANEL_ROWS * _TILE_COLUMNS // 8) * kept.bits
-    number = 4 if kept.double_quant else DENSE_BYTES[kept.scale_dtype]  # factors are multiplied in at load
-    scales = panels * kept.blocks_per_row(weight.columns) * _PANEL_ROWS * number
-    if weight.steps:  # int8, and an fp32 number for 256 columns
-        scales = panels * ceil(weight.columns / 256) * _PANEL_ROWS * (256 // kept.block_size + 4)
-    return codes + scales * (2 if kept.asymmetric else 1)
+        return _native.matrix_bytes(weight.rows, weight.columns, 0, 0, kept, False)
+    # Factors of double-quantized scales are multiplied in at load; K types keep steps of a number for 256 columns.
+    scales = "fp32" if kept.double_quant else kept.scale_dtype
+    kind = "fp32-steps" if weight.steps else scales
+    return _native.matrix_bytes(weight.rows, weight.columns, kept.bits, kept.block_size, kind, kept.asymmetric)
 
 
 def cache_bytes(spec: ModelSpec, context: int, batch: int = 1, kv: str = "fp16", backend: str = "native") -> int:
@@ -278,28 +271,16 @@ def cache_bytes(spec: ModelSpec, context: int, batch: int = 1, kv: str = "fp16",
     """
     if kv not in KV_KINDS or (kv == "fp32" and backend != "native"):
         raise UnsupportedError(f"a KV cache of {kv}: the {backend} backend has 16-bit floats and 8, 4, 3 or 2 bits")
-    dim = spec.head_dim
-    if kv.isdigit() and dim % 16:
+    if kv.isdigit() and spec.head_dim % 16:
         raise UnsupportedError(
-            f"a KV cache of {kv} bits: heads of {dim} features are not a multiple of 16; use 16 bits"
+            f"a KV cache of {kv} bits: heads of {spec.head_dim} features are not a multiple of 16; use 16 bits"
         )
-    heads = spec.layers * batch * spec.kv_heads
-    group = 32 if dim % 32 == 0 else 16
-    if backend != "native":
-        page = 64  # tokens, kernels/triton/attention/kv_layout.py
-        bits, groups = (int(kv), dim // group) if kv.isdigit() else (16, 0)
-        return heads * 2 * ceil(context / page) * page * (dim * bits // 8 + 2 * groups)
-    blocks = ceil(context / _SLOTS)
-    if not kv.isdigit():
-        number = 4 if kv == "fp32" else 2
-        keys = _up(_SLOTS * dim * number, 64)
-        values = _SLOTS * _up(dim, 16) * number
-    else:
-        bits = int(kv)
-        scales = _up(dim // group * _SLOTS * 2, 64)
-        keys = sum(_up(dim * 2 * width, 64) for width in plane_widths(bits)) + scales
-        values = _up(dim * 2 * bits, 64) + scales
-    return heads * blocks * (keys + values)
+    pages = batch * pages_for(context)
+    if backend == "native":
+        return pages * _native.kv_page_bytes(spec.layers, spec.kv_heads, spec.head_dim, kv)
+    from kbit.kernels.triton.attention.kv_layout import KVFormat
+
+    return pages * spec.layers * spec.kv_heads * 2 * KVFormat(kv, spec.head_dim).page_bytes
 
 
 def program_bytes(
@@ -311,10 +292,11 @@ def program_bytes(
         resident: only what such passes touch; memory that is never written costs nothing.
     """
     hidden, queries = spec.hidden_size, spec.heads * spec.head_dim
-    buffers = sum(4 * rows * _up(width, _TILE_COLUMNS) for width in _buffer_widths(spec))
-    widest = _up(max(hidden, queries, spec.intermediate_size), _TILE_COLUMNS)
+    buffers = sum(4 * rows * _up(width, _native.TILE_COLUMNS) for width in _buffer_widths(spec))
+    widest = _up(max(hidden, queries, spec.intermediate_size), _native.TILE_COLUMNS)
     multiplied = [w.kept for w in weights if w.role != "embedding" or spec.tied_embeddings]
-    segments = {_segment(kept) for kept in multiplied if isinstance(kept, QuantFormat)} if compute == "int8" else set()
+    blocks = {kept.block_size for kept in multiplied if isinstance(kept, QuantFormat)}
+    segments = {_native.matrix_segment(block) for block in blocks} if compute == "int8" else set()
 
     def inputs(count: int, floats: float, second: float) -> float:
         """Rows of x made ready: `count` numbers; `floats` and `second` of them in float32, and rounded once more."""
@@ -326,11 +308,11 @@ def program_bytes(
             total += rounded * (count + second)
         return total
 
-    few = max(1, min(rows, _REDUNDANT_INPUT // widest))
-    scratch = _KERNEL_SCRATCH + 3 * 4 * _STAGING_FLOATS + inputs(few * widest, few * widest, few * widest)
+    few = max(1, min(rows, _native.REDUNDANT_INPUT // widest))
+    scratch = _native.THREAD_SCRATCH_BYTES + inputs(few * widest, few * widest, few * widest)
     if resident:
         spiky = 1 - (1 - _SPIKY) ** spec.layers
-        shared = inputs(rows * widest, rows * _up(hidden, _TILE_COLUMNS), spiky * rows * widest)
+        shared = inputs(rows * widest, rows * _up(hidden, _native.TILE_COLUMNS), spiky * rows * widest)
     else:
         shared = inputs(rows * widest, rows * widest, rows * widest)
     return int(buffers + shared + threads * scratch)
@@ -401,19 +383,12 @@ def _buffer_widths(spec: ModelSpec) -> list[int]:
     return widths
 
 
-def _segment(kept: QuantFormat) -> int:
-    """Columns that int8 products sum as integers (kernels/cpu/codecs/matrix.h)."""
-    block = kept.block_size
-    return 64 if block % 64 == 0 else 32 if block % 32 == 0 else 16
-
-
 def _attention_bytes(spec: ModelSpec, context: int, threads: int) -> int:
-    """Scratch of attention (attention_kernels.h, task_memory) and, with threads, of chunks that wait."""
+    """Scratch of attention and, with threads, of chunks that wait."""
     group, padded = spec.heads // spec.kv_heads, _up(spec.head_dim, 16)
     rows = max(48, 16 * group)
-    task = 4 * (2 * rows * padded + 128 * (spec.head_dim + 32) + 128 * padded + 4 * 128 * (1 + padded // 16))
-    waiting = 4 * spec.heads * ceil(context / 128) * (padded + 2) if threads > 1 else 0
-    return threads * task + waiting
+    waiting = 4 * spec.heads * ceil(context / _native.ATTENTION_CHUNK) * (padded + 2) if threads > 1 else 0
+    return threads * _native.attention_task_bytes(rows, spec.head_dim) + waiting
 
 
 def _rotary_bytes(spec: ModelSpec, context: int) -> int:

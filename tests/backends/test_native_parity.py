@@ -43,7 +43,7 @@ def test_ragged_batches(pair: tuple[Decoder, Decoder]) -> None:
                 assert_close(found[row, :length], every[row, :length])
             assert not found[row, length:].any()
         for cache in caches:
-            cache.truncate(cache.lengths - lengths)
+            cache.truncate(cache.lengths - lengths.numpy())
         last = ours.forward(ids, caches[0], lengths, last_only=True)
         theirs.forward(ids, caches[1], lengths)
         assert last.shape == (3, 1, VOCABULARY)

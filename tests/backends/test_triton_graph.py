@@ -9,13 +9,14 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 pytest.importorskip("triton")
 
 from kbit.backends.triton.graph import DecodeGraph
-from kbit.backends.triton.kv_cache import TritonKVCache
+from kbit.backends.triton.kv_cache import TritonPages
 
 
 class Stream:
@@ -32,15 +33,15 @@ class Stream:
 class Steps:
     """A step that writes into the cache, as a model does, and answers with its arguments."""
 
-    def __init__(self, cache: TritonKVCache) -> None:
-        self._cache = cache
+    def __init__(self, pages: TritonPages) -> None:
+        self._pages = pages
         self.seen: list[list[list[int]]] = []
         self.replay: Callable[[], object] = lambda: None
 
     def __call__(self, *arguments: torch.Tensor) -> torch.Tensor:
         ids, positions, slots, lengths = arguments
         assert lengths.dtype == torch.int32
-        for pages in (*self._cache.keys, *self._cache.values):
+        for pages in (*self._pages.keys, *self._pages.values):
             pages[slots // 64] = 99
         self.seen.append([ids.tolist(), positions.tolist(), slots.tolist(), lengths.tolist()])
         self.replay = lambda: self(ids, positions, slots, (positions + 1).int())
@@ -65,17 +66,18 @@ def captures(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
 
 
 def test_capture_and_replay(captures: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch) -> None:
-    cache = TritonKVCache(2, 3, 1, 16, 100, device="cpu")
-    for pages in (*cache.keys, *cache.values):
+    store = TritonPages(2, 1, 16, 6, device="cpu")
+    for pages in (*store.keys, *store.values):
         pages.copy_(torch.arange(pages.numel()).view(pages.shape) % 97)
-    before = [pages.clone() for pages in (*cache.keys, *cache.values)]
-    steps, table = Steps(cache), torch.zeros(4)
+    before = [pages.clone() for pages in (*store.keys, *store.values)]
+    steps, table = Steps(store), torch.zeros(4)
     monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: type("Graph", (), {"replay": lambda graph: steps.replay()})())
-    graph = DecodeGraph(steps, cache, torch.device("cpu"), held=(table,))
+    first = np.array([0, 128, 256])
+    graph = DecodeGraph(steps, store, first, torch.device("cpu"), held=(table,))
 
     # Once before it is captured and once for that, at position 0 of every row; the cache is as it was.
     assert steps.seen == 2 * [[[0, 0, 0], [0, 0, 0], [0, 128, 256], [1, 1, 1]]]
-    assert all(torch.equal(*pair) for pair in zip(before, (*cache.keys, *cache.values), strict=True))
+    assert all(torch.equal(*pair) for pair in zip(before, (*store.keys, *store.values), strict=True))
     # A graph holds addresses: the tables that the runner may replace must stay.
     assert any(table is held for value in vars(graph).values() if isinstance(value, tuple) for held in value)
     # On a stream of its own device, and undisturbed by other threads.
@@ -83,5 +85,5 @@ def test_capture_and_replay(captures: list[dict[str, Any]], monkeypatch: pytest.
     assert isinstance(options["stream"], Stream)
     assert options["capture_error_mode"] == "thread_local"
 
-    assert graph([7, 8, 9], [70, 0, 5]).shape == (3, 5)
+    assert graph([7, 8, 9], [70, 0, 5], [70, 128, 261]).shape == (3, 5)
     assert steps.seen[2] == [[7, 8, 9], [70, 0, 5], [70, 128, 261], [71, 1, 6]]

@@ -8,6 +8,9 @@ import numpy as np
 import torch
 
 from kbit import _native
+from kbit.backends.cpu.kv_cache import native_pages, new_pool
+from kbit.graph.cache import Cache
+from kbit.graph.pages import pages_for
 from kbit.kernels import reference
 
 SETS = _native.instruction_sets()
@@ -41,17 +44,26 @@ def make_tokens(heads: tuple[int, int, int], lengths: list[int], seed: int = 0, 
     return Tokens(q, k, v, angles.cos(), angles.sin(), lengths)
 
 
-def make_cache(tokens: Tokens, kind: str, capacity: int | None = None) -> _native.KVCache:
+def new_cache(layers: int, batch: int, kv_heads: int, dim: int, capacity: int, kind: str) -> Cache:
+    return Cache.alone(new_pool(layers, kv_heads, dim, kind, batch * pages_for(capacity)), batch, capacity)
+
+
+def make_cache(tokens: Tokens, kind: str, capacity: int | None = None) -> Cache:
     """Two layers; the tests use the second."""
     batch, longest, kv_heads, dim = tokens.k.shape
-    return _native.KVCache(2, batch, kv_heads, dim, capacity or longest, kind)
+    return new_cache(2, batch, kv_heads, dim, capacity or longest, kind)
+
+
+def dequantized(cache: Cache, layer: int, row: int) -> tuple[np.ndarray, np.ndarray]:
+    """Keys and values of a row as attention understands them: (H_kv, length, D) each."""
+    return native_pages(cache).dequantized(layer, cache.tables[row], cache.rows[row].length)
 
 
 def run_pass(
-    context: _native.Context, tokens: Tokens, cache: _native.KVCache, counts: list[int], window: int = 0
+    context: _native.Context, tokens: Tokens, cache: Cache, counts: list[int], window: int = 0
 ) -> list[torch.Tensor]:
     """The next counts[b] tokens of every sequence in one pass -> per sequence (counts[b], H, D)."""
-    starts = cache.lengths()
+    starts = cache.lengths.tolist()
     rows = [(b, t) for b, n in enumerate(counts) for t in range(starts[b], starts[b] + n)]
     sequence, positions = (np.array(column, dtype=np.int32) for column in zip(*rows, strict=True))
     cache.reserve(counts)
@@ -62,7 +74,8 @@ def run_pass(
         positions,
         sequence,
         *(x[positions.tolist()].contiguous().numpy() for x in (tokens.cos, tokens.sin)),
-        cache,
+        native_pages(cache),
+        cache.tables,
         1,
         scale,
         window,

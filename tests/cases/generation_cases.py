@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models, pre_tokenizers
 
-from kbit.backends.reference.kv_cache import KVCache
+from kbit.backends.reference.kv_cache import ReferencePages, reference_pages
 from kbit.engine.generate import Generation, generate
+from kbit.graph.cache import Cache
+from kbit.graph.pages import PAGE, BlockTable, PagePool, pages_for
 from kbit.text.tokenizer import Tokenizer
 
 CHATML = (
@@ -30,11 +34,18 @@ def byte_tokenizer(chat_template: str | None = None) -> Tokenizer:
     return Tokenizer(backend, eos_ids=frozenset({256}), chat_templates=templates)
 
 
-class GrowingCache(KVCache):
+def rows_of(logits: torch.Tensor) -> NDArray[np.float32]:
+    """Logits (1, T, V) as `extend` returns them: (T, V)."""
+    rows: NDArray[np.float32] = logits[0].detach().float().numpy()
+    return rows
+
+
+class GrowingCache(Cache):
     """A cache that tells a fake decoder how large it was made."""
 
     def __init__(self, capacities: list[int], batch: int, capacity: int) -> None:
-        super().__init__(1, batch, 1, 1, capacity)
+        pool = PagePool(ReferencePages(1, 1, 1, batch * pages_for(capacity)))
+        super().__init__(pool, [BlockTable(pool) for _ in range(batch)], capacity, private=True)
         self._capacities = capacities
         capacities.append(capacity)
 
@@ -51,25 +62,31 @@ class FakeDecoder:
 
     def __init__(self, rule: Callable[[list[int]], int | torch.Tensor], context: int = 1000) -> None:
         self.rule = rule
-        self.spec = SimpleNamespace(max_positions=context, vocab_size=257)
+        self.spec = SimpleNamespace(max_positions=context, longest_in_pieces=context, vocab_size=257)
         self.steps: list[int] = []  # tokens of each forward pass
         self.capacities: list[int] = []
 
-    def new_cache(self, batch: int, capacity: int) -> KVCache:
+    def new_cache(self, batch: int, capacity: int) -> Cache:
         return GrowingCache(self.capacities, batch, capacity)
 
+    def extend(self, ids: Sequence[int], cache: Cache, last_only: bool = True) -> NDArray[np.float32]:
+        return rows_of(self.forward(torch.tensor([ids], dtype=torch.int64), cache, last_only=last_only))
+
     def forward(
-        self, ids: torch.Tensor, cache: KVCache, lengths: torch.Tensor | None = None, last_only: bool = False
+        self, ids: torch.Tensor, cache: Cache, lengths: torch.Tensor | None = None, last_only: bool = False
     ) -> torch.Tensor:
         assert ids.shape[0] == 1
         assert lengths is None
         new = torch.tensor([ids.shape[1]])
         cache.reserve(new)
         start = int(cache.lengths[0])
-        cache.keys[0][0, 0, start : start + ids.shape[1], 0] = ids[0].float()
+        pages, table = reference_pages(cache), cache.rows[0].pages
+        slots = torch.tensor([table[at // PAGE] * PAGE + at % PAGE for at in range(start, start + ids.shape[1])])
+        stored = ids[0].float()[:, None, None]
+        pages.append(0, slots, stored, stored)
         cache.advance(new)
         self.steps.append(ids.shape[1])
-        history = cache.keys[0][0, 0, : int(cache.lengths[0]), 0].long().tolist()
+        history = pages.read(0, table, int(cache.lengths[0]))[0][0, :, 0].long().tolist()
         first = len(history) if last_only else start + 1
         answers = [self.rule(history[:end]) for end in range(first, len(history) + 1)]
         vectors = [

@@ -7,7 +7,7 @@ from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import torch
-from generation_cases import byte_tokenizer
+from generation_cases import byte_tokenizer, rows_of
 
 from kbit.engine.generate import Generation, GenerationResult, generate
 from kbit.engine.sampler import Guess, Sampler, SamplingParams
@@ -57,6 +57,9 @@ class TokenByToken:
         self.decoder = decoder
         self.spec = decoder.spec
         self.new_cache = decoder.new_cache
+
+    def extend(self, ids: Sequence[int], cache: Any, last_only: bool = True) -> Any:
+        return rows_of(self.forward(torch.tensor([ids], dtype=torch.int64), cache, last_only=last_only))
 
     def forward(
         self, ids: torch.Tensor, cache: Any, lengths: torch.Tensor | None = None, last_only: bool = False

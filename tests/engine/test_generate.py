@@ -8,10 +8,10 @@ from generation_cases import FakeDecoder, byte_tokenizer, reciting, start
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kbit.backends.reference.kv_cache import KVCache
 from kbit.engine.generate import generate
 from kbit.engine.sampler import SamplingParams
 from kbit.engine.stop import StopMatcher
+from kbit.graph.cache import Cache
 from kbit.host.errors import KbitError, UsageError
 from kbit.text.tokenizer import Tokenizer
 
@@ -49,11 +49,12 @@ class TestLoop:
         result = start("hello", stop_token_ids=tokenizer.encode("l")).run()
         assert (result.text, result.finish_reason, result.completion_tokens) == ("he", "stop", 3)
 
-    def test_prefill_in_chunks_gives_the_same(self) -> None:
+    def test_prefill_in_chunks_gives_the_same(self, monkeypatch: pytest.MonkeyPatch) -> None:
         tokenizer, prompt = byte_tokenizer(), "x" * 23
         for chunk, steps in [(1, [1] * 23), (7, [7, 7, 7, 2]), (23, [23]), (512, [23])]:
             decoder = reciting(tokenizer, prompt, "ok")
-            result = generate(decoder, tokenizer, tokenizer.encode(prompt), prefill_chunk=chunk).run()
+            monkeypatch.setattr("kbit.engine.generate.PREFILL_CHUNK", chunk)
+            result = generate(decoder, tokenizer, tokenizer.encode(prompt)).run()
             assert result.text == "ok"
             assert decoder.steps == steps + [1, 1]
 
@@ -103,8 +104,6 @@ class TestErrors:
             start("x", max_tokens=0)
         with pytest.raises(UsageError, match="--stop ''"):
             start("x", stop=["a", ""])
-        with pytest.raises(UsageError, match="prefill chunk of 0"):
-            start("x", prefill_chunk=0)
 
     def test_logits_that_are_not_finite(self) -> None:
         tokenizer = byte_tokenizer()
@@ -116,7 +115,7 @@ class TestErrors:
     def test_no_memory_for_the_cache(self) -> None:
         decoder = FakeDecoder(lambda h: 5)
 
-        def no_memory(batch: int, capacity: int) -> KVCache:
+        def no_memory(batch: int, capacity: int) -> Cache:
             raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 bytes")
 
         decoder.new_cache = no_memory  # type: ignore[method-assign]

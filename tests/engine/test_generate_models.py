@@ -58,10 +58,9 @@ class TestBeyondTheOriginalContext:
             return seen[-1]
 
         cache.extend = watched  # type: ignore[method-assign]
-        generation = generate(
-            model.decoder, model.tokenizer, ids, max_tokens=8, prefill_chunk=chunk, prompt_cache=cache
-        )
-        result = generation.run()
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("kbit.engine.generate.PREFILL_CHUNK", chunk)
+            result = generate(model.decoder, model.tokenizer, ids, max_tokens=8, prompt_cache=cache).run()
         cache.extend = extend  # type: ignore[method-assign]
         assert result.completion_tokens == 8
         return seen[-8:], result.cached_tokens
@@ -88,7 +87,7 @@ class TestBeyondTheOriginalContext:
 
 
 class TestRealModels:
-    def test_novels_continue_a_sentence(self, novels_folder: str) -> None:
+    def test_novels_continue_a_sentence(self, novels_folder: str, monkeypatch: pytest.MonkeyPatch) -> None:
         from kbit.engine.loader import load_model
 
         loaded = load_model(novels_folder, "cpu")
@@ -96,10 +95,9 @@ class TestRealModels:
         result = generate(loaded.decoder, loaded.tokenizer, ids, max_tokens=40).run()
         # Chunked prefill, a cache that is reused, and no cache must not change greedy tokens.
         cache = PromptCache(loaded.decoder)
+        monkeypatch.setattr("kbit.engine.generate.PREFILL_CHUNK", 3)
         for _ in range(2):
-            again = generate(
-                loaded.decoder, loaded.tokenizer, ids, max_tokens=40, prefill_chunk=3, prompt_cache=cache
-            ).run()
+            again = generate(loaded.decoder, loaded.tokenizer, ids, max_tokens=40, prompt_cache=cache).run()
             assert again.ids == result.ids
         assert again.cached_tokens == len(ids) - 1
         assert result.text == loaded.tokenizer.decode([*ids, *result.ids])[len(loaded.tokenizer.decode(ids)) :]

@@ -8,6 +8,7 @@ import pytest
 from generation_cases import CHATML, FakeDecoder, byte_tokenizer
 from speculative_cases import TOKENIZER, A, guesser, next_after
 
+from kbit.backends.reference.kv_cache import reference_pages
 from kbit.engine.conversation import Conversation
 from kbit.engine.generate import generate
 from kbit.engine.ngram import NgramDrafter
@@ -93,7 +94,8 @@ class TestCaches:
             cached = cache._cache
             assert cached is not None
             assert int(cached.lengths[0]) == len(held)
-            assert cached.keys[0][0, 0, : len(held), 0].long().tolist() == held
+            keys, _ = reference_pages(cached).read(0, cached.rows[0].pages, len(held))
+            assert keys[0, :, 0].long().tolist() == held
 
     def test_a_draft_model_computes_each_token_once(self) -> None:
         drafting = FakeDecoder(next_after)

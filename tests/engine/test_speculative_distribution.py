@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -103,13 +103,13 @@ class Markov:
 
     def __init__(self, logits: torch.Tensor) -> None:
         self.logits = logits
-        self.spec = SimpleNamespace(max_positions=1000, vocab_size=V)
+        self.spec = SimpleNamespace(max_positions=1000, longest_in_pieces=1000, vocab_size=V)
 
     def new_cache(self, batch: int, capacity: int) -> Any:
         return SimpleNamespace(capacity=capacity, truncate=lambda length: None)
 
-    def forward(self, ids: torch.Tensor, cache: Any, lengths: Any = None, last_only: bool = False) -> torch.Tensor:
-        return self.logits[ids[:, -1:] if last_only else ids]
+    def extend(self, ids: Sequence[int], cache: Any, last_only: bool = True) -> Any:
+        return self.logits[list(ids[-1:] if last_only else ids)].numpy()
 
 
 def sampled(params: dict[str, Any], draft_tokens: int, count: int = TEXTS) -> tuple[Counter[tuple[int, ...]], float]:

@@ -16,6 +16,9 @@ from kbit.evaluate.tasks import scorer as module
 from kbit.evaluate.tasks.documents import TASKS
 from kbit.evaluate.tasks.scorer import Encoded, Scorer, TooLongError, choose_length, group_requests
 from kbit.evaluate.tasks.sources import load_items
+from kbit.graph.batch import Batch
+from kbit.graph.cache import Cache
+from kbit.graph.ops import Array
 from kbit.host.errors import KbitError, UsageError
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -92,13 +95,13 @@ def test_shared_beginnings_are_computed_once(novels: LoadedModel, monkeypatch: p
     context = "The lighthouse keeper climbed the stairs and, since nobody was there, he "
     requests = [(context, text) for text in ("slept", "wrote a letter", "sang", "looked at the sea")]
     fed: list[int] = []
-    run = novels.decoder.hidden_states
+    run = novels.decoder.run_hidden
 
-    def count(ids: torch.Tensor, cache: object, lengths: torch.Tensor) -> torch.Tensor:
-        fed.append(int(lengths.sum()))
-        return run(ids, cache, lengths)  # type: ignore[arg-type]
+    def count(batch: Batch, cache: Cache) -> Array:
+        fed.append(len(batch))
+        return run(batch, cache)
 
-    monkeypatch.setattr(novels.decoder, "hidden_states", count)
+    monkeypatch.setattr(novels.decoder, "run_hidden", count)
     scorer.score(requests)
     encoded = [scorer.encode(*request) for request in requests]
     shared = encoded[0].first
@@ -160,7 +163,7 @@ def test_lengths_a_model_cannot_take_are_refused(novels: LoadedModel) -> None:
 
 def test_broken_arithmetic_is_told(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = load_model(str(tiny_model), threads=1)
-    monkeypatch.setattr(model.decoder, "logits", lambda x: torch.full((len(x), 260), float("nan")))
+    monkeypatch.setattr(model.decoder, "run_head", lambda x: torch.full((len(x), 260), float("nan")))
     with pytest.raises(KbitError, match="broken"):
         Scorer(model.decoder, model.tokenizer).score([("abc", "def")])
 

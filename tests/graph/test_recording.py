@@ -14,6 +14,7 @@ from decoder_cases import DictSource, tame_tensors, tiny_config
 from kbit.backends.cpu.backend import NativeBackend
 from kbit.backends.cpu.lowering import place
 from kbit.backends.reference.backend import ReferenceBackend
+from kbit.graph.batch import Batch
 from kbit.graph.fuse import fuse
 from kbit.graph.ops import Ops, Weight
 from kbit.graph.recording import Norm, Project, Recorder, Symbol
@@ -209,17 +210,20 @@ def test_what_is_fused(body: Body, expected: list[str]) -> None:
 @pytest.mark.parametrize("body", BODIES)
 def test_fusing_and_placing_change_nothing(body: Body) -> None:
     """Made-up models through the native program and through plain calls."""
-    ids = torch.tensor([[3, 49, 0, 3, 17]])
+    ids = [3, 49, 0, 3, 17]
     reference, native = ReferenceBackend(), NativeBackend(2, compute="fp32", kv="fp32")
     expected = reference.bind(Made(reference, body))  # type: ignore[arg-type]
     found = native.bind(Made(native, body))  # type: ignore[arg-type]
     for _ in range(2):  # a second pass finds buffers as the first has left them
-        wanted = expected.hidden(ids, reference.new_cache(1, 1, 1, 4, 5), [5])
-        hidden = found.hidden(ids, native.new_cache(1, 1, 1, 4, 5), [5])
+        caches = reference.new_cache(1, 1, 1, 4, 5), native.new_cache(1, 1, 1, 4, 5)
+        for cache in caches:
+            cache.reserve([5])
+        batch = Batch.of([ids], [0], "all")
+        wanted, hidden = expected.hidden(batch, caches[0]), torch.as_tensor(found.hidden(batch, caches[1]))
         assert float((hidden - wanted).abs().max() / wanted.abs().max()) <= RELATIVE
-        logits = found.logits(hidden)
+        logits = torch.as_tensor(found.logits(hidden))
         assert float((logits - expected.logits(hidden)).abs().max() / logits.abs().max()) <= RELATIVE
-        ids = ids.flip(1)
+        ids = ids[::-1]
 
 
 @pytest.mark.parametrize("body", BODIES)

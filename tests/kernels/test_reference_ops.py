@@ -5,17 +5,20 @@ from __future__ import annotations
 import itertools
 import math
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 
 from kbit.backends.reference.backend import ReferenceBackend, RowOps, StepOps
-from kbit.backends.reference.kv_cache import KVCache
+from kbit.backends.reference.kv_cache import reference_pages
 from kbit.backends.select import select_backend
-from kbit.backends.step import Step, plan_step, positions_of
 from kbit.formats.blockwise import quantize_blockwise
 from kbit.formats.quant_format import QuantFormat
+from kbit.graph.batch import Batch
+from kbit.graph.cache import Cache
 from kbit.graph.ops import Attention
+from kbit.graph.pages import PAGE
 from kbit.host.errors import UnsupportedError, UsageError
 from kbit.kernels import reference
 
@@ -165,7 +168,7 @@ def test_attend(
     monkeypatch.setattr(reference, "SCRATCH_BYTES", scratch)
     q, k, v = randn(3, 9, heads, dim), randn(3, kv_heads, 21, dim, seed=1), randn(3, kv_heads, 21, dim, seed=2)
     starts, new = torch.tensor([12, 0, 5]), torch.tensor([9, 4, 0])
-    positions, kv_lengths = positions_of(starts, 9), starts + new
+    positions, kv_lengths = starts[:, None] + torch.arange(9), starts + new
     exact = sdpa(q, k, v, positions, kv_lengths, dim**-0.5, window)
     for row in range(3):  # what lies beyond a row's length must not matter
         k[row, :, kv_lengths[row] :] = math.nan
@@ -217,38 +220,48 @@ def test_attend_scratch_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
 # ---- the cache -----------------------------------------------------------------------------------------------------
 
 
-def step_for(cache: KVCache, lengths: torch.Tensor, width: int) -> Step:
-    table = torch.zeros(cache.batch, width, 1)
-    return plan_step(cache.lengths, lengths, table + 1, table)
+def reference_cache(layers: int, batch: int, kv_heads: int, head_dim: int, capacity: int) -> Cache:
+    return ReferenceBackend().new_cache(layers, batch, kv_heads, head_dim, capacity)
+
+
+def append(cache: Cache, layer: int, counts: list[int], k: torch.Tensor, v: torch.Tensor) -> None:
+    """The first counts[b] tokens of each row of k and v (B, T, H_kv, D)."""
+    cache.reserve(counts)
+    batch = Batch.packed(np.arange(sum(counts)), counts, cache.lengths)
+    positions = batch.positions.astype(np.int64)
+    slots = cache.tables[batch.sequences, positions // PAGE].astype(np.int64) * PAGE + positions % PAGE
+    real = [torch.cat([row[:count] for row, count in zip(x, counts, strict=True)]) for x in (k, v)]
+    reference_pages(cache).append(layer, torch.from_numpy(slots), *real)
+
+
+def contents(cache: Cache, layer: int, row: int, length: int | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+    table = cache.rows[row]
+    return reference_pages(cache).read(layer, table.pages, table.length if length is None else length)
 
 
 def test_cache_append_uniform_and_ragged() -> None:
-    cache = KVCache(layers=2, batch=2, kv_heads=3, head_dim=4, capacity=6)
-    assert cache.nbytes == 2 * 2 * 2 * 3 * 6 * 4 * 4
+    cache = reference_cache(layers=2, batch=2, kv_heads=3, head_dim=4, capacity=64)
+    assert cache.nbytes == 2 * 2 * 2 * 3 * 64 * 4 * 4
     first_k, first_v = randn(2, 3, 3, 4), randn(2, 3, 3, 4, seed=1)
-    step = step_for(cache, torch.tensor([3, 3]), 3)
-    assert step.shared_start == 0
     for layer in range(2):
-        cache.append(layer, first_k + layer, first_v + layer, step)
+        append(cache, layer, [3, 3], first_k + layer, first_v + layer)
     assert cache.lengths.tolist() == [0, 0]  # nothing counts before advance
-    cache.advance(step.lengths)
-    # Row 0 adds 3 (up to capacity), row 1 adds 1: its padding must not reach the cache.
-    step = step_for(cache, torch.tensor([3, 1]), 3)
-    assert step.shared_start is None
-    assert step.kv_lengths.tolist() == [6, 4]
+    cache.advance([3, 3])
+    # Row 0 adds 3, row 1 adds 1: what follows must not reach the cache.
     second = randn(2, 3, 3, 4, seed=2)
-    cache.append(1, second, -second, step)
-    cache.advance(step.lengths)
+    append(cache, 1, [3, 1], second, -second)
+    cache.advance([3, 1])
     assert cache.lengths.tolist() == [6, 4]
-    assert torch.equal(cache.keys[1][0], torch.cat([first_k[0] + 1, second[0]]).transpose(0, 1))
-    assert torch.equal(cache.keys[1][1, :, :4], torch.cat([first_k[1] + 1, second[1, :1]]).transpose(0, 1))
-    assert torch.equal(cache.values[1][0, :, 3:], -second[0].transpose(0, 1))
-    assert not cache.keys[1][1, :, 4:].any()
-    assert torch.equal(cache.values[0][1, :, :3], first_v[1].transpose(0, 1))
+    assert torch.equal(contents(cache, 1, 0)[0], torch.cat([first_k[0] + 1, second[0]]).transpose(0, 1))
+    assert torch.equal(contents(cache, 1, 1)[0], torch.cat([first_k[1] + 1, second[1, :1]]).transpose(0, 1))
+    assert torch.equal(contents(cache, 1, 0)[1][:, 3:], -second[0].transpose(0, 1))
+    assert not contents(cache, 1, 1, 64)[0][:, 4:].any()
+    assert torch.equal(contents(cache, 0, 1)[1][:, :3], first_v[1].transpose(0, 1))
 
 
 def test_cache_reserve() -> None:
-    cache = KVCache(1, 2, 1, 2, capacity=5)
+    cache = reference_cache(1, 2, 1, 2, capacity=5)
+    cache.reserve(torch.tensor([2, 4]))
     cache.advance(torch.tensor([2, 4]))
     cache.reserve(torch.tensor([3, 1]))
     with pytest.raises(UsageError, match="holds 5 tokens per row: row 1 has 4 and 2 more do not fit"):
@@ -256,30 +269,30 @@ def test_cache_reserve() -> None:
 
 
 def test_cache_grows_and_keeps_its_tokens() -> None:
-    cache = KVCache(2, 2, 3, 4, capacity=5)
+    cache = reference_cache(2, 2, 3, 4, capacity=5)
     for layer in range(2):
-        cache.keys[layer].copy_(randn(2, 3, 5, 4, seed=layer))
-    keys = [part.clone() for part in cache.keys]
+        append(cache, layer, [5, 2], randn(2, 5, 3, 4, seed=layer), randn(2, 5, 3, 4, seed=layer))
     cache.advance(torch.tensor([5, 2]))
+    keys = [contents(cache, layer, 0)[0] for layer in range(2)]
     cache.grow(4)
     assert cache.capacity == 5
-    cache.grow(9)
+    cache.grow(90)
     assert cache.lengths.tolist() == [5, 2]
-    assert cache.nbytes == 2 * 2 * 2 * 3 * 9 * 4 * 4
-    cache.reserve([4, 7])
-    with pytest.raises(UsageError, match="holds 9 tokens per row: row 0 has 5 and 5 more"):
-        cache.reserve([5, 7])
+    assert cache.nbytes == 2 * 2 * 2 * 3 * 128 * 4 * 4
+    cache.reserve([85, 88])
+    with pytest.raises(UsageError, match="holds 90 tokens per row: row 0 has 5 and 86 more"):
+        cache.reserve([86, 88])
     for layer in range(2):
-        assert torch.equal(cache.keys[layer][:, :, :5], keys[layer])
-        assert not cache.keys[layer][:, :, 5:].any()
+        assert torch.equal(contents(cache, layer, 0)[0], keys[layer])
+        assert not contents(cache, layer, 0, 90)[0][:, 5:].any()
 
 
 def test_cache_truncate_and_select() -> None:
-    cache = KVCache(2, 3, 1, 2, capacity=4)
+    cache = reference_cache(2, 3, 1, 2, capacity=4)
     for layer in range(2):
-        cache.keys[layer].copy_(randn(3, 1, 4, 2, seed=layer))
-    keys = [part.clone() for part in cache.keys]
+        append(cache, layer, [4, 1, 3], randn(3, 4, 1, 2, seed=layer), randn(3, 4, 1, 2, seed=layer))
     cache.advance(torch.tensor([4, 1, 3]))
+    keys = [[contents(cache, layer, row)[0] for row in range(3)] for layer in range(2)]
     cache.truncate(3)
     assert cache.lengths.tolist() == [3, 1, 3]
     cache.truncate(torch.tensor([9, 0, 2]))
@@ -287,8 +300,11 @@ def test_cache_truncate_and_select() -> None:
     cache.select(torch.tensor([2, 0, 2, 2]))
     assert cache.lengths.tolist() == [2, 3, 2, 2]
     assert cache.batch == 4
-    assert all(torch.equal(cache.keys[layer], keys[layer][[2, 0, 2, 2]]) for layer in range(2))
-    assert cache.values[1].shape == (4, 1, 4, 2)
+    for layer in range(2):
+        for row, was in enumerate([2, 0, 2, 2]):
+            length = int(cache.lengths[row])
+            assert torch.equal(contents(cache, layer, row)[0], keys[layer][was][:, :length])
+    cache.reserve([2, 1, 2, 2])
     with pytest.raises(UsageError, match="negative length"):
         cache.truncate(-1)
     for rows in ([4], [-1], []):
@@ -299,7 +315,7 @@ def test_cache_truncate_and_select() -> None:
 @pytest.mark.parametrize(("batch", "capacity"), [(0, 5), (1, 0), (1, -3)])
 def test_cache_needs_room(batch: int, capacity: int) -> None:
     with pytest.raises(UsageError, match="at least 1"):
-        KVCache(1, batch, 1, 1, capacity)
+        reference_cache(1, batch, 1, 1, capacity)
 
 
 # ---- the backend ---------------------------------------------------------------------------------------------------
@@ -309,17 +325,18 @@ def test_step_ops_rotate_append_and_attend() -> None:
     """Two ragged steps equal one explicit computation over the real tokens of each row."""
     cache = ReferenceBackend().new_cache(layers=1, batch=2, kv_heads=1, head_dim=4, capacity=7)
     attention = Attention(layer=0, heads=2, kv_heads=1, head_dim=4, scale=0.5, window=None)
-    angles = positions_of(torch.zeros(2, dtype=torch.int64), 7)[..., None] * torch.tensor([1.0, 0.1])
+    angles = torch.arange(7)[None, :, None].expand(2, -1, -1) * torch.tensor([1.0, 0.1])
     q, k, v = randn(2, 7, 2, 4), randn(2, 7, 1, 4, seed=1), randn(2, 7, 1, 4, seed=2)
     turned_q, turned_k = (reference.rope(x, angles.cos(), angles.sin()) for x in (q, k))
     taken = torch.tensor([0, 0])
     for lengths in (torch.tensor([4, 2]), torch.tensor([3, 5])):
-        width = int(lengths.max())
-        where = positions_of(taken, width).clamp(max=6)
-        rows = torch.arange(2)[:, None]
-        step = plan_step(cache.lengths, lengths, angles[rows, where].cos(), angles[rows, where].sin())
+        cache.reserve(lengths)
+        batch = Batch.packed(np.zeros(int(lengths.sum()), dtype=np.int64), lengths.tolist(), cache.lengths)
+        rows, where = torch.from_numpy(batch.sequences).long(), torch.from_numpy(batch.positions).long()
+        turns = angles[0, where]
         features = (x[rows, where].flatten(-2) for x in (q, k, v))
-        out = StepOps(step, cache).self_attention(*features, attention).view(2, width, 2, 4)
+        packed = StepOps(batch, turns.cos(), turns.sin(), cache).self_attention(*features, attention).view(-1, 2, 4)
+        out = [part[None] for part in torch.split(packed, lengths.tolist())]
         cache.advance(lengths)
         taken = taken + lengths
         for row in range(2):
@@ -334,7 +351,7 @@ def test_step_ops_rotate_append_and_attend() -> None:
                 None,
             )
             bound = attention_bound(q, k, v, 0.5)
-            assert_within(out[row : row + 1, : int(lengths[row])], exact, bound)
+            assert_within(out[row], exact, bound)
     assert cache.lengths.tolist() == [7, 7]
 
 

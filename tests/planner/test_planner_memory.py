@@ -14,6 +14,7 @@ import torch
 
 from kbit import _native
 from kbit.backends.cpu.backend import NativeBackend
+from kbit.backends.cpu.kv_cache import new_pool
 from kbit.backends.cpu.weight import prepare
 from kbit.checkpoint.resolve import open_model
 from kbit.formats.blockwise import quantize_blockwise
@@ -83,8 +84,8 @@ def test_prepared_floats(kept: str, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("context", [1, 100, 256])
 def test_caches(kind: str, head_dim: int, context: int) -> None:
     spec = spec_from_config({**LLAMA, "head_dim": head_dim})
-    native = _native.KVCache(spec.layers, 3, spec.kv_heads, head_dim, context, kind)
-    assert cache_bytes(spec, context, 3, kind) == native.nbytes
+    pool = new_pool(spec.layers, spec.kv_heads, head_dim, kind, 3 * pages_for(context))
+    assert cache_bytes(spec, context, 3, kind) == pool.nbytes
     if kind == "fp32":
         with pytest.raises(UnsupportedError, match="fp32"):
             cache_bytes(spec, context, 3, kind, "triton")

@@ -13,8 +13,7 @@ from conversion_cases import Usage
 
 from kbit.backends.select import select_backend
 from kbit.checkpoint.resolve import open_model
-from kbit.engine.prompt_cache import DecoderLike
-from kbit.evaluate.logits import LogitsSource, ModelLogits, logits_bytes
+from kbit.evaluate.logits import Evaluable, LogitsSource, ModelLogits, logits_bytes
 from kbit.evaluate.shared_logits import SharedLogits, WritingLogits, logits_complete, remove_logits
 from kbit.graph.ops import Backend
 from kbit.host.errors import KbitError
@@ -29,7 +28,7 @@ def windows() -> Windows:
 
 
 @pytest.fixture(scope="module")
-def model(tiny_model: Path) -> Iterator[DecoderLike]:
+def model(tiny_model: Path) -> Iterator[Evaluable]:
     backend: Backend = select_backend("cpu", backend="native", compute="fp32", threads=1)
     with open_model(str(tiny_model)) as source:
         yield load_decoder(source, backend)
@@ -38,7 +37,7 @@ def model(tiny_model: Path) -> Iterator[DecoderLike]:
 class Counted:
     """A model that counts its passes, and refuses to compute once it has had enough."""
 
-    def __init__(self, model: DecoderLike, most: int = 1000) -> None:
+    def __init__(self, model: Evaluable, most: int = 1000) -> None:
         self._model, self._most = model, most
         self.spec, self.new_cache, self.passes = model.spec, model.new_cache, 0
 
@@ -62,7 +61,7 @@ def same(ours: list[list[torch.Tensor]], theirs: list[list[torch.Tensor]]) -> bo
     )
 
 
-def write(model: DecoderLike, windows: Windows, path: Path) -> int:
+def write(model: Evaluable, windows: Windows, path: Path) -> int:
     """Passes it took to write, or go on writing, the file."""
     counted = Counted(model)
     with WritingLogits(counted, windows, path) as writing:  # type: ignore[arg-type]
@@ -70,7 +69,7 @@ def write(model: DecoderLike, windows: Windows, path: Path) -> int:
     return counted.passes
 
 
-def test_readers_see_what_was_computed(model: DecoderLike, windows: Windows, tmp_path: Path) -> None:
+def test_readers_see_what_was_computed(model: Evaluable, windows: Windows, tmp_path: Path) -> None:
     path = tmp_path / "new" / "a.logits"
     expected = everything(ModelLogits(model), windows)
     assert not logits_complete(path, windows)
@@ -84,7 +83,7 @@ def test_readers_see_what_was_computed(model: DecoderLike, windows: Windows, tmp
     assert not list(path.parent.iterdir())
 
 
-def test_goes_on_where_a_killed_run_stopped(model: DecoderLike, windows: Windows, tmp_path: Path) -> None:
+def test_goes_on_where_a_killed_run_stopped(model: Evaluable, windows: Windows, tmp_path: Path) -> None:
     path = tmp_path / "a.logits"
     with pytest.raises(InterruptedError), WritingLogits(Counted(model, 2), windows, path) as writing:  # type: ignore[arg-type]
         everything(writing, windows)
@@ -97,7 +96,7 @@ def test_goes_on_where_a_killed_run_stopped(model: DecoderLike, windows: Windows
 
 
 @pytest.mark.parametrize("damage", ["a flipped bit", "a cut line", "nonsense in the list", "another size", "no list"])
-def test_damaged_windows_are_computed_again(model: DecoderLike, windows: Windows, tmp_path: Path, damage: str) -> None:
+def test_damaged_windows_are_computed_again(model: Evaluable, windows: Windows, tmp_path: Path, damage: str) -> None:
     path = tmp_path / "a.logits"
     write(model, windows, path)
     done = path.with_suffix(".done")
@@ -121,20 +120,20 @@ def test_damaged_windows_are_computed_again(model: DecoderLike, windows: Windows
     assert same(everything(SharedLogits(windows, 260, path), windows), everything(ModelLogits(model), windows))
 
 
-def test_a_full_disk(model: DecoderLike, windows: Windows, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk(model: Evaluable, windows: Windows, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda _: Usage(10**9, 10**9, 0))
     with pytest.raises(KbitError, match="free"):
         WritingLogits(model, windows, tmp_path / "a.logits")
     assert not list(tmp_path.iterdir())
 
 
-def test_a_folder_that_cannot_be(model: DecoderLike, windows: Windows, tmp_path: Path) -> None:
+def test_a_folder_that_cannot_be(model: Evaluable, windows: Windows, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(KbitError, match="cannot be kept"):
         WritingLogits(model, windows, tmp_path / "file" / "a.logits")
 
 
-def test_files_of_other_windows_are_refused(model: DecoderLike, windows: Windows, tmp_path: Path) -> None:
+def test_files_of_other_windows_are_refused(model: Evaluable, windows: Windows, tmp_path: Path) -> None:
     path = tmp_path / "a.logits"
     write(model, windows, path)
     with pytest.raises(KbitError, match="not there"):

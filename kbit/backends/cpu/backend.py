@@ -8,10 +8,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kbit import _native
-from kbit.backends.cpu.kv_cache import NativeKVCache
+from kbit.backends.cpu.kv_cache import new_pool
 from kbit.backends.cpu.runner import NativeRunner, record
 from kbit.backends.cpu.weight import NativeWeight, prepare, prepare_stored
+from kbit.graph.cache import Cache, check_size
 from kbit.graph.ops import Definition
+from kbit.graph.pages import PagePool, pages_for
 from kbit.host.errors import UnsupportedError
 
 if TYPE_CHECKING:
@@ -100,13 +102,18 @@ class NativeBackend:
         """`prepare_vector` without torch."""
         return np.ascontiguousarray(vector, dtype=np.float32)
 
-    def new_cache(self, layers: int, batch: int, kv_heads: int, head_dim: int, capacity: int) -> NativeKVCache:
+    def new_pool(self, layers: int, kv_heads: int, head_dim: int, pages: int) -> PagePool:
         if self.kv.isdigit() and head_dim % 16:
             raise UnsupportedError(
                 f"--kv-bits {self.kv}: this model's heads have {head_dim} features, and codes need a multiple of 16; "
                 "use --kv-bits 16 or 32"
             )
-        return NativeKVCache(layers, batch, kv_heads, head_dim, capacity, self.kv)
+        return new_pool(layers, kv_heads, head_dim, self.kv, pages)
+
+    def new_cache(self, layers: int, batch: int, kv_heads: int, head_dim: int, capacity: int) -> Cache:
+        check_size(batch, capacity)
+        pool = self.new_pool(layers, kv_heads, head_dim, batch * pages_for(capacity))
+        return Cache.alone(pool, batch, capacity)
 
     def bind(self, definition: Definition) -> NativeRunner:
         return NativeRunner(definition, record(definition, self._context, self.compute))

@@ -9,11 +9,13 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from kbit.backends.reference.kv_cache import KVCache
-from kbit.backends.step import Step, plan_step, positions_of
+from kbit.backends.reference.kv_cache import ReferencePages, reference_pages
+from kbit.backends.rotary import RotaryTable
 from kbit.formats.quant_tensor import QuantTensor
-from kbit.graph.cache import Cache
-from kbit.graph.ops import Attention, Definition, Group, Vector, Weight
+from kbit.graph.batch import Batch
+from kbit.graph.cache import Cache, check_size
+from kbit.graph.ops import Array, Attention, Definition, Group, Vector, Weight
+from kbit.graph.pages import PAGE, PagePool, pages_for
 from kbit.kernels import reference
 
 
@@ -81,33 +83,50 @@ class RowOps:
 
 
 class StepOps(RowOps):
-    """All operations, for one step's tokens: values are (B, T, K).
+    """All operations, for the tokens of one batch: values are (R, K).
 
     Args:
-        step: positions, lengths, cosines and sines.
+        batch: the tokens.
+        cos: float32 (R, F/2), rotary cosines of each token, F rotated features of a head.
+        sin: likewise.
         cache: where keys and values go; the caller has reserved room.
         group: see RowOps.
     """
 
-    def __init__(self, step: Step, cache: KVCache, group: Group | None = None) -> None:
+    def __init__(
+        self, batch: Batch, cos: torch.Tensor, sin: torch.Tensor, cache: Cache, group: Group | None = None
+    ) -> None:
         super().__init__(group)
-        self._step = step
-        self._cache = cache
+        self._batch = batch
+        self._cos, self._sin = cos[None], sin[None]
+        self._tables = [row.pages for row in cache.rows]
+        self._pages = reference_pages(cache)
+        positions = batch.positions.astype(np.int64)
+        pages = cache.tables[batch.sequences, positions // PAGE].astype(np.int64)
+        self._slots = torch.from_numpy(pages * PAGE + positions % PAGE)
+        self._positions = torch.from_numpy(positions)
 
     def self_attention(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, attention: Attention) -> torch.Tensor:
-        step, cache, layer = self._step, self._cache, attention.layer
-        q, k, v = (x.view(*x.shape[:-1], -1, attention.head_dim) for x in (q, k, v))  # (B, T, H or H_kv, D)
-        cache.append(layer, reference.rope(k, step.cos, step.sin), v, step)
-        seen = reference.attend(
-            reference.rope(q, step.cos, step.sin),
-            cache.keys[layer],
-            cache.values[layer],
-            step.positions,
-            step.kv_lengths,
-            attention.scale,
-            attention.window,
-        )
-        return seen.flatten(-2)
+        layer, batch = attention.layer, self._batch
+        q, k, v = (x.view(1, len(x), -1, attention.head_dim) for x in (q, k, v))  # (1, R, H or H_kv, D)
+        q, k = (reference.rope(x, self._cos, self._sin) for x in (q, k))
+        self._pages.append(layer, self._slots, k[0], v[0])
+        seen = torch.empty_like(q)
+        for index, length in enumerate(batch.lengths.tolist()):
+            rows = slice(int(batch.bounds[index]), int(batch.bounds[index + 1]))
+            if rows.start == rows.stop:
+                continue
+            keys, values = self._pages.read(layer, self._tables[index], length)
+            seen[:, rows] = reference.attend(
+                q[:, rows],
+                keys[None],
+                values[None],
+                self._positions[None, rows],
+                torch.tensor([length]),
+                attention.scale,
+                attention.window,
+            )
+        return seen[0].flatten(-2)
 
 
 class ReferenceRunner:
@@ -115,36 +134,27 @@ class ReferenceRunner:
 
     def __init__(self, definition: Definition, group: Group | None = None) -> None:
         self._definition = definition
+        self._rotary = RotaryTable(definition)
         self._group = group
 
     @torch.no_grad()
-    def hidden(self, ids: torch.Tensor, cache: Cache, lengths: Sequence[int]) -> torch.Tensor:
-        if not isinstance(cache, KVCache):
-            raise TypeError(f"a {type(cache).__name__} was made by another backend")
-        device = cache.lengths.device
-        new = torch.tensor(lengths, dtype=torch.int64, device=device)
-        positions = positions_of(cache.lengths, ids.shape[1])
-        tables = self._definition.rotation(positions.cpu().numpy(), (cache.lengths + new).cpu().numpy())
-        cos, sin = (torch.from_numpy(table).to(device) for table in tables)
-        ops = StepOps(plan_step(cache.lengths, new, cos, sin), cache, self._group)
-        x = self._definition.body(ops, ids.to(device))
-        cache.advance(new)
-        return x
+    def hidden(self, batch: Batch, cache: Cache) -> torch.Tensor:
+        (cos, sin), angles = self._rotary.of_batch(batch)
+        ops = StepOps(batch, torch.from_numpy(cos[angles]), torch.from_numpy(sin[angles]), cache, self._group)
+        x = self._definition.body(ops, torch.from_numpy(batch.ids))
+        cache.advance(batch.counts)
+        return x[torch.from_numpy(batch.wanted)]
 
     @torch.no_grad()
-    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        return self._definition.head(RowOps(self._group), hidden)
+    def logits(self, hidden: Array) -> torch.Tensor:
+        return self._definition.head(RowOps(self._group), torch.as_tensor(hidden))
 
-    def forward(self, ids: torch.Tensor, cache: Cache, lengths: Sequence[int], last_only: bool) -> torch.Tensor:
-        x = self.hidden(ids, cache, lengths)
-        if last_only:
-            last = torch.tensor([max(length - 1, 0) for length in lengths], device=x.device)
-            x = x[torch.arange(x.shape[0], device=x.device), last][:, None]
-        return self.logits(x)
+    def forward(self, batch: Batch, cache: Cache) -> torch.Tensor:
+        return self.logits(self.hidden(batch, cache))
 
     def extend(self, ids: Sequence[int], cache: Cache, last_only: bool) -> NDArray[np.float32]:
-        tokens = torch.tensor([ids], dtype=torch.int64)  # (1, T)
-        rows: NDArray[np.float32] = self.forward(tokens, cache, [len(ids)], last_only)[0].numpy()
+        batch = Batch.of([ids], cache.lengths, "last" if last_only else "all")
+        rows: NDArray[np.float32] = self.forward(batch, cache).numpy()
         return rows
 
 
@@ -180,8 +190,12 @@ class ReferenceBackend:
     def prepare_vector(self, vector: torch.Tensor) -> torch.Tensor:
         return vector.to(self.device, torch.float32).contiguous()
 
-    def new_cache(self, layers: int, batch: int, kv_heads: int, head_dim: int, capacity: int) -> KVCache:
-        return KVCache(layers, batch, kv_heads, head_dim, capacity, device=self.device)
+    def new_pool(self, layers: int, kv_heads: int, head_dim: int, pages: int) -> PagePool:
+        return PagePool(ReferencePages(layers, kv_heads, head_dim, pages))
+
+    def new_cache(self, layers: int, batch: int, kv_heads: int, head_dim: int, capacity: int) -> Cache:
+        check_size(batch, capacity)
+        return Cache.alone(self.new_pool(layers, kv_heads, head_dim, batch * pages_for(capacity)), batch, capacity)
 
     def bind(self, definition: Definition) -> ReferenceRunner:
         return ReferenceRunner(definition, self.group)

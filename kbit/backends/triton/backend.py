@@ -7,10 +7,12 @@ from typing import TYPE_CHECKING
 import torch
 import triton
 
-from kbit.backends.triton.kv_cache import TritonKVCache
+from kbit.backends.triton.kv_cache import TritonPages
 from kbit.backends.triton.weight import TritonMatrix
 from kbit.formats.quant_tensor import QuantTensor
+from kbit.graph.cache import Cache, check_size
 from kbit.graph.ops import Definition, Group
+from kbit.graph.pages import PagePool, pages_for
 from kbit.host.errors import UnsupportedError
 from kbit.kernels.triton.codecs.layout import prepare_weight
 from kbit.kernels.triton.product.limits import ROUNDED_TOKENS
@@ -98,10 +100,14 @@ class TritonBackend:
     def prepare_vector(self, vector: torch.Tensor) -> torch.Tensor:
         return vector.to(self.device, torch.float32).contiguous()
 
-    def new_cache(self, layers: int, batch: int, kv_heads: int, head_dim: int, capacity: int) -> TritonKVCache:
-        return TritonKVCache(
-            layers, batch, kv_heads, head_dim, capacity, k_kind=self.kv, v_kind=self.kv, device=self.device
+    def new_pool(self, layers: int, kv_heads: int, head_dim: int, pages: int) -> PagePool:
+        return PagePool(
+            TritonPages(layers, kv_heads, head_dim, pages, k_kind=self.kv, v_kind=self.kv, device=self.device)
         )
+
+    def new_cache(self, layers: int, batch: int, kv_heads: int, head_dim: int, capacity: int) -> Cache:
+        check_size(batch, capacity)
+        return Cache.alone(self.new_pool(layers, kv_heads, head_dim, batch * pages_for(capacity)), batch, capacity)
 
     def bind(self, definition: Definition) -> TritonRunner:
         from kbit.backends.triton.runner import TritonRunner

@@ -6,8 +6,10 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
-from kbit.backends.triton.kv_cache import TritonKVCache
+from kbit.backends.triton.kv_cache import TritonPages
+from kbit.graph.pages import PAGE
 
 Step = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
@@ -21,35 +23,32 @@ class DecodeGraph:
     Args:
         step: (ids int64 (B,), positions int64 (B,), slots int64 (B,), lengths int32 (B,)) -> logits (B, V). It must
             launch the same kernels on the same memory whatever the values.
-        cache: whose tensors the step uses.
+        pages: where the step writes.
+        slots: int64 (B,), page * PAGE + place of each row's first token.
         device: a CUDA device, the current one.
         held: other tensors that the step reads and that nobody else may keep: a graph holds addresses, not tensors.
-
-    Attributes:
-        version: of the cache when it was captured. Once that has another, the graph works on memory that is gone.
     """
 
     def __init__(
         self,
         step: Step,
-        cache: TritonKVCache,
+        pages: TritonPages,
+        slots: NDArray[np.int64],
         device: torch.device,
         held: Sequence[torch.Tensor] = (),
     ) -> None:
-        self._held = tuple(held)
-        self.version = cache.version
-        self._first_slots = cache.slots(np.arange(cache.batch), np.zeros(cache.batch, dtype=np.int64))  # of each row
-        batch = cache.batch
+        self._held = (*held, *pages.keys, *pages.values)
+        batch = len(slots)
         self._host = torch.zeros((3, batch), dtype=torch.int64).pin_memory()
         self._values = torch.zeros((3, batch), dtype=torch.int64, device=device)
-        ids, positions, slots = self._values
+        ids, positions, places = self._values
         # Trying the step out writes a token to position 0 of every row: what is there is kept and put back.
-        first = cache.block_table[:, 0].long()
-        kept = [(part, part[first]) for part in (*cache.keys, *cache.values)]
-        slots.copy_(torch.from_numpy(self._first_slots))
+        first = torch.from_numpy(np.unique(slots // PAGE)).to(device)
+        kept = [(part, part[first]) for part in (*pages.keys, *pages.values)]
+        places.copy_(torch.from_numpy(slots))
 
         def run() -> torch.Tensor:
-            return step(ids, positions, slots, (positions + 1).int())
+            return step(ids, positions, places, (positions + 1).int())
 
         stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         stream.wait_stream(torch.cuda.current_stream(device))
@@ -63,20 +62,20 @@ class DecodeGraph:
             with torch.cuda.graph(self._graph, stream=stream, capture_error_mode="thread_local"):
                 self._logits = run()
         finally:  # also where memory ran out: the cache may be used on
-            for part, pages in kept:
-                part[first] = pages
+            for part, contents in kept:
+                part[first] = contents
 
-    def __call__(self, ids: Sequence[int], lengths: Sequence[int]) -> torch.Tensor:
+    def __call__(self, ids: Sequence[int], positions: Sequence[int], slots: Sequence[int]) -> torch.Tensor:
         """Logits (B, V) after one token per row; a copy.
 
         Args:
             ids: the tokens.
-            lengths: tokens that each row had before.
+            positions: theirs, which is how many tokens each row had before.
+            slots: page * PAGE + place of each.
         """
         # The copy before this one may still be under way where nobody has read the logits since.
         torch.cuda.current_stream(self._values.device).synchronize()
-        slots = (self._first_slots + np.array(lengths)).tolist()
-        self._host.copy_(torch.tensor([ids, lengths, slots]))
+        self._host.copy_(torch.tensor([ids, positions, slots]))
         self._values.copy_(self._host, non_blocking=True)
         self._graph.replay()
         return self._logits.clone()

@@ -17,11 +17,12 @@ from numpy.typing import NDArray
 
 from kbit.backends.rotary import RotaryTable
 from kbit.backends.triton.graph import DecodeGraph
-from kbit.backends.triton.kv_cache import TritonKVCache
+from kbit.backends.triton.kv_cache import DeviceTables, TritonPages, slots, triton_pages
 from kbit.backends.triton.weight import merge, round_activations, triton_vector, triton_weight
+from kbit.graph.batch import Batch
 from kbit.graph.cache import Cache
 from kbit.graph.fuse import fuse
-from kbit.graph.ops import Definition, Group
+from kbit.graph.ops import Array, Definition, Group
 from kbit.graph.recording import Activate, Attend, Embed, Norm, Operation, Project, Recorder, Symbol, reads
 from kbit.kernels.triton.attention.decode import attention_decode
 from kbit.kernels.triton.attention.kv_append import kv_append
@@ -43,8 +44,9 @@ class Pass:
     """The tokens of one pass, N in all, and where they stand. Everything is on the device.
 
     Attributes:
-        cache: where keys and values go.
-        slots: int64 (N,), places in the cache.
+        pages: where keys and values go.
+        block_table: int32 (B, pages of a row), the pages of each row.
+        slots: int64 (N,), places in the pages.
         cos, sin: float32 (rows, R/2), rotary tables.
         angles: int64 (N,), row of the tables for each token.
         positions: int64 (B, T) where every row has the same T <= DECODE_TOKENS new tokens, else None.
@@ -54,7 +56,8 @@ class Pass:
         reach: a bound on lengths.
     """
 
-    cache: TritonKVCache
+    pages: TritonPages
+    block_table: torch.Tensor
     slots: torch.Tensor
     cos: torch.Tensor
     sin: torch.Tensor
@@ -167,12 +170,12 @@ class Replay:
             values[out] = matmul(x, weight, bias, residual, out_dtype=torch.float32 if exact else None)
 
     def _attend(self, operation: Attend, values: dict[Symbol, torch.Tensor], step: Pass) -> torch.Tensor:
-        a, cache = operation.attention, step.cache
+        a, store = operation.attention, step.pages
         q = values[operation.q].view(-1, a.heads, a.head_dim)
         k = values[operation.k].view(-1, a.kv_heads, a.head_dim)
         v = values[operation.v].view(-1, a.kv_heads, a.head_dim)
-        pages = (cache.keys[a.layer], cache.values[a.layer])
-        k_kind, v_kind = cache.k_kind, cache.v_kind
+        pages = (store.keys[a.layer], store.values[a.layer])
+        k_kind, v_kind = store.k_kind, store.v_kind
         q = kv_append(
             q, k, v, step.cos, step.sin, step.slots, *pages, rope_rows=step.angles, k_kind=k_kind, v_kind=v_kind
         )
@@ -180,16 +183,25 @@ class Replay:
             batch, tokens = step.positions.shape
             q = q.view(batch, tokens, a.heads, a.head_dim)
             out = attention_decode(
-                q, *pages, cache.block_table, step.positions, step.lengths, a.scale, window=a.window,
+                q, *pages, step.block_table, step.positions, step.lengths, a.scale, window=a.window,
                 max_length=step.reach, k_kind=k_kind, v_kind=v_kind,
             )  # fmt: skip
         else:
             assert step.bounds is not None
             out = attention_prefill_paged(
-                q, step.bounds, *pages, cache.block_table, step.lengths, a.scale, window=a.window,
+                q, step.bounds, *pages, step.block_table, step.lengths, a.scale, window=a.window,
                 max_queries=step.longest, k_kind=k_kind, v_kind=v_kind,
             )  # fmt: skip
         return out.reshape(-1, operation.out.width)
+
+
+@dataclass(frozen=True, eq=False)
+class _Captured:
+    """A cache's decoding as a graph, good as long as these are what they were."""
+
+    graph: DecodeGraph
+    version: int  # of the pages
+    table: torch.Tensor  # the block tables on the device
 
 
 class TritonRunner:
@@ -229,104 +241,98 @@ class TritonRunner:
         head = Recorder(Symbol(hidden.width))
         logits = definition.head(head, head.input)
         self._head = Replay(fuse(head.operations, logits), head.input, logits, dtype)
-        self._width = hidden.width
+        self._device_tables: WeakKeyDictionary[Cache, DeviceTables] = WeakKeyDictionary()
+        self._captured: WeakKeyDictionary[Cache, _Captured] = WeakKeyDictionary()
         empty = torch.empty((0, 0), dtype=torch.float32, device=device)
         self._angles: tuple[torch.Tensor, torch.Tensor] = (empty, empty)
-        self._captured: WeakKeyDictionary[TritonKVCache, DecodeGraph] = WeakKeyDictionary()
 
     @torch.no_grad()
-    def hidden(self, ids: torch.Tensor, cache: Cache, lengths: Sequence[int]) -> torch.Tensor:
-        cache = _own(cache)
+    def hidden(self, batch: Batch, cache: Cache) -> torch.Tensor:
+        pages = triton_pages(cache)
         with self._lock, active(self._device):
-            parts = [self._body(*part) for part in self._passes(ids, cache, lengths)]
-        empty = torch.empty((0, self._width), dtype=torch.float32, device=self._device)
-        packed = torch.cat(parts or [empty])
-        cache.advance(lengths)
-        return _padded(packed, lengths, ids.shape[1])
+            parts = []
+            for piece in batch.pieces(PASS_ROWS):
+                x = self._body(self._upload(piece.ids), self._pass(piece, cache, pages))
+                if len(piece.wanted) < len(piece):
+                    x = x[self._upload(piece.wanted)]
+                parts.append(x)
+        cache.advance(batch.counts)
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     @torch.no_grad()
-    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        x = hidden.to(self._device).reshape(-1, self._width)
+    def logits(self, hidden: Array) -> torch.Tensor:
+        x = torch.as_tensor(hidden).to(self._device)
         with self._lock, active(self._device):
             parts = [self._head(part, None) for part in torch.split(x, PASS_ROWS)]
             out = parts[0] if len(parts) == 1 else torch.cat(parts)  # a copy of 2048 rows may be a gigabyte
             if self._group is not None:
                 out = self._group.from_first(out)
-        return out.view(*hidden.shape[:-1], -1)
+        return out
 
     @torch.no_grad()
-    def forward(self, ids: torch.Tensor, cache: Cache, lengths: Sequence[int], last_only: bool) -> torch.Tensor:
-        cache = _own(cache)
-        if self._graphs and not self._rotary.by_length and all(length == 1 for length in lengths):
+    def forward(self, batch: Batch, cache: Cache) -> torch.Tensor:
+        # Capturing pays where the same cache comes again and again, not for one made for a single pass.
+        decodes = cache.private and bool((batch.counts == 1).all()) and len(batch.wanted) == len(batch)
+        if self._graphs and not self._rotary.by_length and decodes:
             with self._lock, active(self._device):
-                out = self._graph(cache)(ids[:, 0].tolist(), cache.host_lengths())
-            cache.advance(lengths)
-            return out[:, None]
-        x = self.hidden(ids, cache, lengths)
-        if last_only:
-            last = self._upload(np.maximum(np.array(lengths), 1) - 1)  # torch.tensor(.., device) would wait for the GPU
-            x = x[torch.arange(len(lengths), device=x.device), last][:, None]
-        return self.logits(x)
+                out = self._graph(batch, cache)
+            cache.advance(batch.counts)
+            return out
+        return self.logits(self.hidden(batch, cache))
 
     def extend(self, ids: Sequence[int], cache: Cache, last_only: bool) -> NDArray[np.float32]:
-        tokens = torch.tensor([ids], dtype=torch.int64)  # (1, T)
-        rows: NDArray[np.float32] = self.forward(tokens, cache, [len(ids)], last_only)[0].cpu().numpy()
+        batch = Batch.of([ids], cache.lengths, "last" if last_only else "all")
+        rows: NDArray[np.float32] = self.forward(batch, cache).cpu().numpy()
         return rows
 
-    def _graph(self, cache: TritonKVCache) -> DecodeGraph:
-        """The captured decoding of one token per row of a cache, kept as long as the cache is."""
-        graph = self._captured.get(cache)
-        if graph is None or graph.version != cache.version:
-            cos, sin = self._table(cache.capacity)
+    def _tables(self, cache: Cache) -> torch.Tensor:
+        """The cache's block tables, on the device."""
+        tables = self._device_tables.get(cache)
+        if tables is None:
+            tables = self._device_tables[cache] = DeviceTables(cache.tables, self._device)
+        return tables.update(cache.tables)
+
+    def _graph(self, batch: Batch, cache: Cache) -> torch.Tensor:
+        """Logits (B, V) after one token for each row of a cache, by the graph that was captured for it."""
+        pages, table = triton_pages(cache), self._tables(cache)
+        captured = self._captured.get(cache)
+        if captured is None or captured.version != pages.version or captured.table is not table:
+            capacity = cache.capacity
+            cos, sin = self._table(capacity)
 
             def run(ids: torch.Tensor, at: torch.Tensor, slots: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
-                step = Pass(cache, slots, cos, sin, at, at[:, None], None, lengths, 1, cache.capacity)
+                step = Pass(pages, table, slots, cos, sin, at, at[:, None], None, lengths, 1, capacity)
                 return self._head(self._body(ids, step), None)
 
-            graph = self._captured[cache] = DecodeGraph(run, cache, self._device, held=(cos, sin))
-        return graph
+            first = slots(cache.tables, batch.sequences, np.zeros_like(batch.positions))
+            graph = DecodeGraph(run, pages, first, self._device, held=(cos, sin, table))
+            captured = self._captured[cache] = _Captured(graph, pages.version, table)
+        places = slots(cache.tables, batch.sequences, batch.positions)
+        return captured.graph(batch.ids.tolist(), batch.positions.tolist(), places.tolist())
 
-    def _passes(
-        self, ids: torch.Tensor, cache: TritonKVCache, lengths: Sequence[int]
-    ) -> list[tuple[torch.Tensor, Pass]]:
-        """The tokens of a right-padded batch (B, T) as passes of at most PASS_ROWS real tokens, ids (N,) each."""
-        array: NDArray[np.int64] = ids.cpu().numpy()
-        counts = np.array(lengths)
-        starts = np.array(cache.host_lengths())
-        tokens = np.concatenate([row[:count] for row, count in zip(array, counts, strict=True)])
-        passes = []
-        ends = counts.cumsum()
-        for begin in range(0, len(tokens), PASS_ROWS):
-            end = min(begin + PASS_ROWS, len(tokens))
-            done = np.clip(begin - (ends - counts), 0, counts)  # of each row, before this pass
-            new = np.clip(end - (ends - counts), 0, counts) - done
-            passes.append((self._upload(tokens[begin:end]), self._pass(cache, starts + done, new)))
-        return passes
-
-    def _pass(self, cache: TritonKVCache, starts: NDArray[np.int64], counts: NDArray[np.int64]) -> Pass:
-        """counts[b] tokens for each row b, after its first starts[b]."""
-        rows = np.arange(len(counts)).repeat(counts)
-        bounds = np.concatenate([[0], counts.cumsum()])
-        positions = np.arange(len(rows)) - bounds[:-1].repeat(counts) + starts.repeat(counts)
+    def _pass(self, batch: Batch, cache: Cache, pages: TritonPages) -> Pass:
+        """The tokens of a batch and where they stand."""
         if self._rotary.by_length:
-            tables = self._rotary.of_spans(starts, starts + counts)
+            tables = self._rotary.of_spans(batch.starts, batch.lengths)
             cos, sin = (self._upload(table) for table in tables)
-            angles = np.arange(len(rows))
+            angles = np.arange(len(batch))
         else:
-            (cos, sin), angles = self._table(int((starts + counts).max())), positions
-        longest = int(counts.max())
-        uniform = 0 < longest <= DECODE_TOKENS and int(counts.min()) == longest
+            (cos, sin), angles = self._table(int(batch.lengths.max())), batch.positions.astype(np.int64)
+        longest = int(batch.counts.max())
+        uniform = 0 < longest <= DECODE_TOKENS and int(batch.counts.min()) == longest
+        positions = batch.positions.astype(np.int64).reshape(len(batch.counts), -1) if uniform else None
         return Pass(
-            cache,
-            self._upload(cache.slots(rows, positions)),
+            pages,
+            self._tables(cache),
+            self._upload(slots(cache.tables, batch.sequences, batch.positions)),
             cos,
             sin,
             self._upload(angles),
-            self._upload(positions.reshape(len(counts), -1)) if uniform else None,
-            None if uniform else self._upload(bounds.astype(np.int32)),
-            self._upload((starts + counts).astype(np.int32)),
+            None if positions is None else self._upload(positions),
+            None if uniform else self._upload(batch.bounds.astype(np.int32)),
+            self._upload(batch.lengths.astype(np.int32)),
             longest,
-            int((starts + counts).max()),
+            int(batch.lengths.max()),
         )
 
     def _table(self, stop: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -341,19 +347,3 @@ class TritonRunner:
         if self._device.type == "cpu":
             return values
         return values.pin_memory().to(self._device, non_blocking=True)
-
-
-def _own(cache: Cache) -> TritonKVCache:
-    if not isinstance(cache, TritonKVCache):
-        raise TypeError(f"a {type(cache).__name__} was made by another backend")
-    return cache
-
-
-def _padded(values: torch.Tensor, lengths: Sequence[int], width: int) -> torch.Tensor:
-    """Rows of real tokens (N, K) as a right-padded batch (B, width, K), with zeros for padding."""
-    if len(values) == width * len(lengths):
-        return values.view(len(lengths), width, -1)
-    out = values.new_zeros((len(lengths), width, values.shape[1]))
-    for row, part in zip(out, torch.split(values, list(lengths)), strict=True):
-        row[: len(part)] = part
-    return out

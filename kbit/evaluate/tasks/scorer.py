@@ -7,31 +7,38 @@ float32, here it is in float64, and the head runs on the scored positions alone.
 
 The choices of a question share its context, and examples in front would be shared by all questions. Requests are sorted
 by their tokens, so that those with a long common beginning are neighbours; neighbours form a group, whose beginning
-goes through the model once and whose cache is then copied for every member. A batch takes groups of similar length.
+goes through the model once, on pages that every member then shares. The scheduler (kbit.engine.scheduler) fills passes
+with what is ready, beginnings and continuations alike.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator
+from collections.abc import Sequence as Tokens
+from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 
+from kbit.engine.scheduler import Scheduler
+from kbit.engine.sequence import Sequence
 from kbit.evaluate.logits import row_step
 from kbit.evaluate.perplexity import token_nll
+from kbit.graph.ops import Array
+from kbit.graph.pages import BlockTable, pages_for
 from kbit.host.errors import KbitError, UsageError
 from kbit.models.decoder import Decoder
 from kbit.models.spec import ModelSpec
 from kbit.text.tokenizer import Tokenizer
 
-# Tokens of a batch: four passes of the native kernels (512 rows), so that a last, incomplete pass costs little.
+# Tokens of a pass: four of the native kernels (512 rows), so that a last, incomplete one costs little.
 BATCH_TOKENS = 2048
-# Memory for the caches of a batch, unless one group alone needs more.
+# Memory for the pages of all sequences, unless one alone needs more.
 CACHE_BYTES = 256 << 20
 # A common beginning shorter than this is computed again: a pass of its own costs more.
 _MIN_SHARED = 8
-# Members of a group. More of them save less and less, and all their caches are in memory at once.
+# Members of a group. More of them save less and less, and all their pages are in memory at once.
 _MAX_GROUP = 64
 
 
@@ -89,6 +96,37 @@ class _Group:
     shared: int
 
 
+@dataclass
+class _Running:
+    """A request whose tokens go through the model, and what is known of its continuation so far."""
+
+    index: int
+    request: Encoded
+    losses: list[torch.Tensor] = field(default_factory=list)  # float64 nats
+    tops: list[torch.Tensor] = field(default_factory=list)  # whether the target is the likeliest
+    taken: int = 0  # targets
+
+    def next_targets(self, count: int) -> tuple[int, ...]:
+        """The tokens that the next `count` scored positions should predict."""
+        first = self.request.first + 1 + self.taken
+        self.taken += count
+        return self.request.ids[first : first + count]
+
+    def score(self) -> tuple[int, Score]:
+        """Index and score, once all is known.
+
+        Raises:
+            KbitError: the model's logits are NaN or infinite.
+        """
+        total = float(torch.cat(self.losses).sum())
+        if not math.isfinite(total):
+            raise KbitError(
+                f"the log-likelihood of a continuation is {-total}: the weights or the arithmetic are broken"
+            )
+        greedy = bool(torch.cat(self.tops).all())
+        return self.index, Score(-total, greedy, self.request.scored, self.request.truncated)
+
+
 def choose_length(spec: ModelSpec, asked: int | None) -> int:
     """Tokens of context and continuation that a request may have: those asked for, or all the model is meant for.
 
@@ -123,7 +161,6 @@ class Scorer:
         self._tokenizer = tokenizer
         self.prefix_id = _prefix_id(tokenizer) if prefix_id is None else prefix_id
         self._prefix = "" if self.prefix_id is None else tokenizer.decode([self.prefix_id], skip_special_tokens=False)
-        self._cache_bytes_per_token: float | None = None
 
     def tokens(self, text: str) -> list[int]:
         """A text's token ids, with what the tokenizer adds around a text unless that stands there already."""
@@ -151,7 +188,7 @@ class Scorer:
         whole, start = self.tokens(stripped + continuation), len(self.tokens(stripped))
         return self.fit(whole[:start], whole[start:])
 
-    def fit(self, context: Sequence[int], continuation: Sequence[int]) -> Encoded:
+    def fit(self, context: Tokens[int], continuation: Tokens[int]) -> Encoded:
         """A request of tokens, cut at the left so that the model can take it.
 
         Raises:
@@ -171,7 +208,7 @@ class Scorer:
         cut = max(0, len(ids) - self.max_length - 1)
         return Encoded(ids[cut:], len(continuation), cut)
 
-    def score(self, requests: Sequence[tuple[str, str]]) -> list[Score]:
+    def score(self, requests: Tokens[tuple[str, str]]) -> list[Score]:
         """Scores of (context, continuation) pairs, in their order.
 
         Raises:
@@ -180,97 +217,90 @@ class Scorer:
         scores = dict(self.stream([self.encode(*request) for request in requests]))
         return [scores[index] for index in range(len(requests))]
 
-    def stream(self, requests: Sequence[Encoded]) -> Iterator[tuple[int, Score]]:
-        """(index, score) of every request, batch by batch, the longest requests first.
+    def stream(self, requests: Tokens[Encoded]) -> Iterator[tuple[int, Score]]:
+        """(index, score) of every request, pass by pass, the longest requests first.
 
         Raises:
             UsageError: a token the model does not know.
             KbitError: the model's logits are NaN or infinite.
         """
-        for batch in self._batches(requests):
-            yield from self._run(requests, batch)
-
-    def _batches(self, requests: Sequence[Encoded]) -> Iterator[list[_Group]]:
-        """Groups of similar length, as many at a time as BATCH_TOKENS and CACHE_BYTES allow."""
+        if not requests:
+            return
         groups = group_requests(requests)
-        longest = {id(group): max(len(requests[member].ids) for member in group.members) for group in groups}
-        groups.sort(key=lambda group: -longest[id(group)])
-        batch: list[_Group] = []
-        tokens = rows = capacity = 0
-        for group in groups:
-            new = group.shared + sum(len(requests[member].fed) - group.shared for member in group.members)
-            # All rows have the capacity of the longest, which is the first.
-            capacity = capacity or longest[id(group)]
-            cached = (rows + len(group.members)) * capacity * self._token_bytes()
-            if batch and (tokens + new > BATCH_TOKENS or cached > CACHE_BYTES):
-                yield batch
-                batch, tokens, rows, capacity = [], 0, 0, longest[id(group)]
-            batch.append(group)
-            tokens += new
-            rows += len(group.members)
-        if batch:
-            yield batch
-
-    def _token_bytes(self) -> float:
-        """Bytes that a token takes in the cache."""
-        if self._cache_bytes_per_token is None:
-            cache = self._decoder.new_cache(1, 64)
-            self._cache_bytes_per_token = cache.nbytes / 64
-        return self._cache_bytes_per_token
-
-    def _run(self, requests: Sequence[Encoded], batch: Sequence[_Group]) -> Iterator[tuple[int, Score]]:
-        members = [member for group in batch for member in group.members]
-        shared = [group.shared for group in batch for _ in group.members]
-        capacity = max(len(requests[member].fed) for member in members)
-        device = self._decoder.backend.device
+        longest = {id(group): max(len(requests[member].fed) for member in group.members) for group in groups}
+        groups.sort(key=lambda group: longest[id(group)])  # the next one is the last
+        needed = pages_for(longest[id(groups[-1])])
+        pool = self._decoder.new_pool(needed)
+        pool.ensure(CACHE_BYTES // pool.store.page_bytes)
+        scheduler = Scheduler(pool, BATCH_TOKENS)
+        beginnings: dict[Sequence, _Group] = {}
+        running: dict[Sequence, _Running] = {}
         with torch.inference_mode():
-            if any(shared):
-                cache = self._decoder.new_cache(len(batch), capacity)
-                beginnings = [requests[group.members[0]].fed[: group.shared] for group in batch]
-                ids, lengths = _padded(beginnings, device)
-                self._decoder.hidden_states(ids, cache, lengths)
-                copies = [row for row, group in enumerate(batch) for _ in group.members]
-                cache.select(torch.tensor(copies, device=device))
-            else:
-                cache = self._decoder.new_cache(len(members), capacity)
-            rest = [requests[member].fed[at:] for member, at in zip(members, shared, strict=True)]
-            ids, lengths = _padded(rest, device)
-            hidden = self._decoder.hidden_states(ids, cache, lengths)  # (rows, T, hidden)
-            rows: list[int] = []
-            columns: list[int] = []
-            targets: list[int] = []
-            for row, (member, at) in enumerate(zip(members, shared, strict=True)):
-                request = requests[member]
-                rows += [row] * request.scored
-                columns += range(request.first - at, len(request.fed) - at)
-                targets += request.ids[request.first + 1 :]
-            scored = hidden[torch.tensor(rows, device=hidden.device), torch.tensor(columns, device=hidden.device)]
-            nll, top = self._losses(scored, torch.tensor(targets))
-        start = 0
-        for member in members:
-            request = requests[member]
-            stop = start + request.scored
-            total = float(nll[start:stop].sum())
-            if not math.isfinite(total):
-                raise KbitError(
-                    f"the log-likelihood of a continuation is {-total}: the weights or the arithmetic are broken"
-                )
-            yield member, Score(-total, bool(top[start:stop].all()), request.scored, request.truncated)
-            start = stop
+            while groups or len(scheduler):
+                while groups and scheduler.pending < BATCH_TOKENS:
+                    group = groups.pop()
+                    if group.shared:
+                        beginning = Sequence(pool, requests[group.members[0]].fed[: group.shared])
+                        beginnings[beginning] = group
+                        scheduler.add(beginning)
+                    else:
+                        self._add(scheduler, running, requests, group, None)
+                work = scheduler.next_pass()
+                assert work is not None, "what was added is computed or removed"
+                hidden = self._decoder.run_hidden(work.batch, work.cache)
+                answered = list(scheduler.complete(work))
+                for sequence, _ in answered:
+                    if sequence in beginnings:
+                        self._add(scheduler, running, requests, beginnings.pop(sequence), sequence.table)
+                        scheduler.remove(sequence)
+                self._take(hidden, [(running[each], rows) for each, rows in answered if each in running])
+                for sequence, _ in answered:
+                    if sequence in running and not sequence.pending:
+                        scheduler.remove(sequence)
+                        yield running.pop(sequence).score()
 
-    def _losses(self, hidden: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def _add(
+        self,
+        scheduler: Scheduler,
+        running: dict[Sequence, _Running],
+        requests: Tokens[Encoded],
+        group: _Group,
+        beginning: BlockTable | None,
+    ) -> None:
+        """Queues the members of a group, which go on from its beginning where that has been computed."""
+        for member in group.members:
+            request = requests[member]
+            table = None if beginning is None else beginning.fork()
+            sequence = Sequence(scheduler.pool, request.fed, wanted_from=request.first, table=table)
+            running[sequence] = _Running(member, request)
+            scheduler.add(sequence)
+
+    def _take(self, hidden: Array, answered: Tokens[tuple[_Running, slice]]) -> None:
+        """Scores of the positions whose hidden states (L, hidden) a pass gave: those at a slice for each request."""
+        if not answered:
+            return
+        rows = np.concatenate([np.arange(rows.start, rows.stop) for _, rows in answered])
+        targets = [token for each, rows in answered for token in each.next_targets(rows.stop - rows.start)]
+        nll, top = self._losses(hidden[rows], torch.tensor(targets))
+        counts = [rows.stop - rows.start for _, rows in answered]
+        parts = zip(torch.split(nll, counts), torch.split(top, counts), strict=True)
+        for (each, _), (losses, tops) in zip(answered, parts, strict=True):
+            each.losses.append(losses)
+            each.tops.append(tops)
+
+    def _losses(self, hidden: Array, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Losses in nats, float64 (R,), and whether the target is the likeliest token, bool (R,), of hidden states."""
         step = row_step(self._decoder.spec.vocab_size)
         losses, tops = [], []
         for start in range(0, len(targets), step):
-            logits = self._decoder.logits(hidden[start : start + step])
+            logits = torch.as_tensor(self._decoder.run_head(hidden[start : start + step]))
             wanted = targets[start : start + step].to(logits.device)
             losses.append(token_nll(logits, wanted).cpu())
             tops.append((logits.argmax(dim=-1) == wanted).cpu())
         return torch.cat(losses), torch.cat(tops)
 
 
-def group_requests(requests: Sequence[Encoded]) -> list[_Group]:
+def group_requests(requests: Tokens[Encoded]) -> list[_Group]:
     """Requests with long common beginnings together.
 
     In the order of their tokens, a request joins the group before it as long as the tokens saved by the group,
@@ -301,21 +331,12 @@ def _group(members: list[int], shared: int) -> _Group:
     return _Group(tuple(members), shared if len(members) > 1 else 0)
 
 
-def _common(one: Sequence[int], other: Sequence[int]) -> int:
+def _common(one: Tokens[int], other: Tokens[int]) -> int:
     """Length of the common beginning."""
     for index, (ours, theirs) in enumerate(zip(one, other, strict=False)):
         if ours != theirs:
             return index
     return min(len(one), len(other))
-
-
-def _padded(rows: Sequence[Sequence[int]], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """Rows as a right-padded batch, int64 (B, T), and their lengths, int64 (B,)."""
-    width = max(map(len, rows))
-    ids = torch.zeros((len(rows), width), dtype=torch.int64)
-    for row, values in enumerate(rows):
-        ids[row, : len(values)] = torch.tensor(values, dtype=torch.int64)
-    return ids.to(device), torch.tensor([len(values) for values in rows]).to(device)
 
 
 def _prefix_id(tokenizer: Tokenizer) -> int | None:

@@ -98,13 +98,15 @@ void finish_row(const CacheView& c, float* outputs, float sum, float* out) {
 // One chunk as a task's tiles read it.
 struct Chunk {
   int64_t index, start;  // start: its first slot
-  const uint8_t* keys;   // block 0 of the chunk: floats, halves or bytes, by `direct` and bits
-  int64_t key_stride;    // bytes
-  const uint8_t* key_scales;
-  const void* values;
-  const uint8_t* value_scales;
-  const uint8_t* next_keys;  // of the next chunk, in the cache
+  // Of each page, block 0:
+  const uint8_t* keys[kChunkPages];  // floats, halves or bytes, by `direct` and bits
+  int64_t key_stride;                // bytes
+  const uint8_t* key_scales[kChunkPages];
+  const void* values[kChunkPages];
+  const uint8_t* value_scales[kChunkPages];
+  const uint8_t* next_keys[kChunkPages];  // of the next chunk, in the cache
 };
+static_assert(kChunkPages == 2, "a chunk's pages are written out one by one");
 
 struct TaskState {
   const AttentionTask* task;
@@ -118,22 +120,36 @@ struct TaskState {
   float* outputs;
 };
 
+template <int R, class Element>
+inline void score_floats(const TaskState& s, const Chunk& chunk, int64_t m, int begin, int end) {
+  const CacheView& c = *s.cache;
+  const FloatKeys<Element> keys{
+      {reinterpret_cast<const Element*>(chunk.keys[0]), reinterpret_cast<const Element*>(chunk.keys[1])},
+      chunk.key_stride / int64_t(sizeof(Element)), c.head_dim, s.queries.floats + m * c.padded, c.padded};
+  score<R>(keys, begin, end, s.scores);
+}
+
 template <int R> void score_rows(const TaskState& s, const Chunk& chunk, int64_t m, int begin, int end) {
   const CacheView& c = *s.cache;
   if (c.bits < 16) {
     const int64_t g = m * c.groups;
-    const CodeKeys keys{chunk.keys,      chunk.key_stride, chunk.key_scales, c.key_block, c.group, c.groups,
-                        c.bits == 8 ? 1.0f : 2.0f, s.queries.codes + m * c.padded, c.padded, s.queries.scales + g,
-                        s.queries.offsets + g, s.queries.starts + g};
+    const CodeKeys keys{{chunk.keys[0], chunk.keys[1]},
+                        chunk.key_stride,
+                        {chunk.key_scales[0], chunk.key_scales[1]},
+                        c.key_block,
+                        c.group,
+                        c.groups,
+                        c.bits == 8 ? 1.0f : 2.0f,
+                        s.queries.codes + m * c.padded,
+                        c.padded,
+                        s.queries.scales + g,
+                        s.queries.offsets + g,
+                        s.queries.starts + g};
     score<R>(keys, begin, end, s.scores);
   } else if (c.bits == 16 && s.direct) {
-    const FloatKeys<uint16_t> keys{reinterpret_cast<const uint16_t*>(chunk.keys), chunk.key_stride / 2, c.head_dim,
-                                   s.queries.floats + m * c.padded, c.padded};
-    score<R>(keys, begin, end, s.scores);
+    score_floats<R, uint16_t>(s, chunk, m, begin, end);
   } else {
-    const FloatKeys<float> keys{reinterpret_cast<const float*>(chunk.keys), chunk.key_stride / 4, c.head_dim,
-                                s.queries.floats + m * c.padded, c.padded};
-    score<R>(keys, begin, end, s.scores);
+    score_floats<R, float>(s, chunk, m, begin, end);
   }
 }
 
@@ -168,11 +184,24 @@ template <int R> void attend_tile(const TaskState& s, const Chunk& chunk, int64_
     s.sums[(m + r) * s.task->partials->chunks + chunk.index] = results[r].sum;
   }
 
-  ValueTile tile{chunk.values, c.value_block, c.padded, c.group, 1,          s.scores, begin, end,
-                 nullptr,      0,             keep,     add,     chunk.next_keys, c.key_block};
+  ValueTile tile{{chunk.values[0], chunk.values[1]},
+                 c.value_block,
+                 c.padded,
+                 c.group,
+                 1,
+                 s.scores,
+                 begin,
+                 end,
+                 nullptr,
+                 0,
+                 keep,
+                 add,
+                 {chunk.next_keys[0], chunk.next_keys[1]},
+                 c.key_block};
   if (c.bits < 16) {  // the slots' scales go into the weights
     for (int b = first; b < last; ++b) {
-      const uint16_t* scales = reinterpret_cast<const uint16_t*>(chunk.value_scales + b * c.value_block);
+      const uint16_t* scales = reinterpret_cast<const uint16_t*>(chunk.value_scales[b / kPageBlocks] +
+                                                                 b % kPageBlocks * c.value_block);
       for (int g = 0; g < c.groups; ++g) {
         const Floats scale = load_half(scales + g * kSlots);
         for (int r = 0; r < R; ++r) {
@@ -212,21 +241,44 @@ Chunk open_chunk(const TaskState& s, const TaskMemory& memory, int64_t index, in
   const int64_t seen_to = a.position[t.first_row + t.rows - 1] + 1 - start;
   const int64_t begin = seen_from > 0 ? seen_from / kSlots : 0;  // blocks within the chunk
   const int64_t end = seen_to < kChunk ? (seen_to + kSlots - 1) / kSlots : kChunk / kSlots;
-  const uint8_t* keys = keys_of(c, a.layer, sequence, t.kv_head) + start / kSlots * c.key_block;
-  const uint8_t* values = values_of(c, a.layer, sequence, t.kv_head) + start / kSlots * c.value_block;
-  Chunk chunk{index, start, keys, c.key_block, keys + c.key_codes, values, values + c.value_codes,
-              keys + kChunk / kSlots * c.key_block};
-  const bool unpack_keys_too = c.bits < 8 || (c.bits == 8 && kLevelBias != 0) || (c.bits == 16 && !s.direct);
-  if (unpack_keys_too) {
-    uint8_t* out = reinterpret_cast<uint8_t*>(t.scratch + memory.keys);
-    chunk.key_stride = c.bits == 16 ? int64_t(64) * c.head_dim : int64_t(64) * ((c.head_dim / 4 + 7) / 8 * 8);
-    chunk.keys = out;
-    unpack_keys(c, keys, begin, end, out + begin * chunk.key_stride, chunk.key_stride, s.direct ? values : nullptr);
+  Chunk chunk{};
+  chunk.index = index;
+  chunk.start = start;
+  chunk.key_stride = c.key_block;
+  // Pages that no row sees may not exist: theirs are the addresses of one that does, and are never read. What would
+  // come after the last token's page neither.
+  const int64_t last_page = a.position[t.first_row + t.rows - 1] / kPage;
+  const auto page_at = [&](int64_t number) {
+    return keys_at(a, c, sequence, number < last_page ? number : last_page, t.kv_head);
+  };
+  for (int p = 0; p < kChunkPages; ++p) {
+    uint8_t* keys = page_at(index * kChunkPages + p);
+    const uint8_t* values = values_of(c, keys);
+    chunk.keys[p] = keys;
+    chunk.key_scales[p] = keys + c.key_codes;
+    chunk.values[p] = values;
+    chunk.value_scales[p] = values + c.value_codes;
+    chunk.next_keys[p] = page_at((index + 1) * kChunkPages + p);
   }
-  if (c.bits != 32 && !s.direct) {
-    float* out = t.scratch + memory.values;
-    chunk.values = out;
-    unpack_values(c, values, begin, end, out + begin * kSlots * c.padded);
+  const bool unpack_keys_too = c.bits < 8 || (c.bits == 8 && kLevelBias != 0) || (c.bits == 16 && !s.direct);
+  const bool unpack_values_too = c.bits != 32 && !s.direct;
+  if (unpack_keys_too) {
+    chunk.key_stride = c.bits == 16 ? int64_t(64) * c.head_dim : int64_t(64) * ((c.head_dim / 4 + 7) / 8 * 8);
+  }
+  for (int p = 0; p < kChunkPages; ++p) {
+    const int64_t from = begin > p * kPageBlocks ? begin - p * kPageBlocks : 0;  // blocks within the page
+    const int64_t to = end < (p + 1) * kPageBlocks ? end - p * kPageBlocks : kPageBlocks;
+    if (unpack_keys_too) {
+      uint8_t* out = reinterpret_cast<uint8_t*>(t.scratch + memory.keys) + p * kPageBlocks * chunk.key_stride;
+      const uint8_t* values = s.direct ? static_cast<const uint8_t*>(chunk.values[p]) : nullptr;
+      unpack_keys(c, chunk.keys[p], from, to, out + from * chunk.key_stride, chunk.key_stride, values);
+      chunk.keys[p] = out;
+    }
+    if (unpack_values_too) {
+      float* out = t.scratch + memory.values + int64_t(p) * kPage * c.padded;
+      unpack_values(c, static_cast<const uint8_t*>(chunk.values[p]), from, to, out + from * kSlots * c.padded);
+      chunk.values[p] = out;
+    }
   }
   return chunk;
 }

@@ -6,15 +6,16 @@
 
 namespace kbit {
 
-class KVCache;
+class KVPages;
 
-// Tokens of one sequence lie in slots; 16 slots are a block of the cache's layout. Softmax is taken over chunks of
-// slots at absolute positions and chunks are combined in ascending order, in every kind of pass: that is what makes a
-// token's result the same bits however the work is cut.
-constexpr int kSlots = 16, kChunk = 128;
+// Tokens of one sequence lie in slots; 16 slots are a block of the cache's layout, 64 a page of memory. Softmax is taken
+// over chunks of slots at absolute positions and chunks are combined in ascending order, in every kind of pass: that is
+// what makes a token's result the same bits however the work is cut, and wherever its pages lie.
+constexpr int kSlots = 16, kPage = 64, kChunk = 128;
+constexpr int kPageBlocks = kPage / kSlots, kChunkPages = kChunk / kPage;
 constexpr int kRowTile = 4;  // rows (token, head) that share one pass over a chunk, at most
 
-// Where a cache keeps things; kv_cache.h draws it. Sizes in bytes.
+// Where pages keep things; kv_pages.h draws it. Sizes in bytes.
 struct CacheView {
   int bits;      // 32 and 16: floats; 8, 4, 3, 2: codes
   int head_dim;  // D
@@ -22,22 +23,18 @@ struct CacheView {
   int group;     // features that share a scale, and are rotated together; the padded head for floats
   int groups;
   int kv_heads;
-  std::int64_t rows;         // of the batch
-  std::int64_t slots;        // of one strip, a multiple of kSlots
   std::int64_t key_codes;    // codes (or floats) of one block of keys; its scales follow
   std::int64_t key_block;    // the whole block
   std::int64_t value_codes;
   std::int64_t value_block;
-  std::int64_t strip;        // one layer, row and head: all blocks of keys, then all blocks of values
-  std::uint8_t* data;
+  std::int64_t strip;        // one layer and head of a page: its blocks of keys, then its blocks of values
+  std::uint8_t* const* pages;  // by id
 };
 
-static inline std::uint8_t* keys_of(const CacheView& c, std::int64_t layer, std::int64_t row, std::int64_t head) {
-  return c.data + ((layer * c.rows + row) * c.kv_heads + head) * c.strip;
+static inline std::uint8_t* keys_of(const CacheView& c, std::int64_t page, std::int64_t layer, std::int64_t head) {
+  return c.pages[page] + (layer * c.kv_heads + head) * c.strip;
 }
-static inline std::uint8_t* values_of(const CacheView& c, std::int64_t layer, std::int64_t row, std::int64_t head) {
-  return keys_of(c, layer, row, head) + c.slots / kSlots * c.key_block;
-}
+static inline std::uint8_t* values_of(const CacheView& c, std::uint8_t* keys) { return keys + kPageBlocks * c.key_block; }
 
 // One attention of a pass: rotate q and k, write k and v into the cache, attend. R rows are the pass's new tokens.
 struct AttentionArgs {
@@ -47,7 +44,7 @@ struct AttentionArgs {
   float* out;  // (R, heads * D), none of the above
   std::int64_t q_stride, k_stride, v_stride, out_stride;  // floats per row
   std::int64_t rows;
-  const std::int32_t* sequence;  // (R), row of the cache; a sequence's rows are consecutive and ascend by one position
+  const std::int32_t* sequence;  // (R), row of the block table; a sequence's rows are consecutive and ascend by one
   const std::int32_t* position;  // (R), slot of the token
   const float* cos;              // (P, rotated_half)
   const float* sin;
@@ -56,9 +53,17 @@ struct AttentionArgs {
   int heads, kv_heads, head_dim;
   float scale;
   int window;  // slots a token sees at most, itself included; 0: all
-  KVCache* cache;
+  const KVPages* cache;
+  const std::int32_t* tables;    // (B, table_stride): the pages of each sequence, in order
+  std::int64_t table_stride;
   int layer;
 };
+
+// Keys of a sequence's page number `index`, for one head.
+static inline std::uint8_t* keys_at(const AttentionArgs& a, const CacheView& c, std::int64_t sequence,
+                                    std::int64_t index, std::int64_t head) {
+  return keys_of(c, a.tables[sequence * a.table_stride + index], a.layer, head);
+}
 
 // First slot that the token at `position` sees.
 static inline std::int64_t first_seen(const AttentionArgs& a, std::int64_t position) {

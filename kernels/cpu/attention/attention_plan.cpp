@@ -2,7 +2,7 @@
 
 #include <algorithm>
 
-#include "attention/kv_cache.h"
+#include "attention/kv_pages.h"
 
 namespace kbit {
 namespace {

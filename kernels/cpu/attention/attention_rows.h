@@ -8,6 +8,7 @@ namespace {
 
 using kbit::AttentionArgs;
 using kbit::CacheView;
+using kbit::kPage;
 using kbit::kSlots;
 
 // n <= 16 values; whole vectors without a mask.
@@ -193,12 +194,12 @@ void write_value(const CacheView& c, uint8_t* block, int slot, float* x, uint8_t
 }
 
 void append(const AttentionArgs& a, const CacheView& c, int64_t first_row, int64_t rows, int kv_head, float* scratch) {
-  uint8_t* keys = keys_of(c, a.layer, a.sequence[first_row], kv_head);
-  uint8_t* values = values_of(c, a.layer, a.sequence[first_row], kv_head);
   uint8_t* codes = reinterpret_cast<uint8_t*>(scratch + c.padded);
   const int last = c.padded - 16;
   for (int64_t row = first_row; row < first_row + rows; ++row) {
-    const int64_t block = a.position[row] / kSlots;
+    uint8_t* keys = keys_at(a, c, a.sequence[row], a.position[row] / kPage, kv_head);
+    uint8_t* values = values_of(c, keys);
+    const int64_t block = a.position[row] % kPage / kSlots;
     const int slot = a.position[row] % kSlots;
     store(scratch + last, zero());
     rotate_head(a.k + row * a.k_stride + int64_t(kv_head) * a.head_dim, a, row, scratch);

@@ -8,6 +8,8 @@
 namespace {
 
 using kbit::kChunk;
+using kbit::kChunkPages;
+using kbit::kPageBlocks;
 using kbit::kRowTile;
 
 // Accumulators a tile may hold. The matmul keeps integer and float sums at once; here there is only one kind.
@@ -28,23 +30,26 @@ inline Floats load_element(const uint16_t* p) { return load_half(p); }
 
 // A chunk's keys, and queries from some row on.
 template <class Element> struct FloatKeys {
-  const Element* keys;   // (blocks, D, 16)
-  int64_t block_stride;  // elements
+  const Element* keys[kChunkPages];  // (blocks, D, 16)
+  int64_t block_stride;              // elements
   int head_dim;
   const float* queries;  // (R, padded)
   int padded;
+
+  const Element* at(int block) const { return keys[block / kPageBlocks] + block % kPageBlocks * block_stride; }
 };
 
 // scores (R, kChunk) of blocks [block, block + V).
 template <int R, int V, class Element>
 void score_tile(const FloatKeys<Element>& t, int block, float* scores) {
-  const Element* k = t.keys + block * t.block_stride;
+  const Element* k[V];
+  for (int v = 0; v < V; ++v) k[v] = t.at(block + v);
   Floats sum[R][V];
   for (int r = 0; r < R; ++r)
     for (int v = 0; v < V; ++v) sum[r][v] = zero();
   for (int d = 0; d < t.head_dim; ++d) {
     Floats key[V];
-    for (int v = 0; v < V; ++v) key[v] = load_element(k + v * t.block_stride + 16 * d);
+    for (int v = 0; v < V; ++v) key[v] = load_element(k[v] + 16 * d);
     for (int r = 0; r < R; ++r) {
       const Floats q = broadcast(t.queries[r * t.padded + d]);
       for (int v = 0; v < V; ++v) sum[r][v] = fma(q, key[v], sum[r][v]);
@@ -56,9 +61,9 @@ void score_tile(const FloatKeys<Element>& t, int block, float* scores) {
 
 // The same for codes: bytes (blocks, quads of features, 16 slots, 4) and scales per block (groups, 16).
 struct CodeKeys {
-  const uint8_t* bytes;
+  const uint8_t* bytes[kChunkPages];
   int64_t block_stride;  // bytes
-  const uint8_t* scales;
+  const uint8_t* scales[kChunkPages];
   int64_t scale_stride;  // bytes
   int group, groups;
   float unit;          // 2 for codes, 1 for levels
@@ -67,6 +72,11 @@ struct CodeKeys {
   const float* query_scales;  // (R, groups), as the others
   const float* offsets;
   const int32_t* starts;
+
+  const uint8_t* at(int block) const { return bytes[block / kPageBlocks] + block % kPageBlocks * block_stride; }
+  const uint16_t* scales_at(int block) const {
+    return reinterpret_cast<const uint16_t*>(scales[block / kPageBlocks] + block % kPageBlocks * scale_stride);
+  }
 };
 
 // With codes c of a key and x of a query, a group's sum of (2 c + 1 - 2^bits) x is 2 sum(c x) + (1 - 2^bits) sum(x):
@@ -76,20 +86,20 @@ template <int R, int V> void score_tile(const CodeKeys& t, int block, float* sco
   Floats total[R][V];
   for (int r = 0; r < R; ++r)
     for (int v = 0; v < V; ++v) total[r][v] = zero();
-  const uint8_t* bytes = t.bytes + block * t.block_stride;
+  const uint8_t* bytes[V];
+  for (int v = 0; v < V; ++v) bytes[v] = t.at(block + v);
   for (int g = 0; g < t.groups; ++g) {
     Ints sum[R][V];
     for (int r = 0; r < R; ++r)
       for (int v = 0; v < V; ++v) sum[r][v] = broadcast(t.starts[r * t.groups + g]);
     for (int i = g * t.group; i < (g + 1) * t.group; i += 4) {
       Bytes key[V];
-      for (int v = 0; v < V; ++v) key[v] = load_bytes(bytes + v * t.block_stride + 16 * i);
+      for (int v = 0; v < V; ++v) key[v] = load_bytes(bytes[v] + 16 * i);
       for (int r = 0; r < R; ++r)
         for (int v = 0; v < V; ++v) sum[r][v] = dot4(sum[r][v], key[v], t.codes + r * t.padded + i);
     }
     for (int v = 0; v < V; ++v) {
-      const uint8_t* scales = t.scales + (block + v) * t.scale_stride;
-      const Floats scale = load_half(reinterpret_cast<const uint16_t*>(scales) + 16 * g);
+      const Floats scale = load_half(t.scales_at(block + v) + 16 * g);
       for (int r = 0; r < R; ++r) {
         const Floats product = fma(to_float(sum[r][v]), broadcast(t.unit), broadcast(t.offsets[r * t.groups + g]));
         total[r][v] = fma(product, mul(scale, broadcast(t.query_scales[r * t.groups + g])), total[r][v]);
@@ -141,14 +151,14 @@ void unpack_key_block_3(const uint8_t* block, int quads, uint8_t* out) {
   }
 }
 
-// Blocks [begin, end) of a strip's keys, to out + (block - begin) * stride bytes. values: block 0 of the values that
+// Blocks [begin, end) of a page's keys, to out + (block - begin) * stride bytes. values: block 0 of the values that
 // come next, or null.
 void unpack_keys(const CacheView& c, const uint8_t* keys, int64_t begin, int64_t end, uint8_t* out, int64_t stride,
                  const uint8_t* values) {
   const int quads = c.head_dim / 4;
   for (int64_t b = begin; b < end; ++b, out += stride) {
     const uint8_t* block = keys + b * c.key_block;
-    // Hardware follows a strip's streams, but begins anew at every page and every turn from keys to values.
+    // Hardware follows a strip's streams, but begins anew every 4 KiB and at every turn from keys to values.
     if (values) prefetch_bytes(values + b * c.value_block, c.value_block);
     if (c.bits == 16) {
       for (int64_t i = 0; i < 16 * c.head_dim; i += 16) {

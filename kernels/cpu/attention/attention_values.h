@@ -9,7 +9,7 @@ namespace {
 // A chunk's values, the weights of some rows, and where the sums go. Features share weights by groups: for codes these
 // include the scales; floats have one group.
 struct ValueTile {
-  const void* values;     // slot 0 of the chunk: floats or halves (slots, padded), or blocks of codes
+  const void* values[kChunkPages];  // slot 0 of each page: floats or halves (slots, padded), or blocks of codes
   int64_t value_block;    // bytes, for codes
   int padded, group, groups;
   const float* weights;   // (R, groups, kChunk)
@@ -19,7 +19,7 @@ struct ValueTile {
   int64_t out_stride;
   const float* keep;      // (R): out = keep * out + add * sum; null: out = sum
   const float* add;
-  const uint8_t* next;    // block 0 of the keys of the chunk after this one
+  const uint8_t* next[kChunkPages];  // block 0 of the keys of each page of the chunk after this one
   int64_t next_block;     // bytes
 };
 
@@ -61,17 +61,26 @@ template <class Element, int R, int G, int P> void weigh_rows(const ValueTile& t
   constexpr int F = G * P;
   Sums<R, F> sums;
   clear(sums);
-  const Element* values = static_cast<const Element*>(t.values) + 16 * vector;
+  // body(where its values are, slot) for slots [begin, end) of the chunk
+  const auto each_slot = [&](int begin, int end, auto body) __attribute__((always_inline)) {
+    for (int page = begin / kPage; page * kPage < end; ++page) {
+      const Element* values = static_cast<const Element*>(t.values[page]) + 16 * vector;
+      const int stop = end < (page + 1) * kPage ? end : (page + 1) * kPage;
+      for (int slot = begin > page * kPage ? begin : page * kPage; slot < stop; ++slot) {
+        body(values + int64_t(slot - page * kPage) * t.padded, slot);
+      }
+    }
+  };
   const float* weights[R];
   for (int r = 0; r < R; ++r) weights[r] = t.weights + (int64_t(r) * t.groups + 16 * vector / t.group) * kChunk;
   const auto one_row = [&](auto row, int begin, int end) __attribute__((always_inline)) {
     constexpr int r = decltype(row)::value;
-    for (int slot = begin; slot < end; ++slot) {
+    each_slot(begin, end, [&](const Element* values, int slot) __attribute__((always_inline)) {
       for (int f = 0; f < F; ++f) {
-        const Floats value = load_element(values + int64_t(slot) * t.padded + 16 * f);
+        const Floats value = load_element(values + 16 * f);
         sums.at[r][f] = fma(broadcast(weights[r][f / P * kChunk + slot]), value, sums.at[r][f]);
       }
-    }
+    });
   };
   int begin = t.begin[0], end = t.end[0];  // what all rows see
   for (int r = 1; r < R; ++r) {
@@ -82,11 +91,11 @@ template <class Element, int R, int G, int P> void weigh_rows(const ValueTile& t
   repeat<R>([&]<int I>() __attribute__((always_inline)) {
     one_row(Index<I>{}, t.begin[I], t.end[I] < begin ? t.end[I] : begin);
   });
-  for (int slot = begin; slot < end; ++slot) {
+  each_slot(begin, end, [&](const Element* values, int slot) __attribute__((always_inline)) {
     Floats value[F];
-    for (int f = 0; f < F; ++f) value[f] = load_element(values + int64_t(slot) * t.padded + 16 * f);
+    for (int f = 0; f < F; ++f) value[f] = load_element(values + 16 * f);
     add_slot<R, G, P>(sums, weights, slot, value);
-  }
+  });
   repeat<R>([&]<int I>() __attribute__((always_inline)) { one_row(Index<I>{}, end, t.end[I]); });
   finish(t, vector, sums);
 }
@@ -134,8 +143,9 @@ template <int Bits, int R, int G> void weigh_codes(const ValueTile& t, int vecto
   clear(sums);
   const int begin = t.begin[0], end = t.end[0];
   for (int first = begin / kPer * kPer; first < end; first += kPer) {
-    const uint8_t* block = static_cast<const uint8_t*>(t.values) + first / kSlots * t.value_block;
-    if (vector == 0 && first % kSlots == 0) prefetch_bytes(t.next + first / kSlots * t.next_block, t.next_block);
+    const int page = first / kPage, within = first % kPage / kSlots;
+    const uint8_t* block = static_cast<const uint8_t*>(t.values[page]) + within * t.value_block;
+    if (vector == 0 && first % kSlots == 0) prefetch_bytes(t.next[page] + within * t.next_block, t.next_block);
     const float* weights[R];  // from slot `first` on
     for (int r = 0; r < R; ++r) weights[r] = t.weights + (int64_t(r) * t.groups + vector / 2) * kChunk + first;
     Word<Bits> word[F];
@@ -206,7 +216,7 @@ template <int Bits> void unpack_value_block(const uint8_t* block, int padded, fl
   }
 }
 
-// Blocks [begin, end) of a strip's values to floats, or to the levels of codes: (slots, padded).
+// Blocks [begin, end) of a page's values to floats, or to the levels of codes: (slots, padded).
 void unpack_values(const CacheView& c, const uint8_t* values, int64_t begin, int64_t end, float* out) {
   for (int64_t b = begin; b < end; ++b, out += kSlots * c.padded) {
     const uint8_t* block = values + b * c.value_block;

@@ -12,7 +12,7 @@
 
 #include "codecs/bitplanes.h"
 #include "isa/isa.h"
-#include "attention/kv_cache.h"
+#include "attention/kv_pages.h"
 #include "program/program.h"
 
 namespace nb = nanobind;
@@ -132,7 +132,7 @@ void add_matmul(Program& program, int x, const std::vector<Weights>& weights,
 
 void run(Program& program, const Array<const std::int64_t, 1>& ids, const Array<const std::int32_t, 1>& sequence,
          const Array<const std::int32_t, 1>& positions, const Array<const float, 2>& cos, const Array<const float, 2>& sin,
-         const Array<const std::int32_t, 1>& rope_row, KVCache& cache,
+         const Array<const std::int32_t, 1>& rope_row, KVPages& pages, const BlockTables& tables,
          const std::optional<Array<const std::int64_t, 1>>& logits_rows, const Array<float, 2>& out) {
   Pass pass;
   const std::size_t rows = ids.shape(0);
@@ -148,14 +148,14 @@ void run(Program& program, const Array<const std::int64_t, 1>& ids, const Array<
   pass.sin = sin.data();
   pass.rope_row = rope_row.data();
   pass.rotated_half = static_cast<int>(cos.shape(1));
-  pass.cache = &cache;
+  pass.cache = &pages;
+  pass.tables = tables.data();
+  pass.table_stride = static_cast<std::int64_t>(tables.shape(1));
   for (std::size_t r = 0; r < rows; ++r) {
     require(rope_row.data()[r] >= 0 && static_cast<std::size_t>(rope_row.data()[r]) < cos.shape(0),
             "a row of the rotary tables does not exist");
-    require(sequence.data()[r] >= 0 && sequence.data()[r] < cache.batch() && positions.data()[r] >= 0 &&
-                positions.data()[r] < cache.capacity(),
-            "a token lies outside the cache");
   }
+  require_pages(pages, tables, sequence.data(), positions.data(), rows);
   if (logits_rows) {
     pass.logits_rows = static_cast<std::int64_t>(logits_rows->shape(0));
     pass.logits_row = logits_rows->data();
@@ -257,7 +257,7 @@ void bind_engine(nb::module_& module) {
            },
            nb::arg("matrix"), nb::arg("norm").none(), nb::arg("eps"))
       .def("run", &run, nb::arg("ids"), nb::arg("sequence"), nb::arg("positions"), nb::arg("cos"), nb::arg("sin"),
-           nb::arg("rope_row"), nb::arg("cache"), nb::arg("logits_rows").none(), nb::arg("out"))
+           nb::arg("rope_row"), nb::arg("pages"), nb::arg("tables"), nb::arg("logits_rows").none(), nb::arg("out"))
       .def("logits",
            [](Program& p, const Array<const float, 2>& hidden, const Array<float, 2>& out) {
              require(hidden.shape(0) == out.shape(0) && static_cast<std::int64_t>(hidden.shape(1)) == p.hidden_width() &&

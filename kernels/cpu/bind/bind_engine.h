@@ -2,11 +2,29 @@
 #pragma once
 
 #include <nanobind/nanobind.h>
+#include <nanobind/ndarray.h>
+
+#include <cstdint>
+#include <string>
+
+#include "codecs/matrix.h"
 
 namespace kbit {
 
+class KVPages;
+
+// "fp16", "bf16", "fp32" or "fp32-steps". Throws std::invalid_argument for another name.
+Number number_named(const std::string& name);
+
+using BlockTables = nanobind::ndarray<const std::int32_t, nanobind::ndim<2>, nanobind::c_contig, nanobind::device::cpu>;
+
+// Checks that every token's sequence has pages for it and for all tokens before it. Throws std::invalid_argument.
+void require_pages(const KVPages& pages, const BlockTables& tables, const std::int32_t* sequence,
+                   const std::int32_t* position, std::size_t rows);
+
 void bind_engine(nanobind::module_& module);
-void bind_kv_cache(nanobind::module_& module);
+void bind_kv_pages(nanobind::module_& module);
+void bind_sizes(nanobind::module_& module);
 void bind_mapped(nanobind::module_& module);
 
 }  // namespace kbit

@@ -21,12 +21,6 @@ using ByteView = nb::ndarray<nb::numpy, const std::uint8_t, nb::ndim<1>, nb::c_c
 
 constexpr const char* kNumberNames[] = {"fp16", "bf16", "fp32", "fp32-steps"};
 
-Number number_named(const std::string& name) {
-  for (int i = 0; i < 4; ++i)
-    if (name == kNumberNames[i]) return static_cast<Number>(i);
-  throw std::invalid_argument("a number type is fp16, bf16, fp32 or fp32-steps");
-}
-
 // A view that keeps `owner` alive.
 template <typename Owner> ByteView view_of(const std::uint8_t* begin, std::size_t size, std::shared_ptr<Owner> owner) {
   auto* kept = new std::shared_ptr<Owner>(std::move(owner));
@@ -47,6 +41,12 @@ std::shared_ptr<MatrixStorage> map_matrix(std::shared_ptr<MappedFile> file, std:
 }
 
 }  // namespace
+
+Number number_named(const std::string& name) {
+  for (int i = 0; i < 4; ++i)
+    if (name == kNumberNames[i]) return static_cast<Number>(i);
+  throw std::invalid_argument("a number type is fp16, bf16, fp32 or fp32-steps");
+}
 
 void bind_mapped(nb::module_& module) {
   nb::register_exception_translator([](const std::exception_ptr& pointer, void*) {

@@ -49,6 +49,7 @@ NB_MODULE(_native, module) {
              nb::arg("first"), nb::arg("codes").noconvert(),
              "Write (first) or OR a plane's bits into uint8 codes (N, K) at bit `shift`.");
   kbit::bind_engine(module);
-  kbit::bind_kv_cache(module);
+  kbit::bind_kv_pages(module);
+  kbit::bind_sizes(module);
   kbit::bind_mapped(module);
 }

@@ -18,19 +18,19 @@ namespace {
 // 6, 15 % at 7, more than all of it at 8 (Gaussian blocks of 64).
 constexpr int kTwoDigitBits = 6;
 
-int integer_segment(std::int64_t block) {
-  if (block == 0) return 64;
-  for (int segment : {64, 32})
-    if (block % segment == 0) return segment;
-  return 16;
-}
-
 // K types have fp32 scales (products of two numbers, exact) in blocks of 16 or 32.
 bool steps_fit(Number kind, std::int64_t block_size) {
   return kind == Number::single && (block_size == 16 || block_size == 32);
 }
 
 }  // namespace
+
+int integer_segment(std::int64_t block) {
+  if (block == 0) return 64;
+  for (int segment : {64, 32})
+    if (block % segment == 0) return segment;
+  return 16;
+}
 
 AlignedBytes::AlignedBytes(std::size_t bytes) : size_(bytes) {
   // calloc: the kernel's zero pages, so that memory that is written first costs no second pass.
@@ -78,6 +78,12 @@ std::array<std::size_t, kArrays> MatrixStorage::sizes() const {
 std::size_t MatrixStorage::nbytes() const {
   const auto bytes = sizes();
   return bytes[0] + bytes[1] + bytes[2];
+}
+
+std::size_t MatrixStorage::size_of(const Description& what) {
+  MatrixStorage matrix;
+  matrix.lay_out(what);
+  return matrix.nbytes();
 }
 
 std::array<Bytes, kArrays> MatrixStorage::arrays() const {

@@ -57,6 +57,9 @@ struct Bytes {
   std::size_t size = 0;
 };
 
+// Columns that int8 products sum as integers, for codes with a scale every `block` columns (0: one per row).
+int integer_segment(std::int64_t block);
+
 class MatrixStorage {
  public:
   static std::shared_ptr<MatrixStorage> quantized(const QuantizedParts& parts, Team& team);
@@ -73,6 +76,8 @@ class MatrixStorage {
   const Description& description() const { return description_; }
   std::array<Bytes, kArrays> arrays() const;
   std::size_t nbytes() const;
+  // Of a matrix that is not there yet.
+  static std::size_t size_of(const Description& what);
   // The file the arrays lie in, or null.
   const std::shared_ptr<const MappedFile>& file() const { return file_; }
 

@@ -4,7 +4,7 @@
 #include <cstring>
 #include <stdexcept>
 
-#include "attention/kv_cache.h"
+#include "attention/kv_pages.h"
 #include "program/program_scratch.h"
 
 namespace kbit {
@@ -148,6 +148,8 @@ void Program::attend(Worker& worker, const AttendInstruction& a, const Pass& pas
   args.scale = a.scale;
   args.window = a.window;
   args.cache = pass.cache;
+  args.tables = pass.tables;
+  args.table_stride = pass.table_stride;
   args.layer = a.layer;
   attention(context_->kernels->attention, worker, args, attention_scratch_);
 }

@@ -45,13 +45,15 @@ using Instruction =
 struct Pass {
   std::int64_t rows = 0;
   const std::int64_t* ids = nullptr;         // (R)
-  const std::int32_t* sequence = nullptr;    // (R) row of the cache; a sequence's rows are consecutive and ascending
+  const std::int32_t* sequence = nullptr;    // (R) row of the tables; a sequence's rows are consecutive and ascending
   const std::int32_t* position = nullptr;    // (R)
   const float* cos = nullptr;                // (P, half)
   const float* sin = nullptr;
   const std::int32_t* rope_row = nullptr;    // (R) row of the tables
   int rotated_half = 0;
-  KVCache* cache = nullptr;
+  const KVPages* cache = nullptr;
+  const std::int32_t* tables = nullptr;      // (B, table_stride) pages of each sequence, in order
+  std::int64_t table_stride = 0;
   std::int64_t logits_rows = -1;             // -1: the hidden states of all rows are wanted instead
   const std::int64_t* logits_row = nullptr;  // (L)
   float* out = nullptr;                      // (L, V) or (R, hidden)

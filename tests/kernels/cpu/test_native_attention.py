@@ -15,6 +15,7 @@ from attention_cases import (
     Tokens,
     assert_equal_to_rounding,
     attend,
+    dequantized,
     make_cache,
     make_tokens,
     rotate,
@@ -72,14 +73,14 @@ def test_cache_holds_what_the_reference_defines(isa: str, kind: str) -> None:
         run_pass(_native.Context(isa, 1), tokens, cache, [17, 0])
         keys, values = stored(rotate(tokens.k, tokens), kind), stored(tokens.v, kind)
         for b, length in enumerate(tokens.lengths):
-            got_keys, got_values = (torch.from_numpy(x) for x in cache.dequantized(1, b))
+            got_keys, got_values = (torch.from_numpy(x) for x in dequantized(cache, 1, b))
             # The same roundings in the same order up to the codes; what turns codes back may sum in another order, so
             # for codes the bound is a few units in the last place of a group's sum, far below one level.
             for got, want in [(got_keys, keys), (got_values, values)]:
                 want = want[b, :length].transpose(0, 1)  # (H_kv, length, D)
                 tolerance = 64 * EPS * float(want.norm(dim=-1).max()) if kind.isdigit() else 0.0
                 assert (got - want).abs().max() <= tolerance
-        assert not cache.dequantized(0, 0)[0].any()  # the other layer
+        assert not dequantized(cache, 0, 0)[0].any()  # the other layer
 
 
 def lengths_for(isa: str) -> list[int]:
@@ -206,7 +207,7 @@ def test_zeros_and_sizes_at_the_edge_of_half_precision(isa: str, kind: str) -> N
     if kind != "fp16":  # which overflows to infinity, as the conversion does
         cache = make_cache(tokens, kind)
         run_pass(context, tokens, cache, [7])
-        got = torch.from_numpy(cache.dequantized(1, 0)[1])[0]
+        got = torch.from_numpy(dequantized(cache, 1, 0)[1])[0]
         want = stored(tokens.v, kind)[0, :, 0]
         assert ((got - want).norm(dim=-1) <= 64 * EPS * want.norm(dim=-1)).all()
 
@@ -236,16 +237,19 @@ def test_inputs_that_do_not_fit_are_refused() -> None:
     positions, sequence = np.arange(4, dtype=np.int32), np.zeros(4, dtype=np.int32)
     tables = [tokens.cos.numpy(), tokens.sin.numpy()]
 
-    def call(cache: _native.KVCache, at: np.ndarray, layer: int = 0) -> None:
-        _native.attention(context, *arrays, at, sequence, *tables, cache, layer, 0.25, 0)
+    def call(pages: _native.KVPages, at: np.ndarray, layer: int = 0, table: tuple[int, ...] = (0,)) -> None:
+        block_tables = np.array([table], dtype=np.int32)
+        _native.attention(context, *arrays, at, sequence, *tables, pages, block_tables, layer, 0.25, 0)
 
-    good = _native.KVCache(1, 1, 1, 16, 4, "fp32")
+    good = _native.KVPages(1, 1, 16, "fp32", 2)
     call(good, positions)
-    for cache, at, layer, part in [
-        (good, positions, 1, "no such layer"),
-        (_native.KVCache(1, 1, 2, 16, 4, "fp32"), positions, 0, "other heads"),
-        (_native.KVCache(1, 1, 1, 16, 3, "fp32"), positions, 0, "outside the cache"),
-        (good, positions[::-1].copy(), 0, "ascend"),
+    for pages, at, layer, table, part in [
+        (good, positions, 1, (0,), "no such layer"),
+        (_native.KVPages(1, 2, 16, "fp32", 1), positions, 0, (0,), "other heads"),
+        (good, positions + 61, 0, (0,), "outside the cache"),
+        (good, positions, 0, (2,), "outside the cache"),
+        (good, positions + 64, 0, (-1, 1), "outside the cache"),
+        (good, positions[::-1].copy(), 0, (0,), "ascend"),
     ]:
         with pytest.raises(ValueError, match=part):
-            call(cache, at, layer)
+            call(pages, at, layer, table)

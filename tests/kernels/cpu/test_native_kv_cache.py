@@ -9,15 +9,29 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from attention_cases import EPS, KINDS, SETS, make_cache, make_tokens, run_pass, run_passes
+from attention_cases import (
+    EPS,
+    KINDS,
+    SETS,
+    dequantized,
+    make_cache,
+    make_tokens,
+    new_cache,
+    run_pass,
+    run_passes,
+)
+from native_cases import native, source_of
 
 from kbit import _native
+from kbit.backends.cpu.kv_cache import native_pages, new_pool
+from kbit.graph.cache import Cache
+from kbit.graph.pages import BlockTable
 from kbit.host.errors import UnsupportedError, UsageError
 from kbit.kernels import reference
 
 
-def contents(cache: _native.KVCache, row: int) -> list[np.ndarray]:
-    return [x for layer in range(2) for x in cache.dequantized(layer, row)]
+def contents(cache: Cache, row: int) -> list[np.ndarray]:
+    return [x for layer in range(2) for x in dequantized(cache, layer, row)]
 
 
 def same(a: list[np.ndarray], b: list[np.ndarray]) -> bool:
@@ -33,18 +47,18 @@ def test_select_truncate_and_grow_keep_the_tokens(kind: str) -> None:
     before = [contents(cache, row) for row in range(3)]
 
     cache.grow(200)
-    assert (cache.capacity, cache.batch, cache.lengths()) == (200, 3, [20, 3, 17])
+    assert (cache.capacity, cache.batch, cache.lengths.tolist()) == (200, 3, [20, 3, 17])
     assert all(same(contents(cache, row), before[row]) for row in range(3))
     cache.grow(30)
     assert cache.capacity == 200
 
     cache.truncate([18, 10, 17])
-    assert cache.lengths() == [18, 3, 17]
+    assert cache.lengths.tolist() == [18, 3, 17]
     cache.advance([2, 0, 0])
     assert same(contents(cache, 0), before[0])
 
     cache.select([2, 0, 0, 1])
-    assert (cache.batch, cache.lengths()) == (4, [17, 20, 20, 3])
+    assert (cache.batch, cache.lengths.tolist()) == (4, [17, 20, 20, 3])
     assert all(same(contents(cache, row), before[was]) for row, was in enumerate([2, 0, 0, 1]))
 
     cache.select([1])
@@ -54,49 +68,99 @@ def test_select_truncate_and_grow_keep_the_tokens(kind: str) -> None:
     assert torch.equal(got, run_passes(context, more, kind, [[40]])[0][20:])
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_rows_that_share_pages_go_on_each_by_itself(kind: str) -> None:
+    """A row that appears twice is copied no sooner than one of both writes, and then only the page it writes to."""
+    context = _native.Context(SETS[-1], 1)
+    tokens = make_tokens((2, 1, 32), [150])
+    cache = make_cache(tokens, kind, capacity=200)
+    run_pass(context, tokens, cache, [100])
+    cache.select([0, 0])
+    assert cache.pool.available == cache.pool.count - 2
+    other = make_tokens((2, 1, 32), [150, 150], seed=1)
+    for part in ("q", "k", "v"):
+        both = getattr(other, part)
+        both[:, :100] = getattr(tokens, part)[:, :100]
+        both[0] = getattr(tokens, part)[0]
+    other.cos, other.sin = tokens.cos, tokens.sin
+    got = run_pass(context, other, cache, [50, 50])
+    assert cache.pool.available == cache.pool.count - 5  # the first page is common
+    for row, found in enumerate(got):
+        one = make_tokens((2, 1, 32), [150])
+        one.q, one.k, one.v, one.cos, one.sin = (
+            *(x[row : row + 1] for x in (other.q, other.k, other.v)),
+            other.cos,
+            other.sin,
+        )
+        assert torch.equal(found, run_passes(context, one, kind, [[150]])[0][100:])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dim", [32, 48])
+def test_where_pages_lie_changes_no_bit(kind: str, dim: int) -> None:
+    """Scattered pages against pages in order, for prompts, single tokens and windows."""
+    context = _native.Context(SETS[-1], 2)
+    tokens = make_tokens((2, 1, dim), [300, 300])
+    for window in (0, 70):
+        want = run_passes(context, tokens, kind, [[280, 150], [1, 1], [3, 2], [16, 147]], window)
+        pool = new_pool(2, 1, dim, kind, 16)
+        spare = [pool.take() for _ in range(16)]
+        for page in np.random.default_rng(0).permutation(spare).tolist():
+            pool.release(page)
+        cache = Cache(pool, [BlockTable(pool), BlockTable(pool)], 300)
+        parts = [run_pass(context, tokens, cache, counts, window) for counts in ([280, 150], [1, 1], [3, 2], [16, 147])]
+        assert cache.tables[0, :5].tolist() != sorted(cache.tables[0, :5].tolist())
+        for row in range(2):
+            assert torch.equal(torch.cat([part[row] for part in parts]), want[row])
+
+
 def test_lengths_and_room() -> None:
-    cache = _native.KVCache(1, 2, 1, 16, 10, "fp16")
-    assert (cache.kind, cache.capacity, cache.batch, cache.length(1)) == ("fp16", 10, 2, 0)
+    cache = new_cache(1, 2, 1, 16, 10, "fp16")
+    assert (native_pages(cache).kind, cache.capacity, cache.batch, cache.rows[1].length) == ("fp16", 10, 2, 0)
+    cache.reserve([10, 4])
     cache.advance([10, 4])
     cache.reserve([0, 6])
     with pytest.raises(UsageError, match="10 tokens per row: row 1 has 4 and 7 more do not fit"):
         cache.reserve([0, 7])
     with pytest.raises(UsageError, match="row 0 has 10 and 1 more"):
-        cache.advance([1, 1])
-    assert cache.lengths() == [10, 4]
-    with pytest.raises(UsageError, match="negative number"):
+        cache.reserve([1, 1])
+    assert cache.lengths.tolist() == [10, 4]
+    with pytest.raises(UsageError, match="negative length"):
         cache.truncate([1, -1])
     with pytest.raises(UsageError, match="one number per row of the cache: 2, not 3"):
         cache.truncate([1, 1, 1])
     for rows in ([], [2], [-1]):
         with pytest.raises(UsageError, match="do not select from a cache of 2 rows"):
             cache.select(rows)
-    with pytest.raises(ValueError, match="no such row"):
-        cache.length(2)
-    with pytest.raises(ValueError, match="no such layer or row"):
-        cache.dequantized(1, 0)
+    pages = native_pages(cache)
+    for layer, table, length, part in [(1, [0], 1, "layer"), (0, [0], 65, "few pages"), (0, [2], 1, "no such page")]:
+        with pytest.raises(ValueError, match=part):
+            pages.dequantized(layer, np.array(table, dtype=np.int32), length)
+    with pytest.raises(ValueError, match="no such page"):
+        pages.copy(0, 2)
 
 
 def test_what_cannot_be_made_is_refused() -> None:
     with pytest.raises(UsageError, match="at least 1 row and 1 token per row, not 0 and 5"):
-        _native.KVCache(1, 0, 1, 16, 5, "fp32")
+        native(source_of("llama")).new_cache(0, 5)
     with pytest.raises(UsageError, match="not 'q4_0'"):
-        _native.KVCache(1, 1, 1, 16, 5, "q4_0")
+        new_cache(1, 1, 1, 16, 5, "q4_0")
     with pytest.raises(UsageError, match="multiple of 16 features, not 20; use fp16"):
-        _native.KVCache(1, 1, 1, 20, 5, "4")
+        new_cache(1, 1, 1, 20, 5, "4")
     with pytest.raises(UnsupportedError, match="multiple of 16 features, not 20"):
         reference.kv_group(20)
     with pytest.raises(UsageError, match="fewer than 2\\^31 tokens"):
-        _native.KVCache(1, 1, 1, 16, 2**40, "fp16")
+        native(source_of("llama")).new_cache(1, 2**40)
     with pytest.raises(MemoryError):
-        _native.KVCache(10**6, 10**6, 100, 128, 2**30, "fp16")
+        new_cache(10**6, 10**6, 100, 128, 2**30, "fp16")
 
 
 @pytest.mark.parametrize(("kind", "bits"), [("fp32", 32), ("fp16", 16), ("8", 8.5), ("4", 4.5), ("3", 3.5), ("2", 2.5)])
 def test_size(kind: str, bits: float) -> None:
     """Of keys and of values: bits, and for codes half a bit for the scales of 32 features."""
-    cache = _native.KVCache(3, 2, 5, 64, 160, kind)
-    assert cache.nbytes == 3 * 2 * 5 * 160 * 2 * 64 * bits / 8
+    cache = new_cache(3, 2, 5, 64, 192, kind)
+    assert cache.nbytes == 3 * 2 * 5 * 192 * 2 * 64 * bits / 8
+    assert 64 * cache.nbytes == 2 * 192 * _native.kv_page_bytes(3, 5, 64, kind)
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
@@ -105,7 +169,7 @@ def test_memory_is_taken_when_tokens_are_written() -> None:
         return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
     before = resident()
-    cache = _native.KVCache(1, 1, 8, 128, 100_000, "fp32")
+    cache = new_cache(1, 1, 8, 128, 100_000, "fp32")
     assert cache.nbytes > 800e6
     assert resident() - before < 100e6
 

@@ -84,7 +84,7 @@ def test_caches_that_grew_or_were_rearranged(decoder: Decoder, whole: torch.Tens
     with pytest.raises(UsageError, match="holds 11 tokens per row: row 0 has 11 and 29 more do not fit"):
         decoder.forward(ids[:, 11:], cache)
     before = cache.nbytes
-    cache.grow(40)
+    cache.grow(70)  # a page more
     assert cache.capacity >= 40
     assert cache.nbytes > before
     cache.select(torch.tensor([2, 0, 2]))

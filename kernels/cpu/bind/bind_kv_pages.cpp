@@ -1,9 +1,8 @@
-// Python bindings of the KV cache and, for tests, of one attention: KVCache and attention of kbit._native.
+// Python bindings of the KV pages and, for tests, of one attention: KVPages and attention of kbit._native.
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
 #include <nanobind/stl/pair.h>
 #include <nanobind/stl/string.h>
-#include <nanobind/stl/vector.h>
 
 #include <algorithm>
 #include <stdexcept>
@@ -12,14 +11,13 @@
 #include "attention/attention_plan.h"
 #include "bind/bind_engine.h"
 #include "program/context.h"
-#include "attention/kv_cache.h"
+#include "attention/kv_pages.h"
 
 namespace nb = nanobind;
 
 namespace kbit {
 namespace {
 
-using Numbers = std::vector<std::int64_t>;
 using Result = nb::ndarray<nb::numpy, float, nb::ndim<3>>;
 template <typename T, int kDims>
 using Array = nb::ndarray<const T, nb::ndim<kDims>, nb::c_contig, nb::device::cpu>;
@@ -46,22 +44,26 @@ std::pair<Result, float*> make_array(std::size_t a, std::size_t b, std::size_t c
   return {Result(data, {a, b, c}, owner), data};
 }
 
-std::pair<Result, Result> dequantized(const KVCache& cache, std::int64_t layer, std::int64_t row) {
-  require(layer >= 0 && layer < cache.layers() && row >= 0 && row < cache.batch(),
-          "the cache has no such layer or row");
+std::pair<Result, Result> dequantized(const KVPages& cache, std::int64_t layer, const Array<std::int32_t, 1>& table,
+                                      std::int64_t length) {
+  require(layer >= 0 && layer < cache.layers(), "the cache has no such layer");
+  require(length >= 0 && length <= static_cast<std::int64_t>(table.shape(0)) * kPage, "a table has too few pages");
+  for (std::int64_t i = 0; i < (length + kPage - 1) / kPage; ++i) {
+    require(table.data()[i] >= 0 && table.data()[i] < cache.count(), "the cache has no such page");
+  }
   const auto heads = static_cast<std::size_t>(cache.view().kv_heads);
   const auto dim = static_cast<std::size_t>(cache.view().head_dim);
-  const auto length = static_cast<std::size_t>(cache.lengths()[static_cast<std::size_t>(row)]);
-  auto [keys, key_data] = make_array(heads, length, dim);
-  auto [values, value_data] = make_array(heads, length, dim);
-  cache.dequantize(layer, row, key_data, value_data);
+  const auto tokens = static_cast<std::size_t>(length);
+  auto [keys, key_data] = make_array(heads, tokens, dim);
+  auto [values, value_data] = make_array(heads, tokens, dim);
+  cache.dequantize(layer, table.data(), length, key_data, value_data);
   return {keys, values};
 }
 
 Result attention_once(Context& context, const Array<float, 3>& q, const Array<float, 3>& k, const Array<float, 3>& v,
                       const Array<std::int32_t, 1>& positions, const Array<std::int32_t, 1>& sequence,
-                      const Array<float, 2>& cos, const Array<float, 2>& sin, KVCache& cache, std::int64_t layer,
-                      float scale, int window) {
+                      const Array<float, 2>& cos, const Array<float, 2>& sin, KVPages& cache, const BlockTables& tables,
+                      std::int64_t layer, float scale, int window) {
   const std::size_t rows = q.shape(0), heads = q.shape(1), dim = q.shape(2), kv_heads = k.shape(1);
   const auto row_count = static_cast<std::int64_t>(rows);
   const CacheView& view = cache.view();
@@ -76,11 +78,10 @@ Result attention_once(Context& context, const Array<float, 3>& q, const Array<fl
           "the cache has other heads or no such layer, or the window is negative");
   for (std::size_t r = 0; r < rows; ++r) {
     const std::int32_t where = sequence.data()[r], position = positions.data()[r];
-    require(where >= 0 && where < view.rows && position >= 0 && position < cache.capacity(),
-            "a token lies outside the cache");
     const bool follows = r > 0 && where == sequence.data()[r - 1];
     require(!follows || position == positions.data()[r - 1] + 1, "positions of a sequence must ascend by one");
   }
+  require_pages(cache, tables, sequence.data(), positions.data(), rows);
   std::vector<std::int32_t> rope_row(rows);
   for (std::size_t r = 0; r < rows; ++r) rope_row[r] = static_cast<std::int32_t>(r);
   auto [out, out_data] = make_array(rows, heads, dim);
@@ -104,6 +105,8 @@ Result attention_once(Context& context, const Array<float, 3>& q, const Array<fl
   args.scale = scale;
   args.window = window;
   args.cache = &cache;
+  args.tables = tables.data();
+  args.table_stride = static_cast<std::int64_t>(tables.shape(1));
   args.layer = static_cast<int>(layer);
   AttentionScratch scratch;
   scratch.prepare(row_count, args.sequence, args.position, args.heads, args.kv_heads, args.head_dim,
@@ -117,45 +120,50 @@ Result attention_once(Context& context, const Array<float, 3>& q, const Array<fl
 
 }  // namespace
 
-void bind_kv_cache(nb::module_& module) {
-  nb::class_<KVCache>(module, "KVCache", "Keys and values of every layer; kernels/cpu/attention/kv_cache.h.")
+void require_pages(const KVPages& pages, const BlockTables& tables, const std::int32_t* sequence,
+                   const std::int32_t* position, std::size_t rows) {
+  const auto sequences = static_cast<std::int64_t>(tables.shape(0)), width = static_cast<std::int64_t>(tables.shape(1));
+  for (std::size_t r = 0; r < rows; ++r) {
+    require(sequence[r] >= 0 && sequence[r] < sequences && position[r] >= 0 && position[r] / kPage < width,
+            "a token lies outside the cache");
+    if (r + 1 < rows && sequence[r + 1] == sequence[r] && position[r + 1] > position[r]) continue;
+    const std::int32_t* table = tables.data() + sequence[r] * width;
+    for (int i = 0; i <= position[r] / kPage; ++i) {
+      require(table[i] >= 0 && table[i] < pages.count(), "a token lies outside the cache");
+    }
+  }
+}
+
+void bind_kv_pages(nb::module_& module) {
+  nb::class_<KVPages>(module, "KVPages", "Keys and values of every layer in pages; kernels/cpu/attention/kv_pages.h.")
       .def("__init__",
-           [](KVCache* self, std::int64_t layers, std::int64_t batch, std::int64_t kv_heads, std::int64_t head_dim,
-              std::int64_t capacity, const std::string& kind) {
-             checked([&] { new (self) KVCache(layers, batch, kv_heads, head_dim, capacity, kind); });
-           },
-           nb::arg("layers"), nb::arg("batch"), nb::arg("kv_heads"), nb::arg("head_dim"), nb::arg("capacity"),
-           nb::arg("kind"))
-      .def_prop_ro("kind", &KVCache::kind)
-      .def_prop_ro("capacity", &KVCache::capacity)
-      .def_prop_ro("batch", &KVCache::batch)
-      .def_prop_ro("nbytes", &KVCache::nbytes)
-      .def("lengths", &KVCache::lengths, "Tokens in each row.")
-      .def("length",
-           [](const KVCache& c, std::int64_t row) {
-             require(row >= 0 && row < c.batch(), "the cache has no such row");
-             return c.lengths()[static_cast<std::size_t>(row)];
-           },
-           nb::arg("row"))
-      .def("reserve", [](const KVCache& c, const Numbers& new_) { checked([&] { c.reserve(new_); }); }, nb::arg("new"),
-           "Check that so many more tokens per row fit.")
-      .def("advance", [](KVCache& c, const Numbers& new_) { checked([&] { c.advance(new_); }); }, nb::arg("new"),
-           "Count the tokens just written.")
-      .def("truncate", [](KVCache& c, const Numbers& lengths) { checked([&] { c.truncate(lengths); }); },
-           nb::arg("lengths"), "Forget every token from these positions on; shorter rows stay.")
-      .def("select", [](KVCache& c, const Numbers& rows) { checked([&] { c.select(rows); }); }, nb::arg("rows"),
-           "Keep these rows, in this order; a row may appear several times.")
-      .def("grow", [](KVCache& c, std::int64_t capacity) { checked([&] { c.grow(capacity); }); }, nb::arg("capacity"),
-           "Make room for at least so many tokens per row.")
-      .def("dequantized", &dequantized, nb::arg("layer"), nb::arg("row"),
-           "Keys and values of a row's tokens as attention understands them: two float32 (H_kv, length, D).");
+           [](KVPages* self, std::int64_t layers, std::int64_t kv_heads, std::int64_t head_dim, const std::string& kind,
+              std::int64_t count) { checked([&] { new (self) KVPages(layers, kv_heads, head_dim, kind, count); }); },
+           nb::arg("layers"), nb::arg("kv_heads"), nb::arg("head_dim"), nb::arg("kind"), nb::arg("count"))
+      .def_prop_ro("kind", &KVPages::kind)
+      .def_prop_ro("count", &KVPages::count)
+      .def_prop_ro("page_bytes", [](const KVPages& pages) { return pages.page_bytes(); })
+      .def("resize", &KVPages::resize, nb::arg("count"), "Room for at least so many pages; those there stay.")
+      .def("copy", &KVPages::copy, nb::arg("source"), nb::arg("target"), "Make page `target` the same as `source`.")
+      .def("dequantized", &dequantized, nb::arg("layer"), nb::arg("table"), nb::arg("length"),
+           "Keys and values of a sequence's first `length` tokens as attention understands them: two float32\n"
+           "(H_kv, length, D). table: int32, its pages.");
+
+  module.def(
+      "kv_page_bytes",
+      [](std::int64_t layers, std::int64_t kv_heads, std::int64_t head_dim, const std::string& kind) {
+        std::int64_t bytes = 0;
+        checked([&] { bytes = KVPages::page_bytes(layers, kv_heads, head_dim, kind); });
+        return bytes;
+      },
+      nb::arg("layers"), nb::arg("kv_heads"), nb::arg("head_dim"), nb::arg("kind"), "Bytes of one page.");
 
   module.def("attention", &attention_once, nb::arg("context"), nb::arg("q"), nb::arg("k"), nb::arg("v"),
-             nb::arg("positions"), nb::arg("sequence"), nb::arg("cos"), nb::arg("sin"), nb::arg("cache"),
-             nb::arg("layer"), nb::arg("scale"), nb::arg("window") = 0,
+             nb::arg("positions"), nb::arg("sequence"), nb::arg("cos"), nb::arg("sin"), nb::arg("pages"),
+             nb::arg("tables"), nb::arg("layer"), nb::arg("scale"), nb::arg("window") = 0,
              "One attention as a program runs it: q float32 (R, H, D), k and v (R, H_kv, D), positions and sequence\n"
-             "int32 (R,), cos and sin (R, half) of each token -> (R, H, D). Writes k and v into the cache but does\n"
-             "not advance it.");
+             "int32 (R,), cos and sin (R, half) of each token, tables int32 (B, pages of a sequence) -> (R, H, D).\n"
+             "Writes k and v into the pages.");
 }
 
 }  // namespace kbit

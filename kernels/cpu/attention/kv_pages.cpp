@@ -1,4 +1,4 @@
-#include "attention/kv_cache.h"
+#include "attention/kv_pages.h"
 
 #include <algorithm>
 #include <cmath>
@@ -49,8 +49,10 @@ int bits_of(const std::string& kind) {
   throw std::invalid_argument("a KV cache is fp32, fp16, or of 8, 4, 3 or 2 bits, not '" + kind + "'");
 }
 
-// Everything of a view that does not depend on the number of rows and slots.
-CacheView describe(int bits, std::int64_t head_dim, std::int64_t kv_heads) {
+// Everything of a view but the pages themselves.
+CacheView describe(const std::string& kind, std::int64_t head_dim, std::int64_t kv_heads) {
+  const int bits = bits_of(kind);
+  if (kv_heads < 1 || head_dim < 1) throw std::invalid_argument("a cache needs at least 1 layer, head and feature");
   CacheView v{};
   v.bits = bits;
   v.head_dim = static_cast<int>(head_dim);
@@ -61,6 +63,7 @@ CacheView describe(int bits, std::int64_t head_dim, std::int64_t kv_heads) {
     v.groups = 1;
     v.key_codes = v.key_block = round_up(kSlots * head_dim * bits / 8, 64);
     v.value_codes = v.value_block = kSlots * v.padded * bits / 8;
+    v.strip = kPageBlocks * (v.key_block + v.value_block);
     return v;
   }
   if (head_dim % 16 != 0) {
@@ -76,6 +79,7 @@ CacheView describe(int bits, std::int64_t head_dim, std::int64_t kv_heads) {
   v.value_codes = round_up(head_dim * 2 * bits, 64);
   v.key_block = v.key_codes + scales;
   v.value_block = v.value_codes + scales;
+  v.strip = kPageBlocks * (v.key_block + v.value_block);
   return v;
 }
 
@@ -151,124 +155,60 @@ void unrotate(const CacheView& v, float* x) {
 
 }  // namespace
 
-KVCache::KVCache(std::int64_t layers, std::int64_t batch, std::int64_t kv_heads, std::int64_t head_dim,
-                 std::int64_t capacity, const std::string& kind)
-    : kind_(kind), layers_(layers), capacity_(0) {
-  if (batch < 1 || capacity < 1) {
-    throw std::invalid_argument("a cache needs at least 1 row and 1 token per row, not " + std::to_string(batch) +
-                                " and " + std::to_string(capacity));
+std::int64_t KVPages::page_bytes(std::int64_t layers, std::int64_t kv_heads, std::int64_t head_dim,
+                                 const std::string& kind) {
+  const CacheView view = describe(kind, head_dim, kv_heads);
+  if (layers < 1) throw std::invalid_argument("a cache needs at least 1 layer, head and feature");
+  if (static_cast<double>(layers) * static_cast<double>(kv_heads) * static_cast<double>(view.strip) > 1e18) {
+    throw std::bad_alloc();
   }
-  if (layers < 1 || kv_heads < 1 || head_dim < 1) {
-    throw std::invalid_argument("a cache needs at least 1 layer, head and feature");
-  }
-  view_ = describe(bits_of(kind), head_dim, kv_heads);
-  lengths_.assign(static_cast<std::size_t>(batch), 0);
-  std::vector<std::int64_t> rows(lengths_.size(), -1);
-  rebuild(rows, capacity);
+  return layers * kv_heads * view.strip;
 }
 
-KVCache::~KVCache() { release(view_.data, bytes_); }
-
-void KVCache::rebuild(const std::vector<std::int64_t>& rows, std::int64_t capacity) {
-  CacheView next = view_;
-  next.rows = static_cast<std::int64_t>(rows.size());
-  if (capacity > (std::int64_t{1} << 31) - kChunk) {
-    throw std::invalid_argument("a cache holds fewer than 2^31 tokens per row, not " + std::to_string(capacity));
-  }
-  next.slots = round_up(capacity, kSlots);
-  next.strip = next.slots / kSlots * (next.key_block + next.value_block);
-  const double strips = static_cast<double>(layers_) * static_cast<double>(next.rows) * next.kv_heads;
-  if (strips * static_cast<double>(next.strip) > 1e18) throw std::bad_alloc();
-  const std::int64_t next_bytes = layers_ * next.rows * next.kv_heads * next.strip;
-  next.data = allocate(next_bytes);
-  std::vector<std::int64_t> lengths(rows.size(), 0);
-  for (std::int64_t i = 0; i < next.rows; ++i) {
-    const std::int64_t row = rows[static_cast<std::size_t>(i)];
-    if (row < 0) continue;
-    const std::int64_t length = lengths_[static_cast<std::size_t>(row)];
-    const std::int64_t blocks = round_up(length, kSlots) / kSlots;
-    lengths[static_cast<std::size_t>(i)] = length;
-    for (std::int64_t layer = 0; layer < layers_; ++layer) {
-      for (std::int64_t head = 0; head < next.kv_heads; ++head) {
-        std::memcpy(keys_of(next, layer, i, head), keys_of(view_, layer, row, head),
-                    static_cast<std::size_t>(blocks * next.key_block));
-        std::memcpy(values_of(next, layer, i, head), values_of(view_, layer, row, head),
-                    static_cast<std::size_t>(blocks * next.value_block));
-      }
-    }
-  }
-  release(view_.data, bytes_);
-  view_ = next;
-  bytes_ = next_bytes;
-  capacity_ = capacity;
-  lengths_ = std::move(lengths);
+KVPages::KVPages(std::int64_t layers, std::int64_t kv_heads, std::int64_t head_dim, const std::string& kind,
+                 std::int64_t count)
+    : kind_(kind), layers_(layers), page_bytes_(page_bytes(layers, kv_heads, head_dim, kind)) {
+  if (count < 1) throw std::invalid_argument("a cache needs at least 1 page, not " + std::to_string(count));
+  view_ = describe(kind, head_dim, kv_heads);
+  resize(count);
 }
 
-void KVCache::check_rows(const std::vector<std::int64_t>& values, const char* what) const {
-  if (values.size() != lengths_.size()) {
-    throw std::invalid_argument(std::string(what) + " takes one number per row of the cache: " +
-                                std::to_string(lengths_.size()) + ", not " + std::to_string(values.size()));
+KVPages::~KVPages() {
+  for (const Arena& arena : arenas_) release(arena.data, arena.bytes);
+}
+
+void KVPages::resize(std::int64_t count) {
+  const std::int64_t more = count - this->count();
+  if (more <= 0) return;
+  if (count > std::numeric_limits<std::int32_t>::max() ||
+      static_cast<double>(more) * static_cast<double>(page_bytes_) > 1e18) {
+    throw std::bad_alloc();
   }
-  for (const std::int64_t value : values) {
-    if (value < 0) {
-      throw std::invalid_argument(std::string("cannot ") + what + " a cache by or to a negative number (" +
-                                  std::to_string(value) + ")");
-    }
+  arenas_.reserve(arenas_.size() + 1);
+  pages_.reserve(static_cast<std::size_t>(count));
+  view_.pages = pages_.data();
+  const Arena arena{allocate(more * page_bytes_), more * page_bytes_};
+  arenas_.push_back(arena);
+  for (std::int64_t i = 0; i < more; ++i) pages_.push_back(arena.data + i * page_bytes_);
+}
+
+void KVPages::copy(std::int64_t source, std::int64_t target) {
+  if (source < 0 || source >= count() || target < 0 || target >= count()) {
+    throw std::invalid_argument("the cache has no such page");
   }
+  std::memmove(pages_[static_cast<std::size_t>(target)], pages_[static_cast<std::size_t>(source)],
+               static_cast<std::size_t>(page_bytes_));
 }
 
-void KVCache::reserve(const std::vector<std::int64_t>& more) const {
-  check_rows(more, "reserve");
-  for (std::size_t row = 0; row < more.size(); ++row) {
-    if (more[row] > capacity_ - lengths_[row]) {
-      throw std::invalid_argument("the KV cache holds " + std::to_string(capacity_) + " tokens per row: row " +
-                                  std::to_string(row) + " has " + std::to_string(lengths_[row]) + " and " +
-                                  std::to_string(more[row]) +
-                                  " more do not fit; make the cache larger or the text shorter");
-    }
-  }
-}
-
-void KVCache::advance(const std::vector<std::int64_t>& more) {
-  reserve(more);
-  for (std::size_t row = 0; row < more.size(); ++row) lengths_[row] += more[row];
-}
-
-void KVCache::truncate(const std::vector<std::int64_t>& lengths) {
-  check_rows(lengths, "truncate");
-  for (std::size_t row = 0; row < lengths.size(); ++row) lengths_[row] = std::min(lengths_[row], lengths[row]);
-}
-
-void KVCache::select(const std::vector<std::int64_t>& rows) {
-  bool valid = !rows.empty();
-  for (const std::int64_t row : rows) valid = valid && row >= 0 && row < view_.rows;
-  if (!valid) {
-    throw std::invalid_argument("these rows do not select from a cache of " + std::to_string(view_.rows) + " rows");
-  }
-  bool same = rows.size() == lengths_.size();
-  for (std::size_t i = 0; same && i < rows.size(); ++i) same = rows[i] == static_cast<std::int64_t>(i);
-  if (!same) rebuild(rows, capacity_);
-}
-
-void KVCache::grow(std::int64_t capacity) {
-  if (capacity <= capacity_) return;
-  if (capacity <= view_.slots) {
-    capacity_ = capacity;
-    return;
-  }
-  std::vector<std::int64_t> rows(lengths_.size());
-  for (std::size_t i = 0; i < rows.size(); ++i) rows[i] = static_cast<std::int64_t>(i);
-  rebuild(rows, capacity);
-}
-
-void KVCache::dequantize(std::int64_t layer, std::int64_t row, float* keys, float* values) const {
-  const std::int64_t length = lengths_[static_cast<std::size_t>(row)];
+void KVPages::dequantize(std::int64_t layer, const std::int32_t* table, std::int64_t length, float* keys,
+                         float* values) const {
   for (std::int64_t head = 0; head < view_.kv_heads; ++head) {
     for (std::int64_t slot = 0; slot < length; ++slot) {
-      const std::int64_t block = slot / kSlots;
+      std::uint8_t* strip = keys_of(view_, table[slot / kPage], layer, head);
+      const std::int64_t block = slot % kPage / kSlots;
       const int within = static_cast<int>(slot % kSlots);
-      read_slot(view_, keys_of(view_, layer, row, head) + block * view_.key_block, true, within, keys);
-      read_slot(view_, values_of(view_, layer, row, head) + block * view_.value_block, false, within, values);
+      read_slot(view_, strip + block * view_.key_block, true, within, keys);
+      read_slot(view_, values_of(view_, strip) + block * view_.value_block, false, within, values);
       if (view_.bits < 16) {
         unrotate(view_, keys);
         unrotate(view_, values);

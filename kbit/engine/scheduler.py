@@ -1,0 +1,198 @@
+"""Continuous batching: which tokens of which sequences go through the model in the next pass.
+
+Every pass takes the next token of each text that is being written and fills up with pieces of prompts, so that texts
+neither wait for each other's ends nor for long prompts. A sequence comes in when its pages are free; when a running one
+needs a page and there is none, the latest that came in gives its own back and starts again later.
+
+What a sequence is answered does not depend on any of this where the kernels' results do not depend on the batch, as the
+native ones' do not.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+from kbit.engine.sequence import Sequence
+from kbit.graph.batch import Batch
+from kbit.graph.cache import Cache
+from kbit.graph.pages import PagePool, pages_for
+from kbit.host.errors import UsageError
+
+# Tokens of a pass: as many as the native backend computes at once (kbit.backends.cpu.runner).
+BATCH_TOKENS = 512
+
+
+@dataclass(frozen=True, eq=False)
+class Pass:
+    """What goes through the model together. Room for it is made.
+
+    Attributes:
+        batch: the tokens, those whose results are wanted among them.
+        cache: the block tables of the sequences, in the batch's order.
+        sequences: whose tokens they are.
+    """
+
+    batch: Batch
+    cache: Cache
+    sequences: tuple[Sequence, ...]
+
+
+class Scheduler:
+    """Sequences that share a pool of pages, and when each is computed.
+
+    Args:
+        pool: the pages.
+        batch_tokens: most tokens of a pass, but for a sequence that must be computed whole.
+
+    Attributes:
+        pool: as given.
+        preemptions: how often a running sequence lost its pages.
+    """
+
+    def __init__(self, pool: PagePool, batch_tokens: int = BATCH_TOKENS) -> None:
+        self.pool = pool
+        self._batch_tokens = batch_tokens
+        self._running: list[Sequence] = []  # in the order they came in
+        self._waiting: deque[Sequence] = deque()
+        self.preemptions = 0
+
+    def __len__(self) -> int:
+        """Sequences that have not been removed."""
+        return len(self._running) + len(self._waiting)
+
+    @property
+    def pending(self) -> int:
+        """Tokens of all sequences that are still to go through the model."""
+        return sum(sequence.pending for sequence in (*self._running, *self._waiting))
+
+    def add(self, sequence: Sequence) -> None:
+        """Queues a sequence.
+
+        Raises:
+            UsageError: it would not fit if it were alone.
+        """
+        self._check_size(sequence)
+        self._waiting.append(sequence)
+
+    def remove(self, sequence: Sequence) -> None:
+        """Lets go of a sequence and its pages."""
+        if sequence in self._running:
+            self._running.remove(sequence)
+        else:
+            self._waiting.remove(sequence)
+        sequence.table.release()
+
+    def next_pass(self) -> Pass | None:
+        """The tokens to compute next, or None where every sequence waits for its next token to be appended.
+
+        Raises:
+            UsageError: a sequence has grown beyond what the pool holds.
+        """
+        chosen: list[tuple[Sequence, int]] = []
+        budget = self._batch_tokens
+        # One token each for the texts being written, then prompts: stable, so in the order they came in.
+        for sequence in sorted(self._running, key=lambda each: each.pending > 1):
+            if sequence in self._running:  # it may have been stopped for one before it
+                count = self._admit(sequence, budget, {id(each) for each, _ in chosen})
+                if count:
+                    chosen.append((sequence, count))
+                    budget -= count
+        while self._waiting and budget > 0:
+            sequence = self._waiting[0]
+            has_room = self._has_room(sequence)  # and maybe the beginning of it, so less is pending
+            count = self._fitting(sequence, budget)
+            if not has_room or not count:
+                break
+            sequence.table.reserve(count)
+            self._running.append(self._waiting.popleft())
+            chosen.append((sequence, count))
+            budget -= count
+        return self._pass(chosen) if chosen else None
+
+    def complete(self, done: Pass) -> Iterator[tuple[Sequence, slice]]:
+        """After a pass: the sequences that are answered, and which of the pass's results are theirs."""
+        begin = 0
+        for sequence, count in zip(done.sequences, done.batch.counts.tolist(), strict=True):
+            answered = sequence.computed(count)
+            if answered:
+                yield sequence, slice(begin, begin + answered)
+            begin += answered
+
+    def _admit(self, sequence: Sequence, budget: int, chosen: Iterable[int]) -> int:
+        """Makes room for the next tokens of a running sequence; how many of them, 0 for none."""
+        self._check_size(sequence)
+        count = self._fitting(sequence, budget)
+        while count and sequence.table.missing(count) > self.pool.available:
+            if not self._take_a_page(sequence, chosen):
+                return 0
+        sequence.table.reserve(count)
+        return count
+
+    def _fitting(self, sequence: Sequence, budget: int) -> int:
+        """Tokens of a sequence that a pass with so much room left takes."""
+        if sequence.whole:
+            return sequence.pending if sequence.pending <= budget or budget == self._batch_tokens else 0
+        return min(sequence.pending, budget)
+
+    def _take_a_page(self, sequence: Sequence, chosen: Iterable[int]) -> bool:
+        """Frees pages for a running sequence: of those that wait, the last first; else of the latest to come in."""
+        if self._release_waiting(sequence):
+            return True
+        for victim in reversed(self._running):
+            if id(victim) in chosen:
+                continue
+            self._running.remove(victim)
+            victim.table.release()
+            self._waiting.appendleft(victim)
+            self.preemptions += 1
+            return victim is not sequence
+        return False
+
+    def _has_room(self, sequence: Sequence) -> bool:
+        """Whether the next in the queue can come in: with all its tokens, and a page more for each that runs.
+
+        Less, and it would soon be stopped again, or stop others. Where nothing runs, it takes the pages of those that
+        wait behind it.
+        """
+        sequence.find_beginning()
+        while sequence.table.missing(sequence.pending) + len(self._running) > self.pool.available:
+            if self._running or not self._release_waiting(sequence):
+                return False
+        return True
+
+    def _release_waiting(self, sequence: Sequence) -> bool:
+        """Takes the pages of the last sequence in the queue that has any; whether there was one."""
+        for other in reversed(self._waiting):
+            if other is not sequence and other.table.pages:
+                other.table.release()
+                return True
+        return False
+
+    def _check_size(self, sequence: Sequence) -> None:
+        needed = pages_for(len(sequence.ids))
+        if needed > self.pool.count:
+            raise UsageError(
+                f"a text of {len(sequence.ids)} tokens needs {needed} pages of the KV cache, which has "
+                f"{self.pool.count}: make the cache larger or the text shorter"
+            )
+
+    def _pass(self, chosen: list[tuple[Sequence, int]]) -> Pass:
+        tokens: list[list[int]] = []
+        starts: list[int] = []
+        wanted: list[int] = []
+        begin = 0
+        for sequence, count in chosen:
+            start = sequence.table.length
+            tokens.append(sequence.ids[start : start + count])
+            starts.append(start)
+            first = max(sequence.wanted_from, start)
+            wanted += range(begin + first - start, begin + count)
+            begin += count
+        batch = Batch.of(tokens, starts, np.array(wanted, dtype=np.int64))
+        sequences = tuple(sequence for sequence, _ in chosen)
+        capacity = max(len(sequence.ids) for sequence in sequences)
+        return Pass(batch, Cache(self.pool, [each.table for each in sequences], capacity), sequences)

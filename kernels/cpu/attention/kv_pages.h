@@ -1,0 +1,70 @@
+// Memory for keys and values, in pages of 64 slots (tokens) of one sequence. A page has one id and holds all layers and
+// key/value heads; which pages a sequence has, and in which order, is its block table's, kept by kbit/graph/pages.py.
+//
+//   page:   | layer 0: | head 0 | head 1 | .. | layer 1: | head 0 | ..            a strip for each, in blocks of 16 slots
+//   strip:  | keys of slots 0..15 | of 16..31 | of 32..47 | of 48..63 | values of slots 0..15 | .. |
+//
+//   keys    one slot to a lane, so that scores need no sums across lanes
+//     floats  [D][16 slots]
+//     codes   [D / 4 quads][16 slots][4 features]: what an integer dot product takes; then scales [groups][16 slots]
+//   values  one feature to a lane, so that sums over slots need none
+//     floats  [16 slots][D up to a multiple of 16]
+//     codes   [D / 16][words][16 features]: a word (32 bits) of a lane holds consecutive slots; then scales as above
+//
+//   codes of k bits lie in planes (3 bits: a plane of the low 2, then one of the top bit). A plane of width w keeps
+//     keys:    in bits f w .. of vector v (64 bytes), the codes of quad v (8 / w) + f: a slot owns whole bytes
+//     values:  in bits s w .. of a lane, the codes of slot s, 32 / w slots to a word (1 bit: words of 16 bits)
+//
+// A group is 32 features, or 16 where 32 does not divide D. Codes are those of reference.quantize_kv: keys (after
+// rotary positions) and values go through a Hadamard transform per group, then to 2^k levels times a scale (fp16).
+#pragma once
+
+#include <cstdint>
+#include <string>
+#include <vector>
+
+#include "attention/attention_kernels.h"
+
+namespace kbit {
+
+class KVPages {
+ public:
+  // kind: "fp32", "fp16", "8", "4", "3" or "2" (bits). Throws std::invalid_argument: a count below 1, an unknown kind,
+  // codes with a head_dim that is not a multiple of 16. Memory is taken from the system when a token is written.
+  KVPages(std::int64_t layers, std::int64_t kv_heads, std::int64_t head_dim, const std::string& kind,
+          std::int64_t count);
+  ~KVPages();
+  KVPages(const KVPages&) = delete;
+  KVPages& operator=(const KVPages&) = delete;
+
+  // Bytes of a page. Throws as the constructor does.
+  static std::int64_t page_bytes(std::int64_t layers, std::int64_t kv_heads, std::int64_t head_dim,
+                                 const std::string& kind);
+
+  const std::string& kind() const { return kind_; }
+  std::int64_t layers() const { return layers_; }
+  std::int64_t count() const { return static_cast<std::int64_t>(pages_.size()); }
+  std::int64_t page_bytes() const { return page_bytes_; }
+  const CacheView& view() const { return view_; }
+
+  // Room for at least `count` pages; those there are stay where they lie.
+  void resize(std::int64_t count);
+  // Makes page `target` the same as `source`. Throws std::invalid_argument: there is no such page.
+  void copy(std::int64_t source, std::int64_t target);
+  // Keys and values of a sequence's first `length` tokens, (kv_heads, length, D) each, as attention understands them.
+  void dequantize(std::int64_t layer, const std::int32_t* table, std::int64_t length, float* keys, float* values) const;
+
+ private:
+  struct Arena {
+    std::uint8_t* data;
+    std::int64_t bytes;
+  };
+
+  std::string kind_;
+  std::int64_t layers_, page_bytes_;
+  CacheView view_{};
+  std::vector<Arena> arenas_;
+  std::vector<std::uint8_t*> pages_;
+};
+
+}  // namespace kbit
