@@ -84,6 +84,11 @@ class CheckpointSource(ABC):
         """Files that travel with the weights, by name: tokenizer.json, tokenizer_config.json,
         generation_config.json, chat_template.jinja, ... Only those that exist. Never config.json."""
 
+    def token_table(self) -> memoryview | None:
+        """The tokenizer as `kbit.text.token_table.build_table` makes it, mapped, where one was prepared: then
+        tokenizer.json of `sidecar_files` is asked for only by what the table cannot do."""
+        return None
+
     @abstractmethod
     def fingerprint(self) -> str:
         """A hex digest that changes when the source's content may have changed (headers, sizes, mtimes)."""

@@ -11,7 +11,7 @@ from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    import tokenizers
+    from kbit.text.backend import TokenizerBackend
 
 REPLACEMENT = "\ufffd"
 
@@ -41,7 +41,7 @@ class DetokenizerStream:
 
     def __init__(
         self,
-        backend: tokenizers.Tokenizer,
+        backend: TokenizerBackend,
         skip_ids: Collection[int] = (),
         byte_fallback: bool = False,
         context: Sequence[int] = (),

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from kbit.checkpoint.readers.hf_folder import SENTENCEPIECE_NAMES
 from kbit.host.errors import CheckpointError, UnsupportedError, UsageError, one_line
+from kbit.text.backend import TokenizerBackend, load_backend
 from kbit.text.detokenizer import DetokenizerStream
 
 if TYPE_CHECKING:
@@ -37,7 +38,7 @@ class Tokenizer:
 
     def __init__(
         self,
-        backend: tokenizers.Tokenizer,
+        backend: TokenizerBackend,
         *,
         bos_id: int | None = None,
         eos_ids: frozenset[int] = frozenset(),
@@ -63,7 +64,7 @@ class Tokenizer:
         """Reads a checkpoint's tokenizer files.
 
         Args:
-            source: the checkpoint.
+            source: the checkpoint. Where it has a token table, that does the work and tokenizer.json is not parsed.
             files: its `sidecar_files`, where these have been read already: then only its config is looked at.
 
         Raises:
@@ -72,7 +73,15 @@ class Tokenizer:
         """
         files = source.sidecar_files() if files is None else files
         where = str(source.path)
-        backend = _load_backend(files, where)
+        table = source.token_table()
+        backend: TokenizerBackend
+        if table is None:
+            backend = _load_backend(files, where)
+        else:
+            from kbit.text.table_tokenizer import TableTokenizer
+            from kbit.text.token_table import open_table
+
+            backend = TableTokenizer(open_table(table, f"{where}: token table"), lambda: _load_backend(files, where))
         settings = _read_json(files, "tokenizer_config.json", where)
         generation = _read_json(files, "generation_config.json", where)
         named = {**_token_strings(_read_json(files, "special_tokens_map.json", where)), **_token_strings(settings)}
@@ -155,8 +164,6 @@ class Tokenizer:
 
 
 def _load_backend(files: Mapping[str, bytes], where: str) -> tokenizers.Tokenizer:
-    import tokenizers
-
     data = files.get("tokenizer.json")
     if data is None:
         for name in SENTENCEPIECE_NAMES:
@@ -166,27 +173,20 @@ def _load_backend(files: Mapping[str, bytes], where: str) -> tokenizers.Tokenize
                     f'transformers: AutoTokenizer.from_pretrained("{where}").save_pretrained("{where}")'
                 )
         raise UnsupportedError(f"{where}: there is no tokenizer.json: copy it from the model's original repository")
-    try:
-        return tokenizers.Tokenizer.from_buffer(data)
-    except Exception as error:  # the library raises plain Exception for everything it does not like
-        raise CheckpointError(f"{where}: tokenizer.json is not a tokenizer: {one_line(error)}") from None
-    except BaseException as error:
-        # A panic in the library's Rust code (an inconsistent vocabulary, for example) is no subclass of Exception.
-        if type(error).__name__ != "PanicException":
-            raise
-        raise CheckpointError(f"{where}: tokenizer.json is inconsistent: {one_line(error)}") from None
+    return load_backend(data, f"{where}: tokenizer.json")
 
 
-def _mark_special(backend: tokenizers.Tokenizer, tokens: Iterable[str]) -> None:
+def _mark_special(backend: TokenizerBackend, tokens: Iterable[str]) -> None:
     """Makes named special tokens special in the tokenizer too, as transformers does, where tokenizer.json forgot."""
     from tokenizers import AddedToken
 
     special = {token.content for token in backend.get_added_tokens_decoder().values() if token.special}
     forgotten = {token for token in tokens if token not in special and backend.token_to_id(token) is not None}
-    backend.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in sorted(forgotten)])
+    if forgotten:
+        backend.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in sorted(forgotten)])
 
 
-def _has_byte_fallback(backend: tokenizers.Tokenizer) -> bool:
+def _has_byte_fallback(backend: TokenizerBackend) -> bool:
     decoder = backend.decoder
     if decoder is None:
         return False

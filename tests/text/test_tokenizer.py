@@ -27,7 +27,9 @@ EMOJI = "a \U0001f468\u200d\U0001f469\u200d\U0001f467 b \u4f60\u597d \u00e9\u030
 def source(files: dict[str, Any], config: dict[str, Any] | None = None) -> Any:
     """A CheckpointSource as far as a tokenizer looks at it; dictionaries become JSON."""
     content = {k: v if isinstance(v, bytes) else json.dumps(v).encode() for k, v in files.items()}
-    return SimpleNamespace(path=Path("model"), config=config or {}, sidecar_files=lambda: content)
+    return SimpleNamespace(
+        path=Path("model"), config=config or {}, sidecar_files=lambda: content, token_table=lambda: None
+    )
 
 
 def byte_level(special: tuple[str, ...] = ("<s>", "</s>")) -> Backend:

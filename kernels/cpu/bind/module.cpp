@@ -52,4 +52,5 @@ NB_MODULE(_native, module) {
   kbit::bind_kv_pages(module);
   kbit::bind_sizes(module);
   kbit::bind_mapped(module);
+  kbit::bind_text(module);
 }
