@@ -13,6 +13,7 @@ import torch
 from decoder_cases import CASES, PAD, TINY
 
 from kbit.backends.reference.backend import ReferenceBackend
+from kbit.backends.reference.kv_cache import reference_pages
 from kbit.checkpoint.readers.hf_folder import HFFolder
 from kbit.models.decoder import Decoder
 from kbit.models.load import load_decoder
@@ -168,7 +169,10 @@ def test_rows_do_not_depend_on_their_neighbours(pair: Pair) -> None:
         alone = pair.ours.forward(ids[row : row + 1, :length], cache)
         assert_close(together[row : row + 1, :length], alone)
         for layer in range(TINY["num_hidden_layers"]):
-            stored, kept = batch_cache.keys[layer][row, :, :length], cache.keys[layer][0, :, :length]
+            stored, kept = (
+                reference_pages(each).read(layer, table.pages, length)[0]
+                for each, table in ((batch_cache, batch_cache.rows[row]), (cache, cache.rows[0]))
+            )
             assert_close(stored, kept)
 
 
