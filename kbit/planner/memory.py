@@ -24,6 +24,7 @@ from math import ceil
 from kbit import _native
 from kbit.checkpoint.source import CheckpointSource
 from kbit.formats.quant_format import QuantFormat, plane_widths
+from kbit.formats.registry import parse_format
 from kbit.graph.pages import pages_for
 from kbit.host.errors import UnsupportedError, UsageError
 from kbit.models.spec import ModelSpec
@@ -407,9 +408,12 @@ def _packed_gguf_types() -> Mapping[str, QuantFormat]:
 
 def _format_of(stored: str) -> QuantFormat | None:
     try:
-        return QuantFormat.parse(stored)
+        format = parse_format(stored)
     except UsageError:
         return None
+    if not isinstance(format, QuantFormat):
+        raise UnsupportedError(f"kbit plan knows the sizes of planes formats, not of {format} (codec {format.family})")
+    return format
 
 
 def _up(value: int, multiple: int) -> int:

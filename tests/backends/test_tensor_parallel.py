@@ -245,7 +245,7 @@ class TestTwoProcesses:
         pytest.importorskip("triton")
         if device == "cuda" and torch.cuda.device_count() < WORLD:
             pytest.skip(f"needs {WORLD} GPUs")
-        from test_triton_backend import assert_close as assert_close_in_half_precision
+        from half_precision_cases import assert_close as assert_close_in_half_precision
 
         found = two_processes(tmp_path, "triton")
         source = source_of(*TRITON_CASE, **TRITON_CHANGES)
