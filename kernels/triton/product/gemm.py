@@ -44,7 +44,7 @@ from kbit.kernels.triton.product.gemv import (
     magic_number,
     problem_of,
     swaps,
-    weight_pointers,
+    weight_tuple,
 )
 from kbit.kernels.triton.target import current_arch
 
@@ -58,8 +58,7 @@ MOST_ELEMENTS = 2**31 - 1
 
 @triton.jit(do_not_specialize=["tokens"])  # only compared with, and different in every pass
 def gemm_kernel(
-    x_ptr, out_ptr, bias_ptr, residual_ptr, gate_ptr, order_ptr, expert_ptr,
-    a_ptr, b_ptr, c_ptr, scales_ptr, factors_ptr, offsets_ptr, offset_factors_ptr, table_ptr,
+    x_ptr, out_ptr, bias_ptr, residual_ptr, gate_ptr, order_ptr, expert_ptr, weight,
     tokens, out_rows, columns, row_tiles, stride_x, stride_out, stride_residual, stride_gate,
     padded_columns, padded_blocks, blocks, factors, turns, magic, multiplier, lift,
     BITS: tl.constexpr, KIND: tl.constexpr, BLOCK: tl.constexpr, DOUBLE: tl.constexpr, OFFSETS: tl.constexpr,
@@ -72,6 +71,7 @@ def gemm_kernel(
     With GROUPED a token tile's entries of `order` are its rows of out (a row >= tokens is padding), row / TOP is the
     row of x, and `expert` says whose weight; the kernel ends at a tile of expert -1.
     """
+    a_ptr, b_ptr, c_ptr, scales_ptr, factors_ptr, offsets_ptr, offset_factors_ptr, table_ptr = weight
     DTYPE: tl.constexpr = x_ptr.dtype.element_ty
     BN: tl.constexpr = TILES * 16
     LOW_BIT: tl.constexpr = COLUMNS if BLOCK == 0 else BLOCK & -BLOCK
@@ -258,7 +258,7 @@ def launch(
     factors = 0 if weight.scales_super is None else weight.scales_super.shape[-1]
     gemm_kernel[(triton.cdiv(row_tiles, config.tiles) * token_tiles, config.split)](
         x, out, out if bias is None else bias, out if residual is None else residual, out if gate is None else gate,
-        out if order is None else order, out if experts is None else experts, *weight_pointers(weight),
+        out if order is None else order, out if experts is None else experts, weight_tuple(weight),
         tokens, rows, columns, row_tiles, x.stride(0), stride_out, 0 if residual is None else residual.stride(0),
         0 if gate is None else gate.stride(0), padded_columns, weight.padded_blocks, weight.blocks, factors,
         chunks // config.split, magic_number(weight), weight.multiplier, weight.lift,

@@ -49,13 +49,14 @@ GATES = ("silu", "gelu", "gelu_tanh", "relu")
 
 @triton.jit
 def gemv_sums(
-    x_ptr, a_ptr, b_ptr, c_ptr, scales_ptr, factors_ptr, offsets_ptr, offset_factors_ptr, table_ptr,
-    tile, share, tokens, columns, stride_x, padded_columns, padded_blocks, blocks, turns, magic, multiplier,
+    x_ptr, weight, tile, share, tokens, columns, stride_x, padded_columns, padded_blocks, blocks, turns, magic,
+    multiplier,
     BITS: tl.constexpr, KIND: tl.constexpr, BLOCK: tl.constexpr, DOUBLE: tl.constexpr, OFFSETS: tl.constexpr,
     BM: tl.constexpr, COLUMNS: tl.constexpr, WARPS: tl.constexpr, SPLIT: tl.constexpr, EVEN: tl.constexpr,
     SWAP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Sums of one row tile over the columns of one program: float32 (16, BM)."""
+    a_ptr, b_ptr, c_ptr, scales_ptr, factors_ptr, offsets_ptr, offset_factors_ptr, table_ptr = weight
     DTYPE: tl.constexpr = x_ptr.dtype.element_ty
     # Columns that surely share a scale: the power of two in the block size, at most a chunk.
     LOW_BIT: tl.constexpr = COLUMNS if BLOCK == 0 else BLOCK & -BLOCK
@@ -103,21 +104,19 @@ def gemv_sums(
 
 @triton.jit
 def gemv_kernel(
-    x_ptr, out_ptr, bias_ptr, residual_ptr,
-    a_ptr, b_ptr, c_ptr, scales_ptr, factors_ptr, offsets_ptr, offset_factors_ptr, table_ptr,
-    up_a_ptr, up_b_ptr, up_c_ptr, up_scales_ptr, up_factors_ptr, up_offsets_ptr, up_offset_factors_ptr, up_table_ptr,
+    x_ptr, out_ptr, bias_ptr, residual_ptr, weight, up_weight,
     tokens, out_rows, columns, stride_x, stride_out, stride_residual, padded_columns, padded_blocks, blocks, turns,
     magic, multiplier, up_multiplier,
     BITS: tl.constexpr, KIND: tl.constexpr, BLOCK: tl.constexpr, DOUBLE: tl.constexpr, OFFSETS: tl.constexpr,
     BM: tl.constexpr, COLUMNS: tl.constexpr, WARPS: tl.constexpr, SPLIT: tl.constexpr, EVEN: tl.constexpr,
     SWAP: tl.constexpr, PRECISION: tl.constexpr, GATE: tl.constexpr, BIAS: tl.constexpr, RESIDUAL: tl.constexpr,
 ):  # fmt: skip
-    """Grid (N' / 16, SPLIT). With GATE the `up` arguments are a second matrix of the same format and shape."""
+    """Grid (N' / 16, SPLIT). With GATE `up_weight` is a second matrix of the same format and shape."""
     tile = tl.program_id(0)
     share = tl.program_id(1)
     sums = gemv_sums(
-        x_ptr, a_ptr, b_ptr, c_ptr, scales_ptr, factors_ptr, offsets_ptr, offset_factors_ptr, table_ptr,
-        tile, share, tokens, columns, stride_x, padded_columns, padded_blocks, blocks, turns, magic, multiplier,
+        x_ptr, weight, tile, share, tokens, columns, stride_x, padded_columns, padded_blocks, blocks, turns, magic,
+        multiplier,
         BITS, KIND, BLOCK, DOUBLE, OFFSETS, BM, COLUMNS, WARPS, SPLIT, EVEN, SWAP, PRECISION,
     )  # fmt: skip
     rows = tile * 16 + tl.arange(0, 16)[:, None]
@@ -125,9 +124,8 @@ def gemv_kernel(
     seen = (rows < out_rows) & (m < tokens)
     if GATE != "":
         up = gemv_sums(
-            x_ptr, up_a_ptr, up_b_ptr, up_c_ptr, up_scales_ptr, up_factors_ptr, up_offsets_ptr, up_offset_factors_ptr,
-            up_table_ptr, tile, share, tokens, columns, stride_x, padded_columns, padded_blocks, blocks, turns, magic,
-            up_multiplier,
+            x_ptr, up_weight, tile, share, tokens, columns, stride_x, padded_columns, padded_blocks, blocks, turns,
+            magic, up_multiplier,
             BITS, KIND, BLOCK, DOUBLE, OFFSETS, BM, COLUMNS, WARPS, SPLIT, EVEN, SWAP, PRECISION,
         )  # fmt: skip
         if SPLIT == 1:
@@ -199,12 +197,15 @@ def check_product(
             raise UnsupportedError(f"activation {kind!r} is not one of {', '.join(GATES)}")
 
 
-def weight_pointers(weight: TritonWeight) -> list[torch.Tensor]:
-    """The kernels' eight pointers to a weight; what a format does not have repeats the first plane."""
+def weight_tuple(weight: TritonWeight) -> tuple[torch.Tensor, ...]:
+    """A weight as kernels take it, in one argument: three planes, scales, their factors, offsets, their factors, table.
+
+    What a format does not have repeats the first plane.
+    """
     first = weight.planes[0]
     planes = [*weight.planes, first, first][:3]
     several = (weight.scales, weight.scales_super, weight.offsets, weight.offsets_super, weight.table)
-    return planes + [first if tensor is None else tensor for tensor in several]
+    return (*planes, *(first if tensor is None else tensor for tensor in several))
 
 
 def magic_number(weight: TritonWeight) -> int:
@@ -302,7 +303,7 @@ def gemv(
     second = weight if up is None else up
     gemv_kernel[(padded_rows // ROW_TILE, config.split)](
         x, target, out if bias is None else bias, out if residual is None else residual,
-        *weight_pointers(weight), *weight_pointers(second),
+        weight_tuple(weight), weight_tuple(second),
         tokens, rows, columns, x.stride(0), rows, 0 if residual is None else residual.stride(0),
         padded_columns, weight.padded_blocks, weight.blocks, turns,
         magic_number(weight), weight.multiplier, second.multiplier,

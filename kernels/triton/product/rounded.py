@@ -36,7 +36,7 @@ from kbit.kernels.triton.codecs.codes8 import (
 from kbit.kernels.triton.codecs.layout import ROW_TILE, TritonWeight
 from kbit.kernels.triton.product.configs import GemmConfig, rounded_config
 from kbit.kernels.triton.product.gemm import tokens_per_launch
-from kbit.kernels.triton.product.gemv import GATES, check_product, problem_of, weight_pointers
+from kbit.kernels.triton.product.gemv import GATES, check_product, problem_of, weight_tuple
 from kbit.kernels.triton.target import current_arch
 
 KINDS = ("int8", "fp8")
@@ -62,8 +62,7 @@ class RoundedTokens:
 
 @triton.jit(do_not_specialize=["tokens"])
 def gemm_rounded_kernel(
-    x_ptr, x_scales_ptr, out_ptr, bias_ptr, residual_ptr, gate_ptr,
-    a_ptr, b_ptr, c_ptr, scales_ptr, factors_ptr, table_ptr,
+    x_ptr, x_scales_ptr, out_ptr, bias_ptr, residual_ptr, gate_ptr, weight,
     tokens, out_rows, row_tiles, stride_out, stride_residual, stride_gate, padded_columns, padded_blocks, blocks, turns,
     signs, multiplier,
     FP8: tl.constexpr, BITS: tl.constexpr, KIND: tl.constexpr, BLOCK: tl.constexpr, DOUBLE: tl.constexpr,
@@ -71,6 +70,7 @@ def gemm_rounded_kernel(
     BIAS: tl.constexpr, RESIDUAL: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Grid (ceil(N' / (16 TILES)) * ceil(M / BM),)."""
+    a_ptr, b_ptr, c_ptr, scales_ptr, factors_ptr, table_ptr = weight
     BN: tl.constexpr = TILES * 16
     PARTS: tl.constexpr = COLUMNS // SEGMENT
     row_blocks = tl.cdiv(row_tiles, TILES)
@@ -219,7 +219,7 @@ def product(
     table = weight.planes[0] if weight.table8 is None else weight.table8
     gemm_rounded_kernel[(triton.cdiv(row_tiles, config.tiles) * triton.cdiv(tokens, config.tokens),)](
         rounded.values, rounded.scales, out, out if bias is None else bias, out if residual is None else residual,
-        out if gate is None else gate, *weight_pointers(weight)[:5], table,
+        out if gate is None else gate, (*weight_tuple(weight)[:5], table),
         tokens, rows, row_tiles, rows, 0 if residual is None else residual.stride(0),
         0 if gate is None else gate.stride(0), padded_columns, weight.padded_blocks, weight.blocks,
         padded_columns // config.columns, SIGNS, weight.multiplier8,
