@@ -1,14 +1,16 @@
 """Types of the compiled module (kernels/cpu/bind/module.cpp, bind_*.cpp)."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-def pack_plane(codes: torch.Tensor, width: int, shift: int, plane: torch.Tensor) -> None: ...
-def unpack_plane(plane: torch.Tensor, width: int, shift: int, first: bool, codes: torch.Tensor) -> None: ...
+_Bytes: TypeAlias = torch.Tensor | NDArray[np.uint8]
+
+def pack_plane(codes: _Bytes, width: int, shift: int, plane: _Bytes) -> None: ...
+def unpack_plane(plane: _Bytes, width: int, shift: int, first: bool, codes: _Bytes) -> None: ...
 def instruction_sets() -> list[str]: ...
 def emulated_sets() -> list[str]: ...
 

@@ -114,7 +114,8 @@ def widened(values: NDArray[Any], kind: str) -> NDArray[np.float32]:
     if kind == "fp16":
         return values.view(np.float16).astype(np.float32)
     if kind == "bf16":
-        return (values.astype(np.uint32) << np.uint32(16)).view(np.float32)
+        wide: NDArray[np.float32] = (values.astype(np.uint32) << np.uint32(16)).view(np.float32)
+        return wide
     return values.astype(np.float32, copy=False)
 
 
@@ -123,5 +124,6 @@ def narrowed(values: NDArray[np.float32], kind: str) -> NDArray[Any]:
     if kind == "fp16":
         return values.astype(np.float16).view(np.uint16)
     if kind == "bf16":
-        return (values.view(np.uint32) >> np.uint32(16)).astype(np.uint16)
+        patterns: NDArray[Any] = (values.view(np.uint32) >> np.uint32(16)).astype(np.uint16)
+        return patterns
     return values

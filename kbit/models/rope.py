@@ -51,16 +51,17 @@ def inverse_frequencies(spec: RopeSpec, seq_lengths: NDArray[np.int64]) -> Float
     """
     exponents = np.arange(0, spec.dim, 2, dtype=np.float32) / np.float32(spec.dim)
     if spec.kind == "dynamic":
-        return 1 / _power(_dynamic_base(spec, seq_lengths)[:, None], exponents)
+        rows: Floats = np.float32(1) / _power(_dynamic_base(spec, seq_lengths)[:, None], exponents)
+        return rows
     powers = _power(spec.theta, exponents)
-    plain = 1 / powers
+    plain: Floats = np.float32(1) / powers
     if spec.kind == "linear":
         plain = plain / np.float32(spec.factor)
     elif spec.kind == "llama3":
         plain = _llama3(spec, plain)
     elif spec.kind == "yarn":
         keep = 1 - _yarn_ramp(spec)
-        plain = 1 / (np.float32(spec.factor) * powers) * (1 - keep) + plain * keep
+        plain = np.float32(1) / (np.float32(spec.factor) * powers) * (1 - keep) + plain * keep
     return plain[None]
 
 
@@ -76,7 +77,8 @@ def _dynamic_base(spec: RopeSpec, seq_lengths: NDArray[np.int64]) -> Floats:
     scale = np.float32(spec.factor) * lengths / np.float32(spec.max_positions) - np.float32(spec.factor - 1)
     # 1 or more for L >= M, but for what cancels in the subtraction when the factor is huge.
     grown = np.float32(spec.theta) * _power(np.maximum(scale, np.float32(1)), spec.dim / (spec.dim - 2))
-    return np.where(seq_lengths > spec.max_positions, grown, np.float32(spec.theta))
+    bases: Floats = np.where(seq_lengths > spec.max_positions, grown, np.float32(spec.theta))
+    return bases
 
 
 def _llama3(spec: RopeSpec, plain: Floats) -> Floats:

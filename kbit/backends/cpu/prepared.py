@@ -264,7 +264,7 @@ def _append(file: BinaryIO, data: NDArray[np.uint8]) -> int:
     begin = file.tell()
     begin += -begin % _ALIGN + _ALIGN
     file.seek(begin)
-    file.write(memoryview(data))
+    file.write(data.data)
     return begin
 
 

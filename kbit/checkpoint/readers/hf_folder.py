@@ -211,7 +211,8 @@ def to_float32(values: NDArray[Any], dtype: str) -> NDArray[np.float32]:
     if dtype == "F8_E5M2":  # the upper half of an fp16 number
         return widened(values.astype(np.uint16) << np.uint16(8), "fp16")
     if dtype == "F8_E4M3":
-        return _e4m3_values()[values]
+        found: NDArray[np.float32] = _e4m3_values()[values]
+        return found
     with np.errstate(over="ignore"):  # what float32 cannot hold becomes infinite, which those who load refuse
         return values.astype(np.float32)
 
