@@ -197,18 +197,21 @@ void int8_tile(const MatmulTask& task, const Int8Stretch& stretch, int64_t row) 
           for (int p = 0; p < kPanels; ++p) dot[r][p] = add(dot[r][p], pairs[r][p]);
       }
     } else {
-      for (int q = 0; q < quads; ++q) {
-        const int64_t quad = s * quads + q;
-        Bytes level[kPanels], digit[kPanels];
-        for (int p = 0; p < kPanels; ++p) {
-          level[p] = load_bytes(stretch.high + (p * tiles * 16 + quad) * 64);
-          if constexpr (kTwoDigits) digit[p] = load_bytes(stretch.low + (p * tiles * 16 + quad) * 64);
-        }
-        for (int r = 0; r < kRows; ++r)
+      for (int64_t first = s * quads; first < (s + 1) * quads; first += kTileQuads) {
+        repeat<kTileQuads>([&]<int kQuad>() __attribute__((always_inline)) {
+          const int64_t quad = first + kQuad;
+          Bytes level[kPanels], digit[kPanels];
           for (int p = 0; p < kPanels; ++p) {
-            dot[r][p] = dot4(dot[r][p], level[p], codes + r * task.x.codes_stride + 4 * quad);
-            if constexpr (kTwoDigits) fine[r][p] = dot4(fine[r][p], digit[p], codes + r * task.x.codes_stride + 4 * quad);
+            level[p] = load_bytes(stretch.high + (p * tiles * 16 + quad) * 64);
+            if constexpr (kTwoDigits) digit[p] = load_bytes(stretch.low + (p * tiles * 16 + quad) * 64);
           }
+          for (int r = 0; r < kRows; ++r)
+            for (int p = 0; p < kPanels; ++p) {
+              const int8_t* x = codes + r * task.x.codes_stride + 4 * quad;
+              dot[r][p] = dot4(dot[r][p], level[p], x);
+              if constexpr (kTwoDigits) fine[r][p] = dot4(fine[r][p], digit[p], x);
+            }
+        });
       }
     }
     const int64_t block = walk.next();

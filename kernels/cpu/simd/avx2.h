@@ -14,8 +14,8 @@ constexpr int kLevelBias = 0;
 // 16 registers: 4 x 1 accumulators are 8 of them; the weights, their magnitudes and the ones of dot4 take 5, x and the
 // products the rest. Four rows share one weight load and one magnitude.
 constexpr int kTileRows = 4, kTilePanels = 1;
-// On Zen 1 the hardware's prefetchers hide nothing of the memory from a loop with this much arithmetic: asking for every
-// line takes one core from 8 to 12 billion nf4 weights a second, and from 10 to 15 of Q4_K.
+constexpr int kTileQuads = 4;
+// The hardware's prefetchers (Zen 1's) hide nothing of the memory from a loop with this much arithmetic.
 constexpr int kPrefetchedBits = 8;
 
 struct Bytes { __m256i lo, hi; };

@@ -14,6 +14,7 @@ namespace {
 constexpr int kLevelBias = 0;
 // 32 registers: 6 x 1 accumulators are 24 of them, the weights 4, x and what is being decoded the rest.
 constexpr int kTileRows = 6, kTilePanels = 1;
+constexpr int kTileQuads = 1;
 constexpr int kPrefetchedBits = 3;
 
 struct Bytes { uint8x16_t q[4]; };

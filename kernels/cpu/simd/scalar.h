@@ -18,6 +18,7 @@ namespace {
 constexpr int kLevelBias = 0;
 // Registers a matmul tile may use: rows of x, and panels of 16 weight rows, that are accumulated at once.
 constexpr int kTileRows = 2, kTilePanels = 1;
+constexpr int kTileQuads = 1;  // of 4 columns, written out one after the other
 // Codes of up to this many bits are decoded so fast that every line of them is to be asked for ahead (matmul.h).
 constexpr int kPrefetchedBits = 3;
 
