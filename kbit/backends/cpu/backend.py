@@ -33,7 +33,7 @@ class NativeBackend:
         bf16   activations and expanded weights are rounded to bfloat16
         fp32   nothing is rounded: equal to the reference but for the order of sums
 
-    Everything else is in float32, attention over a cache of codes excepted (kernels/cpu/attention/kv_cache.h).
+    Everything else is in float32, attention over a cache of codes excepted (kernels/cpu/attention/kv_pages.h).
 
     Args:
         threads: members of the team that computes, at least 1.

@@ -14,6 +14,7 @@ from kbit.checkpoint.gguf.types import GGML_TYPES
 from kbit.formats.quant_format import plane_widths
 from kbit.formats.stored import StoredMatrix
 from kbit.formats.stored_planes import pack_codes
+from kbit.graph.pages import pages_for
 from kbit.planner.memory import Weight, prepared_bytes
 
 TYPES = {t.name: t for t in GGML_TYPES.values() if t.name in BLOCK_TYPES}
@@ -72,11 +73,12 @@ def looked_up(matrix: _native.Matrix, context: _native.Context) -> np.ndarray:
     program.embed(matrix, hidden)
     program.finish(hidden)
     rows = matrix.rows
-    cache = _native.KVCache(1, 1, 1, 16, rows, "fp16")
+    count = pages_for(rows)
+    pages, tables = _native.KVPages(1, 1, 16, "fp16", count), np.arange(count, dtype=np.int32)[None]
     table, zeros = np.ones((1, 8), dtype=np.float32), np.zeros(rows, dtype=np.int32)
     out = np.full((rows, matrix.columns), np.nan, dtype=np.float32)
     positions = np.arange(rows, dtype=np.int32)
-    program.run(np.arange(rows), zeros, positions, table, table, zeros, cache, None, out)
+    program.run(np.arange(rows), zeros, positions, table, table, zeros, pages, tables, None, out)
     return out
 
 
