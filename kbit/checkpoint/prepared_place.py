@@ -13,7 +13,7 @@ from kbit.host.cache_folder import cache_dir
 from kbit.host.errors import KbitError
 
 # Of the file and of the layout of kernels/cpu/codecs/matrix.h: another number, another file.
-VERSION = 1
+VERSION = 2
 
 _ENDING = ".kbit"
 # A folder's files whose change may change the model: everything kbit reads of one.

@@ -81,8 +81,9 @@ class TableTokenizer:
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """Text of ids; those that no token has give nothing."""
         skipped: frozenset[int] = self._special if skip_special_tokens else frozenset()
-        tokens = [token for i in ids if i not in skipped and (token := self.id_to_token(i)) is not None]
-        return str(self._small.decoder.decode(tokens))
+        added, own = self._added.get, self._pairs.id_to_token
+        tokens = _checked(lambda: [added(i) or own(i) for i in ids if i not in skipped])
+        return str(self._small.decoder.decode([token for token in tokens if token is not None]))
 
     def token_to_id(self, token: str) -> int | None:
         added = self._added_ids.get(token)

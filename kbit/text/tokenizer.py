@@ -81,7 +81,9 @@ class Tokenizer:
             from kbit.text.table_tokenizer import TableTokenizer
             from kbit.text.token_table import open_table
 
-            backend = TableTokenizer(open_table(table, f"{where}: token table"), lambda: _load_backend(files, where))
+            backend = TableTokenizer(
+                open_table(table, f"{where}: the token table"), lambda: _load_backend(files, where)
+            )
         settings = _read_json(files, "tokenizer_config.json", where)
         generation = _read_json(files, "generation_config.json", where)
         named = {**_token_strings(_read_json(files, "special_tokens_map.json", where)), **_token_strings(settings)}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
@@ -12,13 +13,16 @@ import numpy as np
 import pytest
 from conversion_cases import quantize
 
+from kbit._native import Context
 from kbit.backends.cpu import prepared
 from kbit.backends.cpu.backend import NativeBackend
 from kbit.checkpoint.prepared_place import forget
 from kbit.checkpoint.resolve import open_model
 from kbit.engine.loader import LoadedModel, load_model
 from kbit.host.errors import CheckpointError
+from kbit.models.families import spec_from_config
 from kbit.models.load import load_decoder
+from kbit.text.tokenizer import Tokenizer
 
 IDS = [1, 5, 9, 2, 7, 30, 4]
 
@@ -207,3 +211,36 @@ def test_not_a_number_is_named(folder: Path, model: Path) -> None:
     with pytest.raises(CheckpointError, match=r"model\.norm\.weight holds \d+ NaN and 0 infinite values"):
         load(model)
     assert not list(folder.glob("*.kbit"))
+
+
+def prepare(model: Path) -> prepared.PreparedSource:
+    """Prepares a model without running it."""
+    with open_model(str(model)) as source:
+        names = spec_from_config(source.config).expected_tensors()
+        made = prepared.make(source, model, names, Context(None, 1))
+    assert made is not None
+    return made
+
+
+def test_the_tokenizer_is_prepared_too(folder: Path, model: Path) -> None:
+    source = prepare(model)
+    with open_model(str(model)) as original:
+        plain = Tokenizer.from_source(original)
+    assert dict(source.sidecar_files()) == {"tokenizer.json": (model / "tokenizer.json").read_bytes()}
+    assert source.token_table() is not None
+    source._files.clear()  # tokenizer.json is not asked for
+    tokenizer = Tokenizer.from_source(source)
+    assert tokenizer.encode("Hello there, é漢") == plain.encode("Hello there, é漢")
+    assert tokenizer.has_vocabulary_of(plain)
+    source._table = [4096, 1 << 60]
+    with pytest.raises(CheckpointError, match="prepared weights are damaged"):
+        source.token_table()
+
+
+def test_a_tokenizer_that_no_table_holds(folder: Path, model: Path) -> None:
+    state = json.loads((model / "tokenizer.json").read_bytes())
+    state["decoder"] = None
+    (model / "tokenizer.json").write_text(json.dumps(state))
+    source = prepare(model)
+    assert source.token_table() is None
+    assert Tokenizer.from_source(source).decode([1, 2])  # by tokenizer.json

@@ -277,7 +277,7 @@ class TestSource:
         source = SimpleNamespace(
             path=Path("model"), config={}, sidecar_files=dict, token_table=lambda: memoryview(damaged)
         )
-        with pytest.raises(CheckpointError, match="^model: token table is damaged"):
+        with pytest.raises(CheckpointError, match="^model: the token table is damaged"):
             Tokenizer.from_source(source)  # type: ignore[arg-type]
 
     def test_added_tokens_have_every_flag(self) -> None:

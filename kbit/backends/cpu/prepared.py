@@ -5,7 +5,8 @@ later ones map the file read-only and share its memory with every other process 
 needs (configuration and tokenizer too), so the checkpoint itself is not opened again:
 
     bytes 0 to 4096     magic, where the index is, its length and sha256
-    arrays              each at a multiple of 64 bytes: a matrix's codes, scales, offsets and codebook; vectors; files
+    arrays              each at a multiple of 64 bytes: a matrix's codes, scales, offsets and codebook; vectors; files;
+                        the tokenizer's table (kbit.text.token_table)
     index               JSON: what was prepared, and where each array begins
 
 It is never stale: its name holds path, size, modification time and inode of every file of the checkpoint, and the
@@ -21,7 +22,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
@@ -35,6 +36,7 @@ from kbit.checkpoint.prepared_place import prepared_path, prepared_prefix
 from kbit.checkpoint.source import CheckpointSource, StoredSource, TensorInfo
 from kbit.host.errors import CheckpointError
 from kbit.host.files import fsync_folder
+from kbit.text.token_table import build_table
 
 if TYPE_CHECKING:
     import torch
@@ -77,7 +79,8 @@ class PreparedSource(CheckpointSource):
             }
             self._matrices: dict[str, dict[str, Any]] = index["matrices"]
             self._vectors: dict[str, list[int]] = index["vectors"]
-            self._files: dict[str, list[int]] = index["files"]
+            self._files = {str(name): place for name, place in index["files"].items()}
+            self._table: list[int] | None = index["token_table"]
             self._fingerprint = str(index["fingerprint"])
         except (KeyError, TypeError, ValueError) as error:
             raise self._damaged(error) from None
@@ -113,8 +116,20 @@ class PreparedSource(CheckpointSource):
             raise self._damaged(f"{name}: {error}") from None
 
     def sidecar_files(self) -> Mapping[str, bytes]:
+        return _Files(self, self._files)
+
+    def token_table(self) -> memoryview | None:
+        return None if self._table is None else self.mapped(self._table).data
+
+    def mapped(self, place: Sequence[int]) -> NDArray[np.uint8]:
+        """The bytes [begin, end) of the file.
+
+        Raises:
+            CheckpointError: there are no such bytes.
+        """
         try:
-            return {name: self._map.bytes(*place).tobytes() for name, place in self._files.items()}
+            begin, end = place
+            return self._map.bytes(begin, end)
         except (TypeError, ValueError, OverflowError) as error:
             raise self._damaged(error) from None
 
@@ -137,6 +152,23 @@ class PreparedSource(CheckpointSource):
         if self._original is None:
             self._original = open_model(str(self.path))
         return self._original
+
+
+class _Files(Mapping[str, bytes]):
+    """The checkpoint's other files, each copied out of the map when it is asked for: a tokenizer.json is large."""
+
+    def __init__(self, source: PreparedSource, places: Mapping[str, Sequence[int]]) -> None:
+        self._source = source
+        self._places = places
+
+    def __getitem__(self, name: str) -> bytes:
+        return self._source.mapped(self._places[name]).tobytes()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._places)
+
+    def __len__(self) -> int:
+        return len(self._places)
 
 
 def find(checkpoint: Path) -> PreparedSource | None:
@@ -245,18 +277,22 @@ def _write_arrays(
             vectors[name] = [begin, begin + vector.nbytes]
         if progress is not None:
             progress(done, len(names))
-    files = {}
-    for name, data in source.sidecar_files().items():
-        begin = _append(file, np.frombuffer(data, dtype=np.uint8))
-        files[name] = [begin, begin + len(data)]
+    files = source.sidecar_files()
+    table = build_table(files["tokenizer.json"]) if "tokenizer.json" in files else None
     return {
         "config": source.config,
         "fingerprint": source.fingerprint(),
         "tensors": [[i.name, i.shape, i.stored_as, i.nbytes, str(i.file)] for i in source.tensors.values()],
         "matrices": matrices,
         "vectors": vectors,
-        "files": files,
+        "files": {name: _place(file, data) for name, data in files.items()},
+        "token_table": None if table is None else _place(file, table),
     }
+
+
+def _place(file: BinaryIO, data: bytes) -> list[int]:
+    begin = _append(file, np.frombuffer(data, dtype=np.uint8))
+    return [begin, begin + len(data)]
 
 
 def _append(file: BinaryIO, data: NDArray[np.uint8]) -> int:
