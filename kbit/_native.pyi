@@ -109,8 +109,19 @@ class Program:
         eps: float,
         activation: str | None,
         residual: int | None,
+        norm_bias: NDArray[np.float32] | None = None,
+        centred: bool = False,
     ) -> None: ...
-    def norm(self, x: int, weight: NDArray[np.float32], eps: float, out: int) -> None: ...
+    def norm(
+        self,
+        x: int,
+        weight: NDArray[np.float32],
+        eps: float,
+        out: int,
+        bias: NDArray[np.float32] | None = None,
+        centred: bool = False,
+    ) -> None: ...
+    def add(self, x: int, y: int, out: int) -> None: ...
     def activate(self, gate: int, up: int | None, kind: str, out: int) -> None: ...
     def attend(
         self,
@@ -124,9 +135,18 @@ class Program:
         head_dim: int,
         scale: float,
         window: int | None,
+        rotary: bool = True,
+        bidirectional: bool = False,
     ) -> None: ...
     def finish(self, hidden: int) -> None: ...
-    def head(self, matrix: Matrix, norm: NDArray[np.float32] | None, eps: float) -> None: ...
+    def head(
+        self,
+        matrix: Matrix,
+        norm: NDArray[np.float32] | None,
+        eps: float,
+        norm_bias: NDArray[np.float32] | None = None,
+        centred: bool = False,
+    ) -> None: ...
     def run(
         self,
         ids: NDArray[np.int64],

@@ -110,6 +110,21 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     return weight.float() * (x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps))
 
 
+def layer_norm(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, eps: float) -> torch.Tensor:
+    """LayerNorm (Ba et al. 2016): w * (x - mean(x)) / sqrt(var(x) + eps) + b, the variance over all K features.
+
+    Args:
+        x: (..., K).
+        weight: (K,).
+        bias: (K,) or None.
+        eps: added to the variance.
+
+    Returns:
+        (..., K) float32.
+    """
+    return F.layer_norm(x.float(), x.shape[-1:], weight.float(), None if bias is None else bias.float(), eps)
+
+
 def rope(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     """Rotary position embedding (Su et al. 2021) in the rotate-half order of Hugging Face checkpoints.
 
@@ -139,12 +154,13 @@ def attend(
     kv_lengths: torch.Tensor,
     scale: float,
     window: int | None = None,
+    causal: bool = True,
 ) -> torch.Tensor:
-    """softmax(scale * Q K^T + mask) V with grouped heads and a causal mask by position.
+    """softmax(scale * Q K^T + mask) V with grouped heads and a mask by position.
 
-    Cache slot j of a row holds the token at position j. The query at position p of row b sees slot j when j <= p,
-    j < kv_lengths[b] and, with a sliding window, j > p - window (the window counts the query's own position). Query
-    head h reads key/value head h // (H / H_kv). A query that sees nothing (padding) yields zeros.
+    Cache slot j of a row holds the token at position j. The query at position p of row b sees slot j when
+    j < kv_lengths[b] and, if causal, j <= p and, with a sliding window, j > p - window (the window counts the query's
+    own position). Query head h reads key/value head h // (H / H_kv). A query that sees nothing (padding) yields zeros.
 
     Scores are formed for a few queries at a time, so scratch stays near SCRATCH_BYTES for any length; slots that no
     query of a piece can see are never touched, so what lies in a row's cache beyond its length does not matter.
@@ -156,7 +172,8 @@ def attend(
         positions: int64 (B, T), position of each query.
         kv_lengths: int64 (B,), filled slots of each row, at most S.
         scale: multiplies the dot products, usually D^-0.5.
-        window: slots a query sees at most, or None.
+        window: slots a query sees at most, or None; only if causal.
+        causal: whether a query sees nothing after itself.
 
     Returns:
         (B, T, H, D) float32.
@@ -170,11 +187,11 @@ def attend(
         for start in range(0, q.shape[1], step):
             queries = slice(start, start + step)
             where = positions[rows.start, queries]  # (T',)
-            last = min(int(where.max()) + 1, length)
+            last = min(int(where.max()) + 1, length) if causal else length
             first = 0 if window is None else max(0, int(where.min()) - window + 1)
             if first < last:
                 seen = slice(first, last)
-                hidden = _hidden(where, torch.arange(first, last, device=q.device), window)
+                hidden = _hidden(where, torch.arange(first, last, device=q.device), window, causal)
                 out[rows, queries] = _softmax_weighted(
                     q[rows, queries], k[rows, :, seen].float(), v[rows, :, seen].float(), hidden, scale
                 )
@@ -190,9 +207,9 @@ def _rows_alike(positions: torch.Tensor, kv_lengths: torch.Tensor, budget: int) 
         yield slice(start, min(start + step, batch))
 
 
-def _hidden(positions: torch.Tensor, slots: torch.Tensor, window: int | None) -> torch.Tensor:
+def _hidden(positions: torch.Tensor, slots: torch.Tensor, window: int | None, causal: bool) -> torch.Tensor:
     """True where a query must not look: positions (T',), slots (S',) -> bool (T', S')."""
-    hidden = slots > positions[:, None]
+    hidden = (slots > positions[:, None]) & causal
     if window is not None:
         hidden |= slots <= positions[:, None] - window
     return hidden

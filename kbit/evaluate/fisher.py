@@ -74,7 +74,7 @@ def measure_diagonal(
     """
     decoder = load_decoder(source, KeepingBackend())
     definition = DecoderDefinition(decoder.spec, decoder.weights)
-    names = matrix_names(decoder.spec.names, decoder.weights)
+    names = matrix_names(decoder)
     sums = {id(weight): _Sums.of(weight) for _, weight in names}
     generator = torch.Generator().manual_seed(seed)
     count = min(max(WINDOWS, -(-TOKENS // windows.context)), windows.count)
@@ -146,7 +146,7 @@ class _SummingOps(TracingOps):
         super().__init__(definition, tokens, sums)
         self._sums = sums
 
-    def add(self, weight: Weight, gradient: torch.Tensor) -> None:
+    def collect(self, weight: Weight, gradient: torch.Tensor) -> None:
         own, square = self._sums[id(weight)], gradient.square()
         own.rows.add_(square.sum(dim=1, dtype=torch.float64))
         own.columns.add_(square.sum(dim=0, dtype=torch.float64))

@@ -32,12 +32,12 @@ from kbit.backends.reference.backend import ReferenceBackend, ReferenceWeight, R
 from kbit.checkpoint.source import CheckpointSource
 from kbit.evaluate.compare import compare
 from kbit.formats.quant_tensor import QuantTensor
-from kbit.graph.ops import Attention, Vector, Weight
+from kbit.graph.ops import Attention, Vector, Weight, refuse_attention
 from kbit.host.errors import KbitError
 from kbit.kernels import reference
-from kbit.models.decoder import DecoderDefinition, DecoderWeights
+from kbit.models.decoder import Decoder, DecoderDefinition
 from kbit.models.load import load_decoder
-from kbit.models.spec import TensorNames
+from kbit.models.params import parameters
 from kbit.text.windows import Windows
 
 # Backward passes per window. The spread between windows is larger than that between passes, so more windows help more
@@ -90,7 +90,7 @@ def measure_sensitivity(
     """
     decoder = load_decoder(source, KeepingBackend())
     definition = DecoderDefinition(decoder.spec, decoder.weights)
-    names = matrix_names(decoder.spec.names, decoder.weights)
+    names = matrix_names(decoder)
     places = {id(weight): place for place, (_, weight) in enumerate(names)}
     generator = torch.Generator().manual_seed(seed)
     traces = np.empty((windows.count, probes, len(names)))
@@ -137,15 +137,14 @@ def noise_kl(
     return found
 
 
-def matrix_names(names: TensorNames, weights: DecoderWeights) -> list[tuple[str, Weight]]:
+def matrix_names(decoder: Decoder) -> list[tuple[str, Weight]]:
     """(checkpoint name, prepared weight) of every linear matrix inside the layers, in order."""
-    found: list[tuple[str, Weight]] = []
-    for index, layer in enumerate(weights.layers):
-        linears = (*layer.qkv, layer.output, *layer.gate_up, layer.down)
-        templates = (names.q, names.k, names.v, names.o, names.gate, names.up, names.down)
-        for template, linear in zip(templates, linears, strict=True):
-            found.append((f"{template.format(layer=index)}.weight", linear.weight))
-    return found
+    layers = decoder.weights.layers
+    return [
+        (p.name, layers[p.layer].matrices[p.slot])
+        for p in parameters(decoder.spec)
+        if p.layer is not None and p.role == "linear"
+    ]
 
 
 class KeepingBackend(ReferenceBackend):
@@ -213,7 +212,7 @@ def backward_passes(
     probes: int,
     generator: torch.Generator,
 ) -> None:
-    """Run a text, ids (1, T), and send `probes` random u back from its scored positions; `ops.add` gets the gradients.
+    """Run a text, ids (1, T), and send `probes` random u back from its scored positions: gradients go to `ops.collect`.
 
     The expected square of a gradient is the sum over the scored positions of the diagonal of F.
     """
@@ -230,7 +229,7 @@ def backward_passes(
 
 
 class TracingOps(RowOps):
-    """The reference's operations with gradients, for one text from its start; `add` takes those of matrices.
+    """The reference's operations with gradients, for one text from its start; `collect` takes those of matrices.
 
     Args:
         tokens: of the text.
@@ -251,29 +250,31 @@ class TracingOps(RowOps):
     def embed(self, weight: Weight, ids: torch.Tensor) -> torch.Tensor:
         return super().embed(weight, ids).requires_grad_()
 
-    def linear(
-        self, weight: Weight, x: torch.Tensor, bias: Vector | None = None, residual: torch.Tensor | None = None
-    ) -> torch.Tensor:
+    def linear(self, weight: Weight, x: torch.Tensor, bias: Vector | None = None) -> torch.Tensor:
         out: torch.Tensor = _TracedLinear.apply(x, weight, self)  # type: ignore[no-untyped-call]
-        out = out if bias is None else out + tensor_of(bias)
-        return out if residual is None else residual + out
+        return out if bias is None else out + tensor_of(bias)
 
     def logits(self, weight: Weight, x: torch.Tensor) -> torch.Tensor:
         out: torch.Tensor = _TracedLinear.apply(x, weight, self)  # type: ignore[no-untyped-call]
         return out
 
     def self_attention(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, attention: Attention) -> torch.Tensor:
+        refuse_attention(
+            attention, "gradient", mask=("causal", "bidirectional"), source=("self",), positions=("rotary",)
+        )
         # Not kernels.reference.attend, which saves memory by writing over what a backward pass would need.
         q, k, v = (x.view(*x.shape[:-1], -1, attention.head_dim) for x in (q, k, v))  # (1, T, H or H_kv, D)
         q, k = (reference.rope(x, self._cos, self._sin) for x in (q, k))
         group = attention.heads // attention.kv_heads
         q, k, v = (x.transpose(1, 2) for x in (q, k.repeat_interleave(group, 2), v.repeat_interleave(group, 2)))
         behind = self._positions[0][:, None] - self._positions  # (T, T): how far back a key lies
-        seen = behind >= 0 if attention.window is None else (behind >= 0) & (behind < attention.window)
+        seen = torch.ones_like(behind, dtype=torch.bool) if attention.mask == "bidirectional" else behind >= 0
+        if attention.window is not None:
+            seen &= behind < attention.window
         out = torch.nn.functional.scaled_dot_product_attention(q, k, v, seen, scale=attention.scale)  # (1, H, T, D)
         return out.transpose(1, 2).flatten(-2)
 
-    def add(self, weight: Weight, gradient: torch.Tensor) -> None:
+    def collect(self, weight: Weight, gradient: torch.Tensor) -> None:
         """Take the gradient (N, K) of a matrix that is asked for."""
         raise NotImplementedError
 
@@ -291,7 +292,7 @@ class _SquaredNorms(TracingOps):
         super().__init__(definition, tokens, places)
         self._places, self._sums = places, sums
 
-    def add(self, weight: Weight, gradient: torch.Tensor) -> None:
+    def collect(self, weight: Weight, gradient: torch.Tensor) -> None:
         self._sums[self.probe, self._places[id(weight)]] += float(gradient.square().sum(dtype=torch.float64))
 
 
@@ -309,7 +310,7 @@ class _TracedLinear(torch.autograd.Function):
         (grad,) = grads
         (x,) = ctx.saved_tensors
         if ctx.ops.wants(ctx.weight):
-            ctx.ops.add(ctx.weight, grad.flatten(0, -2).T @ x.flatten(0, -2))  # (N, K)
+            ctx.ops.collect(ctx.weight, grad.flatten(0, -2).T @ x.flatten(0, -2))  # (N, K)
         return grad @ _dense(ctx.weight), None, None
 
 

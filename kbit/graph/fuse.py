@@ -1,16 +1,17 @@
 """Fusing: a recorded definition in fewer operations, as backends have them.
 
-Norms move into the products that read them, activations into the products they apply to. What a backend does with the
-result is its own: the native one writes a program, the Triton one launches the operations one by one.
+Sums over processes and residuals move into the products whose results they are of, norms into the products that read
+them, activations into the products they apply to. What a backend does with the result is its own: the native one writes
+a program, the Triton one launches the operations one by one.
 """
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import replace
 
-from kbit.graph.recording import Activate, Norm, Operation, Project, Symbol, reads
+from kbit.graph.recording import Activate, Add, Norm, Operation, Project, SumParts, Symbol, reads, writes
 
 
 def fuse(operations: Sequence[Operation], result: Symbol) -> list[Operation]:
@@ -20,7 +21,58 @@ def fuse(operations: Sequence[Operation], result: Symbol) -> list[Operation]:
         operations: as recorded.
         result: what is read in the end.
     """
+    operations = _fuse_residuals(_fuse_parts(operations, result), result)
     return _fuse_activations(_fuse_norms(operations, result), result)
+
+
+def _fuse_parts(operations: Sequence[Operation], result: Symbol) -> list[Operation]:
+    """A product of which only the sum over processes is read forms that sum."""
+    uses = _uses(operations, result)
+    sums = {op.x: op for op in operations if isinstance(op, SumParts) and uses[op.x] == 1}
+    fused: list[Operation] = []
+    done: set[Operation] = set()
+    for operation in operations:
+        if operation in done:
+            continue
+        if isinstance(operation, Project) and operation.outs[0] in sums and len(operation.outs) == 1:
+            total = sums[operation.outs[0]]
+            if operation.biases[0] is None:
+                done.add(total)
+                operation = replace(operation, biases=(total.bias,), outs=(total.out,), parts=True)
+        fused.append(operation)
+    return fused
+
+
+def _fuse_residuals(operations: Sequence[Operation], result: Symbol) -> list[Operation]:
+    """A product that is only added to something adds itself to it, in its place.
+
+    Nobody else may read what is added to once the product is there: its place then holds the sum.
+    """
+    uses = _uses(operations, result)
+    made = {symbol: index for index, operation in enumerate(operations) for symbol in writes(operation)}
+    readers: defaultdict[Symbol, list[int]] = defaultdict(list)
+    for index, operation in enumerate(operations):
+        for symbol in reads(operation):
+            readers[symbol].append(index)
+    taken: dict[Operation, Add] = {}
+    for index, operation in enumerate(operations):
+        if not isinstance(operation, Add) or operation.x is result or operation.y not in made:
+            continue
+        place = made[operation.y]
+        product = operations[place]
+        if not isinstance(product, Project) or len(product.outs) > 1 or uses[operation.y] > 1:
+            continue
+        others = [reader for reader in readers[operation.x] if reader != index]
+        if made.get(operation.x, -1) < place and all(reader < place for reader in others):
+            taken[product] = operation
+    added = set(taken.values())
+    fused: list[Operation] = []
+    for operation in operations:
+        if isinstance(operation, Project) and operation in taken:
+            operation = replace(operation, outs=(taken[operation].out,), residual=taken[operation].x)
+        if operation not in added:
+            fused.append(operation)
+    return fused
 
 
 def _fuse_norms(operations: Sequence[Operation], result: Symbol) -> list[Operation]:
@@ -56,7 +108,11 @@ def _fuse_activations(operations: Sequence[Operation], result: Symbol) -> list[O
     for operation in operations:
         if operation in done:
             continue
-        if isinstance(operation, Project) and operation.residual is None and operation.outs in activations:
+        if (
+            isinstance(operation, Project)
+            and operation.outs in activations
+            and not (operation.residual or operation.parts)
+        ):
             activation = activations[operation.outs]
             done.add(activation)
             operation = replace(operation, outs=(activation.out,), activation=activation.kind)

@@ -5,8 +5,12 @@ decides what such a value is. The reference backend's are tensors, and the defin
 symbols, and the definition is written down, once, as a program that is then replayed without Python. So a new device
 means a new backend and no change to a model, and every backend runs the same definition.
 
-Operations are cut where fused kernels exist: rotating, appending to the cache and attending are one call, weights that
-share an input are multiplied in one call, and a residual is added by the product it belongs to.
+Operations are cut where they have a meaning of their own; which of them one kernel computes together is decided when a
+recording is fused (`kbit.graph.fuse`). Two are larger than that: rotating, appending to the cache and attending are one
+call, and weights that share an input are multiplied in one call.
+
+Several processes may share a model (`SplitBackend`). What each then has after a product with its part of the input
+features is a part of a sum, until `sum_parts` says that the sum is wanted.
 
 Dimension names: B batch rows, T new tokens per row, H query heads, H_kv key/value heads, D head dimension, K input
 features, N output features, V vocabulary. Activations are in whatever float type the backend computes in; only logits
@@ -18,7 +22,9 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol, TypeAlias, TypeVar, runtime_checkable
+from typing import TYPE_CHECKING, Literal, Protocol, TypeAlias, TypeVar, runtime_checkable
+
+from kbit.host.errors import UnsupportedError
 
 if TYPE_CHECKING:
     import numpy as np
@@ -67,13 +73,19 @@ class Vector(Protocol):
 class Attention:
     """What a layer's attention is.
 
+    A backend refuses, by name, what it does not run (`refuse_attention`).
+
     Attributes:
         layer: index of the layer, which is where its keys and values are in the cache.
         heads: H.
         kv_heads: H_kv, a divisor of H.
         head_dim: D.
         scale: multiplies the dot products.
-        window: tokens a query sees at most, itself included, or None for all.
+        window: tokens a query sees at most, itself included, or None for all; only where it looks back alone.
+        mask: which tokens a query sees. "causal": those up to itself. "bidirectional": all of its text, which therefore
+            goes through the model at once. "prefix": all of a given beginning, and those up to itself. "cross": all.
+        source: whose keys and values these are: of the same tokens ("self"), or of an encoder's.
+        positions: how the dot products know positions: "rotary" (q and k turned), or "none" (the input has them).
     """
 
     layer: int
@@ -82,6 +94,31 @@ class Attention:
     head_dim: int
     scale: float
     window: int | None
+    mask: Literal["causal", "bidirectional", "prefix", "cross"] = "causal"
+    source: Literal["self", "encoder"] = "self"
+    positions: Literal["rotary", "none"] = "rotary"
+
+    def __post_init__(self) -> None:
+        if self.window is not None and self.mask != "causal":
+            raise ValueError(f"{self.mask} attention has no window")
+
+
+def refuse_attention(attention: Attention, backend: str, **known: tuple[str, ...]) -> None:
+    """Raise where an attention is of a kind that a backend does not run.
+
+    Args:
+        backend: its name.
+        known: the values it runs, by attribute of Attention.
+
+    Raises:
+        UnsupportedError: naming backend, attribute and value.
+    """
+    for attribute, values in known.items():
+        value = getattr(attention, attribute)
+        if value not in values:
+            raise UnsupportedError(
+                f"the {backend} backend has no attention with {attribute} {value!r}, only {' or '.join(values)}"
+            )
 
 
 class Ops(Protocol[X]):
@@ -96,30 +133,35 @@ class Ops(Protocol[X]):
     def norm(self, x: X, weight: Vector, eps: float) -> X:
         """RMS normalisation over the features: x (..., K), weight (K,) -> (..., K)."""
 
-    def linear(self, weight: Weight, x: X, bias: Vector | None = None, residual: X | None = None) -> X:
-        """residual + x W^T + b: x (..., K), residual (..., N) -> (..., N).
+    def layer_norm(self, x: X, weight: Vector, bias: Vector | None, eps: float) -> X:
+        """LayerNorm over the features, with or without a bias: x (..., K), weight (K,), bias (K,) -> (..., K)."""
 
-        The sum may be formed in the residual's place: it must not be used afterwards.
+    def add(self, x: X, y: X) -> X:
+        """x + y: (..., K)."""
 
-        A product with a residual is where the processes meet that share a model (`SplitBackend`): there x and W are
-        this process's part of the input features, and x W^T is added up over the processes before b and the residual,
-        which all of them have whole.
+    def linear(self, weight: Weight, x: X, bias: Vector | None = None) -> X:
+        """x W^T + b: x (..., K) -> (..., N)."""
+
+    def sum_parts(self, x: X, bias: Vector | None = None) -> X:
+        """The sum of every process's x, plus b: (..., N). x is a product of a matrix that is cut by its columns.
+
+        The bias is added here, once, and not by the product, of which every process has a part.
         """
 
     def linear_group(self, weights: Sequence[Weight], x: X, biases: Sequence[Vector | None]) -> tuple[X, ...]:
         """Several linears of one input (q, k, v; gate, up): x (..., K) -> (..., N_i) each."""
 
     def self_attention(self, q: X, k: X, v: X, attention: Attention) -> X:
-        """Causal attention of a pass's tokens to themselves and to what is in the cache.
+        """Attention of a pass's tokens to themselves and to what is in the cache.
 
         q and k are rotated to their positions, k and v written to the cache, and every query attends to the tokens of
-        its row up to itself, within the window.
+        its row that the mask and the window let it see.
 
         Args:
             q: (..., H D).
             k: (..., H_kv D).
             v: (..., H_kv D).
-            attention: sizes, scale and window.
+            attention: sizes, scale, mask and window.
 
         Returns:
             (..., H D).
@@ -256,7 +298,7 @@ class Group(Protocol):
 class SplitBackend(Backend, Protocol):
     """A backend that can run one process's share of a model (`kbit.models.shard`), together with the others.
 
-    Its products with a residual are added up over the group (`Ops.linear`). Its logits are the first process's in all:
+    Parts of a sum are added up over the group (`Ops.sum_parts`). Its logits are the first process's in all:
     neither gloo nor nccl promises that a sum comes out with the same last bit everywhere, and processes that chose
     different tokens would go separate ways.
     """

@@ -31,11 +31,31 @@ class Embed:
 
 @dataclass(frozen=True, eq=False)
 class Norm:
-    """out = RMS norm of x."""
+    """out = RMS norm of x, or, centred, its LayerNorm, which may have a bias."""
 
     x: Symbol
     weight: Vector
     eps: float
+    out: Symbol
+    bias: Vector | None = None
+    centred: bool = False
+
+
+@dataclass(frozen=True, eq=False)
+class Add:
+    """out = x + y."""
+
+    x: Symbol
+    y: Symbol
+    out: Symbol
+
+
+@dataclass(frozen=True, eq=False)
+class SumParts:
+    """out = the sum of every process's x, plus a bias."""
+
+    x: Symbol
+    bias: Vector | None
     out: Symbol
 
 
@@ -43,13 +63,14 @@ class Norm:
 class Project:
     """outs[i] = (residual +) norm(x) W_i^T + b_i; or one out = act(the first) * the second, or act(the only one).
 
-    The recorder writes neither `norm` nor `activation`: `kbit.graph.fuse` puts them in where a product can take them
-    over.
+    The recorder writes neither norm, activation, residual nor parts: `kbit.graph.fuse` puts them in where a product can
+    take them over.
 
     Attributes:
         norm: applied to x first.
         activation: kind, applied to the products.
-        residual: added; only where there is one out.
+        residual: added, and the sum may be formed in its place; only where there is one out.
+        parts: the product is added up over the processes before bias and residual; only where there is one out.
     """
 
     x: Symbol
@@ -59,6 +80,7 @@ class Project:
     residual: Symbol | None = None
     norm: Norm | None = None
     activation: str | None = None
+    parts: bool = False
 
 
 @dataclass(frozen=True, eq=False)
@@ -82,7 +104,7 @@ class Activate:
     out: Symbol
 
 
-Operation = Embed | Norm | Project | Attend | Activate
+Operation = Embed | Norm | Add | SumParts | Project | Attend | Activate
 
 
 def reads(operation: Operation) -> tuple[Symbol, ...]:
@@ -93,6 +115,8 @@ def reads(operation: Operation) -> tuple[Symbol, ...]:
         return (operation.q, operation.k, operation.v)
     if isinstance(operation, Activate):
         return (operation.gate,) if operation.up is None else (operation.gate, operation.up)
+    if isinstance(operation, Add):
+        return (operation.x, operation.y)
     if isinstance(operation, Project) and operation.residual is not None:
         return (operation.x, operation.residual)
     return (operation.x,)
@@ -128,13 +152,32 @@ class Recorder:
         self.operations.append(Norm(x, weight, eps, out))
         return out
 
-    def linear(self, weight: Weight, x: Symbol, bias: Vector | None = None, residual: Symbol | None = None) -> Symbol:
-        if residual is not None:
-            _expect("a residual", residual.width, weight.shape[0])
-        return self._project((weight,), x, (bias,), residual)[0]
+    def layer_norm(self, x: Symbol, weight: Vector, bias: Vector | None, eps: float) -> Symbol:
+        _expect("the weight of a norm", weight.shape[0], x.width)
+        if bias is not None:
+            _expect("the bias of a norm", bias.shape[0], x.width)
+        out = Symbol(x.width)
+        self.operations.append(Norm(x, weight, eps, out, bias, centred=True))
+        return out
+
+    def add(self, x: Symbol, y: Symbol) -> Symbol:
+        _expect("a residual", x.width, y.width)
+        out = Symbol(x.width)
+        self.operations.append(Add(x, y, out))
+        return out
+
+    def linear(self, weight: Weight, x: Symbol, bias: Vector | None = None) -> Symbol:
+        return self._project((weight,), x, (bias,))[0]
+
+    def sum_parts(self, x: Symbol, bias: Vector | None = None) -> Symbol:
+        if bias is not None:
+            _expect("a bias", bias.shape[0], x.width)
+        out = Symbol(x.width)
+        self.operations.append(SumParts(x, bias, out))
+        return out
 
     def linear_group(self, weights: Sequence[Weight], x: Symbol, biases: Sequence[Vector | None]) -> tuple[Symbol, ...]:
-        return self._project(tuple(weights), x, tuple(biases), None)
+        return self._project(tuple(weights), x, tuple(biases))
 
     def logits(self, weight: Weight, x: Symbol) -> Symbol:
         return self.linear(weight, x)
@@ -156,19 +199,13 @@ class Recorder:
         self.operations.append(Activate(gate, up, kind, out))
         return out
 
-    def _project(
-        self,
-        weights: tuple[Weight, ...],
-        x: Symbol,
-        biases: tuple[Vector | None, ...],
-        residual: Symbol | None,
-    ) -> tuple[Symbol, ...]:
+    def _project(self, weights: tuple[Weight, ...], x: Symbol, biases: tuple[Vector | None, ...]) -> tuple[Symbol, ...]:
         for weight, bias in zip(weights, biases, strict=True):
             _expect("the input of a linear", x.width, weight.shape[1])
             if bias is not None:
                 _expect("a bias", bias.shape[0], weight.shape[0])
         outs = tuple(Symbol(weight.shape[0]) for weight in weights)
-        self.operations.append(Project(x, weights, biases, outs, residual))
+        self.operations.append(Project(x, weights, biases, outs))
         return outs
 
 

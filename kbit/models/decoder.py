@@ -1,4 +1,4 @@
-"""One decoder for every family: embed, then layers of attention and MLP on a residual stream, then logits.
+"""One model for every family: embed, then layers of attention and MLP on a residual stream, then logits.
 
 `DecoderDefinition` is the model: it names operations, never a device or a number format, and every backend runs it.
 `Decoder` is what a program uses: it checks requests and hands them to the backend.
@@ -15,9 +15,11 @@ from numpy.typing import NDArray
 
 from kbit.graph.batch import Batch
 from kbit.graph.cache import Cache
-from kbit.graph.ops import Array, Attention, Backend, Ops, Vector, Weight, X
+from kbit.graph.ops import Array, Backend, Ops, Weight, X
 from kbit.graph.pages import PagePool
 from kbit.host.errors import UsageError
+from kbit.models import blocks
+from kbit.models.blocks import Weights
 from kbit.models.rope import rope_tables
 from kbit.models.spec import ModelSpec
 
@@ -26,42 +28,28 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, eq=False)
-class Linear:
-    """A prepared matrix and its bias."""
-
-    weight: Weight
-    bias: Vector | None
-
-
-@dataclass(frozen=True, eq=False)
-class Layer:
-    """The weights of one block."""
-
-    attention_norm: Vector
-    qkv: tuple[Linear, Linear, Linear]
-    output: Linear
-    mlp_norm: Vector
-    gate_up: tuple[Linear, Linear]
-    down: Linear
-
-
-@dataclass(frozen=True, eq=False)
 class DecoderWeights:
-    """All weights, prepared by one backend. A tied head is the embedding object itself, held once."""
+    """All weights, prepared by one backend. A tied head is the embedding object itself, held once.
+
+    Attributes:
+        embedding, head: matrices (V, hidden).
+        layers: the parameters of each.
+        final: the norm before the head.
+    """
 
     embedding: Weight
-    layers: tuple[Layer, ...]
-    final_norm: Vector
+    layers: tuple[Weights, ...]
+    final: Weights
     head: Weight
 
     @property
     def nbytes(self) -> int:
         """Bytes in memory, a tied head counted once."""
-        linears = [linear for layer in self.layers for linear in (*layer.qkv, layer.output, *layer.gate_up, layer.down)]
-        vectors = [self.final_norm, *(norm for layer in self.layers for norm in (layer.attention_norm, layer.mlp_norm))]
-        vectors += [linear.bias for linear in linears if linear.bias is not None]
-        matrices = {id(weight): weight for weight in (self.embedding, self.head, *(x.weight for x in linears))}
-        return sum(x.nbytes for x in matrices.values()) + sum(x.nbytes for x in vectors)
+        parts = (*self.layers, self.final)
+        matrices = [self.embedding, self.head, *(matrix for part in parts for matrix in part.matrices.values())]
+        vectors = [vector for part in parts for held in (part.norms, part.biases) for vector in held.values()]
+        held_once = {id(matrix): matrix for matrix in matrices}.values()
+        return sum(matrix.nbytes for matrix in held_once) + sum(vector.nbytes for vector in vectors)
 
 
 class DecoderDefinition:
@@ -75,29 +63,13 @@ class DecoderDefinition:
         """Token ids -> hidden states (..., hidden), before the final norm."""
         x = ops.embed(self.weights.embedding, ids)
         for index, layer in enumerate(self.weights.layers):
-            x = self._attention(ops, layer, index, x)
-            x = self._mlp(ops, layer, x)
+            x = blocks.attention(ops, self.spec, layer, index, x)
+            x = blocks.mlp(ops, self.spec, layer, x)
         return x
 
     def head(self, ops: Ops[X], hidden: X) -> X:
         """Hidden states (..., hidden) -> logits (..., V)."""
-        return ops.logits(self.weights.head, ops.norm(hidden, self.weights.final_norm, self.spec.norm_eps))
-
-    def _attention(self, ops: Ops[X], layer: Layer, index: int, x: X) -> X:
-        """x + attention(norm(x)): (..., hidden)."""
-        spec = self.spec
-        q, k, v = _linears(ops, layer.qkv, ops.norm(x, layer.attention_norm, spec.norm_eps))
-        attention = Attention(
-            index, spec.heads, spec.kv_heads, spec.head_dim, spec.attention_scale, spec.windows[index]
-        )
-        seen = ops.self_attention(q, k, v, attention)  # (..., H D)
-        return ops.linear(layer.output.weight, seen, layer.output.bias, residual=x)
-
-    def _mlp(self, ops: Ops[X], layer: Layer, x: X) -> X:
-        """x + MLP(norm(x)): (..., hidden)."""
-        gate, up = _linears(ops, layer.gate_up, ops.norm(x, layer.mlp_norm, self.spec.norm_eps))
-        inner = ops.activate(gate, up, self.spec.activation)  # (..., intermediate)
-        return ops.linear(layer.down.weight, inner, layer.down.bias, residual=x)
+        return ops.logits(self.weights.head, blocks.norm(ops, self.spec, self.weights.final, "final_norm", hidden))
 
     @property
     def rotation_depends_on_length(self) -> bool:
@@ -107,10 +79,6 @@ class DecoderDefinition:
         self, positions: NDArray[np.int64], lengths: NDArray[np.int64]
     ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
         return rope_tables(self.spec.rope, positions, lengths)
-
-
-def _linears(ops: Ops[X], linears: Sequence[Linear], x: X) -> tuple[X, ...]:
-    return ops.linear_group([linear.weight for linear in linears], x, [linear.bias for linear in linears])
 
 
 class Decoder:
@@ -190,6 +158,7 @@ class Decoder:
                 f"expected one sequence of at least 1 token, not {len(ids)} in a cache of {cache.batch} rows"
             )
         self._check_vocabulary(min(ids), max(ids))
+        self._check_whole(cache)
         cache.reserve((len(ids),))
         return self._runner.extend(ids, cache, last_only)
 
@@ -237,7 +206,16 @@ class Decoder:
         """Refuses a request that cannot be met, before anything is computed, and makes room for it."""
         if len(batch):
             self._check_vocabulary(int(batch.ids.min()), int(batch.ids.max()))
+        self._check_whole(cache)
         cache.reserve(batch.counts)
+
+    def _check_whole(self, cache: Cache) -> None:
+        """Refuse to go on with a text whose earlier tokens should have seen the new ones."""
+        if self.spec.mask != "causal" and any(int(length) for length in cache.lengths):
+            raise UsageError(
+                f"every token of a {self.spec.family} model sees the whole text, which therefore cannot be continued: "
+                "use an empty cache"
+            )
 
     def _check_vocabulary(self, low: int, high: int) -> None:
         """Refuse token ids of which the smallest or the largest does not exist."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from itertools import groupby
 from math import isfinite
 from typing import TYPE_CHECKING
 
@@ -10,9 +11,11 @@ from kbit.checkpoint.finite import read_array, read_stored
 from kbit.checkpoint.source import CheckpointSource, StoredSource
 from kbit.graph.ops import Backend, HoldsPrepared, PreparesStored, Vector, Weight
 from kbit.host.errors import CheckpointError
+from kbit.models.blocks import Weights
 from kbit.models.check import check_tensors
-from kbit.models.decoder import Decoder, DecoderWeights, Layer, Linear
+from kbit.models.decoder import Decoder, DecoderWeights
 from kbit.models.families import spec_from_config
+from kbit.models.params import Parameter, parameters
 from kbit.models.spec import ModelSpec
 
 if TYPE_CHECKING:
@@ -65,35 +68,32 @@ class _Loader:
         progress: Callable[[int, int], None] | None,
     ) -> None:
         self.source, self.spec, self.backend, self.progress = source, spec, backend, progress
-        self.done, self.total = 0, len(spec.expected_tensors())
+        self.done, self.total = 0, len(parameters(spec))
 
     def decoder(self) -> Decoder:
-        spec, names = self.spec, self.spec.names
-        embedding = self._weight(f"{names.embedding}.weight", lookup=True)
-        layers = tuple(self._layer(index) for index in range(spec.layers))
-        final_norm = self._vector(f"{names.final_norm}.weight")
-        head = embedding if spec.tied_embeddings else self._weight(f"{names.head}.weight")
-        return Decoder(spec, self.backend, DecoderWeights(embedding, layers, final_norm, head))
+        spec = self.spec
+        declared = parameters(spec)
+        embedding = self._weight(declared[0].name, lookup=True)
+        inside = groupby((p for p in declared if p.layer is not None), key=lambda parameter: parameter.layer)
+        layers = tuple(self._weights(parts) for _, parts in inside)
+        outside = [p for p in declared if p.layer is None]
+        final = self._weights(p for p in outside if p.role in ("norm", "bias"))
+        heads = [p for p in outside if p.role == "head"]
+        head = self._weight(heads[0].name) if heads else embedding
+        return Decoder(spec, self.backend, DecoderWeights(embedding, layers, final, head))
 
-    def _layer(self, index: int) -> Layer:
-        spec, names = self.spec, self.spec.names
-
-        def linear(name: str, has_bias: bool) -> Linear:
-            name = name.format(layer=index)
-            weight = self._weight(f"{name}.weight")
-            return Linear(weight, self._vector(f"{name}.bias") if has_bias else None)
-
-        def norm(name: str) -> Vector:
-            return self._vector(f"{name.format(layer=index)}.weight")
-
-        return Layer(
-            attention_norm=norm(names.attention_norm),
-            qkv=(linear(names.q, spec.qkv_bias), linear(names.k, spec.qkv_bias), linear(names.v, spec.qkv_bias)),
-            output=linear(names.o, spec.output_bias),
-            mlp_norm=norm(names.mlp_norm),
-            gate_up=(linear(names.gate, spec.mlp_bias), linear(names.up, spec.mlp_bias)),
-            down=linear(names.down, spec.mlp_bias),
-        )
+    def _weights(self, declared: Iterable[Parameter]) -> Weights:
+        """The parameters of one layer, or of none."""
+        matrices: dict[str, Weight] = {}
+        norms: dict[str, Vector] = {}
+        biases: dict[str, Vector] = {}
+        for parameter in declared:
+            if parameter.role == "linear":
+                matrices[parameter.slot] = self._weight(parameter.name)
+            else:
+                vectors = norms if parameter.role == "norm" else biases
+                vectors[parameter.slot] = self._vector(parameter.name)
+        return Weights(matrices, norms, biases)
 
     def _weight(self, name: str, *, lookup: bool = False) -> Weight:
         """A matrix as the backend keeps it: as prepared before, as the file holds it, or from torch."""

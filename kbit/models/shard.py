@@ -1,9 +1,11 @@
 """How a model is split among processes: each has some of the heads and some of the MLP's features.
 
     q, k, v, gate, up   rows (output features), with their biases
-    o, down             columns (input features): each process's product is a part of a sum, which the backend adds up
-                        before bias and residual (`kbit.graph.ops.SplitBackend`)
+    o, down             columns (input features): each process's product is a part of a sum, which the model asks for
+                        (`kbit.graph.ops.Ops.sum_parts`)
     all the rest        whole: embedding, head, norms, the biases of o and down
+
+`kbit.models.params` declares it, tensor by tensor.
 
 So a layer needs two sums over the processes and nothing else: attention and activation stay where their inputs are.
 """
@@ -19,6 +21,7 @@ from kbit.formats.codec import Cut
 from kbit.host.errors import UnsupportedError
 from kbit.models.check import check_tensors
 from kbit.models.families import spec_from_config
+from kbit.models.params import parameters
 from kbit.models.spec import ModelSpec
 
 
@@ -56,19 +59,8 @@ def shard(source: CheckpointSource, rank: int, world: int) -> ShardedSource:
         "head_dim": dim,
         "intermediate_size": share.features[1] - share.features[0],
     }
-    names, cuts = spec.names, {}
-    for layer in range(spec.layers):
-        for name, (start, stop) in (
-            (names.q, queries),
-            (names.k, keys),
-            (names.v, keys),
-            (names.gate, share.features),
-            (names.up, share.features),
-        ):
-            for kind in ("weight", "bias"):
-                cuts[f"{name.format(layer=layer)}.{kind}"] = Cut(0, start, stop)
-        cuts[f"{names.o.format(layer=layer)}.weight"] = Cut(1, *queries)
-        cuts[f"{names.down.format(layer=layer)}.weight"] = Cut(1, *share.features)
+    spans: dict[str, tuple[int, int]] = {"heads": queries, "kv_heads": keys, "features": share.features}
+    cuts = {p.name: Cut(p.cut[0], *spans[p.cut[1]]) for p in parameters(spec) if p.cut is not None}
     return ShardedSource(source, config, cuts, f"{rank}/{world}")
 
 
@@ -84,11 +76,11 @@ def _share(source: CheckpointSource, spec: ModelSpec, rank: int, world: int) -> 
     kv_heads = max(1, spec.kv_heads // world)
     first_kv = rank * spec.kv_heads // world
     unit = 1
-    for layer in range(spec.layers):
-        for template, columns in ((spec.names.o, heads * spec.head_dim), (spec.names.down, None)):
-            info = source.tensors[f"{template.format(layer=layer)}.weight"]
+    for parameter in parameters(spec):
+        if parameter.cut is not None and parameter.cut[0] == 1:
+            info, columns = source.tensors[parameter.name], heads * spec.head_dim
             needed = column_unit(info)
-            if columns is None:
+            if parameter.cut[1] == "features":
                 unit = lcm(unit, needed)
             elif columns % needed:
                 raise UnsupportedError(

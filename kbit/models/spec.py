@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Literal
 
 # Longest context that is believed; a hostile factor could ask for any.
 MAX_CONTEXT = 1 << 31
@@ -68,25 +69,31 @@ class RopeSpec:
 
 @dataclass(frozen=True)
 class TensorNames:
-    """Where a family keeps its tensors. Names of layers contain {layer}; linears are named without .weight / .bias."""
+    """Where a family keeps its tensors. Names of layers contain {layer}; they lack .weight and .bias.
+
+    A norm without a name is not there. The four of a layer: before attention, of what attention adds to the residual
+    stream, before the MLP, and of what that adds.
+    """
 
     embedding: str
     final_norm: str
     head: str
-    attention_norm: str
     q: str
     k: str
     v: str
     o: str
-    mlp_norm: str
     gate: str
     up: str
     down: str
+    attention_norm: str | None = None
+    attention_post_norm: str | None = None
+    mlp_norm: str | None = None
+    mlp_post_norm: str | None = None
 
 
 @dataclass(frozen=True)
 class ModelSpec:
-    """A decoder-only transformer with RMS norms before attention and MLP, rotary positions and a gated MLP.
+    """A transformer of layers of attention, with rotary positions, and a gated MLP.
 
     Attributes:
         family: model_type of the configuration.
@@ -103,7 +110,10 @@ class ModelSpec:
         windows: per layer, tokens a query sees at most (itself included), or None for all.
         qkv_bias, output_bias, mlp_bias: which linears have biases.
         tied_embeddings: the head is the embedding matrix.
-        names: where the tensors are.
+        names: where the tensors are, and which norms there are.
+        norm: kind of every norm.
+        norm_bias: whether norms have biases; only LayerNorms do.
+        mask: which tokens a query sees.
     """
 
     family: str
@@ -123,6 +133,9 @@ class ModelSpec:
     mlp_bias: bool
     tied_embeddings: bool
     names: TensorNames
+    norm: Literal["rms", "layer"] = "rms"
+    norm_bias: bool = False
+    mask: Literal["causal", "bidirectional"] = "causal"
 
     @property
     def context_length(self) -> int:
@@ -138,7 +151,10 @@ class ModelSpec:
 
     @property
     def longest_in_pieces(self) -> int:
-        """Longest text that may go through the model piece by piece, over a cache (`RopeSpec.depends_on_length`)."""
+        """Longest text that may go through the model piece by piece, over a cache: 0 where every token sees all others,
+        and see `RopeSpec.depends_on_length`."""
+        if self.mask != "causal":
+            return 0
         return self.rope.max_positions if self.rope.depends_on_length else self.context_length
 
     @property
@@ -148,26 +164,6 @@ class ModelSpec:
 
     def expected_tensors(self) -> dict[str, tuple[int, ...]]:
         """Every tensor the model needs, by name, with its shape. A tied head is not listed."""
-        names, hidden, mlp = self.names, self.hidden_size, self.intermediate_size
-        queries, keys = self.heads * self.head_dim, self.kv_heads * self.head_dim
-        shapes: dict[str, tuple[int, ...]] = {f"{names.embedding}.weight": (self.vocab_size, hidden)}
-        linears = (
-            (names.q, (queries, hidden), self.qkv_bias),
-            (names.k, (keys, hidden), self.qkv_bias),
-            (names.v, (keys, hidden), self.qkv_bias),
-            (names.o, (hidden, queries), self.output_bias),
-            (names.gate, (mlp, hidden), self.mlp_bias),
-            (names.up, (mlp, hidden), self.mlp_bias),
-            (names.down, (hidden, mlp), self.mlp_bias),
-        )
-        for layer in range(self.layers):
-            for norm in (names.attention_norm, names.mlp_norm):
-                shapes[f"{norm.format(layer=layer)}.weight"] = (hidden,)
-            for name, shape, has_bias in linears:
-                shapes[f"{name.format(layer=layer)}.weight"] = shape
-                if has_bias:
-                    shapes[f"{name.format(layer=layer)}.bias"] = shape[:1]
-        shapes[f"{names.final_norm}.weight"] = (hidden,)
-        if not self.tied_embeddings:
-            shapes[f"{names.head}.weight"] = (self.vocab_size, hidden)
-        return shapes
+        from kbit.models.params import parameters
+
+        return {parameter.name: parameter.shape for parameter in parameters(self)}

@@ -31,6 +31,7 @@ from kbit.kernels.triton.product.limits import GEMV_TOKENS
 from kbit.kernels.triton.rows.embed import embed
 from kbit.kernels.triton.tuned import PRODUCT_TOKENS
 from kbit.models.decoder import DecoderWeights
+from kbit.models.params import GATE_UP, QKV
 from kbit.models.spec import ModelSpec
 from kbit.tuning.stored import DecodeProblem, PrefillProblem
 from kbit.tuning.timing import Job, Trial
@@ -70,8 +71,8 @@ def products_of(weights: DecoderWeights, activation: str) -> list[Product]:
     found = []
     merged: dict[object, TritonWeight | None] = {}
     for layer in weights.layers:
-        qkv = [triton_weight(linear.weight) for linear in layer.qkv]
-        if all(linear.bias is None for linear in layer.qkv) and _formats(qkv):
+        qkv = [triton_weight(linear.weight) for linear in layer.linears(QKV)]
+        if all(linear.bias is None for linear in layer.linears(QKV)) and _formats(qkv):
             key = tuple((weight.format, weight.shape) for weight in qkv)
             if key not in merged:
                 # Of copies: merging turns its arguments into views of the result.
@@ -80,9 +81,9 @@ def products_of(weights: DecoderWeights, activation: str) -> list[Product]:
             found += [Product(weight) for weight in (qkv if whole is None else [whole])]
         else:
             found += [Product(weight) for weight in qkv]
-        found += [Product(triton_weight(linear.weight)) for linear in (layer.output, layer.down)]
-        gate, up = (triton_weight(linear.weight) for linear in layer.gate_up)
-        if any(linear.bias is not None for linear in layer.gate_up):
+        found += [Product(triton_weight(linear.weight)) for linear in layer.linears(("o", "down"))]
+        gate, up = (triton_weight(linear.weight) for linear in layer.linears(GATE_UP))
+        if any(linear.bias is not None for linear in layer.linears(GATE_UP)):
             found += [Product(gate), Product(up)]
         else:
             found.append(Product(gate, up, activation))

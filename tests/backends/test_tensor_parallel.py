@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import tensor_parallel_cases
 import torch
+import toy_family
 from conversion_cases import quantize
 from error_cases import run_command
 from generation_cases import CHATML
@@ -29,6 +30,8 @@ from tensor_parallel_cases import (
     logits,
     run_all,
     source_of,
+    toy_source,
+    whole_logits,
 )
 
 from kbit.backends import parallel as tensor_parallel
@@ -46,7 +49,7 @@ from kbit.formats.quant_format import QuantFormat
 from kbit.formats.quant_tensor import QuantTensor
 from kbit.host.errors import CheckpointError, KbitError, UnsupportedError, UsageError
 from kbit.models.check import check_tensors
-from kbit.models.families import spec_from_config
+from kbit.models.families import FAMILIES, spec_from_config
 from kbit.models.load import load_decoder
 from kbit.models.shard import shard
 from kbit.text.windows import Windows
@@ -224,6 +227,17 @@ class TestTwoProcesses:
             assert_close(together[0][case][name], values)
             assert torch.equal(together[0][case][name], together[1][case][name])
         assert together[0][case]["intermediate"] + together[1][case]["intermediate"] == 77
+
+    def test_a_norm_after_attention_is_of_the_sum(self, together: list[dict[Any, Any]]) -> None:
+        """A family added from outside, whose processes meet before a norm and not at a residual."""
+        toy_family.install()
+        try:
+            expected = whole_logits(load_decoder(toy_source(), ReferenceBackend()))
+        finally:
+            del FAMILIES["toy"]
+        for name, values in expected.items():
+            assert_close(together[0]["toy"][name], values)
+            assert torch.equal(together[0]["toy"][name], together[1]["toy"][name])
 
     def test_a_failure_anywhere_ends_all_and_is_told_by_the_first(self, together: list[dict[Any, Any]]) -> None:
         assert together[0]["failures"] == [

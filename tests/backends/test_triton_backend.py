@@ -16,6 +16,7 @@ from kbit.host.errors import UnsupportedError, UsageError
 from kbit.kernels import reference as reference_ops
 from kbit.models.decoder import Decoder
 from kbit.models.load import load_decoder
+from kbit.models.params import QKV
 
 pytest.importorskip("triton")
 
@@ -139,7 +140,7 @@ def test_generation_calls(device: str) -> None:
 def test_merged_weights_are_held_once(device: str) -> None:
     """q, k and v are one matrix in memory, of which their own tensors are views."""
     decoder = on(device, source_of("llama", "nf4-b16"))
-    q, k, v = (linear.weight for linear in decoder.weights.layers[0].qkv)
+    q, k, v = (linear.weight for linear in decoder.weights.layers[0].linears(QKV))
     pointers = [weight.data.planes[0].untyped_storage().data_ptr() for weight in (q, k, v)]  # type: ignore[attr-defined]
     assert len(set(pointers)) == 1
 

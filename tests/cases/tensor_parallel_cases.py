@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import toy_family
 from decoder_cases import DictSource, quantized, tame_tensors, tiny_config
 from torch import distributed
 
@@ -77,6 +78,20 @@ def logits(model: Decoder) -> dict[str, torch.Tensor]:
     cache = model.new_cache(1, 12)
     pieces = [torch.tensor(model.extend(part, cache)) for part in (ids[0].tolist(), [3], [4, 5])]
     return {"batch": batch, "more": more.flatten(0, 1), "pieces": torch.cat(pieces)}
+
+
+def toy_source() -> DictSource:
+    """A model with a norm of what its attention adds, and with no cut between heads and no whole block to mind."""
+    config = toy_family.toy_config(head_dim=16)
+    return DictSource(config, tame_tensors(config))
+
+
+def whole_logits(model: Decoder) -> dict[str, torch.Tensor]:
+    """What a model whose tokens see the whole text says to a ragged batch, and to one sequence."""
+    ids, lengths = ragged_ids()
+    batch = model.forward(ids, model.new_cache(2, 12), lengths)
+    one = model.extend(ids[0].tolist(), model.new_cache(1, 12), last_only=False)
+    return {"batch": torch.cat([batch[0], batch[1, :6]]), "one": torch.tensor(one)}
 
 
 def few_logits(model: Decoder) -> dict[str, torch.Tensor]:
@@ -154,6 +169,8 @@ def main(folder: Path, backend: str) -> None:
         for case in CASES:
             part = shard(source_of(*case), group.rank, group.size)
             found[case] = {**logits(load_decoder(part, mine)), "intermediate": part.config["intermediate_size"]}
+        toy_family.install()
+        found["toy"] = whole_logits(load_decoder(shard(toy_source(), group.rank, group.size), mine))
     torch.save(found, folder / f"{backend}-{group.rank}.pt")
     group.close()
 

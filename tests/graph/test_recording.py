@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -17,7 +17,7 @@ from kbit.backends.reference.backend import ReferenceBackend
 from kbit.graph.batch import Batch
 from kbit.graph.fuse import fuse
 from kbit.graph.ops import Ops, Weight
-from kbit.graph.recording import Norm, Project, Recorder, Symbol
+from kbit.graph.recording import Add, Project, Recorder, Symbol, reads
 from kbit.models.decoder import DecoderDefinition
 from kbit.models.load import load_decoder
 
@@ -65,6 +65,7 @@ class Parts:
 
         self.scale = vector(1.0 + randn(WIDTH, seed=6))
         self.bias = vector(randn(INNER, seed=7))
+        self.shift = vector(randn(WIDTH, seed=8))
 
 
 Body = Callable[[Parts, Ops[Any], Any], Any]
@@ -72,13 +73,13 @@ Body = Callable[[Parts, Ops[Any], Any], Any]
 
 def gated(w: Parts, ops: Ops[Any], x: Any) -> Any:
     gate, up = ops.linear_group([w.first, w.second], ops.norm(x, w.scale, 1e-5), [w.bias, None])
-    return ops.linear(w.back, ops.activate(gate, up, "silu"), None, residual=x)
+    return ops.add(x, ops.linear(w.back, ops.activate(gate, up, "silu")))
 
 
 def swapped(w: Parts, ops: Ops[Any], x: Any) -> Any:
     """The group makes up and gate in the other order, so it cannot apply the activation."""
     up, gate = ops.linear_group([w.second, w.first], ops.norm(x, w.scale, 1e-5), [None, w.bias])
-    return ops.linear(w.back, ops.activate(gate, up, "silu"), None, residual=x)
+    return ops.add(x, ops.linear(w.back, ops.activate(gate, up, "silu")))
 
 
 def plain(w: Parts, ops: Ops[Any], x: Any) -> Any:
@@ -90,34 +91,34 @@ def shared_norm(w: Parts, ops: Ops[Any], x: Any) -> Any:
     h = ops.norm(x, w.scale, 1e-5)
     gate = ops.linear(w.first, h)
     up = ops.linear(w.second, h, w.bias)
-    return ops.linear(w.back, ops.activate(gate, up, "relu"), None, residual=h)
+    return ops.add(h, ops.linear(w.back, ops.activate(gate, up, "relu")))
 
 
 def parallel(w: Parts, ops: Ops[Any], x: Any) -> Any:
     """Two branches off one input, as in GPT-NeoX; both norms are taken before the first sum takes x's place."""
     left = ops.linear(w.first, ops.norm(x, w.scale, 1e-5), w.bias)
     right = ops.linear(w.second, ops.norm(x, w.scale, 1e-3))
-    x = ops.linear(w.back, left, None, residual=x)
-    return ops.linear(w.other, right, None, residual=x)
+    x = ops.add(x, ops.linear(w.back, left))
+    return ops.add(x, ops.linear(w.other, right))
 
 
 def late_norm(w: Parts, ops: Ops[Any], x: Any) -> Any:
     """The norm's product comes after the sum that takes x's place: the norm must not wait for it."""
     h = ops.norm(x, w.scale, 1e-5)
-    x = ops.linear(w.back, ops.linear(w.first, x), None, residual=x)
-    return ops.linear(w.other, ops.linear(w.second, h), None, residual=x)
+    x = ops.add(x, ops.linear(w.back, ops.linear(w.first, x)))
+    return ops.add(x, ops.linear(w.other, ops.linear(w.second, h)))
 
 
 def own_residual(w: Parts, ops: Ops[Any], x: Any) -> Any:
     """A product reads the norm of what it is added to."""
-    return ops.linear(w.square, ops.norm(x, w.scale, 1e-5), None, residual=x)
+    return ops.add(x, ops.linear(w.square, ops.norm(x, w.scale, 1e-5)))
 
 
 def kept_products(w: Parts, ops: Ops[Any], x: Any) -> Any:
     """The gate is read again after its activation."""
     gate, up = ops.linear_group([w.first, w.second], x, [None, None])
     inner = ops.linear(w.back, ops.activate(gate, up, "gelu_tanh"))
-    return ops.linear(w.back, gate, None, residual=inner)
+    return ops.add(inner, ops.linear(w.back, gate))
 
 
 def last_norm(w: Parts, ops: Ops[Any], x: Any) -> Any:
@@ -131,6 +132,25 @@ def squared(w: Parts, ops: Ops[Any], x: Any) -> Any:
     return ops.linear(w.back, ops.activate(gate, gate, "silu"))
 
 
+def read_later(w: Parts, ops: Ops[Any], x: Any) -> Any:
+    """What is added to is read again: the sum takes a place of its own."""
+    y = ops.add(x, ops.linear(w.square, ops.norm(x, w.scale, 1e-5)))
+    return ops.add(x, ops.linear(w.square, y))
+
+
+def post_norm(w: Parts, ops: Ops[Any], x: Any) -> Any:
+    """What is added to the stream is normalised first: the product has no residual, and its parts are summed before."""
+    inner = ops.activate(ops.linear(w.first, ops.layer_norm(x, w.scale, w.shift, 1e-5), w.bias), None, "gelu")
+    out = ops.sum_parts(ops.linear(w.back, inner), w.shift)
+    return ops.add(x, ops.layer_norm(out, w.scale, None, 1e-3))
+
+
+def summed(w: Parts, ops: Ops[Any], x: Any) -> Any:
+    """The sum over processes with its bias, and a residual."""
+    inner = ops.activate(ops.linear(w.first, x, w.bias), None, "silu")
+    return ops.add(x, ops.sum_parts(ops.linear(w.back, inner), w.shift))
+
+
 BODIES: tuple[Body, ...] = (
     gated,
     swapped,
@@ -142,6 +162,9 @@ BODIES: tuple[Body, ...] = (
     kept_products,
     last_norm,
     squared,
+    read_later,
+    post_norm,
+    summed,
 )
 
 
@@ -182,6 +205,7 @@ def kinds(operations: Sequence[object]) -> list[str]:
                 ["norm"] * (operation.norm is not None)
                 + [f"project{len(operation.weights)}"]
                 + [operation.activation or ""] * (operation.activation is not None)
+                + ["parts"] * operation.parts
                 + ["residual"] * (operation.residual is not None)
             )
         found.append(name)
@@ -201,6 +225,9 @@ def kinds(operations: Sequence[object]) -> list[str]:
         (kept_products, ["project2", "activate", "project1", "project1+residual"]),
         (last_norm, ["project1", "norm"]),
         (squared, ["project1", "activate", "project1"]),
+        (read_later, ["norm+project1", "add", "project1+residual"]),
+        (post_norm, ["norm+project1+gelu", "project1+parts", "norm", "add"]),
+        (summed, ["project1+silu", "project1+parts+residual"]),
     ],
 )
 def test_what_is_fused(body: Body, expected: list[str]) -> None:
@@ -233,9 +260,7 @@ def test_no_value_is_overwritten_before_its_last_use(body: Body) -> None:
     buffers = place(operations, result).buffers
     holds: dict[int, Symbol] = {}
     for operation in operations:
-        reads = [operation.x] if isinstance(operation, Norm | Project) else []
-        reads += [s for s in (getattr(operation, name, None) for name in ("residual", "gate", "up")) if s is not None]
-        for symbol in reads:
+        for symbol in reads(operation):
             assert holds[buffers[symbol]] is symbol
         outs = operation.outs if isinstance(operation, Project) else (operation.out,)
         for out in outs:
@@ -251,7 +276,8 @@ class TestDecoders:
         recorder = Recorder(Symbol(1))
         result = definition.body(recorder, recorder.input)
         operations = fuse(recorder.operations, result)
-        layer = ["norm+project3", "attend", "project1+residual", "norm+project2+silu", "project1+residual"]
+        layer = ["norm+project3", "attend", "project1+parts+residual"]
+        layer += ["norm+project2+silu", "project1+parts+residual"]
         assert kinds(operations) == ["embed", *(3 * layer)]
         # The residual stream, q, k, v, what attention saw, and the MLP's inside: layers share them.
         assert sorted(place(operations, result).widths) == [16, 16, 48, 48, 48, 77]
@@ -278,17 +304,26 @@ class TestDecoders:
 
 class TestRefusals:
     def test_a_residual_that_is_read_again(self) -> None:
+        """What is fused never does; whoever fuses otherwise is told."""
+
         def twice(w: Parts, ops: Ops[Any], x: Any) -> Any:
-            y = ops.linear(w.square, ops.norm(x, w.scale, 1e-5), None, residual=x)
-            return ops.linear(w.square, y, None, residual=x)
+            y = ops.add(x, ops.linear(w.square, ops.norm(x, w.scale, 1e-5)))
+            return ops.add(x, ops.linear(w.square, y))
 
         def itself(w: Parts, ops: Ops[Any], x: Any) -> Any:
-            return ops.linear(w.square, x, None, residual=x)
+            return ops.add(x, ops.linear(w.square, x))
 
-        for body in (twice, itself):
+        for body, left in ((twice, ["norm+project1", "add", "project1+residual"]), (itself, ["project1", "add"])):
             operations, result = recorded(body)
+            fused = fuse(operations, result)
+            assert kinds(fused) == ["embed", *left]
+            place(fused, result)
+            product = next(op for op in operations if isinstance(op, Project))
+            total = next(op for op in operations if isinstance(op, Add))
+            wrong = replace(product, outs=(total.out,), residual=total.x)
+            broken = [wrong if op is product else op for op in operations if op is not total]
             with pytest.raises(ValueError, match="a residual is read again"):
-                place(fuse(operations, result), result)
+                place(broken, result)
 
     def test_widths_that_do_not_fit(self) -> None:
         w, recorder = Parts(), Recorder(Symbol(1))
@@ -296,7 +331,7 @@ class TestRefusals:
         for call, message in (
             (lambda: recorder.linear(w.back, x), "the input of a linear has 24 features where 40 are needed"),
             (lambda: recorder.linear(w.first, x, w.scale), "a bias has 24 features where 40"),
-            (lambda: recorder.linear(w.first, x, None, x), "a residual has 24 features where 40"),
+            (lambda: recorder.add(x, recorder.linear(w.first, x)), "a residual has 24 features where 40"),
             (lambda: recorder.norm(x, w.bias, 1e-5), "the weight of a norm has 40 features where 24"),
             (lambda: recorder.activate(x, recorder.linear(w.first, x), "silu"), "multiplies has 40 features where 24"),
             (lambda: recorder.activate(x, None, "swish"), "'swish' is not one of silu"),

@@ -15,13 +15,15 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+import numpy as np
 from numpy.typing import NDArray
 
 from kbit.backends.cpu.weight import native_matrix, native_vector
 from kbit.graph.fuse import fuse
-from kbit.graph.recording import Activate, Attend, Embed, Norm, Operation, Project, Symbol, reads, writes
+from kbit.graph.ops import refuse_attention
+from kbit.graph.recording import Activate, Add, Attend, Embed, Norm, Operation, Project, SumParts, Symbol, reads, writes
 
 if TYPE_CHECKING:
     from kbit._native import Program
@@ -93,7 +95,8 @@ def lower_head(program: Program, operations: Sequence[Operation], result: Symbol
         product = operations[0]
         plain = product.residual is None and product.activation is None and all(bias is None for bias in product.biases)
         if plain and product.x is hidden and product.outs == (result,):
-            program.head(native_matrix(product.weights[0]), *_norm(product.norm))
+            weight, eps, bias, centred = _norm(product.norm)
+            program.head(native_matrix(product.weights[0]), weight, eps, bias, centred)
             return
     raise ValueError("a head is a norm, or none, and one product without a bias")
 
@@ -102,16 +105,36 @@ def _emit(program: Program, operation: Operation, at: dict[Symbol, int]) -> None
     if isinstance(operation, Embed):
         program.embed(native_matrix(operation.weight), at[operation.out])
     elif isinstance(operation, Norm):
-        program.norm(at[operation.x], native_vector(operation.weight), operation.eps, at[operation.out])
+        weight, eps, bias, centred = _norm(operation)
+        assert weight is not None
+        program.norm(at[operation.x], weight, eps, at[operation.out], bias, centred)
+    elif isinstance(operation, Add):
+        program.add(at[operation.x], at[operation.y], at[operation.out])
+    elif isinstance(operation, SumParts):
+        raise ValueError("the sum over processes is of a product, and of one that nothing else reads")
     elif isinstance(operation, Attend):
         a = operation.attention
+        refuse_attention(a, "native", mask=("causal", "bidirectional"), source=("self",))
         q, k, v, out = (at[symbol] for symbol in (operation.q, operation.k, operation.v, operation.out))
-        program.attend(q, k, v, out, a.layer, a.heads, a.kv_heads, a.head_dim, a.scale, a.window)
+        program.attend(
+            q,
+            k,
+            v,
+            out,
+            a.layer,
+            a.heads,
+            a.kv_heads,
+            a.head_dim,
+            a.scale,
+            a.window,
+            a.positions == "rotary",
+            a.mask == "bidirectional",
+        )
     elif isinstance(operation, Activate):
         up = None if operation.up is None else at[operation.up]
         program.activate(at[operation.gate], up, operation.kind, at[operation.out])
     else:
-        weight, eps = _norm(operation.norm)
+        weight, eps, bias, centred = _norm(operation.norm)
         program.matmul(
             at[operation.x],
             [native_matrix(weight) for weight in operation.weights],
@@ -121,9 +144,14 @@ def _emit(program: Program, operation: Operation, at: dict[Symbol, int]) -> None
             eps,
             operation.activation,
             None if operation.residual is None else at[operation.residual],
+            bias,
+            centred,
         )
 
 
-def _norm(norm: Norm | None) -> tuple[NDArray[Any] | None, float]:
-    """Weight and epsilon of a norm that a product takes over."""
-    return (None, 0.0) if norm is None else (native_vector(norm.weight), norm.eps)
+def _norm(norm: Norm | None) -> tuple[NDArray[np.float32] | None, float, NDArray[np.float32] | None, bool]:
+    """Weight, epsilon, bias and kind of a norm, as a program takes them."""
+    if norm is None:
+        return None, 0.0, None, False
+    bias = None if norm.bias is None else native_vector(norm.bias)
+    return native_vector(norm.weight), norm.eps, bias, norm.centred

@@ -16,7 +16,7 @@ from kbit.backends.rotary import RotaryTable
 from kbit.graph.batch import Batch
 from kbit.graph.cache import Cache
 from kbit.graph.ops import Array, Definition
-from kbit.graph.recording import Recorder, Symbol
+from kbit.graph.recording import Attend, Recorder, Symbol
 
 # Tokens that go through the program at once: bounds the memory of its buffers.
 PASS_ROWS = 512
@@ -32,11 +32,13 @@ class Recorded:
         program: body and head.
         hidden_width: features of a hidden state.
         vocabulary: V.
+        whole: texts go through it in one pass, as their tokens see each other.
     """
 
     program: _native.Program
     hidden_width: int
     vocabulary: int
+    whole: bool
 
 
 def record(definition: Definition, context: _native.Context, compute: str) -> Recorded:
@@ -52,7 +54,8 @@ def record(definition: Definition, context: _native.Context, compute: str) -> Re
     head = Recorder(Symbol(hidden.width))
     logits = definition.head(head, head.input)
     lower_head(program, head.operations, logits, head.input)
-    return Recorded(program, hidden.width, logits.width)
+    whole = any(isinstance(op, Attend) and op.attention.mask != "causal" for op in body.operations)
+    return Recorded(program, hidden.width, logits.width, whole)
 
 
 class NativeRunner:
@@ -71,6 +74,7 @@ class NativeRunner:
         self._lock = Lock()
         self._hidden_width = recorded.hidden_width
         self._vocabulary = recorded.vocabulary
+        self._whole = recorded.whole
         # Arguments of a pass of one token: filled in, never allocated.
         self._id = np.zeros(1, dtype=np.int64)
         self._position = np.zeros(1, dtype=np.int32)
@@ -132,7 +136,7 @@ class NativeRunner:
         with self._lock:
             (cos, sin), angles = self._rotary.of_batch(batch)
             begin = taken = 0
-            for piece in batch.pieces(PASS_ROWS):
+            for piece in batch.pieces(len(batch) if self._whole else PASS_ROWS):
                 end, stop = begin + len(piece), taken + len(piece.wanted)
                 self._program.run(
                     piece.ids,

@@ -14,7 +14,7 @@ from kbit.backends.rotary import RotaryTable
 from kbit.formats.quant_tensor import QuantTensor
 from kbit.graph.batch import Batch
 from kbit.graph.cache import Cache, check_size
-from kbit.graph.ops import Array, Attention, Definition, Group, Vector, Weight
+from kbit.graph.ops import Array, Attention, Definition, Group, Vector, Weight, refuse_attention
 from kbit.graph.pages import PAGE, PagePool, pages_for
 from kbit.kernels import reference
 
@@ -54,14 +54,15 @@ class RowOps:
         weight: Weight,
         x: torch.Tensor,
         bias: Vector | None = None,
-        residual: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        added = None if bias is None else tensor_of(bias)
-        if residual is None or self._group is None:
-            out = reference.linear(x, _data(weight), added)
-            return out if residual is None else residual + out
-        out = self._group.sum(reference.linear(x, _data(weight), None))
-        return residual + (out if added is None else out + added)
+        return reference.linear(x, _data(weight), None if bias is None else tensor_of(bias))
+
+    def sum_parts(self, x: torch.Tensor, bias: Vector | None = None) -> torch.Tensor:
+        out = x if self._group is None else self._group.sum(x)
+        return out if bias is None else out + tensor_of(bias)
+
+    def add(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        return x + y
 
     def linear_group(
         self, weights: Sequence[Weight], x: torch.Tensor, biases: Sequence[Vector | None]
@@ -70,6 +71,9 @@ class RowOps:
 
     def norm(self, x: torch.Tensor, weight: Vector, eps: float) -> torch.Tensor:
         return reference.rms_norm(x, tensor_of(weight), eps)
+
+    def layer_norm(self, x: torch.Tensor, weight: Vector, bias: Vector | None, eps: float) -> torch.Tensor:
+        return reference.layer_norm(x, tensor_of(weight), None if bias is None else tensor_of(bias), eps)
 
     def activate(self, gate: torch.Tensor, up: torch.Tensor | None, kind: str) -> torch.Tensor:
         return reference.activate(gate, up, kind)
@@ -107,9 +111,11 @@ class StepOps(RowOps):
         self._positions = torch.from_numpy(positions)
 
     def self_attention(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, attention: Attention) -> torch.Tensor:
+        refuse_attention(attention, "reference", mask=("causal", "bidirectional"), source=("self",))
         layer, batch = attention.layer, self._batch
         q, k, v = (x.view(1, len(x), -1, attention.head_dim) for x in (q, k, v))  # (1, R, H or H_kv, D)
-        q, k = (reference.rope(x, self._cos, self._sin) for x in (q, k))
+        if attention.positions == "rotary":
+            q, k = (reference.rope(x, self._cos, self._sin) for x in (q, k))
         self._pages.append(layer, self._slots, k[0], v[0])
         seen = torch.empty_like(q)
         for index, length in enumerate(batch.lengths.tolist()):
@@ -125,6 +131,7 @@ class StepOps(RowOps):
                 torch.tensor([length]),
                 attention.scale,
                 attention.window,
+                attention.mask == "causal",
             )
         return seen[0].flatten(-2)
 

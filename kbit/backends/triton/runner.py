@@ -22,8 +22,20 @@ from kbit.backends.triton.weight import merge, round_activations, triton_vector,
 from kbit.graph.batch import Batch
 from kbit.graph.cache import Cache
 from kbit.graph.fuse import fuse
-from kbit.graph.ops import Array, Definition, Group
-from kbit.graph.recording import Activate, Attend, Embed, Norm, Operation, Project, Recorder, Symbol, reads
+from kbit.graph.ops import Array, Definition, Group, Vector, refuse_attention
+from kbit.graph.recording import (
+    Activate,
+    Add,
+    Attend,
+    Embed,
+    Norm,
+    Operation,
+    Project,
+    Recorder,
+    SumParts,
+    Symbol,
+    reads,
+)
 from kbit.kernels.triton.attention.decode import attention_decode
 from kbit.kernels.triton.attention.kv_append import kv_append
 from kbit.kernels.triton.attention.prefill import attention_prefill_paged
@@ -32,7 +44,7 @@ from kbit.kernels.triton.product.limits import DECODE_TOKENS
 from kbit.kernels.triton.product.matmul import gated_matmul, matmul
 from kbit.kernels.triton.rows.activate import activate
 from kbit.kernels.triton.rows.embed import embed
-from kbit.kernels.triton.rows.norm import rms_norm
+from kbit.kernels.triton.rows.norm import layer_norm, rms_norm
 from kbit.kernels.triton.target import active
 
 # Tokens that go through the model at once: bounds the memory of activations, and fills any GPU.
@@ -77,7 +89,7 @@ class Replay:
         input: the symbol it is called with.
         result: the symbol it returns.
         dtype: of what is multiplied.
-        group: processes over which products with a residual are added up.
+        group: processes over which parts of sums are added up.
         activations: what products with many tokens round these to, "int8" or "fp8"; "" for not at all.
 
     Raises:
@@ -99,6 +111,15 @@ class Replay:
         last[result] = len(operations)
         # Symbols that nobody reads after an operation: their memory is free for the next one.
         self._dead = [[symbol for symbol, index in last.items() if index == i] for i in range(len(operations))]
+        # What is added or normalised stays in float32, as does what comes out.
+        self._exact = {result}
+        for operation in operations:
+            if isinstance(operation, Add | SumParts | Norm):
+                self._exact.update(reads(operation))
+            elif isinstance(operation, Attend):
+                refuse_attention(
+                    operation.attention, "triton", mask=("causal",), source=("self",), positions=("rotary",)
+                )
         self._merged: dict[Operation, TritonWeight] = {}
         if activations:
             projects = [operation for operation in operations if isinstance(operation, Project)]
@@ -123,10 +144,12 @@ class Replay:
             ids = values[self._input]
             values[operation.out] = embed(triton_weight(operation.weight), ids, dtype=torch.float32)
         elif isinstance(operation, Norm):
-            x = values[operation.x]
-            values[operation.out] = rms_norm(x, triton_vector(operation.weight), operation.eps, out_dtype=self._dtype)[
-                0
-            ]
+            dtype = torch.float32 if operation.out in self._exact else self._dtype
+            values[operation.out] = _normalised(values[operation.x], operation, dtype)
+        elif isinstance(operation, Add):
+            values[operation.out] = values[operation.x].float() + values[operation.y]
+        elif isinstance(operation, SumParts):
+            values[operation.out] = self._sum(values[operation.x].float(), operation.bias)
         elif isinstance(operation, Activate):
             up = None if operation.up is None else values[operation.up]
             values[operation.out] = activate(values[operation.gate], up, operation.kind, out_dtype=self._dtype)
@@ -139,7 +162,7 @@ class Replay:
     def _project(self, operation: Project, values: dict[Symbol, torch.Tensor]) -> None:
         x = values[operation.x]
         if operation.norm is not None:
-            x = rms_norm(x, triton_vector(operation.norm.weight), operation.norm.eps, out_dtype=self._dtype)[0]
+            x = _normalised(x, operation.norm, self._dtype)
         elif x.dtype != self._dtype:
             x = x.to(self._dtype)
         outs = operation.outs
@@ -157,17 +180,19 @@ class Replay:
             values[outs[0]] = activate(products[0], products[1] if len(products) > 1 else None, operation.activation)
             return
         residual = None if operation.residual is None else values[operation.residual]
-        if residual is not None and self._group is not None:
+        if operation.parts and self._group is not None:
             # In float32, as one process sums: half precision would halve what travels and round every part.
-            total = self._group.sum(matmul(x, weights[0], out_dtype=torch.float32))
-            if biases[0] is not None:
-                total += biases[0]
-            values[outs[0]] = total.add_(residual)
+            total = self._sum(matmul(x, weights[0], out_dtype=torch.float32), operation.biases[0])
+            values[outs[0]] = total if residual is None else total.add_(residual)
             return
-        # The stream that norms read, and logits, stay in float32.
-        exact = residual is not None or outs[0] is self._result
         for weight, bias, out in zip(weights, biases, outs, strict=True):
+            exact = residual is not None or out in self._exact
             values[out] = matmul(x, weight, bias, residual, out_dtype=torch.float32 if exact else None)
+
+    def _sum(self, part: torch.Tensor, bias: Vector | None) -> torch.Tensor:
+        """The sum of every process's part (N, K) float32, plus a bias; `part` may be overwritten."""
+        total = part if self._group is None else self._group.sum(part)
+        return total if bias is None else total + triton_vector(bias)
 
     def _attend(self, operation: Attend, values: dict[Symbol, torch.Tensor], step: Pass) -> torch.Tensor:
         a, store = operation.attention, step.pages
@@ -347,3 +372,12 @@ class TritonRunner:
         if self._device.type == "cpu":
             return values
         return values.pin_memory().to(self._device, non_blocking=True)
+
+
+def _normalised(x: torch.Tensor, norm: Norm, dtype: torch.dtype) -> torch.Tensor:
+    """RMS norm or LayerNorm of x (N, K), in `dtype`."""
+    weight = triton_vector(norm.weight)
+    if norm.centred:
+        bias = None if norm.bias is None else triton_vector(norm.bias)
+        return layer_norm(x, weight, bias, norm.eps, out_dtype=dtype)[0]
+    return rms_norm(x, weight, norm.eps, out_dtype=dtype)[0]

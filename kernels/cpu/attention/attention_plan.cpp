@@ -35,8 +35,13 @@ void resize(std::vector<float>& memory, std::int64_t floats) {
 }  // namespace
 
 void AttentionScratch::prepare(std::int64_t rows, const std::int32_t* sequence, const std::int32_t* position, int heads,
-                               int kv_heads, int head_dim, int members) {
+                               int kv_heads, int head_dim, int members, bool bidirectional) {
   const int group = heads / kv_heads, padded = (head_dim + 15) / 16 * 16;
+  last_.assign(bidirectional ? static_cast<std::size_t>(rows) : 0, 0);
+  for (std::size_t row = last_.size(); row-- > 0;) {
+    const bool same = row + 1 < last_.size() && sequence[row] == sequence[row + 1];
+    last_[row] = same ? last_[row + 1] : position[row];
+  }
   cut_blocks(rows, sequence, position, group);
   cut_pieces(position, heads, kv_heads, padded, rows, members);
   std::int64_t most = 1;
@@ -65,7 +70,8 @@ void AttentionScratch::cut_blocks(std::int64_t rows, const std::int32_t* sequenc
 void AttentionScratch::cut_pieces(const std::int32_t* position, int heads, int kv_heads, int padded, std::int64_t rows,
                                   int members) {
   const auto chunks_of = [&](const Block& block) {
-    return std::int64_t{position[block.first_row + block.rows - 1]} / kChunk + 1;
+    const std::int64_t row = block.first_row + block.rows - 1;
+    return std::int64_t{last() ? last()[row] : position[row]} / kChunk + 1;
   };
   std::int64_t most_chunks = 1, all_chunks = 0;
   for (const Block& block : blocks_) {

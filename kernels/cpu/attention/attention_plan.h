@@ -20,9 +20,13 @@ namespace kbit {
 // heads.
 class AttentionScratch {
  public:
-  // Before the parallel part. sequence, position: (rows), as in AttentionArgs. members: of the team.
+  // Before the parallel part. sequence, position: (rows), as in AttentionArgs. members: of the team. bidirectional: rows
+  // see all of their sequence, whose new tokens are all in this pass.
   void prepare(std::int64_t rows, const std::int32_t* sequence, const std::int32_t* position, int heads, int kv_heads,
-               int head_dim, int members);
+               int head_dim, int members, bool bidirectional = false);
+
+  // (rows), the last slot each row of the prepared pass sees: AttentionArgs::last; null where that is its own.
+  const std::int32_t* last() const { return last_.empty() ? nullptr : last_.data(); }
 
  private:
   friend void attention(const AttentionKernels&, Worker&, const AttentionArgs&, AttentionScratch&);
@@ -38,6 +42,7 @@ class AttentionScratch {
   void cut_blocks(std::int64_t rows, const std::int32_t* sequence, const std::int32_t* position, int group);
   void cut_pieces(const std::int32_t* position, int heads, int kv_heads, int padded, std::int64_t rows, int members);
 
+  std::vector<std::int32_t> last_;
   std::vector<Block> blocks_;
   std::vector<Piece> pieces_;
   bool fused_ = true;   // pieces append

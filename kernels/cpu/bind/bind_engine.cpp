@@ -112,17 +112,24 @@ std::vector<float> copied(const std::optional<Vector>& vector) {
   return std::vector<float>(vector->data(), vector->data() + vector->shape(0));
 }
 
+// A norm as Python hands it over: its weight (none: no norm), LayerNorm's bias, and whether it is one.
+Norm norm_of(const std::optional<Vector>& weight, float eps, const std::optional<Vector>& bias, bool centred) {
+  Norm norm{copied(weight), copied(bias), eps, centred};
+  require(norm.bias.empty() || (centred && norm.bias.size() == norm.weight.size()),
+          "only a centred norm has a bias, as wide as its weight");
+  return norm;
+}
+
 void add_matmul(Program& program, int x, const std::vector<Weights>& weights,
                 const std::vector<std::optional<Vector>>& biases, const std::vector<int>& outs,
                 const std::optional<Vector>& norm, float eps, const std::optional<std::string>& activation,
-                std::optional<int> residual) {
+                std::optional<int> residual, const std::optional<Vector>& norm_bias, bool centred) {
   MatmulInstruction m;
   m.x = x;
   m.weights = weights;
   for (const auto& bias : biases) m.biases.push_back(copied(bias));
   m.outs = outs;
-  m.norm = copied(norm);
-  m.eps = eps;
+  m.norm = norm_of(norm, eps, norm_bias, centred);
   m.activation = activation_kind(activation);
   m.residual = residual.has_value();
   if (residual) require(outs.size() == 1 && outs[0] == *residual && *residual != x, "a residual sum is made in place");
@@ -213,14 +220,24 @@ void bind_engine(nb::module_& module) {
            },
            nb::arg("matrix"), nb::arg("out"))
       .def("matmul", &add_matmul, nb::arg("x"), nb::arg("matrices"), nb::arg("biases"), nb::arg("outs"),
-           nb::arg("norm").none(), nb::arg("eps"), nb::arg("activation").none(), nb::arg("residual").none())
+           nb::arg("norm").none(), nb::arg("eps"), nb::arg("activation").none(), nb::arg("residual").none(),
+           nb::arg("norm_bias") = nb::none(), nb::arg("centred") = false)
       .def("norm",
-           [](Program& p, int x, const Vector& weight, float eps, int out) {
+           [](Program& p, int x, const Vector& weight, float eps, int out, const std::optional<Vector>& bias,
+              bool centred) {
              require(p.buffer_width(x) == p.buffer_width(out) && static_cast<std::int64_t>(weight.shape(0)) == p.buffer_width(x),
                      "the norm does not fit its buffers");
-             p.append(NormInstruction{x, copied(weight), eps, out});
+             p.append(NormInstruction{x, norm_of(weight, eps, bias, centred), out});
            },
-           nb::arg("x"), nb::arg("weight"), nb::arg("eps"), nb::arg("out"))
+           nb::arg("x"), nb::arg("weight"), nb::arg("eps"), nb::arg("out"), nb::arg("bias") = nb::none(),
+           nb::arg("centred") = false)
+      .def("add",
+           [](Program& p, int x, int y, int out) {
+             require(p.buffer_width(x) == p.buffer_width(out) && p.buffer_width(y) == p.buffer_width(out) && out != y,
+                     "the terms of a sum do not fit its buffer");
+             p.append(AddInstruction{x, y, out});
+           },
+           nb::arg("x"), nb::arg("y"), nb::arg("out"))
       .def("activate",
            [](Program& p, int gate, std::optional<int> up, const std::string& kind, int out) {
              require(p.buffer_width(gate) == p.buffer_width(out) && (!up || p.buffer_width(*up) == p.buffer_width(out)),
@@ -230,16 +247,18 @@ void bind_engine(nb::module_& module) {
            nb::arg("gate"), nb::arg("up").none(), nb::arg("kind"), nb::arg("out"))
       .def("attend",
            [](Program& p, int q, int k, int v, int out, int layer, int heads, int kv_heads, int head_dim, float scale,
-              std::optional<int> window) {
+              std::optional<int> window, bool rotary, bool bidirectional) {
              require(heads >= 1 && kv_heads >= 1 && head_dim >= 1 && heads % kv_heads == 0 && layer >= 0 &&
                          p.buffer_width(q) == std::int64_t{heads} * head_dim && p.buffer_width(out) == p.buffer_width(q) &&
                          p.buffer_width(k) == std::int64_t{kv_heads} * head_dim && p.buffer_width(v) == p.buffer_width(k) &&
-                         out != q && out != k && out != v && (!window || *window > 0),
+                         out != q && out != k && out != v && (!window || (*window > 0 && !bidirectional)),
                      "the heads do not fit their buffers");
-             p.append(AttendInstruction{q, k, v, out, layer, heads, kv_heads, head_dim, scale, window.value_or(0)});
+             p.append(AttendInstruction{q, k, v, out, layer, heads, kv_heads, head_dim, scale, window.value_or(0), rotary,
+                                        bidirectional});
            },
            nb::arg("q"), nb::arg("k"), nb::arg("v"), nb::arg("out"), nb::arg("layer"), nb::arg("heads"),
-           nb::arg("kv_heads"), nb::arg("head_dim"), nb::arg("scale"), nb::arg("window").none())
+           nb::arg("kv_heads"), nb::arg("head_dim"), nb::arg("scale"), nb::arg("window").none(),
+           nb::arg("rotary") = true, nb::arg("bidirectional") = false)
       .def("finish",
            [](Program& p, int hidden) {
              p.buffer_width(hidden);
@@ -247,15 +266,16 @@ void bind_engine(nb::module_& module) {
            },
            nb::arg("hidden"))
       .def("head",
-           [](Program& p, Weights matrix, const std::optional<Vector>& norm, float eps) {
+           [](Program& p, Weights matrix, const std::optional<Vector>& norm, float eps, const std::optional<Vector>& norm_bias,
+              bool centred) {
              MatmulInstruction head;
              head.weights = {std::move(matrix)};
              head.biases.resize(1);
-             head.norm = copied(norm);
-             head.eps = eps;
+             head.norm = norm_of(norm, eps, norm_bias, centred);
              p.set_head(std::move(head));
            },
-           nb::arg("matrix"), nb::arg("norm").none(), nb::arg("eps"))
+           nb::arg("matrix"), nb::arg("norm").none(), nb::arg("eps"), nb::arg("norm_bias") = nb::none(),
+           nb::arg("centred") = false)
       .def("run", &run, nb::arg("ids"), nb::arg("sequence"), nb::arg("positions"), nb::arg("cos"), nb::arg("sin"),
            nb::arg("rope_row"), nb::arg("pages"), nb::arg("tables"), nb::arg("logits_rows").none(), nb::arg("out"))
       .def("logits",

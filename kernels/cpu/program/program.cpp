@@ -43,7 +43,7 @@ void Program::check(const MatmulInstruction& m) const {
       throw std::invalid_argument("a bias does not fit its matrix");
     }
   }
-  if (!m.norm.empty() && static_cast<std::int64_t>(m.norm.size()) != buffer_width(m.x)) {
+  if (!m.norm.empty() && m.norm.width() != buffer_width(m.x)) {
     throw std::invalid_argument("a norm does not fit its input buffer");
   }
 }
@@ -60,6 +60,9 @@ void Program::append(Instruction instruction) {
     if (first && (first->heads != a->heads || first->kv_heads != a->kv_heads || first->head_dim != a->head_dim)) {
       throw std::invalid_argument("all attentions of a program have the same heads");
     }
+    if (first && first->bidirectional != a->bidirectional) {
+      throw std::invalid_argument("all attentions of a program look the same way");
+    }
   }
   instructions_.push_back(std::move(instruction));
   capacity_ = 0;
@@ -68,7 +71,7 @@ void Program::append(Instruction instruction) {
 void Program::set_head(MatmulInstruction head) {
   if (hidden_ < 0) throw std::invalid_argument("finish() comes before head()");
   const Matrix& w = head.weights.at(0)->matrix();
-  if (w.columns != hidden_width() || (!head.norm.empty() && static_cast<std::int64_t>(head.norm.size()) != w.columns)) {
+  if (w.columns != hidden_width() || (!head.norm.empty() && head.norm.width() != w.columns)) {
     throw std::invalid_argument("the head does not fit the hidden states");
   }
   widest_input_ = std::max(widest_input_, padded(w.columns));
@@ -138,10 +141,11 @@ void Program::attend(Worker& worker, const AttendInstruction& a, const Pass& pas
   args.rows = pass.rows;
   args.sequence = pass.sequence;
   args.position = pass.position;
+  args.last = attention_scratch_.last();
   args.cos = pass.cos;
   args.sin = pass.sin;
   args.rope_row = pass.rope_row;
-  args.rotated_half = pass.rotated_half;
+  args.rotated_half = a.rotary ? pass.rotated_half : 0;
   args.heads = a.heads;
   args.kv_heads = a.kv_heads;
   args.head_dim = a.head_dim;
@@ -180,7 +184,7 @@ void Program::run(const Pass& pass) {
       if (other && other->layer >= pass.cache->layers()) throw std::invalid_argument("the cache has too few layers");
     }
     attention_scratch_.prepare(pass.rows, pass.sequence, pass.position, a->heads, a->kv_heads, a->head_dim,
-                               context_->team->size());
+                               context_->team->size(), a->bidirectional);
   }
   context_->team->run([&](Worker& worker) {
     for (const Instruction& instruction : instructions_) {
@@ -196,8 +200,15 @@ void Program::run(const Pass& pass) {
       } else if (const auto* n = std::get_if<NormInstruction>(&instruction)) {
         worker.for_each(pass.rows, 4, [&](std::int64_t begin, std::int64_t end) {
           for (std::int64_t r = begin; r < end; ++r)
-            kernels.rms_norm(at(n->x).data() + r * at(n->x).stride, n->weight.data(), at(n->x).width, n->eps,
-                             at(n->out).data() + r * at(n->out).stride);
+            n->norm.apply(kernels, at(n->x).data() + r * at(n->x).stride, at(n->out).data() + r * at(n->out).stride);
+        });
+      } else if (const auto* s = std::get_if<AddInstruction>(&instruction)) {
+        worker.for_each(pass.rows, 4, [&](std::int64_t begin, std::int64_t end) {
+          for (std::int64_t r = begin; r < end; ++r) {
+            float* out = at(s->out).data() + r * at(s->out).stride;
+            std::memcpy(out, at(s->x).data() + r * at(s->x).stride, static_cast<std::size_t>(at(s->out).width) * 4);
+            kernels.add(at(s->y).data() + r * at(s->y).stride, out, at(s->out).width);
+          }
         });
       } else if (const auto* g = std::get_if<ActivateInstruction>(&instruction)) {
         worker.for_each(pass.rows, 4, [&](std::int64_t begin, std::int64_t end) {

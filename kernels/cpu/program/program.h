@@ -18,6 +18,23 @@ namespace kbit {
 
 using Weights = std::shared_ptr<MatrixStorage>;
 
+// w * x / rms(x), or centred (LayerNorm) w * (x - mean) / deviation + b. No weight: no norm.
+struct Norm {
+  std::vector<float> weight, bias;  // bias: empty for none; only where centred
+  float eps = 0.0f;
+  bool centred = false;
+
+  bool empty() const { return weight.empty(); }
+  std::int64_t width() const { return static_cast<std::int64_t>(weight.size()); }
+  void apply(const Kernels& kernels, const float* x, float* out) const {
+    if (centred) {
+      kernels.layer_norm(x, weight.data(), bias.empty() ? nullptr : bias.data(), width(), eps, out);
+    } else {
+      kernels.rms_norm(x, weight.data(), width(), eps, out);
+    }
+  }
+};
+
 // outs[i] = norm(x) W_i^T + b_i, and then, where asked for, an activation (W = [gate, up] or one matrix) or the addition
 // to what outs[0] holds.
 struct MatmulInstruction {
@@ -25,21 +42,23 @@ struct MatmulInstruction {
   std::vector<Weights> weights;
   std::vector<std::vector<float>> biases;  // empty: none
   std::vector<int> outs;
-  std::vector<float> norm;                 // empty: none
-  float eps = 0.0f;
+  Norm norm;
   Activation activation = Activation::none;
   bool residual = false;
 };
 struct EmbedInstruction { Weights weights; int out; };
-struct NormInstruction { int x; std::vector<float> weight; float eps; int out; };
+struct NormInstruction { int x; Norm norm; int out; };
+struct AddInstruction { int x, y, out; };
 struct ActivateInstruction { int gate, up, out; Activation kind; };  // up: -1 for none
 struct AttendInstruction {
   int q, k, v, out, layer, heads, kv_heads, head_dim;
   float scale;
   int window;
+  bool rotary, bidirectional;
 };
 using Instruction =
-    std::variant<MatmulInstruction, EmbedInstruction, NormInstruction, ActivateInstruction, AttendInstruction>;
+    std::variant<MatmulInstruction, EmbedInstruction, NormInstruction, AddInstruction, ActivateInstruction,
+                 AttendInstruction>;
 
 // One pass: R rows and where they belong.
 struct Pass {

@@ -38,7 +38,7 @@ void Program::prepare_rows(const MatmulInstruction& m, Inputs& inputs, const flo
     const float* source = x + (row_index ? row_index[row] : row) * x_stride;
     float* floats = reinterpret_cast<float*>(inputs.floats.data()) + row * width;
     if (!m.norm.empty()) {
-      kernels.rms_norm(source, m.norm.data(), columns, m.eps, floats);
+      m.norm.apply(kernels, source, floats);
       source = floats;
     } else if (row_index) {
       std::memcpy(floats, source, static_cast<std::size_t>(width) * 4);

@@ -1,9 +1,12 @@
-"""Model families as data: which configuration key means what, and which tensor goes where.
+"""Family: what a model family is, as data, and the ModelSpec that a configuration of one describes.
+
+A family is one file of `kbit.models.families`: which configuration key means what, its defaults, which tensor
+goes where, and which switches are on.
 
 Sizes that a model cannot be guessed without (vocab_size, hidden_size, intermediate_size, num_hidden_layers,
 num_attention_heads) must be there. Other keys that are absent take the default of transformers' configuration class
 (`LlamaConfig`, `MistralConfig`, `Qwen2Config`): context length, key/value heads, head size, activation, norm epsilon,
-tying, biases, sliding windows and RoPE. Keys that appear nowhere below are not looked at.
+tying, biases, sliding windows and RoPE. Keys that are named neither below nor by a family are not looked at.
 """
 
 from __future__ import annotations
@@ -32,97 +35,44 @@ _ACTIVATIONS = {
     "relu": "relu",
 }
 
-_LLAMA_NAMES = TensorNames(
-    embedding="model.embed_tokens",
-    final_norm="model.norm",
-    head="lm_head",
-    attention_norm="model.layers.{layer}.input_layernorm",
-    q="model.layers.{layer}.self_attn.q_proj",
-    k="model.layers.{layer}.self_attn.k_proj",
-    v="model.layers.{layer}.self_attn.v_proj",
-    o="model.layers.{layer}.self_attn.o_proj",
-    mlp_norm="model.layers.{layer}.post_attention_layernorm",
-    gate="model.layers.{layer}.mlp.gate_proj",
-    up="model.layers.{layer}.mlp.up_proj",
-    down="model.layers.{layer}.mlp.down_proj",
-)
-
-_COMMON_DEFAULTS: Mapping[str, Any] = {
-    "hidden_act": "silu",
-    "rms_norm_eps": 1e-6,
-    "tie_word_embeddings": False,
-    "attention_bias": False,
-    "mlp_bias": False,
-}
-
 
 @dataclass(frozen=True)
 class Family:
-    """One row of the table.
+    """A family of models.
 
     Attributes:
+        model_type: its name in configurations.
         architectures: accepted entries of `architectures`.
         defaults: values of keys that config.json leaves out.
         qkv_bias, output_bias, mlp_bias: fixed, or the configuration key that says.
         windows: which layers slide: "none"; "all" (`sliding_window` unless null); "chosen" (`use_sliding_window` and
             then `layer_types`, or every layer from `max_window_layers` on).
-        names: tensor names.
+        names: tensor names; a norm that has none is not there.
+        norm: kind of every norm.
+        norm_bias: whether norms have biases.
+        norm_eps: the key of every norm's epsilon.
+        mask: which tokens a query sees.
     """
 
+    model_type: str
     architectures: tuple[str, ...]
     defaults: Mapping[str, Any]
     qkv_bias: bool | str
     output_bias: bool | str
     mlp_bias: bool | str
     windows: Literal["none", "all", "chosen"]
-    names: TensorNames = _LLAMA_NAMES
+    names: TensorNames
+    norm: Literal["rms", "layer"] = "rms"
+    norm_bias: bool = False
+    norm_eps: str = "rms_norm_eps"
+    mask: Literal["causal", "bidirectional"] = "causal"
 
 
-FAMILIES: Mapping[str, Family] = {
-    # Also SmolLM2, TinyLlama, Yi and other models published as Llama.
-    "llama": Family(
-        architectures=("LlamaForCausalLM",),
-        defaults={**_COMMON_DEFAULTS, "max_position_embeddings": 2048},
-        qkv_bias="attention_bias",
-        output_bias="attention_bias",
-        mlp_bias="mlp_bias",
-        windows="none",
-    ),
-    "mistral": Family(
-        architectures=("MistralForCausalLM",),
-        defaults={
-            **_COMMON_DEFAULTS,
-            "max_position_embeddings": 131072,
-            "num_key_value_heads": 8,
-            "sliding_window": 4096,
-        },
-        qkv_bias=False,
-        output_bias=False,
-        mlp_bias=False,
-        windows="all",
-    ),
-    "qwen2": Family(
-        architectures=("Qwen2ForCausalLM",),
-        defaults={
-            **_COMMON_DEFAULTS,
-            "max_position_embeddings": 32768,
-            "num_key_value_heads": 32,
-            "use_sliding_window": False,
-            "sliding_window": 4096,
-            "max_window_layers": 28,
-        },
-        qkv_bias=True,
-        output_bias=False,
-        mlp_bias=False,
-        windows="chosen",
-    ),
-}
-
-
-def spec_from_config(config: Mapping[str, Any], where: str = "config.json") -> ModelSpec:
+def read_spec(families: Mapping[str, Family], config: Mapping[str, Any], where: str) -> ModelSpec:
     """The ModelSpec of a Hugging Face configuration.
 
     Args:
+        families: those there are, by model_type.
         config: the parsed config.json.
         where: what to call it in errors.
 
@@ -130,7 +80,7 @@ def spec_from_config(config: Mapping[str, Any], where: str = "config.json") -> M
         UnsupportedError: an unknown family, architecture, RoPE scaling or layer type.
         CheckpointError: a missing or senseless value; the line names key and value.
     """
-    model_type, family = _family(config, where)
+    family = _family(families, config, where)
     values = ConfigValues(config, family.defaults, where)
     layers = values.integer("num_hidden_layers", 1, _MAX_LAYERS)
     hidden = values.integer("hidden_size", 1, _MAX_WIDTH)
@@ -145,7 +95,7 @@ def spec_from_config(config: Mapping[str, Any], where: str = "config.json") -> M
         head_dim = hidden // heads
     max_positions = values.integer("max_position_embeddings", 1, MAX_CONTEXT)
     return ModelSpec(
-        family=model_type,
+        family=family.model_type,
         vocab_size=values.integer("vocab_size", 1, _MAX_VOCAB),
         hidden_size=hidden,
         intermediate_size=values.integer("intermediate_size", 1, _MAX_WIDTH),
@@ -153,7 +103,7 @@ def spec_from_config(config: Mapping[str, Any], where: str = "config.json") -> M
         heads=heads,
         kv_heads=kv_heads,
         head_dim=head_dim,
-        norm_eps=values.number("rms_norm_eps", above=0.0, below=1.0),
+        norm_eps=values.number(family.norm_eps, above=0.0, below=1.0),
         activation=values.choice("hidden_act", _ACTIVATIONS),
         rope=rope_from_config(config, head_dim, max_positions, where),
         windows=_windows(family, values, layers),
@@ -162,11 +112,14 @@ def spec_from_config(config: Mapping[str, Any], where: str = "config.json") -> M
         mlp_bias=_switch(family.mlp_bias, values),
         tied_embeddings=values.boolean("tie_word_embeddings"),
         names=family.names,
+        norm=family.norm,
+        norm_bias=family.norm_bias,
+        mask=family.mask,
     )
 
 
-def _family(config: Mapping[str, Any], where: str) -> tuple[str, Family]:
-    """The table row, by model_type, or by architecture where an old config.json has no model_type."""
+def _family(families: Mapping[str, Family], config: Mapping[str, Any], where: str) -> Family:
+    """By model_type, or by architecture where an old config.json has no model_type."""
     model_type, architectures = config.get("model_type"), config.get("architectures")
     if architectures is not None and not (
         isinstance(architectures, list) and all(isinstance(name, str) for name in architectures)
@@ -176,21 +129,21 @@ def _family(config: Mapping[str, Any], where: str) -> tuple[str, Family]:
         raise CheckpointError(f"{where}: model_type is {shown(model_type)}; it should be a name")
     if not model_type and not architectures:
         raise CheckpointError(f"{where}: model_type is missing, so the kind of model is unknown")
-    supported = f"kbit runs {', '.join(FAMILIES)}"
+    supported = f"kbit runs {', '.join(families)}"
     if not model_type:
-        for known, family in FAMILIES.items():
+        for family in families.values():
             if set(architectures or ()) & set(family.architectures):
-                return known, family
+                return family
         raise UnsupportedError(f"{where}: architecture {shown(architectures)} is not supported; {supported}")
-    if model_type not in FAMILIES:
+    if model_type not in families:
         raise UnsupportedError(f"{where}: model_type {shown(model_type)} is not supported; {supported}")
-    family = FAMILIES[model_type]
+    family = families[model_type]
     if architectures and not set(architectures) & set(family.architectures):
         raise UnsupportedError(
             f"{where}: architecture {shown(architectures)} is not supported; for model_type {model_type!r} kbit "
             f"runs {', '.join(family.architectures)}"
         )
-    return model_type, family
+    return family
 
 
 def _switch(setting: bool | str, values: ConfigValues) -> bool:
