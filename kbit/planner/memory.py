@@ -19,6 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from math import ceil
 
 from kbit import _native
@@ -359,29 +360,15 @@ def _triton_bytes(weight: Weight) -> int:
     return rows * columns * kept.bits // 8 + scales * (2 if kept.asymmetric else 1)
 
 
-def _buffer_widths(spec: ModelSpec) -> list[int]:
-    """Widths of a program's buffers, as `backends.cpu.lowering.place` gives them out, one layer after another."""
-    hidden, queries, keys, mlp = (
-        spec.hidden_size,
-        spec.heads * spec.head_dim,
-        spec.kv_heads * spec.head_dim,
-        spec.intermediate_size,
-    )
-    widths, free = [hidden], list[int]()
+@lru_cache(maxsize=256)
+def _buffer_widths(spec: ModelSpec) -> tuple[int, ...]:
+    """Widths of a program's buffers: recorded, fused and placed as the model itself would be."""
+    from kbit.backends.cpu.lowering import place
+    from kbit.graph.fuse import fuse
+    from kbit.models.structure import recorded
 
-    def take(width: int) -> None:
-        if width in free:
-            free.remove(width)
-        else:
-            widths.append(width)
-
-    for _ in range(min(spec.layers, 2)):  # from the second layer on nothing new is needed
-        for width in (queries, keys, keys, queries):  # q, k, v and what attention makes of them
-            take(width)
-        free += [queries, keys, keys, queries]
-        take(mlp)
-        free.append(mlp)
-    return widths
+    structure = recorded(spec, layers=2)  # from the second layer on nothing new is needed
+    return tuple(place(fuse(structure.operations, structure.result), structure.result).widths)
 
 
 def _attention_bytes(spec: ModelSpec, context: int, threads: int) -> int:

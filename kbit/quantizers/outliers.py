@@ -15,6 +15,8 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from kbit.host.errors import UnsupportedError
+from kbit.models.families import spec_from_config
+from kbit.models.structure import recorded
 from kbit.quantizers.method import Method, MethodInput, QuantizedSource
 from kbit.quantizers.rtn import QuantizedView
 
@@ -27,17 +29,6 @@ if TYPE_CHECKING:
 
 # The paper's p: "outliers are between 0.1 and 2 % of all features"; 2 % is what it tests.
 SHARE = 0.02
-
-# What produces the input features of each matrix of a layer, as (layer offset, matrix); None: the embedding.
-_PRODUCERS = {
-    "self_attn.q_proj": (-1, "mlp.down_proj"),
-    "self_attn.k_proj": (-1, "mlp.down_proj"),
-    "self_attn.v_proj": (-1, "mlp.down_proj"),
-    "self_attn.o_proj": (0, "self_attn.v_proj"),
-    "mlp.gate_proj": (0, "self_attn.o_proj"),
-    "mlp.up_proj": (0, "self_attn.o_proj"),
-    "mlp.down_proj": (0, "mlp.up_proj"),
-}
 
 
 class Outliers(Method):
@@ -69,6 +60,9 @@ class OutlierView(QuantizedView):
     Args:
         source, plan, read: as for QuantizedView.
         share: of the input features that is kept, rounded to whole features and at least one.
+
+    Raises:
+        CheckpointError, UnsupportedError: a model whose structure is not known.
     """
 
     def __init__(
@@ -81,6 +75,9 @@ class OutlierView(QuantizedView):
         super().__init__(source, plan, read)
         self._share = share
         self._config = source.config
+        spec = spec_from_config(source.config, where=f"config of {source.path}")
+        self._producers = recorded(spec).producers()
+        self._embedding = f"{spec.names.embedding}.weight"
 
     def read_weight(self, name: str) -> torch.Tensor | QuantTensor:
         """A float32 weight (N, K), of the values its codes and its 16-bit columns stand for."""
@@ -122,15 +119,11 @@ class OutlierView(QuantizedView):
 
     def _spread(self, name: str) -> torch.Tensor:
         """Standard deviation of the weights of each unit that produces an input feature, float32."""
-        prefix, _, rest = name.removesuffix(".weight").partition("layers.")
-        number, _, matrix = rest.partition(".")
-        if matrix not in _PRODUCERS or not number.isdecimal():
+        producer = self._producers.get(name)
+        if producer is None:
             raise UnsupportedError(f"{name}: where its inputs come from is not known, so neither are its outliers")
-        offset, producer = _PRODUCERS[matrix]
-        layer = int(number) + offset
-        if layer < 0:  # the residual stream as the embedding fills it
-            return self.target(f"{prefix}embed_tokens.weight").std(dim=0)
-        return self.target(f"{prefix}layers.{layer}.{producer}.weight").std(dim=1)
+        # The embedding's rows are tokens and its columns features; a matrix's rows are features.
+        return self.target(producer).std(dim=0 if producer == self._embedding else 1)
 
     def _repeat(self, name: str, spread: torch.Tensor, columns: int) -> torch.Tensor:
         heads, kv_heads = self._config.get("num_attention_heads"), self._config.get("num_key_value_heads")

@@ -1,0 +1,127 @@
+"""The structure of a model, recorded from its configuration alone: what is computed from what.
+
+The weights are shapes with names. Nothing is read and nothing computed; no torch is needed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from itertools import groupby
+
+from kbit.graph.ops import Vector, Weight
+from kbit.graph.recording import Activate, Add, Attend, Embed, Norm, Operation, Project, Recorder, SumParts, Symbol
+from kbit.models.blocks import Weights
+from kbit.models.decoder import DecoderDefinition, DecoderWeights
+from kbit.models.params import Parameter, parameters
+from kbit.models.spec import ModelSpec
+
+
+@dataclass(frozen=True, eq=False)
+class NamedMatrix(Weight):
+    """A matrix that is nothing but its declaration."""
+
+    name: str
+    size: tuple[int, int]
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.size
+
+    @property
+    def nbytes(self) -> int:
+        return 0
+
+
+@dataclass(frozen=True, eq=False)
+class NamedVector:
+    """A vector likewise: a `kbit.graph.ops.Vector`."""
+
+    name: str
+    shape: tuple[int, ...]
+    nbytes: int = 0
+
+
+@dataclass(frozen=True, eq=False)
+class Structure:
+    """A recorded body.
+
+    Attributes:
+        operations: in order.
+        result: the hidden states.
+    """
+
+    operations: tuple[Operation, ...]
+    result: Symbol
+
+    def producers(self) -> dict[str, str]:
+        """Which matrix made the features that a matrix of the body multiplies, by name.
+
+        Norms, sums over processes and activations keep features apart, and are looked through: a gated activation to
+        what multiplies, attention to the values, and the residual stream to what was added to it last.
+        """
+        made: dict[Symbol, str] = {}
+        found: dict[str, str] = {}
+        for operation in self.operations:
+            if isinstance(operation, Embed):
+                made[operation.out] = _name(operation.weight)
+            elif isinstance(operation, Norm | SumParts):
+                made[operation.out] = made[operation.x]
+            elif isinstance(operation, Add):
+                made[operation.out] = made[operation.y]
+            elif isinstance(operation, Attend):
+                made[operation.out] = made[operation.v]
+            elif isinstance(operation, Activate):
+                made[operation.out] = made[operation.gate if operation.up is None else operation.up]
+            else:
+                for weight, out in zip(operation.weights, operation.outs, strict=True):
+                    found[_name(weight)] = made[operation.x]
+                    made[out] = _name(weight)
+        return found
+
+    def sharing(self) -> list[tuple[str, ...]]:
+        """The matrices that multiply the same input, by name, in the order of their products."""
+        groups: dict[Symbol, tuple[str, ...]] = {}
+        for operation in self.operations:
+            if isinstance(operation, Project):
+                names = tuple(_name(weight) for weight in operation.weights)
+                groups[operation.x] = groups.get(operation.x, ()) + names
+        return list(groups.values())
+
+
+def recorded(spec: ModelSpec, layers: int | None = None) -> Structure:
+    """The body of a model.
+
+    Args:
+        spec: the model.
+        layers: the first so many layers only; None: all.
+    """
+    if layers is not None and layers < spec.layers:
+        spec = replace(spec, layers=layers, windows=spec.windows[:layers])
+    declared = parameters(spec)
+    embedding = NamedMatrix(declared[0].name, (spec.vocab_size, spec.hidden_size))
+    inside = groupby((p for p in declared if p.layer is not None), key=lambda parameter: parameter.layer)
+    layers_of = tuple(_weights(parts) for _, parts in inside)
+    recorder = Recorder(Symbol(1))
+    weights = DecoderWeights(embedding, layers_of, Weights(), embedding)
+    result = DecoderDefinition(spec, weights).body(recorder, recorder.input)
+    return Structure(tuple(recorder.operations), result)
+
+
+def _weights(declared: Iterable[Parameter]) -> Weights:
+    matrices: dict[str, Weight] = {}
+    norms: dict[str, Vector] = {}
+    biases: dict[str, Vector] = {}
+    for parameter in declared:
+        if parameter.role == "linear":
+            rows, columns = parameter.shape
+            matrices[parameter.slot] = NamedMatrix(parameter.name, (rows, columns))
+        else:
+            vectors = norms if parameter.role == "norm" else biases
+            vectors[parameter.slot] = NamedVector(parameter.name, parameter.shape)
+    return Weights(matrices, norms, biases)
+
+
+def _name(weight: Weight) -> str:
+    assert isinstance(weight, NamedMatrix)
+    return weight.name
