@@ -13,6 +13,9 @@ import torch
 import triton
 
 from kbit.backends.triton.weight import TritonMatrix, merge, triton_weight
+from kbit.graph.fuse import fuse
+from kbit.graph.ops import Definition
+from kbit.graph.recording import Project, Recorder, Symbol
 from kbit.kernels import reference
 from kbit.kernels.triton.attention.decode import MAX_ROWS, attention_decode
 from kbit.kernels.triton.attention.kv_layout import (
@@ -30,8 +33,7 @@ from kbit.kernels.triton.product.gemv import gemv, problem_of
 from kbit.kernels.triton.product.limits import GEMV_TOKENS
 from kbit.kernels.triton.rows.embed import embed
 from kbit.kernels.triton.tuned import PRODUCT_TOKENS
-from kbit.models.decoder import DecoderWeights
-from kbit.models.params import GATE_UP, QKV
+from kbit.models.decoder import DecoderDefinition, DecoderWeights
 from kbit.models.spec import ModelSpec
 from kbit.tuning.stored import DecodeProblem, PrefillProblem
 from kbit.tuning.timing import Job, Trial
@@ -65,29 +67,31 @@ class Product:
     kind: str = ""
 
 
-def products_of(weights: DecoderWeights, activation: str) -> list[Product]:
-    """The quantized matrices of a model as the runner multiplies them: q, k and v as one where they can be, gate and
-    up together. Of matrices with the same format and shape the first."""
+def products_of(definition: Definition) -> list[Product]:
+    """The quantized matrices of a model as the runner multiplies them, read off its recording: what shares an input as
+    one where it can be, gate and up together. Of matrices with the same format and shape the first."""
     found = []
     merged: dict[object, TritonWeight | None] = {}
-    for layer in weights.layers:
-        qkv = [triton_weight(linear.weight) for linear in layer.linears(QKV)]
-        if all(linear.bias is None for linear in layer.linears(QKV)) and _formats(qkv):
-            key = tuple((weight.format, weight.shape) for weight in qkv)
+    body = Recorder(Symbol(1))
+    hidden = definition.body(body, body.input)
+    head = Recorder(Symbol(hidden.width))
+    logits = definition.head(head, head.input)
+    for operation in (*fuse(body.operations, hidden), *fuse(head.operations, logits)):
+        if not isinstance(operation, Project):
+            continue
+        weights = [triton_weight(weight) for weight in operation.weights]
+        plain = all(bias is None for bias in operation.biases)
+        whole = None
+        if operation.activation is not None and len(weights) == 2 and plain:
+            found.append(Product(weights[0], weights[1], operation.activation))
+            continue
+        if operation.activation is None and len(weights) > 1 and plain and _formats(weights):
+            key = tuple((weight.format, weight.shape) for weight in weights)
             if key not in merged:
                 # Of copies: merging turns its arguments into views of the result.
-                merged[key] = merge(tuple(TritonMatrix(weight) for weight in qkv))
+                merged[key] = merge(tuple(TritonMatrix(weight) for weight in weights))
             whole = merged[key]
-            found += [Product(weight) for weight in (qkv if whole is None else [whole])]
-        else:
-            found += [Product(weight) for weight in qkv]
-        found += [Product(triton_weight(linear.weight)) for linear in layer.linears(("o", "down"))]
-        gate, up = (triton_weight(linear.weight) for linear in layer.linears(GATE_UP))
-        if any(linear.bias is not None for linear in layer.linears(GATE_UP)):
-            found += [Product(gate), Product(up)]
-        else:
-            found.append(Product(gate, up, activation))
-    found.append(Product(triton_weight(weights.head)))
+        found += [Product(weight) for weight in (weights if whole is None else [whole])]
     alike: dict[object, Product] = {}
     for product in found:
         parts = [part for part in (product.weight, product.up) if part is not None]
@@ -107,7 +111,7 @@ def model_jobs(weights: DecoderWeights, spec: ModelSpec, kv: str, device: torch.
         quick: fewer tokens and contexts.
     """
     jobs = []
-    for product in products_of(weights, spec.activation):
+    for product in products_of(DecoderDefinition(spec, weights)):
         for tokens in QUICK_TOKENS if quick else PRODUCT_TOKENS:
             jobs += product_jobs(product, tokens)
     dtype = torch.bfloat16 if kv == "bf16" else torch.float16

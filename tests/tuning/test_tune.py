@@ -28,6 +28,7 @@ from kbit.kernels.triton.product import configs
 from kbit.kernels.triton.product.configs import Problem
 from kbit.kernels.triton.product.gemm import gemm
 from kbit.kernels.triton.product.gemv import gemv, problem_of
+from kbit.models.decoder import DecoderDefinition
 from kbit.models.load import load_decoder
 from kbit.tuning import jobs as tuning_jobs
 from kbit.tuning import timing as tuning
@@ -201,7 +202,7 @@ class TestJobs:
         tensors = quantized(tame_tensors(config), "nf4-b16")
         decoder = load_decoder(DictSource(config, tensors), TritonBackend(device))
         spec = decoder.spec
-        products = products_of(decoder.weights, spec.activation)
+        products = products_of(DecoderDefinition(spec, decoder.weights))
         assert len([product for product in products if product.up is not None]) == 1
         width = spec.head_dim * (spec.heads + 2 * spec.kv_heads)
         assert (width, spec.hidden_size) in {product.weight.shape for product in products}
@@ -211,7 +212,7 @@ class TestJobs:
         more = model_jobs(decoder.weights, spec, "fp16", torch.device(device), quick=False)
         assert {job.key for job in jobs if job.kernel != "gemm"} <= {job.key for job in more}
         plain = load_decoder(DictSource(config, tame_tensors(config)), TritonBackend(device))
-        assert products_of(plain.weights, spec.activation) == []
+        assert products_of(DecoderDefinition(spec, plain.weights)) == []
 
     def test_from_model_to_file(self, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
         """The whole way, on few of the candidates: real launches, results checked, saved, preferred."""

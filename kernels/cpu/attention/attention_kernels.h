@@ -57,18 +57,12 @@ struct AttentionArgs {
   const std::int32_t* tables;    // (B, table_stride): the pages of each sequence, in order
   std::int64_t table_stride;
   int layer;
-  const std::int32_t* last = nullptr;  // (R), last slot that a token sees; null: its own
 };
 
 // Keys of a sequence's page number `index`, for one head.
 static inline std::uint8_t* keys_at(const AttentionArgs& a, const CacheView& c, std::int64_t sequence,
                                     std::int64_t index, std::int64_t head) {
   return keys_of(c, a.tables[sequence * a.table_stride + index], a.layer, head);
-}
-
-// End of the slots that a row's token sees.
-static inline std::int64_t seen_end(const AttentionArgs& a, std::int64_t row) {
-  return std::int64_t{a.last ? a.last[row] : a.position[row]} + 1;
 }
 
 // First slot that the token at `position` sees.

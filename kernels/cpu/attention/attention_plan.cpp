@@ -102,6 +102,9 @@ void AttentionScratch::cut_pieces(const std::int32_t* position, int heads, int k
 
 void attention(const AttentionKernels& kernels, Worker& worker, const AttentionArgs& args, AttentionScratch& scratch) {
   const CacheView& cache = args.cache->view();
+  // What a kernel masks by is the last slot that a row sees: its own position, or where its sequence ends.
+  AttentionArgs seen = args;
+  if (scratch.last()) seen.position = scratch.last();
   float* memory = aligned(scratch.memory_) + worker.index() * scratch.worker_floats_;
   const int kv_heads = args.kv_heads;
   if (!scratch.fused_) {
@@ -115,7 +118,7 @@ void attention(const AttentionKernels& kernels, Worker& worker, const AttentionA
     const AttentionScratch::Block& block = scratch.blocks_[static_cast<std::size_t>(piece.block)];
     const int kv_head = static_cast<int>(i % kv_heads);
     if (piece.appends) kernels.append(args, cache, block.first_row, block.rows, kv_head, memory);
-    kernels.attend({&args, &cache, scratch.split_ ? &scratch.partials_ : nullptr, block.first_row, block.rows,
+    kernels.attend({&seen, &cache, scratch.split_ ? &scratch.partials_ : nullptr, block.first_row, block.rows,
                     piece.chunk_begin, piece.chunk_end, kv_head, memory});
   });
   if (!scratch.split_) return;
@@ -123,7 +126,7 @@ void attention(const AttentionKernels& kernels, Worker& worker, const AttentionA
   const std::int64_t grain = std::max<std::int64_t>(1, results / (4 * worker.size()));
   worker.for_each(results, grain, [&](std::int64_t begin, std::int64_t end) {
     for (std::int64_t i = begin; i < end; ++i) {
-      kernels.combine(args, cache, scratch.partials_, i / args.heads, static_cast<int>(i % args.heads), memory);
+      kernels.combine(seen, cache, scratch.partials_, i / args.heads, static_cast<int>(i % args.heads), memory);
     }
   });
 }

@@ -25,7 +25,7 @@ class AttentionScratch {
   void prepare(std::int64_t rows, const std::int32_t* sequence, const std::int32_t* position, int heads, int kv_heads,
                int head_dim, int members, bool bidirectional = false);
 
-  // (rows), the last slot each row of the prepared pass sees: AttentionArgs::last; null where that is its own.
+  // (rows), the last slot each row of the prepared pass sees; null where that is its own.
   const std::int32_t* last() const { return last_.empty() ? nullptr : last_.data(); }
 
  private:

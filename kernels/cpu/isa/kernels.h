@@ -49,8 +49,6 @@ struct Kernels {
   void (*bfloat_row)(const float* x, std::int64_t columns, std::uint16_t* out);
   // out = weight * x / sqrt(mean(x^2) + eps); out is padded with zeros to a multiple of 64.
   void (*rms_norm)(const float* x, const float* weight, std::int64_t columns, float eps, float* out);
-  // out = weight * (x - mean(x)) / sqrt(var(x) + eps) + bias, the variance over all columns; bias may be null. Padded so.
-  void (*layer_norm)(const float* x, const float* weight, const float* bias, std::int64_t columns, float eps, float* out);
   void (*add)(const float* x, float* out, std::int64_t count);                                // out += x
   void (*activate)(const float* gate, const float* up, float* out, std::int64_t count, Activation kind);  // up may be null
   void (*decode_row)(const Matrix& w, std::int64_t row, float* out);                          // out (K)

@@ -13,7 +13,7 @@
   namespace kbit {                                                                                                 \
   extern const Kernels kernels_##set;                                                                              \
   const Kernels kernels_##set = {name,          ::matmul_int8,     ::matmul_bf16, ::matmul_fp32,  ::quantize_row,  \
-                                 ::bfloat_row,  ::rms_norm,        ::layer_norm,  ::add_row,      ::activate_row,  \
-                                 ::decode_row,  kAttentionKernels, ::trace};                                       \
+                                 ::bfloat_row,  ::rms_norm,        ::add_row,     ::activate_row, ::decode_row,    \
+                                 kAttentionKernels, ::trace};                                                      \
   }
 #define KBIT_DEFINE_KERNELS(set) KBIT_DEFINE_KERNELS_WITH(set, #set, matmul_int8, matmul_bf16)

@@ -1,6 +1,7 @@
 #include "program/program.h"
 
 #include <algorithm>
+#include <cmath>
 #include <cstring>
 #include <stdexcept>
 
@@ -19,6 +20,35 @@ Program::Program(std::shared_ptr<Context> context, Compute compute) : context_(s
 }
 
 Program::~Program() = default;
+
+namespace {
+
+// Sums in 16 lanes, which compilers turn into vectors, and the same bits on every instruction set.
+struct Lanes {
+  float at[16] = {};
+  float total() const {
+    float sum = 0.0f;
+    for (const float lane : at) sum += lane;
+    return sum;
+  }
+};
+
+}  // namespace
+
+void Norm::apply(const Kernels& kernels, const float* x, float* out) const {
+  const std::int64_t columns = width();
+  if (!centred) return kernels.rms_norm(x, weight.data(), columns, eps, out);
+  Lanes sum, squares;
+  for (std::int64_t k = 0; k < columns; ++k) sum.at[k % 16] += x[k];
+  const float mean = sum.total() / static_cast<float>(columns);
+  for (std::int64_t k = 0; k < columns; ++k) squares.at[k % 16] += (x[k] - mean) * (x[k] - mean);
+  const float factor = 1.0f / std::sqrt(squares.total() / static_cast<float>(columns) + eps);
+  for (std::int64_t k = 0; k < columns; ++k) {
+    const float scaled = weight[static_cast<std::size_t>(k)] * ((x[k] - mean) * factor);
+    out[k] = bias.empty() ? scaled : scaled + bias[static_cast<std::size_t>(k)];
+  }
+  std::fill(out + columns, out + padded(columns), 0.0f);
+}
 
 int Program::buffer(std::int64_t width) {
   if (width < 1) throw std::invalid_argument("a buffer needs a width of at least 1");
@@ -141,7 +171,6 @@ void Program::attend(Worker& worker, const AttendInstruction& a, const Pass& pas
   args.rows = pass.rows;
   args.sequence = pass.sequence;
   args.position = pass.position;
-  args.last = attention_scratch_.last();
   args.cos = pass.cos;
   args.sin = pass.sin;
   args.rope_row = pass.rope_row;

@@ -26,13 +26,8 @@ struct Norm {
 
   bool empty() const { return weight.empty(); }
   std::int64_t width() const { return static_cast<std::int64_t>(weight.size()); }
-  void apply(const Kernels& kernels, const float* x, float* out) const {
-    if (centred) {
-      kernels.layer_norm(x, weight.data(), bias.empty() ? nullptr : bias.data(), width(), eps, out);
-    } else {
-      kernels.rms_norm(x, weight.data(), width(), eps, out);
-    }
-  }
+  // out: (padded width), as Kernels::rms_norm leaves it.
+  void apply(const Kernels& kernels, const float* x, float* out) const;
 };
 
 // outs[i] = norm(x) W_i^T + b_i, and then, where asked for, an activation (W = [gate, up] or one matrix) or the addition

@@ -47,38 +47,6 @@ void rms_norm(const float* x, const float* weight, int64_t columns, float eps, f
   for (; k < padded(columns); k += 16) store(out + k, zero());
 }
 
-void layer_norm(const float* x, const float* weight, const float* bias, int64_t columns, float eps, float* out) {
-  const int64_t whole = columns / 16 * 16;
-  const int rest = int(columns - whole);
-  Floats sum = zero();
-  for (int64_t k = 0; k < whole; k += 16) sum = add(sum, load(x + k));
-  if (rest) sum = add(sum, load_first(x + whole, rest));
-  const float average = reduce_add(sum) / float(columns);
-  const Floats mean = broadcast(average);
-  Floats squares = zero();
-  for (int64_t k = 0; k < whole; k += 16) {
-    const Floats d = sub(load(x + k), mean);
-    squares = fma(d, d, squares);
-  }
-  float total = reduce_add(squares);
-  for (int64_t k = whole; k < columns; ++k) {  // one by one: the lanes beyond the row are no deviations from the mean
-    const float d = x[k] - average;
-    total = fmaf(d, d, total);
-  }
-  const Floats factor = broadcast(1.0f / sqrtf(total / float(columns) + eps));
-  int64_t k = 0;
-  for (; k < whole; k += 16) {
-    const Floats scaled = mul(load(weight + k), mul(sub(load(x + k), mean), factor));
-    store(out + k, bias ? add(scaled, load(bias + k)) : scaled);
-  }
-  if (rest) {
-    const Floats scaled = mul(load_first(weight + k, rest), mul(sub(load_first(x + k, rest), mean), factor));
-    store(out + k, bias ? add(scaled, load_first(bias + k, rest)) : scaled);
-    k += 16;
-  }
-  for (; k < padded(columns); k += 16) store(out + k, zero());
-}
-
 void add_row(const float* x, float* out, int64_t count) {
   int64_t k = 0;
   for (; k + 16 <= count; k += 16) store(out + k, add(load(out + k), load(x + k)));
