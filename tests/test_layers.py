@@ -102,7 +102,8 @@ def test_what_a_model_is_made_of_needs_no_torch(statement: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "options", [[], ["--temperature", "0.7", "--seed", "1", "--top-k", "5"], ["--kv-bits", "4", "--speculate", "ngram"]]
+    "options",
+    [[], ["--temperature", "0.7", "--seed", "1", "--top-k", "5"], ["--kv-bits", "32", "--speculate", "ngram"]],
 )
 def test_running_on_the_cpu_needs_no_torch(tmp_path: Path, tiny_model: Path, options: list[str]) -> None:
     """Neither the first run, which prepares the weights, nor later ones: importing torch alone takes a second."""

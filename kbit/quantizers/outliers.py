@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Any
 
 from kbit.host.errors import UnsupportedError
 from kbit.models.families import spec_from_config
-from kbit.models.structure import recorded
 from kbit.quantizers.method import Method, MethodInput, QuantizedSource
 from kbit.quantizers.rtn import QuantizedView
 
@@ -72,6 +71,8 @@ class OutlierView(QuantizedView):
         read: Callable[[str], torch.Tensor] | None = None,
         share: float = SHARE,
     ) -> None:
+        from kbit.models.structure import recorded  # needs numpy, which planning a conversion does not
+
         super().__init__(source, plan, read)
         self._share = share
         self._config = source.config

@@ -364,7 +364,7 @@ def test_ops_groups_residuals_and_foreign_weights() -> None:
     first, second = ops.linear_group(weights, x, [None, bias])
     assert torch.equal(first, ops.linear(weights[0], x))
     assert torch.equal(second, ops.linear(weights[1], x, bias))
-    assert torch.equal(ops.linear(weights[1], x, bias, residual), residual + second)
+    assert torch.equal(ops.add(ops.linear(weights[1], x, bias), residual), residual + second)
     with pytest.raises(TypeError, match="prepared by another backend"):
         ops.linear(torch.zeros(3, 6), x)  # type: ignore[arg-type]
 

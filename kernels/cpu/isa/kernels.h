@@ -34,6 +34,8 @@ struct MatmulTask {
 };
 
 constexpr std::int64_t kMatmulScratch = 256 << 10;
+// Up to so many rows of x, the int8 kernels of every set leave it alone.
+constexpr int kRowsWithoutScratch = 4;
 
 struct Kernels {
   const char* name;

@@ -25,6 +25,7 @@ constexpr int kDirectRows = kTileRows * kTilePanels >= 8 ? 8 : kTileRows;
 // 13.7 and 21.8, 32 rows 24.9 and 30.6, 64 rows 48 and 55, 96 rows 78 and 79; with avx2 (kDirectRows 4) 16 rows 37 and 39,
 // 64 rows 142 and 129.
 constexpr int kDirectMost = 8 * kDirectRows;
+static_assert(kDirectMost >= kbit::kRowsWithoutScratch);
 
 // Memory is asked for ahead of the decoder. Codes of up to kPrefetchedBits: every line, as decoding keeps up with nothing
 // else. Wider codes: one line in a tile, into the second-level cache, which is enough to start the hardware's own prefetchers on

@@ -256,7 +256,8 @@ template <bool kTwoDigits> void int8_on_tiles(const MatmulTask& task) {
 // Few rows are bound by reading the weights, which matmul.h does without a buffer; segments below 64 columns would fill
 // a part of a tile only.
 void matmul_int8_tiles(const MatmulTask& task) {
-  if (task.row_end - task.row_begin <= kDirectRows || task.w->segment != 64) return matmul_int8(task);
+  constexpr int kFew = kDirectRows > kbit::kRowsWithoutScratch ? kDirectRows : kbit::kRowsWithoutScratch;
+  if (task.row_end - task.row_begin <= kFew || task.w->segment != 64) return matmul_int8(task);
   tiles_begin();
   task.w->two_digits ? int8_on_tiles<true>(task) : int8_on_tiles<false>(task);
   tiles_end();

@@ -118,6 +118,7 @@ template <bool kTwoDigits> void int8_paired(const MatmulTask& task) {
 }
 
 void matmul_int8_i8mm(const MatmulTask& task) {
+  static_assert(kDirectRows >= kbit::kRowsWithoutScratch);
   if (task.row_end - task.row_begin <= kDirectRows) return matmul_int8(task);
   task.w->two_digits ? int8_paired<true>(task) : int8_paired<false>(task);
 }

@@ -23,8 +23,8 @@ constexpr std::int64_t kFewRows = 64;
 constexpr float kSpike = 5.0f;
 
 // Rows with spikes that are multiplied together the second time: one after the other they would have the weights decoded
-// for each. Every instruction set multiplies so few rows without scratch memory.
-constexpr std::int64_t kSpikesTogether = 4;
+// for each.
+constexpr std::int64_t kSpikesTogether = kRowsWithoutScratch;
 
 }  // namespace
 
@@ -130,7 +130,7 @@ void Program::add_spikes(const MatmulInput& fine, const MatmulTask& task, const 
   part.out = staging;
   part.out_stride = width;
   if (count > 1) {
-    // So few rows need no scratch memory in the kernels of any set, so there is room for them in it.
+    // The kernels leave the scratch memory alone for so few rows, so there is room for them in it.
     auto* to_codes = reinterpret_cast<std::int8_t*>(task.scratch);
     auto* to_scales = reinterpret_cast<float*>(task.scratch + kSpikesTogether * codes);
     auto* to_sums = reinterpret_cast<std::int32_t*>(to_scales + kSpikesTogether * segments);
