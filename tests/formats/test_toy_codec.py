@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 from kbit.backends.cpu.backend import NativeBackend
 from kbit.backends.reference.backend import ReferenceBackend
 from kbit.checkpoint.resolve import open_model
-from kbit.cli.main import app
+from kbit.cli.main import build
 from kbit.formats.codec import Cut
 from kbit.formats.quant_tensor import QuantTensor
 from kbit.formats.registry import CODECS, parse_format
@@ -43,7 +43,7 @@ def folder(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The tiny model as `kbit quantize --format nested5` leaves it, head and embedding at 8 bits."""
     out = tmp_path_factory.mktemp("toy") / "nested"
     arguments = ["quantize", str(tiny_model), "--format", "nested5", "--embedding-bits", "8", "-o", str(out)]
-    result = CliRunner().invoke(app, arguments)
+    result = CliRunner().invoke(build([]), arguments)
     assert result.exit_code == 0, result.output
     return out
 
@@ -107,7 +107,7 @@ def test_a_folder_holds_it_and_reads_it_back(folder: Path, tiny_model: Path) -> 
 
 
 def test_info_and_the_manifest_know_it(folder: Path) -> None:
-    result = CliRunner().invoke(app, ["info", str(folder), "--json"])
+    result = CliRunner().invoke(build([]), ["info", str(folder), "--json"])
     assert result.exit_code == 0, result.output
     assert "nested5" in result.output
     config = json.loads((folder / "config.json").read_text())["quantization_config"]
@@ -147,7 +147,7 @@ def test_backends_without_its_kernels_refuse_it_by_name(folder: Path, weights: t
 
 
 def test_a_command_refuses_it_by_name(folder: Path) -> None:
-    result = CliRunner().invoke(app, ["run", "once", "--model", str(folder), "--max-tokens", "1"])
+    result = CliRunner().invoke(build([]), ["run", "once", "--model", str(folder), "--max-tokens", "1"])
     assert isinstance(result.exception, (KbitError, SystemExit))
     assert "no kernel for nested8" in result.output + str(result.exception)
 

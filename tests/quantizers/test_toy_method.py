@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 
 from kbit.backends.reference.backend import ReferenceBackend
 from kbit.checkpoint.resolve import open_model
-from kbit.cli.main import app
+from kbit.cli.main import build
 from kbit.formats.quant_format import QuantFormat
 from kbit.formats.quant_tensor import QuantTensor
 from kbit.host.errors import UsageError
@@ -35,7 +35,9 @@ def registered() -> Iterator[None]:
 def test_it_writes_what_it_yields_kept_tensors_too(tiny_model: Path, tmp_path: Path) -> None:
     """Norms are divided; what reads them is that of doubled weights; all the rest is as if rounded to nearest."""
     quantize(tiny_model, tmp_path / "rtn")
-    result = CliRunner().invoke(app, ["quantize", str(tiny_model), "--method", "shifted", "-o", str(tmp_path / "out")])
+    result = CliRunner().invoke(
+        build([]), ["quantize", str(tiny_model), "--method", "shifted", "-o", str(tmp_path / "out")]
+    )
     assert result.exit_code == 0, result.output
     with open_model(str(tmp_path / "rtn")) as plain, open_model(str(tmp_path / "out")) as shifted:
         for name in plain.tensors:
@@ -97,7 +99,7 @@ def test_a_sweep_takes_it(tiny_model: Path) -> None:
 def test_what_cannot_be_stored_is_refused(tiny_model: Path, tmp_path: Path) -> None:
     for method, problem in (("outliers", "makes no format that kbit stores"), ("nearest", "is unknown")):
         arguments = ["quantize", str(tiny_model), "--method", method, "-o", str(tmp_path / "out")]
-        result = CliRunner().invoke(app, arguments)
+        result = CliRunner().invoke(build([]), arguments)
         assert result.exit_code != 0
         assert f"method '{method}' {problem}" in result.output + str(result.exception)
     assert not (tmp_path / "out").exists()
