@@ -15,7 +15,7 @@ from kbit.host.errors import KbitError
 # Of the file and of the layout of kernels/cpu/codecs/matrix.h: another number, another file.
 VERSION = 2
 
-_ENDING = ".kbit"
+ENDING = ".kbit"
 # A folder's files whose change may change the model: everything kbit reads of one.
 _FOLDER_PATTERNS = ("*.safetensors", "*.json", "*.jinja", "*.gguf", "*.model", "*.txt")
 
@@ -46,7 +46,7 @@ def prepared_path(checkpoint: Path) -> Path | None:
     except OSError:
         return None  # it cannot be opened either, and who opens it says so
     state = hashlib.sha256(json.dumps([VERSION, states]).encode()).hexdigest()
-    return folder / f"{prepared_prefix(path)}-{state[:24]}{_ENDING}"
+    return folder / f"{prepared_prefix(path)}-{state[:24]}{ENDING}"
 
 
 def prepared_prefix(checkpoint: Path) -> str:

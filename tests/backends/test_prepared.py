@@ -201,6 +201,16 @@ def test_forgetting(folder: Path, model: Path) -> None:
     assert forget(model) == 0
 
 
+def test_what_was_prepared_of_a_checkpoint_that_is_gone_goes_too(folder: Path, model: Path, tmp_path: Path) -> None:
+    gone = tmp_path / "gone"
+    shutil.copytree(model, gone)
+    orphan = load(gone).prepared
+    assert orphan is not None
+    shutil.rmtree(gone)
+    kept = load(model).prepared
+    assert [path for path in folder.iterdir() if path.suffix == ".kbit"] == [kept]
+
+
 def test_not_a_number_is_named(folder: Path, model: Path) -> None:
     from safetensors.numpy import load_file, save_file
 

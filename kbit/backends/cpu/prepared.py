@@ -11,9 +11,9 @@ needs (configuration and tokenizer too), so the checkpoint itself is not opened 
 
 It is never stale: its name holds path, size, modification time and inode of every file of the checkpoint, and the
 version of the layout. It is never half-written: it gets its name when all of it is on disk. Two processes that want to
-make one do it in turn, and the second finds it made. Files of a checkpoint's earlier states are removed when a new one
-is written. `KBIT_PREPARED` names another folder, or says "off"; `kbit info` shows the file and `kbit info --forget`
-removes it.
+make one do it in turn, and the second finds it made. Files of a checkpoint's earlier states, and of checkpoints that
+are gone, are removed when a new one is written. `KBIT_PREPARED` names another folder, or says "off"; `kbit info` shows
+the file and `kbit info --forget` removes it.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ import numpy as np
 from kbit import _native
 from kbit.backends.cpu.weight import NativeWeight, prepare_stored
 from kbit.checkpoint.finite import read_array, read_stored
-from kbit.checkpoint.prepared_place import prepared_path, prepared_prefix
+from kbit.checkpoint.prepared_place import ENDING, prepared_path, prepared_prefix
 from kbit.checkpoint.source import CheckpointSource, StoredSource, TensorInfo
 from kbit.host.errors import CheckpointError
 from kbit.host.files import fsync_folder
@@ -217,12 +217,21 @@ def make(
         with FileLock(path.with_suffix(".lock")):
             found = find(checkpoint)
             if found is None:
+                _remove_orphans(path.parent)
                 _write(path, source, checkpoint, names, context, progress)
         with suppress(OSError):
             path.with_suffix(".lock").unlink()
         return found or find(checkpoint)
     except OSError:
         return None  # a folder that cannot be written: the weights are prepared in memory, as without a cache
+
+
+def _remove_orphans(folder: Path) -> None:
+    """Removes what was prepared of checkpoints that are no longer there."""
+    for file in folder.glob(f"*{ENDING}"):
+        with suppress(OSError, CheckpointError):
+            if not PreparedSource(file).path.exists():
+                file.unlink()
 
 
 def _write(
