@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from kbit.checkpoint.source import StoredSource
+from kbit.checkpoint.source import CheckpointSource, StoredSource
 from kbit.formats.stored import KINDS, AnyStored, StoredMatrix, is_finite, widened
 from kbit.host.errors import CheckpointError
 
@@ -42,7 +42,12 @@ def read_array(source: StoredSource, name: str) -> NDArray[np.float32]:
 def _check(source: StoredSource, name: str, array: NDArray[Any], kind: str) -> None:
     if not is_finite(array, kind):
         values = widened(array, kind)
-        raise CheckpointError(
-            f"{source.path}: {name} holds {int(np.isnan(values).sum())} NaN and {int(np.isinf(values).sum())} infinite "
-            "values; the checkpoint is damaged or overflowed when it was converted; get it again"
-        )
+        raise not_finite(source, name, int(np.isnan(values).sum()), int(np.isinf(values).sum()))
+
+
+def not_finite(source: CheckpointSource, name: str, nans: int, infinities: int) -> CheckpointError:
+    """What to raise where a tensor holds so many values that are no numbers."""
+    return CheckpointError(
+        f"{source.path}: {name} holds {nans} NaN and {infinities} infinite values; the checkpoint is damaged or "
+        "overflowed when it was converted; get it again"
+    )

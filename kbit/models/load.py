@@ -7,10 +7,9 @@ from itertools import groupby
 from math import isfinite
 from typing import TYPE_CHECKING
 
-from kbit.checkpoint.finite import read_array, read_stored
+from kbit.checkpoint.finite import not_finite, read_array, read_stored
 from kbit.checkpoint.source import CheckpointSource, StoredSource
 from kbit.graph.ops import Backend, HoldsPrepared, PreparesStored, Vector, Weight
-from kbit.host.errors import CheckpointError
 from kbit.models.blocks import Weights
 from kbit.models.check import check_tensors
 from kbit.models.decoder import Decoder, DecoderWeights
@@ -142,10 +141,7 @@ class _Loader:
             if part.is_floating_point() and not isfinite(part.sum(dtype=torch.float32)):
                 nans, infinities = int(part.isnan().sum()), int(part.isinf().sum())
                 if nans or infinities:
-                    raise CheckpointError(
-                        f"{self.source.path}: {name} holds {nans} NaN and {infinities} infinite values; the checkpoint "
-                        "is damaged or overflowed when it was converted; get it again"
-                    )
+                    raise not_finite(self.source, name, nans, infinities)
         self._count()
 
     def _count(self) -> None:

@@ -123,12 +123,12 @@ class GGUFSource(StoredSource):
     def read_stored(self, name: str) -> AnyStored:
         """A matrix of a block type kbit can run packed comes as its codes and scales, exactly; others as float32."""
         from kbit.checkpoint.gguf.blocks import BLOCK_TYPES
-        from kbit.formats.stored import DenseMatrix, narrowed
+        from kbit.formats.stored import KINDS, DenseMatrix, narrowed
 
         located = self._located.get(name)
         if located is None or located.tensor.type.name not in BLOCK_TYPES:
             values = self.read_array(name)
-            kind = {"F16": "fp16", "BF16": "bf16"}.get(self._infos[name].stored_as, "fp32")
+            kind = KINDS.get(self._infos[name].stored_as, "fp32")
             return DenseMatrix(narrowed(values, kind), kind)
         if self._closed:
             raise ValueError(f"{self.path}: read after close")
