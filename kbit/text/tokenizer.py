@@ -120,6 +120,10 @@ class Tokenizer:
         ours, theirs = (tokenizer._backend.get_vocab(with_added_tokens=True) for tokenizer in (self, other))
         return ours == theirs
 
+    def token_id(self, token: str) -> int | None:
+        """The id of a token written as the vocabulary has it ("<|endoftext|>"), or None."""
+        return self._backend.token_to_id(token)
+
     @property
     def chat_template(self) -> str | None:
         """The template named "default", or the only one, or None."""
