@@ -3,8 +3,9 @@
     pytest benchmarks/test_accuracy.py -s
 
 The first is the default model (without it, novels-5m of the data folder) as users run it, int8 arithmetic and all, on
-WikiText-2; the second novels-2m on a novel it has not seen, with exact arithmetic. Both against the model as it is. For
-every data type on SmolLM2 run benchmarks/accuracy_table.py; for any other model, `kbit scale`.
+WikiText-2 (without it, on text that the model writes itself); the second novels-2m on a novel it has not seen, with
+exact arithmetic. Both against the model as it is. For every data type on SmolLM2 run benchmarks/accuracy_table.py; for
+any other model, `kbit scale`.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ def load_accuracy_table() -> Any:
     return module
 
 
-def test_widths(benchmark: Any, ladder: Ladder, wikitext: Any) -> None:
+def test_widths(benchmark: Any, ladder: Ladder, text: Any) -> None:
     """Every width of the default model, as `kbit run` computes it."""
     from measuring import machine, machine_line
 
@@ -46,7 +47,7 @@ def test_widths(benchmark: Any, ladder: Ladder, wikitext: Any) -> None:
     def measure() -> None:
         exact = ladder.load(None, select_backend("cpu", compute="fp32"))
         context = min(CONTEXT, choose_context("gptq", None, exact.spec.max_positions))
-        windows = make_windows(wikitext, ladder.tokenizer, "gptq", context, TOKENS)
+        windows = make_windows(text, ladder.tokenizer, "gptq", context, TOKENS)
         with StoredLogits(exact, windows) as reference:
             for rung in ladder.rungs:
                 found = compare(rung.decoder, reference, windows)
@@ -68,11 +69,11 @@ def test_widths(benchmark: Any, ladder: Ladder, wikitext: Any) -> None:
                 )
 
     benchmark.pedantic(measure, rounds=1)
-    about = {"model": ladder.name, "data": wikitext.name, "data_sha256": wikitext.sha256}
+    about = {"model": ladder.name, "data": text.name, "data_sha256": text.sha256}
     benchmark.extra_info.update({"case": "accuracy by width", **about, "machine": machine(), "rows": rows})
     first = rows[0]
     print(
-        f"\n\naccuracy by width, {ladder.name} on {wikitext.name}: {first['tokens']:,} tokens in windows of "
+        f"\n\naccuracy by width, {ladder.name} on {text.name}: {first['tokens']:,} tokens in windows of "
         f"{first['context']}, perplexity of the original {first['reference_perplexity']:.2f}\n{machine_line()}"
     )
     show_kl, show_perplexity = load_accuracy_table().show_kl, load_accuracy_table().show_perplexity

@@ -45,7 +45,7 @@ class EvalFlags:
         typer.Option(
             "--data",
             metavar="FILE_OR_NAME",
-            help="A UTF-8 text file, or the name of a text. [default: wikitext2]",
+            help="A UTF-8 text file, the name of a text, or sampled. [default: wikitext2]",
         ),
     ] = None
     reference: Annotated[
@@ -195,7 +195,9 @@ def evaluate(*, flags: EvalFlags, json: JsonOption = False) -> None:
     KL is the engine's error alone; with --backend reference it is that of the weights alone.
 
     Named texts are wikitext2, wikitext2-valid, wikitext2-valid-tokenized, tinystories and novels-heldout. They are
-    looked for in the folder named by KBIT_DATA, then in the cache; the raw WikiText-2 splits can be downloaded.
+    looked for in the folder named by KBIT_DATA, then in the cache; the raw WikiText-2 splits can be downloaded. With
+    --data sampled the --reference writes the text itself (8192 tokens, or --max-tokens), and it is kept in the cache:
+    KL on it compares models without any data; perplexities on it compare with none on other texts.
 
     Tasks are asked and scored as lm-eval does (zero-shot). With --reference or --against, the same items are compared
     one by one: how many were lost and gained, McNemar's exact test, corrected for the number of comparisons, and
@@ -206,6 +208,7 @@ def evaluate(*, flags: EvalFlags, json: JsonOption = False) -> None:
     Examples:
       kbit eval smollm2-135m-instruct
       kbit eval out/ --reference smollm2-135m-instruct --max-tokens 20000
+      kbit eval out/ --reference smollm2-135m-instruct --data sampled
       kbit eval out/ --reference out/ --kv-bits 4
       kbit eval out/ --data mytext.txt --json
       kbit eval model.gguf --convention llamacpp --context 512
@@ -222,7 +225,7 @@ def evaluate(*, flags: EvalFlags, json: JsonOption = False) -> None:
         with peers.together():
             asked = flags.request()
             asked.check()
-        peers.fetch([name for name in (flags.model, flags.reference) if name is not None], asked.data)
+        peers.fetch([name for name in (flags.model, flags.reference) if name is not None], asked.text)
         evaluation = _run(asked, quiet=json or not peers.speaks, group=peers.group)
         if peers.speaks:
             _tell(evaluation, json)

@@ -56,9 +56,9 @@ class Peers:
 
         return self.group.decided_by_first(lambda: secrets.randbits(63))
 
-    def fetch(self, models: list[str], text: str | None = None) -> None:
-        """Has models, and a text to evaluate on, downloaded, if need be, once and with one progress bar, before all
-        open them."""
+    def fetch(self, models: list[str], text: Callable[[], object] | None = None) -> None:
+        """Has models, and what `text` gets, downloaded (or sampled), if need be, once and with one progress bar, before
+        all open them."""
         if self.group is None:
             return
         from kbit.checkpoint.resolve import open_model
@@ -67,9 +67,7 @@ class Peers:
             for model in models:
                 open_model(model).close()
             if text is not None:
-                from kbit.text.datasets import resolve_data
-
-                resolve_data(text)
+                text()
 
         self.group.decided_by_first(fetch)
 

@@ -79,7 +79,7 @@ class ScaleFlags:
         typer.Option(
             "--data",
             metavar="FILE_OR_NAME",
-            help="A UTF-8 text file, or the name of a text (kbit eval --help).",
+            help="A UTF-8 text file, the name of a text, or sampled: from the first MODEL (kbit eval --help).",
             rich_help_panel=_TEXT,
         ),
     ] = "wikitext2"

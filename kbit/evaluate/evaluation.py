@@ -16,6 +16,7 @@ from kbit.engine.loader import prefer_tuned
 from kbit.evaluate.compare import KL_PERCENTILES, Comparison, check_vocabularies, compare
 from kbit.evaluate.perplexity import PerplexityResult, Progress, evaluate_perplexity
 from kbit.evaluate.request import EngineRequest
+from kbit.evaluate.sampled_data import evaluation_text, is_sampled
 from kbit.graph.ops import Backend
 from kbit.host.errors import KbitError, UsageError
 from kbit.host.process import peak_rss_bytes
@@ -23,7 +24,7 @@ from kbit.models.decoder import Decoder
 from kbit.models.families import spec_from_config
 from kbit.models.load import load_decoder
 from kbit.models.shard import shard
-from kbit.text.datasets import TextData, resolve_data
+from kbit.text.datasets import TextData
 from kbit.text.tokenizer import Tokenizer
 from kbit.text.windows import CONVENTIONS, Convention, Windows, choose_context, make_windows
 
@@ -37,7 +38,8 @@ class Request(EngineRequest):
 
     Attributes:
         model, reference: a folder, a .gguf file, a hub id or a name `kbit pull` lists.
-        data: a text file or the name of a text (kbit.text.datasets).
+        data: a text file, the name of a text (kbit.text.datasets), or "sampled": by the reference
+            (kbit.evaluate.sampled_data).
         max_tokens: use at most so many tokens of the text, rounded down to whole windows.
         context: tokens per window (default: the convention's, reduced to what the models can take).
         convention: "gptq" or "llamacpp" (kbit.text.windows).
@@ -59,6 +61,19 @@ class Request(EngineRequest):
         parse_convention(self.convention)
         if self.max_tokens is not None and self.max_tokens < 1:
             raise UsageError(f"--max-tokens {self.max_tokens}: expected at least 1")
+        if self.reference is None and is_sampled(self.data):
+            raise UsageError("--data sampled: the text is sampled from the original: name it with --reference")
+
+    def text(self, status: Callable[[str], None] = lambda _: None) -> TextData:
+        """The text.
+
+        Args:
+            status: told how far sampling one is.
+
+        Raises:
+            UsageError, KbitError: see `evaluation_text`.
+        """
+        return evaluation_text(self.data, self.reference or self.model, self.max_tokens, status)
 
 
 @dataclass(frozen=True, eq=False)
@@ -162,7 +177,7 @@ def evaluate_model(
     with ExitStack() as stack:
         with nullcontext() if group is None else group.together():
             backend, reference_backend = _backends(request, group)
-            text = resolve_data(request.data)
+            text = request.text(say)
             source = stack.enter_context(open_model(request.model))
             other = None if request.reference is None else stack.enter_context(open_model(request.reference))
             say("tokenising")

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from kbit.checkpoint.resolve import open_model
+from kbit.evaluate.sampled_data import evaluation_text
 from kbit.formats.quant_format import MAX_BITS, MIN_BITS
 from kbit.host.errors import UsageError
 from kbit.host.files import read_json_object
@@ -21,7 +22,7 @@ from kbit.scaling.sweep.measure import MEASURE_VERSION, Arithmetic, plan_cell, p
 from kbit.scaling.sweep.resources import Jobs, Rates, choose_jobs, guess_seconds
 from kbit.scaling.sweep.store import PointStore
 from kbit.scaling.sweep.subject import Subject, find_subjects, text_name
-from kbit.text.datasets import TextData, resolve_data
+from kbit.text.datasets import TextData
 from kbit.text.windows import CONVENTIONS, Convention
 
 # Enough for paired differences of 1 % of a loss to show on small models, at seconds a point.
@@ -38,7 +39,7 @@ class SweepRequest:
         models: folders, .gguf files, hub ids or names `kbit pull` lists.
         out: folder of the table.
         bits, dtypes, block_sizes, methods: the formats (sweep.grid.expand).
-        data: a text file or the name of a text.
+        data: a text file, the name of a text, or "sampled": by the first of the models.
         context: tokens per window (default: the convention's, or what the shortest model can take).
         max_tokens: tokens of the text that are used at most.
         convention: "gptq" or "llamacpp" (kbit.text.windows).
@@ -138,7 +139,7 @@ def plan_sweep(request: SweepRequest, status: Callable[[str], None] = lambda _: 
     """
     _check(request)
     cells, left_out = expand(request.bits, request.dtypes, request.block_sizes, request.methods)
-    text = resolve_data(request.data)
+    text = evaluation_text(request.data, next(iter(request.models), ""), request.max_tokens, status)
     subjects = find_subjects(
         request.models,
         text,
