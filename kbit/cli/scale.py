@@ -60,8 +60,8 @@ class ScaleFlags:
         typer.Option(
             "--methods",
             metavar="NAMES",
-            help="How codes are found. rtn: rounding to nearest; outliers: that, with 2 % of the input features in 16 "
-            "bits.",
+            help="How codes are found. rtn: rounding to nearest; hqq: with offsets for small errors (-asym); outliers: "
+            "rtn with 2 % of the input features in 16 bits.",
             rich_help_panel=_FORMATS,
         ),
     ] = "rtn"
