@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import triton
 import triton.language as tl
+import triton_interpreter_speed
 from numpy.typing import NDArray
 from triton.runtime import interpreter
 
@@ -52,6 +53,7 @@ def install() -> None:
     _repair_dot()
     _repair_reductions()
     _patch_once_per_launch()
+    triton_interpreter_speed.remember()
     builder = interpreter.interpreter_builder
     builder.options = dataclasses.replace(builder.options, sanitize_overflow=False)
 

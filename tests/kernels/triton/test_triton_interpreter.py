@@ -118,3 +118,50 @@ def test_dot(dtype: torch.dtype, device: str) -> None:
 def test_bfloat16_reductions_are_refused(device: str) -> None:
     with pytest.raises(Exception, match="reduce in float32"):
         _total[(1,)](normal(64).bfloat16(), torch.empty(1), 64)
+
+
+@triton.jit
+def _broadcast(x_ptr, out_ptr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    rows, columns = tl.arange(0, ROWS), tl.arange(0, COLUMNS)
+    at = rows[:, None] * COLUMNS + columns[None, :]
+    x = tl.load(x_ptr + at)
+    x = tl.where(x < 0, x - 1, x) + rows[:, None] * 2.0 - 1
+    unsigned = (at.to(tl.uint32) >> 1) + 1
+    signed = (at - 7) >> 1
+    tl.store(out_ptr + at, x + (unsigned & 1) + signed + tl.sum(x, 1)[:, None])
+
+
+@pytest.mark.parametrize(("rows", "columns"), [(1, 1), (1, 8), (8, 1), (4, 16), (16, 4)])
+def test_constants_and_shapes_are_kept_apart(rows: int, columns: int, device: str) -> None:
+    """The same constants in several types and shapes, signed and unsigned, twice each."""
+    x = normal(rows, columns, seed=5)
+    out = torch.empty(rows, columns)
+    for _ in range(2):
+        _broadcast[(1,)](x, out.fill_(float("nan")), rows, columns)
+    at = torch.arange(rows * columns).view(rows, columns)
+    x = torch.where(x < 0, x - 1, x) + torch.arange(rows)[:, None] * 2.0 - 1
+    expected = x + ((at >> 1) + 1 & 1) + ((at - 7) >> 1) + x.sum(1)[:, None]
+    torch.testing.assert_close(out, expected)
+
+
+@triton.jit
+def _wrong_shape(x_ptr, A: tl.constexpr, B: tl.constexpr):
+    tl.store(x_ptr + tl.arange(0, A), tl.load(x_ptr + tl.arange(0, A)) + tl.arange(0, B))
+
+
+@pytest.mark.parametrize(("a", "b", "message"), [(8, 4, "incompatible dimensions"), (8, 6, "power of 2")])
+def test_shapes_are_still_checked(a: int, b: int, message: str, device: str) -> None:
+    for _ in range(2):  # what is refused is not remembered
+        with pytest.raises(Exception, match=message):
+            _wrong_shape[(1,)](torch.zeros(8), a, b)
+
+
+def test_names_of_types(device: str) -> None:
+    block = tl.block_type(tl.float32, [4, 8])
+    assert str(block) == "<['4', '8'], fp32>"
+    assert (block.numel, *block.shape) == (32, 4, 8)
+    assert block == tl.block_type(tl.float32, (tl.constexpr(4), 8)) != tl.block_type(tl.float16, (4, 8))
+    assert tl.block_type(tl.float32, [8, 4]) != block
+    assert tl.float32 == tl.dtype("fp32") != tl.float16
+    with pytest.raises(TypeError, match="0d"):
+        tl.block_type(tl.float32, [])
