@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from filelock import FileLock
 from hypothesis import HealthCheck, settings
 
 # Of several processes (`pytest -n auto`) each has its share of the cores. Before torch is imported, which reads it once.
@@ -57,11 +58,38 @@ def away_from_the_checkout(tmp_path_factory: pytest.TempPathFactory) -> Iterator
     os.chdir(before)
 
 
+@pytest.fixture(scope="session")
+def common_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A temporary folder that all processes of this run share."""
+    own = tmp_path_factory.getbasetemp()
+    folder = (own.parent if WORKERS else own) / "common"
+    folder.mkdir(exist_ok=True)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def make_once(common_folder: Path) -> Callable[[str, Callable[[Path], object]], Path]:
+    """make_once(name, make) is a path on which make(path) was called by whichever process of this run came first.
+
+    For what takes seconds to make. It is everybody's, so not to be changed.
+    """
+
+    def once(name: str, make: Callable[[Path], object]) -> Path:
+        path, done = common_folder / name, common_folder / f"{name}.done"
+        with FileLock(common_folder / f"{name}.lock"):
+            if not done.exists():
+                make(path)
+                done.touch()
+        return path
+
+    return once
+
+
 @pytest.fixture(scope="session", autouse=True)
-def prepared_weights_elsewhere(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+def prepared_weights_elsewhere(common_folder: Path) -> Iterator[None]:
     """Hundreds of tiny models are loaded: what is prepared of them is not for the user's cache."""
     before = os.environ.get("KBIT_PREPARED")
-    os.environ["KBIT_PREPARED"] = str(tmp_path_factory.mktemp("prepared"))
+    os.environ["KBIT_PREPARED"] = str(common_folder / "prepared")
     yield
     if before is None:
         del os.environ["KBIT_PREPARED"]

@@ -68,7 +68,7 @@ def test_greedy_text(pair: tuple[Decoder, Decoder]) -> None:
     texts = []
     for decoder in pair:
         cache, new, tokens = decoder.new_cache(1, 60), random_ids(1, 11, seed=4), []
-        for _ in range(48):
+        for _ in range(32):
             new = decoder.forward(new, cache, last_only=True).argmax(-1)
             tokens.append(int(new))
         texts.append(tokens)

@@ -77,15 +77,16 @@ def both(
     prompt: Sequence[int],
     speculation: Speculation,
     params: SamplingParams | None = None,
+    plain: GenerationResult | None = None,
     **options: Any,
 ) -> tuple[GenerationResult, GenerationResult]:
     """The same generation without and with speculation, each on a decoder of its own making; asserts that they agree in
-    everything a user sees."""
+    everything a user sees. `plain`: the one without, where it is known from before."""
 
     def started(speculation: Speculation | None) -> Generation:
         return generate(make(), tokenizer, prompt, params, speculation=speculation, **options)
 
-    plain, sped = started(None).run(), started(speculation).run()
+    plain, sped = plain or started(None).run(), started(speculation).run()
     assert sped.ids == plain.ids
     assert (sped.text, sped.finish_reason, sped.prompt_tokens) == (plain.text, plain.finish_reason, plain.prompt_tokens)
     assert plain.speculation is None

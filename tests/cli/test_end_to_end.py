@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +17,14 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 MODEL = "smollm2-135m-instruct"
 
 
-@pytest.fixture(scope="module")
-def converted(smollm2_gguf: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
-    """SmolLM2 at 8, 5 and 4 bits, in the data types kbit chooses."""
-    folder = tmp_path_factory.mktemp("converted")
-    for bits in (8, 5, 4):
-        assert _run(["quantize", MODEL, "--bits", str(bits), "-o", str(folder / str(bits))], debug=True) == 0
-    return {bits: folder / str(bits) for bits in (8, 5, 4)}
+@pytest.fixture
+def converted(smollm2_gguf: Path, make_once: Callable[[str, Callable[[Path], object]], Path]) -> Callable[[int], Path]:
+    """converted(bits): SmolLM2 at 8, 5 or 4 bits, in the data types kbit chooses; converted once."""
+
+    def convert(bits: int, out: Path) -> None:
+        assert _run(["quantize", MODEL, "--bits", str(bits), "-o", str(out)], debug=True) == 0
+
+    return lambda bits: make_once(f"smollm2-{bits}", partial(convert, bits))
 
 
 def json_of(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> Any:
@@ -32,8 +35,8 @@ def json_of(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> Any:
 
 
 @pytest.mark.parametrize("bits", [8, 5, 4])
-def test_the_capital_of_france(converted: dict[int, Path], bits: int, capsys: pytest.CaptureFixture[str]) -> None:
-    arguments = ["run", "The capital of France is", "--model", str(converted[bits]), "--max-tokens", "12"]
+def test_the_capital_of_france(converted: Callable[[int], Path], bits: int, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["run", "The capital of France is", "--model", str(converted(bits)), "--max-tokens", "12"]
     result = json_of(arguments, capsys)
     assert result["text"].startswith(" Paris")
     assert result["prompt_tokens"] == 5
@@ -45,9 +48,9 @@ def test_the_capital_of_france(converted: dict[int, Path], bits: int, capsys: py
 
 @pytest.mark.parametrize(("bits", "format"), [(8, "int8-b64"), (5, "lloyd5-b64"), (4, "nf4-b64")])
 def test_info_counts_every_bit(
-    converted: dict[int, Path], bits: int, format: str, capsys: pytest.CaptureFixture[str]
+    converted: Callable[[int], Path], bits: int, format: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    info = json_of(["info", str(converted[bits])], capsys)
+    info = json_of(["info", str(converted(bits))], capsys)
     assert info["formats"][format]["tensors"] == 7 * 30
     # 16 bits of scale per 64 weights; the norms, in float32, add the rest.
     assert bits + 0.25 < info["bits_per_weight_without_embeddings"] < bits + 0.27
@@ -57,16 +60,16 @@ def test_info_counts_every_bit(
 
 
 def test_eight_bits_cost_next_to_nothing(
-    converted: dict[int, Path], data_dir: Path, capsys: pytest.CaptureFixture[str]
+    converted: Callable[[int], Path], data_dir: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Mean KL below 0.002 nats on WikiText-2 test; on the first 1,024 tokens here, on more of it in the README.
+    """Mean KL below 0.002 nats on WikiText-2 test; on the first 512 tokens here, on more of it in the README.
 
     That is the weights' own: int8 compute would add to it (see test_native_smollm2.py).
     """
     text = str(data_dir / "wikitext2" / "wiki.test.raw")
-    arguments = ["eval", str(converted[8]), "--data", text, "--reference", MODEL, "--compute", "fp32"]
-    result = json_of([*arguments, "--max-tokens", "1024", "--context", "512"], capsys)
-    assert result["tokens"] == 2 * 511
+    arguments = ["eval", str(converted(8)), "--data", text, "--reference", MODEL, "--compute", "fp32"]
+    result = json_of([*arguments, "--max-tokens", "512", "--context", "256"], capsys)
+    assert result["tokens"] == 2 * 255
     assert 0 < result["kl_mean"] < 0.002
     assert result["top1_agreement"] > 0.95
     low, high = result["delta_nll_ci95"]

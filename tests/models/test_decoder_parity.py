@@ -129,13 +129,14 @@ def test_ragged_batch(pair: Pair) -> None:
 
 
 @torch.no_grad()
-def test_greedy_64_tokens(pair: Pair) -> None:
+def test_greedy_text(pair: Pair) -> None:
+    """Past max_position_embeddings."""
     prompt = random_ids(1, 11, seed=4)
-    theirs = pair.theirs.generate(prompt, max_new_tokens=64, do_sample=False, attention_mask=torch.ones_like(prompt))
-    assert theirs.shape == (1, 75)
-    cache = pair.ours.new_cache(1, 75)
+    theirs = pair.theirs.generate(prompt, max_new_tokens=32, do_sample=False, attention_mask=torch.ones_like(prompt))
+    assert theirs.shape == (1, 43)
+    cache = pair.ours.new_cache(1, 43)
     tokens, new = prompt[0].tolist(), prompt
-    for _ in range(64):
+    for _ in range(32):
         new = pair.ours.forward(new, cache, last_only=True).argmax(-1)
         tokens.append(int(new))
     assert tokens == theirs[0].tolist()
