@@ -170,7 +170,18 @@ def converted(smollm2: Path) -> Callable[[int, int], Path]:
 
         folder = cache_dir() / "benchmarks" / f"smollm2-135m-instruct-{bits}bit-head{head}"
         widths = ["--bits", str(bits), "--embedding-bits", str(head)]
-        command = ["-m", "kbit.cli.main", "quantize", str(smollm2), *widths, "-o", str(folder), "--force"]
+        command = [
+            "-m",
+            "kbit.cli.main",
+            "quantize",
+            str(smollm2),
+            *widths,
+            "--method",
+            "rtn",
+            "-o",
+            str(folder),
+            "--force",
+        ]
         if not (folder / "config.json").is_file():  # quantize moves a finished folder into place, never a part of it
             subprocess.run([sys.executable, *command], check=True, capture_output=True, cwd=Path.home())
         return folder

@@ -68,7 +68,19 @@ def quantized(gguf: Path) -> Path:
 
     folder = cache_dir() / "benchmarks" / f"{gguf.stem}-{gguf.stat().st_size}-4bit-head{HEAD_BITS}"
     if not (folder / "config.json").is_file():  # quantize moves a finished folder into place, never a part of it
-        words = ["quantize", str(gguf), "--bits", "4", "--embedding-bits", str(HEAD_BITS), "-o", str(folder), "--force"]
+        words = [
+            "quantize",
+            str(gguf),
+            "--bits",
+            "4",
+            "--method",
+            "rtn",
+            "--embedding-bits",
+            str(HEAD_BITS),
+            "-o",
+            str(folder),
+            "--force",
+        ]
         subprocess.run(
             [sys.executable, "-m", "kbit.cli.main", *words], check=True, capture_output=True, cwd=Path.home()
         )

@@ -86,7 +86,18 @@ def test_memory(benchmark: Any, subject: tuple[str, Path], tmp_path: Path) -> No
     seconds: dict[int, float] = {}
 
     def command(bits: int) -> float:
-        words = ["-m", "kbit.cli.main", "quantize", str(path), "--bits", str(bits), "-o", str(tmp_path / "out")]
+        words = [
+            "-m",
+            "kbit.cli.main",
+            "quantize",
+            str(path),
+            "--bits",
+            str(bits),
+            "--method",
+            "rtn",
+            "-o",
+            str(tmp_path / "out"),
+        ]
         begin = perf_counter()
         with tempfile.TemporaryFile("w+") as errors:
             # cwd: a checkout's own kbit/ must not shadow the installed package.

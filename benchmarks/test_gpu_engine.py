@@ -51,7 +51,20 @@ def models(converted: Callable[[int, int], Path]) -> Callable[[int], Path]:
         from kbit.host.cache_folder import cache_dir
 
         folder = cache_dir() / "benchmarks" / f"{source.name}-{bits}bit"
-        command = ["-m", "kbit.cli.main", "quantize", source, "--bits", bits, "--embedding-bits", bits, "-o", folder]
+        command = [
+            "-m",
+            "kbit.cli.main",
+            "quantize",
+            source,
+            "--bits",
+            bits,
+            "--method",
+            "rtn",
+            "--embedding-bits",
+            bits,
+            "-o",
+            folder,
+        ]
         if not (folder / "config.json").is_file():
             words = [str(word) for word in (sys.executable, *command, "--force")]
             subprocess.run(words, check=True, capture_output=True, cwd=Path.home())

@@ -11,6 +11,28 @@ _Bytes: TypeAlias = torch.Tensor | NDArray[np.uint8]
 
 def pack_plane(codes: _Bytes, width: int, shift: int, plane: _Bytes) -> None: ...
 def unpack_plane(plane: _Bytes, width: int, shift: int, first: bool, codes: _Bytes) -> None: ...
+
+_Table: TypeAlias = torch.Tensor | NDArray[np.float32]
+
+def round_matrix(
+    weights: _Table,
+    correction: _Table | None,
+    feedback: _Table | None,
+    importance: _Table,
+    levels: _Table,
+    codes_of_levels: _Bytes,
+    block: int,
+    scale_type: str,
+    asymmetric: bool,
+    shares: _Table,
+    given_scales: _Table | None,
+    given_offsets: _Table | None,
+    codes: _Bytes,
+    scales: _Table,
+    offsets: _Table | None,
+    residual: _Table | None,
+    isa: str = "",
+) -> None: ...
 def instruction_sets() -> list[str]: ...
 def emulated_sets() -> list[str]: ...
 

@@ -87,14 +87,11 @@ def make_once(common_folder: Path) -> Callable[[str, Callable[[Path], object]], 
 
 @pytest.fixture(scope="session", autouse=True)
 def prepared_weights_elsewhere(common_folder: Path) -> Iterator[None]:
-    """Hundreds of tiny models are loaded: what is prepared of them is not for the user's cache."""
-    before = os.environ.get("KBIT_PREPARED")
-    os.environ["KBIT_PREPARED"] = str(common_folder / "prepared")
-    yield
-    if before is None:
-        del os.environ["KBIT_PREPARED"]
-    else:
-        os.environ["KBIT_PREPARED"] = before
+    """Hundreds of tiny models are loaded: what is prepared or measured of them is not for the user's cache."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("KBIT_PREPARED", str(common_folder / "prepared"))
+        patch.setenv("KBIT_CALIBRATION", str(common_folder / "calibration"))
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -245,7 +242,7 @@ def zoo(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path, write_model:
         if "." not in name:
             shutil.copytree(sharded if name in SHARDED else tiny_model, folder / name)
         make(folder / name)
-    code, _, error = run_command(["quantize", str(folder / "good"), "-o", str(folder / "done")])
+    code, _, error = run_command(["quantize", str(folder / "good"), "--method", "rtn", "-o", str(folder / "done")])
     assert code == 0, error
     shutil.copytree(folder / "done", folder / "bit-rot")
     weights = bytearray((folder / "bit-rot" / "model.safetensors").read_bytes())

@@ -22,6 +22,7 @@ LAYERS = (
     ("text", "checkpoint"),
     ("backends",),
     ("models",),
+    ("calibration",),
     ("quantizers", "tuning"),
     ("engine",),
     ("evaluate",),

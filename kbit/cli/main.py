@@ -30,6 +30,7 @@ COMMANDS = {
     "run": ("kbit.cli.run", "run", ""),
     "chat": ("kbit.cli.chat", "chat", "Talk to a model in its chat template."),
     "quantize": ("kbit.cli.quantize", "quantize", "Convert a model to k-bit weights."),
+    "calibrate": ("kbit.cli.calibrate", "calibrate", "Measure which errors of its weights a model feels."),
     "eval": ("kbit.cli.eval", "evaluate", "Measure perplexity, KL divergence and zero-shot tasks."),
     "scale": ("kbit.cli.scale", "scale", "Measure accuracy versus bits over models and formats."),
     "plan": ("kbit.cli.plan", "plan", "Choose model, width and KV width for a memory and a speed."),

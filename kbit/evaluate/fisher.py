@@ -24,8 +24,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from kbit.backends.reference.gradients import KeepingBackend
 from kbit.checkpoint.source import CheckpointSource
-from kbit.evaluate.sensitivity import PROBES, KeepingBackend, TracingOps, backward_passes, matrix_names
+from kbit.evaluate.sensitivity import PROBES, TracingOps, backward_passes, matrix_names
 from kbit.graph.ops import Weight
 from kbit.host.errors import KbitError
 from kbit.models.decoder import DecoderDefinition
@@ -146,7 +147,7 @@ class _SummingOps(TracingOps):
         super().__init__(definition, tokens, sums)
         self._sums = sums
 
-    def collect(self, weight: Weight, gradient: torch.Tensor) -> None:
+    def take(self, weight: Weight, gradient: torch.Tensor) -> None:
         own, square = self._sums[id(weight)], gradient.square()
         own.rows.add_(square.sum(dim=1, dtype=torch.float64))
         own.columns.add_(square.sum(dim=0, dtype=torch.float64))

@@ -28,13 +28,13 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from kbit.backends.reference.backend import ReferenceBackend, ReferenceWeight, RowOps, tensor_of
+from kbit.backends.reference.backend import ReferenceBackend
+from kbit.backends.reference.gradients import GradientOps, KeepingBackend, dense
 from kbit.checkpoint.source import CheckpointSource
 from kbit.evaluate.compare import compare
 from kbit.formats.quant_tensor import QuantTensor
-from kbit.graph.ops import Attention, Vector, Weight, refuse_attention
+from kbit.graph.ops import Weight
 from kbit.host.errors import KbitError
-from kbit.kernels import reference
 from kbit.models.decoder import Decoder, DecoderDefinition
 from kbit.models.load import load_decoder
 from kbit.models.params import parameters
@@ -102,7 +102,7 @@ def measure_sensitivity(
     traces /= windows.scored_per_window
     found = []
     for place, (name, weight) in enumerate(names):
-        square = float(_dense(weight).double().square().mean())
+        square = float(dense(weight).double().square().mean())
         values = 0.5 * square * traces[:, :, place]
         if not (np.isfinite(values).all() and square > 0):
             raise KbitError(f"{source.path}: the sensitivity of {name} is not finite: the weights are broken, or zero")
@@ -145,16 +145,6 @@ def matrix_names(decoder: Decoder) -> list[tuple[str, Weight]]:
         for p in parameters(decoder.spec)
         if p.layer is not None and p.role == "linear"
     ]
-
-
-class KeepingBackend(ReferenceBackend):
-    """Keeps matrices in the precision they are stored in, quantized ones packed: every use makes them float32."""
-
-    def __init__(self) -> None:
-        super().__init__(expand=False)
-
-    def prepare(self, weight: torch.Tensor | QuantTensor, *, lookup: bool = False) -> ReferenceWeight:
-        return ReferenceWeight(weight if isinstance(weight, QuantTensor) else weight.contiguous())
 
 
 class _Noisy(CheckpointSource):
@@ -212,7 +202,7 @@ def backward_passes(
     probes: int,
     generator: torch.Generator,
 ) -> None:
-    """Run a text, ids (1, T), and send `probes` random u back from its scored positions: gradients go to `ops.collect`.
+    """Run a text, ids (1, T), and send `probes` random u back from its scored positions: gradients go to `ops.take`.
 
     The expected square of a gradient is the sum over the scored positions of the diagonal of F.
     """
@@ -228,8 +218,8 @@ def backward_passes(
             torch.autograd.backward(logits, u, retain_graph=probe + 1 < probes)
 
 
-class TracingOps(RowOps):
-    """The reference's operations with gradients, for one text from its start; `collect` takes those of matrices.
+class TracingOps(GradientOps):
+    """The reference's operations with gradients, for one text from its start; `take` gets those of matrices.
 
     Args:
         tokens: of the text.
@@ -240,47 +230,17 @@ class TracingOps(RowOps):
     """
 
     def __init__(self, definition: DecoderDefinition, tokens: int, wanted: Collection[int]) -> None:
-        super().__init__()
+        super().__init__(definition, tokens)
         self.probe = 0
         self._wanted = wanted
-        self._positions = torch.arange(tokens)[None]  # (1, T)
-        tables = definition.rotation(np.arange(tokens)[None], np.array([tokens]))
-        self._cos, self._sin = (torch.from_numpy(table) for table in tables)
 
-    def embed(self, weight: Weight, ids: torch.Tensor) -> torch.Tensor:
-        return super().embed(weight, ids).requires_grad_()
+    def collect(self, weight: Weight, x: torch.Tensor, gradient: torch.Tensor) -> None:
+        if id(weight) in self._wanted:
+            self.take(weight, gradient.flatten(0, -2).T @ x.flatten(0, -2))
 
-    def linear(self, weight: Weight, x: torch.Tensor, bias: Vector | None = None) -> torch.Tensor:
-        out: torch.Tensor = _TracedLinear.apply(x, weight, self)  # type: ignore[no-untyped-call]
-        return out if bias is None else out + tensor_of(bias)
-
-    def logits(self, weight: Weight, x: torch.Tensor) -> torch.Tensor:
-        out: torch.Tensor = _TracedLinear.apply(x, weight, self)  # type: ignore[no-untyped-call]
-        return out
-
-    def self_attention(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, attention: Attention) -> torch.Tensor:
-        refuse_attention(
-            attention, "gradient", mask=("causal", "bidirectional"), source=("self",), positions=("rotary",)
-        )
-        # Not kernels.reference.attend, which saves memory by writing over what a backward pass would need.
-        q, k, v = (x.view(*x.shape[:-1], -1, attention.head_dim) for x in (q, k, v))  # (1, T, H or H_kv, D)
-        q, k = (reference.rope(x, self._cos, self._sin) for x in (q, k))
-        group = attention.heads // attention.kv_heads
-        q, k, v = (x.transpose(1, 2) for x in (q, k.repeat_interleave(group, 2), v.repeat_interleave(group, 2)))
-        behind = self._positions[0][:, None] - self._positions  # (T, T): how far back a key lies
-        seen = torch.ones_like(behind, dtype=torch.bool) if attention.mask == "bidirectional" else behind >= 0
-        if attention.window is not None:
-            seen &= behind < attention.window
-        out = torch.nn.functional.scaled_dot_product_attention(q, k, v, seen, scale=attention.scale)  # (1, H, T, D)
-        return out.transpose(1, 2).flatten(-2)
-
-    def collect(self, weight: Weight, gradient: torch.Tensor) -> None:
+    def take(self, weight: Weight, gradient: torch.Tensor) -> None:
         """Take the gradient (N, K) of a matrix that is asked for."""
         raise NotImplementedError
-
-    def wants(self, weight: Weight) -> bool:
-        """Whether a matrix's gradient is asked for."""
-        return id(weight) in self._wanted
 
 
 class _SquaredNorms(TracingOps):
@@ -292,30 +252,5 @@ class _SquaredNorms(TracingOps):
         super().__init__(definition, tokens, places)
         self._places, self._sums = places, sums
 
-    def collect(self, weight: Weight, gradient: torch.Tensor) -> None:
+    def take(self, weight: Weight, gradient: torch.Tensor) -> None:
         self._sums[self.probe, self._places[id(weight)]] += float(gradient.square().sum(dtype=torch.float64))
-
-
-class _TracedLinear(torch.autograd.Function):
-    """x W^T whose backward pass forms the weight's gradient only to hand it to the operations."""
-
-    @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, weight: Weight, ops: TracingOps) -> torch.Tensor:
-        ctx.save_for_backward(x)
-        ctx.weight, ctx.ops = weight, ops
-        return torch.nn.functional.linear(x, _dense(weight))
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Any) -> tuple[torch.Tensor, None, None]:
-        (grad,) = grads
-        (x,) = ctx.saved_tensors
-        if ctx.ops.wants(ctx.weight):
-            ctx.ops.collect(ctx.weight, grad.flatten(0, -2).T @ x.flatten(0, -2))  # (N, K)
-        return grad @ _dense(ctx.weight), None, None
-
-
-def _dense(weight: Weight) -> torch.Tensor:
-    """A matrix as float32."""
-    if not isinstance(weight, ReferenceWeight):
-        raise TypeError(f"{type(weight).__name__} was prepared by another backend")
-    return weight.data.dequantize() if isinstance(weight.data, QuantTensor) else weight.data.float()

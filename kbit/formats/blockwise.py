@@ -116,10 +116,7 @@ def _fit(
     """First pass: scales (and offsets) as stored, and the codebook."""
     rows, columns = shape
     all_scales, all_offsets, samples = [], [], []
-    # A stride with a factor in common with the row length would leave out most columns.
-    stride = max(1, rows * columns // QUANTILE_SAMPLE)
-    while gcd(stride, columns) != 1:
-        stride += 1
+    stride = _sample_stride(rows, columns)
     for start, stop in chunks:
         x = _finite(read_rows(start, stop), start, stop, name)
         scales, offsets = block_statistics(x, format)
@@ -139,6 +136,22 @@ def _fit(
     else:
         levels = torch.from_numpy(format_codebook(format, columns).copy())
     return parts, levels
+
+
+def matrix_codebook(weight: torch.Tensor, format: QuantFormat) -> torch.Tensor:
+    """The codebook of a matrix (N, K) in a format, float32 (2^k,); from its values where the format says so."""
+    if not format.has_own_codebook:
+        return torch.from_numpy(format_codebook(format, weight.shape[1]).copy())
+    stride = _sample_stride(*weight.shape)
+    return torch.from_numpy(quantile_codebook(np.sort(weight.reshape(-1)[::stride].numpy()), format.bits))
+
+
+def _sample_stride(rows: int, columns: int) -> int:
+    """Which of the values are looked at: a stride that shares a factor with the row would leave out most columns."""
+    stride = max(1, rows * columns // QUANTILE_SAMPLE)
+    while gcd(stride, columns) != 1:
+        stride += 1
+    return stride
 
 
 def _finite(x: torch.Tensor, start: int, stop: int, name: str) -> torch.Tensor:

@@ -41,6 +41,11 @@ class Weights:
         return tuple(self.linear(slot) for slot in slots)
 
 
+def layer(ops: Ops[X], spec: ModelSpec, weights: Weights, index: int, x: X) -> X:
+    """One layer on the residual stream: (..., hidden) -> (..., hidden)."""
+    return mlp(ops, spec, weights, attention(ops, spec, weights, index, x))
+
+
 def attention(ops: Ops[X], spec: ModelSpec, weights: Weights, index: int, x: X) -> X:
     """x + attention(norm(x)), and a norm of what is added where the model has one: (..., hidden)."""
     q, k, v = _together(ops, weights, QKV, norm(ops, spec, weights, "attention_norm", x))

@@ -63,8 +63,7 @@ class DecoderDefinition:
         """Token ids -> hidden states (..., hidden), before the final norm."""
         x = ops.embed(self.weights.embedding, ids)
         for index, layer in enumerate(self.weights.layers):
-            x = blocks.attention(ops, self.spec, layer, index, x)
-            x = blocks.mlp(ops, self.spec, layer, x)
+            x = blocks.layer(ops, self.spec, layer, index, x)
         return x
 
     def head(self, ops: Ops[X], hidden: X) -> X:

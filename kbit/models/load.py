@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from itertools import groupby
 from math import isfinite
 from typing import TYPE_CHECKING
 
@@ -56,6 +55,24 @@ def check_loadable(source: CheckpointSource, backend: Backend) -> ModelSpec:
     return spec
 
 
+def load_layer(source: CheckpointSource, spec: ModelSpec, backend: Backend, layer: int) -> Weights:
+    """The parameters of one layer, for who works through a model that is larger than memory.
+
+    Raises:
+        CheckpointError: a tensor that is not finite.
+    """
+    return _Loader(source, spec, backend, None).layer(layer)
+
+
+def load_ends(source: CheckpointSource, spec: ModelSpec, backend: Backend) -> DecoderWeights:
+    """What stands outside of the layers: embedding, final norm and head.
+
+    Raises:
+        CheckpointError: a tensor that is not finite.
+    """
+    return _Loader(source, spec, backend, None).ends()
+
+
 class _Loader:
     """Reads, checks and prepares the tensors of one model."""
 
@@ -67,19 +84,26 @@ class _Loader:
         progress: Callable[[int, int], None] | None,
     ) -> None:
         self.source, self.spec, self.backend, self.progress = source, spec, backend, progress
-        self.done, self.total = 0, len(parameters(spec))
+        self._declared = parameters(spec)
+        self._outside = [p for p in self._declared if p.layer is None]
+        self.done, self.total = 0, len(self._declared)
 
     def decoder(self) -> Decoder:
-        spec = self.spec
-        declared = parameters(spec)
-        embedding = self._weight(declared[0].name, lookup=True)
-        inside = groupby((p for p in declared if p.layer is not None), key=lambda parameter: parameter.layer)
-        layers = tuple(self._weights(parts) for _, parts in inside)
-        outside = [p for p in declared if p.layer is None]
-        final = self._weights(p for p in outside if p.role in ("norm", "bias"))
-        heads = [p for p in outside if p.role == "head"]
+        embedding = self._weight(self._outside[0].name, lookup=True)
+        layers = tuple(self.layer(index) for index in range(self.spec.layers))
+        return Decoder(self.spec, self.backend, self._ends(embedding, layers))
+
+    def layer(self, index: int) -> Weights:
+        return self._weights(p for p in self._declared if p.layer == index)
+
+    def ends(self) -> DecoderWeights:
+        return self._ends(self._weight(self._outside[0].name, lookup=True), ())
+
+    def _ends(self, embedding: Weight, layers: tuple[Weights, ...]) -> DecoderWeights:
+        final = self._weights(p for p in self._outside if p.role in ("norm", "bias"))
+        heads = [p for p in self._outside if p.role == "head"]
         head = self._weight(heads[0].name) if heads else embedding
-        return Decoder(spec, self.backend, DecoderWeights(embedding, layers, final, head))
+        return DecoderWeights(embedding, layers, final, head)
 
     def _weights(self, declared: Iterable[Parameter]) -> Weights:
         """The parameters of one layer, or of none."""

@@ -53,6 +53,7 @@ def convert(
     overwrite: bool = False,
     on_tensor: Callable[[TensorPlan], None] | None = None,
     encode: Encode | None = None,
+    progress: Callable[[str, int, int], None] | None = None,
 ) -> Conversion:
     """Carry out a plan: write what its method makes of the source, layer by layer.
 
@@ -64,6 +65,7 @@ def convert(
         overwrite: replace a finished model.
         on_tensor: called after each tensor (also for those found finished on resuming).
         encode: who rounds, where the method leaves that open; None: the CPU (`Codec.encode`).
+        progress: see MethodInput.
 
     Raises:
         KbitError and its kinds: see CheckpointWriter and Codec.encode; everything written stays for a rerun.
@@ -82,7 +84,7 @@ def convert(
         out, weights, plan.plan_id, shard_bytes=plan.shard_bytes, resume=resume, overwrite=overwrite
     ) as writer:
         found = writer.done
-        made = plan.method.apply(MethodInput(source, plan, encode=encode))
+        made = plan.method.apply(MethodInput(source, plan, encode=encode, progress=progress))
         for tensor in sorted(plan.tensors, key=_layer):
             if tensor.source.name not in found:
                 if tensor.format is None:

@@ -40,12 +40,14 @@ class MethodInput:
         read: a whole tensor by name, float32 (N, K), where the caller keeps the weights in memory; None: read rows from
             the source, so that no matrix need be there whole.
         encode: rounds to nearest; None: `Codec.encode`, on the CPU.
+        progress: told of long work before the first tensor (calibration): what, steps done, steps in all.
     """
 
     source: CheckpointSource
     plan: Plan
     read: Callable[[str], torch.Tensor] | None = None
     encode: Encode | None = None
+    progress: Callable[[str, int, int], None] | None = None
 
 
 class QuantizedSource(CheckpointSource):

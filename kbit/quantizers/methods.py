@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from kbit.host.errors import UsageError
+from kbit.quantizers.calibrated import Gptq, ScaleSearch, TwoSided
 from kbit.quantizers.hqq import HalfQuadratic
 from kbit.quantizers.method import Method
 from kbit.quantizers.outliers import Outliers
 from kbit.quantizers.rtn import RoundToNearest
 
-METHODS: dict[str, Method] = {method.name: method for method in (RoundToNearest(), HalfQuadratic(), Outliers())}
+METHODS: dict[str, Method] = {
+    method.name: method for method in (RoundToNearest(), HalfQuadratic(), ScaleSearch(), Gptq(), TwoSided(), Outliers())
+}
 
 
 def get_method(name: str, *, to_store: bool = False) -> Method:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -117,6 +117,7 @@ def make_plan(
     format: Codec,
     *,
     embedding_bits: int | None = None,
+    formats: Mapping[str, Codec] | None = None,
     overrides: Sequence[tuple[str, str]] = (),
     shard_bytes: int = DEFAULT_SHARD_BYTES,
     method: Method = _RTN,
@@ -128,6 +129,7 @@ def make_plan(
         format: for linear weights.
         embedding_bits: quantize embeddings and head too, to this many bits (16: keep), in that width's default data
             type with the same blocks and scales.
+        formats: of single tensors, by name, instead of what the two above say.
         overrides: (pattern, what) pairs: a format string, or "keep" to leave the tensor as it is, or "f16", "bf16",
             "f32" to keep it in that type. Patterns are shell-style and match whole tensor names; the last match wins.
         shard_bytes: largest output file.
@@ -150,7 +152,7 @@ def make_plan(
             raise UnsupportedError(f"{info.file}: {info.name} is {info.stored_as}, but weights must be floating point")
         if role == "head" and tied and "model.embed_tokens.weight" in source.tensors:
             continue  # the same matrix under a second name; tied it stays, stored once
-        target = _default_target(role, format, embedding_bits)
+        target = (formats or {}).get(info.name) or _default_target(role, format, embedding_bits)
         keep_as = default_keep = _KEEP_AS.get(info.stored_as, _KEEP_OTHERWISE)
         for pattern, (replacement, keep_word) in chosen:
             if fnmatchcase(info.name, pattern):

@@ -42,7 +42,7 @@ def test_a_bad_weight_is_named(device: str, tmp_path: Path, write_model: Callabl
 
 
 def test_the_command(tmp_path: Path, small_model: Path) -> None:
-    command = ["quantize", str(small_model), "-o", str(tmp_path / "out"), "--device"]
+    command = ["quantize", str(small_model), "--method", "rtn", "-o", str(tmp_path / "out"), "--device"]
     with pytest.raises(UsageError, match="--device tpu: use cpu or cuda"):
         CliRunner().invoke(build([]), [*command, "tpu"], catch_exceptions=False)
     if not torch.cuda.is_available():

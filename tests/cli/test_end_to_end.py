@@ -22,7 +22,7 @@ def converted(smollm2_gguf: Path, make_once: Callable[[str, Callable[[Path], obj
     """converted(bits): SmolLM2 at 8, 5 or 4 bits, in the data types kbit chooses; converted once."""
 
     def convert(bits: int, out: Path) -> None:
-        assert _run(["quantize", MODEL, "--bits", str(bits), "-o", str(out)], debug=True) == 0
+        assert _run(["quantize", MODEL, "--bits", str(bits), "--method", "rtn", "-o", str(out)], debug=True) == 0
 
     return lambda bits: make_once(f"smollm2-{bits}", partial(convert, bits))
 

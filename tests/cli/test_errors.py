@@ -58,8 +58,12 @@ CASES: dict[str, Case] = {
     "wrong shape": Case("run Hi -m {wrong-shape}", 1, (UP, "(80, 31)", "(80, 32)")),
     "integer weights": Case("quantize {integers} -o {new}", 1, (UP, "I8", "must be floating point")),
     "NaN weights, run": Case("run Hi -m {nan-linear}", 1, (UP, "3 NaN")),
-    "NaN weights, quantize": Case("quantize {nan-linear} -o {new}", 1, (UP, "3 weights are NaN", "mend the source")),
-    "infinite norm, quantize": Case("quantize {inf-norm} -o {new}", 1, ("model.norm.weight: 3 values", "mend")),
+    "NaN weights, quantize": Case(
+        "quantize {nan-linear} --method rtn -o {new}", 1, (UP, "3 weights are NaN", "mend the source")
+    ),
+    "infinite norm, quantize": Case(
+        "quantize {inf-norm} --method rtn -o {new}", 1, ("model.norm.weight: 3 values", "mend")
+    ),
     "infinite norm, eval": Case("eval {inf-norm} --data {text.txt}", 1, ("model.norm.weight", "3 infinite")),
     "unsupported family, run": Case("run Hi -m {other-family}", 1, ("'mamba' is not supported", "kbit runs llama")),
     "unsupported family, quantize": Case(
@@ -91,7 +95,14 @@ CASES: dict[str, Case] = {
     "bits 9": Case(Q + "--bits 9", 2, ("9 bits", "2 to 8")),
     "bits -4": Case(Q + "--bits -4", 2, ("-4 bits", "2 to 8")),
     "bits x": Case(Q + "--bits x", 2, ("--bits", "kbit quantize --help")),
-    "bits 4.5": Case(Q + "--bits 4.5", 2, ("--bits", "kbit quantize --help")),
+    "bits 8.5": Case(Q + "--bits 8.5", 2, ("--bits 8.5", "2 to 8")),
+    "bits 4.5 with a type": Case(Q + "--bits 4.5 --dtype int", 2, ("--bits 4.5 mixes widths", "data type")),
+    "bits 4.5 uncalibrated": Case(Q + "--bits 4.5 --method rtn", 2, ("--bits 4.5", "--method ldlq2")),
+    "size": Case(Q + "--size big", 2, ("--size big", "80MB")),
+    "size and bits": Case(Q + "--size 80MB --bits 4", 2, ("--size, --bits and --max-kl", "use one")),
+    "a calibration for nothing": Case(Q + "--method rtn --calibration {notes.txt}", 2, ("does not calibrate", "ldlq2")),
+    "few calibration tokens": Case(Q + "--calibration-tokens 100", 2, ("--calibration-tokens 100", "at least 256")),
+    "calibration text": Case(Q + "--calibration {new}.txt", 2, ("new.txt",)),
     "dtype": Case(Q + "--dtype int4", 2, ("'int4'", "int, float, dynamic, quantile, nf, lloyd")),
     "block size 17": Case(Q + "--block-size 17", 2, ("block size 17", "multiple of 16")),
     "block size 8192": Case(Q + "--block-size 8192", 2, ("block size 8192", "4096")),

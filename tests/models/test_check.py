@@ -55,7 +55,9 @@ def test_quantize_refuses_and_info_says_why(tmp_path: Path, write_model: Callabl
     edit, config, message = BROKEN[name]
     folder = change(write_model(tmp_path / "m"), edit, **config)
     with pytest.raises(KbitError, match=message):
-        CliRunner().invoke(build([]), ["quantize", str(folder), "-o", str(tmp_path / "out")], catch_exceptions=False)
+        CliRunner().invoke(
+            build([]), ["quantize", str(folder), "--method", "rtn", "-o", str(tmp_path / "out")], catch_exceptions=False
+        )
     assert [path.name for path in tmp_path.iterdir()] == ["m"]
     with open_model(str(folder)) as source:
         found = summarise(source)
@@ -73,7 +75,9 @@ def test_quantize_refuses_a_tied_head_that_differs(tmp_path: Path, write_model: 
     for more in ([], ["--dry-run"]):
         with pytest.raises(CheckpointError, match=r"tie_word_embeddings is true, but lm_head\.weight differs"):
             CliRunner().invoke(
-                build([]), ["quantize", str(folder), "-o", str(tmp_path / "o"), *more], catch_exceptions=False
+                build([]),
+                ["quantize", str(folder), "--method", "rtn", "-o", str(tmp_path / "o"), *more],
+                catch_exceptions=False,
             )
     assert [path.name for path in tmp_path.iterdir()] == ["m"]
     with open_model(str(folder)) as source:
@@ -86,7 +90,7 @@ def test_quantize_refuses_a_tied_head_that_differs(tmp_path: Path, write_model: 
 def test_a_tied_head_that_equals_the_embedding_is_fine(tmp_path: Path, write_model: Callable[..., Path]) -> None:
     folder = change(write_model(tmp_path / "m"), lambda t: t.update({HEAD: t[EMBEDDING].clone()}))
     result = CliRunner().invoke(
-        build([]), ["quantize", str(folder), "-o", str(tmp_path / "out")], catch_exceptions=False
+        build([]), ["quantize", str(folder), "--method", "rtn", "-o", str(tmp_path / "out")], catch_exceptions=False
     )
     assert result.exit_code == 0
     with open_model(str(tmp_path / "out")) as source:

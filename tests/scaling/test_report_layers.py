@@ -162,7 +162,7 @@ def test_command_draws_and_reports(novels: tuple[Path, Path], tmp_path: Path) ->
 def test_command_compares_a_conversion_with_its_original(tiny_model: Path, tmp_path: Path) -> None:
     out, picture = tmp_path / "out", tmp_path / "layers.svg"
     flags = ["--bits", "3", "--override", "*.down_proj.weight=int8-b64"]
-    assert run_command(["quantize", str(tiny_model), "-o", str(out), *flags])[0] == 0
+    assert run_command(["quantize", str(tiny_model), "--method", "rtn", "-o", str(out), *flags])[0] == 0
     code, text, error = run_command(
         ["info", str(out), "--plot", str(picture), "--reference", str(tiny_model), "--data", "none", "--json"]
     )

@@ -26,6 +26,7 @@ void bind_engine(nanobind::module_& module);
 void bind_kv_pages(nanobind::module_& module);
 void bind_sizes(nanobind::module_& module);
 void bind_mapped(nanobind::module_& module);
+void bind_rounding(nanobind::module_& module);
 void bind_text(nanobind::module_& module);
 
 }  // namespace kbit

@@ -52,5 +52,6 @@ NB_MODULE(_native, module) {
   kbit::bind_kv_pages(module);
   kbit::bind_sizes(module);
   kbit::bind_mapped(module);
+  kbit::bind_rounding(module);
   kbit::bind_text(module);
 }

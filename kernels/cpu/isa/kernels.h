@@ -6,6 +6,7 @@
 
 #include "attention/attention_kernels.h"
 #include "codecs/matrix.h"
+#include "rounding/rounding.h"
 
 namespace kbit {
 
@@ -56,6 +57,7 @@ struct Kernels {
   void (*decode_row)(const Matrix& w, std::int64_t row, float* out);                          // out (K)
 
   AttentionKernels attention;
+  void (*round_rows)(const RoundTask&);  // up to 16 rows of weights to codes and scales
   std::int64_t (*trace)(const std::uint8_t* in, std::int64_t in_bytes, std::uint8_t* out, std::int64_t out_bytes);
 };
 

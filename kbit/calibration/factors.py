@@ -1,0 +1,57 @@
+"""The Fisher information of a matrix as a Kronecker product.
+
+An error E of a matrix W (N, K) makes, to second order, a KL divergence of vec(E)' F vec(E) / 2 per token, F the Fisher
+information: the second moment of the gradient of a log-probability whose target is drawn from the model itself. With x
+a token's input of the matrix and d the gradient at its output, the gradient of the weights is d x'. Taking tokens for
+independent of each other (YAQA, arXiv 2505.22988, "sketch A"),
+
+    F = H_O (x) H_I / trace,    H_I = E |d|^2 x x',    H_O = E |x|^2 d d',    trace = E |d|^2 |x|^2,
+
+the best H_I for H_O = 1 and the best H_O for H_I = 1. Tokens of a text are not independent where attention averages
+them (values, above all), so F is scaled to its true trace, the mean square of a text's gradient sum d x'. H_I of plain
+x x' (GPTQ, arXiv 2210.17323) is what is left where there are no gradients.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True, eq=False)
+class Factors:
+    """Of one matrix (N, K), per token.
+
+    Attributes:
+        inputs: H_I, float32 (K, K), symmetric.
+        outputs: H_O, float32 (N, N); its diagonal (N,) for a matrix with too many rows (a head); or None: not measured,
+            equal for all rows.
+        coherence: the true trace of F over `trace`.
+        weighted: whether H_I weighs tokens by their gradients; if not, divergences cannot be told.
+    """
+
+    inputs: torch.Tensor
+    outputs: torch.Tensor | None
+    coherence: float = 1.0
+    weighted: bool = True
+
+    @property
+    def trace(self) -> float:
+        """E |d|^2 |x|^2."""
+        return float(self.inputs.diagonal().sum(dtype=torch.float64))
+
+    def divergence(self, error: torch.Tensor) -> float:
+        """KL divergence in nats per token that an error (N, K) makes, to second order.
+
+        Without gradients: half the squared error of the matrix's outputs, which compares errors of one matrix only.
+        """
+        heard = error @ self.inputs  # (N, K)
+        if self.outputs is None:
+            rows = (heard * error).sum(dtype=torch.float64) / (1 if not self.weighted else error.shape[0])
+            return 0.5 * float(rows)
+        trace = self.trace
+        if not trace > 0:
+            return 0.0
+        weighed = self.outputs @ error if self.outputs.dim() == 2 else self.outputs[:, None] * error
+        return 0.5 * self.coherence * float((weighed * heard).sum(dtype=torch.float64)) / trace

@@ -1,0 +1,384 @@
+"""Measuring the factors: one pass forward and one backward, layer by layer, with bounded memory.
+
+Forward, the input of every layer is kept (in 16 bits). Backward, from the last layer to the first, a layer is computed
+again with gradients, its factors are added up, and what it hands down is the next gradient: never more than one layer's
+weights and factors are held. The gradient at the logits comes from a random u of covariance diag(p) - p p' at every
+position, which has the second moment of targets drawn from the model (kbit.evaluate.sensitivity).
+
+Work is cut into pieces that do not depend on the number of threads, each is computed by one thread, and sums are formed
+in a fixed order: so are the bits of the result.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from kbit.backends.reference.backend import ReferenceBackend
+from kbit.backends.reference.gradients import GradientOps, KeepingBackend, dense
+from kbit.calibration.factors import Factors
+from kbit.calibration.workers import workers
+from kbit.checkpoint.source import CheckpointSource
+from kbit.graph.ops import Vector, Weight
+from kbit.host.errors import KbitError
+from kbit.models import blocks
+from kbit.models.blocks import Weights
+from kbit.models.decoder import DecoderDefinition, DecoderWeights
+from kbit.models.families import spec_from_config
+from kbit.models.load import load_ends, load_layer
+from kbit.models.params import parameters
+from kbit.models.spec import ModelSpec
+
+# Sequences whose activations are held at once, in tokens: about 20 to 100 thousand floats a token.
+CHUNK_TOKENS = 2048
+# Logits and their gradients are formed for so many bytes at a time.
+_LOGITS_BYTES = 32 << 20
+# Rows of a factor computed by one task.
+_PANEL = 512
+# A factor over the outputs is measured up to this many; for more (a head) only its diagonal.
+_MOST_OUTPUTS = 16384
+
+# (steps done, steps in all), in units that take about as long.
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True, eq=False)
+class LayerFactors:
+    """What was measured in one layer.
+
+    Attributes:
+        layer: its index; None for what stands outside of layers: the embedding (inputs: the second moment of the
+            gradient at its output) and the head.
+        factors: by the matrix's name in the checkpoint.
+    """
+
+    layer: int | None
+    factors: dict[str, Factors]
+
+
+def measure_factors(
+    source: CheckpointSource,
+    ids: NDArray[np.int64],
+    *,
+    gradients: bool = True,
+    threads: int,
+    seed: int = 20261128,
+    skip: Callable[[int | None], bool] = lambda layer: False,
+    progress: Progress | None = None,
+) -> Iterator[LayerFactors]:
+    """The factors of every linear matrix, from the last layer to the first; those of embedding and head come first.
+
+    Args:
+        source: the model.
+        ids: texts of equal length, (S, T).
+        gradients: False: only what goes in (`Factors.weighted` False), in one pass forward, from the first layer on.
+        threads: workers.
+        seed: of u.
+        skip: layers whose factors are at hand already; they are passed through.
+        progress: called after each piece.
+
+    Raises:
+        CheckpointError, UnsupportedError: a model that cannot be run (kbit.models.load).
+        KbitError: activations or gradients that are NaN or infinite.
+    """
+    spec = spec_from_config(source.config, where=f"config of {source.path}")
+    with workers(threads) as pool:
+        passes = _Passes(source, spec, ids, seed, pool, progress)
+        yield from passes.backward(skip) if gradients else passes.forward_only(skip)
+
+
+class _Passes:
+    """The two passes over one text."""
+
+    def __init__(
+        self,
+        source: CheckpointSource,
+        spec: ModelSpec,
+        ids: NDArray[np.int64],
+        seed: int,
+        pool: ThreadPoolExecutor,
+        progress: Progress | None,
+    ) -> None:
+        self.source, self.spec, self.seed, self.pool, self.progress = source, spec, seed, pool, progress
+        self.ids = torch.from_numpy(ids)
+        self.count, self.tokens = ids.shape
+        self.backend = ReferenceBackend()
+        self.names = {(p.layer, p.slot): p.name for p in parameters(spec) if p.role == "linear"}
+        empty = DecoderWeights(_Nothing(), (), Weights(), _Nothing())
+        self.definition = DecoderDefinition(spec, empty)
+        self.done, self.total = 0, 0
+
+    # ---- forward
+
+    def backward(self, skip: Callable[[int | None], bool]) -> Iterator[LayerFactors]:
+        self.total = 4 * self.spec.layers + 4
+        ends = load_ends(self.source, self.spec, KeepingBackend())
+        inputs = [self._embed(ends)]
+        for layer in range(self.spec.layers):
+            inputs.append(self._forward(layer, inputs[-1]))
+            self._step(1)
+        gradient, head = self._head(ends, inputs.pop())
+        tied = ends.head is ends.embedding
+        del ends
+        self._step(4)
+        for layer in reversed(range(self.spec.layers)):
+            collected = None if skip(layer) else _Collected()
+            gradient = self._back_through(layer, inputs.pop(), gradient, collected)
+            if collected is not None:
+                yield LayerFactors(layer, collected.factors(self.count * self.tokens, self.source))
+            self._step(3)
+        if not skip(None):
+            yield LayerFactors(None, self._outside(head, gradient, tied))
+
+    def forward_only(self, skip: Callable[[int | None], bool]) -> Iterator[LayerFactors]:
+        self.total = 2 * self.spec.layers
+        x = self._embed(load_ends(self.source, self.spec, KeepingBackend()))
+        for layer in range(self.spec.layers):
+            collected = None if skip(layer) else _Collected()
+            x = self._forward(layer, x, collected)
+            if collected is not None:
+                yield LayerFactors(layer, collected.factors(self.count * self.tokens, self.source))
+            self._step(2)
+
+    def _embed(self, ends: DecoderWeights) -> torch.Tensor:
+        """(S, T, hidden), bfloat16."""
+        ops = _Plain(self.definition, self.tokens)
+        with torch.no_grad():
+            return torch.stack([ops.embed(ends.embedding, row[None])[0].bfloat16() for row in self.ids])
+
+    def _forward(self, layer: int, x: torch.Tensor, collected: _Collected | None = None) -> torch.Tensor:
+        """The layer's output of x (S, T, hidden), bfloat16."""
+        weights = load_layer(self.source, self.spec, self.backend, layer)
+        names = self._names_of(layer, weights)
+        out = torch.empty_like(x)
+
+        def run(index: int) -> _Capture | None:
+            capture = None if collected is None else _Capture(names)
+            ops = _Plain(self.definition, self.tokens, capture)
+            with torch.no_grad():
+                made = blocks.layer(ops, self.spec, weights, layer, x[index : index + 1].float())
+            out[index] = made[0].bfloat16()
+            return capture
+
+        for chunk in self._chunks():
+            captures = list(self.pool.map(run, chunk))
+            if collected is not None:
+                collected.add([capture for capture in captures if capture is not None], self.pool)
+        if not bool(torch.isfinite(out).all()):
+            raise KbitError(
+                f"{self.source.path}: activations of layer {layer} are not finite: the weights are broken, or the "
+                "model needs more than float32's range"
+            )
+        return out
+
+    # ---- backward
+
+    def _head(self, ends: DecoderWeights, hidden: torch.Tensor) -> tuple[torch.Tensor, Factors]:
+        """The gradient at the hidden states (S, T, hidden), and the head's factors."""
+        head = _dense_matrix(ends.head)
+        definition = DecoderDefinition(self.spec, DecoderWeights(head, (), ends.final, head))
+        flat = hidden.flatten(0, 1)
+        gradient = torch.empty(flat.shape)
+        step = max(1, _LOGITS_BYTES // (4 * self.spec.vocab_size))
+        starts = range(0, len(flat), step)
+
+        def run(start: int) -> _Capture:
+            capture = _Capture({id(head): "head"})
+            ops = _Plain(definition, self.tokens, capture)
+            generator = torch.Generator().manual_seed(self.seed + start)
+            with torch.enable_grad():
+                x = flat[start : start + step].float().requires_grad_()
+                logits = definition.head(ops, x)  # (R, V)
+                root = torch.softmax(logits.detach(), dim=-1).sqrt_()
+                signs = torch.randint(0, 2, root.shape, generator=generator, dtype=torch.int8).mul_(2).sub_(1)
+                u = root * signs
+                u -= root.square() * u.sum(dim=-1, keepdim=True)
+                logits.backward(u)  # type: ignore[no-untyped-call]
+            assert x.grad is not None
+            gradient[start : start + step] = x.grad
+            return capture
+
+        collected = _Collected(most_outputs=0)
+        for first in range(0, len(starts), 8):
+            collected.add(list(self.pool.map(run, starts[first : first + 8])), self.pool)
+        return gradient.view_as(hidden), collected.factors(len(flat), self.source)["head"]
+
+    def _back_through(
+        self, layer: int, x: torch.Tensor, gradient: torch.Tensor, collected: _Collected | None
+    ) -> torch.Tensor:
+        """The gradient at a layer's input from that at its output, both float32 (S, T, hidden)."""
+        weights = load_layer(self.source, self.spec, self.backend, layer)
+        names = self._names_of(layer, weights)
+        handed_down = torch.empty_like(gradient)  # not over `gradient`: the last product's is a view of it
+
+        def run(index: int) -> _Capture:
+            capture = _Capture(names)
+            ops = _Plain(self.definition, self.tokens, capture)
+            with torch.enable_grad():
+                at = x[index : index + 1].float().requires_grad_()
+                out = blocks.layer(ops, self.spec, weights, layer, at)
+                out.backward(gradient[index : index + 1])  # type: ignore[no-untyped-call]
+            assert at.grad is not None
+            handed_down[index] = at.grad[0]
+            if collected is not None:
+                capture.measure_squares()
+            return capture
+
+        for chunk in self._chunks():
+            captures = list(self.pool.map(run, chunk))
+            if collected is not None:
+                collected.add(captures, self.pool)
+        return handed_down
+
+    def _outside(self, head: Factors, gradient: torch.Tensor, tied: bool) -> dict[str, Factors]:
+        flat = gradient.flatten(0, 1)
+        second_moment = flat.T @ flat / len(flat)
+        embedding = parameters(self.spec)[0].name
+        if not tied:
+            return {embedding: Factors(second_moment, None), f"{self.spec.names.head}.weight": head}
+        # One matrix in two places. As an embedding, row v is hit by the share of tokens that are v; as a head by its
+        # share of the outputs' gradient; both follow the frequency of v, so one sum serves.
+        return {embedding: Factors(head.inputs + second_moment, head.outputs)}
+
+    # ---- pieces
+
+    def _chunks(self) -> Iterator[range]:
+        step = max(1, CHUNK_TOKENS // self.tokens)
+        for start in range(0, self.count, step):
+            yield range(start, min(start + step, self.count))
+
+    def _names_of(self, layer: int, weights: Weights) -> dict[int, str]:
+        return {id(matrix): self.names[layer, slot] for slot, matrix in weights.matrices.items()}
+
+    def _step(self, steps: int) -> None:
+        self.done += steps
+        if self.progress is not None:
+            self.progress(self.done, self.total)
+
+
+class _Nothing(Weight):
+    """Stands where a definition has a matrix that is not used."""
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return (0, 0)
+
+    @property
+    def nbytes(self) -> int:
+        return 0
+
+
+def _dense_matrix(weight: Weight) -> Weight:
+    return ReferenceBackend().prepare(dense(weight))
+
+
+class _Capture:
+    """What the products of one piece saw: inputs (R, K) and gradients (R, N), by name."""
+
+    def __init__(self, names: dict[int, str]) -> None:
+        self.names = names
+        self.inputs: dict[str, torch.Tensor] = {}
+        self.gradients: dict[str, torch.Tensor] = {}
+        self.squares: dict[str, float] = {}
+
+    def measure_squares(self) -> None:
+        """The squared norms of the matrices' gradients, of the whole piece."""
+        for name, d in self.gradients.items():
+            self.squares[name] = float((d.T @ self.inputs[name]).square().sum(dtype=torch.float64))
+
+
+class _Plain(GradientOps):
+    """Products that show themselves to a capture: on the way back, or where there is none, on the way forward."""
+
+    def __init__(self, definition: DecoderDefinition, tokens: int, capture: _Capture | None = None) -> None:
+        super().__init__(definition, tokens)
+        self._capture = capture
+
+    def linear(self, weight: Weight, x: torch.Tensor, bias: Vector | None = None) -> torch.Tensor:
+        if self._capture is not None and not torch.is_grad_enabled():
+            self._capture.inputs[self._capture.names[id(weight)]] = x.flatten(0, -2)
+        return super().linear(weight, x, bias)
+
+    def collect(self, weight: Weight, x: torch.Tensor, gradient: torch.Tensor) -> None:
+        if self._capture is not None:
+            name = self._capture.names[id(weight)]
+            self._capture.inputs[name] = x.detach().flatten(0, -2)
+            self._capture.gradients[name] = gradient.detach().flatten(0, -2)
+
+
+class _Collected:
+    """Factors being added up.
+
+    Args:
+        most_outputs: outputs up to which H_O is measured whole.
+    """
+
+    def __init__(self, most_outputs: int = _MOST_OUTPUTS) -> None:
+        self._most_outputs = most_outputs
+        self._inputs: dict[str, torch.Tensor] = {}
+        self._outputs: dict[str, torch.Tensor] = {}
+        self._squares: dict[str, float] = {}
+        self._weighted = True
+
+    def add(self, captures: list[_Capture], pool: ThreadPoolExecutor) -> None:
+        """Add what some pieces saw, in their order."""
+        work: list[tuple[torch.Tensor, torch.Tensor, slice]] = []
+        for name in captures[0].inputs:
+            x = torch.cat([capture.inputs[name] for capture in captures])
+            if name not in captures[0].gradients:
+                self._weighted = False
+                work += self._panels(self._inputs, name, x)
+                continue
+            d = torch.cat([capture.gradients[name] for capture in captures])
+            if name in captures[0].squares:
+                own = sum(capture.squares[name] for capture in captures)
+                self._squares[name] = self._squares.get(name, 0.0) + own
+            x_square, d_square = (v.square().sum(dim=1, keepdim=True) for v in (x, d))
+            work += self._panels(self._inputs, name, x * d_square.sqrt())
+            if d.shape[1] <= self._most_outputs:
+                work += self._panels(self._outputs, name, d * x_square.sqrt())
+            else:
+                diagonal = (d.square() * x_square).sum(dim=0)
+                self._outputs[name] = self._outputs[name] + diagonal if name in self._outputs else diagonal
+        list(pool.map(_add_panel, work))
+
+    def factors(self, tokens: int, source: CheckpointSource) -> dict[str, Factors]:
+        """What was added up, per token."""
+        found = {}
+        for name in list(self._inputs):
+            inputs, outputs = _whole(self._inputs.pop(name), tokens), self._outputs.pop(name, None)
+            if outputs is not None:
+                outputs = _whole(outputs, tokens) if outputs.dim() == 2 else outputs / tokens
+            for factor in (inputs, outputs):
+                if factor is not None and not bool(torch.isfinite(factor.sum())):
+                    raise KbitError(f"{source.path}: the gradients of {name} are not finite: the weights are broken")
+            found[name] = Factors(inputs, outputs, self._coherence(name, inputs, tokens), self._weighted)
+        return found
+
+    def _coherence(self, name: str, inputs: torch.Tensor, tokens: int) -> float:
+        trace = float(inputs.diagonal().sum(dtype=torch.float64))
+        return self._squares[name] / tokens / trace if name in self._squares and trace > 0 else 1.0
+
+    def _panels(
+        self, sums: dict[str, torch.Tensor], name: str, rows: torch.Tensor
+    ) -> list[tuple[torch.Tensor, torch.Tensor, slice]]:
+        size = rows.shape[1]
+        total = sums.setdefault(name, torch.zeros(size, size))
+        return [(total, rows, slice(start, min(start + _PANEL, size))) for start in range(0, size, _PANEL)]
+
+
+def _add_panel(work: tuple[torch.Tensor, torch.Tensor, slice]) -> None:
+    """Some rows of rows' rows, from the diagonal on."""
+    total, rows, panel = work
+    total[panel, panel.start :].addmm_(rows[:, panel].T, rows[:, panel.start :])
+
+
+def _whole(upper: torch.Tensor, tokens: int) -> torch.Tensor:
+    """The symmetric matrix, per token, of which the panels from the diagonal on were summed."""
+    upper /= tokens
+    return upper.triu_() + upper.triu(1).T

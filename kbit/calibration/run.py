@@ -1,0 +1,152 @@
+"""Calibrating a model: its text, its factors, and where they are kept."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from kbit.calibration.measure import measure_factors
+from kbit.calibration.request import SEQUENCE, CalibrationRequest
+from kbit.calibration.store import CalibrationFolder
+from kbit.checkpoint.source import CheckpointSource
+from kbit.host.cache_folder import cache_dir
+from kbit.host.errors import KbitError, UsageError
+from kbit.models.families import spec_from_config
+from kbit.models.sampled_text import CALIBRATION_SEED, sample_sequences, start_tokens
+from kbit.models.spec import ModelSpec
+from kbit.text.datasets import TextData
+from kbit.text.tokenizer import Tokenizer
+
+# What is being done, steps done, steps in all.
+Progress = Callable[[str, int, int], None]
+
+
+def calibrate(
+    source: CheckpointSource,
+    request: CalibrationRequest,
+    *,
+    folder: Path | None = None,
+    threads: int | None = None,
+    progress: Progress | None = None,
+) -> CalibrationFolder:
+    """Measure what is not there yet.
+
+    Args:
+        source: the model.
+        request: what to measure, on what.
+        folder: where to; None: kbit's cache folder, in a place that follows from model and request.
+        threads: workers; None: as many as torch has. The result does not depend on it.
+        progress: called after each piece of work.
+
+    Raises:
+        CheckpointError, UnsupportedError: a model that cannot be run.
+        UsageError: a text with fewer tokens than asked for.
+        KbitError: no room on the disk, or a folder with something else in it.
+    """
+    spec = spec_from_config(source.config, where=f"config of {source.path}")
+    length = min(SEQUENCE, spec.longest_in_pieces)
+    shape = ((request.tokens or default_tokens(spec)) // length, length)
+    measured = {**request.identity, "tokens": shape[0] * length, "sequence": length}
+    identity = {"model": source.fingerprint(), "request": measured}
+    digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:24]
+    kept = CalibrationFolder(folder or calibration_folder() / digest, identity)
+    layers = [*range(spec.layers), *([None] if request.gradients else [])]
+    missing = [layer for layer in layers if not kept.has(layer)]
+    if not missing:
+        return kept
+    _check_room(kept.path, spec, len(missing), request.gradients)
+    ids = kept.ids()
+    if ids is None or ids.shape != shape:
+        ids = calibration_tokens(source, request, *shape, progress=progress)
+        kept.write_ids(ids)
+    layer_by_layer = measure_factors(
+        source,
+        ids,
+        gradients=request.gradients,
+        threads=threads or torch.get_num_threads(),
+        skip=kept.has,
+        progress=None if progress is None else lambda done, total: progress("calibrating", done, total),
+    )
+    for factors in layer_by_layer:
+        kept.write(factors)
+    return kept
+
+
+def calibration_tokens(
+    source: CheckpointSource, request: CalibrationRequest, count: int, length: int, *, progress: Progress | None = None
+) -> NDArray[np.int64]:
+    """The text as sequences of tokens, int64 (count, length).
+
+    Raises:
+        UsageError: a text with fewer tokens than asked for.
+    """
+    tokenizer = Tokenizer.from_source(source)
+    if request.texts:
+        shares = [count // len(request.texts) + (i < count % len(request.texts)) for i in range(len(request.texts))]
+        parts = [_of_text(text, tokenizer, share, length) for text, share in zip(request.texts, shares, strict=True)]
+        return np.concatenate(parts)
+    from kbit.backends.select import select_backend
+    from kbit.models.load import load_decoder
+
+    model = load_decoder(source, select_backend("cpu"))
+    on_progress = None if progress is None else lambda done, total: progress("sampling text", done, total)
+    return sample_sequences(
+        model, start_tokens(tokenizer), count=count, length=length, seed=CALIBRATION_SEED, on_progress=on_progress
+    )
+
+
+def calibration_folder() -> Path:
+    """Where calibrations are kept: KBIT_CALIBRATION if set, else in kbit's cache folder.
+
+    Raises:
+        KbitError: there is no such folder.
+    """
+    named = os.environ.get("KBIT_CALIBRATION")
+    return Path(named).expanduser() if named else cache_dir() / "calibration"
+
+
+def default_tokens(spec: ModelSpec) -> int:
+    """Tokens to calibrate on: more where they are cheap (docs/accuracy.md: what they buy)."""
+    from kbit.models.params import parameters
+
+    weights = sum(p.shape[0] * p.shape[1] for p in parameters(spec) if p.role == "linear")
+    return 65536 if weights < 20_000_000 else 16384
+
+
+def factor_bytes(spec: ModelSpec, layers: int, gradients: bool) -> int:
+    """About what the factors of so many layers take on disk."""
+    from kbit.models.params import parameters
+
+    shapes = [p.shape for p in parameters(spec) if p.role == "linear" and p.layer == 0]
+    return layers * sum(columns**2 + (rows**2 if gradients else 0) for rows, columns in shapes)
+
+
+def _of_text(text: TextData, tokenizer: Tokenizer, count: int, length: int) -> NDArray[np.int64]:
+    """Sequences evenly spread over a text."""
+    ids = np.array(tokenizer.encode(text.text), dtype=np.int64)
+    available = len(ids) // length
+    if available < count:
+        raise UsageError(
+            f"{text.name} has {len(ids):,} tokens, but {count * length:,} are wanted of it: name another text, or "
+            f"use --calibration-tokens {available * length}"
+        )
+    chosen = np.linspace(0, available - 1, count).round().astype(np.int64)
+    sequences: NDArray[np.int64] = ids[: available * length].reshape(available, length)[chosen]
+    return sequences
+
+
+def _check_room(path: Path, spec: ModelSpec, layers: int, gradients: bool) -> None:
+    needed, free = factor_bytes(spec, layers, gradients), shutil.disk_usage(path).free
+    if free < needed + 64_000_000:
+        raise KbitError(
+            f"{path}: calibration needs {needed / 1e9:.2f} GB, but only {free / 1e9:.2f} GB are free; make room, name "
+            "another folder (kbit calibrate --output), or quantize with --method rtn, which needs none"
+        )

@@ -1,0 +1,309 @@
+"""Flags of `kbit quantize`, and what they ask for."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from kbit.cli.options import ThreadsOption
+from kbit.host.errors import UsageError
+
+if TYPE_CHECKING:
+    from kbit.checkpoint.source import CheckpointSource
+    from kbit.formats.codec import Codec
+    from kbit.quantizers.method import Method
+    from kbit.quantizers.plan import Plan
+
+_MAX_SHARD_GB = 1_000_000
+# Bits of embeddings and head where nothing else is said and the method is calibrated: free of loss on every model
+# measured (docs/accuracy.md).
+EMBEDDING_BITS = 6
+_UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30}
+
+
+@dataclass(frozen=True)
+class QuantizeFlags:
+    """Flags of `kbit quantize`."""
+
+    model: Annotated[str, typer.Argument(help="A folder, a .gguf file, a hub id, or a name kbit pull lists.")]
+    bits: Annotated[
+        float | None,
+        typer.Option(
+            "--bits", help="Bits per weight, 2 to 8; 3.25, say, is a mean over the linear layers.  [default: 4]"
+        ),
+    ] = None
+    size: Annotated[
+        str | None, typer.Option("--size", metavar="80MB", help="Size of the weight files, instead of --bits.")
+    ] = None
+    max_kl: Annotated[
+        float | None,
+        typer.Option("--max-kl", metavar="NATS", help="The fewest bits that cost no more KL divergence per token."),
+    ] = None
+    uniform: Annotated[
+        bool, typer.Option("--uniform", help="One width for all linear layers; so does naming a data type or format.")
+    ] = False
+    dtype: Annotated[
+        str | None,
+        typer.Option(
+            "--dtype",
+            help="Data type: int, float, dynamic, quantile, nf or lloyd.  [default: nf at 3 and 4 bits, int at 8, "
+            "lloyd otherwise]",
+        ),
+    ] = None
+    block_size: Annotated[
+        int | None,
+        typer.Option(
+            "--block-size", help="Weights that share a scale: 16 to 4096, 0 for one scale per row.  [default: 64]"
+        ),
+    ] = None
+    asymmetric: Annotated[bool, typer.Option("--asym", help="int only: an offset per block.")] = False
+    exponent_bits: Annotated[int | None, typer.Option("--exponent-bits", help="float only.  [default: 2]")] = None
+    float_grid: Annotated[
+        str | None, typer.Option("--float-grid", help="float only: ocp, paper or bnb.  [default: ocp]")
+    ] = None
+    scale_dtype: Annotated[str | None, typer.Option("--scale-dtype", help="fp16, bf16 or fp32.  [default: fp16]")] = (
+        None
+    )
+    double_quant: Annotated[
+        bool, typer.Option("--double-quant", help="8-bit scales with one fp32 factor per 256 blocks.")
+    ] = False
+    format: Annotated[
+        str | None,
+        typer.Option("--format", help="The whole format in one string (nf4-b64-dq), instead of the flags above."),
+    ] = None
+    method: Annotated[
+        str,
+        typer.Option(
+            "--method",
+            help="How codes are found: auto (the most accurate), ldlq2, gptq, search, rtn (no calibration, seconds); "
+            "kbit scale --methods takes the same.",
+        ),
+    ] = "auto"
+    calibration: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--calibration",
+            metavar="TEXT",
+            help="A text file or a named text to calibrate on; repeatable.  [default: sampled from the model itself]",
+        ),
+    ] = None
+    calibration_tokens: Annotated[
+        int | None, typer.Option("--calibration-tokens", help="Tokens to calibrate on.  [default: by the model's size]")
+    ] = None
+    inputs_only: Annotated[
+        bool, typer.Option("--inputs-only", help="Calibrate without gradients: sooner, and less accurate.")
+    ] = False
+    embedding_bits: Annotated[
+        int | None,
+        typer.Option(
+            "--embedding-bits",
+            help="Bits of embeddings and head; 16 keeps them.  [default: 6 with a calibrated method, else 16]",
+        ),
+    ] = None
+    override: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--override", help="PATTERN=FORMAT (or =keep, =f16, =bf16, =f32) for matching tensor names; repeatable."
+        ),
+    ] = None
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Folder to create.  [default: <model>-<format>]")
+    ] = None
+    shard_size: Annotated[float, typer.Option("--shard-size", help="Largest output file, in GB.")] = 5.0
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and stop.")] = False
+    resume: Annotated[
+        bool, typer.Option("--resume/--no-resume", help="Continue an interrupted run, or discard it and start over.")
+    ] = True
+    force: Annotated[bool, typer.Option("--force", help="Replace a finished model in the output folder.")] = False
+    threads: ThreadsOption = None
+    device: Annotated[
+        str,
+        typer.Option(
+            "--device", metavar="cpu|cuda", help="Who rounds: the CPU, or a GPU. The result is the same, byte for byte."
+        ),
+    ] = "cpu"
+
+    def codec(self) -> Codec:
+        """The format of linear weights; of mixed widths the one below the mean.
+
+        Raises:
+            UsageError: a setting that does not exist, or one that --format says already.
+        """
+        from kbit.formats.quant_format import MAX_BITS, MIN_BITS, QuantFormat, default_dtype
+        from kbit.formats.registry import parse_format
+
+        if self.bits is not None and self.bits != int(self.bits) and not MIN_BITS <= self.bits <= MAX_BITS:
+            raise UsageError(f"--bits {self.bits:g}: use {MIN_BITS} to {MAX_BITS}")
+        fields: dict[str, Any] = {
+            "dtype": self.dtype.lower() if self.dtype else None,
+            "bits": None if self.bits is None else int(self.bits),
+            "block_size": self.block_size,
+            "asymmetric": self.asymmetric or None,
+            "exponent_bits": self.exponent_bits,
+            "grid": self.float_grid,
+            "scale_dtype": self.scale_dtype,
+            "double_quant": self.double_quant or None,
+        }
+        given = {name: value for name, value in fields.items() if value is not None}
+        if self.format is None:
+            given = {"bits": 4, **given}
+            return QuantFormat(**{"dtype": default_dtype(given["bits"]), **given})
+        if given:
+            field = next(iter(given)).replace("_", " ")
+            raise UsageError(f"--format {self.format}: says everything; drop the flag that gives its {field}")
+        return parse_format(self.format)
+
+    @property
+    def names_a_type(self) -> bool:
+        """Whether linear weights are to have one format that the user named."""
+        special = self.dtype or self.format or self.asymmetric or self.exponent_bits or self.float_grid
+        return self.uniform or bool(special)
+
+    def mixed(self, method: Method) -> bool:
+        """Whether every matrix gets a width of its own.
+
+        Raises:
+            UsageError: a budget that one width for all cannot meet, or that needs another method.
+        """
+        from kbit.quantizers.calibrated import CalibratedRounding
+
+        budget = "--size" if self.size else "--max-kl" if self.max_kl is not None else None
+        if budget is None and self.bits is not None and self.bits != int(self.bits):
+            budget = f"--bits {self.bits:g}"
+        weighs = isinstance(method, CalibratedRounding) and method.request.gradients
+        if budget and self.names_a_type:
+            raise UsageError(f"{budget} mixes widths: drop --uniform, and flags that name a data type")
+        if budget and not weighs:
+            raise UsageError(f"{budget} needs gradients to weigh widths: use --method ldlq2, without --inputs-only")
+        if self.size and (self.bits is not None or self.max_kl is not None):
+            raise UsageError("--size, --bits and --max-kl are three ways to say one thing: use one")
+        if self.max_kl is not None and self.bits is not None:
+            raise UsageError("--bits and --max-kl are two ways to say one thing: use one")
+        return weighs and not self.names_a_type
+
+    def label(self, codec: Codec, mixed: bool) -> str:
+        """How the default output folder ends."""
+        if not mixed:
+            return str(codec)
+        if self.size:
+            return self.size.strip().lower()
+        return f"kl{self.max_kl:g}" if self.max_kl is not None else f"{4 if self.bits is None else self.bits:g}bit"
+
+    def fixed(self, plan: Plan) -> set[str]:
+        """Names of matrices whose formats are not to be mixed: --override and --embedding-bits say what they are."""
+        from fnmatch import fnmatchcase
+
+        patterns = [_split_override(text)[0] for text in self.override or ()]
+        return {
+            tensor.source.name
+            for tensor in plan.tensors
+            if any(fnmatchcase(tensor.source.name, pattern) for pattern in patterns)
+            or (self.embedding_bits is not None and tensor.role in ("embedding", "head"))
+        }
+
+    @property
+    def size_bytes(self) -> int | None:
+        """--size in bytes.
+
+        Raises:
+            UsageError: it is no size.
+        """
+        if self.size is None:
+            return None
+        text = self.size.strip().upper()
+        unit = next((unit for unit in _UNITS if text.endswith(unit)), None)
+        try:
+            found = float(text.removesuffix(unit or "")) * _UNITS.get(unit or "", 1)
+        except ValueError:
+            found = 0.0
+        if not 0 < found < 1e15:
+            raise UsageError(f"--size {self.size}: write a size such as 80MB or 1.5GB")
+        return int(found)
+
+    def chosen_method(self, codec: Codec) -> Method:
+        """The method, calibrated on what the flags say.
+
+        Raises:
+            UsageError: there is none of that name, or flags for a calibration that it does not do.
+        """
+        from kbit.calibration.request import CalibrationRequest
+        from kbit.quantizers.calibrated import CalibratedRounding
+        from kbit.quantizers.methods import get_method
+
+        name = self.method
+        if name == "auto":
+            name = "ldlq2" if self.device == "cpu" and get_method("ldlq2").refuses(codec) is None else "rtn"
+            if name == "ldlq2" and self.inputs_only:
+                name = "gptq"
+        method = get_method(name, to_store=True)
+        asked = {
+            "--calibration": self.calibration,
+            "--calibration-tokens": self.calibration_tokens,
+            "--inputs-only": self.inputs_only,
+        }
+        if isinstance(method, CalibratedRounding):
+            if self.device != "cpu":
+                raise UsageError(f"--device {self.device}: rounds to nearest only; use --method rtn, or --device cpu")
+            if not any(asked.values()):
+                return method
+            texts = self.calibration or []
+            return method.calibrated_on(CalibrationRequest.of(texts, self.calibration_tokens, not self.inputs_only))
+        flag = next((flag for flag, value in asked.items() if value), None)
+        if flag is not None:
+            raise UsageError(f"{flag}: method {name} does not calibrate; use --method ldlq2")
+        return method
+
+    def check(self) -> None:
+        """Look for mistakes that show before the model is opened.
+
+        Raises:
+            UsageError: a flag is out of range.
+            UnsupportedError: --device cuda where there is no GPU.
+        """
+        from kbit.formats.quant_format import MAX_BITS, MIN_BITS
+
+        if not 0 < self.shard_size <= _MAX_SHARD_GB:
+            raise UsageError(f"--shard-size {self.shard_size}: use a size in GB, above 0 and at most {_MAX_SHARD_GB}")
+        bits = self.embedding_bits
+        if bits is not None and bits != 16 and not MIN_BITS <= bits <= MAX_BITS:
+            raise UsageError(f"--embedding-bits {bits}: use {MIN_BITS} to {MAX_BITS}, or 16 to keep them")
+        if self.device not in ("cpu", "cuda"):
+            raise UsageError(f"--device {self.device}: use cpu or cuda")
+        if self.device == "cuda":
+            from kbit.backends.select import select_backend
+
+            select_backend("cuda")
+
+    def plan(
+        self, source: CheckpointSource, codec: Codec, method: Method, formats: Mapping[str, Codec] | None = None
+    ) -> Plan:
+        """What becomes of every tensor.
+
+        Args:
+            formats: of mixed widths, by the matrix's name; --override wins over them.
+        """
+        from kbit.quantizers.calibrated import CalibratedRounding
+        from kbit.quantizers.plan import make_plan
+
+        calibrated = isinstance(method, CalibratedRounding)
+
+        return make_plan(
+            source,
+            codec,
+            embedding_bits=self.embedding_bits or (EMBEDDING_BITS if calibrated else None),
+            formats=formats,
+            overrides=[_split_override(text) for text in self.override or ()],
+            shard_bytes=int(self.shard_size * 1e9),
+            method=method,
+        )
+
+
+def _split_override(text: str) -> tuple[str, str]:
+    pattern, equals, format = text.rpartition("=")
+    if not equals:
+        raise UsageError(f"--override {text!r}: write PATTERN=FORMAT, for example '*.down_proj.weight=int8-b64'")
+    return pattern, format

@@ -1,0 +1,226 @@
+"""Bits where they matter: a width for every matrix, so that a budget of bytes costs the least divergence.
+
+Each matrix is rounded at every candidate width, by the method that will be used, and what its error costs is told by
+both factors of its Fisher information: a diagonal estimate is far off for errors that avoid steep directions. Costs of
+matrices add up (docs/accuracy.md says how well), so the best choice is a knapsack, solved on the lower convex hull of
+each matrix's (bytes, cost): from the narrowest widths, always the step that saves most per byte.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import heapq
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from threading import Lock
+from typing import TYPE_CHECKING
+
+from kbit.formats.codec import Codec
+from kbit.formats.quant_format import QuantFormat
+from kbit.host.errors import UsageError
+from kbit.host.files import read_json_object, write_durably
+from kbit.models.families import spec_from_config
+from kbit.models.params import parameters
+
+if TYPE_CHECKING:
+    from kbit.calibration.store import CalibrationFolder
+    from kbit.checkpoint.source import CheckpointSource
+    from kbit.quantizers.settings import Settings
+
+# Widths that matrices inside the layers, and embedding and head, can get.
+LINEAR_WIDTHS, OUTSIDE_WIDTHS = (2, 3, 4, 5, 6, 8), (4, 5, 6, 8)
+# Raised whenever the same matrix gets other costs.
+_VERSION = 1
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A matrix at one width.
+
+    Attributes:
+        format: of the matrix.
+        nbytes: it takes.
+        cost: divergence in nats per token that its error makes, to second order.
+    """
+
+    format: Codec
+    nbytes: int
+    cost: float
+
+
+@dataclass(frozen=True)
+class Allocation:
+    """Formats of matrices.
+
+    Attributes:
+        chosen: by name.
+        cost: predicted divergence of all together.
+        nbytes: of all together.
+        slope: what another byte would save, in nats per token: the last step's.
+    """
+
+    chosen: Mapping[str, Choice]
+    cost: float
+    nbytes: int
+    slope: float
+
+
+def measure_choices(
+    source: CheckpointSource,
+    formats: Mapping[str, Sequence[QuantFormat]],
+    calibration: CalibrationFolder,
+    rounding: Settings,
+    *,
+    progress: Callable[[str, int, int], None] | None = None,
+) -> dict[str, tuple[Choice, ...]]:
+    """What every matrix costs in every format. Kept beside the calibration, layer by layer.
+
+    Args:
+        source: the model.
+        formats: to be tried, by the matrix's name.
+        calibration: of the model, with gradients.
+        rounding: how matrices are rounded.
+        progress: called after each layer.
+    """
+    spec = spec_from_config(source.config, where=f"config of {source.path}")
+    layer_of = {p.name: p.layer for p in parameters(spec)}
+    layers = sorted({layer_of[name] for name in formats}, key=lambda layer: -1 if layer is None else layer)
+    found: dict[str, tuple[Choice, ...]] = {}
+    for done, layer in enumerate(layers):
+        wanted = {name: tried for name, tried in formats.items() if layer_of[name] == layer}
+        costs = _costs_of_layer(source, wanted, calibration, rounding, layer)
+        for name, tried in wanted.items():
+            rows, columns = source.tensors[name].shape
+            found[name] = tuple(
+                Choice(format, format.nbytes(rows, columns), cost)
+                for format, cost in zip(tried, costs[name], strict=True)
+            )
+        if progress is not None:
+            progress("weighing widths", done + 1, len(layers))
+    return found
+
+
+def allocate(choices: Mapping[str, Sequence[Choice]], nbytes: int | None, cost: float | None = None) -> Allocation:
+    """The formats that cost least within a budget; or the fewest bytes that cost no more than asked for.
+
+    Args:
+        choices: by name.
+        nbytes: budget of all together; None: none.
+        cost: the predicted divergence to reach; None: use the budget up.
+
+    Raises:
+        UsageError: the narrowest formats exceed the budget, or the widest cost more than asked for.
+    """
+    hulls = {name: _hull(tried) for name, tried in choices.items()}
+    place = dict.fromkeys(hulls, 0)
+    total = sum(hull[0].nbytes for hull in hulls.values())
+    spent = sum(hull[0].cost for hull in hulls.values())
+    if nbytes is not None and total > nbytes:
+        raise UsageError(
+            f"{nbytes / 1e6:.1f} MB are too few: at the narrowest widths the quantized matrices take "
+            f"{total / 1e6:.1f} MB"
+        )
+    steps = [(-_gain(hull, 0), name) for name, hull in hulls.items() if len(hull) > 1]
+    heapq.heapify(steps)
+    slope = 0.0
+    while steps and (cost is None or spent > cost):
+        gain, name = heapq.heappop(steps)
+        hull, at = hulls[name], place[name]
+        more = hull[at + 1].nbytes - hull[at].nbytes
+        slope = -gain
+        if nbytes is not None and total + more > nbytes:
+            continue  # a smaller matrix may still fit
+        total += more
+        spent += hull[at + 1].cost - hull[at].cost
+        place[name] = at + 1
+        if at + 2 < len(hull):
+            heapq.heappush(steps, (-_gain(hull, at + 1), name))
+    if cost is not None and spent > cost:
+        raise UsageError(
+            f"a divergence of {cost:g} is out of reach: the widest formats are predicted to cost {spent:.2g}"
+        )
+    chosen = {name: hull[place[name]] for name, hull in hulls.items()}
+    return Allocation(chosen, spent, total, slope)
+
+
+def _hull(tried: Sequence[Choice]) -> list[Choice]:
+    """The choices on the lower convex hull of (bytes, cost), from the fewest bytes on."""
+    hull: list[Choice] = []
+    for choice in sorted(tried, key=lambda choice: (choice.nbytes, choice.cost)):
+        if hull and choice.cost >= hull[-1].cost:
+            continue
+        while len(hull) > 1 and _slope(hull[-2], hull[-1]) <= _slope(hull[-2], choice):
+            hull.pop()
+        hull.append(choice)
+    return hull
+
+
+def _slope(a: Choice, b: Choice) -> float:
+    """Divergence saved per byte from a to b."""
+    return (a.cost - b.cost) / (b.nbytes - a.nbytes)
+
+
+def _gain(hull: Sequence[Choice], at: int) -> float:
+    return _slope(hull[at], hull[at + 1])
+
+
+def _costs_of_layer(
+    source: CheckpointSource,
+    wanted: Mapping[str, Sequence[QuantFormat]],
+    calibration: CalibrationFolder,
+    rounding: Settings,
+    layer: int | None,
+) -> dict[str, list[float]]:
+    """Costs of a layer's matrices, format by format: remembered, or measured now."""
+    described = {name: [str(format) for format in tried] for name, tried in wanted.items()}
+    identity = {"version": _VERSION, "rounding": asdict(rounding), "formats": described}
+    digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
+    kept = calibration.path / f"costs-{'outside' if layer is None else layer}-{digest}.json"
+    known = _read_costs(kept, described)
+    if known is None:
+        known = _measure_layer(source, wanted, calibration, rounding, layer)
+        write_durably(kept, json.dumps(known).encode())
+    return known
+
+
+def _measure_layer(
+    source: CheckpointSource,
+    wanted: Mapping[str, Sequence[QuantFormat]],
+    calibration: CalibrationFolder,
+    rounding: Settings,
+    layer: int | None,
+) -> dict[str, list[float]]:
+    import torch
+
+    from kbit.calibration.workers import workers
+    from kbit.quantizers.ldlq import round_matrix
+
+    factors = calibration.read(layer)
+
+    reading = Lock()  # a source has one place in its file
+
+    def cost(job: tuple[str, QuantFormat]) -> float:
+        name, format = job
+        with reading:
+            weight = source.read(name).float()
+        rounded = round_matrix(weight, format, factors[name], rounding, name=name)
+        return factors[name].divergence(weight - rounded.dequantize())
+
+    jobs = [(name, format) for name, tried in wanted.items() for format in tried]
+    with workers(torch.get_num_threads()) as pool:
+        order = sorted(jobs, key=lambda job: -source.tensors[job[0]].numel)
+        costs = dict(zip(order, pool.map(cost, order), strict=True))
+    return {name: [costs[name, format] for format in tried] for name, tried in wanted.items()}
+
+
+def _read_costs(path: Path, described: Mapping[str, Sequence[str]]) -> dict[str, list[float]] | None:
+    if not path.exists():
+        return None
+    try:
+        found = read_json_object(path)
+        costs = {name: [float(cost) for cost in found[name]] for name in described}
+    except (KeyError, TypeError, ValueError):
+        return None  # damaged: measured again
+    return costs if all(len(costs[name]) == len(tried) for name, tried in described.items()) else None

@@ -1,0 +1,147 @@
+"""Methods that round with a calibration: searched scales, one-sided and two-sided feedback (kbit.quantizers.ldlq).
+
+All of them keep the format as it is: the same files, the same kernels, the same speed as rounding to nearest.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
+from threading import Lock
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from kbit.calibration.request import CalibrationRequest
+from kbit.formats.codec import Codec
+from kbit.formats.quant_format import QuantFormat
+from kbit.models.families import spec_from_config
+from kbit.models.params import parameters
+from kbit.quantizers.method import Method, MethodInput, QuantizedSource
+from kbit.quantizers.rtn import QuantizedView
+from kbit.quantizers.settings import Settings
+
+if TYPE_CHECKING:
+    import torch
+
+    from kbit.calibration.factors import Factors
+    from kbit.calibration.store import CalibrationFolder
+    from kbit.checkpoint.source import CheckpointSource
+    from kbit.formats.quant_tensor import QuantTensor
+    from kbit.quantizers.plan import Plan
+
+
+class CalibratedRounding(Method):
+    """Rounding that knows which errors matter.
+
+    Args:
+        request: what to calibrate on.
+    """
+
+    version = 1
+    rounding: ClassVar[Settings]
+
+    def __init__(self, request: CalibrationRequest | None = None) -> None:
+        self.request = request or CalibrationRequest()
+
+    def calibrated_on(self, request: CalibrationRequest) -> CalibratedRounding:
+        return type(self)(request)
+
+    @property
+    def settings(self) -> Mapping[str, Any]:
+        return {**asdict(self.rounding), "calibration": self.request.identity}
+
+    def refuses(self, format: Codec) -> str | None:
+        return None if isinstance(format, QuantFormat) else f"it finds codes for formats of {QuantFormat.family} only"
+
+    def apply(self, job: MethodInput) -> QuantizedSource:
+        from kbit.calibration.run import calibrate
+
+        calibration = calibrate(job.source, self.request, progress=job.progress)
+        return CalibratedView(job.source, job.plan, calibration, self.rounding, job.read)
+
+
+class ScaleSearch(CalibratedRounding):
+    """Every weight to the nearest value, under scales that make the least weighted error."""
+
+    name = "search"
+    about = "rounding to nearest under searched scales, inputs weighted by what the model feels of them"
+    rounding = Settings(feedback=False)
+
+
+class Gptq(CalibratedRounding):
+    """One-sided LDLQ."""
+
+    name = "gptq"
+    about = "searched scales, and each column's error made good by the columns after it (GPTQ, one-sided LDLQ)"
+    rounding = Settings(two_sided=False)
+
+
+class TwoSided(CalibratedRounding):
+    """Two-sided LDLQ."""
+
+    name = "ldlq2"
+    about = "searched scales, and errors made good along columns and rows (two-sided LDLQ): the most accurate"
+    rounding = Settings()
+
+
+class CalibratedView(QuantizedView):
+    """A source whose planned weights come rounded with a calibration.
+
+    All planned matrices of a layer are rounded when the first of them is read, side by side, each by one thread.
+
+    Args:
+        source, plan, read: as for QuantizedView.
+        calibration: of the source.
+        rounding: how.
+    """
+
+    def __init__(
+        self,
+        source: CheckpointSource,
+        plan: Plan,
+        calibration: CalibrationFolder,
+        rounding: Settings,
+        read: Callable[[str], torch.Tensor] | None = None,
+    ) -> None:
+        super().__init__(source, plan, read)
+        self._calibration, self._rounding = calibration, rounding
+        spec = spec_from_config(source.config, where=f"config of {source.path}")
+        self._layers = {p.name: p.layer for p in parameters(spec)}
+        self._ready: dict[str, QuantTensor] = {}
+        self._served: set[str] = set()
+        self._reading = Lock()  # a source has one place in its file
+
+    def read_quantized(self, name: str) -> QuantTensor:
+        if name not in self._ready:
+            if name in self._served:  # asked for again: alone
+                return self._round(name, self._factors(self._layers[name]).get(name))
+            self._round_layer(self._layers[name])
+        self._served.add(name)
+        return self._ready.pop(name)
+
+    def _round_layer(self, layer: int | None) -> None:
+        import torch
+
+        from kbit.calibration.workers import workers
+
+        names = [name for name in self.formats if self._layers[name] == layer and name not in self._served]
+        self._ready.clear()  # of a layer that was not read to its end
+        factors = self._factors(layer)
+        with workers(torch.get_num_threads()) as pool:
+            # The largest first, so that the last one to end is small.
+            by_size = sorted(names, key=lambda name: -self._source.tensors[name].numel)
+            rounded = pool.map(lambda name: self._round(name, factors.get(name)), by_size)
+            self._ready.update(zip(by_size, rounded, strict=True))
+
+    def _factors(self, layer: int | None) -> dict[str, Factors]:
+        if layer is None and not self._calibration.has(None):
+            return {}  # without gradients nothing is known of embedding and head
+        return self._calibration.read(layer)
+
+    def _round(self, name: str, factors: Factors | None) -> QuantTensor:
+        from kbit.quantizers.ldlq import round_matrix
+
+        format = self.formats[name]
+        assert isinstance(format, QuantFormat)
+        with self._reading:
+            weight = self.target(name).float()
+        return round_matrix(weight, format, factors, self._rounding, name=name)

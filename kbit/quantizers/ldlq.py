@@ -1,0 +1,190 @@
+"""Rounding a matrix so that what its errors cost is small: searched scales, and errors made good by later weights.
+
+The cost of an error E is tr(H_O E H_I E'), the factors from calibration (kbit.calibration.factors). With H_I = L D L',
+L unit lower triangular, and likewise H_O = M G M', that is the sum over all weights of G_i D_j (M' E L)_ij^2. From the
+last row and column to the first, a weight's term holds its own error plus what later ones have left; so it is rounded
+after that has been added to it, and its term is a rounding error, the least it can be. H_O = 1 is LDLQ (QuIP, arXiv
+2307.13304), which is GPTQ (arXiv 2210.17323) in another order; both factors are YAQA's rounding (arXiv 2505.22988).
+
+Rows go in blocks of 16 (kernels/cpu/rounding): within one, M is taken for the identity.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from kbit import _native
+from kbit.calibration.factors import Factors
+from kbit.formats.blockwise import block_statistics, matrix_codebook
+from kbit.formats.planes import pack
+from kbit.formats.planes_codec import PlanesTensor
+from kbit.formats.quant_format import QuantFormat, plane_widths
+from kbit.formats.scales import load_scales, store_scales
+from kbit.host.errors import KbitError
+from kbit.quantizers.settings import Settings
+
+# Scales that are tried, in shares of the one that spans the block.
+SHARES = tuple(round(0.5 + 0.04 * i, 2) for i in range(15))
+# Rows whose errors do not reach each other.
+_ROWS = 16
+
+
+def round_matrix(
+    weight: torch.Tensor, format: QuantFormat, factors: Factors | None, settings: Settings, *, name: str = "tensor"
+) -> PlanesTensor:
+    """A matrix in a format.
+
+    Runs in the calling thread but for matrix products; the result does not depend on torch's number of threads as
+    long as those products do not.
+
+    Args:
+        weight: float32 (N, K).
+        format: of the planes codec.
+        factors: of the matrix; None: all errors cost the same.
+        settings: see there.
+        name: what to call the matrix in errors.
+
+    Raises:
+        KbitError: the matrix holds NaN or infinity, or scales that the format cannot hold.
+    """
+    rows, columns = weight.shape
+    weight = weight.contiguous()
+    if not bool(torch.isfinite(weight).all()):
+        raise KbitError(f"{name}: {int((~torch.isfinite(weight)).sum())} weights are NaN or infinite: mend the source")
+    try:
+        store_scales(*block_statistics(weight, format), format)  # refuses what the scales' type cannot hold
+    except KbitError as error:
+        raise KbitError(f"{name}: {error}") from None
+    work = _Work.of(weight, format, settings)
+    feedback, importance = _input_side(factors, settings, columns)
+    if format.double_quant:
+        # Scales share factors over many rows, so they are fixed before the first code is.
+        free = work.run(weight, None, None, importance, slice(0, rows))
+        work.fix_scales(store_scales(free.scales, free.offsets, format))
+    beyond = _output_side(factors, settings)
+    if beyond is None:
+        work.run(weight, None, feedback, importance, slice(0, rows))
+    else:
+        left = torch.zeros_like(weight)  # E L, of the finished rows
+        for start in reversed(range(0, rows, _ROWS)):
+            block = slice(start, min(start + _ROWS, rows))
+            below = slice(block.stop, rows)
+            correction = beyond[below, block].T @ left[below]  # (16, K)
+            done = work.run(weight, correction, feedback, importance, block)
+            left[block] = done.residual - correction
+    return work.tensor()
+
+
+def _input_side(factors: Factors | None, settings: Settings, columns: int) -> tuple[torch.Tensor | None, torch.Tensor]:
+    """(L' (K, K) or None for the identity, D (K,))."""
+    if factors is None:
+        return None, torch.ones(columns)
+    if not settings.feedback:
+        diagonal = factors.inputs.diagonal().clone()
+        floor = settings.input_damping * float(diagonal.mean())
+        return None, diagonal + floor if floor > 0 else torch.ones(columns)
+    lower = _cholesky(factors.inputs, settings.input_damping)
+    diagonal = lower.diagonal().clone()
+    return (lower / diagonal).T.contiguous(), diagonal.square()
+
+
+def _output_side(factors: Factors | None, settings: Settings) -> torch.Tensor | None:
+    """M (N, N), unit in blocks of 16; None for the identity."""
+    if factors is None or factors.outputs is None or factors.outputs.dim() == 1:
+        return None
+    if not (settings.feedback and settings.two_sided):
+        return None
+    lower = _cholesky(factors.outputs, settings.output_damping)
+    for start in range(0, len(lower), _ROWS):
+        block = slice(start, start + _ROWS)
+        corner = lower[block, block].clone()
+        lower[:, block] = torch.linalg.solve_triangular(corner, lower[:, block], upper=False, left=False)
+    return lower
+
+
+def _cholesky(factor: torch.Tensor, damping: float) -> torch.Tensor:
+    """The lower triangle C of factor + damping = C C'; of a factor of zeros, the identity."""
+    size = len(factor)
+    mean = float(factor.diagonal().mean())
+    if not mean > 0:
+        return torch.eye(size)
+    while True:
+        damped = factor / mean
+        damped.diagonal().add_(damping)
+        lower: torch.Tensor
+        lower, failed = torch.linalg.cholesky_ex(damped)
+        if not int(failed):
+            return lower
+        damping = max(10 * damping, 1e-4)  # float32 could not tell it from singular
+
+
+@dataclass(frozen=True, eq=False)
+class _Done:
+    """Rows that are rounded."""
+
+    scales: torch.Tensor
+    offsets: torch.Tensor | None
+    residual: torch.Tensor
+
+
+class _Work:
+    """The arrays of one matrix, filled row block by row block."""
+
+    def __init__(self, format: QuantFormat, shape: tuple[int, int], codebook: torch.Tensor, search: bool) -> None:
+        rows, columns = shape
+        self.format, self.shape, self.codebook = format, shape, codebook
+        blocks = format.blocks_per_row(columns)
+        values, first = np.unique(codebook.numpy(), return_index=True)
+        used = values >= -1.0  # as rounding to nearest: an integer type's lowest code is never produced
+        self.levels = torch.from_numpy(values[used].astype(np.float32))
+        self.codes_of_levels = torch.from_numpy(first[used].astype(np.uint8))
+        self.shares = torch.tensor(SHARES if search else ())
+        self.codes = torch.empty(shape, dtype=torch.uint8)
+        self.scales = torch.empty(rows, blocks)
+        self.offsets = torch.empty(rows, blocks) if format.asymmetric else None
+        self.fixed: dict[str, torch.Tensor] | None = None
+
+    @classmethod
+    def of(cls, weight: torch.Tensor, format: QuantFormat, settings: Settings) -> _Work:
+        rows, columns = weight.shape
+        return cls(format, (rows, columns), matrix_codebook(weight, format), settings.search)
+
+    def run(
+        self,
+        weight: torch.Tensor,
+        correction: torch.Tensor | None,
+        feedback: torch.Tensor | None,
+        importance: torch.Tensor,
+        rows: slice,
+    ) -> _Done:
+        """Round some rows."""
+        offsets = None if self.offsets is None else self.offsets[rows]
+        given = given_offsets = None
+        if self.fixed is not None:
+            given = load_scales(self.fixed, "scales", self.format, rows)
+            given_offsets = load_scales(self.fixed, "offsets", self.format, rows)
+        residual = torch.empty_like(weight[rows])
+        _native.round_matrix(
+            weight[rows], correction, feedback, importance, self.levels, self.codes_of_levels,
+            self.format.block_size or self.shape[1], "fp32" if self.format.double_quant else self.format.scale_dtype,
+            self.format.asymmetric, self.shares, given, given_offsets, self.codes[rows], self.scales[rows], offsets,
+            residual,
+        )  # fmt: skip
+        return _Done(self.scales[rows], offsets, residual)
+
+    def fix_scales(self, stored: dict[str, torch.Tensor]) -> None:
+        self.fixed = stored
+
+    def tensor(self) -> PlanesTensor:
+        format = self.format
+        parts = self.fixed if self.fixed is not None else store_scales(self.scales, self.offsets, format)
+        planes = pack(self.codes, format.bits)
+        stored = {f"plane{width}": plane for width, plane in zip(plane_widths(format.bits), planes, strict=True)}
+        stored |= parts
+        if format.has_own_codebook:
+            stored["codebook"] = self.codebook
+        ordered = {suffix: stored[suffix] for suffix in format.parts(*self.shape)}
+        return PlanesTensor(format, self.shape, ordered, self.codebook)

@@ -1,0 +1,94 @@
+"""From a budget to a format for every matrix: calibrate, weigh the widths, solve the knapsack."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
+
+from kbit.calibration.run import calibrate
+from kbit.checkpoint.source import CheckpointSource
+from kbit.formats.quant_format import QuantFormat
+from kbit.host.errors import UnsupportedError, UsageError
+from kbit.quantizers.allocate import LINEAR_WIDTHS, OUTSIDE_WIDTHS, Allocation, allocate, measure_choices
+from kbit.quantizers.calibrated import CalibratedRounding
+from kbit.quantizers.plan import Plan
+
+
+@dataclass(frozen=True)
+class Budget:
+    """How much a model may take: one of three.
+
+    Attributes:
+        bits: mean bits of a code in linear layers; what these leave over can go to embeddings and head, and the other
+            way round.
+        nbytes: of everything that is stored.
+        cost: KL divergence in nats per token that is to be reached.
+    """
+
+    bits: float | None = None
+    nbytes: int | None = None
+    cost: float | None = None
+
+
+def mixed_formats(
+    source: CheckpointSource,
+    plan: Plan,
+    method: CalibratedRounding,
+    budget: Budget,
+    fixed: Collection[str],
+    *,
+    progress: Callable[[str, int, int], None] | None = None,
+) -> Allocation:
+    """Formats for the matrices of a plan.
+
+    Args:
+        source: the model.
+        plan: of one width, which says what is quantized at all, and in what blocks and scales.
+        method: who will round.
+        budget: for all of them.
+        fixed: names of matrices whose formats stay as planned.
+        progress: told of the work: what, steps done, steps in all.
+
+    Raises:
+        UsageError: the budget cannot be met.
+        UnsupportedError: formats whose widths cannot be mixed.
+        KbitError and its kinds: see kbit.calibration.run.calibrate.
+    """
+    free = {tensor.source.name: tensor for tensor in plan.tensors if tensor.format and tensor.source.name not in fixed}
+    formats = {name: _candidates(tensor.format, tensor.role) for name, tensor in free.items()}
+    calibration = calibrate(source, method.request, progress=progress)
+    choices = measure_choices(source, formats, calibration, method.rounding, progress=progress)
+    nbytes = None
+    if budget.nbytes is not None:
+        nbytes = budget.nbytes - sum(t.nbytes for t in plan.tensors if t.source.name not in free)
+        if nbytes <= 0:
+            raise UsageError(f"{budget.nbytes / 1e6:.1f} MB are too few: what is not quantized takes more")
+    elif budget.bits is not None:
+        nbytes = 0
+        for tensor in free.values():
+            assert tensor.format is not None
+            bits = tensor.format.bits if tensor.role != "linear" else budget.bits
+            nbytes += round(_bytes_at(tensor.format, tensor.source.shape, bits))
+    return allocate(choices, nbytes, budget.cost)
+
+
+def _candidates(format: object, role: str) -> tuple[QuantFormat, ...]:
+    """Formats to try: the default data type of every width in the planned blocks; at 3 and 4 bits, two."""
+    if not isinstance(format, QuantFormat):
+        raise UnsupportedError(f"{format}: widths can be mixed for formats of {QuantFormat.family} only")
+    found: dict[QuantFormat, None] = {}
+    for width in LINEAR_WIDTHS if role == "linear" else OUTSIDE_WIDTHS:
+        for dtype in ("lloyd", "nf") if width in (3, 4) else ("int",) if width == 8 else ("lloyd",):
+            found[QuantFormat(
+                dtype, width, format.block_size, scale_dtype=format.scale_dtype, double_quant=format.double_quant
+            )] = None  # fmt: skip
+    return tuple(found)
+
+
+def _bytes_at(format: object, shape: tuple[int, ...], bits: float) -> float:
+    """Bytes of a matrix at a width that may lie between two."""
+    assert isinstance(format, QuantFormat)
+    low = int(bits)
+    below = format.at_width(low).nbytes(shape[0], shape[1])
+    above = below if low == bits else format.at_width(low + 1).nbytes(shape[0], shape[1])
+    return below + (bits - low) * (above - below)

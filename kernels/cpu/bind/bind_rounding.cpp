@@ -1,0 +1,120 @@
+// Python bindings of rounding with feedback.
+#include <nanobind/nanobind.h>
+#include <nanobind/ndarray.h>
+#include <nanobind/stl/optional.h>
+#include <nanobind/stl/string.h>
+
+#include <algorithm>
+#include <cmath>
+#include <memory>
+#include <new>
+#include <optional>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "bind/bind_engine.h"
+#include "isa/isa.h"
+#include "isa/kernel_table.h"
+#include "rounding/rounding.h"
+
+namespace nb = nanobind;
+
+namespace kbit {
+namespace {
+
+using Levels = nb::ndarray<const float, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
+using LevelCodes = nb::ndarray<const std::uint8_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
+using Vector = Levels;
+using Table = nb::ndarray<const float, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
+using TableOut = nb::ndarray<float, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
+using CodesOut = nb::ndarray<std::uint8_t, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
+
+ScaleType scale_type_named(const std::string& name) {
+  if (name == "fp16") return ScaleType::half;
+  if (name == "bf16") return ScaleType::bfloat;
+  if (name == "fp32") return ScaleType::single;
+  throw std::invalid_argument("scale type " + name + " is none of fp16, bf16, fp32");
+}
+
+template <class A> void require(const A& array, std::int64_t rows, std::int64_t columns, const char* what) {
+  if (std::int64_t(array.shape(0)) != rows || std::int64_t(array.shape(1)) != columns) {
+    throw std::invalid_argument(std::string(what) + " must have shape (" + std::to_string(rows) + ", " +
+                                std::to_string(columns) + ")");
+  }
+}
+
+struct FreeAligned {
+  void operator()(float* p) const { ::operator delete[](p, std::align_val_t(64)); }
+};
+
+void round_matrix(Table weights, std::optional<Table> correction, std::optional<Table> feedback, Vector importance,
+                  Levels levels, LevelCodes codes_of_levels, std::int64_t block, const std::string& scale_type,
+                  bool asymmetric, Vector shares, std::optional<Table> given_scales, std::optional<Table> given_offsets,
+                  CodesOut codes, TableOut scales, std::optional<TableOut> offsets, std::optional<TableOut> residual,
+                  const std::string& isa) {
+  const std::int64_t rows = std::int64_t(weights.shape(0)), columns = std::int64_t(weights.shape(1));
+  if (rows < 1 || columns < 1) throw std::invalid_argument("there are no weights");
+  if (block < 1) throw std::invalid_argument("a block has at least one column");
+  block = std::min(block, columns);
+  const std::int64_t blocks = (columns + block - 1) / block;
+  if (correction) require(*correction, rows, columns, "correction");
+  if (feedback) require(*feedback, columns, columns, "feedback");
+  if (std::int64_t(importance.shape(0)) != columns) throw std::invalid_argument("importance is one number per column");
+  if (given_scales) require(*given_scales, rows, blocks, "given scales");
+  if (given_offsets) require(*given_offsets, rows, blocks, "given offsets");
+  if (given_scales && asymmetric && !given_offsets) throw std::invalid_argument("scales are given, but no offsets");
+  if (asymmetric && !offsets) throw std::invalid_argument("offsets have nowhere to go");
+  require(codes, rows, columns, "codes");
+  require(scales, rows, blocks, "scales");
+  if (offsets) require(*offsets, rows, blocks, "offsets");
+  if (residual) require(*residual, rows, columns, "residual");
+  for (std::size_t i = 0; i < levels.shape(0); ++i) {
+    if (!std::isfinite(levels.data()[i])) throw std::invalid_argument("levels must be finite");
+  }
+  const Grid grid({levels.data(), levels.data() + levels.shape(0)},
+                  {codes_of_levels.data(), codes_of_levels.data() + codes_of_levels.shape(0)});
+  const ScaleType type = scale_type_named(scale_type);
+  const Kernels* kernels = find_kernels(choose_instruction_set(isa).c_str());
+  const std::unique_ptr<float[], FreeAligned> scratch(
+      static_cast<float*>(::operator new[](sizeof(float) * std::size_t(round_scratch(columns)), std::align_val_t(64))));
+  nb::gil_scoped_release release;
+  for (std::int64_t begin = 0; begin < rows; begin += kRoundedRows) {
+    RoundTask task = {};
+    task.grid = &grid;
+    task.scale_type = type;
+    task.asymmetric = asymmetric;
+    task.rows = std::min<std::int64_t>(kRoundedRows, rows - begin);
+    task.columns = columns;
+    task.block = block;
+    task.weights = weights.data() + begin * columns;
+    task.correction = correction ? correction->data() + begin * columns : nullptr;
+    task.feedback = feedback ? feedback->data() : nullptr;
+    task.importance = importance.data();
+    task.shares = shares.data();
+    task.share_count = std::int64_t(shares.shape(0));
+    task.given_scales = given_scales ? given_scales->data() + begin * blocks : nullptr;
+    task.given_offsets = given_offsets ? given_offsets->data() + begin * blocks : nullptr;
+    task.codes = codes.data() + begin * columns;
+    task.scales = scales.data() + begin * blocks;
+    task.offsets = offsets ? offsets->data() + begin * blocks : nullptr;
+    task.residual = residual ? residual->data() + begin * columns : nullptr;
+    task.scratch = scratch.get();
+    kernels->round_rows(task);
+  }
+}
+
+}  // namespace
+
+void bind_rounding(nb::module_& module) {
+  module.def("round_matrix", &round_matrix, nb::arg("weights").noconvert(), nb::arg("correction").noconvert().none(),
+             nb::arg("feedback").noconvert().none(), nb::arg("importance").noconvert(), nb::arg("levels").noconvert(),
+             nb::arg("codes_of_levels").noconvert(), nb::arg("block"), nb::arg("scale_type"), nb::arg("asymmetric"),
+             nb::arg("shares").noconvert(), nb::arg("given_scales").noconvert().none(),
+             nb::arg("given_offsets").noconvert().none(), nb::arg("codes").noconvert(), nb::arg("scales").noconvert(),
+             nb::arg("offsets").noconvert().none(), nb::arg("residual").noconvert().none(), nb::arg("isa") = "",
+             "Round rows of a matrix, errors of columns passed on to those before (kernels/cpu/rounding/rounding.h). "
+             "All rows are independent of each other. Runs in the calling thread.");
+}
+
+}  // namespace kbit
