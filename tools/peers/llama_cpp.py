@@ -15,7 +15,14 @@ from common import PeerError, Record, run, say
 
 VERSION = "0.3.36"
 SHA256 = "832db0699007f1be95a7e41ef12e88926b02ba836461e36a36372db2760c1a2e"  # of the sdist of that version
-TOOLS = ("llama-bench", "llama-batched-bench", "llama-completion", "llama-perplexity", "llama-quantize")
+TOOLS = (
+    "llama-bench",
+    "llama-batched-bench",
+    "llama-completion",
+    "llama-perplexity",
+    "llama-quantize",
+    "llama-imatrix",
+)
 OPTIONS = (
     "-DCMAKE_BUILD_TYPE=Release",
     "-DGGML_NATIVE=ON",

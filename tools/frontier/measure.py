@@ -1,0 +1,156 @@
+"""Measuring points: one evaluator for kbit's methods and for peers. Every point is saved as soon as it is there."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Callable, Iterable
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from frontier.llama_cpp import LlamaCpp
+from frontier.subjects import Subject
+from kbit.backends.select import select_backend
+from kbit.checkpoint.resolve import open_model
+from kbit.evaluate.compare import Comparison, compare
+from kbit.evaluate.logits import StoredLogits
+from kbit.evaluate.statistics import cluster
+from kbit.formats.registry import parse_format
+from kbit.host.errors import KbitError, UsageError
+from kbit.models.families import spec_from_config
+from kbit.models.load import load_decoder
+from kbit.quantizers.method import MethodInput
+from kbit.quantizers.methods import METHODS, get_method
+from kbit.quantizers.plan import make_plan
+from kbit.text.datasets import resolve_data
+from kbit.text.tokenizer import Tokenizer
+from kbit.text.windows import choose_context, make_windows
+
+Row = dict[str, Any]
+PEER = "llama.cpp"
+# Bits of what is no linear layer (embedding, head, norms), in kbit's points and in peers' alike.
+OTHER_BITS = 16
+
+
+class Frontier:
+    """The rows of a file, and measuring more of them.
+
+    Args:
+        file: JSON lines; rows in it are not measured again.
+    """
+
+    def __init__(self, file: Path) -> None:
+        self._file = file
+        lines = file.read_text().splitlines() if file.is_file() else []
+        self.rows: list[Row] = [json.loads(line) for line in lines if line.strip()]
+
+    def measure(
+        self,
+        subject: Subject,
+        pairs: Iterable[tuple[str, str]],
+        peer: LlamaCpp | None,
+        types: Iterable[str],
+        say: Callable[[str], None],
+    ) -> None:
+        """Measure a model with methods of kbit, (method, format) pairs, and in types of llama.cpp.
+
+        Methods that there are not, and formats that a method has no use for, are said and passed over.
+
+        Raises:
+            KbitError: the model, its text or a peer's file cannot be read or made.
+        """
+        with ExitStack() as stack:
+            source = stack.enter_context(open_model(subject.path))
+            spec = spec_from_config(source.config)
+            length = choose_context("gptq", subject.context, spec.max_positions)
+            text = resolve_data(subject.data)
+            windows = make_windows(text, Tokenizer.from_source(source), "gptq", length, subject.tokens)
+            digest = hashlib.sha256(windows.ids.tobytes()).hexdigest()[:16]
+            # Equals the reference to rounding, and is quicker.
+            backend = select_backend("cpu", compute="fp32")
+            plain = make_plan(source, parse_format("int8-b64"))
+            linear = sum(tensor.source.numel for tensor in plain.tensors if tensor.role == "linear")
+            every = sum(tensor.source.numel for tensor in plain.tensors)
+            reference = stack.enter_context(StoredLogits(load_decoder(source, backend), windows))
+            about = {"model": subject.name, "data": text.name.rsplit("/", 1)[-1], "windows": digest, "context": length}
+
+            def add(row: Row, bits: int, comparison: Comparison, seconds: float) -> None:
+                sizes = {
+                    "linear_bits": bits / linear,
+                    "all_bits": (bits + OTHER_BITS * (every - linear)) / every,
+                    "seconds": round(seconds, 1),
+                }
+                self._add({**about, **row, **sizes, **_figures(comparison)})
+                say(f"{subject.name}: {row['tool']} {row['method']} {row['format']}: {bits / linear:.3f} bits, "
+                    f"KL {comparison.kl_mean:.5f}")  # fmt: skip
+
+            for method_name, format_name in pairs:
+                row = {"tool": "kbit", "method": method_name, "format": format_name}
+                if method_name not in METHODS:
+                    say(f"there is no method {method_name}: passed over")
+                    continue
+                method = get_method(method_name)
+                row["version"] = method.version
+                if self._has({**about, **row}):
+                    continue
+                try:
+                    plan = make_plan(source, parse_format(format_name), method=method)
+                except UsageError as error:
+                    say(str(error))
+                    continue
+                begin = time.perf_counter()
+                made = method.apply(MethodInput(source, plan))
+                decoder = load_decoder(made, backend)
+                seconds = time.perf_counter() - begin
+                bits = sum(
+                    8 * tensor.nbytes + made.extra_bits(tensor.source.name)
+                    for tensor in plan.tensors
+                    if tensor.role == "linear"
+                )
+                add(row, bits, compare(decoder, reference, windows), seconds)
+            if peer is None:
+                return
+            for kind in ("F32", *types):
+                row = {"tool": PEER, "method": "imatrix", "format": kind, "version": 1}
+                if kind != "F32" and self._has({**about, **row}):
+                    continue
+                begin = time.perf_counter()
+                path = peer.original() if kind == "F32" else peer.dequantized(kind)
+                seconds = time.perf_counter() - begin
+                with open_model(str(path)) as file:
+                    comparison = compare(load_decoder(file, backend), reference, windows)
+                if kind == "F32":
+                    if comparison.kl_mean > 1e-7:
+                        raise KbitError(f"{path}: is not the model it was made from (KL {comparison.kl_mean:.2g})")
+                    continue
+                bits, kinds = peer.linear_bits(kind)
+                add({**row, "types": kinds}, bits, comparison, seconds)
+
+    def _has(self, row: Row) -> bool:
+        return any(all(known.get(key) == value for key, value in row.items()) for known in self.rows)
+
+    def _add(self, row: Row) -> None:
+        self.rows.append(row)
+        self._file.parent.mkdir(parents=True, exist_ok=True)
+        with self._file.open("a") as file:
+            file.write(json.dumps(row) + "\n")
+
+
+def _figures(comparison: Comparison) -> Row:
+    """What is kept of a comparison: the figures, and sums by window for intervals."""
+    kl = cluster(comparison.kl)
+    return {
+        "tokens": comparison.model.tokens,
+        "kl": comparison.kl_mean,
+        "kl_stderr": comparison.kl_stderr,
+        "kl_p99.9": comparison.kl_percentile(99.9),
+        "perplexity": comparison.model.perplexity,
+        "original_perplexity": comparison.reference.perplexity,
+        "top1": comparison.top1_agreement,
+        "cluster_tokens": int(kl.sizes[0]) if np.ptp(kl.sizes) == 0 else kl.sizes.tolist(),
+        "cluster_kl": [float(f"{value:.6g}") for value in kl.sums],
+    }

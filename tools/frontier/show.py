@@ -1,0 +1,138 @@
+"""The frontier as tables and as a figure."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from frontier.measure import PEER, Row
+from kbit.evaluate.statistics import DRAWS, SEED
+
+# What part of a peer's divergence kbit is to have with no more bits: the goals of accuracy.
+GOALS = {"IQ2_S": 0.9, "IQ3_S": 0.6, "IQ4_XS": 0.5, "Q4_K_M": 0.5, "Q5_K_M": 0.6, "Q6_K": 0.6}
+_COLOURS = {"rtn": "#0072B2", "hqq": "#56B4E9", "awq": "#009E73", "gptq": "#CC79A7", "ldlq2": "#D55E00"}
+_PEER_COLOUR, _OTHER = "#E69F00", "#000000"
+
+
+def latest(rows: list[Row]) -> list[Row]:
+    """The last row of every point."""
+    return list({(row["model"], row["tool"], row["method"], row["format"]): row for row in rows}.values())
+
+
+def tables(rows: list[Row], notes: dict[str, str]) -> str:
+    """Markdown: for every model its points, and its best against each type of the peer."""
+    lines: list[str] = []
+    for model in dict.fromkeys(row["model"] for row in rows):
+        chosen = sorted((row for row in rows if row["model"] == model), key=lambda row: row["linear_bits"])
+        first = chosen[0]
+        lines += [
+            f"**{model}** ({notes.get(model, 'as it is')}), {first['tokens']:,} tokens of {first['data']} in windows "
+            f"of {first['context']}; perplexity of the original {first['original_perplexity']:.2f}",
+            "",
+            "| bits, linear | bits, all | | format | KL, nats | KL 99.9 % | perplexity | top-1 |",
+            "|--|--|--|--|--|--|--|--|",
+        ]
+        for row in chosen:
+            who = f"llama.cpp, {row['method']}" if row["tool"] == PEER else f"kbit {row['method']}"
+            error = f" ± {_digits(row['kl_stderr'])}" if row["kl_stderr"] is not None else ""
+            lines.append(
+                f"| {row['linear_bits']:.3f} | {row['all_bits']:.2f} | {who} | {row['format']} | "
+                f"{_digits(row['kl'])}{error} | {_digits(row['kl_p99.9'])} | {row['perplexity']:.2f} | "
+                f"{row['top1']:.1%} |"
+            )
+        lines += ["", *_ratios(chosen), ""]
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def _ratios(rows: list[Row]) -> list[str]:
+    """kbit's best point with no more bits than each of the peer's, as a part of the peer's divergence."""
+    ours = [row for row in rows if row["tool"] == "kbit"]
+    lines = []
+    for peer in (row for row in rows if row["tool"] == PEER):
+        able = [row for row in ours if row["linear_bits"] <= peer["linear_bits"] + 1e-9]
+        if able:
+            best = min(able, key=lambda row: row["kl"])
+            low, high = ratio_interval(best, peer)
+            goal = GOALS.get(peer["format"])
+            lines.append(
+                f"| {peer['format']} | {peer['linear_bits']:.2f} | {best['method']} {best['format']} | "
+                f"{best['linear_bits']:.2f} | {best['kl'] / peer['kl']:.2f} ({low:.2f} to {high:.2f}) | "
+                f"{'' if goal is None else f'{goal:g}'} |"
+            )
+    head = [
+        "| llama.cpp | its bits | kbit's best with no more | bits | KL / its KL (95 %) | goal |",
+        "|--|--|--|--|--|--|",
+    ]
+    return head + lines if lines else []
+
+
+def ratio_interval(row: Row, other: Row, level: float = 0.95) -> tuple[float, float]:
+    """Paired bootstrap interval of the ratio of two mean divergences: the same windows are drawn for both."""
+    ours, theirs = np.array(row["cluster_kl"]), np.array(other["cluster_kl"])
+    times = np.random.default_rng(SEED).multinomial(len(ours), np.full(len(ours), 1 / len(ours)), size=DRAWS)
+    tail = 50 * (1 - level)
+    low, high = np.percentile((times @ ours) / (times @ theirs), [tail, 100 - tail])
+    return float(low), float(high)
+
+
+def draw(rows: list[Row], output: Path) -> None:
+    """KL against bits, a panel for each model, both on scales where a method's points lie about a line."""
+    import matplotlib
+
+    matplotlib.use("svg" if output.suffix == ".svg" else "agg")
+    matplotlib.rcParams["svg.hashsalt"] = "kbit"  # the same rows draw the same file
+    import matplotlib.pyplot as plt
+
+    models = list(dict.fromkeys(row["model"] for row in rows))
+    figure, axes = plt.subplots(1, len(models), figsize=(5 * len(models), 4.4), squeeze=False, layout="constrained")
+    for axis, model in zip(axes[0], models, strict=True):
+        _panel(axis, [row for row in rows if row["model"] == model])
+        axis.set_title(model, loc="left", fontsize=10)
+    labels: dict[str, Any] = {}
+    for axis in axes[0]:
+        labels |= dict(zip(*reversed(axis.get_legend_handles_labels()), strict=True))
+    figure.legend(labels.values(), labels.keys(), loc="outside lower center", ncols=6, frameon=False, fontsize=9)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(output, metadata={"Date": None} if output.suffix == ".svg" else None, dpi=150)
+
+
+def _panel(axis: Any, rows: list[Row]) -> None:
+    series: dict[tuple[str, str], list[Row]] = {}
+    for row in sorted(rows, key=lambda row: row["linear_bits"]):
+        series.setdefault((row["tool"], row["method"]), []).append(row)
+    for (tool, method), points in series.items():
+        peer = tool == PEER
+        best = [
+            row
+            for row in points
+            if row["kl"] == min(other["kl"] for other in points if other["linear_bits"] <= row["linear_bits"])
+        ]
+        colour = _PEER_COLOUR if peer else _COLOURS.get(method, _OTHER)
+        label = "llama.cpp + imatrix" if peer else f"kbit {method}"
+        axis.plot([row["linear_bits"] for row in best], [row["kl"] for row in best], color=colour, linewidth=1)
+        axis.errorbar(
+            [row["linear_bits"] for row in points],
+            [row["kl"] for row in points],
+            yerr=[2 * (row["kl_stderr"] or 0) for row in points],
+            fmt="s" if peer else "o",
+            markersize=4,
+            linewidth=0.8,
+            color=colour,
+            label=label,
+        )
+        if peer:
+            for row in points:
+                where = (row["linear_bits"], row["kl"])
+                axis.annotate(row["format"], where, (3, 3), textcoords="offset points", fontsize=6, color="#555555")
+    axis.set_yscale("log")
+    axis.set_xlabel("bits per weight of the linear layers, everything stored counted", fontsize=8)
+    axis.set_ylabel("KL from the original, nats per token", fontsize=8)
+    axis.tick_params(labelsize=8)
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.grid(True, which="both", linewidth=0.2)
+
+
+def _digits(value: float) -> str:
+    return f"{value:.3g}" if value >= 0.1 else f"{value:.4f}" if value >= 0.01 else f"{value:.5f}"
