@@ -159,6 +159,7 @@ class Program:
         window: int | None,
         rotary: bool = True,
         bidirectional: bool = False,
+        key_bias: NDArray[np.float32] | None = None,
     ) -> None: ...
     def finish(self, hidden: int) -> None: ...
     def head(
@@ -200,6 +201,7 @@ def attention(
     layer: int,
     scale: float,
     window: int = 0,
+    key_bias: NDArray[np.float32] | None = None,
 ) -> NDArray[np.float32]: ...
 
 class BytePairs:

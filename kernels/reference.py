@@ -19,6 +19,13 @@ import torch.nn.functional as F
 from kbit.formats.quant_tensor import QuantTensor
 from kbit.host.errors import UnsupportedError
 from kbit.kernels.activations import ACTIVATIONS as ACTIVATIONS
+from kbit.kernels.reference_kv import LEVELS_4 as LEVELS_4
+from kbit.kernels.reference_kv import SHRINKS_4 as SHRINKS_4
+from kbit.kernels.reference_kv import dequantize_kv as dequantize_kv
+from kbit.kernels.reference_kv import hadamard as hadamard
+from kbit.kernels.reference_kv import kv_group as kv_group
+from kbit.kernels.reference_kv import quantize_kv as quantize_kv
+from kbit.kernels.reference_kv import quantize_kv_4 as quantize_kv_4
 
 # Upper bound, in bytes, on the scores of one attention piece and on the dequantized rows of one linear piece. A piece
 # is never smaller than one query token of one batch row (4 H S bytes) or one weight row (4 K bytes).
@@ -235,84 +242,26 @@ def _softmax_weighted(
     return out.view(batch, kv_heads, group, queries, dim).permute(0, 3, 1, 2, 4).reshape(batch, queries, heads, dim)
 
 
-def hadamard(x: torch.Tensor, group: int) -> torch.Tensor:
-    """The Walsh-Hadamard transform of every `group` features, natural order, normalised: its own inverse.
+def cached_keys(
+    k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, bits: int, bias: torch.Tensor | None = None
+) -> torch.Tensor:
+    """The rotated keys that queries see in a quantized KV cache of the CPU.
 
-    The roundings are part of the meaning, since `quantize_kv` rounds its results: in each 16 features the terms of a
-    sum are added in ascending order, then come butterflies between blocks of 16, then the product with group^-1/2.
-
-    Args:
-        x: (..., D), D a multiple of group.
-        group: a power of two, at least 16.
-
-    Returns:
-        (..., D) float32.
-    """
-    index = torch.arange(16, device=x.device)
-    signs = torch.tensor([1.0 - 2.0 * (bits.bit_count() % 2) for bits in range(16)], device=x.device)
-    matrix = signs[index[:, None] & index]  # (16, 16)
-    blocks = x.float().reshape(-1, group // 16, 16)
-    out = torch.zeros_like(blocks)
-    for i in range(16):
-        out = out + blocks[..., i : i + 1] * matrix[i]
-    distance = 1
-    while distance < group // 16:
-        pairs = out.view(-1, group // (32 * distance), 2, distance, 16)
-        out = torch.stack([pairs[:, :, 0] + pairs[:, :, 1], pairs[:, :, 0] - pairs[:, :, 1]], dim=2)
-        distance *= 2
-    norm: float = group**-0.5
-    return (out * norm).reshape(x.shape)
-
-
-def kv_group(head_dim: int) -> int:
-    """Features of a head that share a scale in a quantized KV cache.
-
-    Raises:
-        UnsupportedError: head_dim is not a multiple of 16.
-    """
-    if head_dim % 16:
-        raise UnsupportedError(f"a quantized KV cache needs heads of a multiple of 16 features, not {head_dim}")
-    return 32 if head_dim % 32 == 0 else 16
-
-
-def quantize_kv(x: torch.Tensor, bits: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Keys (rotated by `rope`) or values as a quantized KV cache stores them.
-
-    Each group of 32 features (16 where 32 does not divide D) goes through `hadamard`, which spreads a channel that is
-    always large over its group. A group's scale is its largest magnitude over 2^bits (over 127 at 8 bits), rounded to
-    half precision; its values become the nearest of 2^bits levels: -2^bits + 1, -2^bits + 3, ..., 2^bits - 1 times the
-    scale (at 8 bits: -127, ..., 127), the midpoints of equal cells.
+    A bias is the same in every key, so only what is left without it needs codes: a bias that is much larger than that
+    would take all levels. What it adds after rotation is known exactly at every position.
 
     Args:
-        x: (..., D).
-        bits: 2, 3, 4 or 8.
+        k: (B, T, H_kv, D), not rotated, bias included.
+        cos, sin: as for `rope`.
+        bits: see quantize_kv.
+        bias: (H_kv, D) or None.
 
     Returns:
-        levels int8 (..., D), scales float16 (..., D / group).
-
-    Raises:
-        UnsupportedError: D is not a multiple of 16.
+        (B, T, H_kv, D) float32.
     """
-    group = kv_group(x.shape[-1])
-    rotated = hadamard(x, group).view(*x.shape[:-1], -1, group)
-    steps = 127.0 if bits == 8 else 2.0**bits
-    largest_half = torch.finfo(torch.float16).max
-    scales = (rotated.abs().amax(-1) / steps).clamp_(max=largest_half).half()
-    divisor = torch.where(scales == 0, 1.0, scales.float())  # a scale of zero makes every level zero
-    units = rotated / divisor[..., None]
-    if bits == 8:
-        levels = units.round().clamp_(-127, 127)
-    else:
-        top = 2**bits - 1
-        levels = (units * 0.5 + 0.5 * top).clamp_(0, top).round() * 2 - top
-    return levels.flatten(-2).to(torch.int8), scales
-
-
-def dequantize_kv(levels: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
-    """What the levels and scales of `quantize_kv` stand for: (..., D) float32. A quantized cache attends over these."""
-    group = levels.shape[-1] // scales.shape[-1]
-    values = levels.float().view(*scales.shape, group) * scales.float()[..., None]
-    return hadamard(values.flatten(-2), group)
+    rest = rope(k if bias is None else k - bias.float(), cos, sin)
+    kept = dequantize_kv(*(quantize_kv_4(rest) if bits == 4 else quantize_kv(rest, bits)))
+    return kept if bias is None else kept + rope(bias.float().expand(k.shape), cos, sin)
 
 
 def activate(gate: torch.Tensor, up: torch.Tensor | None, kind: str) -> torch.Tensor:

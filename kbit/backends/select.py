@@ -16,6 +16,7 @@ BACKENDS = ("auto", "native", "triton", "reference")
 COMPUTE = ("int8", "fp8", "fp16", "bf16", "fp32")
 # --kv-bits to what a cache stores.
 KV_KINDS = {2: "2", 3: "3", 4: "4", 8: "8", 16: "fp16", 32: "fp32"}
+KV_CODES = ("2", "3", "4", "8")  # widths that keys and values may have apart
 # More than any machine has. OpenMP ends the process (without a word) when it cannot start its threads.
 MAX_THREADS = 1024
 
@@ -26,7 +27,7 @@ def select_backend(
     backend: str = "auto",
     threads: int | None = None,
     compute: str | None = None,
-    kv_bits: int | None = None,
+    kv_bits: int | str | None = None,
     expand: bool = True,
 ) -> Backend:
     """The backend for the values of --device, --backend, --threads, --compute and --kv-bits.
@@ -39,8 +40,8 @@ def select_backend(
             torch's (see `set_threads`).
         compute: how quantized weights are multiplied. native: "int8" (None means this), "bf16" or "fp32"; triton:
             "fp16" (None means this), "bf16", "int8" or "fp8" (see TritonBackend).
-        kv_bits: bits of keys and values in the cache: 2, 3, 4 or 8 (codes), 16 or, natively, 32 (float). None: 32 for
-            compute "fp32", else 16.
+        kv_bits: bits of keys and values in the cache: 2, 3, 4 or 8 (codes), 16 or, natively, 32 (float), as a number or
+            as text; "8,4" for two widths of codes, of keys and of values. None: 32 for compute "fp32", else 16.
         expand: see ReferenceBackend.
 
     Raises:
@@ -52,29 +53,45 @@ def select_backend(
     _check_choice("--backend", backend, BACKENDS)
     if compute is not None:
         _check_choice("--compute", compute, COMPUTE)
-    if kv_bits is not None:
-        _check_choice("--kv-bits", kv_bits, KV_KINDS)
+    kv = None if kv_bits is None else kv_kind(kv_bits)
     if threads is not None:
         check_threads(threads)
     if device == "cuda" or backend == "triton":
-        return _gpu(device, backend, compute, kv_bits)
+        return _gpu(device, backend, compute, kv)
     if compute in ("fp16", "fp8"):
         raise UsageError(f"--compute {compute}: this is for GPUs; on the CPU use int8, bf16 or fp32")
     if backend == "reference":
         from kbit.backends.reference.backend import ReferenceBackend
 
-        for flag, given, value in (("--compute", compute, "fp32"), ("--kv-bits", kv_bits, 32)):
-            if given not in (None, value):
+        for flag, given, value in (("--compute", compute, "fp32"), ("--kv-bits", kv_bits, "32")):
+            if given is not None and str(given) != value:
                 raise UsageError(f"{flag} {given}: the reference backend has only {value}; use --backend native")
         return ReferenceBackend(expand=expand)
     from kbit.backends.cpu.backend import NativeBackend
 
     compute = compute or "int8"
-    kv = KV_KINDS[kv_bits or (32 if compute == "fp32" else 16)]
+    kv = kv or ("fp32" if compute == "fp32" else "fp16")
     return NativeBackend(threads or min(default_threads(), MAX_THREADS), compute=compute, kv=kv)
 
 
-def _gpu(device: str, backend: str, compute: str | None, kv_bits: int | None) -> Backend:
+def kv_kind(kv_bits: int | str) -> str:
+    """What a cache stores for a value of --kv-bits, as backends take it: "fp32", "fp16", "8" or "8,4".
+
+    Raises:
+        UsageError: a width that does not exist.
+    """
+    widths = str(kv_bits).split(",")
+    if len(widths) == 2:
+        if not all(width in KV_CODES for width in widths):
+            raise UsageError(
+                f"--kv-bits {kv_bits}: two widths, of keys and of values, are each one of {', '.join(KV_CODES)}"
+            )
+        return widths[0] if widths[0] == widths[1] else ",".join(widths)
+    _check_choice("--kv-bits", str(kv_bits), [str(width) for width in KV_KINDS])
+    return KV_KINDS[int(kv_bits)]
+
+
+def _gpu(device: str, backend: str, compute: str | None, kv: str | None) -> Backend:
     """The Triton backend, or why not."""
     if backend not in ("auto", "triton"):
         raise UsageError(f"--backend {backend} runs on the CPU: drop --device cuda, or use --backend triton")
@@ -82,7 +99,7 @@ def _gpu(device: str, backend: str, compute: str | None, kv_bits: int | None) ->
         raise UsageError("--backend triton runs on GPUs: use --device cuda")
     if compute == "fp32":
         raise UsageError("--compute fp32: on a GPU use fp16, bf16, int8 or fp8")
-    if kv_bits == 32:
+    if kv == "fp32":
         raise UsageError("--kv-bits 32: on a GPU use 16, 8, 4, 3 or 2")
     try:
         from kbit.backends.triton.backend import TritonBackend
@@ -92,7 +109,7 @@ def _gpu(device: str, backend: str, compute: str | None, kv_bits: int | None) ->
         raise UnsupportedError(
             "--device cuda needs Triton, which this Python has not: pip install triton (Linux), or use --device cpu"
         ) from None
-    return TritonBackend(compute=compute or "fp16", kv=str(kv_bits or 16))
+    return TritonBackend(compute=compute or "fp16", kv="16" if kv is None or kv == "fp16" else kv)
 
 
 def check_threads(threads: int) -> None:

@@ -63,12 +63,12 @@ ComputeOption = Annotated[
     ),
 ]
 KvBitsOption = Annotated[
-    int | None,
+    str | None,
     typer.Option(
         "--kv-bits",
-        metavar="2|3|4|8|16|32",
-        help="Bits of a number in the KV cache: fewer for long contexts in little memory, at a loss "
-        "that grows from 8 (small) to 2 (large). [default: 16; 32 with --compute fp32]",
+        metavar="2|3|4|8|16|32|K,V",
+        help="Bits of a number in the KV cache, or two widths, of keys and of values (8,4): fewer for long contexts in "
+        "little memory, at a loss that grows from 8 (small) to 2 (large). [default: 16; 32 with --compute fp32]",
         rich_help_panel=ENGINE,
     ),
 ]

@@ -63,7 +63,7 @@ def tune(
 
 
 def _run(
-    model: str, device: str, compute: str | None, kv_bits: int | None, *, quick: bool, again: bool, quiet: bool
+    model: str, device: str, compute: str | None, kv_bits: int | str | None, *, quick: bool, again: bool, quiet: bool
 ) -> TuneResult:
     """The tuning, with a progress bar on stderr unless `quiet` or stderr is no terminal."""
     from rich.console import Console

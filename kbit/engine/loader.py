@@ -55,7 +55,7 @@ def load_model(
     *,
     backend: str | Backend = "auto",
     compute: str | None = None,
-    kv_bits: int | None = None,
+    kv_bits: int | str | None = None,
     group: Group | None = None,
     check: Callable[[Tokenizer, CheckpointSource], object] | None = None,
     progress: Callable[[int, int], None] | None = None,

@@ -77,7 +77,7 @@ class KbitLM(TemplateLM):  # type: ignore[misc]
         device: str = "auto",
         backend: str = "auto",
         compute: str | None = None,
-        kv_bits: int | None = None,
+        kv_bits: int | str | None = None,
         threads: int | None = None,
         max_length: int | None = None,
         prefix_token_id: int | None = None,

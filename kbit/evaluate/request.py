@@ -27,7 +27,7 @@ class EngineRequest:
     threads: int | None = None
     backend: str = "auto"
     compute: str | None = None
-    kv_bits: int | None = None
+    kv_bits: int | str | None = None
     reference_backend: str = "reference"
 
     def check(self) -> None:

@@ -151,7 +151,7 @@ class Ops(Protocol[X]):
     def linear_group(self, weights: Sequence[Weight], x: X, biases: Sequence[Vector | None]) -> tuple[X, ...]:
         """Several linears of one input (q, k, v; gate, up): x (..., K) -> (..., N_i) each."""
 
-    def self_attention(self, q: X, k: X, v: X, attention: Attention) -> X:
+    def self_attention(self, q: X, k: X, v: X, attention: Attention, key_bias: Vector | None = None) -> X:
         """Attention of a pass's tokens to themselves and to what is in the cache.
 
         q and k are rotated to their positions, k and v written to the cache, and every query attends to the tokens of
@@ -162,6 +162,7 @@ class Ops(Protocol[X]):
             k: (..., H_kv D).
             v: (..., H_kv D).
             attention: sizes, scale, mask and window.
+            key_bias: (H_kv D), what k has from its projection's bias. A cache of codes may store keys without it.
 
         Returns:
             (..., H D).

@@ -85,13 +85,18 @@ class Project:
 
 @dataclass(frozen=True, eq=False)
 class Attend:
-    """out = attention of the pass's tokens, after rotating q and k and appending k and v to the cache."""
+    """out = attention of the pass's tokens, after rotating q and k and appending k and v to the cache.
+
+    Attributes:
+        key_bias: what every k has in it, for caches that store keys without it.
+    """
 
     q: Symbol
     k: Symbol
     v: Symbol
     attention: Attention
     out: Symbol
+    key_bias: Vector | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -182,12 +187,16 @@ class Recorder:
     def logits(self, weight: Weight, x: Symbol) -> Symbol:
         return self.linear(weight, x)
 
-    def self_attention(self, q: Symbol, k: Symbol, v: Symbol, attention: Attention) -> Symbol:
+    def self_attention(
+        self, q: Symbol, k: Symbol, v: Symbol, attention: Attention, key_bias: Vector | None = None
+    ) -> Symbol:
         _expect("queries", q.width, attention.heads * attention.head_dim)
         for part in (k, v):
             _expect("keys and values", part.width, attention.kv_heads * attention.head_dim)
+        if key_bias is not None:
+            _expect("the bias of keys", key_bias.shape[0], k.width)
         out = Symbol(q.width)
-        self.operations.append(Attend(q, k, v, attention, out))
+        self.operations.append(Attend(q, k, v, attention, out, key_bias))
         return out
 
     def activate(self, gate: Symbol, up: Symbol | None, kind: str) -> Symbol:

@@ -58,7 +58,9 @@ def attention(ops: Ops[X], spec: ModelSpec, weights: Weights, index: int, x: X) 
         window=spec.windows[index],
         mask=spec.mask,
     )
-    seen = ops.self_attention(q, k, v, described)  # (..., H D)
+    # Where angles depend on the length of the text, a bias that turned with other angles could not be put back.
+    key_bias = None if spec.rope.depends_on_length else weights.biases.get("k")
+    seen = ops.self_attention(q, k, v, described, key_bias)  # (..., H D)
     return _added(ops, spec, weights, "o", "attention_post_norm", seen, x)
 
 

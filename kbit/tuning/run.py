@@ -77,7 +77,7 @@ def tune_model(
     device: str = "cuda",
     *,
     compute: str | None = None,
-    kv_bits: int | None = None,
+    kv_bits: int | str | None = None,
     quick: bool = False,
     again: bool = False,
     on_step: Step = lambda done, total, label: None,
@@ -112,6 +112,8 @@ def tune_model(
 
     if compute in ("int8", "fp8"):
         raise UsageError(f"--compute {compute}: its kernels have nothing to tune; use fp16, which it is for few tokens")
+    if "," in str(kv_bits):
+        raise UsageError(f"--kv-bits {kv_bits}: tune one width at a time")
     checked = select_backend("cuda", compute=compute, kv_bits=kv_bits)  # refuses what does not exist
     assert isinstance(checked, TritonBackend)
     place = torch.device(device)

@@ -60,36 +60,51 @@ def dequantized(cache: Cache, layer: int, row: int) -> tuple[np.ndarray, np.ndar
 
 
 def run_pass(
-    context: _native.Context, tokens: Tokens, cache: Cache, counts: list[int], window: int = 0
+    context: _native.Context,
+    tokens: Tokens,
+    cache: Cache,
+    counts: list[int],
+    window: int = 0,
+    key_bias: torch.Tensor | None = None,
 ) -> list[torch.Tensor]:
-    """The next counts[b] tokens of every sequence in one pass -> per sequence (counts[b], H, D)."""
+    """The next counts[b] tokens of every sequence in one pass -> per sequence (counts[b], H, D).
+
+    key_bias: (H_kv, D), what the keys of `tokens` have in them.
+    """
     starts = cache.lengths.tolist()
     rows = [(b, t) for b, n in enumerate(counts) for t in range(starts[b], starts[b] + n)]
     sequence, positions = (np.array(column, dtype=np.int32) for column in zip(*rows, strict=True))
     cache.reserve(counts)
     scale = tokens.q.shape[-1] ** -0.5
+    tables = [x if key_bias is not None else x[positions.tolist()] for x in (tokens.cos, tokens.sin)]
     out = _native.attention(
         context,
         *(x[sequence.tolist(), positions.tolist()].contiguous().numpy() for x in (tokens.q, tokens.k, tokens.v)),
         positions,
         sequence,
-        *(x[positions.tolist()].contiguous().numpy() for x in (tokens.cos, tokens.sin)),
+        *(x.contiguous().numpy() for x in tables),
         native_pages(cache),
         cache.tables,
         1,
         scale,
         window,
+        None if key_bias is None else key_bias.flatten().numpy(),
     )
     cache.advance(counts)
     return list(torch.from_numpy(out).split(counts))
 
 
 def run_passes(
-    context: _native.Context, tokens: Tokens, kind: str, passes: list[list[int]], window: int = 0
+    context: _native.Context,
+    tokens: Tokens,
+    kind: str,
+    passes: list[list[int]],
+    window: int = 0,
+    key_bias: torch.Tensor | None = None,
 ) -> list[torch.Tensor]:
     """Several passes over a fresh cache -> per sequence all its results, (length, H, D)."""
     cache = make_cache(tokens, kind)
-    parts = [run_pass(context, tokens, cache, counts, window) for counts in passes]
+    parts = [run_pass(context, tokens, cache, counts, window, key_bias) for counts in passes]
     return [torch.cat(pieces) for pieces in zip(*parts, strict=True)]
 
 
@@ -104,7 +119,9 @@ def stored(x: torch.Tensor, kind: str) -> torch.Tensor:
         return x
     if kind == "fp16":
         return x.half().float()
-    return reference.dequantize_kv(*reference.quantize_kv(x, int(kind)))
+    return reference.dequantize_kv(
+        *(reference.quantize_kv_4(x) if kind == "4" else reference.quantize_kv(x, int(kind)))
+    )
 
 
 def attend(

@@ -390,9 +390,28 @@ def test_select_backend() -> None:
         ({"compute": "fp8"}, r"--compute fp8: this is for GPUs"),
         ({"compute": "int4"}, r"--compute int4: .*int8, fp8, fp16, bf16, fp32"),
         ({"kv_bits": 5}, r"--kv-bits 5: .*2, 3, 4, 8, 16, 32"),
+        ({"kv_bits": "four"}, r"--kv-bits four: .*2, 3, 4, 8, 16, 32"),
+        ({"kv_bits": "8,4,2"}, r"--kv-bits 8,4,2: .*2, 3, 4, 8, 16, 32"),
+        ({"kv_bits": "16,4"}, r"--kv-bits 16,4: two widths, of keys and of values, are each one of 2, 3, 4, 8"),
         ({"threads": 0}, r"--threads 0: expected at least 1"),
         ({"backend": "reference", "compute": "int8"}, r"--compute int8: .*only fp32; use --backend native"),
         ({"backend": "reference", "kv_bits": 4}, r"--kv-bits 4: .*only 32; use --backend native"),
+        ({"backend": "reference", "kv_bits": "8,4"}, r"--kv-bits 8,4: .*only 32; use --backend native"),
     ):
         with pytest.raises(UsageError, match=message):
             select_backend(**choice)  # type: ignore[arg-type]
+
+
+def test_cached_keys_put_the_bias_back() -> None:
+    """Keys that are nothing but their bias come out exact, whatever the width; without a bias there are codes alone."""
+    angles = torch.rand(1, 7, 16) * 6
+    bias = 300 * torch.randn(2, 32)
+    k = bias.expand(1, 7, 2, 32)
+    for bits in (8, 4, 3, 2):
+        assert torch.equal(
+            reference.cached_keys(k, angles.cos(), angles.sin(), bits, bias),
+            reference.rope(k, angles.cos(), angles.sin()),
+        )
+        codes = reference.quantize_kv_4 if bits == 4 else lambda x, bits=bits: reference.quantize_kv(x, bits)
+        plain = reference.dequantize_kv(*codes(reference.rope(k, angles.cos(), angles.sin())))
+        assert torch.equal(reference.cached_keys(k, angles.cos(), angles.sin(), bits), plain)

@@ -38,7 +38,8 @@ class NativeBackend:
     Args:
         threads: members of the team that computes, at least 1.
         compute: "int8", "bf16" or "fp32".
-        kv: what keys and values are stored as: "fp32", "fp16", or bits of codes, "8", "4", "3" or "2".
+        kv: what keys and values are stored as: "fp32", "fp16", or bits of codes, "8", "4", "3" or "2"; "8,4" where
+            those of keys and values differ.
         isa: an instruction set of `_native.instruction_sets()`; None takes the best, or what the environment variable
             KBIT_CPU_ISA names.
 
@@ -84,7 +85,7 @@ class NativeBackend:
 
     def describe(self) -> str:
         threads = f"{self.threads} thread{'s' if self.threads != 1 else ''}"
-        kv = f"{self.kv}-bit" if self.kv.isdigit() else self.kv
+        kv = self.kv if self.kv.startswith("fp") else f"{self.kv}-bit"
         return f"native: {self.isa} kernels, {threads}, {self.compute} compute, {kv} KV cache"
 
     def prepare(self, weight: torch.Tensor | QuantTensor, *, lookup: bool = False) -> NativeWeight:
@@ -103,7 +104,7 @@ class NativeBackend:
         return np.ascontiguousarray(vector, dtype=np.float32)
 
     def new_pool(self, layers: int, kv_heads: int, head_dim: int, pages: int) -> PagePool:
-        if self.kv.isdigit() and head_dim % 16:
+        if not self.kv.startswith("fp") and head_dim % 16:
             raise UnsupportedError(
                 f"--kv-bits {self.kv}: this model's heads have {head_dim} features, and codes need a multiple of 16; "
                 "use --kv-bits 16 or 32"

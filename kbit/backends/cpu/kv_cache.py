@@ -11,7 +11,8 @@ def new_pool(layers: int, kv_heads: int, head_dim: int, kind: str, pages: int) -
     """Pages of native memory, which is taken from the system when tokens are written.
 
     Args:
-        kind: what is stored: "fp32", "fp16", or bits of codes, "8", "4", "3" or "2".
+        kind: what is stored: "fp32", "fp16", or bits of codes, "8", "4", "3" or "2", or
+            two of these, "8,4", of keys and of values.
         pages: how many, at least 1.
 
     Raises:

@@ -129,6 +129,7 @@ def _emit(program: Program, operation: Operation, at: dict[Symbol, int]) -> None
             a.window,
             a.positions == "rotary",
             a.mask == "bidirectional",
+            None if operation.key_bias is None else native_vector(operation.key_bias),
         )
     elif isinstance(operation, Activate):
         up = None if operation.up is None else at[operation.up]

@@ -82,7 +82,14 @@ class RowOps:
         out = reference.logits(x, _data(weight))
         return out if self._group is None else self._group.from_first(out)
 
-    def self_attention(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, attention: Attention) -> torch.Tensor:
+    def self_attention(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        attention: Attention,
+        key_bias: Vector | None = None,
+    ) -> torch.Tensor:
         raise TypeError("attention needs a step and a cache: this is a pass without tokens (a head)")
 
 
@@ -110,7 +117,14 @@ class StepOps(RowOps):
         self._slots = torch.from_numpy(pages * PAGE + positions % PAGE)
         self._positions = torch.from_numpy(positions)
 
-    def self_attention(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, attention: Attention) -> torch.Tensor:
+    def self_attention(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        attention: Attention,
+        key_bias: Vector | None = None,
+    ) -> torch.Tensor:
         refuse_attention(attention, "reference", mask=("causal", "bidirectional"), source=("self",))
         layer, batch = attention.layer, self._batch
         q, k, v = (x.view(1, len(x), -1, attention.head_dim) for x in (q, k, v))  # (1, R, H or H_kv, D)

@@ -48,7 +48,14 @@ class GradientOps(RowOps):
         out: torch.Tensor = _TracedLinear.apply(x, weight, self)  # type: ignore[no-untyped-call]
         return out
 
-    def self_attention(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, attention: Attention) -> torch.Tensor:
+    def self_attention(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        attention: Attention,
+        key_bias: Vector | None = None,
+    ) -> torch.Tensor:
         refuse_attention(
             attention, "gradient", mask=("causal", "bidirectional"), source=("self",), positions=("rotary",)
         )

@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 # The type of what is not rounded further, by compute.
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "int8": torch.float16, "fp8": torch.float16}
 
+FLOAT_KINDS = ("fp16", "bf16")  # of caches
+
 
 class TritonBackend:
     """Runs models on the Triton kernels.
@@ -39,7 +41,10 @@ class TritonBackend:
             round both to 8 bits in the layers' products of more than ROUNDED_TOKENS tokens (prompts, large batches)
             and are "fp16" otherwise: the head, float weights, fewer tokens. They cost accuracy, see
             `kbit.kernels.triton.product.gemm_rounded`.
-        kv: what keys and values are stored as: "16" (fp16, or bf16 with it), or bits of codes, "8", "4", "3" or "2".
+        kv: what keys and values are stored as: "16" (fp16, or bf16 with it), or bits of codes, "8", "4", "3" or "2";
+            "8,4" where those of keys and values differ. Codes are those of `reference.quantize_kv`: of equal steps at 4
+            bits too, and of keys with the bias that all keys may have (Qwen2's do), which the native backend leaves
+            out and puts back. Such models want 8 bits for keys here.
         graphs: replay decoding as a CUDA graph; None: on a GPU, unless there is a group.
         group: the processes that share a model, if several do (`kbit.graph.ops.SplitBackend`).
 
@@ -83,14 +88,14 @@ class TritonBackend:
 
     def describe(self) -> str:
         where = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "Triton's interpreter"
-        kv = f"{self.kv}-bit" if self.kv.isdigit() else self.kv
+        kv = f"{self.kv}-bit" if self.kv not in FLOAT_KINDS else self.kv
         how = ", CUDA graphs" if self.graphs else "" if self.group is None else f", {self.group.size} processes"
         many = f" for more than {ROUNDED_TOKENS} tokens at once, else fp16" if self.activations else ""
         return f"triton: {where}, {self.compute} compute{many}, {kv} KV cache{how}"
 
     def split(self, group: Group) -> TritonBackend:
         here = torch.device("cuda", torch.cuda.current_device()) if self.device.type == "cuda" else self.device
-        kv = self.kv if self.kv.isdigit() else "16"
+        kv = "16" if self.kv in FLOAT_KINDS else self.kv
         return TritonBackend(here, compute=self.compute, kv=kv, group=group)
 
     def prepare(self, weight: torch.Tensor | QuantTensor, *, lookup: bool = False) -> TritonMatrix:
@@ -101,8 +106,9 @@ class TritonBackend:
         return vector.to(self.device, torch.float32).contiguous()
 
     def new_pool(self, layers: int, kv_heads: int, head_dim: int, pages: int) -> PagePool:
+        k_kind, _, v_kind = self.kv.partition(",")
         return PagePool(
-            TritonPages(layers, kv_heads, head_dim, pages, k_kind=self.kv, v_kind=self.kv, device=self.device)
+            TritonPages(layers, kv_heads, head_dim, pages, k_kind=k_kind, v_kind=v_kind or k_kind, device=self.device)
         )
 
     def new_cache(self, layers: int, batch: int, kv_heads: int, head_dim: int, capacity: int) -> Cache:

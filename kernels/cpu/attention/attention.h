@@ -91,7 +91,7 @@ inline void combine_chunks(float* largest, float* sum, const ChunkSoftmax* chunk
 void finish_row(const CacheView& c, float* outputs, float sum, float* out) {
   const Floats divisor = broadcast(sum);
   for (int d = 0; d < c.padded; d += 16) store(outputs + d, div(load(outputs + d), divisor));
-  if (c.bits < 16) hadamard(outputs, c.head_dim, c.group);
+  if (c.value_bits < 16) hadamard(outputs, c.head_dim, c.group);
   copy_head(outputs, c.head_dim, out);
 }
 
@@ -125,13 +125,24 @@ inline void score_floats(const TaskState& s, const Chunk& chunk, int64_t m, int 
   const CacheView& c = *s.cache;
   const FloatKeys<Element> keys{
       {reinterpret_cast<const Element*>(chunk.keys[0]), reinterpret_cast<const Element*>(chunk.keys[1])},
-      chunk.key_stride / int64_t(sizeof(Element)), c.head_dim, s.queries.floats + m * c.padded, c.padded};
+      chunk.key_stride / int64_t(sizeof(Element)), c.head_dim, s.queries.floats + m * c.padded, c.padded, false};
+  score<R>(keys, begin, end, s.scores);
+}
+
+// Onto the scores of codes, what the keys' constant part adds.
+template <int R> void add_constant(const TaskState& s, const Chunk& chunk, int64_t m, int begin, int end) {
+  const AttentionArgs& a = *s.task->args;
+  const int features = 2 * a.rotated_half;
+  const int64_t block = int64_t(16) * features;
+  const float* angles = a.angles + chunk.start / kSlots * block;
+  const FloatKeys<float> keys{{angles, angles + kPageBlocks * block}, block, features,
+                              s.queries.turns + m * s.cache->padded, s.cache->padded, true};
   score<R>(keys, begin, end, s.scores);
 }
 
 template <int R> void score_rows(const TaskState& s, const Chunk& chunk, int64_t m, int begin, int end) {
   const CacheView& c = *s.cache;
-  if (c.bits < 16) {
+  if (c.key_bits < 16) {
     const int64_t g = m * c.groups;
     const CodeKeys keys{{chunk.keys[0], chunk.keys[1]},
                         chunk.key_stride,
@@ -139,14 +150,15 @@ template <int R> void score_rows(const TaskState& s, const Chunk& chunk, int64_t
                         c.key_block,
                         c.group,
                         c.groups,
-                        c.bits == 8 ? 1.0f : 2.0f,
+                        keys_are_levels(c) ? 1.0f : 2.0f,
                         s.queries.codes + m * c.padded,
                         c.padded,
                         s.queries.scales + g,
                         s.queries.offsets + g,
                         s.queries.starts + g};
     score<R>(keys, begin, end, s.scores);
-  } else if (c.bits == 16 && s.direct) {
+    if (s.task->args->key_bias) add_constant<R>(s, chunk, m, begin, end);
+  } else if (c.key_bits == 16 && s.direct) {
     score_floats<R, uint16_t>(s, chunk, m, begin, end);
   } else {
     score_floats<R, float>(s, chunk, m, begin, end);
@@ -198,7 +210,7 @@ template <int R> void attend_tile(const TaskState& s, const Chunk& chunk, int64_
                  add,
                  {chunk.next_keys[0], chunk.next_keys[1]},
                  c.key_block};
-  if (c.bits < 16) {  // the slots' scales go into the weights
+  if (c.value_bits < 16) {  // the slots' scales go into the weights
     for (int b = first; b < last; ++b) {
       const uint16_t* scales = reinterpret_cast<const uint16_t*>(chunk.value_scales[b / kPageBlocks] +
                                                                  b % kPageBlocks * c.value_block);
@@ -221,7 +233,7 @@ template <int R> void attend_tile(const TaskState& s, const Chunk& chunk, int64_
     tile.out_stride = c.padded;
     tile.out = s.outputs + m * c.padded;
   }
-  weigh<R>(tile, c.bits, s.direct);
+  weigh<R>(tile, c.value_bits, s.direct);
 }
 
 void attend_rows(const TaskState& s, const Chunk& chunk, int64_t m, int64_t end) {
@@ -260,10 +272,10 @@ Chunk open_chunk(const TaskState& s, const TaskMemory& memory, int64_t index, in
     chunk.value_scales[p] = values + c.value_codes;
     chunk.next_keys[p] = page_at((index + 1) * kChunkPages + p);
   }
-  const bool unpack_keys_too = c.bits < 8 || (c.bits == 8 && kLevelBias != 0) || (c.bits == 16 && !s.direct);
-  const bool unpack_values_too = c.bits != 32 && !s.direct;
+  const bool unpack_keys_too = c.key_bits < 8 || (c.key_bits == 8 && kLevelBias != 0) || (c.key_bits == 16 && !s.direct);
+  const bool unpack_values_too = c.value_bits != 32 && !s.direct;
   if (unpack_keys_too) {
-    chunk.key_stride = c.bits == 16 ? int64_t(64) * c.head_dim : int64_t(64) * ((c.head_dim / 4 + 7) / 8 * 8);
+    chunk.key_stride = c.key_bits == 16 ? int64_t(64) * c.head_dim : int64_t(64) * ((c.head_dim / 4 + 7) / 8 * 8);
   }
   for (int p = 0; p < kChunkPages; ++p) {
     const int64_t from = begin > p * kPageBlocks ? begin - p * kPageBlocks : 0;  // blocks within the page
@@ -291,13 +303,13 @@ void attend(const AttentionTask& t) {
   const TaskMemory memory = kbit::task_memory(m, c.head_dim, c.padded, c.groups);
   float* scratch = t.scratch;
   // One token's heads are few: its codes go straight into sums where groups are whole pairs of vectors.
-  const bool direct = t.rows == 1 && (c.bits >= 16 || c.group == 32);
+  const bool direct = t.rows == 1 && (c.key_bits >= 16 || c.group == 32);
   TaskState s{&t, &c, {}, direct, scratch + memory.weights, scratch + memory.scaled, scratch + memory.maxima,
               scratch + memory.sums, scratch + memory.outputs};
   s.queries = {scratch + memory.queries, reinterpret_cast<int8_t*>(scratch + memory.queries),
                scratch + memory.query_scales, scratch + memory.query_offsets,
-               reinterpret_cast<int32_t*>(scratch + memory.query_starts)};
-  if (c.bits < 16) s.queries.floats += m * c.padded;
+               reinterpret_cast<int32_t*>(scratch + memory.query_starts), scratch + memory.query_turns};
+  if (c.key_bits < 16) s.queries.floats += m * c.padded;
   if (t.partials) {
     const int64_t first = (t.kv_head * a.rows + t.first_row) * group * t.partials->chunks;
     s.maxima = t.partials->maxima + first;

@@ -15,9 +15,12 @@ constexpr int kSlots = 16, kPage = 64, kChunk = 128;
 constexpr int kPageBlocks = kPage / kSlots, kChunkPages = kChunk / kPage;
 constexpr int kRowTile = 4;  // rows (token, head) that share one pass over a chunk, at most
 
+// The levels of 4-bit codes, reference.LEVELS_4; codes of 3 and 2 bits have equal steps, those of 8 are levels.
+constexpr std::int8_t kKeptLevels[16] = {-127, -100, -79, -62, -48, -34, -22, -9, 3, 15, 28, 42, 56, 73, 93, 122};
+
 // Where pages keep things; kv_pages.h draws it. Sizes in bytes.
 struct CacheView {
-  int bits;      // 32 and 16: floats; 8, 4, 3, 2: codes
+  int key_bits, value_bits;  // 32 and 16: floats, the same for both; 8, 4, 3, 2: codes
   int head_dim;  // D
   int padded;    // D up to a multiple of 16
   int group;     // features that share a scale, and are rotated together; the padded head for floats
@@ -50,6 +53,9 @@ struct AttentionArgs {
   const float* sin;
   const std::int32_t* rope_row;  // (R), row of cos and sin
   int rotated_half;              // pairs (i, i + rotated_half) turn, features from 2 * rotated_half on do not
+  // Where codes of keys leave out a constant that every key has before it is turned; else null. See prepare_query.
+  const float* key_bias;         // (kv_heads * D)
+  const float* angles;           // (positions / 16, 2 * rotated_half, 16): cosines, then sines, a slot to a lane
   int heads, kv_heads, head_dim;
   float scale;
   int window;  // slots a token sees at most, itself included; 0: all
@@ -95,6 +101,7 @@ struct TaskMemory {
   std::int64_t query_scales;   // (M, groups)
   std::int64_t query_offsets;  // (M, groups): see score_tile
   std::int64_t query_starts;   // (M, groups) int32
+  std::int64_t query_turns;    // (M, padded): what cosines and sines are multiplied by
   std::int64_t keys;           // a chunk's keys, unpacked: (kChunk / 16, D, 16) floats, or bytes
   std::int64_t values;         // (kChunk, padded)
   std::int64_t weights;        // (kRowTile, kChunk)
@@ -116,6 +123,7 @@ static inline TaskMemory task_memory(std::int64_t m, std::int64_t head_dim, std:
   t.query_scales = take(m * groups);
   t.query_offsets = take(m * groups);
   t.query_starts = take(m * groups);
+  t.query_turns = take(m * padded);
   t.keys = take(kChunk * (head_dim + 32));
   t.values = take(kChunk * padded);
   t.weights = take(kRowTile * kChunk);

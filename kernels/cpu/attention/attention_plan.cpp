@@ -50,6 +50,19 @@ void AttentionScratch::prepare(std::int64_t rows, const std::int32_t* sequence, 
   resize(memory_, worker_floats_ * members);
 }
 
+void AttentionScratch::prepare_angles(const float* cos, const float* sin, int half, std::int64_t stop) {
+  const std::int64_t block = std::int64_t{2} * half * kSlots, blocks = (stop + kSlots - 1) / kSlots;
+  const auto floats = static_cast<std::size_t>(blocks * block);
+  if (floats > angles_.size()) angles_.resize(floats);
+  for (; angles_end_ < stop; ++angles_end_) {
+    float* to = angles_.data() + angles_end_ / kSlots * block + angles_end_ % kSlots;
+    for (int i = 0; i < half; ++i) {
+      to[i * kSlots] = cos[angles_end_ * half + i];
+      to[(half + i) * kSlots] = sin[angles_end_ * half + i];
+    }
+  }
+}
+
 void AttentionScratch::cut_blocks(std::int64_t rows, const std::int32_t* sequence, const std::int32_t* position,
                                   int group) {
   const int tokens = block_tokens(group);

@@ -25,6 +25,11 @@ class AttentionScratch {
   void prepare(std::int64_t rows, const std::int32_t* sequence, const std::int32_t* position, int heads, int kv_heads,
                int head_dim, int members, bool bidirectional = false);
 
+  // For passes whose attentions have a key_bias: the angles of positions [0, stop), from tables (stop or more, half)
+  // whose rows are positions. Those of earlier calls, which had the same half, are kept.
+  void prepare_angles(const float* cos, const float* sin, int half, std::int64_t stop);
+  const float* angles() const { return angles_.data(); }
+
   // (rows), the last slot each row of the prepared pass sees; null where that is its own.
   const std::int32_t* last() const { return last_.empty() ? nullptr : last_.data(); }
 
@@ -43,6 +48,8 @@ class AttentionScratch {
   void cut_pieces(const std::int32_t* position, int heads, int kv_heads, int padded, std::int64_t rows, int members);
 
   std::vector<std::int32_t> last_;
+  std::vector<float> angles_;  // (positions / 16, 2 * half, 16)
+  std::int64_t angles_end_ = 0;
   std::vector<Block> blocks_;
   std::vector<Piece> pieces_;
   bool fused_ = true;   // pieces append

@@ -22,6 +22,16 @@ inline void copy_head(const float* x, int count, float* out) {
   }
 }
 
+inline void subtract_head(const float* x, const float* y, int count, float* out) {
+  for (int i = 0; i < count; i += 16) {
+    const int n = count - i < 16 ? count - i : 16;
+    store_some(out + i, sub(load_some(x + i, n), load_some(y + i, n)), n);
+  }
+}
+
+// Whether keys are stored less a constant: codes of what differs from token to token, and only of that.
+inline bool without_bias(const AttentionArgs& a, const CacheView& c) { return a.key_bias && c.key_bits < 16; }
+
 // x (D) turned by one token's angles, with the roundings of reference.rope.
 void rotate_head(const float* x, const AttentionArgs& a, int64_t row, float* out) {
   const int half = a.rotated_half;
@@ -82,12 +92,79 @@ inline float largest_of(const float* x, int group) {
   return reduce_max(largest);
 }
 
+// The level of kKeptLevels that is nearest to n - 128, and its code; of two, the lower.
+struct NearestLevels {
+  alignas(64) float level[256];
+  uint8_t code[256];
+};
+constexpr NearestLevels nearest_levels() {
+  NearestLevels t{};
+  for (int n = 0; n < 256; ++n) {
+    int code = 0;
+    while (code < 15 && 2 * (n - 128) > kbit::kKeptLevels[code] + kbit::kKeptLevels[code + 1]) ++code;
+    t.level[n] = float(kbit::kKeptLevels[code]);
+    t.code[n] = uint8_t(code);
+  }
+  return t;
+}
+constexpr NearestLevels kNearest = nearest_levels();
+
+// What the value of largest magnitude is divided by, with both signs: reference.SHRINKS_4 by 111.43.
+constexpr float kShrinks[4] = {1.0f, 0.93f, 0.86f, 0.79f};
+constexpr float kLevelsPerLargest = 111.43f;
+
+inline uint16_t half_scale(float exact) {
+  return float_to_half(exact > 65504.0f ? 65504.0f : exact < -65504.0f ? -65504.0f : exact);
+}
+
+// x / scale, to the nearest whole number from -127 to 127, plus 128.
+inline Ints level_index(const float* x, float scale) {
+  const Floats level = div(load(x), broadcast(scale != 0.0f ? scale : 1.0f));
+  return add(round_to_int(min(max(level, broadcast(-127.0f)), broadcast(127.0f))), broadcast(128));
+}
+
+// One group to 4 bits: of several scales, the first with the least squared error. A scale may be negative, as levels are
+// not symmetric.
+uint16_t quantize_group_4(const float* x, int group, uint8_t* codes) {
+  Floats top = load(x), bottom = sub(zero(), top);
+  for (int i = 16; i < group; i += 16) {
+    top = max(load(x + i), top);
+    bottom = max(sub(zero(), load(x + i)), bottom);
+  }
+  const float high = reduce_max(top), low = reduce_max(bottom);
+  const float largest = high >= low ? high : -low;
+  uint16_t best = 0;
+  float least = 0.0f;
+  for (int i = 0; i < 8; ++i) {
+    const float shrink = kShrinks[i % 4] / kLevelsPerLargest;
+    const uint16_t half = half_scale(largest * (i < 4 ? -shrink : shrink));
+    const float scale = half_to_float(half);
+    Floats sum = zero();
+    for (int j = 0; j < group; j += 16) {
+      const Floats value = mul(lookup<8>(kNearest.level, level_index(x + j, scale)), broadcast(scale));
+      const Floats error = sub(value, load(x + j));
+      sum = add(sum, mul(error, error));
+    }
+    const float error = reduce_add(sum);
+    if (i > 0 && !(error < least)) continue;
+    best = half;
+    least = error;
+  }
+  const float scale = half_to_float(best);
+  for (int j = 0; j < group; j += 16) {
+    store_low_bytes(reinterpret_cast<int8_t*>(codes + j), level_index(x + j, scale));
+    for (int i = j; i < j + 16; ++i) codes[i] = kNearest.code[codes[i]];
+  }
+  return best;
+}
+
 // One group: codes (one byte each; 8 bits: the int8 level) and the scale as half precision.
-// Levels are 2 q + 1 - 2^bits below 8 bits, -127 .. 127 at 8 bits, times the scale.
+// Levels are kKeptLevels at 4 bits, 2 q + 1 - 2^bits at 3 and 2, -127 .. 127 at 8 bits, times the scale.
 uint16_t quantize_group(const float* x, int group, int bits, uint8_t* codes) {
+  if (bits == 4) return quantize_group_4(x, group, codes);
   const float steps = bits == 8 ? 127.0f : float(1 << bits);
   const float exact = largest_of(x, group) / steps;
-  const uint16_t half = float_to_half(exact < 65504.0f ? exact : 65504.0f);
+  const uint16_t half = half_scale(exact);
   const float scale = half_to_float(half);
   const Floats divisor = broadcast(scale > 0.0f ? scale : 1.0f);  // a scale of zero makes every level zero
   const Floats top = broadcast(bits == 8 ? 127.0f : float((1 << bits) - 1));
@@ -140,19 +217,19 @@ void write_value_plane(uint8_t* plane, int slot, const uint8_t* codes, int head_
 }
 
 // Codes of a rotated head, and its scales into a block's scales (groups, 16).
-void quantize_head(const CacheView& c, const float* x, uint8_t* codes, uint16_t* scales, int slot) {
+void quantize_head(const CacheView& c, int bits, const float* x, uint8_t* codes, uint16_t* scales, int slot) {
   for (int g = 0; g < c.groups; ++g) {
-    scales[g * kSlots + slot] = quantize_group(x + g * c.group, c.group, c.bits, codes + g * c.group);
+    scales[g * kSlots + slot] = quantize_group(x + g * c.group, c.group, bits, codes + g * c.group);
   }
 }
 
 // x: (padded), what lies beyond D is zero; it is overwritten. codes: room for D bytes.
 void write_key(const CacheView& c, uint8_t* block, int slot, float* x, uint8_t* codes) {
   const int dim = c.head_dim;
-  if (c.bits == 32) {
+  if (c.key_bits == 32) {
     float* to = reinterpret_cast<float*>(block) + slot;
     for (int d = 0; d < dim; ++d) to[16 * d] = x[d];
-  } else if (c.bits == 16) {
+  } else if (c.key_bits == 16) {
     uint16_t* to = reinterpret_cast<uint16_t*>(block) + slot;
     for (int d = 0; d < dim; d += 16) {
       uint16_t halves[16];
@@ -161,34 +238,34 @@ void write_key(const CacheView& c, uint8_t* block, int slot, float* x, uint8_t* 
     }
   } else {
     hadamard(x, dim, c.group);
-    quantize_head(c, x, codes, reinterpret_cast<uint16_t*>(block + c.key_codes), slot);
-    if (c.bits == 3) {
+    quantize_head(c, c.key_bits, x, codes, reinterpret_cast<uint16_t*>(block + c.key_codes), slot);
+    if (c.key_bits == 3) {
       write_key_plane(block, slot, codes, dim, 2, 0);
       write_key_plane(block + (dim + 15) / 16 * 64, slot, codes, dim, 1, 2);
     } else {
-      write_key_plane(block, slot, codes, dim, c.bits, 0);
+      write_key_plane(block, slot, codes, dim, c.key_bits, 0);
     }
   }
 }
 
 // As write_key.
 void write_value(const CacheView& c, uint8_t* block, int slot, float* x, uint8_t* codes) {
-  if (c.bits == 32) {
+  if (c.value_bits == 32) {
     copy_head(x, c.padded, reinterpret_cast<float*>(block) + int64_t(slot) * c.padded);
-  } else if (c.bits == 16) {
+  } else if (c.value_bits == 16) {
     uint16_t* to = reinterpret_cast<uint16_t*>(block) + int64_t(slot) * c.padded;
     for (int d = 0; d < c.padded; d += 16) store_half(to + d, load(x + d));
   } else {
     hadamard(x, c.head_dim, c.group);
-    quantize_head(c, x, codes, reinterpret_cast<uint16_t*>(block + c.value_codes), slot);
-    if (c.bits == 8) {
+    quantize_head(c, c.value_bits, x, codes, reinterpret_cast<uint16_t*>(block + c.value_codes), slot);
+    if (c.value_bits == 8) {
       for (int d = 0; d < c.head_dim; ++d) codes[d] ^= 0x80;  // unsigned: a lane's field then needs no sign
     }
-    if (c.bits == 3) {
+    if (c.value_bits == 3) {
       write_value_plane(block, slot, codes, c.head_dim, 2, 0);
       write_value_plane(block + c.head_dim * 4, slot, codes, c.head_dim, 1, 2);
     } else {
-      write_value_plane(block, slot, codes, c.head_dim, c.bits, 0);
+      write_value_plane(block, slot, codes, c.head_dim, c.value_bits, 0);
     }
   }
 }
@@ -202,7 +279,13 @@ void append(const AttentionArgs& a, const CacheView& c, int64_t first_row, int64
     const int64_t block = a.position[row] % kPage / kSlots;
     const int slot = a.position[row] % kSlots;
     store(scratch + last, zero());
-    rotate_head(a.k + row * a.k_stride + int64_t(kv_head) * a.head_dim, a, row, scratch);
+    const float* key = a.k + row * a.k_stride + int64_t(kv_head) * a.head_dim;
+    if (without_bias(a, c)) {
+      float* rest = scratch + 2 * c.padded;
+      subtract_head(key, a.key_bias + int64_t(kv_head) * a.head_dim, a.head_dim, rest);
+      key = rest;
+    }
+    rotate_head(key, a, row, scratch);
     write_key(c, keys + block * c.key_block, slot, scratch, codes);
     store(scratch + last, zero());
     copy_head(a.v + row * a.v_stride + int64_t(kv_head) * a.head_dim, a.head_dim, scratch);
@@ -219,7 +302,25 @@ struct Queries {
   float* scales;
   float* offsets;
   int32_t* starts;
+  float* turns;  // (M, padded), see turn_bias
 };
+
+// What a constant b, turned as keys are, adds to the dot product of a turned query x and the key at position p:
+//   sum over pairs of  cos(p f) (x1 b1 + x2 b2) + sin(p f) (x2 b1 - x1 b2)
+// out takes the factors of the cosines, then those of the sines: (2 * rotated_half). Features that do not turn add the
+// same to every score, which softmax does not see.
+void turn_bias(const float* x, const float* b, int half, float* out) {
+  for (int i = 0; i < half; i += 16) {
+    const int n = half - i < 16 ? half - i : 16;
+    const Floats x1 = load_some(x + i, n), x2 = load_some(x + half + i, n);
+    const Floats b1 = load_some(b + i, n), b2 = load_some(b + half + i, n);
+    store_some(out + i, add(mul(x1, b1), mul(x2, b2)), n);
+    store_some(out + half + i, sub(mul(x2, b1), mul(x1, b2)), n);
+  }
+}
+
+// Whether scores take levels, int8 plus kLevelBias, and not codes of equal steps.
+inline bool keys_are_levels(const CacheView& c) { return c.key_bits == 8 || c.key_bits == 4; }
 
 // One query to int8, by groups: absmax / 127.
 void quantize_query(const CacheView& c, const float* x, const Queries& q, int64_t m) {
@@ -235,8 +336,8 @@ void quantize_query(const CacheView& c, const float* x, const Queries& q, int64_
     }
     const float total = reduce_add(to_float(sum));  // exact: at most 32 * 127
     q.scales[m * c.groups + g] = largest / 127.0f;
-    q.offsets[m * c.groups + g] = c.bits == 8 ? 0.0f : float(1 - (1 << c.bits)) * total;
-    q.starts[m * c.groups + g] = c.bits == 8 ? -kLevelBias * int32_t(total) : 0;
+    q.offsets[m * c.groups + g] = keys_are_levels(c) ? 0.0f : float(1 - (1 << c.key_bits)) * total;
+    q.starts[m * c.groups + g] = keys_are_levels(c) ? -kLevelBias * int32_t(total) : 0;
   }
 }
 
@@ -247,12 +348,16 @@ inline void prefetch_bytes(const void* from, int64_t bytes) {
 
 // Rotates and scales row's query `head` into place m. Scores are in units of log2, so that weights are powers of two.
 void prepare_query(const AttentionArgs& a, const CacheView& c, int64_t row, int head, const Queries& q, int64_t m) {
-  float* x = c.bits >= 16 ? q.floats + m * c.padded : q.floats;
+  float* x = c.key_bits >= 16 ? q.floats + m * c.padded : q.floats;
   store(x + c.padded - 16, zero());
   rotate_head(a.q + row * a.q_stride + int64_t(head) * a.head_dim, a, row, x);
   const Floats factor = broadcast(a.scale * 1.44269504088896341f);
   for (int d = 0; d < c.padded; d += 16) store(x + d, mul(load(x + d), factor));
-  if (c.bits < 16) {
+  if (c.key_bits < 16) {
+    if (a.key_bias) {
+      const float* bias = a.key_bias + int64_t(head / (a.heads / a.kv_heads)) * a.head_dim;
+      turn_bias(x, bias, a.rotated_half, q.turns + m * c.padded);
+    }
     hadamard(x, c.head_dim, c.group);
     quantize_query(c, x, q, m);
   }

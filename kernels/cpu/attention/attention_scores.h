@@ -35,6 +35,7 @@ template <class Element> struct FloatKeys {
   int head_dim;
   const float* queries;  // (R, padded)
   int padded;
+  bool onto;  // adds to scores there are
 
   const Element* at(int block) const { return keys[block / kPageBlocks] + block % kPageBlocks * block_stride; }
 };
@@ -46,7 +47,7 @@ void score_tile(const FloatKeys<Element>& t, int block, float* scores) {
   for (int v = 0; v < V; ++v) k[v] = t.at(block + v);
   Floats sum[R][V];
   for (int r = 0; r < R; ++r)
-    for (int v = 0; v < V; ++v) sum[r][v] = zero();
+    for (int v = 0; v < V; ++v) sum[r][v] = t.onto ? load(scores + r * kChunk + 16 * (block + v)) : zero();
   for (int d = 0; d < t.head_dim; ++d) {
     Floats key[V];
     for (int v = 0; v < V; ++v) key[v] = load_element(k[v] + 16 * d);
@@ -80,7 +81,7 @@ struct CodeKeys {
 };
 
 // With codes c of a key and x of a query, a group's sum of (2 c + 1 - 2^bits) x is 2 sum(c x) + (1 - 2^bits) sum(x):
-// codes go into the integer dot product as they are. 8-bit keys are levels already; where the dot product wants them
+// codes go into the integer dot product as they are. 8-bit keys are levels already, 4-bit ones when unpacked; where the dot product wants them
 // biased (kLevelBias), its sum starts at minus what the bias adds.
 template <int R, int V> void score_tile(const CodeKeys& t, int block, float* scores) {
   Floats total[R][V];
@@ -139,6 +140,18 @@ template <int Width> void unpack_key_block(const uint8_t* block, int quads, uint
   }
 }
 
+// The same to levels, plus kLevelBias.
+void unpack_key_block_4(const uint8_t* block, int quads, uint8_t* out) {
+  uint8_t entries[16];
+  for (int code = 0; code < 16; ++code) entries[code] = uint8_t(kbit::kKeptLevels[code] + kLevelBias);
+  const Table<4> levels = make_table<4>(entries);
+  for (int quad = 0; quad < quads; quad += 2, block += 64) {
+    const Bytes packed = load_bytes(block);
+    store_bytes(out + 64 * quad, lookup(levels, and_bits(packed, 15)));
+    store_bytes(out + 64 * (quad + 1), lookup(levels, and_bits(shift<4>(packed), 15)));
+  }
+}
+
 void unpack_key_block_3(const uint8_t* block, int quads, uint8_t* out) {
   const uint8_t* top_plane = block + (quads + 3) / 4 * 64;
   for (int quad = 0; quad < quads; quad += 8) {
@@ -160,15 +173,15 @@ void unpack_keys(const CacheView& c, const uint8_t* keys, int64_t begin, int64_t
     const uint8_t* block = keys + b * c.key_block;
     // Hardware follows a strip's streams, but begins anew every 4 KiB and at every turn from keys to values.
     if (values) prefetch_bytes(values + b * c.value_block, c.value_block);
-    if (c.bits == 16) {
+    if (c.key_bits == 16) {
       for (int64_t i = 0; i < 16 * c.head_dim; i += 16) {
         store(reinterpret_cast<float*>(out) + i, load_half(reinterpret_cast<const uint16_t*>(block) + i));
       }
-    } else if (c.bits == 8) {
+    } else if (c.key_bits == 8) {
       for (int64_t i = 0; i < 64 * quads; i += 64) store_bytes(out + i, xor_bits(load_bytes(block + i), kLevelBias));
-    } else if (c.bits == 4) {
-      unpack_key_block<4>(block, quads, out);
-    } else if (c.bits == 3) {
+    } else if (c.key_bits == 4) {
+      unpack_key_block_4(block, quads, out);
+    } else if (c.key_bits == 3) {
       unpack_key_block_3(block, quads, out);
     } else {
       unpack_key_block<2>(block, quads, out);

@@ -102,8 +102,8 @@ template <class Element, int R, int G, int P> void weigh_rows(const ValueTile& t
 
 // ------------------------------------------------------------------------------------------------------- codes
 
-// The levels of codes, as floats: 2 q + 1 - 2^bits.
-alignas(64) constexpr float kLevels4[16] = {-15, -13, -11, -9, -7, -5, -3, -1, 1, 3, 5, 7, 9, 11, 13, 15};
+// The levels of codes, as floats: kKeptLevels, or 2 q + 1 - 2^bits.
+alignas(64) constexpr float kLevels4[16] = {-127, -100, -79, -62, -48, -34, -22, -9, 3, 15, 28, 42, 56, 73, 93, 122};
 alignas(64) constexpr float kLevels3[8] = {-7, -5, -3, -1, 1, 3, 5, 7};
 alignas(64) constexpr float kLevels2[4] = {-3, -1, 1, 3};
 
@@ -220,14 +220,14 @@ template <int Bits> void unpack_value_block(const uint8_t* block, int padded, fl
 void unpack_values(const CacheView& c, const uint8_t* values, int64_t begin, int64_t end, float* out) {
   for (int64_t b = begin; b < end; ++b, out += kSlots * c.padded) {
     const uint8_t* block = values + b * c.value_block;
-    if (c.bits == 16) {
+    if (c.value_bits == 16) {
       const uint16_t* halves = reinterpret_cast<const uint16_t*>(block);
       for (int i = 0; i < kSlots * c.padded; i += 16) store(out + i, load_half(halves + i));
-    } else if (c.bits == 8) {
+    } else if (c.value_bits == 8) {
       unpack_value_block<8>(block, c.padded, out);
-    } else if (c.bits == 4) {
+    } else if (c.value_bits == 4) {
       unpack_value_block<4>(block, c.padded, out);
-    } else if (c.bits == 3) {
+    } else if (c.value_bits == 3) {
       unpack_value_block<3>(block, c.padded, out);
     } else {
       unpack_value_block<2>(block, c.padded, out);

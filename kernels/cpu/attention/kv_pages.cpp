@@ -6,6 +6,7 @@
 #include <limits>
 #include <new>
 #include <stdexcept>
+#include <utility>
 
 #if defined(__unix__) || defined(__APPLE__)
 #include <sys/mman.h>
@@ -42,27 +43,40 @@ std::int64_t round_up(std::int64_t value, std::int64_t multiple) {
   return (value + multiple - 1) / multiple * multiple;
 }
 
-int bits_of(const std::string& kind) {
-  if (kind == "fp32") return 32;
-  if (kind == "fp16") return 16;
-  if (kind == "8" || kind == "4" || kind == "3" || kind == "2") return kind[0] - '0';
+// Bits of keys and of values.
+std::pair<int, int> bits_of(const std::string& kind) {
+  if (kind == "fp32") return {32, 32};
+  if (kind == "fp16") return {16, 16};
+  const auto width = [](char digit) { return std::string("8432").find(digit) != std::string::npos; };
+  if (kind.size() == 1 && width(kind[0])) return {kind[0] - '0', kind[0] - '0'};
+  if (kind.size() == 3 && width(kind[0]) && kind[1] == ',' && width(kind[2])) return {kind[0] - '0', kind[2] - '0'};
   throw std::invalid_argument("a KV cache is fp32, fp16, or of 8, 4, 3 or 2 bits, not '" + kind + "'");
+}
+
+// Bytes of the codes of one block of keys.
+std::int64_t key_code_bytes(std::int64_t head_dim, int bits) {
+  std::int64_t bytes = 0;
+  for (const int width : {8, 4, 2, 1}) {
+    if (bits == width || (bits == 3 && width <= 2)) bytes += round_up(head_dim * 2 * width, 64);
+  }
+  return bytes;
 }
 
 // Everything of a view but the pages themselves.
 CacheView describe(const std::string& kind, std::int64_t head_dim, std::int64_t kv_heads) {
-  const int bits = bits_of(kind);
+  const auto [key_bits, value_bits] = bits_of(kind);
   if (kv_heads < 1 || head_dim < 1) throw std::invalid_argument("a cache needs at least 1 layer, head and feature");
   CacheView v{};
-  v.bits = bits;
+  v.key_bits = key_bits;
+  v.value_bits = value_bits;
   v.head_dim = static_cast<int>(head_dim);
   v.padded = static_cast<int>(round_up(head_dim, 16));
   v.kv_heads = static_cast<int>(kv_heads);
-  if (bits >= 16) {
+  if (key_bits >= 16) {
     v.group = v.padded;
     v.groups = 1;
-    v.key_codes = v.key_block = round_up(kSlots * head_dim * bits / 8, 64);
-    v.value_codes = v.value_block = kSlots * v.padded * bits / 8;
+    v.key_codes = v.key_block = round_up(kSlots * head_dim * key_bits / 8, 64);
+    v.value_codes = v.value_block = kSlots * v.padded * value_bits / 8;
     v.strip = kPageBlocks * (v.key_block + v.value_block);
     return v;
   }
@@ -73,10 +87,8 @@ CacheView describe(const std::string& kind, std::int64_t head_dim, std::int64_t 
   v.group = head_dim % 32 == 0 ? 32 : 16;
   v.groups = v.head_dim / v.group;
   const std::int64_t scales = round_up(v.groups * kSlots * 2, 64);
-  for (const int width : {8, 4, 2, 1}) {
-    if (bits == width || (bits == 3 && width <= 2)) v.key_codes += round_up(head_dim * 2 * width, 64);
-  }
-  v.value_codes = round_up(head_dim * 2 * bits, 64);
+  v.key_codes = key_code_bytes(head_dim, key_bits);
+  v.value_codes = round_up(head_dim * 2 * value_bits, 64);
   v.key_block = v.key_codes + scales;
   v.value_block = v.value_codes + scales;
   v.strip = kPageBlocks * (v.key_block + v.value_block);
@@ -115,23 +127,24 @@ int value_field(const std::uint8_t* plane, int width, int slot, int feature) {
 // One slot's head as floats, still rotated where codes are.
 void read_slot(const CacheView& v, const std::uint8_t* block, bool keys, int slot, float* out) {
   const auto field = keys ? key_field : value_field;
+  const int bits = keys ? v.key_bits : v.value_bits;
   const std::uint8_t* scales = block + (keys ? v.key_codes : v.value_codes);
   const std::int64_t top_plane = keys ? round_up(v.head_dim * 4, 64) : v.head_dim * 4;
   for (int d = 0; d < v.head_dim; ++d) {
     const std::int64_t index = keys ? d * kSlots + slot : static_cast<std::int64_t>(slot) * v.padded + d;
-    if (v.bits == 32) {
+    if (bits == 32) {
       out[d] = read<float>(block, index);
-    } else if (v.bits == 16) {
+    } else if (bits == 16) {
       out[d] = from_half(read<std::uint16_t>(block, index));
     } else {
       int level;
-      if (v.bits == 8) {
+      if (bits == 8) {
         level = field(block, 8, slot, d);
         level = keys ? static_cast<std::int8_t>(level) : level - 128;
       } else {
-        const int code = v.bits == 3 ? field(block, 2, slot, d) | field(block + top_plane, 1, slot, d) << 2
-                                     : field(block, v.bits, slot, d);
-        level = 2 * code + 1 - (1 << v.bits);
+        const int code = bits == 3 ? field(block, 2, slot, d) | field(block + top_plane, 1, slot, d) << 2
+                                     : field(block, bits, slot, d);
+        level = bits == 4 ? kKeptLevels[code] : 2 * code + 1 - (1 << bits);
       }
       out[d] = static_cast<float>(level) * from_half(read<std::uint16_t>(scales, d / v.group * kSlots + slot));
     }
@@ -209,7 +222,7 @@ void KVPages::dequantize(std::int64_t layer, const std::int32_t* table, std::int
       const int within = static_cast<int>(slot % kSlots);
       read_slot(view_, strip + block * view_.key_block, true, within, keys);
       read_slot(view_, values_of(view_, strip) + block * view_.value_block, false, within, values);
-      if (view_.bits < 16) {
+      if (view_.key_bits < 16) {
         unrotate(view_, keys);
         unrotate(view_, values);
       }

@@ -15,8 +15,10 @@
 //     keys:    in bits f w .. of vector v (64 bytes), the codes of quad v (8 / w) + f: a slot owns whole bytes
 //     values:  in bits s w .. of a lane, the codes of slot s, 32 / w slots to a word (1 bit: words of 16 bits)
 //
-// A group is 32 features, or 16 where 32 does not divide D. Codes are those of reference.quantize_kv: keys (after
-// rotary positions) and values go through a Hadamard transform per group, then to 2^k levels times a scale (fp16).
+// A group is 32 features, or 16 where 32 does not divide D. Codes are those of reference.quantize_kv, at 4 bits those of
+// reference.quantize_kv_4: keys (after rotary positions) and values go through a Hadamard transform per group, then to
+// 2^k levels times a scale (fp16). Where
+// attention is given a bias that all keys have (AttentionArgs::key_bias), codes are of keys without it.
 #pragma once
 
 #include <cstdint>
@@ -29,8 +31,8 @@ namespace kbit {
 
 class KVPages {
  public:
-  // kind: "fp32", "fp16", "8", "4", "3" or "2" (bits). Throws std::invalid_argument: a count below 1, an unknown kind,
-  // codes with a head_dim that is not a multiple of 16. Memory is taken from the system when a token is written.
+  // kind: "fp32", "fp16", "8", "4", "3" or "2" (bits), or two of these widths, "8,4": of keys and of values. Throws
+  // std::invalid_argument: a count below 1, an unknown kind, codes with a head_dim that is not a multiple of 16. Memory is taken from the system when a token is written.
   KVPages(std::int64_t layers, std::int64_t kv_heads, std::int64_t head_dim, const std::string& kind,
           std::int64_t count);
   ~KVPages();

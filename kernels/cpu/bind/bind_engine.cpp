@@ -247,18 +247,21 @@ void bind_engine(nb::module_& module) {
            nb::arg("gate"), nb::arg("up").none(), nb::arg("kind"), nb::arg("out"))
       .def("attend",
            [](Program& p, int q, int k, int v, int out, int layer, int heads, int kv_heads, int head_dim, float scale,
-              std::optional<int> window, bool rotary, bool bidirectional) {
+              std::optional<int> window, bool rotary, bool bidirectional, const std::optional<Vector>& key_bias) {
              require(heads >= 1 && kv_heads >= 1 && head_dim >= 1 && heads % kv_heads == 0 && layer >= 0 &&
                          p.buffer_width(q) == std::int64_t{heads} * head_dim && p.buffer_width(out) == p.buffer_width(q) &&
                          p.buffer_width(k) == std::int64_t{kv_heads} * head_dim && p.buffer_width(v) == p.buffer_width(k) &&
-                         out != q && out != k && out != v && (!window || (*window > 0 && !bidirectional)),
+                         out != q && out != k && out != v && (!window || (*window > 0 && !bidirectional)) &&
+                         (!key_bias || static_cast<std::int64_t>(key_bias->shape(0)) == p.buffer_width(k)),
                      "the heads do not fit their buffers");
+             std::vector<float> bias;
+             if (key_bias) bias.assign(key_bias->data(), key_bias->data() + key_bias->shape(0));
              p.append(AttendInstruction{q, k, v, out, layer, heads, kv_heads, head_dim, scale, window.value_or(0), rotary,
-                                        bidirectional});
+                                        bidirectional, std::move(bias)});
            },
            nb::arg("q"), nb::arg("k"), nb::arg("v"), nb::arg("out"), nb::arg("layer"), nb::arg("heads"),
            nb::arg("kv_heads"), nb::arg("head_dim"), nb::arg("scale"), nb::arg("window").none(),
-           nb::arg("rotary") = true, nb::arg("bidirectional") = false)
+           nb::arg("rotary") = true, nb::arg("bidirectional") = false, nb::arg("key_bias") = nb::none())
       .def("finish",
            [](Program& p, int hidden) {
              p.buffer_width(hidden);

@@ -1,10 +1,12 @@
 // Python bindings of the KV pages and, for tests, of one attention: KVPages and attention of kbit._native.
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
+#include <nanobind/stl/optional.h>
 #include <nanobind/stl/pair.h>
 #include <nanobind/stl/string.h>
 
 #include <algorithm>
+#include <optional>
 #include <stdexcept>
 #include <utility>
 
@@ -63,12 +65,12 @@ std::pair<Result, Result> dequantized(const KVPages& cache, std::int64_t layer, 
 Result attention_once(Context& context, const Array<float, 3>& q, const Array<float, 3>& k, const Array<float, 3>& v,
                       const Array<std::int32_t, 1>& positions, const Array<std::int32_t, 1>& sequence,
                       const Array<float, 2>& cos, const Array<float, 2>& sin, KVPages& cache, const BlockTables& tables,
-                      std::int64_t layer, float scale, int window) {
+                      std::int64_t layer, float scale, int window, const std::optional<Array<float, 1>>& key_bias) {
   const std::size_t rows = q.shape(0), heads = q.shape(1), dim = q.shape(2), kv_heads = k.shape(1);
   const auto row_count = static_cast<std::int64_t>(rows);
   const CacheView& view = cache.view();
   require(rows >= 1 && k.shape(0) == rows && v.shape(0) == rows && positions.shape(0) == rows &&
-              sequence.shape(0) == rows && cos.shape(0) == rows && sin.shape(0) == rows,
+              sequence.shape(0) == rows && cos.shape(0) == sin.shape(0) && (key_bias || cos.shape(0) == rows),
           "q, k, v, positions, sequence, cos and sin have the same number of rows, at least 1");
   require(k.shape(2) == dim && v.shape(1) == kv_heads && v.shape(2) == dim && cos.shape(1) == sin.shape(1) &&
               2 * cos.shape(1) <= dim && kv_heads >= 1 && heads >= 1 && heads % kv_heads == 0,
@@ -83,7 +85,11 @@ Result attention_once(Context& context, const Array<float, 3>& q, const Array<fl
   }
   require_pages(cache, tables, sequence.data(), positions.data(), rows);
   std::vector<std::int32_t> rope_row(rows);
-  for (std::size_t r = 0; r < rows; ++r) rope_row[r] = static_cast<std::int32_t>(r);
+  for (std::size_t r = 0; r < rows; ++r) rope_row[r] = key_bias ? positions.data()[r] : static_cast<std::int32_t>(r);
+  const auto positions_end = std::int64_t{*std::max_element(positions.data(), positions.data() + rows)} + 1;
+  require(!key_bias || (key_bias->shape(0) == kv_heads * dim &&
+                        static_cast<std::int64_t>(cos.shape(0)) >= positions_end),
+          "a key bias (H_kv D) comes with tables by position");
   auto [out, out_data] = make_array(rows, heads, dim);
   AttentionArgs args{};
   args.q = q.data();
@@ -109,6 +115,11 @@ Result attention_once(Context& context, const Array<float, 3>& q, const Array<fl
   args.table_stride = static_cast<std::int64_t>(tables.shape(1));
   args.layer = static_cast<int>(layer);
   AttentionScratch scratch;
+  if (key_bias) {
+    scratch.prepare_angles(args.cos, args.sin, args.rotated_half, positions_end);
+    args.key_bias = key_bias->data();
+    args.angles = scratch.angles();
+  }
   scratch.prepare(row_count, args.sequence, args.position, args.heads, args.kv_heads, args.head_dim,
                   context.team->size());
   {
@@ -160,9 +171,11 @@ void bind_kv_pages(nb::module_& module) {
 
   module.def("attention", &attention_once, nb::arg("context"), nb::arg("q"), nb::arg("k"), nb::arg("v"),
              nb::arg("positions"), nb::arg("sequence"), nb::arg("cos"), nb::arg("sin"), nb::arg("pages"),
-             nb::arg("tables"), nb::arg("layer"), nb::arg("scale"), nb::arg("window") = 0,
+             nb::arg("tables"), nb::arg("layer"), nb::arg("scale"), nb::arg("window") = 0, nb::arg("key_bias") = nb::none(),
              "One attention as a program runs it: q float32 (R, H, D), k and v (R, H_kv, D), positions and sequence\n"
-             "int32 (R,), cos and sin (R, half) of each token, tables int32 (B, pages of a sequence) -> (R, H, D).\n"
+             "int32 (R,), cos and sin (R, half) of each token (with a key_bias\n"
+             "(H_kv D), which codes of keys leave out, of each position), tables int32 (B, pages of a sequence)\n"
+             "-> (R, H, D).\n"
              "Writes k and v into the pages.");
 }
 

@@ -184,7 +184,22 @@ void Program::attend(Worker& worker, const AttendInstruction& a, const Pass& pas
   args.tables = pass.tables;
   args.table_stride = pass.table_stride;
   args.layer = a.layer;
+  if (!a.key_bias.empty()) {
+    args.key_bias = a.key_bias.data();
+    args.angles = attention_scratch_.angles();
+  }
   attention(context_->kernels->attention, worker, args, attention_scratch_);
+}
+
+void Program::prepare_angles(const Pass& pass) {
+  std::int64_t stop = 0;
+  for (std::int64_t r = 0; r < pass.rows; ++r) {
+    if (pass.rope_row[r] != pass.position[r]) {
+      throw std::invalid_argument("keys with a bias need rotary tables by position");
+    }
+    stop = std::max(stop, std::int64_t{pass.position[r]} + 1);
+  }
+  attention_scratch_.prepare_angles(pass.cos, pass.sin, pass.rotated_half, stop);
 }
 
 void Program::run(const Pass& pass) {
@@ -205,13 +220,16 @@ void Program::run(const Pass& pass) {
   auto at = [&](int index) -> Buffer& { return buffers_[static_cast<std::size_t>(index)]; };
   if (const AttendInstruction* a = first_attention()) {
     const CacheView& view = pass.cache->view();
+    bool biased = false;
     if (view.kv_heads != a->kv_heads || view.head_dim != a->head_dim || 2 * pass.rotated_half > a->head_dim) {
       throw std::invalid_argument("the cache or the rotary tables do not fit the program's heads");
     }
     for (const Instruction& instruction : instructions_) {
       const auto* other = std::get_if<AttendInstruction>(&instruction);
       if (other && other->layer >= pass.cache->layers()) throw std::invalid_argument("the cache has too few layers");
+      biased = biased || (other && !other->key_bias.empty() && other->rotary);
     }
+    if (biased && view.key_bits < 16) prepare_angles(pass);
     attention_scratch_.prepare(pass.rows, pass.sequence, pass.position, a->heads, a->kv_heads, a->head_dim,
                                context_->team->size(), a->bidirectional);
   }

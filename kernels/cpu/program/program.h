@@ -50,6 +50,7 @@ struct AttendInstruction {
   float scale;
   int window;
   bool rotary, bidirectional;
+  std::vector<float> key_bias;  // (kv_heads * head_dim), in every key before it is turned; or empty
 };
 using Instruction =
     std::variant<MatmulInstruction, EmbedInstruction, NormInstruction, AddInstruction, ActivateInstruction,
@@ -112,6 +113,7 @@ class Program {
   const AttendInstruction* first_attention() const;
   void note_file(const Weights& weights);
   void attend(Worker& worker, const AttendInstruction& instruction, const Pass& pass);
+  void prepare_angles(const Pass& pass);
   void check(const MatmulInstruction& instruction) const;
   void matmul(Worker& worker, const MatmulInstruction& instruction, const float* x, std::int64_t x_stride,
               const std::int64_t* row_index, std::int64_t rows, float* out, std::int64_t out_stride);
