@@ -17,6 +17,9 @@ if TYPE_CHECKING:
     from kbit.quantizers.method import Method
     from kbit.quantizers.plan import Plan
 
+# Tokens that the result is measured on.
+MEASURED_TOKENS = 4096
+
 
 @flag_groups()
 def quantize(*, flags: QuantizeFlags, json: JsonOption = False) -> None:
@@ -72,6 +75,8 @@ def quantize(*, flags: QuantizeFlags, json: JsonOption = False) -> None:
                 print_plan(facts, plan)
             return
         facts.update(_convert(source, plan, out, flags))
+    if flags.measures(method) and not facts["already_complete"]:
+        facts["measured"] = _measure(flags, out)
     if json:
         print_json(facts)
     else:
@@ -137,6 +142,24 @@ def _convert(source: CheckpointSource, plan: Plan, out: Path, flags: QuantizeFla
         "written_tensors": done.written,
         "resumed_tensors": done.resumed,
         "already_complete": done.already_complete,
+    }
+
+
+def _measure(flags: QuantizeFlags, out: Path) -> dict[str, Any]:
+    """How far the result is from the original, as the engine runs it."""
+    from kbit.evaluate.evaluation import Request, evaluate_model
+
+    request = Request(
+        model=str(out), reference=flags.model, data="sampled", max_tokens=MEASURED_TOKENS, threads=flags.threads
+    )
+    with progress_bars() as progress:
+        found = evaluate_model(request, lambda done, total, _: progress("measuring", done, total))
+    assert found.comparison is not None
+    return {
+        "tokens": found.comparison.kl.size,
+        "kl_mean": found.comparison.kl_mean,
+        "kl_stderr": found.comparison.kl_stderr,
+        "top1_agreement": found.comparison.top1_agreement,
     }
 
 

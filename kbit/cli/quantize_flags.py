@@ -114,6 +114,13 @@ class QuantizeFlags:
         Path | None, typer.Option("--output", "-o", help="Folder to create.  [default: <model>-<format>]")
     ] = None
     shard_size: Annotated[float, typer.Option("--shard-size", help="Largest output file, in GB.")] = 5.0
+    measure: Annotated[
+        bool,
+        typer.Option(
+            "--measure/--no-measure",
+            help="After a calibrated method, say how far the result is from the original.",
+        ),
+    ] = True
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and stop.")] = False
     resume: Annotated[
         bool, typer.Option("--resume/--no-resume", help="Continue an interrupted run, or discard it and start over.")
@@ -156,6 +163,12 @@ class QuantizeFlags:
             field = next(iter(given)).replace("_", " ")
             raise UsageError(f"--format {self.format}: says everything; drop the flag that gives its {field}")
         return parse_format(self.format)
+
+    def measures(self, method: Method) -> bool:
+        """Whether the result is compared with the original."""
+        from kbit.quantizers.calibrated import CalibratedRounding
+
+        return self.measure and isinstance(method, CalibratedRounding)
 
     @property
     def names_a_type(self) -> bool:

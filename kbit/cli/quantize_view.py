@@ -31,7 +31,9 @@ def facts_of(
     source: CheckpointSource, plan: Plan, out: Path, disk: int, allocation: Allocation | None
 ) -> dict[str, Any]:
     """Everything about a plan, for JSON."""
-    weighed = {} if allocation is None else {"predicted_kl": allocation.cost, "kl_per_byte": allocation.slope}
+    weighed: dict[str, Any] = {}
+    if allocation is not None:
+        weighed = {"predicted_kl": allocation.cost, "predicted_kl_half_bit_more": allocation.half_bit_more}
     return {
         "model": str(source.path),
         "output": str(out),
@@ -71,15 +73,22 @@ def print_result(facts: dict[str, Any], out: Path) -> None:
         f"{facts['bits_per_weight']:.3f} bits per weight ({facts['bits_per_weight_linear']:.3f} in linear layers), "
         f"{facts['seconds']:.1f} s{again}"
     )
-    if "predicted_kl" in facts:
-        widths = Counter(row["to"] for row in facts["tensors"].values() if row["quantized"])
-        half_bit = facts["quantized_weights"] / 16  # bytes
-        saved = min(facts["predicted_kl"], facts["kl_per_byte"] * half_bit)
-        typer.echo(
-            f"widths: {', '.join(f'{count} x {label}' for label, count in sorted(widths.items()))}\n"
-            f"predicted KL divergence from the original: {facts['predicted_kl']:.3g} nats per token; half a bit more "
-            f"would save at most {saved:.2g} (kbit eval {out} --reference MODEL measures it)"
+    widths = Counter(row["to"] for row in facts["tensors"].values() if row["quantized"])
+    typer.echo(f"method {facts['method']}, {', '.join(f'{count} x {name}' for name, count in sorted(widths.items()))}")
+    measured, predicted = facts.get("measured"), facts.get("predicted_kl")
+    said = []
+    if measured is not None:
+        interval = "" if measured["kl_stderr"] is None else f" +- {1.96 * measured['kl_stderr']:.2g}"
+        said.append(
+            f"KL divergence from the original {measured['kl_mean']:.3g}{interval} nats per token on "
+            f"{measured['tokens']:,} tokens that it wrote"
         )
+    if predicted:
+        # What half a bit buys is told in proportion: of predictions, the ratio is the safer part.
+        left = facts["predicted_kl_half_bit_more"] / predicted * (measured["kl_mean"] if measured else predicted)
+        said += [f"predicted {predicted:.3g}", f"half a bit more would leave about {left:.2g}"]
+    if said:
+        typer.echo("; ".join(said))
 
 
 def print_plan(facts: dict[str, Any], plan: Plan) -> None:

@@ -58,13 +58,13 @@ class Allocation:
         chosen: by name.
         cost: predicted divergence of all together.
         nbytes: of all together.
-        slope: what another byte would save, in nats per token: the last step's.
+        half_bit_more: predicted divergence with half a bit more for every weight, if that was asked for.
     """
 
     chosen: Mapping[str, Choice]
     cost: float
     nbytes: int
-    slope: float
+    half_bit_more: float | None = None
 
 
 def measure_choices(
@@ -124,12 +124,10 @@ def allocate(choices: Mapping[str, Sequence[Choice]], nbytes: int | None, cost: 
         )
     steps = [(-_gain(hull, 0), name) for name, hull in hulls.items() if len(hull) > 1]
     heapq.heapify(steps)
-    slope = 0.0
     while steps and (cost is None or spent > cost):
-        gain, name = heapq.heappop(steps)
+        _, name = heapq.heappop(steps)
         hull, at = hulls[name], place[name]
         more = hull[at + 1].nbytes - hull[at].nbytes
-        slope = -gain
         if nbytes is not None and total + more > nbytes:
             continue  # a smaller matrix may still fit
         total += more
@@ -142,7 +140,7 @@ def allocate(choices: Mapping[str, Sequence[Choice]], nbytes: int | None, cost: 
             f"a divergence of {cost:g} is out of reach: the widest formats are predicted to cost {spent:.2g}"
         )
     chosen = {name: hull[place[name]] for name, hull in hulls.items()}
-    return Allocation(chosen, spent, total, slope)
+    return Allocation(chosen, spent, total)
 
 
 def _hull(tried: Sequence[Choice]) -> list[Choice]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from kbit.calibration.run import calibrate
 from kbit.checkpoint.source import CheckpointSource
@@ -69,7 +69,9 @@ def mixed_formats(
             assert tensor.format is not None
             bits = tensor.format.bits if tensor.role != "linear" else budget.bits
             nbytes += round(_bytes_at(tensor.format, tensor.source.shape, bits))
-    return allocate(choices, nbytes, budget.cost)
+    found = allocate(choices, nbytes, budget.cost)
+    weights = sum(tensor.source.numel for tensor in free.values())
+    return replace(found, half_bit_more=allocate(choices, found.nbytes + weights // 16).cost)
 
 
 def _candidates(format: object, role: str) -> tuple[QuantFormat, ...]:
