@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from kbit.backends.reference.backend import ReferenceBackend
 from kbit.backends.reference.gradients import GradientOps, KeepingBackend, dense
 from kbit.calibration.factors import Factors
+from kbit.calibration.sizes import CHUNK_TOKENS, LOGITS_BYTES
 from kbit.calibration.workers import workers
 from kbit.checkpoint.source import CheckpointSource
 from kbit.graph.ops import Vector, Weight
@@ -34,10 +35,6 @@ from kbit.models.load import load_ends, load_layer
 from kbit.models.params import parameters
 from kbit.models.spec import ModelSpec
 
-# Sequences whose activations are held at once, in tokens: about 20 to 100 thousand floats a token.
-CHUNK_TOKENS = 2048
-# Logits and their gradients are formed for so many bytes at a time.
-_LOGITS_BYTES = 32 << 20
 # Rows of a factor computed by one task.
 _PANEL = 512
 # A factor over the outputs is measured up to this many; for more (a head) only its diagonal.
@@ -184,7 +181,7 @@ class _Passes:
         definition = DecoderDefinition(self.spec, DecoderWeights(head, (), ends.final, head))
         flat = hidden.flatten(0, 1)
         gradient = torch.empty(flat.shape)
-        step = max(1, _LOGITS_BYTES // (4 * self.spec.vocab_size))
+        step = max(1, LOGITS_BYTES // (4 * self.spec.vocab_size))
         starts = range(0, len(flat), step)
 
         def run(start: int) -> _Capture:

@@ -14,7 +14,8 @@ import torch
 from numpy.typing import NDArray
 
 from kbit.calibration.measure import measure_factors
-from kbit.calibration.request import SEQUENCE, CalibrationRequest
+from kbit.calibration.request import CalibrationRequest
+from kbit.calibration.sizes import factor_bytes, text_shape
 from kbit.calibration.store import CalibrationFolder
 from kbit.checkpoint.source import CheckpointSource
 from kbit.host.cache_folder import cache_dir
@@ -52,9 +53,8 @@ def calibrate(
         KbitError: no room on the disk, or a folder with something else in it.
     """
     spec = spec_from_config(source.config, where=f"config of {source.path}")
-    length = min(SEQUENCE, spec.longest_in_pieces)
-    shape = ((request.tokens or default_tokens(spec)) // length, length)
-    measured = {**request.identity, "tokens": shape[0] * length, "sequence": length}
+    shape = text_shape(spec, request.tokens)
+    measured = {**request.identity, "tokens": shape[0] * shape[1], "sequence": shape[1]}
     identity = {"model": source.fingerprint(), "request": measured}
     digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:24]
     kept = CalibrationFolder(folder or calibration_folder() / digest, identity)
@@ -111,22 +111,6 @@ def calibration_folder() -> Path:
     """
     named = os.environ.get("KBIT_CALIBRATION")
     return Path(named).expanduser() if named else cache_dir() / "calibration"
-
-
-def default_tokens(spec: ModelSpec) -> int:
-    """Tokens to calibrate on: more where they are cheap (docs/accuracy.md: what they buy)."""
-    from kbit.models.params import parameters
-
-    weights = sum(p.shape[0] * p.shape[1] for p in parameters(spec) if p.role == "linear")
-    return 65536 if weights < 20_000_000 else 16384
-
-
-def factor_bytes(spec: ModelSpec, layers: int, gradients: bool) -> int:
-    """About what the factors of so many layers take on disk."""
-    from kbit.models.params import parameters
-
-    shapes = [p.shape for p in parameters(spec) if p.role == "linear" and p.layer == 0]
-    return layers * sum(columns**2 + (rows**2 if gradients else 0) for rows, columns in shapes)
 
 
 def _of_text(text: TextData, tokenizer: Tokenizer, count: int, length: int) -> NDArray[np.int64]:

@@ -52,6 +52,12 @@ class CalibratedRounding(Method):
     def refuses(self, format: Codec) -> str | None:
         return None if isinstance(format, QuantFormat) else f"it finds codes for formats of {QuantFormat.family} only"
 
+    def memory(self, source: CheckpointSource) -> int:
+        from kbit.calibration.sizes import calibration_memory
+
+        spec = spec_from_config(source.config, where=f"config of {source.path}")
+        return calibration_memory(spec, self.request.tokens, self.request.gradients)
+
     def apply(self, job: MethodInput) -> QuantizedSource:
         from kbit.calibration.run import calibrate
 

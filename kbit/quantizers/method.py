@@ -103,6 +103,10 @@ class Method(ABC):
         """Why the method has no use for a format, or None if it can do it."""
         return None
 
+    def memory(self, source: CheckpointSource) -> int:
+        """About how many bytes the method works in, beyond those of a conversion by rounding to nearest."""
+        return 0
+
     @abstractmethod
     def apply(self, job: MethodInput) -> QuantizedSource:
         """The model with its planned weights quantized.

@@ -83,6 +83,7 @@ class Plan:
         shard_bytes: largest size of one output file.
         plan_id: hex digest of everything that determines the output, the source's fingerprint included.
         method: who finds the codes.
+        method_memory: bytes that the method works in.
     """
 
     default_format: Codec
@@ -90,6 +91,7 @@ class Plan:
     shard_bytes: int
     plan_id: str
     method: Method
+    method_memory: int = 0
 
     @property
     def bytes_before(self) -> int:
@@ -107,9 +109,9 @@ class Plan:
 
     @property
     def peak_memory(self) -> int:
-        """Estimated peak resident memory of the conversion, in bytes: the largest result plus constants."""
+        """Estimated peak resident memory, in bytes: constants, and the largest result or what the method takes."""
         largest = max((tensor.nbytes for tensor in self.tensors if tensor.format), default=0)
-        return _BASE_BYTES + _CHUNK_BYTES + largest
+        return _BASE_BYTES + max(_CHUNK_BYTES + largest, self.method_memory)
 
 
 def make_plan(
@@ -170,7 +172,7 @@ def make_plan(
         if reason is not None:
             raise UsageError(f"method {method.name}, format {chosen_format}: {reason}")
     plan_id = _plan_id(source, format, tensors, shard_bytes, method)
-    return Plan(format, tuple(tensors), shard_bytes, plan_id, method)
+    return Plan(format, tuple(tensors), shard_bytes, plan_id, method, method.memory(source))
 
 
 def role_of(info: TensorInfo) -> str:

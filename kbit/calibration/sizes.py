@@ -1,0 +1,49 @@
+"""What calibration takes: tokens, memory, disk. Imports neither torch nor numpy, so that plans can say it."""
+
+from __future__ import annotations
+
+from kbit.calibration.request import SEQUENCE
+from kbit.models.params import parameters
+from kbit.models.spec import ModelSpec
+
+# Tokens whose activations are held at once.
+CHUNK_TOKENS = 2048
+# Logits and their gradients are formed for so many bytes at a time.
+LOGITS_BYTES = 32 << 20
+# Models below this many weights are calibrated on more tokens: they are cheap there.
+_SMALL_MODEL, _MANY_TOKENS, _TOKENS = 20_000_000, 65536, 16384
+
+
+def default_tokens(spec: ModelSpec) -> int:
+    """Tokens to calibrate on (docs/methods.md: what they buy)."""
+    weights = sum(p.shape[0] * p.shape[1] for p in parameters(spec) if p.role == "linear")
+    return _MANY_TOKENS if weights < _SMALL_MODEL else _TOKENS
+
+
+def text_shape(spec: ModelSpec, tokens: int | None) -> tuple[int, int]:
+    """Sequences, and tokens of each."""
+    length = min(SEQUENCE, spec.longest_in_pieces)
+    return (tokens or default_tokens(spec)) // length, length
+
+
+def factor_bytes(spec: ModelSpec, layers: int, gradients: bool) -> int:
+    """About what the factors of so many layers take on disk: half of each symmetric matrix in 16 bits."""
+    return layers * sum(columns**2 + (rows**2 if gradients else 0) for rows, columns in _shapes(spec))
+
+
+def calibration_memory(spec: ModelSpec, tokens: int | None, gradients: bool) -> int:
+    """About what calibrating takes at its peak: the inputs of all layers, the factors of one, a chunk of tokens."""
+    count, length = text_shape(spec, tokens)
+    hidden = count * length * spec.hidden_size
+    kept = hidden * (2 * (spec.layers + 1) + 8 if gradients else 4)
+    shapes = _shapes(spec)
+    weights = 4 * sum(rows * columns for rows, columns in shapes)
+    factors = 3 * factor_bytes(spec, 1, gradients) * 2
+    activations = 4 * 3 * min(CHUNK_TOKENS, count * length) * sum(rows + columns for rows, columns in shapes)
+    head = 6 * spec.vocab_size * spec.hidden_size + (8 * LOGITS_BYTES if gradients else 0)
+    return kept + max(weights + factors + activations, head)
+
+
+def _shapes(spec: ModelSpec) -> list[tuple[int, int]]:
+    """Of the matrices of a layer."""
+    return [(p.shape[0], p.shape[1]) for p in parameters(spec) if p.role == "linear" and p.layer == 0]
