@@ -31,6 +31,8 @@ from kbit.host.errors import KbitError
 _DOCS = Path(__file__).resolve().parent.parent / "docs"
 _METHODS = "rtn,hqq,awq,gptq,ldlq2"
 _FORMATS = "lloyd2-b64,nf3-b64,lloyd3-b64,nf4-b64,lloyd4-b64,lloyd5-b64,lloyd6-b64"
+# At the bits of llama.cpp's types: IQ2_S, IQ3_S, IQ4_XS, Q4_K_M, Q5_K_M, Q6_K.
+_FORMATS += ",mixed2.54,mixed3.44,mixed4.25,mixed4.71,mixed5.61,mixed6.56"
 _OFFSET_FORMATS = "int2-b64-asym,int3-b64-asym,int4-b64-asym,int5-b64-asym"
 
 

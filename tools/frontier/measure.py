@@ -16,6 +16,7 @@ from frontier.llama_cpp import LlamaCpp
 from frontier.subjects import Subject
 from kbit.backends.select import select_backend
 from kbit.checkpoint.resolve import open_model
+from kbit.checkpoint.source import CheckpointSource
 from kbit.evaluate.compare import Comparison, compare
 from kbit.evaluate.logits import StoredLogits
 from kbit.evaluate.statistics import cluster
@@ -23,15 +24,19 @@ from kbit.formats.registry import parse_format
 from kbit.host.errors import KbitError, UsageError
 from kbit.models.families import spec_from_config
 from kbit.models.load import load_decoder
-from kbit.quantizers.method import MethodInput
+from kbit.quantizers.calibrated import CalibratedRounding
+from kbit.quantizers.method import Method, MethodInput
 from kbit.quantizers.methods import METHODS, get_method
-from kbit.quantizers.plan import make_plan
+from kbit.quantizers.mixed import Budget, mixed_formats
+from kbit.quantizers.plan import Plan, make_plan
 from kbit.text.datasets import resolve_data
 from kbit.text.tokenizer import Tokenizer
 from kbit.text.windows import choose_context, make_windows
 
 Row = dict[str, Any]
 PEER = "llama.cpp"
+# How a format's name begins that stands for widths that are mixed.
+_MIXED = "mixed"
 # Bits of what is no linear layer (embedding, head, norms), in kbit's points and in peers' alike.
 OTHER_BITS = 16
 
@@ -98,7 +103,7 @@ class Frontier:
                 if self._has({**about, **row}):
                     continue
                 try:
-                    plan = make_plan(source, parse_format(format_name), method=method)
+                    plan = _plan(source, format_name, method)
                 except UsageError as error:
                     say(str(error))
                     continue
@@ -138,6 +143,25 @@ class Frontier:
         self._file.parent.mkdir(parents=True, exist_ok=True)
         with self._file.open("a") as file:
             file.write(json.dumps(row) + "\n")
+
+
+def _plan(source: CheckpointSource, format_name: str, method: Method) -> Plan:
+    """One format for all linear layers; or, of "mixed3.25", widths of that many bits of them on average, all counted.
+
+    Raises:
+        UsageError: the method has no use for it.
+    """
+    if not format_name.startswith(_MIXED):
+        return make_plan(source, parse_format(format_name), method=method)
+    if not isinstance(method, CalibratedRounding):
+        raise UsageError(f"{method.name} does not weigh widths: {format_name} passed over")
+    bits = float(format_name.removeprefix(_MIXED))
+    plain = make_plan(source, parse_format("nf4-b64"), method=method)
+    linear = sum(tensor.source.numel for tensor in plain.tensors if tensor.role == "linear")
+    kept = sum(tensor.nbytes for tensor in plain.tensors if tensor.role != "linear")
+    found = mixed_formats(source, plain, method, Budget(nbytes=int(linear * bits / 8) + kept), ())
+    formats = {name: choice.format for name, choice in found.chosen.items()}
+    return make_plan(source, plain.default_format, formats=formats, method=method)
 
 
 def _figures(comparison: Comparison) -> Row:
