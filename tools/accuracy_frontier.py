@@ -76,10 +76,7 @@ def run(arguments: argparse.Namespace) -> None:
     rows = latest(frontier.rows)
     if not rows:
         raise KbitError(f"{arguments.rows} has no rows: name a model to measure")
-    names = list(dict.fromkeys(row["model"] for row in rows))
-    known = {name: paths.get(name, name) for name in names}
-    notes = {subject.name: subject.note for subject in subjects(names, known)} if not arguments.show else {}
-    print(tables(rows, notes), end="")
+    print(tables(rows), end="")
     draw(rows, arguments.figure)
     print(f"\n{arguments.figure}")
 

@@ -119,19 +119,16 @@ class Frontier:
                 add(row, bits, compare(decoder, reference, windows), seconds)
             if peer is None:
                 return
-            for kind in ("F32", *types):
+            _check_same(source, peer.original())
+            for kind in types:
                 row = {"tool": PEER, "method": "imatrix", "format": kind, "version": 1}
-                if kind != "F32" and self._has({**about, **row}):
+                if self._has({**about, **row}):
                     continue
                 begin = time.perf_counter()
-                path = peer.original() if kind == "F32" else peer.dequantized(kind)
+                path = peer.dequantized(kind)
                 seconds = time.perf_counter() - begin
                 with open_model(str(path)) as file:
                     comparison = compare(load_decoder(file, backend), reference, windows)
-                if kind == "F32":
-                    if comparison.kl_mean > 1e-7:
-                        raise KbitError(f"{path}: is not the model it was made from (KL {comparison.kl_mean:.2g})")
-                    continue
                 bits, kinds = peer.linear_bits(kind)
                 add({**row, "types": kinds}, bits, comparison, seconds)
 
@@ -162,6 +159,17 @@ def _plan(source: CheckpointSource, format_name: str, method: Method) -> Plan:
     found = mixed_formats(source, plain, method, Budget(nbytes=int(linear * bits / 8) + kept), ())
     formats = {name: choice.format for name, choice in found.chosen.items()}
     return make_plan(source, plain.default_format, formats=formats, method=method)
+
+
+def _check_same(source: CheckpointSource, path: Path) -> None:
+    """
+    Raises:
+        KbitError: a file holds other weights than the model it was made from.
+    """
+    with open_model(str(path)) as file:
+        for name in file.tensors:
+            if not file.read(name).allclose(source.read(name), rtol=1e-6, atol=1e-9):
+                raise KbitError(f"{path}: {name} is not that of {source.path}")
 
 
 def _figures(comparison: Comparison) -> Row:

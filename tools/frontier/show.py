@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from frontier.measure import PEER, Row
+from frontier.subjects import note
 from kbit.evaluate.statistics import DRAWS, SEED
 
 # What part of a peer's divergence kbit is to have with no more bits: the goals of accuracy.
@@ -21,14 +22,14 @@ def latest(rows: list[Row]) -> list[Row]:
     return list({(row["model"], row["tool"], row["method"], row["format"]): row for row in rows}.values())
 
 
-def tables(rows: list[Row], notes: dict[str, str]) -> str:
+def tables(rows: list[Row]) -> str:
     """Markdown: for every model its points, and its best against each type of the peer."""
     lines: list[str] = []
     for model in dict.fromkeys(row["model"] for row in rows):
         chosen = sorted((row for row in rows if row["model"] == model), key=lambda row: row["linear_bits"])
         first = chosen[0]
         lines += [
-            f"**{model}** ({notes.get(model, 'as it is')}), {first['tokens']:,} tokens of {first['data']} in windows "
+            f"**{model}** ({note(model)}), {first['tokens']:,} tokens of {first['data']} in windows "
             f"of {first['context']}; perplexity of the original {first['original_perplexity']:.2f}",
             "",
             "| bits, linear | bits, all | | format | KL, nats | KL 99.9 % | perplexity | top-1 |",
@@ -36,7 +37,7 @@ def tables(rows: list[Row], notes: dict[str, str]) -> str:
         ]
         for row in chosen:
             who = f"llama.cpp, {row['method']}" if row["tool"] == PEER else f"kbit {row['method']}"
-            error = f" ± {_digits(row['kl_stderr'])}" if row["kl_stderr"] is not None else ""
+            error = f" ± {row['kl_stderr']:.1g}" if row["kl_stderr"] is not None else ""
             lines.append(
                 f"| {row['linear_bits']:.3f} | {row['all_bits']:.2f} | {who} | {row['format']} | "
                 f"{_digits(row['kl'])}{error} | {_digits(row['kl_p99.9'])} | {row['perplexity']:.2f} | "

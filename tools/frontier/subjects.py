@@ -31,6 +31,15 @@ class Subject:
     note: str
 
 
+def note(name: str) -> str:
+    """What a reader of a model's figures must know."""
+    if name.startswith("novels-"):
+        return "full precision (float16)"
+    if name == "smollm2":
+        return "its original is a Q4_1 file: on at most 16 levels per 32 weights, no float checkpoint"
+    return "compared with its file as it is"
+
+
 def data_folder() -> Path:
     """
     Raises:
@@ -58,14 +67,12 @@ def subjects(names: list[str], paths: dict[str, str]) -> list[Subject]:
     for name in names:
         if name in ("novels-0.7m", "novels-2m", "novels-5m"):
             path = paths.get(name, str(data / "models" / name))
-            found.append(Subject(name, path, hound, 256, 160 * 256, "novels", "full precision (float16)"))
+            found.append(Subject(name, path, hound, 256, 160 * 256, "novels", note(name)))
         elif name == "smollm2":
             path = paths.get(name, "smollm2-135m-instruct")
-            note = "its original is a Q4_1 file: on at most 16 levels per 32 weights, no float checkpoint"
-            found.append(Subject(name, path, "wikitext2", 512, 4096, "wikitext2-valid-tokenized", note))
+            found.append(Subject(name, path, "wikitext2", 512, 4096, "wikitext2-valid-tokenized", note(name)))
         elif name in paths:
-            note = f"compared with {Path(paths[name]).name} as it is"
-            found.append(Subject(name, paths[name], "wikitext2", 512, 4096, "wikitext2-valid-tokenized", note))
+            found.append(Subject(name, paths[name], "wikitext2", 512, 4096, "wikitext2-valid-tokenized", note(name)))
         else:
             raise UsageError(f"{name}: say where it is with --path {name}=FILE")
     return found
