@@ -2,7 +2,7 @@
 
     python tools/accuracy_frontier.py novels-2m novels-5m
     python tools/accuracy_frontier.py smollm2 qwen-0.5b --path qwen-0.5b=MODEL.gguf --methods rtn,ldlq2
-    python tools/accuracy_frontier.py --show          # tables and figure from the rows there are
+    python tools/accuracy_frontier.py --show novels-2m      # tables and figure from the rows there are
 
 Every point is a KL divergence from the original (mean and 99.9 %), a perplexity and an agreement of the first tokens,
 with fp32 compute, so that only weights differ, against honest bits: everything stored of the linear layers; and of the
@@ -47,7 +47,7 @@ def main() -> int:
     parser.add_argument("--no-peers", action="store_true", help="only kbit's methods")
     parser.add_argument("--rows", type=Path, default=_DOCS / "accuracy_frontier.jsonl")
     parser.add_argument("--figure", type=Path, default=_DOCS / "accuracy_frontier.svg")
-    parser.add_argument("--show", action="store_true", help="measure nothing")
+    parser.add_argument("--show", action="store_true", help="measure nothing; of these models, or all")
     arguments = parser.parse_args()
     try:
         run(arguments)
@@ -73,9 +73,9 @@ def run(arguments: argparse.Namespace) -> None:
         for subject in subjects(arguments.models, paths):
             peer = None if arguments.no_peers else LlamaCpp(*peer_folders(), subject)
             frontier.measure(subject, pairs, peer, arguments.types.split(","), lambda text: print(text, flush=True))
-    rows = latest(frontier.rows)
+    rows = [row for row in latest(frontier.rows) if not arguments.models or row["model"] in arguments.models]
     if not rows:
-        raise KbitError(f"{arguments.rows} has no rows: name a model to measure")
+        raise KbitError(f"{arguments.rows} has no such rows: name a model to measure")
     print(tables(rows), end="")
     draw(rows, arguments.figure)
     print(f"\n{arguments.figure}")
