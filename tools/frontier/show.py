@@ -37,11 +37,8 @@ def tables(rows: list[Row]) -> str:
         ]
         for row in chosen:
             who = f"llama.cpp, {row['method']}" if row["tool"] == PEER else f"kbit {row['method']}"
-            error = (
-                f" ± {row['kl_stderr']:.{4 if row['kl'] >= 0.1 else 5 if row['kl'] >= 0.01 else 6}f}"
-                if row["kl_stderr"] is not None
-                else ""
-            )
+            digits = 4 if row["kl"] >= 0.1 else 5 if row["kl"] >= 0.01 else 6
+            error = "" if row["kl_stderr"] is None else f" ± {row['kl_stderr']:.{digits}f}"
             lines.append(
                 f"| {row['linear_bits']:.3f} | {row['all_bits']:.2f} | {who} | {row['format']} | "
                 f"{_digits(row['kl'])}{error} | {_digits(row['kl_p99.9'])} | {row['perplexity']:.2f} | "
