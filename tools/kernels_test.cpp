@@ -1,38 +1,42 @@
 // Every kernel of some instruction sets against the scalar ones, byte for byte, on the same made-up inputs.
 //
 // For sets that the Python tests cannot run: Arm's under qemu (tools/arm/check.sh), AMX's machine code under a trap
-// (tools/amx/check.sh). Compile with -DSETS="SET(scalar) SET(neon) .." and link those sets' isa_*.cpp. Prints each
+// (tools/amx/check.sh). Compile with -DSETS='"scalar", "neon", ..' and link isa/kernel_table.cpp with those sets. Prints each
 // difference and exits with 1, or prints a digest of the scalar results, which is the same on every machine.
 //
 // Usage: kernels_test [quick]      quick: a part of the widths and shapes
 #include <algorithm>
 #include <cmath>
 #include <cstdio>
+#include <cstdlib>
 #include <cstring>
 #include <memory>
 #include <string>
 #include <vector>
 
 #include "attention/attention_plan.h"
+#include "isa/kernel_table.h"
 #include "isa/kernels.h"
 #include "attention/kv_pages.h"
 #include "codecs/matrix_storage.h"
 #include "program/threads.h"
-
-#define SET(name) extern const Kernels kernels_##name;
-namespace kbit {
-SETS
-}
-#undef SET
 
 namespace {
 
 using namespace kbit;
 using std::int64_t;
 
-#define SET(name) &kernels_##name,
-const Kernels* const all_sets[] = {SETS};
-#undef SET
+const std::vector<const Kernels*> all_sets = [] {
+  std::vector<const Kernels*> sets;
+  for (const char* name : {SETS}) {
+    sets.push_back(find_kernels(name));
+    if (!sets.back()) {
+      std::fprintf(stderr, "%s is not linked\n", name);
+      std::exit(2);
+    }
+  }
+  return sets;
+}();
 
 bool quick = false;
 int failures = 0, comparisons = 0;

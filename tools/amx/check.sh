@@ -25,15 +25,18 @@ compile() {
 }
 
 kernels="-fno-math-errno -fno-strict-aliasing"
-compile isa_amx "$cpu/isa/amx.cpp" $kernels -mavx2 -mfma -mf16c -mbmi2 -mavx512f -mavx512bw -mavx512dq -mavx512vl \
-  -mavx512vnni -mprefer-vector-width=512 -mavx512vbmi -mavx512bf16 -Wno-uninitialized
+avx512bf16="-mavx2 -mfma -mf16c -mbmi2 -mavx512f -mavx512bw -mavx512dq -mavx512vl -mavx512vnni \
+  -mprefer-vector-width=512 -mavx512vbmi -mavx512bf16 -Wno-uninitialized"
+compile isa_avx512bf16 "$cpu/isa/avx512bf16.cpp" $kernels $avx512bf16
+compile isa_amx "$cpu/isa/amx.cpp" $kernels $avx512bf16
 compile isa_scalar "$cpu/isa/scalar.cpp" $kernels -O1
 compile isa_amx_emulated "$cpu/isa/amx_emulated.cpp" $kernels -Os
-for name in codecs/mapped_file codecs/matrix_storage codecs/bitplanes program/threads attention/kv_cache attention/attention_plan; do
+for name in codecs/mapped_file codecs/matrix_storage codecs/bitplanes program/threads attention/kv_pages attention/attention_plan; do
   compile "$(basename $name)" "$cpu/$name.cpp"
 done
+compile kernel_table "$cpu/isa/kernel_table.cpp" -DKBIT_SET_AVX512BF16 -DKBIT_SET_AMX -DKBIT_SET_AMX_EMULATED
 compile trap "$root/tools/amx/trap.cpp"
-compile kernels_test "$root/tools/kernels_test.cpp" "-DSETS=SET(scalar) SET(amx_emulated) SET(amx)"
+compile kernels_test "$root/tools/kernels_test.cpp" '-DSETS="scalar", "amx-emulated", "amx"'
 join
 
 "${CXX:-g++}" "$build"/*.o -pthread -o "$build/kernels_test"

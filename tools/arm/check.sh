@@ -36,15 +36,17 @@ compile "$arm" arm "$cpu/isa/amx_emulated.cpp" $kernels -Os
 for source in "$cpu"/codecs/*.cpp "$cpu"/attention/*.cpp "$cpu"/program/*.cpp "$cpu/isa/isa.cpp"; do
   compile "$arm" arm "$source"
 done
-sets="SET(scalar) SET(neon) SET(i8mm) SET(amx_emulated)"
-if [ -z "$run" ] && ! grep -qw i8mm /proc/cpuinfo; then sets="SET(scalar) SET(neon) SET(amx_emulated)"; fi
+compile "$arm" arm "$cpu/isa/kernel_table.cpp" -DKBIT_SET_NEON -DKBIT_SET_I8MM -DKBIT_SET_AMX_EMULATED
+sets='"scalar", "neon", "i8mm", "amx-emulated"'
+if [ -z "$run" ] && ! grep -qw i8mm /proc/cpuinfo; then sets='"scalar", "neon", "amx-emulated"'; fi
 compile "$arm" arm "$root/tools/kernels_test.cpp" "-DSETS=$sets"
 if [ -n "$run" ]; then
   compile "$native" native "$cpu/isa/scalar.cpp" $kernels -O1
-  for name in codecs/mapped_file codecs/matrix_storage codecs/bitplanes program/threads attention/kv_cache attention/attention_plan; do
+  compile "$native" native "$cpu/isa/kernel_table.cpp"
+  for name in codecs/mapped_file codecs/matrix_storage codecs/bitplanes program/threads attention/kv_pages attention/attention_plan; do
     compile "$native" native "$cpu/$name.cpp"
   done
-  compile "$native" native "$root/tools/kernels_test.cpp" "-DSETS=SET(scalar)"
+  compile "$native" native "$root/tools/kernels_test.cpp" '-DSETS="scalar"'
 fi
 join
 

@@ -1,7 +1,7 @@
-// x86-64 as in isa_avx512bf16.cpp, with AMX tiles for int8 and bfloat16 (Sapphire Rapids).
+// AMX tiles for int8 and bfloat16 (Sapphire Rapids), with the instruction sets of avx512bf16.cpp, whose kernels the set
+// has for all else.
 #include "simd/avx512.h"
 
-#include "isa/kernels_body.h"
 #include "matmul/matmul_amx.h"
 
-KBIT_DEFINE_KERNELS_WITH(amx, "amx", matmul_int8_tiles, matmul_bf16_tiles)
+KBIT_DEFINE_TILE_PRODUCTS(amx, avx512bf16)

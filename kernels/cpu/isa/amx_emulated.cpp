@@ -1,8 +1,7 @@
-// The AMX kernels over plain C++, the tiles emulated: for tests, on any machine.
+// The products of AMX with the tiles emulated in plain C++, over scalar.cpp's kernels: for tests, on any machine.
 #define KBIT_EMULATE_TILES 1
 #include "simd/scalar.h"
 
-#include "isa/kernels_body.h"
 #include "matmul/matmul_amx.h"
 
-KBIT_DEFINE_KERNELS_WITH(amx_emulated, "amx-emulated", matmul_int8_tiles, matmul_bf16_tiles)
+KBIT_DEFINE_TILE_PRODUCTS(amx_emulated, scalar)

@@ -4,4 +4,4 @@
 #include "isa/kernels_body.h"
 #include "matmul/matmul_i8mm.h"
 
-KBIT_DEFINE_KERNELS_WITH(i8mm, "i8mm", matmul_int8_i8mm, matmul_bf16)
+KBIT_DEFINE_KERNELS_WITH(i8mm, matmul_int8_i8mm)

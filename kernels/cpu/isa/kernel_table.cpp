@@ -8,7 +8,7 @@ namespace kbit {
 // Declared here and not in a header: this is the only place that names them.
 extern const Kernels kernels_scalar;
 #if defined(KBIT_SET_AMX_EMULATED)
-extern const Kernels kernels_amx_emulated;
+extern const TileProducts tiles_amx_emulated;
 #endif
 #if defined(KBIT_SET_AVX2)
 extern const Kernels kernels_avx2;
@@ -20,7 +20,7 @@ extern const Kernels kernels_avx512vnni;
 extern const Kernels kernels_avx512bf16;
 #endif
 #if defined(KBIT_SET_AMX)
-extern const Kernels kernels_amx;
+extern const TileProducts tiles_amx;
 #endif
 #if defined(KBIT_SET_NEON)
 extern const Kernels kernels_neon;
@@ -31,11 +31,26 @@ extern const Kernels kernels_i8mm;
 
 namespace {
 
+// Here and not beside the tiles, as this is compiled for any machine of the architecture.
+[[maybe_unused]] Kernels with_tiles(const Kernels& base, const char* name, const TileProducts& tiles) {
+  Kernels kernels = base;
+  kernels.name = name;
+  kernels.matmul_int8 = tiles.matmul_int8;
+  kernels.matmul_bf16 = tiles.matmul_bf16;
+  return kernels;
+}
+
 const std::vector<const Kernels*>& compiled_kernels() {
+#if defined(KBIT_SET_AMX_EMULATED)
+  static const Kernels amx_emulated = with_tiles(kernels_scalar, "amx-emulated", tiles_amx_emulated);
+#endif
+#if defined(KBIT_SET_AMX)
+  static const Kernels amx = with_tiles(kernels_avx512bf16, "amx", tiles_amx);
+#endif
   static const std::vector<const Kernels*> all = {
       &kernels_scalar,
 #if defined(KBIT_SET_AMX_EMULATED)
-      &kernels_amx_emulated,
+      &amx_emulated,
 #endif
 #if defined(KBIT_SET_AVX2)
       &kernels_avx2,
@@ -47,7 +62,7 @@ const std::vector<const Kernels*>& compiled_kernels() {
       &kernels_avx512bf16,
 #endif
 #if defined(KBIT_SET_AMX)
-      &kernels_amx,
+      &amx,
 #endif
 #if defined(KBIT_SET_NEON)
       &kernels_neon,

@@ -61,4 +61,10 @@ struct Kernels {
   std::int64_t (*trace)(const std::uint8_t* in, std::int64_t in_bytes, std::uint8_t* out, std::int64_t out_bytes);
 };
 
+// What a set with matrix tiles has of its own: the rest are the kernels of the set it extends.
+struct TileProducts {
+  void (*matmul_int8)(const MatmulTask&);
+  void (*matmul_bf16)(const MatmulTask&);
+};
+
 }  // namespace kbit

@@ -9,12 +9,12 @@
 #include "rounding/rounding_kernel.h"
 #include "simd/trace.h"
 
-// The table kbit::kernels_<set>, with these matmuls where they are the set's own.
-#define KBIT_DEFINE_KERNELS_WITH(set, name, matmul_int8, matmul_bf16)                                              \
+// The table kbit::kernels_<set>, with this matmul where it is the set's own.
+#define KBIT_DEFINE_KERNELS_WITH(set, matmul_int8)                                                                 \
   namespace kbit {                                                                                                 \
   extern const Kernels kernels_##set;                                                                              \
-  const Kernels kernels_##set = {name,          ::matmul_int8,     ::matmul_bf16, ::matmul_fp32,  ::quantize_row,  \
+  const Kernels kernels_##set = {#set,          ::matmul_int8,     ::matmul_bf16, ::matmul_fp32,  ::quantize_row,  \
                                  ::bfloat_row,  ::rms_norm,        ::add_row,     ::activate_row, ::decode_row,    \
                                  kAttentionKernels, ::round_rows, ::trace};                                                      \
   }
-#define KBIT_DEFINE_KERNELS(set) KBIT_DEFINE_KERNELS_WITH(set, #set, matmul_int8, matmul_bf16)
+#define KBIT_DEFINE_KERNELS(set) KBIT_DEFINE_KERNELS_WITH(set, matmul_int8)

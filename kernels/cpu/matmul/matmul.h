@@ -294,7 +294,7 @@ template <int Bits> void int8_direct(const MatmulTask& task) {
   int8_direct<Bits, Levels<Bits>, false>(task);
 }
 
-void matmul_int8(const MatmulTask& task) {
+[[maybe_unused]] void matmul_int8(const MatmulTask& task) {
   if (task.row_end - task.row_begin > kDirectMost) return int8_buffered(task);
   switch (task.w->bits) {
     case 2: return int8_direct<2>(task);

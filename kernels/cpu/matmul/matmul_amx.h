@@ -254,10 +254,10 @@ template <bool kTwoDigits> void int8_on_tiles(const MatmulTask& task) {
 }
 
 // Few rows are bound by reading the weights, which matmul.h does without a buffer; segments below 64 columns would fill
-// a part of a tile only.
-void matmul_int8_tiles(const MatmulTask& task) {
+// a part of a tile only. Both are left to the set that tiles are added to.
+template <const kbit::Kernels& kBase> void matmul_int8_tiles(const MatmulTask& task) {
   constexpr int kFew = kDirectRows > kbit::kRowsWithoutScratch ? kDirectRows : kbit::kRowsWithoutScratch;
-  if (task.row_end - task.row_begin <= kFew || task.w->segment != 64) return matmul_int8(task);
+  if (task.row_end - task.row_begin <= kFew || task.w->segment != 64) return kBase.matmul_int8(task);
   tiles_begin();
   task.w->two_digits ? int8_on_tiles<true>(task) : int8_on_tiles<false>(task);
   tiles_end();
@@ -356,3 +356,11 @@ void matmul_bf16_tiles(const MatmulTask& task) {
 }
 
 }  // namespace
+
+// The products kbit::tiles_<set>, over the kernels of `base`: included last by isa/<set>.cpp.
+#define KBIT_DEFINE_TILE_PRODUCTS(set, base)                                                        \
+  namespace kbit {                                                                                  \
+  extern const Kernels kernels_##base;                                                              \
+  extern const TileProducts tiles_##set;                                                            \
+  const TileProducts tiles_##set = {::matmul_int8_tiles<kernels_##base>, ::matmul_bf16_tiles};      \
+  }

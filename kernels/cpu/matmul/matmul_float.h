@@ -63,7 +63,7 @@ void float_stretch(const MatmulTask& task, const void* weights, int64_t panel_st
   });
 }
 
-void matmul_fp32(const MatmulTask& task) {
+[[maybe_unused]] void matmul_fp32(const MatmulTask& task) {
   const Matrix& w = *task.w;
   const int64_t columns = w.tiles * 64;
   // Dense weights that meet few rows are used where they lie.
@@ -104,7 +104,7 @@ inline Ints to_bfloat(Floats a) {
   return shift_right<16>(add(add(bits, broadcast(0x7fff)), odd));
 }
 
-void bfloat_row(const float* x, int64_t columns, uint16_t* out) {
+[[maybe_unused]] void bfloat_row(const float* x, int64_t columns, uint16_t* out) {
   for (int64_t k = 0; k < columns; ++k) out[k] = to_bfloat(x[k]);
 }
 
