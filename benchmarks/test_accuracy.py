@@ -5,12 +5,13 @@
 The first is the default model (without it, novels-5m of the data folder) as users run it, int8 arithmetic and all, on
 WikiText-2 (without it, on text that the model writes itself); the second novels-2m on a novel it has not seen, with
 exact arithmetic. Both against the model as it is. For every data type on SmolLM2 run benchmarks/accuracy_table.py; for
-any other model, `kbit scale`.
+any other model, `kbit scale`. KBIT_BENCH_TOKENS (2048): how much text the default model is measured on.
 """
 
 from __future__ import annotations
 
 import importlib.util
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +20,7 @@ import pytest
 if TYPE_CHECKING:
     from ladder import Ladder
 
-TOKENS, CONTEXT = 2048, 512
+TOKENS, CONTEXT = int(os.environ.get("KBIT_BENCH_TOKENS", "2048")), 512
 
 
 def load_accuracy_table() -> Any:

@@ -352,6 +352,7 @@ def test_a_run_is_saved_and_compares(
         "KBIT_DATA": str(data_dir),
         "KBIT_CACHE": str(tmp_path / "cache"),  # empty, and pip finds nothing: so it is novels-5m
         "KBIT_BENCH_ROUNDS": "2",
+        "KBIT_BENCH_TOKENS": "512",
         "KBIT_DEBUG": "",
         "PIP_NO_INDEX": "1",
         "OMP_NUM_THREADS": "1",

@@ -19,9 +19,7 @@ from kbit.evaluate.tasks.scoring import TaskResult, score_items
 from kbit.evaluate.tasks.sources import load_items
 from kbit.host.errors import UnsupportedError, UsageError
 
-lm_eval = pytest.importorskip("lm_eval")
-pytest.importorskip("lm_eval.tasks")
-pytest.importorskip("transformers")
+lm_eval: Any  # see `offline`
 
 pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.slow]
 
@@ -32,7 +30,14 @@ ABSOLUTE = 1e-3
 
 @pytest.fixture(scope="module", autouse=True)
 def offline() -> Iterator[None]:
-    """lm-eval's Hugging Face model imports accelerate, for several GPUs; on one CPU nothing of it is called."""
+    """lm-eval's Hugging Face model imports accelerate, for several GPUs; on one CPU nothing of it is called.
+
+    lm-eval is imported here, and not by every process that collects these tests: it takes seconds.
+    """
+    global lm_eval
+    lm_eval = pytest.importorskip("lm_eval")
+    pytest.importorskip("lm_eval.tasks")
+    pytest.importorskip("transformers")
     patch = pytest.MonkeyPatch()
     patch.setenv("HF_HUB_OFFLINE", "1")
     patch.setenv("HF_DATASETS_OFFLINE", "1")

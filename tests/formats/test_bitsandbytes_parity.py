@@ -17,10 +17,17 @@ from kbit.formats.blockwise import quantize_blockwise
 from kbit.formats.codebooks import dynamic_codebook, float_codebook, int_codebook, normal_float_codebook
 from kbit.formats.quant_format import QuantFormat
 
-functional: Any = pytest.importorskip("bitsandbytes.functional", reason="bitsandbytes is not installed")
+functional: Any  # of bitsandbytes, see below
 
 BLOCK_SIZES = [64, 128, 256, 512, 1024, 2048, 4096]
 FP4_MINUS_ZERO = 8
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _bitsandbytes() -> None:
+    """Imported where these tests run and not by every process that collects them: it takes seconds."""
+    global functional
+    functional = pytest.importorskip("bitsandbytes.functional", reason="bitsandbytes is not installed")
 
 
 @pytest.fixture(scope="module")
