@@ -168,12 +168,12 @@ def summarise(source: CheckpointSource) -> dict[str, Any]:
     """Everything `kbit info` knows, as plain values."""
     from kbit.backends.gpu import gpu_kernels, gpu_summary
     from kbit.host.cpu import instruction_set
-    from kbit.quantizers.plan import role_of
+    from kbit.quantizers.roles import roles_of
 
     spec, reason = _runnable(source)
     gpu = gpu_summary()
     infos = list(source.tensors.values())
-    roles = {info.name: role_of(info) for info in infos}
+    roles = roles_of(source)
     inner = [info for info in infos if roles[info.name] not in ("embedding", "head")]
     config = source.config
     named = config.get("architectures")

@@ -21,6 +21,7 @@ from kbit.formats.codec import Codec, Part
 from kbit.formats.registry import parse_format
 from kbit.host.errors import KbitError, UnsupportedError, UsageError
 from kbit.quantizers.method import Method
+from kbit.quantizers.roles import roles_of
 from kbit.quantizers.rtn import RoundToNearest
 
 # What a kept tensor is stored as, by how the source holds it. GGUF's block types have no plain equivalent: their
@@ -147,12 +148,13 @@ def make_plan(
     chosen = [(pattern, _override(pattern, text)) for pattern, text in overrides]
     unused = {pattern for pattern, _ in chosen}
     tensors = []
-    tied = bool(source.config.get("tie_word_embeddings"))
+    roles = roles_of(source)
+    tied = bool(source.config.get("tie_word_embeddings")) and "embedding" in roles.values()
     for info in source.tensors.values():
-        role = role_of(info)
+        role = roles[info.name]
         if info.stored_as in _INTEGERS:
             raise UnsupportedError(f"{info.file}: {info.name} is {info.stored_as}, but weights must be floating point")
-        if role == "head" and tied and "model.embed_tokens.weight" in source.tensors:
+        if role == "head" and tied:
             continue  # the same matrix under a second name; tied it stays, stored once
         target = (formats or {}).get(info.name) or _default_target(role, format, embedding_bits)
         keep_as = default_keep = _KEEP_AS.get(info.stored_as, _KEEP_OTHERWISE)
@@ -173,17 +175,6 @@ def make_plan(
             raise UsageError(f"method {method.name}, format {chosen_format}: {reason}")
     plan_id = _plan_id(source, format, tensors, shard_bytes, method)
     return Plan(format, tuple(tensors), shard_bytes, plan_id, method, method.memory(source))
-
-
-def role_of(info: TensorInfo) -> str:
-    """What a tensor is for: "embedding", "head", "linear" (a matrix inside a layer) or "other"."""
-    if "embed" in info.name and info.name.endswith(".weight"):
-        return "embedding"
-    if info.name.startswith("lm_head.") and info.name.endswith(".weight"):
-        return "head"
-    if len(info.shape) == 2 and info.name.endswith(".weight"):
-        return "linear"
-    return "other"
 
 
 def check_disk(plan: Plan, out: Path) -> int:

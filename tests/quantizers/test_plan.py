@@ -13,6 +13,8 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
+import toy_family
+from decoder_cases import CASES, DictSource, tame_tensors, tiny_config
 from safetensors.torch import save_file
 
 from kbit.checkpoint.readers.hf_folder import HFFolder
@@ -21,8 +23,10 @@ from kbit.checkpoint.source import TensorInfo
 from kbit.checkpoint.writer import CheckpointWriter, partial_folder
 from kbit.formats.quant_format import QuantFormat
 from kbit.host.errors import KbitError, UnsupportedError, UsageError
+from kbit.models.families import FAMILIES
 from kbit.quantizers.convert import convert
-from kbit.quantizers.plan import Plan, check_disk, make_plan, role_of
+from kbit.quantizers.plan import Plan, check_disk, make_plan
+from kbit.quantizers.roles import role_by_name, roles_of
 
 NF4 = QuantFormat.parse("nf4-b64")
 EMBEDDING = "model.embed_tokens.weight"
@@ -49,15 +53,43 @@ def test_linears_are_quantized_and_the_rest_is_kept(tiny_model: Path) -> None:
             assert (tensor.role, tensor.label) == (("embedding" if "embed" in tensor.source.name else "other"), "f16")
 
 
-def test_roles() -> None:
+def test_roles_by_name() -> None:
     def role(name: str, *shape: int) -> str:
-        return role_of(TensorInfo(name, shape, "F16", 0, Path()))
+        return role_by_name(TensorInfo(name, shape, "F16", 0, Path()))
 
     assert role("model.embed_tokens.weight", 10, 4) == "embedding"
     assert role("lm_head.weight", 10, 4) == "head"
     assert role("model.layers.0.self_attn.q_proj.weight", 4, 4) == "linear"
     assert role("model.layers.0.self_attn.q_proj.bias", 4) == "other"
     assert role("model.layers.0.input_layernorm.weight", 4) == "other"
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_declared_roles_are_what_the_names_of_present_families_say(name: str) -> None:
+    config = tiny_config(name)
+    source = DictSource(config, {**tame_tensors(config), "lm_head.weight": torch.zeros(131, 48)})
+    expected = {name: role_by_name(info) for name, info in source.tensors.items()}
+    assert roles_of(source) == expected
+    assert {"embedding", "head", "linear", "other"} == set(expected.values())
+    # Of an unknown architecture, too.
+    assert roles_of(DictSource({"model_type": "gpt-7"}, source.data)) == expected
+
+
+def test_roles_are_declared_where_names_say_nothing() -> None:
+    config = toy_family.toy_config()
+    toy_family.install()
+    try:
+        tensors = {**tame_tensors(config), "head.weight": torch.zeros(131, 48), "extra.weight": torch.zeros(2, 2)}
+        roles = roles_of(DictSource(config, {**tensors, "blocks.1.q.weight": torch.zeros(4)}))
+    finally:
+        del FAMILIES["toy"]
+    assert roles.pop("words.weight") == "embedding"
+    assert roles.pop("head.weight") == "head"
+    assert roles.pop("extra.weight") == "linear"  # nobody declares it
+    assert roles.pop("blocks.1.q.weight") == "other"  # no matrix
+    for name, role in roles.items():
+        matrix = name.endswith(".weight") and "norm" not in name
+        assert role == ("linear" if matrix else "other"), name
 
 
 def test_embedding_bits_quantize_embedding_and_head_with_the_same_blocks_and_scales(

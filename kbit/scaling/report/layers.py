@@ -108,12 +108,12 @@ def linear_rows(source: CheckpointSource) -> list[MatrixRow]:
     Raises:
         UsageError: it has none inside numbered layers.
     """
-    from kbit.quantizers.plan import role_of
+    from kbit.quantizers.roles import roles_of
 
-    rows = []
+    rows, roles = [], roles_of(source)
     for info in source.tensors.values():
         match = _LAYER.match(info.name)
-        if match is not None and role_of(info) == "linear" and info.numel:
+        if match is not None and roles[info.name] == "linear" and info.numel:
             rows.append(
                 MatrixRow(
                     info.name,
