@@ -35,6 +35,8 @@ from kbit.models.load import load_ends, load_layer
 from kbit.models.params import parameters
 from kbit.models.spec import ModelSpec
 
+# Pieces of logits that are waited for at once.
+_LOGITS_AT_ONCE = 4
 # Rows of a factor computed by one task.
 _PANEL = 512
 # A factor over the outputs is measured up to this many; for more (a head) only its diagonal.
@@ -201,8 +203,9 @@ class _Passes:
             return capture
 
         collected = _Collected(most_outputs=0)
-        for first in range(0, len(starts), 8):
-            collected.add(list(self.pool.map(run, starts[first : first + 8])), self.pool)
+        for first in range(0, len(starts), _LOGITS_AT_ONCE):
+            for capture in self.pool.map(run, starts[first : first + _LOGITS_AT_ONCE]):
+                collected.add([capture], self.pool)  # one by one: each holds its gradients of all logits
         return gradient.view_as(hidden), collected.factors(len(flat), self.source)["head"]
 
     def _back_through(

@@ -8,6 +8,7 @@ import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,7 +17,7 @@ from numpy.typing import NDArray
 from kbit.calibration.measure import measure_factors
 from kbit.calibration.request import CalibrationRequest
 from kbit.calibration.sizes import factor_bytes, text_shape
-from kbit.calibration.store import CalibrationFolder
+from kbit.calibration.store import MANIFEST, CalibrationFolder
 from kbit.checkpoint.source import CheckpointSource
 from kbit.host.cache_folder import cache_dir
 from kbit.host.errors import KbitError, UsageError
@@ -52,12 +53,12 @@ def calibrate(
         UsageError: a text with fewer tokens than asked for.
         KbitError: no room on the disk, or a folder with something else in it.
     """
+    threads = threads or torch.get_num_threads()
     spec = spec_from_config(source.config, where=f"config of {source.path}")
     shape = text_shape(spec, request.tokens)
     measured = {**request.identity, "tokens": shape[0] * shape[1], "sequence": shape[1]}
     identity = {"model": source.fingerprint(), "request": measured}
-    digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:24]
-    kept = CalibrationFolder(folder or calibration_folder() / digest, identity)
+    kept = CalibrationFolder(folder or _place(identity), identity)
     layers = [*range(spec.layers), *([None] if request.gradients else [])]
     missing = [layer for layer in layers if not kept.has(layer)]
     if not missing:
@@ -65,13 +66,13 @@ def calibrate(
     _check_room(kept.path, spec, len(missing), request.gradients)
     ids = kept.ids()
     if ids is None or ids.shape != shape:
-        ids = calibration_tokens(source, request, *shape, progress=progress)
+        ids = calibration_tokens(source, request, *shape, threads=threads, progress=progress)
         kept.write_ids(ids)
     layer_by_layer = measure_factors(
         source,
         ids,
         gradients=request.gradients,
-        threads=threads or torch.get_num_threads(),
+        threads=threads,
         skip=kept.has,
         progress=None if progress is None else lambda done, total: progress("calibrating", done, total),
     )
@@ -81,7 +82,13 @@ def calibrate(
 
 
 def calibration_tokens(
-    source: CheckpointSource, request: CalibrationRequest, count: int, length: int, *, progress: Progress | None = None
+    source: CheckpointSource,
+    request: CalibrationRequest,
+    count: int,
+    length: int,
+    *,
+    threads: int | None = None,
+    progress: Progress | None = None,
 ) -> NDArray[np.int64]:
     """The text as sequences of tokens, int64 (count, length).
 
@@ -96,11 +103,39 @@ def calibration_tokens(
     from kbit.backends.select import select_backend
     from kbit.models.load import load_decoder
 
-    model = load_decoder(source, select_backend("cpu"))
+    model = load_decoder(source, select_backend("cpu", threads=threads))
     on_progress = None if progress is None else lambda done, total: progress("sampling text", done, total)
     return sample_sequences(
         model, start_tokens(tokenizer), count=count, length=length, seed=CALIBRATION_SEED, on_progress=on_progress
     )
+
+
+def forget(source: CheckpointSource) -> int:
+    """Remove every calibration of a model that is in the cache folder.
+
+    Returns:
+        Bytes that are free again.
+
+    Raises:
+        KbitError: they cannot be removed.
+    """
+    freed, model = 0, source.fingerprint()
+    for manifest in calibration_folder().glob(f"*/{MANIFEST}"):
+        try:
+            if json.loads(manifest.read_text(encoding="utf-8")).get("model") != model:
+                continue
+            freed += sum(path.stat().st_size for path in manifest.parent.iterdir())
+            shutil.rmtree(manifest.parent)
+        except (ValueError, AttributeError):
+            continue  # no manifest of ours
+        except OSError as error:
+            raise KbitError(f"{manifest.parent}: cannot be removed ({error.strerror})") from None
+    return freed
+
+
+def _place(identity: dict[str, Any]) -> Path:
+    digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:24]
+    return calibration_folder() / digest
 
 
 def calibration_folder() -> Path:

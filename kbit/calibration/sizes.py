@@ -40,7 +40,7 @@ def calibration_memory(spec: ModelSpec, tokens: int | None, gradients: bool) -> 
     weights = 4 * sum(rows * columns for rows, columns in shapes)
     factors = 3 * factor_bytes(spec, 1, gradients) * 2
     activations = 4 * 3 * min(CHUNK_TOKENS, count * length) * sum(rows + columns for rows, columns in shapes)
-    head = 6 * spec.vocab_size * spec.hidden_size + (8 * LOGITS_BYTES if gradients else 0)
+    head = 6 * spec.vocab_size * spec.hidden_size + (16 * LOGITS_BYTES if gradients else 0)
     return kept + max(weights + factors + activations, head)
 
 

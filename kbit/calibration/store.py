@@ -21,7 +21,7 @@ from kbit.calibration.measure import LayerFactors
 from kbit.host.errors import KbitError
 from kbit.host.files import write_durably
 
-_MANIFEST = "calibration.json"
+MANIFEST = "calibration.json"
 _IDS = "tokens.npy"
 
 
@@ -38,7 +38,7 @@ class CalibrationFolder:
 
     def __init__(self, path: Path, identity: dict[str, Any]) -> None:
         self.path, self.identity = path, identity
-        manifest = path / _MANIFEST
+        manifest = path / MANIFEST
         try:
             if manifest.exists():
                 found = json.loads(manifest.read_text(encoding="utf-8"))

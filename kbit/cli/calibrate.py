@@ -25,6 +25,7 @@ def calibrate(
     inputs_only: Annotated[
         bool, typer.Option("--inputs-only", help="No gradients: sooner, and less accurate.")
     ] = False,
+    forget: Annotated[bool, typer.Option("--forget", help="Remove what is kept of the model, and stop.")] = False,
     threads: ThreadsOption = None,
     json: JsonOption = False,
 ) -> None:
@@ -37,16 +38,26 @@ def calibrate(
     Examples:
       kbit calibrate smollm2-135m-instruct
       kbit calibrate path/to/model --calibration prompts.txt --calibration wikitext2
+      kbit calibrate path/to/model --forget
     """
     import time
 
     from kbit.backends.select import set_threads
     from kbit.calibration.request import CalibrationRequest
     from kbit.calibration.run import calibrate as measure
+    from kbit.calibration.run import forget as remove
     from kbit.checkpoint.resolve import open_model
     from kbit.cli.output import print_json, size
     from kbit.cli.progress import progress_bars
 
+    if forget:
+        with open_model(model) as source:
+            freed = remove(source)
+        if json:
+            print_json({"model": model, "freed_bytes": freed})
+        else:
+            typer.echo(f"{model}: {size(freed)} removed")
+        return
     request = CalibrationRequest.of(text or [], tokens, not inputs_only)
     set_threads(threads)
     begin = time.perf_counter()
