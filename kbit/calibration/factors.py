@@ -38,8 +38,11 @@ class Factors:
 
     @property
     def trace(self) -> float:
-        """E |d|^2 |x|^2."""
-        return float(self.inputs.diagonal().sum(dtype=torch.float64))
+        """E |d|^2 |x|^2; of the outputs where measured: a tied head's inputs hold the embedding's share too."""
+        if self.outputs is None:
+            return float(self.inputs.diagonal().sum(dtype=torch.float64))
+        diagonal = self.outputs if self.outputs.dim() == 1 else self.outputs.diagonal()
+        return float(diagonal.sum(dtype=torch.float64))
 
     def divergence(self, error: torch.Tensor) -> float:
         """KL divergence in nats per token that an error (N, K) makes, to second order.

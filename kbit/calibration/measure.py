@@ -146,7 +146,7 @@ class _Passes:
 
     def _embed(self, ends: DecoderWeights) -> torch.Tensor:
         """(S, T, hidden), bfloat16."""
-        ops = _Plain(self.definition, self.tokens)
+        ops = _CapturingOps(self.definition, self.tokens)
         with torch.no_grad():
             return torch.stack([ops.embed(ends.embedding, row[None])[0].bfloat16() for row in self.ids])
 
@@ -158,7 +158,7 @@ class _Passes:
 
         def run(index: int) -> _Capture | None:
             capture = None if collected is None else _Capture(names)
-            ops = _Plain(self.definition, self.tokens, capture)
+            ops = _CapturingOps(self.definition, self.tokens, capture)
             with torch.no_grad():
                 made = blocks.layer(ops, self.spec, weights, layer, x[index : index + 1].float())
             out[index] = made[0].bfloat16()
@@ -188,7 +188,7 @@ class _Passes:
 
         def run(start: int) -> _Capture:
             capture = _Capture({id(head): "head"})
-            ops = _Plain(definition, self.tokens, capture)
+            ops = _CapturingOps(definition, self.tokens, capture)
             generator = torch.Generator().manual_seed(self.seed + start)
             with torch.enable_grad():
                 x = flat[start : start + step].float().requires_grad_()
@@ -218,7 +218,7 @@ class _Passes:
 
         def run(index: int) -> _Capture:
             capture = _Capture(names)
-            ops = _Plain(self.definition, self.tokens, capture)
+            ops = _CapturingOps(self.definition, self.tokens, capture)
             with torch.enable_grad():
                 at = x[index : index + 1].float().requires_grad_()
                 out = blocks.layer(ops, self.spec, weights, layer, at)
@@ -292,7 +292,7 @@ class _Capture:
             self.squares[name] = float((d.T @ self.inputs[name]).square().sum(dtype=torch.float64))
 
 
-class _Plain(GradientOps):
+class _CapturingOps(GradientOps):
     """Products that show themselves to a capture: on the way back, or where there is none, on the way forward."""
 
     def __init__(self, definition: DecoderDefinition, tokens: int, capture: _Capture | None = None) -> None:

@@ -52,7 +52,26 @@ def test_every_matrix_is_measured(tiny_model: Path, factors: dict[str, Factors])
         assert own.outputs is not None
         if name != EMBEDDING:  # E |d|^2 |x|^2 either way
             assert own.outputs.shape == (rows, rows)
-            assert float(own.outputs.trace()) == pytest.approx(own.trace, rel=1e-4)
+            assert float(own.inputs.trace()) == pytest.approx(own.trace, rel=1e-4)
+
+
+def test_divergence_of_a_tied_embedding(tiny_model: Path, factors: dict[str, Factors]) -> None:
+    """Both uses of it together."""
+    tokens = ids(16, 33, seed=5)
+    with open_model(str(tiny_model)) as source:
+        original, noisy = (load_decoder(source, ReferenceBackend()) for _ in range(2))
+    weight = original.weights.embedding
+    assert isinstance(weight, ReferenceWeight)
+    values = weight.data
+    assert isinstance(values, torch.Tensor)
+    error = torch.randn(values.shape, generator=torch.Generator().manual_seed(9)) * values.std() * 0.03
+    both = noisy.weights.embedding
+    assert both is noisy.weights.head
+    assert isinstance(both, ReferenceWeight)
+    assert isinstance(both.data, torch.Tensor)
+    both.data.add_(error)
+    tried = compare(noisy, original, Windows("gptq", tokens, 0, tokens.size)).kl_mean
+    assert 0.6 * tried <= factors[EMBEDDING].divergence(error) <= 1.5 * tried
 
 
 def test_divergence_is_what_an_error_costs(tiny_model: Path, factors: dict[str, Factors]) -> None:
