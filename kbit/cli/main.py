@@ -124,7 +124,7 @@ def _run(arguments: list[str], debug: bool) -> int:
         return 130
     except BrokenPipeError:
         # The reader of our output has gone (`kbit run ... | head`): not an error, and nothing more can be said.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _drop_output()
         return 0
     except Exception as error:
         if debug:
@@ -132,7 +132,16 @@ def _run(arguments: list[str], debug: bool) -> int:
         message, code = _explain(error)
         if message:
             sys.stderr.write(message + "\n")
+        try:
+            sys.stdout.flush()
+        except OSError:  # tried once more when the interpreter ends, it would fail again, with an exit code of its own
+            _drop_output()
         return code
+
+
+def _drop_output() -> None:
+    """Nothing more goes to standard output."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _explain(error: Exception) -> tuple[str, int]:

@@ -56,14 +56,16 @@ def quantize(*, flags: QuantizeFlags, json: JsonOption = False) -> None:
         _check_runnable(source)
         plan = flags.plan(source, codec, method)
         out = flags.output or Path(f"{_short_name(flags.model)}-{flags.label(codec, mixed)}")
-        check_output_folder(out, overwrite=flags.force or (out.exists() and finished_plan(out) is not None))
+        disk = check_disk(plan, out)
+        # What is in the way is said before hours of calibration; a finished model may turn out to be this one.
+        check_output_folder(out, overwrite=flags.force or finished_plan(out) is not None)
         allocation = None
         if mixed and not flags.dry_run:
             with progress_bars() as progress:
                 allocation = _allocate(source, plan, codec, method, flags, progress)
             plan = flags.plan(source, codec, method, {n: c.format for n, c in allocation.chosen.items()})
-        disk = check_disk(plan, out)
-        if finished_plan(out) != plan.plan_id:
+            disk = check_disk(plan, out)
+        if finished_plan(out) != plan.plan_id and not (mixed and flags.dry_run):
             check_output_folder(out, overwrite=flags.force)
         facts = facts_of(source, plan, out, disk, allocation)
         note_quantized_source(plan)

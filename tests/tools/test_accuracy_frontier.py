@@ -27,6 +27,13 @@ from kbit.models.load import load_decoder  # noqa: E402
 from kbit.text.tokenizer import Tokenizer  # noqa: E402
 
 
+@pytest.fixture(autouse=True)
+def data_where_the_tool_looks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """KBIT_DATA names the folder of those tests that need it, as users of the tool name it."""
+    if "data_dir" in request.fixturenames:
+        monkeypatch.setenv("KBIT_DATA", str(request.getfixturevalue("data_dir")))
+
+
 def row(tool: str, method: str, format: str, bits: float, kl: float, **more: Any) -> dict[str, Any]:
     clusters = (kl * np.linspace(0.5, 1.5, 20) * 100).tolist()
     figures = {"model": "m", "data": "text", "context": 64, "tokens": 2000, "original_perplexity": 20.0}
