@@ -6,7 +6,6 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,14 +20,12 @@ from kbit.calibration.store import MANIFEST, CalibrationFolder
 from kbit.checkpoint.source import CheckpointSource
 from kbit.host.cache_folder import cache_dir
 from kbit.host.errors import KbitError, UsageError
+from kbit.host.progress import Progress
 from kbit.models.families import spec_from_config
 from kbit.models.sampled_text import CALIBRATION_SEED, sample_sequences, start_tokens
 from kbit.models.spec import ModelSpec
 from kbit.text.datasets import TextData
 from kbit.text.tokenizer import Tokenizer
-
-# What is being done, steps done, steps in all.
-Progress = Callable[[str, int, int], None]
 
 
 def calibrate(

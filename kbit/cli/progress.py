@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-# What is being done, steps done, steps in all.
-Progress = Callable[[str, int, int], None]
+from kbit.host.progress import Progress
 
 
 @contextmanager

@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 from kbit.cli.flag_groups import flag_groups
 from kbit.cli.options import JsonOption
-from kbit.cli.progress import Progress, progress_bars
+from kbit.cli.progress import progress_bars
 from kbit.cli.quantize_flags import QuantizeFlags
+from kbit.host.progress import Progress
 
 if TYPE_CHECKING:
     from kbit.checkpoint.source import CheckpointSource

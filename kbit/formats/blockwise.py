@@ -95,7 +95,7 @@ def quantize_rows(
         for width in plane_widths(format.bits)
     }
     for start, stop in chunks:
-        x = _finite(read_rows(start, stop), start, stop, name)
+        x = check_finite(read_rows(start, stop), start, stop, name)
         codes = encoder.encode(
             normalise(x, scales[start:stop], None if offsets is None else offsets[start:stop], format)
         )
@@ -118,7 +118,7 @@ def _fit(
     all_scales, all_offsets, samples = [], [], []
     stride = _sample_stride(rows, columns)
     for start, stop in chunks:
-        x = _finite(read_rows(start, stop), start, stop, name)
+        x = check_finite(read_rows(start, stop), start, stop, name)
         scales, offsets = block_statistics(x, format)
         all_scales.append(scales)
         if offsets is not None:
@@ -154,7 +154,12 @@ def _sample_stride(rows: int, columns: int) -> int:
     return stride
 
 
-def _finite(x: torch.Tensor, start: int, stop: int, name: str) -> torch.Tensor:
+def check_finite(x: torch.Tensor, start: int, stop: int, name: str) -> torch.Tensor:
+    """Rows [start, stop) of a matrix, as they are.
+
+    Raises:
+        KbitError: they hold NaN or infinity.
+    """
     # A sum is not finite if one term is not: four times cheaper than looking at each. It may also overflow, so count.
     if not bool(torch.isfinite(x.sum())) and (bad := int((~torch.isfinite(x)).sum())):
         raise KbitError(f"{name}: {bad} weights are NaN or infinite in rows {start} to {stop - 1}: mend the source")
@@ -211,6 +216,16 @@ _MOST_CELLS = 4096
 _PIECE = 1 << 16
 
 
+def used_levels(codebook: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The levels that weights are rounded to, ascending, float32, and the code of each, uint8.
+
+    Of equal levels (+0 and -0) the lowest code is used; levels below -1 never are.
+    """
+    values, first = np.unique(codebook.numpy(), return_index=True)
+    used = values >= -1.0
+    return torch.from_numpy(values[used]), torch.from_numpy(first[used].astype(np.uint8))
+
+
 @dataclass(frozen=True)
 class Encoder:
     """Nearest-entry search in a codebook.
@@ -227,11 +242,9 @@ class Encoder:
 
     @classmethod
     def for_codebook(cls, codebook: torch.Tensor) -> Encoder:
-        """Prepare a codebook. Of equal levels (+0 and -0) the lowest code is used; levels below -1 never are."""
-        values, first = np.unique(codebook.numpy(), return_index=True)
-        used = values >= -1.0
-        levels = torch.from_numpy(values[used])
-        borders, codes = (levels[1:] + levels[:-1]) / 2, torch.from_numpy(first[used].astype(np.uint8))
+        """Prepare a codebook."""
+        levels, codes = used_levels(codebook)
+        borders = (levels[1:] + levels[:-1]) / 2
         return cls(borders, codes, _Cells.of(borders, codes))
 
     def encode(self, normalised: torch.Tensor) -> torch.Tensor:

@@ -11,16 +11,16 @@ from __future__ import annotations
 import hashlib
 import heapq
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from threading import Lock
 from typing import TYPE_CHECKING
 
 from kbit.formats.codec import Codec
 from kbit.formats.quant_format import QuantFormat
 from kbit.host.errors import UsageError
 from kbit.host.files import read_json_object, write_durably
+from kbit.host.progress import Progress
 from kbit.models.families import spec_from_config
 from kbit.models.params import parameters
 
@@ -73,7 +73,7 @@ def measure_choices(
     calibration: CalibrationFolder,
     rounding: Settings,
     *,
-    progress: Callable[[str, int, int], None] | None = None,
+    progress: Progress | None = None,
 ) -> dict[str, tuple[Choice, ...]]:
     """What every matrix costs in every format. Kept beside the calibration, layer by layer.
 
@@ -193,23 +193,24 @@ def _measure_layer(
     import torch
 
     from kbit.calibration.workers import workers
-    from kbit.quantizers.ldlq import round_matrix
+    from kbit.quantizers.ldlq import Feedback, round_with
 
     factors = calibration.read(layer)
+    weights = {name: source.read(name).float() for name in wanted}  # by this thread: a source has one place in its file
 
-    reading = Lock()  # a source has one place in its file
+    def feedback_of(name: str) -> Feedback:
+        return Feedback.of(factors[name], rounding, weights[name].shape[1])
 
     def cost(job: tuple[str, QuantFormat]) -> float:
         name, format = job
-        with reading:
-            weight = source.read(name).float()
-        rounded = round_matrix(weight, format, factors[name], rounding, name=name)
-        return factors[name].divergence(weight - rounded.dequantize())
+        rounded = round_with(weights[name], format, feedback[name], rounding.search, name=name)
+        return factors[name].divergence(weights[name] - rounded.dequantize())
 
-    jobs = [(name, format) for name, tried in wanted.items() for format in tried]
     with workers(torch.get_num_threads()) as pool:
-        order = sorted(jobs, key=lambda job: -source.tensors[job[0]].numel)
-        costs = dict(zip(order, pool.map(cost, order), strict=True))
+        by_size = sorted(wanted, key=lambda name: -source.tensors[name].numel)
+        feedback = dict(zip(by_size, pool.map(feedback_of, by_size), strict=True))
+        jobs = [(name, format) for name in by_size for format in wanted[name]]
+        costs = dict(zip(jobs, pool.map(cost, jobs), strict=True))
     return {name: [costs[name, format] for format in tried] for name, tried in wanted.items()}
 
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
-from threading import Lock
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from kbit.calibration.request import CalibrationRequest
@@ -114,12 +113,11 @@ class CalibratedView(QuantizedView):
         self._layers = {p.name: p.layer for p in parameters(spec)}
         self._ready: dict[str, QuantTensor] = {}
         self._served: set[str] = set()
-        self._reading = Lock()  # a source has one place in its file
 
     def read_quantized(self, name: str) -> QuantTensor:
         if name not in self._ready:
             if name in self._served:  # asked for again: alone
-                return self._round(name, self._factors(self._layers[name]).get(name))
+                return self._round(name, self.target(name), self._factors(self._layers[name]).get(name))
             self._round_layer(self._layers[name])
         self._served.add(name)
         return self._ready.pop(name)
@@ -132,10 +130,11 @@ class CalibratedView(QuantizedView):
         names = [name for name in self.formats if self._layers[name] == layer and name not in self._served]
         self._ready.clear()  # of a layer that was not read to its end
         factors = self._factors(layer)
+        weights = {name: self.target(name) for name in names}  # by this thread: a source has one place in its file
         with workers(torch.get_num_threads()) as pool:
             # The largest first, so that the last one to end is small.
             by_size = sorted(names, key=lambda name: -self._source.tensors[name].numel)
-            rounded = pool.map(lambda name: self._round(name, factors.get(name)), by_size)
+            rounded = pool.map(lambda name: self._round(name, weights[name], factors.get(name)), by_size)
             self._ready.update(zip(by_size, rounded, strict=True))
 
     def _factors(self, layer: int | None) -> dict[str, Factors]:
@@ -143,11 +142,9 @@ class CalibratedView(QuantizedView):
             return {}  # without gradients nothing is known of embedding and head
         return self._calibration.read(layer)
 
-    def _round(self, name: str, factors: Factors | None) -> QuantTensor:
+    def _round(self, name: str, weight: torch.Tensor, factors: Factors | None) -> QuantTensor:
         from kbit.quantizers.ldlq import round_matrix
 
         format = self.formats[name]
         assert isinstance(format, QuantFormat)
-        with self._reading:
-            weight = self.target(name).float()
-        return round_matrix(weight, format, factors, self._rounding, name=name)
+        return round_matrix(weight.float(), format, factors, self._rounding, name=name)

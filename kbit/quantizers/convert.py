@@ -18,6 +18,7 @@ from kbit.formats.codec import Codec, no_kernel
 from kbit.formats.quant_format import QuantFormat
 from kbit.formats.quant_tensor import SAFETENSORS_TO_TORCH, QuantTensor
 from kbit.host.errors import CheckpointError, KbitError
+from kbit.host.progress import Progress
 from kbit.quantizers.method import Encode, MethodInput, QuantizedSource
 from kbit.quantizers.plan import Plan, TensorPlan, check_disk
 
@@ -53,7 +54,7 @@ def convert(
     overwrite: bool = False,
     on_tensor: Callable[[TensorPlan], None] | None = None,
     encode: Encode | None = None,
-    progress: Callable[[str, int, int], None] | None = None,
+    progress: Progress | None = None,
 ) -> Conversion:
     """Carry out a plan: write what its method makes of the source, layer by layer.
 

@@ -13,12 +13,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 
 from kbit import _native
 from kbit.calibration.factors import Factors
-from kbit.formats.blockwise import block_statistics, matrix_codebook
+from kbit.formats.blockwise import block_statistics, check_finite, matrix_codebook, used_levels
 from kbit.formats.planes import pack
 from kbit.formats.planes_codec import PlanesTensor
 from kbit.formats.quant_format import QuantFormat, plane_widths
@@ -30,6 +29,26 @@ from kbit.quantizers.settings import Settings
 SHARES = tuple(round(0.5 + 0.04 * i, 2) for i in range(15))
 # Rows whose errors do not reach each other.
 _ROWS = 16
+
+
+@dataclass(frozen=True, eq=False)
+class Feedback:
+    """How errors are passed on in a matrix (N, K), whatever its format.
+
+    Attributes:
+        columns: L' (K, K), float32; None for the identity.
+        importance: D (K,): what a column's squared error weighs when a scale is chosen.
+        rows: M (N, N), unit in blocks of 16 rows; None for the identity.
+    """
+
+    columns: torch.Tensor | None
+    importance: torch.Tensor
+    rows: torch.Tensor | None
+
+    @classmethod
+    def of(cls, factors: Factors | None, settings: Settings, columns: int) -> Feedback:
+        """What a matrix of so many columns gets from its factors, or from none."""
+        return cls(*_input_side(factors, settings, columns), _output_side(factors, settings))
 
 
 def round_matrix(
@@ -50,30 +69,34 @@ def round_matrix(
     Raises:
         KbitError: the matrix holds NaN or infinity, or scales that the format cannot hold.
     """
+    return round_with(weight, format, Feedback.of(factors, settings, weight.shape[1]), settings.search, name=name)
+
+
+def round_with(
+    weight: torch.Tensor, format: QuantFormat, feedback: Feedback, search: bool, *, name: str = "tensor"
+) -> PlanesTensor:
+    """`round_matrix` with its factors taken apart already, for who rounds one matrix to several formats."""
     rows, columns = weight.shape
     weight = weight.contiguous()
-    if not bool(torch.isfinite(weight).all()):
-        raise KbitError(f"{name}: {int((~torch.isfinite(weight)).sum())} weights are NaN or infinite: mend the source")
+    check_finite(weight, 0, rows, name)
     try:
         store_scales(*block_statistics(weight, format), format)  # refuses what the scales' type cannot hold
     except KbitError as error:
         raise KbitError(f"{name}: {error}") from None
-    work = _Work.of(weight, format, settings)
-    feedback, importance = _input_side(factors, settings, columns)
+    work = _Work(format, (rows, columns), matrix_codebook(weight, format), search)
     if format.double_quant:
         # Scales share factors over many rows, so they are fixed before the first code is.
-        free = work.run(weight, None, None, importance, slice(0, rows))
+        free = work.run(weight, None, None, feedback.importance, slice(0, rows))
         work.fix_scales(store_scales(free.scales, free.offsets, format))
-    beyond = _output_side(factors, settings)
-    if beyond is None:
-        work.run(weight, None, feedback, importance, slice(0, rows))
+    if feedback.rows is None:
+        work.run(weight, None, feedback.columns, feedback.importance, slice(0, rows))
     else:
         left = torch.zeros_like(weight)  # E L, of the finished rows
         for start in reversed(range(0, rows, _ROWS)):
             block = slice(start, min(start + _ROWS, rows))
             below = slice(block.stop, rows)
-            correction = beyond[below, block].T @ left[below]  # (16, K)
-            done = work.run(weight, correction, feedback, importance, block)
+            correction = feedback.rows[below, block].T @ left[below]  # (16, K)
+            done = work.run(weight, correction, feedback.columns, feedback.importance, block)
             left[block] = done.residual - correction
     return work.tensor()
 
@@ -137,20 +160,12 @@ class _Work:
         rows, columns = shape
         self.format, self.shape, self.codebook = format, shape, codebook
         blocks = format.blocks_per_row(columns)
-        values, first = np.unique(codebook.numpy(), return_index=True)
-        used = values >= -1.0  # as rounding to nearest: an integer type's lowest code is never produced
-        self.levels = torch.from_numpy(values[used].astype(np.float32))
-        self.codes_of_levels = torch.from_numpy(first[used].astype(np.uint8))
+        self.levels, self.codes_of_levels = used_levels(codebook)
         self.shares = torch.tensor(SHARES if search else ())
         self.codes = torch.empty(shape, dtype=torch.uint8)
         self.scales = torch.empty(rows, blocks)
         self.offsets = torch.empty(rows, blocks) if format.asymmetric else None
         self.fixed: dict[str, torch.Tensor] | None = None
-
-    @classmethod
-    def of(cls, weight: torch.Tensor, format: QuantFormat, settings: Settings) -> _Work:
-        rows, columns = weight.shape
-        return cls(format, (rows, columns), matrix_codebook(weight, format), settings.search)
 
     def run(
         self,

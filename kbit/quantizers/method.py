@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias
 
 from kbit.checkpoint.source import CheckpointSource
 from kbit.formats.codec import Codec
+from kbit.host.progress import Progress
 
 if TYPE_CHECKING:
     import torch
@@ -47,7 +48,7 @@ class MethodInput:
     plan: Plan
     read: Callable[[str], torch.Tensor] | None = None
     encode: Encode | None = None
-    progress: Callable[[str, int, int], None] | None = None
+    progress: Progress | None = None
 
 
 class QuantizedSource(CheckpointSource):

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 
 from kbit.calibration.run import calibrate
 from kbit.checkpoint.source import CheckpointSource
 from kbit.formats.quant_format import QuantFormat
 from kbit.host.errors import UnsupportedError, UsageError
+from kbit.host.progress import Progress
 from kbit.quantizers.allocate import LINEAR_WIDTHS, OUTSIDE_WIDTHS, Allocation, allocate, measure_choices
 from kbit.quantizers.calibrated import CalibratedRounding
 from kbit.quantizers.plan import Plan
@@ -37,7 +38,7 @@ def mixed_formats(
     budget: Budget,
     fixed: Collection[str],
     *,
-    progress: Callable[[str, int, int], None] | None = None,
+    progress: Progress | None = None,
 ) -> Allocation:
     """Formats for the matrices of a plan.
 
