@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
 import shutil
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from kbit.calibration.measure import measure_factors
+from kbit.calibration.place import MANIFEST, calibration_folder, identity_of, layers_of, place_of
 from kbit.calibration.request import CalibrationRequest
 from kbit.calibration.sizes import factor_bytes, text_shape
-from kbit.calibration.store import MANIFEST, CalibrationFolder
+from kbit.calibration.store import CalibrationFolder
 from kbit.checkpoint.source import CheckpointSource
-from kbit.host.cache_folder import cache_dir
 from kbit.host.errors import KbitError, UsageError
 from kbit.host.progress import Progress
 from kbit.models.families import spec_from_config
@@ -53,11 +50,9 @@ def calibrate(
     threads = threads or torch.get_num_threads()
     spec = spec_from_config(source.config, where=f"config of {source.path}")
     shape = text_shape(spec, request.tokens)
-    measured = {**request.identity, "tokens": shape[0] * shape[1], "sequence": shape[1]}
-    identity = {"model": source.fingerprint(), "request": measured}
-    kept = CalibrationFolder(folder or _place(identity), identity)
-    layers = [*range(spec.layers), *([None] if request.gradients else [])]
-    missing = [layer for layer in layers if not kept.has(layer)]
+    identity = identity_of(source, spec, request)
+    kept = CalibrationFolder(folder or place_of(identity), identity)
+    missing = [layer for layer in layers_of(spec, request.gradients) if not kept.has(layer)]
     if not missing:
         return kept
     _check_room(kept.path, spec, len(missing), request.gradients)
@@ -128,21 +123,6 @@ def forget(source: CheckpointSource) -> int:
         except OSError as error:
             raise KbitError(f"{manifest.parent}: cannot be removed ({error.strerror})") from None
     return freed
-
-
-def _place(identity: dict[str, Any]) -> Path:
-    digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:24]
-    return calibration_folder() / digest
-
-
-def calibration_folder() -> Path:
-    """Where calibrations are kept: KBIT_CALIBRATION if set, else in kbit's cache folder.
-
-    Raises:
-        KbitError: there is no such folder.
-    """
-    named = os.environ.get("KBIT_CALIBRATION")
-    return Path(named).expanduser() if named else cache_dir() / "calibration"
 
 
 def _of_text(text: TextData, tokenizer: Tokenizer, count: int, length: int) -> NDArray[np.int64]:

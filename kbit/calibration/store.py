@@ -18,10 +18,10 @@ from safetensors.torch import load_file, save
 
 from kbit.calibration.factors import Factors
 from kbit.calibration.measure import LayerFactors
+from kbit.calibration.place import MANIFEST, layer_file
 from kbit.host.errors import KbitError
 from kbit.host.files import write_durably
 
-MANIFEST = "calibration.json"
 _IDS = "tokens.npy"
 
 
@@ -120,7 +120,7 @@ class CalibrationFolder:
         write_durably(self.path / _IDS, buffer.getvalue())
 
     def _file(self, layer: int | None) -> Path:
-        return self.path / ("outside.safetensors" if layer is None else f"layer-{layer:05d}.safetensors")
+        return layer_file(self.path, layer)
 
 
 def _difference(found: Any, wanted: Any) -> str:

@@ -9,11 +9,9 @@ from kbit.cli.flag_groups import flag_groups
 from kbit.cli.options import JsonOption
 from kbit.cli.progress import progress_bars
 from kbit.cli.quantize_flags import QuantizeFlags
-from kbit.host.progress import Progress
 
 if TYPE_CHECKING:
     from kbit.checkpoint.source import CheckpointSource
-    from kbit.formats.codec import Codec
     from kbit.quantizers.allocate import Allocation
     from kbit.quantizers.method import Method
     from kbit.quantizers.plan import Plan
@@ -39,6 +37,8 @@ def quantize(*, flags: QuantizeFlags, json: JsonOption = False) -> None:
       kbit quantize smollm2-135m-instruct --bits 3.25 -o out/
       kbit quantize smollm2-135m-instruct --size 80MB
       kbit quantize path/to/model --max-kl 0.05
+      kbit quantize path/to/model --bits 3.25 --save-plan plan.json
+      kbit quantize path/to/model --plan plan.json
       kbit quantize path/to/model --format nf4-b64 --calibration my-prompts.txt
       kbit quantize path/to/model --bits 4 --method rtn
       kbit quantize path/to/model --bits 3 --override '*.down_proj.weight=nf4-b32' --dry-run
@@ -46,37 +46,50 @@ def quantize(*, flags: QuantizeFlags, json: JsonOption = False) -> None:
     from kbit.checkpoint.resolve import open_model
     from kbit.checkpoint.writer import check_output_folder, finished_plan
     from kbit.cli.output import print_json
-    from kbit.cli.quantize_view import facts_of, note_quantized_source, print_plan, print_result
+    from kbit.cli.quantize_view import facts_of, note_plan, note_quantized_source, print_plan, print_result
     from kbit.quantizers.plan import check_disk
+    from kbit.quantizers.plan_file import read_plan_file, write_plan_file
 
-    codec = flags.codec()
+    asked = None if flags.plan_file is None else read_plan_file(flags.plan_file)
+    if asked is not None:
+        flags = flags.following(asked)
+    codec = flags.codec() if asked is None else asked.format
     flags.check()
     method = flags.chosen_method(codec)
-    mixed = flags.mixed(method)
+    mixed = asked is None and flags.mixed(method)
     with open_model(flags.model) as source:
         _check_runnable(source)
-        plan = flags.plan(source, codec, method)
+        if asked is not None:
+            asked.check_model(source)
+        plan = flags.plan(source, codec, method, None if asked is None else asked.targets)
+        if asked is not None:
+            asked.check_complete(plan)
         out = flags.output or Path(f"{_short_name(flags.model)}-{flags.label(codec, mixed)}")
         disk = check_disk(plan, out)
         # What is in the way is said before hours of calibration; a finished model may turn out to be this one.
-        check_output_folder(out, overwrite=flags.force or finished_plan(out) is not None)
-        allocation = None
-        if mixed and not flags.dry_run:
-            with progress_bars() as progress:
-                allocation = _allocate(source, plan, codec, method, flags, progress)
+        if flags.save_plan is None:
+            check_output_folder(out, overwrite=flags.force or finished_plan(out) is not None)
+        allocation = _allocate(source, plan, method, flags) if mixed else None
+        if allocation is not None:
             plan = flags.plan(source, codec, method, {n: c.format for n, c in allocation.chosen.items()})
             disk = check_disk(plan, out)
-        if finished_plan(out) != plan.plan_id and not (mixed and flags.dry_run):
+        finished = finished_plan(out) == plan.plan_id
+        if not finished and not (mixed and flags.dry_run) and flags.save_plan is None:
             check_output_folder(out, overwrite=flags.force)
-        facts = facts_of(source, plan, out, disk, allocation)
+        costs = {name: choice.cost for name, choice in allocation.chosen.items()} if allocation else {}
+        if flags.save_plan is not None:
+            costs = _all_costs(source, plan, method, allocation, flags)
+            write_plan_file(flags.save_plan, source, plan, method, costs)
+        facts = facts_of(source, plan, out, disk, allocation, costs)
         note_quantized_source(plan)
-        if flags.dry_run:
-            facts["mixed"] = mixed
+        if flags.stops:
             if json:
-                print_json({**facts, "dry_run": True})
+                print_json({**facts, "mixed": mixed, "dry_run": True})
             else:
-                print_plan(facts, plan)
+                print_plan(facts, plan, unknown=mixed and allocation is None, saved=flags.save_plan)
             return
+        if allocation is not None and not finished:
+            note_plan(plan, costs)
         facts.update(_convert(source, plan, out, flags))
     if flags.measures(method) and not facts["already_complete"]:
         facts["measured"] = _measure(flags, out)
@@ -94,23 +107,39 @@ def _check_runnable(source: CheckpointSource) -> None:
     check_tensors(source, spec_from_config(source.config, where=f"config of {source.path}"))
 
 
-def _allocate(
-    source: CheckpointSource, plan: Plan, codec: Codec, method: Method, flags: QuantizeFlags, progress: Progress
-) -> Allocation:
-    """A format for every matrix that the flags leave open."""
-    from kbit.backends.select import set_threads
+def _allocate(source: CheckpointSource, plan: Plan, method: Method, flags: QuantizeFlags) -> Allocation | None:
+    """A format for every matrix that the flags leave open; None: a dry run would have to measure something for it."""
     from kbit.quantizers.calibrated import CalibratedRounding
-    from kbit.quantizers.mixed import Budget, mixed_formats
 
     assert isinstance(method, CalibratedRounding)
+    dry = flags.dry_run and flags.save_plan is None
+    if dry and not method.is_calibrated(source):
+        return None
+    from kbit.backends.select import set_threads
+    from kbit.quantizers.mixed import known_formats, mixed_formats
+
+    if dry:
+        return known_formats(source, plan, method, flags.budget, flags.fixed(plan))
     set_threads(flags.threads)
-    if flags.size_bytes is not None:
-        budget = Budget(nbytes=flags.size_bytes)
-    elif flags.max_kl is not None:
-        budget = Budget(cost=flags.max_kl)
-    else:
-        budget = Budget(bits=4.0 if flags.bits is None else flags.bits)
-    return mixed_formats(source, plan, method, budget, flags.fixed(plan), progress=progress)
+    with progress_bars() as progress:
+        return mixed_formats(source, plan, method, flags.budget, flags.fixed(plan), progress=progress)
+
+
+def _all_costs(
+    source: CheckpointSource, plan: Plan, method: Method, allocation: Allocation | None, flags: QuantizeFlags
+) -> dict[str, float]:
+    """What every quantized matrix is predicted to cost, by name; nothing where gradients are not measured."""
+    from kbit.quantizers.calibrated import CalibratedRounding
+
+    if not (isinstance(method, CalibratedRounding) and method.request.gradients):
+        return {}
+    from kbit.backends.select import set_threads
+    from kbit.quantizers.mixed import predicted_costs
+
+    set_threads(flags.threads)
+    known = allocation.chosen if allocation is not None else {}
+    with progress_bars() as progress:
+        return predicted_costs(source, plan, method, known, progress=progress)
 
 
 def _convert(source: CheckpointSource, plan: Plan, out: Path, flags: QuantizeFlags) -> dict[str, Any]:

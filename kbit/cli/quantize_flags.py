@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -16,7 +16,9 @@ if TYPE_CHECKING:
     from kbit.checkpoint.source import CheckpointSource
     from kbit.formats.codec import Codec
     from kbit.quantizers.method import Method
+    from kbit.quantizers.mixed import Budget
     from kbit.quantizers.plan import Plan
+    from kbit.quantizers.plan_file import PlanFile
 
 _MAX_SHARD_GB = 1_000_000
 # Bits of embeddings and head where nothing else is said and the method is calibrated: free of loss on every model
@@ -121,6 +123,18 @@ class QuantizeFlags:
             help="After a calibrated method, say how far the result is from the original.",
         ),
     ] = True
+    save_plan: Annotated[
+        Path | None,
+        typer.Option(
+            "--save-plan",
+            metavar="FILE",
+            help="Write the plan to a JSON file (a format per matrix, what it costs), for editing, and stop.",
+        ),
+    ] = None
+    plan_file: Annotated[
+        Path | None,
+        typer.Option("--plan", metavar="FILE", help="Quantize as a file from --save-plan says, edited or not."),
+    ] = None
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and stop.")] = False
     resume: Annotated[
         bool, typer.Option("--resume/--no-resume", help="Continue an interrupted run, or discard it and start over.")
@@ -164,6 +178,40 @@ class QuantizeFlags:
             raise UsageError(f"--format {self.format}: says everything; drop the flag that gives its {field}")
         return parse_format(self.format)
 
+    def following(self, asked: PlanFile) -> QuantizeFlags:
+        """These flags with a plan file's method and calibration, where the flags name none themselves.
+
+        Raises:
+            UsageError: a flag that says what the plan file says already.
+        """
+        says = {
+            "--bits": self.bits,
+            "--size": self.size,
+            "--max-kl": self.max_kl,
+            "--uniform": self.uniform,
+            "--dtype": self.dtype,
+            "--block-size": self.block_size,
+            "--asym": self.asymmetric,
+            "--exponent-bits": self.exponent_bits,
+            "--float-grid": self.float_grid,
+            "--scale-dtype": self.scale_dtype,
+            "--double-quant": self.double_quant,
+            "--format": self.format,
+            "--embedding-bits": self.embedding_bits,
+            "--override": self.override,
+        }
+        flag = next((flag for flag, value in says.items() if value), None)
+        if flag is not None:
+            raise UsageError(f"{flag}: {asked.path} says every format; edit it, or drop one of the two")
+        calibrates = self.method == "auto" and asked.texts is not None
+        return replace(
+            self,
+            method=asked.method if self.method == "auto" else self.method,
+            calibration=self.calibration or (list(asked.texts or ()) if calibrates else None),
+            calibration_tokens=self.calibration_tokens or (asked.tokens if calibrates else None),
+            inputs_only=self.inputs_only or (calibrates and not asked.gradients),
+        )
+
     def measures(self, method: Method) -> bool:
         """Whether the result is compared with the original."""
         from kbit.quantizers.calibrated import CalibratedRounding
@@ -200,6 +248,8 @@ class QuantizeFlags:
 
     def label(self, codec: Codec, mixed: bool) -> str:
         """How the default output folder ends."""
+        if self.plan_file is not None:
+            return self.plan_file.stem
         if not mixed:
             return str(codec)
         if self.size:
@@ -217,6 +267,26 @@ class QuantizeFlags:
             if any(fnmatchcase(tensor.source.name, pattern) for pattern in patterns)
             or (self.embedding_bits is not None and tensor.role in ("embedding", "head"))
         }
+
+    @property
+    def stops(self) -> bool:
+        """Whether the plan is all that is wanted."""
+        return self.dry_run or self.save_plan is not None
+
+    @property
+    def budget(self) -> Budget:
+        """What mixed widths may take.
+
+        Raises:
+            UsageError: --size is no size.
+        """
+        from kbit.quantizers.mixed import Budget
+
+        if self.size_bytes is not None:
+            return Budget(nbytes=self.size_bytes)
+        if self.max_kl is not None:
+            return Budget(cost=self.max_kl)
+        return Budget(bits=4.0 if self.bits is None else self.bits)
 
     @property
     def size_bytes(self) -> int | None:
@@ -292,12 +362,12 @@ class QuantizeFlags:
             select_backend("cuda")
 
     def plan(
-        self, source: CheckpointSource, codec: Codec, method: Method, formats: Mapping[str, Codec] | None = None
+        self, source: CheckpointSource, codec: Codec, method: Method, formats: Mapping[str, Codec | str] | None = None
     ) -> Plan:
         """What becomes of every tensor.
 
         Args:
-            formats: of mixed widths, by the matrix's name; --override wins over them.
+            formats: of mixed widths or a plan file, by the matrix's name; --override wins over them.
         """
         from kbit.quantizers.calibrated import CalibratedRounding
         from kbit.quantizers.plan import make_plan

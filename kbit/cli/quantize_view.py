@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +12,7 @@ import typer
 if TYPE_CHECKING:
     from kbit.checkpoint.source import CheckpointSource
     from kbit.quantizers.allocate import Allocation
-    from kbit.quantizers.plan import Plan
+    from kbit.quantizers.plan import Plan, TensorPlan
 
 
 def note_quantized_source(plan: Plan) -> None:
@@ -27,13 +28,42 @@ def note_quantized_source(plan: Plan) -> None:
         )
 
 
+def note_plan(plan: Plan, costs: Mapping[str, float]) -> None:
+    """Say on stderr what mixed widths came to: a line for each role and format."""
+    from kbit.cli.output import size
+
+    groups: dict[tuple[str, str], list[TensorPlan]] = {}
+    for tensor in plan.tensors:
+        if tensor.format is not None:
+            groups.setdefault((tensor.role, tensor.label), []).append(tensor)
+    lines = []
+    for role, label in sorted(
+        groups, key=lambda key: (key[0], groups[key][0].nbytes / groups[key][0].source.numel, key[1])
+    ):
+        tensors = groups[role, label]
+        nbytes, cost = sum(t.nbytes for t in tensors), sum(costs.get(t.source.name, 0.0) for t in tensors)
+        lines.append(f"  {role:<10}{label:<16}{len(tensors):>5} x  {size(nbytes):>10}   predicted KL {cost:.2g}")
+    typer.echo(
+        f"plan: {size(plan.bytes_after)}, {plan.bits_per_weight():.3f} bits per weight, predicted KL "
+        f"{sum(costs.values()):.3g}\n" + "\n".join(lines),
+        err=True,
+    )
+
+
 def facts_of(
-    source: CheckpointSource, plan: Plan, out: Path, disk: int, allocation: Allocation | None
+    source: CheckpointSource,
+    plan: Plan,
+    out: Path,
+    disk: int,
+    allocation: Allocation | None,
+    costs: Mapping[str, float],
 ) -> dict[str, Any]:
-    """Everything about a plan, for JSON."""
+    """Everything about a plan, for JSON; `costs`: predicted divergence by tensor, where it is known."""
     weighed: dict[str, Any] = {}
+    if costs:
+        weighed = {"predicted_kl": sum(costs.values())}
     if allocation is not None:
-        weighed = {"predicted_kl": allocation.cost, "predicted_kl_half_bit_more": allocation.half_bit_more}
+        weighed["predicted_kl_half_bit_more"] = allocation.half_bit_more
     return {
         "model": str(source.path),
         "output": str(out),
@@ -54,6 +84,7 @@ def facts_of(
                 "shape": list(tensor.source.shape),
                 "bytes": tensor.nbytes,
                 "quantized": tensor.format is not None,
+                **({"predicted_kl": costs[tensor.source.name]} if tensor.source.name in costs else {}),
             }
             for tensor in plan.tensors
         },
@@ -91,20 +122,40 @@ def print_result(facts: dict[str, Any], out: Path) -> None:
         typer.echo("; ".join(said))
 
 
-def print_plan(facts: dict[str, Any], plan: Plan) -> None:
-    """The plan, for people."""
+def print_plan(facts: dict[str, Any], plan: Plan, *, unknown: bool, saved: Path | None) -> None:
+    """The plan, for people.
+
+    Args:
+        facts: of it.
+        plan: itself.
+        unknown: its widths will be mixed, nobody knows yet how.
+        saved: file that it was written to.
+    """
     from kbit.cli.output import size
 
-    typer.echo(f"{'tensor':<52}{'shape':>16}  {'from':<10}{'to':<18}{'bytes':>10}")
+    weighed = "predicted_kl" in facts
+    cost = f"{'predicted KL':>14}" if weighed else ""
+    typer.echo(f"{'tensor':<52}{'shape':>16}  {'from':<10}{'to':<18}{'bytes':>10}{cost}")
     for name, row in facts["tensors"].items():
         shape = " x ".join(str(dim) for dim in row["shape"])
-        typer.echo(f"{name:<52}{shape:>16}  {row['from']:<10}{row['to']:<18}{size(row['bytes']):>10}")
+        cost = f"{row['predicted_kl']:>14.2g}" if "predicted_kl" in row else ""
+        typer.echo(f"{name:<52}{shape:>16}  {row['from']:<10}{row['to']:<18}{size(row['bytes']):>10}{cost}")
     linear = plan.bits_per_weight("linear")
-    mixed = "widths           mixed within these bytes, once the model is calibrated\n" if facts["mixed"] else ""
-    typer.echo(
-        f"\nsize             {size(plan.bytes_before)} -> {size(plan.bytes_after)}\n"
-        f"bits per weight  {plan.bits_per_weight():.3f} in all, {linear or 0:.3f} in linear layers\n"
-        f"peak memory      about {size(plan.peak_memory)}\n"
-        f"disk needed      {size(facts['disk_bytes'])} in {facts['output']}\n"
-        f"{mixed}nothing was written (--dry-run)"
-    )
+    said = [
+        f"\nsize             {size(plan.bytes_before)} -> {size(plan.bytes_after)}",
+        f"bits per weight  {plan.bits_per_weight():.3f} in all, {linear or 0:.3f} in linear layers",
+        f"peak memory      about {size(plan.peak_memory)}",
+        f"disk needed      {size(facts['disk_bytes'])} in {facts['output']}",
+    ]
+    if unknown:
+        said.append("widths           mixed within these bytes, once the model is calibrated")
+    if weighed:
+        more = facts.get("predicted_kl_half_bit_more")
+        said.append(
+            f"predicted KL     {facts['predicted_kl']:.3g}" + (f"; {more:.2g} with half a bit more" if more else "")
+        )
+    if saved is None:
+        said.append("nothing was written (--dry-run)")
+    else:
+        said.append(f"{saved}: the plan; edit it, and quantize with --plan {saved}")
+    typer.echo("\n".join(said))

@@ -84,21 +84,33 @@ def measure_choices(
         rounding: how matrices are rounded.
         progress: called after each layer.
     """
-    spec = spec_from_config(source.config, where=f"config of {source.path}")
-    layer_of = {p.name: p.layer for p in parameters(spec)}
-    layers = sorted({layer_of[name] for name in formats}, key=lambda layer: -1 if layer is None else layer)
     found: dict[str, tuple[Choice, ...]] = {}
-    for done, layer in enumerate(layers):
-        wanted = {name: tried for name, tried in formats.items() if layer_of[name] == layer}
-        costs = _costs_of_layer(source, wanted, calibration, rounding, layer)
-        for name, tried in wanted.items():
-            rows, columns = source.tensors[name].shape
-            found[name] = tuple(
-                Choice(format, format.nbytes(rows, columns), cost)
-                for format, cost in zip(tried, costs[name], strict=True)
-            )
+    layers = _by_layer(source, formats)
+    for done, (layer, wanted) in enumerate(layers.items()):
+        kept, described = _costs_file(wanted, calibration, rounding, layer)
+        costs = _read_costs(kept, described)
+        if costs is None:
+            costs = _measure_layer(source, wanted, calibration, rounding, layer)
+            write_durably(kept, json.dumps(costs).encode())
+        found |= _choices(source, wanted, costs)
         if progress is not None:
             progress("weighing widths", done + 1, len(layers))
+    return found
+
+
+def known_choices(
+    source: CheckpointSource,
+    formats: Mapping[str, Sequence[QuantFormat]],
+    calibration: CalibrationFolder,
+    rounding: Settings,
+) -> dict[str, tuple[Choice, ...]] | None:
+    """`measure_choices` where all of them were measured before, else None."""
+    found: dict[str, tuple[Choice, ...]] = {}
+    for layer, wanted in _by_layer(source, formats).items():
+        costs = _read_costs(*_costs_file(wanted, calibration, rounding, layer))
+        if costs is None:
+            return None
+        found |= _choices(source, wanted, costs)
     return found
 
 
@@ -164,23 +176,36 @@ def _gain(hull: Sequence[Choice], at: int) -> float:
     return _slope(hull[at], hull[at + 1])
 
 
-def _costs_of_layer(
-    source: CheckpointSource,
-    wanted: Mapping[str, Sequence[QuantFormat]],
-    calibration: CalibrationFolder,
-    rounding: Settings,
-    layer: int | None,
-) -> dict[str, list[float]]:
-    """Costs of a layer's matrices, format by format: remembered, or measured now."""
+def _by_layer(
+    source: CheckpointSource, formats: Mapping[str, Sequence[QuantFormat]]
+) -> dict[int | None, dict[str, Sequence[QuantFormat]]]:
+    """The formats of each layer's matrices; what stands outside of layers first."""
+    spec = spec_from_config(source.config, where=f"config of {source.path}")
+    layer_of = {p.name: p.layer for p in parameters(spec)}
+    layers = sorted({layer_of[name] for name in formats}, key=lambda layer: -1 if layer is None else layer)
+    return {layer: {name: tried for name, tried in formats.items() if layer_of[name] == layer} for layer in layers}
+
+
+def _choices(
+    source: CheckpointSource, wanted: Mapping[str, Sequence[QuantFormat]], costs: Mapping[str, Sequence[float]]
+) -> dict[str, tuple[Choice, ...]]:
+    return {
+        name: tuple(
+            Choice(format, format.nbytes(*source.tensors[name].shape), cost)
+            for format, cost in zip(tried, costs[name], strict=True)
+        )
+        for name, tried in wanted.items()
+    }
+
+
+def _costs_file(
+    wanted: Mapping[str, Sequence[QuantFormat]], calibration: CalibrationFolder, rounding: Settings, layer: int | None
+) -> tuple[Path, dict[str, list[str]]]:
+    """Where the costs of a layer's matrices are kept, and the formats in it by name."""
     described = {name: [str(format) for format in tried] for name, tried in wanted.items()}
     identity = {"version": _VERSION, "rounding": asdict(rounding), "formats": described}
     digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
-    kept = calibration.path / f"costs-{'outside' if layer is None else layer}-{digest}.json"
-    known = _read_costs(kept, described)
-    if known is None:
-        known = _measure_layer(source, wanted, calibration, rounding, layer)
-        write_durably(kept, json.dumps(known).encode())
-    return known
+    return calibration.path / f"costs-{'outside' if layer is None else layer}-{digest}.json", described
 
 
 def _measure_layer(

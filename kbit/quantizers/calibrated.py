@@ -57,6 +57,12 @@ class CalibratedRounding(Method):
         spec = spec_from_config(source.config, where=f"config of {source.path}")
         return calibration_memory(spec, self.request.tokens, self.request.gradients)
 
+    def is_calibrated(self, source: CheckpointSource) -> bool:
+        """Whether the cache holds what the method measures of a model."""
+        from kbit.calibration.place import is_kept
+
+        return is_kept(source, self.request)
+
     def apply(self, job: MethodInput) -> QuantizedSource:
         from kbit.calibration.run import calibrate
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from kbit.calibration.run import calibrate
@@ -10,7 +10,15 @@ from kbit.checkpoint.source import CheckpointSource
 from kbit.formats.quant_format import QuantFormat
 from kbit.host.errors import UnsupportedError, UsageError
 from kbit.host.progress import Progress
-from kbit.quantizers.allocate import LINEAR_WIDTHS, OUTSIDE_WIDTHS, Allocation, allocate, measure_choices
+from kbit.quantizers.allocate import (
+    LINEAR_WIDTHS,
+    OUTSIDE_WIDTHS,
+    Allocation,
+    Choice,
+    allocate,
+    known_choices,
+    measure_choices,
+)
 from kbit.quantizers.calibrated import CalibratedRounding
 from kbit.quantizers.plan import Plan
 
@@ -55,10 +63,70 @@ def mixed_formats(
         UnsupportedError: formats whose widths cannot be mixed.
         KbitError and its kinds: see kbit.calibration.run.calibrate.
     """
-    free = {tensor.source.name: tensor for tensor in plan.tensors if tensor.format and tensor.source.name not in fixed}
-    formats = {name: _candidates(tensor.format, tensor.role) for name, tensor in free.items()}
+    formats = _formats_to_try(plan, fixed)
     calibration = calibrate(source, method.request, progress=progress)
     choices = measure_choices(source, formats, calibration, method.rounding, progress=progress)
+    return _solve(plan, budget, choices)
+
+
+def known_formats(
+    source: CheckpointSource, plan: Plan, method: CalibratedRounding, budget: Budget, fixed: Collection[str]
+) -> Allocation | None:
+    """`mixed_formats` of what the cache holds; None where something is still to be measured.
+
+    Raises:
+        As mixed_formats.
+    """
+    if not method.is_calibrated(source):
+        return None
+    calibration = calibrate(source, method.request)  # measures nothing: all is there
+    choices = known_choices(source, _formats_to_try(plan, fixed), calibration, method.rounding)
+    return None if choices is None else _solve(plan, budget, choices)
+
+
+def predicted_costs(
+    source: CheckpointSource,
+    plan: Plan,
+    method: CalibratedRounding,
+    known: Mapping[str, Choice],
+    *,
+    progress: Progress | None = None,
+) -> dict[str, float]:
+    """What every quantized matrix of a plan costs, by name, in nats per token.
+
+    Args:
+        source: the model.
+        plan: of it.
+        method: who will round; calibrated with gradients.
+        known: choices that were weighed already; others are weighed now.
+        progress: told of the work: what, steps done, steps in all.
+    """
+    costs: dict[str, float] = {}
+    formats: dict[str, tuple[QuantFormat]] = {}
+    for tensor in plan.tensors:
+        name = tensor.source.name
+        if name in known and known[name].format == tensor.format:
+            costs[name] = known[name].cost
+        elif isinstance(tensor.format, QuantFormat):
+            formats[name] = (tensor.format,)
+    if formats:
+        calibration = calibrate(source, method.request, progress=progress)
+        found = measure_choices(source, formats, calibration, method.rounding, progress=progress)
+        costs |= {name: choice.cost for name, (choice,) in found.items()}
+    return costs
+
+
+def _formats_to_try(plan: Plan, fixed: Collection[str]) -> dict[str, tuple[QuantFormat, ...]]:
+    """Of the matrices that are not fixed, by name."""
+    return {
+        tensor.source.name: _candidates(tensor.format, tensor.role)
+        for tensor in plan.tensors
+        if tensor.format and tensor.source.name not in fixed
+    }
+
+
+def _solve(plan: Plan, budget: Budget, choices: Mapping[str, Sequence[Choice]]) -> Allocation:
+    free = {tensor.source.name: tensor for tensor in plan.tensors if tensor.source.name in choices}
     nbytes = None
     if budget.nbytes is not None:
         nbytes = budget.nbytes - sum(t.nbytes for t in plan.tensors if t.source.name not in free)

@@ -120,7 +120,7 @@ def make_plan(
     format: Codec,
     *,
     embedding_bits: int | None = None,
-    formats: Mapping[str, Codec] | None = None,
+    formats: Mapping[str, Codec | str] | None = None,
     overrides: Sequence[tuple[str, str]] = (),
     shard_bytes: int = DEFAULT_SHARD_BYTES,
     method: Method = _RTN,
@@ -132,7 +132,7 @@ def make_plan(
         format: for linear weights.
         embedding_bits: quantize embeddings and head too, to this many bits (16: keep), in that width's default data
             type with the same blocks and scales.
-        formats: of single tensors, by name, instead of what the two above say.
+        formats: of single tensors, by name, instead of what the two above say: a format, or how to keep it ("f16").
         overrides: (pattern, what) pairs: a format string, or "keep" to leave the tensor as it is, or "f16", "bf16",
             "f32" to keep it in that type. Patterns are shell-style and match whole tensor names; the last match wins.
         shard_bytes: largest output file.
@@ -156,8 +156,13 @@ def make_plan(
             raise UnsupportedError(f"{info.file}: {info.name} is {info.stored_as}, but weights must be floating point")
         if role == "head" and tied:
             continue  # the same matrix under a second name; tied it stays, stored once
-        target = (formats or {}).get(info.name) or _default_target(role, format, embedding_bits)
         keep_as = default_keep = _KEEP_AS.get(info.stored_as, _KEEP_OTHERWISE)
+        target = _default_target(role, format, embedding_bits)
+        named = (formats or {}).get(info.name)
+        if isinstance(named, str):
+            target, keep_as = None, _KEEP_WORDS[named] or default_keep
+        elif named is not None:
+            target = named
         for pattern, (replacement, keep_word) in chosen:
             if fnmatchcase(info.name, pattern):
                 unused.discard(pattern)
@@ -175,6 +180,15 @@ def make_plan(
             raise UsageError(f"method {method.name}, format {chosen_format}: {reason}")
     plan_id = _plan_id(source, format, tensors, shard_bytes, method)
     return Plan(format, tuple(tensors), shard_bytes, plan_id, method, method.memory(source))
+
+
+def parse_target(text: str) -> Codec | str:
+    """What is to become of a tensor: a format, or one of "keep", "f16", "bf16", "f32".
+
+    Raises:
+        UsageError: it is neither.
+    """
+    return text if text in _KEEP_WORDS else parse_format(text)
 
 
 def check_disk(plan: Plan, out: Path) -> int:
@@ -223,9 +237,8 @@ def _override(pattern: str, text: str) -> tuple[Codec | None, str | None]:
         raise UsageError(
             "an override's pattern is empty; write PATTERN=FORMAT, for example '*.down_proj.weight=int8-b64'"
         )
-    if text in _KEEP_WORDS:
-        return None, _KEEP_WORDS[text]
-    return parse_format(text), None
+    target = parse_target(text)
+    return (None, _KEEP_WORDS[target]) if isinstance(target, str) else (target, None)
 
 
 def _plan_id(

@@ -1,0 +1,65 @@
+"""Where a calibration is kept, and whether it is there. Imports no torch, so that plans can say it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from kbit.calibration.request import CalibrationRequest
+from kbit.calibration.sizes import text_shape
+from kbit.checkpoint.source import CheckpointSource
+from kbit.host.cache_folder import cache_dir
+from kbit.models.families import spec_from_config
+from kbit.models.spec import ModelSpec
+
+MANIFEST = "calibration.json"
+
+
+def calibration_folder() -> Path:
+    """Where calibrations are kept: KBIT_CALIBRATION if set, else in kbit's cache folder.
+
+    Raises:
+        KbitError: there is no such folder.
+    """
+    named = os.environ.get("KBIT_CALIBRATION")
+    return Path(named).expanduser() if named else cache_dir() / "calibration"
+
+
+def identity_of(source: CheckpointSource, spec: ModelSpec, request: CalibrationRequest) -> dict[str, Any]:
+    """What is measured on what: plain JSON, equal for equal factors."""
+    count, length = text_shape(spec, request.tokens)
+    return {
+        "model": source.fingerprint(),
+        "request": {**request.identity, "tokens": count * length, "sequence": length},
+    }
+
+
+def place_of(identity: dict[str, Any]) -> Path:
+    """The folder of a calibration, which need not be there."""
+    digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:24]
+    return calibration_folder() / digest
+
+
+def layers_of(spec: ModelSpec, gradients: bool) -> list[int | None]:
+    """What is measured: every layer, and with gradients what stands outside of layers (None)."""
+    return [*range(spec.layers), *([None] if gradients else [])]
+
+
+def layer_file(folder: Path, layer: int | None) -> Path:
+    """Where a layer's factors are kept."""
+    return folder / ("outside.safetensors" if layer is None else f"layer-{layer:05d}.safetensors")
+
+
+def is_kept(source: CheckpointSource, request: CalibrationRequest) -> bool:
+    """Whether all that was asked for is measured already.
+
+    Raises:
+        CheckpointError, UnsupportedError: a model that cannot be run.
+    """
+    spec = spec_from_config(source.config, where=f"config of {source.path}")
+    folder = place_of(identity_of(source, spec, request))
+    files = [folder / MANIFEST, *(layer_file(folder, layer) for layer in layers_of(spec, request.gradients))]
+    return all(file.exists() for file in files)
