@@ -46,6 +46,7 @@ def quantize(*, flags: QuantizeFlags, json: JsonOption = False) -> None:
     from kbit.checkpoint.resolve import open_model
     from kbit.checkpoint.writer import check_output_folder, finished_plan
     from kbit.cli.output import print_json
+    from kbit.cli.quantize_method import within_memory
     from kbit.cli.quantize_view import facts_of, note_plan, note_quantized_source, print_plan, print_result
     from kbit.quantizers.plan import check_disk
     from kbit.quantizers.plan_file import read_plan_file, write_plan_file
@@ -56,9 +57,12 @@ def quantize(*, flags: QuantizeFlags, json: JsonOption = False) -> None:
     codec = flags.codec() if asked is None else asked.format
     flags.check()
     method = flags.chosen_method(codec)
-    mixed = asked is None and flags.mixed(method)
+    if asked is None:
+        flags.mixed(method)  # mistakes are said before the model is opened
     with open_model(flags.model) as source:
         _check_runnable(source)
+        method = within_memory(source, method, flags)
+        mixed = asked is None and flags.mixed(method)
         if asked is not None:
             asked.check_model(source)
         plan = flags.plan(source, codec, method, None if asked is None else asked.targets)

@@ -224,6 +224,13 @@ class QuantizeFlags:
         special = self.dtype or self.format or self.asymmetric or self.exponent_bits or self.float_grid
         return self.uniform or bool(special)
 
+    @property
+    def mixes(self) -> str | None:
+        """The flag that only mixed widths can do justice to, if there is one."""
+        if self.bits is not None and self.bits != int(self.bits):
+            return f"--bits {self.bits:g}"
+        return "--size" if self.size else "--max-kl" if self.max_kl is not None else None
+
     def mixed(self, method: Method) -> bool:
         """Whether every matrix gets a width of its own.
 
@@ -232,9 +239,7 @@ class QuantizeFlags:
         """
         from kbit.quantizers.calibrated import CalibratedRounding
 
-        budget = "--size" if self.size else "--max-kl" if self.max_kl is not None else None
-        if budget is None and self.bits is not None and self.bits != int(self.bits):
-            budget = f"--bits {self.bits:g}"
+        budget = self.mixes
         weighs = isinstance(method, CalibratedRounding) and method.request.gradients
         if budget and self.names_a_type:
             raise UsageError(f"{budget} mixes widths: drop --uniform, and flags that name a data type")

@@ -38,7 +38,7 @@ _RTN_1 = {"name": "rtn", "version": 1, "settings": {}}
 
 # Peak memory of a conversion beyond its results: interpreter, torch and libraries (measured: 350 MB), and the scratch
 # of one chunk of 2^22 weights (measured: 30 to 60 MB, by format).
-_BASE_BYTES = 350_000_000
+BASE_BYTES = 350_000_000
 _CHUNK_BYTES = 60_000_000
 
 
@@ -112,7 +112,7 @@ class Plan:
     def peak_memory(self) -> int:
         """Estimated peak resident memory, in bytes: constants, and the largest result or what the method takes."""
         largest = max((tensor.nbytes for tensor in self.tensors if tensor.format), default=0)
-        return _BASE_BYTES + max(_CHUNK_BYTES + largest, self.method_memory)
+        return BASE_BYTES + max(_CHUNK_BYTES + largest, self.method_memory)
 
 
 def make_plan(

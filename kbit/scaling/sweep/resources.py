@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import os
 import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 from kbit.host.cpu import default_threads
+from kbit.host.memory import available_memory
 from kbit.scaling.points import Point
 from kbit.scaling.sweep.subject import Subject
 
@@ -61,21 +61,6 @@ def choose_jobs(subjects: Sequence[Subject], tasks: int, jobs: int | None, threa
         if count * lean <= budget or jobs is not None:
             return Jobs(count, False, lean)
     return Jobs(1, False, lean)
-
-
-def available_memory() -> int | None:
-    """Bytes that processes may still take without swapping; None where the system does not tell."""
-    try:
-        with open("/proc/meminfo", encoding="ascii") as file:
-            for line in file:
-                if line.startswith("MemAvailable:"):
-                    return int(line.split()[1]) * 1024
-    except (OSError, ValueError):
-        pass
-    try:
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
-    except (AttributeError, OSError, ValueError):
-        return None
 
 
 @dataclass
