@@ -158,8 +158,11 @@ class Program:
         scale: float,
         window: int | None,
         rotary: bool = True,
-        bidirectional: bool = False,
         key_bias: NDArray[np.float32] | None = None,
+    ) -> None: ...
+    def store_keys(self, k: int, v: int, layer: int, heads: int, kv_heads: int, head_dim: int) -> None: ...
+    def cross_attend(
+        self, q: int, out: int, layer: int, heads: int, kv_heads: int, head_dim: int, scale: float
     ) -> None: ...
     def finish(self, hidden: int) -> None: ...
     def head(
@@ -182,6 +185,8 @@ class Program:
         tables: NDArray[np.int32],
         logits_rows: NDArray[np.int64] | None,
         out: NDArray[np.float32],
+        last_seen: NDArray[np.int32] | None = None,
+        encoder: tuple[KVPages, NDArray[np.int32], NDArray[np.int32]] | None = None,
     ) -> None: ...
     def logits(self, hidden: NDArray[np.float32], out: NDArray[np.float32]) -> None: ...
     @property

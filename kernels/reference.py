@@ -162,12 +162,14 @@ def attend(
     scale: float,
     window: int | None = None,
     causal: bool = True,
+    prefix: int = 0,
 ) -> torch.Tensor:
     """softmax(scale * Q K^T + mask) V with grouped heads and a mask by position.
 
     Cache slot j of a row holds the token at position j. The query at position p of row b sees slot j when
-    j < kv_lengths[b] and, if causal, j <= p and, with a sliding window, j > p - window (the window counts the query's
-    own position). Query head h reads key/value head h // (H / H_kv). A query that sees nothing (padding) yields zeros.
+    j < kv_lengths[b] and, if causal, j <= p (or j < prefix) and, with a sliding window, j > p - window (the window
+    counts the query's own position). Query head h reads key/value head h // (H / H_kv). A query that sees nothing
+    (padding) yields zeros.
 
     Scores are formed for a few queries at a time, so scratch stays near SCRATCH_BYTES for any length; slots that no
     query of a piece can see are never touched, so what lies in a row's cache beyond its length does not matter.
@@ -181,6 +183,7 @@ def attend(
         scale: multiplies the dot products, usually D^-0.5.
         window: slots a query sees at most, or None; only if causal.
         causal: whether a query sees nothing after itself.
+        prefix: slots that every query sees, also those before it; without a window.
 
     Returns:
         (B, T, H, D) float32.
@@ -194,11 +197,12 @@ def attend(
         for start in range(0, q.shape[1], step):
             queries = slice(start, start + step)
             where = positions[rows.start, queries]  # (T',)
-            last = min(int(where.max()) + 1, length) if causal else length
+            last = min(max(int(where.max()) + 1, prefix), length) if causal else length
             first = 0 if window is None else max(0, int(where.min()) - window + 1)
             if first < last:
                 seen = slice(first, last)
-                hidden = _hidden(where, torch.arange(first, last, device=q.device), window, causal)
+                slots = torch.arange(first, last, device=q.device)
+                hidden = _hidden(where, slots, window, causal) & (slots >= prefix)
                 out[rows, queries] = _softmax_weighted(
                     q[rows, queries], k[rows, :, seen].float(), v[rows, :, seen].float(), hidden, scale
                 )

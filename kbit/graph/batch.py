@@ -28,12 +28,15 @@ class Batch:
         counts: int64 (B,), new tokens of each sequence, 0 for one that rests.
         starts: int64 (B,), tokens each sequence had before.
         wanted: int64 (L,), ascending indices of the tokens whose hidden states or logits are wanted.
+        prefixes: int64 (B,), how many tokens of each sequence see each other where the mask is "prefix"; 0 where these
+            are not in this batch.
     """
 
     ids: Integers
     counts: Integers
     starts: Integers
     wanted: Integers
+    prefixes: Integers
 
     @classmethod
     def of(
@@ -41,6 +44,7 @@ class Batch:
         tokens: Sequence[Sequence[int]],
         starts: Sequence[int] | Integers,
         wanted: Literal["last", "all"] | Sequence[int] | Integers = "last",
+        prefixes: Sequence[int] | Integers | None = None,
     ) -> Batch:
         """A batch from lists.
 
@@ -49,15 +53,16 @@ class Batch:
             starts: (B,), tokens each sequence has.
             wanted: whose results to compute: "last", of each sequence that has new tokens; "all"; or indices into all
                 tokens, ascending.
+            prefixes: (B,), how long a beginning of each sequence sees itself whole (mask "prefix"); None: none does.
 
         Raises:
-            ValueError: `starts` is not one number per sequence.
+            ValueError: `starts` is not one number per sequence; a prefix is not all in this batch.
         """
         if len(starts) != len(tokens):
             raise ValueError(f"{len(tokens)} sequences of tokens do not go with {len(starts)} starts")
         counts = np.array([len(part) for part in tokens], dtype=np.int64)
         ids = np.array([token for part in tokens for token in part], dtype=np.int64)
-        return cls.packed(ids, counts, starts, wanted)
+        return cls.packed(ids, counts, starts, wanted, prefixes)
 
     @classmethod
     def packed(
@@ -66,12 +71,19 @@ class Batch:
         counts: Sequence[int] | Integers,
         starts: Sequence[int] | Integers,
         wanted: Literal["last", "all"] | Sequence[int] | Integers = "last",
+        prefixes: Sequence[int] | Integers | None = None,
     ) -> Batch:
         """As `of`, from tokens (R,) that lie one after another already, counts[b] of sequence b."""
         counts = np.asarray(counts, dtype=np.int64)
+        starts = np.asarray(starts, dtype=np.int64)
+        seen = np.zeros_like(counts)
+        if prefixes is not None:
+            seen = np.asarray(prefixes, dtype=np.int64)
+            if seen.shape != counts.shape or (seen < 0).any() or ((seen > 0) & ((starts > 0) | (seen > counts))).any():
+                raise ValueError("tokens that see each other go through the model at once: prefixes are in one batch")
         if isinstance(wanted, str):
             wanted = np.arange(len(ids)) if wanted == "all" else counts.cumsum()[counts > 0] - 1
-        return cls(ids, counts, np.asarray(starts, dtype=np.int64), np.asarray(wanted, dtype=np.int64))
+        return cls(ids, counts, starts, np.asarray(wanted, dtype=np.int64), seen)
 
     def __len__(self) -> int:
         """R."""
@@ -98,8 +110,21 @@ class Batch:
         offsets = (self.starts - self.bounds[:-1]).astype(np.int32)
         return np.arange(len(self.ids), dtype=np.int32) + offsets.repeat(self.counts)
 
+    def last_seen(self, mask: str) -> NDArray[np.int32]:
+        """int32 (R,): the last position that each token sees of its own sequence, by a mask of `Attention`."""
+        if mask == "causal":
+            return self.positions
+        if mask == "bidirectional":
+            return (self.lengths - 1).astype(np.int32).repeat(self.counts)
+        return np.maximum(self.positions, (self.prefixes - 1).astype(np.int32).repeat(self.counts))
+
+    def passes(self, mask: str, most: int) -> Iterator[Batch]:
+        """`pieces` of at most `most` tokens, but of all where some see later ones."""
+        whole = mask == "bidirectional" or (mask == "prefix" and bool(self.prefixes.any()))
+        return self.pieces(len(self.ids) if whole else most)
+
     def pieces(self, most: int) -> Iterator[Batch]:
-        """The same tokens in batches of at most `most`, in order, over the same B sequences."""
+        """The same tokens in batches of at most `most`, in order, over the same B sequences, without prefixes."""
         if len(self.ids) <= most:
             if len(self.ids):
                 yield self
@@ -110,4 +135,4 @@ class Batch:
             done = np.clip(begin - first, 0, self.counts)  # of each sequence, in earlier pieces
             new = np.clip(end - first, 0, self.counts) - done
             low, high = np.searchsorted(self.wanted, (begin, end))
-            yield Batch(self.ids[begin:end], new, self.starts + done, self.wanted[low:high] - begin)
+            yield Batch(self.ids[begin:end], new, self.starts + done, self.wanted[low:high] - begin, np.zeros_like(new))

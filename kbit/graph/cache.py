@@ -32,17 +32,29 @@ class Cache:
         rows: the sequences, B of them.
         capacity: tokens a row may have.
         private: the pool has nothing else in it, and is made larger when this cache is.
+        encoder: the cache, of as many rows, where an encoder left what this one's rows attend to besides themselves.
 
     Attributes:
-        pool, rows, capacity, private: as given.
+        pool, rows, capacity, private, encoder: as given.
     """
 
-    def __init__(self, pool: PagePool, rows: Sequence[BlockTable], capacity: int, *, private: bool = False) -> None:
+    def __init__(
+        self,
+        pool: PagePool,
+        rows: Sequence[BlockTable],
+        capacity: int,
+        *,
+        private: bool = False,
+        encoder: Cache | None = None,
+    ) -> None:
         check_size(len(rows), capacity)
+        if encoder is not None and encoder.batch != len(rows):
+            raise UsageError(f"{len(rows)} sequences do not go with {encoder.batch} texts of an encoder")
         self.pool = pool
         self.rows = list(rows)
         self.capacity = capacity
         self.private = private
+        self.encoder = encoder
         self._tables = np.empty((0, 0), dtype=np.int32)
         self._versions: list[tuple[int, int]] = []
 
@@ -137,6 +149,8 @@ class Cache:
             if index not in taken:
                 row.release()
         self.rows = selected
+        if self.encoder is not None:
+            self.encoder.select(chosen)
 
     def grow(self, capacity: int) -> None:
         """Room for `capacity` tokens per row, those in the cache kept. A capacity no larger changes nothing."""
@@ -151,6 +165,23 @@ class Cache:
         if len(numbers) != self.batch:
             raise UsageError(f"{what} takes one number per row of the cache: {self.batch}, not {len(numbers)}")
         return numbers
+
+
+def encoder_lengths(cache: Cache, counts: NDArray[np.int64]) -> tuple[Cache, NDArray[np.int64]]:
+    """The cache that cross attention reads, and the length of each row's text in it, int64 (B,).
+
+    Args:
+        counts: int64 (B,), tokens of each row that attend.
+
+    Raises:
+        UsageError: there is none, or no text for a row that attends.
+    """
+    if cache.encoder is None:
+        raise UsageError("this model attends to an encoder's text, and the cache has none")
+    lengths = cache.encoder.lengths
+    if ((lengths == 0) & (counts > 0)).any():
+        raise UsageError("a sequence attends to an encoder's text that has no tokens")
+    return cache.encoder, lengths
 
 
 def check_size(batch: int, capacity: int) -> None:

@@ -76,15 +76,18 @@ class Attention:
     A backend refuses, by name, what it does not run (`refuse_attention`).
 
     Attributes:
-        layer: index of the layer, which is where its keys and values are in the cache.
+        layer: where its keys and values are in the cache: the layer's index. Layers whose keys nobody asks for after
+            the pass, as where all tokens of a text go through at once, may share one.
         heads: H.
         kv_heads: H_kv, a divisor of H.
         head_dim: D.
         scale: multiplies the dot products.
         window: tokens a query sees at most, itself included, or None for all; only where it looks back alone.
         mask: which tokens a query sees. "causal": those up to itself. "bidirectional": all of its text, which therefore
-            goes through the model at once. "prefix": all of a given beginning, and those up to itself. "cross": all.
-        source: whose keys and values these are: of the same tokens ("self"), or of an encoder's.
+            goes through the model at once. "prefix": all of a given beginning (`Batch.prefixes`), which therefore goes
+            through at once, and those up to itself. "cross": all of the encoder's.
+        source: whose keys and values these are: of the same tokens ("self"), or of an encoder's text ("encoder"), which
+            are in a cache of their own (`Cache.encoder`).
         positions: how the dot products know positions: "rotary" (q and k turned), or "none" (the input has them).
     """
 
@@ -101,6 +104,20 @@ class Attention:
     def __post_init__(self) -> None:
         if self.window is not None and self.mask != "causal":
             raise ValueError(f"{self.mask} attention has no window")
+        if (self.mask == "cross") != (self.source == "encoder"):
+            raise ValueError(f"the keys of {self.mask} attention are not those of source {self.source!r}")
+        if self.source == "encoder" and self.positions != "none":
+            raise ValueError("positions in two texts have no distance: cross attention does not rotate")
+
+
+def check_source(attention: Attention, source: Literal["self", "encoder"]) -> None:
+    """Raise where an operation is given the attention of another one.
+
+    Raises:
+        ValueError: it is not of this source.
+    """
+    if attention.source != source:
+        raise ValueError(f"attention with keys of source {attention.source!r} where {source!r} is computed")
 
 
 def refuse_attention(attention: Attention, backend: str, **known: tuple[str, ...]) -> None:
@@ -168,6 +185,23 @@ class Ops(Protocol[X]):
             (..., H D).
         """
 
+    def store_keys(self, k: X, v: X, attention: Attention) -> None:
+        """Leaves an encoder's keys and values, as they are, in the pass's cache, for `cross_attention` of a decoder.
+
+        Args:
+            k: (..., H_kv D).
+            v: (..., H_kv D).
+            attention: the decoder's, whose source is "encoder".
+        """
+
+    def cross_attention(self, q: X, attention: Attention) -> X:
+        """Attention of a pass's tokens to all tokens of their row's encoder text: (..., H D) -> (..., H D).
+
+        Args:
+            q: queries, used as they are.
+            attention: sizes and scale; its source is "encoder".
+        """
+
     def activate(self, gate: X, up: X | None, kind: str) -> X:
         """act(gate) * up, or act(gate): (..., K). `kind` is one of kernels.activations.ACTIVATIONS."""
 
@@ -176,13 +210,16 @@ class Ops(Protocol[X]):
 
 
 class Definition(Protocol):
-    """A decoder-only model as its backend sees it: what it computes, and how its positions rotate."""
+    """A model as its backend sees it: what it computes, and how its positions rotate.
+
+    An encoder-decoder is two: the encoder's body stores what the decoder's attends to.
+    """
 
     def body(self, ops: Ops[X], ids: X) -> X:
         """Token ids -> hidden states (..., hidden size), before the final norm."""
 
     def head(self, ops: Ops[X], hidden: X) -> X:
-        """Hidden states -> logits (..., V)."""
+        """Hidden states -> logits (..., V). An encoder has no head, and returns `hidden` itself."""
 
     @property
     def rotation_depends_on_length(self) -> bool:
@@ -198,7 +235,7 @@ class Definition(Protocol):
             lengths: (B,), tokens of each row once these are in.
 
         Returns:
-            (B, T, R/2) each, R = rotated features of a head.
+            (B, T, R/2) each, R = rotated features of a head, 0 where nothing rotates.
         """
 
 

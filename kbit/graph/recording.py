@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from kbit.graph.ops import Attention, Vector, Weight
+from kbit.graph.ops import Attention, Vector, Weight, check_source
 from kbit.kernels.activations import ACTIVATIONS
 
 
@@ -100,6 +100,24 @@ class Attend:
 
 
 @dataclass(frozen=True, eq=False)
+class StoreKeys:
+    """An encoder's k and v go to the cache, for the decoder's attention that is described."""
+
+    k: Symbol
+    v: Symbol
+    attention: Attention
+
+
+@dataclass(frozen=True, eq=False)
+class CrossAttend:
+    """out = attention of the pass's tokens to their encoder texts."""
+
+    q: Symbol
+    attention: Attention
+    out: Symbol
+
+
+@dataclass(frozen=True, eq=False)
 class Activate:
     """out = act(gate) * up, or act(gate)."""
 
@@ -109,7 +127,7 @@ class Activate:
     out: Symbol
 
 
-Operation = Embed | Norm | Add | SumParts | Project | Attend | Activate
+Operation = Embed | Norm | Add | SumParts | Project | Attend | StoreKeys | CrossAttend | Activate
 
 
 def reads(operation: Operation) -> tuple[Symbol, ...]:
@@ -118,6 +136,10 @@ def reads(operation: Operation) -> tuple[Symbol, ...]:
         return ()
     if isinstance(operation, Attend):
         return (operation.q, operation.k, operation.v)
+    if isinstance(operation, StoreKeys):
+        return (operation.k, operation.v)
+    if isinstance(operation, CrossAttend):
+        return (operation.q,)
     if isinstance(operation, Activate):
         return (operation.gate,) if operation.up is None else (operation.gate, operation.up)
     if isinstance(operation, Add):
@@ -129,6 +151,8 @@ def reads(operation: Operation) -> tuple[Symbol, ...]:
 
 def writes(operation: Operation) -> tuple[Symbol, ...]:
     """The symbols an operation makes."""
+    if isinstance(operation, StoreKeys):
+        return ()
     return operation.outs if isinstance(operation, Project) else (operation.out,)
 
 
@@ -190,13 +214,25 @@ class Recorder:
     def self_attention(
         self, q: Symbol, k: Symbol, v: Symbol, attention: Attention, key_bias: Vector | None = None
     ) -> Symbol:
+        check_source(attention, "self")
         _expect("queries", q.width, attention.heads * attention.head_dim)
-        for part in (k, v):
-            _expect("keys and values", part.width, attention.kv_heads * attention.head_dim)
+        _expect_keys(k, v, attention)
         if key_bias is not None:
             _expect("the bias of keys", key_bias.shape[0], k.width)
         out = Symbol(q.width)
         self.operations.append(Attend(q, k, v, attention, out, key_bias))
+        return out
+
+    def store_keys(self, k: Symbol, v: Symbol, attention: Attention) -> None:
+        check_source(attention, "encoder")
+        _expect_keys(k, v, attention)
+        self.operations.append(StoreKeys(k, v, attention))
+
+    def cross_attention(self, q: Symbol, attention: Attention) -> Symbol:
+        check_source(attention, "encoder")
+        _expect("queries", q.width, attention.heads * attention.head_dim)
+        out = Symbol(q.width)
+        self.operations.append(CrossAttend(q, attention, out))
         return out
 
     def activate(self, gate: Symbol, up: Symbol | None, kind: str) -> Symbol:
@@ -216,6 +252,11 @@ class Recorder:
         outs = tuple(Symbol(weight.shape[0]) for weight in weights)
         self.operations.append(Project(x, weights, biases, outs))
         return outs
+
+
+def _expect_keys(k: Symbol, v: Symbol, attention: Attention) -> None:
+    for part in (k, v):
+        _expect("keys and values", part.width, attention.kv_heads * attention.head_dim)
 
 
 def _expect(what: str, width: int, wanted: int) -> None:

@@ -50,7 +50,7 @@ def attention(ops: Ops[X], spec: ModelSpec, weights: Weights, index: int, x: X) 
     """x + attention(norm(x)), and a norm of what is added where the model has one: (..., hidden)."""
     q, k, v = _together(ops, weights, QKV, norm(ops, spec, weights, "attention_norm", x))
     described = Attention(
-        layer=index,
+        layer=min(index, spec.cache_layers - 1),
         heads=spec.heads,
         kv_heads=spec.kv_heads,
         head_dim=spec.head_dim,

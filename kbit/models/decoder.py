@@ -98,12 +98,12 @@ class Decoder:
     def new_cache(self, batch: int, capacity: int) -> Cache:
         """An empty cache for `batch` sequences of at most `capacity` tokens each."""
         spec = self.spec
-        return self.backend.new_cache(spec.layers, batch, spec.kv_heads, spec.head_dim, capacity)
+        return self.backend.new_cache(spec.cache_layers, batch, spec.kv_heads, spec.head_dim, capacity)
 
     def new_pool(self, pages: int) -> PagePool:
         """Pages for the keys and values of this model, all free."""
         spec = self.spec
-        return self.backend.new_pool(spec.layers, spec.kv_heads, spec.head_dim, pages)
+        return self.backend.new_pool(spec.cache_layers, spec.kv_heads, spec.head_dim, pages)
 
     def run(self, batch: Batch, cache: Cache) -> Array:
         """Feeds the tokens of a batch; the logits of those that are wanted.
@@ -210,7 +210,7 @@ class Decoder:
 
     def _check_whole(self, cache: Cache) -> None:
         """Refuse to go on with a text whose earlier tokens should have seen the new ones."""
-        if self.spec.mask != "causal" and any(int(length) for length in cache.lengths):
+        if self.spec.mask == "bidirectional" and any(int(length) for length in cache.lengths):
             raise UsageError(
                 f"every token of a {self.spec.family} model sees the whole text, which therefore cannot be continued: "
                 "use an empty cache"

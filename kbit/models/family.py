@@ -65,7 +65,7 @@ class Family:
     norm: Literal["rms", "layer"] = "rms"
     norm_bias: bool = False
     norm_eps: str = "rms_norm_eps"
-    mask: Literal["causal", "bidirectional"] = "causal"
+    mask: Literal["causal", "bidirectional", "prefix"] = "causal"
 
 
 def read_spec(families: Mapping[str, Family], config: Mapping[str, Any], where: str) -> ModelSpec:

@@ -83,7 +83,7 @@ def sample_sequences(
         KbitError: the model's logits are not finite.
     """
     longest = model.spec.longest_in_pieces
-    if model.spec.mask != "causal":
+    if model.spec.mask == "bidirectional":
         raise UsageError(f"a {model.spec.family} model writes no text: give a text")
     if count < 1 or not 1 <= length <= longest or seed < 0 or first < 0:
         raise UsageError(f"cannot sample {count} sequences of {length} tokens from a model of {longest}, seed {seed}")

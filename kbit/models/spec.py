@@ -135,7 +135,7 @@ class ModelSpec:
     names: TensorNames
     norm: Literal["rms", "layer"] = "rms"
     norm_bias: bool = False
-    mask: Literal["causal", "bidirectional"] = "causal"
+    mask: Literal["causal", "bidirectional", "prefix"] = "causal"
 
     @property
     def context_length(self) -> int:
@@ -153,9 +153,14 @@ class ModelSpec:
     def longest_in_pieces(self) -> int:
         """Longest text that may go through the model piece by piece, over a cache: 0 where every token sees all others,
         and see `RopeSpec.depends_on_length`."""
-        if self.mask != "causal":
+        if self.mask == "bidirectional":
             return 0
         return self.rope.max_positions if self.rope.depends_on_length else self.context_length
+
+    @property
+    def cache_layers(self) -> int:
+        """Layers whose keys and values are kept: one after another the same, where every text goes through at once."""
+        return 1 if self.mask == "bidirectional" else self.layers
 
     @property
     def attention_scale(self) -> float:

@@ -10,7 +10,20 @@ from dataclasses import dataclass, replace
 from itertools import groupby
 
 from kbit.graph.ops import Vector, Weight
-from kbit.graph.recording import Activate, Add, Attend, Embed, Norm, Operation, Project, Recorder, SumParts, Symbol
+from kbit.graph.recording import (
+    Activate,
+    Add,
+    Attend,
+    CrossAttend,
+    Embed,
+    Norm,
+    Operation,
+    Project,
+    Recorder,
+    StoreKeys,
+    SumParts,
+    Symbol,
+)
 from kbit.models.blocks import Weights
 from kbit.models.decoder import DecoderDefinition, DecoderWeights
 from kbit.models.params import Parameter, parameters
@@ -73,6 +86,8 @@ class Structure:
                 made[operation.out] = made[operation.v]
             elif isinstance(operation, Activate):
                 made[operation.out] = made[operation.gate if operation.up is None else operation.up]
+            elif isinstance(operation, CrossAttend | StoreKeys):
+                raise ValueError("what an encoder's values become is in another recording")
             else:
                 for weight, out in zip(operation.weights, operation.outs, strict=True):
                     found[_name(weight)] = made[operation.x]

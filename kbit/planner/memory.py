@@ -279,10 +279,10 @@ def cache_bytes(spec: ModelSpec, context: int, batch: int = 1, kv: str = "fp16",
         )
     pages = batch * pages_for(context)
     if backend == "native":
-        return pages * _native.kv_page_bytes(spec.layers, spec.kv_heads, spec.head_dim, kv)
+        return pages * _native.kv_page_bytes(spec.cache_layers, spec.kv_heads, spec.head_dim, kv)
     from kbit.kernels.triton.attention.kv_layout import KVFormat
 
-    return pages * spec.layers * spec.kv_heads * 2 * KVFormat(kv, spec.head_dim).page_bytes
+    return pages * spec.cache_layers * spec.kv_heads * 2 * KVFormat(kv, spec.head_dim).page_bytes
 
 
 def program_bytes(

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 import torch
 import toy_family
 from decoder_cases import DictSource, quantized, tame_tensors
+from half_precision_cases import assert_close
 
 from kbit.backends.cpu.backend import NativeBackend
 from kbit.backends.reference.backend import ReferenceBackend
+from kbit.graph.batch import Batch
 from kbit.graph.ops import Attention, refuse_attention
 from kbit.host.errors import UnsupportedError, UsageError
 from kbit.models.decoder import Decoder
@@ -121,7 +124,8 @@ def test_attention_that_a_backend_lacks_is_refused_by_name() -> None:
         refuse_attention(attention, "native", mask=("causal",))
 
 
-def test_triton_refuses_it() -> None:
+def test_triton_runs_it() -> None:
+    """As the reference does, to the rounding of half precision (test_triton_backend.py), a text alone and a batch."""
     pytest.importorskip("triton")
     from triton_interpreter import install
 
@@ -129,5 +133,45 @@ def test_triton_refuses_it() -> None:
     from kbit.backends.triton.backend import TritonBackend
 
     config = toy_family.toy_config(num_hidden_layers=1, head_dim=16)
-    with pytest.raises(UnsupportedError, match="the triton backend has no attention with mask 'bidirectional'"):
-        load_decoder(DictSource(config, tame_tensors(config)), TritonBackend("cpu"))
+    source = DictSource(config, tame_tensors(config))
+    ours, expected = (load_decoder(source, backend) for backend in (TritonBackend("cpu"), ReferenceBackend()))
+    for lengths in ([3, 3], [9, 2]):
+        texts = [ids_of(length) for length in lengths]
+        batch = Batch.of(texts, [0, 0], "all")
+        found, wanted = (torch.as_tensor(model.run(batch, model.new_cache(2, 9))) for model in (ours, expected))
+        assert_close(found, wanted, source)
+
+
+def test_triton_refuses_a_prefix_by_name() -> None:
+    pytest.importorskip("triton")
+    from triton_interpreter import install
+
+    install()
+    from kbit.backends.triton.backend import TritonBackend
+
+    config = toy_family.toy_config(num_hidden_layers=1, head_dim=16)
+    prefix = replace(spec_from_config(config), mask="prefix")
+    backend = TritonBackend("cpu")
+    weights = load_decoder(DictSource(config, tame_tensors(config)), backend).weights
+    with pytest.raises(
+        UnsupportedError, match="the triton backend has no attention with mask 'prefix', only causal or"
+    ):
+        Decoder(prefix, backend, weights)
+
+
+def test_a_prefix_sees_itself_and_the_text_goes_on() -> None:
+    """The same family with another mask: a beginning as if bidirectional, then token by token, alike on both backends."""
+    config = toy_family.toy_config()
+    source, ids, found = DictSource(config, tame_tensors(config)), ids_of(90), []
+    for backend in (ReferenceBackend(), NativeBackend(2, compute="fp32", kv="fp32")):
+        whole = load_decoder(source, backend)
+        model = Decoder(replace(whole.spec, mask="prefix"), backend, whole.weights)
+        cache = model.new_cache(1, 90)
+        start = torch.as_tensor(model.run(Batch.of([ids[:80]], [0], "all", [80]), cache))
+        bidirectional = torch.tensor(whole.extend(ids[:80], whole.new_cache(1, 80), last_only=False))
+        assert float((start - bidirectional).abs().max() / start.abs().max()) <= RELATIVE
+        rest = [torch.tensor(model.extend([token], cache)) for token in ids[80:]]
+        found.append(torch.cat([start, *rest]))
+        at_once = model.run(Batch.of([ids], [0], "all", [80]), model.new_cache(1, 90))
+        assert float((torch.as_tensor(at_once) - found[-1]).abs().max() / start.abs().max()) <= RELATIVE
+    assert float((found[0] - found[1]).abs().max() / found[0].abs().max()) <= RELATIVE

@@ -22,8 +22,21 @@ from numpy.typing import NDArray
 
 from kbit.backends.cpu.weight import native_matrix, native_vector
 from kbit.graph.fuse import fuse
-from kbit.graph.ops import refuse_attention
-from kbit.graph.recording import Activate, Add, Attend, Embed, Norm, Operation, Project, SumParts, Symbol, reads, writes
+from kbit.graph.recording import (
+    Activate,
+    Add,
+    Attend,
+    CrossAttend,
+    Embed,
+    Norm,
+    Operation,
+    Project,
+    StoreKeys,
+    SumParts,
+    Symbol,
+    reads,
+    writes,
+)
 
 if TYPE_CHECKING:
     from kbit._native import Program
@@ -85,11 +98,13 @@ def lower_body(program: Program, operations: Sequence[Operation], result: Symbol
 
 
 def lower_head(program: Program, operations: Sequence[Operation], result: Symbol, hidden: Symbol) -> None:
-    """Writes a recorded head into a program: hidden states -> logits.
+    """Writes a recorded head into a program: hidden states -> logits. An encoder's, which is none, changes nothing.
 
     Raises:
         ValueError: the head is more than an optional norm and one product.
     """
+    if result is hidden:
+        return
     operations = fuse(operations, result)
     if len(operations) == 1 and isinstance(operations[0], Project):
         product = operations[0]
@@ -114,7 +129,6 @@ def _emit(program: Program, operation: Operation, at: dict[Symbol, int]) -> None
         raise ValueError("the sum over processes is of a product, and of one that nothing else reads")
     elif isinstance(operation, Attend):
         a = operation.attention
-        refuse_attention(a, "native", mask=("causal", "bidirectional"), source=("self",))
         q, k, v, out = (at[symbol] for symbol in (operation.q, operation.k, operation.v, operation.out))
         program.attend(
             q,
@@ -128,9 +142,14 @@ def _emit(program: Program, operation: Operation, at: dict[Symbol, int]) -> None
             a.scale,
             a.window,
             a.positions == "rotary",
-            a.mask == "bidirectional",
             None if operation.key_bias is None else native_vector(operation.key_bias),
         )
+    elif isinstance(operation, StoreKeys):
+        a = operation.attention
+        program.store_keys(at[operation.k], at[operation.v], a.layer, a.heads, a.kv_heads, a.head_dim)
+    elif isinstance(operation, CrossAttend):
+        a = operation.attention
+        program.cross_attend(at[operation.q], at[operation.out], a.layer, a.heads, a.kv_heads, a.head_dim, a.scale)
     elif isinstance(operation, Activate):
         up = None if operation.up is None else at[operation.up]
         program.activate(at[operation.gate], up, operation.kind, at[operation.out])

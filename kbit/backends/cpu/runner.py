@@ -14,9 +14,9 @@ from kbit.backends.cpu.kv_cache import native_pages
 from kbit.backends.cpu.lowering import lower_body, lower_head
 from kbit.backends.rotary import RotaryTable
 from kbit.graph.batch import Batch
-from kbit.graph.cache import Cache
+from kbit.graph.cache import Cache, encoder_lengths
 from kbit.graph.ops import Array, Definition
-from kbit.graph.recording import Attend, Recorder, Symbol
+from kbit.graph.recording import Attend, CrossAttend, Recorder, Symbol
 
 # Tokens that go through the program at once: bounds the memory of its buffers.
 PASS_ROWS = 512
@@ -31,14 +31,16 @@ class Recorded:
     Attributes:
         program: body and head.
         hidden_width: features of a hidden state.
-        vocabulary: V.
-        whole: texts go through it in one pass, as their tokens see each other.
+        vocabulary: V; of an encoder 0, as it has no head.
+        mask: which tokens of its text one sees.
+        crosses: it attends to an encoder's texts.
     """
 
     program: _native.Program
     hidden_width: int
     vocabulary: int
-    whole: bool
+    mask: str
+    crosses: bool
 
 
 def record(definition: Definition, context: _native.Context, compute: str) -> Recorded:
@@ -54,8 +56,11 @@ def record(definition: Definition, context: _native.Context, compute: str) -> Re
     head = Recorder(Symbol(hidden.width))
     logits = definition.head(head, head.input)
     lower_head(program, head.operations, logits, head.input)
-    whole = any(isinstance(op, Attend) and op.attention.mask != "causal" for op in body.operations)
-    return Recorded(program, hidden.width, logits.width, whole)
+    masks = {op.attention.mask for op in body.operations if isinstance(op, Attend)} or {"causal"}
+    if len(masks) > 1:
+        raise ValueError(f"all attentions of a program have one mask, not {' and '.join(sorted(masks))}")
+    crosses = any(isinstance(op, CrossAttend) for op in body.operations)
+    return Recorded(program, hidden.width, 0 if logits is head.input else logits.width, masks.pop(), crosses)
 
 
 class NativeRunner:
@@ -74,7 +79,8 @@ class NativeRunner:
         self._lock = Lock()
         self._hidden_width = recorded.hidden_width
         self._vocabulary = recorded.vocabulary
-        self._whole = recorded.whole
+        self._mask = recorded.mask
+        self._crosses = recorded.crosses
         # Arguments of a pass of one token: filled in, never allocated.
         self._id = np.zeros(1, dtype=np.int64)
         self._position = np.zeros(1, dtype=np.int32)
@@ -82,6 +88,8 @@ class NativeRunner:
         self._first_row = np.zeros(1, dtype=np.int64)
 
     def forward(self, batch: Batch, cache: Cache) -> NDArray[np.float32]:
+        if not self._vocabulary:
+            return self.hidden(batch, cache)
         out = np.empty((len(batch.wanted), self._vocabulary), dtype=np.float32)
         self._run(batch, cache, out, logits=True)
         return out
@@ -93,6 +101,8 @@ class NativeRunner:
 
     def logits(self, hidden: Array) -> NDArray[np.float32]:
         x = np.ascontiguousarray(hidden, dtype=np.float32)
+        if not self._vocabulary:
+            return x
         out = np.empty((len(x), self._vocabulary), dtype=np.float32)
         with self._lock:
             for begin in range(0, len(x), PASS_ROWS):
@@ -102,7 +112,7 @@ class NativeRunner:
 
     def extend(self, ids: Sequence[int], cache: Cache, last_only: bool) -> NDArray[np.float32]:
         start = cache.rows[0].length
-        if len(ids) > 1 or self._rotary.by_length:
+        if len(ids) > 1 or self._rotary.by_length or self._crosses or not self._vocabulary:
             return self.forward(Batch.of([ids], [start], "last" if last_only else "all"), cache)
         # Decoding. A pass over the weights leaves nothing of Python in the processor's caches, so every call here costs
         # ten times what it does in a loop of its own: there is as little of numpy as possible.
@@ -133,10 +143,11 @@ class NativeRunner:
             out: logits of the tokens that are wanted (L, V), or hidden states of all (R, hidden).
         """
         pages, tables = native_pages(cache), cache.tables
+        encoder = self._encoder(batch, cache) if self._crosses else None
         with self._lock:
             (cos, sin), angles = self._rotary.of_batch(batch)
             begin = taken = 0
-            for piece in batch.pieces(len(batch) if self._whole else PASS_ROWS):
+            for piece in batch.passes(self._mask, PASS_ROWS):
                 end, stop = begin + len(piece), taken + len(piece.wanted)
                 self._program.run(
                     piece.ids,
@@ -149,6 +160,14 @@ class NativeRunner:
                     tables,
                     piece.wanted if logits else None,
                     out[taken:stop] if logits else out[begin:end],
+                    None if self._mask == "causal" else piece.last_seen(self._mask),
+                    encoder,
                 )
                 begin, taken = end, stop
         cache.advance(batch.counts)
+
+    @staticmethod
+    def _encoder(batch: Batch, cache: Cache) -> tuple[_native.KVPages, NDArray[np.int32], NDArray[np.int32]]:
+        """Pages, tables and lengths of the texts that cross attention reads."""
+        encoder, lengths = encoder_lengths(cache, batch.counts)
+        return native_pages(encoder), encoder.tables, lengths.astype(np.int32)

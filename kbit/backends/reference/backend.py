@@ -13,8 +13,8 @@ from kbit.backends.reference.kv_cache import ReferencePages, reference_pages
 from kbit.backends.rotary import RotaryTable
 from kbit.formats.quant_tensor import QuantTensor
 from kbit.graph.batch import Batch
-from kbit.graph.cache import Cache, check_size
-from kbit.graph.ops import Array, Attention, Definition, Group, Vector, Weight, refuse_attention
+from kbit.graph.cache import Cache, check_size, encoder_lengths
+from kbit.graph.ops import Array, Attention, Definition, Group, Vector, Weight, check_source
 from kbit.graph.pages import PAGE, PagePool, pages_for
 from kbit.kernels import reference
 
@@ -90,7 +90,13 @@ class RowOps:
         attention: Attention,
         key_bias: Vector | None = None,
     ) -> torch.Tensor:
-        raise TypeError("attention needs a step and a cache: this is a pass without tokens (a head)")
+        raise _without_tokens()
+
+    def store_keys(self, k: torch.Tensor, v: torch.Tensor, attention: Attention) -> None:
+        raise _without_tokens()
+
+    def cross_attention(self, q: torch.Tensor, attention: Attention) -> torch.Tensor:
+        raise _without_tokens()
 
 
 class StepOps(RowOps):
@@ -108,7 +114,7 @@ class StepOps(RowOps):
         self, batch: Batch, cos: torch.Tensor, sin: torch.Tensor, cache: Cache, group: Group | None = None
     ) -> None:
         super().__init__(group)
-        self._batch = batch
+        self._batch, self._cache = batch, cache
         self._cos, self._sin = cos[None], sin[None]
         self._tables = [row.pages for row in cache.rows]
         self._pages = reference_pages(cache)
@@ -125,18 +131,47 @@ class StepOps(RowOps):
         attention: Attention,
         key_bias: Vector | None = None,
     ) -> torch.Tensor:
-        refuse_attention(attention, "reference", mask=("causal", "bidirectional"), source=("self",))
-        layer, batch = attention.layer, self._batch
+        check_source(attention, "self")
         q, k, v = (x.view(1, len(x), -1, attention.head_dim) for x in (q, k, v))  # (1, R, H or H_kv, D)
         if attention.positions == "rotary":
             q, k = (reference.rope(x, self._cos, self._sin) for x in (q, k))
-        self._pages.append(layer, self._slots, k[0], v[0])
-        seen = torch.empty_like(q)
-        for index, length in enumerate(batch.lengths.tolist()):
+        self._pages.append(attention.layer, self._slots, k[0], v[0])
+        return self._attend(q, attention, self._pages, self._tables, self._batch.lengths)
+
+    def store_keys(self, k: torch.Tensor, v: torch.Tensor, attention: Attention) -> None:
+        check_source(attention, "encoder")
+        k, v = (x.view(len(x), -1, attention.head_dim) for x in (k, v))
+        self._pages.append(attention.layer, self._slots, k, v)
+
+    def cross_attention(self, q: torch.Tensor, attention: Attention) -> torch.Tensor:
+        check_source(attention, "encoder")
+        encoder, lengths = encoder_lengths(self._cache, self._batch.counts)
+        tables = [row.pages for row in encoder.rows]
+        return self._attend(
+            q.view(1, len(q), -1, attention.head_dim), attention, reference_pages(encoder), tables, lengths
+        )
+
+    def _attend(
+        self,
+        q: torch.Tensor,
+        attention: Attention,
+        pages: ReferencePages,
+        tables: Sequence[Sequence[int]],
+        lengths: NDArray[np.int64],
+    ) -> torch.Tensor:
+        """Queries (1, R, H, D) of the batch to what their sequences have in some pages -> (R, H D).
+
+        Args:
+            tables: the pages of each sequence.
+            lengths: int64 (B,), tokens there.
+        """
+        batch, seen = self._batch, torch.empty_like(q)
+        prefixes = batch.prefixes if attention.mask == "prefix" else np.zeros_like(batch.prefixes)
+        for index, (length, prefix) in enumerate(zip(lengths.tolist(), prefixes.tolist(), strict=True)):
             rows = slice(int(batch.bounds[index]), int(batch.bounds[index + 1]))
             if rows.start == rows.stop:
                 continue
-            keys, values = self._pages.read(layer, self._tables[index], length)
+            keys, values = pages.read(attention.layer, tables[index], length)
             seen[:, rows] = reference.attend(
                 q[:, rows],
                 keys[None],
@@ -145,7 +180,8 @@ class StepOps(RowOps):
                 torch.tensor([length]),
                 attention.scale,
                 attention.window,
-                attention.mask == "causal",
+                attention.mask in ("causal", "prefix"),
+                prefix,
             )
         return seen[0].flatten(-2)
 
@@ -220,6 +256,10 @@ class ReferenceBackend:
 
     def bind(self, definition: Definition) -> ReferenceRunner:
         return ReferenceRunner(definition, self.group)
+
+
+def _without_tokens() -> TypeError:
+    return TypeError("attention needs a step and a cache: this is a pass without tokens (a head)")
 
 
 def _data(weight: Weight) -> torch.Tensor | QuantTensor:

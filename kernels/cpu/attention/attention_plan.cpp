@@ -35,13 +35,10 @@ void resize(std::vector<float>& memory, std::int64_t floats) {
 }  // namespace
 
 void AttentionScratch::prepare(std::int64_t rows, const std::int32_t* sequence, const std::int32_t* position, int heads,
-                               int kv_heads, int head_dim, int members, bool bidirectional) {
+                               int kv_heads, int head_dim, int members, const std::int32_t* last) {
   const int group = heads / kv_heads, padded = (head_dim + 15) / 16 * 16;
-  last_.assign(bidirectional ? static_cast<std::size_t>(rows) : 0, 0);
-  for (std::size_t row = last_.size(); row-- > 0;) {
-    const bool same = row + 1 < last_.size() && sequence[row] == sequence[row + 1];
-    last_[row] = same ? last_[row + 1] : position[row];
-  }
+  last_.clear();
+  if (last) last_.assign(last, last + rows);
   cut_blocks(rows, sequence, position, group);
   cut_pieces(position, heads, kv_heads, padded, rows, members);
   std::int64_t most = 1;
@@ -120,17 +117,18 @@ void attention(const AttentionKernels& kernels, Worker& worker, const AttentionA
   if (scratch.last()) seen.position = scratch.last();
   float* memory = aligned(scratch.memory_) + worker.index() * scratch.worker_floats_;
   const int kv_heads = args.kv_heads;
-  if (!scratch.fused_) {
+  if (args.k && !(scratch.fused_ && args.q)) {
     worker.for_each(static_cast<std::int64_t>(scratch.blocks_.size()) * kv_heads, 1, [&](std::int64_t i, std::int64_t) {
       const AttentionScratch::Block& block = scratch.blocks_[static_cast<std::size_t>(i / kv_heads)];
       kernels.append(args, cache, block.first_row, block.rows, static_cast<int>(i % kv_heads), memory);
     });
   }
+  if (!args.q) return;
   worker.for_each(static_cast<std::int64_t>(scratch.pieces_.size()) * kv_heads, 1, [&](std::int64_t i, std::int64_t) {
     const AttentionScratch::Piece& piece = scratch.pieces_[static_cast<std::size_t>(i / kv_heads)];
     const AttentionScratch::Block& block = scratch.blocks_[static_cast<std::size_t>(piece.block)];
     const int kv_head = static_cast<int>(i % kv_heads);
-    if (piece.appends) kernels.append(args, cache, block.first_row, block.rows, kv_head, memory);
+    if (piece.appends && args.k) kernels.append(args, cache, block.first_row, block.rows, kv_head, memory);
     kernels.attend({&seen, &cache, scratch.split_ ? &scratch.partials_ : nullptr, block.first_row, block.rows,
                     piece.chunk_begin, piece.chunk_end, kv_head, memory});
   });

@@ -20,10 +20,10 @@ namespace kbit {
 // heads.
 class AttentionScratch {
  public:
-  // Before the parallel part. sequence, position: (rows), as in AttentionArgs. members: of the team. bidirectional: rows
-  // see all of their sequence, whose new tokens are all in this pass.
+  // Before the parallel part. sequence, position: (rows), as in AttentionArgs. members: of the team. last: (rows), the
+  // last slot each row sees, not descending within a sequence; null where that is its own.
   void prepare(std::int64_t rows, const std::int32_t* sequence, const std::int32_t* position, int heads, int kv_heads,
-               int head_dim, int members, bool bidirectional = false);
+               int head_dim, int members, const std::int32_t* last = nullptr);
 
   // For passes whose attentions have a key_bias: the angles of positions [0, stop), from tables (stop or more, half)
   // whose rows are positions. Those of earlier calls, which had the same half, are kept.
@@ -61,6 +61,7 @@ class AttentionScratch {
 };
 
 // One attention, run by every member of a team; `out` is complete when it returns. args must be of the prepared pass.
+// Without k and v, keys and values are already in the cache; without q and out, they are only written there.
 void attention(const AttentionKernels& kernels, Worker& worker, const AttentionArgs& args, AttentionScratch& scratch);
 
 }  // namespace kbit

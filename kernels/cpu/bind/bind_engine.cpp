@@ -6,9 +6,11 @@
 #include <nanobind/stl/optional.h>
 #include <nanobind/stl/shared_ptr.h>
 #include <nanobind/stl/string.h>
+#include <nanobind/stl/tuple.h>
 #include <nanobind/stl/vector.h>
 
 #include <stdexcept>
+#include <tuple>
 
 #include "codecs/bitplanes.h"
 #include "isa/isa.h"
@@ -120,6 +122,16 @@ Norm norm_of(const std::optional<Vector>& weight, float eps, const std::optional
   return norm;
 }
 
+// The sizes of an attention, and the buffers that it has.
+void require_heads(const Program& p, const AttendInstruction& a) {
+  const auto wide = [&](int buffer, int heads) { return p.buffer_width(buffer) == std::int64_t{heads} * a.head_dim; };
+  require(a.heads >= 1 && a.kv_heads >= 1 && a.head_dim >= 1 && a.heads % a.kv_heads == 0 && a.layer >= 0,
+          "the heads do not fit their buffers");
+  require((a.stores() || (wide(a.q, a.heads) && wide(a.out, a.heads) && a.out != a.q)) &&
+              (a.crosses() || (wide(a.k, a.kv_heads) && wide(a.v, a.kv_heads))),
+          "the heads do not fit their buffers");
+}
+
 void add_matmul(Program& program, int x, const std::vector<Weights>& weights,
                 const std::vector<std::optional<Vector>>& biases, const std::vector<int>& outs,
                 const std::optional<Vector>& norm, float eps, const std::optional<std::string>& activation,
@@ -137,10 +149,41 @@ void add_matmul(Program& program, int x, const std::vector<Weights>& weights,
   program.append(std::move(m));
 }
 
+using Encoder = std::tuple<KVPages*, BlockTables, Array<const std::int32_t, 1>>;
+
+// What rows see besides the tokens up to themselves is in this pass, and no row sees less than one before it.
+void require_seen(const Pass& pass) {
+  std::int32_t end = 0;
+  for (std::int64_t r = pass.rows - 1; r >= 0; --r) {
+    const bool ends = r + 1 == pass.rows || pass.sequence[r + 1] != pass.sequence[r];
+    end = ends ? pass.position[r] : end;
+    require(pass.last_seen[r] >= pass.position[r] && pass.last_seen[r] <= end &&
+                (ends || pass.last_seen[r] <= pass.last_seen[r + 1]),
+            "a token sees others than those of this pass and before");
+  }
+}
+
+// Every row's sequence has an encoder's text, and pages for it.
+void require_texts(const Pass& pass, std::size_t tables, std::size_t lengths) {
+  require(tables == lengths, "an encoder's tables and lengths have one row per sequence");
+  for (std::int64_t r = 0; r < pass.rows; ++r) {
+    const std::int32_t sequence = pass.sequence[r];
+    if (r > 0 && sequence == pass.sequence[r - 1]) continue;
+    require(static_cast<std::size_t>(sequence) < lengths, "a sequence has no encoder's text");
+    const std::int32_t length = pass.encoder.lengths[sequence];
+    require(length >= 1 && (length - 1) / kPage < pass.encoder.table_stride, "a sequence has no encoder's text");
+    for (std::int64_t i = 0; i <= (length - 1) / kPage; ++i) {
+      const std::int32_t page = pass.encoder.tables[sequence * pass.encoder.table_stride + i];
+      require(page >= 0 && page < pass.encoder.cache->count(), "an encoder's text lies outside its cache");
+    }
+  }
+}
+
 void run(Program& program, const Array<const std::int64_t, 1>& ids, const Array<const std::int32_t, 1>& sequence,
          const Array<const std::int32_t, 1>& positions, const Array<const float, 2>& cos, const Array<const float, 2>& sin,
          const Array<const std::int32_t, 1>& rope_row, KVPages& pages, const BlockTables& tables,
-         const std::optional<Array<const std::int64_t, 1>>& logits_rows, const Array<float, 2>& out) {
+         const std::optional<Array<const std::int64_t, 1>>& logits_rows, const Array<float, 2>& out,
+         const std::optional<Array<const std::int32_t, 1>>& last_seen, const std::optional<Encoder>& encoder) {
   Pass pass;
   const std::size_t rows = ids.shape(0);
   require(rows >= 1, "a pass has at least one row");
@@ -163,6 +206,16 @@ void run(Program& program, const Array<const std::int64_t, 1>& ids, const Array<
             "a row of the rotary tables does not exist");
   }
   require_pages(pages, tables, sequence.data(), positions.data(), rows);
+  if (last_seen) {
+    require(last_seen->shape(0) == rows, "last_seen has one value per row");
+    pass.last_seen = last_seen->data();
+    require_seen(pass);
+  }
+  if (encoder) {
+    const auto& [cache, texts, lengths] = *encoder;
+    pass.encoder = {cache, texts.data(), static_cast<std::int64_t>(texts.shape(1)), lengths.data()};
+    require_texts(pass, texts.shape(0), lengths.shape(0));
+  }
   if (logits_rows) {
     pass.logits_rows = static_cast<std::int64_t>(logits_rows->shape(0));
     pass.logits_row = logits_rows->data();
@@ -247,21 +300,32 @@ void bind_engine(nb::module_& module) {
            nb::arg("gate"), nb::arg("up").none(), nb::arg("kind"), nb::arg("out"))
       .def("attend",
            [](Program& p, int q, int k, int v, int out, int layer, int heads, int kv_heads, int head_dim, float scale,
-              std::optional<int> window, bool rotary, bool bidirectional, const std::optional<Vector>& key_bias) {
-             require(heads >= 1 && kv_heads >= 1 && head_dim >= 1 && heads % kv_heads == 0 && layer >= 0 &&
-                         p.buffer_width(q) == std::int64_t{heads} * head_dim && p.buffer_width(out) == p.buffer_width(q) &&
-                         p.buffer_width(k) == std::int64_t{kv_heads} * head_dim && p.buffer_width(v) == p.buffer_width(k) &&
-                         out != q && out != k && out != v && (!window || (*window > 0 && !bidirectional)) &&
+              std::optional<int> window, bool rotary, const std::optional<Vector>& key_bias) {
+             AttendInstruction a{q, k, v, out, layer, heads, kv_heads, head_dim, scale, window.value_or(0), rotary, copied(key_bias)};
+             require_heads(p, a);
+             require(out != k && out != v && (!window || *window > 0) &&
                          (!key_bias || static_cast<std::int64_t>(key_bias->shape(0)) == p.buffer_width(k)),
                      "the heads do not fit their buffers");
-             std::vector<float> bias;
-             if (key_bias) bias.assign(key_bias->data(), key_bias->data() + key_bias->shape(0));
-             p.append(AttendInstruction{q, k, v, out, layer, heads, kv_heads, head_dim, scale, window.value_or(0), rotary,
-                                        bidirectional, std::move(bias)});
+             p.append(std::move(a));
            },
            nb::arg("q"), nb::arg("k"), nb::arg("v"), nb::arg("out"), nb::arg("layer"), nb::arg("heads"),
            nb::arg("kv_heads"), nb::arg("head_dim"), nb::arg("scale"), nb::arg("window").none(),
-           nb::arg("rotary") = true, nb::arg("bidirectional") = false, nb::arg("key_bias") = nb::none())
+           nb::arg("rotary") = true, nb::arg("key_bias") = nb::none())
+      .def("store_keys",
+           [](Program& p, int k, int v, int layer, int heads, int kv_heads, int head_dim) {
+             AttendInstruction a{-1, k, v, -1, layer, heads, kv_heads, head_dim, 1.0f, 0, false, {}};
+             require_heads(p, a);
+             p.append(std::move(a));
+           },
+           nb::arg("k"), nb::arg("v"), nb::arg("layer"), nb::arg("heads"), nb::arg("kv_heads"), nb::arg("head_dim"))
+      .def("cross_attend",
+           [](Program& p, int q, int out, int layer, int heads, int kv_heads, int head_dim, float scale) {
+             AttendInstruction a{q, -1, -1, out, layer, heads, kv_heads, head_dim, scale, 0, false, {}};
+             require_heads(p, a);
+             p.append(std::move(a));
+           },
+           nb::arg("q"), nb::arg("out"), nb::arg("layer"), nb::arg("heads"), nb::arg("kv_heads"), nb::arg("head_dim"),
+           nb::arg("scale"))
       .def("finish",
            [](Program& p, int hidden) {
              p.buffer_width(hidden);
@@ -280,7 +344,8 @@ void bind_engine(nb::module_& module) {
            nb::arg("matrix"), nb::arg("norm").none(), nb::arg("eps"), nb::arg("norm_bias") = nb::none(),
            nb::arg("centred") = false)
       .def("run", &run, nb::arg("ids"), nb::arg("sequence"), nb::arg("positions"), nb::arg("cos"), nb::arg("sin"),
-           nb::arg("rope_row"), nb::arg("pages"), nb::arg("tables"), nb::arg("logits_rows").none(), nb::arg("out"))
+           nb::arg("rope_row"), nb::arg("pages"), nb::arg("tables"), nb::arg("logits_rows").none(), nb::arg("out"),
+           nb::arg("last_seen") = nb::none(), nb::arg("encoder") = nb::none())
       .def("logits",
            [](Program& p, const Array<const float, 2>& hidden, const Array<float, 2>& out) {
              require(hidden.shape(0) == out.shape(0) && static_cast<std::int64_t>(hidden.shape(1)) == p.hidden_width() &&

@@ -90,9 +90,6 @@ void Program::append(Instruction instruction) {
     if (first && (first->heads != a->heads || first->kv_heads != a->kv_heads || first->head_dim != a->head_dim)) {
       throw std::invalid_argument("all attentions of a program have the same heads");
     }
-    if (first && first->bidirectional != a->bidirectional) {
-      throw std::invalid_argument("all attentions of a program look the same way");
-    }
   }
   instructions_.push_back(std::move(instruction));
   capacity_ = 0;
@@ -160,14 +157,18 @@ const AttendInstruction* Program::first_attention() const {
 void Program::attend(Worker& worker, const AttendInstruction& a, const Pass& pass) {
   const auto at = [&](int index) -> const Buffer& { return buffers_[static_cast<std::size_t>(index)]; };
   AttentionArgs args{};
-  args.q = at(a.q).data();
-  args.k = at(a.k).data();
-  args.v = at(a.v).data();
-  args.out = at(a.out).data();
-  args.q_stride = at(a.q).stride;
-  args.k_stride = at(a.k).stride;
-  args.v_stride = at(a.v).stride;
-  args.out_stride = at(a.out).stride;
+  if (!a.stores()) {
+    args.q = at(a.q).data();
+    args.out = at(a.out).data();
+    args.q_stride = at(a.q).stride;
+    args.out_stride = at(a.out).stride;
+  }
+  if (!a.crosses()) {
+    args.k = at(a.k).data();
+    args.v = at(a.v).data();
+    args.k_stride = at(a.k).stride;
+    args.v_stride = at(a.v).stride;
+  }
   args.rows = pass.rows;
   args.sequence = pass.sequence;
   args.position = pass.position;
@@ -180,15 +181,43 @@ void Program::attend(Worker& worker, const AttendInstruction& a, const Pass& pas
   args.head_dim = a.head_dim;
   args.scale = a.scale;
   args.window = a.window;
-  args.cache = pass.cache;
-  args.tables = pass.tables;
-  args.table_stride = pass.table_stride;
+  args.cache = a.crosses() ? pass.encoder.cache : pass.cache;
+  args.tables = a.crosses() ? pass.encoder.tables : pass.tables;
+  args.table_stride = a.crosses() ? pass.encoder.table_stride : pass.table_stride;
   args.layer = a.layer;
   if (!a.key_bias.empty()) {
     args.key_bias = a.key_bias.data();
     args.angles = attention_scratch_.angles();
   }
-  attention(context_->kernels->attention, worker, args, attention_scratch_);
+  attention(context_->kernels->attention, worker, args, a.crosses() ? cross_scratch_ : attention_scratch_);
+}
+
+void Program::prepare_attention(const Pass& pass, const AttendInstruction& heads) {
+  bool biased = false, crosses = false;
+  for (const Instruction& instruction : instructions_) {
+    const auto* a = std::get_if<AttendInstruction>(&instruction);
+    if (!a) continue;
+    const KVPages* cache = a->crosses() ? pass.encoder.cache : pass.cache;
+    if (!cache) throw std::invalid_argument("the program attends to an encoder's texts, and there are none");
+    if (cache->view().kv_heads != a->kv_heads || cache->view().head_dim != a->head_dim ||
+        2 * pass.rotated_half > a->head_dim) {
+      throw std::invalid_argument("the cache or the rotary tables do not fit the program's heads");
+    }
+    if (a->layer >= cache->layers()) throw std::invalid_argument("the cache has too few layers");
+    biased = biased || (!a->key_bias.empty() && a->rotary);
+    crosses = crosses || a->crosses();
+  }
+  const int members = context_->team->size();
+  if (biased && pass.cache->view().key_bits < 16) prepare_angles(pass);
+  attention_scratch_.prepare(pass.rows, pass.sequence, pass.position, heads.heads, heads.kv_heads, heads.head_dim,
+                             members, pass.last_seen);
+  if (!crosses) return;
+  encoder_ends_.resize(static_cast<std::size_t>(pass.rows));
+  for (std::int64_t r = 0; r < pass.rows; ++r) {
+    encoder_ends_[static_cast<std::size_t>(r)] = pass.encoder.lengths[pass.sequence[r]] - 1;
+  }
+  cross_scratch_.prepare(pass.rows, pass.sequence, pass.position, heads.heads, heads.kv_heads, heads.head_dim, members,
+                         encoder_ends_.data());
 }
 
 void Program::prepare_angles(const Pass& pass) {
@@ -218,21 +247,7 @@ void Program::run(const Pass& pass) {
   reserve(std::max(pass.rows, pass.logits_rows));
   const Kernels& kernels = *context_->kernels;
   auto at = [&](int index) -> Buffer& { return buffers_[static_cast<std::size_t>(index)]; };
-  if (const AttendInstruction* a = first_attention()) {
-    const CacheView& view = pass.cache->view();
-    bool biased = false;
-    if (view.kv_heads != a->kv_heads || view.head_dim != a->head_dim || 2 * pass.rotated_half > a->head_dim) {
-      throw std::invalid_argument("the cache or the rotary tables do not fit the program's heads");
-    }
-    for (const Instruction& instruction : instructions_) {
-      const auto* other = std::get_if<AttendInstruction>(&instruction);
-      if (other && other->layer >= pass.cache->layers()) throw std::invalid_argument("the cache has too few layers");
-      biased = biased || (other && !other->key_bias.empty() && other->rotary);
-    }
-    if (biased && view.key_bits < 16) prepare_angles(pass);
-    attention_scratch_.prepare(pass.rows, pass.sequence, pass.position, a->heads, a->kv_heads, a->head_dim,
-                               context_->team->size(), a->bidirectional);
-  }
+  if (const AttendInstruction* a = first_attention()) prepare_attention(pass, *a);
   context_->team->run([&](Worker& worker) {
     for (const Instruction& instruction : instructions_) {
       if (const auto* m = std::get_if<MatmulInstruction>(&instruction)) {

@@ -45,16 +45,29 @@ struct EmbedInstruction { Weights weights; int out; };
 struct NormInstruction { int x; Norm norm; int out; };
 struct AddInstruction { int x, y, out; };
 struct ActivateInstruction { int gate, up, out; Activation kind; };  // up: -1 for none
+// Also half an attention: one that reads an encoder's keys and values (k and v are -1), or stores them (q and out are).
 struct AttendInstruction {
-  int q, k, v, out, layer, heads, kv_heads, head_dim;
-  float scale;
-  int window;
-  bool rotary, bidirectional;
+  int q = -1, k = -1, v = -1, out = -1;
+  int layer = 0, heads = 1, kv_heads = 1, head_dim = 1;
+  float scale = 1.0f;
+  int window = 0;
+  bool rotary = false;
   std::vector<float> key_bias;  // (kv_heads * head_dim), in every key before it is turned; or empty
+
+  bool crosses() const { return k < 0; }
+  bool stores() const { return q < 0; }
 };
 using Instruction =
     std::variant<MatmulInstruction, EmbedInstruction, NormInstruction, AddInstruction, ActivateInstruction,
                  AttendInstruction>;
+
+// Keys and values of the texts that cross attention reads.
+struct EncoderTexts {
+  const KVPages* cache = nullptr;
+  const std::int32_t* tables = nullptr;  // (B, table_stride)
+  std::int64_t table_stride = 0;
+  const std::int32_t* lengths = nullptr;  // (B), at least 1 where a sequence has rows
+};
 
 // One pass: R rows and where they belong.
 struct Pass {
@@ -62,6 +75,7 @@ struct Pass {
   const std::int64_t* ids = nullptr;         // (R)
   const std::int32_t* sequence = nullptr;    // (R) row of the tables; a sequence's rows are consecutive and ascending
   const std::int32_t* position = nullptr;    // (R)
+  const std::int32_t* last_seen = nullptr;   // (R) last position a row sees, of its sequence's in this pass; null: its own
   const float* cos = nullptr;                // (P, half)
   const float* sin = nullptr;
   const std::int32_t* rope_row = nullptr;    // (R) row of the tables
@@ -69,6 +83,7 @@ struct Pass {
   const KVPages* cache = nullptr;
   const std::int32_t* tables = nullptr;      // (B, table_stride) pages of each sequence, in order
   std::int64_t table_stride = 0;
+  EncoderTexts encoder;
   std::int64_t logits_rows = -1;             // -1: the hidden states of all rows are wanted instead
   const std::int64_t* logits_row = nullptr;  // (L)
   float* out = nullptr;                      // (L, V) or (R, hidden)
@@ -113,6 +128,7 @@ class Program {
   const AttendInstruction* first_attention() const;
   void note_file(const Weights& weights);
   void attend(Worker& worker, const AttendInstruction& instruction, const Pass& pass);
+  void prepare_attention(const Pass& pass, const AttendInstruction& heads);
   void prepare_angles(const Pass& pass);
   void check(const MatmulInstruction& instruction) const;
   void matmul(Worker& worker, const MatmulInstruction& instruction, const float* x, std::int64_t x_stride,
@@ -138,7 +154,8 @@ class Program {
   std::int64_t widest_input_ = 0; // K of the widest matmul, padded
   std::unique_ptr<Inputs> shared_;
   std::vector<std::unique_ptr<Scratch>> scratch_;
-  AttentionScratch attention_scratch_;
+  AttentionScratch attention_scratch_, cross_scratch_;
+  std::vector<std::int32_t> encoder_ends_;  // (R) last token of each row's encoder text
 };
 
 }  // namespace kbit

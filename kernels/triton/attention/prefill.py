@@ -188,6 +188,7 @@ def attention_prefill_paged(
     k_kind: str,
     v_kind: str,
     max_queries: int,
+    causal: bool = True,
     window: int | None = None,
     soft_cap: float | None = None,
     slopes: torch.Tensor | None = None,
@@ -202,6 +203,7 @@ def attention_prefill_paged(
         v_pages: uint8 (P, H_kv, page_bytes).
         block_table: int32 (B, pages of a row).
         lengths: int32 or int64 (B,), tokens in each row, the new ones included: these are a row's last.
+        causal: a query sees tokens up to itself; else all of its row, which need not hold the queries' own then.
         k_kind: one of kv_layout.KINDS.
         v_kind: likewise.
 
@@ -212,6 +214,8 @@ def attention_prefill_paged(
         ValueError: shapes, types or strides that do not fit.
         UnsupportedError: a kind or a head size.
     """
+    if not causal and (window is not None or slopes is not None):
+        raise ValueError("a window or slopes without a causal mask")
     k_format, v_format = KVFormat(k_kind, q.shape[2]), KVFormat(v_kind, q.shape[2])
     check_pages(k_pages, k_format, "k_pages")
     check_pages(v_pages, v_format, "v_pages")
@@ -220,7 +224,7 @@ def attention_prefill_paged(
         raise ValueError(f"bounds {tuple(bounds.shape)} and lengths {tuple(lengths.shape)}")
     return _launch(
         q, bounds, k_pages, v_pages, block_table, lengths, (k_format, v_format), k_pages.shape[1], scale, max_queries,
-        True, window, soft_cap, slopes, out_dtype, config,
+        causal, window, soft_cap, slopes, out_dtype, config,
     )  # fmt: skip
 
 
