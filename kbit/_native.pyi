@@ -164,6 +164,20 @@ class Program:
     def cross_attend(
         self, q: int, out: int, layer: int, heads: int, kv_heads: int, head_dim: int, scale: float
     ) -> None: ...
+    def recur(
+        self,
+        q: int,
+        k: int,
+        v: int,
+        decay: int,
+        write: int,
+        out: int,
+        state: int,
+        heads: int,
+        key_dim: int,
+        value_dim: int,
+    ) -> None: ...
+    def convolve(self, x: int, weight: NDArray[np.float32], out: int, state: int, width: int) -> None: ...
     def finish(self, hidden: int) -> None: ...
     def head(
         self,
@@ -187,6 +201,7 @@ class Program:
         out: NDArray[np.float32],
         last_seen: NDArray[np.int32] | None = None,
         encoder: tuple[KVPages, NDArray[np.int32], NDArray[np.int32]] | None = None,
+        states: tuple[Sequence[NDArray[np.float32]], NDArray[np.int32], NDArray[np.int32]] | None = None,
     ) -> None: ...
     def logits(self, hidden: NDArray[np.float32], out: NDArray[np.float32]) -> None: ...
     @property

@@ -109,6 +109,8 @@ class Cache:
                     f"the KV cache holds {self.capacity} tokens per row: row {index} has {row.length} and {more} more "
                     "do not fit; make the cache larger or the text shorter"
                 )
+        if self.private and self.pool.states is not None:
+            self.pool.states.spare(self.batch)
         for row, more in zip(self.rows, counts, strict=True):
             row.reserve(more)
 
@@ -121,13 +123,20 @@ class Cache:
         """Forgets every token from position `length` on: one number for all rows, or (B,). Shorter rows stay.
 
         Raises:
-            UsageError: a negative length.
+            UsageError: a negative length; states that were not kept there (`BlockTable.truncate`).
         """
         lengths = [length] * self.batch if isinstance(length, int) else self._per_row(length, "truncate")
         if min(lengths) < 0:
             raise UsageError(f"cannot truncate a cache to a negative length ({min(lengths)})")
         for row, most in zip(self.rows, lengths, strict=True):
+            row.check_kept(most)
+        for row, most in zip(self.rows, lengths, strict=True):
             row.truncate(most)
+
+    def snapshot(self) -> None:
+        """Keeps every row's states of fixed size as they are, to go back to (`BlockTable.snapshot`)."""
+        for row in self.rows:
+            row.snapshot()
 
     def select(self, rows: HasToList | Sequence[int]) -> None:
         """Keeps these rows, in this order: whole numbers (R,); a row may appear several times. Pages are shared then.

@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from kbit.graph.batch import Batch
     from kbit.graph.cache import Cache
     from kbit.graph.pages import PagePool
+    from kbit.graph.states import Recurrence, ShortConvolution, StateSpec
 
 X = TypeVar("X")
 
@@ -202,6 +203,33 @@ class Ops(Protocol[X]):
             attention: sizes and scale; its source is "encoder".
         """
 
+    def recur(self, q: X, k: X, v: X, decay: X, write: X, recurrence: Recurrence) -> X:
+        """A gated delta rule over the tokens of each row, from the state that the row has (`reference.gated_delta`).
+
+        Args:
+            q: (..., H D_k).
+            k: (..., H D_k).
+            v: (..., H D_v).
+            decay: (..., H), how much of the state stays, before a sigmoid.
+            write: (..., H), how much of a token goes in, likewise.
+            recurrence: sizes, and which state.
+
+        Returns:
+            (..., H D_v).
+        """
+
+    def short_convolution(self, x: X, weight: Vector, convolution: ShortConvolution) -> X:
+        """Every feature's weighted sum over its last W tokens, the row's earlier ones included.
+
+        Args:
+            x: (..., C).
+            weight: (W C,), the oldest token's C factors first.
+            convolution: sizes, and which state.
+
+        Returns:
+            (..., C).
+        """
+
     def activate(self, gate: X, up: X | None, kind: str) -> X:
         """act(gate) * up, or act(gate): (..., K). `kind` is one of kernels.activations.ACTIVATIONS."""
 
@@ -314,6 +342,13 @@ class Backend(Protocol):
 
     def new_cache(self, layers: int, batch: int, kv_heads: int, head_dim: int, capacity: int) -> Cache:
         """An empty cache with room for `capacity` tokens per row, in a pool of its own."""
+
+    def new_states(self, specs: Sequence[StateSpec], slots: int) -> PagePool:
+        """Slots for the states of fixed size of a model, all free.
+
+        Raises:
+            UnsupportedError: this backend runs no recurrent layers.
+        """
 
     def bind(self, definition: Definition) -> Runner:
         """What runs a model whose weights this backend prepared."""

@@ -4,6 +4,9 @@ Memory for keys and values comes in pages of PAGE tokens. A page has one id, und
 sequence has a block table: the ids of its pages, in order. So sequences grow without being moved, and those with a
 common beginning have pages in common, which are counted and copied only when one of them is about to write into it.
 
+A model whose layers have states of fixed size (`kbit.graph.states`) keeps these in slots of a second pool, likewise
+counted. A sequence can go back only to where its state was kept (`BlockTable.snapshot`), or to its start.
+
 Nothing here knows how keys and values are stored: a backend keeps the bytes (`PageStore`), this keeps the books.
 """
 
@@ -16,7 +19,7 @@ from typing import Protocol
 
 import numpy as np
 
-from kbit.host.errors import KbitError
+from kbit.host.errors import KbitError, UsageError
 
 PAGE = 64  # tokens
 
@@ -60,10 +63,12 @@ class PagePool:
 
     Args:
         store: the memory.
+        states: slots of the sequences' states of fixed size, each a page of its own pool; None: they have none.
     """
 
-    def __init__(self, store: PageStore) -> None:
+    def __init__(self, store: PageStore, states: PagePool | None = None) -> None:
         self.store = store
+        self.states = states
         self._uses = [0] * store.count
         self._free = list(range(store.count - 1, -1, -1))  # the next to be taken is the last
         self._keys: dict[int, bytes] = {}  # of published pages
@@ -82,8 +87,9 @@ class PagePool:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all pages."""
-        return self.store.count * self.store.page_bytes
+        """Bytes of all pages, and of the slots of states."""
+        states = 0 if self.states is None else self.states.nbytes
+        return self.store.count * self.store.page_bytes + states
 
     def uses(self, page: int) -> int:
         """Block tables that have a page."""
@@ -95,6 +101,11 @@ class PagePool:
             self.store.resize(count)
             self._free[:0] = range(self.store.count - 1, len(self._uses) - 1, -1)
             self._uses += [0] * (self.store.count - len(self._uses))
+
+    def spare(self, count: int) -> None:
+        """At least `count` pages that can be taken."""
+        if count > self.available:
+            self.ensure(self.count + count - self.available)
 
     def take(self) -> int:
         """A page for one user, contents undefined.
@@ -108,7 +119,7 @@ class PagePool:
             page, _ = self._kept.popitem(last=False)
             self._withdraw(page)
         else:
-            raise OutOfPagesError(f"all {self.count} pages of the KV cache are in use")
+            raise OutOfPagesError(f"all {self.count} pages of the cache are in use")
         self._uses[page] = 1
         return page
 
@@ -166,6 +177,8 @@ class BlockTable:
         pages: ids in order, room made for later tokens included. Not to be written to.
         length: tokens.
         version: changes with `pages`.
+        state: the slot of its states, or -1: it is at its start, or the pool has no states.
+        next_state: the slot where a pass leaves the states after the tokens that room was made for, or -1.
     """
 
     def __init__(self, pool: PagePool) -> None:
@@ -173,6 +186,8 @@ class BlockTable:
         self.pages: list[int] = []
         self.length = 0
         self.version = 0
+        self.state = self.next_state = -1
+        self._snapshots: dict[int, int] = {}  # slots by position
         self._own_from = 0  # pages from this index on are known to be this table's alone, and not published
 
     def missing(self, tokens: int) -> int:
@@ -187,6 +202,8 @@ class BlockTable:
             OutOfPagesError: there are not enough; nothing changed but that shared pages may have been copied.
         """
         first, stop = self._span(tokens)
+        if tokens and self._pool.states is not None and self.next_state < 0:
+            self.next_state = self._pool.states.take()
         if tokens == 0 or (first >= self._own_from and stop <= len(self.pages)):
             return
         if self.missing(tokens) > self._pool.available:
@@ -204,11 +221,54 @@ class BlockTable:
     def advance(self, tokens: int) -> None:
         """Counts tokens that were written where `reserve` made room."""
         self.length += tokens
+        if tokens and self.next_state >= 0:
+            self._go_to(self.next_state)
+            self.next_state = -1
+
+    def snapshot(self) -> None:
+        """Keeps the states as they are, to go back to with `truncate`, until `forget`. Without states, nothing."""
+        if self.state >= 0 and self.length not in self._snapshots:
+            self._snapshots[self.length] = self._states.share(self.state)
+
+    def forget(self, length: int) -> None:
+        """Gives back what `snapshot` kept when the sequence had so many tokens, if it did."""
+        if length in self._snapshots:
+            self._states.release(self._snapshots.pop(length))
+
+    def kept_before(self, length: int) -> int:
+        """How many tokens `truncate` can leave, `length` at most: without states, that; else where states were kept."""
+        if self._pool.states is None or length >= self.length:
+            return min(length, self.length)
+        return max((kept for kept in self._snapshots if kept <= length), default=0)
+
+    def check_kept(self, length: int) -> None:
+        """
+        Raises:
+            UsageError: `truncate` to this length would need states that were not kept.
+        """
+        kept = self.kept_before(length)
+        if kept != min(length, self.length):
+            raise UsageError(
+                f"the state of a sequence of {self.length} tokens after {length} of them was not kept: it can go back "
+                f"to {kept}"
+            )
 
     def truncate(self, length: int) -> None:
-        """Forgets every token from position `length` on, and gives back the pages behind it."""
+        """Forgets every token from position `length` on, and gives back the pages behind it.
+
+        Raises:
+            UsageError: the states there were not kept; nothing changed.
+        """
+        self.check_kept(length)
         if length < self.length:
+            if self._pool.states is not None:
+                self._go_to(self._states.share(self._snapshots[length]) if length else -1)
+                for later in [kept for kept in self._snapshots if kept > length]:
+                    self.forget(later)
             self.length = length
+        if self.next_state >= 0:
+            self._states.release(self.next_state)
+            self.next_state = -1
         self._release_from(pages_for(self.length))
 
     def fork(self) -> BlockTable:
@@ -216,6 +276,9 @@ class BlockTable:
         other = BlockTable(self._pool)
         other.pages = [self._pool.share(page) for page in self.pages[: pages_for(self.length)]]
         other.length = self.length
+        if self.state >= 0:
+            other.state = self._states.share(self.state)
+        other._snapshots = {length: self._states.share(slot) for length, slot in self._snapshots.items()}
         other._own_from = self._own_from = len(other.pages)
         return other
 
@@ -242,17 +305,44 @@ class BlockTable:
             if page is None:
                 break
             self.pages.append(self._pool.share(page))
+        if self._pool.states is not None:
+            self._match_state(keys[: len(self.pages)])
         self.length = PAGE * len(self.pages)
         self._own_from = len(self.pages)
         self.version += 1
         return self.length
 
     def publish(self, keys: Sequence[bytes]) -> None:
-        """Lets other sequences find this one's full pages; `keys` as for `match`."""
+        """Lets other sequences find this one's full pages, and the states kept at the ends of such; `keys` as for
+        `match`."""
         full = self.length // PAGE
         for page, key in zip(self.pages[:full], keys, strict=False):
             self._pool.publish(page, key)
+        for length, slot in self._snapshots.items():
+            if length % PAGE == 0 and 0 < length // PAGE <= len(keys):
+                self._states.publish(slot, keys[length // PAGE - 1])
         self._own_from = max(self._own_from, min(full, len(keys)))
+
+    @property
+    def _states(self) -> PagePool:
+        assert self._pool.states is not None
+        return self._pool.states
+
+    def _go_to(self, slot: int) -> None:
+        """Other states, of which this table has a use already, or -1."""
+        if self.state >= 0:
+            self._states.release(self.state)
+        self.state = slot
+
+    def _match_state(self, keys: Sequence[bytes]) -> None:
+        """Takes over the last published states of a beginning, and gives back the pages behind them."""
+        for count in range(len(keys), 0, -1):
+            slot = self._states.find(keys[count - 1])
+            if slot is not None:
+                self._go_to(self._states.share(slot))
+                self._release_from(count)
+                return
+        self._release_from(0)
 
     def _span(self, tokens: int) -> tuple[int, int]:
         """[first, stop) of the pages into which the next tokens go."""

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from kbit.graph.ops import Attention, Vector, Weight, check_source
+from kbit.graph.states import Recurrence, ShortConvolution
 from kbit.kernels.activations import ACTIVATIONS
 
 
@@ -118,6 +119,29 @@ class CrossAttend:
 
 
 @dataclass(frozen=True, eq=False)
+class Recur:
+    """out = a gated delta rule over the pass's tokens, on from their sequences' states."""
+
+    q: Symbol
+    k: Symbol
+    v: Symbol
+    decay: Symbol
+    write: Symbol
+    recurrence: Recurrence
+    out: Symbol
+
+
+@dataclass(frozen=True, eq=False)
+class Convolve:
+    """out = every feature's weighted sum over its sequence's last few tokens."""
+
+    x: Symbol
+    weight: Vector
+    convolution: ShortConvolution
+    out: Symbol
+
+
+@dataclass(frozen=True, eq=False)
 class Activate:
     """out = act(gate) * up, or act(gate)."""
 
@@ -127,7 +151,7 @@ class Activate:
     out: Symbol
 
 
-Operation = Embed | Norm | Add | SumParts | Project | Attend | StoreKeys | CrossAttend | Activate
+Operation = Embed | Norm | Add | SumParts | Project | Attend | StoreKeys | CrossAttend | Recur | Convolve | Activate
 
 
 def reads(operation: Operation) -> tuple[Symbol, ...]:
@@ -140,6 +164,8 @@ def reads(operation: Operation) -> tuple[Symbol, ...]:
         return (operation.k, operation.v)
     if isinstance(operation, CrossAttend):
         return (operation.q,)
+    if isinstance(operation, Recur):
+        return (operation.q, operation.k, operation.v, operation.decay, operation.write)
     if isinstance(operation, Activate):
         return (operation.gate,) if operation.up is None else (operation.gate, operation.up)
     if isinstance(operation, Add):
@@ -233,6 +259,27 @@ class Recorder:
         _expect("queries", q.width, attention.heads * attention.head_dim)
         out = Symbol(q.width)
         self.operations.append(CrossAttend(q, attention, out))
+        return out
+
+    def recur(self, q: Symbol, k: Symbol, v: Symbol, decay: Symbol, write: Symbol, recurrence: Recurrence) -> Symbol:
+        heads = recurrence.heads
+        for what, part, width in (
+            ("queries", q, heads * recurrence.key_dim),
+            ("keys", k, heads * recurrence.key_dim),
+            ("values", v, heads * recurrence.value_dim),
+            ("a gate", decay, heads),
+            ("a gate", write, heads),
+        ):
+            _expect(what, part.width, width)
+        out = Symbol(v.width)
+        self.operations.append(Recur(q, k, v, decay, write, recurrence, out))
+        return out
+
+    def short_convolution(self, x: Symbol, weight: Vector, convolution: ShortConvolution) -> Symbol:
+        _expect("the input of a convolution", x.width, convolution.features)
+        _expect("the weight of a convolution", weight.shape[0], convolution.width * convolution.features)
+        out = Symbol(x.width)
+        self.operations.append(Convolve(x, weight, convolution, out))
         return out
 
     def activate(self, gate: Symbol, up: Symbol | None, kind: str) -> Symbol:

@@ -14,12 +14,14 @@ from kbit.graph.recording import (
     Activate,
     Add,
     Attend,
+    Convolve,
     CrossAttend,
     Embed,
     Norm,
     Operation,
     Project,
     Recorder,
+    Recur,
     StoreKeys,
     SumParts,
     Symbol,
@@ -86,6 +88,10 @@ class Structure:
                 made[operation.out] = made[operation.v]
             elif isinstance(operation, Activate):
                 made[operation.out] = made[operation.gate if operation.up is None else operation.up]
+            elif isinstance(operation, Convolve):
+                made[operation.out] = made[operation.x]
+            elif isinstance(operation, Recur):
+                made[operation.out] = made[operation.v]
             elif isinstance(operation, CrossAttend | StoreKeys):
                 raise ValueError("what an encoder's values become is in another recording")
             else:

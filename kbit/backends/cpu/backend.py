@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -14,6 +15,7 @@ from kbit.backends.cpu.weight import NativeWeight, prepare, prepare_stored
 from kbit.graph.cache import Cache, check_size
 from kbit.graph.ops import Definition
 from kbit.graph.pages import PagePool, pages_for
+from kbit.graph.states import StateSpec, StateStore
 from kbit.host.errors import UnsupportedError
 
 if TYPE_CHECKING:
@@ -110,6 +112,9 @@ class NativeBackend:
                 "use --kv-bits 16 or 32"
             )
         return new_pool(layers, kv_heads, head_dim, self.kv, pages)
+
+    def new_states(self, specs: Sequence[StateSpec], slots: int) -> PagePool:
+        return PagePool(StateStore(specs, slots))
 
     def new_cache(self, layers: int, batch: int, kv_heads: int, head_dim: int, capacity: int) -> Cache:
         check_size(batch, capacity)

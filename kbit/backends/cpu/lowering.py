@@ -26,11 +26,13 @@ from kbit.graph.recording import (
     Activate,
     Add,
     Attend,
+    Convolve,
     CrossAttend,
     Embed,
     Norm,
     Operation,
     Project,
+    Recur,
     StoreKeys,
     SumParts,
     Symbol,
@@ -150,6 +152,13 @@ def _emit(program: Program, operation: Operation, at: dict[Symbol, int]) -> None
     elif isinstance(operation, CrossAttend):
         a = operation.attention
         program.cross_attend(at[operation.q], at[operation.out], a.layer, a.heads, a.kv_heads, a.head_dim, a.scale)
+    elif isinstance(operation, Recur):
+        r = operation.recurrence
+        q, k, v, decay, write = (at[symbol] for symbol in reads(operation))
+        program.recur(q, k, v, decay, write, at[operation.out], r.state, r.heads, r.key_dim, r.value_dim)
+    elif isinstance(operation, Convolve):
+        c = operation.convolution
+        program.convolve(at[operation.x], native_vector(operation.weight), at[operation.out], c.state, c.width)
     elif isinstance(operation, Activate):
         up = None if operation.up is None else at[operation.up]
         program.activate(at[operation.gate], up, operation.kind, at[operation.out])

@@ -16,7 +16,8 @@ from kbit.backends.rotary import RotaryTable
 from kbit.graph.batch import Batch
 from kbit.graph.cache import Cache, encoder_lengths
 from kbit.graph.ops import Array, Definition
-from kbit.graph.recording import Attend, CrossAttend, Recorder, Symbol
+from kbit.graph.recording import Attend, Convolve, CrossAttend, Recorder, Recur, Symbol
+from kbit.graph.states import States
 
 # Tokens that go through the program at once: bounds the memory of its buffers.
 PASS_ROWS = 512
@@ -34,6 +35,7 @@ class Recorded:
         vocabulary: V; of an encoder 0, as it has no head.
         mask: which tokens of its text one sees.
         crosses: it attends to an encoder's texts.
+        recurs: it has states of fixed size.
     """
 
     program: _native.Program
@@ -41,6 +43,7 @@ class Recorded:
     vocabulary: int
     mask: str
     crosses: bool
+    recurs: bool
 
 
 def record(definition: Definition, context: _native.Context, compute: str) -> Recorded:
@@ -60,7 +63,9 @@ def record(definition: Definition, context: _native.Context, compute: str) -> Re
     if len(masks) > 1:
         raise ValueError(f"all attentions of a program have one mask, not {' and '.join(sorted(masks))}")
     crosses = any(isinstance(op, CrossAttend) for op in body.operations)
-    return Recorded(program, hidden.width, 0 if logits is head.input else logits.width, masks.pop(), crosses)
+    recurs = any(isinstance(op, Recur | Convolve) for op in body.operations)
+    vocabulary = 0 if logits is head.input else logits.width
+    return Recorded(program, hidden.width, vocabulary, masks.pop(), crosses, recurs)
 
 
 class NativeRunner:
@@ -81,6 +86,8 @@ class NativeRunner:
         self._vocabulary = recorded.vocabulary
         self._mask = recorded.mask
         self._crosses = recorded.crosses
+        self._recurs = recorded.recurs
+        self._plain = bool(recorded.vocabulary) and not (recorded.crosses or recorded.recurs)
         # Arguments of a pass of one token: filled in, never allocated.
         self._id = np.zeros(1, dtype=np.int64)
         self._position = np.zeros(1, dtype=np.int32)
@@ -112,7 +119,7 @@ class NativeRunner:
 
     def extend(self, ids: Sequence[int], cache: Cache, last_only: bool) -> NDArray[np.float32]:
         start = cache.rows[0].length
-        if len(ids) > 1 or self._rotary.by_length or self._crosses or not self._vocabulary:
+        if len(ids) > 1 or self._rotary.by_length or not self._plain:
             return self.forward(Batch.of([ids], [start], "last" if last_only else "all"), cache)
         # Decoding. A pass over the weights leaves nothing of Python in the processor's caches, so every call here costs
         # ten times what it does in a loop of its own: there is as little of numpy as possible.
@@ -144,6 +151,7 @@ class NativeRunner:
         """
         pages, tables = native_pages(cache), cache.tables
         encoder = self._encoder(batch, cache) if self._crosses else None
+        states = States.of(cache) if self._recurs else None
         with self._lock:
             (cos, sin), angles = self._rotary.of_batch(batch)
             begin = taken = 0
@@ -162,6 +170,7 @@ class NativeRunner:
                     out[taken:stop] if logits else out[begin:end],
                     None if self._mask == "causal" else piece.last_seen(self._mask),
                     encoder,
+                    None if states is None else _slots(states.of_piece(batch, piece)),
                 )
                 begin, taken = end, stop
         cache.advance(batch.counts)
@@ -171,3 +180,10 @@ class NativeRunner:
         """Pages, tables and lengths of the texts that cross attention reads."""
         encoder, lengths = encoder_lengths(cache, batch.counts)
         return native_pages(encoder), encoder.tables, lengths.astype(np.int32)
+
+
+def _slots(
+    states: States,
+) -> tuple[list[NDArray[np.float32]], NDArray[np.int32], NDArray[np.int32]]:
+    """States as a program takes them: (slots, floats of one) each, and every sequence's slots before and after."""
+    return [array.reshape(len(array), -1) for array in states.store.arrays], states.before, states.after

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,7 +16,9 @@ from kbit.graph.batch import Batch
 from kbit.graph.cache import Cache, check_size, encoder_lengths
 from kbit.graph.ops import Array, Attention, Definition, Group, Vector, Weight, check_source
 from kbit.graph.pages import PAGE, PagePool, pages_for
+from kbit.graph.states import Recurrence, ShortConvolution, States, StateSpec, StateStore
 from kbit.kernels import reference
+from kbit.kernels import reference_recurrent as recurrent
 
 
 @dataclass(frozen=True, eq=False)
@@ -98,6 +100,20 @@ class RowOps:
     def cross_attention(self, q: torch.Tensor, attention: Attention) -> torch.Tensor:
         raise _without_tokens()
 
+    def recur(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        decay: torch.Tensor,
+        write: torch.Tensor,
+        recurrence: Recurrence,
+    ) -> torch.Tensor:
+        raise _without_tokens()
+
+    def short_convolution(self, x: torch.Tensor, weight: Vector, convolution: ShortConvolution) -> torch.Tensor:
+        raise _without_tokens()
+
 
 class StepOps(RowOps):
     """All operations, for the tokens of one batch: values are (R, K).
@@ -150,6 +166,36 @@ class StepOps(RowOps):
         return self._attend(
             q.view(1, len(q), -1, attention.head_dim), attention, reference_pages(encoder), tables, lengths
         )
+
+    def recur(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        decay: torch.Tensor,
+        write: torch.Tensor,
+        recurrence: Recurrence,
+    ) -> torch.Tensor:
+        q, k, v = (x.view(len(x), recurrence.heads, -1) for x in (q, k, v))  # (R, H, D_k or D_v)
+        out = torch.empty_like(v)
+        for rows, before, after in self._state(recurrence.state):
+            out[rows], after[...] = recurrent.gated_delta(q[rows], k[rows], v[rows], decay[rows], write[rows], before)
+        return out.flatten(-2)
+
+    def short_convolution(self, x: torch.Tensor, weight: Vector, convolution: ShortConvolution) -> torch.Tensor:
+        taps, out = tensor_of(weight).view(convolution.width, -1), torch.empty_like(x)
+        for rows, before, after in self._state(convolution.state):
+            out[rows], after[...] = recurrent.short_convolution(x[rows], taps, before)
+        return out
+
+    def _state(self, index: int) -> Iterator[tuple[slice, torch.Tensor, torch.Tensor]]:
+        """The rows of each sequence, one of its states before them, and where that after them goes."""
+        states = States.of(self._cache)
+        array = torch.from_numpy(states.store.arrays[index])
+        for sequence, (before, after) in enumerate(zip(states.before.tolist(), states.after.tolist(), strict=True)):
+            rows = slice(int(self._batch.bounds[sequence]), int(self._batch.bounds[sequence + 1]))
+            if rows.start < rows.stop:
+                yield rows, torch.zeros_like(array[0]) if before < 0 else array[before], array[after]
 
     def _attend(
         self,
@@ -249,6 +295,9 @@ class ReferenceBackend:
 
     def new_pool(self, layers: int, kv_heads: int, head_dim: int, pages: int) -> PagePool:
         return PagePool(ReferencePages(layers, kv_heads, head_dim, pages))
+
+    def new_states(self, specs: Sequence[StateSpec], slots: int) -> PagePool:
+        return PagePool(StateStore(specs, slots))
 
     def new_cache(self, layers: int, batch: int, kv_heads: int, head_dim: int, capacity: int) -> Cache:
         check_size(batch, capacity)

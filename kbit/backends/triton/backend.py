@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -13,6 +14,7 @@ from kbit.formats.quant_tensor import QuantTensor
 from kbit.graph.cache import Cache, check_size
 from kbit.graph.ops import Definition, Group
 from kbit.graph.pages import PagePool, pages_for
+from kbit.graph.states import StateSpec
 from kbit.host.errors import UnsupportedError
 from kbit.kernels.triton.codecs.layout import prepare_weight
 from kbit.kernels.triton.product.limits import ROUNDED_TOKENS
@@ -110,6 +112,9 @@ class TritonBackend:
         return PagePool(
             TritonPages(layers, kv_heads, head_dim, pages, k_kind=k_kind, v_kind=v_kind or k_kind, device=self.device)
         )
+
+    def new_states(self, specs: Sequence[StateSpec], slots: int) -> PagePool:
+        raise UnsupportedError("the triton backend runs no recurrent layers; use --backend native or reference")
 
     def new_cache(self, layers: int, batch: int, kv_heads: int, head_dim: int, capacity: int) -> Cache:
         check_size(batch, capacity)

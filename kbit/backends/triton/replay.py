@@ -14,16 +14,19 @@ from kbit.graph.recording import (
     Activate,
     Add,
     Attend,
+    Convolve,
     CrossAttend,
     Embed,
     Norm,
     Operation,
     Project,
+    Recur,
     StoreKeys,
     SumParts,
     Symbol,
     reads,
 )
+from kbit.host.errors import UnsupportedError
 from kbit.kernels.triton.attention.decode import attention_decode
 from kbit.kernels.triton.attention.kv_append import kv_append
 from kbit.kernels.triton.attention.prefill import attention_prefill_paged
@@ -94,7 +97,8 @@ class Replay:
         activations: what products with many tokens round these to, "int8" or "fp8"; "" for not at all.
 
     Raises:
-        UnsupportedError: a weight's format cannot be multiplied with such activations.
+        UnsupportedError: a weight's format cannot be multiplied with such activations; an attention or a layer that
+            has no kernel.
     """
 
     def __init__(
@@ -119,6 +123,8 @@ class Replay:
                 self._exact.update(reads(operation))
             elif isinstance(operation, Attend):
                 refuse_attention(operation.attention, "triton", mask=("causal", "bidirectional"))
+            elif isinstance(operation, Recur | Convolve):
+                raise UnsupportedError("the triton backend runs no recurrent layers; use --backend native or reference")
         self._merged: dict[Operation, TritonWeight] = {}
         if activations:
             projects = [operation for operation in operations if isinstance(operation, Project)]
@@ -162,7 +168,7 @@ class Replay:
         elif isinstance(operation, CrossAttend):
             assert step is not None
             values[operation.out] = self._cross(operation, values[operation.q], step)
-        else:
+        elif isinstance(operation, Project):
             self._project(operation, values)
 
     def _project(self, operation: Project, values: dict[Symbol, torch.Tensor]) -> None:

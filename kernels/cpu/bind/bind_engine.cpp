@@ -151,6 +151,33 @@ void add_matmul(Program& program, int x, const std::vector<Weights>& weights,
 
 using Encoder = std::tuple<KVPages*, BlockTables, Array<const std::int32_t, 1>>;
 
+using Slots = Array<const std::int32_t, 1>;
+using States = std::tuple<std::vector<Array<float, 2>>, Slots, Slots>;
+
+// The states of a pass: (slots, size) each, and those that every row's sequence reads and writes.
+void take_states(const States& given, Pass& pass) {
+  const auto& [arrays, before, after] = given;
+  std::int64_t slots = 0;
+  for (const auto& array : arrays) {
+    slots = static_cast<std::int64_t>(array.shape(0));
+    require(array.shape(0) == arrays[0].shape(0), "all states have the same slots");
+    pass.states.push_back({array.data(), static_cast<std::int64_t>(array.shape(1))});
+  }
+  pass.state_before = before.data();
+  pass.state_after = after.data();
+  require(before.shape(0) == after.shape(0), "every sequence has a slot before and one after");
+  std::vector<bool> written(static_cast<std::size_t>(slots), false);
+  for (std::int64_t r = 0; r < pass.rows; ++r) {
+    const std::int32_t sequence = pass.sequence[r];
+    if (r > 0 && sequence == pass.sequence[r - 1]) continue;
+    require(static_cast<std::size_t>(sequence) < before.shape(0), "a sequence has no states");
+    const std::int32_t from = pass.state_before[sequence], to = pass.state_after[sequence];
+    require(from >= -1 && from < slots && to >= 0 && to < slots && !written[static_cast<std::size_t>(to)],
+            "a state's slot does not exist, or two sequences write to it");
+    written[static_cast<std::size_t>(to)] = true;
+  }
+}
+
 // What rows see besides the tokens up to themselves is in this pass, and no row sees less than one before it.
 void require_seen(const Pass& pass) {
   std::int32_t end = 0;
@@ -183,7 +210,8 @@ void run(Program& program, const Array<const std::int64_t, 1>& ids, const Array<
          const Array<const std::int32_t, 1>& positions, const Array<const float, 2>& cos, const Array<const float, 2>& sin,
          const Array<const std::int32_t, 1>& rope_row, KVPages& pages, const BlockTables& tables,
          const std::optional<Array<const std::int64_t, 1>>& logits_rows, const Array<float, 2>& out,
-         const std::optional<Array<const std::int32_t, 1>>& last_seen, const std::optional<Encoder>& encoder) {
+         const std::optional<Array<const std::int32_t, 1>>& last_seen, const std::optional<Encoder>& encoder,
+         const std::optional<States>& states) {
   Pass pass;
   const std::size_t rows = ids.shape(0);
   require(rows >= 1, "a pass has at least one row");
@@ -211,6 +239,7 @@ void run(Program& program, const Array<const std::int64_t, 1>& ids, const Array<
     pass.last_seen = last_seen->data();
     require_seen(pass);
   }
+  if (states) take_states(*states, pass);
   if (encoder) {
     const auto& [cache, texts, lengths] = *encoder;
     pass.encoder = {cache, texts.data(), static_cast<std::int64_t>(texts.shape(1)), lengths.data()};
@@ -326,6 +355,27 @@ void bind_engine(nb::module_& module) {
            },
            nb::arg("q"), nb::arg("out"), nb::arg("layer"), nb::arg("heads"), nb::arg("kv_heads"), nb::arg("head_dim"),
            nb::arg("scale"))
+      .def("recur",
+           [](Program& p, int q, int k, int v, int decay, int write, int out, int state, int heads, int key_dim,
+              int value_dim) {
+             const auto wide = [&](int buffer, int width) { return p.buffer_width(buffer) == std::int64_t{heads} * width; };
+             require(heads >= 1 && key_dim >= 1 && value_dim >= 1 && state >= 0 && wide(q, key_dim) && wide(k, key_dim) &&
+                         wide(v, value_dim) && wide(out, value_dim) && wide(decay, 1) && wide(write, 1) && out != q &&
+                         out != k && out != v && out != decay && out != write &&
+                         (2 * std::int64_t{key_dim} + value_dim) * 4 <= kMatmulScratch,
+                     "the heads of a recurrence do not fit their buffers");
+             p.append(RecurInstruction{q, k, v, decay, write, out, state, heads, key_dim, value_dim});
+           },
+           nb::arg("q"), nb::arg("k"), nb::arg("v"), nb::arg("decay"), nb::arg("write"), nb::arg("out"), nb::arg("state"),
+           nb::arg("heads"), nb::arg("key_dim"), nb::arg("value_dim"))
+      .def("convolve",
+           [](Program& p, int x, const Vector& weight, int out, int state, int width) {
+             require(width >= 2 && state >= 0 && p.buffer_width(x) == p.buffer_width(out) && out != x &&
+                         static_cast<std::int64_t>(weight.shape(0)) == width * p.buffer_width(x),
+                     "a convolution does not fit its buffers");
+             p.append(ConvolveInstruction{x, out, state, width, copied(weight)});
+           },
+           nb::arg("x"), nb::arg("weight"), nb::arg("out"), nb::arg("state"), nb::arg("width"))
       .def("finish",
            [](Program& p, int hidden) {
              p.buffer_width(hidden);
@@ -345,7 +395,7 @@ void bind_engine(nb::module_& module) {
            nb::arg("centred") = false)
       .def("run", &run, nb::arg("ids"), nb::arg("sequence"), nb::arg("positions"), nb::arg("cos"), nb::arg("sin"),
            nb::arg("rope_row"), nb::arg("pages"), nb::arg("tables"), nb::arg("logits_rows").none(), nb::arg("out"),
-           nb::arg("last_seen") = nb::none(), nb::arg("encoder") = nb::none())
+           nb::arg("last_seen") = nb::none(), nb::arg("encoder") = nb::none(), nb::arg("states") = nb::none())
       .def("logits",
            [](Program& p, const Array<const float, 2>& hidden, const Array<float, 2>& out) {
              require(hidden.shape(0) == out.shape(0) && static_cast<std::int64_t>(hidden.shape(1)) == p.hidden_width() &&

@@ -220,6 +220,55 @@ void Program::prepare_attention(const Pass& pass, const AttendInstruction& heads
                          encoder_ends_.data());
 }
 
+void Program::prepare_states(const Pass& pass) {
+  sequences_.clear();
+  for (const Instruction& instruction : instructions_) {
+    const auto* recur = std::get_if<RecurInstruction>(&instruction);
+    const auto* convolve = std::get_if<ConvolveInstruction>(&instruction);
+    if (!recur && !convolve) continue;
+    const auto state = static_cast<std::size_t>(recur ? recur->state : convolve->state);
+    const std::int64_t size = recur ? std::int64_t{recur->heads} * recur->key_dim * recur->value_dim
+                                    : (convolve->width - 1) * buffer_width(convolve->x);
+    if (state >= pass.states.size() || pass.states[state].size != size) {
+      throw std::invalid_argument("the cache does not have the states of the program's recurrent layers");
+    }
+  }
+  if (pass.states.empty()) return;
+  for (std::int64_t r = 0; r < pass.rows; ++r) {
+    const std::int32_t sequence = pass.sequence[r];
+    if (r > 0 && sequence == pass.sequence[r - 1]) {
+      ++sequences_.back().end;
+    } else {
+      sequences_.push_back({r, r + 1, pass.state_before[sequence], pass.state_after[sequence]});
+    }
+  }
+}
+
+void Program::recur(Worker& worker, const RecurInstruction& n, const Pass& pass) {
+  const auto rows = [&](int index) {
+    const Buffer& buffer = buffers_[static_cast<std::size_t>(index)];
+    return RowsView{buffer.data(), buffer.stride};
+  };
+  const RecurrenceArgs args{rows(n.q),     rows(n.k), rows(n.v), rows(n.decay), rows(n.write), rows(n.out),
+                            n.heads,       n.key_dim, n.value_dim};
+  const StateView& state = pass.states[static_cast<std::size_t>(n.state)];
+  float* scratch = reinterpret_cast<float*>(scratch_[static_cast<std::size_t>(worker.index())]->kernel.data());
+  worker.for_each(static_cast<std::int64_t>(sequences_.size()) * n.heads, 1, [&](std::int64_t i, std::int64_t) {
+    gated_delta(args, state, sequences_[static_cast<std::size_t>(i / n.heads)], static_cast<int>(i % n.heads), scratch);
+  });
+}
+
+void Program::convolve(Worker& worker, const ConvolveInstruction& n, const Pass& pass) {
+  const Buffer &x = buffers_[static_cast<std::size_t>(n.x)], &out = buffers_[static_cast<std::size_t>(n.out)];
+  const StateView& state = pass.states[static_cast<std::size_t>(n.state)];
+  const std::int64_t parts = (x.width + kConvolved - 1) / kConvolved;
+  worker.for_each(static_cast<std::int64_t>(sequences_.size()) * parts, 1, [&](std::int64_t i, std::int64_t) {
+    const std::int64_t first = i % parts * kConvolved;
+    short_convolution({x.data(), x.stride}, {out.data(), out.stride}, n.weight.data(), n.width, x.width, state,
+                      sequences_[static_cast<std::size_t>(i / parts)], first, std::min(x.width, first + kConvolved));
+  });
+}
+
 void Program::prepare_angles(const Pass& pass) {
   std::int64_t stop = 0;
   for (std::int64_t r = 0; r < pass.rows; ++r) {
@@ -248,12 +297,17 @@ void Program::run(const Pass& pass) {
   const Kernels& kernels = *context_->kernels;
   auto at = [&](int index) -> Buffer& { return buffers_[static_cast<std::size_t>(index)]; };
   if (const AttendInstruction* a = first_attention()) prepare_attention(pass, *a);
+  prepare_states(pass);
   context_->team->run([&](Worker& worker) {
     for (const Instruction& instruction : instructions_) {
       if (const auto* m = std::get_if<MatmulInstruction>(&instruction)) {
         matmul(worker, *m, at(m->x).data(), at(m->x).stride, nullptr, pass.rows, nullptr, 0);
       } else if (const auto* a = std::get_if<AttendInstruction>(&instruction)) {
         attend(worker, *a, pass);
+      } else if (const auto* t = std::get_if<RecurInstruction>(&instruction)) {
+        recur(worker, *t, pass);
+      } else if (const auto* c = std::get_if<ConvolveInstruction>(&instruction)) {
+        convolve(worker, *c, pass);
       } else if (const auto* e = std::get_if<EmbedInstruction>(&instruction)) {
         worker.for_each(pass.rows, 1, [&](std::int64_t begin, std::int64_t end) {
           for (std::int64_t r = begin; r < end; ++r)

@@ -12,6 +12,7 @@
 
 #include "attention/attention_plan.h"
 #include "program/context.h"
+#include "program/recurrence.h"
 #include "codecs/matrix_storage.h"
 
 namespace kbit {
@@ -57,9 +58,11 @@ struct AttendInstruction {
   bool crosses() const { return k < 0; }
   bool stores() const { return q < 0; }
 };
+struct RecurInstruction { int q, k, v, decay, write, out, state, heads, key_dim, value_dim; };
+struct ConvolveInstruction { int x, out, state, width; std::vector<float> weight; };  // (width, features)
 using Instruction =
     std::variant<MatmulInstruction, EmbedInstruction, NormInstruction, AddInstruction, ActivateInstruction,
-                 AttendInstruction>;
+                 AttendInstruction, RecurInstruction, ConvolveInstruction>;
 
 // Keys and values of the texts that cross attention reads.
 struct EncoderTexts {
@@ -84,6 +87,9 @@ struct Pass {
   const std::int32_t* tables = nullptr;      // (B, table_stride) pages of each sequence, in order
   std::int64_t table_stride = 0;
   EncoderTexts encoder;
+  std::vector<StateView> states;             // of the model
+  const std::int32_t* state_before = nullptr;  // (B) slots; -1 where a sequence begins
+  const std::int32_t* state_after = nullptr;   // (B)
   std::int64_t logits_rows = -1;             // -1: the hidden states of all rows are wanted instead
   const std::int64_t* logits_row = nullptr;  // (L)
   float* out = nullptr;                      // (L, V) or (R, hidden)
@@ -130,6 +136,9 @@ class Program {
   void attend(Worker& worker, const AttendInstruction& instruction, const Pass& pass);
   void prepare_attention(const Pass& pass, const AttendInstruction& heads);
   void prepare_angles(const Pass& pass);
+  void prepare_states(const Pass& pass);
+  void recur(Worker& worker, const RecurInstruction& instruction, const Pass& pass);
+  void convolve(Worker& worker, const ConvolveInstruction& instruction, const Pass& pass);
   void check(const MatmulInstruction& instruction) const;
   void matmul(Worker& worker, const MatmulInstruction& instruction, const float* x, std::int64_t x_stride,
               const std::int64_t* row_index, std::int64_t rows, float* out, std::int64_t out_stride);
@@ -155,6 +164,7 @@ class Program {
   std::unique_ptr<Inputs> shared_;
   std::vector<std::unique_ptr<Scratch>> scratch_;
   AttentionScratch attention_scratch_, cross_scratch_;
+  std::vector<SequenceRows> sequences_;     // of the pass, for recurrent layers
   std::vector<std::int32_t> encoder_ends_;  // (R) last token of each row's encoder text
 };
 

@@ -16,6 +16,9 @@ constexpr std::int64_t kRedundantInput = 4096;
 // Results of a piece that do not go straight to their place: 64 KB of floats, twice for gate and up.
 constexpr std::int64_t kStaging = 16 << 10;
 
+// Features of a convolution that one member takes at a time.
+constexpr std::int64_t kConvolved = 256;
+
 // Columns in whole tiles.
 constexpr std::int64_t padded(std::int64_t columns) { return (columns + kTileColumns - 1) / kTileColumns * kTileColumns; }
 
