@@ -8,16 +8,13 @@ from typing import TYPE_CHECKING, Any
 from kbit.cli.flag_groups import flag_groups
 from kbit.cli.options import JsonOption
 from kbit.cli.progress import progress_bars
-from kbit.cli.quantize_flags import QuantizeFlags
+from kbit.cli.quantize_flags import MEASURED_TOKENS, QuantizeFlags
 
 if TYPE_CHECKING:
     from kbit.checkpoint.source import CheckpointSource
     from kbit.quantizers.allocate import Allocation
     from kbit.quantizers.method import Method
     from kbit.quantizers.plan import Plan
-
-# Tokens that the result is measured on.
-MEASURED_TOKENS = 4096
 
 
 @flag_groups()
@@ -41,30 +38,29 @@ def quantize(*, flags: QuantizeFlags, json: JsonOption = False) -> None:
       kbit quantize path/to/model --plan plan.json
       kbit quantize path/to/model --format nf4-b64 --calibration my-prompts.txt
       kbit quantize path/to/model --bits 4 --method rtn
+      kbit quantize path/to/model --time-budget 10m
       kbit quantize path/to/model --bits 3 --override '*.down_proj.weight=nf4-b32' --dry-run
     """
     from kbit.checkpoint.resolve import open_model
     from kbit.checkpoint.writer import check_output_folder, finished_plan
     from kbit.cli.output import print_json
-    from kbit.cli.quantize_method import within_memory
+    from kbit.cli.quantize_method import following, within_memory, within_time
     from kbit.cli.quantize_view import facts_of, note_plan, note_quantized_source, print_plan, print_result
     from kbit.quantizers.plan import check_disk
     from kbit.quantizers.plan_file import read_plan_file, write_plan_file
 
     asked = None if flags.plan_file is None else read_plan_file(flags.plan_file)
     if asked is not None:
-        flags = flags.following(asked)
+        flags = following(flags, asked)
     codec = flags.codec() if asked is None else asked.format
     flags.check()
     method = flags.chosen_method(codec)
-    if asked is None:
-        flags.mixed(method)  # mistakes are said before the model is opened
+    flags.mixes_widths(method)  # mistakes are said before the model is opened
     with open_model(flags.model) as source:
         _check_runnable(source)
-        method = within_memory(source, method, flags)
-        mixed = asked is None and flags.mixed(method)
         if asked is not None:
             asked.check_model(source)
+        method, mixed = within_time(source, within_memory(source, method, flags), codec, flags)
         plan = flags.plan(source, codec, method, None if asked is None else asked.targets)
         if asked is not None:
             asked.check_complete(plan)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from kbit.cli.options import ThreadsOption
+from kbit.cli.quantities import parse_duration, parse_size
 from kbit.host.errors import UsageError
 
 if TYPE_CHECKING:
@@ -18,13 +19,13 @@ if TYPE_CHECKING:
     from kbit.quantizers.method import Method
     from kbit.quantizers.mixed import Budget
     from kbit.quantizers.plan import Plan
-    from kbit.quantizers.plan_file import PlanFile
 
 _MAX_SHARD_GB = 1_000_000
 # Bits of embeddings and head where nothing else is said and the method is calibrated: free of loss on every model
 # measured (docs/accuracy.md).
 EMBEDDING_BITS = 6
-_UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30}
+# Tokens that the result is measured on.
+MEASURED_TOKENS = 4096
 
 
 @dataclass(frozen=True)
@@ -85,6 +86,14 @@ class QuantizeFlags:
             "kbit scale --methods takes the same.",
         ),
     ] = "auto"
+    time_budget: Annotated[
+        str | None,
+        typer.Option(
+            "--time-budget",
+            metavar="10m",
+            help="auto takes the most accurate method that is estimated to be done in this time (90s, 10m, 1h30m).",
+        ),
+    ] = None
     calibration: Annotated[
         list[str] | None,
         typer.Option(
@@ -178,40 +187,6 @@ class QuantizeFlags:
             raise UsageError(f"--format {self.format}: says everything; drop the flag that gives its {field}")
         return parse_format(self.format)
 
-    def following(self, asked: PlanFile) -> QuantizeFlags:
-        """These flags with a plan file's method and calibration, where the flags name none themselves.
-
-        Raises:
-            UsageError: a flag that says what the plan file says already.
-        """
-        says = {
-            "--bits": self.bits,
-            "--size": self.size,
-            "--max-kl": self.max_kl,
-            "--uniform": self.uniform,
-            "--dtype": self.dtype,
-            "--block-size": self.block_size,
-            "--asym": self.asymmetric,
-            "--exponent-bits": self.exponent_bits,
-            "--float-grid": self.float_grid,
-            "--scale-dtype": self.scale_dtype,
-            "--double-quant": self.double_quant,
-            "--format": self.format,
-            "--embedding-bits": self.embedding_bits,
-            "--override": self.override,
-        }
-        flag = next((flag for flag, value in says.items() if value), None)
-        if flag is not None:
-            raise UsageError(f"{flag}: {asked.path} says every format; edit it, or drop one of the two")
-        calibrates = self.method == "auto" and asked.texts is not None
-        return replace(
-            self,
-            method=asked.method if self.method == "auto" else self.method,
-            calibration=self.calibration or (list(asked.texts or ()) if calibrates else None),
-            calibration_tokens=self.calibration_tokens or (asked.tokens if calibrates else None),
-            inputs_only=self.inputs_only or (calibrates and not asked.gradients),
-        )
-
     def measures(self, method: Method) -> bool:
         """Whether the result is compared with the original."""
         from kbit.quantizers.calibrated import CalibratedRounding
@@ -231,7 +206,23 @@ class QuantizeFlags:
             return f"--bits {self.bits:g}"
         return "--size" if self.size else "--max-kl" if self.max_kl is not None else None
 
-    def mixed(self, method: Method) -> bool:
+    @property
+    def seconds(self) -> float | None:
+        """--time-budget in seconds.
+
+        Raises:
+            UsageError: it is no time, or there is nothing to choose.
+        """
+        if self.time_budget is None:
+            return None
+        found = parse_duration(self.time_budget)
+        if found is None:
+            raise UsageError(f"--time-budget {self.time_budget}: write a time such as 90s, 10m or 1h30m")
+        if self.method != "auto":
+            raise UsageError(f"--time-budget chooses the method, and it is {self.method} already: drop one of the two")
+        return found
+
+    def mixes_widths(self, method: Method) -> bool:
         """Whether every matrix gets a width of its own.
 
         Raises:
@@ -249,7 +240,7 @@ class QuantizeFlags:
             raise UsageError("--size, --bits and --max-kl are three ways to say one thing: use one")
         if self.max_kl is not None and self.bits is not None:
             raise UsageError("--bits and --max-kl are two ways to say one thing: use one")
-        return weighs and not self.names_a_type
+        return weighs and not self.names_a_type and self.plan_file is None
 
     def label(self, codec: Codec, mixed: bool) -> str:
         """How the default output folder ends."""
@@ -302,15 +293,10 @@ class QuantizeFlags:
         """
         if self.size is None:
             return None
-        text = self.size.strip().upper()
-        unit = next((unit for unit in _UNITS if text.endswith(unit)), None)
-        try:
-            found = float(text.removesuffix(unit or "")) * _UNITS.get(unit or "", 1)
-        except ValueError:
-            found = 0.0
-        if not 0 < found < 1e15:
+        found = parse_size(self.size)
+        if found is None:
             raise UsageError(f"--size {self.size}: write a size such as 80MB or 1.5GB")
-        return int(found)
+        return found
 
     def chosen_method(self, codec: Codec) -> Method:
         """The method, calibrated on what the flags say.
@@ -356,6 +342,7 @@ class QuantizeFlags:
 
         if not 0 < self.shard_size <= _MAX_SHARD_GB:
             raise UsageError(f"--shard-size {self.shard_size}: use a size in GB, above 0 and at most {_MAX_SHARD_GB}")
+        _ = self.seconds
         bits = self.embedding_bits
         if bits is not None and bits != 16 and not MIN_BITS <= bits <= MAX_BITS:
             raise UsageError(f"--embedding-bits {bits}: use {MIN_BITS} to {MAX_BITS}, or 16 to keep them")

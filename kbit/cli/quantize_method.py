@@ -1,23 +1,65 @@
-"""Which method `kbit quantize` uses where its first choice is more than the machine can do."""
+"""Which method `kbit quantize` uses: a plan file's, or what there is memory and time for."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import typer
 
 from kbit.cli.output import size
-from kbit.cli.quantize_flags import QuantizeFlags
+from kbit.cli.quantities import duration
+from kbit.cli.quantize_flags import MEASURED_TOKENS, QuantizeFlags
 from kbit.host.errors import UsageError
 
 if TYPE_CHECKING:
     from kbit.checkpoint.source import CheckpointSource
+    from kbit.formats.codec import Codec
     from kbit.quantizers.calibrated import CalibratedRounding
+    from kbit.quantizers.estimate import Rates
     from kbit.quantizers.method import Method
+    from kbit.quantizers.plan_file import PlanFile
 
 # Fewer tokens than these are not suggested: the factors of a small sample fit nothing else.
 _FEWEST_TOKENS = 2048
+# Rounding a weight to nearest, and finding offsets half-quadratically, in exponentials (see kbit.quantizers.estimate).
+_NEAREST, _HALF_QUADRATIC = 15.0, 300.0
+
+
+def following(flags: QuantizeFlags, asked: PlanFile) -> QuantizeFlags:
+    """The flags with a plan file's method and calibration, where the flags name none themselves.
+
+    Raises:
+        UsageError: a flag that says what the plan file says already.
+    """
+    says = {
+        "--bits": flags.bits,
+        "--size": flags.size,
+        "--max-kl": flags.max_kl,
+        "--uniform": flags.uniform,
+        "--dtype": flags.dtype,
+        "--block-size": flags.block_size,
+        "--asym": flags.asymmetric,
+        "--exponent-bits": flags.exponent_bits,
+        "--float-grid": flags.float_grid,
+        "--scale-dtype": flags.scale_dtype,
+        "--double-quant": flags.double_quant,
+        "--format": flags.format,
+        "--embedding-bits": flags.embedding_bits,
+        "--override": flags.override,
+    }
+    flag = next((flag for flag, value in says.items() if value), None)
+    if flag is not None:
+        raise UsageError(f"{flag}: {asked.path} says every format; edit it, or drop one of the two")
+    calibrates = flags.method == "auto" and asked.texts is not None
+    return replace(
+        flags,
+        method=asked.method if flags.method == "auto" else flags.method,
+        calibration=flags.calibration or (list(asked.texts or ()) if calibrates else None),
+        calibration_tokens=flags.calibration_tokens or (asked.tokens if calibrates else None),
+        inputs_only=flags.inputs_only or (calibrates and not asked.gradients),
+    )
 
 
 def within_memory(source: CheckpointSource, method: Method, flags: QuantizeFlags) -> Method:
@@ -56,6 +98,94 @@ def within_memory(source: CheckpointSource, method: Method, flags: QuantizeFlags
         remedies.append("--method gptq --inputs-only")
     remedies.append("--method rtn" + ("" if flags.mixes is None else f" (without {flags.mixes})"))
     raise UsageError(f"method {method.name}: {short}; use {', or '.join(remedies)}")
+
+
+def within_time(source: CheckpointSource, method: Method, codec: Codec, flags: QuantizeFlags) -> tuple[Method, bool]:
+    """The most accurate method that is estimated to be done in time, and whether it mixes widths; stderr is told.
+
+    Args:
+        source: the model.
+        method: the most accurate one that there is memory for.
+        codec: of linear weights, where widths are not mixed.
+        flags: without a time budget, the method is the one given.
+
+    Raises:
+        UsageError: nothing that meets the flags fits.
+    """
+    from kbit.backends.select import set_threads
+    from kbit.quantizers.calibrated import CalibratedRounding
+
+    mixed, budget = flags.mixes_widths(method), flags.seconds
+    if budget is None and (flags.dry_run or not isinstance(method, CalibratedRounding)):
+        return method, mixed
+    import torch
+
+    from kbit.quantizers.estimate import measure_rates
+
+    set_threads(flags.threads)
+    rates, more = measure_rates(torch.get_num_threads()), ""
+    for candidate, mixes in _from_the_best(source, method, codec, flags, mixed):
+        seconds = _seconds(source, candidate, codec, flags, mixes, rates)
+        said = f"{candidate.name}{', mixed widths' if mixes else ''}"
+        if budget is None:
+            typer.echo(f"method {said}: about {duration(seconds)}", err=True)
+            return candidate, mixes
+        if seconds <= budget:
+            typer.echo(f"time budget {duration(budget)}: method {said}, about {duration(seconds)}{more}", err=True)
+            return candidate, mixes
+        more = f"; {said} would take about {duration(seconds)}"
+        fastest = f"{said} takes about {duration(seconds)}"
+    what = "" if flags.mixes is None else f", and {flags.mixes} needs it (a whole number of --bits does not)"
+    raise UsageError(f"--time-budget {flags.time_budget}: {fastest}{what}; allow more time")
+
+
+def _from_the_best(
+    source: CheckpointSource, method: Method, codec: Codec, flags: QuantizeFlags, mixed: bool
+) -> Iterator[tuple[Method, bool]]:
+    """The methods to choose from, the most accurate first, each with whether it mixes widths."""
+    from kbit.quantizers.calibrated import CalibratedRounding, Gptq, ScaleSearch
+    from kbit.quantizers.methods import get_method
+
+    yield method, mixed
+    if flags.mixes is not None:
+        return
+    if mixed:
+        yield method, False
+    if isinstance(method, CalibratedRounding):
+        full, less = method.request, replace(method.request, gradients=False)
+        for cheaper in (Gptq, ScaleSearch):
+            known = cheaper(full)
+            if known.identity != method.identity:
+                yield known if known.is_calibrated(source) else cheaper(less), False
+    for name in ("hqq", "rtn"):
+        plain = get_method(name)
+        if plain.refuses(codec) is None and plain.name != method.name:
+            yield plain, False
+
+
+def _seconds(
+    source: CheckpointSource, method: Method, codec: Codec, flags: QuantizeFlags, mixed: bool, rates: Rates
+) -> float:
+    from kbit.quantizers.calibrated import CalibratedRounding
+    from kbit.quantizers.estimate import Steps, estimate
+
+    if not isinstance(method, CalibratedRounding):
+        each = _HALF_QUADRATIC if method.name == "hqq" else _NEAREST
+        return estimate(source, Steps(searches=False, feedback=False, two_sided=False, each=each), rates)
+    calibrated, weigh = method.is_calibrated(source), mixed
+    if mixed and calibrated:
+        from kbit.quantizers.mixed import known_formats
+
+        plan = flags.plan(source, codec, method)
+        weigh = known_formats(source, plan, method, flags.budget, flags.fixed(plan)) is None
+    steps = Steps(
+        calibrate=None if calibrated else method.request,
+        weigh=weigh,
+        feedback=method.rounding.feedback,
+        two_sided=method.rounding.two_sided and method.request.gradients,
+        measured_tokens=MEASURED_TOKENS if flags.measures(method) else 0,
+    )
+    return estimate(source, steps, rates)
 
 
 def _memory(source: CheckpointSource, method: CalibratedRounding) -> int:

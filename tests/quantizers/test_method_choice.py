@@ -9,8 +9,11 @@ from typing import Any
 import pytest
 from error_cases import run_command
 
+from kbit.calibration.request import CalibrationRequest
 from kbit.checkpoint.resolve import open_model
+from kbit.cli.quantities import parse_duration
 from kbit.quantizers.calibrated import Gptq, TwoSided
+from kbit.quantizers.estimate import Rates, Steps, estimate, measure_rates
 from kbit.quantizers.plan import BASE_BYTES
 
 
@@ -79,3 +82,75 @@ def test_what_is_calibrated_needs_no_memory_for_it(model: Path, memory: Any) -> 
     memory(BASE_BYTES)
     code, out, said = run_command(words)
     assert (code, json.loads(out)["method"], said) == (0, "ldlq2", "")
+
+
+RATES = Rates(operations=1e9, elements=1e8, weights=1e6)
+
+
+@pytest.fixture
+def rates(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine that is always as fast."""
+    monkeypatch.setattr("kbit.quantizers.estimate.measure_rates", lambda threads: RATES)
+
+
+WORDS = ["--calibration-tokens", "2048", "--dry-run", "--json"]
+
+
+@pytest.mark.usefixtures("rates")
+def test_less_time_takes_a_method_further_down(model: Path) -> None:
+    found = []
+    for seconds in (2, 5, 7, 9, 12, 30):
+        code, out, said = run_command(["quantize", str(model), "--time-budget", f"{seconds}s", *WORDS])
+        if code == 0:
+            plan = json.loads(out)
+            found.append((plan["method"], plan["mixed"]))
+            assert f"time budget {seconds} s: method {plan['method']}" in said
+            assert ("would take about" in said) == (found[-1] != ("ldlq2", True))
+        else:
+            assert (code, "rtn takes about" in said, found) == (2, True, [])
+    order = [("rtn", False), ("search", False), ("gptq", False), ("ldlq2", False), ("ldlq2", True)]
+    assert found == sorted(found, key=order.index)
+    assert {found[0], found[-1]} == {order[0], order[-1]}
+
+
+@pytest.mark.usefixtures("rates")
+def test_what_is_calibrated_takes_no_time(model: Path) -> None:
+    with open_model(str(model)) as source:
+        request = CalibrationRequest(tokens=2048)
+        whole, inputs, none = (
+            estimate(source, Steps(calibrate=what), RATES)
+            for what in (request, CalibrationRequest(tokens=2048, gradients=False), None)
+        )
+    assert whole > inputs > none
+    budget = ["--time-budget", f"{(none + whole) / 2:.2f}s"]
+    words = ["quantize", str(model), "--uniform", "--no-measure", *budget, *WORDS]
+    assert json.loads(run_command(words)[1])["method"] != "ldlq2"
+    assert run_command(["calibrate", str(model), "--calibration-tokens", "2048"])[0] == 0
+    assert json.loads(run_command(words)[1])["method"] == "ldlq2"
+
+
+@pytest.mark.usefixtures("rates")
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--time-budget", "soon"], "write a time such as 90s, 10m or 1h30m"),
+        (["--time-budget", "0s"], "write a time such as 90s, 10m or 1h30m"),
+        (["--time-budget", "10m", "--method", "rtn"], "chooses the method, and it is rtn already"),
+        (["--time-budget", "4s", "--bits", "3.5"], "and --bits 3.5 needs it"),
+    ],
+)
+def test_budgets_that_cannot_be_kept(model: Path, flags: list[str], said: str) -> None:
+    code, _, error = run_command(["quantize", str(model), *flags, *WORDS])
+    assert (code, said in error) == (2, True), error
+
+
+def test_rates_are_of_this_machine() -> None:
+    rates = measure_rates(1)
+    assert min(rates.operations, rates.elements, rates.weights) > 0
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"), [("90s", 90), ("10m", 600), ("1h30m", 5400), ("1.5h", 5400), ("10", None), ("", None)]
+)
+def test_times_as_people_write_them(text: str, seconds: float | None) -> None:
+    assert parse_duration(text) == seconds

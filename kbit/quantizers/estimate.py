@@ -1,0 +1,196 @@
+"""How long a conversion will take: the arithmetic of its steps, from shapes alone, at rates measured in a moment.
+
+What is counted are operations of matrix products, elements of everything else (softmax, activations, drawing tokens,
+packing factors), and weights whose scales are searched. The counts of elements are weighted with what a step does to
+each; those weights were fitted to runs of three small models (docs/methods.md says how far off the sum is).
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+from kbit.calibration.request import CalibrationRequest
+from kbit.calibration.sizes import text_shape
+from kbit.checkpoint.source import CheckpointSource
+from kbit.models.families import spec_from_config
+from kbit.models.params import parameters
+from kbit.models.spec import ModelSpec
+from kbit.quantizers.allocate import LINEAR_WIDTHS, OUTSIDE_WIDTHS
+
+# Formats that a matrix is tried in: two data types at 3 and at 4 bits.
+_TRIED_LINEAR, _TRIED_OUTSIDE = len(LINEAR_WIDTHS) + 2, len(OUTSIDE_WIDTHS) + 1
+# What is done to an element, in exponentials: of attention's scores and of activations (forward; forward again and
+# backward), of logits and their gradients, of a sampled token's logits, of a factor on its way to the disk or back.
+_FORWARD, _BACKWARD, _LOGITS, _DRAW, _PACK = 4.0, 18.0, 30.0, 24.0, 20.0
+# How much longer than a large matrix product the same operations take when a token is decoded, and when errors are
+# passed on; and than a 4-bit grid's, a search of the wider ones and of codebooks fitted to the weights.
+_DECODING, _FEEDBACK, _SEARCH = 1.8, 2.5, 2.5
+# Seconds that loading, starting and writing take whatever the model.
+_OVERHEAD = 4.0
+# How long each rate is measured, in seconds.
+_MEASURED = 0.08
+
+
+@dataclass(frozen=True)
+class Rates:
+    """What the threads together do in a second.
+
+    Attributes:
+        operations: of a float32 matrix product (a multiplication and an addition are two).
+        elements: exponentials.
+        weights: rounded with searched scales, errors not passed on.
+    """
+
+    operations: float
+    elements: float
+    weights: float
+
+
+@dataclass(frozen=True)
+class Work:
+    """Counts that `Rates` divides."""
+
+    operations: float = 0.0
+    elements: float = 0.0
+    weights: float = 0.0
+
+    def __add__(self, other: Work) -> Work:
+        return Work(self.operations + other.operations, self.elements + other.elements, self.weights + other.weights)
+
+    def seconds(self, rates: Rates) -> float:
+        return self.operations / rates.operations + self.elements / rates.elements + self.weights / rates.weights
+
+
+@dataclass(frozen=True)
+class Steps:
+    """What a conversion has to do.
+
+    Attributes:
+        calibrate: what is still to be measured, if anything.
+        searches: scales are searched; else every weight is worked on by itself.
+        each: exponentials that this takes as long as, without a search.
+        weigh: try every width.
+        feedback, two_sided: see `kbit.quantizers.settings.Settings`.
+        measured_tokens: on which the result is compared with the original.
+    """
+
+    calibrate: CalibrationRequest | None = None
+    searches: bool = True
+    each: float = 0.0
+    weigh: bool = False
+    feedback: bool = True
+    two_sided: bool = True
+    measured_tokens: int = 0
+
+
+def measure_rates(threads: int) -> Rates:
+    """The rates of so many threads, side by side with whatever else the machine does now: a quarter of a second."""
+    import torch
+
+    from kbit.calibration.workers import workers
+    from kbit.formats.quant_format import QuantFormat
+    from kbit.quantizers.ldlq import round_matrix
+    from kbit.quantizers.settings import Settings
+
+    generator = torch.Generator().manual_seed(0)
+    a, b = torch.randn(256, 1024, generator=generator), torch.randn(512, 1024, generator=generator)
+    few, format, plain = a[:32].contiguous(), QuantFormat("nf", 4), Settings(feedback=False)
+    with workers(threads) as pool:
+
+        def rate(units: int, call: Callable[[], object]) -> float:
+            call()
+            return units * sum(pool.map(lambda _: _calls_per_second(call), range(threads)))
+
+        return Rates(
+            operations=rate(2 * 256 * 1024 * 512, lambda: a @ b.T),
+            elements=rate(a.numel(), a.exp),
+            weights=rate(few.numel(), lambda: round_matrix(few, format, None, plain)),
+        )
+
+
+def estimate(source: CheckpointSource, steps: Steps, rates: Rates) -> float:
+    """Seconds that the steps will take.
+
+    Raises:
+        CheckpointError, UnsupportedError: a model that kbit does not run.
+    """
+    spec = spec_from_config(source.config, where=f"config of {source.path}")
+    work = Work()
+    if steps.calibrate is not None:
+        count, length = text_shape(spec, steps.calibrate.tokens)
+        if not steps.calibrate.texts:
+            work += _sampling(spec, count * length, length)
+        work += _calibrating(spec, count * length, length, steps.calibrate.gradients)
+    for p in parameters(spec):
+        if p.role not in ("linear", "embedding", "head"):
+            continue
+        rows, columns = p.shape
+        tried = (_TRIED_LINEAR if p.role == "linear" else _TRIED_OUTSIDE) if steps.weigh else 0
+        # Embedding and head have too many rows for a factor of them.
+        work += _rounding(rows, columns, tried + 1, steps, two_sided=steps.two_sided and p.role == "linear")
+    if steps.measured_tokens:
+        tokens = steps.measured_tokens
+        work += _sampling(spec, tokens, 512)
+        work += Work(4.0 * tokens * _weights(spec), 2.0 * _LOGITS * tokens * spec.vocab_size)
+    return _OVERHEAD + work.seconds(rates)
+
+
+def _sampling(spec: ModelSpec, tokens: int, length: int) -> Work:
+    """Tokens that the model writes, a step at a time."""
+    attended = _FORWARD * spec.layers * spec.heads * length / 2
+    return Work(_DECODING * 2.0 * tokens * _weights(spec), tokens * (_DRAW * spec.vocab_size + attended))
+
+
+def _calibrating(spec: ModelSpec, tokens: int, length: int, gradients: bool) -> Work:
+    """The passes, the factors, and their way to the disk."""
+    linear = list(_linear(spec))
+    weights = sum(rows * columns for rows, columns in linear)
+    scores = spec.layers * spec.heads * length
+    passed = scores + sum(rows for rows, _ in linear) + 4 * spec.layers * spec.hidden_size
+    attention = 4.0 * spec.layers * spec.heads * spec.head_dim * length
+    inputs = float(sum(columns**2 for _, columns in linear))
+    work = Work(tokens * (2.0 * weights + attention + inputs), tokens * _FORWARD * passed + _PACK * inputs)
+    if gradients:
+        # Forward again, gradients of the inputs, and every text's gradient of the weights; attention backward is
+        # twice forward.
+        outputs = float(sum(rows**2 for rows, _ in linear))
+        head = 4.0 * spec.hidden_size * spec.vocab_size + spec.hidden_size**2
+        work += Work(
+            tokens * (6.0 * weights + 3.0 * attention + outputs + head),
+            tokens * (_BACKWARD * passed + _LOGITS * spec.vocab_size) + _PACK * outputs,
+        )
+    return work
+
+
+def _rounding(rows: int, columns: int, times: int, steps: Steps, two_sided: bool) -> Work:
+    """A matrix that is rounded so many times; where widths are weighed, with what its error costs."""
+    if not steps.searches:
+        return Work(elements=steps.each * rows * columns)
+    operations, factors = 0.0, float(columns**2)
+    if steps.feedback:
+        operations += columns**3 / 3 + _FEEDBACK * times * float(rows) * columns**2
+    if two_sided:
+        operations += rows**3 / 3 + _FEEDBACK * times * float(rows) ** 2 * columns
+        factors += rows**2
+    if steps.weigh:
+        operations += times * (2.0 * rows * columns**2 + (2.0 * rows**2 * columns if two_sided else 0.0))
+    return Work(operations, _PACK * factors, _SEARCH * times * rows * columns)
+
+
+def _linear(spec: ModelSpec) -> Iterable[tuple[int, int]]:
+    return ((p.shape[0], p.shape[1]) for p in parameters(spec) if p.role == "linear")
+
+
+def _weights(spec: ModelSpec) -> int:
+    """That a token is multiplied with: of the layers, and the head."""
+    return sum(rows * columns for rows, columns in _linear(spec)) + spec.vocab_size * spec.hidden_size
+
+
+def _calls_per_second(call: Callable[[], object]) -> float:
+    count, begin = 0, time.perf_counter()
+    while (passed := time.perf_counter() - begin) < _MEASURED:
+        call()
+        count += 1
+    return count / passed
