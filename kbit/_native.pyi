@@ -33,6 +33,21 @@ def round_matrix(
     residual: _Table | None,
     isa: str = "",
 ) -> None: ...
+def descend_rows(
+    slopes: _Table,
+    inputs: _Table,
+    outputs: _Table,
+    levels: _Table,
+    codes_of_levels: _Bytes,
+    block: int,
+    scale_type: str,
+    fixed_scales: bool,
+    codes: _Bytes,
+    scales: _Table,
+    offsets: _Table | None,
+    change: _Table,
+    isa: str = "",
+) -> None: ...
 def instruction_sets() -> list[str]: ...
 def emulated_sets() -> list[str]: ...
 

@@ -228,7 +228,7 @@ def _measure_layer(
 
     def cost(job: tuple[str, QuantFormat]) -> float:
         name, format = job
-        rounded = round_with(weights[name], format, feedback[name], rounding.search, name=name)
+        rounded = round_with(weights[name], format, feedback[name], rounding, name=name)
         return factors[name].divergence(weights[name] - rounded.dequantize())
 
     with workers(torch.get_num_threads()) as pool:

@@ -16,7 +16,7 @@ from kbit.models.families import spec_from_config
 from kbit.models.params import parameters
 from kbit.quantizers.method import Method, MethodInput, QuantizedSource
 from kbit.quantizers.rtn import QuantizedView
-from kbit.quantizers.settings import Settings
+from kbit.quantizers.settings import SWEEPS, Settings
 
 if TYPE_CHECKING:
     import torch
@@ -90,8 +90,9 @@ class TwoSided(CalibratedRounding):
     """Two-sided LDLQ."""
 
     name = "ldlq2"
-    about = "searched scales, and errors made good along columns and rows (two-sided LDLQ): the most accurate"
-    rounding = Settings()
+    version = 2  # sweeps of coordinate descent
+    about = "errors made good along columns and rows (two-sided LDLQ), then coordinate descent: the most accurate"
+    rounding = Settings(sweeps=SWEEPS)
 
 
 class CalibratedView(QuantizedView):

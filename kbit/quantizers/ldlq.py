@@ -23,6 +23,7 @@ from kbit.formats.planes_codec import PlanesTensor
 from kbit.formats.quant_format import QuantFormat, plane_widths
 from kbit.formats.scales import load_scales, store_scales
 from kbit.host.errors import KbitError
+from kbit.quantizers.descent import Curvature, Rounded, descend
 from kbit.quantizers.settings import Settings
 
 # Scales that are tried, in shares of the one that spans the block.
@@ -39,16 +40,30 @@ class Feedback:
         columns: L' (K, K), float32; None for the identity.
         importance: D (K,): what a column's squared error weighs when a scale is chosen.
         rows: M (N, N), unit in blocks of 16 rows; None for the identity.
+        curvature: what descent goes by; None where there is none.
     """
 
     columns: torch.Tensor | None
     importance: torch.Tensor
     rows: torch.Tensor | None
+    curvature: Curvature | None
 
     @classmethod
     def of(cls, factors: Factors | None, settings: Settings, columns: int) -> Feedback:
         """What a matrix of so many columns gets from its factors, or from none."""
-        return cls(*_input_side(factors, settings, columns), _output_side(factors, settings))
+        if factors is None or not settings.feedback:
+            return cls(None, _importance(factors, settings, columns), None, None)
+        inputs, lower = _damped(factors.inputs, settings.input_damping)
+        diagonal = lower.diagonal().clone()
+        outputs = rows = None
+        if settings.two_sided and factors.outputs is not None and factors.outputs.dim() == 2:
+            outputs, rows = _damped(factors.outputs, settings.output_damping)
+            for start in range(0, len(rows), _ROWS):
+                block = slice(start, start + _ROWS)
+                corner = rows[block, block].clone()
+                rows[:, block] = torch.linalg.solve_triangular(corner, rows[:, block], upper=False, left=False)
+        curvature = Curvature(inputs, outputs) if settings.sweeps else None
+        return cls((lower / diagonal).T.contiguous(), diagonal.square(), rows, curvature)
 
 
 def round_matrix(
@@ -69,11 +84,11 @@ def round_matrix(
     Raises:
         KbitError: the matrix holds NaN or infinity, or scales that the format cannot hold.
     """
-    return round_with(weight, format, Feedback.of(factors, settings, weight.shape[1]), settings.search, name=name)
+    return round_with(weight, format, Feedback.of(factors, settings, weight.shape[1]), settings, name=name)
 
 
 def round_with(
-    weight: torch.Tensor, format: QuantFormat, feedback: Feedback, search: bool, *, name: str = "tensor"
+    weight: torch.Tensor, format: QuantFormat, feedback: Feedback, settings: Settings, *, name: str = "tensor"
 ) -> PlanesTensor:
     """`round_matrix` with its factors taken apart already, for who rounds one matrix to several formats."""
     rows, columns = weight.shape
@@ -83,7 +98,7 @@ def round_with(
         store_scales(*block_statistics(weight, format), format)  # refuses what the scales' type cannot hold
     except KbitError as error:
         raise KbitError(f"{name}: {error}") from None
-    work = _Work(format, (rows, columns), matrix_codebook(weight, format), search)
+    work = _Work(format, (rows, columns), matrix_codebook(weight, format), settings.search)
     if format.double_quant:
         # Scales share factors over many rows, so they are fixed before the first code is.
         free = work.run(weight, None, None, feedback.importance, slice(0, rows))
@@ -98,49 +113,33 @@ def round_with(
             correction = feedback.rows[below, block].T @ left[below]  # (16, K)
             done = work.run(weight, correction, feedback.columns, feedback.importance, block)
             left[block] = done.residual - correction
+    if feedback.curvature is not None and settings.sweeps:
+        descend(work.rounded(), weight - work.values(), feedback.curvature, settings.sweeps)
     return work.tensor()
 
 
-def _input_side(factors: Factors | None, settings: Settings, columns: int) -> tuple[torch.Tensor | None, torch.Tensor]:
-    """(L' (K, K) or None for the identity, D (K,))."""
+def _importance(factors: Factors | None, settings: Settings, columns: int) -> torch.Tensor:
+    """What a column's squared error weighs where errors are not passed on, (K,)."""
     if factors is None:
-        return None, torch.ones(columns)
-    if not settings.feedback:
-        diagonal = factors.inputs.diagonal().clone()
-        floor = settings.input_damping * float(diagonal.mean())
-        return None, diagonal + floor if floor > 0 else torch.ones(columns)
-    lower = _cholesky(factors.inputs, settings.input_damping)
-    diagonal = lower.diagonal().clone()
-    return (lower / diagonal).T.contiguous(), diagonal.square()
+        return torch.ones(columns)
+    diagonal = factors.inputs.diagonal().clone()
+    floor = settings.input_damping * float(diagonal.mean())
+    return diagonal + floor if floor > 0 else torch.ones(columns)
 
 
-def _output_side(factors: Factors | None, settings: Settings) -> torch.Tensor | None:
-    """M (N, N), unit in blocks of 16; None for the identity."""
-    if factors is None or factors.outputs is None or factors.outputs.dim() == 1:
-        return None
-    if not (settings.feedback and settings.two_sided):
-        return None
-    lower = _cholesky(factors.outputs, settings.output_damping)
-    for start in range(0, len(lower), _ROWS):
-        block = slice(start, start + _ROWS)
-        corner = lower[block, block].clone()
-        lower[:, block] = torch.linalg.solve_triangular(corner, lower[:, block], upper=False, left=False)
-    return lower
-
-
-def _cholesky(factor: torch.Tensor, damping: float) -> torch.Tensor:
-    """The lower triangle C of factor + damping = C C'; of a factor of zeros, the identity."""
+def _damped(factor: torch.Tensor, damping: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """A factor in units of its mean diagonal plus damping, and its lower Cholesky factor; of zeros, the identity."""
     size = len(factor)
     mean = float(factor.diagonal().mean())
     if not mean > 0:
-        return torch.eye(size)
+        return torch.eye(size), torch.eye(size)
     while True:
         damped = factor / mean
         damped.diagonal().add_(damping)
         lower: torch.Tensor
         lower, failed = torch.linalg.cholesky_ex(damped)
         if not int(failed):
-            return lower
+            return damped, lower
         damping = max(10 * damping, 1e-4)  # float32 could not tell it from singular
 
 
@@ -166,6 +165,8 @@ class _Work:
         self.scales = torch.empty(rows, blocks)
         self.offsets = torch.empty(rows, blocks) if format.asymmetric else None
         self.fixed: dict[str, torch.Tensor] | None = None
+        self.block = format.block_size or columns
+        self.scale_type = "fp32" if format.double_quant else format.scale_dtype
 
     def run(
         self,
@@ -184,7 +185,7 @@ class _Work:
         residual = torch.empty_like(weight[rows])
         _native.round_matrix(
             weight[rows], correction, feedback, importance, self.levels, self.codes_of_levels,
-            self.format.block_size or self.shape[1], "fp32" if self.format.double_quant else self.format.scale_dtype,
+            self.block, self.scale_type,
             self.format.asymmetric, self.shares, given, given_offsets, self.codes[rows], self.scales[rows], offsets,
             residual,
         )  # fmt: skip
@@ -192,6 +193,18 @@ class _Work:
 
     def fix_scales(self, stored: dict[str, torch.Tensor]) -> None:
         self.fixed = stored
+
+    def rounded(self) -> Rounded:
+        return Rounded(
+            self.levels, self.codes_of_levels, self.block, self.scale_type, self.fixed is not None, self.codes,
+            self.scales, self.offsets,
+        )  # fmt: skip
+
+    def values(self) -> torch.Tensor:
+        """What codes and scales stand for now, (N, K)."""
+        columns = self.shape[1]
+        found = self.codebook[self.codes.int()] * self.scales.repeat_interleave(self.block, dim=1)[:, :columns]
+        return found if self.offsets is None else found + self.offsets.repeat_interleave(self.block, dim=1)[:, :columns]
 
     def tensor(self) -> PlanesTensor:
         format = self.format

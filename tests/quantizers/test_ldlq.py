@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from rounding_cases import problem
 
 from kbit.calibration.factors import Factors
 from kbit.formats.blockwise import quantize_blockwise
@@ -13,20 +14,6 @@ from kbit.quantizers.ldlq import round_matrix
 from kbit.quantizers.settings import Settings
 
 SEARCH, ONE_SIDED, TWO_SIDED = Settings(feedback=False), Settings(two_sided=False), Settings()
-
-
-def factor(size: int, generator: torch.Generator) -> torch.Tensor:
-    """A covariance with directions of very different weight, as activations have."""
-    mix = torch.randn(size, 3 * size, generator=generator) * torch.linspace(0.1, 2.0, size)[:, None]
-    shared = torch.randn(size, 2, generator=generator)
-    return mix @ mix.T / (3 * size) + shared @ shared.T
-
-
-def problem(rows: int = 40, columns: int = 96, seed: int = 0) -> tuple[torch.Tensor, Factors]:
-    generator = torch.Generator().manual_seed(seed)
-    weight = torch.randn(rows, columns, generator=generator)
-    inputs, outputs = factor(columns, generator), factor(rows, generator)
-    return weight, Factors(inputs, outputs * (inputs.trace() / outputs.trace()))
 
 
 FORMATS = ["nf3-b64", "lloyd2-b32", "int4-b64-asym", "nf4-b64-dq", "quantile3-b64", "float4e2m1-b16-bf16", "lloyd3-row"]

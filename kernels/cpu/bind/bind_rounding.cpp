@@ -16,6 +16,7 @@
 #include "bind/bind_engine.h"
 #include "isa/isa.h"
 #include "isa/kernel_table.h"
+#include "rounding/descent.h"
 #include "rounding/rounding.h"
 
 namespace nb = nanobind;
@@ -48,6 +49,19 @@ struct FreeAligned {
   void operator()(float* p) const { ::operator delete[](p, std::align_val_t(64)); }
 };
 
+using Scratch = std::unique_ptr<float[], FreeAligned>;
+
+Scratch make_scratch(std::int64_t count) {
+  return Scratch(static_cast<float*>(::operator new[](sizeof(float) * std::size_t(count), std::align_val_t(64))));
+}
+
+Grid make_grid(const Levels& levels, const LevelCodes& codes) {
+  for (std::size_t i = 0; i < levels.shape(0); ++i) {
+    if (!std::isfinite(levels.data()[i])) throw std::invalid_argument("levels must be finite");
+  }
+  return Grid({levels.data(), levels.data() + levels.shape(0)}, {codes.data(), codes.data() + codes.shape(0)});
+}
+
 void round_matrix(Table weights, std::optional<Table> correction, std::optional<Table> feedback, Vector importance,
                   Levels levels, LevelCodes codes_of_levels, std::int64_t block, const std::string& scale_type,
                   bool asymmetric, Vector shares, std::optional<Table> given_scales, std::optional<Table> given_offsets,
@@ -69,15 +83,10 @@ void round_matrix(Table weights, std::optional<Table> correction, std::optional<
   require(scales, rows, blocks, "scales");
   if (offsets) require(*offsets, rows, blocks, "offsets");
   if (residual) require(*residual, rows, columns, "residual");
-  for (std::size_t i = 0; i < levels.shape(0); ++i) {
-    if (!std::isfinite(levels.data()[i])) throw std::invalid_argument("levels must be finite");
-  }
-  const Grid grid({levels.data(), levels.data() + levels.shape(0)},
-                  {codes_of_levels.data(), codes_of_levels.data() + codes_of_levels.shape(0)});
+  const Grid grid = make_grid(levels, codes_of_levels);
   const ScaleType type = scale_type_named(scale_type);
   const Kernels* kernels = find_kernels(choose_instruction_set(isa).c_str());
-  const std::unique_ptr<float[], FreeAligned> scratch(
-      static_cast<float*>(::operator new[](sizeof(float) * std::size_t(round_scratch(columns)), std::align_val_t(64))));
+  const Scratch scratch = make_scratch(round_scratch(columns));
   nb::gil_scoped_release release;
   for (std::int64_t begin = 0; begin < rows; begin += kRoundedRows) {
     RoundTask task = {};
@@ -104,6 +113,43 @@ void round_matrix(Table weights, std::optional<Table> correction, std::optional<
   }
 }
 
+void descend_rows(Table slopes, Table inputs, Table outputs, Levels levels, LevelCodes codes_of_levels,
+                  std::int64_t block, const std::string& scale_type, bool fixed_scales, CodesOut codes, TableOut scales,
+                  std::optional<TableOut> offsets, TableOut change, const std::string& isa) {
+  const std::int64_t rows = std::int64_t(slopes.shape(0)), columns = std::int64_t(slopes.shape(1));
+  if (rows < 1 || rows > kRoundedRows || columns < 1) throw std::invalid_argument("1 to 16 rows are worked on at once");
+  if (block < 1) throw std::invalid_argument("a block has at least one column");
+  block = std::min(block, columns);
+  const std::int64_t blocks = (columns + block - 1) / block;
+  require(inputs, columns, columns, "inputs");
+  require(outputs, rows, rows, "outputs");
+  require(codes, rows, columns, "codes");
+  require(scales, rows, blocks, "scales");
+  if (offsets) require(*offsets, rows, blocks, "offsets");
+  require(change, rows, columns, "change");
+  const Grid grid = make_grid(levels, codes_of_levels);
+  const Kernels* kernels = find_kernels(choose_instruction_set(isa).c_str());
+  const Scratch scratch = make_scratch(descent_scratch(columns));
+  DescentTask task = {};
+  task.grid = &grid;
+  task.scale_type = scale_type_named(scale_type);
+  task.asymmetric = offsets.has_value();
+  task.fixed_scales = fixed_scales;
+  task.rows = rows;
+  task.columns = columns;
+  task.block = block;
+  task.slopes = slopes.data();
+  task.inputs = inputs.data();
+  task.outputs = outputs.data();
+  task.codes = codes.data();
+  task.scales = scales.data();
+  task.offsets = offsets ? offsets->data() : nullptr;
+  task.change = change.data();
+  task.scratch = scratch.get();
+  nb::gil_scoped_release release;
+  kernels->descend_rows(task);
+}
+
 }  // namespace
 
 void bind_rounding(nb::module_& module) {
@@ -115,6 +161,13 @@ void bind_rounding(nb::module_& module) {
              nb::arg("offsets").noconvert().none(), nb::arg("residual").noconvert().none(), nb::arg("isa") = "",
              "Round rows of a matrix, errors of columns passed on to those before (kernels/cpu/rounding/rounding.h). "
              "All rows are independent of each other. Runs in the calling thread.");
+  module.def("descend_rows", &descend_rows, nb::arg("slopes").noconvert(), nb::arg("inputs").noconvert(),
+             nb::arg("outputs").noconvert(), nb::arg("levels").noconvert(), nb::arg("codes_of_levels").noconvert(),
+             nb::arg("block"), nb::arg("scale_type"), nb::arg("fixed_scales"), nb::arg("codes").noconvert(),
+             nb::arg("scales").noconvert(), nb::arg("offsets").noconvert().none(), nb::arg("change").noconvert(),
+             nb::arg("isa") = "",
+             "Better scales and codes for up to 16 rows that are rounded already (kernels/cpu/rounding/descent.h). Runs "
+             "in the calling thread.");
 }
 
 }  // namespace kbit

@@ -6,6 +6,7 @@
 
 #include "attention/attention_kernels.h"
 #include "codecs/matrix.h"
+#include "rounding/descent.h"
 #include "rounding/rounding.h"
 
 namespace kbit {
@@ -57,7 +58,8 @@ struct Kernels {
   void (*decode_row)(const Matrix& w, std::int64_t row, float* out);                          // out (K)
 
   AttentionKernels attention;
-  void (*round_rows)(const RoundTask&);  // up to 16 rows of weights to codes and scales
+  void (*round_rows)(const RoundTask&);      // up to 16 rows of weights to codes and scales
+  void (*descend_rows)(const DescentTask&);  // better codes and scales for up to 16 rows
   std::int64_t (*trace)(const std::uint8_t* in, std::int64_t in_bytes, std::uint8_t* out, std::int64_t out_bytes);
 };
 

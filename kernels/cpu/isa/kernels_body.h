@@ -6,6 +6,7 @@
 #include "matmul/matmul.h"
 #include "matmul/matmul_float.h"
 #include "program/rows.h"
+#include "rounding/descent_kernel.h"
 #include "rounding/rounding_kernel.h"
 #include "simd/trace.h"
 
@@ -15,6 +16,6 @@
   extern const Kernels kernels_##set;                                                                              \
   const Kernels kernels_##set = {#set,          ::matmul_int8,     ::matmul_bf16, ::matmul_fp32,  ::quantize_row,  \
                                  ::bfloat_row,  ::rms_norm,        ::add_row,     ::activate_row, ::decode_row,    \
-                                 kAttentionKernels, ::round_rows, ::trace};                                                      \
+                                 kAttentionKernels, ::round_rows,  ::descend_rows, ::trace};                                                    \
   }
 #define KBIT_DEFINE_KERNELS(set) KBIT_DEFINE_KERNELS_WITH(set, matmul_int8)

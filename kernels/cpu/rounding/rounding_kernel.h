@@ -120,20 +120,20 @@ inline void choose_scale(const RoundTask& t, const Search& search, const float* 
   *offset_out = offset;
 }
 
-// heard[j] += sum over k in [from, to) of feedback[j][k] error[k], for the columns j in [begin, end).
-inline void hear(const RoundTask& t, const float* error, float* heard, int64_t begin, int64_t end, int64_t from,
-                 int64_t to) {
+// heard[j] += sum over k in [from, to) of table[j][k] error[k], for the columns j in [begin, end).
+inline void hear(const float* table, int64_t columns, const float* error, float* heard, int64_t begin, int64_t end,
+                 int64_t from, int64_t to) {
   int64_t j = begin;
   for (; j + 4 <= end; j += 4) {
-    const float* row = t.feedback + j * t.columns;
+    const float* row = table + j * columns;
     Floats a = load(heard + kRoundLanes * j), b = load(heard + kRoundLanes * (j + 1)), c = load(heard + kRoundLanes * (j + 2)),
            d = load(heard + kRoundLanes * (j + 3));
     for (int64_t k = from; k < to; ++k) {
       const Floats e = load(error + kRoundLanes * k);
       a = fma(broadcast(row[k]), e, a);
-      b = fma(broadcast(row[t.columns + k]), e, b);
-      c = fma(broadcast(row[2 * t.columns + k]), e, c);
-      d = fma(broadcast(row[3 * t.columns + k]), e, d);
+      b = fma(broadcast(row[columns + k]), e, b);
+      c = fma(broadcast(row[2 * columns + k]), e, c);
+      d = fma(broadcast(row[3 * columns + k]), e, d);
     }
     store(heard + kRoundLanes * j, a);
     store(heard + kRoundLanes * (j + 1), b);
@@ -141,7 +141,7 @@ inline void hear(const RoundTask& t, const float* error, float* heard, int64_t b
     store(heard + kRoundLanes * (j + 3), d);
   }
   for (; j < end; ++j) {
-    const float* row = t.feedback + j * t.columns;
+    const float* row = table + j * columns;
     Floats a = load(heard + kRoundLanes * j);
     for (int64_t k = from; k < to; ++k) a = fma(broadcast(row[k]), load(error + kRoundLanes * k), a);
     store(heard + kRoundLanes * j, a);
@@ -163,7 +163,7 @@ void round_rows(const RoundTask& t) {
   }
   for (int64_t n = blocks - 1; n >= 0; --n) {
     const int64_t begin = n * block, end = begin + block < columns ? begin + block : columns;
-    if (t.feedback) hear(t, error, heard, begin, end, end, columns);
+    if (t.feedback) hear(t.feedback, columns, error, heard, begin, end, end, columns);
     alignas(64) float scales[kRoundLanes] = {}, inverses[kRoundLanes] = {}, offsets[kRoundLanes] = {};
     for (int r = 0; r < int(t.rows); ++r) {
       const int64_t at = r * blocks + n;
@@ -181,7 +181,7 @@ void round_rows(const RoundTask& t) {
     }
     for (int64_t tile_end = end; tile_end > begin;) {
       const int64_t tile = tile_end - begin > kRoundTile ? tile_end - kRoundTile : begin;
-      if (t.feedback && tile_end < end) hear(t, error, heard, tile, tile_end, tile_end, end);
+      if (t.feedback && tile_end < end) hear(t.feedback, columns, error, heard, tile, tile_end, tile_end, end);
       for (int64_t j = tile_end - 1; j >= tile; --j) {
         alignas(64) float targets[kRoundLanes], values[kRoundLanes];
         const Floats target = add(load(weights + kRoundLanes * j), load(heard + kRoundLanes * j));
