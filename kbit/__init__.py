@@ -22,10 +22,16 @@ if not _is_compiled(__path__[0]):
 
     if not _is_compiled(__path__[0]):
 
-        def __getattr__(name: str) -> object:
-            if name in ("_native", "kernels"):
-                raise ImportError(
-                    f"kbit was imported from {__path__[0]}, where it is not compiled, and is not installed: "
-                    "run pip install . (or pip install -e . to work on it)"
-                )
-            raise AttributeError(f"module 'kbit' has no attribute {name!r}")
+        class _NotInstalled:
+            """Asked last for every module: says what to do where one is wanted that only an installation has."""
+
+            @staticmethod
+            def find_spec(name: str, path: object = None, target: object = None) -> None:
+                if name in ("kbit._native", "kbit.kernels"):
+                    raise ImportError(
+                        f"kbit was imported from {__path__[0]}, where it is not compiled, and is not installed: "
+                        "run pip install . (or pip install -e . to work on it)",
+                        name=name,
+                    )
+
+        sys.meta_path.append(_NotInstalled)

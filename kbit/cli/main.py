@@ -148,6 +148,8 @@ def _explain(error: Exception) -> tuple[str, int]:
     """One line for a person, and the exit code."""
     if isinstance(error, KbitError):
         return f"kbit: error: {_one_line(error)}", error.exit_code
+    if isinstance(error, ImportError) and error.name in ("kbit._native", "kbit.kernels"):  # see kbit/__init__.py
+        return f"kbit: error: {_one_line(error)}", 1
     if hasattr(error, "format_message") and hasattr(error, "exit_code"):  # click's exceptions
         context = getattr(error, "ctx", None)
         hint = f" (see {context.command_path} --help)" if context is not None else ""
