@@ -16,6 +16,8 @@ from kbit.graph.batch import Batch
 from kbit.graph.ops import Definition
 
 BLOCK = 64
+# Rows of the first table by position, which then doubles.
+FIRST_POSITIONS = 16 * BLOCK
 
 Table = tuple[NDArray[np.float32], NDArray[np.float32]]
 
@@ -45,7 +47,7 @@ class RotaryTable:
     def by_position(self, stop: int) -> Table:
         """A table whose row p is position p, for positions [0, stop) at least. Not for a rotation by length."""
         if stop > self._end:
-            end = max(stop, 2 * self._end, 16 * BLOCK)
+            end = max(stop, 2 * self._end, FIRST_POSITIONS)
             end += -end % BLOCK
             new = self._blocks(self._end, end, end)
             self._table = _joined([self._table, new]) if self._end else new

@@ -5,7 +5,7 @@ The weights are shapes with names. Nothing is read and nothing computed; no torc
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from itertools import groupby
 
@@ -119,27 +119,49 @@ def recorded(spec: ModelSpec, layers: int | None = None) -> Structure:
     """
     if layers is not None and layers < spec.layers:
         spec = replace(spec, layers=layers, windows=spec.windows[:layers])
-    declared = parameters(spec)
-    embedding = NamedMatrix(declared[0].name, (spec.vocab_size, spec.hidden_size))
-    inside = groupby((p for p in declared if p.layer is not None), key=lambda parameter: parameter.layer)
-    layers_of = tuple(_weights(parts) for _, parts in inside)
     recorder = Recorder(Symbol(1))
-    weights = DecoderWeights(embedding, layers_of, Weights(), embedding)
+    weights = assemble(spec, _named_matrix, lambda parameter: NamedVector(parameter.name, parameter.shape))
     result = DecoderDefinition(spec, weights).body(recorder, recorder.input)
     return Structure(tuple(recorder.operations), result)
 
 
-def _weights(declared: Iterable[Parameter]) -> Weights:
+def assemble(
+    spec: ModelSpec, matrix: Callable[[Parameter], Weight], vector: Callable[[Parameter], Vector]
+) -> DecoderWeights:
+    """A model's weights, from what makes one of its declaration.
+
+    Args:
+        spec: the model.
+        matrix: makes a matrix of its declaration: a linear's, the embedding or a head.
+        vector: makes a norm's weight or a bias.
+    """
+    declared = parameters(spec)
+    inside = groupby((p for p in declared if p.layer is not None), key=lambda parameter: parameter.layer)
+    layers = tuple(_weights(parts, matrix, vector) for _, parts in inside)
+    outside = [p for p in declared if p.layer is None]
+    embedding = matrix(outside[0])
+    head = next((matrix(p) for p in outside if p.role == "head"), embedding)
+    final = _weights((p for p in outside if p.role in ("norm", "bias")), matrix, vector)
+    return DecoderWeights(embedding, layers, final, head)
+
+
+def _named_matrix(parameter: Parameter) -> NamedMatrix:
+    rows, columns = parameter.shape
+    return NamedMatrix(parameter.name, (rows, columns))
+
+
+def _weights(
+    declared: Iterable[Parameter], matrix: Callable[[Parameter], Weight], vector: Callable[[Parameter], Vector]
+) -> Weights:
     matrices: dict[str, Weight] = {}
     norms: dict[str, Vector] = {}
     biases: dict[str, Vector] = {}
     for parameter in declared:
         if parameter.role == "linear":
-            rows, columns = parameter.shape
-            matrices[parameter.slot] = NamedMatrix(parameter.name, (rows, columns))
+            matrices[parameter.slot] = matrix(parameter)
         else:
             vectors = norms if parameter.role == "norm" else biases
-            vectors[parameter.slot] = NamedVector(parameter.name, parameter.shape)
+            vectors[parameter.slot] = vector(parameter)
     return Weights(matrices, norms, biases)
 
 

@@ -20,13 +20,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kbit import _native
+from kbit.backends.cpu.runner import PASS_ROWS, record
+from kbit.backends.cpu.weight import NativeWeight
 from kbit.formats.quant_format import QuantFormat, plane_widths
 from kbit.graph.pages import pages_for
+from kbit.models.decoder import DecoderDefinition
+from kbit.models.families import spec_from_config
+from kbit.models.params import Parameter
+from kbit.models.structure import assemble
 
 # A matrix of the size of those in a small model; a large one is many of these to the kernels.
 ROWS = COLUMNS = 1024
-# Tokens of a pass when a prompt is read (kbit.backends.cpu.runner.PASS_ROWS).
-PASS_ROWS = 512
 # Tokens that products of a prompt are timed with: passes are whole, or what is left of a prompt.
 _PRODUCT_ROWS = (256, PASS_ROWS)
 # Read again and again from cache: beyond the second level of most processors, well below the third.
@@ -35,6 +39,13 @@ CACHED_BYTES = 4 << 20
 SECONDS, REPEATS = 0.12, 5
 _TOKENS = 1024  # slots that attention is timed with
 _ATTENTION_BYTES = 64 << 20  # the most that a cache is filled with
+_TINY = {
+    "model_type": "llama",
+    "vocab_size": 16,
+    "hidden_size": 64,
+    "intermediate_size": 64,
+    "num_attention_heads": 1,
+}
 
 
 @dataclass(frozen=True)
@@ -266,28 +277,21 @@ class Timer:
         return _Recorded(program, dim * kv_heads * group)
 
     def _tiny_model(self, layers: int) -> tuple[_Recorded, _Sequence]:
-        """A whole decoder whose weights take no time to read."""
-        width, mlp = 64, 64
-        program = _native.Program(self.context, self.compute)
-        x, q, k, v, out = (program.buffer(width) for _ in range(5))
-        middle = program.buffer(mlp)
-        program.embed(self._embedding(width), x)
-        norm = np.ones(width, dtype=np.float32)
+        """A whole decoder whose weights take no time to read, recorded as any model is."""
+        spec = spec_from_config({**_TINY, "num_hidden_layers": layers}, where="a tiny model")
 
-        def matrix(rows: int, columns: int) -> _native.Matrix:
-            return _matrix(QuantFormat("int", 4), self.context, rows, columns)
+        def matrix(parameter: Parameter) -> NativeWeight:
+            rows, columns = parameter.shape
+            quantized = parameter.role != "embedding"
+            small = (
+                _matrix(QuantFormat("int", 4), self.context, rows, columns) if quantized else self._embedding(columns)
+            )
+            return NativeWeight(small)
 
-        for layer in range(layers):
-            three = [matrix(width, width) for _ in range(3)]
-            program.matmul(x, three, [None] * 3, [q, k, v], norm, 1e-5, None, None)
-            program.attend(q, k, v, out, layer, 1, 1, width, 0.1, None)
-            program.matmul(out, [matrix(width, width)], [None], [x], None, 0.0, None, x)
-            two = [matrix(mlp, width), matrix(mlp, width)]
-            program.matmul(x, two, [None] * 2, [middle], norm, 1e-5, "silu", None)
-            program.matmul(middle, [matrix(width, mlp)], [None], [x], None, 0.0, None, x)
-        program.finish(x)
-        program.head(matrix(16, width), norm, 1e-5)
-        return _Recorded(program, width), _one_sequence(layers, 1, width, "fp16", 16)
+        weights = assemble(spec, matrix, lambda parameter: np.ones(parameter.shape, dtype=np.float32))
+        model = record(DecoderDefinition(spec, weights), self.context, self.compute)
+        cache = _one_sequence(spec.cache_layers, spec.kv_heads, spec.head_dim, "fp16", 16)
+        return _Recorded(model.program, model.hidden_width), cache
 
     def _embedding(self, columns: int) -> _native.Matrix:
         values = np.random.default_rng(0).standard_normal((16, columns), dtype=np.float32)

@@ -23,8 +23,10 @@ from functools import lru_cache
 from math import ceil
 
 from kbit import _native
+from kbit.backends.cpu.runner import PASS_ROWS
+from kbit.backends.rotary import FIRST_POSITIONS
 from kbit.checkpoint.source import CheckpointSource
-from kbit.formats.quant_format import QuantFormat, plane_widths
+from kbit.formats.quant_format import QuantFormat
 from kbit.formats.registry import parse_format
 from kbit.graph.pages import pages_for
 from kbit.host.errors import UnsupportedError, UsageError
@@ -36,10 +38,6 @@ DENSE_BYTES = {"fp16": 2, "bf16": 2, "fp32": 4}
 _DENSE_OF = {"F16": "fp16", "BF16": "bf16"}
 KV_KINDS = ("fp32", "fp16", "8", "4", "3", "2")
 
-# kbit.backends.cpu.runner.PASS_ROWS: tokens that go through the program at once.
-_PASS_ROWS = 512
-# kbit.backends.rotary: positions of the first table, which then doubles.
-_ROTARY_POSITIONS = 1024
 # Fraction of rows that a layer's int8 products multiply a second time (kernels/cpu/program/program_matmul.cpp, kSpike:
 # 5 % on SmolLM2). They are not the same rows in every layer, so in a deep model most of that memory is touched.
 _SPIKY = 0.05
@@ -227,7 +225,7 @@ def predict_memory(
         tokenizer += _GGUF_TOKEN_BYTES * spec.vocab_size
         reused += _GGUF_REUSED * _GGUF_TOKEN_BYTES * spec.vocab_size
     kept = tokenizer - int(reused)
-    rows = min((prompt or context) * batch, context * batch, _PASS_ROWS)
+    rows = min((prompt or context) * batch, context * batch, PASS_ROWS)
     if backend == "native":
         workspace = program_bytes(spec, weights, rows, compute, threads, resident=True)
         workspace = max(workspace + _attention_bytes(spec, context, threads), leftover)
@@ -256,7 +254,11 @@ def prepared_bytes(weight: Weight, backend: str = "native") -> int:
         return 4 * weight.numel
     kept = weight.kept
     if backend != "native":
-        return _triton_bytes(weight)
+        if isinstance(kept, str):
+            return 2 * weight.numel
+        from kbit.kernels.triton.codecs.sizes import planes_bytes
+
+        return planes_bytes(kept, weight.rows, weight.columns)
     if isinstance(kept, str):
         return _native.matrix_bytes(weight.rows, weight.columns, 0, 0, kept, False)
     # Factors of double-quantized scales are multiplied in at load; K types keep steps of a number for 256 columns.
@@ -348,18 +350,6 @@ def _passing_bytes(weight: Weight, size: int, backend: str) -> int:
     return max(copies, weight.stored_bytes + size)
 
 
-def _triton_bytes(weight: Weight) -> int:
-    kept = weight.kept
-    if isinstance(kept, str):
-        return 2 * weight.numel
-    multiple = max(64, 256 // min(plane_widths(kept.bits)))
-    rows, columns = _up(weight.rows, 16), _up(weight.columns, multiple)
-    blocks = kept.blocks_per_row(columns)
-    number = 1 if kept.double_quant else DENSE_BYTES[kept.scale_dtype]
-    scales = rows * blocks * number + (4 * ceil(rows * blocks / 256) if kept.double_quant else 0)
-    return rows * columns * kept.bits // 8 + scales * (2 if kept.asymmetric else 1)
-
-
 @lru_cache(maxsize=256)
 def _buffer_widths(spec: ModelSpec) -> tuple[int, ...]:
     """Widths of a program's buffers: recorded, fused and placed as the model itself would be."""
@@ -381,7 +371,7 @@ def _attention_bytes(spec: ModelSpec, context: int, threads: int) -> int:
 
 def _rotary_bytes(spec: ModelSpec, context: int) -> int:
     """Cosines and sines of all positions, in tables that double."""
-    positions = _ROTARY_POSITIONS
+    positions = FIRST_POSITIONS
     while positions < context:
         positions *= 2
     return 4 * spec.rope.dim * positions

@@ -14,9 +14,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from kbit.backends.cpu.runner import PASS_ROWS
 from kbit.host.errors import KbitError
 from kbit.models.spec import ModelSpec
-from kbit.planner.kernel_timing import PASS_ROWS, AttentionRate, KernelRate, kernel_key
+from kbit.planner.kernel_timing import AttentionRate, KernelRate, kernel_key
 from kbit.planner.machine import MachineSpeed, attention_key
 from kbit.planner.memory import Weight, cache_bytes, prepared_bytes
 

@@ -34,8 +34,10 @@ from kbit.formats.planes_codec import PlanesTensor
 from kbit.formats.quant_format import SUPERBLOCK, QuantFormat, plane_widths
 from kbit.formats.quant_tensor import QuantTensor
 from kbit.host.errors import UnsupportedError
+from kbit.kernels.triton.codecs.sizes import ROW_TILE as ROW_TILE
+from kbit.kernels.triton.codecs.sizes import columns_multiple as columns_multiple
+from kbit.kernels.triton.codecs.sizes import padded_shape
 
-ROW_TILE = 16  # rows of one mma.m16n8k16
 STEP = 16  # columns of one
 ACTIVATION_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
@@ -112,11 +114,6 @@ class TritonWeight:
         return [tensor for tensor in (*several, self.table, self.table8) if tensor is not None]
 
 
-def columns_multiple(bits: int) -> int:
-    """What K is padded to: 128 bits per lane of the narrowest plane, and at least 64."""
-    return max(64, 256 // min(plane_widths(bits)))
-
-
 def prepare_weight(
     weight: QuantTensor | torch.Tensor, device: torch.device | str, dtype: torch.dtype = torch.float16
 ) -> TritonWeight:
@@ -146,7 +143,7 @@ def _planes(matrix: QuantTensor, device: torch.device | str, dtype: torch.dtype)
     weight = PlanesTensor.of(matrix)
     quant_format = weight.format
     rows, columns = weight.shape
-    padded = (_up(rows, ROW_TILE), _up(columns, columns_multiple(quant_format.bits)))
+    padded = padded_shape(quant_format, rows, columns)
     kind, table, multiplier = _values(quant_format, weight.codebook, dtype)
     codes = torch.nn.functional.pad(weight.codes(), (0, padded[1] - columns, 0, padded[0] - rows))
     planes = []
@@ -286,7 +283,3 @@ def _lift(weight: PlanesTensor) -> float:
     if weight.offsets is not None:
         largest = max(largest, float(weight.offsets.abs().max()))
     return 2.0 ** -round(math.log2(largest)) if largest > 0 else 1.0
-
-
-def _up(value: int, multiple: int) -> int:
-    return -(-value // multiple) * multiple

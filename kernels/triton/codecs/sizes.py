@@ -1,0 +1,32 @@
+"""Sizes of weights as the Triton kernels read them (`kbit.kernels.triton.codecs.layout`), known without torch."""
+
+from __future__ import annotations
+
+from kbit.formats.quant_format import SUPERBLOCK, QuantFormat, plane_widths
+
+ROW_TILE = 16  # rows of one mma.m16n8k16
+_SCALE_BYTES = {"fp16": 2, "bf16": 2, "fp32": 4}
+
+
+def columns_multiple(bits: int) -> int:
+    """What K is padded to: 128 bits per lane of the narrowest plane, and at least 64."""
+    return max(64, 256 // min(plane_widths(bits)))
+
+
+def padded_shape(format: QuantFormat, rows: int, columns: int) -> tuple[int, int]:
+    """(N', K')."""
+    return _up(rows, ROW_TILE), _up(columns, columns_multiple(format.bits))
+
+
+def planes_bytes(format: QuantFormat, rows: int, columns: int) -> int:
+    """Bytes of a prepared matrix: codes, scales and offsets, padding included, its codebook's table left out."""
+    rows, columns = padded_shape(format, rows, columns)
+    numbers = rows * format.blocks_per_row(columns)
+    scales = numbers * (1 if format.double_quant else _SCALE_BYTES[format.scale_dtype])
+    if format.double_quant:
+        scales += 4 * -(-numbers // SUPERBLOCK)
+    return rows * columns * format.bits // 8 + scales * (2 if format.asymmetric else 1)
+
+
+def _up(value: int, multiple: int) -> int:
+    return -(-value // multiple) * multiple
