@@ -166,12 +166,19 @@ def _from_the_best(
 def _seconds(
     source: CheckpointSource, method: Method, codec: Codec, flags: QuantizeFlags, mixed: bool, rates: Rates
 ) -> float:
+    from kbit.quantizers.awq import CLIPS, ActivationAware
     from kbit.quantizers.calibrated import CalibratedRounding
     from kbit.quantizers.estimate import Steps, estimate
 
     if not isinstance(method, CalibratedRounding):
         each = _HALF_QUADRATIC if method.name == "hqq" else _NEAREST
         return estimate(source, Steps(searches=False, feedback=False, two_sided=False, each=each), rates)
+    measured = MEASURED_TOKENS if flags.measures(method) else 0
+    if isinstance(method, ActivationAware):
+        request, tried = None if method.is_calibrated(source) else method.request, method.grid + len(CLIPS)
+        each = _NEAREST * tried
+        steps = Steps(request, searches=False, each=each, products=method.grid, measured_tokens=measured)
+        return estimate(source, steps, rates)
     calibrated, weigh = method.is_calibrated(source), mixed
     if mixed and calibrated:
         from kbit.quantizers.mixed import known_formats
@@ -183,7 +190,7 @@ def _seconds(
         weigh=weigh,
         feedback=method.rounding.feedback,
         two_sided=method.rounding.two_sided and method.request.gradients,
-        measured_tokens=MEASURED_TOKENS if flags.measures(method) else 0,
+        measured_tokens=measured,
     )
     return estimate(source, steps, rates)
 

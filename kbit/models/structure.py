@@ -6,8 +6,9 @@ The weights are shapes with names. Nothing is read and nothing computed; no torc
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from itertools import groupby
+from typing import Literal
 
 from kbit.graph.ops import Vector, Weight
 from kbit.graph.recording import (
@@ -57,6 +58,24 @@ class NamedVector:
     nbytes: int = 0
 
 
+@dataclass(frozen=True)
+class Seam:
+    """Features that can be scaled where they are made and where they are multiplied, and nothing changes.
+
+    Attributes:
+        consumers: the matrices that multiply them, and all that reads them.
+        producer: the tensor whose values (of a norm) or rows (of a matrix) make them.
+        biases: vectors that are added to what the producer makes.
+        kind: what is between: nothing ("norm"), the product with an activated gate ("product"), or attention, which
+            takes the features as values and may give them to several heads ("values").
+    """
+
+    consumers: tuple[str, ...]
+    producer: str
+    biases: tuple[str, ...]
+    kind: Literal["norm", "product", "values"]
+
+
 @dataclass(frozen=True, eq=False)
 class Structure:
     """A recorded body.
@@ -98,6 +117,40 @@ class Structure:
                 for weight, out in zip(operation.weights, operation.outs, strict=True):
                     found[_name(weight)] = made[operation.x]
                     made[out] = _name(weight)
+        return found
+
+    def seams(self) -> list[Seam]:
+        """Where features can be scaled, in the order of the computation."""
+        readers: dict[Symbol, list[Operation]] = {}
+        makers: dict[Symbol, Operation] = {}
+        for operation in self.operations:
+            for field in fields(operation):
+                value = getattr(operation, field.name)
+                outs = value if field.name == "outs" else (value,) if field.name == "out" else ()
+                makers |= dict.fromkeys(outs, operation)
+                if isinstance(value, Symbol) and field.name != "out":
+                    readers.setdefault(value, []).append(operation)
+        found: list[Seam] = []
+        for symbol, operations in readers.items():
+            projects = [operation for operation in operations if isinstance(operation, Project)]
+            maker = makers.get(symbol)
+            if symbol is self.result or maker is None or len(projects) < len(operations):
+                continue
+            if any(operation.x is not symbol for operation in projects):
+                continue  # a residual stream
+            consumers = tuple(_name(weight) for operation in projects for weight in operation.weights)
+            if isinstance(maker, Norm):
+                biases = (maker.bias,) if maker.bias is not None else ()
+                found.append(Seam(consumers, _vector(maker.weight), tuple(_vector(bias) for bias in biases), "norm"))
+                continue
+            made = maker.up if isinstance(maker, Activate) else maker.v if isinstance(maker, Attend) else None
+            before = makers.get(made) if made is not None else None
+            if made is None or not isinstance(before, Project) or readers[made] != [maker] or before.activation:
+                continue
+            at = before.outs.index(made)
+            bias = before.biases[at]
+            kind: Literal["product", "values"] = "product" if isinstance(maker, Activate) else "values"
+            found.append(Seam(consumers, _name(before.weights[at]), () if bias is None else (_vector(bias),), kind))
         return found
 
     def sharing(self) -> list[tuple[str, ...]]:
@@ -163,6 +216,11 @@ def _weights(
             vectors = norms if parameter.role == "norm" else biases
             vectors[parameter.slot] = vector(parameter)
     return Weights(matrices, norms, biases)
+
+
+def _vector(vector: Vector) -> str:
+    assert isinstance(vector, NamedVector)
+    return vector.name
 
 
 def _name(weight: Weight) -> str:

@@ -27,6 +27,8 @@ _FORWARD, _BACKWARD, _LOGITS, _DRAW, _PACK = 4.0, 18.0, 30.0, 24.0, 20.0
 # How much longer than a large matrix product the same operations take when a token is decoded, and when errors are
 # passed on; and than a 4-bit grid's, a search of the wider ones and of codebooks fitted to the weights.
 _DECODING, _FEEDBACK, _SEARCH = 1.8, 2.5, 2.5
+# Of everything, for what is not counted: Python, memory, waiting for the last of several threads.
+_UNCOUNTED = 1.4
 # Seconds that loading, starting and writing take whatever the model.
 _OVERHEAD = 4.0
 # How long each rate is measured, in seconds.
@@ -71,6 +73,7 @@ class Steps:
         calibrate: what is still to be measured, if anything.
         searches: scales are searched; else every weight is worked on by itself.
         each: exponentials that this takes as long as, without a search.
+        products: of every matrix with its inputs' factor, without a search.
         weigh: try every width.
         feedback, two_sided: see `kbit.quantizers.settings.Settings`.
         measured_tokens: on which the result is compared with the original.
@@ -79,6 +82,7 @@ class Steps:
     calibrate: CalibrationRequest | None = None
     searches: bool = True
     each: float = 0.0
+    products: int = 0
     weigh: bool = False
     feedback: bool = True
     two_sided: bool = True
@@ -134,7 +138,7 @@ def estimate(source: CheckpointSource, steps: Steps, rates: Rates) -> float:
         tokens = steps.measured_tokens
         work += _sampling(spec, tokens, 512)
         work += Work(4.0 * tokens * _weights(spec), 2.0 * _LOGITS * tokens * spec.vocab_size)
-    return _OVERHEAD + work.seconds(rates)
+    return _OVERHEAD + _UNCOUNTED * work.seconds(rates)
 
 
 def _sampling(spec: ModelSpec, tokens: int, length: int) -> Work:
@@ -167,7 +171,7 @@ def _calibrating(spec: ModelSpec, tokens: int, length: int, gradients: bool) -> 
 def _rounding(rows: int, columns: int, times: int, steps: Steps, two_sided: bool) -> Work:
     """A matrix that is rounded so many times; where widths are weighed, with what its error costs."""
     if not steps.searches:
-        return Work(elements=steps.each * rows * columns)
+        return Work(2.0 * steps.products * rows * columns**2, steps.each * rows * columns)
     operations, factors = 0.0, float(columns**2)
     if steps.feedback:
         operations += columns**3 / 3 + _FEEDBACK * times * float(rows) * columns**2

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from kbit.host.errors import UsageError
+from kbit.quantizers.awq import ActivationAware
 from kbit.quantizers.calibrated import Gptq, ScaleSearch, TwoSided
 from kbit.quantizers.hqq import HalfQuadratic
 from kbit.quantizers.method import Method
@@ -10,7 +11,8 @@ from kbit.quantizers.outliers import Outliers
 from kbit.quantizers.rtn import RoundToNearest
 
 METHODS: dict[str, Method] = {
-    method.name: method for method in (RoundToNearest(), HalfQuadratic(), ScaleSearch(), Gptq(), TwoSided(), Outliers())
+    method.name: method
+    for method in (RoundToNearest(), HalfQuadratic(), ActivationAware(), ScaleSearch(), Gptq(), TwoSided(), Outliers())
 }
 
 

@@ -10,7 +10,7 @@ import hashlib
 import json
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 
@@ -18,6 +18,7 @@ from kbit.checkpoint.readers.kbit_folder import LAYOUT_VERSION
 from kbit.checkpoint.source import CheckpointSource, TensorInfo
 from kbit.checkpoint.writer import DEFAULT_SHARD_BYTES, StoredWeight, partial_folder
 from kbit.formats.codec import Codec, Part
+from kbit.formats.quant_format import QuantFormat
 from kbit.formats.registry import parse_format
 from kbit.host.errors import KbitError, UnsupportedError, UsageError
 from kbit.quantizers.method import Method
@@ -131,7 +132,7 @@ def make_plan(
         source: the model.
         format: for linear weights.
         embedding_bits: quantize embeddings and head too, to this many bits (16: keep), in that width's default data
-            type with the same blocks and scales.
+            type with the same blocks and scales; in the format's own where the method has no use for that.
         formats: of single tensors, by name, instead of what the two above say: a format, or how to keep it ("f16").
         overrides: (pattern, what) pairs: a format string, or "keep" to leave the tensor as it is, or "f16", "bf16",
             "f32" to keep it in that type. Patterns are shell-style and match whole tensor names; the last match wins.
@@ -157,7 +158,7 @@ def make_plan(
         if role == "head" and tied:
             continue  # the same matrix under a second name; tied it stays, stored once
         keep_as = default_keep = _KEEP_AS.get(info.stored_as, _KEEP_OTHERWISE)
-        target = _default_target(role, format, embedding_bits)
+        target = _default_target(role, format, embedding_bits, method)
         named = (formats or {}).get(info.name)
         if isinstance(named, str):
             target, keep_as = None, _KEEP_WORDS[named] or default_keep
@@ -215,11 +216,15 @@ def check_disk(plan: Plan, out: Path) -> int:
     return needed
 
 
-def _default_target(role: str, format: Codec, embedding_bits: int | None) -> Codec | None:
+def _default_target(role: str, format: Codec, embedding_bits: int | None, method: Method) -> Codec | None:
     if role == "linear":
         return format
-    if role in ("embedding", "head") and embedding_bits not in (None, 16):
-        return format.at_width(embedding_bits)
+    if role in ("embedding", "head") and embedding_bits is not None and embedding_bits != 16:
+        usual = format.at_width(embedding_bits)
+        # HQQ has offsets to find, which the width's default data type lacks.
+        if method.refuses(usual) is not None and isinstance(format, QuantFormat):
+            return replace(format, bits=embedding_bits)
+        return usual
     return None
 
 

@@ -117,3 +117,10 @@ def test_a_real_model_diverges_less(novels_folder: str, data_dir: Path) -> None:
     # Paired by window: the difference, and its error over the tokens.
     difference = (kl["rtn"] - kl["hqq"]).ravel()
     assert difference.mean() > 2 * difference.std() / len(difference) ** 0.5
+
+
+def test_embeddings_keep_their_offsets(tiny_model: Path) -> None:
+    """The default type of 6 bits has none, so HQQ takes 6 bits of its own."""
+    with open_model(str(tiny_model)) as source:
+        plan = make_plan(source, QuantFormat.parse("int4-b32-asym"), embedding_bits=6, method=get_method("hqq"))
+    assert {str(tensor.format) for tensor in plan.tensors if tensor.role == "embedding"} == {"int6-b32-asym"}
