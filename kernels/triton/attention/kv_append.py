@@ -9,9 +9,8 @@ thread. Then the threads of a token put their bits of each word together, since 
 There are as many tokens as give every thread of one warp a group: 8 at D = 128. Bound: launch latency at decode; at
 prefill the bytes read and written.
 
-The result is what `reference.rope` followed by `reference.quantize_kv` gives, bit for bit (a code on the edge between
-two levels would differ otherwise): the Hadamard sums add their terms in the same order, and contraction into fused
-multiply-adds is off, since it would round the rotation once less than the reference does.
+The result is what `reference.rope` followed by `reference.quantize_kv` gives, to rounding: a value that lies between
+two levels may have the code of either, and a scale be the next number of half precision.
 """
 
 from __future__ import annotations
@@ -22,48 +21,20 @@ import triton.language as tl
 
 from kbit.kernels.triton.attention.kv_codes import (
     PAGE,
+    exponent,
     low_width,
-    odd_parity,
     page_bytes,
     power_above,
     power_below,
     scale_group,
-    shifted,
 )
 from kbit.kernels.triton.attention.kv_layout import KVFormat, check_pages
+from kbit.kernels.triton.attention.kv_pack import columns, store_plane
 from kbit.kernels.triton.target import current_arch
 
 # With more query heads than this for one key/value head, programs of their own take SEVERAL of them each.
 MOST_HEADS = 8
 SEVERAL = 4
-
-
-@triton.jit
-def columns(x):
-    """The columns of a tile (R, C), each (R,): a tuple of C, a power of two."""
-    ROWS: tl.constexpr = x.shape[0]
-    COUNT: tl.constexpr = x.shape[1]
-    found = ()
-    if COUNT == 1:
-        found = (tl.reshape(x, (ROWS,)),)
-    else:
-        even, odd = tl.split(tl.reshape(x, (ROWS, COUNT // 2, 2)))
-        evens, odds = columns(even), columns(odd)
-        for i in tl.static_range(COUNT // 2):
-            found = found + (evens[i], odds[i])
-    return found
-
-
-@triton.jit
-def beside(parts, FIRST: tl.constexpr, COUNT: tl.constexpr):
-    """The reverse of `columns` for COUNT of a tuple's tensors from FIRST on: (R, COUNT)."""
-    ROWS: tl.constexpr = parts[FIRST].shape[0]
-    if COUNT == 1:
-        x = tl.reshape(parts[FIRST], (ROWS, 1))
-    else:
-        low, high = beside(parts, FIRST, COUNT // 2), beside(parts, FIRST + COUNT // 2, COUNT // 2)
-        x = tl.reshape(tl.permute(tl.join(low, high), (0, 2, 1)), (ROWS, COUNT))
-    return x
 
 
 @triton.jit
@@ -95,84 +66,30 @@ def rotated(row, keep, cos, sin, first, DIM: tl.constexpr, HALF: tl.constexpr, W
 
 
 @triton.jit
-def hadamard16(x, FIRST: tl.constexpr):
-    """The transform of 16 of a tuple's tensors from FIRST on, before the norm: the sums of reference.hadamard.
-
-    A sum over the first i terms depends on as many bits of the lane as i has, so that lanes share it: 170 additions
-    for 16 lanes, not 240, in the same order.
-    """
-    sums = (x[FIRST],)
-    for i in tl.static_range(1, 16):
-        grown = ()
-        for lane in tl.static_range(power_above(i - 1)):
-            if odd_parity(lane & i):
-                grown = grown + (sums[lane] - x[FIRST + i],)
+def transformed(x, GROUP: tl.constexpr):
+    """reference.hadamard of a group, before the norm, by butterflies: a tuple of GROUP tensors."""
+    sums = x
+    for bit in tl.static_range(exponent(GROUP)):
+        turned = ()
+        for i in tl.static_range(GROUP):
+            if i & (1 << bit):
+                turned = turned + (sums[i - (1 << bit)] - sums[i],)
             else:
-                grown = grown + (sums[lane] + x[FIRST + i],)
-        if power_above(i - 1) == i:  # a new bit: the lanes that have it began as the others did
-            for lane in tl.static_range(i):
-                grown = grown + (sums[lane] - x[FIRST + i],)
-        sums = grown
+                turned = turned + (sums[i] + sums[i + (1 << bit)],)
+        sums = turned
     return sums
 
 
 @triton.jit
-def transformed(x, GROUP: tl.constexpr):
-    """reference.hadamard of a group, before the norm: a tuple of GROUP tensors."""
-    low = hadamard16(x, 0)
-    if GROUP == 32:
-        high = hadamard16(x, 16)
-        sums, differences = (), ()
-        for lane in tl.static_range(16):
-            sums = sums + (low[lane] + high[lane],)
-            differences = differences + (low[lane] - high[lane],)
-        low = sums + differences
-    return low
-
-
-@triton.jit
-def code_of(x, divisor, reciprocal, BITS: tl.constexpr):
-    """The code of a value in the low bits of an int32; what lies above them is to be cleared.
-
-    The quotient is correctly rounded, as the reference's is, though division itself takes four times as long: the
-    divisor has 11 bits, so that a quotient is never closer to the middle of two float32 numbers than 2^-12 of their
-    distance, and one correction leaves far less error than that.
-    """
-    quotient = x * reciprocal
-    units = tl.fma(tl.fma(-quotient, divisor, x), reciprocal, quotient)
+def code_of(units, BITS: tl.constexpr):
+    """The code of a value over its scale in the low bits of an int32; what lies above them is to be cleared."""
     # adding 1.5 * 2^23 rounds to the nearest integer, ties to even, and leaves it in the low bits
     if BITS == 8:
         whole = tl.minimum(tl.maximum(units, -127.0), 127.0) + (12582912.0 + 128.0)
     else:
         TOP: tl.constexpr = (1 << BITS) - 1
-        whole = tl.minimum(tl.maximum(tl.fma(units, 0.5, 0.5 * TOP), 0.0), TOP * 1.0) + 12582912.0
+        whole = tl.minimum(tl.maximum(units * 0.5 + 0.5 * TOP, 0.0), TOP * 1.0) + 12582912.0
     return whole.to(tl.int32, bitcast=True)
-
-
-@triton.jit
-def packed(codes, place, GROUP: tl.constexpr, FROM: tl.constexpr, WIDTH: tl.constexpr, GROUPS: tl.constexpr):
-    """Bits [FROM, FROM + WIDTH) of the codes of a chunk's groups as the words of a plane.
-
-    Args:
-        codes: tuple of GROUP int32 (R,).
-        place: int32 (R,), index of the group in its chunk of GROUPS groups.
-
-    Returns:
-        int32 (R / GROUPS, words of a chunk); of one word half may be empty.
-    """
-    ROWS: tl.constexpr = place.shape[0]
-    LANE_BITS: tl.constexpr = GROUP * GROUPS // 16 * WIDTH
-    LANES: tl.constexpr = min(32 // LANE_BITS, 16)
-    words = ()
-    for word in tl.static_range(16 // LANES):
-        sum = tl.zeros((ROWS,), tl.int32)
-        for lane in tl.static_range(LANES):
-            for slab in tl.static_range(GROUP // 16):
-                field = codes[slab * 16 + word * LANES + lane] & (((1 << WIDTH) - 1) << FROM)
-                sum |= shifted(field, FROM - lane * LANE_BITS - slab * WIDTH)
-        words = words + (sum << (place * (GROUP // 16 * WIDTH)),)
-    parts = tl.reshape(beside(words, 0, 16 // LANES), (ROWS // GROUPS, GROUPS, 16 // LANES))
-    return tl.sum(parts, 1)  # no two have a bit in common
 
 
 @triton.jit
@@ -180,34 +97,6 @@ def page_of(pages, slot, stride_page):
     """Pointers to the pages of slots, and the places within them; a negative slot counts as 0."""
     slot = tl.maximum(slot, 0)
     return pages + (slot // PAGE).to(tl.int64) * stride_page, (slot % PAGE).to(tl.int32)
-
-
-@triton.jit
-def store_plane(
-    codes, plane, place, keep, group, START: tl.constexpr, D: tl.constexpr, GROUP: tl.constexpr, FROM: tl.constexpr,
-    WIDTH: tl.constexpr, GROUPS: tl.constexpr, CHUNKS: tl.constexpr,
-):  # fmt: skip
-    """Put one plane of a run's codes into the pages.
-
-    Args:
-        codes: tuple of GROUP int32 (T CHUNKS GROUPS,).
-        plane: (T CHUNKS,) pointers to bytes, where the plane begins in the token's page.
-        place: (T CHUNKS,) places of the tokens within the page; keep: which tokens there are.
-        group: int32 (T CHUNKS GROUPS,), index of the group in its run.
-    """
-    words = packed(codes, group % GROUPS, GROUP, FROM, WIDTH, GROUPS)
-    ROWS: tl.constexpr = words.shape[0]
-    BYTES: tl.constexpr = GROUP * GROUPS * WIDTH // 8  # of a chunk
-    chunk = tl.arange(0, ROWS) % CHUNKS
-    to = plane + (place * (D * WIDTH // 8) + (START * WIDTH // 8 + chunk * BYTES))
-    if D * WIDTH % 32 == 0:
-        whole = to.to(tl.pointer_type(tl.int32), bitcast=True)
-        tl.store(whole[:, None] + tl.arange(0, BYTES // 4)[None, :], words, mask=keep[:, None])
-    else:  # a token's bytes are a multiple of two only
-        halves = tl.reshape(tl.join(words, words >> 16), (ROWS, 2 * words.shape[1])).to(tl.int16)
-        at = tl.arange(0, 2 * words.shape[1])[None, :]
-        whole = to.to(tl.pointer_type(tl.int16), bitcast=True)
-        tl.store(whole[:, None] + at, halves, mask=keep[:, None] & (at < BYTES // 2))
 
 
 @triton.jit
@@ -249,17 +138,12 @@ def store_run(
     for i in tl.static_range(1, GROUP):
         largest = tl.maximum(largest, tl.abs(x[i]))
     NORM: tl.constexpr = GROUP**-0.5
-    largest = largest * NORM
-    if BITS == 8:  # noqa: SIM108
-        step = tl.div_rn(largest, tl.full(largest.shape, 127.0, tl.float32))
-    else:
-        step = largest * (0.5**BITS)
-    scale = tl.minimum(step, 65504.0).to(tl.float16)
-    divisor = tl.where(scale == 0.0, 1.0, scale.to(tl.float32))
-    reciprocal = tl.div_rn(tl.full(divisor.shape, 1.0, tl.float32), divisor)
+    STEPS: tl.constexpr = 127.0 if BITS == 8 else 2.0**BITS
+    scale = tl.minimum(largest * (NORM / STEPS), 65504.0).to(tl.float16)
+    factor = NORM / tl.where(scale == 0.0, 1.0, scale.to(tl.float32))  # a scale of zero: the codes of zero
     codes = ()
     for i in tl.static_range(GROUP):
-        codes = codes + (code_of(x[i] * NORM, divisor, reciprocal, BITS),)
+        codes = codes + (code_of(x[i] * factor, BITS),)
     slot = tl.load(slot_ptr + token, mask=keep, other=-1)
     page, place = page_of(pages, slot, stride_page)
     scales = (page + PAGE * (D * BITS // 8)).to(tl.pointer_type(tl.float16), bitcast=True)
@@ -467,6 +351,5 @@ def kv_append(
         V_DTYPE=tl.bfloat16 if v_kind == "bf16" else tl.float16,
         HAS_ROWS=rope_rows is not None,
         num_warps=1,
-        enable_fp_fusion=False,
     )
     return out

@@ -102,9 +102,9 @@ def power_below(number: int) -> int:
 
 
 @triton.constexpr_function
-def odd_parity(number: int) -> bool:
-    """Whether an odd number of bits is set."""
-    return number.bit_count() % 2 == 1
+def exponent(number: int) -> int:
+    """Of a power of two."""
+    return number.bit_length() - 1
 
 
 @triton.constexpr_function
