@@ -15,8 +15,8 @@ from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from kbit.checkpoint.resolve import open_model
-from kbit.cli.info import summarise
 from kbit.cli.main import build
+from kbit.cli.model_summary import summarise
 from kbit.host.errors import CheckpointError, KbitError
 from kbit.models.check import check_tensors
 from kbit.models.families import spec_from_config

@@ -37,7 +37,6 @@ from kbit.kernels.triton.codecs.codes import (
 from kbit.kernels.triton.codecs.layout import ROW_TILE, TritonWeight
 from kbit.kernels.triton.product.configs import GemmConfig, gemm_config
 from kbit.kernels.triton.product.gemv import (
-    GATES,
     add_shares,
     check_product,
     dot_precision,
@@ -182,10 +181,8 @@ def gemm(
     Raises:
         UnsupportedError: the arguments do not fit together.
     """
-    check_product(x, weight, bias, residual)
+    check_product(x, weight, bias, residual, kind=kind, gate=gate)
     tokens, rows = x.shape[0], weight.shape[0]
-    if gate is not None and (gate.shape != (tokens, rows) or gate.stride(1) != 1 or kind not in GATES):
-        raise UnsupportedError(f"gate must be ({tokens}, {rows}) with contiguous rows, its activation one of {GATES}")
     config = config or gemm_config(current_arch(), problem_of(x, weight, gated=gate is not None))
     if gate is not None and config.split > 1:
         config = GemmConfig(config.tiles, config.tokens, config.columns, 1, config.warps, config.stages)

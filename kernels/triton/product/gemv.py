@@ -173,6 +173,7 @@ def check_product(
     residual: torch.Tensor | None,
     up: TritonWeight | None = None,
     kind: str = "",
+    gate: torch.Tensor | None = None,
 ) -> None:
     """Whether shapes, types and layouts fit together.
 
@@ -195,6 +196,10 @@ def check_product(
             raise UnsupportedError(f"gate is {weight.format} {weight.shape}, up is {up.format} {up.shape}: not alike")
         if kind not in GATES:
             raise UnsupportedError(f"activation {kind!r} is not one of {', '.join(GATES)}")
+    if gate is not None and (gate.shape != (x.shape[0], rows) or gate.stride(1) != 1 or kind not in GATES):
+        raise UnsupportedError(
+            f"gate must be ({x.shape[0]}, {rows}) with contiguous rows, its activation one of {GATES}"
+        )
 
 
 def weight_tuple(weight: TritonWeight) -> tuple[torch.Tensor, ...]:

@@ -14,7 +14,6 @@ segment, scale of the weight's block), one for fp8, whose tokens have one scale 
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
@@ -24,7 +23,6 @@ import triton.language as tl
 from kbit.host.errors import UnsupportedError
 from kbit.kernels.triton.codecs.codes import activation, load_planes, load_scale, load_table
 from kbit.kernels.triton.codecs.codes8 import (
-    SIGNS,
     bytes_operand,
     fp8_words,
     int8_words,
@@ -33,11 +31,7 @@ from kbit.kernels.triton.codecs.codes8 import (
     table_bytes,
     words_operand,
 )
-from kbit.kernels.triton.codecs.layout import ROW_TILE, TritonWeight
-from kbit.kernels.triton.product.configs import GemmConfig, rounded_config
-from kbit.kernels.triton.product.gemm import tokens_per_launch
-from kbit.kernels.triton.product.gemv import GATES, check_product, problem_of, weight_tuple
-from kbit.kernels.triton.target import current_arch
+from kbit.kernels.triton.codecs.layout import TritonWeight
 
 KINDS = ("int8", "fp8")
 MOST_SEGMENT = 128
@@ -182,53 +176,6 @@ def with_activations(weight: TritonWeight, kind: str) -> TritonWeight:
         return replace(weight, activations=kind, table8=None, multiplier8=weight.multiplier * unit)
     table, factor = _table(weight, kind)
     return replace(weight, activations=kind, table8=table, multiplier8=weight.multiplier / factor)
-
-
-def product(
-    x: torch.Tensor,
-    weight: TritonWeight,
-    tokens_of: Callable[[torch.Tensor, TritonWeight], RoundedTokens],
-    bias: torch.Tensor | None = None,
-    residual: torch.Tensor | None = None,
-    out_dtype: torch.dtype | None = None,
-    *,
-    rounded: RoundedTokens | None = None,
-    gate: torch.Tensor | None = None,
-    kind: str = "",
-    config: GemmConfig | None = None,
-) -> torch.Tensor:
-    """`gemm_rounded.gemm_rounded`, which has its arguments; and `tokens_of` to round x where `rounded` is not given."""
-    check_product(x, weight, bias, residual)
-    if weight.activations not in KINDS:
-        raise UnsupportedError(f"{weight.format} is not marked for products with rounded tokens: use with_activations")
-    tokens, rows = x.shape[0], weight.shape[0]
-    if gate is not None and (gate.shape != (tokens, rows) or gate.stride(1) != 1 or kind not in GATES):
-        raise UnsupportedError(f"gate must be ({tokens}, {rows}) with contiguous rows, its activation one of {GATES}")
-    arch = current_arch()
-    check_arch(weight.activations, arch)
-    segment = segment_of(weight)
-    config = config or rounded_config(arch, problem_of(x, weight), weight.activations, segment)
-    padded_rows, padded_columns = weight.padded
-    row_tiles = padded_rows // ROW_TILE
-    rounded = tokens_of(x, weight) if rounded is None else rounded
-    if rounded.layout != tokens_layout(weight) or len(rounded.values) != tokens:
-        raise UnsupportedError(f"these tokens were rounded for {rounded.layout}, not for {tokens_layout(weight)}")
-    out = torch.empty((tokens, rows), dtype=out_dtype or x.dtype, device=x.device)
-    if tokens > (most := tokens_per_launch(config, rounded.values, residual, gate, out)):
-        raise UnsupportedError(f"a product of rounded tokens takes at most {most} of them here, not {tokens}")
-    table = weight.planes[0] if weight.table8 is None else weight.table8
-    gemm_rounded_kernel[(triton.cdiv(row_tiles, config.tiles) * triton.cdiv(tokens, config.tokens),)](
-        rounded.values, rounded.scales, out, out if bias is None else bias, out if residual is None else residual,
-        out if gate is None else gate, (*weight_tuple(weight)[:5], table),
-        tokens, rows, row_tiles, rows, 0 if residual is None else residual.stride(0),
-        0 if gate is None else gate.stride(0), padded_columns, weight.padded_blocks, weight.blocks,
-        padded_columns // config.columns, SIGNS, weight.multiplier8,
-        FP8=weight.activations == "fp8", BITS=weight.bits, KIND=weight.kind, BLOCK=weight.block_size,
-        DOUBLE=weight.scales_super is not None, TILES=config.tiles, BM=config.tokens, COLUMNS=config.columns,
-        SEGMENT=segment, GATE="" if gate is None else kind, BIAS=bias is not None, RESIDUAL=residual is not None,
-        STAGES=config.stages, num_warps=config.warps, num_stages=config.stages,
-    )  # fmt: skip
-    return out
 
 
 def tokens_layout(weight: TritonWeight) -> tuple[str, int, int, int]:

@@ -1,0 +1,187 @@
+"""What `kbit info` knows of a machine and of a model, as plain values, and how it reads for people."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import typer
+
+from kbit.host.errors import KbitError
+
+if TYPE_CHECKING:
+    from kbit.checkpoint.source import CheckpointSource
+    from kbit.models.spec import ModelSpec
+
+# Stored types of matrices that are not quantized.
+_FLOATS = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")
+
+
+def machine_summary() -> dict[str, Any]:
+    """What runs here, as plain values."""
+    import platform
+
+    from kbit import __version__, _native
+    from kbit.backends.gpu import gpu_summary
+    from kbit.host.cpu import default_threads, instruction_set
+
+    return {
+        "kbit": __version__,
+        "machine": platform.machine(),
+        "instruction_set": instruction_set(),
+        "instruction_sets": _native.instruction_sets(),
+        "threads": default_threads(),
+        "cuda": gpu_summary(),
+    }
+
+
+def summarise(source: CheckpointSource) -> dict[str, Any]:
+    """Everything `kbit info` knows, as plain values."""
+    from kbit.backends.gpu import gpu_kernels, gpu_summary
+    from kbit.host.cpu import instruction_set
+    from kbit.quantizers.roles import roles_of
+
+    spec, reason = _runnable(source)
+    gpu = gpu_summary()
+    infos = list(source.tensors.values())
+    roles = roles_of(source)
+    inner = [info for info in infos if roles[info.name] not in ("embedding", "head")]
+    config = source.config
+    named = config.get("architectures")
+    files = {info.file for info in infos}
+    return {
+        "model": str(source.path),
+        "architecture": named[0] if isinstance(named, list) and named else config.get("model_type"),
+        "layers": config.get("num_hidden_layers"),
+        "hidden_size": config.get("hidden_size"),
+        "heads": config.get("num_attention_heads"),
+        "kv_heads": config.get("num_key_value_heads", config.get("num_attention_heads")),
+        "context_length": config.get("max_position_embeddings") if spec is None else spec.context_length,
+        "vocabulary": config.get("vocab_size"),
+        "tied_embeddings": bool(config.get("tie_word_embeddings")),
+        "parameters": sum(info.numel for info in infos),
+        "bits_per_weight": _bits(infos),
+        "bits_per_weight_without_embeddings": _bits(inner),
+        "tensor_bytes": sum(info.nbytes for info in infos),
+        "file_bytes": sum(file.stat().st_size for file in files),
+        "files": sorted(file.name for file in files),
+        "formats": _by_format(infos),
+        "prepared_bytes": _prepared_bytes(source.path),
+        "runs_on": {
+            "cpu": f"native backend ({instruction_set()})" if reason is None else None,
+            "cuda": f"triton backend ({gpu})" if reason is None and gpu else None,
+        },
+        "gpu_kernels": gpu_kernels(any(len(info.shape) == 2 and info.stored_as in _FLOATS for info in infos)),
+        "cannot_run": reason,
+        "tensors": {
+            info.name: {
+                "format": info.stored_as,
+                "shape": list(info.shape),
+                "bytes": info.nbytes,
+                "bits_per_weight": _bits([info]),
+                "role": roles[info.name],
+            }
+            for info in infos
+        },
+    }
+
+
+def _prepared_bytes(path: Path) -> int | None:
+    """Size of the file of prepared weights, if there is one."""
+    from kbit.checkpoint.prepared_place import prepared_path
+
+    place = prepared_path(path)
+    return place.stat().st_size if place is not None and place.is_file() else None
+
+
+def _runnable(source: CheckpointSource) -> tuple[ModelSpec | None, str | None]:
+    """What the configuration means to kbit, if anything, and why the model cannot run, or None where it can.
+
+    From headers alone: whether a tied head that is stored again equals the embedding, and whether values are finite,
+    shows when the model is loaded.
+    """
+    from kbit.models.check import check_tensors
+    from kbit.models.families import spec_from_config
+
+    spec = None
+    try:
+        spec = spec_from_config(source.config, where=f"config of {source.path}")
+        check_tensors(source, spec, read_data=False)
+    except KbitError as error:
+        return spec, str(error)
+    return spec, None
+
+
+def _bits(infos: list[Any]) -> float | None:
+    numel = sum(info.numel for info in infos)
+    return 8 * sum(info.nbytes for info in infos) / numel if numel else None
+
+
+def _by_format(infos: list[Any]) -> dict[str, dict[str, int]]:
+    count: Counter[str] = Counter()
+    numel: Counter[str] = Counter()
+    nbytes: Counter[str] = Counter()
+    for info in infos:
+        count[info.stored_as] += 1
+        numel[info.stored_as] += info.numel
+        nbytes[info.stored_as] += info.nbytes
+    return {key: {"tensors": count[key], "parameters": numel[key], "bytes": nbytes[key]} for key in count}
+
+
+def print_machine(machine: dict[str, Any]) -> None:
+    others = [name for name in machine["instruction_sets"] if name != machine["instruction_set"]]
+    lines = {
+        "kbit": machine["kbit"],
+        "native kernels": f"{machine['instruction_set']} on {machine['machine']}"
+        + (f"; also {', '.join(others)} (environment variable KBIT_CPU_ISA)" if others else ""),
+        "threads": f"{machine['threads']} (physical cores this process may use; --threads changes it)",
+        "gpu": machine["cuda"] or "none that Triton could use",
+    }
+    for key, text in lines.items():
+        typer.echo(f"{key + ':':<17}{text}")
+
+
+def print_model(summary: dict[str, Any], list_tensors: bool) -> None:
+    from kbit.cli.output import printable, size
+
+    def bits(value: float | None) -> str:
+        return "-" if value is None else f"{value:.3f}"
+
+    kv = "" if summary["kv_heads"] == summary["heads"] else f" ({summary['kv_heads']} for keys and values)"
+    tied = ", head tied to the embedding" if summary["tied_embeddings"] else ""
+    lines = {
+        "model": summary["model"],
+        "architecture": f"{summary['architecture']}, {summary['layers']} layers, hidden size {summary['hidden_size']}, "
+        f"{summary['heads']} heads{kv}",
+        "parameters": f"{summary['parameters'] / 1e6:,.1f} million, vocabulary {summary['vocabulary']}{tied}",
+        "context": f"{summary['context_length']} tokens",
+        "bits per weight": f"{bits(summary['bits_per_weight'])} in all, "
+        f"{bits(summary['bits_per_weight_without_embeddings'])} without embeddings and head",
+        "files": f"{size(summary['file_bytes'])} in {len(summary['files'])} "
+        + ("file" if len(summary["files"]) == 1 else "files"),
+    }
+    if summary["prepared_bytes"] is not None:
+        lines["prepared"] = f"{size(summary['prepared_bytes'])} for the CPU engine, in the cache (--forget removes it)"
+    if "verified_tensors" in summary:
+        lines["checksums"] = f"all {summary['verified_tensors']} stored tensors are as they were written"
+    if "forgotten_bytes" in summary:
+        lines["forgotten"] = f"{size(summary['forgotten_bytes'])} of prepared weights"
+    if summary["cannot_run"] is None:
+        cuda = summary["runs_on"]["cuda"] or "no GPU here"
+        lines["runs on"] = f"cpu: {summary['runs_on']['cpu']}; cuda: {cuda}"
+        if list_tensors:
+            lines["gpu kernels"] = "; ".join(f"{what}: {kernel}" for what, kernel in summary["gpu_kernels"].items())
+    else:
+        lines["cannot run"] = summary["cannot_run"]
+    for key, text in lines.items():
+        typer.echo(f"{key + ':':<17}{printable(text)}")
+    typer.echo(f"\n{'format':<22}{'tensors':>8}{'parameters':>16}{'bytes':>12}{'bits/weight':>13}")
+    for key, row in summary["formats"].items():
+        share = 8 * row["bytes"] / row["parameters"] if row["parameters"] else 0.0
+        typer.echo(f"{key:<22}{row['tensors']:>8}{row['parameters']:>16,}{size(row['bytes']):>12}{share:>13.3f}")
+    if list_tensors:
+        typer.echo("")
+        for name, row in summary["tensors"].items():
+            shape = " x ".join(str(dim) for dim in row["shape"])
+            typer.echo(f"{name:<52}{shape:>16}  {row['format']:<18}{size(row['bytes']):>10}")
