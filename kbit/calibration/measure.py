@@ -70,7 +70,7 @@ def measure_factors(
     skip: Callable[[int | None], bool] = lambda layer: False,
     progress: Progress | None = None,
 ) -> Iterator[LayerFactors]:
-    """The factors of every linear matrix, from the last layer to the first; those of embedding and head come first.
+    """The factors of every linear matrix, from the last layer to the first, then those of embedding and head.
 
     Args:
         source: the model.

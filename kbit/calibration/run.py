@@ -87,18 +87,32 @@ def calibration_tokens(
     Raises:
         UsageError: a text with fewer tokens than asked for.
     """
-    tokenizer = Tokenizer.from_source(source)
     if request.texts:
+        tokenizer = Tokenizer.from_source(source)
         shares = [count // len(request.texts) + (i < count % len(request.texts)) for i in range(len(request.texts))]
         parts = [_of_text(text, tokenizer, share, length) for text, share in zip(request.texts, shares, strict=True)]
         return np.concatenate(parts)
+    return sampled_tokens(source, count, length, threads=threads, progress=progress)
+
+
+def sampled_tokens(
+    source: CheckpointSource,
+    count: int,
+    length: int,
+    *,
+    first: int = 0,
+    threads: int | None = None,
+    progress: Progress | None = None,
+) -> NDArray[np.int64]:
+    """Text that the model writes, int64 (count, length): sequences from the one of index `first` on."""
     from kbit.backends.select import select_backend
     from kbit.models.load import load_decoder
 
     model = load_decoder(source, select_backend("cpu", threads=threads))
     on_progress = None if progress is None else lambda done, total: progress("sampling text", done, total)
+    starts = start_tokens(Tokenizer.from_source(source))
     return sample_sequences(
-        model, start_tokens(tokenizer), count=count, length=length, seed=CALIBRATION_SEED, on_progress=on_progress
+        model, starts, count=count, length=length, seed=CALIBRATION_SEED, first=first, on_progress=on_progress
     )
 
 
@@ -134,9 +148,14 @@ def _of_text(text: TextData, tokenizer: Tokenizer, count: int, length: int) -> N
             f"{text.name} has {len(ids):,} tokens, but {count * length:,} are wanted of it: name another text, or "
             f"use --calibration-tokens {available * length}"
         )
-    chosen = np.linspace(0, available - 1, count).round().astype(np.int64)
-    sequences: NDArray[np.int64] = ids[: available * length].reshape(available, length)[chosen]
+    sequences: NDArray[np.int64] = ids[: available * length].reshape(available, length)[spread_over(available, count)]
     return sequences
+
+
+def spread_over(available: int, count: int) -> NDArray[np.int64]:
+    """Indices of so many things, evenly spread over all that there are."""
+    found: NDArray[np.int64] = np.linspace(0, available - 1, count).round().astype(np.int64)
+    return found
 
 
 def _check_room(path: Path, spec: ModelSpec, layers: int, gradients: bool) -> None:

@@ -1,9 +1,10 @@
 """Bits where they matter: a width for every matrix, so that a budget of bytes costs the least divergence.
 
 Each matrix is rounded at every candidate width, by the method that will be used, and what its error costs is told by
-both factors of its Fisher information: a diagonal estimate is far off for errors that avoid steep directions. Costs of
-matrices add up (docs/accuracy.md says how well), so the best choice is a knapsack, solved on the lower convex hull of
-each matrix's (bytes, cost): from the narrowest widths, always the step that saves most per byte.
+both factors of its Fisher information: a diagonal estimate is far off for errors that avoid steep directions. They are
+factors of other text than the rounding has fitted its errors to. Costs of matrices add up (docs/accuracy.md says how
+well), so the best choice is a knapsack, solved on the lower convex hull of each matrix's (bytes, cost): from the
+narrowest widths, always the step that saves most per byte.
 """
 
 from __future__ import annotations
@@ -25,6 +26,8 @@ from kbit.models.families import spec_from_config
 from kbit.models.params import parameters
 
 if TYPE_CHECKING:
+    from kbit.calibration.measure import LayerFactors
+    from kbit.calibration.request import CalibrationRequest
     from kbit.calibration.store import CalibrationFolder
     from kbit.checkpoint.source import CheckpointSource
     from kbit.quantizers.settings import Settings
@@ -32,7 +35,7 @@ if TYPE_CHECKING:
 # Widths that matrices inside the layers, and embedding and head, can get.
 LINEAR_WIDTHS, OUTSIDE_WIDTHS = (2, 3, 4, 5, 6, 8), (4, 5, 6, 8)
 # Raised whenever the same matrix gets other costs.
-_VERSION = 1
+_VERSION = 2
 
 
 @dataclass(frozen=True)
@@ -71,30 +74,42 @@ def measure_choices(
     source: CheckpointSource,
     formats: Mapping[str, Sequence[QuantFormat]],
     calibration: CalibrationFolder,
+    request: CalibrationRequest,
     rounding: Settings,
     *,
     progress: Progress | None = None,
 ) -> dict[str, tuple[Choice, ...]]:
-    """What every matrix costs in every format. Kept beside the calibration, layer by layer.
+    """What every matrix costs in every format, on text that calibration has not seen.
+
+    Kept beside the calibration, layer by layer.
 
     Args:
         source: the model.
         formats: to be tried, by the matrix's name.
         calibration: of the model, with gradients.
+        request: what calibration was made on.
         rounding: how matrices are rounded.
         progress: called after each layer.
     """
-    found: dict[str, tuple[Choice, ...]] = {}
-    layers = _by_layer(source, formats)
-    for done, (layer, wanted) in enumerate(layers.items()):
-        kept, described = _costs_file(wanted, calibration, rounding, layer)
-        costs = _read_costs(kept, described)
-        if costs is None:
-            costs = _measure_layer(source, wanted, calibration, rounding, layer)
-            write_durably(kept, json.dumps(costs).encode())
-        found |= _choices(source, wanted, costs)
+    from kbit.calibration.held_out import held_out_factors
+
+    files = {
+        layer: (wanted, *_costs_file(wanted, calibration, rounding, layer))
+        for layer, wanted in _by_layer(source, formats).items()
+    }
+    missing = {layer for layer, (_, kept, described) in files.items() if _read_costs(kept, described) is None}
+    if missing:
         if progress is not None:
-            progress("weighing widths", done + 1, len(layers))
+            progress("weighing widths", 0, len(missing))
+        judges = held_out_factors(source, request, lambda layer: layer not in missing)
+        for done, judge in enumerate(judges):
+            wanted, kept, _ = files[judge.layer]
+            costs = _measure_layer(source, wanted, calibration, rounding, judge)
+            write_durably(kept, json.dumps(costs).encode())
+            if progress is not None:
+                progress("weighing widths", done + 1, len(missing))
+    found = known_choices(source, formats, calibration, rounding)
+    assert found is not None
     return found
 
 
@@ -213,14 +228,15 @@ def _measure_layer(
     wanted: Mapping[str, Sequence[QuantFormat]],
     calibration: CalibrationFolder,
     rounding: Settings,
-    layer: int | None,
+    judge: LayerFactors,
 ) -> dict[str, list[float]]:
+    """By name: divergences in each format, told by the judge's factors of a layer."""
     import torch
 
     from kbit.calibration.workers import workers
     from kbit.quantizers.ldlq import Feedback, round_with
 
-    factors = calibration.read(layer)
+    factors = calibration.read(judge.layer)
     weights = {name: source.read(name).float() for name in wanted}  # by this thread: a source has one place in its file
 
     def feedback_of(name: str) -> Feedback:
@@ -229,7 +245,7 @@ def _measure_layer(
     def cost(job: tuple[str, QuantFormat]) -> float:
         name, format = job
         rounded = round_with(weights[name], format, feedback[name], rounding, name=name)
-        return factors[name].divergence(weights[name] - rounded.dequantize())
+        return judge.factors[name].divergence(weights[name] - rounded.dequantize())
 
     with workers(torch.get_num_threads()) as pool:
         by_size = sorted(wanted, key=lambda name: -source.tensors[name].numel)

@@ -65,7 +65,7 @@ def mixed_formats(
     """
     formats = _formats_to_try(plan, fixed)
     calibration = calibrate(source, method.request, progress=progress)
-    choices = measure_choices(source, formats, calibration, method.rounding, progress=progress)
+    choices = measure_choices(source, formats, calibration, method.request, method.rounding, progress=progress)
     return _solve(plan, budget, choices)
 
 
@@ -111,7 +111,7 @@ def predicted_costs(
             formats[name] = (tensor.format,)
     if formats:
         calibration = calibrate(source, method.request, progress=progress)
-        found = measure_choices(source, formats, calibration, method.rounding, progress=progress)
+        found = measure_choices(source, formats, calibration, method.request, method.rounding, progress=progress)
         costs |= {name: choice.cost for name, (choice,) in found.items()}
     return costs
 
