@@ -31,6 +31,7 @@ def round_matrix(
     scales: _Table,
     offsets: _Table | None,
     residual: _Table | None,
+    blocks_of: _Table | None = None,
     isa: str = "",
 ) -> None: ...
 def descend_rows(

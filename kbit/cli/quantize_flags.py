@@ -108,6 +108,16 @@ class QuantizeFlags:
     inputs_only: Annotated[
         bool, typer.Option("--inputs-only", help="Calibrate without gradients: sooner, and less accurate.")
     ] = False
+    static_scales: Annotated[
+        bool,
+        typer.Option("--static-scales", help="ldlq2, gptq: choose scales for the weights before errors are passed on."),
+    ] = False
+    act_order: Annotated[
+        bool,
+        typer.Option(
+            "--act-order", help="ldlq2, gptq: round the most important columns first; implies --static-scales."
+        ),
+    ] = False
     embedding_bits: Annotated[
         int | None,
         typer.Option(
@@ -265,6 +275,11 @@ class QuantizeFlags:
         }
 
     @property
+    def options(self) -> dict[str, bool]:
+        """Of methods that pass errors on (`CalibratedRounding.with_options`)."""
+        return {"act_order": self.act_order, "static_scales": self.static_scales}
+
+    @property
     def stops(self) -> bool:
         """Whether the plan is all that is wanted."""
         return self.dry_run or self.save_plan is not None
@@ -322,10 +337,12 @@ class QuantizeFlags:
         if isinstance(method, CalibratedRounding):
             if self.device != "cpu":
                 raise UsageError(f"--device {self.device}: rounds to nearest only; use --method rtn, or --device cpu")
+            method = method.with_options(**self.options)
             if not any(asked.values()):
                 return method
             texts = self.calibration or []
             return method.calibrated_on(CalibrationRequest.of(texts, self.calibration_tokens, not self.inputs_only))
+        asked |= {"--act-order": self.act_order, "--static-scales": self.static_scales}
         flag = next((flag for flag, value in asked.items() if value), None)
         if flag is not None:
             raise UsageError(f"{flag}: method {name} does not calibrate; use --method ldlq2")
@@ -365,7 +382,6 @@ class QuantizeFlags:
         from kbit.quantizers.plan import make_plan
 
         calibrated = isinstance(method, CalibratedRounding)
-
         return make_plan(
             source,
             codec,

@@ -59,6 +59,8 @@ def following(flags: QuantizeFlags, asked: PlanFile) -> QuantizeFlags:
         calibration=flags.calibration or (list(asked.texts or ()) if calibrates else None),
         calibration_tokens=flags.calibration_tokens or (asked.tokens if calibrates else None),
         inputs_only=flags.inputs_only or (calibrates and not asked.gradients),
+        act_order=flags.act_order or (calibrates and asked.act_order),
+        static_scales=flags.static_scales or (calibrates and asked.static_scales),
     )
 
 
@@ -80,7 +82,7 @@ def within_memory(source: CheckpointSource, method: Method, flags: QuantizeFlags
     if available is None or needed <= available:
         return method
     request = CalibrationRequest(method.request.texts, method.request.tokens, gradients=False)
-    less = Gptq(request) if flags.method == "auto" else method.calibrated_on(request)
+    less = Gptq(request).with_options(**flags.options) if flags.method == "auto" else method.calibrated_on(request)
     fits = less.is_calibrated(source) or _memory(source, less) <= available
     short = f"calibrating needs about {size(needed)} of memory, and {size(available)} is available"
     if flags.method == "auto" and method.request.gradients and fits and flags.mixes is None:
@@ -153,10 +155,13 @@ def _from_the_best(
         yield method, False
     if isinstance(method, CalibratedRounding):
         full, less = method.request, replace(method.request, gradients=False)
-        for cheaper in (Gptq, ScaleSearch):
-            known = cheaper(full)
+        optional = any(flags.options.values())
+        for cheaper in (Gptq(), *(() if optional else (ScaleSearch(),))):
+            known = cheaper.with_options(**flags.options).calibrated_on(full)
             if known.identity != method.identity:
-                yield known if known.is_calibrated(source) else cheaper(less), False
+                yield known if known.is_calibrated(source) else known.calibrated_on(less), False
+        if optional:
+            return  # the others have no use for what was asked for
     for name in ("hqq", "rtn"):
         plain = get_method(name)
         if plain.refuses(codec) is None and plain.name != method.name:
@@ -190,6 +195,7 @@ def _seconds(
         weigh=weigh,
         feedback=method.rounding.feedback,
         two_sided=method.rounding.two_sided and method.request.gradients,
+        sweeps=method.rounding.sweeps,
         measured_tokens=measured,
     )
     return estimate(source, steps, rates)

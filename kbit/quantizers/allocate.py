@@ -13,7 +13,7 @@ import hashlib
 import heapq
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -218,7 +218,7 @@ def _costs_file(
 ) -> tuple[Path, dict[str, list[str]]]:
     """Where the costs of a layer's matrices are kept, and the formats in it by name."""
     described = {name: [str(format) for format in tried] for name, tried in wanted.items()}
-    identity = {"version": _VERSION, "rounding": asdict(rounding), "formats": described}
+    identity = {"version": _VERSION, "rounding": rounding.identity, "formats": described}
     digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
     return calibration.path / f"costs-{'outside' if layer is None else layer}-{digest}.json", described
 

@@ -58,6 +58,9 @@ class ActivationAware(CalibratedRounding):
         super().__init__(replace(request or CalibrationRequest(), gradients=False))
         self.grid = grid
 
+    def calibrated_on(self, request: CalibrationRequest) -> CalibratedRounding:
+        return type(self)(request, self.grid)
+
     @property
     def settings(self) -> Mapping[str, Any]:
         return {"grid": self.grid, "clips": list(CLIPS), "calibration": self.request.identity}

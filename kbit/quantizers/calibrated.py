@@ -6,12 +6,14 @@ All of them keep the format as it is: the same files, the same kernels, the same
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import asdict
-from typing import TYPE_CHECKING, Any, ClassVar
+from copy import copy
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
 
 from kbit.calibration.request import CalibrationRequest
 from kbit.formats.codec import Codec
 from kbit.formats.quant_format import QuantFormat
+from kbit.host.errors import UsageError
 from kbit.models.families import spec_from_config
 from kbit.models.params import parameters
 from kbit.quantizers.method import Method, MethodInput, QuantizedSource
@@ -33,20 +35,40 @@ class CalibratedRounding(Method):
 
     Args:
         request: what to calibrate on.
+
+    Attributes:
+        rounding: how; a class's own settings, or with options (`with_options`).
     """
 
     version = 1
-    rounding: ClassVar[Settings]
+    rounding: Settings
 
     def __init__(self, request: CalibrationRequest | None = None) -> None:
         self.request = request or CalibrationRequest()
 
     def calibrated_on(self, request: CalibrationRequest) -> CalibratedRounding:
-        return type(self)(request)
+        made = copy(self)
+        made.request = request
+        return made
+
+    def with_options(self, *, act_order: bool = False, static_scales: bool = False) -> CalibratedRounding:
+        """The method with options of `Settings`; act_order implies static_scales.
+
+        Raises:
+            UsageError: a method that passes no errors on has no use for them.
+        """
+        if not (act_order or static_scales):
+            return self
+        if not self.rounding.feedback:
+            flag = "--act-order" if act_order else "--static-scales"
+            raise UsageError(f"{flag}: method {self.name} passes no errors on; use --method ldlq2 or gptq")
+        made = copy(self)
+        made.rounding = replace(self.rounding, static_scales=True, act_order=act_order)
+        return made
 
     @property
     def settings(self) -> Mapping[str, Any]:
-        return {**asdict(self.rounding), "calibration": self.request.identity}
+        return {**self.rounding.identity, "calibration": self.request.identity}
 
     def refuses(self, format: Codec) -> str | None:
         return None if isinstance(format, QuantFormat) else f"it finds codes for formats of {QuantFormat.family} only"

@@ -75,7 +75,7 @@ class Steps:
         each: exponentials that this takes as long as, without a search.
         products: of every matrix with its inputs' factor, without a search.
         weigh: try every width.
-        feedback, two_sided: see `kbit.quantizers.settings.Settings`.
+        feedback, two_sided, sweeps: see `kbit.quantizers.settings.Settings`.
         measured_tokens: on which the result is compared with the original.
     """
 
@@ -86,6 +86,7 @@ class Steps:
     weigh: bool = False
     feedback: bool = True
     two_sided: bool = True
+    sweeps: int = 0
     measured_tokens: int = 0
 
 
@@ -178,6 +179,10 @@ def _rounding(rows: int, columns: int, times: int, steps: Steps, two_sided: bool
     if two_sided:
         operations += rows**3 / 3 + _FEEDBACK * times * float(rows) ** 2 * columns
         factors += rows**2
+    # A sweep tells of every change, as feedback does, but to all columns and rows.
+    operations += (
+        2 * steps.sweeps * times * (float(rows) * columns**2 + (float(rows) ** 2 * columns if two_sided else 0.0))
+    )
     if steps.weigh:
         operations += times * (2.0 * rows * columns**2 + (2.0 * rows**2 * columns if two_sided else 0.0))
     return Work(operations, _PACK * factors, _SEARCH * times * rows * columns)

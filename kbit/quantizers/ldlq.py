@@ -40,20 +40,28 @@ class Feedback:
         columns: L' (K, K), float32; None for the identity.
         importance: D (K,): what a column's squared error weighs when a scale is chosen.
         rows: M (N, N), unit in blocks of 16 rows; None for the identity.
-        curvature: what descent goes by; None where there is none.
+        curvature: what descent goes by, columns as in the matrix; None where there is none.
+        order: which column stands where in `columns` and `importance`, int64 (K,): the last is rounded first; None: as
+            in the matrix.
     """
 
     columns: torch.Tensor | None
     importance: torch.Tensor
     rows: torch.Tensor | None
     curvature: Curvature | None
+    order: torch.Tensor | None = None
 
     @classmethod
     def of(cls, factors: Factors | None, settings: Settings, columns: int) -> Feedback:
         """What a matrix of so many columns gets from its factors, or from none."""
         if factors is None or not settings.feedback:
             return cls(None, _importance(factors, settings, columns), None, None)
-        inputs, lower = _damped(factors.inputs, settings.input_damping)
+        order = torch.argsort(factors.inputs.diagonal(), stable=True) if settings.act_order else None
+        ordered = factors.inputs if order is None else factors.inputs[order[:, None], order]
+        inputs, lower = _damped(ordered, settings.input_damping)
+        if order is not None:
+            back = torch.argsort(order)
+            inputs = inputs[back[:, None], back]
         diagonal = lower.diagonal().clone()
         outputs = rows = None
         if settings.two_sided and factors.outputs is not None and factors.outputs.dim() == 2:
@@ -63,7 +71,12 @@ class Feedback:
                 corner = rows[block, block].clone()
                 rows[:, block] = torch.linalg.solve_triangular(corner, rows[:, block], upper=False, left=False)
         curvature = Curvature(inputs, outputs) if settings.sweeps else None
-        return cls((lower / diagonal).T.contiguous(), diagonal.square(), rows, curvature)
+        return cls((lower / diagonal).T.contiguous(), diagonal.square(), rows, curvature, order)
+
+    @property
+    def importance_by_column(self) -> torch.Tensor:
+        """`importance` in the matrix's order."""
+        return self.importance if self.order is None else self.importance[torch.argsort(self.order)]
 
 
 def round_matrix(
@@ -99,20 +112,23 @@ def round_with(
     except KbitError as error:
         raise KbitError(f"{name}: {error}") from None
     work = _Work(format, (rows, columns), matrix_codebook(weight, format), settings.search)
-    if format.double_quant:
-        # Scales share factors over many rows, so they are fixed before the first code is.
-        free = work.run(weight, None, None, feedback.importance, slice(0, rows))
+    if format.double_quant or settings.static_scales:
+        # Scales that share factors over many rows are fixed before the first code is, too.
+        free = work.run(weight, None, None, feedback.importance_by_column, slice(0, rows))
         work.fix_scales(store_scales(free.scales, free.offsets, format))
+    ordered = weight if feedback.order is None else work.reorder(weight, feedback.order)
     if feedback.rows is None:
-        work.run(weight, None, feedback.columns, feedback.importance, slice(0, rows))
+        work.run(ordered, None, feedback.columns, feedback.importance, slice(0, rows))
     else:
         left = torch.zeros_like(weight)  # E L, of the finished rows
         for start in reversed(range(0, rows, _ROWS)):
             block = slice(start, min(start + _ROWS, rows))
             below = slice(block.stop, rows)
             correction = feedback.rows[below, block].T @ left[below]  # (16, K)
-            done = work.run(weight, correction, feedback.columns, feedback.importance, block)
+            done = work.run(ordered, correction, feedback.columns, feedback.importance, block)
             left[block] = done.residual - correction
+    if feedback.order is not None:
+        work.codes = work.codes[:, torch.argsort(feedback.order)].contiguous()
     if feedback.curvature is not None and settings.sweeps:
         descend(work.rounded(), weight - work.values(), feedback.curvature, settings.sweeps)
     return work.tensor()
@@ -165,6 +181,7 @@ class _Work:
         self.scales = torch.empty(rows, blocks)
         self.offsets = torch.empty(rows, blocks) if format.asymmetric else None
         self.fixed: dict[str, torch.Tensor] | None = None
+        self.blocks_of: torch.Tensor | None = None  # int32 (K,), of columns that are out of their order
         self.block = format.block_size or columns
         self.scale_type = "fp32" if format.double_quant else format.scale_dtype
 
@@ -187,9 +204,19 @@ class _Work:
             weight[rows], correction, feedback, importance, self.levels, self.codes_of_levels,
             self.block, self.scale_type,
             self.format.asymmetric, self.shares, given, given_offsets, self.codes[rows], self.scales[rows], offsets,
-            residual,
+            residual, self.blocks_of,
         )  # fmt: skip
         return _Done(self.scales[rows], offsets, residual)
+
+    def reorder(self, weight: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
+        """The weight's columns in an order that the next rows are rounded in; their scales are fixed."""
+        assert self.fixed is not None
+        self.blocks_of = (order // self.block).int()
+        for name, values in (("scales", self.scales), ("offsets", self.offsets)):
+            fixed = load_scales(self.fixed, name, self.format)
+            if values is not None and fixed is not None:
+                values.copy_(fixed)
+        return weight[:, order].contiguous()
 
     def fix_scales(self, stored: dict[str, torch.Tensor]) -> None:
         self.fixed = stored

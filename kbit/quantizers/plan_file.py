@@ -37,6 +37,8 @@ from kbit.quantizers.method import Method
 from kbit.quantizers.plan import Plan, parse_target
 
 VERSION = 1
+# What "method" may say besides the name.
+_OPTIONS = ("act_order", "static_scales")
 
 
 @dataclass(frozen=True)
@@ -51,6 +53,7 @@ class PlanFile:
         texts, tokens, gradients: to calibrate on, as `CalibrationRequest.of` takes them; None where the method does
             not calibrate.
         targets: by the tensor's name, a format or how to keep it.
+        act_order, static_scales: of the method (`CalibratedRounding.with_options`).
     """
 
     path: Path
@@ -61,6 +64,8 @@ class PlanFile:
     tokens: int | None
     gradients: bool
     targets: Mapping[str, Codec | str]
+    act_order: bool = False
+    static_scales: bool = False
 
     def check_model(self, source: CheckpointSource) -> None:
         """Refuse a model that the plan was not made for.
@@ -118,7 +123,10 @@ def read_plan_file(path: Path) -> PlanFile:
     targets = {
         name: _target(path, name, line.get("to") if isinstance(line, dict) else line) for name, line in lines.items()
     }
-    return PlanFile(path, fingerprint, default, method["name"], texts, tokens, gradients, targets)
+    options = {option: method.get(option, False) for option in _OPTIONS}
+    if not set(method) <= {"name", *_OPTIONS} or not all(isinstance(value, bool) for value in options.values()):
+        raise UsageError(f'{path}: "method" is a name, and true or false for any of {", ".join(_OPTIONS)}')
+    return PlanFile(path, fingerprint, default, method["name"], texts, tokens, gradients, targets, **options)
 
 
 def write_plan_file(
@@ -150,6 +158,7 @@ def write_plan_file(
     }
     if isinstance(method, CalibratedRounding):
         request = method.request
+        head["method"] |= {option: True for option in _OPTIONS if getattr(method.rounding, option)}
         texts = [text.name for text in request.texts] or "sampled"
         head["calibration"] = {"text": texts, "tokens": request.tokens, "gradients": request.gradients}
     head["format"] = str(plan.default_format)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
 # Added to a factor's diagonal, in shares of its mean: the finite sample says nothing about directions it has not seen.
 INPUT_DAMPING, OUTPUT_DAMPING = 0.03, 0.2
@@ -20,6 +21,9 @@ class Settings:
         sweeps: of coordinate descent over the rounded matrix.
         search: try scales below the one that spans the block.
         input_damping, output_damping: see INPUT_DAMPING.
+        static_scales: choose all scales for the weights as they are; else for what each block is to make good, too.
+        act_order: round columns in the order of falling importance, the diagonal of H_I (GPTQ's "activation order");
+            scales are static then, since a block's columns are not rounded together. Nothing of it is stored.
     """
 
     feedback: bool = True
@@ -28,3 +32,14 @@ class Settings:
     search: bool = True
     input_damping: float = INPUT_DAMPING
     output_damping: float = OUTPUT_DAMPING
+    static_scales: bool = False
+    act_order: bool = False
+
+    def __post_init__(self) -> None:
+        assert self.static_scales or not self.act_order, "columns of a block are not rounded together"
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """Plain values: of options that came later, those that are set, so that what was made before stays known."""
+        later = ("static_scales", "act_order")
+        return {name: value for name, value in asdict(self).items() if value or name not in later}

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from rounding_cases import problem
 
 from kbit.calibration.factors import Factors
 from kbit.formats.blockwise import quantize_blockwise
+from kbit.formats.planes_codec import PlanesTensor
 from kbit.formats.quant_format import QuantFormat
 from kbit.host.errors import KbitError
-from kbit.quantizers.ldlq import round_matrix
+from kbit.quantizers.ldlq import Feedback, round_matrix, round_with
 from kbit.quantizers.settings import Settings
 
 SEARCH, ONE_SIDED, TWO_SIDED = Settings(feedback=False), Settings(two_sided=False), Settings()
@@ -110,3 +113,65 @@ def test_broken_weights_are_refused() -> None:
     weight[3, 5] = 1e9
     with pytest.raises(KbitError, match=r"q_proj: scales up to 1e\+09 do not fit fp16"):
         round_matrix(weight, QuantFormat.parse("nf4-b64"), factors, TWO_SIDED, name="q_proj")
+
+
+STATIC, ORDERED = Settings(static_scales=True), Settings(static_scales=True, act_order=True)
+
+
+def plainly(weight: torch.Tensor, factors: Factors, ordered: PlanesTensor, order: torch.Tensor) -> torch.Tensor:
+    """One-sided feedback column by column, in float64, under the scales of `ordered`: what the codes stand for."""
+    columns = weight.shape[1]
+    block = ordered.format.block_size or columns
+    scales = ordered.scales.double().repeat_interleave(block, dim=1)[:, :columns]
+    offsets = 0 * scales
+    if ordered.offsets is not None:
+        offsets = ordered.offsets.double().repeat_interleave(block, dim=1)[:, :columns]
+    inputs = factors.inputs.double()[order[:, None], order]
+    inputs = inputs / inputs.diagonal().mean()
+    lower = torch.linalg.cholesky(inputs + ORDERED.input_damping * torch.eye(columns))
+    lower = lower / lower.diagonal()
+    values, error = weight.double().clone(), torch.zeros_like(weight, dtype=torch.float64)
+    for place in reversed(range(columns)):
+        column = int(order[place])
+        target = weight[:, column].double() + error @ lower[:, place]
+        every = ordered.codebook.double()[:, None] * scales[:, column] + offsets[:, column]
+        values[:, column] = every.gather(0, (every - target).abs().argmin(dim=0)[None])[0]
+        error[:, place] = weight[:, column].double() - values[:, column]
+    return values
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (1, 70), (17, 16), (16, 33), (35, 129)])
+@pytest.mark.parametrize("text", ["nf3-b64", "int4-b32-asym", "nf4-b64-dq", "lloyd3-row"])
+def test_act_order_is_feedback_in_another_order(text: str, shape: tuple[int, int]) -> None:
+    weight, factors = problem(*shape)
+    order = torch.argsort(factors.inputs.diagonal(), stable=True)
+    one_sided = replace(ORDERED, two_sided=False)
+    found = round_matrix(weight, QuantFormat.parse(text), factors, one_sided)
+    plain = plainly(weight, factors, found, order)
+    # Targets that lie between two values to within float32's rounding may go either way, and change those after them.
+    alike = ((found.dequantize() - plain).abs() < 1e-4).all(dim=1)
+    assert alike.float().mean() > 0.9
+
+
+@pytest.mark.parametrize("text", FORMATS)
+def test_static_scales_are_those_of_the_weights_alone(text: str) -> None:
+    weight, factors = problem()
+    format = QuantFormat.parse(text)
+    live, static, ordered = (
+        round_matrix(weight, format, factors, settings) for settings in (TWO_SIDED, STATIC, ORDERED)
+    )
+    costs = [factors.divergence(weight - rounded.dequantize()) for rounded in (static, ordered)]
+    nearest = factors.divergence(weight - quantize_blockwise(weight, format).dequantize())
+    assert max(costs) < 0.8 * nearest
+    importance = Feedback.of(factors, STATIC, 96).importance
+    alone = round_with(weight, format, Feedback(None, importance, None, None), Settings())
+    assert torch.equal(static.scales, alone.scales)
+    assert not torch.equal(static.codes(), ordered.codes())
+    assert format.double_quant or not torch.equal(static.scales, live.scales)
+
+
+def test_options_that_came_later_leave_the_default_as_it_was() -> None:
+    assert set(Settings().identity) == {
+        "feedback", "two_sided", "sweeps", "search", "input_damping", "output_damping"
+    }  # fmt: skip
+    assert ORDERED.identity["act_order"]

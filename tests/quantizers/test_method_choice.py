@@ -154,3 +154,30 @@ def test_rates_are_of_this_machine() -> None:
 )
 def test_times_as_people_write_them(text: str, seconds: float | None) -> None:
     assert parse_duration(text) == seconds
+
+
+@pytest.mark.parametrize("method", ["search", "rtn", "awq"])
+def test_options_of_feedback_need_feedback(model: Path, method: str) -> None:
+    code, _, error = run_command(["quantize", str(model), "--method", method, "--act-order", *WORDS[2:]])
+    assert (code, "--act-order: method" in error, "--method ldlq2" in error) == (2, True, True)
+
+
+def test_options_are_part_of_what_is_made(tmp_path: Path, model: Path) -> None:
+    words = ["quantize", str(model), "--uniform", "--bits", "4", "--no-measure"]
+    made = {}
+    for option in ("", "--static-scales", "--act-order"):
+        out = tmp_path / f"out{option}"
+        flags = [*([option] if option else []), "--calibration-tokens", "256", "-o", str(out)]
+        assert run_command([*words, *flags])[0] == 0
+        made[option] = (out / "model.safetensors").read_bytes()
+        manifest = (out / "kbit-manifest.json").read_text()
+        assert ('"act_order": true' in manifest, '"static_scales": true' in manifest) == (
+            option == "--act-order",
+            option != "",
+        )
+    assert len(set(made.values())) == 3
+    plan = tmp_path / "plan.json"
+    assert run_command([*words, "--act-order", "--calibration-tokens", "256", "--save-plan", str(plan)])[0] == 0
+    out = tmp_path / "planned"
+    assert run_command(["quantize", str(model), "--plan", str(plan), "--no-measure", "-o", str(out)])[0] == 0
+    assert (out / "model.safetensors").read_bytes() == made["--act-order"]

@@ -27,6 +27,7 @@ namespace {
 using Levels = nb::ndarray<const float, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 using LevelCodes = nb::ndarray<const std::uint8_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 using Vector = Levels;
+using BlocksOf = nb::ndarray<const std::int32_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 using Table = nb::ndarray<const float, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
 using TableOut = nb::ndarray<float, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
 using CodesOut = nb::ndarray<std::uint8_t, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
@@ -66,7 +67,7 @@ void round_matrix(Table weights, std::optional<Table> correction, std::optional<
                   Levels levels, LevelCodes codes_of_levels, std::int64_t block, const std::string& scale_type,
                   bool asymmetric, Vector shares, std::optional<Table> given_scales, std::optional<Table> given_offsets,
                   CodesOut codes, TableOut scales, std::optional<TableOut> offsets, std::optional<TableOut> residual,
-                  const std::string& isa) {
+                  std::optional<BlocksOf> blocks_of, const std::string& isa) {
   const std::int64_t rows = std::int64_t(weights.shape(0)), columns = std::int64_t(weights.shape(1));
   if (rows < 1 || columns < 1) throw std::invalid_argument("there are no weights");
   if (block < 1) throw std::invalid_argument("a block has at least one column");
@@ -78,6 +79,13 @@ void round_matrix(Table weights, std::optional<Table> correction, std::optional<
   if (given_scales) require(*given_scales, rows, blocks, "given scales");
   if (given_offsets) require(*given_offsets, rows, blocks, "given offsets");
   if (given_scales && asymmetric && !given_offsets) throw std::invalid_argument("scales are given, but no offsets");
+  if (blocks_of) {
+    if (!given_scales) throw std::invalid_argument("columns out of the order of their blocks need given scales");
+    if (std::int64_t(blocks_of->shape(0)) != columns) throw std::invalid_argument("blocks_of is one number per column");
+    for (std::int64_t i = 0; i < columns; ++i) {
+      if (blocks_of->data()[i] < 0 || blocks_of->data()[i] >= blocks) throw std::invalid_argument("there is no such block");
+    }
+  }
   if (asymmetric && !offsets) throw std::invalid_argument("offsets have nowhere to go");
   require(codes, rows, columns, "codes");
   require(scales, rows, blocks, "scales");
@@ -104,6 +112,7 @@ void round_matrix(Table weights, std::optional<Table> correction, std::optional<
     task.share_count = std::int64_t(shares.shape(0));
     task.given_scales = given_scales ? given_scales->data() + begin * blocks : nullptr;
     task.given_offsets = given_offsets ? given_offsets->data() + begin * blocks : nullptr;
+    task.blocks_of = blocks_of ? blocks_of->data() : nullptr;
     task.codes = codes.data() + begin * columns;
     task.scales = scales.data() + begin * blocks;
     task.offsets = offsets ? offsets->data() + begin * blocks : nullptr;
@@ -158,9 +167,11 @@ void bind_rounding(nb::module_& module) {
              nb::arg("codes_of_levels").noconvert(), nb::arg("block"), nb::arg("scale_type"), nb::arg("asymmetric"),
              nb::arg("shares").noconvert(), nb::arg("given_scales").noconvert().none(),
              nb::arg("given_offsets").noconvert().none(), nb::arg("codes").noconvert(), nb::arg("scales").noconvert(),
-             nb::arg("offsets").noconvert().none(), nb::arg("residual").noconvert().none(), nb::arg("isa") = "",
+             nb::arg("offsets").noconvert().none(), nb::arg("residual").noconvert().none(),
+             nb::arg("blocks_of").noconvert().none() = nb::none(), nb::arg("isa") = "",
              "Round rows of a matrix, errors of columns passed on to those before (kernels/cpu/rounding/rounding.h). "
-             "All rows are independent of each other. Runs in the calling thread.");
+             "All rows are independent of each other. Runs in the calling thread. With blocks_of, scales and offsets are "
+             "not written: they are the given ones.");
   module.def("descend_rows", &descend_rows, nb::arg("slopes").noconvert(), nb::arg("inputs").noconvert(),
              nb::arg("outputs").noconvert(), nb::arg("levels").noconvert(), nb::arg("codes_of_levels").noconvert(),
              nb::arg("block"), nb::arg("scale_type"), nb::arg("fixed_scales"), nb::arg("codes").noconvert(),

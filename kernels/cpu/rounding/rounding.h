@@ -41,6 +41,8 @@ struct RoundTask {
   std::int64_t share_count;
   const float* given_scales;        // (rows, blocks), or null: chosen here
   const float* given_offsets;       // likewise, if asymmetric
+  const std::int32_t* blocks_of;    // (columns): the block that each belongs to, where they are not in its order; or
+                                    // null. Scales are then given.
   std::uint8_t* codes;              // (rows, columns)
   float* scales;                    // (rows, blocks)
   float* offsets;                   // (rows, blocks), or null

@@ -150,7 +150,9 @@ inline void hear(const float* table, int64_t columns, const float* error, float*
 
 void round_rows(const RoundTask& t) {
   const Search search(*t.grid);
-  const int64_t columns = t.columns, block = t.block, blocks = (columns + block - 1) / block;
+  const int64_t columns = t.columns, blocks = (columns + t.block - 1) / t.block;
+  // Columns between which the others are heard: those that share a scale, if they stand side by side.
+  const int64_t block = t.blocks_of ? kRoundTile : t.block, steps = (columns + block - 1) / block;
   float* weights = t.scratch;                    // (columns, 16)
   float* error = weights + kRoundLanes * columns;      // (columns, 16)
   float* heard = error + kRoundLanes * columns;        // (columns, 16): correction, then what columns to the right add
@@ -161,11 +163,11 @@ void round_rows(const RoundTask& t) {
       heard[kRoundLanes * j + r] = there && t.correction ? t.correction[r * columns + j] : 0.0f;
     }
   }
-  for (int64_t n = blocks - 1; n >= 0; --n) {
+  for (int64_t n = steps - 1; n >= 0; --n) {
     const int64_t begin = n * block, end = begin + block < columns ? begin + block : columns;
     if (t.feedback) hear(t.feedback, columns, error, heard, begin, end, end, columns);
     alignas(64) float scales[kRoundLanes] = {}, inverses[kRoundLanes] = {}, offsets[kRoundLanes] = {};
-    for (int r = 0; r < int(t.rows); ++r) {
+    for (int r = 0; r < int(t.rows) && !t.blocks_of; ++r) {
       const int64_t at = r * blocks + n;
       if (t.given_scales) {
         scales[r] = t.given_scales[at];
@@ -183,6 +185,12 @@ void round_rows(const RoundTask& t) {
       const int64_t tile = tile_end - begin > kRoundTile ? tile_end - kRoundTile : begin;
       if (t.feedback && tile_end < end) hear(t.feedback, columns, error, heard, tile, tile_end, tile_end, end);
       for (int64_t j = tile_end - 1; j >= tile; --j) {
+        for (int r = 0; r < int(t.rows) && t.blocks_of; ++r) {
+          const int64_t at = r * blocks + t.blocks_of[j];
+          scales[r] = t.given_scales[at];
+          if (t.asymmetric) offsets[r] = t.given_offsets[at];
+          inverses[r] = reciprocal(scales[r]);
+        }
         alignas(64) float targets[kRoundLanes], values[kRoundLanes];
         const Floats target = add(load(weights + kRoundLanes * j), load(heard + kRoundLanes * j));
         store(targets, target);
