@@ -38,19 +38,17 @@ DENSE_BYTES = {"fp16": 2, "bf16": 2, "fp32": 4}
 _DENSE_OF = {"F16": "fp16", "BF16": "bf16"}
 KV_KINDS = ("fp32", "fp16", "8", "4", "3", "2")
 
-# Fraction of rows that a layer's int8 products multiply a second time (kernels/cpu/program/program_matmul.cpp, kSpike:
-# 5 % on SmolLM2). They are not the same rows in every layer, so in a deep model most of that memory is touched.
+# Fraction of rows that a layer's int8 products multiply a second time (kSpike of the CPU's products).
+# They are not the same rows in every layer, so in a deep model most of that memory is touched.
 _SPIKY = 0.05
 
 # Memory of a BPE tokenizer of the `tokenizers` library: bytes per entry (a token and its merge) and per slot of its
-# hash tables, which have a power of two of them, at most 7/8 full. Fitted to resident memory after loading
-# vocabularies of 16,000 to 151,936 entries, which it meets within 16 % but for one (32,000: 24 % too much).
+# hash tables, which have a power of two of them, at most 7/8 full. Fitted to resident memory (docs/measurements.md).
 _TOKEN_BYTES, _SLOT_BYTES = 560, 65
 # What reading a GGUF file's tokenizer leaves, per token: its metadata and the tokenizer.json made of it.
 _GGUF_TOKEN_BYTES = 390
-# How much of either is free memory that the weights, which are read afterwards, take up again: measured on
-# SmolLM2-135M, 14.2 of 31.8 MB from folders at 2, 4 and 8 bits, 6.3 of 19.2 MB more from a GGUF file. (A third of the
-# tokenizer is in use; the rest lies in pieces too small for weights, as all of a small vocabulary's 1.4 MB does.)
+# How much of either is free memory that the weights, which are read afterwards, take up again (docs/measurements.md).
+# The rest is in use, or lies in pieces too small for weights, as all of a small vocabulary's does.
 _TOKENIZER_REUSED, _GGUF_REUSED, _SMALL_TOKENIZER = 0.477, 0.33, 2e6
 # Allocations below this come from the heap, which keeps what was freed (glibc's M_MMAP_THRESHOLD_MAX).
 _HEAP_LIMIT = 32 << 20

@@ -14,8 +14,7 @@ namespace kbit {
 namespace {
 
 // From this width on, a codebook that is not of whole steps is multiplied in two digits: rounding it to int8 (an error
-// of up to 1/254 of the largest level) would add more than 4 % to the format's own squared error: 1.4 % at 5 bits, 5 % at
-// 6, 15 % at 7, more than all of it at 8 (Gaussian blocks of 64).
+// of up to 1/254 of the largest level) would add noticeably to the format's own squared error (docs/measurements.md).
 constexpr int kTwoDigitBits = 6;
 
 // K types have fp32 scales (products of two numbers, exact) in blocks of 16 or 32.

@@ -17,9 +17,8 @@ constexpr std::int64_t kFewRows = 64;
 // int8 compute: where one segment of a row is this many times as large as its segments are on average, the row is
 // multiplied a second time, with what rounding left of it. Attention sinks (the first token, those of a chat template)
 // have such rows: one feature a hundred times the others, which the weights cancel again, so that what counts is beyond
-// the eighth bit; with their values wrong, every token that attends to them is. On SmolLM2 that is 5 % of all rows. KL from
-// exact arithmetic at 4 bits falls from 0.0073 to 0.0064 on running text, and "What is the capital of France?" in the chat
-// template is answered with Paris, as by fp32, and no longer with a street.
+// the eighth bit; with their values wrong, every token that attends to them is. Few rows are so, and text reads as with
+// exact arithmetic then (docs/measurements.md).
 constexpr float kSpike = 5.0f;
 
 // Rows with spikes that are multiplied together the second time: one after the other they would have the weights decoded
@@ -210,9 +209,7 @@ void Program::matmul(Worker& worker, const MatmulInstruction& m, const float* x,
   }
   const std::int64_t block = std::min(rows, kRowBlock), blocks = (rows + block - 1) / block;
   // Few rows: reading weights is all there is to it, and a memory stream takes a while to reach its speed, so pieces are
-  // long (256 KB, about 10 microseconds) and a small matrix is one piece for each member. Decoding SmolLM2 at 4 bits on 2
-  // threads takes 2.5 ms a token so, and 3.4 with pieces of 64 KB, 8 for each member; 512 KB are no better. 16 rows: 7.7
-  // against 9.2 with pairs of panels.
+  // long (256 KB) and a small matrix is one piece for each member (docs/measurements.md).
   // Many rows: a pair of panels at a time, which is work enough.
   std::int64_t grain = 2;
   if (rows <= kFewRows) {

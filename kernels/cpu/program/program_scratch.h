@@ -10,7 +10,7 @@
 namespace kbit {
 
 // Up to this many numbers are normalised and quantized by every member for itself: that takes less than waiting for the
-// others after sharing the work (0.3 microseconds for 1024 numbers against 0.5 and more).
+// others after sharing the work (docs/measurements.md).
 constexpr std::int64_t kRedundantInput = 4096;
 
 // Results of a piece that do not go straight to their place: 64 KB of floats, twice for gate and up.

@@ -9,9 +9,8 @@
 namespace kbit {
 namespace {
 
-// Looks at a value before parking. Inside a pass the others are at most a piece of work away, some microseconds; between
-// two passes lies the sampling of a token, 50 to 100 microseconds, and waking a parked thread costs about 50. A look and
-// a pause take about 20 nanoseconds here.
+// Looks at a value before parking. Inside a pass the others are at most a piece of work away; between two passes lies the
+// sampling of a token, which takes about as long as waking a parked thread (docs/measurements.md).
 constexpr int kLooksInPass = 2000, kLooksBetween = 10000;
 
 inline void relax() {

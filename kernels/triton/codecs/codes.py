@@ -6,17 +6,15 @@ per lane, `aligned` and `fields` put a code together from its planes, `decode` m
 layout of the tensor core's operand, which the compiler sees and drops. (Read in the machine code of the GEMV for sm_80
 to sm_120: no SHFL and no shared memory for the weights' words; tools/triton_lint gates it on sm_90.)
 
-How a code becomes a value, chosen by what ptxas makes of it on sm_90 (thread instructions per weight of the GEMV's
-whole hot loop, 4 bits):
+How a code becomes a value, chosen by what ptxas makes of it on sm_90 (docs/measurements.md):
 
 - "int": code | 0x6400 is 1024 + code in half precision, two at a time, and one multiply-add for two takes the 1024 away
-  (`levels`): 2.1, and few of them in the half-rate units that shift and mask. For bfloat16 0x4300 gives 128 + code, up
-  to 7 bits; 8 bits go through half precision.
+  (`levels`): few instructions, and few of them in the half-rate units that shift and mask. For bfloat16 0x4300 gives
+  128 + code, up to 7 bits; 8 bits go through half precision.
 - "table", one lookup per code with tl.gather from shared memory: 16 half-precision entries lie in 8 banks, so no two
-  lanes meet in a bank with different words: 4.2. With tl.load from the table it was 9.5, most of it addresses.
+  lanes meet in a bank with different words. With tl.load most instructions would be addresses.
 - "pairs" (2 and 3 bits), one lookup for two codes: 16 or 64 entries of 32 bits, at most two of them in a bank. At 4
-  bits the 256 entries need fewer instructions too (3.0 against 6.5 in the first version of both), but lie 8 to a bank:
-  about 3.5 accesses in turn for 32 random lanes, by the expected largest load.
+  bits the 256 entries need fewer instructions too, but lie 8 to a bank, so that lanes wait for each other.
 
 The compiler packs two half-precision results of one word into one register without help, as long as both come from the
 same 32-bit value by a truncation and a shift by 16 (`halves`).
