@@ -16,8 +16,9 @@ from kbit.backends.cpu.lowering import place
 from kbit.backends.reference.backend import ReferenceBackend
 from kbit.graph.batch import Batch
 from kbit.graph.fuse import fuse
-from kbit.graph.ops import Ops, Weight
-from kbit.graph.recording import Add, Project, Recorder, Symbol, reads
+from kbit.graph.ops import Attention, Ops, Weight
+from kbit.graph.recording import Add, Project, Recorder, Symbol, reads, writes
+from kbit.graph.states import Recurrence, ShortConvolution
 from kbit.models.decoder import DecoderDefinition
 from kbit.models.load import load_decoder
 
@@ -369,3 +370,27 @@ class TestRefusals:
         reference, native = ReferenceBackend(), NativeBackend(1)
         with pytest.raises(TypeError, match="prepared by another backend"):
             native.bind(Made(reference, gated))  # type: ignore[arg-type]
+
+    def test_what_recurrent_and_cross_layers_are_given(self) -> None:
+        w, recorder = Parts(), Recorder(Symbol(1))
+        x = recorder.embed(w.embedding, recorder.input)
+        cross = Attention(0, 2, 1, 8, 1.0, None, "cross", "encoder", "none")
+        narrow, gate = Symbol(8), Symbol(2)
+        with pytest.raises(ValueError, match="'self' where 'encoder'"):
+            recorder.store_keys(narrow, narrow, replace(cross, mask="causal", source="self"))
+        with pytest.raises(ValueError, match="'encoder' where 'self'"):
+            recorder.self_attention(x, narrow, narrow, cross)
+        with pytest.raises(ValueError, match="keys and values has"):
+            recorder.store_keys(x, narrow, cross)
+        with pytest.raises(ValueError, match="queries has"):
+            recorder.cross_attention(narrow, cross)
+        with pytest.raises(ValueError, match="a gate has 8 features where 2 are needed"):
+            recorder.recur(narrow, narrow, narrow, gate, narrow, Recurrence(0, 2, 4, 4))
+        with pytest.raises(ValueError, match="the weight of a convolution has"):
+            recorder.short_convolution(narrow, w.scale, ShortConvolution(0, 4, 8))
+        before = len(recorder.operations)
+        recorder.store_keys(narrow, narrow, cross)
+        out = recorder.recur(narrow, narrow, narrow, gate, gate, Recurrence(0, 2, 4, 4))
+        stored, recurred = recorder.operations[before:]
+        assert (reads(stored), writes(stored)) == ((narrow, narrow), ())
+        assert (reads(recurred), writes(recurred)) == ((narrow, narrow, narrow, gate, gate), (out,))
