@@ -16,13 +16,10 @@ from numpy.typing import NDArray
 from kbit.calibration.measure import LayerFactors, measure_factors
 from kbit.calibration.request import CalibrationRequest
 from kbit.calibration.run import sampled_tokens, spread_over
-from kbit.calibration.sizes import text_shape
+from kbit.calibration.sizes import HELD_OUT_SHARE, text_shape
 from kbit.checkpoint.source import CheckpointSource
 from kbit.models.families import spec_from_config
 from kbit.text.tokenizer import Tokenizer
-
-# Of calibration's sequences, rounded up.
-_SHARE = 8
 
 
 def held_out_factors(
@@ -48,7 +45,7 @@ def held_out_tokens(source: CheckpointSource, request: CalibrationRequest) -> ND
     Where it left nothing, and where there are no texts, the model writes them: other sequences than calibration's.
     """
     count, length = text_shape(spec_from_config(source.config, where=f"config of {source.path}"), request.tokens)
-    wanted = -(-count // _SHARE)
+    wanted = -(-count // HELD_OUT_SHARE)
     parts: list[NDArray[np.int64]] = []
     tokenizer = Tokenizer.from_source(source)
     for index, text in enumerate(request.texts):

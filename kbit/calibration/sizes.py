@@ -10,6 +10,8 @@ from kbit.models.spec import ModelSpec
 CHUNK_TOKENS = 2048
 # Logits and their gradients are formed for so many bytes at a time.
 LOGITS_BYTES = 32 << 20
+# Of calibration's sequences, one of so many is measured again, on other text, to judge errors by.
+HELD_OUT_SHARE = 8
 # Models below this many weights are calibrated on more tokens: they are cheap there.
 _SMALL_MODEL, _MANY_TOKENS, _TOKENS = 20_000_000, 65536, 16384
 

@@ -193,6 +193,7 @@ def _seconds(
     steps = Steps(
         calibrate=None if calibrated else method.request,
         weigh=weigh,
+        judged=method.request if weigh else None,
         feedback=method.rounding.feedback,
         two_sided=method.rounding.two_sided and method.request.gradients,
         sweeps=method.rounding.sweeps,

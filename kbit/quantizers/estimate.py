@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from kbit.calibration.request import CalibrationRequest
-from kbit.calibration.sizes import text_shape
+from kbit.calibration.sizes import HELD_OUT_SHARE, text_shape
 from kbit.checkpoint.source import CheckpointSource
 from kbit.models.families import spec_from_config
 from kbit.models.params import parameters
@@ -75,6 +75,7 @@ class Steps:
         each: exponentials that this takes as long as, without a search.
         products: of every matrix with its inputs' factor, without a search.
         weigh: try every width.
+        judged: what other text the errors of each width are judged by: as much as this asks for, by HELD_OUT_SHARE.
         feedback, two_sided, sweeps: see `kbit.quantizers.settings.Settings`.
         measured_tokens: on which the result is compared with the original.
     """
@@ -84,6 +85,7 @@ class Steps:
     each: float = 0.0
     products: int = 0
     weigh: bool = False
+    judged: CalibrationRequest | None = None
     feedback: bool = True
     two_sided: bool = True
     sweeps: int = 0
@@ -128,6 +130,10 @@ def estimate(source: CheckpointSource, steps: Steps, rates: Rates) -> float:
         if not steps.calibrate.texts:
             work += _sampling(spec, count * length, length)
         work += _calibrating(spec, count * length, length, steps.calibrate.gradients)
+    if steps.judged is not None:
+        count, length = text_shape(spec, steps.judged.tokens)
+        tokens = -(-count // HELD_OUT_SHARE) * length
+        work += _sampling(spec, tokens, length) + _calibrating(spec, tokens, length, gradients=True)
     for p in parameters(spec):
         if p.role not in ("linear", "embedding", "head"):
             continue
