@@ -82,8 +82,8 @@ class QuantizeFlags:
         str,
         typer.Option(
             "--method",
-            help="How codes are found: auto (the most accurate), ldlq2, gptq, search, awq, hqq, rtn (no calibration, "
-            "seconds); kbit scale --methods takes the same.",
+            help="How codes are found: auto (ldlq2 where it can), ldlq2-tuned (much slower), ldlq2, gptq, search, awq, "
+            "hqq, rtn (no calibration, seconds); kbit scale --methods takes the same.",
         ),
     ] = "auto"
     time_budget: Annotated[

@@ -9,10 +9,20 @@ from kbit.quantizers.hqq import HalfQuadratic
 from kbit.quantizers.method import Method
 from kbit.quantizers.outliers import Outliers
 from kbit.quantizers.rtn import RoundToNearest
+from kbit.quantizers.tuned import TunedTwoSided
 
 METHODS: dict[str, Method] = {
     method.name: method
-    for method in (RoundToNearest(), HalfQuadratic(), ActivationAware(), ScaleSearch(), Gptq(), TwoSided(), Outliers())
+    for method in (
+        RoundToNearest(),
+        HalfQuadratic(),
+        ActivationAware(),
+        ScaleSearch(),
+        Gptq(),
+        TwoSided(),
+        TunedTwoSided(),
+        Outliers(),
+    )
 }
 
 

@@ -43,3 +43,18 @@ class Settings:
         """Plain values: of options that came later, those that are set, so that what was made before stays known."""
         later = ("static_scales", "act_order")
         return {name: value for name, value in asdict(self).items() if value or name not in later}
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """How `kbit.quantizers.row_scales` tunes.
+
+    Attributes:
+        steps: of Adam.
+        batch: sequences of each.
+        rate: of learning, falling to zero along half a cosine.
+    """
+
+    steps: int = 60
+    batch: int = 8
+    rate: float = 1e-3

@@ -1,0 +1,93 @@
+"""Rounding with a calibration, and then the scales of rows tuned against the original."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+from kbit.models.families import spec_from_config
+from kbit.models.params import parameters
+from kbit.quantizers.calibrated import TwoSided
+from kbit.quantizers.method import MethodInput, QuantizedSource
+from kbit.quantizers.rtn import QuantizedView
+from kbit.quantizers.settings import Tuning
+
+if TYPE_CHECKING:
+    import torch
+
+    from kbit.calibration.store import CalibrationFolder
+    from kbit.checkpoint.source import CheckpointSource
+    from kbit.formats.quant_tensor import QuantTensor
+    from kbit.quantizers.plan import Plan
+
+
+class TunedTwoSided(TwoSided):
+    """Two-sided LDLQ, and rows tuned (kbit.quantizers.row_scales)."""
+
+    name = "ldlq2-tuned"
+    about = "ldlq2, then the scales of all rows tuned against the original, kept if that helps: much slower"
+    version = 1
+    tuning = Tuning()
+
+    @property
+    def settings(self) -> Mapping[str, Any]:
+        return {**super().settings, "tuning": asdict(self.tuning)}
+
+    def memory(self, source: CheckpointSource) -> int:
+        spec = spec_from_config(source.config, where=f"config of {source.path}")
+        weights = sum(p.shape[0] * p.shape[1] for p in parameters(spec) if len(p.shape) == 2)
+        return max(super().memory(source), 8 * weights)
+
+    def apply(self, job: MethodInput) -> QuantizedSource:
+        from kbit.calibration.run import calibrate
+        from kbit.quantizers.row_scales import scale_rows
+
+        rounded = super().apply(job)
+        assert isinstance(rounded, QuantizedView)
+        # In the source's order, which is that of layers: a layer's matrices are rounded together.
+        matrices = {name: rounded.read_quantized(name) for name in job.source.tensors if name in rounded.formats}
+        factors = self._factors(job, matrices, calibrate(job.source, self.request))
+        scaled = {name: scale_rows(matrix, factors.get(name)) for name, matrix in matrices.items()}
+        return _AtHand(job.source, job.plan, scaled, job.read)
+
+    def _factors(
+        self, job: MethodInput, matrices: Mapping[str, QuantTensor], calibration: CalibrationFolder
+    ) -> Mapping[str, torch.Tensor]:
+        """Of rows, by name; none where they do not help. Kept beside the calibration, for a run that is continued."""
+        from safetensors.torch import load, save
+
+        from kbit.calibration.held_out import held_out_tokens
+        from kbit.host.files import write_durably
+        from kbit.quantizers.row_scales import divergence, scale_rows, tune_rows
+
+        kept = calibration.path / f"rows-{job.plan.plan_id[:24]}.safetensors"
+        if kept.exists():
+            return load(kept.read_bytes())
+        text, held_out = calibration.ids(), held_out_tokens(job.source, self.request)
+        assert text is not None
+        plain = _AtHand(job.source, job.plan, matrices, job.read)
+        factors = tune_rows(job.source, plain, matrices, text, self.tuning, progress=job.progress)
+        scaled = {name: scale_rows(matrix, factors.get(name)) for name, matrix in matrices.items()}
+        tuned = _AtHand(job.source, job.plan, scaled, job.read)
+        if divergence(job.source, tuned, held_out) >= divergence(job.source, plain, held_out):
+            factors = {}
+        write_durably(kept, save(factors))
+        return factors
+
+
+class _AtHand(QuantizedView):
+    """A source whose planned weights are in memory."""
+
+    def __init__(
+        self,
+        source: CheckpointSource,
+        plan: Plan,
+        matrices: Mapping[str, QuantTensor],
+        read: Callable[[str], torch.Tensor] | None,
+    ) -> None:
+        super().__init__(source, plan, read)
+        self._matrices = matrices
+
+    def read_quantized(self, name: str) -> QuantTensor:
+        return self._matrices[name]
