@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import typer
+
 from kbit.cli.flag_groups import flag_groups
 from kbit.cli.options import JsonOption
 from kbit.cli.progress import progress_bars
@@ -60,7 +62,7 @@ def quantize(*, flags: QuantizeFlags, json: JsonOption = False) -> None:
         _check_runnable(source)
         if asked is not None:
             asked.check_model(source)
-        method, mixed = within_time(source, within_memory(source, method, flags), codec, flags)
+        method, mixed, note = within_time(source, within_memory(source, method, flags), codec, flags)
         plan = flags.plan(source, codec, method, None if asked is None else asked.targets)
         if asked is not None:
             asked.check_complete(plan)
@@ -69,6 +71,8 @@ def quantize(*, flags: QuantizeFlags, json: JsonOption = False) -> None:
         # What is in the way is said before hours of calibration; a finished model may turn out to be this one.
         if flags.save_plan is None:
             check_output_folder(out, overwrite=flags.force or finished_plan(out) is not None)
+        if note:
+            typer.echo(note, err=True)  # now that nothing more is to be refused before the work begins
         allocation = _allocate(source, plan, method, flags) if mixed else None
         if allocation is not None:
             plan = flags.plan(source, codec, method, {n: c.format for n, c in allocation.chosen.items()})

@@ -266,7 +266,7 @@ class QuantizeFlags:
         """Names of matrices whose formats are not to be mixed: --override and --embedding-bits say what they are."""
         from fnmatch import fnmatchcase
 
-        patterns = [_split_override(text)[0] for text in self.override or ()]
+        patterns = [pattern for pattern, _ in self.overrides]
         return {
             tensor.source.name
             for tensor in plan.tensors
@@ -298,6 +298,15 @@ class QuantizeFlags:
         if self.max_kl is not None:
             return Budget(cost=self.max_kl)
         return Budget(bits=4.0 if self.bits is None else self.bits)
+
+    @property
+    def overrides(self) -> list[tuple[str, str]]:
+        """--override as patterns of names and formats.
+
+        Raises:
+            UsageError: one is no pattern with a format.
+        """
+        return [_split_override(text) for text in self.override or ()]
 
     @property
     def size_bytes(self) -> int | None:
@@ -359,7 +368,7 @@ class QuantizeFlags:
 
         if not 0 < self.shard_size <= _MAX_SHARD_GB:
             raise UsageError(f"--shard-size {self.shard_size}: use a size in GB, above 0 and at most {_MAX_SHARD_GB}")
-        _ = self.seconds
+        _ = self.seconds, self.size_bytes, self.overrides
         bits = self.embedding_bits
         if bits is not None and bits != 16 and not MIN_BITS <= bits <= MAX_BITS:
             raise UsageError(f"--embedding-bits {bits}: use {MIN_BITS} to {MAX_BITS}, or 16 to keep them")
@@ -387,7 +396,7 @@ class QuantizeFlags:
             codec,
             embedding_bits=self.embedding_bits or (EMBEDDING_BITS if calibrated else None),
             formats=formats,
-            overrides=[_split_override(text) for text in self.override or ()],
+            overrides=self.overrides,
             shard_bytes=int(self.shard_size * 1e9),
             method=method,
         )

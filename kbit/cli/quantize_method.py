@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import typer
 
@@ -21,10 +21,26 @@ if TYPE_CHECKING:
     from kbit.quantizers.method import Method
     from kbit.quantizers.plan_file import PlanFile
 
+# Seconds that a user is told of unasked.
+_WORTH_SAYING = 60.0
 # Fewer tokens than these are not suggested: the factors of a small sample fit nothing else.
 _FEWEST_TOKENS = 2048
 # Rounding a weight to nearest, and finding offsets half-quadratically, in exponentials (see kbit.quantizers.estimate).
 _NEAREST, _HALF_QUADRATIC = 15.0, 300.0
+
+
+class Choice(NamedTuple):
+    """What `within_time` chose.
+
+    Attributes:
+        method: how matrices are rounded.
+        mixed: whether widths are mixed.
+        note: how long it is estimated to take, for the user; "" where that is not asked for and no wait either.
+    """
+
+    method: Method
+    mixed: bool
+    note: str = ""
 
 
 def following(flags: QuantizeFlags, asked: PlanFile) -> QuantizeFlags:
@@ -102,8 +118,8 @@ def within_memory(source: CheckpointSource, method: Method, flags: QuantizeFlags
     raise UsageError(f"method {method.name}: {short}; use {', or '.join(remedies)}")
 
 
-def within_time(source: CheckpointSource, method: Method, codec: Codec, flags: QuantizeFlags) -> tuple[Method, bool]:
-    """The most accurate method that is estimated to be done in time, and whether it mixes widths; stderr is told.
+def within_time(source: CheckpointSource, method: Method, codec: Codec, flags: QuantizeFlags) -> Choice:
+    """The most accurate method that is estimated to be done in time, and whether it mixes widths.
 
     Args:
         source: the model.
@@ -119,7 +135,7 @@ def within_time(source: CheckpointSource, method: Method, codec: Codec, flags: Q
 
     mixed, budget = flags.mixes_widths(method), flags.seconds
     if budget is None and (flags.dry_run or not isinstance(method, CalibratedRounding)):
-        return method, mixed
+        return Choice(method, mixed)
     import torch
 
     from kbit.quantizers.estimate import measure_rates
@@ -130,11 +146,11 @@ def within_time(source: CheckpointSource, method: Method, codec: Codec, flags: Q
         seconds = _seconds(source, candidate, codec, flags, mixes, rates)
         said = f"{candidate.name}{', mixed widths' if mixes else ''}"
         if budget is None:
-            typer.echo(f"method {said}: about {duration(seconds)}", err=True)
-            return candidate, mixes
+            note = f"method {said}: about {duration(seconds)}" if seconds >= _WORTH_SAYING else ""
+            return Choice(candidate, mixes, note)
         if seconds <= budget:
-            typer.echo(f"time budget {duration(budget)}: method {said}, about {duration(seconds)}{more}", err=True)
-            return candidate, mixes
+            note = f"time budget {duration(budget)}: method {said}, about {duration(seconds)}{more}"
+            return Choice(candidate, mixes, note)
         more = f"; {said} would take about {duration(seconds)}"
         fastest = f"{said} takes about {duration(seconds)}"
     what = "" if flags.mixes is None else f", and {flags.mixes} needs it (a whole number of --bits does not)"

@@ -75,14 +75,15 @@ def test_an_interrupted_run_of_other_settings(zoo: Path, tmp_path: Path, monkeyp
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
 
+    plain = Q + "--method rtn "
     with monkeypatch.context() as patch:
         patch.setattr("kbit.quantizers.convert._write_kept", interrupt)
-        code, stdout, stderr = run_command(split(Q, zoo, tmp_path / "new"))
+        code, stdout, stderr = run_command(split(plain, zoo, tmp_path / "new"))
         assert (code, stdout, stderr) == (130, "", "\nkbit: interrupted\n")
-    code, stdout, stderr = run_command(split(Q + "--bits 3", zoo, tmp_path / "new"))
+    code, stdout, stderr = run_command(split(plain + "--bits 3", zoo, tmp_path / "new"))
     assert code == 2
     assert "new.partial: an interrupted run with another source or other settings" in check_line(stdout, stderr)
-    assert run_command(split(Q + "--bits 3 --no-resume", zoo, tmp_path / "new"))[0] == 0
+    assert run_command(split(plain + "--bits 3 --no-resume", zoo, tmp_path / "new"))[0] == 0
 
 
 @pytest.mark.parametrize(
