@@ -25,11 +25,12 @@ from typing import IO, Any
 
 from filelock import FileLock, Timeout
 
+from kbit.checkpoint.output_folder import check_output_folder, names_in
 from kbit.checkpoint.readers.hf_folder import INDEX_NAME
 from kbit.checkpoint.readers.kbit_folder import MANIFEST_NAME
 from kbit.formats.codec import Part
-from kbit.host.errors import CheckpointError, KbitError, UsageError
-from kbit.host.files import fsync_folder, read_json_object, write_durably
+from kbit.host.errors import KbitError, UsageError
+from kbit.host.files import fsync_folder, write_durably
 
 # Hugging Face's default. Large enough that most models have a few files, small enough to copy and retry.
 DEFAULT_SHARD_BYTES = 5_000_000_000
@@ -242,7 +243,7 @@ class CheckpointWriter:
             )
         if self.partial.exists() and (records is None or not resume):
             # Without a journal it is ours only if a run was killed over the journal's first line.
-            if not self.partial.is_dir() or (records is None and _names(self.partial) - {f"{_JOURNAL}.tmp"}):
+            if not self.partial.is_dir() or (records is None and names_in(self.partial) - {f"{_JOURNAL}.tmp"}):
                 raise UsageError(f"{self.partial}: in the way, and not an interrupted run of kbit's; move it")
             shutil.rmtree(self.partial)
             records = None
@@ -330,33 +331,6 @@ def remove_leftovers(out: Path) -> None:
     (out / _JOURNAL).unlink(missing_ok=True)
 
 
-def check_output_folder(out: Path, *, overwrite: bool) -> None:
-    """Refuse an output folder that would destroy something.
-
-    Raises:
-        UsageError: `out` is a file, or a folder with other things in it, or a finished model and not `overwrite`.
-    """
-    if out.is_symlink():
-        raise UsageError(f"{out}: is a symbolic link; name the folder itself")
-    if out.exists() and not out.is_dir():
-        raise UsageError(f"{out}: is a file; name a folder to create")
-    if not out.is_dir() or not _names(out):
-        return
-    if not (out / MANIFEST_NAME).is_file():
-        raise UsageError(f"{out}: exists and holds other files; name a new folder")
-    if not overwrite:
-        raise UsageError(f"{out}: already holds a finished model; name another folder, or replace it with --force")
-
-
-def finished_plan(out: Path) -> str | None:
-    """The plan id of a finished folder, or None."""
-    try:
-        plan = read_json_object(out / MANIFEST_NAME).get("plan")
-    except CheckpointError:
-        return None
-    return plan if isinstance(plan, str) else None
-
-
 def _assign_shards(weights: Sequence[StoredWeight], shard_bytes: int) -> list[_Shard]:
     groups: list[list[StoredWeight]] = [[]]
     size = 0
@@ -391,10 +365,6 @@ def _read_journal(path: Path) -> tuple[str, dict[str, dict[str, str]]] | None:
         except (ValueError, KeyError, TypeError):
             break  # a torn line: written when the run was killed
     return None if plan is None else (plan, done)
-
-
-def _names(folder: Path) -> set[str]:
-    return {path.name for path in folder.iterdir()}
 
 
 def _json_bytes(value: Mapping[str, Any]) -> bytes:

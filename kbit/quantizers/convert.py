@@ -10,9 +10,10 @@ from typing import Any
 
 import torch
 
+from kbit.checkpoint.output_folder import finished_plan
 from kbit.checkpoint.readers.kbit_folder import LAYOUT_VERSION, KbitFolder
 from kbit.checkpoint.source import CheckpointSource
-from kbit.checkpoint.writer import CheckpointWriter, finished_plan, remove_leftovers
+from kbit.checkpoint.writer import CheckpointWriter, remove_leftovers
 from kbit.formats.blockwise import CHUNK_WEIGHTS
 from kbit.formats.codec import Codec, no_kernel
 from kbit.formats.quant_format import QuantFormat
