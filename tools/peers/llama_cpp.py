@@ -82,7 +82,7 @@ def fetch(home: Path, *, force: bool) -> Path:
     archive = downloads / f"llama_cpp_python-{VERSION}.tar.gz"
     if not archive.is_file() or _sha256(archive) != SHA256:
         say(f"llama.cpp: downloading llama-cpp-python {VERSION} (77 MB)")
-        wanted = ["--no-deps", "--no-binary", ":all:", "--dest", downloads, f"llama-cpp-python=={VERSION}"]
+        wanted = ["--no-deps", "--no-binary", "llama-cpp-python", "--dest", downloads, f"llama-cpp-python=={VERSION}"]
         run([sys.executable, "-m", "pip", "download", *wanted], home / "logs" / "download.log")
         if not archive.is_file() or _sha256(archive) != SHA256:
             raise PeerError(

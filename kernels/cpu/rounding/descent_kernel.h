@@ -115,7 +115,7 @@ void descend_rows(const DescentTask& t) {
   const Search search(*t.grid);
   const Rows among(t);
   uint8_t level_of_code[256] = {};
-  for (int level = 0; level <= search.last; ++level) level_of_code[t.grid->codes[level]] = uint8_t(level);
+  for (size_t level = 0; level < t.grid->codes.size(); ++level) level_of_code[t.grid->codes[level]] = uint8_t(level);
   const int64_t columns = t.columns, block = t.block, blocks = (columns + block - 1) / block;
   float* slopes = t.scratch;                       // (columns, 16)
   float* change = slopes + kRoundLanes * columns;  // (columns, 16)

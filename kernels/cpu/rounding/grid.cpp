@@ -1,4 +1,5 @@
 #include <algorithm>
+#include <limits>
 #include <stdexcept>
 #include <utility>
 
@@ -18,18 +19,21 @@ Grid::Grid(std::vector<float> levels_, std::vector<std::uint8_t> codes_)
   // Four cells a level: a search then looks at one or two borders. The same arithmetic as the search's places the
   // borders, so none can be missed: the cell of a value never falls as the value rises.
   const std::size_t cells = std::max<std::size_t>(64, 4 * levels.size());
+  std::vector<int> in_cell(cells, 0);
   const float half = float(cells) / 2;
+  const auto cell_of = [&](float border) {
+    const float place = border * half + half;
+    return place > 0 ? std::min(cells - 1, std::size_t(place)) : std::size_t{0};
+  };
+  for (const float border : borders) most_in_cell = std::max(most_in_cell, ++in_cell[cell_of(border)]);
   starts.assign(cells, 0);
   std::size_t below = 0;
   for (std::size_t cell = 0; cell < cells; ++cell) {
-    while (below < borders.size()) {
-      const float place = borders[below] * half + half;
-      const std::size_t at = place > 0 ? std::min(cells - 1, std::size_t(place)) : 0;
-      if (at >= cell) break;
-      ++below;
-    }
+    while (below < borders.size() && cell_of(borders[below]) < cell) ++below;
     starts[cell] = std::uint8_t(below);
   }
+  levels.resize(256, 0.0f);
+  borders.resize(256, std::numeric_limits<float>::max());
 }
 
 }  // namespace kbit

@@ -17,10 +17,12 @@ enum class ScaleType : std::uint8_t { half, bfloat, single };
 
 // The values that codes stand for, and how the nearest is found: a table says at which border a search begins.
 struct Grid {
-  std::vector<float> levels;         // ascending, different from each other
+  std::vector<float> levels;         // ascending, different from each other; filled up with zeros to 256
   std::vector<std::uint8_t> codes;   // of each level
-  std::vector<float> borders;        // between a level and the next; a value on it belongs to the lower level
+  std::vector<float> borders;        // between a level and the next; a value on it belongs to the lower level; filled up
+                                     // to 256 with what nothing exceeds
   std::vector<std::uint8_t> starts;  // of each cell of [-1, 1]: borders below the cell
+  int most_in_cell = 0;              // borders in one cell
 
   Grid(std::vector<float> levels, std::vector<std::uint8_t> codes);
 };
