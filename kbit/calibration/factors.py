@@ -18,6 +18,8 @@ from dataclasses import dataclass
 
 import torch
 
+from kbit.backends.reference.products import product, product_with_rows
+
 
 @dataclass(frozen=True, eq=False)
 class Factors:
@@ -49,12 +51,12 @@ class Factors:
 
         Without gradients: half the squared error of the matrix's outputs, which compares errors of one matrix only.
         """
-        heard = error @ self.inputs  # (N, K)
+        heard = product_with_rows(error, self.inputs)  # (N, K): symmetric
         if self.outputs is None:
             rows = (heard * error).sum(dtype=torch.float64) / (1 if not self.weighted else error.shape[0])
             return 0.5 * float(rows)
         trace = self.trace
         if not trace > 0:
             return 0.0
-        weighed = self.outputs @ error if self.outputs.dim() == 2 else self.outputs[:, None] * error
+        weighed = product(self.outputs, error) if self.outputs.dim() == 2 else self.outputs[:, None] * error
         return 0.5 * self.coherence * float((weighed * heard).sum(dtype=torch.float64)) / trace

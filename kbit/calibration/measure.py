@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 
 from kbit.backends.reference.backend import ReferenceBackend
 from kbit.backends.reference.gradients import GradientOps, KeepingBackend, dense
+from kbit.backends.reference.products import product
 from kbit.calibration.factors import Factors
 from kbit.calibration.sizes import CHUNK_TOKENS, LOGITS_BYTES
 from kbit.calibration.workers import workers
@@ -237,7 +238,7 @@ class _Passes:
 
     def _outside(self, head: Factors, gradient: torch.Tensor, tied: bool) -> dict[str, Factors]:
         flat = gradient.flatten(0, 1)
-        second_moment = flat.T @ flat / len(flat)
+        second_moment = product(flat.T, flat) / len(flat)
         embedding = parameters(self.spec)[0].name
         if not tied:
             return {embedding: Factors(second_moment, None), f"{self.spec.names.head}.weight": head}
@@ -289,7 +290,7 @@ class _Capture:
     def measure_squares(self) -> None:
         """The squared norms of the matrices' gradients, of the whole piece."""
         for name, d in self.gradients.items():
-            self.squares[name] = float((d.T @ self.inputs[name]).square().sum(dtype=torch.float64))
+            self.squares[name] = float(product(d.T, self.inputs[name]).square().sum(dtype=torch.float64))
 
 
 class _CapturingOps(GradientOps):
@@ -375,7 +376,7 @@ class _Collected:
 def _add_panel(work: tuple[torch.Tensor, torch.Tensor, slice]) -> None:
     """Some rows of rows' rows, from the diagonal on."""
     total, rows, panel = work
-    total[panel, panel.start :].addmm_(rows[:, panel].T, rows[:, panel.start :])
+    total[panel, panel.start :] += product(rows[:, panel].T, rows[:, panel.start :])
 
 
 def _whole(upper: torch.Tensor, tokens: int) -> torch.Tensor:

@@ -13,7 +13,7 @@ import hashlib
 import heapq
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 # Widths that matrices inside the layers, and embedding and head, can get.
 LINEAR_WIDTHS, OUTSIDE_WIDTHS = (2, 3, 4, 5, 6, 8), (4, 5, 6, 8)
 # Raised whenever the same matrix gets other costs.
-_VERSION = 2
+_VERSION = 3
 
 
 @dataclass(frozen=True)
@@ -242,17 +242,28 @@ def _measure_layer(
     def feedback_of(name: str) -> Feedback:
         return Feedback.of(factors[name], rounding, weights[name].shape[1])
 
-    def cost(job: tuple[str, QuantFormat]) -> float:
-        name, format = job
-        rounded = round_with(weights[name], format, feedback[name], rounding, name=name)
+    def cost(job: tuple[str, QuantFormat, Settings]) -> float:
+        name, format, settings = job
+        rounded = round_with(weights[name], format, feedback[name], settings, name=name)
         return judge.factors[name].divergence(weights[name] - rounded.dequantize())
 
+    # Descent lowers the costs of a matrix by about the same share in every format (docs/methods.md), so one tells it.
+    rough = replace(rounding, sweeps=0)
+    samples = {name: min(tried, key=lambda format: abs(format.bits - 4)) for name, tried in wanted.items()}
     with workers(torch.get_num_threads()) as pool:
         by_size = sorted(wanted, key=lambda name: -source.tensors[name].numel)
         feedback = dict(zip(by_size, pool.map(feedback_of, by_size), strict=True))
-        jobs = [(name, format) for name in by_size for format in wanted[name]]
+        jobs = [(name, format, rough) for name in by_size for format in wanted[name]]
+        if rounding.sweeps:
+            jobs = [(name, samples[name], rounding) for name in by_size] + jobs
         costs = dict(zip(jobs, pool.map(cost, jobs), strict=True))
-    return {name: [costs[name, format] for format in tried] for name, tried in wanted.items()}
+
+    def after_descent(name: str, format: QuantFormat) -> float:
+        before = costs[name, samples[name], rough]
+        share = costs[name, samples[name], rounding] / before if before > 0 else 1.0
+        return costs[name, format, rough] * share
+
+    return {name: [after_descent(name, format) for format in tried] for name, tried in wanted.items()}
 
 
 def _read_costs(path: Path, described: Mapping[str, Sequence[str]]) -> dict[str, list[float]] | None:

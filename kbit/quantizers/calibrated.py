@@ -112,7 +112,7 @@ class TwoSided(CalibratedRounding):
     """Two-sided LDLQ."""
 
     name = "ldlq2"
-    version = 2  # sweeps of coordinate descent
+    version = 3  # sweeps of coordinate descent, whose sums are formed in groups
     about = "errors made good along columns and rows (two-sided LDLQ), then coordinate descent: the most accurate"
     rounding = Settings(sweeps=SWEEPS)
 

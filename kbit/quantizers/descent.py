@@ -12,9 +12,10 @@ from dataclasses import dataclass
 import torch
 
 from kbit import _native
+from kbit.backends.reference.products import product, product_with_rows
 
-# Rows that are worked on at once; what they do is told to the others afterwards.
-_ROWS = 16
+# Rows that are worked on at once; what they do is told to the others afterwards, to those of its group at once.
+_ROWS, _TOGETHER = 16, 64
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,23 +65,27 @@ def descend(rounded: Rounded, error: torch.Tensor, curvature: Curvature, sweeps:
     """
     count, columns = error.shape
     inputs, outputs = curvature.inputs, curvature.outputs
-    slopes = error @ inputs
+    first = product_with_rows(error, inputs)  # symmetric
     if outputs is not None:
-        slopes = outputs @ slopes
+        first = product(outputs, first)
     alone = torch.eye(_ROWS)
+    heard = torch.zeros_like(error)  # H_I of all changes so far
     for _ in range(sweeps):
-        for start in reversed(range(0, count, _ROWS)):
-            rows = slice(start, min(start + _ROWS, count))
-            size = rows.stop - start
-            among = (alone[:size, :size] if outputs is None else outputs[rows, rows]).contiguous()
-            change = torch.empty(size, columns)
-            _native.descend_rows(
-                slopes[rows], inputs, among, rounded.levels, rounded.codes_of_levels, rounded.block, rounded.scale_type,
-                rounded.fixed_scales, rounded.codes[rows], rounded.scales[rows],
-                None if rounded.offsets is None else rounded.offsets[rows], change,
-            )  # fmt: skip
-            heard = change @ inputs
-            if outputs is None:
-                slopes[rows] -= heard
-            else:
-                slopes.addmm_(outputs[:, rows], heard, alpha=-1)
+        for start in reversed(range(0, count, _TOGETHER)):
+            group = slice(start, min(start + _TOGETHER, count))
+            slopes = first[group] - (heard[group] if outputs is None else product(outputs[group], heard))
+            for begin in reversed(range(0, group.stop - start, _ROWS)):
+                within = slice(begin, min(begin + _ROWS, group.stop - start))
+                rows = slice(start + within.start, start + within.stop)
+                size = rows.stop - rows.start
+                among = (alone[:size, :size] if outputs is None else outputs[rows, rows]).contiguous()
+                change = torch.empty(size, columns)
+                _native.descend_rows(
+                    slopes[within], inputs, among, rounded.levels, rounded.codes_of_levels, rounded.block,
+                    rounded.scale_type, rounded.fixed_scales, rounded.codes[rows], rounded.scales[rows],
+                    None if rounded.offsets is None else rounded.offsets[rows], change,
+                )  # fmt: skip
+                told = product_with_rows(change, inputs)
+                heard[rows] += told
+                if outputs is not None and begin:
+                    slopes[:begin] -= product(outputs[start : start + begin, rows], told)

@@ -26,7 +26,7 @@ _TRIED_LINEAR, _TRIED_OUTSIDE = len(LINEAR_WIDTHS) + 2, len(OUTSIDE_WIDTHS) + 1
 _FORWARD, _BACKWARD, _LOGITS, _DRAW, _PACK = 4.0, 18.0, 30.0, 24.0, 20.0
 # How much longer than a large matrix product the same operations take when a token is decoded, and when errors are
 # passed on; and than a 4-bit grid's, a search of the wider ones and of codebooks fitted to the weights.
-_DECODING, _FEEDBACK, _SEARCH = 1.8, 2.5, 2.5
+_DECODING, _FEEDBACK, _SEARCH = 1.8, 2.5, 1.6
 # Of everything, for what is not counted: Python, memory, waiting for the last of several threads.
 _UNCOUNTED = 1.4
 # Seconds that loading, starting and writing take whatever the model.
@@ -96,6 +96,7 @@ def measure_rates(threads: int) -> Rates:
     """The rates of so many threads, side by side with whatever else the machine does now: a quarter of a second."""
     import torch
 
+    from kbit.backends.reference.products import product_with_rows
     from kbit.calibration.workers import workers
     from kbit.formats.quant_format import QuantFormat
     from kbit.quantizers.ldlq import round_matrix
@@ -111,7 +112,7 @@ def measure_rates(threads: int) -> Rates:
             return units * sum(pool.map(lambda _: _calls_per_second(call), range(threads)))
 
         return Rates(
-            operations=rate(2 * 256 * 1024 * 512, lambda: a @ b.T),
+            operations=rate(2 * 256 * 1024 * 512, lambda: product_with_rows(a, b)),
             elements=rate(a.numel(), a.exp),
             weights=rate(few.numel(), lambda: round_matrix(few, format, None, plain)),
         )
@@ -185,10 +186,10 @@ def _rounding(rows: int, columns: int, times: int, steps: Steps, two_sided: bool
     if two_sided:
         operations += rows**3 / 3 + _FEEDBACK * times * float(rows) ** 2 * columns
         factors += rows**2
-    # A sweep tells of every change, as feedback does, but to all columns and rows.
-    operations += (
-        2 * steps.sweeps * times * (float(rows) * columns**2 + (float(rows) ** 2 * columns if two_sided else 0.0))
-    )
+    # A sweep tells of every change, as feedback does, but to all columns and rows. Of the widths that are weighed one
+    # is swept, and the one that is chosen.
+    swept = steps.sweeps * (2 if steps.weigh else 1)
+    operations += 2 * swept * (float(rows) * columns**2 + (float(rows) ** 2 * columns if two_sided else 0.0))
     if steps.weigh:
         operations += times * (2.0 * rows * columns**2 + (2.0 * rows**2 * columns if two_sided else 0.0))
     return Work(operations, _PACK * factors, _SEARCH * times * rows * columns)

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import torch
 
 from kbit import _native
+from kbit.backends.reference.products import product
 from kbit.calibration.factors import Factors
 from kbit.formats.blockwise import block_statistics, check_finite, matrix_codebook, used_levels
 from kbit.formats.planes import pack
@@ -124,7 +125,7 @@ def round_with(
         for start in reversed(range(0, rows, _ROWS)):
             block = slice(start, min(start + _ROWS, rows))
             below = slice(block.stop, rows)
-            correction = feedback.rows[below, block].T @ left[below]  # (16, K)
+            correction = product(feedback.rows[below, block].T, left[below])  # (16, K)
             done = work.run(ordered, correction, feedback.columns, feedback.importance, block)
             left[block] = done.residual - correction
     if feedback.order is not None:

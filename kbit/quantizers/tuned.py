@@ -27,7 +27,7 @@ class TunedTwoSided(TwoSided):
 
     name = "ldlq2-tuned"
     about = "ldlq2, then the scales of all rows tuned against the original, kept if that helps: much slower"
-    version = 1
+    version = 2
     tuning = Tuning()
 
     @property

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 
 from kbit.backends.reference.backend import ReferenceBackend, ReferenceWeight, RowOps, tensor_of
+from kbit.backends.reference.products import product, product_with_rows
 from kbit.formats.quant_tensor import QuantTensor
 from kbit.graph.ops import Attention, Definition, Vector, Weight, refuse_attention
 from kbit.kernels import reference
@@ -89,14 +90,14 @@ class _TracedLinear(torch.autograd.Function):
     def forward(ctx: Any, x: torch.Tensor, weight: Weight, ops: GradientOps) -> torch.Tensor:
         ctx.save_for_backward(x)
         ctx.weight, ctx.ops = weight, ops
-        return torch.nn.functional.linear(x, dense(weight))
+        return product_with_rows(x, dense(weight))
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> tuple[torch.Tensor, None, None]:
         (gradient,) = grads
         (x,) = ctx.saved_tensors
         ctx.ops.collect(ctx.weight, x, gradient)
-        return gradient @ dense(ctx.weight), None, None
+        return product(gradient, dense(ctx.weight)), None, None
 
 
 def dense(weight: Weight) -> torch.Tensor:
