@@ -115,6 +115,9 @@ MappedFile::MappedFile(std::string path) : path_(std::move(path)), identity_(std
   void* memory = mmap(nullptr, size_, PROT_READ, MAP_SHARED, descriptor_, 0);
   if (memory == MAP_FAILED) fail(std::strerror(errno));
   data_ = static_cast<std::uint8_t*>(memory);
+#ifdef MADV_HUGEPAGE
+  madvise(memory, size_, MADV_HUGEPAGE);  // what is still to be read from the disk comes in huge pages
+#endif
   try {
     slot_ = take_slot(data_, size_);
   } catch (...) {

@@ -80,13 +80,29 @@ inline Floats load_number(const void* p, int64_t index, Number kind) {
   }
 }
 
-// Scales (or offsets, of the same kind) of the 16 rows of a panel's block.
+// Scales (or offsets, of the same kind) of the 16 rows of a panel, block by block.
+struct PanelScales {
+  const uint8_t* first;
+  int64_t group_bytes, within;
+  int group_shift;
+  Number kind;
+
+  PanelScales(const Matrix& w, const void* p, int64_t panel)
+      : first(static_cast<const uint8_t*>(p) + (w.scale_kind == Number::steps
+                                                    ? panel * w.groups * w.group_bytes
+                                                    : panel * w.blocks * kbit::kPanelRows * kbit::bytes_of(w.scale_kind))),
+        group_bytes(w.group_bytes), within((int64_t{1} << w.group_shift) - 1), group_shift(w.group_shift),
+        kind(w.scale_kind) {}
+  Floats of(int64_t block) const {
+    if (kind != Number::steps) return load_number(first, block * kbit::kPanelRows, kind);
+    const uint8_t* group = first + (block >> group_shift) * group_bytes;
+    const int8_t* steps = reinterpret_cast<const int8_t*>(group) + (4 + (block & within)) * kbit::kPanelRows;
+    return mul(to_float(load_i8(steps)), load(reinterpret_cast<const float*>(group)));
+  }
+};
+
 inline Floats load_scales(const Matrix& w, const void* p, int64_t panel, int64_t block) {
-  if (w.scale_kind != Number::steps) return load_number(p, (panel * w.blocks + block) * kbit::kPanelRows, w.scale_kind);
-  const uint8_t* group = static_cast<const uint8_t*>(p) + (panel * w.groups + (block >> w.group_shift)) * w.group_bytes;
-  const int64_t within = block & ((int64_t{1} << w.group_shift) - 1);
-  const int8_t* steps = reinterpret_cast<const int8_t*>(group) + (4 + within) * kbit::kPanelRows;
-  return mul(to_float(load_i8(steps)), load(reinterpret_cast<const float*>(group)));
+  return PanelScales(w, p, panel).of(block);
 }
 
 // Which block a segment of a panel lies in: walks along a row, segment by segment.

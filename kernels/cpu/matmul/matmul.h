@@ -70,6 +70,7 @@ void int8_direct_rows(const MatmulTask& task, int64_t row) {
   for (int64_t panel = task.panel_begin; panel < task.panel_end; ++panel) {
     const uint8_t* tile = w.codes + panel * w.panel_bytes();
     BlockWalk walk(w, 0);
+    const PanelScales scale_of(w, w.scales, panel), offset_of(w, w.offsets ? w.offsets : w.scales, panel);
     Floats total[kRows];
     Ints dot[kRows][kChains], fine[kRows][kChains];
     for (int r = 0; r < kRows; ++r) total[r] = zero();
@@ -112,7 +113,7 @@ void int8_direct_rows(const MatmulTask& task, int64_t row) {
           });
           if ((quarter & last_quarter) != last_quarter) return;
           const int64_t block = walk.next();
-          const Floats scale = load_scales(w, w.scales, panel, block);
+          const Floats scale = scale_of.of(block);
           for (int r = 0; r < kRows; ++r) {
             for (int c = 1; c < kChains; ++c) dot[r][0] = add(dot[r][0], dot[r][c]);
             Floats value = to_float(dot[r][0]);
@@ -123,7 +124,7 @@ void int8_direct_rows(const MatmulTask& task, int64_t row) {
             total[r] = fma(value, mul(scale, broadcast(scales[r][segment])), total[r]);
           }
           if (w.offsets) {
-            const Floats offset = load_scales(w, w.offsets, panel, block);
+            const Floats offset = offset_of.of(block);
             for (int r = 0; r < kRows; ++r) {
               const float sum = scales[r][segment] * float(sums[r][segment]) * inverse;
               total[r] = fma(offset, broadcast(sum), total[r]);
@@ -171,6 +172,10 @@ void int8_tile(const MatmulTask& task, const Int8Stretch& stretch, int64_t row) 
   const int32_t* sums = task.x.sums + row * task.x.segments_stride + first_segment;
   const float inverse = 1.0f / w.level_scale;
   BlockWalk walk(w, column);
+  static_assert(kPanels <= 2);
+  const void* offsets = w.offsets ? w.offsets : w.scales;
+  const PanelScales panel_scales[2] = {{w, w.scales, stretch.panel}, {w, w.scales, stretch.panel + kPanels - 1}};
+  const PanelScales panel_offsets[2] = {{w, offsets, stretch.panel}, {w, offsets, stretch.panel + kPanels - 1}};
   Floats total[kRows][kPanels];
   for (int r = 0; r < kRows; ++r)
     for (int p = 0; p < kPanels; ++p)
@@ -216,19 +221,23 @@ void int8_tile(const MatmulTask& task, const Int8Stretch& stretch, int64_t row) 
       }
     }
     const int64_t block = walk.next();
-    for (int p = 0; p < kPanels; ++p) {
-      const Floats scale = load_scales(w, w.scales, stretch.panel + p, block);
-      for (int r = 0; r < kRows; ++r) {
+    Floats scale[kPanels];
+    for (int p = 0; p < kPanels; ++p) scale[p] = panel_scales[p].of(block);
+    for (int r = 0; r < kRows; ++r) {
+      const Floats x_scale = broadcast(scales[r * task.x.segments_stride + s]);
+      for (int p = 0; p < kPanels; ++p) {
         Floats value = to_float(dot[r][p]);
         if constexpr (kTwoDigits) value = fma(to_float(fine[r][p]), broadcast(1.0f / kbit::kLowSteps), value);
-        total[r][p] = fma(value, mul(scale, broadcast(scales[r * task.x.segments_stride + s])), total[r][p]);
+        total[r][p] = fma(value, mul(scale[p], x_scale), total[r][p]);
       }
-      if (w.offsets) {
-        const Floats offset = load_scales(w, w.offsets, stretch.panel + p, block);
-        for (int r = 0; r < kRows; ++r) {
-          const int64_t index = r * task.x.segments_stride + s;
-          total[r][p] = fma(offset, broadcast(scales[index] * float(sums[index]) * inverse), total[r][p]);
-        }
+    }
+    if (w.offsets) {
+      Floats offset[kPanels];
+      for (int p = 0; p < kPanels; ++p) offset[p] = panel_offsets[p].of(block);
+      for (int r = 0; r < kRows; ++r) {
+        const int64_t index = r * task.x.segments_stride + s;
+        const Floats sum = broadcast(scales[index] * float(sums[index]) * inverse);
+        for (int p = 0; p < kPanels; ++p) total[r][p] = fma(offset[p], sum, total[r][p]);
       }
     }
   }

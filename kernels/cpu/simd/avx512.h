@@ -14,8 +14,9 @@ constexpr int kLevelBias = 128;
 // 6 x 2 int sums and as many float sums take 24 of 32 registers; 12 dot products in flight cover their latency (4 or 5
 // cycles, two pipes).
 constexpr int kTileRows = 6, kTilePanels = 2;
-constexpr int kTileQuads = 1;
-constexpr int kPrefetchedBits = 3;
+// Two quads in a row: with one, GCC 12 copies all sums around each.
+constexpr int kTileQuads = 2;
+constexpr int kPrefetchedBits = 6;
 
 struct Bytes { __m512i v; };
 struct Ints { __m512i v; };
