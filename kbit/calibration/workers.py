@@ -15,7 +15,8 @@ def workers(threads: int) -> Iterator[ThreadPoolExecutor]:
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        with ThreadPoolExecutor(threads) as pool:
+        # Each thread is told by itself, too: OpenMP, which oneDNN asks, counts for every thread of ours apart.
+        with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
             yield pool
     finally:
         torch.set_num_threads(before)

@@ -29,8 +29,8 @@ from kbit.quantizers.settings import Settings
 
 # Scales that are tried, in shares of the one that spans the block.
 SHARES = tuple(round(0.5 + 0.04 * i, 2) for i in range(15))
-# Rows whose errors do not reach each other.
-_ROWS = 16
+# Rows whose errors do not reach each other; and how many of those are told of at once.
+_ROWS, _ROUND = 16, 256
 
 
 @dataclass(frozen=True, eq=False)
@@ -124,7 +124,8 @@ def round_with(
         left = torch.zeros_like(weight)  # E L, of the finished rows
         for start in reversed(range(0, rows, _ROWS)):
             block = slice(start, min(start + _ROWS, rows))
-            below = slice(block.stop, rows)
+            # From a round number on, where `left` is still zero: oneDNN compiles code for every shape that it meets.
+            below = slice(block.stop // _ROUND * _ROUND, rows)
             correction = product(feedback.rows[below, block].T, left[below])  # (16, K)
             done = work.run(ordered, correction, feedback.columns, feedback.importance, block)
             left[block] = done.residual - correction
