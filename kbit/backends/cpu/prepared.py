@@ -48,7 +48,7 @@ if TYPE_CHECKING:
 _MAGIC = b"kbitprep"
 _HEAD_BYTES = 4096
 _ALIGN = 64
-# Written at once, from multiples of it on: what Linux then holds in huge pages, which a process that maps the file shares.
+# Written at once, from multiples of it on: what Linux then holds in huge pages, which all that map the file share.
 # Decoding on one thread is a sixth faster with them (docs/measurements.md).
 _PIECE_BYTES = 8 << 20
 # Room that is left on the disk beside a prepared file.

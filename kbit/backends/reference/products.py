@@ -41,7 +41,7 @@ def product_with_rows(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
 @cache
 def _has_wide_products() -> bool:
     return (
-        torch.backends.mkldnn.is_available()
+        torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
         and torch.backends.cpu.get_cpu_capability() == "AVX512"
         and hasattr(torch.ops.mkldnn, "_linear_pointwise")
     )
