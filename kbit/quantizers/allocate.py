@@ -91,8 +91,11 @@ def measure_choices(
         rounding: how matrices are rounded.
         progress: called after each layer.
     """
+    import torch
+
     from kbit.calibration.held_out import held_out_factors
 
+    threads = torch.get_num_threads()  # while the judge is at work, torch's own are one
     files = {
         layer: (wanted, *_costs_file(wanted, calibration, rounding, layer))
         for layer, wanted in _by_layer(source, formats).items()
@@ -104,7 +107,7 @@ def measure_choices(
         judges = held_out_factors(source, request, lambda layer: layer not in missing)
         for done, judge in enumerate(judges):
             wanted, kept, _ = files[judge.layer]
-            costs = _measure_layer(source, wanted, calibration, rounding, judge)
+            costs = _measure_layer(source, wanted, calibration, rounding, judge, threads)
             write_durably(kept, json.dumps(costs).encode())
             if progress is not None:
                 progress("weighing widths", done + 1, len(missing))
@@ -229,10 +232,9 @@ def _measure_layer(
     calibration: CalibrationFolder,
     rounding: Settings,
     judge: LayerFactors,
+    threads: int,
 ) -> dict[str, list[float]]:
     """By name: divergences in each format, told by the judge's factors of a layer."""
-    import torch
-
     from kbit.calibration.workers import workers
     from kbit.quantizers.ldlq import Feedback, round_with
 
@@ -250,7 +252,7 @@ def _measure_layer(
     # Descent lowers the costs of a matrix by about the same share in every format (docs/methods.md), so one tells it.
     rough = replace(rounding, sweeps=0)
     samples = {name: min(tried, key=lambda format: abs(format.bits - 4)) for name, tried in wanted.items()}
-    with workers(torch.get_num_threads()) as pool:
+    with workers(threads) as pool:
         by_size = sorted(wanted, key=lambda name: -source.tensors[name].numel)
         feedback = dict(zip(by_size, pool.map(feedback_of, by_size), strict=True))
         jobs = [(name, format, rough) for name in by_size for format in wanted[name]]

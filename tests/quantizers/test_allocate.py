@@ -95,6 +95,19 @@ def test_threads_and_reruns_do_not_show(tmp_path: Path, model: Path) -> None:
     assert found[0] == found[1]
 
 
+def test_all_threads_weigh(tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The judge's pass tells torch to use one thread while it is at work; the weighing beside it has its own."""
+    from kbit.quantizers import allocate
+
+    seen = []
+    measure = allocate._measure_layer
+    monkeypatch.setattr(allocate, "_measure_layer", lambda *given: seen.append(given[-1]) or measure(*given))
+    words = ["quantize", str(model), "--calibration-tokens", "128", "--threads", "2", "-o", str(tmp_path / "out")]
+    assert run_command(words)[0] == 0
+    assert seen
+    assert set(seen) == {2}
+
+
 def test_overrides_win(tmp_path: Path, model: Path) -> None:
     words = ["quantize", str(model), "--calibration-tokens", "256", "--override", "*.v_proj.weight=int8-b32"]
     assert run_command([*words, "-o", str(tmp_path / "out")])[0] == 0
