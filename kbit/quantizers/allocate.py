@@ -249,7 +249,7 @@ def _measure_layer(
         rounded = round_with(weights[name], format, feedback[name], settings, name=name)
         return judge.factors[name].divergence(weights[name] - rounded.dequantize())
 
-    # Descent lowers the costs of a matrix by about the same share in every format (docs/methods.md), so one tells it.
+    # Descent saves about the same share of a matrix's cost in every format (docs/measurements.md), so one tells it.
     rough = replace(rounding, sweeps=0)
     samples = {name: min(tried, key=lambda format: abs(format.bits - 4)) for name, tried in wanted.items()}
     with workers(threads) as pool:

@@ -45,7 +45,7 @@ inline Floats round_scales(Floats values, ScaleType type) {
   return from_bits(and_bits(add(add(bits, broadcast(int32_t(0x7fff))), odd), int32_t(0xffff0000)));
 }
 
-// A grid's levels, and which of them is nearest to a value in units of the scale: as many as lie below have borders below.
+// A grid's levels, and which of them is nearest to a value in units of the scale: its index counts the borders below.
 struct Search {
   const float* levels;
   const float* borders;
@@ -107,8 +107,9 @@ inline Floats reciprocals(const float* scales) {
 // What scales and offsets make of a block of 16 rows, and the sums from which better ones follow.
 struct Fit {
   alignas(64) float error[kRoundLanes];  // sum w (x - s c - o)^2
-  alignas(64) float level[kRoundLanes], square[kRoundLanes], value[kRoundLanes], level_value[kRoundLanes];  // w c, w c^2, w x, w c x
-  float weight;                          // w
+  // Sums of w c, w c^2, w x, w c x; and of w.
+  alignas(64) float level[kRoundLanes], square[kRoundLanes], value[kRoundLanes], level_value[kRoundLanes];
+  float weight;
 };
 
 // x: (count, 16).
