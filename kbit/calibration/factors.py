@@ -8,8 +8,9 @@ independent of each other (YAQA, arXiv 2505.22988, "sketch A"),
     F = H_O (x) H_I / trace,    H_I = E |d|^2 x x',    H_O = E |x|^2 d d',    trace = E |d|^2 |x|^2,
 
 the best H_I for H_O = 1 and the best H_O for H_I = 1. Tokens of a text are not independent where attention averages
-them (values, above all), so F is scaled to its true trace, the mean square of a text's gradient sum d x'. H_I of plain
-x x' (GPTQ, arXiv 2210.17323) is what is left where there are no gradients.
+them (values, above all), so F is scaled to its true trace, the mean square of a text's gradient sum d x'. Tokens that
+are most of the trace by themselves count less (`kbit.calibration.collected`), in H_O and in `trace` above all. H_I of
+plain x x' (GPTQ, arXiv 2210.17323) is what is left where there are no gradients.
 """
 
 from __future__ import annotations

@@ -20,13 +20,14 @@ import torch
 from numpy.typing import NDArray
 
 from kbit.backends.reference.backend import ReferenceBackend
-from kbit.backends.reference.gradients import GradientOps, KeepingBackend, dense
+from kbit.backends.reference.gradients import KeepingBackend, dense
 from kbit.backends.reference.products import product
+from kbit.calibration.collected import Capture, CapturingOps, Collected, light_share
 from kbit.calibration.factors import Factors
 from kbit.calibration.sizes import CHUNK_TOKENS, LOGITS_BYTES
 from kbit.calibration.workers import workers
 from kbit.checkpoint.source import CheckpointSource
-from kbit.graph.ops import Vector, Weight
+from kbit.graph.ops import Weight
 from kbit.host.errors import KbitError
 from kbit.models import blocks
 from kbit.models.blocks import Weights
@@ -38,10 +39,6 @@ from kbit.models.spec import ModelSpec
 
 # Pieces of logits that are waited for at once.
 _LOGITS_AT_ONCE = 4
-# Rows of a factor computed by one task.
-_PANEL = 512
-# A factor over the outputs is measured up to this many; for more (a head) only its diagonal.
-_MOST_OUTPUTS = 16384
 
 # (steps done, steps in all), in units that take about as long.
 Progress = Callable[[int, int], None]
@@ -66,6 +63,7 @@ def measure_factors(
     ids: NDArray[np.int64],
     *,
     gradients: bool = True,
+    cut: float = 0.0,
     threads: int,
     seed: int = 20261128,
     skip: Callable[[int | None], bool] = lambda layer: False,
@@ -77,6 +75,7 @@ def measure_factors(
         source: the model.
         ids: texts of equal length, (S, T).
         gradients: False: only what goes in (`Factors.weighted` False), in one pass forward, from the first layer on.
+        cut: see `kbit.calibration.collected.Collected`.
         threads: workers.
         seed: of u.
         skip: layers whose factors are at hand already; they are passed through.
@@ -88,7 +87,7 @@ def measure_factors(
     """
     spec = spec_from_config(source.config, where=f"config of {source.path}")
     with workers(threads) as pool:
-        passes = _Passes(source, spec, ids, seed, pool, progress)
+        passes = _Passes(source, spec, ids, cut, seed, pool, progress)
         yield from passes.backward(skip) if gradients else passes.forward_only(skip)
 
 
@@ -100,11 +99,13 @@ class _Passes:
         source: CheckpointSource,
         spec: ModelSpec,
         ids: NDArray[np.int64],
+        cut: float,
         seed: int,
         pool: ThreadPoolExecutor,
         progress: Progress | None,
     ) -> None:
         self.source, self.spec, self.seed, self.pool, self.progress = source, spec, seed, pool, progress
+        self.cut = cut
         self.ids = torch.from_numpy(ids)
         self.count, self.tokens = ids.shape
         self.backend = ReferenceBackend()
@@ -127,7 +128,7 @@ class _Passes:
         del ends
         self._step(4)
         for layer in reversed(range(self.spec.layers)):
-            collected = None if skip(layer) else _Collected()
+            collected = None if skip(layer) else Collected(cut=self.cut)
             gradient = self._back_through(layer, inputs.pop(), gradient, collected)
             if collected is not None:
                 yield LayerFactors(layer, collected.factors(self.count * self.tokens, self.source))
@@ -139,7 +140,7 @@ class _Passes:
         self.total = 2 * self.spec.layers
         x = self._embed(load_ends(self.source, self.spec, KeepingBackend()))
         for layer in range(self.spec.layers):
-            collected = None if skip(layer) else _Collected()
+            collected = None if skip(layer) else Collected()
             x = self._forward(layer, x, collected)
             if collected is not None:
                 yield LayerFactors(layer, collected.factors(self.count * self.tokens, self.source))
@@ -147,19 +148,19 @@ class _Passes:
 
     def _embed(self, ends: DecoderWeights) -> torch.Tensor:
         """(S, T, hidden), bfloat16."""
-        ops = _CapturingOps(self.definition, self.tokens)
+        ops = CapturingOps(self.definition, self.tokens)
         with torch.no_grad():
             return torch.stack([ops.embed(ends.embedding, row[None])[0].bfloat16() for row in self.ids])
 
-    def _forward(self, layer: int, x: torch.Tensor, collected: _Collected | None = None) -> torch.Tensor:
+    def _forward(self, layer: int, x: torch.Tensor, collected: Collected | None = None) -> torch.Tensor:
         """The layer's output of x (S, T, hidden), bfloat16."""
         weights = load_layer(self.source, self.spec, self.backend, layer)
         names = self._names_of(layer, weights)
         out = torch.empty_like(x)
 
-        def run(index: int) -> _Capture | None:
-            capture = None if collected is None else _Capture(names)
-            ops = _CapturingOps(self.definition, self.tokens, capture)
+        def run(index: int) -> Capture | None:
+            capture = None if collected is None else Capture(names)
+            ops = CapturingOps(self.definition, self.tokens, capture)
             with torch.no_grad():
                 made = blocks.layer(ops, self.spec, weights, layer, x[index : index + 1].float())
             out[index] = made[0].bfloat16()
@@ -187,9 +188,9 @@ class _Passes:
         step = max(1, LOGITS_BYTES // (4 * self.spec.vocab_size))
         starts = range(0, len(flat), step)
 
-        def run(start: int) -> _Capture:
-            capture = _Capture({id(head): "head"})
-            ops = _CapturingOps(definition, self.tokens, capture)
+        def run(start: int) -> Capture:
+            capture = Capture({id(head): "head"})
+            ops = CapturingOps(definition, self.tokens, capture)
             generator = torch.Generator().manual_seed(self.seed + start)
             with torch.enable_grad():
                 x = flat[start : start + step].float().requires_grad_()
@@ -203,31 +204,29 @@ class _Passes:
             gradient[start : start + step] = x.grad
             return capture
 
-        collected = _Collected(most_outputs=0)
+        collected = Collected(most_outputs=0, coherent=False, cut=self.cut)
         for first in range(0, len(starts), _LOGITS_AT_ONCE):
             for capture in self.pool.map(run, starts[first : first + _LOGITS_AT_ONCE]):
                 collected.add([capture], self.pool)  # one by one: each holds its gradients of all logits
         return gradient.view_as(hidden), collected.factors(len(flat), self.source)["head"]
 
     def _back_through(
-        self, layer: int, x: torch.Tensor, gradient: torch.Tensor, collected: _Collected | None
+        self, layer: int, x: torch.Tensor, gradient: torch.Tensor, collected: Collected | None
     ) -> torch.Tensor:
         """The gradient at a layer's input from that at its output, both float32 (S, T, hidden)."""
         weights = load_layer(self.source, self.spec, self.backend, layer)
         names = self._names_of(layer, weights)
         handed_down = torch.empty_like(gradient)  # not over `gradient`: the last product's is a view of it
 
-        def run(index: int) -> _Capture:
-            capture = _Capture(names)
-            ops = _CapturingOps(self.definition, self.tokens, capture)
+        def run(index: int) -> Capture:
+            capture = Capture(names)
+            ops = CapturingOps(self.definition, self.tokens, capture)
             with torch.enable_grad():
                 at = x[index : index + 1].float().requires_grad_()
                 out = blocks.layer(ops, self.spec, weights, layer, at)
                 out.backward(gradient[index : index + 1])  # type: ignore[no-untyped-call]
             assert at.grad is not None
             handed_down[index] = at.grad[0]
-            if collected is not None:
-                capture.measure_squares()
             return capture
 
         for chunk in self._chunks():
@@ -238,6 +237,7 @@ class _Passes:
 
     def _outside(self, head: Factors, gradient: torch.Tensor, tied: bool) -> dict[str, Factors]:
         flat = gradient.flatten(0, 1)
+        flat = flat * light_share(flat.square().sum(dim=1, keepdim=True)).sqrt()  # single tokens are single rows
         second_moment = product(flat.T, flat) / len(flat)
         embedding = parameters(self.spec)[0].name
         if not tied:
@@ -276,110 +276,3 @@ class _Nothing(Weight):
 
 def _dense_matrix(weight: Weight) -> Weight:
     return ReferenceBackend().prepare(dense(weight))
-
-
-class _Capture:
-    """What the products of one piece saw: inputs (R, K) and gradients (R, N), by name."""
-
-    def __init__(self, names: dict[int, str]) -> None:
-        self.names = names
-        self.inputs: dict[str, torch.Tensor] = {}
-        self.gradients: dict[str, torch.Tensor] = {}
-        self.squares: dict[str, float] = {}
-
-    def measure_squares(self) -> None:
-        """The squared norms of the matrices' gradients, of the whole piece."""
-        for name, d in self.gradients.items():
-            self.squares[name] = float(product(d.T, self.inputs[name]).square().sum(dtype=torch.float64))
-
-
-class _CapturingOps(GradientOps):
-    """Products that show themselves to a capture: on the way back, or where there is none, on the way forward."""
-
-    def __init__(self, definition: DecoderDefinition, tokens: int, capture: _Capture | None = None) -> None:
-        super().__init__(definition, tokens)
-        self._capture = capture
-
-    def linear(self, weight: Weight, x: torch.Tensor, bias: Vector | None = None) -> torch.Tensor:
-        if self._capture is not None and not torch.is_grad_enabled():
-            self._capture.inputs[self._capture.names[id(weight)]] = x.flatten(0, -2)
-        return super().linear(weight, x, bias)
-
-    def collect(self, weight: Weight, x: torch.Tensor, gradient: torch.Tensor) -> None:
-        if self._capture is not None:
-            name = self._capture.names[id(weight)]
-            self._capture.inputs[name] = x.detach().flatten(0, -2)
-            self._capture.gradients[name] = gradient.detach().flatten(0, -2)
-
-
-class _Collected:
-    """Factors being added up.
-
-    Args:
-        most_outputs: outputs up to which H_O is measured whole.
-    """
-
-    def __init__(self, most_outputs: int = _MOST_OUTPUTS) -> None:
-        self._most_outputs = most_outputs
-        self._inputs: dict[str, torch.Tensor] = {}
-        self._outputs: dict[str, torch.Tensor] = {}
-        self._squares: dict[str, float] = {}
-        self._weighted = True
-
-    def add(self, captures: list[_Capture], pool: ThreadPoolExecutor) -> None:
-        """Add what some pieces saw, in their order."""
-        work: list[tuple[torch.Tensor, torch.Tensor, slice]] = []
-        for name in captures[0].inputs:
-            x = torch.cat([capture.inputs[name] for capture in captures])
-            if name not in captures[0].gradients:
-                self._weighted = False
-                work += self._panels(self._inputs, name, x)
-                continue
-            d = torch.cat([capture.gradients[name] for capture in captures])
-            if name in captures[0].squares:
-                own = sum(capture.squares[name] for capture in captures)
-                self._squares[name] = self._squares.get(name, 0.0) + own
-            x_square, d_square = (v.square().sum(dim=1, keepdim=True) for v in (x, d))
-            work += self._panels(self._inputs, name, x * d_square.sqrt())
-            if d.shape[1] <= self._most_outputs:
-                work += self._panels(self._outputs, name, d * x_square.sqrt())
-            else:
-                diagonal = (d.square() * x_square).sum(dim=0)
-                self._outputs[name] = self._outputs[name] + diagonal if name in self._outputs else diagonal
-        list(pool.map(_add_panel, work))
-
-    def factors(self, tokens: int, source: CheckpointSource) -> dict[str, Factors]:
-        """What was added up, per token."""
-        found = {}
-        for name in list(self._inputs):
-            inputs, outputs = _whole(self._inputs.pop(name), tokens), self._outputs.pop(name, None)
-            if outputs is not None:
-                outputs = _whole(outputs, tokens) if outputs.dim() == 2 else outputs / tokens
-            for factor in (inputs, outputs):
-                if factor is not None and not bool(torch.isfinite(factor.sum())):
-                    raise KbitError(f"{source.path}: the gradients of {name} are not finite: the weights are broken")
-            found[name] = Factors(inputs, outputs, self._coherence(name, inputs, tokens), self._weighted)
-        return found
-
-    def _coherence(self, name: str, inputs: torch.Tensor, tokens: int) -> float:
-        trace = float(inputs.diagonal().sum(dtype=torch.float64))
-        return self._squares[name] / tokens / trace if name in self._squares and trace > 0 else 1.0
-
-    def _panels(
-        self, sums: dict[str, torch.Tensor], name: str, rows: torch.Tensor
-    ) -> list[tuple[torch.Tensor, torch.Tensor, slice]]:
-        size = rows.shape[1]
-        total = sums.setdefault(name, torch.zeros(size, size))
-        return [(total, rows, slice(start, min(start + _PANEL, size))) for start in range(0, size, _PANEL)]
-
-
-def _add_panel(work: tuple[torch.Tensor, torch.Tensor, slice]) -> None:
-    """Some rows of rows' rows, from the diagonal on."""
-    total, rows, panel = work
-    total[panel, panel.start :] += product(rows[:, panel].T, rows[:, panel.start :])
-
-
-def _whole(upper: torch.Tensor, tokens: int) -> torch.Tensor:
-    """The symmetric matrix, per token, of which the panels from the diagonal on were summed."""
-    upper /= tokens
-    return upper.triu_() + upper.triu(1).T

@@ -14,7 +14,7 @@ SEQUENCE = 256
 # How texts written by the model itself are asked for.
 SAMPLED = "sampled"
 # Raised whenever the same request gets other factors.
-VERSION = 1
+VERSION = 2
 
 
 @dataclass(frozen=True)

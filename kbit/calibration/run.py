@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from kbit.calibration.collected import CUT
 from kbit.calibration.measure import measure_factors
 from kbit.calibration.place import MANIFEST, calibration_folder, identity_of, layers_of, place_of
 from kbit.calibration.request import CalibrationRequest
@@ -64,6 +65,7 @@ def calibrate(
         source,
         ids,
         gradients=request.gradients,
+        cut=CUT,
         threads=threads,
         skip=kept.has,
         progress=None if progress is None else lambda done, total: progress("calibrating", done, total),

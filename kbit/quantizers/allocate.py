@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 # Widths that matrices inside the layers, and embedding and head, can get.
 LINEAR_WIDTHS, OUTSIDE_WIDTHS = (2, 3, 4, 5, 6, 8), (4, 5, 6, 8)
 # Raised whenever the same matrix gets other costs.
-_VERSION = 3
+_VERSION = 4
 
 
 @dataclass(frozen=True)

@@ -50,9 +50,9 @@ def test_every_matrix_is_measured(tiny_model: Path, factors: dict[str, Factors])
         assert torch.equal(own.inputs, own.inputs.T)
         assert float(own.inputs.diagonal().min()) >= 0
         assert own.outputs is not None
-        if name != EMBEDDING:  # E |d|^2 |x|^2 either way
+        if name != EMBEDDING:  # H_O has less of the heavy tokens
             assert own.outputs.shape == (rows, rows)
-            assert float(own.inputs.trace()) == pytest.approx(own.trace, rel=1e-4)
+            assert 0.7 * float(own.inputs.trace()) <= own.trace <= float(own.inputs.trace()) * (1 + 1e-4)
 
 
 def test_divergence_of_a_tied_embedding(tiny_model: Path, factors: dict[str, Factors]) -> None:
