@@ -44,7 +44,7 @@ def measure(
         One row per format: its name, bits per weight and the figures of `kbit eval --json`.
     """
     from kbit.backends.select import select_backend
-    from kbit.checkpoint.resolve import open_model
+    from kbit.models.opening import open_model
     from kbit.evaluate.compare import compare_many
     from kbit.evaluate.evaluation import comparison_dict
     from kbit.evaluate.logits import StoredLogits

@@ -99,7 +99,7 @@ def _synthetic(folder: Path) -> LargeModel:
 
 def count_weights(path: Path) -> tuple[int, int]:
     """Numbers in a checkpoint, and those of them in the matrices of its layers."""
-    from kbit.checkpoint.resolve import open_model
+    from kbit.models.opening import open_model
 
     with open_model(str(path)) as source:
         infos = source.tensors.values()

@@ -54,7 +54,7 @@ class ReadyMade:
 
 @pytest.fixture(scope="module")
 def tokenizer(smollm2: Path) -> Any:
-    from kbit.checkpoint.resolve import open_model
+    from kbit.models.opening import open_model
     from kbit.text.tokenizer import Tokenizer
 
     with open_model(str(smollm2)) as source:

@@ -160,6 +160,8 @@ class Program:
         centred: bool = False,
     ) -> None: ...
     def add(self, x: int, y: int, out: int) -> None: ...
+    def map(self, x: int, out: int, factor: float = 1.0, cap: float = 0.0) -> None: ...
+    def rotate(self, x: int, out: int, head_dim: int, first: int, half: int) -> None: ...
     def activate(self, gate: int, up: int | None, kind: str, out: int) -> None: ...
     def attend(
         self,
@@ -175,6 +177,8 @@ class Program:
         window: int | None,
         rotary: bool = True,
         key_bias: NDArray[np.float32] | None = None,
+        angles: tuple[int, int] | None = None,
+        soft_cap: float = 0.0,
     ) -> None: ...
     def store_keys(self, k: int, v: int, layer: int, heads: int, kv_heads: int, head_dim: int) -> None: ...
     def cross_attend(
@@ -202,6 +206,8 @@ class Program:
         eps: float,
         norm_bias: NDArray[np.float32] | None = None,
         centred: bool = False,
+        factor: float = 1.0,
+        cap: float = 0.0,
     ) -> None: ...
     def run(
         self,

@@ -153,6 +153,11 @@ def rope(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     return torch.cat([first * cos - second * sin, second * cos + first * sin, rest], dim=-1)
 
 
+def soft_cap(x: torch.Tensor, cap: float) -> torch.Tensor:
+    """cap tanh(x / cap) (Gemma 2): magnitudes stay below `cap`. Any shape; float32."""
+    return cap * torch.tanh(x.float() / cap)
+
+
 def attend(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -163,8 +168,9 @@ def attend(
     window: int | None = None,
     causal: bool = True,
     prefix: int = 0,
+    cap: float | None = None,
 ) -> torch.Tensor:
-    """softmax(scale * Q K^T + mask) V with grouped heads and a mask by position.
+    """softmax(soft_cap(scale * Q K^T) + mask) V with grouped heads and a mask by position.
 
     Cache slot j of a row holds the token at position j. The query at position p of row b sees slot j when
     j < kv_lengths[b] and, if causal, j <= p (or j < prefix) and, with a sliding window, j > p - window (the window
@@ -184,6 +190,7 @@ def attend(
         window: slots a query sees at most, or None; only if causal.
         causal: whether a query sees nothing after itself.
         prefix: slots that every query sees, also those before it; without a window.
+        cap: of `soft_cap`, or None: scores stay.
 
     Returns:
         (B, T, H, D) float32.
@@ -204,7 +211,7 @@ def attend(
                 slots = torch.arange(first, last, device=q.device)
                 hidden = _hidden(where, slots, window, causal) & (slots >= prefix)
                 out[rows, queries] = _softmax_weighted(
-                    q[rows, queries], k[rows, :, seen].float(), v[rows, :, seen].float(), hidden, scale
+                    q[rows, queries], k[rows, :, seen].float(), v[rows, :, seen].float(), hidden, scale, cap
                 )
     return out
 
@@ -227,7 +234,7 @@ def _hidden(positions: torch.Tensor, slots: torch.Tensor, window: int | None, ca
 
 
 def _softmax_weighted(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, hidden: torch.Tensor, scale: float
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, hidden: torch.Tensor, scale: float, cap: float | None
 ) -> torch.Tensor:
     """One piece: q (B, T', H, D), k and v (B, H_kv, S', D), hidden (T', S') -> (B, T', H, D)."""
     batch, queries, heads, dim = q.shape
@@ -236,6 +243,8 @@ def _softmax_weighted(
     # (B, T', H_kv, G, D) -> (B, H_kv, G T', D): the heads of a group share one product with their K
     grouped = q.view(batch, queries, kv_heads, group, dim).permute(0, 2, 3, 1, 4).reshape(batch, kv_heads, -1, dim)
     scores = (grouped @ k.transpose(-1, -2)).mul_(scale)
+    if cap is not None:
+        scores.div_(cap).tanh_().mul_(cap)
     scores.view(batch, kv_heads, group, queries, -1).masked_fill_(hidden, -torch.inf)
     peak = scores.amax(-1, keepdim=True)
     peak.masked_fill_(peak == -torch.inf, 0.0)  # a query that sees nothing: exp(-inf - 0) = 0 everywhere

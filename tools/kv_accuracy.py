@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from kbit.backends.reference.backend import ReferenceBackend
 from kbit.backends.reference.kv_cache import ReferencePages
 from kbit.backends.select import select_backend
-from kbit.checkpoint.resolve import open_model
+from kbit.models.opening import open_model
 from kbit.evaluate.compare import compare
 from kbit.evaluate.logits import StoredLogits
 from kbit.evaluate.statistics import DRAWS, SEED, Clusters, bootstrap_interval, cluster

@@ -150,7 +150,7 @@ class _Passes:
         """(S, T, hidden), bfloat16."""
         ops = CapturingOps(self.definition, self.tokens)
         with torch.no_grad():
-            return torch.stack([ops.embed(ends.embedding, row[None])[0].bfloat16() for row in self.ids])
+            return torch.stack([blocks.embedding(ops, self.spec, ends.embedding, row[None])[0].bfloat16() for row in self.ids])
 
     def _forward(self, layer: int, x: torch.Tensor, collected: Collected | None = None) -> torch.Tensor:
         """The layer's output of x (S, T, hidden), bfloat16."""
@@ -236,7 +236,7 @@ class _Passes:
         return handed_down
 
     def _outside(self, head: Factors, gradient: torch.Tensor, tied: bool) -> dict[str, Factors]:
-        flat = gradient.flatten(0, 1)
+        flat = gradient.flatten(0, 1) * self.spec.embedding_multiplier
         flat = flat * light_share(flat.square().sum(dim=1, keepdim=True)).sqrt()  # single tokens are single rows
         second_moment = product(flat.T, flat) / len(flat)
         embedding = parameters(self.spec)[0].name

@@ -46,7 +46,7 @@ def calibrate(
     from kbit.calibration.request import CalibrationRequest
     from kbit.calibration.run import calibrate as measure
     from kbit.calibration.run import forget as remove
-    from kbit.checkpoint.resolve import open_model
+    from kbit.models.opening import open_model
     from kbit.cli.output import print_json, size
     from kbit.cli.progress import progress_bars
 

@@ -107,7 +107,7 @@ def draw(source: CheckpointSource, model: str, request: PictureRequest, quiet: b
     Returns:
         Plain values: the file, the formats, what was measured on what, and every matrix.
     """
-    from kbit.checkpoint.resolve import open_model
+    from kbit.models.opening import open_model
     from kbit.scaling.report.layer_plots import write_layer_picture
     from kbit.scaling.report.layers import LayerTable, linear_rows, measure_errors, with_sensitivity
 

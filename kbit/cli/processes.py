@@ -61,7 +61,7 @@ class Peers:
         all open them."""
         if self.group is None:
             return
-        from kbit.checkpoint.resolve import open_model
+        from kbit.models.opening import open_model
 
         def fetch() -> None:
             for model in models:

@@ -44,7 +44,7 @@ def quantize(*, flags: QuantizeFlags, json: JsonOption = False) -> None:
       kbit quantize path/to/model --bits 3 --override '*.down_proj.weight=nf4-b32' --dry-run
     """
     from kbit.checkpoint.output_folder import check_output_folder, finished_plan
-    from kbit.checkpoint.resolve import open_model
+    from kbit.models.opening import open_model
     from kbit.cli.output import print_json
     from kbit.cli.quantize_method import following, within_memory, within_time
     from kbit.cli.quantize_view import facts_of, note_plan, note_quantized_source, print_plan, print_result

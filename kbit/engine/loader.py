@@ -91,7 +91,7 @@ def load_model(
         raise ValueError(f"the {backend.name} backend was not made for this group of processes")
     if backend.name == "native":
         return _load_native(model, cast("NativeBackend", backend), check, progress)
-    from kbit.checkpoint.resolve import open_model
+    from kbit.models.opening import open_model
     from kbit.models.load import load_decoder
     from kbit.models.shard import shard
 
@@ -118,12 +118,13 @@ def _load_native(
 ) -> LoadedModel:
     """`load_model` for the CPU engine: from an earlier run's prepared weights, or preparing them for later ones."""
     from kbit.backends.cpu.prepared import find
-    from kbit.checkpoint.resolve import locate, open_model
+    from kbit.checkpoint.resolve import locate
+    from kbit.models.opening import open_model
     from kbit.models.load import load_decoder
 
     place = locate(model)
     start = perf_counter()
-    prepared = None if place is None else find(place)
+    prepared = None if place is None else find(place, open_model)
     with prepared or open_model(model) as source:
         tokenizer = Tokenizer.from_source(source)
         if check is not None:
@@ -142,11 +143,12 @@ def _prepare(
     from kbit.backends.cpu.prepared import make
     from kbit.checkpoint.source import StoredSource
     from kbit.models.load import check_loadable
+    from kbit.models.opening import open_model
 
     if not isinstance(source, StoredSource):
         return None
     spec = check_loadable(source, backend)
-    return make(source, place, spec.expected_tensors(), backend.context, progress)
+    return make(source, place, spec.expected_tensors(), backend.context, progress, open_model)
 
 
 def prefer_tuned(backend: Backend) -> None:

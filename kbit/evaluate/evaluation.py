@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from kbit.backends.select import set_threads
-from kbit.checkpoint.resolve import open_model
+from kbit.models.opening import open_model
 from kbit.checkpoint.source import CheckpointSource
 from kbit.engine.loader import prefer_tuned
 from kbit.evaluate.compare import KL_PERCENTILES, Comparison, check_vocabularies, compare

@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from kbit.checkpoint.resolve import open_model
+from kbit.models.opening import open_model
 from kbit.host.cache_folder import cache_dir
 from kbit.host.errors import KbitError
 from kbit.host.files import write_durably

@@ -83,7 +83,8 @@ def _fuse_norms(operations: Sequence[Operation], result: Symbol) -> list[Operati
     fused: list[Operation] = []
     waiting: dict[Symbol, Norm] = {}
     for operation in operations:
-        if isinstance(operation, Norm) and uses[operation.out] == 1 and operation.out in reader:
+        whole = isinstance(operation, Norm) and operation.weight.shape[0] == operation.x.width
+        if isinstance(operation, Norm) and whole and uses[operation.out] == 1 and operation.out in reader:
             # Until its reader runs, what it is a norm of must not become a sum.
             if overwritten.get(operation.x, len(operations)) > reader[operation.out]:
                 waiting[operation.out] = operation

@@ -90,6 +90,8 @@ class Attention:
         source: whose keys and values these are: of the same tokens ("self"), or of an encoder's text ("encoder"), which
             are in a cache of their own (`Cache.encoder`).
         positions: how the dot products know positions: "rotary" (q and k turned), or "none" (the input has them).
+        angles: with "rotary", the columns [first, stop) of the pass's rotary tables that turn q and k; None: all.
+        soft_cap: c, scores s become c tanh(s / c) before the mask; None: they stay.
     """
 
     layer: int
@@ -101,6 +103,8 @@ class Attention:
     mask: Literal["causal", "bidirectional", "prefix", "cross"] = "causal"
     source: Literal["self", "encoder"] = "self"
     positions: Literal["rotary", "none"] = "rotary"
+    angles: tuple[int, int] | None = None
+    soft_cap: float | None = None
 
     def __post_init__(self) -> None:
         if self.window is not None and self.mask != "causal":
@@ -109,6 +113,10 @@ class Attention:
             raise ValueError(f"the keys of {self.mask} attention are not those of source {self.source!r}")
         if self.source == "encoder" and self.positions != "none":
             raise ValueError("positions in two texts have no distance: cross attention does not rotate")
+        if self.angles is not None and self.positions != "rotary":
+            raise ValueError("attention that does not rotate has no angles")
+        if self.soft_cap is not None and not self.soft_cap > 0:
+            raise ValueError(f"a soft cap of {self.soft_cap} is not positive")
 
 
 def check_source(attention: Attention, source: Literal["self", "encoder"]) -> None:
@@ -149,13 +157,28 @@ class Ops(Protocol[X]):
         """Rows of a weight prepared with lookup=True: token ids -> (..., K)."""
 
     def norm(self, x: X, weight: Vector, eps: float) -> X:
-        """RMS normalisation over the features: x (..., K), weight (K,) -> (..., K)."""
+        """RMS normalisation over runs of D features, all K or a head's: x (..., K), weight (D,) -> (..., K)."""
 
     def layer_norm(self, x: X, weight: Vector, bias: Vector | None, eps: float) -> X:
         """LayerNorm over the features, with or without a bias: x (..., K), weight (K,), bias (K,) -> (..., K)."""
 
     def add(self, x: X, y: X) -> X:
         """x + y: (..., K)."""
+
+    def scale(self, x: X, factor: float) -> X:
+        """factor x: (..., K)."""
+
+    def soft_cap(self, x: X, cap: float) -> X:
+        """cap tanh(x / cap): (..., K)."""
+
+    def rotate(self, x: X, head_dim: int, angles: tuple[int, int]) -> X:
+        """Every head turned to its token's position, where that is not for attention to do: (..., H D) -> (..., H D).
+
+        Args:
+            x: queries or keys.
+            head_dim: D.
+            angles: columns [first, stop) of the pass's rotary tables; 2 (stop - first) features of a head turn.
+        """
 
     def linear(self, weight: Weight, x: X, bias: Vector | None = None) -> X:
         """x W^T + b: x (..., K) -> (..., N)."""

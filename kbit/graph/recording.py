@@ -32,7 +32,7 @@ class Embed:
 
 @dataclass(frozen=True, eq=False)
 class Norm:
-    """out = RMS norm of x, or, centred, its LayerNorm, which may have a bias."""
+    """out = RMS norm of x, of each run of features as wide as the weight; or, centred, its LayerNorm, perhaps biased."""
 
     x: Symbol
     weight: Vector
@@ -48,6 +48,34 @@ class Add:
 
     x: Symbol
     y: Symbol
+    out: Symbol
+
+
+@dataclass(frozen=True, eq=False)
+class Scale:
+    """out = factor x."""
+
+    x: Symbol
+    factor: float
+    out: Symbol
+
+
+@dataclass(frozen=True, eq=False)
+class SoftCap:
+    """out = cap tanh(x / cap)."""
+
+    x: Symbol
+    cap: float
+    out: Symbol
+
+
+@dataclass(frozen=True, eq=False)
+class Rotate:
+    """out = x with heads turned by the columns [first, stop) of the pass's rotary tables."""
+
+    x: Symbol
+    head_dim: int
+    angles: tuple[int, int]
     out: Symbol
 
 
@@ -151,7 +179,22 @@ class Activate:
     out: Symbol
 
 
-Operation = Embed | Norm | Add | SumParts | Project | Attend | StoreKeys | CrossAttend | Recur | Convolve | Activate
+Operation = (
+    Embed
+    | Norm
+    | Add
+    | Scale
+    | SoftCap
+    | Rotate
+    | SumParts
+    | Project
+    | Attend
+    | StoreKeys
+    | CrossAttend
+    | Recur
+    | Convolve
+    | Activate
+)
 
 
 def reads(operation: Operation) -> tuple[Symbol, ...]:
@@ -202,7 +245,8 @@ class Recorder:
         return out
 
     def norm(self, x: Symbol, weight: Vector, eps: float) -> Symbol:
-        _expect("the weight of a norm", weight.shape[0], x.width)
+        if x.width % weight.shape[0]:
+            raise ValueError(f"the weight of a norm has {weight.shape[0]} features, no divisor of {x.width}")
         out = Symbol(x.width)
         self.operations.append(Norm(x, weight, eps, out))
         return out
@@ -219,6 +263,23 @@ class Recorder:
         _expect("a residual", x.width, y.width)
         out = Symbol(x.width)
         self.operations.append(Add(x, y, out))
+        return out
+
+    def scale(self, x: Symbol, factor: float) -> Symbol:
+        out = Symbol(x.width)
+        self.operations.append(Scale(x, factor, out))
+        return out
+
+    def soft_cap(self, x: Symbol, cap: float) -> Symbol:
+        out = Symbol(x.width)
+        self.operations.append(SoftCap(x, cap, out))
+        return out
+
+    def rotate(self, x: Symbol, head_dim: int, angles: tuple[int, int]) -> Symbol:
+        if x.width % head_dim or not 0 <= 2 * (angles[1] - angles[0]) <= head_dim:
+            raise ValueError(f"heads of {head_dim} features do not fit {x.width}, or the angles {angles} them")
+        out = Symbol(x.width)
+        self.operations.append(Rotate(x, head_dim, angles, out))
         return out
 
     def linear(self, weight: Weight, x: Symbol, bias: Vector | None = None) -> Symbol:

@@ -49,6 +49,16 @@ def layer(ops: Ops[X], spec: ModelSpec, weights: Weights, index: int, x: X) -> X
 def attention(ops: Ops[X], spec: ModelSpec, weights: Weights, index: int, x: X) -> X:
     """x + attention(norm(x)), and a norm of what is added where the model has one: (..., hidden)."""
     q, k, v = _together(ops, weights, QKV, norm(ops, spec, weights, "attention_norm", x))
+    turns = Angles.of(spec, index)
+    # Rotated here where something comes after it; else attention does it.
+    apart = turns is not None and (spec.norm_rotated or turns.query != turns.key)
+    if not spec.norm_rotated:
+        q, k = (_norm_heads(ops, spec, weights, slot, part) for slot, part in (("q_norm", q), ("k_norm", k)))
+    if turns is not None and apart:
+        q, k = (ops.rotate(part, spec.head_dim, at) for part, at in ((q, turns.query), (k, turns.key)))
+    if spec.norm_rotated:
+        q, k = (_norm_heads(ops, spec, weights, slot, part) for slot, part in (("q_norm", q), ("k_norm", k)))
+    inside = turns is not None and not apart
     described = Attention(
         layer=min(index, spec.cache_layers - 1),
         heads=spec.heads,
@@ -57,9 +67,14 @@ def attention(ops: Ops[X], spec: ModelSpec, weights: Weights, index: int, x: X) 
         scale=spec.attention_scale,
         window=spec.windows[index],
         mask=spec.mask,
+        positions="rotary" if inside else "none",
+        angles=turns.key if turns is not None and inside else None,
+        soft_cap=spec.score_cap,
     )
-    # Where angles depend on the length of the text, a bias that turned with other angles could not be put back.
-    key_bias = None if spec.rope.depends_on_length else weights.biases.get("k")
+    # What a norm has scaled is no constant part of keys; and where angles depend on the length of the text, or are
+    # several, a bias that turned with other angles could not be put back.
+    constant = spec.names.k_norm is None and inside and len(spec.ropes) == 1 and not spec.rope.depends_on_length
+    key_bias = weights.biases.get("k") if constant else None
     seen = ops.self_attention(q, k, v, described, key_bias)  # (..., H D)
     return _added(ops, spec, weights, "o", "attention_post_norm", seen, x)
 
@@ -81,6 +96,49 @@ def norm(ops: Ops[X], spec: ModelSpec, weights: Weights, slot: str, x: X) -> X:
     return ops.norm(x, weight, spec.norm_eps)
 
 
+def embedding(ops: Ops[X], spec: ModelSpec, weight: Weight, ids: X) -> X:
+    """The residual stream before the first layer: (..., hidden)."""
+    x = ops.embed(weight, ids)
+    return x if spec.embedding_multiplier == 1.0 else ops.scale(x, spec.embedding_multiplier)
+
+
+def head(ops: Ops[X], spec: ModelSpec, weights: Weights, weight: Weight, hidden: X) -> X:
+    """Hidden states before the final norm -> logits (..., V)."""
+    logits = ops.logits(weight, norm(ops, spec, weights, "final_norm", hidden))
+    if spec.logit_multiplier != 1.0:
+        logits = ops.scale(logits, spec.logit_multiplier)
+    return logits if spec.logit_cap is None else ops.soft_cap(logits, spec.logit_cap)
+
+
+@dataclass(frozen=True)
+class Angles:
+    """Which columns of the rotary tables (`DecoderDefinition.rotation`) turn a layer's queries and keys.
+
+    Attributes:
+        query, key: [first, stop) columns.
+    """
+
+    query: tuple[int, int]
+    key: tuple[int, int]
+
+    @classmethod
+    def of(cls, spec: ModelSpec, layer: int) -> Angles | None:
+        """None where a layer does not rotate. The tables: every rope's pairs in turn, then those of queries."""
+        if spec.rotated and not spec.rotated[layer]:
+            return None
+        pairs = [rope.dim // 2 for rope in spec.ropes]
+        which = 1 if spec.window_rope is not None and spec.windows[layer] is not None else 0
+        key = (sum(pairs[:which]), sum(pairs[: which + 1]))
+        query = key if spec.query_temperature is None else (key[0] + sum(pairs), key[1] + sum(pairs))
+        return cls(query, key)
+
+
+def _norm_heads(ops: Ops[X], spec: ModelSpec, weights: Weights, slot: str, x: X) -> X:
+    """The RMS norm of queries or keys, of each head or of all together as its weight is wide; or x itself."""
+    weight = weights.norms.get(slot)
+    return x if weight is None else ops.norm(x, weight, spec.norm_eps)
+
+
 def _together(ops: Ops[X], weights: Weights, slots: tuple[str, ...], x: X) -> tuple[X, ...]:
     """Linears that share an input."""
     linears = weights.linears(slots)
@@ -91,4 +149,5 @@ def _added(ops: Ops[X], spec: ModelSpec, weights: Weights, slot: str, post_norm:
     """A block's last linear, of which every process has a part, on the residual stream: (..., hidden)."""
     linear = weights.linear(slot)
     out = ops.sum_parts(ops.linear(linear.weight, inner), linear.bias)
-    return ops.add(x, norm(ops, spec, weights, post_norm, out))
+    out = norm(ops, spec, weights, post_norm, out)
+    return ops.add(x, out if spec.residual_multiplier == 1.0 else ops.scale(out, spec.residual_multiplier))

@@ -10,6 +10,7 @@ import re
 
 from kbit.checkpoint.source import CheckpointSource
 from kbit.host.errors import CheckpointError
+from kbit.models.canonical import check_canonical
 from kbit.models.config_values import shown
 from kbit.models.spec import ModelSpec
 
@@ -31,8 +32,10 @@ def check_tensors(source: CheckpointSource, spec: ModelSpec, *, read_data: bool 
         read_data: False leaves the values of such a head unchecked and imports no torch.
 
     Raises:
-        CheckpointError: a missing, misshapen or surplus tensor, or a tied head that differs from the embedding.
+        CheckpointError: a missing, misshapen or surplus tensor, or a tied head that differs from the embedding; a
+            checkpoint that was not opened as canonical tensors (`kbit.models.canonical`).
     """
+    check_canonical(source)
     where, expected = str(source.path), spec.expected_tensors()
     embedding, head = f"{spec.names.embedding}.weight", f"{spec.names.head}.weight"
     missing = [name for name in expected if name not in source.tensors]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from kbit.host.errors import CheckpointError
@@ -28,15 +28,18 @@ class ConfigValues:
         defaults: values of absent keys.
         where: what to call the file in errors.
         prefix: put before a key in errors, for a nested object ("rope_parameters.").
+        asked: the keys that were asked for.
     """
 
     values: Mapping[str, Any]
     defaults: Mapping[str, Any]
     where: str
     prefix: str = ""
+    asked: set[str] = field(default_factory=set, compare=False)
 
     def raw(self, key: str) -> Any:
         """The value as it is, the default where absent, None where there is neither."""
+        self.asked.add(key)
         return self.values.get(key, self.defaults.get(key))
 
     def error(self, key: str, wanted: str) -> CheckpointError:
@@ -70,6 +73,10 @@ class ConfigValues:
         if not above < number < below:  # false for NaN, and for infinity as `below` is at most that
             raise self.error(key, wanted)
         return number
+
+    def optional_number(self, key: str, above: float, below: float = math.inf) -> float | None:
+        """The same, or None where the key is null (or absent without default)."""
+        return None if self.raw(key) is None else self.number(key, above, below)
 
     def boolean(self, key: str) -> bool:
         """true or false."""

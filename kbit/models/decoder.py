@@ -61,23 +61,30 @@ class DecoderDefinition:
 
     def body(self, ops: Ops[X], ids: X) -> X:
         """Token ids -> hidden states (..., hidden), before the final norm."""
-        x = ops.embed(self.weights.embedding, ids)
+        x = blocks.embedding(ops, self.spec, self.weights.embedding, ids)
         for index, layer in enumerate(self.weights.layers):
             x = blocks.layer(ops, self.spec, layer, index, x)
         return x
 
     def head(self, ops: Ops[X], hidden: X) -> X:
         """Hidden states (..., hidden) -> logits (..., V)."""
-        return ops.logits(self.weights.head, blocks.norm(ops, self.spec, self.weights.final, "final_norm", hidden))
+        return blocks.head(ops, self.spec, self.weights.final, self.weights.head, hidden)
 
     @property
     def rotation_depends_on_length(self) -> bool:
-        return self.spec.rope.depends_on_length
+        return any(rope.depends_on_length for rope in self.spec.ropes)
 
     def rotation(
         self, positions: NDArray[np.int64], lengths: NDArray[np.int64]
     ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-        return rope_tables(self.spec.rope, positions, lengths)
+        """The tables of every rope side by side, and again, times their temperature, for queries that have one."""
+        tables = [rope_tables(rope, positions, lengths) for rope in self.spec.ropes]
+        cos, sin = (np.concatenate(parts, axis=-1) for parts in zip(*tables, strict=True))
+        if self.spec.query_temperature is None:
+            return cos, sin
+        beta, period = self.spec.query_temperature
+        factor = (1.0 + beta * np.log1p(positions // period)).astype(np.float32)[..., None]
+        return np.concatenate([cos, cos * factor], axis=-1), np.concatenate([sin, sin * factor], axis=-1)
 
 
 class Decoder:

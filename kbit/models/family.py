@@ -5,19 +5,23 @@ goes where, and which switches are on.
 
 Sizes that a model cannot be guessed without (vocab_size, hidden_size, intermediate_size, num_hidden_layers,
 num_attention_heads) must be there. Other keys that are absent take the default of transformers' configuration class
-(`LlamaConfig`, `MistralConfig`, `Qwen2Config`): context length, key/value heads, head size, activation, norm epsilon,
-tying, biases, sliding windows and RoPE. Keys that are named neither below nor by a family are not looked at.
+(`LlamaConfig`, `MistralConfig`, ...): context length, key/value heads, head size, activation, norm epsilon, tying,
+biases, sliding windows and RoPE. Of the keys that a family does not read, those that change another family's result
+(`_FOREIGN`) are refused unless their value is harmless; the rest are not looked at.
 """
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from kbit.host.errors import CheckpointError, UnsupportedError
 from kbit.models.config_values import ConfigValues, shown
-from kbit.models.rope_config import rope_from_config
+from kbit.models.layer_types import Rotated, Windows, rotated_layers, windows_of
+from kbit.models.layout import Layout
+from kbit.models.rope_config import RopeRules, ropes_from_config
 from kbit.models.spec import MAX_CONTEXT, ModelSpec, TensorNames
 
 # Limits that no real model comes near; they keep a hostile config from asking for unbounded work.
@@ -35,6 +39,38 @@ _ACTIVATIONS = {
     "relu": "relu",
 }
 
+# The square root of the hidden size, as a family's embedding multiplier.
+ROOT_OF_WIDTH = "sqrt(hidden_size)"
+
+# Bounds that keep multipliers and caps finite in float32.
+_MAX_FACTOR = 1e9
+
+# Keys that change the result in families that read them, with the values that change nothing where they are not read.
+_FOREIGN: Mapping[str, tuple[Any, ...]] = {
+    "attention_chunk_size": (None,),
+    "attention_multiplier": (None,),
+    "attn_logit_softcapping": (None,),
+    "clip_qkv": (None,),
+    "dim_model_base": (None,),
+    "embedding_multiplier": (None, 1),
+    "final_logit_softcapping": (None,),
+    "hidden_activation": (None, "gelu_pytorch_tanh"),
+    "logit_scale": (None, 1),
+    "logits_scaling": (None, 1),
+    "no_rope_layer_interval": (None,),
+    "no_rope_layers": (None,),
+    "num_experts": (None, 0, 1),
+    "num_local_experts": (None, 0, 1),
+    "qk_layernorm": (None, False),
+    "query_pre_attn_scalar": (None,),
+    "residual_multiplier": (None, 1),
+    "scale_depth": (None,),
+    "scale_emb": (None, 1),
+    "use_bidirectional_attention": (None, False),
+    "use_cla": (None, False),
+    "use_qk_norm": (None, False),
+}
+
 
 @dataclass(frozen=True)
 class Family:
@@ -45,13 +81,26 @@ class Family:
         architectures: accepted entries of `architectures`.
         defaults: values of keys that config.json leaves out.
         qkv_bias, output_bias, mlp_bias: fixed, or the configuration key that says.
-        windows: which layers slide: "none"; "all" (`sliding_window` unless null); "chosen" (`use_sliding_window` and
-            then `layer_types`, or every layer from `max_window_layers` on).
+        windows: which layers slide (`kbit.models.layer_types`).
         names: tensor names; a norm that has none is not there.
         norm: kind of every norm.
         norm_bias: whether norms have biases.
         norm_eps: the key of every norm's epsilon.
         mask: which tokens a query sees.
+        window_period: with windows "period", full attention is in every so many-th layer; or the key that says.
+        rotated: which layers rotate queries and keys (`kbit.models.layer_types`).
+        rope: what is special about rotary settings.
+        activation: the key of the activation.
+        activations: names of activations that mean another one here.
+        qk_norm, norm_rotated: see ModelSpec; they matter where `names` has norms of queries and keys.
+        score_scale: the key of the factor on scores.
+        score_width: the key of what stands for D in D^-0.5.
+        score_cap, logit_cap: keys of caps.
+        embedding_multiplier: the key of the factor on embeddings, or ROOT_OF_WIDTH.
+        residual_multiplier: the key of the factor on what a block adds.
+        logit_divisor: the key of what logits are divided by.
+        layout: how published tensors differ from those that `names` names.
+        ignored: keys that change another family's result, but not this one's.
     """
 
     model_type: str
@@ -60,12 +109,28 @@ class Family:
     qkv_bias: bool | str
     output_bias: bool | str
     mlp_bias: bool | str
-    windows: Literal["none", "all", "chosen"]
+    windows: Windows
     names: TensorNames
     norm: Literal["rms", "layer"] = "rms"
     norm_bias: bool = False
     norm_eps: str = "rms_norm_eps"
     mask: Literal["causal", "bidirectional", "prefix"] = "causal"
+    window_period: int | str = 0
+    rotated: Rotated = "all"
+    rope: RopeRules = field(default_factory=RopeRules)
+    activation: str = "hidden_act"
+    activations: Mapping[str, str] = field(default_factory=dict)
+    qk_norm: Literal["head", "whole"] = "head"
+    norm_rotated: bool = False
+    score_scale: str | None = None
+    score_width: str | None = None
+    score_cap: str | None = None
+    logit_cap: str | None = None
+    embedding_multiplier: str | None = None
+    residual_multiplier: str | None = None
+    logit_divisor: str | None = None
+    layout: Layout = field(default_factory=Layout)
+    ignored: tuple[str, ...] = ()
 
 
 def read_spec(families: Mapping[str, Family], config: Mapping[str, Any], where: str) -> ModelSpec:
@@ -77,10 +142,11 @@ def read_spec(families: Mapping[str, Family], config: Mapping[str, Any], where: 
         where: what to call it in errors.
 
     Raises:
-        UnsupportedError: an unknown family, architecture, RoPE scaling or layer type.
+        UnsupportedError: an unknown family, architecture, RoPE scaling or layer type, or a key that would change the
+            result and is not read.
         CheckpointError: a missing or senseless value; the line names key and value.
     """
-    family = _family(families, config, where)
+    family = family_of(families, config, where)
     values = ConfigValues(config, family.defaults, where)
     layers = values.integer("num_hidden_layers", 1, _MAX_LAYERS)
     hidden = values.integer("hidden_size", 1, _MAX_WIDTH)
@@ -94,7 +160,9 @@ def read_spec(families: Mapping[str, Family], config: Mapping[str, Any], where: 
             raise values.error("hidden_size", f"a multiple of num_attention_heads ({heads}), as there is no head_dim")
         head_dim = hidden // heads
     max_positions = values.integer("max_position_embeddings", 1, MAX_CONTEXT)
-    return ModelSpec(
+    windows = windows_of(family.windows, family.window_period, values, layers)
+    ropes = ropes_from_config(values, head_dim, max_positions, family.rope)
+    spec = ModelSpec(
         family=family.model_type,
         vocab_size=values.integer("vocab_size", 1, _MAX_VOCAB),
         hidden_size=hidden,
@@ -104,9 +172,9 @@ def read_spec(families: Mapping[str, Family], config: Mapping[str, Any], where: 
         kv_heads=kv_heads,
         head_dim=head_dim,
         norm_eps=values.number(family.norm_eps, above=0.0, below=1.0),
-        activation=values.choice("hidden_act", _ACTIVATIONS),
-        rope=rope_from_config(config, head_dim, max_positions, where),
-        windows=_windows(family, values, layers),
+        activation=values.choice(family.activation, {**_ACTIVATIONS, **family.activations}),
+        rope=ropes.rope,
+        windows=windows,
         qkv_bias=_switch(family.qkv_bias, values),
         output_bias=_switch(family.output_bias, values),
         mlp_bias=_switch(family.mlp_bias, values),
@@ -115,11 +183,34 @@ def read_spec(families: Mapping[str, Family], config: Mapping[str, Any], where: 
         norm=family.norm,
         norm_bias=family.norm_bias,
         mask=family.mask,
+        rotated=rotated_layers(family.rotated, values, windows),
+        window_rope=ropes.window_rope,
+        qk_norm=family.qk_norm,
+        norm_rotated=family.norm_rotated,
+        score_scale=_score_scale(family, values),
+        score_cap=_cap(family.score_cap, values),
+        logit_cap=_cap(family.logit_cap, values),
+        embedding_multiplier=_embedding_multiplier(family, values, hidden),
+        residual_multiplier=_factor(family.residual_multiplier, values),
+        logit_multiplier=1.0 / _factor(family.logit_divisor, values),
+        query_temperature=ropes.query_temperature,
     )
+    for key, harmless in _FOREIGN.items():
+        if key not in values.asked and key not in family.ignored and config.get(key) not in harmless:
+            raise UnsupportedError(
+                f"{where}: {key} {shown(config[key])} is not supported for model_type {family.model_type!r}, and leaving "
+                "it out would change the model"
+            )
+    return spec
 
 
-def _family(families: Mapping[str, Family], config: Mapping[str, Any], where: str) -> Family:
-    """By model_type, or by architecture where an old config.json has no model_type."""
+def family_of(families: Mapping[str, Family], config: Mapping[str, Any], where: str) -> Family:
+    """The family of a configuration, by model_type, or by architecture where an old config.json has no model_type.
+
+    Raises:
+        UnsupportedError: one that kbit does not run.
+        CheckpointError: a missing or senseless value.
+    """
     model_type, architectures = config.get("model_type"), config.get("architectures")
     if architectures is not None and not (
         isinstance(architectures, list) and all(isinstance(name, str) for name in architectures)
@@ -150,36 +241,29 @@ def _switch(setting: bool | str, values: ConfigValues) -> bool:
     return values.boolean(setting) if isinstance(setting, str) else setting
 
 
-def _windows(family: Family, values: ConfigValues, layers: int) -> tuple[int | None, ...]:
-    """Sliding window of every layer."""
-    window = None
-    if family.windows == "all" or (family.windows == "chosen" and values.boolean("use_sliding_window")):
-        window = values.optional_integer("sliding_window", 1, MAX_CONTEXT)
-    types = _layer_types(values, layers)
-    if family.windows == "chosen":
-        if types is None:
-            if window is None:
-                return (None,) * layers
-            first = values.integer("max_window_layers", 0, MAX_CONTEXT)
-            return tuple(window if layer >= first else None for layer in range(layers))
-        if window is None and "sliding_attention" in types:
-            raise values.error("layer_types", "without sliding_attention, as use_sliding_window and sliding_window say")
-        return tuple(window if kind == "sliding_attention" else None for kind in types)
-    fixed = "full_attention" if window is None else "sliding_attention"
-    if types is not None and set(types) != {fixed}:
-        raise UnsupportedError(f"{values.where}: layer_types other than {fixed} are not supported for this model")
-    return (window,) * layers
+def _factor(key: str | None, values: ConfigValues) -> float:
+    """A multiplier or divisor; 1 where the family has none."""
+    return 1.0 if key is None else values.number(key, above=0.0, below=_MAX_FACTOR)
 
 
-def _layer_types(values: ConfigValues, layers: int) -> list[str] | None:
-    types = values.raw("layer_types")
-    if types is None:
-        return None
-    if not isinstance(types, list) or len(types) != layers or not all(isinstance(kind, str) for kind in types):
-        raise values.error("layer_types", f"a list of {layers} names, one per layer")
-    unknown = set(types) - {"full_attention", "sliding_attention"}
-    if unknown:
-        raise UnsupportedError(
-            f"{values.where}: layer_types has {shown(sorted(unknown)[0])}, which kbit does not support"
-        )
-    return types
+def _cap(key: str | None, values: ConfigValues) -> float | None:
+    return None if key is None else values.optional_number(key, above=0.0, below=_MAX_FACTOR)
+
+
+def _score_scale(family: Family, values: ConfigValues) -> float | None:
+    if family.score_width is not None:
+        return float(values.number(family.score_width, above=0.0, below=_MAX_FACTOR) ** -0.5)
+    return None if family.score_scale is None else _factor(family.score_scale, values)
+
+
+def _embedding_multiplier(family: Family, values: ConfigValues, hidden: int) -> float:
+    if family.embedding_multiplier != ROOT_OF_WIDTH:
+        return _factor(family.embedding_multiplier, values)
+    # Rounded to the type of the weights, as transformers rounds it and as models were trained with it.
+    root, dtype = hidden**0.5, values.raw("dtype") or values.raw("torch_dtype")
+    if dtype == "float16":
+        return float(struct.unpack("<e", struct.pack("<e", root))[0])
+    bits = int(struct.unpack("<I", struct.pack("<f", root))[0])
+    if dtype == "bfloat16":
+        bits = (bits + 0x7FFF + (bits >> 16 & 1)) & 0xFFFF0000
+    return float(struct.unpack("<f", struct.pack("<I", bits))[0])

@@ -63,6 +63,9 @@ def _attention(spec: ModelSpec, layer: int) -> Iterator[Parameter]:
     yield from _linear(spec, "q", layer, (queries, hidden), (0, "heads"), QKV, spec.qkv_bias)
     yield from _linear(spec, "k", layer, (keys, hidden), (0, "kv_heads"), QKV, spec.qkv_bias)
     yield from _linear(spec, "v", layer, (keys, hidden), (0, "kv_heads"), QKV, spec.qkv_bias)
+    whole = spec.qk_norm == "whole"
+    yield from _norm(spec, "q_norm", layer, queries if whole else spec.head_dim)
+    yield from _norm(spec, "k_norm", layer, keys if whole else spec.head_dim)
     yield from _linear(spec, "o", layer, (hidden, queries), (1, "heads"), ("o",), spec.output_bias)
     yield from _norm(spec, "attention_post_norm", layer)
 
@@ -93,11 +96,13 @@ def _linear(
         yield Parameter(f"{name}.bias", slot, layer, "bias", shape[:1], cut if cut[0] == 0 else None)
 
 
-def _norm(spec: ModelSpec, slot: str, layer: int | None) -> Iterator[Parameter]:
+def _norm(spec: ModelSpec, slot: str, layer: int | None, width: int | None = None) -> Iterator[Parameter]:
+    """A norm's parameters; width: of its weight, or the residual stream's."""
     template = getattr(spec.names, slot)
     if template is None:
         return
     name = str(template).format(layer=layer)
-    yield Parameter(f"{name}.weight", slot, layer, "norm", (spec.hidden_size,))
+    shape = (spec.hidden_size if width is None else width,)
+    yield Parameter(f"{name}.weight", slot, layer, "norm", shape)
     if spec.norm_bias:
-        yield Parameter(f"{name}.bias", slot, layer, "bias", (spec.hidden_size,))
+        yield Parameter(f"{name}.bias", slot, layer, "bias", shape)

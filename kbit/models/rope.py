@@ -9,6 +9,9 @@ Feature pair i of R/2 turns by position * f_i. Plain RoPE (Su et al. 2021, arXiv
     yarn      (r_i/s + 1 - r_i) f_i with the ramp r_i = clamp((i - a)/(b - a), 0, 1); cosines and sines times m
               (Peng et al. 2023, 2309.00071); a and b are the features that turn beta_fast and beta_slow times within O
 
+    longrope  f_i / e_i with the short or, where the text is longer than O, the long factors e; cosines and sines times
+              sqrt(1 + ln s / ln O)                                                (Ding et al. 2024, 2402.13753; Phi-3)
+
 with s the factor, M max_position_embeddings, O original_max_position_embeddings, l and h the low and high frequency
 factors, and m the attention factor: as given, or mscale(s, mscale) / mscale(s, mscale_all_dim) where both are set, or
 mscale(s, 1), with mscale(s, c) = 0.1 c ln s + 1.
@@ -18,7 +21,7 @@ roundings: at position 8000 a frequency that is off by one part in 10^7 turns th
 cosines and sines are formed in float64 and rounded once: they are the nearest float32 (or, where float64 was off just
 there, its neighbour), the same on every machine, which vector libraries in float32 are not.
 
-*Dynamic scaling and the cache.* L is the length of the row once the step is in: the position of its last real token
+*Dynamic scaling (longrope likewise) and the cache.* L is the length of the row once the step is in: the position of its last real token
 plus one. A prefill longer than M therefore rotates all its tokens with the base for the full length, and every decoding
 step beyond M rotates its token with a new, larger base while earlier keys keep the rotation they were written with.
 That is what transformers does too, for one sequence that only grows, so logits agree for prefill and for decoding; it
@@ -44,16 +47,21 @@ def inverse_frequencies(spec: RopeSpec, seq_lengths: NDArray[np.int64]) -> Float
 
     Args:
         spec: the rotary embedding.
-        seq_lengths: (B,), length of each row; only "dynamic" looks at it.
+        seq_lengths: (B,), length of each row; only "dynamic" and "longrope" look at it.
 
     Returns:
-        (1, R/2), or (B, R/2) for "dynamic".
+        (1, R/2), or (B, R/2) for "dynamic" and "longrope".
     """
     exponents = np.arange(0, spec.dim, 2, dtype=np.float32) / np.float32(spec.dim)
     if spec.kind == "dynamic":
         rows: Floats = np.float32(1) / _power(_dynamic_base(spec, seq_lengths)[:, None], exponents)
         return rows
     powers = _power(spec.theta, exponents)
+    if spec.kind == "longrope":
+        short, long = (np.array(factors, dtype=np.float32) for factors in (spec.short_factors, spec.long_factors))
+        chosen = np.where((seq_lengths > spec.original_positions)[:, None], long, short)
+        divided: Floats = np.float32(1) / (chosen * powers)
+        return divided
     plain: Floats = np.float32(1) / powers
     if spec.kind == "linear":
         plain = plain / np.float32(spec.factor)

@@ -15,16 +15,17 @@ class RopeSpec:
     """Rotary position embedding: rope_config.py reads it, rope.py turns it into angles.
 
     Attributes:
-        kind: "default", "linear", "dynamic", "llama3" or "yarn".
+        kind: "default", "linear", "dynamic", "llama3", "yarn" or "longrope".
         dim: rotated features of a head, even.
         theta: base of the wavelengths.
         factor: context extension factor (all kinds but default).
         max_positions: M, max_position_embeddings; dynamic: the length beyond which the base grows.
-        original_positions: llama3, yarn: context length of pretraining.
+        original_positions: llama3, yarn, longrope: context length of pretraining.
         low_freq_factor, high_freq_factor: llama3: borders of the smoothed band.
         beta_fast, beta_slow: yarn: rotations over the original context at the borders of the ramp.
         truncate: yarn: round the borders of the ramp to whole features.
-        attention_factor: multiplies cosines and sines (yarn; else 1).
+        attention_factor: multiplies cosines and sines (yarn, longrope; else 1).
+        short_factors, long_factors: longrope: every pair's divisor, for texts up to and beyond the original length.
     """
 
     kind: str
@@ -39,15 +40,22 @@ class RopeSpec:
     beta_slow: float = 1.0
     truncate: bool = True
     attention_factor: float = 1.0
+    short_factors: tuple[float, ...] = ()
+    long_factors: tuple[float, ...] = ()
 
     @property
     def depends_on_length(self) -> bool:
         """Whether a token's rotation depends on the length of the text around it, and not on its position alone.
 
-        Beyond max_positions such a text must go through the model at once: in pieces, the keys of each piece would be
-        rotated with another base. Up to max_positions pieces are as good as the whole.
+        Beyond `constant_up_to` such a text must go through the model at once: in pieces, the keys of each piece would
+        be rotated with other frequencies. Up to there pieces are as good as the whole.
         """
-        return self.kind == "dynamic"
+        return self.kind in ("dynamic", "longrope")
+
+    @property
+    def constant_up_to(self) -> int:
+        """Length of the longest text whose rotation depends on positions alone, where `depends_on_length`."""
+        return self.original_positions if self.kind == "longrope" else self.max_positions
 
     @property
     def context_length(self) -> int:
@@ -71,8 +79,8 @@ class RopeSpec:
 class TensorNames:
     """Where a family keeps its tensors. Names of layers contain {layer}; they lack .weight and .bias.
 
-    A norm without a name is not there. The four of a layer: before attention, of what attention adds to the residual
-    stream, before the MLP, and of what that adds.
+    A norm without a name is not there. Those of a layer: before attention, of what attention adds to the residual
+    stream, before the MLP, and of what that adds; and of queries and keys.
     """
 
     embedding: str
@@ -89,6 +97,8 @@ class TensorNames:
     attention_post_norm: str | None = None
     mlp_norm: str | None = None
     mlp_post_norm: str | None = None
+    q_norm: str | None = None
+    k_norm: str | None = None
 
 
 @dataclass(frozen=True)
@@ -114,6 +124,16 @@ class ModelSpec:
         norm: kind of every norm.
         norm_bias: whether norms have biases; only LayerNorms do.
         mask: which tokens a query sees.
+        rotated: per layer, whether queries and keys turn with their positions; empty: in all.
+        window_rope: rotary embedding of layers with a window, where it is another one.
+        qk_norm: what the norms of queries and keys (`names.q_norm`) take together: each "head", or the "whole" row.
+        norm_rotated: these norms come after the rotation.
+        score_scale: factor on the dot products; None: D^-0.5.
+        score_cap: c of c tanh(s / c), applied to scores; None: they stay.
+        logit_cap: the same, of logits.
+        embedding_multiplier, residual_multiplier, logit_multiplier: factors on embeddings, on what a block adds to the
+            residual stream, and on logits.
+        query_temperature: (b, n): a query at position p is multiplied by 1 + b ln(1 + floor(p / n)); None: it is not.
     """
 
     family: str
@@ -136,6 +156,17 @@ class ModelSpec:
     norm: Literal["rms", "layer"] = "rms"
     norm_bias: bool = False
     mask: Literal["causal", "bidirectional", "prefix"] = "causal"
+    rotated: tuple[bool, ...] = ()
+    window_rope: RopeSpec | None = None
+    qk_norm: Literal["head", "whole"] = "head"
+    norm_rotated: bool = False
+    score_scale: float | None = None
+    score_cap: float | None = None
+    logit_cap: float | None = None
+    embedding_multiplier: float = 1.0
+    residual_multiplier: float = 1.0
+    logit_multiplier: float = 1.0
+    query_temperature: tuple[float, int] | None = None
 
     @property
     def context_length(self) -> int:
@@ -155,7 +186,13 @@ class ModelSpec:
         and see `RopeSpec.depends_on_length`."""
         if self.mask == "bidirectional":
             return 0
-        return self.rope.max_positions if self.rope.depends_on_length else self.context_length
+        dependent = [rope.constant_up_to for rope in self.ropes if rope.depends_on_length]
+        return min([self.context_length, *dependent])
+
+    @property
+    def ropes(self) -> tuple[RopeSpec, ...]:
+        """The rotary embeddings there are: of all layers, or of those without and those with a window."""
+        return (self.rope,) if self.window_rope is None else (self.rope, self.window_rope)
 
     @property
     def cache_layers(self) -> int:
@@ -164,8 +201,8 @@ class ModelSpec:
 
     @property
     def attention_scale(self) -> float:
-        """Factor on the dot products, D^-0.5."""
-        return 1.0 / math.sqrt(self.head_dim)
+        """Factor on the dot products."""
+        return 1.0 / math.sqrt(self.head_dim) if self.score_scale is None else self.score_scale
 
     def expected_tensors(self) -> dict[str, tuple[int, ...]]:
         """Every tensor the model needs, by name, with its shape. A tied head is not listed."""

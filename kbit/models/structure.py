@@ -23,6 +23,9 @@ from kbit.graph.recording import (
     Project,
     Recorder,
     Recur,
+    Rotate,
+    Scale,
+    SoftCap,
     StoreKeys,
     SumParts,
     Symbol,
@@ -99,7 +102,7 @@ class Structure:
         for operation in self.operations:
             if isinstance(operation, Embed):
                 made[operation.out] = _name(operation.weight)
-            elif isinstance(operation, Norm | SumParts):
+            elif isinstance(operation, Norm | SumParts | Scale | SoftCap | Rotate):
                 made[operation.out] = made[operation.x]
             elif isinstance(operation, Add):
                 made[operation.out] = made[operation.y]
@@ -171,7 +174,7 @@ def recorded(spec: ModelSpec, layers: int | None = None) -> Structure:
         layers: the first so many layers only; None: all.
     """
     if layers is not None and layers < spec.layers:
-        spec = replace(spec, layers=layers, windows=spec.windows[:layers])
+        spec = replace(spec, layers=layers, windows=spec.windows[:layers], rotated=spec.rotated[:layers])
     recorder = Recorder(Symbol(1))
     weights = assemble(spec, _named_matrix, lambda parameter: NamedVector(parameter.name, parameter.shape))
     result = DecoderDefinition(spec, weights).body(recorder, recorder.input)

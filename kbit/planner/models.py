@@ -154,7 +154,7 @@ def _at_hand() -> tuple[list[PlanModel], list[str]]:
 
 
 def _from_checkpoint(name: str, path: Path) -> PlanModel:
-    from kbit.checkpoint.resolve import open_model
+    from kbit.models.opening import open_model
 
     with open_model(str(path)) as source:
         spec = spec_from_config(source.config, where=f"config of {source.path}")

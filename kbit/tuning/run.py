@@ -104,7 +104,7 @@ def tune_model(
 
     from kbit.backends.select import select_backend
     from kbit.backends.triton.backend import TritonBackend
-    from kbit.checkpoint.resolve import open_model
+    from kbit.models.opening import open_model
     from kbit.models.load import load_decoder
     from kbit.tuning.jobs import model_jobs
     from kbit.tuning.stored import target_of

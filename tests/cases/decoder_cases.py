@@ -12,7 +12,8 @@ from kbit.checkpoint.source import CheckpointSource, TensorInfo
 from kbit.formats.blockwise import quantize_blockwise
 from kbit.formats.quant_format import QuantFormat
 from kbit.formats.quant_tensor import QuantTensor
-from kbit.models.families import spec_from_config
+from kbit.models.canonical import MARK
+from kbit.models.families import FAMILIES, spec_from_config
 
 PAD = 0
 
@@ -39,6 +40,25 @@ LLAMA3 = {
     "original_max_position_embeddings": 16,
 }
 YARN = {"rope_type": "yarn", "rope_theta": 100.0, "factor": 4.0, "original_max_position_embeddings": 8}
+
+LONGROPE = {
+    "rope_type": "longrope",
+    "rope_theta": 1000.0,
+    "short_factor": [1.0, 1.1, 1.3, 1.6],
+    "long_factor": [1.0, 2.0, 5.0, 9.0],
+}
+# Parts of configurations by layer type, as Gemma 3 and OLMo 3 write them.
+TWO_ROPES = {
+    "sliding_attention": {"rope_type": "default", "rope_theta": 100.0},
+    "full_attention": {"rope_type": "linear", "factor": 4.0, "rope_theta": 5000.0},
+}
+TEMPERED = {**YARN, "mscale": 1.0, "mscale_all_dim": 1.0, "llama_4_scaling_beta": 0.3}
+HEADS = {"head_dim": 8}
+SLIDING, FULL = "sliding_attention", "full_attention"
+
+# Names of classes of transformers by model_type, where one is not the other in lower case.
+MODEL_TYPES = {"Gemma3": "gemma3_text", "SeedOss": "seed_oss", "HunYuanDenseV1": "hunyuan_v1_dense"}
+CONFIGS = {"Gemma3": "Gemma3Text"}
 
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("Llama", {}),
@@ -75,13 +95,115 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
             "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
         },
     ),
+    "qwen3": ("Qwen3", {"head_dim": 10}),
+    "qwen3-biases-windows": (
+        "Qwen3",
+        {
+            **HEADS,
+            "attention_bias": True,
+            "tie_word_embeddings": True,
+            "use_sliding_window": True,
+            "sliding_window": 6,
+            "max_window_layers": 2,
+        },
+    ),
+    "gemma": ("Gemma", {"head_dim": 14}),
+    "gemma2": ("Gemma2", {**HEADS, "query_pre_attn_scalar": 24, "sliding_window": 7, "attn_logit_softcapping": 3.0}),
+    "gemma2-no-caps": (
+        "Gemma2",
+        {**HEADS, "sliding_window": 7, "attn_logit_softcapping": None, "final_logit_softcapping": None},
+    ),
+    "gemma3": (
+        "Gemma3",
+        {
+            "head_dim": 10,
+            "query_pre_attn_scalar": 20,
+            "sliding_window": 7,
+            "layer_types": [SLIDING, FULL, SLIDING],
+            "rope_parameters": TWO_ROPES,
+        },
+    ),
+    "gemma3-capped": ("Gemma3", {**HEADS, "sliding_window": 7, "final_logit_softcapping": 5.0}),
+    "phi3": ("Phi3", {"partial_rotary_factor": 0.5, "tie_word_embeddings": True}),
+    "phi3-window": ("Phi3", {"sliding_window": 7}),
+    "phi3-longrope": ("Phi3", {"original_max_position_embeddings": 32, "rope_parameters": LONGROPE}),
+    "phi3-longrope-partial": (
+        "Phi3",
+        {
+            "original_max_position_embeddings": 32,
+            "max_position_embeddings": 128,
+            "partial_rotary_factor": 0.5,
+            "rope_parameters": {**LONGROPE, "short_factor": [1.0, 1.2], "long_factor": [1.5, 6.0]},
+        },
+    ),
+    "granite": (
+        "Granite",
+        {
+            "embedding_multiplier": 3.0,
+            "logits_scaling": 4.0,
+            "residual_multiplier": 0.22,
+            "attention_multiplier": 0.5,
+            "attention_bias": True,
+            "mlp_bias": True,
+        },
+    ),
+    "smollm3": ("SmolLM3", {"no_rope_layer_interval": 2, "rope_parameters": {**YARN, "rope_theta": 1000.0}}),
+    "smollm3-listed": ("SmolLM3", {"no_rope_layers": [0, 1, 1], "tie_word_embeddings": False}),
+    "olmo2": ("Olmo2", {}),
+    "olmo2-biases": ("Olmo2", {"attention_bias": True, "tie_word_embeddings": True}),
+    "olmo3": (
+        "Olmo3",
+        {
+            "sliding_window": 7,
+            "layer_types": [SLIDING, FULL, SLIDING],
+            "rope_parameters": {SLIDING: {"rope_type": "default", "rope_theta": 100.0}, FULL: YARN},
+        },
+    ),
+    "ministral": ("Ministral", {**HEADS, "sliding_window": 7, "layer_types": [SLIDING, FULL, SLIDING]}),
+    "ministral3": ("Ministral3", {**HEADS, "rope_parameters": TEMPERED}),
+    "exaone4": ("Exaone4", {"sliding_window": 7, "layer_types": [SLIDING, SLIDING, FULL]}),
+    "exaone4-no-window": ("Exaone4", {"sliding_window": None, "layer_types": [FULL] * 3, "tie_word_embeddings": True}),
+    "glm": ("Glm", {**HEADS, "attention_bias": False}),
+    "glm4": ("Glm4", {"head_dim": 16}),
+    "seed-oss": ("SeedOss", HEADS),
+    "seed-oss-biases": ("SeedOss", {**HEADS, "attention_bias": False, "attention_out_bias": True, "mlp_bias": True}),
+    "hunyuan": ("HunYuanDenseV1", HEADS),
+    "hunyuan-alpha": (
+        "HunYuanDenseV1",
+        {
+            **HEADS,
+            "tie_word_embeddings": True,
+            "rope_parameters": {"rope_type": "dynamic", "rope_theta": 100.0, "alpha": 50.0, "factor": 1.0},
+        },
+    ),
+    "ernie4_5": ("Ernie4_5", {"head_dim": 10}),
+    "ernie4_5-biases": ("Ernie4_5", {**HEADS, "use_bias": True, "tie_word_embeddings": False}),
 }
 
 
 def tiny_config(name: str) -> dict[str, Any]:
-    """One of CASES as a config.json."""
+    """One of CASES as a config.json of canonical tensors."""
     family, changes = CASES[name]
-    return {**TINY, **changes, "architectures": [f"{family}ForCausalLM"], "model_type": family.lower()}
+    model_type = MODEL_TYPES.get(family, family.lower())
+    marked = {MARK: True} if FAMILIES[model_type].layout.changes else {}
+    return {**TINY, **changes, **marked, "architectures": [f"{family}ForCausalLM"], "model_type": model_type}
+
+
+def saved_model(name: str, folder: Path) -> Any:
+    """One of CASES with random weights, written by transformers, which has it too."""
+    import transformers
+
+    family, changes = CASES[name]
+    config = getattr(transformers, f"{CONFIGS.get(family, family)}Config")(**{**TINY, **changes})
+    model = getattr(transformers, f"{family}ForCausalLM")(config).eval()
+    generator = torch.Generator().manual_seed(17)
+    with torch.no_grad():
+        for parameter_name, parameter in model.named_parameters():
+            noise = torch.randn(parameter.shape, generator=generator)
+            # Weights large enough that attention is far from uniform and logits are far apart.
+            parameter.copy_(1.0 + 0.2 * noise if "norm" in parameter_name else 0.25 * noise)
+    model.save_pretrained(folder)
+    return model
 
 
 class DictSource(CheckpointSource):

@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from decoder_cases import CASES, PAD, TINY
+from decoder_cases import CASES, PAD, TINY, saved_model
 
 from kbit.backends.reference.backend import ReferenceBackend
 from kbit.backends.reference.kv_cache import reference_pages
 from kbit.checkpoint.readers.hf_folder import HFFolder
 from kbit.models.decoder import Decoder
 from kbit.models.load import load_decoder
+from kbit.models.opening import open_model
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -38,18 +39,9 @@ class Pair:
 
 @pytest.fixture(scope="module", params=CASES)
 def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pair]:
-    family, changes = CASES[request.param]
-    config = getattr(transformers, f"{family}Config")(**{**TINY, **changes})
-    model = getattr(transformers, f"{family}ForCausalLM")(config).eval()
-    generator = torch.Generator().manual_seed(17)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            noise = torch.randn(parameter.shape, generator=generator)
-            # Weights large enough that attention is far from uniform and logits are far apart.
-            parameter.copy_(1.0 + 0.2 * noise if "norm" in name else 0.25 * noise)
     folder = tmp_path_factory.mktemp(request.param)
-    model.save_pretrained(folder)
-    with HFFolder(folder) as source:
+    model = saved_model(request.param, folder)
+    with open_model(str(folder)) as source:
         yield Pair(model, load_decoder(source, ReferenceBackend()), folder)
 
 
@@ -130,13 +122,14 @@ def test_ragged_batch(pair: Pair) -> None:
 
 @torch.no_grad()
 def test_greedy_text(pair: Pair) -> None:
-    """Past max_position_embeddings."""
+    """Past max_position_embeddings; but where frequencies then change, up to there: transformers begins anew."""
     prompt = random_ids(1, 11, seed=4)
-    theirs = pair.theirs.generate(prompt, max_new_tokens=32, do_sample=False, attention_mask=torch.ones_like(prompt))
-    assert theirs.shape == (1, 43)
+    more = 20 if pair.ours.spec.rope.kind == "longrope" else 32
+    theirs = pair.theirs.generate(prompt, max_new_tokens=more, do_sample=False, attention_mask=torch.ones_like(prompt))
+    assert theirs.shape == (1, 11 + more)
     cache = pair.ours.new_cache(1, 43)
     tokens, new = prompt[0].tolist(), prompt
-    for _ in range(32):
+    for _ in range(more):
         new = pair.ours.forward(new, cache, last_only=True).argmax(-1)
         tokens.append(int(new))
     assert tokens == theirs[0].tolist()
@@ -146,13 +139,25 @@ def test_old_spelling_of_the_config_means_the_same(pair: Pair, tmp_path: Path) -
     """transformers 5 writes rope_parameters; earlier versions wrote rope_theta and rope_scaling (with "type")."""
     config = json.loads((pair.folder / "config.json").read_text())
     rope = config.pop("rope_parameters")
+    if "full_attention" in rope:
+        local, rope = rope["sliding_attention"]["rope_theta"], rope["full_attention"]
+        if config["model_type"] == "olmo3":  # its older spelling has one theta
+            rope["rope_theta"] = local
+        else:
+            config["rope_local_base_freq"] = local
     config["rope_theta"] = rope.pop("rope_theta")
+    if "partial_rotary_factor" in rope:
+        config["partial_rotary_factor"] = rope.pop("partial_rotary_factor")
     kind = rope.pop("rope_type")
     config["rope_scaling"] = None if kind == "default" else {**rope, "type": kind}
     (tmp_path / "config.json").write_text(json.dumps(config))
     (tmp_path / "model.safetensors").symlink_to(pair.folder / "model.safetensors")
-    with HFFolder(tmp_path) as source:
-        assert load_decoder(source, ReferenceBackend()).spec == pair.ours.spec
+    spec = pair.ours.spec
+    if spec.family == "olmo3":
+        assert spec.window_rope is not None
+        spec = replace(spec, rope=replace(spec.rope, theta=spec.window_rope.theta))
+    with open_model(str(tmp_path)) as source:
+        assert load_decoder(source, ReferenceBackend()).spec == spec
 
 
 @pytest.mark.parametrize("pair", ["llama", "mistral-window", "qwen2-some-windows", "llama-dynamic"], indirect=True)

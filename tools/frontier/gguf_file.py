@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from kbit.checkpoint.resolve import open_model
+from kbit.models.opening import open_model
 from kbit.checkpoint.source import CheckpointSource
 from kbit.host.errors import UnsupportedError
 

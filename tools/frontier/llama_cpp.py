@@ -12,7 +12,7 @@ from typing import Any
 
 from frontier.gguf_file import write_gguf
 from frontier.subjects import Subject, calibration_text
-from kbit.checkpoint.resolve import open_model
+from kbit.models.opening import open_model
 from kbit.host.errors import KbitError
 
 TYPES = ("IQ2_XXS", "IQ2_S", "Q2_K", "IQ3_XXS", "IQ3_S", "IQ4_XS", "Q4_K_M", "Q5_K_M", "Q6_K")

@@ -15,7 +15,7 @@ import numpy as np
 from frontier.llama_cpp import LlamaCpp
 from frontier.subjects import Subject
 from kbit.backends.select import select_backend
-from kbit.checkpoint.resolve import open_model
+from kbit.models.opening import open_model
 from kbit.checkpoint.source import CheckpointSource
 from kbit.evaluate.compare import Comparison, compare
 from kbit.evaluate.logits import StoredLogits

@@ -78,7 +78,7 @@ def write_hugging_face_folder(model: str, folder: Path) -> None:
     """A model as a Hugging Face folder in fp16, for tools that read nothing else. For models that fit memory."""
     from safetensors.torch import save_file
 
-    from kbit.checkpoint.resolve import open_model
+    from kbit.models.opening import open_model
 
     folder.mkdir(parents=True, exist_ok=True)
     with open_model(model) as source:

@@ -33,6 +33,9 @@ from kbit.graph.recording import (
     Operation,
     Project,
     Recur,
+    Rotate,
+    Scale,
+    SoftCap,
     StoreKeys,
     SumParts,
     Symbol,
@@ -103,19 +106,26 @@ def lower_head(program: Program, operations: Sequence[Operation], result: Symbol
     """Writes a recorded head into a program: hidden states -> logits. An encoder's, which is none, changes nothing.
 
     Raises:
-        ValueError: the head is more than an optional norm and one product.
+        ValueError: the head is more than an optional norm, one product, a factor on the logits and their soft cap.
     """
     if result is hidden:
         return
     operations = fuse(operations, result)
+    factor, cap = 1.0, 0.0
+    if len(operations) > 1 and isinstance(operations[-1], SoftCap):
+        *operations, capped = operations
+        cap, result = capped.cap, capped.x
+    if len(operations) > 1 and isinstance(operations[-1], Scale):
+        *operations, scaled = operations
+        factor, result = scaled.factor, scaled.x
     if len(operations) == 1 and isinstance(operations[0], Project):
         product = operations[0]
         plain = product.residual is None and product.activation is None and all(bias is None for bias in product.biases)
         if plain and product.x is hidden and product.outs == (result,):
             weight, eps, bias, centred = _norm(product.norm)
-            program.head(native_matrix(product.weights[0]), weight, eps, bias, centred)
+            program.head(native_matrix(product.weights[0]), weight, eps, bias, centred, factor, cap)
             return
-    raise ValueError("a head is a norm, or none, and one product without a bias")
+    raise ValueError("a head is a norm, or none, and one product without a bias, whose logits may be scaled and capped")
 
 
 def _emit(program: Program, operation: Operation, at: dict[Symbol, int]) -> None:
@@ -127,6 +137,13 @@ def _emit(program: Program, operation: Operation, at: dict[Symbol, int]) -> None
         program.norm(at[operation.x], weight, eps, at[operation.out], bias, centred)
     elif isinstance(operation, Add):
         program.add(at[operation.x], at[operation.y], at[operation.out])
+    elif isinstance(operation, Scale):
+        program.map(at[operation.x], at[operation.out], factor=operation.factor)
+    elif isinstance(operation, SoftCap):
+        program.map(at[operation.x], at[operation.out], cap=operation.cap)
+    elif isinstance(operation, Rotate):
+        first, stop = operation.angles
+        program.rotate(at[operation.x], at[operation.out], operation.head_dim, first, stop - first)
     elif isinstance(operation, SumParts):
         raise ValueError("the sum over processes is of a product, and of one that nothing else reads")
     elif isinstance(operation, Attend):
@@ -145,6 +162,8 @@ def _emit(program: Program, operation: Operation, at: dict[Symbol, int]) -> None
             a.window,
             a.positions == "rotary",
             None if operation.key_bias is None else native_vector(operation.key_bias),
+            a.angles,
+            a.soft_cap or 0.0,
         )
     elif isinstance(operation, StoreKeys):
         a = operation.attention

@@ -26,7 +26,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from io import RawIOBase
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 
@@ -42,6 +42,8 @@ from kbit.text.token_table import build_table
 if TYPE_CHECKING:
     import torch
     from numpy.typing import NDArray
+
+Opener: TypeAlias = Callable[[str], CheckpointSource]
 
     from kbit._native import Context
 
@@ -63,14 +65,16 @@ class PreparedSource(CheckpointSource):
 
     Args:
         file: written by `make`.
+        opener: opens the checkpoint by its path; None: as it was published (`kbit.checkpoint.resolve`).
 
     Raises:
         CheckpointError: the file is damaged.
         OSError: it cannot be mapped.
     """
 
-    def __init__(self, file: Path) -> None:
+    def __init__(self, file: Path, opener: Opener | None = None) -> None:
         self.prepared = file
+        self._opener = opener
         self._map = _native.MappedFile(str(file))
         self._map.prefetch()  # where the disk must be read, all of it at its speed, and not page by page
         try:
@@ -154,7 +158,7 @@ class PreparedSource(CheckpointSource):
         from kbit.checkpoint.resolve import open_model
 
         if self._original is None:
-            self._original = open_model(str(self.path))
+            self._original = (self._opener or open_model)(str(self.path))
         return self._original
 
 
@@ -175,13 +179,13 @@ class _Files(Mapping[str, bytes]):
         return len(self._places)
 
 
-def find(checkpoint: Path) -> PreparedSource | None:
+def find(checkpoint: Path, opener: Opener | None = None) -> PreparedSource | None:
     """The prepared weights of a checkpoint as it is now, if there are any. A damaged file counts as none."""
     path = prepared_path(checkpoint)
     if path is None or not path.is_file():
         return None
     try:
-        return PreparedSource(path)
+        return PreparedSource(path, opener)
     except (OSError, CheckpointError):
         return None
 
@@ -192,6 +196,7 @@ def make(
     names: Mapping[str, tuple[int, ...]],
     context: Context,
     progress: Callable[[int, int], None] | None = None,
+    opener: Opener | None = None,
 ) -> PreparedSource | None:
     """Prepares a checkpoint's weights into a file, unless another process just did.
 
@@ -201,6 +206,7 @@ def make(
         names: the tensors the model needs, with their shapes.
         context: whose threads rearrange.
         progress: called as (tensors done, tensors in all) after each tensor.
+        opener: as for PreparedSource.
 
     Returns:
         None where no file can be kept: switched off, no place, or no room on the disk.
@@ -219,13 +225,13 @@ def make(
         from filelock import FileLock
 
         with FileLock(path.with_suffix(".lock")):
-            found = find(checkpoint)
+            found = find(checkpoint, opener)
             if found is None:
                 _remove_orphans(path.parent)
                 _write(path, source, checkpoint, names, context, progress)
         with suppress(OSError):
             path.with_suffix(".lock").unlink()
-        return found or find(checkpoint)
+        return found or find(checkpoint, opener)
     except OSError:
         return None  # a folder that cannot be written: the weights are prepared in memory, as without a cache
 

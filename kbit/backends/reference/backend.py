@@ -66,13 +66,25 @@ class RowOps:
     def add(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         return x + y
 
+    def scale(self, x: torch.Tensor, factor: float) -> torch.Tensor:
+        return x * factor
+
+    def soft_cap(self, x: torch.Tensor, cap: float) -> torch.Tensor:
+        return reference.soft_cap(x, cap)
+
+    def rotate(self, x: torch.Tensor, head_dim: int, angles: tuple[int, int]) -> torch.Tensor:
+        raise _without_tokens()
+
     def linear_group(
         self, weights: Sequence[Weight], x: torch.Tensor, biases: Sequence[Vector | None]
     ) -> tuple[torch.Tensor, ...]:
         return tuple(self.linear(weight, x, bias) for weight, bias in zip(weights, biases, strict=True))
 
     def norm(self, x: torch.Tensor, weight: Vector, eps: float) -> torch.Tensor:
-        return reference.rms_norm(x, tensor_of(weight), eps)
+        of = tensor_of(weight)
+        if len(of) == x.shape[-1]:
+            return reference.rms_norm(x, of, eps)
+        return reference.rms_norm(x.unflatten(-1, (-1, len(of))), of, eps).flatten(-2)
 
     def layer_norm(self, x: torch.Tensor, weight: Vector, bias: Vector | None, eps: float) -> torch.Tensor:
         return reference.layer_norm(x, tensor_of(weight), None if bias is None else tensor_of(bias), eps)
@@ -150,9 +162,13 @@ class StepOps(RowOps):
         check_source(attention, "self")
         q, k, v = (x.view(1, len(x), -1, attention.head_dim) for x in (q, k, v))  # (1, R, H or H_kv, D)
         if attention.positions == "rotary":
-            q, k = (reference.rope(x, self._cos, self._sin) for x in (q, k))
+            of = slice(*attention.angles) if attention.angles else slice(None)
+            q, k = (reference.rope(x, self._cos[..., of], self._sin[..., of]) for x in (q, k))
         self._pages.append(attention.layer, self._slots, k[0], v[0])
         return self._attend(q, attention, self._pages, self._tables, self._batch.lengths)
+
+    def rotate(self, x: torch.Tensor, head_dim: int, angles: tuple[int, int]) -> torch.Tensor:
+        return rotated(x[None], head_dim, angles, self._cos, self._sin)[0]
 
     def store_keys(self, k: torch.Tensor, v: torch.Tensor, attention: Attention) -> None:
         check_source(attention, "encoder")
@@ -228,6 +244,7 @@ class StepOps(RowOps):
                 attention.window,
                 attention.mask in ("causal", "prefix"),
                 prefix,
+                attention.soft_cap,
             )
         return seen[0].flatten(-2)
 
@@ -307,8 +324,16 @@ class ReferenceBackend:
         return ReferenceRunner(definition, self.group)
 
 
+def rotated(
+    x: torch.Tensor, head_dim: int, angles: tuple[int, int], cos: torch.Tensor, sin: torch.Tensor
+) -> torch.Tensor:
+    """`Ops.rotate` of x (B, T, H D) by tables (1 or B, T, columns)."""
+    of = slice(*angles)
+    return reference.rope(x.unflatten(-1, (-1, head_dim)), cos[..., of], sin[..., of]).flatten(-2)
+
+
 def _without_tokens() -> TypeError:
-    return TypeError("attention needs a step and a cache: this is a pass without tokens (a head)")
+    return TypeError("what depends on tokens needs a step and a cache: this is a pass without tokens (a head)")
 
 
 def _data(weight: Weight) -> torch.Tensor | QuantTensor:

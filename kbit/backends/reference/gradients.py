@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from kbit.backends.reference.backend import ReferenceBackend, ReferenceWeight, RowOps, tensor_of
+from kbit.backends.reference.backend import ReferenceBackend, ReferenceWeight, RowOps, rotated, tensor_of
 from kbit.backends.reference.products import product, product_with_rows
 from kbit.formats.quant_tensor import QuantTensor
 from kbit.graph.ops import Attention, Definition, Vector, Weight, refuse_attention
@@ -57,20 +57,27 @@ class GradientOps(RowOps):
         attention: Attention,
         key_bias: Vector | None = None,
     ) -> torch.Tensor:
-        refuse_attention(
-            attention, "gradient", mask=("causal", "bidirectional"), source=("self",), positions=("rotary",)
-        )
+        refuse_attention(attention, "gradient", mask=("causal", "bidirectional"), source=("self",))
         # Not kernels.reference.attend, which saves memory by writing over what a backward pass would need.
         q, k, v = (x.view(*x.shape[:-1], -1, attention.head_dim) for x in (q, k, v))  # (B, T, H or H_kv, D)
-        q, k = (reference.rope(x, self._cos, self._sin) for x in (q, k))
+        if attention.positions == "rotary":
+            of = slice(*attention.angles) if attention.angles else slice(None)
+            q, k = (reference.rope(x, self._cos[..., of], self._sin[..., of]) for x in (q, k))
         group = attention.heads // attention.kv_heads
         q, k, v = (x.transpose(1, 2) for x in (q, k.repeat_interleave(group, 2), v.repeat_interleave(group, 2)))
         behind = self._positions[0][:, None] - self._positions  # (T, T): how far back a key lies
         seen = torch.ones_like(behind, dtype=torch.bool) if attention.mask == "bidirectional" else behind >= 0
         if attention.window is not None:
             seen &= behind < attention.window
-        out = torch.nn.functional.scaled_dot_product_attention(q, k, v, seen, scale=attention.scale)  # (B, H, T, D)
+        if attention.soft_cap is None:
+            out = torch.nn.functional.scaled_dot_product_attention(q, k, v, seen, scale=attention.scale)  # (B, H, T, D)
+        else:
+            scores = reference.soft_cap(q @ k.transpose(-1, -2) * attention.scale, attention.soft_cap)
+            out = torch.softmax(scores.masked_fill(~seen, -torch.inf), dim=-1) @ v
         return out.transpose(1, 2).flatten(-2)
+
+    def rotate(self, x: torch.Tensor, head_dim: int, angles: tuple[int, int]) -> torch.Tensor:
+        return rotated(x, head_dim, angles, self._cos, self._sin)
 
     def collect(self, weight: Weight, x: torch.Tensor, gradient: torch.Tensor) -> None:
         """Take what one product saw, once per backward pass.

@@ -21,6 +21,9 @@ from kbit.graph.recording import (
     Operation,
     Project,
     Recur,
+    Rotate,
+    Scale,
+    SoftCap,
     StoreKeys,
     SumParts,
     Symbol,
@@ -30,6 +33,8 @@ from kbit.host.errors import UnsupportedError
 from kbit.kernels.triton.attention.decode import attention_decode
 from kbit.kernels.triton.attention.kv_append import kv_append
 from kbit.kernels.triton.attention.prefill import attention_prefill_paged
+from kbit.kernels.triton.attention.rotary import rotary
+from kbit.kernels.triton.attention.softcap import softcap
 from kbit.kernels.triton.codecs.layout import TritonWeight
 from kbit.kernels.triton.product.matmul import gated_matmul, matmul
 from kbit.kernels.triton.rows.activate import activate
@@ -119,7 +124,7 @@ class Replay:
         # What is added or normalised stays in float32, as does what comes out.
         self._exact = {result}
         for operation in operations:
-            if isinstance(operation, Add | SumParts | Norm):
+            if isinstance(operation, Add | SumParts | Norm | Scale | SoftCap):
                 self._exact.update(reads(operation))
             elif isinstance(operation, Attend):
                 refuse_attention(operation.attention, "triton", mask=("causal", "bidirectional"))
@@ -153,6 +158,13 @@ class Replay:
             values[operation.out] = _normalised(values[operation.x], operation, dtype)
         elif isinstance(operation, Add):
             values[operation.out] = values[operation.x].float() + values[operation.y]
+        elif isinstance(operation, Scale):
+            values[operation.out] = values[operation.x].float() * operation.factor
+        elif isinstance(operation, SoftCap):
+            values[operation.out] = softcap(values[operation.x], operation.cap, out_dtype=torch.float32)
+        elif isinstance(operation, Rotate):
+            assert step is not None
+            values[operation.out] = self._rotated(operation, values[operation.x], step)
         elif isinstance(operation, SumParts):
             values[operation.out] = self._sum(values[operation.x].float(), operation.bias)
         elif isinstance(operation, Activate):
@@ -216,13 +228,13 @@ class Replay:
             q = q.view(batch, tokens, a.heads, a.head_dim)
             out = attention_decode(
                 q, *pages, step.block_table, step.positions, step.lengths, a.scale, window=a.window,
-                max_length=step.reach, k_kind=k_kind, v_kind=v_kind,
+                soft_cap=a.soft_cap, max_length=step.reach, k_kind=k_kind, v_kind=v_kind,
             )  # fmt: skip
         else:
             assert step.bounds is not None
             out = attention_prefill_paged(
                 q, step.bounds, *pages, step.block_table, step.lengths, a.scale, window=a.window,
-                max_queries=step.longest, causal=a.mask == "causal", k_kind=k_kind, v_kind=v_kind,
+                soft_cap=a.soft_cap, max_queries=step.longest, causal=a.mask == "causal", k_kind=k_kind, v_kind=v_kind,
             )  # fmt: skip
         return out.reshape(-1, operation.out.width)
 
@@ -231,10 +243,18 @@ class Replay:
         store = step.pages
         q, k, v = (x.view(len(x), -1, a.head_dim) for x in (q, k, v))
         cos, sin = (step.cos, step.sin) if a.positions == "rotary" else (None, None)
+        if a.angles is not None and cos is not None and sin is not None:
+            first, stop = a.angles
+            cos, sin = cos[:, first:stop], sin[:, first:stop]
         return kv_append(
             q, k, v, cos, sin, step.slots, store.keys[a.layer], store.values[a.layer],
             rope_rows=step.angles, k_kind=store.k_kind, v_kind=store.v_kind,
         )  # fmt: skip
+
+    def _rotated(self, operation: Rotate, x: torch.Tensor, step: Pass) -> torch.Tensor:
+        first, stop = operation.angles
+        cos, sin = (table[step.angles, first:stop] for table in (step.cos, step.sin))
+        return rotary(x.view(len(x), -1, operation.head_dim), cos, sin, out_dtype=self._dtype).view(x.shape)
 
     def _cross(self, operation: CrossAttend, q: torch.Tensor, step: Pass) -> torch.Tensor:
         a, texts = operation.attention, step.encoder
@@ -250,8 +270,10 @@ class Replay:
 
 
 def _normalised(x: torch.Tensor, norm: Norm, dtype: torch.dtype) -> torch.Tensor:
-    """RMS norm or LayerNorm of x (N, K), in `dtype`."""
+    """RMS norm, of runs of features as wide as its weight, or LayerNorm of x (N, K), in `dtype`."""
     weight = triton_vector(norm.weight)
+    if len(weight) < x.shape[1]:
+        return rms_norm(x.reshape(len(x), -1, len(weight)), weight, norm.eps, out_dtype=dtype)[0].view(x.shape)
     if norm.centred:
         bias = None if norm.bias is None else triton_vector(norm.bias)
         return layer_norm(x, weight, bias, norm.eps, out_dtype=dtype)[0]

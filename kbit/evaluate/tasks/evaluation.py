@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from kbit.backends.select import set_threads
-from kbit.checkpoint.resolve import open_model
+from kbit.models.opening import open_model
 from kbit.engine.loader import load_model
 from kbit.evaluate.paired import PairedAccuracy, PairedMean, compare_correct, holm, paired_mean
 from kbit.evaluate.request import EngineRequest

@@ -5,7 +5,28 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from kbit.models.families import llama, mistral, qwen2
+from kbit.models.families import (
+    ernie4_5,
+    exaone4,
+    gemma,
+    gemma2,
+    gemma3,
+    glm,
+    glm4,
+    granite,
+    hunyuan_v1_dense,
+    llama,
+    ministral,
+    ministral3,
+    mistral,
+    olmo2,
+    olmo3,
+    phi3,
+    qwen2,
+    qwen3,
+    seed_oss,
+    smollm3,
+)
 from kbit.models.family import Family, read_spec
 from kbit.models.spec import ModelSpec
 
@@ -15,6 +36,23 @@ FAMILIES: dict[str, Family] = {
         llama.FAMILY,
         mistral.FAMILY,
         qwen2.FAMILY,
+        qwen3.FAMILY,
+        gemma.FAMILY,
+        gemma2.FAMILY,
+        gemma3.FAMILY,
+        phi3.FAMILY,
+        granite.FAMILY,
+        smollm3.FAMILY,
+        olmo2.FAMILY,
+        olmo3.FAMILY,
+        ministral.FAMILY,
+        ministral3.FAMILY,
+        exaone4.FAMILY,
+        glm.FAMILY,
+        glm4.FAMILY,
+        seed_oss.FAMILY,
+        hunyuan_v1_dense.FAMILY,
+        ernie4_5.FAMILY,
     )
 }
 

@@ -1,21 +1,35 @@
 """Llama, and what is published as Llama: SmolLM2, TinyLlama, Yi and others."""
 
+from dataclasses import replace
+
 from kbit.models.family import Family
 from kbit.models.spec import TensorNames
+
+LAYER = "model.layers.{layer}"
 
 NAMES = TensorNames(
     embedding="model.embed_tokens",
     final_norm="model.norm",
     head="lm_head",
-    attention_norm="model.layers.{layer}.input_layernorm",
-    q="model.layers.{layer}.self_attn.q_proj",
-    k="model.layers.{layer}.self_attn.k_proj",
-    v="model.layers.{layer}.self_attn.v_proj",
-    o="model.layers.{layer}.self_attn.o_proj",
-    mlp_norm="model.layers.{layer}.post_attention_layernorm",
-    gate="model.layers.{layer}.mlp.gate_proj",
-    up="model.layers.{layer}.mlp.up_proj",
-    down="model.layers.{layer}.mlp.down_proj",
+    attention_norm=f"{LAYER}.input_layernorm",
+    q=f"{LAYER}.self_attn.q_proj",
+    k=f"{LAYER}.self_attn.k_proj",
+    v=f"{LAYER}.self_attn.v_proj",
+    o=f"{LAYER}.self_attn.o_proj",
+    mlp_norm=f"{LAYER}.post_attention_layernorm",
+    gate=f"{LAYER}.mlp.gate_proj",
+    up=f"{LAYER}.mlp.up_proj",
+    down=f"{LAYER}.mlp.down_proj",
+)
+
+# Families that followed: norms of queries and keys; and norms of what a block adds, in place of those before it.
+QK_NORMS = replace(NAMES, q_norm=f"{LAYER}.self_attn.q_norm", k_norm=f"{LAYER}.self_attn.k_norm")
+POST_NORMS = replace(
+    QK_NORMS,
+    attention_norm=None,
+    attention_post_norm=f"{LAYER}.post_attention_layernorm",
+    mlp_norm=None,
+    mlp_post_norm=f"{LAYER}.post_feedforward_layernorm",
 )
 
 # What transformers takes where a configuration says nothing, here and in the families that followed.

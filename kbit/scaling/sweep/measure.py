@@ -300,7 +300,7 @@ def _model(task: Task) -> _Model:
     global _last
     from kbit.backends.cpu.backend import NativeBackend
     from kbit.backends.select import select_backend
-    from kbit.checkpoint.resolve import open_model
+    from kbit.models.opening import open_model
     from kbit.host.errors import KbitError
     from kbit.scaling.sweep.subject import content_digest
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from kbit.checkpoint.resolve import open_model
+from kbit.models.opening import open_model
 from kbit.evaluate.sampled_data import evaluation_text
 from kbit.formats.quant_format import MAX_BITS, MIN_BITS
 from kbit.host.errors import UsageError

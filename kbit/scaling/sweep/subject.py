@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from kbit.checkpoint.resolve import open_model
+from kbit.models.opening import open_model
 from kbit.checkpoint.source import CheckpointSource
 from kbit.formats.quant_format import QuantFormat
 from kbit.host.cache_folder import cache_dir

@@ -12,6 +12,7 @@
 #pragma once
 
 #include "attention/attention_values.h"
+#include "program/elementary.h"
 
 namespace {
 
@@ -165,6 +166,17 @@ template <int R> void score_rows(const TaskState& s, const Chunk& chunk, int64_t
   }
 }
 
+// Scores of blocks [begin, end), in units of log2, capped.
+template <int R> void cap_scores(const TaskState& s, int begin, int end) {
+  const float cap = s.task->args->soft_cap * 1.44269504088896341f;
+  for (int r = 0; r < R; ++r) {
+    for (int b = begin; b < end; ++b) {
+      float* at = s.scores + r * kChunk + b * kSlots;
+      store(at, soft_capped(load(at), cap));
+    }
+  }
+}
+
 // Rows m .. m + R - 1 of the task against one chunk.
 template <int R> void attend_tile(const TaskState& s, const Chunk& chunk, int64_t m) {
   const AttentionArgs& a = *s.task->args;
@@ -183,6 +195,7 @@ template <int R> void attend_tile(const TaskState& s, const Chunk& chunk, int64_
   if (lowest >= highest) return;
   const int first = lowest / kSlots, last = (highest + kSlots - 1) / kSlots;
   score_rows<R>(s, chunk, m, first, last);
+  if (a.soft_cap > 0.0f) cap_scores<R>(s, first, last);
 
   ChunkSoftmax results[R];
   float keep[R], add[R];

@@ -49,8 +49,9 @@ struct AttentionArgs {
   std::int64_t rows;
   const std::int32_t* sequence;  // (R), row of the block table; a sequence's rows are consecutive and ascend by one
   const std::int32_t* position;  // (R), slot of the token
-  const float* cos;              // (P, rotated_half)
+  const float* cos;              // (P, rotated_half), rows angle_stride floats apart
   const float* sin;
+  std::int64_t angle_stride;
   const std::int32_t* rope_row;  // (R), row of cos and sin
   int rotated_half;              // pairs (i, i + rotated_half) turn, features from 2 * rotated_half on do not
   // Where codes of keys leave out a constant that every key has before it is turned; else null. See prepare_query.
@@ -58,6 +59,7 @@ struct AttentionArgs {
   const float* angles;           // (positions / 16, 2 * rotated_half, 16): cosines, then sines, a slot to a lane
   int heads, kv_heads, head_dim;
   float scale;
+  float soft_cap;  // c: scores s become c tanh(s / c); 0: they stay
   int window;  // slots a token sees at most, itself included; 0: all
   const KVPages* cache;
   const std::int32_t* tables;    // (B, table_stride): the pages of each sequence, in order

@@ -35,8 +35,8 @@ inline bool without_bias(const AttentionArgs& a, const CacheView& c) { return a.
 // x (D) turned by one token's angles, with the roundings of reference.rope.
 void rotate_head(const float* x, const AttentionArgs& a, int64_t row, float* out) {
   const int half = a.rotated_half;
-  const float* cos = a.cos + int64_t(a.rope_row[row]) * half;
-  const float* sin = a.sin + int64_t(a.rope_row[row]) * half;
+  const float* cos = a.cos + int64_t(a.rope_row[row]) * a.angle_stride;
+  const float* sin = a.sin + int64_t(a.rope_row[row]) * a.angle_stride;
   for (int i = 0; i < half; i += 16) {
     const int n = half - i < 16 ? half - i : 16;
     const Floats first = load_some(x + i, n), second = load_some(x + half + i, n);

@@ -225,7 +225,7 @@ void run(Program& program, const Array<const std::int64_t, 1>& ids, const Array<
   pass.cos = cos.data();
   pass.sin = sin.data();
   pass.rope_row = rope_row.data();
-  pass.rotated_half = static_cast<int>(cos.shape(1));
+  pass.table_half = static_cast<int>(cos.shape(1));
   pass.cache = &pages;
   pass.tables = tables.data();
   pass.table_stride = static_cast<std::int64_t>(tables.shape(1));
@@ -307,7 +307,10 @@ void bind_engine(nb::module_& module) {
       .def("norm",
            [](Program& p, int x, const Vector& weight, float eps, int out, const std::optional<Vector>& bias,
               bool centred) {
-             require(p.buffer_width(x) == p.buffer_width(out) && static_cast<std::int64_t>(weight.shape(0)) == p.buffer_width(x),
+             const auto width = static_cast<std::int64_t>(weight.shape(0));
+             const bool runs = width > 0 && width < p.buffer_width(x);
+             require(p.buffer_width(x) == p.buffer_width(out) && width > 0 && p.buffer_width(x) % width == 0 &&
+                         (!runs || (out != x && (width + 64) * 4 <= kMatmulScratch)),
                      "the norm does not fit its buffers");
              p.append(NormInstruction{x, norm_of(weight, eps, bias, centred), out});
            },
@@ -320,6 +323,20 @@ void bind_engine(nb::module_& module) {
              p.append(AddInstruction{x, y, out});
            },
            nb::arg("x"), nb::arg("y"), nb::arg("out"))
+      .def("map",
+           [](Program& p, int x, int out, float factor, float cap) {
+             require(p.buffer_width(x) == p.buffer_width(out) && cap >= 0.0f, "the buffers of a factor or a cap differ");
+             p.append(MapInstruction{x, out, factor, cap});
+           },
+           nb::arg("x"), nb::arg("out"), nb::arg("factor") = 1.0f, nb::arg("cap") = 0.0f)
+      .def("rotate",
+           [](Program& p, int x, int out, int head_dim, int first, int half) {
+             require(head_dim >= 1 && p.buffer_width(x) == p.buffer_width(out) && p.buffer_width(x) % head_dim == 0 &&
+                         out != x && first >= 0 && half >= 0 && 2 * half <= head_dim,
+                     "the heads of a rotation do not fit their buffers");
+             p.append(RotateInstruction{x, out, head_dim, first, half});
+           },
+           nb::arg("x"), nb::arg("out"), nb::arg("head_dim"), nb::arg("first"), nb::arg("half"))
       .def("activate",
            [](Program& p, int gate, std::optional<int> up, const std::string& kind, int out) {
              require(p.buffer_width(gate) == p.buffer_width(out) && (!up || p.buffer_width(*up) == p.buffer_width(out)),
@@ -329,9 +346,17 @@ void bind_engine(nb::module_& module) {
            nb::arg("gate"), nb::arg("up").none(), nb::arg("kind"), nb::arg("out"))
       .def("attend",
            [](Program& p, int q, int k, int v, int out, int layer, int heads, int kv_heads, int head_dim, float scale,
-              std::optional<int> window, bool rotary, const std::optional<Vector>& key_bias) {
+              std::optional<int> window, bool rotary, const std::optional<Vector>& key_bias,
+              const std::optional<std::tuple<int, int>>& angles, float soft_cap) {
              AttendInstruction a{q, k, v, out, layer, heads, kv_heads, head_dim, scale, window.value_or(0), rotary, copied(key_bias)};
+             if (angles) {
+               a.first_angle = std::get<0>(*angles);
+               a.angles = std::get<1>(*angles) - a.first_angle;
+               require(a.first_angle >= 0 && a.angles >= 0, "columns of the rotary tables are a range");
+             }
+             a.soft_cap = soft_cap;
              require_heads(p, a);
+             require(soft_cap >= 0.0f, "a soft cap is positive, or 0 for none");
              require(out != k && out != v && (!window || *window > 0) &&
                          (!key_bias || static_cast<std::int64_t>(key_bias->shape(0)) == p.buffer_width(k)),
                      "the heads do not fit their buffers");
@@ -339,7 +364,8 @@ void bind_engine(nb::module_& module) {
            },
            nb::arg("q"), nb::arg("k"), nb::arg("v"), nb::arg("out"), nb::arg("layer"), nb::arg("heads"),
            nb::arg("kv_heads"), nb::arg("head_dim"), nb::arg("scale"), nb::arg("window").none(),
-           nb::arg("rotary") = true, nb::arg("key_bias") = nb::none())
+           nb::arg("rotary") = true, nb::arg("key_bias") = nb::none(), nb::arg("angles") = nb::none(),
+           nb::arg("soft_cap") = 0.0f)
       .def("store_keys",
            [](Program& p, int k, int v, int layer, int heads, int kv_heads, int head_dim) {
              AttendInstruction a{-1, k, v, -1, layer, heads, kv_heads, head_dim, 1.0f, 0, false, {}};
@@ -384,15 +410,17 @@ void bind_engine(nb::module_& module) {
            nb::arg("hidden"))
       .def("head",
            [](Program& p, Weights matrix, const std::optional<Vector>& norm, float eps, const std::optional<Vector>& norm_bias,
-              bool centred) {
+              bool centred, float factor, float cap) {
              MatmulInstruction head;
              head.weights = {std::move(matrix)};
              head.biases.resize(1);
              head.norm = norm_of(norm, eps, norm_bias, centred);
+             require(cap >= 0.0f, "a soft cap is positive, or 0 for none");
              p.set_head(std::move(head));
+             p.set_logits(factor, cap);
            },
            nb::arg("matrix"), nb::arg("norm").none(), nb::arg("eps"), nb::arg("norm_bias") = nb::none(),
-           nb::arg("centred") = false)
+           nb::arg("centred") = false, nb::arg("factor") = 1.0f, nb::arg("cap") = 0.0f)
       .def("run", &run, nb::arg("ids"), nb::arg("sequence"), nb::arg("positions"), nb::arg("cos"), nb::arg("sin"),
            nb::arg("rope_row"), nb::arg("pages"), nb::arg("tables"), nb::arg("logits_rows").none(), nb::arg("out"),
            nb::arg("last_seen") = nb::none(), nb::arg("encoder") = nb::none(), nb::arg("states") = nb::none())

@@ -105,6 +105,7 @@ Result attention_once(Context& context, const Array<float, 3>& q, const Array<fl
   args.sin = sin.data();
   args.rope_row = rope_row.data();
   args.rotated_half = static_cast<int>(cos.shape(1));
+  args.angle_stride = args.rotated_half;
   args.heads = static_cast<int>(heads);
   args.kv_heads = static_cast<int>(kv_heads);
   args.head_dim = static_cast<int>(dim);

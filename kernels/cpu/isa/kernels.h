@@ -55,6 +55,7 @@ struct Kernels {
   void (*rms_norm)(const float* x, const float* weight, std::int64_t columns, float eps, float* out);
   void (*add)(const float* x, float* out, std::int64_t count);                                // out += x
   void (*activate)(const float* gate, const float* up, float* out, std::int64_t count, Activation kind);  // up may be null
+  void (*soft_cap)(float* x, std::int64_t count, float cap);                                  // x = cap tanh(x / cap)
   void (*decode_row)(const Matrix& w, std::int64_t row, float* out);                          // out (K)
 
   AttentionKernels attention;

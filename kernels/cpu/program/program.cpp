@@ -175,11 +175,15 @@ void Program::attend(Worker& worker, const AttendInstruction& a, const Pass& pas
   args.cos = pass.cos;
   args.sin = pass.sin;
   args.rope_row = pass.rope_row;
-  args.rotated_half = a.rotary ? pass.rotated_half : 0;
+  args.rotated_half = !a.rotary ? 0 : a.angles < 0 ? pass.table_half : a.angles;
+  args.angle_stride = pass.table_half;
+  args.cos += a.first_angle;
+  args.sin += a.first_angle;
   args.heads = a.heads;
   args.kv_heads = a.kv_heads;
   args.head_dim = a.head_dim;
   args.scale = a.scale;
+  args.soft_cap = a.soft_cap;
   args.window = a.window;
   args.cache = a.crosses() ? pass.encoder.cache : pass.cache;
   args.tables = a.crosses() ? pass.encoder.tables : pass.tables;
@@ -197,13 +201,17 @@ void Program::prepare_attention(const Pass& pass, const AttendInstruction& heads
   for (const Instruction& instruction : instructions_) {
     const auto* a = std::get_if<AttendInstruction>(&instruction);
     if (!a) continue;
+    const int half = a->angles < 0 ? pass.table_half : a->angles;
     const KVPages* cache = a->crosses() ? pass.encoder.cache : pass.cache;
     if (!cache) throw std::invalid_argument("the program attends to an encoder's texts, and there are none");
     if (cache->view().kv_heads != a->kv_heads || cache->view().head_dim != a->head_dim ||
-        2 * pass.rotated_half > a->head_dim) {
+        (a->rotary && (2 * half > a->head_dim || a->first_angle + half > pass.table_half))) {
       throw std::invalid_argument("the cache or the rotary tables do not fit the program's heads");
     }
     if (a->layer >= cache->layers()) throw std::invalid_argument("the cache has too few layers");
+    if (!a->key_bias.empty() && a->rotary && half != pass.table_half) {
+      throw std::invalid_argument("keys with a bias are turned by all columns of the rotary tables");
+    }
     biased = biased || (!a->key_bias.empty() && a->rotary);
     crosses = crosses || a->crosses();
   }
@@ -244,6 +252,70 @@ void Program::prepare_states(const Pass& pass) {
   }
 }
 
+void Program::norm(Worker& worker, const NormInstruction& n, std::int64_t rows) {
+  const Kernels& kernels = *context_->kernels;
+  const Buffer &x = buffers_[static_cast<std::size_t>(n.x)], &out = buffers_[static_cast<std::size_t>(n.out)];
+  const std::int64_t width = n.norm.width(), runs = x.width / width;
+  if (runs == 1) {
+    return worker.for_each(rows, 4, [&](std::int64_t begin, std::int64_t end) {
+      for (std::int64_t r = begin; r < end; ++r)
+        n.norm.apply(kernels, x.data() + r * x.stride, out.data() + r * out.stride);
+    });
+  }
+  // By way of scratch: what a norm writes is padded, and would reach into the next run, or the next row.
+  float* scratch = reinterpret_cast<float*>(scratch_[static_cast<std::size_t>(worker.index())]->kernel.data());
+  worker.for_each(rows * runs, 8, [&](std::int64_t begin, std::int64_t end) {
+    for (std::int64_t i = begin; i < end; ++i) {
+      const std::int64_t row = i / runs, first = i % runs * width;
+      n.norm.apply(kernels, x.data() + row * x.stride + first, scratch);
+      std::memcpy(out.data() + row * out.stride + first, scratch, static_cast<std::size_t>(width) * 4);
+    }
+  });
+}
+
+void Program::map(Worker& worker, const MapInstruction& m, std::int64_t rows) {
+  const Kernels& kernels = *context_->kernels;
+  const Buffer &x = buffers_[static_cast<std::size_t>(m.x)], &out = buffers_[static_cast<std::size_t>(m.out)];
+  worker.for_each(rows, 4, [&](std::int64_t begin, std::int64_t end) {
+    for (std::int64_t r = begin; r < end; ++r) {
+      const float* from = x.data() + r * x.stride;
+      float* to = out.data() + r * out.stride;
+      for (std::int64_t k = 0; k < x.width; ++k) to[k] = from[k] * m.factor;
+      if (m.cap > 0.0f) kernels.soft_cap(to, x.width, m.cap);
+    }
+  });
+}
+
+void Program::rotate(Worker& worker, const RotateInstruction& n, const Pass& pass) {
+  const Buffer &x = buffers_[static_cast<std::size_t>(n.x)], &out = buffers_[static_cast<std::size_t>(n.out)];
+  const std::int64_t heads = x.width / n.head_dim;
+  worker.for_each(pass.rows * heads, 8, [&](std::int64_t begin, std::int64_t end) {
+    for (std::int64_t i = begin; i < end; ++i) {
+      const std::int64_t row = i / heads, first = i % heads * n.head_dim;
+      const std::int64_t angle = std::int64_t{pass.rope_row[row]} * pass.table_half + n.first;
+      const float *from = x.data() + row * x.stride + first, *cos = pass.cos + angle, *sin = pass.sin + angle;
+      float* to = out.data() + row * out.stride + first;
+      for (int k = 0; k < n.half; ++k) {  // with the roundings of reference.rope
+        to[k] = from[k] * cos[k] - from[n.half + k] * sin[k];
+        to[n.half + k] = from[n.half + k] * cos[k] + from[k] * sin[k];
+      }
+      std::copy(from + 2 * n.half, from + n.head_dim, to + 2 * n.half);
+    }
+  });
+}
+
+void Program::finish_logits(Worker& worker, std::int64_t rows, float* out) {
+  if (logit_factor_ == 1.0f && logit_cap_ == 0.0f) return;
+  constexpr std::int64_t kPiece = 4096;
+  const std::int64_t count = rows * vocabulary();
+  worker.for_each((count + kPiece - 1) / kPiece, 1, [&](std::int64_t i, std::int64_t) {
+    float* x = out + i * kPiece;
+    const std::int64_t n = std::min(kPiece, count - i * kPiece);
+    for (std::int64_t k = 0; k < n; ++k) x[k] *= logit_factor_;
+    if (logit_cap_ > 0.0f) context_->kernels->soft_cap(x, n, logit_cap_);
+  });
+}
+
 void Program::recur(Worker& worker, const RecurInstruction& n, const Pass& pass) {
   const auto rows = [&](int index) {
     const Buffer& buffer = buffers_[static_cast<std::size_t>(index)];
@@ -277,7 +349,7 @@ void Program::prepare_angles(const Pass& pass) {
     }
     stop = std::max(stop, std::int64_t{pass.position[r]} + 1);
   }
-  attention_scratch_.prepare_angles(pass.cos, pass.sin, pass.rotated_half, stop);
+  attention_scratch_.prepare_angles(pass.cos, pass.sin, pass.table_half, stop);
 }
 
 void Program::run(const Pass& pass) {
@@ -296,6 +368,10 @@ void Program::run(const Pass& pass) {
   reserve(std::max(pass.rows, pass.logits_rows));
   const Kernels& kernels = *context_->kernels;
   auto at = [&](int index) -> Buffer& { return buffers_[static_cast<std::size_t>(index)]; };
+  for (const Instruction& i : instructions_) {
+    const auto* n = std::get_if<RotateInstruction>(&i);
+    if (n && n->first + n->half > pass.table_half) throw std::invalid_argument("the rotary tables have too few columns");
+  }
   if (const AttendInstruction* a = first_attention()) prepare_attention(pass, *a);
   prepare_states(pass);
   context_->team->run([&](Worker& worker) {
@@ -314,10 +390,11 @@ void Program::run(const Pass& pass) {
             kernels.decode_row(e->weights->matrix(), pass.ids[r], at(e->out).data() + r * at(e->out).stride);
         });
       } else if (const auto* n = std::get_if<NormInstruction>(&instruction)) {
-        worker.for_each(pass.rows, 4, [&](std::int64_t begin, std::int64_t end) {
-          for (std::int64_t r = begin; r < end; ++r)
-            n->norm.apply(kernels, at(n->x).data() + r * at(n->x).stride, at(n->out).data() + r * at(n->out).stride);
-        });
+        norm(worker, *n, pass.rows);
+      } else if (const auto* p = std::get_if<MapInstruction>(&instruction)) {
+        map(worker, *p, pass.rows);
+      } else if (const auto* o = std::get_if<RotateInstruction>(&instruction)) {
+        rotate(worker, *o, pass);
       } else if (const auto* s = std::get_if<AddInstruction>(&instruction)) {
         worker.for_each(pass.rows, 4, [&](std::int64_t begin, std::int64_t end) {
           for (std::int64_t r = begin; r < end; ++r) {
@@ -339,6 +416,7 @@ void Program::run(const Pass& pass) {
     if (pass.logits_rows >= 0) {
       if (pass.logits_rows > 0) {
         matmul(worker, *head_, hidden.data(), hidden.stride, pass.logits_row, pass.logits_rows, pass.out, vocabulary());
+        finish_logits(worker, pass.logits_rows, pass.out);
       }
     } else {
       worker.for_each(pass.rows, 16, [&](std::int64_t begin, std::int64_t end) {
@@ -355,8 +433,10 @@ void Program::logits(const float* hidden, std::int64_t rows, float* out) {
   Buffer& buffer = buffers_[static_cast<std::size_t>(hidden_)];
   for (std::int64_t r = 0; r < rows; ++r)
     std::memcpy(buffer.data() + r * buffer.stride, hidden + r * buffer.width, static_cast<std::size_t>(buffer.width) * 4);
-  context_->team->run(
-      [&](Worker& worker) { matmul(worker, *head_, buffer.data(), buffer.stride, nullptr, rows, out, vocabulary()); });
+  context_->team->run([&](Worker& worker) {
+    matmul(worker, *head_, buffer.data(), buffer.stride, nullptr, rows, out, vocabulary());
+    finish_logits(worker, rows, out);
+  });
 }
 
 }  // namespace kbit

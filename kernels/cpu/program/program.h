@@ -43,7 +43,11 @@ struct MatmulInstruction {
   bool residual = false;
 };
 struct EmbedInstruction { Weights weights; int out; };
-struct NormInstruction { int x; Norm norm; int out; };
+struct NormInstruction { int x; Norm norm; int out; };  // of each run of features as wide as the norm
+// out = factor x, or, where there is a cap, cap tanh(x / cap).
+struct MapInstruction { int x, out; float factor = 1.0f, cap = 0.0f; };
+// Heads turned by columns [first, first + half) of the rotary tables.
+struct RotateInstruction { int x, out, head_dim, first, half; };
 struct AddInstruction { int x, y, out; };
 struct ActivateInstruction { int gate, up, out; Activation kind; };  // up: -1 for none
 // Also half an attention: one that reads an encoder's keys and values (k and v are -1), or stores them (q and out are).
@@ -54,6 +58,8 @@ struct AttendInstruction {
   int window = 0;
   bool rotary = false;
   std::vector<float> key_bias;  // (kv_heads * head_dim), in every key before it is turned; or empty
+  int first_angle = 0, angles = -1;  // the columns of the rotary tables that turn heads; -1: all
+  float soft_cap = 0.0f;             // of scores; 0: none
 
   bool crosses() const { return k < 0; }
   bool stores() const { return q < 0; }
@@ -62,7 +68,7 @@ struct RecurInstruction { int q, k, v, decay, write, out, state, heads, key_dim,
 struct ConvolveInstruction { int x, out, state, width; std::vector<float> weight; };  // (width, features)
 using Instruction =
     std::variant<MatmulInstruction, EmbedInstruction, NormInstruction, AddInstruction, ActivateInstruction,
-                 AttendInstruction, RecurInstruction, ConvolveInstruction>;
+                 AttendInstruction, RecurInstruction, ConvolveInstruction, MapInstruction, RotateInstruction>;
 
 // Keys and values of the texts that cross attention reads.
 struct EncoderTexts {
@@ -79,10 +85,10 @@ struct Pass {
   const std::int32_t* sequence = nullptr;    // (R) row of the tables; a sequence's rows are consecutive and ascending
   const std::int32_t* position = nullptr;    // (R)
   const std::int32_t* last_seen = nullptr;   // (R) last position a row sees, of its sequence's in this pass; null: its own
-  const float* cos = nullptr;                // (P, half)
+  const float* cos = nullptr;                // (P, table_half)
   const float* sin = nullptr;
   const std::int32_t* rope_row = nullptr;    // (R) row of the tables
-  int rotated_half = 0;
+  int table_half = 0;                        // columns of the tables, of which an attention may take some
   const KVPages* cache = nullptr;
   const std::int32_t* tables = nullptr;      // (B, table_stride) pages of each sequence, in order
   std::int64_t table_stride = 0;
@@ -106,6 +112,8 @@ class Program {
   void append(Instruction instruction);
   void finish(int hidden) { hidden_ = hidden; }
   void set_head(MatmulInstruction head);  // x and outs are ignored
+  // What becomes of logits: factor times them, then capped where there is a cap.
+  void set_logits(float factor, float cap) { logit_factor_ = factor, logit_cap_ = cap; }
 
   // Runs all instructions. Throws std::invalid_argument for an id or position that does not exist.
   void run(const Pass& pass);
@@ -137,6 +145,10 @@ class Program {
   void prepare_attention(const Pass& pass, const AttendInstruction& heads);
   void prepare_angles(const Pass& pass);
   void prepare_states(const Pass& pass);
+  void norm(Worker& worker, const NormInstruction& instruction, std::int64_t rows);
+  void map(Worker& worker, const MapInstruction& instruction, std::int64_t rows);
+  void rotate(Worker& worker, const RotateInstruction& instruction, const Pass& pass);
+  void finish_logits(Worker& worker, std::int64_t rows, float* out);
   void recur(Worker& worker, const RecurInstruction& instruction, const Pass& pass);
   void convolve(Worker& worker, const ConvolveInstruction& instruction, const Pass& pass);
   void check(const MatmulInstruction& instruction) const;
@@ -157,6 +169,7 @@ class Program {
   std::vector<Buffer> buffers_;
   std::vector<Instruction> instructions_;
   std::optional<MatmulInstruction> head_;
+  float logit_factor_ = 1.0f, logit_cap_ = 0.0f;
   std::vector<std::shared_ptr<const MappedFile>> files_;  // that hold weights, each once
   int hidden_ = -1;
   std::int64_t capacity_ = 0;     // rows the buffers have

@@ -5,6 +5,7 @@
 
 #include "isa/kernels.h"
 #include "codecs/unpack.h"
+#include "program/elementary.h"
 
 namespace {
 
@@ -54,24 +55,6 @@ void add_row(const float* x, float* out, int64_t count) {
   if (rest) store_first(out + k, add(load_first(out + k, rest), load_first(x + k, rest)), rest);
 }
 
-// e^x to 2 ulp for x in [-87, 88]; 0 below, and no infinity above. Cody-Waite reduction by ln 2 and the polynomial of
-// Cephes' expf (Moshier).
-inline Floats exponential(Floats x) {
-  const Floats limited = min(max(x, broadcast(-87.0f)), broadcast(88.0f));
-  const Ints n = round_to_int(mul(limited, broadcast(1.44269504088896341f)));
-  const Floats whole = to_float(n);
-  Floats r = fma(whole, broadcast(-0.693359375f), limited);
-  r = fma(whole, broadcast(2.12194440e-4f), r);
-  Floats p = broadcast(1.9875691500e-4f);
-  p = fma(p, r, broadcast(1.3981999507e-3f));
-  p = fma(p, r, broadcast(8.3334519073e-3f));
-  p = fma(p, r, broadcast(4.1665795894e-2f));
-  p = fma(p, r, broadcast(1.6666665459e-1f));
-  p = fma(p, r, broadcast(5.0000001201e-1f));
-  p = add(fma(mul(r, r), p, r), broadcast(1.0f));
-  return mul(p, from_bits(shift_left<23>(add(n, broadcast(127)))));
-}
-
 inline Floats activate(Floats x, Activation kind) {
   const Floats one = broadcast(1.0f);
   switch (kind) {
@@ -98,6 +81,13 @@ void activate_row(const float* gate, const float* up, float* out, int64_t count,
     Floats value = activate(load_first(gate + k, n), kind);
     if (up) value = mul(value, load_first(up + k, n));
     store_first(out + k, value, n);
+  }
+}
+
+void soft_cap_row(float* x, int64_t count, float cap) {
+  for (int64_t k = 0; k < count; k += 16) {
+    const int n = count - k < 16 ? int(count - k) : 16;
+    store_first(x + k, soft_capped(load_first(x + k, n), cap), n);
   }
 }
 

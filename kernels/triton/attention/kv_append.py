@@ -269,7 +269,7 @@ def kv_append(
             fused projection).
         k: (N, H_kv, D), likewise.
         v: (N, H_kv, D), likewise.
-        cos: float32 (rows, R/2), R <= D, or None for a model without rotary positions.
+        cos: float32 (rows, R/2), R <= D, perhaps columns of a wider table; None for a model without rotary positions.
         sin: as cos.
         slots: int32 or int64 (N,), page * 64 + place in the page (kv_layout.slots_of); negative: nothing is stored.
         k_pages: uint8 (P, H_kv, page_bytes), changed.
@@ -307,8 +307,8 @@ def kv_append(
         half = cos.shape[1]
         if cos.dtype != torch.float32 or sin.dtype != torch.float32 or cos.shape != sin.shape or 2 * half > dim:
             raise ValueError(f"cos and sin: float32 (rows, at most {dim // 2}) wanted, not {cos.dtype} {cos.shape}")
-        if cos.stride() != (half, 1) or sin.stride() != (half, 1):
-            raise ValueError("cos and sin must be contiguous")
+        if cos.stride(1) != 1 or cos.stride() != sin.stride():
+            raise ValueError("the columns of cos and sin must be contiguous, and their rows equally far apart")
         if rope_rows is None and cos.shape[0] < tokens:
             raise ValueError(f"{cos.shape[0]} rows of cosines for {tokens} tokens, and no rope_rows")
     for entries in (slots, slots if rope_rows is None else rope_rows):
@@ -336,7 +336,7 @@ def kv_append(
         q.stride(0),
         k.stride(0),
         v.stride(0),
-        half,
+        0 if cos is None else cos.stride(0),
         k_pages.stride(0),
         v_pages.stride(0),
         H=heads,

@@ -1,0 +1,202 @@
+"""Canonical tensors: one matrix a linear, rows in rotate-half order, norm weights as they multiply.
+
+Families publish otherwise (`Layout`): q, k and v in one matrix, pairs of rotated features side by side, norms as what
+is added to 1. Such a checkpoint is read through a `CanonicalSource`, and nothing above it knows. `kbit quantize` writes
+what it reads: canonical tensors, with MARK in the configuration, so that they are not converted again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+from kbit.checkpoint.shard import stored_format
+from kbit.checkpoint.source import CheckpointSource, StoredSource, TensorInfo
+from kbit.host.errors import CheckpointError, KbitError, UnsupportedError
+from kbit.models.families import FAMILIES, spec_from_config
+from kbit.models.family import family_of
+from kbit.models.layout import Layout
+from kbit.models.params import Parameter, parameters
+from kbit.models.spec import ModelSpec
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from kbit.formats.stored import AnyStored
+
+# The key of a configuration whose tensors are canonical although its family publishes others.
+MARK = "kbit_canonical_tensors"
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """Where a canonical tensor is.
+
+    Attributes:
+        stored: the published tensor.
+        first: its first row there.
+        head: rows of a head whose pairs lie side by side, 0 where none do.
+        turned: how many of these.
+        offset: what is added to its values.
+    """
+
+    stored: str
+    first: int = 0
+    head: int = 0
+    turned: int = 0
+    offset: float = 0.0
+
+
+def canonical(source: CheckpointSource) -> CheckpointSource:
+    """A checkpoint as canonical tensors: itself, where its tensors are.
+
+    A configuration that describes no model that kbit runs is left to whoever reads it, and complains.
+
+    Raises:
+        CheckpointError: a fused tensor of another shape than its parts make up.
+    """
+    try:
+        family = family_of(FAMILIES, source.config, f"config of {source.path}")
+        if not family.layout.changes or source.config.get(MARK) is True:
+            return source
+        spec = spec_from_config(source.config, where=f"config of {source.path}")
+    except KbitError:
+        return source
+    if not isinstance(source, StoredSource):
+        raise UnsupportedError(f"{source.path}: a {family.model_type} model is read from files, and canonical elsewhere")
+    return CanonicalSource(source, spec, family.layout)
+
+
+def check_canonical(source: CheckpointSource) -> None:
+    """Raise where a checkpoint's tensors are still as they were published, though its family's differ.
+
+    Raises:
+        CheckpointError: they are, and would be taken for others.
+    """
+    family = family_of(FAMILIES, source.config, f"config of {source.path}")
+    if family.layout.changes and source.config.get(MARK) is not True:
+        raise CheckpointError(
+            f"{source.path}: {MARK} is not set, so the tensors are as {family.model_type} models are published; open "
+            "the checkpoint with kbit.models.opening.open_model"
+        )
+
+
+class CanonicalSource(StoredSource):
+    """A published checkpoint as canonical tensors. Closes what it reads from.
+
+    Args:
+        source: the published one.
+        spec: the model.
+        layout: its family's.
+
+    Raises:
+        CheckpointError: a fused tensor of another shape than its parts make up.
+    """
+
+    def __init__(self, source: StoredSource, spec: ModelSpec, layout: Layout) -> None:
+        self.path = source.path
+        self.config = {**source.config, MARK: True}
+        self._source = source
+        self._layout = layout
+        self._pieces = _pieces(source, spec, layout)
+        self._infos = self._described(spec)
+
+    def _described(self, spec: ModelSpec) -> dict[str, TensorInfo]:
+        shapes, infos = spec.expected_tensors(), dict(self._source.tensors)
+        for piece in self._pieces.values():
+            infos.pop(piece.stored, None)
+        for name, piece in self._pieces.items():
+            info = self._source.tensors[piece.stored]
+            shape = (shapes[name][0], *info.shape[1:]) if piece.stored != name else info.shape
+            made = replace(info, name=name, shape=shape)
+            if piece.offset:
+                infos[name] = replace(made, stored_as="F32", nbytes=4 * made.numel)
+            else:
+                infos[name] = replace(made, nbytes=-(-info.nbytes * made.numel // max(1, info.numel)))
+        return infos
+
+    @property
+    def tensors(self) -> Mapping[str, TensorInfo]:
+        return self._infos
+
+    def read_array_rows(self, name: str, start: int, stop: int) -> NDArray[np.float32]:
+        import numpy as np
+
+        piece = self._pieces.get(name)
+        if piece is None:
+            return self._source.read_array_rows(name, start, stop)
+        if not piece.head:
+            values = self._source.read_array_rows(piece.stored, piece.first + start, piece.first + stop)
+            return values + np.float32(piece.offset) if piece.offset else values
+        # Whole heads, of which the wanted rows are then taken in their order.
+        begin, end = start // piece.head * piece.head, -(-stop // piece.head) * piece.head
+        values = self._source.read_array_rows(piece.stored, piece.first + begin, piece.first + end)
+        within, half = np.arange(start, stop) % piece.head, piece.turned // 2
+        first_of_pair = within < half
+        old = np.where(first_of_pair, 2 * within, np.where(within < piece.turned, 2 * (within - half) + 1, within))
+        taken: NDArray[np.float32] = values[np.arange(start, stop) - within - begin + old]
+        return taken
+
+    def read_stored(self, name: str) -> AnyStored:
+        if name not in self._pieces:
+            return self._source.read_stored(name)
+        from kbit.formats.stored import KINDS, DenseMatrix, narrowed
+
+        info = self._infos[name]
+        if stored_format(info) is not None:
+            raise UnsupportedError(
+                f"{self.path}: {name} is part of {self._pieces[name].stored}, which is packed ({info.stored_as}); kbit "
+                "takes such tensors apart only where they are not: convert the original 16-bit checkpoint"
+            )
+        values, kind = self.read_array_rows(name, 0, info.shape[0]), KINDS.get(info.stored_as, "fp32")
+        return DenseMatrix(narrowed(values, kind), kind)
+
+    def sidecar_files(self) -> Mapping[str, bytes]:
+        return self._source.sidecar_files()
+
+    def token_table(self) -> memoryview | None:
+        return self._source.token_table()
+
+    def fingerprint(self) -> str:
+        return hashlib.sha256(f"{self._source.fingerprint()} {self._layout}".encode()).hexdigest()
+
+    def close(self) -> None:
+        self._source.close()
+
+
+def _pieces(source: CheckpointSource, spec: ModelSpec, layout: Layout) -> dict[str, _Piece]:
+    """Where every canonical tensor is that is not there as it is."""
+    declared: dict[tuple[Any, ...], Parameter] = {}
+    for p in parameters(spec):
+        declared[p.layer, p.slot, p.name.rpartition(".")[2]] = p
+    pieces: dict[str, _Piece] = {}
+    for layer in range(spec.layers):
+        for template, slots in layout.fused.items():
+            for end in ("weight", "bias"):
+                stored = f"{template.format(layer=layer)}.{end}"
+                if stored not in source.tensors:
+                    continue
+                parts = [declared[layer, slot, end] for slot in slots if (layer, slot, end) in declared]
+                wanted = (sum(part.shape[0] for part in parts), *(parts[0].shape[1:] if parts else ()))
+                if source.tensors[stored].shape != wanted:
+                    raise CheckpointError(
+                        f"{source.path}: {stored} has shape {source.tensors[stored].shape}, but config.json asks for "
+                        f"{wanted}, which are {', '.join(slots)}"
+                    )
+                first = 0
+                for part in parts:
+                    pieces[part.name] = _Piece(stored, first)
+                    first += part.shape[0]
+    for p in declared.values():
+        stored = pieces.get(p.name, _Piece(p.name)).stored
+        if stored not in source.tensors:
+            continue  # whoever checks the tensors says so
+        if p.role == "norm" and layout.norm_offset:
+            pieces[p.name] = _Piece(p.name, offset=layout.norm_offset)
+        if layout.interleaved and p.slot in ("q", "k"):
+            at = pieces.get(p.name, _Piece(p.name))
+            pieces[p.name] = replace(at, head=spec.head_dim, turned=spec.rope.dim)
+    return pieces

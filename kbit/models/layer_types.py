@@ -1,0 +1,106 @@
+"""Which layers of a configuration have a sliding window, and in which queries and keys turn with their positions."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+from kbit.host.errors import UnsupportedError
+from kbit.models.config_values import ConfigValues, shown
+from kbit.models.spec import MAX_CONTEXT
+
+Windows = Literal["none", "all", "chosen", "period"]
+Rotated = Literal["all", "listed", "windowed"]
+FULL, SLIDING = "full_attention", "sliding_attention"
+
+
+def windows_of(windows: Windows, period: int | str, values: ConfigValues, layers: int) -> tuple[int | None, ...]:
+    """Sliding window of every layer.
+
+    Args:
+        windows: which slide: "none"; "all" (`sliding_window` unless null); "chosen" (`use_sliding_window` and then
+            `layer_types`, or every layer from `max_window_layers` on); "period" (`layer_types`, or all but every
+            period-th).
+        period: of full attention; 0 for none; or the key that says.
+        values: the configuration.
+        layers: how many there are.
+
+    Raises:
+        UnsupportedError: a layer type, or a pattern, that kbit does not know.
+        CheckpointError: a senseless value.
+    """
+    window = None
+    if windows in ("all", "period") or (windows == "chosen" and values.boolean("use_sliding_window")):
+        window = values.optional_integer("sliding_window", 1, MAX_CONTEXT)
+    types = _layer_types(values, layers)
+    if windows in ("chosen", "period"):
+        if types is None:
+            if window is None:
+                return (None,) * layers
+            types = _by_period(period, values, layers) if windows == "period" else _from_layer(values, layers)
+        if window is None and SLIDING in types:
+            wanted = "use_sliding_window and sliding_window say" if windows == "chosen" else "sliding_window says"
+            raise values.error("layer_types", f"without {SLIDING}, as {wanted}")
+        return tuple(window if kind == SLIDING else None for kind in types)
+    fixed = FULL if window is None else SLIDING
+    if types is not None and set(types) != {fixed}:
+        raise UnsupportedError(f"{values.where}: layer_types other than {fixed} are not supported for this model")
+    return (window,) * layers
+
+
+def rotated_layers(rotated: Rotated, values: ConfigValues, windows: Sequence[int | None]) -> tuple[bool, ...]:
+    """Whether every layer rotates queries and keys; empty where all do.
+
+    Args:
+        rotated: "all"; "listed" (`no_rope_layers`, where 1 means that a layer *does*, or all but every
+            `no_rope_layer_interval`-th); "windowed" (those with a window, or all where none has).
+        values: the configuration.
+        windows: of every layer.
+
+    Raises:
+        CheckpointError: a senseless value.
+    """
+    layers = len(windows)
+    turns = (True,) * layers
+    if rotated == "windowed" and values.optional_integer("sliding_window", 1, MAX_CONTEXT) is not None:
+        turns = tuple(window is not None for window in windows)
+    elif rotated == "listed":
+        listed = values.raw("no_rope_layers")
+        if listed is None:
+            interval = values.integer("no_rope_layer_interval", 1, MAX_CONTEXT)
+            turns = tuple((layer + 1) % interval != 0 for layer in range(layers))
+        elif not isinstance(listed, list) or len(listed) != layers or any(flag not in (0, 1) for flag in listed):
+            raise values.error("no_rope_layers", f"a list of {layers} numbers, 1 for a layer that rotates and else 0")
+        else:
+            turns = tuple(bool(flag) for flag in listed)
+    return () if all(turns) else turns
+
+
+def _by_period(period: int | str, values: ConfigValues, layers: int) -> list[str]:
+    if isinstance(period, str):
+        if isinstance(values.raw(period), str):
+            raise UnsupportedError(
+                f"{values.where}: {period} {shown(values.raw(period))} without layer_types is not supported; write "
+                "every layer's type into layer_types"
+            )
+        period = values.integer(period, 0, MAX_CONTEXT)
+    return [SLIDING if not period or (layer + 1) % period else FULL for layer in range(layers)]
+
+
+def _from_layer(values: ConfigValues, layers: int) -> list[str]:
+    first = values.integer("max_window_layers", 0, MAX_CONTEXT)
+    return [SLIDING if layer >= first else FULL for layer in range(layers)]
+
+
+def _layer_types(values: ConfigValues, layers: int) -> list[str] | None:
+    types = values.raw("layer_types")
+    if types is None:
+        return None
+    if not isinstance(types, list) or len(types) != layers or not all(isinstance(kind, str) for kind in types):
+        raise values.error("layer_types", f"a list of {layers} names, one per layer")
+    unknown = set(types) - {FULL, SLIDING}
+    if unknown:
+        raise UnsupportedError(
+            f"{values.where}: layer_types has {shown(sorted(unknown)[0])}, which kbit does not support"
+        )
+    return types

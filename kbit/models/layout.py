@@ -1,0 +1,27 @@
+"""Layout: how a family's published tensors differ from the canonical ones that everything here works with."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What `kbit.models.canonical` undoes. The default changes nothing.
+
+    Attributes:
+        fused: published matrices that hold several, by name (with {layer}, without .weight): the slots of those, in the
+            order of their rows.
+        interleaved: pairs of features that turn together lie side by side (2 i, 2 i + 1), not half of what turns apart.
+        norm_offset: is added to the stored weight of every norm.
+    """
+
+    fused: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    interleaved: bool = False
+    norm_offset: float = 0.0
+
+    @property
+    def changes(self) -> bool:
+        """Whether published tensors differ from canonical ones."""
+        return bool(self.fused) or self.interleaved or self.norm_offset != 0.0
