@@ -44,7 +44,6 @@ def measure(
         One row per format: its name, bits per weight and the figures of `kbit eval --json`.
     """
     from kbit.backends.select import select_backend
-    from kbit.models.opening import open_model
     from kbit.evaluate.compare import compare_many
     from kbit.evaluate.evaluation import comparison_dict
     from kbit.evaluate.logits import StoredLogits
@@ -52,6 +51,7 @@ def measure(
     from kbit.formats.quant_format import QuantFormat
     from kbit.models.families import spec_from_config
     from kbit.models.load import load_decoder
+    from kbit.models.opening import open_model
     from kbit.quantizers.plan import make_plan
     from kbit.quantizers.rtn import QuantizedView
     from kbit.text.datasets import resolve_data

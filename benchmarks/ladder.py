@@ -16,9 +16,9 @@ from typing import Any
 import torch
 
 from kbit.backends.select import select_backend
-from kbit.models.opening import open_model
 from kbit.formats.quant_format import QuantFormat, default_dtype
 from kbit.models.load import load_decoder
+from kbit.models.opening import open_model
 from kbit.quantizers.plan import Plan, make_plan
 from kbit.quantizers.rtn import QuantizedView
 from kbit.text.tokenizer import Tokenizer

@@ -33,8 +33,8 @@ def files_of(path: Path) -> list[Path]:
 
 def test_speed(benchmark: Any, subject: tuple[str, Path], tmp_path: Path) -> None:
     """Seconds of a conversion to each format, in turns with a copy of the file."""
-    from kbit.models.opening import open_model
     from kbit.formats.quant_format import QuantFormat
+    from kbit.models.opening import open_model
     from kbit.quantizers.convert import convert
     from kbit.quantizers.plan import make_plan
 

@@ -63,8 +63,8 @@ class Case:
 
     def predict(self, rates: Any) -> None:
         """Once from the shapes and this machine's rates."""
-        from kbit.models.opening import open_model
         from kbit.models.families import spec_from_config
+        from kbit.models.opening import open_model
         from kbit.planner.memory import predict_memory, stored_weights
         from kbit.planner.speed import needed_attention, needed_kernels, predict_speed, prompt_seconds
 

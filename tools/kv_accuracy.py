@@ -24,7 +24,6 @@ from numpy.typing import NDArray
 from kbit.backends.reference.backend import ReferenceBackend
 from kbit.backends.reference.kv_cache import ReferencePages
 from kbit.backends.select import select_backend
-from kbit.models.opening import open_model
 from kbit.evaluate.compare import compare
 from kbit.evaluate.logits import StoredLogits
 from kbit.evaluate.statistics import DRAWS, SEED, Clusters, bootstrap_interval, cluster
@@ -32,6 +31,7 @@ from kbit.graph.ops import Backend
 from kbit.graph.pages import PagePool
 from kbit.kernels import reference
 from kbit.models.load import load_decoder
+from kbit.models.opening import open_model
 from kbit.text.datasets import resolve_data
 from kbit.text.tokenizer import Tokenizer
 from kbit.text.windows import Windows, make_windows

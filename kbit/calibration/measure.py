@@ -150,7 +150,9 @@ class _Passes:
         """(S, T, hidden), bfloat16."""
         ops = CapturingOps(self.definition, self.tokens)
         with torch.no_grad():
-            return torch.stack([blocks.embedding(ops, self.spec, ends.embedding, row[None])[0].bfloat16() for row in self.ids])
+            return torch.stack(
+                [blocks.embedding(ops, self.spec, ends.embedding, row[None])[0].bfloat16() for row in self.ids]
+            )
 
     def _forward(self, layer: int, x: torch.Tensor, collected: Collected | None = None) -> torch.Tensor:
         """The layer's output of x (S, T, hidden), bfloat16."""

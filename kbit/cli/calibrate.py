@@ -46,9 +46,9 @@ def calibrate(
     from kbit.calibration.request import CalibrationRequest
     from kbit.calibration.run import calibrate as measure
     from kbit.calibration.run import forget as remove
-    from kbit.models.opening import open_model
     from kbit.cli.output import print_json, size
     from kbit.cli.progress import progress_bars
+    from kbit.models.opening import open_model
 
     if forget:
         with open_model(model) as source:

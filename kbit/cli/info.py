@@ -98,9 +98,9 @@ def info(
       kbit info smollm2-135m-instruct --plot layers.png --bits 3,4
       kbit info out/ --plot layers.html --reference smollm2-135m-instruct
     """
-    from kbit.models.opening import open_model
     from kbit.cli.model_summary import machine_summary, print_machine, print_model, summarise
     from kbit.cli.output import print_json
+    from kbit.models.opening import open_model
 
     picture = {"--bits": bits, "--reference": reference, "--data": data, "--max-tokens": max_tokens}
     if plot is None:

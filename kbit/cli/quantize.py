@@ -44,10 +44,10 @@ def quantize(*, flags: QuantizeFlags, json: JsonOption = False) -> None:
       kbit quantize path/to/model --bits 3 --override '*.down_proj.weight=nf4-b32' --dry-run
     """
     from kbit.checkpoint.output_folder import check_output_folder, finished_plan
-    from kbit.models.opening import open_model
     from kbit.cli.output import print_json
     from kbit.cli.quantize_method import following, within_memory, within_time
     from kbit.cli.quantize_view import facts_of, note_plan, note_quantized_source, print_plan, print_result
+    from kbit.models.opening import open_model
     from kbit.quantizers.plan import check_disk
     from kbit.quantizers.plan_file import read_plan_file, write_plan_file
 

@@ -91,8 +91,8 @@ def load_model(
         raise ValueError(f"the {backend.name} backend was not made for this group of processes")
     if backend.name == "native":
         return _load_native(model, cast("NativeBackend", backend), check, progress)
-    from kbit.models.opening import open_model
     from kbit.models.load import load_decoder
+    from kbit.models.opening import open_model
     from kbit.models.shard import shard
 
     set_threads(threads)
@@ -119,8 +119,8 @@ def _load_native(
     """`load_model` for the CPU engine: from an earlier run's prepared weights, or preparing them for later ones."""
     from kbit.backends.cpu.prepared import find
     from kbit.checkpoint.resolve import locate
-    from kbit.models.opening import open_model
     from kbit.models.load import load_decoder
+    from kbit.models.opening import open_model
 
     place = locate(model)
     start = perf_counter()

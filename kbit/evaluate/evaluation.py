@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from kbit.backends.select import set_threads
-from kbit.models.opening import open_model
 from kbit.checkpoint.source import CheckpointSource
 from kbit.engine.loader import prefer_tuned
 from kbit.evaluate.compare import KL_PERCENTILES, Comparison, check_vocabularies, compare
@@ -23,6 +22,7 @@ from kbit.host.process import peak_rss_bytes
 from kbit.models.decoder import Decoder
 from kbit.models.families import spec_from_config
 from kbit.models.load import load_decoder
+from kbit.models.opening import open_model
 from kbit.models.shard import shard
 from kbit.text.datasets import TextData
 from kbit.text.tokenizer import Tokenizer

@@ -19,11 +19,11 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from kbit.models.opening import open_model
 from kbit.host.cache_folder import cache_dir
 from kbit.host.errors import KbitError
 from kbit.host.files import write_durably
 from kbit.models.families import spec_from_config
+from kbit.models.opening import open_model
 from kbit.models.sampled_text import EVALUATION_SEED, VERSION, sample_sequences, start_tokens
 from kbit.text.datasets import TextData, resolve_data
 from kbit.text.tokenizer import Tokenizer

@@ -32,7 +32,7 @@ class Embed:
 
 @dataclass(frozen=True, eq=False)
 class Norm:
-    """out = RMS norm of x, of each run of features as wide as the weight; or, centred, its LayerNorm, perhaps biased."""
+    """out = RMS norm of x, by runs of features as wide as the weight; or, centred, its LayerNorm, perhaps biased."""
 
     x: Symbol
     weight: Vector

@@ -66,7 +66,9 @@ def canonical(source: CheckpointSource) -> CheckpointSource:
     except KbitError:
         return source
     if not isinstance(source, StoredSource):
-        raise UnsupportedError(f"{source.path}: a {family.model_type} model is read from files, and canonical elsewhere")
+        raise UnsupportedError(
+            f"{source.path}: a {family.model_type} model is read from files, and canonical elsewhere"
+        )
     return CanonicalSource(source, spec, family.layout)
 
 

@@ -21,13 +21,13 @@ roundings: at position 8000 a frequency that is off by one part in 10^7 turns th
 cosines and sines are formed in float64 and rounded once: they are the nearest float32 (or, where float64 was off just
 there, its neighbour), the same on every machine, which vector libraries in float32 are not.
 
-*Dynamic scaling (longrope likewise) and the cache.* L is the length of the row once the step is in: the position of its last real token
-plus one. A prefill longer than M therefore rotates all its tokens with the base for the full length, and every decoding
-step beyond M rotates its token with a new, larger base while earlier keys keep the rotation they were written with.
-That is what transformers does too, for one sequence that only grows, so logits agree for prefill and for decoding; it
-also means that decoding is not equal to a prefill of the same text, there and here. Two accidents of transformers are
-not copied: it takes L over the whole batch (a row's result then depends on its neighbours) and keeps the last base
-between unrelated calls that stay above M. Here a row's angles depend on that row alone.
+*Dynamic scaling (longrope likewise) and the cache.* L is the length of the row once the step is in: the position of its
+last real token plus one. A prefill longer than M therefore rotates all its tokens with the base for the full length,
+and every decoding step beyond M rotates its token with a new, larger base while earlier keys keep the rotation they
+were written with. That is what transformers does too, for one sequence that only grows, so logits agree for prefill and
+for decoding; it also means that decoding is not equal to a prefill of the same text, there and here. Two accidents of
+transformers are not copied: it takes L over the whole batch (a row's result then depends on its neighbours) and keeps
+the last base between unrelated calls that stay above M. Here a row's angles depend on that row alone.
 """
 
 from __future__ import annotations

@@ -104,8 +104,8 @@ def tune_model(
 
     from kbit.backends.select import select_backend
     from kbit.backends.triton.backend import TritonBackend
-    from kbit.models.opening import open_model
     from kbit.models.load import load_decoder
+    from kbit.models.opening import open_model
     from kbit.tuning.jobs import model_jobs
     from kbit.tuning.stored import target_of
     from kbit.tuning.timing import GpuTimer

@@ -333,7 +333,7 @@ class TestRefusals:
             (lambda: recorder.linear(w.back, x), "the input of a linear has 24 features where 40 are needed"),
             (lambda: recorder.linear(w.first, x, w.scale), "a bias has 24 features where 40"),
             (lambda: recorder.add(x, recorder.linear(w.first, x)), "a residual has 24 features where 40"),
-            (lambda: recorder.norm(x, w.bias, 1e-5), "the weight of a norm has 40 features where 24"),
+            (lambda: recorder.norm(x, w.bias, 1e-5), "the weight of a norm has 40 features, no divisor of 24"),
             (lambda: recorder.activate(x, recorder.linear(w.first, x), "silu"), "multiplies has 40 features where 24"),
             (lambda: recorder.activate(x, None, "swish"), "'swish' is not one of silu"),
             (lambda: recorder.embed(w.embedding, x), "token ids of the pass and nothing else"),

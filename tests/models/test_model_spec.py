@@ -220,7 +220,7 @@ def test_missing_keys_are_named(key: str) -> None:
     ("changes", "names"),
     [
         ({"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"]}, "gpt2"),
-        ({"model_type": "qwen3"}, "qwen3"),
+        ({"model_type": "qwen9"}, "qwen9"),
         ({"architectures": ["LlamaForSequenceClassification"]}, "LlamaForSequenceClassification"),
         ({"architectures": ["LlamaModel"]}, "LlamaModel"),
         ({"model_type": None, "architectures": ["FalconForCausalLM"]}, "FalconForCausalLM"),

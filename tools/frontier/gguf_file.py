@@ -12,9 +12,9 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from kbit.models.opening import open_model
 from kbit.checkpoint.source import CheckpointSource
 from kbit.host.errors import UnsupportedError
+from kbit.models.opening import open_model
 
 _OUTER = {"model.embed_tokens.weight": "token_embd.weight", "model.norm.weight": "output_norm.weight"}
 _INNER = {

@@ -12,8 +12,8 @@ from typing import Any
 
 from frontier.gguf_file import write_gguf
 from frontier.subjects import Subject, calibration_text
-from kbit.models.opening import open_model
 from kbit.host.errors import KbitError
+from kbit.models.opening import open_model
 
 TYPES = ("IQ2_XXS", "IQ2_S", "Q2_K", "IQ3_XXS", "IQ3_S", "IQ4_XS", "Q4_K_M", "Q5_K_M", "Q6_K")
 _CHUNKS, _CHARACTERS = 256, 400_000

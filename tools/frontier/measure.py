@@ -15,7 +15,6 @@ import numpy as np
 from frontier.llama_cpp import LlamaCpp
 from frontier.subjects import Subject
 from kbit.backends.select import select_backend
-from kbit.models.opening import open_model
 from kbit.checkpoint.source import CheckpointSource
 from kbit.evaluate.compare import Comparison, compare
 from kbit.evaluate.logits import StoredLogits
@@ -24,6 +23,7 @@ from kbit.formats.registry import parse_format
 from kbit.host.errors import KbitError, UsageError
 from kbit.models.families import spec_from_config
 from kbit.models.load import load_decoder
+from kbit.models.opening import open_model
 from kbit.quantizers.calibrated import CalibratedRounding
 from kbit.quantizers.method import Method, MethodInput
 from kbit.quantizers.methods import METHODS, get_method

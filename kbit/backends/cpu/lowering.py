@@ -112,12 +112,12 @@ def lower_head(program: Program, operations: Sequence[Operation], result: Symbol
         return
     operations = fuse(operations, result)
     factor, cap = 1.0, 0.0
-    if len(operations) > 1 and isinstance(operations[-1], SoftCap):
-        *operations, capped = operations
-        cap, result = capped.cap, capped.x
-    if len(operations) > 1 and isinstance(operations[-1], Scale):
-        *operations, scaled = operations
-        factor, result = scaled.factor, scaled.x
+    last = operations[-1]
+    if isinstance(last, SoftCap):
+        cap, result, operations = last.cap, last.x, operations[:-1]
+    last = operations[-1]
+    if isinstance(last, Scale):
+        factor, result, operations = last.factor, last.x, operations[:-1]
     if len(operations) == 1 and isinstance(operations[0], Project):
         product = operations[0]
         plain = product.residual is None and product.activation is None and all(bias is None for bias in product.biases)

@@ -43,9 +43,9 @@ if TYPE_CHECKING:
     import torch
     from numpy.typing import NDArray
 
-Opener: TypeAlias = Callable[[str], CheckpointSource]
-
     from kbit._native import Context
+
+Opener: TypeAlias = Callable[[str], CheckpointSource]
 
 _MAGIC = b"kbitprep"
 _HEAD_BYTES = 4096

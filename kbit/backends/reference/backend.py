@@ -84,7 +84,7 @@ class RowOps:
         of = tensor_of(weight)
         if len(of) == x.shape[-1]:
             return reference.rms_norm(x, of, eps)
-        return reference.rms_norm(x.unflatten(-1, (-1, len(of))), of, eps).flatten(-2)
+        return reference.rms_norm(x.view(*x.shape[:-1], -1, len(of)), of, eps).flatten(-2)
 
     def layer_norm(self, x: torch.Tensor, weight: Vector, bias: Vector | None, eps: float) -> torch.Tensor:
         return reference.layer_norm(x, tensor_of(weight), None if bias is None else tensor_of(bias), eps)
@@ -329,7 +329,7 @@ def rotated(
 ) -> torch.Tensor:
     """`Ops.rotate` of x (B, T, H D) by tables (1 or B, T, columns)."""
     of = slice(*angles)
-    return reference.rope(x.unflatten(-1, (-1, head_dim)), cos[..., of], sin[..., of]).flatten(-2)
+    return reference.rope(x.view(*x.shape[:-1], -1, head_dim), cos[..., of], sin[..., of]).flatten(-2)
 
 
 def _without_tokens() -> TypeError:

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 from kbit.backends.select import set_threads
-from kbit.models.opening import open_model
 from kbit.engine.loader import load_model
 from kbit.evaluate.paired import PairedAccuracy, PairedMean, compare_correct, holm, paired_mean
 from kbit.evaluate.request import EngineRequest
@@ -24,6 +23,7 @@ from kbit.graph.ops import Backend
 from kbit.host.errors import UsageError
 from kbit.host.process import peak_rss_bytes
 from kbit.models.families import spec_from_config
+from kbit.models.opening import open_model
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Phi-3, 3.5, 4 and 4-mini: q, k and v in one matrix, gate and up in one, and rotations for short and for long texts."""
+"""Phi-3, 3.5, 4 and 4-mini: q, k, v in one matrix, gate and up in one, and rotations for short and for long texts."""
 
 from kbit.models.families.llama import DEFAULTS, LAYER, NAMES
 from kbit.models.family import Family

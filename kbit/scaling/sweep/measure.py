@@ -300,8 +300,8 @@ def _model(task: Task) -> _Model:
     global _last
     from kbit.backends.cpu.backend import NativeBackend
     from kbit.backends.select import select_backend
-    from kbit.models.opening import open_model
     from kbit.host.errors import KbitError
+    from kbit.models.opening import open_model
     from kbit.scaling.sweep.subject import content_digest
 
     subject, compute = task.subject, task.arithmetic.compute

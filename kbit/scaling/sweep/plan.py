@@ -11,11 +11,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from kbit.models.opening import open_model
 from kbit.evaluate.sampled_data import evaluation_text
 from kbit.formats.quant_format import MAX_BITS, MIN_BITS
 from kbit.host.errors import UsageError
 from kbit.host.files import read_json_object
+from kbit.models.opening import open_model
 from kbit.scaling.points import Point, read_points
 from kbit.scaling.sweep.grid import BASELINE, Cell, LeftOut, expand
 from kbit.scaling.sweep.measure import MEASURE_VERSION, Arithmetic, plan_cell, point_key

@@ -13,7 +13,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from kbit.models.opening import open_model
 from kbit.checkpoint.source import CheckpointSource
 from kbit.formats.quant_format import QuantFormat
 from kbit.host.cache_folder import cache_dir
@@ -21,6 +20,7 @@ from kbit.host.errors import CheckpointError, KbitError, UsageError
 from kbit.host.files import read_json_object, sha256_of, write_durably
 from kbit.models.check import check_tensors
 from kbit.models.families import spec_from_config
+from kbit.models.opening import open_model
 from kbit.quantizers.plan import make_plan
 from kbit.text.datasets import NAMED_TEXTS, TextData
 from kbit.text.tokenizer import Tokenizer
