@@ -161,7 +161,6 @@ def _write_model(
     """
     import torch
     from safetensors.torch import save_file
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
     from kbit.models.families import spec_from_config
 
@@ -183,12 +182,32 @@ def _write_model(
         for shard in set(weight_map.values()):
             save_file({name: tensors[name] for name in names if weight_map[name] == shard}, folder / shard)
         (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    _write_tokenizer(folder)
+    return folder
+
+
+def _write_tokenizer(folder: Path) -> None:
+    """Of bytes, 256 in all."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokenizer = Tokenizer(models.BPE({piece: index for index, piece in enumerate(alphabet)}, []))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.save(str(folder / "tokenizer.json"))
-    return folder
+
+
+@pytest.fixture(scope="session")
+def published(make_once: Callable[[str, Callable[[Path], object]], Path]) -> Callable[[str], Path]:
+    """published(name): one of decoder_cases.CASES as transformers writes it, with a byte tokenizer. Not to be changed."""
+    pytest.importorskip("transformers")
+    from decoder_cases import saved_model
+
+    def make(name: str, folder: Path) -> None:
+        saved_model(name, folder, vocab_size=260, max_position_embeddings=64, intermediate_size=80)
+        _write_tokenizer(folder)
+
+    return lambda name: make_once(f"published-{name}", lambda folder: make(name, folder))
 
 
 @pytest.fixture(scope="session")

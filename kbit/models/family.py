@@ -198,8 +198,8 @@ def read_spec(families: Mapping[str, Family], config: Mapping[str, Any], where: 
     for key, harmless in _FOREIGN.items():
         if key not in values.asked and key not in family.ignored and config.get(key) not in harmless:
             raise UnsupportedError(
-                f"{where}: {key} {shown(config[key])} is not supported for model_type {family.model_type!r}, and without "
-                "it the model would be another"
+                f"{where}: {key} {shown(config[key])} is not supported for model_type {family.model_type!r}; without "
+                "it this would be another model"
             )
     return spec
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from kbit.checkpoint.readers.kbit_folder import KbitFolder
-from kbit.checkpoint.resolve import open_model
+from kbit.models.opening import open_model
 from kbit.formats.blockwise import quantize_blockwise
 from kbit.formats.quant_format import QuantFormat
 from kbit.formats.quant_tensor import SAFETENSORS_TO_TORCH, QuantTensor

@@ -189,12 +189,18 @@ def tiny_config(name: str) -> dict[str, Any]:
     return {**TINY, **changes, **marked, "architectures": [f"{family}ForCausalLM"], "model_type": model_type}
 
 
-def saved_model(name: str, folder: Path) -> Any:
-    """One of CASES with random weights, written by transformers, which has it too."""
+def saved_model(name: str, folder: Path, **changes: Any) -> Any:
+    """One of CASES with random weights, written by transformers, which has it too.
+
+    Args:
+        name: the case.
+        folder: where to.
+        changes: to its configuration.
+    """
     import transformers
 
-    family, changes = CASES[name]
-    config = getattr(transformers, f"{CONFIGS.get(family, family)}Config")(**{**TINY, **changes})
+    family, own = CASES[name]
+    config = getattr(transformers, f"{CONFIGS.get(family, family)}Config")(**{**TINY, **own, **changes})
     model = getattr(transformers, f"{family}ForCausalLM")(config).eval()
     generator = torch.Generator().manual_seed(17)
     with torch.no_grad():
