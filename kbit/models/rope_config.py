@@ -184,8 +184,10 @@ def _rotated(reading: _Reading, settings: Mapping[str, Any]) -> int:
             )
         return reading.head_dim
     values = ConfigValues({"partial_rotary_factor": share if given is None else given}, {}, reading.where)
-    share = values.number("partial_rotary_factor", above=0.0, below=1.0 + 1e-9)
-    return max(2, int(reading.head_dim * share))
+    dim = int(reading.head_dim * values.number("partial_rotary_factor", above=0.0, below=1.0 + 1e-9))
+    if dim < 2:
+        raise values.error("partial_rotary_factor", f"enough to rotate 2 of {reading.head_dim} features")
+    return dim
 
 
 def _temperature(reading: _Reading, key: str, settings: Mapping[str, Any]) -> tuple[float, int]:

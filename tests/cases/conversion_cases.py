@@ -9,11 +9,11 @@ import pytest
 import torch
 
 from kbit.checkpoint.readers.kbit_folder import KbitFolder
-from kbit.models.opening import open_model
 from kbit.formats.blockwise import quantize_blockwise
 from kbit.formats.quant_format import QuantFormat
 from kbit.formats.quant_tensor import SAFETENSORS_TO_TORCH, QuantTensor
 from kbit.host.errors import KbitError
+from kbit.models.opening import open_model
 from kbit.quantizers.convert import Conversion, convert
 from kbit.quantizers.plan import make_plan
 

@@ -94,7 +94,9 @@ def test_norms_count_from_one_and_matrices_keep_their_type(
         found = source.read_stored(f"{LAYER}self_attn.q_proj.weight")
         assert isinstance(found, DenseMatrix)
         assert found.kind == {torch.bfloat16: "bf16", torch.float16: "fp16"}[dtype]
-        assert torch.equal(torch.from_numpy(found.values).view(dtype).float(), source.read(f"{LAYER}self_attn.q_proj.weight"))
+        assert torch.equal(
+            torch.from_numpy(found.values).view(dtype).float(), source.read(f"{LAYER}self_attn.q_proj.weight")
+        )
 
 
 @pytest.mark.parametrize("name", ["gemma2", "phi3", "glm4", "ernie4_5"])

@@ -1,0 +1,235 @@
+"""Configurations of every family, as transformers and as the hub write them; what changes the result is read or refused."""
+
+from __future__ import annotations
+
+import json
+import math
+from typing import Any
+
+import pytest
+from decoder_cases import CASES, FULL, SLIDING, tiny_config
+
+from kbit.host.errors import CheckpointError, KbitError, UnsupportedError
+from kbit.models.families import FAMILIES, spec_from_config
+from kbit.models.spec import ModelSpec
+
+transformers = pytest.importorskip("transformers")
+
+SIZES: dict[str, Any] = {
+    "vocab_size": 37,
+    "hidden_size": 256,
+    "intermediate_size": 20,
+    "num_hidden_layers": 7,
+    "num_attention_heads": 32,
+}
+# Those of which transformers' own configuration class leaves out what the model then needs.
+HEADS = {"ministral": {"head_dim": 8}, "hunyuan_v1_dense": {"head_dim": 8}}
+
+
+def config_of(family: str, **changes: Any) -> dict[str, Any]:
+    return {**SIZES, "model_type": family, **changes}
+
+
+@pytest.mark.parametrize("family", list(FAMILIES))
+def test_absent_keys_take_transformers_defaults(family: str) -> None:
+    """And the configuration that transformers writes in full means the same as the sparse one."""
+    sparse = config_of(family, **HEADS.get(family, {}))
+    theirs = transformers.AutoConfig.for_model(**sparse)
+    spec = spec_from_config(sparse)
+    assert spec.kv_heads == theirs.num_key_value_heads
+    assert spec.head_dim == (getattr(theirs, "head_dim", None) or 8)
+    assert spec.rope.max_positions == theirs.max_position_embeddings
+    assert spec.norm_eps == theirs.rms_norm_eps
+    assert spec.tied_embeddings == theirs.tie_word_embeddings
+    ropes = theirs.rope_parameters
+    assert spec.rope.theta == ropes.get(FULL, ropes)["rope_theta"]
+    if SLIDING in ropes and ropes[SLIDING]["rope_theta"] != spec.rope.theta:
+        assert spec.window_rope is not None
+        assert spec.window_rope.theta == ropes[SLIDING]["rope_theta"]
+    types = getattr(theirs, "layer_types", None)
+    if types is not None:
+        assert spec.windows == tuple(theirs.sliding_window if kind == SLIDING else None for kind in types)
+    written = json.loads(theirs.to_json_string())
+    assert spec_from_config({**written, "architectures": None}) == spec
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_expected_tensors_are_those_of_the_model(case: str) -> None:
+    """In number of weights: fused tensors are the sum of their parts."""
+    spec = spec_from_config(tiny_config(case))
+    assert sum(math.prod(shape) for shape in spec.expected_tensors().values()) == sum(
+        parameter.numel() for parameter in _model(case).parameters()
+    )
+
+
+def _model(case: str) -> Any:
+    from decoder_cases import CONFIGS, TINY
+
+    family, own = CASES[case]
+    config = getattr(transformers, f"{CONFIGS.get(family, family)}Config")(**{**TINY, **own})
+    return getattr(transformers, f"{family}ForCausalLM")(config)
+
+
+def spec(family: str, **changes: Any) -> ModelSpec:
+    return spec_from_config(config_of(family, **{**HEADS.get(family, {}), **changes}))
+
+
+def test_gemma_as_the_hub_has_it() -> None:
+    """The first files say gelu and mean its approximation; and the root of the width is rounded as weights are."""
+    first = spec(
+        "gemma", hidden_act="gelu", hidden_activation=None, torch_dtype="bfloat16", hidden_size=2048, head_dim=64
+    )
+    assert first.activation == "gelu_tanh"
+    assert first.embedding_multiplier == 45.25
+    assert spec("gemma", dtype="float16", hidden_size=2048).embedding_multiplier == 45.25
+    assert spec("gemma", hidden_size=2048).embedding_multiplier == pytest.approx(2048**0.5, rel=1e-7)
+    assert spec("gemma2", dtype="bfloat16", hidden_size=3584).embedding_multiplier == 59.75
+    with pytest.raises(UnsupportedError, match="hidden_activation 'relu' is not supported for model_type 'gemma'"):
+        spec("gemma", hidden_activation="relu")
+
+
+def test_gemma3_as_the_hub_has_it() -> None:
+    """One key for the theta of windows; a pattern; scaling of the full layers alone."""
+    old = spec(
+        "gemma3_text",
+        rope_theta=1e6,
+        rope_local_base_freq=10000,
+        sliding_window=512,
+        sliding_window_pattern=3,
+        rope_scaling={"rope_type": "linear", "factor": 8.0},
+        query_pre_attn_scalar=168,
+    )
+    assert old.windows == (512, 512, None, 512, 512, None, 512)
+    assert (old.rope.kind, old.rope.factor, old.rope.theta) == ("linear", 8.0, 1e6)
+    assert old.window_rope is not None
+    assert (old.window_rope.kind, old.window_rope.theta) == ("default", 1e4)
+    assert old.attention_scale == pytest.approx(168**-0.5)
+    with pytest.raises(UnsupportedError, match="rope_parameters should give each layer type its own settings"):
+        spec("gemma3_text", rope_parameters={"rope_type": "default", "rope_theta": 5.0})
+    with pytest.raises(CheckpointError, match=r"rope_parameters.sliding_attention is 3; it should be an object"):
+        spec("gemma3_text", rope_parameters={SLIDING: 3, FULL: {"rope_type": "default"}})
+    with pytest.raises(UnsupportedError, match="gives each layer type its own settings"):
+        spec("qwen3", rope_parameters={SLIDING: {}, FULL: {"rope_type": "default"}})
+
+
+def test_phi3_as_the_hub_has_it() -> None:
+    """Its scaling has had three names; the factor comes from the two lengths."""
+    for name in ("su", "yarn", "longrope"):
+        found = spec(
+            "phi3",
+            hidden_size=128,
+            max_position_embeddings=131072,
+            original_max_position_embeddings=4096,
+            rope_scaling={"type": name, "short_factor": [1.0, 1.5], "long_factor": [2, 8.0]},
+        )
+        assert found.rope.kind == "longrope"
+        assert found.rope.long_factors == (2.0, 8.0)
+        assert found.rope.attention_factor == pytest.approx(math.sqrt(1 + math.log(32) / math.log(4096)))
+        assert found.context_length == 131072
+        assert found.longest_in_pieces == 4096
+    wrong: dict[str, Any] = {"type": "longrope", "short_factor": [1.0, 1.5], "long_factor": [2.0]}
+    with pytest.raises(
+        CheckpointError, match=r"rope_scaling.long_factor is \[2.0\]; it should be a list of 2 positive"
+    ):
+        spec("phi3", hidden_size=128, rope_scaling=wrong)
+    wrong["long_factor"] = [2.0, -1.0]
+    with pytest.raises(CheckpointError, match=r"rope_scaling.long_factor.1 is -1.0"):
+        spec("phi3", hidden_size=128, rope_scaling=wrong)
+    with pytest.raises(UnsupportedError, match="RoPE scaling 'llama3' is not supported"):
+        spec("phi3", rope_scaling={"type": "llama3"})
+
+
+def test_layers_that_do_not_rotate() -> None:
+    assert spec("smollm3").rotated == (True, True, True, False, True, True, True)
+    assert spec("smollm3", no_rope_layers=[1] * 7).rotated == ()
+    assert spec("smollm3", no_rope_layers=[0] + [1] * 6).rotated == (False,) + (True,) * 6
+    with pytest.raises(CheckpointError, match="no_rope_layers is .*; it should be a list of 7 numbers"):
+        spec("smollm3", no_rope_layers=[1, 0])
+    types = [SLIDING, SLIDING, SLIDING, FULL] * 2
+    windowed = spec("exaone4", sliding_window=9, layer_types=types[:7], sliding_window_pattern="LLLG")
+    assert windowed.rotated == (True, True, True, False, True, True, True)
+    assert spec("exaone4", sliding_window=None, layer_types=[FULL] * 7).rotated == ()
+    assert spec("exaone4", sliding_window=None).windows == (None,) * 7
+    with pytest.raises(UnsupportedError, match="sliding_window_pattern 'LLLG' without layer_types"):
+        spec("exaone4", sliding_window_pattern="LLLG")
+    with pytest.raises(CheckpointError, match="without sliding_attention, as sliding_window says"):
+        spec("exaone4", sliding_window=None, layer_types=types[:7])
+
+
+def test_temperature_and_alpha() -> None:
+    settings = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 100, "llama_4_scaling_beta": 0.2}
+    assert spec("ministral3", rope_parameters=settings).query_temperature == (0.2, 100)
+    assert spec("ministral3").query_temperature == (0.1, 16384)
+    with pytest.raises(CheckpointError, match="llama_4_scaling_beta is missing"):
+        spec("ministral3", rope_parameters={"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 100})
+    with pytest.raises(UnsupportedError, match=r"rope_parameters.llama_4_scaling_beta 0.2 is not supported"):
+        spec("qwen3", rope_parameters=settings)
+    longer = {"type": "dynamic", "alpha": 1000.0, "factor": 1.0}
+    found = spec("hunyuan_v1_dense", rope_scaling=longer, head_dim=128, use_qk_norm=True).rope
+    assert (found.kind, found.theta) == ("default", pytest.approx(10000 * 1000.0 ** (128 / 126)))
+    assert not found.depends_on_length
+    with pytest.raises(UnsupportedError, match=r"rope_scaling.alpha 1000.0 is not supported"):
+        spec("llama", rope_scaling=longer)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("clip_qkv", 8.0),
+        ("attn_logit_softcapping", 50.0),
+        ("final_logit_softcapping", 30.0),
+        ("logit_scale", 0.0625),
+        ("logits_scaling", 8.0),
+        ("embedding_multiplier", 12.0),
+        ("residual_multiplier", 0.22),
+        ("attention_multiplier", 0.0156),
+        ("query_pre_attn_scalar", 256),
+        ("use_bidirectional_attention", True),
+        ("no_rope_layers", [1, 0, 1, 0, 1, 1, 1]),
+        ("num_experts", 8),
+        ("num_local_experts", 8),
+        ("qk_layernorm", True),
+        ("use_qk_norm", True),
+        ("scale_emb", 12),
+        ("attention_chunk_size", 8192),
+        ("partial_rotary_factor", 0.5),
+    ],
+)
+def test_what_another_family_reads_is_refused_where_it_is_not(key: str, value: Any) -> None:
+    """By every family: it reads the key, and then means it, or names it."""
+    refused = 0
+    for family in FAMILIES:
+        try:
+            found = spec(family, **{key: value})
+        except KbitError as error:
+            assert key in str(error)
+            refused += 1
+        else:
+            assert found != spec(family) or key in FAMILIES[family].ignored or _default(family, key) == value
+    assert refused >= len(FAMILIES) - 5
+    assert spec("llama", **{key: {"num_experts": 1, "partial_rotary_factor": 1.0}.get(key)}) == spec("llama")
+
+
+def _default(family: str, key: str) -> Any:
+    return FAMILIES[family].defaults.get(key, FAMILIES[family].rope.share if key == "partial_rotary_factor" else None)
+
+
+@pytest.mark.parametrize(
+    ("family", "key", "value"),
+    [
+        ("gemma2", "query_pre_attn_scalar", 0),
+        ("gemma2", "attn_logit_softcapping", -3.0),
+        ("gemma3_text", "final_logit_softcapping", "strong"),
+        ("gemma3_text", "sliding_window_pattern", -1),
+        ("granite", "logits_scaling", 0),
+        ("granite", "residual_multiplier", None),
+        ("granite", "embedding_multiplier", math.nan),
+        ("glm", "partial_rotary_factor", 1.5),
+        ("glm", "partial_rotary_factor", 0.001),
+        ("ernie4_5", "use_bias", None),
+        ("smollm3", "no_rope_layer_interval", 0),
+    ],
+)
+def test_senseless_values_are_named(family: str, key: str, value: Any) -> None:
+    with pytest.raises(CheckpointError, match=f"config.json: {key} is "):
+        spec(family, **{key: value})
