@@ -204,7 +204,7 @@ def published(make_once: Callable[[str, Callable[[Path], object]], Path]) -> Cal
     from decoder_cases import saved_model
 
     def make(name: str, folder: Path) -> None:
-        saved_model(name, folder, vocab_size=260, max_position_embeddings=64, intermediate_size=80)
+        saved_model(name, folder, vocab_size=260, max_position_embeddings=64, intermediate_size=80, eos_token_id=259)
         _write_tokenizer(folder)
 
     return lambda name: make_once(f"published-{name}", lambda folder: make(name, folder))

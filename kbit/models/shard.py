@@ -3,7 +3,7 @@
     q, k, v, gate, up   rows (output features), with their biases
     o, down             columns (input features): each process's product is a part of a sum, which the model asks for
                         (`kbit.graph.ops.Ops.sum_parts`)
-    all the rest        whole: embedding, head, norms, the biases of o and down
+    all the rest        whole: embedding, head, norms (a head's queries and keys too), the biases of o and down
 
 `kbit.models.params` declares it, tensor by tensor.
 
@@ -66,6 +66,10 @@ def shard(source: CheckpointSource, rank: int, world: int) -> ShardedSource:
 
 def _share(source: CheckpointSource, spec: ModelSpec, rank: int, world: int) -> Share:
     where = f"{source.path}: cannot be split among {world} processes"
+    if world > 1 and spec.qk_norm == "whole" and spec.names.q_norm is not None:
+        raise UnsupportedError(
+            f"{where}: the norms of queries and keys of a {spec.family} model are of all heads together; use one process"
+        )
     if not _heads_divide(spec, world):
         counts = [str(count) for count in range(2, spec.heads + 1) if _heads_divide(spec, count)]
         raise UnsupportedError(

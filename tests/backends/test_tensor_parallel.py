@@ -188,6 +188,13 @@ class TestShares:
         with pytest.raises(UnsupportedError, match=f"some-model: cannot be split among {world} processes: .*{message}"):
             shard(source_of("llama", format), 0, world)
 
+    def test_a_norm_of_all_heads_together_is_refused(self) -> None:
+        with pytest.raises(
+            UnsupportedError, match="norms of queries and keys of a olmo2 model are of all heads together"
+        ):
+            shard(source_of("olmo2", None), 0, 2)
+        assert shard(source_of("olmo2", None), 0, 1).config["num_attention_heads"] == 6
+
     def test_an_mlp_of_too_few_blocks(self) -> None:
         tensors = source_of("llama", None, num_attention_heads=2)
         name = "model.layers.1.mlp.down_proj.weight"

@@ -39,6 +39,13 @@ CASES: list[tuple[str, str | None]] = [
     ("llama-tied", "int5-b16-asym-dq"),
     ("mistral-window", "lloyd3-row-bf16"),
     ("qwen2", "quantile4-b16-fp32"),
+    ("qwen3-biases-windows", None),
+    ("gemma2", "nf4-b16"),
+    ("gemma3", None),
+    ("granite", "int8-b16"),
+    ("glm4", "nf5-b16"),
+    ("hunyuan", None),
+    ("ministral3", "nf6-b16"),
 ]
 # One layer has both sums; Triton's interpreter takes seconds for it.
 TRITON_CASE, TRITON_CHANGES = ("llama-biases", "nf4-b16"), {"num_hidden_layers": 1}

@@ -1,0 +1,91 @@
+"""Models of newer families converted: every width and every method makes of them what it makes of a Llama."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conversion_cases import check_exact, quantize
+
+from kbit.backends.cpu.backend import NativeBackend
+from kbit.backends.reference.backend import ReferenceBackend
+from kbit.calibration.request import CalibrationRequest
+from kbit.checkpoint.source import CheckpointSource
+from kbit.formats.quant_format import QuantFormat
+from kbit.graph.batch import Batch
+from kbit.graph.ops import Backend
+from kbit.models.load import load_decoder
+from kbit.models.opening import open_model
+from kbit.quantizers.awq import ActivationAware, ScaledView
+from kbit.quantizers.calibrated import CalibratedRounding
+from kbit.quantizers.convert import convert
+from kbit.quantizers.method import MethodInput
+from kbit.quantizers.methods import METHODS
+from kbit.quantizers.plan import make_plan
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+# Norms stored less 1 around both blocks, two rotations; fused matrices; a rotation apart from attention.
+FAMILIES = ["gemma3", "phi3", "hunyuan"]
+
+
+def logits(source: CheckpointSource, backend: Backend | None = None) -> torch.Tensor:
+    decoder = load_decoder(source, backend or ReferenceBackend())
+    ids = np.arange(40) % 250
+    return torch.as_tensor(decoder.run(Batch.packed(ids, np.array([40]), np.array([0])), decoder.new_cache(1, 40)))
+
+
+@pytest.mark.parametrize("bits", range(2, 9))
+@pytest.mark.parametrize("name", ["gemma3", "phi3"])
+def test_every_width(tmp_path: Path, published: Callable[[str], Path], name: str, bits: int) -> None:
+    """What is read back is what was rounded, and both backends make the same of it."""
+    format = f"{['nf', 'int'][bits % 2]}{bits}-b16"
+    quantize(published(name), tmp_path / "out", format)
+    check_exact(published(name), tmp_path / "out", format)
+    with open_model(str(tmp_path / "out")) as result:
+        expected = logits(result)
+        found = logits(result, NativeBackend(2, compute="fp32", kv="fp32"))
+    assert float((found - expected).abs().max() / expected.abs().max()) < 1e-4
+
+
+@pytest.mark.parametrize("method", [name for name, method in METHODS.items() if not method.measured_only])
+@pytest.mark.parametrize("name", FAMILIES)
+def test_every_method(tmp_path: Path, published: Callable[[str], Path], name: str, method: str) -> None:
+    """8 bits are the model: less than three times as far off as rounding to nearest, which knows nothing of a family."""
+    chosen = METHODS[method]
+    if isinstance(chosen, CalibratedRounding):
+        chosen = chosen.calibrated_on(CalibrationRequest(tokens=256))
+    format = QuantFormat.parse("int8-b16-asym" if method == "hqq" else "int8-b16")
+    with open_model(str(published(name))) as source:
+        expected = logits(source)
+        rounded = METHODS["rtn"].apply(MethodInput(source, make_plan(source, QuantFormat.parse("int8-b16"))))
+        nearest = float((logits(rounded) - expected).norm())
+        convert(source, make_plan(source, format, method=chosen), tmp_path / "out")
+    with open_model(str(tmp_path / "out")) as result:
+        assert float((logits(result) - expected).norm()) < 3 * nearest < 0.3 * float(expected.norm())
+
+
+class Unrounded(ScaledView):
+    """The scaled model itself."""
+
+    def read_weight(self, name: str) -> torch.Tensor:
+        return self.target(name)
+
+
+@pytest.mark.parametrize("name", [*FAMILIES, "olmo2", "granite", "glm4", "smollm3"])
+def test_scaling_features_changes_nothing(published: Callable[[str], Path], name: str) -> None:
+    """AWQ's scales go through norms, values and products and out again, whatever else a block does."""
+    method = ActivationAware(CalibrationRequest(tokens=256))
+    with open_model(str(published(name))) as source:
+        plan = make_plan(source, QuantFormat.parse("int8-b16"), method=method)
+        scaled = method.apply(MethodInput(source, plan))
+        assert isinstance(scaled, ScaledView)
+        scaled.__class__ = Unrounded
+        changed = [each for each in source.tensors if not torch.equal(scaled.read(each), source.read(each))]
+        assert changed
+        expected = logits(source)
+        # Products of scaled numbers round as those before, to 2^-24 of sums of 80, a few in a row.
+        assert float((logits(scaled) - expected).abs().max()) < 400 * 2**-24 * float(expected.abs().max())
