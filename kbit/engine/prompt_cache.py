@@ -28,6 +28,10 @@ class DecoderSpec(Protocol):
         """Longest text that may go through the model piece by piece."""
 
     @property
+    def begins_anew_beyond(self) -> int | None:
+        """Length beyond which the keys of a text are others, once, or None."""
+
+    @property
     def vocab_size(self) -> int:
         """V."""
 
@@ -109,7 +113,12 @@ class PromptCache:
 
     def _forward(self, ids: Sequence[int], last_only: bool) -> NDArray[np.float32]:
         assert self._cache is not None, "start() comes first"
-        rows = self._decoder.extend(ids, self._cache, last_only)
+        limit = self._decoder.spec.begins_anew_beyond
+        if limit is not None and 0 < len(self._ids) <= limit < len(self._ids) + len(ids):
+            self._cache.truncate(0)
+            rows = self._decoder.extend([*self._ids, *ids], self._cache, last_only)[-len(ids) :]
+        else:
+            rows = self._decoder.extend(ids, self._cache, last_only)
         self._ids.extend(ids)
         return rows
 

@@ -68,12 +68,14 @@ def attention(ops: Ops[X], spec: ModelSpec, weights: Weights, index: int, x: X) 
         window=spec.windows[index],
         mask=spec.mask,
         positions="rotary" if inside else "none",
-        angles=turns.key if turns is not None and inside else None,
+        angles=turns.key if turns is not None and inside and len(spec.ropes) > 1 else None,
         soft_cap=spec.score_cap,
     )
     # What a norm has scaled is no constant part of keys; and where angles depend on the length of the text, or are
     # several, a bias that turned with other angles could not be put back.
-    constant = spec.names.k_norm is None and inside and len(spec.ropes) == 1 and not spec.rope.depends_on_length
+    single = len(spec.ropes) == 1 and not spec.rope.depends_on_length
+    # (With a cap, what features that do not turn add to every score counts, too.)
+    constant = inside and single and spec.names.k_norm is None and spec.score_cap is None
     key_bias = weights.biases.get("k") if constant else None
     seen = ops.self_attention(q, k, v, described, key_bias)  # (..., H D)
     return _added(ops, spec, weights, "o", "attention_post_norm", seen, x)

@@ -27,7 +27,8 @@ and every decoding step beyond M rotates its token with a new, larger base while
 were written with. That is what transformers does too, for one sequence that only grows, so logits agree for prefill and
 for decoding; it also means that decoding is not equal to a prefill of the same text, there and here. Two accidents of
 transformers are not copied: it takes L over the whole batch (a row's result then depends on its neighbours) and keeps
-the last base between unrelated calls that stay above M. Here a row's angles depend on that row alone.
+the last base between unrelated calls that stay above M. Here a row's angles depend on that row alone. (LongRoPE changes
+once: where generation passes O, `kbit.engine` fills the cache anew, as transformers does.)
 """
 
 from __future__ import annotations

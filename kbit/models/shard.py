@@ -68,7 +68,7 @@ def _share(source: CheckpointSource, spec: ModelSpec, rank: int, world: int) -> 
     where = f"{source.path}: cannot be split among {world} processes"
     if world > 1 and spec.qk_norm == "whole" and spec.names.q_norm is not None:
         raise UnsupportedError(
-            f"{where}: the norms of queries and keys of a {spec.family} model are of all heads together; use one process"
+            f"{where}: the norms of queries and keys of {spec.family} models are of all heads together; use one process"
         )
     if not _heads_divide(spec, world):
         counts = [str(count) for count in range(2, spec.heads + 1) if _heads_divide(spec, count)]

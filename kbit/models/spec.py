@@ -190,6 +190,11 @@ class ModelSpec:
         return min([self.context_length, *dependent])
 
     @property
+    def begins_anew_beyond(self) -> int | None:
+        """Length of a text beyond which all of its keys are others, once (longrope): its cache is filled anew there."""
+        return self.rope.constant_up_to if self.rope.kind == "longrope" else None
+
+    @property
     def ropes(self) -> tuple[RopeSpec, ...]:
         """The rotary embeddings there are: of all layers, or of those without and those with a window."""
         return (self.rope,) if self.window_rope is None else (self.rope, self.window_rope)

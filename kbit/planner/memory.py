@@ -372,7 +372,8 @@ def _rotary_bytes(spec: ModelSpec, context: int) -> int:
     positions = FIRST_POSITIONS
     while positions < context:
         positions *= 2
-    return 4 * spec.rope.dim * positions
+    tables = sum(rope.dim for rope in spec.ropes) * (1 if spec.query_temperature is None else 2)
+    return 4 * tables * positions
 
 
 def _packed_gguf_types() -> Mapping[str, QuantFormat]:

@@ -190,7 +190,7 @@ class TestShares:
 
     def test_a_norm_of_all_heads_together_is_refused(self) -> None:
         with pytest.raises(
-            UnsupportedError, match="norms of queries and keys of a olmo2 model are of all heads together"
+            UnsupportedError, match="norms of queries and keys of olmo2 models are of all heads together"
         ):
             shard(source_of("olmo2", None), 0, 2)
         assert shard(source_of("olmo2", None), 0, 1).config["num_attention_heads"] == 6

@@ -62,7 +62,9 @@ class FakeDecoder:
 
     def __init__(self, rule: Callable[[list[int]], int | torch.Tensor], context: int = 1000) -> None:
         self.rule = rule
-        self.spec = SimpleNamespace(max_positions=context, longest_in_pieces=context, vocab_size=257)
+        self.spec = SimpleNamespace(
+            max_positions=context, longest_in_pieces=context, begins_anew_beyond=None, vocab_size=257
+        )
         self.steps: list[int] = []  # tokens of each forward pass
         self.capacities: list[int] = []
 

@@ -86,6 +86,41 @@ class TestBeyondTheOriginalContext:
             generate(model.decoder, model.tokenizer, [1] * 64)
 
 
+class TestLongRope:
+    """Phi-3's two sets of frequencies: where a text passes the original length (32), its keys are turned anew, once."""
+
+    @pytest.fixture(params=["reference", "native"])
+    def model(self, request: pytest.FixtureRequest, published: Callable[[str], Path]) -> Any:
+        from kbit.engine.loader import load_model
+
+        precise = {"compute": "fp32", "kv_bits": "32"} if request.param == "native" else {}
+        return load_model(str(published("phi3-longrope")), "cpu", backend=request.param, **precise)
+
+    @pytest.mark.usefixtures("one_thread")
+    @pytest.mark.parametrize("length", [11, 32, 33, 40])
+    def test_text_is_that_of_transformers(self, model: Any, length: int) -> None:
+        transformers = pytest.importorskip("transformers")
+        theirs = transformers.AutoModelForCausalLM.from_pretrained(model.name, dtype=torch.float32)
+        ids = [(7 * index) % 251 for index in range(length)]
+        prompt = torch.tensor([ids])
+        expected = theirs.generate(
+            prompt, max_new_tokens=23, do_sample=False, attention_mask=torch.ones_like(prompt), eos_token_id=None
+        )
+        found = generate(model.decoder, model.tokenizer, ids, SamplingParams(temperature=0), max_tokens=23).run()
+        assert list(found.ids) == expected[0, length:].tolist()
+
+    def test_a_later_prompt_starts_where_it_may(self, model: Any) -> None:
+        """What was kept for a long text is of no use to a short one, nor the other way round."""
+        cache, greedy = PromptCache(model.decoder), SamplingParams(temperature=0)
+        ids = [(5 * index) % 251 for index in range(45)]
+        for length in (10, 45, 12, 30, 31):
+            kept = generate(
+                model.decoder, model.tokenizer, ids[:length], greedy, max_tokens=6, prompt_cache=cache
+            ).run()
+            fresh = generate(model.decoder, model.tokenizer, ids[:length], greedy, max_tokens=6).run()
+            assert kept.ids == fresh.ids
+
+
 class TestRealModels:
     def test_novels_continue_a_sentence(self, novels_folder: str, monkeypatch: pytest.MonkeyPatch) -> None:
         from kbit.engine.loader import load_model

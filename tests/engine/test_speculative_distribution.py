@@ -103,7 +103,7 @@ class Markov:
 
     def __init__(self, logits: torch.Tensor) -> None:
         self.logits = logits
-        self.spec = SimpleNamespace(max_positions=1000, longest_in_pieces=1000, vocab_size=V)
+        self.spec = SimpleNamespace(max_positions=1000, longest_in_pieces=1000, begins_anew_beyond=None, vocab_size=V)
 
     def new_cache(self, batch: int, capacity: int) -> Any:
         return SimpleNamespace(capacity=capacity, truncate=lambda length: None)
