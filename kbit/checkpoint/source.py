@@ -22,6 +22,10 @@ if TYPE_CHECKING:
     from kbit.formats.stored import AnyStored
 
 
+# The key of a configuration whose tensors are canonical (`kbit.models.canonical`) although its family publishes others.
+CANONICAL = "kbit_canonical_tensors"
+
+
 @dataclass(frozen=True)
 class TensorInfo:
     """One tensor as it lies in a checkpoint.

@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from kbit.checkpoint.shard import stored_format
+from kbit.checkpoint.source import CANONICAL as MARK
 from kbit.checkpoint.source import CheckpointSource, StoredSource, TensorInfo
 from kbit.host.errors import CheckpointError, KbitError, UnsupportedError
 from kbit.models.families import FAMILIES, spec_from_config
@@ -26,9 +27,6 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from kbit.formats.stored import AnyStored
-
-# The key of a configuration whose tensors are canonical although its family publishes others.
-MARK = "kbit_canonical_tensors"
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from gguf_model_cases import (
     config_of,
 )
 
-from kbit.checkpoint.gguf.config import short_float
+from kbit.checkpoint.gguf.keys import short_float
 from kbit.checkpoint.gguf.rope import llama3_divisors, llama3_from_divisors
 from kbit.checkpoint.gguf.source import GGUFSource
 

@@ -145,8 +145,8 @@ def test_refused_models_are_named(case: str, tmp_path: Path) -> None:
 
 
 def test_other_architectures_are_refused_with_the_list(tmp_path: Path) -> None:
-    with pytest.raises(UnsupportedError, match=r"architecture 'gemma2' is not supported .* llama, qwen2"):
-        GGUFSource(Model("gemma2").write(tmp_path / "m.gguf"))
+    with pytest.raises(UnsupportedError, match=r"architecture 'rwkv7' is not supported .* llama, qwen2"):
+        GGUFSource(Model("rwkv7").write(tmp_path / "m.gguf"))
 
 
 def test_qwen2_needs_its_biases(tmp_path: Path) -> None:

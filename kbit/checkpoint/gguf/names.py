@@ -1,16 +1,23 @@
-"""GGUF tensor names and shapes in Hugging Face terms, and the row order of Q and K.
+"""GGUF tensor names and shapes in canonical (Hugging Face) terms, and the row order of Q and K.
 
-llama.cpp's converter stores the q_proj and k_proj rows of the architecture `llama` for interleaved RoPE (value
-pairs 2i, 2i+1 rotate together), Hugging Face for rotate-half RoPE (pairs i, i + D/2). Within each head of D rows,
-GGUF row 2i + h holds Hugging Face row h * D/2 + i (h = 0, 1; i = 0 .. D/2-1). `qwen2` rows keep their order.
+Some architectures keep the q_proj and k_proj rows for interleaved RoPE (value pairs 2i, 2i+1 rotate together), where
+canonical rows are for rotate-half RoPE (pairs i, i + R/2): llama.cpp's converter permutes those of `llama`, and others
+are published so. Within the R rows of a head that rotate, GGUF row 2i + h is canonical row h * R/2 + i (h = 0, 1;
+i = 0 .. R/2-1). Which architectures these are, and what else is theirs: `kbit.checkpoint.gguf.architectures`.
 """
 
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal
+
+if TYPE_CHECKING:
+    from kbit.checkpoint.gguf.keys import Keys
 
 ROPE_FREQS = "rope_freqs.weight"
+ROPE_FACTORS = ("rope_factors_short.weight", "rope_factors_long.weight")
 
 _GLOBAL = {
     "token_embd.weight": "model.embed_tokens.weight",
@@ -18,19 +25,21 @@ _GLOBAL = {
     "output.weight": "lm_head.weight",
 }
 
-_LAYER = {
-    "attn_norm": "input_layernorm",
+# Norms of a layer, where an architecture says nothing else.
+PRE_NORMS = {"attn_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm"}
+
+_LINEARS = {
     "attn_q": "self_attn.q_proj",
     "attn_k": "self_attn.k_proj",
     "attn_v": "self_attn.v_proj",
     "attn_output": "self_attn.o_proj",
-    "ffn_norm": "post_attention_layernorm",
     "ffn_gate": "mlp.gate_proj",
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
 }
 
 _BLOCK = re.compile(r"blk\.(0|[1-9][0-9]{0,5})\.([a-z_]+)\.(weight|bias)")
+
 
 ATTENTION_BIASES = ("attn_q", "attn_k", "attn_v", "attn_output")
 MLP_BIASES = ("ffn_gate", "ffn_up", "ffn_down")
@@ -46,32 +55,62 @@ class Architecture:
         hf_class: Hugging Face class name for `architectures`.
         interleaved: whether Q and K rows are stored for interleaved RoPE.
         biases: layer parts that always have a bias (None: the file decides, all or none of each group).
+        bias_groups: these groups.
+        norms: the norms of a layer, by part, as canonical names.
+        qk_norm: norms of queries and keys: of each head, of all together, or none.
+        qk_names: their canonical names.
+        fused: parts that hold several, in the order of their rows.
+        partial: only some features of a head may rotate.
+        scaled: RoPE may have factors for short and for long texts (ROPE_FACTORS).
+        keys: metadata keys beyond the common ones.
+        constants: entries of the configuration that no metadata key gives.
+        numbers: metadata keys whose numbers are entries of the configuration under another name.
+        configure: what else belongs into the configuration.
     """
 
     name: str
     model_type: str
     hf_class: str
-    interleaved: bool
-    biases: tuple[str, ...] | None
+    interleaved: bool = False
+    biases: tuple[str, ...] | None = ()
+    bias_groups: tuple[tuple[str, ...], ...] = (ATTENTION_BIASES, MLP_BIASES)
+    norms: Mapping[str, str] = field(default_factory=lambda: PRE_NORMS)
+    qk_norm: Literal["head", "whole"] | None = None
+    qk_names: tuple[str, str] = ("self_attn.q_norm", "self_attn.k_norm")
+    fused: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    partial: bool = False
+    scaled: bool = False
+    keys: frozenset[str] = frozenset()
+    constants: Mapping[str, Any] = field(default_factory=dict)
+    numbers: Mapping[str, str] = field(default_factory=dict)
+    configure: Callable[[Keys, dict[str, Any]], None] | None = None
+
+    def modules(self) -> dict[str, str]:
+        """Canonical names within a layer, by part; fused parts are not among them."""
+        found = {**_LINEARS, **self.norms}
+        if self.qk_norm is not None:
+            found |= {"attn_q_norm": self.qk_names[0], "attn_k_norm": self.qk_names[1]}
+        return found
 
 
-ARCHITECTURES = {
-    "llama": Architecture("llama", "llama", "LlamaForCausalLM", True, None),
-    "qwen2": Architecture("qwen2", "qwen2", "Qwen2ForCausalLM", False, ("attn_q", "attn_k", "attn_v")),
-}
-
-
-def hf_name(gguf_name: str) -> str | None:
-    """The Hugging Face name of a GGUF tensor, or None when the name means nothing in these architectures."""
+def canonical_names(arch: Architecture, gguf_name: str) -> list[str]:
+    """The canonical tensors that a GGUF tensor holds, in the order of its rows; none where its name means nothing."""
     if gguf_name in _GLOBAL:
-        return _GLOBAL[gguf_name]
+        return [_GLOBAL[gguf_name]]
     match = _BLOCK.fullmatch(gguf_name)
     if match is None:
-        return None
+        return []
     layer, part, kind = match.groups()
-    if part not in _LAYER or (kind == "bias" and part.endswith("_norm")):
-        return None
-    return f"model.layers.{layer}.{_LAYER[part]}.{kind}"
+    modules = arch.modules()
+    parts = arch.fused.get(part, (part,))
+    if any(each not in modules or (kind == "bias" and each.endswith("_norm")) for each in parts):
+        return []
+    return [f"model.layers.{layer}.{modules[each]}.{kind}" for each in parts]
+
+
+def part_of(gguf_name: str) -> str:
+    """The part of a layer that a tensor is of ("attn_q"), or its name without its ending."""
+    return gguf_name.split(".")[-2]
 
 
 def layer_of(gguf_name: str) -> int | None:
@@ -104,12 +143,20 @@ class Dimensions:
             "ffn_down": (self.hidden, self.mlp),
         }
 
-    def expected(self, layer: int, biases: tuple[str, ...]) -> dict[str, tuple[int, ...]]:
+    def expected(self, arch: Architecture, layer: int, biases: tuple[str, ...]) -> dict[str, tuple[int, ...]]:
         """Every tensor of one layer by GGUF name, with its shape (outermost dimension first)."""
-        shapes: dict[str, tuple[int, ...]] = {}
-        for part in ("attn_norm", "ffn_norm"):
-            shapes[f"blk.{layer}.{part}.weight"] = (self.hidden,)
-        for part, shape in self.layer_shapes().items():
+        shapes: dict[str, tuple[int, ...]] = {f"blk.{layer}.{part}.weight": (self.hidden,) for part in arch.norms}
+        if arch.qk_norm is not None:
+            for part, heads in (("attn_q_norm", self.heads), ("attn_k_norm", self.kv_heads)):
+                width = self.head_dim * (heads if arch.qk_norm == "whole" else 1)
+                shapes[f"blk.{layer}.{part}.weight"] = (width,)
+        linears = self.layer_shapes()
+        for whole, parts in arch.fused.items():
+            rows, columns = sum(linears[part][0] for part in parts), linears[parts[0]][1]
+            for part in parts:
+                del linears[part]
+            linears[whole] = (rows, columns)
+        for part, shape in linears.items():
             shapes[f"blk.{layer}.{part}.weight"] = shape
             if part in biases:
                 shapes[f"blk.{layer}.{part}.bias"] = shape[:1]

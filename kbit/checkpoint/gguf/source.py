@@ -7,7 +7,7 @@ import os
 import re
 import struct
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, BinaryIO
@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 from kbit.checkpoint.gguf.config import architecture_of, config_from_header
 from kbit.checkpoint.gguf.header import read_header
 from kbit.checkpoint.gguf.metadata import GGUFHeader, GGUFTensor, quoted
-from kbit.checkpoint.gguf.names import ROPE_FREQS, hf_name
+from kbit.checkpoint.gguf.names import ROPE_FACTORS, ROPE_FREQS, Architecture, canonical_names, part_of
 from kbit.checkpoint.source import StoredSource, TensorInfo
 from kbit.host.errors import CheckpointError, UnsupportedError
 
@@ -37,11 +37,19 @@ _PART_NAME = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.gguf")
 
 @dataclass(frozen=True)
 class _Located:
-    """A tensor, the part that holds it, and its head size if its rows must be un-permuted (0: stored in order)."""
+    """A tensor, the part that holds it, and how its rows are to be put in order.
+
+    Attributes:
+        tensor: or the rows of one that holds several.
+        header: of the part.
+        head_dim: rows of a head, where they must be un-permuted (0: stored in order).
+        rotated: how many of these are.
+    """
 
     tensor: GGUFTensor
     header: GGUFHeader
     head_dim: int
+    rotated: int
 
 
 class GGUFSource(StoredSource):
@@ -76,19 +84,26 @@ class GGUFSource(StoredSource):
                     part.fail(f"tensor {quoted(name)} is also in {owner[name].path.name}")
                 tables[name], owner[name] = tensor, part
         divisors = _rope_divisors(owner[ROPE_FREQS], tables[ROPE_FREQS]) if ROPE_FREQS in tables else None
-        self.config: dict[str, Any] = config_from_header(header, tables, divisors)
+        factors = None
+        if arch.scaled and any(name in tables for name in ROPE_FACTORS):
+            for name in ROPE_FACTORS:
+                if name not in tables:
+                    header.fail(f"tensor '{name}' is missing", "download or convert the file again")
+            short, long = (_rope_divisors(owner[name], tables[name]) for name in ROPE_FACTORS)
+            factors = short, long
+        self.config: dict[str, Any] = config_from_header(header, tables, divisors, factors)
         self.header = header
 
         self._located: dict[str, _Located] = {}
         infos: dict[str, TensorInfo] = {}
         for name, tensor in tables.items():
-            full_name = hf_name(name)
-            if full_name is None:  # rope_freqs.weight: config_from_header has turned it into rope_scaling
-                continue
-            permuted = arch.interleaved and name.split(".")[-2] in ("attn_q", "attn_k")
-            head_dim = int(self.config["head_dim"]) if permuted else 0
-            self._located[full_name] = _Located(tensor, owner[name], head_dim)
-            infos[full_name] = TensorInfo(full_name, tensor.shape, tensor.type.name, tensor.nbytes, owner[name].path)
+            # (Of factors of RoPE there are none: config_from_header has turned them into rope_scaling.)
+            for full_name, rows in _rows_of(arch, self.config, name, tensor):
+                permuted = arch.interleaved and full_name.split(".")[-2] in ("q_proj", "k_proj")
+                head_dim = int(self.config["head_dim"]) if permuted else 0
+                rotated = int(head_dim * self.config.get("partial_rotary_factor", 1.0))
+                self._located[full_name] = _Located(rows, owner[name], head_dim, rotated)
+                infos[full_name] = TensorInfo(full_name, rows.shape, rows.type.name, rows.nbytes, owner[name].path)
         self._infos = MappingProxyType(infos)
 
     @property
@@ -167,6 +182,26 @@ class GGUFSource(StoredSource):
         return file
 
 
+def _rows_of(
+    arch: Architecture, config: Mapping[str, Any], name: str, tensor: GGUFTensor
+) -> list[tuple[str, GGUFTensor]]:
+    """The canonical tensors that a tensor holds, each as the part of it that it is."""
+    names = canonical_names(arch, name)
+    if len(names) < 2:
+        return [(each, tensor) for each in names]
+    keys = int(config["num_key_value_heads"]) * int(config["head_dim"])
+    queries = int(config["num_attention_heads"]) * int(config["head_dim"])
+    counts = {"attn_q": queries, "attn_k": keys, "attn_v": keys}
+    found, first, row_bytes = [], 0, tensor.nbytes // tensor.shape[0]
+    for each, part in zip(names, arch.fused[part_of(name)], strict=True):
+        count = counts.get(part, int(config["intermediate_size"]))
+        place = tensor.offset + first * row_bytes
+        rows = replace(tensor, shape=(count, *tensor.shape[1:]), offset=place, nbytes=count * row_bytes)
+        found.append((each, rows))
+        first += count
+    return found
+
+
 def _stat(path: Path) -> tuple[int, int]:
     try:
         stat = path.stat()
@@ -242,7 +277,7 @@ def _read_into(file: BinaryIO, located: _Located, start: int, stop: int, out: np
     if len(shape) == 1:
         # A vector is one row of blocks: decode all of it, then cut.
         row = _decode(_read_at(file, located.header.path, tensor.offset, tensor.nbytes), located, 1)
-        out[:] = _unpermute(row.reshape(-1, 1), head)[start:stop, 0] if head else row[0, start:stop]
+        out[:] = _unpermute(row.reshape(-1, 1), located)[start:stop, 0] if head else row[0, start:stop]
         return
     width = 1
     for dim in shape[1:]:
@@ -260,7 +295,7 @@ def _read_into(file: BinaryIO, located: _Located, start: int, stop: int, out: np
         data = _read_at(file, located.header.path, tensor.offset + begin * row_bytes, (end - begin) * row_bytes)
         rows = _decode(data, located, end - begin)
         if head:
-            rows = _unpermute(rows, head)
+            rows = _unpermute(rows, located)
         low, high = max(begin, start), min(end, stop)
         flat[low - start : high - start] = rows[low - begin : high - begin]
 
@@ -281,25 +316,29 @@ def _read_packed(file: BinaryIO, located: _Located, block_type: BlockType) -> St
         data = _read_at(file, located.header.path, tensor.offset + begin * row_bytes, (end - begin) * row_bytes)
         blocks = block_type.decode(data, end - begin, tensor.type.block_bytes)
         scales, offsets = (
-            None if values is None else _in_order(values, head) for values in (blocks.scales, blocks.offsets)
+            None if values is None else _in_order(values, located) for values in (blocks.scales, blocks.offsets)
         )
         assert scales is not None
-        packer.put(begin, _in_order(blocks.codes, head), scales, offsets)
+        packer.put(begin, _in_order(blocks.codes, located), scales, offsets)
     return packer.matrix(block_type.codebook)
 
 
-def _in_order(rows: npt.NDArray[Any], head_dim: int) -> npt.NDArray[Any]:
+def _in_order(rows: npt.NDArray[Any], located: _Located) -> npt.NDArray[Any]:
     import numpy as np
 
-    return np.ascontiguousarray(_unpermute(rows, head_dim) if head_dim else rows)
+    return np.ascontiguousarray(_unpermute(rows, located) if located.head_dim else rows)
 
 
-def _unpermute(rows: npt.NDArray[Any], head_dim: int) -> npt.NDArray[Any]:
-    """Whole heads (n * D, K) from GGUF's order (row 2i + h of a head) to Hugging Face's (row h * D/2 + i)."""
-    width = int(rows.shape[1])
-    pairs = rows.reshape(-1, head_dim // 2, 2, width)
-    ordered: npt.NDArray[Any] = pairs.transpose(0, 2, 1, 3).reshape(-1, width)
-    return ordered
+def _unpermute(rows: npt.NDArray[Any], located: _Located) -> npt.NDArray[Any]:
+    """Whole heads (n * D, K) from GGUF's order (row 2i + h of a head) to the canonical (row h * R/2 + i)."""
+    import numpy as np
+
+    width, head_dim, rotated = int(rows.shape[1]), located.head_dim, located.rotated
+    heads = rows.reshape(-1, head_dim, width)
+    pairs = heads[:, :rotated].reshape(-1, rotated // 2, 2, width).transpose(0, 2, 1, 3).reshape(-1, rotated, width)
+    ordered = pairs if rotated == head_dim else np.concatenate([pairs, heads[:, rotated:]], axis=1)
+    whole: npt.NDArray[Any] = ordered.reshape(-1, width)
+    return whole
 
 
 def _decode(data: bytes, located: _Located, rows: int) -> npt.NDArray[np.float32]:
