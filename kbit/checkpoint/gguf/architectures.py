@@ -1,8 +1,8 @@
 """The GGUF architectures that kbit reads: names, row order, and what llama.cpp knows that the file does not say.
 
-Not in a file, only in llama.cpp's code: the activation; Gemma's factor on embeddings; Gemma's score scale, which is that
-of the head size but for the 27B models; which layers of Gemma and EXAONE have windows, in files without a pattern; in
-which layers SmolLM3 does not rotate. Norm weights of Gemma have their 1 added already.
+Not in a file, only in llama.cpp's code: the activation; Gemma's factor on embeddings; Gemma's score scale, which is
+that of the head size but for the 27B models; which layers of Gemma and EXAONE have windows, in files without a pattern;
+in which layers SmolLM3 does not rotate. Norm weights of Gemma have their 1 added already.
 """
 
 from __future__ import annotations

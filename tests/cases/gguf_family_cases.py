@@ -1,0 +1,176 @@
+"""Models of newer families as GGUF files: what llama.cpp's converter (0.3.36 of llama-cpp-python) makes of a folder.
+
+Metadata, names and orders of rows were compared with that converter's files of the same tiny models.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import numpy.typing as npt
+from gguf_model_cases import permuted
+from safetensors.numpy import load_file
+
+Array = npt.NDArray[Any]
+
+BOTH = {"input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm"}
+POST = {"post_attention_layernorm": "post_attention_norm", "post_feedforward_layernorm": "post_ffw_norm"}
+AROUND = {**POST, "input_layernorm": "attn_norm", "pre_feedforward_layernorm": "ffn_norm"}
+LINEARS = {
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output",
+    "self_attn.qkv_proj": "attn_qkv",
+    "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up",
+    "mlp.gate_up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
+    "self_attn.q_norm": "attn_q_norm",
+    "self_attn.k_norm": "attn_k_norm",
+    "self_attn.query_layernorm": "attn_q_norm",
+    "self_attn.key_layernorm": "attn_k_norm",
+}
+GLOBAL = {
+    "model.embed_tokens.weight": "token_embd.weight",
+    "model.norm.weight": "output_norm.weight",
+    "lm_head.weight": "output.weight",
+}
+
+# Case: architecture, names of norms, and what the tiny case must be changed to for llama.cpp to mean the same.
+CASES: dict[str, tuple[str, dict[str, str], dict[str, Any]]] = {
+    "qwen3": ("qwen3", BOTH, {}),
+    "gemma": ("gemma", BOTH, {}),
+    "gemma2": ("gemma2", AROUND, {"query_pre_attn_scalar": 8}),
+    "gemma3": ("gemma3", AROUND, {"query_pre_attn_scalar": 10, "layer_types": None, "num_hidden_layers": 7}),
+    "phi3": ("phi3", BOTH, {}),
+    "phi3-longrope": ("phi3", BOTH, {}),
+    "granite": ("granite", BOTH, {}),
+    "smollm3": ("smollm3", BOTH, {"no_rope_layer_interval": 4, "num_hidden_layers": 5}),
+    "olmo2": ("olmo2", POST, {}),
+    "olmo3": ("olmo2", POST, {}),
+    "exaone4": ("exaone4", POST, {}),
+    "glm4": (
+        "glm4",
+        {**BOTH, "post_self_attn_layernorm": "post_attention_norm", "post_mlp_layernorm": "post_ffw_norm"},
+        {},
+    ),
+    "seed-oss": ("seed_oss", {**BOTH, "post_attention_layernorm": "post_attention_norm"}, {}),
+    "seed-oss-biases": ("seed_oss", {**BOTH, "post_attention_layernorm": "post_attention_norm"}, {}),
+    "hunyuan": ("hunyuan-dense", BOTH, {}),
+    "ernie4_5": ("ernie4_5", BOTH, {}),
+}
+# The converter permutes rows of queries and keys; and adds 1 to norms.
+PERMUTED, FROM_ONE = ("granite", "smollm3"), ("gemma", "gemma2", "gemma3")
+_NUMBERS = {
+    "attn_logit_softcapping": "attn_logit_softcapping",
+    "final_logit_softcapping": "final_logit_softcapping",
+    "attention_multiplier": "attention.scale",
+    "embedding_multiplier": "embedding_scale",
+    "residual_multiplier": "residual_scale",
+    "logits_scaling": "logit_scale",
+}
+
+
+def tensors_of(case: str, folder: Path) -> dict[str, Array]:
+    """The tensors of a converted folder, by GGUF name."""
+    arch, norms, _ = CASES[case]
+    config = json.loads((folder / "config.json").read_text())
+    heads = {"attn_q": config["num_attention_heads"], "attn_k": config["num_key_value_heads"]}
+    names = {**LINEARS, **norms}
+    found = {}
+    for name, values in load_file(folder / "model.safetensors").items():
+        if arch in FROM_ONE and "norm" in name:
+            values = values + 1
+        if name in GLOBAL:
+            found[GLOBAL[name]] = values
+            continue
+        _, _, layer, *module, kind = name.split(".")
+        part = names[".".join(module)]
+        if arch in PERMUTED and part in heads:
+            values = permuted(values, heads[part])
+        found[f"blk.{layer}.{part}.{kind}"] = values
+    return found
+
+
+def keys_of(case: str, folder: Path) -> dict[str, Any]:
+    """The metadata of a converted folder, without the architecture's name before each key."""
+    arch, _, _ = CASES[case]
+    config = json.loads((folder / "config.json").read_text())
+    ropes = config["rope_parameters"]
+    rope = ropes.get("full_attention", ropes)
+    keys: dict[str, Any] = {
+        "block_count": config["num_hidden_layers"],
+        "context_length": config["max_position_embeddings"],
+        "embedding_length": config["hidden_size"],
+        "feed_forward_length": config["intermediate_size"],
+        "attention.head_count": config["num_attention_heads"],
+        "attention.head_count_kv": config["num_key_value_heads"],
+        "attention.layer_norm_rms_epsilon": float(config["rms_norm_eps"]),
+        "rope.freq_base": float(rope["rope_theta"]),
+    }
+    if config.get("head_dim"):
+        keys["attention.key_length"] = keys["attention.value_length"] = config["head_dim"]
+    if "sliding_attention" in ropes:
+        keys["rope.freq_base_swa"] = float(ropes["sliding_attention"]["rope_theta"])
+    if config.get("sliding_window"):
+        keys["attention.sliding_window"] = config["sliding_window"]
+        if arch in ("olmo2", "exaone4"):
+            keys["attention.sliding_window_pattern"] = [kind == "sliding_attention" for kind in config["layer_types"]]
+    if rope["rope_type"] in ("linear", "yarn"):
+        keys["rope.scaling.type"], keys["rope.scaling.factor"] = rope["rope_type"], float(rope["factor"])
+    if rope["rope_type"] == "yarn":
+        keys["rope.scaling.original_context_length"] = rope["original_max_position_embeddings"]
+    if "partial_rotary_factor" in rope and arch in ("phi3", "glm4"):
+        head_dim = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
+        keys["rope.dimension_count"] = int(head_dim * rope["partial_rotary_factor"])
+    if arch == "phi3":
+        keys["rope.scaling.original_context_length"] = config["original_max_position_embeddings"]
+        keys.setdefault("attention.sliding_window", 0)
+        if rope["rope_type"] == "longrope":
+            scale = config["max_position_embeddings"] / config["original_max_position_embeddings"]
+            factor = np.sqrt(1 + np.log(scale) / np.log(config["original_max_position_embeddings"]))
+            keys["rope.scaling.attn_factor"] = float(factor)
+    return keys | {key: float(config[name]) for name, key in _NUMBERS.items() if config.get(name) is not None}
+
+
+def write(case: str, folder: Path, path: Path, kinds: dict[str, gguf.GGMLQuantizationType] | None = None) -> Path:
+    """A folder as a GGUF file.
+
+    Args:
+        case: one of CASES.
+        folder: written by transformers.
+        path: of the file.
+        kinds: types that tensors are quantized to, by name; others are float32.
+    """
+    arch, _, _ = CASES[case]
+    writer = gguf.GGUFWriter(path, arch)
+    for key, value in keys_of(case, folder).items():
+        name = f"{arch}.{key}"
+        if isinstance(value, float):
+            writer.add_float32(name, value)
+        elif isinstance(value, int):
+            writer.add_uint32(name, value)
+        elif isinstance(value, str):
+            writer.add_string(name, value)
+        else:
+            writer.add_array(name, value)
+    rope = json.loads((folder / "config.json").read_text())["rope_parameters"]
+    if rope.get("rope_type") == "longrope":
+        for length in ("short", "long"):
+            writer.add_tensor(f"rope_factors_{length}.weight", np.array(rope[f"{length}_factor"], dtype=np.float32))
+    for name, values in tensors_of(case, folder).items():
+        kind = (kinds or {}).get(name)
+        if kind is None:
+            writer.add_tensor(name, values)
+        else:
+            writer.add_tensor(name, gguf.quants.quantize(values, kind), raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path

@@ -1,0 +1,159 @@
+"""GGUF files of newer families: what they mean is what transformers makes of the folder they were converted from."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import pytest
+import torch
+from decoder_cases import saved_model
+from gguf_family_cases import CASES, keys_of, tensors_of, write
+
+from kbit.backends.reference.backend import ReferenceBackend
+from kbit.checkpoint.gguf.source import GGUFSource
+from kbit.formats.quant_tensor import QuantTensor
+from kbit.host.errors import CheckpointError, UnsupportedError
+from kbit.models.load import load_decoder
+from kbit.models.opening import open_model
+
+pytest.importorskip("transformers")
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+IDS = torch.randint(1, 131, (1, 45), generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_logits_are_those_of_transformers(tmp_path: Path, case: str) -> None:
+    """45 tokens: past every window and, of LongRoPE, past the original length. To float32's rounding (test_decoder_parity)."""
+    theirs = saved_model(case, tmp_path / "folder", **{"max_position_embeddings": 64, **CASES[case][2]})
+    with torch.no_grad():
+        expected = theirs(IDS).logits
+    with open_model(str(write(case, tmp_path / "folder", tmp_path / "m.gguf"))) as source:
+        ours = load_decoder(source, ReferenceBackend())
+    found = ours.forward(IDS, ours.new_cache(1, 45))
+    assert float((found - expected).abs().max() / expected.abs().max()) <= 1e-4
+
+
+@pytest.mark.parametrize("kind", ["Q4_0", "Q8_0", "Q6_K"])
+@pytest.mark.parametrize("case", ["phi3", "glm4"])
+def test_packed_matrices_are_taken_apart_as_they_are(tmp_path: Path, case: str, kind: str) -> None:
+    """Rows of fused and of interleaved matrices, where the file holds codes."""
+    heads = {"num_attention_heads": 8} if case == "phi3" else {"num_attention_heads": 8, "head_dim": 16}
+    saved_model(case, tmp_path / "folder", hidden_size=256, num_hidden_layers=1, **heads)
+    stored = tensors_of(case, tmp_path / "folder")
+    type_ = gguf.GGMLQuantizationType[kind]
+    matrices = {
+        name for name, values in stored.items() if values.ndim == 2 and "blk" in name and values.shape[1] == 256
+    }
+    if kind == "Q6_K":  # gguf writes none: codes of any kind are as good
+        rng = np.random.default_rng(0)
+        packed = {name: _random_q6_k(stored[name].shape, rng) for name in matrices}
+        path = _write_packed(case, tmp_path / "folder", tmp_path / "m.gguf", packed)
+        values = {name: gguf.quants.dequantize(packed[name], type_) for name in matrices}
+    else:
+        path = write(case, tmp_path / "folder", tmp_path / "m.gguf", dict.fromkeys(matrices, type_))
+        values = {name: gguf.quants.dequantize(gguf.quants.quantize(stored[name], type_), type_) for name in matrices}
+    layer = "model.layers.0."
+    with GGUFSource(path) as source:
+        up = torch.from_numpy(values["blk.0.ffn_up.weight"])
+        parts = [source.read_weight(f"{layer}mlp.{name}_proj.weight") for name in ("gate", "up")]
+        assert all(isinstance(part, QuantTensor) for part in parts)
+        assert torch.equal(torch.cat([part.dequantize() for part in parts]), up)  # type: ignore[union-attr]
+        assert torch.equal(source.read_rows(f"{layer}mlp.up_proj.weight", 3, 9), up[len(up) // 2 :][3:9])
+        queries = source.read_weight(f"{layer}self_attn.q_proj.weight")
+        assert isinstance(queries, QuantTensor)
+        if case == "phi3":
+            assert torch.equal(queries.dequantize(), torch.from_numpy(values["blk.0.attn_qkv.weight"])[:256])
+        else:
+            order = [0, 2, 4, 6, 1, 3, 5, 7, *range(8, 16)]
+            rows = torch.tensor([16 * head + i for head in range(8) for i in order])
+            assert torch.equal(queries.dequantize(), torch.from_numpy(values["blk.0.attn_q.weight"])[rows])
+
+
+def _random_q6_k(shape: tuple[int, ...], rng: np.random.Generator) -> Any:
+    """Codes and scales at random: blocks of 256 are 210 bytes, the last two a half-precision scale."""
+    blocks = rng.integers(0, 256, (shape[0], shape[1] // 256, 210), dtype=np.uint8)
+    blocks[..., 208:] = np.frombuffer(np.float16(0.01).tobytes(), dtype=np.uint8)
+    return blocks.reshape(shape[0], -1)
+
+
+def _write_packed(case: str, folder: Path, path: Path, packed: dict[str, Any]) -> Path:
+    writer = gguf.GGUFWriter(path, CASES[case][0])
+    for key, value in keys_of(case, folder).items():
+        (writer.add_float32 if isinstance(value, float) else writer.add_uint32)(f"{CASES[case][0]}.{key}", value)
+    for name, values in tensors_of(case, folder).items():
+        if name in packed:
+            writer.add_tensor(name, packed[name], raw_dtype=gguf.GGMLQuantizationType.Q6_K)
+        else:
+            writer.add_tensor(name, values)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def edited(
+    tmp_path: Path, case: str, *, without: str = "", tensors: Mapping[str, Any] | None = None, **keys: Any
+) -> Path:
+    """A file with other metadata, without some of it, or with more tensors."""
+    saved_model(case, tmp_path / "folder", **CASES[case][2])
+    arch = CASES[case][0]
+    writer = gguf.GGUFWriter(tmp_path / "m.gguf", arch)
+    metadata = {**keys_of(case, tmp_path / "folder"), **keys}
+    metadata.pop(without, None)
+    for key, value in metadata.items():
+        name = f"{arch}.{key}"
+        if isinstance(value, str):
+            writer.add_string(name, value)
+        elif isinstance(value, list):
+            writer.add_array(name, value)
+        else:
+            (writer.add_float32 if isinstance(value, float) else writer.add_uint32)(name, value)
+    for name, values in {**tensors_of(case, tmp_path / "folder"), **(tensors or {})}.items():
+        writer.add_tensor(name, values)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return tmp_path / "m.gguf"
+
+
+@pytest.mark.parametrize(
+    ("case", "keys", "message"),
+    [
+        ("qwen3", {"attention.sliding_window": 5}, "'qwen3.attention.sliding_window' is not supported"),
+        ("qwen3", {"attention.scale": 0.5}, "metadata key 'qwen3.attention.scale' is unknown to kbit"),
+        ("qwen3", {"rope.dimension_count": 4}, "'qwen3.rope.dimension_count' is 4 while heads have 10 values"),
+        ("gemma2", {"rope.freq_base_swa": 5.0}, "'gemma2.rope.freq_base_swa' is 5.0, another base"),
+        ("gemma3", {"attention.sliding_window_pattern": [True]}, "is not 7 booleans, one for each layer"),
+        ("glm4", {"rope.dimension_count": 18}, "rope.dimension_count is 18, expected an even number of at most 16"),
+        ("glm4", {"rope.scaling.attn_factor": 1.2}, "attn_factor=1.2"),
+    ],
+)
+def test_what_would_change_the_model_is_refused(tmp_path: Path, case: str, keys: dict[str, Any], message: str) -> None:
+    with pytest.raises((CheckpointError, UnsupportedError), match=message):
+        GGUFSource(edited(tmp_path, case, **keys))
+
+
+def test_exaone_with_a_window_and_no_pattern(tmp_path: Path) -> None:
+    """llama.cpp knows the pattern of models of 64 layers alone."""
+    with pytest.raises(UnsupportedError, match="without a pattern is known of models of 64 layers alone"):
+        GGUFSource(edited(tmp_path, "exaone4", without="attention.sliding_window_pattern"))
+
+
+def test_a_factor_without_the_other(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="tensor 'rope_factors_short.weight' is missing"):
+        GGUFSource(
+            edited(tmp_path, "phi3-longrope", tensors={"rope_factors_long.weight": np.ones(4, dtype=np.float32)})
+        )
+
+
+def test_factors_that_are_too_few(tmp_path: Path) -> None:
+    few = {f"rope_factors_{length}.weight": np.ones(3, dtype=np.float32) for length in ("short", "long")}
+    with pytest.raises(CheckpointError, match="tensor 'rope_factors_short.weight' has 3 values, expected 4"):
+        GGUFSource(edited(tmp_path, "phi3-longrope", tensors=few))
