@@ -51,6 +51,7 @@ CASES: dict[str, tuple[str, dict[str, str], dict[str, Any]]] = {
     "phi3-longrope": ("phi3", BOTH, {}),
     "granite": ("granite", BOTH, {}),
     "smollm3": ("smollm3", BOTH, {"no_rope_layer_interval": 4, "num_hidden_layers": 5}),
+    "ministral3": ("mistral3", BOTH, {}),
     "olmo2": ("olmo2", POST, {}),
     "olmo3": ("olmo2", POST, {}),
     "exaone4": ("exaone4", POST, {}),
@@ -65,7 +66,7 @@ CASES: dict[str, tuple[str, dict[str, str], dict[str, Any]]] = {
     "ernie4_5": ("ernie4_5", BOTH, {}),
 }
 # The converter permutes rows of queries and keys; and adds 1 to norms.
-PERMUTED, FROM_ONE = ("granite", "smollm3"), ("gemma", "gemma2", "gemma3")
+PERMUTED, FROM_ONE = ("granite", "mistral3", "smollm3"), ("gemma", "gemma2", "gemma3")
 _NUMBERS = {
     "attn_logit_softcapping": "attn_logit_softcapping",
     "final_logit_softcapping": "final_logit_softcapping",
@@ -125,6 +126,9 @@ def keys_of(case: str, folder: Path) -> dict[str, Any]:
         keys["rope.scaling.type"], keys["rope.scaling.factor"] = rope["rope_type"], float(rope["factor"])
     if rope["rope_type"] == "yarn":
         keys["rope.scaling.original_context_length"] = rope["original_max_position_embeddings"]
+    if arch == "mistral3":
+        keys["rope.scaling.yarn_log_multiplier"] = rope["mscale_all_dim"]
+        keys["attention.temperature_scale"] = rope["llama_4_scaling_beta"]
     if "partial_rotary_factor" in rope and arch in ("phi3", "glm4"):
         head_dim = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
         keys["rope.dimension_count"] = int(head_dim * rope["partial_rotary_factor"])

@@ -105,6 +105,17 @@ def _seed_oss(keys: Keys, config: dict[str, Any]) -> None:
     config["attention_out_bias"] = "attn_output" in keys.biases
 
 
+def _mistral3(keys: Keys, config: dict[str, Any]) -> None:
+    _no_window(keys, config)
+    if f"{keys.arch}.attention.temperature_scale" not in keys.header:
+        config["architectures"], config["model_type"] = ["MistralForCausalLM"], "mistral"
+        config["sliding_window"] = None
+    elif not config["rope_scaling"] or config["rope_scaling"]["rope_type"] != "yarn":
+        keys.header.fail(f"'{keys.arch}.attention.temperature_scale' without YaRN's original context length")
+    else:
+        config["rope_scaling"]["llama_4_scaling_beta"] = keys.real("attention.temperature_scale")
+
+
 def _no_window(keys: Keys, config: dict[str, Any]) -> None:
     if keys.count("attention.sliding_window"):
         raise UnsupportedError(
@@ -172,6 +183,15 @@ ARCHITECTURES = {
                 "logit_scale": "logits_scaling",
             },
             configure=_granite,
+        ),
+        Architecture(
+            "mistral3",
+            "ministral3",
+            "Ministral3ForCausalLM",
+            interleaved=True,
+            yarn_log_multiplier=True,
+            keys=frozenset({"attention.temperature_scale"}),
+            configure=_mistral3,
         ),
         Architecture("smollm3", "smollm3", "SmolLM3ForCausalLM", interleaved=True, configure=_no_window),
         Architecture(

@@ -101,7 +101,9 @@ def config_from_header(
     biases = reader.biases = _biases(header, arch, tensors)
     _check_tensors(header, arch, tensors, dims, layers, biases, tied)
     if rope_factors is None:
-        scaling = rope_scaling(header, arch.name, rotated, theta, context, rope_divisors)
+        scaling = rope_scaling(
+            header, arch.name, rotated, theta, context, rope_divisors, yarn_log_multiplier=arch.yarn_log_multiplier
+        )
     else:
         scaling = _longrope(reader, rope_factors, rotated)
 

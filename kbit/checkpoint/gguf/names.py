@@ -62,6 +62,7 @@ class Architecture:
         fused: parts that hold several, in the order of their rows.
         partial: only some features of a head may rotate.
         scaled: RoPE may have factors for short and for long texts (ROPE_FACTORS).
+        yarn_log_multiplier: YaRN's mscale is in the file.
         keys: metadata keys beyond the common ones.
         constants: entries of the configuration that no metadata key gives.
         numbers: metadata keys whose numbers are entries of the configuration under another name.
@@ -80,6 +81,7 @@ class Architecture:
     fused: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     partial: bool = False
     scaled: bool = False
+    yarn_log_multiplier: bool = False
     keys: frozenset[str] = frozenset()
     constants: Mapping[str, Any] = field(default_factory=dict)
     numbers: Mapping[str, str] = field(default_factory=dict)

@@ -20,7 +20,14 @@ _LLAMA3_LOW_HIGH = (1.0, 4.0)
 
 
 def rope_scaling(
-    header: GGUFHeader, arch: str, head_dim: int, theta: float, context: int, divisors: list[float] | None
+    header: GGUFHeader,
+    arch: str,
+    head_dim: int,
+    theta: float,
+    context: int,
+    divisors: list[float] | None,
+    *,
+    yarn_log_multiplier: bool = False,
 ) -> dict[str, Any] | None:
     """The `rope_scaling` entry of a Hugging Face config, or None for plain RoPE.
 
@@ -31,12 +38,13 @@ def rope_scaling(
         theta: RoPE base.
         context: `context_length`.
         divisors: values of rope_freqs.weight (D/2), or None when the file has no such tensor.
+        yarn_log_multiplier: whether the architecture reads this key, which is YaRN's mscale_all_dim, and mscale.
 
     Raises:
         CheckpointError: a value that no scaling can have.
         UnsupportedError: a scaling that Hugging Face's linear, yarn and llama3 rules cannot express.
     """
-    scaling = _scaling_from_keys(header, arch, context)
+    scaling = _scaling_from_keys(header, arch, context, yarn_log_multiplier)
     if divisors is None:
         return scaling
     if len(divisors) != head_dim // 2:
@@ -60,7 +68,7 @@ def rope_scaling(
     return found
 
 
-def _scaling_from_keys(header: GGUFHeader, arch: str, context: int) -> dict[str, Any] | None:
+def _scaling_from_keys(header: GGUFHeader, arch: str, context: int, log_multiplier: bool) -> dict[str, Any] | None:
     def unsupported(key: str, value: object) -> UnsupportedError:
         return UnsupportedError(
             f"{header.path}: {key}={value} is a RoPE scaling kbit cannot express; "
@@ -86,7 +94,7 @@ def _scaling_from_keys(header: GGUFHeader, arch: str, context: int) -> dict[str,
         return {"rope_type": "linear", "factor": factor}
     for key, neutral in (("yarn_log_multiplier", 0.0), ("yarn_ext_factor", 1.0)):
         value = header.number(prefix + key)
-        if value is not None and value != neutral:
+        if value is not None and value != neutral and not (log_multiplier and key == "yarn_log_multiplier"):
             raise unsupported(prefix + key, value)
     original = _original_context(header, arch) or context
     scaling: dict[str, Any] = {
@@ -94,6 +102,9 @@ def _scaling_from_keys(header: GGUFHeader, arch: str, context: int) -> dict[str,
         "factor": factor,
         "original_max_position_embeddings": original,
     }
+    multiplier = header.number(prefix + "yarn_log_multiplier")
+    if log_multiplier and multiplier:
+        scaling["mscale"] = scaling["mscale_all_dim"] = multiplier
     for name in ("beta_fast", "beta_slow"):
         value = header.number(f"{prefix}yarn_{name}")
         if value is not None:
