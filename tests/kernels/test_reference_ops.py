@@ -189,6 +189,24 @@ def test_attend_with_equal_rows(scratch: int, monkeypatch: pytest.MonkeyPatch) -
     assert_within(reference.attend(q, k, v, positions, lengths, 8**-0.5), exact, attention_bound(q, k, v, 8**-0.5))
 
 
+def test_attend_with_capped_scores() -> None:
+    """Against the formula: the cap comes after the scale and before the mask."""
+    q, k, v = (
+        torch.randn(1, *shape, 8, generator=torch.Generator().manual_seed(3)) for shape in ((5, 2), (2, 5), (2, 5))
+    )
+    found = reference.attend(q, k, v, torch.arange(5)[None], torch.tensor([5]), 0.7, window=3, cap=1.5)
+    scores = 1.5 * torch.tanh(0.7 * torch.einsum("bthd,bhsd->bhts", q, k) / 1.5)
+    behind = torch.arange(5)[:, None] - torch.arange(5)
+    weights = scores.masked_fill((behind < 0) | (behind >= 3), -torch.inf).softmax(-1)
+    expected = torch.einsum("bhts,bhsd->bthd", weights, v)
+    assert float((found - expected).abs().max()) < 16 * 2**-24 * float(v.abs().max())
+
+
+def test_soft_cap() -> None:
+    x = torch.tensor([-1e30, -3.0, -1e-3, 0.0, 1e-3, 3.0, 1e30])
+    assert torch.allclose(reference.soft_cap(x, 2.0).double(), 2.0 * torch.tanh(x.double() / 2.0), rtol=4e-7, atol=0)
+
+
 def test_attend_extreme_scores() -> None:
     """Scores of +-10^4 overflow a naive exp; the largest wins outright, ties share, and nothing is NaN."""
     q = torch.tensor([[[[100.0]], [[-100.0]]]])  # (1, 2, 1, 1), both queries see all 3 slots
