@@ -64,6 +64,7 @@ _FOREIGN: Mapping[str, tuple[Any, ...]] = {
     "qk_layernorm": (None, False),
     "query_pre_attn_scalar": (None,),
     "residual_multiplier": (None, 1),
+    "rope_local_base_freq": (None,),
     "scale_depth": (None,),
     "scale_emb": (None, 1),
     "use_bidirectional_attention": (None, False),

@@ -67,6 +67,7 @@ class Parts:
         self.scale = vector(1.0 + randn(WIDTH, seed=6))
         self.bias = vector(randn(INNER, seed=7))
         self.shift = vector(randn(WIDTH, seed=8))
+        self.run = vector(1.0 + randn(8, seed=9))
 
 
 Body = Callable[[Parts, Ops[Any], Any], Any]
@@ -152,6 +153,22 @@ def summed(w: Parts, ops: Ops[Any], x: Any) -> Any:
     return ops.add(x, ops.sum_parts(ops.linear(w.back, inner), w.shift))
 
 
+def by_runs(w: Parts, ops: Ops[Any], x: Any) -> Any:
+    """A norm of runs of features, which no product takes over; and a factor, which keeps a residual from its product."""
+    inner = ops.linear(w.first, ops.norm(x, w.run, 1e-5))
+    return ops.add(x, ops.scale(ops.linear(w.back, inner), 0.5))
+
+
+def capped(w: Parts, ops: Ops[Any], x: Any) -> Any:
+    return ops.add(x, ops.soft_cap(ops.scale(ops.linear(w.square, x), 3.0), 0.7))
+
+
+def turned(w: Parts, ops: Ops[Any], x: Any) -> Any:
+    """Three heads of 8 by each of the table's two columns alone, and then by both."""
+    y = ops.rotate(ops.rotate(ops.linear(w.square, x), 8, (0, 1)), 8, (1, 2))
+    return ops.add(x, ops.rotate(y, 8, (0, 2)))
+
+
 BODIES: tuple[Body, ...] = (
     gated,
     swapped,
@@ -166,6 +183,9 @@ BODIES: tuple[Body, ...] = (
     read_later,
     post_norm,
     summed,
+    by_runs,
+    capped,
+    turned,
 )
 
 
@@ -229,6 +249,9 @@ def kinds(operations: Sequence[object]) -> list[str]:
         (read_later, ["norm+project1", "add", "project1+residual"]),
         (post_norm, ["norm+project1+gelu", "project1+parts", "norm", "add"]),
         (summed, ["project1+silu", "project1+parts+residual"]),
+        (by_runs, ["norm", "project1", "project1", "scale", "add"]),
+        (capped, ["project1", "scale", "softcap", "add"]),
+        (turned, ["project1", "rotate", "rotate", "rotate", "add"]),
     ],
 )
 def test_what_is_fused(body: Body, expected: list[str]) -> None:
@@ -336,6 +359,8 @@ class TestRefusals:
             (lambda: recorder.norm(x, w.bias, 1e-5), "the weight of a norm has 40 features, no divisor of 24"),
             (lambda: recorder.activate(x, recorder.linear(w.first, x), "silu"), "multiplies has 40 features where 24"),
             (lambda: recorder.activate(x, None, "swish"), "'swish' is not one of silu"),
+            (lambda: recorder.rotate(x, 10, (0, 2)), "heads of 10 features do not fit 24"),
+            (lambda: recorder.rotate(x, 8, (0, 5)), "or the angles"),
             (lambda: recorder.embed(w.embedding, x), "token ids of the pass and nothing else"),
         ):
             with pytest.raises(ValueError, match=message):
@@ -348,6 +373,7 @@ class TestRefusals:
             lambda w, ops, x: ops.linear(w.first, x, w.bias),
             lambda w, ops, x: ops.logits(w.embedding, ops.linear(w.square, x)),
             lambda w, ops, x: ops.norm(x, w.scale, 1e-5),
+            lambda w, ops, x: ops.scale(ops.soft_cap(ops.logits(w.embedding, x), 3.0), 2.0),
         ],
     )
     def test_heads_that_a_program_cannot_have(self, head: Body) -> None:
