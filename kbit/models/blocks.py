@@ -49,16 +49,7 @@ def layer(ops: Ops[X], spec: ModelSpec, weights: Weights, index: int, x: X) -> X
 def attention(ops: Ops[X], spec: ModelSpec, weights: Weights, index: int, x: X) -> X:
     """x + attention(norm(x)), and a norm of what is added where the model has one: (..., hidden)."""
     q, k, v = _together(ops, weights, QKV, norm(ops, spec, weights, "attention_norm", x))
-    turns = Angles.of(spec, index)
-    # Rotated here where something comes after it; else attention does it.
-    apart = turns is not None and (spec.norm_rotated or turns.query != turns.key)
-    if not spec.norm_rotated:
-        q, k = (_norm_heads(ops, spec, weights, slot, part) for slot, part in (("q_norm", q), ("k_norm", k)))
-    if turns is not None and apart:
-        q, k = (ops.rotate(part, spec.head_dim, at) for part, at in ((q, turns.query), (k, turns.key)))
-    if spec.norm_rotated:
-        q, k = (_norm_heads(ops, spec, weights, slot, part) for slot, part in (("q_norm", q), ("k_norm", k)))
-    inside = turns is not None and not apart
+    q, k, turns = _positioned(ops, spec, weights, index, q, k)
     described = Attention(
         layer=min(index, spec.cache_layers - 1),
         heads=spec.heads,
@@ -67,15 +58,15 @@ def attention(ops: Ops[X], spec: ModelSpec, weights: Weights, index: int, x: X) 
         scale=spec.attention_scale,
         window=spec.windows[index],
         mask=spec.mask,
-        positions="rotary" if inside else "none",
-        angles=turns.key if turns is not None and inside and len(spec.ropes) > 1 else None,
+        positions="none" if turns is None else "rotary",
+        angles=turns if len(spec.ropes) > 1 else None,
         soft_cap=spec.score_cap,
     )
     # What a norm has scaled is no constant part of keys; and where angles depend on the length of the text, or are
     # several, a bias that turned with other angles could not be put back.
     single = len(spec.ropes) == 1 and not spec.rope.depends_on_length
     # (With a cap, what features that do not turn add to every score counts, too.)
-    constant = inside and single and spec.names.k_norm is None and spec.score_cap is None
+    constant = turns is not None and single and spec.names.k_norm is None and spec.score_cap is None
     key_bias = weights.biases.get("k") if constant else None
     seen = ops.self_attention(q, k, v, described, key_bias)  # (..., H D)
     return _added(ops, spec, weights, "o", "attention_post_norm", seen, x)
@@ -135,10 +126,28 @@ class Angles:
         return cls(query, key)
 
 
-def _norm_heads(ops: Ops[X], spec: ModelSpec, weights: Weights, slot: str, x: X) -> X:
-    """The RMS norm of queries or keys, of each head or of all together as its weight is wide; or x itself."""
-    weight = weights.norms.get(slot)
-    return x if weight is None else ops.norm(x, weight, spec.norm_eps)
+def _positioned(
+    ops: Ops[X], spec: ModelSpec, weights: Weights, index: int, q: X, k: X
+) -> tuple[X, X, tuple[int, int] | None]:
+    """Queries and keys normalised, and turned where that is not left to attention: where the norm comes after it, or
+    queries turn by other angles than keys. And the angles that are left to attention, or None."""
+    turns = Angles.of(spec, index)
+    if not spec.norm_rotated:
+        q, k = _normalised(ops, spec, weights, q, k)
+    if turns is not None and not spec.norm_rotated and turns.query == turns.key:
+        return q, k, turns.key
+    if turns is not None:
+        q, k = ops.rotate(q, spec.head_dim, turns.query), ops.rotate(k, spec.head_dim, turns.key)
+    if spec.norm_rotated:
+        q, k = _normalised(ops, spec, weights, q, k)
+    return q, k, None
+
+
+def _normalised(ops: Ops[X], spec: ModelSpec, weights: Weights, q: X, k: X) -> tuple[X, X]:
+    """The RMS norms of queries and keys, if any: of each head, or of all together, as their weights are wide."""
+    of_q, of_k = weights.norms.get("q_norm"), weights.norms.get("k_norm")
+    q = q if of_q is None else ops.norm(q, of_q, spec.norm_eps)
+    return q, k if of_k is None else ops.norm(k, of_k, spec.norm_eps)
 
 
 def _together(ops: Ops[X], weights: Weights, slots: tuple[str, ...], x: X) -> tuple[X, ...]:
