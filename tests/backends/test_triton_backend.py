@@ -29,9 +29,9 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 # Every switch of the decoder that is its own path here: biases, a tied head, one key head, ungated and other activations,
 # tables by length, windows; norms of heads, caps and factors, two rotations, partial ones, layers without, rotation before
-# the norm, norms of whole rows, queries with a temperature.
+# the norm.
 FAMILIES = ["llama", "llama-tied", "llama-biases", "llama-multi-query", "llama-gelu", "llama-dynamic", "mistral-window"]
-FAMILIES += ["qwen3", "gemma2", "gemma3", "phi3", "smollm3-listed", "hunyuan", "olmo2", "ministral3", "granite"]
+FAMILIES += ["qwen3", "gemma2", "gemma3", "phi3", "smollm3-listed", "hunyuan"]
 
 
 def source_of(name: str, format: str | None = None, **changes: Any) -> DictSource:
