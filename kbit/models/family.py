@@ -42,8 +42,8 @@ _ACTIVATIONS = {
 # The square root of the hidden size, as a family's embedding multiplier.
 ROOT_OF_WIDTH = "sqrt(hidden_size)"
 
-# Bounds that keep multipliers and caps finite in float32.
-_MAX_FACTOR = 1e9
+# Bounds that keep multipliers, caps and their inverses finite in float32.
+_MIN_FACTOR, _MAX_FACTOR = 1e-9, 1e9
 
 # Keys that change the result in families that read them, with the values that change nothing where they are not read.
 _FOREIGN: Mapping[str, tuple[Any, ...]] = {
@@ -244,16 +244,16 @@ def _switch(setting: bool | str, values: ConfigValues) -> bool:
 
 def _factor(key: str | None, values: ConfigValues) -> float:
     """A multiplier or divisor; 1 where the family has none."""
-    return 1.0 if key is None else values.number(key, above=0.0, below=_MAX_FACTOR)
+    return 1.0 if key is None else values.number(key, above=_MIN_FACTOR, below=_MAX_FACTOR)
 
 
 def _cap(key: str | None, values: ConfigValues) -> float | None:
-    return None if key is None else values.optional_number(key, above=0.0, below=_MAX_FACTOR)
+    return None if key is None else values.optional_number(key, above=_MIN_FACTOR, below=_MAX_FACTOR)
 
 
 def _score_scale(family: Family, values: ConfigValues) -> float | None:
     if family.score_width is not None:
-        return float(values.number(family.score_width, above=0.0, below=_MAX_FACTOR) ** -0.5)
+        return float(values.number(family.score_width, above=_MIN_FACTOR, below=_MAX_FACTOR) ** -0.5)
     return None if family.score_scale is None else _factor(family.score_scale, values)
 
 

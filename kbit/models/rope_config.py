@@ -169,7 +169,9 @@ def _read(reading: _Reading, key: str, settings: Mapping[str, Any], theta: Any) 
         if dim <= 2:
             raise CheckpointError(f"{where}: {key}.alpha needs a head_dim above 2, not {dim}")
         stretched = base.theta * _ratio(values, "alpha") ** (dim / (dim - 2))
-        return replace(base, kind="default", theta=min(stretched, _MAX_THETA))
+        if not stretched < _MAX_THETA:
+            raise values.error("alpha", f"less, as it makes the base {stretched:g}, above {_MAX_THETA:g}")
+        return replace(base, kind="default", theta=stretched)
     return _READERS[kind](base, values, reading)
 
 

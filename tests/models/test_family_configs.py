@@ -168,6 +168,8 @@ def test_temperature_and_alpha() -> None:
     found = spec("hunyuan_v1_dense", rope_scaling=longer, head_dim=128, use_qk_norm=True).rope
     assert (found.kind, found.theta) == ("default", pytest.approx(10000 * 1000.0 ** (128 / 126)))
     assert not found.depends_on_length
+    with pytest.raises(CheckpointError, match=r"rope_scaling.alpha is 100000000.0; it should be less"):
+        spec("hunyuan_v1_dense", rope_scaling={**longer, "alpha": 1e8}, rope_theta=1e25)
     with pytest.raises(UnsupportedError, match=r"rope_scaling.alpha 1000.0 is not supported"):
         spec("llama", rope_scaling=longer)
 
@@ -222,6 +224,7 @@ def _default(family: str, key: str) -> Any:
         ("gemma3_text", "final_logit_softcapping", "strong"),
         ("gemma3_text", "sliding_window_pattern", -1),
         ("granite", "logits_scaling", 0),
+        ("granite", "logits_scaling", 1e-300),
         ("granite", "residual_multiplier", None),
         ("granite", "embedding_multiplier", math.nan),
         ("glm", "partial_rotary_factor", 1.5),
