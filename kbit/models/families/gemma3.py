@@ -13,6 +13,9 @@ FAMILY = Family(
     architectures=("Gemma3ForCausalLM",),
     defaults={
         **GEMMA_DEFAULTS,
+        # The published configurations of 4B and more leave sizes out, too.
+        "vocab_size": 262208,
+        "num_attention_heads": 8,
         "hidden_activation": "gelu_pytorch_tanh",
         "max_position_embeddings": 131072,
         "num_key_value_heads": 4,

@@ -1,0 +1,143 @@
+"""Language models inside checkpoints that also take pictures, against the whole in transformers, given text alone."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from kbit.backends.reference.backend import ReferenceBackend
+from kbit.host.errors import CheckpointError
+from kbit.models.families import spec_from_config
+from kbit.models.load import load_decoder
+from kbit.models.opening import open_model
+
+transformers = pytest.importorskip("transformers")
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+TEXT = {
+    "vocab_size": 99,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}
+VISION = {
+    "hidden_size": 32,
+    "intermediate_size": 32,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "image_size": 28,
+    "patch_size": 14,
+}
+
+
+def gemma3() -> Any:
+    ropes = {
+        "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6},
+        "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+    }
+    text = {**TEXT, "num_hidden_layers": 6, "head_dim": 16, "sliding_window": 8, "query_pre_attn_scalar": 16}
+    return transformers.Gemma3Config(
+        text_config={**text, "rope_parameters": ropes}, vision_config=VISION, mm_tokens_per_image=4
+    )
+
+
+def mistral3() -> Any:
+    text = {**TEXT, "model_type": "mistral", "num_hidden_layers": 2, "head_dim": 16, "sliding_window": None}
+    return transformers.Mistral3Config(text_config=text, vision_config={"model_type": "pixtral", **VISION})
+
+
+def llava() -> Any:
+    text = {**TEXT, "model_type": "llama", "num_hidden_layers": 2}
+    vision = {"model_type": "clip_vision_model", **VISION, "projection_dim": 32}
+    return transformers.LlavaConfig(text_config=text, vision_config=vision)
+
+
+WHOLES: dict[str, tuple[Callable[[], Any], str]] = {
+    "gemma3": (gemma3, "Gemma3ForConditionalGeneration"),
+    "mistral3": (mistral3, "Mistral3ForConditionalGeneration"),
+    "llava": (llava, "LlavaForConditionalGeneration"),
+}
+
+
+@pytest.fixture(scope="module", params=WHOLES)
+def whole(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Path]:
+    make, name = WHOLES[request.param]
+    torch.manual_seed(3)
+    model = getattr(transformers, name)(make()).eval()
+    with torch.no_grad():
+        for key, parameter in model.named_parameters():
+            noise = torch.randn(parameter.shape)
+            parameter.copy_((0.0 if request.param == "gemma3" else 1.0) + 0.2 * noise if "norm" in key else 0.2 * noise)
+    folder = tmp_path_factory.mktemp(request.param)
+    model.save_pretrained(folder)
+    return model, folder
+
+
+def assert_equal_logits(model: Any, folder: Path) -> None:
+    ids = torch.randint(11, 99, (2, 24), generator=torch.Generator().manual_seed(5))
+    with open_model(str(folder)) as source, torch.no_grad():
+        ours = load_decoder(source, ReferenceBackend())
+        theirs = model(ids).logits
+        found = ours.forward(ids, ours.new_cache(2, 24))
+    assert float((found - theirs).abs().max() / theirs.abs().max()) <= 1e-4
+
+
+def test_text_alone_is_as_in_the_whole(whole: tuple[Any, Path]) -> None:
+    assert_equal_logits(*whole)
+
+
+def test_names_of_other_versions(whole: tuple[Any, Path], tmp_path: Path) -> None:
+    """transformers has called the same tensors `language_model.model.` and `model.language_model.`."""
+    model, folder = whole
+    for file in folder.iterdir():
+        if file.suffix == ".json":
+            (tmp_path / file.name).write_bytes(file.read_bytes())
+    renamed = {}
+    for name, tensor in load_file(folder / "model.safetensors").items():
+        new = name.replace("language_model.model.", "model.language_model.").replace(
+            "language_model.lm_head", "lm_head"
+        )
+        renamed["model." + new if new.startswith(("vision_tower", "multi_modal")) else new] = tensor
+    assert any(name.startswith("model.language_model.") for name in renamed)
+    save_file(renamed, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    assert_equal_logits(model, tmp_path)
+
+
+def test_what_is_no_part_stays_an_error(whole: tuple[Any, Path], tmp_path: Path) -> None:
+    _, folder = whole
+    (tmp_path / "config.json").write_bytes((folder / "config.json").read_bytes())
+    tensors = {**load_file(folder / "model.safetensors"), "language_model.model.layers.0.adapter.weight": torch.ones(2)}
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with open_model(str(tmp_path)) as source, pytest.raises(CheckpointError, match=r"layers\.0\.adapter\.weight"):
+        load_decoder(source, ReferenceBackend())
+
+
+def test_senseless_text_config(whole: tuple[Any, Path], tmp_path: Path) -> None:
+    _, folder = whole
+    config = json.loads((folder / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "text_config": [1]}))
+    (tmp_path / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes())
+    with pytest.raises(CheckpointError, match="text_config should be an object"):
+        open_model(str(tmp_path))
+
+
+def test_a_published_configuration() -> None:
+    """Of Gemma 3 4B, which leaves to the code what is as in the smallest model."""
+    text = {
+        "hidden_size": 2560,
+        "intermediate_size": 10240,
+        "model_type": "gemma3_text",
+        "num_hidden_layers": 34,
+        "rope_scaling": {"factor": 8.0, "rope_type": "linear"},
+        "sliding_window": 1024,
+    }
+    spec = spec_from_config(text)
+    assert (spec.vocab_size, spec.heads, spec.kv_heads, spec.head_dim) == (262208, 8, 4, 256)
+    assert spec.windows[:6] == (1024,) * 5 + (None,)
