@@ -12,8 +12,8 @@ from pathlib import Path
 from kbit.host.cache_folder import cache_dir
 from kbit.host.errors import KbitError
 
-# Of the file and of the layout of kernels/cpu/codecs/matrix.h: another number, another file.
-VERSION = 2
+# Of the file, of the layout of kernels/cpu/codecs/matrix.h and of what its token table has: another number, another file.
+VERSION = 3
 
 ENDING = ".kbit"
 # A folder's files whose change may change the model: everything kbit reads of one.

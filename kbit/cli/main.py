@@ -11,15 +11,17 @@ import os
 import signal
 import sys
 import traceback
+import warnings
 from importlib import import_module
 from types import FrameType
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from kbit.cli.output import printable
 from kbit.cli.processes import SHARED, end, refuse_copies
 from kbit.host.errors import KbitError
+from kbit.host.notes import KbitNote
 
 _MAX_MESSAGE = 1000
 # How torch's allocators say it, in a plain RuntimeError.
@@ -110,6 +112,23 @@ def _take_debug(arguments: list[str]) -> tuple[list[str], bool]:
 
 
 def _run(arguments: list[str], debug: bool) -> int:
+    with warnings.catch_warnings():
+        others, told = warnings.showwarning, set()
+
+        def show(message: Warning | str, category: type[Warning], *more: Any) -> None:
+            line = f"kbit: note: {_one_line(message)}\n"
+            if not issubclass(category, KbitNote):
+                others(message, category, *more)
+            elif line not in told and sys.stderr is not None:  # a command may open a model several times
+                told.add(line)
+                sys.stderr.write(line)
+
+        warnings.showwarning = show
+        warnings.filterwarnings("always", category=KbitNote)
+        return _run_command(arguments, debug)
+
+
+def _run_command(arguments: list[str], debug: bool) -> int:
     # Not app(arguments): that turns Ctrl-C and a closed pipe into exit codes of its own, without a word.
     command = typer.main.get_command(build(arguments))
     try:

@@ -7,14 +7,13 @@ done by the library's own tokenizer, loaded at that moment.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from kbit.host.errors import CheckpointError, one_line
 from kbit.text.backend import LoadBackend, load_backend
-from kbit.text.token_table import TokenTable, small_tokenizer
+from kbit.text.token_table import TokenTable
 
 if TYPE_CHECKING:
     import tokenizers
@@ -45,16 +44,7 @@ class TableTokenizer:
         self._pairs = table.pairs
         self._load = load
         self._whole: tokenizers.Tokenizer | None = None
-        self._made_special: list[Any] = []
-        self._use(table.small)
-
-    def _use(self, small: bytes) -> None:
-        """Read the small tokenizer, and what it says about added tokens."""
-        self._json = small
-        self._small = load_backend(small, "the tokenizer in the token table")
-        self._read_added()
-
-    def _read_added(self) -> None:
+        self._small = load_backend(table.small, "the tokenizer in the token table")
         added = self._small.get_added_tokens_decoder()
         self._added_ids = {token.content: token_id for token_id, token in added.items()}
         # Asked rather than read off the tokens: the library shows some normalized, and skips by a set of its own.
@@ -107,25 +97,6 @@ class TableTokenizer:
     def get_added_tokens_decoder(self) -> dict[int, Any]:
         return dict(self._small.get_added_tokens_decoder())
 
-    def add_special_tokens(self, tokens: list[Any]) -> int:
-        """Make tokens of the vocabulary special. Returns the number of new ones, which is 0.
-
-        Raises:
-            ValueError: a token is none of the vocabulary: this class adds none.
-        """
-        ids = {str(token): self.token_to_id(str(token)) for token in tokens}
-        known = {token: token_id for token, token_id in ids.items() if token_id is not None}
-        if len(known) < len(ids):
-            raise ValueError("a token table has no room for new tokens")
-        self._made_special += tokens
-        if self._whole is not None:
-            self._whole.add_special_tokens(tokens)
-        state = json.loads(self._json)
-        self._use(small_tokenizer(state, {**self._added_ids, **known}))
-        self._small.add_special_tokens(self._made_special)
-        self._read_added()
-        return 0
-
     def no_truncation(self) -> None:
         """There is none."""
 
@@ -136,7 +107,6 @@ class TableTokenizer:
         whole = self._load()
         whole.no_truncation()
         whole.no_padding()
-        whole.add_special_tokens(self._made_special)
         self._whole = whole
 
 

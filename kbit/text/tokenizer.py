@@ -7,11 +7,12 @@ sequence, end of sequence, chat templates. Where files disagree, the rules are t
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from kbit.checkpoint.readers.hf_folder import SENTENCEPIECE_NAMES
 from kbit.host.errors import CheckpointError, UnsupportedError, UsageError, one_line
+from kbit.text.added_tokens import add_tokens_of_files, read_json, token_settings, token_strings
 from kbit.text.backend import TokenizerBackend, load_backend
 from kbit.text.detokenizer import DetokenizerStream
 
@@ -19,9 +20,6 @@ if TYPE_CHECKING:
     import tokenizers
 
     from kbit.checkpoint.source import CheckpointSource
-
-# Names under which chat templates and tokenizer_config.json know special tokens.
-SPECIAL_TOKEN_NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
 
 class Tokenizer:
@@ -64,7 +62,8 @@ class Tokenizer:
         """Reads a checkpoint's tokenizer files.
 
         Args:
-            source: the checkpoint. Where it has a token table, that does the work and tokenizer.json is not parsed.
+            source: the checkpoint. Where it has a token table, that does the work and tokenizer.json is not parsed; the
+                table has the tokens of the other files (`kbit.text.added_tokens`).
             files: its `sidecar_files`, where these have been read already: then only its config is looked at.
 
         Raises:
@@ -84,10 +83,9 @@ class Tokenizer:
             backend = TableTokenizer(
                 open_table(table, f"{where}: the token table"), lambda: _load_backend(files, where)
             )
-        settings = _read_json(files, "tokenizer_config.json", where)
-        generation = _read_json(files, "generation_config.json", where)
-        named = {**_token_strings(_read_json(files, "special_tokens_map.json", where)), **_token_strings(settings)}
-        _mark_special(backend, named.values())
+        settings = token_settings(files, where)
+        generation = read_json(files, "generation_config.json", where)
+        named = token_strings(settings)
 
         def token_id(name: str) -> int | None:
             if name in named:
@@ -179,17 +177,9 @@ def _load_backend(files: Mapping[str, bytes], where: str) -> tokenizers.Tokenize
                     f'transformers: AutoTokenizer.from_pretrained("{where}").save_pretrained("{where}")'
                 )
         raise UnsupportedError(f"{where}: there is no tokenizer.json: copy it from the model's original repository")
-    return load_backend(data, f"{where}: tokenizer.json")
-
-
-def _mark_special(backend: TokenizerBackend, tokens: Iterable[str]) -> None:
-    """Makes named special tokens special in the tokenizer too, as transformers does, where tokenizer.json forgot."""
-    from tokenizers import AddedToken
-
-    special = {token.content for token in backend.get_added_tokens_decoder().values() if token.special}
-    forgotten = {token for token in tokens if token not in special and backend.token_to_id(token) is not None}
-    if forgotten:
-        backend.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in sorted(forgotten)])
+    backend = load_backend(data, f"{where}: tokenizer.json")
+    add_tokens_of_files(backend, files, where)
+    return backend
 
 
 def _has_byte_fallback(backend: TokenizerBackend) -> bool:
@@ -199,31 +189,6 @@ def _has_byte_fallback(backend: TokenizerBackend) -> bool:
     state = json.loads(decoder.__getstate__())
     parts = state.get("decoders", [state]) if isinstance(state, dict) else []
     return any(part.get("type") == "ByteFallback" for part in parts)
-
-
-def _read_json(files: Mapping[str, bytes], name: str, where: str) -> dict[str, Any]:
-    data = files.get(name)
-    if data is None:
-        return {}
-    try:
-        value = json.loads(data)
-    except (ValueError, RecursionError) as error:  # UnicodeDecodeError is a ValueError
-        raise CheckpointError(f"{where}: {name} is not valid JSON: {one_line(error)}") from None
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{where}: {name} holds a {type(value).__name__}, not an object")
-    return value
-
-
-def _token_strings(settings: Mapping[str, Any]) -> dict[str, str]:
-    """Special tokens by name; each is a string or an object with "content". Unset ones (null) are left out."""
-    found = {}
-    for name in SPECIAL_TOKEN_NAMES:
-        value = settings.get(name)
-        if isinstance(value, dict):
-            value = value.get("content")
-        if isinstance(value, str) and value:
-            found[name] = value
-    return found
 
 
 def _ids(value: object, key: str, where: str) -> list[int]:
@@ -248,7 +213,7 @@ def _read_templates(files: Mapping[str, bytes], settings: Mapping[str, Any], whe
             raise CheckpointError(f"{where}: chat_template.jinja is not UTF-8: {one_line(error)}") from None
     value = settings.get("chat_template")
     if value is None:
-        value = _read_json(files, "chat_template.json", where).get("chat_template")
+        value = read_json(files, "chat_template.json", where).get("chat_template")
     if value is None:
         return {}
     if isinstance(value, str):

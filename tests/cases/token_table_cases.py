@@ -110,8 +110,15 @@ def texts() -> st.SearchStrategy[str]:
     return st.lists(pieces, max_size=30).map("".join)
 
 
-def table_of(data: bytes) -> bytes:
-    table = build_table(data)
+Complete = Callable[[tokenizers.Tokenizer], bool]
+
+
+def nothing(full: tokenizers.Tokenizer) -> bool:
+    return False
+
+
+def table_of(data: bytes, complete: Complete = nothing) -> bytes:
+    table = build_table(data, complete)
     assert table is not None
     return table
 
@@ -119,12 +126,13 @@ def table_of(data: bytes) -> bytes:
 class Pair:
     """The library's tokenizer of a tokenizer.json, and the one of its table, which may load nothing else."""
 
-    def __init__(self, data: bytes, table: bytes | None = None) -> None:
+    def __init__(self, data: bytes, table: bytes | None = None, complete: Complete = nothing) -> None:
         def refuse() -> tokenizers.Tokenizer:
             raise AssertionError("tokenizer.json was parsed")
 
         self.theirs = tokenizers.Tokenizer.from_buffer(data)
-        self.ours = TableTokenizer(open_table(memoryview(table or table_of(data)), "table"), refuse)
+        complete(self.theirs)
+        self.ours = TableTokenizer(open_table(memoryview(table or table_of(data, complete)), "table"), refuse)
 
     def check_text(self, text: str) -> None:
         for special in (False, True):

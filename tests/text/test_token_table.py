@@ -21,6 +21,7 @@ from tokenizers import models, normalizers, pre_tokenizers, processors
 from kbit.checkpoint.gguf.header import read_header
 from kbit.checkpoint.gguf.tokenizer import sidecars_from_header
 from kbit.host.errors import CheckpointError
+from kbit.text.added_tokens import add_tokens_of_files
 from kbit.text.table_tokenizer import TableTokenizer
 from kbit.text.token_table import build_table, open_table
 from kbit.text.tokenizer import Tokenizer
@@ -111,17 +112,26 @@ class TestEquality:
         for text in random_texts(50):
             pair.check_text(text + "thethe" * 5)
 
-    def test_tokens_that_kbit_makes_special(self) -> None:
+    def test_tokens_of_other_files(self) -> None:
         data = with_everything().to_str().encode()
-        forgotten = ["the", "<both>", "a"]  # an added token, a token of the model, a byte
-        for names in (forgotten, forgotten[1:], []):
-            pair = Pair(data)
-            tokens = [tokenizers.AddedToken(name, special=True, normalized=False) for name in names]
-            for backend in (pair.ours, pair.theirs):
-                backend.add_special_tokens(tokens)
-            for text in ("a the <both> aé", *random_texts(30)):
+        # An added token, a token of the model and a byte that become special; a new token.
+        names = ["the", "<both>", "a", "<new>"]
+        for count in range(len(names) + 1):
+            extra = [{"content": name, "normalized": False} for name in names[:count]]
+            files = {"special_tokens_map.json": json.dumps({"additional_special_tokens": extra}).encode()}
+            pair = Pair(data, complete=lambda full, files=files: add_tokens_of_files(full, files, "model"))
+            for text in ("a the <both> aé<new>", *random_texts(30)):
                 pair.check_text(text)
             pair.check_vocabulary()
+            assert (pair.ours.token_to_id("<new>") is not None) == (count == 4)
+
+    def test_a_token_that_was_special_once_is_for_the_library(self) -> None:
+        """It is hidden ever after, which no tokenizer.json can say."""
+
+        def complete(full: tokenizers.Tokenizer) -> bool:
+            return bool(full.add_tokens([tokenizers.AddedToken("<s>", special=False)]))
+
+        assert build_table(with_everything().to_str().encode(), complete) is None
 
 
 def changed(**parts: Any) -> bytes:
@@ -240,7 +250,7 @@ class TestSource:
     """What kbit's tokenizer does with a source that has a table."""
 
     def source(self, data: bytes, files: dict[str, bytes]) -> Any:
-        table = memoryview(table_of(data))
+        table = memoryview(table_of(data, lambda full: add_tokens_of_files(full, files, "model")))
         return SimpleNamespace(path=Path("model"), config={}, sidecar_files=lambda: files, token_table=lambda: table)
 
     def test_tokenizer_json_is_not_read(self) -> None:

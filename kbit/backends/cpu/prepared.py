@@ -37,6 +37,7 @@ from kbit.checkpoint.prepared_place import ENDING, prepared_path, prepared_prefi
 from kbit.checkpoint.source import CheckpointSource, StoredSource, TensorInfo
 from kbit.host.errors import CheckpointError
 from kbit.host.files import fsync_folder
+from kbit.text.added_tokens import add_tokens_of_files
 from kbit.text.token_table import build_table
 
 if TYPE_CHECKING:
@@ -334,7 +335,9 @@ def _write_arrays(
         if progress is not None:
             progress(done, len(names))
     files = source.sidecar_files()
-    table = build_table(files["tokenizer.json"]) if "tokenizer.json" in files else None
+    table = None
+    if "tokenizer.json" in files:
+        table = build_table(files["tokenizer.json"], lambda full: add_tokens_of_files(full, files, str(source.path)))
     return {
         "config": source.config,
         "fingerprint": source.fingerprint(),

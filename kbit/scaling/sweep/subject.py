@@ -27,7 +27,7 @@ from kbit.text.tokenizer import Tokenizer
 from kbit.text.windows import Convention, Windows, choose_context, make_windows
 
 # What decides how a text becomes tokens.
-_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 
 
 @dataclass(frozen=True, eq=False)
