@@ -92,7 +92,7 @@ def generate(
         prompt_ids: at least one token. A lone BOS token is a prompt: it generates unconditionally.
         params: how to choose tokens; greedy by default.
         max_tokens: most tokens to sample, at least 1.
-        stop: strings that end the generation; none of their text is shown.
+        stop: strings that end the generation; none of their text is shown. They may contain special tokens.
         stop_token_ids: ids that end it, besides the tokenizer's end-of-sequence ids.
         continues_prompt: the text goes on where the prompt ends, so a first word keeps the space before it. False for
             answers that stand on their own (chat).
@@ -149,7 +149,8 @@ class Generation:
         self._cache = PromptCache(decoder) if prompt_cache is None else prompt_cache
         self._sampler = Sampler(params, prompt_ids)
         self._detokenizer = tokenizer.stream(prompt_ids if continues_prompt else ())
-        self._stops = StopMatcher(stop)
+        self._special = tokenizer.special_texts()
+        self._stops = StopMatcher(stop, self._special.values())
         self._speculation = speculation
         self._speculative: SpeculativeTokens | None = None
 
@@ -209,7 +210,7 @@ class Generation:
     def _generate(self) -> Iterator[str]:
         try:
             for token in self._tokens():
-                piece = self._stops.push(self._detokenizer.push(token))
+                piece = self._push(token)
                 if piece:
                     self._shown.append(piece)
                     yield piece
@@ -220,12 +221,21 @@ class Generation:
         except KeyboardInterrupt:
             self._finish_reason = "interrupted"
         rest = self._stops.push(self._detokenizer.finish())
+        if (
+            self._ids and self._ids[-1] in self._end_ids
+        ):  # not among the tokens above, but it may complete a stop string
+            rest += self._stops.push(self._special.get(self._ids[-1], ""), special=True)
         rest += self._stops.finish()
         if self._stops.matched is not None and self._finish_reason != "interrupted":
             self._finish_reason = "stop"
         if rest:
             self._shown.append(rest)
             yield rest
+
+    def _push(self, token: int) -> str:
+        """The text that can be shown after one more token."""
+        piece = self._stops.push(self._detokenizer.push(token))
+        return piece + self._stops.push(self._special.get(token, ""), special=True)
 
     def _tokens(self) -> Iterator[int]:
         """Samples tokens, up to and without one that ends the generation; sets the finish reason at its end."""

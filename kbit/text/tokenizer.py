@@ -122,6 +122,10 @@ class Tokenizer:
         """The id of a token written as the vocabulary has it ("<|endoftext|>"), or None."""
         return self._backend.token_to_id(token)
 
+    def special_texts(self) -> dict[int, str]:
+        """How the special tokens, which texts are shown without, are written, by id."""
+        return {index: self._backend.id_to_token(index) or "" for index in self._skip_ids}
+
     @property
     def chat_template(self) -> str | None:
         """The template named "default", or the only one, or None."""

@@ -171,6 +171,54 @@ class TestStopStrings:
         assert "".join(shown) + matcher.finish() == expected
         assert (matcher.matched is not None) == bool(ends)
 
+    @settings(max_examples=300, deadline=None)
+    @given(data=st.data())
+    def test_special_tokens_against_searching_the_whole_text(self, data: st.DataObject) -> None:
+        specials = ["<s>", "ab"]  # the second is spelled like text
+        alphabet = st.sampled_from("ab<s>")
+        words = st.text(alphabet, min_size=1, max_size=4)
+        stops = data.draw(st.lists(words | st.sampled_from(["<s>", "a<s>", "<s>b", "<s><s>"]), max_size=3))
+        chunks = data.draw(
+            st.lists(st.tuples(words, st.just(False)) | st.tuples(st.sampled_from(specials), st.just(True)), max_size=8)
+        )
+        characters = [(char, special) for text, special in chunks for char in text]
+        full = [(number, char) for number, (char, _) in enumerate(characters)]
+        plain = [(number, char) for number, (char, special) in enumerate(characters) if not special]
+        found = []
+        for stop in stops:
+            seen = full if any(token in stop for token in specials) else plain
+            at = "".join(char for _, char in seen).find(stop)
+            if at >= 0:
+                found.append((seen[at + len(stop) - 1][0], -len(stop), seen[at][0]))
+        end = min(found)[2] if found else len(characters)
+        matcher = StopMatcher(stops, specials)
+        shown = "".join(matcher.push(text, special=special) for text, special in chunks) + matcher.finish()
+        assert shown == "".join(char for char, special in characters[:end] if not special)
+        assert (matcher.matched is not None) == bool(found)
+
+    @pytest.mark.parametrize(
+        ("stops", "expected"),
+        [
+            (["<end>"], "one two"),
+            (["two<end>"], "one "),
+            (["<end> thr"], "one two"),
+            (["two three"], "one "),  # as it is shown
+            (["e</s>"], "one two thre"),  # the token that ends the answer anyway
+            (["<end>!", "three</s>!"], "one two three"),
+        ],
+    )
+    def test_special_tokens(self, stops: list[str], expected: str) -> None:
+        """A stop string that is or contains a special token, as the markers of a chat are."""
+        tokenizer = byte_tokenizer()
+        tokenizer._backend.add_special_tokens(["<end>"])
+        tokenizer = Tokenizer(tokenizer._backend, eos_ids=tokenizer.eos_ids)
+        answer, prompt = tokenizer.encode("one two<end> three"), tokenizer.encode("prompt")
+        script = [*prompt, *answer, 256]
+        decoder = FakeDecoder(lambda history: script[len(history)])
+        decoder.spec.vocab_size = 258
+        result = generate(decoder, tokenizer, prompt, stop=stops).run()
+        assert (result.text, result.finish_reason) == (expected, "stop")
+
     def test_long_stop_strings_cost_no_more(self) -> None:
         """Linear work: a million steps at most for 20,000 characters, where naive matching takes 10^8 per string."""
         matcher = StopMatcher(["a" * 10_000 + "b"])
