@@ -12,7 +12,8 @@ from pathlib import Path
 from kbit.host.cache_folder import cache_dir
 from kbit.host.errors import KbitError
 
-# Of the file, of the layout of kernels/cpu/codecs/matrix.h and of what its token table has: another number, another file.
+# Of the file, of the layout of kernels/cpu/codecs/matrix.h and of what is in its token table: with another number the
+# file has another name.
 VERSION = 3
 
 ENDING = ".kbit"

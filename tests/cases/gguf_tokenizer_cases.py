@@ -52,7 +52,9 @@ class Metadata:
             if isinstance(value, bool):
                 writer.add_bool(key, value)
             elif isinstance(value, int):
-                writer.add_uint32(key, value)
+                (writer.add_int32 if value < 0 else writer.add_uint32 if value < 1 << 32 else writer.add_uint64)(
+                    key, value
+                )
             elif isinstance(value, str):
                 writer.add_string(key, value)
             elif value is not None:

@@ -92,7 +92,7 @@ REFUSED: dict[str, tuple[Edit, type[KbitError], str]] = {
         "the tokenizer has 30 tokens, but tensor 'token_embd.weight' has 24 rows",
     ),
     "bos outside the vocabulary": (
-        general(tokenizer__ggml__bos_token_id=24), CheckpointError, "bos_token_id' is 24, outside 0 to 23",
+        general(tokenizer__ggml__bos_token_id=25), CheckpointError, "bos_token_id' is 25, outside 0 to 23",
     ),
     "experts": (put(expert_count=8, expert_used_count=2), UnsupportedError, "mixture-of-experts models are not supported"),
     "unknown key": (put(attn_logit_softcapping=50.0), UnsupportedError, "'llama.attn_logit_softcapping' is unknown"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -9,11 +10,14 @@ from typing import Any
 
 import gguf
 import pytest
+import tokenizers
+from gguf_model_cases import VOCAB, Model, config_of
 from gguf_tokenizer_cases import Metadata, byte_level
 
 from kbit.checkpoint.gguf.header import read_header
 from kbit.checkpoint.gguf.tokenizer import sidecars_from_header
 from kbit.host.errors import CheckpointError, KbitError, UnsupportedError
+from kbit.host.notes import KbitNote
 
 
 def change(**keys: Any) -> Callable[[Metadata], None]:
@@ -51,7 +55,7 @@ REFUSED: dict[str, tuple[Callable[[Metadata], None], type[KbitError], str]] = {
     "too few types": (change(token_type=[1, 1]), CheckpointError, "token_type has 2 entries for 275 tokens"),
     "merge without space": (change(merges=["ab"]), CheckpointError, "merge 0 of the tokenizer, 'ab', does not join"),
     "merge to no token": (change(merges=["a b"]), CheckpointError, "merge 0 of the tokenizer, 'a b', does not join"),
-    "eos outside": (change(eos_token_id=275), CheckpointError, "'tokenizer.ggml.eos_token_id' is 275, outside 0 to 274"),
+    "eos outside": (change(eos_token_id=276), CheckpointError, "'tokenizer.ggml.eos_token_id' is 276, outside 0 to 274"),
     "eot outside": (change(eot_token_id=999), CheckpointError, "'tokenizer.ggml.eot_token_id' is 999, outside"),
     "bos wanted but unnamed": (
         change(add_bos_token=True, bos_token_id=None), CheckpointError, "'tokenizer.ggml.bos_token_id' is missing",
@@ -95,3 +99,40 @@ def test_a_file_without_tokenizer_has_no_files(tmp_path: Path) -> None:
     writer.write_tensors_to_file()
     writer.close()
     assert sidecars_from_header(read_header(tmp_path / "t.gguf"), 2048) == {}
+
+
+@pytest.mark.parametrize("value", [4294967295, -1, 65535, (1 << 64) - 1, "size"])
+@pytest.mark.parametrize("kind", ["byte level", "sentencepiece"])
+def test_ids_that_mean_none(tmp_path: Path, kind: str, value: Any) -> None:
+    """Writers have no null: they store -1 in whatever type, or the size of the vocabulary."""
+    metadata = byte_level()
+    if kind == "sentencepiece":
+        spm(lambda _: None)(metadata)
+    value = len(metadata.keys["tokens"]) if value == "size" else value
+    names = ("bos", "padding", "unknown", "eot", "eom")
+    metadata.keys |= {f"{name}_token_id": value for name in names} | {"eos_token_id": 2}
+    with pytest.warns(KbitNote) as notes:
+        files = metadata.sidecars(tmp_path)
+    said = {str(note.message) for note in notes}
+    assert len(said) == len(names)
+    for name in names:
+        key = f"tokenizer.ggml.{name}_token_id"
+        assert any(
+            f"t.gguf: metadata key '{key}' is {value}, which no token has: taken as none" in line for line in said
+        )
+    assert json.loads(files["generation_config.json"]) == {"eos_token_id": 2}
+    config = json.loads(files["tokenizer_config.json"])
+    assert {name for name in config if name.endswith("_token") and not name.startswith("add_")} == {"eos_token"}
+    backend = tokenizers.Tokenizer.from_buffer(files["tokenizer.json"])
+    assert backend.encode("ab").ids == backend.encode("ab", add_special_tokens=False).ids
+
+
+def test_a_model_whose_padding_is_none(tmp_path: Path) -> None:
+    """The configuration reads the same keys; the embedding may have more rows than there are tokens."""
+
+    def edit(model: Model) -> None:
+        model.general |= {"tokenizer.ggml.padding_token_id": 4294967295, "tokenizer.ggml.bos_token_id": VOCAB}
+
+    with pytest.warns(KbitNote, match="taken as none"):
+        config = config_of(tmp_path, edit=edit)
+    assert not {"bos_token_id", "pad_token_id"} & config.keys()

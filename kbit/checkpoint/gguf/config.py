@@ -145,10 +145,8 @@ def config_from_header(
     elif reader.count("attention.sliding_window"):
         raise UnsupportedError(f"{header.path}: metadata key '{arch.name}.attention.sliding_window' is not supported")
     for name, key in (("bos_token_id", "bos"), ("eos_token_id", "eos"), ("pad_token_id", "padding")):
-        token = header.integer(f"tokenizer.ggml.{key}_token_id")
+        token = header.token_id(f"tokenizer.ggml.{key}_token_id", tokens or vocab)
         if token is not None:
-            if not 0 <= token < vocab:
-                header.fail(f"metadata key 'tokenizer.ggml.{key}_token_id' is {token}, outside 0 to {vocab - 1}")
             config[name] = token
     return config
 

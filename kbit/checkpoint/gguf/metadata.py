@@ -21,6 +21,10 @@ from kbit.checkpoint.gguf.types import (
     GGMLType,
 )
 from kbit.host.errors import CheckpointError
+from kbit.host.notes import note
+
+# -1, as it reads in the types that writers choose.
+_NO_TOKEN = (-1, (1 << 16) - 1, (1 << 32) - 1, (1 << 64) - 1)
 
 DAMAGED = "the file is damaged; download or convert it again"
 
@@ -131,6 +135,24 @@ class GGUFHeader:
         """An integer value of any width."""
         value: int | None = self._checked(key, INTEGER_TYPES, "an integer")
         return value
+
+    def token_id(self, key: str, tokens: int) -> int | None:
+        """The id of a token, or None; an id that stands for "none" is told as a note.
+
+        Writers have several: -1 in whatever type (4294967295), and the size of the vocabulary, padded or not.
+
+        Args:
+            key: its key.
+            tokens: size of the vocabulary.
+        """
+        value = self.integer(key)
+        if value is None or 0 <= value < tokens:
+            return value
+        embedding = self.tensors.get("token_embd.weight")
+        if value in _NO_TOKEN or value == tokens or (embedding is not None and value == embedding.shape[0]):
+            note(f"{self.path}: metadata key {quoted(key)} is {value}, which no token has: taken as none")
+            return None
+        self.fail(f"metadata key {quoted(key)} is {value}, outside 0 to {tokens - 1}")
 
     def number(self, key: str) -> float | None:
         """A floating-point or integer value."""

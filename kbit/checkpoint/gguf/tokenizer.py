@@ -125,12 +125,14 @@ class _Vocabulary:
         self.unk = self.special("unknown", "<unk>" if sentencepiece else None)
         self.pad = self.special("padding", None)
         bos_default = True if sentencepiece else PRE_TOKENIZERS[self.pre].add_bos
+        if self.bos is None and "tokenizer.ggml.bos_token_id" in header:  # there is none, it says
+            bos_default = False
         add_bos = header.flag("tokenizer.ggml.add_bos_token")
         self.add_bos = bos_default if add_bos is None else add_bos
         self.add_eos = header.flag("tokenizer.ggml.add_eos_token") or False
         for name, wanted, token_id in (("bos", self.add_bos, self.bos), ("eos", self.add_eos, self.eos)):
             if wanted and token_id is None:
-                header.fail(f"text should get a {name} token, but 'tokenizer.ggml.{name}_token_id' is missing")
+                header.fail(f"text should get a {name} token, but 'tokenizer.ggml.{name}_token_id' is missing or none")
 
     def _pre_tokenizer(self) -> str:
         name = self.header.string("tokenizer.ggml.pre")
@@ -147,14 +149,11 @@ class _Vocabulary:
         return name
 
     def special(self, name: str, default: str | None) -> int | None:
-        """The id under tokenizer.ggml.<name>_token_id, else the id of the token spelled `default`."""
+        """The id under tokenizer.ggml.<name>_token_id, without that key the id of the token spelled `default`."""
         key = f"tokenizer.ggml.{name}_token_id"
-        token_id = self.header.integer(key)
-        if token_id is None:
+        if key not in self.header:
             return None if default is None else self.ids.get(default)
-        if not 0 <= token_id < len(self.tokens):
-            self.header.fail(f"metadata key '{key}' is {token_id}, outside 0 to {len(self.tokens) - 1}")
-        return token_id
+        return self.header.token_id(key, len(self.tokens))
 
     def merges(self) -> list[tuple[str, str]] | None:
         """tokenizer.ggml.merges as pairs, each of whose parts and whole are tokens; None when absent."""
