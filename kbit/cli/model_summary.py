@@ -39,13 +39,15 @@ def machine_summary() -> dict[str, Any]:
 def summarise(source: CheckpointSource) -> dict[str, Any]:
     """Everything `kbit info` knows, as plain values."""
     from kbit.backends.gpu import gpu_kernels, gpu_summary
+    from kbit.checkpoint.surplus import harmless
     from kbit.host.cpu import instruction_set
     from kbit.quantizers.roles import roles_of
 
     spec, reason = _runnable(source)
     gpu = gpu_summary()
-    infos = list(source.tensors.values())
     roles = roles_of(source)
+    infos = [info for info in source.tensors.values() if roles[info.name] != "ignored"]
+    ignored = {name: harmless(info) for name, info in source.tensors.items() if roles[name] == "ignored"}
     inner = [info for info in infos if roles[info.name] not in ("embedding", "head")]
     config = source.config
     named = config.get("architectures")
@@ -74,6 +76,7 @@ def summarise(source: CheckpointSource) -> dict[str, Any]:
         },
         "gpu_kernels": gpu_kernels(any(len(info.shape) == 2 and info.stored_as in _FLOATS for info in infos)),
         "cannot_run": reason,
+        "ignored_tensors": ignored,
         "tensors": {
             info.name: {
                 "format": info.stored_as,
@@ -142,6 +145,18 @@ def print_machine(machine: dict[str, Any]) -> None:
         typer.echo(f"{key + ':':<17}{text}")
 
 
+def _left_out(ignored: dict[str, str]) -> list[str]:
+    """One line for every reason."""
+    names: dict[str, list[str]] = {}
+    for name, reason in ignored.items():
+        names.setdefault(reason, []).append(name)
+    return [
+        f"{len(found)} {'tensor' if len(found) == 1 else 'tensors'} ({found[0]}{'' if len(found) == 1 else ', ...'}): "
+        f"{reason}"
+        for reason, found in names.items()
+    ]
+
+
 def print_model(summary: dict[str, Any], list_tensors: bool) -> None:
     from kbit.cli.output import printable, size
 
@@ -174,7 +189,7 @@ def print_model(summary: dict[str, Any], list_tensors: bool) -> None:
             lines["gpu kernels"] = "; ".join(f"{what}: {kernel}" for what, kernel in summary["gpu_kernels"].items())
     else:
         lines["cannot run"] = summary["cannot_run"]
-    for key, text in lines.items():
+    for key, text in [*lines.items(), *(("left out", text) for text in _left_out(summary["ignored_tensors"]))]:
         typer.echo(f"{key + ':':<17}{printable(text)}")
     typer.echo(f"\n{'format':<22}{'tensors':>8}{'parameters':>16}{'bytes':>12}{'bits/weight':>13}")
     for key, row in summary["formats"].items():

@@ -6,16 +6,12 @@ needs it.
 
 from __future__ import annotations
 
-import re
-
 from kbit.checkpoint.source import CheckpointSource
+from kbit.checkpoint.surplus import harmless
 from kbit.host.errors import CheckpointError
 from kbit.models.canonical import check_canonical
 from kbit.models.config_values import shown
 from kbit.models.spec import ModelSpec
-
-# Buffers that old checkpoints carry and that are computed here instead.
-_HARMLESS = re.compile(r"(^|.*\.)rotary_emb\.(inv_freq|cos_cached|sin_cached)$")
 
 # Rows of the head and the embedding compared at once, in bytes of float32.
 _COMPARE_BYTES = 32 << 20
@@ -24,7 +20,8 @@ _COMPARE_BYTES = 32 << 20
 def check_tensors(source: CheckpointSource, spec: ModelSpec, *, read_data: bool = True) -> None:
     """Raise unless the checkpoint holds exactly what the spec needs.
 
-    A tied head that is stored again must equal the embedding; only then, and only if both are there, is data read.
+    Surplus tensors that a rule of `kbit.checkpoint.surplus` names are left out. A tied head that is stored again must
+    equal the embedding (of a Hugging Face folder the reader has seen to that); only then is data read.
 
     Args:
         source: the checkpoint.
@@ -47,7 +44,7 @@ def check_tensors(source: CheckpointSource, spec: ModelSpec, *, read_data: bool 
         found = tuple(source.tensors[name].shape)
         if found != shape:
             raise CheckpointError(f"{where}: {name} has shape {found}, but config.json asks for {shape}")
-    surplus = [name for name in source.tensors if name not in expected and not _HARMLESS.match(name)]
+    surplus = [name for name, info in source.tensors.items() if name not in expected and harmless(info) is None]
     stored_again = spec.tied_embeddings and head in surplus
     if stored_again:
         surplus.remove(head)

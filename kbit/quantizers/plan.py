@@ -153,6 +153,8 @@ def make_plan(
     tied = bool(source.config.get("tie_word_embeddings")) and "embedding" in roles.values()
     for info in source.tensors.values():
         role = roles[info.name]
+        if role == "ignored":
+            continue
         if info.stored_as in _INTEGERS:
             raise UnsupportedError(f"{info.file}: {info.name} is {info.stored_as}, but weights must be floating point")
         if role == "head" and tied:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from kbit.checkpoint.source import CheckpointSource, TensorInfo
+from kbit.checkpoint.surplus import harmless
 from kbit.host.errors import KbitError
 from kbit.models.families import spec_from_config
 from kbit.models.params import parameters
@@ -11,13 +12,17 @@ _DECLARED = {"embedding": "embedding", "head": "head", "linear": "linear", "norm
 
 
 def roles_of(source: CheckpointSource) -> dict[str, str]:
-    """Of every tensor by name: "embedding", "head", "linear" (a matrix inside a layer) or "other".
+    """Of every tensor by name: "embedding", "head", "linear" (a matrix inside a layer), "other", or "ignored" for what
+    no model needs (`kbit.checkpoint.surplus`).
 
     A model that kbit does not run can be converted, too: of an architecture or a configuration that is none of its
     families', and of tensors that a family does not declare, the role is what the name suggests (`role_by_name`).
     """
     declared = _declared(source)
-    return {name: _checked(declared.get(name), info) for name, info in source.tensors.items()}
+    return {
+        name: "ignored" if name not in declared and harmless(info) else _checked(declared.get(name), info)
+        for name, info in source.tensors.items()
+    }
 
 
 def role_by_name(info: TensorInfo) -> str:

@@ -149,10 +149,10 @@ class GGUFHeader:
         if value is None or 0 <= value < tokens:
             return value
         embedding = self.tensors.get("token_embd.weight")
-        if value in _NO_TOKEN or value == tokens or (embedding is not None and value == embedding.shape[0]):
-            note(f"{self.path}: metadata key {quoted(key)} is {value}, which no token has: taken as none")
-            return None
-        self.fail(f"metadata key {quoted(key)} is {value}, outside 0 to {tokens - 1}")
+        if value not in _NO_TOKEN and value != tokens and (embedding is None or value != embedding.shape[0]):
+            self.fail(f"metadata key {quoted(key)} is {value}, outside 0 to {tokens - 1}")
+        note(f"{self.path}: metadata key {quoted(key)} is {value}, which no token has: taken as none")
+        return None
 
     def number(self, key: str) -> float | None:
         """A floating-point or integer value."""

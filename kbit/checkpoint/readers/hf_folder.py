@@ -16,6 +16,7 @@ from kbit.checkpoint.readers.safetensors_file import SafetensorsFile, StoredTens
 from kbit.checkpoint.source import StoredSource, TensorInfo
 from kbit.host.errors import CheckpointError, UnsupportedError
 from kbit.host.files import MAX_TEXT_BYTES, read_json_object
+from kbit.host.notes import note
 
 if TYPE_CHECKING:
     import numpy as np
@@ -41,11 +42,19 @@ SIDECAR_NAMES = (
 INDEX_NAME = "model.safetensors.index.json"
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 _FP8 = ("F8_E4M3", "F8_E5M2")
+# A head of its own, and what it may be tied to.
+_HEAD = "lm_head.weight"
+_EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "word_embeddings.weight", "embed_in.weight")
+# Values of two matrices that are compared at once.
+_COMPARED_VALUES = 1 << 20
 _FLOATS = ("F64", "F32", "F16", "BF16", *_FP8)
 
 
 class HFFolder(StoredSource):
     """A folder with config.json and safetensors files.
+
+    Attributes:
+        config: config.json; where it says that the head is tied and another one is stored, that it is not.
 
     Raises:
         CheckpointError: something is missing or damaged; the message names the file.
@@ -68,6 +77,7 @@ class HFFolder(StoredSource):
         try:
             self._where = self._locate()
             self._infos = self._describe()
+            self._untie()
         except BaseException:
             self.close()
             raise
@@ -123,6 +133,33 @@ class HFFolder(StoredSource):
             nbytes = stored.nbytes + (self._where[extra].tensors[extra].nbytes if extra else 0)
             infos[name] = TensorInfo(name, stored.shape, stored.dtype, nbytes, file.path)
         return infos
+
+    def _untie(self) -> None:
+        """A tied model with a head of its own is not tied: as in transformers (`tie_weights`), what is stored counts.
+
+        The only thing that opening reads of the data, and only of folders with both matrices.
+        """
+        head = self._infos.get(_HEAD)
+        embeddings = [info for name, info in self._infos.items() if name.endswith(_EMBEDDINGS)]
+        if self.config.get("tie_word_embeddings") is not True or head is None or len(embeddings) != 1:
+            return
+        if head.shape == embeddings[0].shape and len(head.shape) == 2 and not self._equal(_HEAD, embeddings[0].name):
+            self.config["tie_word_embeddings"] = False
+            note(
+                f"{self.path}: tie_word_embeddings is true in config.json, but {_HEAD} is stored and differs from "
+                f"{embeddings[0].name}: it is used, as transformers does"
+            )
+
+    def _equal(self, one: str, other: str) -> bool:
+        """Whether two matrices of one shape hold the same values, a few rows at a time."""
+        import numpy as np
+
+        rows, columns = self._infos[one].shape
+        step = max(1, _COMPARED_VALUES // max(1, columns))
+        return all(
+            np.array_equal(self.read_array_rows(one, start, stop), self.read_array_rows(other, start, stop))
+            for start, stop in ((start, min(start + step, rows)) for start in range(0, rows, step))
+        )
 
     def _scale_of(self, name: str) -> str | None:
         file = self._where.get(name)
