@@ -65,7 +65,7 @@ def _files_of(path: Path) -> Iterator[Path]:
     if path.is_dir():
         yield from sorted({file for pattern in _FOLDER_PATTERNS for file in path.glob(pattern)})
         return
-    from kbit.checkpoint.resolve import gguf_parts
+    from kbit.checkpoint.hub import gguf_parts
 
     for name in gguf_parts(path.name):
         yield path.with_name(name)

@@ -126,7 +126,7 @@ ZOO: dict[str, Maker] = {
 }
 
 
-SHARDED = ("missing-shard", "index-outside")
+SHARDED = ("missing-shard", "index-outside", "index-corrupt")
 
 
 def run_command(arguments: list[str], debug: bool = False) -> tuple[int, str, str]:

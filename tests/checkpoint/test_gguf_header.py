@@ -180,7 +180,7 @@ HUGE = struct.pack("<Q", 1 << 62)
 DEEP = array(9, [array(9, [array(9, [array(9, [array(4, [])])])])])
 
 CORRUPTIONS: dict[str, tuple[bytes, type[KbitError], str]] = {
-    "wrong magic": (build(magic=b"PK\x03\x04"), CheckpointError, "not a GGUF file (it starts with b'PK\\x03\\x04')"),
+    "wrong magic": (build(magic=b"FUGG"), CheckpointError, "not a GGUF file (it starts with b'FUGG')"),
     "four bytes": (b"GGUF", CheckpointError, "truncated inside its header: 24 bytes needed, the file has 4"),
     "cut in the counts": (build()[:20], CheckpointError, "needs 24 bytes, the file has 20"),
     "version 1": (build(version=1), UnsupportedError, "GGUF version 1"),

@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from kbit.checkpoint.readers.hf_folder import INDEX_NAME, HFFolder
 from kbit.host.errors import CheckpointError, KbitError, UnsupportedError
+from kbit.host.notes import KbitNote
 
 
 @pytest.fixture
@@ -77,14 +78,6 @@ def test_model_safetensors_wins_over_others(folder: Path) -> None:
     save_file({"x": torch.zeros(2)}, folder / "consolidated.safetensors")
     with HFFolder(folder) as source:
         assert source.read("x").tolist() == [1, 1]
-
-
-def test_the_index_wins_over_everything(folder: Path) -> None:
-    save_file({"x": torch.ones(2)}, folder / "model.safetensors")
-    save_file({"x": torch.zeros(2)}, folder / "a.safetensors")
-    write_index(folder, {"x": "a.safetensors"})
-    with HFFolder(folder) as source:
-        assert source.read("x").tolist() == [0, 0]
 
 
 def test_sidecar_files_are_the_known_ones(tmp_path: Path, write_model: Callable[..., Path]) -> None:
@@ -263,9 +256,12 @@ def test_index_points_outside(folder: Path, shard: Any) -> None:
 
 @pytest.mark.parametrize("content", ["{}", '{"weight_map": {}}', '{"weight_map": []}', '{"weight_map": 1}', "[]", "{"])
 def test_corrupt_index(folder: Path, content: str) -> None:
-    save_file({"x": torch.ones(2)}, folder / "model.safetensors")
+    save_file({"x": torch.ones(2)}, folder / "model-00001-of-00002.safetensors")
     (folder / INDEX_NAME).write_text(content)
     refused(folder, INDEX_NAME)
+    save_file({"x": torch.ones(2)}, folder / "model.safetensors")
+    with pytest.warns(KbitNote, match=f"{INDEX_NAME}.*; model.safetensors is used"):
+        HFFolder(folder).close()
 
 
 @pytest.mark.parametrize(
@@ -273,10 +269,9 @@ def test_corrupt_index(folder: Path, content: str) -> None:
     [
         {"quant_method": "gptq", "bits": 4},
         {"quant_method": "awq", "bits": 4},
-        {"quant_method": "bitsandbytes", "load_in_4bit": True},
         {"quant_method": "compressed-tensors"},
         {"quant_method": ["fp8"]},
-        {"load_in_8bit": True},
+        {"bits": 4, "group_size": 64},
     ],
     ids=str,
 )

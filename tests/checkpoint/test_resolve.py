@@ -8,14 +8,16 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, OfflineModeIsEnabled, RepositoryNotFoundError
 from huggingface_hub.utils import filter_repo_objects
 
+from kbit.checkpoint.hub import gguf_parts
 from kbit.checkpoint.readers.hf_folder import SIDECAR_NAMES, HFFolder
 from kbit.checkpoint.readers.kbit_folder import KbitFolder
-from kbit.checkpoint.resolve import gguf_parts, open_model
+from kbit.checkpoint.resolve import open_model
 from kbit.formats.quant_format import QuantFormat
 from kbit.host.errors import CheckpointError, KbitError, UnsupportedError, UsageError
 from kbit.quantizers.convert import convert
@@ -98,7 +100,7 @@ def test_a_folder_with_one_gguf_file_stands_for_it(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["pytorch_model.bin", "model.pt", "model.pth", "model.ckpt", "x.pkl"])
 def test_pickles_are_refused(tmp_path: Path, name: str) -> None:
     (tmp_path / name).write_bytes(b"\x80\x02}q\x00.")
-    refused(str(tmp_path / name), "looks like a pickle, .* convert it to safetensors", UnsupportedError)
+    refused(str(tmp_path / name), "looks like a pickle, .* convert them to safetensors once", UnsupportedError)
 
 
 def test_a_safetensors_file_needs_its_folder(tiny_model: Path) -> None:
@@ -224,7 +226,11 @@ def hub_serves(monkeypatch: pytest.MonkeyPatch, folder: Path, files: list[str], 
         return str(folder)
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", download)
-    monkeypatch.setattr("huggingface_hub.HfApi.list_repo_files", lambda *_: files)
+
+    def info(api: object, repository: str) -> SimpleNamespace:
+        return SimpleNamespace(siblings=[SimpleNamespace(rfilename=name) for name in files])
+
+    monkeypatch.setattr("huggingface_hub.HfApi.model_info", info)
 
 
 def test_a_repository_of_gguf_files(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -24,7 +24,9 @@ CASES: dict[str, Case] = {
     # Files
     "safetensors truncated": Case("info {truncated}", 1, ("truncated/model.safetensors", "download it again")),
     "safetensors header cut": Case("info {header-cut}", 1, ("header-cut/model.safetensors: truncated", "download")),
-    "safetensors is a web page": Case("info {no-safetensors}", 1, ("model.safetensors", "not a safetensors file")),
+    "safetensors is a web page": Case(
+        "info {no-safetensors}", 1, ("model.safetensors: is a web page", "download it again")
+    ),
     "safetensors overlapping": Case("run Hi -m {overlapping}", 1, ("overlaps", "damaged or hostile")),
     "safetensors outside": Case("quantize {outside} -o {new}", 1, (UP, "the file is truncated; download it again")),
     "safetensors absurd shape": Case("info {absurd-shape}", 1, (UP, "impossible shape")),

@@ -18,6 +18,7 @@ from pathlib import Path
 from struct import Struct
 from typing import NoReturn
 
+from kbit.checkpoint.foreign import refuse_file
 from kbit.checkpoint.gguf.metadata import DAMAGED, Entry, GGUFHeader, GGUFTensor, quoted
 from kbit.checkpoint.gguf.types import (
     ARRAY,
@@ -136,6 +137,7 @@ class _Parser:
     def prefix(self) -> tuple[int, int, int]:
         magic = bytes(self.data[:4])
         if magic != b"GGUF":
+            refuse_file(self.path, bytes(self.data[:512]))
             self.fail(f"not a GGUF file (it starts with {magic!r})", "give a .gguf file or a model folder")
         version = self.u32_at_4()
         if version not in (2, 3):

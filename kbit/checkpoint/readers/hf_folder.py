@@ -7,11 +7,13 @@ as DeepSeek publishes) or `weight_scale` (one per tensor or per row).
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Mapping
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from kbit.checkpoint.foreign import adapter_hint, is_packed, quantizer_of, refuse_folder, refuse_method, refuse_pointers
 from kbit.checkpoint.readers.safetensors_file import SafetensorsFile, StoredTensor
 from kbit.checkpoint.source import StoredSource, TensorInfo
 from kbit.host.errors import CheckpointError, UnsupportedError
@@ -40,13 +42,15 @@ SIDECAR_NAMES = (
     "chat_template.json",
 )
 INDEX_NAME = "model.safetensors.index.json"
-_PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 _FP8 = ("F8_E4M3", "F8_E5M2")
+# What PEFT, torch.compile and the parallel trainers put before the names of the model that they hold.
+_WRAPPERS = ("base_model.model.", "_orig_mod.", "module.", "_fsdp_wrapped_module.")
 # A head of its own, and what it may be tied to.
 _HEAD = "lm_head.weight"
 _EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "word_embeddings.weight", "embed_in.weight")
 # Values of two matrices that are compared at once.
 _COMPARED_VALUES = 1 << 20
+_SHARD = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.safetensors")
 _FLOATS = ("F64", "F32", "F16", "BF16", *_FP8)
 
 
@@ -65,53 +69,113 @@ class HFFolder(StoredSource):
         self.path = path
         if not path.is_dir():
             raise CheckpointError(f"{path}: not a folder")
+        weights = sorted(found.name for found in path.glob("*.safetensors"))
         if not (path / "config.json").is_file():
-            hint = " (a LoRA adapter: merge it into its base model first)" if _is_adapter(path) else ""
+            hint = f" ({adapter_hint(path)})" if _is_adapter(path) else _elsewhere(path)
             raise CheckpointError(
                 f"{path}: no config.json in this folder{hint}; give a Hugging Face model folder or a .gguf file"
             )
+        refuse_pointers(path, [*weights, "config.json", INDEX_NAME, *SIDECAR_NAMES])
+        if _is_adapter(path) and weights == ["adapter_model.safetensors"]:
+            raise UnsupportedError(f"{path}: holds {adapter_hint(path)}")
         self.config = read_json_object(path / "config.json")
+        method, certain = quantizer_of(path, self.config)
+        if method in (None, "fp8", "kbit"):
+            method = None
+        elif certain:
+            refuse_method(path, method)
+        else:
+            self.config.pop("quantization_config", None)
         self._fp8_block = _fp8_block_size(path, self.config)
         self._needs_scales = self.config.get("quantization_config") is not None
         self._files: dict[str, SafetensorsFile] = {}
         try:
             self._where = self._locate()
+            self._unwrap()
             self._infos = self._describe()
+            if method is not None:
+                if is_packed(self._infos.values()):
+                    refuse_method(path, method)
+                note(f"{path}: {method} is named as the quantizer, but the weights are plain numbers, which are used")
             self._untie()
         except BaseException:
             self.close()
             raise
 
     def _locate(self) -> dict[str, SafetensorsFile]:
-        """Which file holds each stored tensor."""
+        """Which file holds each stored tensor.
+
+        As in transformers model.safetensors stands before an index, but for what a file or an index lacks.
+        """
         index_path = self.path / INDEX_NAME
+        whole = self.path / "model.safetensors"
         if not index_path.is_file():
-            shards = sorted(self.path.glob("*.safetensors"))
-            if not shards:
-                pickles = sorted(found.name for pattern in _PICKLES for found in self.path.glob(pattern))
-                if pickles:
-                    raise UnsupportedError(
-                        f"{self.path}: only pickled weights ({pickles[0]}); loading them can run code: convert them to "
-                        "safetensors first"
-                    )
-                raise CheckpointError(f"{self.path}: no safetensors files in this folder")
-            if len(shards) > 1 and not (self.path / "model.safetensors").is_file():
-                raise CheckpointError(f"{self.path}: {len(shards)} safetensors files but no {INDEX_NAME}")
-            only = self.path / "model.safetensors" if len(shards) > 1 else shards[0]
-            file = self._open(only.name)
-            return dict.fromkeys(file.tensors, file)
-        weight_map = read_json_object(index_path).get("weight_map")
-        if not isinstance(weight_map, dict) or not weight_map:
-            raise CheckpointError(f"{index_path}: no weight_map object in it; download it again")
+            return self._locate_without_index()
+        try:
+            weight_map = _read_weight_map(index_path)
+        except CheckpointError as error:
+            if not whole.is_file():
+                raise
+            note(f"{error}; {whole.name} is used")
+            weight_map = {}
+        if whole.is_file() and whole.name not in weight_map.values():
+            names = self._open(whole.name).tensors.keys()
+            complete = weight_map and all((self.path / shard).is_file() for shard in weight_map.values())
+            if weight_map.keys() <= names or not complete:
+                if weight_map:
+                    note(f"{self.path}: {whole.name} is used, and not the files that {INDEX_NAME} lists")
+                return dict.fromkeys(names, self._open(whole.name))
+            note(f"{self.path}: the files that {INDEX_NAME} lists are used; {whole.name} lacks some of its tensors")
         where = {}
         for name, shard in weight_map.items():
-            if not isinstance(shard, str) or Path(shard).name != shard:
-                raise CheckpointError(f"{index_path}: {name} points to {shard!r}, which is not a plain file name")
             file = self._open(shard)
             if name not in file.tensors:
                 raise CheckpointError(f"{file.path}: {name} is missing, though {INDEX_NAME} says it is here")
             where[name] = file
         return where
+
+    def _locate_without_index(self) -> dict[str, SafetensorsFile]:
+        shards = sorted(path.name for path in self.path.glob("*.safetensors"))
+        shards = [name for name in shards if name != "adapter_model.safetensors"]
+        if not shards:
+            refuse_folder(self.path)
+        if "model.safetensors" in shards:
+            shards = ["model.safetensors"]
+        elif len(shards) > 1:
+            parts = _parts_of_one(shards)
+            if parts is None:
+                raise CheckpointError(f"{self.path}: {len(shards)} safetensors files but no {INDEX_NAME}")
+            note(f"{self.path}: there is no {INDEX_NAME}; {parts[0]} to {parts[-1]} are used")
+            shards = parts
+        where: dict[str, SafetensorsFile] = {}
+        for shard in shards:
+            file = self._open(shard)
+            for name in file.tensors:
+                if name in where:
+                    raise CheckpointError(f"{file.path}: {name} is also in {where[name].path.name}")
+                where[name] = file
+        return where
+
+    def _unwrap(self) -> None:
+        """Take off what wrappers of training put before every name.
+
+        Raises:
+            UnsupportedError: a LoRA is wrapped around the weights still.
+        """
+        lora = next((name for name in self._where if ".base_layer." in name), None)
+        if lora is not None:
+            raise UnsupportedError(
+                f"{self.path}: {lora} is a weight with a LoRA beside it: merge them first (peft: merge_and_unload) and "
+                "save the model again"
+            )
+        dropped = ""
+        while prefix := next((p for p in _WRAPPERS if self._where and all(n.startswith(p) for n in self._where)), None):
+            for file in self._files.values():
+                file.drop_prefix(prefix)
+            self._where = {name.removeprefix(prefix): file for name, file in self._where.items()}
+            dropped += prefix
+        if dropped:
+            note(f"{self.path}: every tensor's name begins with {dropped}, which is left out")
 
     def _open(self, shard: str) -> SafetensorsFile:
         if shard not in self._files:
@@ -281,19 +345,46 @@ def _is_adapter(path: Path) -> bool:
     return (path / "adapter_config.json").is_file()
 
 
+def _elsewhere(path: Path) -> str:
+    """Where a model may be that is not in this folder: below it, as in the hub's cache and among a trainer's output."""
+    configs = [*path.glob("*/config.json"), *path.glob("snapshots/*/config.json")]
+    found = sorted(config.parent for config in configs)
+    return f" (but there is one in {found[-1]})" if found else ""
+
+
+def _parts_of_one(names: list[str]) -> list[str] | None:
+    """The shards of one model by their common name, if all of them are there and nothing else is."""
+    found = [_SHARD.fullmatch(name) for name in names]
+    if not all(found):
+        return None
+    kinds = {(match[1], match[3]) for match in found if match}
+    if len(kinds) != 1:
+        return None
+    stem, count = kinds.pop()
+    expected = [f"{stem}-{part:05d}-of-{count}.safetensors" for part in range(1, int(count) + 1)]
+    return names if names == expected else None
+
+
+def _read_weight_map(path: Path) -> dict[str, str]:
+    """An index: the name of the file of every tensor.
+
+    Raises:
+        CheckpointError: it is none.
+    """
+    weight_map = read_json_object(path).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CheckpointError(f"{path}: no weight_map object in it; download it again")
+    for name, shard in weight_map.items():
+        if not isinstance(shard, str) or Path(shard).name != shard:
+            raise CheckpointError(f"{path}: {name} points to {shard!r}, which is not a plain file name")
+    return weight_map
+
+
 def _fp8_block_size(path: Path, config: Mapping[str, Any]) -> tuple[int, int]:
-    """Rows and columns per fp8 scale; refuses checkpoints another quantizer has packed."""
+    """Rows and columns per fp8 scale."""
     quantization = config.get("quantization_config")
     if quantization is None:
         return 128, 128
-    if not isinstance(quantization, dict):
-        raise CheckpointError(f"{path}/config.json: quantization_config {str(quantization)[:80]!r} is not an object")
-    method = quantization.get("quant_method")
-    if method not in ("fp8", "kbit"):
-        raise UnsupportedError(
-            f"{path}/config.json: the weights are already quantized by {str(method)[:80]!r}, which kbit does not read; "
-            "use the original 16-bit checkpoint"
-        )
     block = quantization.get("weight_block_size") or [128, 128]
     if not (isinstance(block, list) and len(block) == 2 and all(type(size) is int and size > 0 for size in block)):
         raise CheckpointError(f"{path}/config.json: weight_block_size {block!r} is not a pair of positive numbers")

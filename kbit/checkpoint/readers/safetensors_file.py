@@ -15,11 +15,12 @@ import json
 import os
 import struct
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
+from kbit.checkpoint.foreign import refuse_file
 from kbit.host.errors import CheckpointError, UnsupportedError
 
 if TYPE_CHECKING:
@@ -97,6 +98,11 @@ class SafetensorsFile:
     def close(self) -> None:
         self._file.close()
 
+    def drop_prefix(self, prefix: str) -> None:
+        """Leave a prefix out of the names of the tensors that have it."""
+        renamed = ((name.removeprefix(prefix), tensor) for name, tensor in self.tensors.items())
+        self.tensors = {name: replace(tensor, name=name) for name, tensor in renamed}
+
     def bytes_of(self, name: str, start: int = 0, stop: int | None = None) -> bytearray:
         """A copy of bytes [start, stop) of a tensor's data."""
         tensor = self.tensors[name]
@@ -144,12 +150,16 @@ class SafetensorsFile:
 
 def _read_header(path: Path, file: BinaryIO) -> tuple[dict[str, StoredTensor], dict[str, str]]:
     size = os.fstat(file.fileno()).st_size
-    prefix = file.read(8)
+    start = file.read(512)
+    file.seek(8)
+    prefix = start[:8]
     if len(prefix) < 8:
         raise CheckpointError(f"{path}: {size} bytes are too few for a safetensors file; download it again")
     (length,) = struct.unpack("<Q", prefix)
     if prefix.startswith(_PICKLE_STARTS) and 8 + length > size:
-        raise CheckpointError(f"{path}: looks like a pickle, which kbit never loads: convert it to safetensors")
+        raise CheckpointError(f"{path}: looks like a pickle, which kbit never loads: download a safetensors file")
+    if length > MAX_HEADER_BYTES:
+        refuse_file(path, start)
     if length > MAX_HEADER_BYTES:
         raise CheckpointError(f"{path}: its header would be {length} bytes long: not a safetensors file")
     if 8 + length > size:

@@ -1,0 +1,165 @@
+"""Models of the Hugging Face hub: fetching what kbit reads of one, or finding it in the hub's cache."""
+
+from __future__ import annotations
+
+import glob
+import re
+from pathlib import Path
+
+from kbit.host.errors import KbitError, UsageError, one_line
+from kbit.host.notes import note
+
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+(:[\w./-]+\.gguf)?")
+_PART = re.compile(r"(.*-)(\d{5})(-of-(\d{5})\.gguf)")
+# Not wanted of a repository. The hub's patterns match across "/", so "*.safetensors" alone would also fetch original/,
+# onnx/ and the like; consolidated.*.safetensors are the same weights once more, in Mistral's own format.
+_NOT_FROM_HUB = ["*/*", "consolidated*"]
+# Whose errors huggingface_hub lets through when there is no connection; their types changed between releases.
+_HTTP_LIBRARIES = ("httpx", "httpx2", "httpcore", "httpcore2", "requests", "urllib3")
+
+
+def hub_path(model: str) -> Path:
+    """The folder or .gguf file of a hub id, fetched if need be; where the hub cannot be reached, as the cache has it.
+
+    Args:
+        model: "org/name", or "org/name:file.gguf".
+
+    Raises:
+        UsageError: there is no such model, or no such file in it.
+        KbitError: neither the hub nor the cache gave it.
+    """
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HfHubHTTPError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+        OfflineModeIsEnabled,
+        RepositoryNotFoundError,
+    )
+
+    try:
+        return _fetched(model)
+    except GatedRepoError:
+        raise KbitError(
+            f"{model}: access to this model is restricted; ask for it on its page, then hf auth login"
+        ) from None
+    except RepositoryNotFoundError:
+        raise UsageError(
+            f"{model}: neither a local path nor a model on the hub (or it is private: hf auth login)"
+        ) from None
+    except HFValidationError as error:
+        raise UsageError(f"{model}: no such folder, and not a possible hub id ({_first_line(error)})") from None
+    except (LocalEntryNotFoundError, OfflineModeIsEnabled, HfHubHTTPError, OSError) as error:
+        reason = _first_line(error)
+    except Exception as error:
+        if type(error).__module__.split(".")[0] not in _HTTP_LIBRARIES:
+            raise
+        reason = type(error).__name__
+    found = _cached(model)
+    if found is None:
+        raise KbitError(
+            f"{model}: not a local path, and the hub could not be reached ({reason}); download it elsewhere and pass "
+            "the folder"
+        )
+    note(f"{model}: the hub could not be reached; {found} of its cache is used")
+    return found
+
+
+def hub_patterns() -> list[str]:
+    """What to fetch of a model's repository: what kbit reads, so neither pickles nor code."""
+    from kbit.checkpoint.readers.hf_folder import INDEX_NAME, SIDECAR_NAMES
+
+    return ["*.safetensors", "config.json", "adapter_config.json", INDEX_NAME, *SIDECAR_NAMES]
+
+
+def gguf_parts(name: str) -> list[str]:
+    """All parts of the split GGUF file that `name` is one part of ("m-00002-of-00003.gguf"), or just `name`."""
+    match = _PART.fullmatch(name)
+    if match is None or not 1 <= int(match[2]) <= int(match[4]):
+        return [name]
+    return [f"{match[1]}{part:05d}{match[3]}" for part in range(1, int(match[4]) + 1)]
+
+
+def gguf_models(names: list[str]) -> list[str]:
+    """The models among GGUF files: the first part of each that is split, and no projectors of vision models."""
+    firsts = sorted({gguf_parts(name)[0] for name in names})
+    return [name for name in firsts if "mmproj" not in name.rpartition("/")[2].lower()] or firsts
+
+
+def only_gguf(where: str, names: list[str], separator: str) -> str:
+    """The one model among GGUF files.
+
+    Args:
+        where: what holds them, for the error.
+        names: one file at least.
+        separator: between `where` and the name of a file, where a user names both.
+
+    Raises:
+        UsageError: there are several.
+    """
+    models = gguf_models(names)
+    if len(models) > 1:
+        raise UsageError(
+            f"{where}: holds {len(models)} GGUF files; name one, for example {where}{separator}{models[0]}"
+        )
+    return models[0]
+
+
+def _fetched(model: str) -> Path:
+    from huggingface_hub import HfApi, snapshot_download
+
+    repository, _, file = model.partition(":")
+    if file:
+        return _fetched_gguf(repository, file)
+    folder = Path(snapshot_download(repository, allow_patterns=hub_patterns(), ignore_patterns=_NOT_FROM_HUB))
+    if not any(folder.glob("*.safetensors")):
+        # Not list_repo_files, which would try again for half a minute where there is no network.
+        siblings = HfApi().model_info(repository).siblings or []
+        ggufs = [sibling.rfilename for sibling in siblings if sibling.rfilename.endswith(".gguf")]
+        if ggufs:
+            return _fetched_gguf(repository, only_gguf(model, ggufs, ":"))
+    return folder
+
+
+def _fetched_gguf(repository: str, file: str) -> Path:
+    from huggingface_hub import snapshot_download
+
+    parts = gguf_parts(file)
+    # Not hf_hub_download: that would retry for 20 s where there is no network, and could mix revisions of the parts.
+    folder = Path(snapshot_download(repository, allow_patterns=[glob.escape(part) for part in parts]))
+    missing = [part for part in parts if not (folder / part).is_file()]
+    if missing:
+        raise UsageError(f"{repository}:{file}: there is no {missing[0]} in this repository")
+    return folder / parts[0]
+
+
+def _cached(model: str) -> Path | None:
+    """What the hub's cache holds of a model, if that is a model: of revision main, or else of the newest."""
+    from huggingface_hub import constants
+
+    repository, _, file = model.partition(":")
+    storage = Path(constants.HF_HUB_CACHE) / f"models--{repository.replace('/', '--')}"
+    try:
+        snapshots = sorted((storage / "snapshots").iterdir(), key=lambda path: path.stat().st_mtime, reverse=True)
+        main = (storage / "refs" / "main").read_text(encoding="utf-8").strip() if snapshots else ""
+    except (OSError, UnicodeDecodeError):
+        return None
+    for folder in sorted(snapshots, key=lambda path: path.name != main):
+        if file:
+            parts = gguf_parts(file)
+            if all((folder / part).is_file() for part in parts):
+                return folder / parts[0]
+            continue
+        if (folder / "config.json").is_file() and any(folder.glob("*.safetensors")):
+            return folder
+        names = [path.relative_to(folder).as_posix() for path in folder.rglob("*.gguf")]
+        if names:
+            only = only_gguf(model, names, ":")
+            if all((folder / part).is_file() for part in gguf_parts(only)):
+                return folder / only
+    return None
+
+
+def _first_line(error: Exception) -> str:
+    text = str(error).strip()
+    return one_line(text.splitlines()[0], 160) if text else type(error).__name__
