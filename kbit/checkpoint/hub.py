@@ -52,6 +52,8 @@ def hub_path(model: str) -> Path:
     except (LocalEntryNotFoundError, OfflineModeIsEnabled, HfHubHTTPError, OSError) as error:
         reason = _first_line(error)
     except Exception as error:
+        if isinstance(error, RuntimeError) and "home directory" in str(error):  # a user id without a home
+            raise KbitError(f"{model}: there is no home folder for the hub's cache: set HF_HOME to a folder") from None
         if type(error).__module__.split(".")[0] not in _HTTP_LIBRARIES:
             raise
         reason = type(error).__name__

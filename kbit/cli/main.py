@@ -14,7 +14,7 @@ import traceback
 import warnings
 from importlib import import_module
 from types import FrameType
-from typing import Annotated, Any
+from typing import Annotated, TextIO
 
 import typer
 
@@ -85,9 +85,25 @@ def _global_options(
 
 def main() -> None:
     """Entry point of the `kbit` script."""
+    _open_streams()
     signal.signal(signal.SIGINT, _on_interrupt)
     arguments, debug = _take_debug(sys.argv[1:])
     end(_run(arguments, debug or bool(os.environ.get("KBIT_DEBUG"))))
+
+
+def _open_streams() -> None:
+    """Where this program was started without one of the three standard streams (`kbit ... >&-`), nothing is there.
+
+    Else the next file that is opened would get the stream's number, and what is meant for the terminal would be written
+    into it.
+    """
+    for descriptor, name in enumerate(("stdin", "stdout", "stderr")):
+        try:
+            os.fstat(descriptor)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # gets the lowest number that is free: this one
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(descriptor, "r" if descriptor == 0 else "w", closefd=False))  # noqa: SIM115
 
 
 def _on_interrupt(signal_number: int, frame: FrameType | None) -> None:
@@ -115,13 +131,20 @@ def _run(arguments: list[str], debug: bool) -> int:
     with warnings.catch_warnings():
         others, told = warnings.showwarning, set()
 
-        def show(message: Warning | str, category: type[Warning], *more: Any) -> None:
-            line = f"kbit: note: {_one_line(message)}\n"
+        def show(
+            message: Warning | str,
+            category: type[Warning],
+            filename: str,
+            lineno: int,
+            file: TextIO | None = None,
+            line: str | None = None,
+        ) -> None:
+            told_line = f"kbit: note: {_one_line(message)}\n"
             if not issubclass(category, KbitNote):
-                others(message, category, *more)
-            elif line not in told and sys.stderr is not None:  # a command may open a model several times
-                told.add(line)
-                sys.stderr.write(line)
+                others(message, category, filename, lineno, file, line)
+            elif told_line not in told:  # a command may open a model several times
+                told.add(told_line)
+                sys.stderr.write(told_line)
 
         warnings.showwarning = show
         warnings.filterwarnings("always", category=KbitNote)
@@ -138,6 +161,11 @@ def _run_command(arguments: list[str], debug: bool) -> int:
         return 0
     except typer.Exit as done:
         return done.exit_code
+    except SystemExit as done:  # rich ends the program so, with code 1, when the reader has gone
+        if not isinstance(done.__context__, BrokenPipeError):
+            raise
+        _drop_output()
+        return 0
     except KeyboardInterrupt:
         sys.stderr.write("\nkbit: interrupted\n")
         return 130
@@ -179,6 +207,8 @@ def _explain(error: Exception) -> tuple[str, int]:
         return "kbit: interrupted", 130
     if isinstance(error, MemoryError) or any(sign in str(error) for sign in _OUT_OF_MEMORY):
         return f"kbit: error: out of memory ({_one_line(error)[:120]}); use a smaller model or fewer bits", 1
+    if isinstance(error, RuntimeError) and "home directory" in str(error):  # pathlib, for a user id without one
+        return "kbit: error: there is no home folder for this user: set HOME to a folder", 1
     if isinstance(error, OSError) and error.errno is not None:
         remedy = {errno.ENOSPC: "; make room on the disk", errno.EACCES: "; check its permissions"}.get(error.errno, "")
         return f"kbit: error: {error.filename or 'input/output'}: {error.strerror}{remedy}", 1
