@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from kbit.calibration.collected import CUT
 from kbit.calibration.measure import measure_factors
 from kbit.calibration.place import MANIFEST, calibration_folder, identity_of, layers_of, place_of
-from kbit.calibration.request import CalibrationRequest
+from kbit.calibration.request import SEQUENCE, CalibrationRequest
 from kbit.calibration.sizes import factor_bytes, text_shape
 from kbit.calibration.store import CalibrationFolder
 from kbit.checkpoint.source import CheckpointSource
@@ -22,7 +22,6 @@ from kbit.host.progress import Progress
 from kbit.models.families import spec_from_config
 from kbit.models.sampled_text import CALIBRATION_SEED, sample_sequences, start_tokens
 from kbit.models.spec import ModelSpec
-from kbit.text.datasets import TextData
 from kbit.text.tokenizer import Tokenizer
 
 
@@ -92,8 +91,16 @@ def calibration_tokens(
     if request.texts:
         tokenizer = Tokenizer.from_source(source)
         shares = [count // len(request.texts) + (i < count % len(request.texts)) for i in range(len(request.texts))]
-        parts = [_of_text(text, tokenizer, share, length) for text, share in zip(request.texts, shares, strict=True)]
-        return np.concatenate(parts)
+        ids = [np.array(tokenizer.encode(text.text), dtype=np.int64) for text in request.texts]
+        for text, has, share in zip(request.texts, ids, shares, strict=True):
+            if len(has) // length < share:
+                most = min(len(each) // length for each in ids) * length * len(ids) // SEQUENCE * SEQUENCE
+                fewer = f", or use --calibration-tokens {most}" if most else ""
+                raise UsageError(
+                    f"{text.name} has {len(has):,} tokens, but {share * length:,} are wanted of it: name another "
+                    f"text{fewer}"
+                )
+        return np.concatenate([_cut(has, share, length) for has, share in zip(ids, shares, strict=True)])
     return sampled_tokens(source, count, length, threads=threads, progress=progress)
 
 
@@ -141,15 +148,9 @@ def forget(source: CheckpointSource) -> int:
     return freed
 
 
-def _of_text(text: TextData, tokenizer: Tokenizer, count: int, length: int) -> NDArray[np.int64]:
+def _cut(ids: NDArray[np.int64], count: int, length: int) -> NDArray[np.int64]:
     """Sequences evenly spread over a text."""
-    ids = np.array(tokenizer.encode(text.text), dtype=np.int64)
     available = len(ids) // length
-    if available < count:
-        raise UsageError(
-            f"{text.name} has {len(ids):,} tokens, but {count * length:,} are wanted of it: name another text, or "
-            f"use --calibration-tokens {available * length}"
-        )
     sequences: NDArray[np.int64] = ids[: available * length].reshape(available, length)[spread_over(available, count)]
     return sequences
 

@@ -21,7 +21,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, NamedTuple
 
 from filelock import FileLock, Timeout
 
@@ -31,6 +31,7 @@ from kbit.checkpoint.readers.kbit_folder import MANIFEST_NAME
 from kbit.formats.codec import Part
 from kbit.host.errors import KbitError, UsageError
 from kbit.host.files import fsync_folder, write_durably
+from kbit.host.notes import note
 
 # Hugging Face's default. Large enough that most models have a few files, small enough to copy and retry.
 DEFAULT_SHARD_BYTES = 5_000_000_000
@@ -115,6 +116,7 @@ class CheckpointWriter:
         self._weights = {weight.name: weight for weight in weights}
         self._done: dict[str, dict[str, str]] = {}
         self._files: dict[str, IO[bytes]] = {}
+        self._disk_failed = False
         with self._errors():
             check_output_folder(out, overwrite=overwrite)
             self.partial.parent.mkdir(parents=True, exist_ok=True)
@@ -230,13 +232,21 @@ class CheckpointWriter:
     def __enter__(self) -> CheckpointWriter:
         return self
 
-    def __exit__(self, *exc: object) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
+        # What these settings cannot do: a run with others, or of a mended source, need not be told to discard it.
+        if isinstance(error, KbitError) and not self._disk_failed:
+            with suppress(OSError, ValueError):
+                self._journal.write(json.dumps({"failed": True}) + "\n")
         self.close()
 
     def _prepare(self, resume: bool) -> None:
         journal = self.partial / _JOURNAL
         records = _read_journal(journal) if self.partial.is_dir() else None
-        if records is not None and records[0] != self.plan_id and resume:
+        if records is not None and records.plan != self.plan_id and records.failed:
+            note(f"{self.partial}: removed what a run that failed had left there")
+            shutil.rmtree(self.partial)
+            records = None
+        if records is not None and records.plan != self.plan_id and resume:
             raise UsageError(
                 f"{self.partial}: an interrupted run with another source or other settings is there; repeat it as it "
                 "was, or discard it with --no-resume"
@@ -263,7 +273,7 @@ class CheckpointWriter:
                 file.truncate(shard.nbytes)
                 file.write(shard.header)
                 file.flush()
-        for name, digests in (records[1] if records else {}).items():
+        for name, digests in (records.done if records else {}).items():
             if self._still_there(name, digests):
                 self._done[name] = digests
         # Rewritten without torn or stale lines; appended to from here on.
@@ -307,6 +317,7 @@ class CheckpointWriter:
         try:
             yield
         except OSError as error:
+            self._disk_failed = True
             if error.errno in (errno.ENOSPC, errno.EDQUOT):
                 raise KbitError(
                     f"{self.partial}: the disk is full; make room and run the same command again, it will continue"
@@ -348,23 +359,33 @@ def _assign_shards(weights: Sequence[StoredWeight], shard_bytes: int) -> list[_S
     ]
 
 
-def _read_journal(path: Path) -> tuple[str, dict[str, dict[str, str]]] | None:
-    """Plan id and finished weights of an interrupted run; None where there is none."""
+class _Journal(NamedTuple):
+    """What a run has left: the id of its plan, digests of its finished weights, and whether an error ended it."""
+
+    plan: str
+    done: dict[str, dict[str, str]]
+    failed: bool
+
+
+def _read_journal(path: Path) -> _Journal | None:
+    """The journal of an interrupted run; None where there is none."""
     try:
         lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
     except FileNotFoundError:
         return None
-    plan, done = None, {}
+    plan, done, failed = None, {}, False
     for line in lines:
         try:
             record = json.loads(line)
             if plan is None:
                 plan = str(record["plan"])
+            elif record.get("failed") is True:
+                failed = True
             else:
                 done[str(record["done"])] = dict(record["sha256"])
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, AttributeError):
             break  # a torn line: written when the run was killed
-    return None if plan is None else (plan, done)
+    return None if plan is None else _Journal(plan, done, failed)
 
 
 def _json_bytes(value: Mapping[str, Any]) -> bytes:

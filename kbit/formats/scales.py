@@ -61,7 +61,8 @@ def _round(values: torch.Tensor, scale_dtype: str, name: str) -> torch.Tensor:
         raise KbitError(f"{name} up to {largest:.3g} do not fit {scale_dtype}: use --scale-dtype {wider}")
     if name == "scales" and 0 < largest < limits.tiny:
         # All blocks would fall among the subnormals and lose their bits one by one, without a word.
-        remedy = "use --scale-dtype bf16" if scale_dtype == "fp16" else "leave this tensor unquantized"
+        keep = "leave this tensor unquantized: --override NAME=keep"
+        remedy = "use --scale-dtype bf16" if scale_dtype == "fp16" else keep
         raise KbitError(f"scales of at most {largest:.3g} are below the normal {scale_dtype} range: {remedy}")
     return values.to(dtype)
 

@@ -115,7 +115,7 @@ main()
         (["info", "org/name"], ("there is no home folder", "set HF_HOME to a folder")),
         (["run", "Hi"], ("there is no home folder", "set KBIT_CACHE to a folder")),
         (["pull", "smollm2-135m-instruct"], ("there is no home folder", "set KBIT_CACHE to a folder")),
-        (["eval", "{good}", "--data", "~/text.txt"], ("there is no home folder", "set HOME to a folder")),
+        (["eval", "{good}", "--data", "~/text.txt"], ("--data '~/text.txt'",)),
         (["info", "{good}"], ()),
         (["run", "Hi", "-m", "{good}", "--max-tokens", "1"], ()),
         (["plan", "--memory", "1GiB", "--no-speed"], ()),
