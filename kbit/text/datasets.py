@@ -32,7 +32,7 @@ class TextData:
 
     Attributes:
         name: what the user asked for.
-        text: the text, "\\n" line ends.
+        text: the text; line ends are "\\n" in named texts and in WikiText, and as they are in other files.
         layout: "wikitext" where lines are the rows of a WikiText data set, else "plain".
         sha256: digest of `text` in UTF-8: equal digests mean comparable numbers.
         origin: the file or files it was read from.
@@ -123,7 +123,7 @@ def resolve_data(data: str) -> TextData:
         return _text_data(data, (path,))
     named = NAMED_TEXTS.get(data)
     if named is not None:
-        return _text_data(data, _locate(data, named), named.archive)
+        return _text_data(data, _locate(data, named), named.archive, named=True)
     known = ", ".join(NAMED_TEXTS)
     if exists:
         kind = "a folder" if path.is_dir() else "not a regular file"
@@ -132,7 +132,7 @@ def resolve_data(data: str) -> TextData:
 
 
 def read_text_file(path: Path) -> str:
-    """A UTF-8 text file with line ends normalised to "\\n" (as text mode does everywhere) and no byte order mark.
+    """A UTF-8 text file with its line ends as they are, and no byte order mark.
 
     Raises:
         UsageError: a folder, a device, empty, larger than MAX_TEXT_BYTES, or not UTF-8.
@@ -160,13 +160,22 @@ def read_text_file(path: Path) -> str:
         raise UsageError(f"{path} is not UTF-8 text (byte {error.start} is 0x{data[error.start]:02x})") from error
     if not text.strip():
         raise UsageError(f"{path} holds no text: give a text of at least one window")
-    return text.replace("\r\n", "\n").replace("\r", "\n")
+    return text
 
 
-def _text_data(name: str, paths: tuple[Path, ...], archive: HubArchive | None = None) -> TextData:
-    text = "\n\n".join(read_text_file(path) for path in paths)
+def _text_data(
+    name: str, paths: tuple[Path, ...], archive: HubArchive | None = None, *, named: bool = False
+) -> TextData:
+    stored = "\n\n".join(read_text_file(path) for path in paths)
+    text = stored.replace("\r\n", "\n").replace("\r", "\n")
     layout: Layout = "wikitext" if looks_like_wikitext(text) else "plain"
     note = None
+    if text != stored and not named:
+        count = stored.count("\r")
+        if layout == "wikitext":
+            note = f"WikiText with {count:,} CR line ends, read as the LF of the original"
+        else:
+            text, note = stored, f"its {count:,} CR line ends are kept: they are tokens, too"
     official = restore_wikitext2_test(text) if layout == "wikitext" else None
     if official is not None and official != text:
         text = official

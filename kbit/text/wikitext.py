@@ -2,8 +2,8 @@
 
 Published perplexities are functions of the exact text. Two things commonly differ between copies of
 WikiText-2's `wiki.test.raw` although every word is the same: line ends (CRLF) and the blank lines around
-headings, which some mirrors drop. Both change the token stream, so both change perplexity. `read_text_file` in
-`kbit.text.datasets` takes care of the line ends; this module puts the blank lines back, and only when the
+headings, which some mirrors drop. Both change the token stream, so both change perplexity. `kbit.text.datasets`
+takes care of the line ends; this module puts the blank lines back, and only when the
 result has the digest of the official file.
 """
 

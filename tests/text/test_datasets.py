@@ -58,11 +58,26 @@ class TestFiles:
         assert data.origin == str(file)
         assert data.note is None
 
-    @pytest.mark.parametrize("ending", ["\r\n", "\r", "\n"])
-    def test_line_ends_and_byte_order_mark_do_not_change_the_text(self, tmp_path: Path, ending: str) -> None:
+    @pytest.mark.parametrize("ending", ["\r\n", "\r"])
+    def test_line_ends_of_a_file_are_kept_and_told(self, tmp_path: Path, ending: str) -> None:
+        """As llama.cpp reads it: what a model is asked to predict is what the file holds."""
         file = tmp_path / "text.txt"
         file.write_bytes(b"\xef\xbb\xbf" + f"one{ending}two{ending}".encode())
-        assert read_text_file(file) == "one\ntwo\n"
+        data = resolve_data(str(file))
+        assert data.text == f"one{ending}two{ending}"
+        assert data.note == "its 2 CR line ends are kept: they are tokens, too"
+
+    def test_line_ends_of_wikitext_are_those_of_the_original(self, tmp_path: Path) -> None:
+        file = tmp_path / "wiki.txt"
+        file.write_bytes(b" = Title = \r\n \r\n One . \r\n")
+        data = resolve_data(str(file))
+        assert (data.text, data.layout) == (" = Title = \n \n One . \n", "wikitext")
+        assert data.note == "WikiText with 3 CR line ends, read as the LF of the original"
+
+    def test_line_ends_of_named_texts(self, data_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """What a name stands for is one text, whatever line ends its files have here."""
+        monkeypatch.setenv("KBIT_DATA", str(data_dir))
+        assert "\r" not in resolve_data("novels-heldout").text
 
     @pytest.mark.parametrize("content", [b"", b" \n\t\r\n"])
     def test_a_file_without_text(self, tmp_path: Path, content: bytes) -> None:
