@@ -48,9 +48,9 @@ def load_backend(data: bytes, name: str) -> tokenizers.Tokenizer:
     try:
         return tokenizers.Tokenizer.from_buffer(data)
     except Exception as error:  # the library raises plain Exception for everything it does not like
-        raise CheckpointError(f"{name} is not a tokenizer: {one_line(error)}") from None
+        raise CheckpointError(f"{name} is not a tokenizer ({one_line(error)}); download it again") from None
     except BaseException as error:
         # A panic in the library's Rust code (an inconsistent vocabulary, for example) is no subclass of Exception.
         if type(error).__name__ != "PanicException":
             raise
-        raise CheckpointError(f"{name} is inconsistent: {one_line(error)}") from None
+        raise CheckpointError(f"{name} is inconsistent ({one_line(error)}); download it again") from None

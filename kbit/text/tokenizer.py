@@ -174,12 +174,14 @@ class Tokenizer:
 def _load_backend(files: Mapping[str, bytes], where: str) -> tokenizers.Tokenizer:
     data = files.get("tokenizer.json")
     if data is None:
-        for name in SENTENCEPIECE_NAMES:
-            if name in files:
-                raise UnsupportedError(
-                    f"{where}: {name} is a sentencepiece model, kbit reads tokenizer.json: convert it once with "
-                    f'transformers: AutoTokenizer.from_pretrained("{where}").save_pretrained("{where}")'
-                )
+        older = [(name, "a sentencepiece model") for name in SENTENCEPIECE_NAMES if name in files]
+        older += [("vocab.json", "an older tokenizer's")] if {"vocab.json", "merges.txt"} <= files.keys() else []
+        for name, what in older:
+            raise UnsupportedError(
+                f"{where}: {name} is {what}, kbit reads tokenizer.json: convert it once with transformers: python -c "
+                f'\'from transformers import AutoTokenizer as T; T.from_pretrained("{where}").save_pretrained'
+                f'("{where}")\''
+            )
         raise UnsupportedError(f"{where}: there is no tokenizer.json: copy it from the model's original repository")
     backend = load_backend(data, f"{where}: tokenizer.json")
     add_tokens_of_files(backend, files, where)

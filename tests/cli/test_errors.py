@@ -37,6 +37,9 @@ CASES: dict[str, Case] = {
     "index points outside": Case("info {index-outside}", 1, ("index.json", "../good", "not a plain file name")),
     "index corrupt": Case("info {index-corrupt}", 1, ("index.json: not valid JSON", "download it again")),
     "pickled weights": Case("quantize {pickled} -o {new}", 1, ("pytorch_model.bin", "convert them to safetensors")),
+    "tokenizer corrupt, to be copied": Case(
+        "quantize {tokenizer-corrupt} -o {new}", 1, ("tokenizer.json is not a tokenizer", "download it again")
+    ),
     "no weights": Case("run Hi -m {no-weights}", 1, ("no-weights", "no safetensors files")),
     "no config": Case("info {no-config}", 1, ("no-config", "no config.json")),
     "LoRA adapter": Case("run Hi -m {adapter}", 1, ("LoRA adapter", "merge it into its base model")),

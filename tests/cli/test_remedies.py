@@ -24,9 +24,11 @@ from gguf_model_cases import Model
 from safetensors.torch import load_file
 from tokenizers import Tokenizer as Backend
 from tokenizers import models
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from kbit.checkpoint.resolve import open_model
 from kbit.cli import main as cli
+from kbit.text.tokenizer import Tokenizer
 
 pytestmark = pytest.mark.usefixtures("no_network")
 
@@ -283,6 +285,29 @@ def test_pickles_are_converted_by_the_line_that_is_printed(tmp_path: Path, write
     assert json.loads(stdout)["cannot_run"] is None
     found = load_file(model / "model.safetensors")
     assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+
+
+def test_an_older_tokenizer_is_converted_by_the_line_that_is_printed(
+    tmp_path: Path, write_model: Callable[..., Path]
+) -> None:
+    """vocab.json and merges.txt, as GPT-2's kin had them."""
+    model = write_model(tmp_path / "model")
+    vocab = json.loads((model / "tokenizer.json").read_text())["model"]["vocab"]
+    (model / "tokenizer.json").unlink()
+    (model / "vocab.json").write_text(json.dumps({**vocab, "th": 256, "the": 257, "<|endoftext|>": 258}))
+    (model / "merges.txt").write_text("#version: 0.2\nt h\nth e\n")
+    (model / "tokenizer_config.json").write_text('{"tokenizer_class": "GPT2Tokenizer"}')
+    code, stdout, stderr = run_command(["run", "the thing", "-m", str(model), "--max-tokens", "2"])
+    assert code == 1
+    command = re.search(r"once with transformers: (python -c '.*')$", check_line(stdout, stderr))
+    assert command
+    words = shlex.split(command[1])
+    subprocess.run([sys.executable, *words[1:]], check=True, capture_output=True, timeout=300)
+    assert run_command(["run", "the thing", "-m", str(model), "--max-tokens", "2"])[0] == 0
+    with open_model(str(model)) as source:
+        ids = Tokenizer.from_source(source).encode("the thing")
+    assert ids == AutoTokenizer.from_pretrained(model).encode("the thing")
+    assert ids[0] == 257
 
 
 def test_an_adapter_is_merged_by_the_line_that_is_printed(tmp_path: Path, write_model: Callable[..., Path]) -> None:

@@ -211,3 +211,15 @@ print(*sorted({"torch", "numpy"} & sys.modules.keys()), file=sys.stderr)
     result = subprocess.run(arguments, capture_output=True, text=True, check=True, timeout=300)
     assert "model.norm.weight" in result.stdout or "tensors" in result.stdout
     assert result.stderr.strip() == ""
+
+
+def test_a_tokenizer_that_is_missing_or_too_large_is_told(tmp_path: Path, write_model: Callable[..., Path]) -> None:
+    """Before the conversion starts; it is done all the same."""
+    folder = write_model(tmp_path / "m", vocab_size=256)
+    (folder / "added_tokens.json").write_text('{"<tool>": 256}')
+    arguments = ["quantize", str(folder), "--method", "rtn", "--dry-run"]
+    with pytest.warns(KbitNote, match="the tokenizer has 257 tokens, the model 256"):
+        assert CliRunner().invoke(build([]), arguments, catch_exceptions=False).exit_code == 0
+    (folder / "tokenizer.json").unlink()
+    with pytest.warns(KbitNote, match="there is no tokenizer.json, so kbit can convert this model, but not run it"):
+        assert CliRunner().invoke(build([]), arguments, catch_exceptions=False).exit_code == 0
