@@ -103,6 +103,12 @@ def shards_without_index(model: Path) -> None:
         shutil.copy(path, model)
 
 
+def consolidated(model: Path) -> None:
+    """Mistral's repositories hold the weights twice."""
+    shards_without_index(model)
+    save_file({"layers.0.w1": torch.ones(2)}, model / "consolidated.safetensors")
+
+
 def adapter_files(model: Path) -> None:
     """A merged model in the folder of the training."""
     (model / "model.safetensors").rename(model / "merged.safetensors")
@@ -139,6 +145,7 @@ LEFTOVERS: dict[str, tuple[Callable[[Path], object], str | None]] = {
     "shards of the same model": (shards_of_the_same_model, "model.safetensors is used, and not"),
     "a part of a model": (part_of_a_model, f"the files that {INDEX_NAME} lists are used; model.safetensors lacks"),
     "shards without an index": (shards_without_index, f"no {INDEX_NAME}; model-00001-of-.* are used"),
+    "consolidated weights": (consolidated, f"no {INDEX_NAME}; model-00001-of-.* are used"),
     "an adapter's files": (adapter_files, None),
     "a GGUF file": (lambda m: Model().write(m / "m.gguf"), "safetensors files are the model; m.gguf beside them"),
     "several GGUF files": (

@@ -136,7 +136,9 @@ class HFFolder(StoredSource):
 
     def _locate_without_index(self) -> dict[str, SafetensorsFile]:
         shards = sorted(path.name for path in self.path.glob("*.safetensors"))
+        # Adapters are no models, and "consolidated" files are the same weights in Mistral's own names.
         shards = [name for name in shards if name != "adapter_model.safetensors"]
+        shards = [name for name in shards if not name.startswith("consolidated")] or shards
         if not shards:
             refuse_folder(self.path)
         if "model.safetensors" in shards:
