@@ -123,7 +123,7 @@ class TestAgainstTransformers:
         file = data_dir / "novels" / "heldout" / "Doyle_Hound_1902.txt"
         report = _evaluate(model, file, max_tokens=8 * 256, convention=convention, **how)
 
-        text = file.read_text(encoding="utf-8-sig")  # text mode: line ends become \n
+        text = file.read_bytes().decode("utf-8-sig")  # not text mode: its line ends are CRLF, and stay
         batch = torch.tensor(_tokens(model, text)[: 8 * 256]).view(8, 256)
         losses = _hf_losses(_hf_log_probs(model, batch), batch, first)
         assert report.result.context == 256
@@ -149,7 +149,7 @@ class TestAgainstTransformers:
         result = report.comparison
         assert result is not None
 
-        batch = torch.tensor(_tokens(model, file.read_text(encoding="utf-8-sig"))[: 6 * 256]).view(6, 256)
+        batch = torch.tensor(_tokens(model, file.read_bytes().decode("utf-8-sig"))[: 6 * 256]).view(6, 256)
         log_p, log_q = _hf_log_probs(reference, batch)[:, :-1], _hf_log_probs(model, batch)[:, :-1]
         kl = (log_p.exp() * (log_p - log_q)).sum(-1).numpy()
         following = batch[:, 1:, None]

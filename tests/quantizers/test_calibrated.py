@@ -88,7 +88,7 @@ def test_the_manifest_says_what_was_used(tmp_path: Path, tiny_model: Path) -> No
 def test_texts_that_are_too_short_are_refused(tmp_path: Path, tiny_model: Path) -> None:
     text = tmp_path / "text.txt"
     text.write_text("A short text. " * 30, encoding="utf-8")
-    with pytest.raises(UsageError, match=r"text.txt has 420 tokens, but 1,024 are wanted.* --calibration-tokens 384"):
+    with pytest.raises(UsageError, match=r"text.txt has 420 tokens, but 1,024 are wanted.* --calibration-tokens 256"):
         quantize(tiny_model, tmp_path / "out", TwoSided(CalibrationRequest.of([str(text)], 1024)))
 
 
