@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from frontier.llama_cpp import LlamaCpp
-from frontier.subjects import Subject
+from frontier.subjects import Subject, evaluation_text
 from kbit.backends.select import select_backend
 from kbit.checkpoint.source import CheckpointSource
 from kbit.evaluate.compare import Comparison, compare
@@ -29,7 +29,6 @@ from kbit.quantizers.method import Method, MethodInput
 from kbit.quantizers.methods import METHODS, get_method
 from kbit.quantizers.mixed import Budget, mixed_formats
 from kbit.quantizers.plan import Plan, make_plan
-from kbit.text.datasets import resolve_data
 from kbit.text.tokenizer import Tokenizer
 from kbit.text.windows import choose_context, make_windows
 
@@ -72,7 +71,7 @@ class Frontier:
             source = stack.enter_context(open_model(subject.path))
             spec = spec_from_config(source.config)
             length = choose_context("gptq", subject.context, spec.max_positions)
-            text = resolve_data(subject.data)
+            text = evaluation_text(subject)
             windows = make_windows(text, Tokenizer.from_source(source), "gptq", length, subject.tokens)
             digest = hashlib.sha256(windows.ids.tobytes()).hexdigest()[:16]
             # Equals the reference to rounding, and is quicker.

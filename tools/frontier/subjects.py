@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from kbit.host.errors import UsageError
+from kbit.text.datasets import TextData, resolve_data
 
 
 @dataclass(frozen=True)
@@ -78,10 +79,14 @@ def subjects(names: list[str], paths: dict[str, str]) -> list[Subject]:
     return found
 
 
+def evaluation_text(subject: Subject) -> TextData:
+    """The text that a subject is measured on, with "\\n" at the end of every line: novels come as the web has them."""
+    found = resolve_data(subject.data)
+    return found if "\r" not in found.text else replace(found, text=found.text.replace("\r\n", "\n"), note=None)
+
+
 def calibration_text(subject: Subject, characters: int) -> str:
     """Text for a subject's importance matrix: of novels those that models were trained on, which are not held out."""
-    from kbit.text.datasets import resolve_data
-
     if subject.calibration != "novels":
         return resolve_data(subject.calibration).text[:characters]
     from train.corpus import open_corpus
