@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from kbit.checkpoint.source import CheckpointSource, StoredSource, TensorInfo
 from kbit.host.errors import CheckpointError
+from kbit.host.notes import note
 
 if TYPE_CHECKING:
     import numpy as np
@@ -48,7 +49,10 @@ def unwrapped(source: CheckpointSource) -> CheckpointSource:
     if not isinstance(text, dict):
         raise CheckpointError(f"config of {source.path}: text_config should be an object that describes the text model")
     inherited = {key: source.config[key] for key in _INHERITED if key in source.config}
-    return LanguageModel(source, {"model_type": _WRAPPERS[kind], **inherited, **text})
+    model = LanguageModel(source, {"model_type": _WRAPPERS[kind], **inherited, **text})
+    if model.left_out:
+        note(f"{source.path}: the language model is used; {len(model.left_out)} tensors for pictures are left out")
+    return model
 
 
 class LanguageModel(StoredSource):
