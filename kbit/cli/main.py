@@ -36,6 +36,7 @@ COMMANDS = {
     "eval": ("kbit.cli.eval", "evaluate", "Measure perplexity, KL divergence and zero-shot tasks."),
     "scale": ("kbit.cli.scale", "scale", "Measure accuracy versus bits over models and formats."),
     "plan": ("kbit.cli.plan", "plan", "Choose model, width and KV width for a memory and a speed."),
+    "export": ("kbit.cli.export", "export", "Write a model for other programs."),
     "info": ("kbit.cli.info", "info", "Show a model's size and bits per weight."),
     "pull": ("kbit.cli.pull", "pull", "Fetch a model into the cache."),
     "tune": ("kbit.cli.tune", "tune", "Time the GPU kernels' configurations and keep the fastest."),

@@ -1,0 +1,114 @@
+"""Writing a model for other programs: a Hugging Face folder of plain floats, whatever it was read from."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from kbit.checkpoint.source import CANONICAL, CheckpointSource
+from kbit.checkpoint.writer import DEFAULT_SHARD_BYTES, CheckpointWriter, StoredWeight
+from kbit.formats.codec import Part
+from kbit.host.errors import KbitError
+from kbit.models.check import check_tensors
+from kbit.models.families import FAMILIES, spec_from_config
+from kbit.models.family import family_of
+from kbit.models.published import PublishedTensor, published_tensors
+
+# What values can be written as: safetensors' name, torch's type, and its name in configurations.
+DTYPES = {
+    "fp16": ("F16", torch.float16, "float16"),
+    "bf16": ("BF16", torch.bfloat16, "bfloat16"),
+    "fp32": ("F32", torch.float32, "float32"),
+}
+_VALUES_AT_ONCE = 1 << 22
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What was written.
+
+    Attributes:
+        nbytes: of the weights.
+        tensors: how many.
+        error: root mean square of what rounding to the type changed, relative to the values; 0.0: nothing.
+    """
+
+    nbytes: int
+    tensors: int
+    error: float
+
+
+def export_safetensors(
+    source: CheckpointSource,
+    out: Path,
+    dtype: str,
+    *,
+    shard_bytes: int = DEFAULT_SHARD_BYTES,
+    resume: bool = True,
+    overwrite: bool = False,
+    progress: Callable[[int, int], None] | None = None,
+) -> Exported:
+    """Write a model as transformers and what follows it read it: tensors named and laid out as its family's are.
+
+    Quantized weights become the floats that they stand for.
+
+    Args:
+        source: an open model (`kbit.models.opening`).
+        out: folder to create.
+        dtype: one of DTYPES.
+        shard_bytes: largest file.
+        resume: continue an interrupted run; else start over.
+        overwrite: replace a folder that kbit wrote.
+        progress: called as (bytes done, bytes in all).
+
+    Raises:
+        KbitError: values that the type cannot hold, or that are not finite; the folder cannot be written.
+        CheckpointError, UnsupportedError: see kbit.models.load.
+    """
+    where = f"config of {source.path}"
+    family, spec = family_of(FAMILIES, source.config, where), spec_from_config(source.config, where=where)
+    check_tensors(source, spec)
+    stored_as, type_, name_of_type = DTYPES[dtype]
+    tensors = published_tensors(spec, family.layout)
+    weights = [StoredWeight(tensor.name, {tensor.name: Part(stored_as, tensor.shape)}) for tensor in tensors]
+    identity = json.dumps(["export", source.fingerprint(), dtype, shard_bytes])
+    plan_id = hashlib.sha256(identity.encode()).hexdigest()
+    squares = [0.0, 0.0]  # of what rounding changes, and of the values
+    with CheckpointWriter(out, weights, plan_id, shard_bytes=shard_bytes, resume=resume, overwrite=overwrite) as writer:
+        done, total = 0, sum(weight.nbytes for weight in weights)
+        for tensor, weight in zip(tensors, weights, strict=True):
+            if tensor.name not in writer.done:
+                writer.write(tensor.name, {tensor.name: _pieces(source, tensor, type_, dtype, squares)})
+            done += weight.nbytes
+            if progress is not None:
+                progress(done, total)
+        config = {key: value for key, value in source.config.items() if key not in (CANONICAL, "quantization_config")}
+        config.pop("torch_dtype", None)
+        written = {"architectures": [family.architectures[0]], **config, "dtype": name_of_type}
+        writer.finish(written, source.sidecar_files(), {"exported": dtype})
+        error = math.sqrt(squares[0] / squares[1]) if squares[1] > 0 else 0.0
+        return Exported(writer.nbytes, len(tensors), error)
+
+
+def _pieces(
+    source: CheckpointSource, tensor: PublishedTensor, type_: torch.dtype, dtype: str, squares: list[float]
+) -> Iterator[memoryview]:
+    for values in tensor.rows(source, _VALUES_AT_ONCE):
+        if not bool(torch.isfinite(values).all()):
+            raise KbitError(f"{source.path}: {tensor.name} holds NaN or infinity: mend the source")
+        kept = values.to(type_)
+        if not bool(torch.isfinite(kept).all()):
+            largest = float(values.abs().max())
+            raise KbitError(
+                f"{source.path}: {tensor.name} holds values up to {largest:.3g}, which {dtype} cannot: use --dtype "
+                "bf16 or fp32"
+            )
+        squares[0] += float((kept.float() - values).square().sum(dtype=torch.float64))
+        squares[1] += float(values.square().sum(dtype=torch.float64))
+        yield kept.contiguous().reshape(-1).view(torch.uint8).numpy().data

@@ -1,0 +1,95 @@
+"""Canonical tensors as their family publishes them: what `kbit.models.canonical` undoes, done again."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from kbit.checkpoint.source import CheckpointSource
+from kbit.models.layout import Layout
+from kbit.models.params import Parameter, parameters
+from kbit.models.spec import ModelSpec
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass(frozen=True)
+class Part:
+    """A canonical tensor in a published one.
+
+    Attributes:
+        parameter: which.
+        head: rows of a head whose turned pairs are to lie side by side, 0 where they are not.
+        turned: how many of these.
+        offset: what the published values lack.
+    """
+
+    parameter: Parameter
+    head: int = 0
+    turned: int = 0
+    offset: float = 0.0
+
+
+@dataclass(frozen=True)
+class PublishedTensor:
+    """A tensor of a published checkpoint.
+
+    Attributes:
+        name, shape: there.
+        parts: what its rows consist of, in order.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    parts: tuple[Part, ...]
+
+    def rows(self, source: CheckpointSource, most_values: int) -> Iterator[torch.Tensor]:
+        """Its values from canonical ones, float32, in runs of whole rows (or heads) of about so many values."""
+        import torch
+
+        columns = 1 if len(self.shape) == 1 else self.shape[1]
+        for part in self.parts:
+            count = part.parameter.shape[0]
+            step = max(1, most_values // columns)
+            if part.head:
+                step = max(1, step // part.head) * part.head
+                half = part.turned // 2
+                within = torch.arange(part.head)
+                old = torch.where(within % 2 == 0, within // 2, half + within // 2)
+                old = torch.where(within < part.turned, old, within)
+            for start in range(0, count, step):
+                values = source.read_rows(part.parameter.name, start, min(start + step, count))
+                if part.head:
+                    heads = values.view(-1, part.head, *values.shape[1:])
+                    values = heads[:, old].reshape(values.shape)
+                yield values - part.offset if part.offset else values
+
+
+def published_tensors(spec: ModelSpec, layout: Layout) -> tuple[PublishedTensor, ...]:
+    """Every tensor of a model as its family publishes it, in the order of the computation. A tied head is not one."""
+    fused: dict[tuple[int | None, str], tuple[str, tuple[str, ...]]] = {
+        (layer, slot): (template.format(layer=layer), slots)
+        for template, slots in layout.fused.items()
+        for slot in slots
+        for layer in range(spec.layers)
+    }
+    together: dict[str, list[Part]] = {}
+    for parameter in parameters(spec):
+        kind = parameter.name.rpartition(".")[2]
+        stored, slots = (
+            fused.get((parameter.layer, parameter.slot), (None, ())) if parameter.layer is not None else (None, ())
+        )
+        name = parameter.name if stored is None else f"{stored}.{kind}"
+        part = Part(parameter)
+        if layout.interleaved and parameter.slot in ("q", "k"):
+            part = Part(parameter, spec.head_dim, spec.rope.dim)
+        elif parameter.role == "norm" and layout.norm_offset:
+            part = Part(parameter, offset=layout.norm_offset)
+        together.setdefault(name, []).append(part)
+        together[name].sort(key=lambda part: slots.index(part.parameter.slot) if slots else 0)
+    return tuple(
+        PublishedTensor(name, (sum(p.parameter.shape[0] for p in parts), *parts[0].parameter.shape[1:]), tuple(parts))
+        for name, parts in together.items()
+    )
