@@ -102,12 +102,13 @@ class CanonicalSource(StoredSource):
         self._source = source
         self._layout = layout
         self._pieces = _pieces(source, spec, layout)
+        self._left_out = _further_layers(source, spec, layout)
         self._infos = self._described(spec)
 
     def _described(self, spec: ModelSpec) -> dict[str, TensorInfo]:
         shapes, infos = spec.expected_tensors(), dict(self._source.tensors)
-        for piece in self._pieces.values():
-            infos.pop(piece.stored, None)
+        for left_out in (*(piece.stored for piece in self._pieces.values()), *self._left_out):
+            infos.pop(left_out, None)
         for name, piece in self._pieces.items():
             info = self._source.tensors[piece.stored]
             shape = (shapes[name][0], *info.shape[1:]) if piece.stored != name else info.shape
@@ -165,6 +166,17 @@ class CanonicalSource(StoredSource):
 
     def close(self) -> None:
         self._source.close()
+
+
+def _further_layers(source: CheckpointSource, spec: ModelSpec, layout: Layout) -> tuple[str, ...]:
+    """Tensors of layers beyond the model's own, where the configuration says that there are some."""
+    count = source.config.get(layout.more_layers) if layout.more_layers is not None else None
+    if type(count) is not int or not 0 < count <= spec.layers:
+        return ()
+    # A layer's first norm shows what stands before its number.
+    before = str(spec.names.attention_norm).partition("{layer}")[0]
+    beginnings = tuple(f"{before}{spec.layers + index}." for index in range(count))
+    return tuple(name for name in source.tensors if name.startswith(beginnings))
 
 
 def _pieces(source: CheckpointSource, spec: ModelSpec, layout: Layout) -> dict[str, _Piece]:

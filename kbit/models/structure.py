@@ -213,7 +213,7 @@ def _weights(
     norms: dict[str, Vector] = {}
     biases: dict[str, Vector] = {}
     for parameter in declared:
-        if parameter.role == "linear":
+        if parameter.role in ("linear", "router"):
             matrices[parameter.slot] = matrix(parameter)
         else:
             vectors = norms if parameter.role == "norm" else biases
