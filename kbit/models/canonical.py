@@ -39,6 +39,9 @@ class _Piece:
         head: rows of a head whose pairs lie side by side, 0 where none do.
         turned: how many of these.
         offset: what is added to its values.
+        expert: where it is on the first axis of a tensor of all experts; then of what is there:
+        step: every so many-th row is its own.
+        transposed: rows are columns.
     """
 
     stored: str
@@ -46,6 +49,9 @@ class _Piece:
     head: int = 0
     turned: int = 0
     offset: float = 0.0
+    expert: int | None = None
+    step: int = 1
+    transposed: bool = False
 
 
 def canonical(source: CheckpointSource) -> CheckpointSource:
@@ -111,7 +117,13 @@ class CanonicalSource(StoredSource):
             infos.pop(left_out, None)
         for name, piece in self._pieces.items():
             info = self._source.tensors[piece.stored]
-            shape = (shapes[name][0], *info.shape[1:]) if piece.stored != name else info.shape
+            shape = (
+                shapes[name]
+                if piece.expert is not None
+                else (shapes[name][0], *info.shape[1:])
+                if piece.stored != name
+                else info.shape
+            )
             made = replace(info, name=name, shape=shape)
             if piece.offset:
                 infos[name] = replace(made, stored_as="F32", nbytes=4 * made.numel)
@@ -129,6 +141,11 @@ class CanonicalSource(StoredSource):
         piece = self._pieces.get(name)
         if piece is None:
             return self._source.read_array_rows(name, start, stop)
+        if piece.expert is not None:
+            whole = self._source.read_array_rows(piece.stored, piece.expert, piece.expert + 1)[0]
+            rows = whole.T if piece.transposed else whole
+            found: NDArray[np.float32] = rows[piece.first + piece.step * start :: piece.step][: stop - start]
+            return np.ascontiguousarray(found)
         if not piece.head:
             values = self._source.read_array_rows(piece.stored, piece.first + start, piece.first + stop)
             return values + np.float32(piece.offset) if piece.offset else values
@@ -168,6 +185,34 @@ class CanonicalSource(StoredSource):
         self._source.close()
 
 
+def _of_stacks(
+    source: CheckpointSource, spec: ModelSpec, layout: Layout, declared: Mapping[tuple[Any, ...], Parameter]
+) -> dict[str, _Piece]:
+    """Where the tensors of experts are that are published in one for all."""
+    pieces: dict[str, _Piece] = {}
+    for layer in range(spec.layers if spec.experts is not None else 0):
+        for template, stack in layout.stacked.items():
+            stored = template.format(layer=layer)
+            if stored not in source.tensors:
+                continue
+            assert spec.experts is not None
+            count, each = spec.experts.routing.experts, len(stack.slots)
+            first = declared[layer, f"experts.0.{stack.slots[0]}", stack.kind].shape
+            rows, rest = each * first[0], first[1:]
+            wanted = (count, *((*rest, rows) if stack.transposed else (rows, *rest)))
+            if source.tensors[stored].shape != wanted:
+                raise CheckpointError(
+                    f"{source.path}: {stored} has shape {source.tensors[stored].shape}, but config.json asks for "
+                    f"{wanted}, which are {' and '.join(stack.slots)} of {count} experts"
+                )
+            for expert in range(count):
+                for at, slot in enumerate(stack.slots):
+                    begin, step = (at, each) if stack.alternating else (at * first[0], 1)
+                    name = declared[layer, f"experts.{expert}.{slot}", stack.kind].name
+                    pieces[name] = _Piece(stored, begin, expert=expert, step=step, transposed=stack.transposed)
+    return pieces
+
+
 def _further_layers(source: CheckpointSource, spec: ModelSpec, layout: Layout) -> tuple[str, ...]:
     """Tensors of layers beyond the model's own, where the configuration says that there are some."""
     count = source.config.get(layout.more_layers) if layout.more_layers is not None else None
@@ -184,7 +229,7 @@ def _pieces(source: CheckpointSource, spec: ModelSpec, layout: Layout) -> dict[s
     declared: dict[tuple[Any, ...], Parameter] = {}
     for p in parameters(spec):
         declared[p.layer, p.slot, p.name.rpartition(".")[2]] = p
-    pieces: dict[str, _Piece] = {}
+    pieces = _of_stacks(source, spec, layout, declared)
     for layer in range(spec.layers):
         for template, slots in layout.fused.items():
             for end in ("weight", "bias"):

@@ -61,6 +61,7 @@ EXPERTS = {"num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 
 # Names of classes of transformers by model_type, where one is not the other in lower case.
 MODEL_TYPES = {"Gemma3": "gemma3_text", "SeedOss": "seed_oss", "HunYuanDenseV1": "hunyuan_v1_dense"}
 MODEL_TYPES |= {"Qwen3Moe": "qwen3_moe", "Qwen2Moe": "qwen2_moe", "Glm4Moe": "glm4_moe", "MiniMaxM2": "minimax_m2"}
+MODEL_TYPES |= {"GptOss": "gpt_oss"}
 CONFIGS = {"Gemma3": "Gemma3Text"}
 
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
@@ -204,6 +205,38 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
     "minimax-m2": ("MiniMaxM2", {**HEADS, "num_local_experts": 5, "num_experts_per_tok": 2, "rotary_dim": 4}),
+    "gpt-oss": (
+        "GptOss",
+        {
+            **HEADS,
+            "num_local_experts": 5,
+            "num_experts_per_tok": 2,
+            "sliding_window": 7,
+            "swiglu_limit": 1.5,
+            "rope_parameters": {**YARN, "truncate": False},
+        },
+    ),
+    "gpt-oss-no-biases": (
+        "GptOss",
+        {
+            "head_dim": 16,
+            "num_local_experts": 4,
+            "num_experts_per_tok": 3,
+            "attention_bias": False,
+            "layer_types": [FULL, FULL, SLIDING],
+            "sliding_window": 5,
+        },
+    ),
+    "granitemoe": (
+        "GraniteMoe",
+        {
+            "num_local_experts": 5,
+            "embedding_multiplier": 3.0,
+            "logits_scaling": 4.0,
+            "residual_multiplier": 0.22,
+            "attention_multiplier": 0.5,
+        },
+    ),
     "olmoe": ("Olmoe", {"num_experts": 5, "num_experts_per_tok": 2}),
 }
 

@@ -14,7 +14,9 @@ from kbit.models.families import (
     glm,
     glm4,
     glm4_moe,
+    gpt_oss,
     granite,
+    granitemoe,
     hunyuan_v1_dense,
     llama,
     minimax_m2,
@@ -65,6 +67,8 @@ FAMILIES: dict[str, Family] = {
         glm4_moe.FAMILY,
         minimax_m2.FAMILY,
         olmoe.FAMILY,
+        gpt_oss.FAMILY,
+        granitemoe.FAMILY,
     )
 }
 
