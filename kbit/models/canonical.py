@@ -117,13 +117,9 @@ class CanonicalSource(StoredSource):
             infos.pop(left_out, None)
         for name, piece in self._pieces.items():
             info = self._source.tensors[piece.stored]
-            shape = (
-                shapes[name]
-                if piece.expert is not None
-                else (shapes[name][0], *info.shape[1:])
-                if piece.stored != name
-                else info.shape
-            )
+            shape = info.shape if piece.stored == name else (shapes[name][0], *info.shape[1:])
+            if piece.expert is not None:
+                shape = shapes[name]
             made = replace(info, name=name, shape=shape)
             if piece.offset:
                 infos[name] = replace(made, stored_as="F32", nbytes=4 * made.numel)

@@ -33,6 +33,7 @@ class Parameter:
         cut: how processes share it: (axis, what that axis consists of), or None where all have it whole. Of a matrix
             whose columns are cut the product is a part of a sum (`Ops.sum_parts`).
         group: slots of the linears that share its input, itself included; empty for what is no linear.
+        active: the share of tokens that go through it.
     """
 
     name: str
@@ -42,6 +43,7 @@ class Parameter:
     shape: tuple[int, ...]
     cut: tuple[int, Unit] | None = None
     group: tuple[str, ...] = ()
+    active: float = 1.0
 
 
 def parameters(spec: ModelSpec) -> tuple[Parameter, ...]:
@@ -93,6 +95,7 @@ def _experts(spec: ModelSpec, layer: int) -> Iterator[Parameter]:
     experts, names, hidden = spec.experts, spec.names, spec.hidden_size
     assert experts is not None
     count, width, shared = experts.routing.experts, experts.width, experts.shared_width
+    active = experts.routing.chosen / count
     yield from _norm(spec, "mlp_norm", layer)
     yield from _router(spec, "router", layer, count, experts.router_bias)
     if experts.selection_bias:
@@ -104,9 +107,9 @@ def _experts(spec: ModelSpec, layer: int) -> Iterator[Parameter]:
             (names.expert_down, down, (hidden, width), (down,)),
         ):
             name = str(template).format(layer=layer, expert=expert)
-            yield Parameter(f"{name}.weight", slot, layer, "linear", shape, None, group)
+            yield Parameter(f"{name}.weight", slot, layer, "linear", shape, None, group, active)
             if experts.bias:
-                yield Parameter(f"{name}.bias", slot, layer, "bias", shape[:1])
+                yield Parameter(f"{name}.bias", slot, layer, "bias", shape[:1], active=active)
     if shared:
         yield from _linear(spec, "shared_gate", layer, (shared, hidden), None, SHARED, False)
         yield from _linear(spec, "shared_up", layer, (shared, hidden), None, SHARED, False)
