@@ -110,9 +110,7 @@ class Collected:
                 sums[1] += float((x_square * d_square * kept).sum(dtype=torch.float64))
         list(pool.map(_add_panel, work))
 
-    def factors(
-        self, tokens: int, source: CheckpointSource, alike: Sequence[Sequence[str]] = ()
-    ) -> dict[str, Factors]:
+    def factors(self, tokens: int, source: CheckpointSource, alike: Sequence[Sequence[str]] = ()) -> dict[str, Factors]:
         """What was added up, per token.
 
         Args:

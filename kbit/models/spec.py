@@ -213,6 +213,24 @@ class ModelSpec:
         return self.experts is not None and self.experts.layers[layer]
 
     @property
+    def inner_widths(self) -> tuple[int, ...]:
+        """The features inside the MLPs and the experts there are, each kind once."""
+        experts = self.experts
+        if experts is None:
+            return (self.intermediate_size,)
+        dense = () if all(experts.layers) else (self.intermediate_size,)
+        return (*dense, experts.width, *((experts.shared_width,) if experts.shared_width else ()))
+
+    @property
+    def inner_features(self) -> int:
+        """The features inside MLPs and experts that a token has in all layers."""
+        if self.experts is None:
+            return self.layers * self.intermediate_size
+        count = sum(self.experts.layers)
+        each = self.experts.routing.chosen * self.experts.width + self.experts.shared_width
+        return (self.layers - count) * self.intermediate_size + count * each
+
+    @property
     def context_length(self) -> int:
         """Longest text the model is meant for, in tokens, the extension by RoPE scaling included. The decoder itself
         goes on beyond it; generation and evaluation do not."""
