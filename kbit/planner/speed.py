@@ -1,8 +1,8 @@
 """Tokens per second that a model will make, from the rates of a machine (planner.machine) and its shapes alone.
 
-A token's time is a sum: every weight that it goes through once, at the rate of its format's kernel; every slot of the context once, at the
-rate of its cache kind; and what products, layers and Python cost beside that. Rates lie between those of weights in the
-processor's caches and in memory, by how much a token reads in all.
+A token's time is a sum: every weight that it goes through once, at the rate of its format's kernel; every slot of the
+context once, at the rate of its cache kind; and what products, layers and Python cost beside that. Rates lie between
+those of weights in the processor's caches and in memory, by how much a token reads in all.
 
 Against decoding timed by benchmarks/test_plan.py the errors were within TYPICAL_ERROR, but for models of about the size
 of the caches. Intervals are that wide, and wider where rates varied while they were measured or caches may or may not

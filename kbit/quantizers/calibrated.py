@@ -148,7 +148,7 @@ class CalibratedView(QuantizedView):
         if borrowed:
             named = ", ".join(borrowed[:3]) + (", ..." if len(borrowed) > 3 else "")
             self.notes = (
-                f"{len(borrowed)} matrices of experts ({named}) saw fewer than {LEAST_TOKENS} tokens of the calibration, "
+                f"{len(borrowed)} matrices of experts ({named}) saw fewer than {LEAST_TOKENS} tokens of calibration "
                 "and were rounded with what their layer's experts have on average; more --calibration-tokens tell more",
             )
 
