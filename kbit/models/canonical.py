@@ -12,9 +12,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+from kbit.checkpoint.readers import mxfp4
 from kbit.checkpoint.shard import stored_format
 from kbit.checkpoint.source import CANONICAL as MARK
-from kbit.checkpoint.source import CheckpointSource, StoredSource, TensorInfo
+from kbit.checkpoint.source import CheckpointSource, PackedStacks, StoredSource, TensorInfo
 from kbit.host.errors import CheckpointError, KbitError, UnsupportedError
 from kbit.models.families import FAMILIES, spec_from_config
 from kbit.models.family import family_of
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-    from kbit.formats.stored import AnyStored
+    from kbit.formats.stored import AnyStored, StoredMatrix
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,7 @@ class _Piece:
         expert: where it is on the first axis of a tensor of all experts; then of what is there:
         step: every so many-th row is its own.
         transposed: rows are columns.
+        format: in which it is packed there, if it is.
     """
 
     stored: str
@@ -52,6 +54,7 @@ class _Piece:
     expert: int | None = None
     step: int = 1
     transposed: bool = False
+    format: str | None = None
 
 
 def canonical(source: CheckpointSource) -> CheckpointSource:
@@ -121,6 +124,8 @@ class CanonicalSource(StoredSource):
             if piece.expert is not None:
                 shape = shapes[name]
             made = replace(info, name=name, shape=shape)
+            if piece.format is not None:
+                made = replace(made, stored_as=piece.format)
             if piece.offset:
                 infos[name] = replace(made, stored_as="F32", nbytes=4 * made.numel)
             else:
@@ -159,7 +164,9 @@ class CanonicalSource(StoredSource):
             return self._source.read_stored(name)
         from kbit.formats.stored import KINDS, DenseMatrix, narrowed
 
-        info = self._infos[name]
+        info, piece = self._infos[name], self._pieces[name]
+        if piece.format is not None:
+            return self._packed(name, piece)
         if stored_format(info) is not None:
             raise UnsupportedError(
                 f"{self.path}: {name} is part of {self._pieces[name].stored}, which is packed ({info.stored_as}); kbit "
@@ -167,6 +174,17 @@ class CanonicalSource(StoredSource):
             )
         values, kind = self.read_array_rows(name, 0, info.shape[0]), KINDS.get(info.stored_as, "fp32")
         return DenseMatrix(narrowed(values, kind), kind)
+
+    def _packed(self, name: str, piece: _Piece) -> StoredMatrix:
+        """Some rows of one of several packed matrices."""
+        import numpy as np
+
+        assert isinstance(self._source, PackedStacks)
+        assert piece.expert is not None
+        whole, shape = self._source.read_packed(piece.stored, piece.expert), self._infos[name].shape
+        rows = slice(piece.first, piece.first + piece.step * shape[0], piece.step)
+        parts = {suffix: np.ascontiguousarray(part[rows]) for suffix, part in whole.parts.items()}
+        return replace(whole, shape=(shape[0], shape[1]), parts=parts)
 
     def sidecar_files(self) -> Mapping[str, bytes]:
         return self._source.sidecar_files()
@@ -195,7 +213,9 @@ def _of_stacks(
             count, each = spec.experts.routing.experts, len(stack.slots)
             first = declared[layer, f"experts.0.{stack.slots[0]}", stack.kind].shape
             rows, rest = each * first[0], first[1:]
-            wanted = (count, *((*rest, rows) if stack.transposed else (rows, *rest)))
+            packed = source.tensors[stored].stored_as == mxfp4.STORED_AS  # whose rows are rows, always
+            transposed = stack.transposed and not packed
+            wanted = (count, *((*rest, rows) if transposed else (rows, *rest)))
             if source.tensors[stored].shape != wanted:
                 raise CheckpointError(
                     f"{source.path}: {stored} has shape {source.tensors[stored].shape}, but config.json asks for "
@@ -205,7 +225,8 @@ def _of_stacks(
                 for at, slot in enumerate(stack.slots):
                     begin, step = (at, each) if stack.alternating else (at * first[0], 1)
                     name = declared[layer, f"experts.{expert}.{slot}", stack.kind].name
-                    pieces[name] = _Piece(stored, begin, expert=expert, step=step, transposed=stack.transposed)
+                    format = mxfp4.FORMAT if packed else None
+                    pieces[name] = _Piece(stored, begin, expert=expert, step=step, transposed=transposed, format=format)
     return pieces
 
 

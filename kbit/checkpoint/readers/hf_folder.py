@@ -1,7 +1,8 @@
 """Reading a Hugging Face model folder: config.json, safetensors (single or sharded), tokenizer files.
 
 Weights in fp8 are multiplied out with the scales stored beside them: `weight_scale_inv` (one per block of 128 x 128,
-as DeepSeek publishes) or `weight_scale` (one per tensor or per row).
+as DeepSeek publishes) or `weight_scale` (one per tensor or per row). Stacks of matrices in MXFP4 stay packed
+(`kbit.checkpoint.readers.mxfp4`).
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from kbit.checkpoint.readers import mxfp4
 from kbit.checkpoint.readers.safetensors_file import SafetensorsFile, StoredTensor
 from kbit.checkpoint.source import StoredSource, TensorInfo
 from kbit.host.errors import CheckpointError, UnsupportedError
@@ -21,7 +23,7 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-    from kbit.formats.stored import AnyStored
+    from kbit.formats.stored import AnyStored, StoredMatrix
 
 # Tokenizers in sentencepiece's own format. kbit does not read them, but says what to do about one (T5, XLM-R names).
 SENTENCEPIECE_NAMES = ("tokenizer.model", "spiece.model", "sentencepiece.bpe.model")
@@ -67,6 +69,7 @@ class HFFolder(StoredSource):
         self._files: dict[str, SafetensorsFile] = {}
         try:
             self._where = self._locate()
+            self._stacks = self._find_stacks()
             self._infos = self._describe()
         except BaseException:
             self.close()
@@ -113,8 +116,16 @@ class HFFolder(StoredSource):
 
     def _describe(self) -> dict[str, TensorInfo]:
         infos = {}
+        for name, shape in self._stacks.items():
+            parts = [self._where[name + end] for end in (mxfp4.BLOCKS, mxfp4.SCALES)]
+            nbytes = sum(
+                file.tensors[name + end].nbytes for file, end in zip(parts, (mxfp4.BLOCKS, mxfp4.SCALES), strict=True)
+            )
+            infos[name] = TensorInfo(name, shape, mxfp4.STORED_AS, nbytes, parts[0].path)
         for name, file in self._where.items():
             stored = file.tensors[name]
+            if name.removesuffix(mxfp4.BLOCKS).removesuffix(mxfp4.SCALES) in self._stacks:
+                continue
             if self._scale_of(stored.name.removesuffix("_scale_inv").removesuffix("_scale")) == name:
                 continue  # the scale of an fp8 weight, folded in on reading
             extra = self._scale_of(name)
@@ -123,6 +134,23 @@ class HFFolder(StoredSource):
             nbytes = stored.nbytes + (self._where[extra].tensors[extra].nbytes if extra else 0)
             infos[name] = TensorInfo(name, stored.shape, stored.dtype, nbytes, file.path)
         return infos
+
+    def _find_stacks(self) -> dict[str, tuple[int, int, int]]:
+        """Stacks of matrices in MXFP4, where the configuration says that there are some."""
+        if (self.config.get("quantization_config") or {}).get("quant_method") != "mxfp4":
+            return {}
+        return mxfp4.stacks({name: file.tensors[name] for name, file in self._where.items()}, str(self.path))
+
+    def _blocks(self, name: str, index: int) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
+        """Blocks (N, K / 32, 16) and scales (N, K / 32) of one matrix of a stack."""
+        blocks, scales = (
+            self._where[name + end].read_array(name + end, index, index + 1)[0] for end in (mxfp4.BLOCKS, mxfp4.SCALES)
+        )
+        return blocks, scales
+
+    def read_packed(self, name: str, index: int) -> StoredMatrix:
+        """One matrix of a stack that the file holds packed (a `kbit.checkpoint.source.PackedStacks`)."""
+        return mxfp4.matrix_of(*self._blocks(name, index), f"{self.path}: {name}")
 
     def _scale_of(self, name: str) -> str | None:
         file = self._where.get(name)
@@ -139,6 +167,11 @@ class HFFolder(StoredSource):
         return self._where[name].tensors[name]
 
     def read_array_rows(self, name: str, start: int, stop: int) -> NDArray[np.float32]:
+        if name in self._stacks:
+            import numpy as np
+
+            where = f"{self.path}: {name}"
+            return np.stack([mxfp4.values_of(*self._blocks(name, index), where) for index in range(start, stop)])
         file = self._where[name]
         stored = file.tensors[name]
         if stored.dtype not in _FLOATS:
@@ -252,7 +285,7 @@ def _fp8_block_size(path: Path, config: Mapping[str, Any]) -> tuple[int, int]:
     if not isinstance(quantization, dict):
         raise CheckpointError(f"{path}/config.json: quantization_config {str(quantization)[:80]!r} is not an object")
     method = quantization.get("quant_method")
-    if method not in ("fp8", "kbit"):
+    if method not in ("fp8", "kbit", "mxfp4"):
         raise UnsupportedError(
             f"{path}/config.json: the weights are already quantized by {str(method)[:80]!r}, which kbit does not read; "
             "use the original 16-bit checkpoint"
