@@ -179,6 +179,30 @@ class Program:
         key_bias: NDArray[np.float32] | None = None,
         angles: tuple[int, int] | None = None,
         soft_cap: float = 0.0,
+        sinks: NDArray[np.float32] | None = None,
+    ) -> None: ...
+    def sigmoid_gate(self, x: int, gate: int, out: int) -> None: ...
+    def experts(
+        self,
+        x: int,
+        logits: int,
+        out: int,
+        gates: Sequence[Matrix],
+        ups: Sequence[Matrix],
+        downs: Sequence[Matrix],
+        gate_biases: Sequence[NDArray[np.float32] | None],
+        up_biases: Sequence[NDArray[np.float32] | None],
+        down_biases: Sequence[NDArray[np.float32] | None],
+        selection_bias: NDArray[np.float32] | None,
+        chosen: int,
+        score: str,
+        normalise: bool,
+        scale: float,
+        groups: int,
+        chosen_groups: int,
+        activation: str,
+        alpha: float = 1.0,
+        limit: float = 0.0,
     ) -> None: ...
     def store_keys(self, k: int, v: int, layer: int, heads: int, kv_heads: int, head_dim: int) -> None: ...
     def cross_attend(

@@ -169,6 +169,7 @@ def attend(
     causal: bool = True,
     prefix: int = 0,
     cap: float | None = None,
+    sinks: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """softmax(soft_cap(scale * Q K^T) + mask) V with grouped heads and a mask by position.
 
@@ -191,6 +192,8 @@ def attend(
         causal: whether a query sees nothing after itself.
         prefix: slots that every query sees, also those before it; without a window.
         cap: of `soft_cap`, or None: scores stay.
+        sinks: (H,), a score of each head that is in the softmax's sum beside those of slots and has no value (Xiao et
+            al., arXiv 2309.17453; gpt-oss); not capped.
 
     Returns:
         (B, T, H, D) float32.
@@ -211,7 +214,7 @@ def attend(
                 slots = torch.arange(first, last, device=q.device)
                 hidden = _hidden(where, slots, window, causal) & (slots >= prefix)
                 out[rows, queries] = _softmax_weighted(
-                    q[rows, queries], k[rows, :, seen].float(), v[rows, :, seen].float(), hidden, scale, cap
+                    q[rows, queries], k[rows, :, seen].float(), v[rows, :, seen].float(), hidden, scale, cap, sinks
                 )
     return out
 
@@ -234,7 +237,13 @@ def _hidden(positions: torch.Tensor, slots: torch.Tensor, window: int | None, ca
 
 
 def _softmax_weighted(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, hidden: torch.Tensor, scale: float, cap: float | None
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    hidden: torch.Tensor,
+    scale: float,
+    cap: float | None,
+    sinks: torch.Tensor | None,
 ) -> torch.Tensor:
     """One piece: q (B, T', H, D), k and v (B, H_kv, S', D), hidden (T', S') -> (B, T', H, D)."""
     batch, queries, heads, dim = q.shape
@@ -250,7 +259,12 @@ def _softmax_weighted(
     peak.masked_fill_(peak == -torch.inf, 0.0)  # a query that sees nothing: exp(-inf - 0) = 0 everywhere
     weights = scores.sub_(peak).exp_()
     # The largest score contributes exp(0) = 1, so the sum is at least 1 unless nothing is seen: then 0 / 1 = 0.
-    total = weights.sum(-1, keepdim=True).clamp_(min=1.0)
+    total = weights.sum(-1, keepdim=True)
+    if sinks is not None:
+        # A sink far above all scores makes the sum infinite and the result zero, which is what it is then.
+        of_rows = sinks.float().view(kv_heads, group, 1, 1).expand(-1, -1, queries, 1).reshape(1, kv_heads, -1, 1)
+        total += (of_rows - peak).exp()
+    total.clamp_(min=1.0)
     out = (weights @ v).div_(total)
     return out.view(batch, kv_heads, group, queries, dim).permute(0, 3, 1, 2, 4).reshape(batch, queries, heads, dim)
 

@@ -10,6 +10,7 @@ rounding can make errors orthogonal to single inputs; or part of it.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import torch
@@ -26,6 +27,8 @@ _HEAVY = 0.01
 # How much of their surplus weight H_I does not get where it is for rounding: with all of it there is little else that
 # rounding attends to, and 16 bits, in which it is kept, do not tell what else there is (docs/measurements.md).
 CUT = 0.5
+# Tokens that an expert sees at least: below, there is less to be known of its inputs than of the other experts'.
+LEAST_TOKENS = 32
 # Rows of a factor computed by one task.
 _PANEL = 512
 # A factor over the outputs is measured up to this many; for more (a head) only its diagonal.
@@ -50,12 +53,14 @@ class CapturingOps(GradientOps):
 
     def linear(self, weight: Weight, x: torch.Tensor, bias: Vector | None = None) -> torch.Tensor:
         if self._capture is not None and not torch.is_grad_enabled():
-            self._capture.inputs[self._capture.names[id(weight)]] = x.flatten(0, -2)
+            name = self._capture.names.get(id(weight))
+            if name is not None:  # a router is not measured
+                self._capture.inputs[name] = x.flatten(0, -2)
         return super().linear(weight, x, bias)
 
     def collect(self, weight: Weight, x: torch.Tensor, gradient: torch.Tensor) -> None:
-        if self._capture is not None:
-            name = self._capture.names[id(weight)]
+        name = None if self._capture is None else self._capture.names.get(id(weight))
+        if self._capture is not None and name is not None:
             self._capture.inputs[name] = x.detach().flatten(0, -2)
             self._capture.gradients[name] = gradient.detach().flatten(0, -2)
 
@@ -75,17 +80,20 @@ class Collected:
         self._outputs: dict[str, torch.Tensor] = {}
         self._squares: dict[str, list[float]] = {}  # of texts' gradients, and of tokens'
         self._weighted = True
+        self._rows: dict[str, int] = {}
 
     def add(self, captures: list[Capture], pool: ThreadPoolExecutor) -> None:
         """Add what some pieces saw, in their order."""
         work: list[tuple[torch.Tensor, torch.Tensor, slice]] = []
-        for name in captures[0].inputs:
-            x = torch.cat([capture.inputs[name] for capture in captures])
-            if name not in captures[0].gradients:
+        for name in dict.fromkeys(name for capture in captures for name in capture.inputs):
+            seen = [capture for capture in captures if name in capture.inputs]  # an expert's tokens are in some pieces
+            x = torch.cat([capture.inputs[name] for capture in seen])
+            self._rows[name] = self._rows.get(name, 0) + len(x)
+            if name not in seen[0].gradients:
                 self._weighted = False
                 work += self._panels(self._inputs, name, x)
                 continue
-            d = torch.cat([capture.gradients[name] for capture in captures])
+            d = torch.cat([capture.gradients[name] for capture in seen])
             x_square, d_square = (v.square().sum(dim=1, keepdim=True) for v in (x, d))
             kept = light_share(x_square * d_square)
             work += self._panels(self._inputs, name, x * (d_square * kept**self._cut).sqrt())
@@ -95,15 +103,34 @@ class Collected:
                 diagonal = (d.square() * x_square * kept).sum(dim=0)
                 self._outputs[name] = self._outputs[name] + diagonal if name in self._outputs else diagonal
             if self._coherent:
-                lengths = [len(capture.inputs[name]) for capture in captures]
+                lengths = [len(capture.inputs[name]) for capture in seen]
                 texts = zip(torch.split(d * kept.sqrt(), lengths), torch.split(x, lengths), strict=True)
                 sums = self._squares.setdefault(name, [0.0, 0.0])
                 sums[0] += sum(pool.map(_square_of_gradient, texts))
                 sums[1] += float((x_square * d_square * kept).sum(dtype=torch.float64))
         list(pool.map(_add_panel, work))
 
-    def factors(self, tokens: int, source: CheckpointSource) -> dict[str, Factors]:
-        """What was added up, per token."""
+    def factors(self, tokens: int, source: CheckpointSource, alike: Sequence[Sequence[str]] = ()) -> dict[str, Factors]:
+        """What was added up, per token.
+
+        Args:
+            tokens: in all.
+            source: the model, for errors.
+            alike: names of the matrices that experts of a layer have in one place. One that fewer than LEAST_TOKENS
+                tokens went through gets the mean of the others' factors (`Factors.borrowed`).
+        """
+        few = {name for group in alike for name in group if self._rows.get(name, 0) < LEAST_TOKENS}
+        found = self._measured(tokens, source)
+        for group in alike:
+            known = [found[name] for name in group if name not in few] or [
+                found[name] for name in group if name in found
+            ]
+            mean = _mean(known) if few.intersection(group) else None
+            if mean is not None:
+                found |= {name: mean for name in group if name in few}
+        return found
+
+    def _measured(self, tokens: int, source: CheckpointSource) -> dict[str, Factors]:
         found = {}
         for name in list(self._inputs):
             inputs, outputs = _whole(self._inputs.pop(name), tokens), self._outputs.pop(name, None)
@@ -123,6 +150,15 @@ class Collected:
         size = rows.shape[1]
         total = sums.setdefault(name, torch.zeros(size, size))
         return [(total, rows, slice(start, min(start + _PANEL, size))) for start in range(0, size, _PANEL)]
+
+
+def _mean(factors: Sequence[Factors]) -> Factors:
+    """What experts that were measured have on average: for one that was not."""
+    inputs = torch.stack([each.inputs for each in factors]).mean(dim=0)
+    outputs = [each.outputs for each in factors if each.outputs is not None]
+    coherence = sum(each.coherence for each in factors) / len(factors)
+    of_outputs = torch.stack(outputs).mean(dim=0) if outputs else None
+    return Factors(inputs, of_outputs, coherence, factors[0].weighted, borrowed=True)
 
 
 def light_share(weight: torch.Tensor) -> torch.Tensor:

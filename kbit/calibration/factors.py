@@ -32,12 +32,14 @@ class Factors:
             equal for all rows.
         coherence: the true trace of F over `trace`.
         weighted: whether H_I weighs tokens by their gradients; if not, divergences cannot be told.
+        borrowed: of an expert that too few tokens went through: what its layer's experts have on average.
     """
 
     inputs: torch.Tensor
     outputs: torch.Tensor | None
     coherence: float = 1.0
     weighted: bool = True
+    borrowed: bool = False
 
     @property
     def trace(self) -> float:

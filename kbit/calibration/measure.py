@@ -34,7 +34,7 @@ from kbit.models.blocks import Weights
 from kbit.models.decoder import DecoderDefinition, DecoderWeights
 from kbit.models.families import spec_from_config
 from kbit.models.load import load_ends, load_layer
-from kbit.models.params import parameters
+from kbit.models.params import expert_slots, parameters
 from kbit.models.spec import ModelSpec
 
 # Pieces of logits that are waited for at once.
@@ -131,7 +131,7 @@ class _Passes:
             collected = None if skip(layer) else Collected(cut=self.cut)
             gradient = self._back_through(layer, inputs.pop(), gradient, collected)
             if collected is not None:
-                yield LayerFactors(layer, collected.factors(self.count * self.tokens, self.source))
+                yield LayerFactors(layer, self._factors(layer, collected))
             self._step(3)
         if not skip(None):
             yield LayerFactors(None, self._outside(head, gradient, tied))
@@ -143,7 +143,7 @@ class _Passes:
             collected = None if skip(layer) else Collected()
             x = self._forward(layer, x, collected)
             if collected is not None:
-                yield LayerFactors(layer, collected.factors(self.count * self.tokens, self.source))
+                yield LayerFactors(layer, self._factors(layer, collected))
             self._step(2)
 
     def _embed(self, ends: DecoderWeights) -> torch.Tensor:
@@ -256,7 +256,16 @@ class _Passes:
             yield range(start, min(start + step, self.count))
 
     def _names_of(self, layer: int, weights: Weights) -> dict[int, str]:
-        return {id(matrix): self.names[layer, slot] for slot, matrix in weights.matrices.items()}
+        known = ((id(matrix), self.names.get((layer, slot))) for slot, matrix in weights.matrices.items())
+        return {matrix: name for matrix, name in known if name is not None}
+
+    def _factors(self, layer: int, collected: Collected) -> dict[str, Factors]:
+        """What was measured of a layer; of experts that few tokens chose, what the others have."""
+        alike: list[list[str]] = []
+        if self.spec.experts is not None and self.spec.has_experts(layer):
+            slots = zip(*expert_slots(self.spec.experts.routing.experts), strict=True)
+            alike = [[self.names[layer, slot] for slot in place] for place in slots]
+        return collected.factors(self.count * self.tokens, self.source, alike)
 
     def _step(self, steps: int) -> None:
         self.done += steps

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from kbit.calibration.request import SEQUENCE
-from kbit.models.params import parameters
+from kbit.models.params import Parameter, parameters
 from kbit.models.spec import ModelSpec
 
 # Tokens whose activations are held at once.
@@ -41,11 +41,18 @@ def calibration_memory(spec: ModelSpec, tokens: int | None, gradients: bool) -> 
     shapes = _shapes(spec)
     weights = 4 * sum(rows * columns for rows, columns in shapes)
     factors = 3 * factor_bytes(spec, 1, gradients) * 2
-    activations = 4 * 3 * min(CHUNK_TOKENS, count * length) * sum(rows + columns for rows, columns in shapes)
+    through = sum(p.active * (p.shape[0] + p.shape[1]) for p in _linears(spec))
+    activations = round(4 * 3 * min(CHUNK_TOKENS, count * length) * through)
     head = 6 * spec.vocab_size * spec.hidden_size + (16 * LOGITS_BYTES if gradients else 0)
     return kept + max(weights + factors + activations, head)
 
 
 def _shapes(spec: ModelSpec) -> list[tuple[int, int]]:
     """Of the matrices of a layer."""
-    return [(p.shape[0], p.shape[1]) for p in parameters(spec) if p.role == "linear" and p.layer == 0]
+    return [(p.shape[0], p.shape[1]) for p in _linears(spec)]
+
+
+def _linears(spec: ModelSpec) -> list[Parameter]:
+    """The matrices of a layer, one with experts where there are any."""
+    layer = spec.experts.layers.index(True) if spec.experts is not None else 0
+    return [p for p in parameters(spec) if p.role == "linear" and p.layer == layer]

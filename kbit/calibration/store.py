@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 
 from kbit.calibration.factors import Factors
@@ -23,6 +23,7 @@ from kbit.host.errors import KbitError
 from kbit.host.files import write_durably
 
 _IDS = "tokens.npy"
+_BORROWED = " borrowed scalar"
 
 
 class CalibrationFolder:
@@ -64,6 +65,8 @@ class CalibrationFolder:
         tensors: dict[str, torch.Tensor] = {}
         for name, factors in measured.factors.items():
             tensors[f"{name} coherence scalar"] = torch.tensor([factors.coherence], dtype=torch.float64)
+            if factors.borrowed:
+                tensors[f"{name}{_BORROWED}"] = torch.ones(1, dtype=torch.uint8)
             for side, factor in (("inputs", factors.inputs), ("outputs", factors.outputs)):
                 if factor is None:
                     continue
@@ -96,8 +99,25 @@ class CalibrationFolder:
             if inputs is None or coherence is None:
                 raise KbitError(f"{file}: damaged; remove it and calibrate again")
             weighted = bool(self.identity["request"]["gradients"])
-            found[name] = Factors(inputs, outputs, float(coherence), weighted)
+            borrowed = f"{name}{_BORROWED}" in tensors
+            found[name] = Factors(inputs, outputs, float(coherence), weighted, borrowed)
         return found
+
+    def borrowed(self) -> list[str]:
+        """The experts' matrices that too few tokens went through to be measured (`Factors.borrowed`).
+
+        Raises:
+            KbitError: a file is damaged.
+        """
+        found = []
+        for file in sorted(self.path.glob("layer-*.safetensors")):
+            try:
+                with safe_open(file, framework="numpy") as tensors:
+                    keys = tensors.keys()
+            except (OSError, SafetensorError):
+                raise KbitError(f"{file}: damaged; remove it and calibrate again") from None
+            found += [key.removesuffix(_BORROWED) for key in keys if key.endswith(_BORROWED)]
+        return sorted(found)
 
     @property
     def nbytes(self) -> int:

@@ -11,7 +11,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 if TYPE_CHECKING:
     import numpy as np
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from kbit.formats.quant_tensor import QuantTensor
-    from kbit.formats.stored import AnyStored
+    from kbit.formats.stored import AnyStored, StoredMatrix
 
 
 # The key of a configuration whose tensors are canonical (`kbit.models.canonical`) although its family publishes others.
@@ -105,6 +105,17 @@ class CheckpointSource(ABC):
 
     def __exit__(self, *exc: object) -> None:
         self.close()
+
+
+@runtime_checkable
+class PackedStacks(Protocol):
+    """A reader of files that hold several packed matrices in one tensor, as of all experts of a layer."""
+
+    def read_packed(self, name: str, index: int) -> StoredMatrix:
+        """The matrix at an index of the first axis, rows as they are stored.
+
+        Raises CheckpointError when the data is unreadable.
+        """
 
 
 class StoredSource(CheckpointSource):

@@ -64,12 +64,19 @@ def calibrate(
     with open_model(model) as source, progress_bars() as progress:
         folder = measure(source, request, progress=progress)
     seconds = time.perf_counter() - begin
-    measured = folder.identity["request"]
+    measured, borrowed = folder.identity["request"], folder.borrowed()
     if json:
         facts = {"model": model, "path": str(folder.path), "bytes": folder.nbytes, "seconds": seconds}
+        facts["borrowed"] = borrowed
         print_json({**facts, "calibration": measured})
         return
     typer.echo(
         f"{model}: {measured['tokens']:,} tokens, {request.describe()}\n"
         f"{folder.path}: {size(folder.nbytes)}, {seconds:.1f} s"
     )
+    if borrowed:
+        typer.echo(
+            f"note: too few tokens went to the experts of {len(borrowed)} matrices ({', '.join(borrowed[:3])}"
+            f"{', ...' if len(borrowed) > 3 else ''}), which get what their layer's experts have on average; more "
+            "--calibration-tokens tell more"
+        )

@@ -12,7 +12,7 @@ from kbit.host.errors import KbitError
 
 if TYPE_CHECKING:
     from kbit.checkpoint.source import CheckpointSource
-    from kbit.models.spec import ModelSpec
+    from kbit.models.spec import ExpertsSpec, ModelSpec
 
 # Stored types of matrices that are not quantized.
 _FLOATS = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")
@@ -63,6 +63,8 @@ def summarise(source: CheckpointSource) -> dict[str, Any]:
         "vocabulary": config.get("vocab_size"),
         "tied_embeddings": bool(config.get("tie_word_embeddings")),
         "parameters": sum(info.numel for info in infos),
+        "active_parameters": _active(infos, spec),
+        "experts": None if spec is None or spec.experts is None else _experts(spec.experts),
         "bits_per_weight": _bits(infos),
         "bits_per_weight_without_embeddings": _bits(inner),
         "tensor_bytes": sum(info.nbytes for info in infos),
@@ -87,6 +89,24 @@ def summarise(source: CheckpointSource) -> dict[str, Any]:
             }
             for info in infos
         },
+    }
+
+
+def _active(infos: list[Any], spec: ModelSpec | None) -> int:
+    """Weights that a token goes through: of experts, the chosen ones."""
+    from kbit.models.params import parameters
+
+    shares = {} if spec is None else {p.name: p.active for p in parameters(spec)}
+    return round(sum(shares.get(info.name, 1.0) * info.numel for info in infos))
+
+
+def _experts(experts: ExpertsSpec) -> dict[str, int]:
+    return {
+        "experts": experts.routing.experts,
+        "chosen": experts.routing.chosen,
+        "layers": sum(experts.layers),
+        "width": experts.width,
+        "shared_width": experts.shared_width,
     }
 
 
@@ -165,17 +185,25 @@ def print_model(summary: dict[str, Any], list_tensors: bool) -> None:
 
     kv = "" if summary["kv_heads"] == summary["heads"] else f" ({summary['kv_heads']} for keys and values)"
     tied = ", head tied to the embedding" if summary["tied_embeddings"] else ""
+    experts = summary["experts"]
+    active = f", {summary['active_parameters'] / 1e6:,.1f} million active for a token" if experts else ""
     lines = {
         "model": summary["model"],
         "architecture": f"{summary['architecture']}, {summary['layers']} layers, hidden size {summary['hidden_size']}, "
         f"{summary['heads']} heads{kv}",
-        "parameters": f"{summary['parameters'] / 1e6:,.1f} million, vocabulary {summary['vocabulary']}{tied}",
+        "parameters": f"{summary['parameters'] / 1e6:,.1f} million{active}, vocabulary {summary['vocabulary']}{tied}",
         "context": f"{summary['context_length']} tokens",
         "bits per weight": f"{bits(summary['bits_per_weight'])} in all, "
         f"{bits(summary['bits_per_weight_without_embeddings'])} without embeddings and head",
         "files": f"{size(summary['file_bytes'])} in {len(summary['files'])} "
         + ("file" if len(summary["files"]) == 1 else "files"),
     }
+    if experts:
+        shared = f", and one of {experts['shared_width']} features for all" if experts["shared_width"] else ""
+        lines["experts"] = (
+            f"{experts['chosen']} of {experts['experts']} for each token, of {experts['width']} features, in "
+            f"{experts['layers']} layers{shared}"
+        )
     if summary["prepared_bytes"] is not None:
         lines["prepared"] = f"{size(summary['prepared_bytes'])} for the CPU engine, in the cache (--forget removes it)"
     if "verified_tensors" in summary:

@@ -57,6 +57,12 @@ def _legend(result: Recommendation, shown: list[Candidate]) -> list[str]:
     lines = []
     if shown:
         lines.append("bits: stored, per weight of the whole model; KV: bits of keys and values")
+    for model in {candidate.model.name: candidate.model for candidate in shown}.values():
+        if model.active_parameters < model.total_parameters:
+            total, active = model.total_parameters / 1e9, model.active_parameters / 1e9
+            lines.append(
+                f"{model.name}: {total:.3g} billion weights, of which a token goes through {active:.3g} billion"
+            )
     if any(result.tight(candidate) for candidate in shown):
         lines.append("!: fits only if the prediction is right to 3 %")
     if any(candidate.speed is not None for candidate in shown):

@@ -196,6 +196,7 @@ def _convert(source: CheckpointSource, plan: Plan, out: Path, flags: QuantizeFla
         "seconds": time.perf_counter() - begin,
         "written_tensors": done.written,
         "resumed_tensors": done.resumed,
+        "notes": list(done.notes),
         "already_complete": done.already_complete,
     }
 

@@ -106,6 +106,8 @@ def print_result(facts: dict[str, Any], out: Path) -> None:
     )
     widths = Counter(row["to"] for row in facts["tensors"].values() if row["quantized"])
     typer.echo(f"method {facts['method']}, {', '.join(f'{count} x {name}' for name, count in sorted(widths.items()))}")
+    for note in facts["notes"]:
+        typer.echo(f"note: {note}")
     measured, predicted = facts.get("measured"), facts.get("predicted_kl")
     said = []
     if measured is not None:

@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from kbit.formats.stored import AnyStored
     from kbit.graph.batch import Batch
     from kbit.graph.cache import Cache
+    from kbit.graph.experts import Experts, Mixture
     from kbit.graph.pages import PagePool
     from kbit.graph.states import Recurrence, ShortConvolution, StateSpec
 
@@ -192,7 +193,15 @@ class Ops(Protocol[X]):
     def linear_group(self, weights: Sequence[Weight], x: X, biases: Sequence[Vector | None]) -> tuple[X, ...]:
         """Several linears of one input (q, k, v; gate, up): x (..., K) -> (..., N_i) each."""
 
-    def self_attention(self, q: X, k: X, v: X, attention: Attention, key_bias: Vector | None = None) -> X:
+    def self_attention(
+        self,
+        q: X,
+        k: X,
+        v: X,
+        attention: Attention,
+        key_bias: Vector | None = None,
+        sinks: Vector | None = None,
+    ) -> X:
         """Attention of a pass's tokens to themselves and to what is in the cache.
 
         q and k are rotated to their positions, k and v written to the cache, and every query attends to the tokens of
@@ -204,6 +213,7 @@ class Ops(Protocol[X]):
             v: (..., H_kv D).
             attention: sizes, scale, mask and window.
             key_bias: (H_kv D), what k has from its projection's bias. A cache of codes may store keys without it.
+            sinks: (H,), a score of each head that stands in the softmax's sum beside those of keys, and has no value.
 
         Returns:
             (..., H D).
@@ -255,6 +265,22 @@ class Ops(Protocol[X]):
 
     def activate(self, gate: X, up: X | None, kind: str) -> X:
         """act(gate) * up, or act(gate): (..., K). `kind` is one of kernels.activations.ACTIVATIONS."""
+
+    def sigmoid_gate(self, x: X, gate: X) -> X:
+        """sigmoid(gate) x: x (..., K), gate (..., 1) -> (..., K)."""
+
+    def experts(self, x: X, logits: X, experts: Experts, mixture: Mixture) -> X:
+        """The weighted sum of what each token's chosen experts make of it (`kernels.reference_experts`).
+
+        Args:
+            x: (..., K).
+            logits: of the router, (..., E).
+            experts: their parameters.
+            mixture: how they are chosen and weighed, and what they compute.
+
+        Returns:
+            (..., K).
+        """
 
     def logits(self, weight: Weight, x: X) -> X:
         """x (..., K) against a weight (V, K) -> float32 (..., V)."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from kbit.graph.experts import Experts, Mixture
 from kbit.graph.ops import Attention, Vector, Weight, check_source
 from kbit.graph.states import Recurrence, ShortConvolution
 from kbit.kernels.activations import ACTIVATIONS
@@ -118,6 +119,7 @@ class Attend:
 
     Attributes:
         key_bias: what every k has in it, for caches that store keys without it.
+        sinks: scores of heads beside those of keys.
     """
 
     q: Symbol
@@ -126,6 +128,7 @@ class Attend:
     attention: Attention
     out: Symbol
     key_bias: Vector | None = None
+    sinks: Vector | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -179,6 +182,26 @@ class Activate:
     out: Symbol
 
 
+@dataclass(frozen=True, eq=False)
+class SigmoidGate:
+    """out = sigmoid(gate) x, gate of width 1."""
+
+    x: Symbol
+    gate: Symbol
+    out: Symbol
+
+
+@dataclass(frozen=True, eq=False)
+class Mix:
+    """out = the weighted sum of what the experts that logits choose make of x."""
+
+    x: Symbol
+    logits: Symbol
+    experts: Experts
+    mixture: Mixture
+    out: Symbol
+
+
 Operation = (
     Embed
     | Norm
@@ -194,6 +217,8 @@ Operation = (
     | Recur
     | Convolve
     | Activate
+    | SigmoidGate
+    | Mix
 )
 
 
@@ -213,6 +238,10 @@ def reads(operation: Operation) -> tuple[Symbol, ...]:
         return (operation.gate,) if operation.up is None else (operation.gate, operation.up)
     if isinstance(operation, Add):
         return (operation.x, operation.y)
+    if isinstance(operation, SigmoidGate):
+        return (operation.x, operation.gate)
+    if isinstance(operation, Mix):
+        return (operation.x, operation.logits)
     if isinstance(operation, Project) and operation.residual is not None:
         return (operation.x, operation.residual)
     return (operation.x,)
@@ -299,15 +328,23 @@ class Recorder:
         return self.linear(weight, x)
 
     def self_attention(
-        self, q: Symbol, k: Symbol, v: Symbol, attention: Attention, key_bias: Vector | None = None
+        self,
+        q: Symbol,
+        k: Symbol,
+        v: Symbol,
+        attention: Attention,
+        key_bias: Vector | None = None,
+        sinks: Vector | None = None,
     ) -> Symbol:
         check_source(attention, "self")
         _expect("queries", q.width, attention.heads * attention.head_dim)
         _expect_keys(k, v, attention)
         if key_bias is not None:
             _expect("the bias of keys", key_bias.shape[0], k.width)
+        if sinks is not None:
+            _expect("sinks", sinks.shape[0], attention.heads)
         out = Symbol(q.width)
-        self.operations.append(Attend(q, k, v, attention, out, key_bias))
+        self.operations.append(Attend(q, k, v, attention, out, key_bias, sinks))
         return out
 
     def store_keys(self, k: Symbol, v: Symbol, attention: Attention) -> None:
@@ -352,6 +389,19 @@ class Recorder:
         self.operations.append(Activate(gate, up, kind, out))
         return out
 
+    def sigmoid_gate(self, x: Symbol, gate: Symbol) -> Symbol:
+        _expect("a gate of all features", gate.width, 1)
+        out = Symbol(x.width)
+        self.operations.append(SigmoidGate(x, gate, out))
+        return out
+
+    def experts(self, x: Symbol, logits: Symbol, experts: Experts, mixture: Mixture) -> Symbol:
+        _expect("the logits of a router", logits.width, mixture.routing.experts)
+        _check_experts(x.width, experts, mixture)
+        out = Symbol(x.width)
+        self.operations.append(Mix(x, logits, experts, mixture, out))
+        return out
+
     def _project(self, weights: tuple[Weight, ...], x: Symbol, biases: tuple[Vector | None, ...]) -> tuple[Symbol, ...]:
         for weight, bias in zip(weights, biases, strict=True):
             _expect("the input of a linear", x.width, weight.shape[1])
@@ -360,6 +410,27 @@ class Recorder:
         outs = tuple(Symbol(weight.shape[0]) for weight in weights)
         self.operations.append(Project(x, weights, biases, outs))
         return outs
+
+
+def _check_experts(width: int, experts: Experts, mixture: Mixture) -> None:
+    """Raise unless there are parameters of every expert, all of the same shapes."""
+    count, inner = mixture.routing.experts, experts.gates[0].shape[0]
+    if mixture.activation not in ACTIVATIONS:
+        raise ValueError(f"activation {mixture.activation!r} is not one of {', '.join(ACTIVATIONS)}")
+    for matrices, biases, rows, columns in (
+        (experts.gates, experts.gate_biases, inner, width),
+        (experts.ups, experts.up_biases, inner, width),
+        (experts.downs, experts.down_biases, width, inner),
+    ):
+        if len(matrices) != count or len(biases) != count:
+            raise ValueError(f"{len(matrices)} matrices and {len(biases)} biases are not those of {count} experts")
+        for matrix, bias in zip(matrices, biases, strict=True):
+            _expect("an expert's output", matrix.shape[0], rows)
+            _expect("an expert's input", matrix.shape[1], columns)
+            if bias is not None:
+                _expect("an expert's bias", bias.shape[0], rows)
+    if experts.selection_bias is not None:
+        _expect("what is added to choose experts", experts.selection_bias.shape[0], count)
 
 
 def _expect_keys(k: Symbol, v: Symbol, attention: Attention) -> None:

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from kbit.graph.experts import Experts, Mixture
 from kbit.graph.ops import Attention, Ops, Vector, Weight, X
-from kbit.models.params import GATE_UP, QKV
+from kbit.models.params import GATE_UP, QKV, SHARED, expert_slots
 from kbit.models.spec import ModelSpec
 
 
@@ -43,7 +44,8 @@ class Weights:
 
 def layer(ops: Ops[X], spec: ModelSpec, weights: Weights, index: int, x: X) -> X:
     """One layer on the residual stream: (..., hidden) -> (..., hidden)."""
-    return mlp(ops, spec, weights, attention(ops, spec, weights, index, x))
+    x = attention(ops, spec, weights, index, x)
+    return mixture(ops, spec, weights, x) if spec.has_experts(index) else mlp(ops, spec, weights, x)
 
 
 def attention(ops: Ops[X], spec: ModelSpec, weights: Weights, index: int, x: X) -> X:
@@ -65,10 +67,12 @@ def attention(ops: Ops[X], spec: ModelSpec, weights: Weights, index: int, x: X) 
     # What a norm has scaled is no constant part of keys; and where angles depend on the length of the text, or are
     # several, a bias that turned with other angles could not be put back.
     single = len(spec.ropes) == 1 and not spec.rope.depends_on_length
-    # (With a cap, what features that do not turn add to every score counts, too.)
-    constant = turns is not None and single and spec.names.k_norm is None and spec.score_cap is None
+    # (With a cap or sinks, what features that do not turn add to every score counts, too.)
+    sinks = weights.biases.get("sinks")
+    shifted = spec.score_cap is not None or (sinks is not None and spec.rope.dim < spec.head_dim)
+    constant = turns is not None and single and spec.names.k_norm is None and not shifted
     key_bias = weights.biases.get("k") if constant else None
-    seen = ops.self_attention(q, k, v, described, key_bias)  # (..., H D)
+    seen = ops.self_attention(q, k, v, described, key_bias, sinks)  # (..., H D)
     return _added(ops, spec, weights, "o", "attention_post_norm", seen, x)
 
 
@@ -77,6 +81,30 @@ def mlp(ops: Ops[X], spec: ModelSpec, weights: Weights, x: X) -> X:
     gate, up = _together(ops, weights, GATE_UP, norm(ops, spec, weights, "mlp_norm", x))
     inner = ops.activate(gate, up, spec.activation)  # (..., intermediate)
     return _added(ops, spec, weights, "down", "mlp_post_norm", inner, x)
+
+
+def mixture(ops: Ops[X], spec: ModelSpec, weights: Weights, x: X) -> X:
+    """x + experts(norm(x)), and what a shared expert makes of norm(x) where the model has one: (..., hidden)."""
+    experts = spec.experts
+    assert experts is not None
+    inner, router = norm(ops, spec, weights, "mlp_norm", x), weights.linear("router")
+    slots = expert_slots(experts.routing.experts)
+    gates, ups, downs = (weights.linears(column) for column in zip(*slots, strict=True))
+    parameters = Experts(
+        *(tuple(linear.weight for linear in linears) for linears in (gates, ups, downs)),
+        *(tuple(linear.bias for linear in linears) for linears in (gates, ups, downs)),
+        weights.biases.get("selection_bias"),
+    )
+    described = Mixture(experts.routing, spec.activation, experts.clamp)
+    out = ops.experts(inner, ops.linear(router.weight, inner, router.bias), parameters, described)
+    if experts.shared_width:
+        gate, up = _together(ops, weights, SHARED, inner)
+        shared = ops.linear(weights.matrices["shared_down"], ops.activate(gate, up, spec.activation))
+        switch = weights.matrices.get("shared_switch")
+        if switch is not None:
+            shared = ops.sigmoid_gate(shared, ops.linear(switch, inner))
+        out = ops.add(out, shared)
+    return _to_residual(ops, spec, weights, "mlp_post_norm", out, x)
 
 
 def norm(ops: Ops[X], spec: ModelSpec, weights: Weights, slot: str, x: X) -> X:
@@ -160,5 +188,10 @@ def _added(ops: Ops[X], spec: ModelSpec, weights: Weights, slot: str, post_norm:
     """A block's last linear, of which every process has a part, on the residual stream: (..., hidden)."""
     linear = weights.linear(slot)
     out = ops.sum_parts(ops.linear(linear.weight, inner), linear.bias)
+    return _to_residual(ops, spec, weights, post_norm, out, x)
+
+
+def _to_residual(ops: Ops[X], spec: ModelSpec, weights: Weights, post_norm: str, out: X, x: X) -> X:
+    """What a block adds, normalised and scaled where the model does so, on the residual stream: (..., hidden)."""
     out = norm(ops, spec, weights, post_norm, out)
     return ops.add(x, out if spec.residual_multiplier == 1.0 else ops.scale(out, spec.residual_multiplier))

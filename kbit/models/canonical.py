@@ -12,9 +12,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+from kbit.checkpoint.readers import mxfp4
 from kbit.checkpoint.shard import stored_format
 from kbit.checkpoint.source import CANONICAL as MARK
-from kbit.checkpoint.source import CheckpointSource, StoredSource, TensorInfo
+from kbit.checkpoint.source import CheckpointSource, PackedStacks, StoredSource, TensorInfo
 from kbit.host.errors import CheckpointError, KbitError, UnsupportedError
 from kbit.models.families import FAMILIES, spec_from_config
 from kbit.models.family import family_of
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-    from kbit.formats.stored import AnyStored
+    from kbit.formats.stored import AnyStored, StoredMatrix
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,10 @@ class _Piece:
         head: rows of a head whose pairs lie side by side, 0 where none do.
         turned: how many of these.
         offset: what is added to its values.
+        expert: where it is on the first axis of a tensor of all experts; then of what is there:
+        step: every so many-th row is its own.
+        transposed: rows are columns.
+        format: in which it is packed there, if it is.
     """
 
     stored: str
@@ -46,6 +51,10 @@ class _Piece:
     head: int = 0
     turned: int = 0
     offset: float = 0.0
+    expert: int | None = None
+    step: int = 1
+    transposed: bool = False
+    format: str | None = None
 
 
 def canonical(source: CheckpointSource) -> CheckpointSource:
@@ -102,16 +111,21 @@ class CanonicalSource(StoredSource):
         self._source = source
         self._layout = layout
         self._pieces = _pieces(source, spec, layout)
+        self._left_out = _further_layers(source, spec, layout)
         self._infos = self._described(spec)
 
     def _described(self, spec: ModelSpec) -> dict[str, TensorInfo]:
         shapes, infos = spec.expected_tensors(), dict(self._source.tensors)
-        for piece in self._pieces.values():
-            infos.pop(piece.stored, None)
+        for left_out in (*(piece.stored for piece in self._pieces.values()), *self._left_out):
+            infos.pop(left_out, None)
         for name, piece in self._pieces.items():
             info = self._source.tensors[piece.stored]
-            shape = (shapes[name][0], *info.shape[1:]) if piece.stored != name else info.shape
+            shape = info.shape if piece.stored == name else (shapes[name][0], *info.shape[1:])
+            if piece.expert is not None:
+                shape = shapes[name]
             made = replace(info, name=name, shape=shape)
+            if piece.format is not None:
+                made = replace(made, stored_as=piece.format)
             if piece.offset:
                 infos[name] = replace(made, stored_as="F32", nbytes=4 * made.numel)
             else:
@@ -128,6 +142,11 @@ class CanonicalSource(StoredSource):
         piece = self._pieces.get(name)
         if piece is None:
             return self._source.read_array_rows(name, start, stop)
+        if piece.expert is not None:
+            whole = self._source.read_array_rows(piece.stored, piece.expert, piece.expert + 1)[0]
+            rows = whole.T if piece.transposed else whole
+            found: NDArray[np.float32] = rows[piece.first + piece.step * start :: piece.step][: stop - start]
+            return np.ascontiguousarray(found)
         if not piece.head:
             values = self._source.read_array_rows(piece.stored, piece.first + start, piece.first + stop)
             return values + np.float32(piece.offset) if piece.offset else values
@@ -145,7 +164,9 @@ class CanonicalSource(StoredSource):
             return self._source.read_stored(name)
         from kbit.formats.stored import KINDS, DenseMatrix, narrowed
 
-        info = self._infos[name]
+        info, piece = self._infos[name], self._pieces[name]
+        if piece.format is not None:
+            return self._packed(name, piece)
         if stored_format(info) is not None:
             raise UnsupportedError(
                 f"{self.path}: {name} is part of {self._pieces[name].stored}, which is packed ({info.stored_as}); kbit "
@@ -153,6 +174,17 @@ class CanonicalSource(StoredSource):
             )
         values, kind = self.read_array_rows(name, 0, info.shape[0]), KINDS.get(info.stored_as, "fp32")
         return DenseMatrix(narrowed(values, kind), kind)
+
+    def _packed(self, name: str, piece: _Piece) -> StoredMatrix:
+        """Some rows of one of several packed matrices."""
+        import numpy as np
+
+        assert isinstance(self._source, PackedStacks)
+        assert piece.expert is not None
+        whole, shape = self._source.read_packed(piece.stored, piece.expert), self._infos[name].shape
+        rows = slice(piece.first, piece.first + piece.step * shape[0], piece.step)
+        parts = {suffix: np.ascontiguousarray(part[rows]) for suffix, part in whole.parts.items()}
+        return replace(whole, shape=(shape[0], shape[1]), parts=parts)
 
     def sidecar_files(self) -> Mapping[str, bytes]:
         return self._source.sidecar_files()
@@ -167,12 +199,54 @@ class CanonicalSource(StoredSource):
         self._source.close()
 
 
+def _of_stacks(
+    source: CheckpointSource, spec: ModelSpec, layout: Layout, declared: Mapping[tuple[Any, ...], Parameter]
+) -> dict[str, _Piece]:
+    """Where the tensors of experts are that are published in one for all."""
+    pieces: dict[str, _Piece] = {}
+    for layer in range(spec.layers if spec.experts is not None else 0):
+        for template, stack in layout.stacked.items():
+            stored = template.format(layer=layer)
+            if stored not in source.tensors:
+                continue
+            assert spec.experts is not None
+            count, each = spec.experts.routing.experts, len(stack.slots)
+            first = declared[layer, f"experts.0.{stack.slots[0]}", stack.kind].shape
+            rows, rest = each * first[0], first[1:]
+            packed = source.tensors[stored].stored_as == mxfp4.STORED_AS  # whose rows are rows, always
+            transposed = stack.transposed and not packed
+            wanted = (count, *((*rest, rows) if transposed else (rows, *rest)))
+            if source.tensors[stored].shape != wanted:
+                raise CheckpointError(
+                    f"{source.path}: {stored} has shape {source.tensors[stored].shape}, but config.json asks for "
+                    f"{wanted}, which are {' and '.join(stack.slots)} of {count} experts"
+                )
+            for expert in range(count):
+                for at, slot in enumerate(stack.slots):
+                    begin, step = (at, each) if stack.alternating else (at * first[0], 1)
+                    name = declared[layer, f"experts.{expert}.{slot}", stack.kind].name
+                    format = mxfp4.FORMAT if packed else None
+                    pieces[name] = _Piece(stored, begin, expert=expert, step=step, transposed=transposed, format=format)
+    return pieces
+
+
+def _further_layers(source: CheckpointSource, spec: ModelSpec, layout: Layout) -> tuple[str, ...]:
+    """Tensors of layers beyond the model's own, where the configuration says that there are some."""
+    count = source.config.get(layout.more_layers) if layout.more_layers is not None else None
+    if type(count) is not int or not 0 < count <= spec.layers:
+        return ()
+    # A layer's first norm shows what stands before its number.
+    before = str(spec.names.attention_norm).partition("{layer}")[0]
+    beginnings = tuple(f"{before}{spec.layers + index}." for index in range(count))
+    return tuple(name for name in source.tensors if name.startswith(beginnings))
+
+
 def _pieces(source: CheckpointSource, spec: ModelSpec, layout: Layout) -> dict[str, _Piece]:
     """Where every canonical tensor is that is not there as it is."""
     declared: dict[tuple[Any, ...], Parameter] = {}
     for p in parameters(spec):
         declared[p.layer, p.slot, p.name.rpartition(".")[2]] = p
-    pieces: dict[str, _Piece] = {}
+    pieces = _of_stacks(source, spec, layout, declared)
     for layer in range(spec.layers):
         for template, slots in layout.fused.items():
             for end in ("weight", "bias"):

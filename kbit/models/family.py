@@ -14,11 +14,12 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from kbit.host.errors import CheckpointError, UnsupportedError
 from kbit.models.config_values import ConfigValues, shown
+from kbit.models.expert_config import ExpertRules, check_fixed, experts_of
 from kbit.models.layer_types import Rotated, Windows, rotated_layers, windows_of
 from kbit.models.layout import Layout
 from kbit.models.rope_config import RopeRules, ropes_from_config
@@ -51,12 +52,18 @@ _FOREIGN: Mapping[str, tuple[Any, ...]] = {
     "attention_multiplier": (None,),
     "attn_logit_softcapping": (None,),
     "clip_qkv": (None,),
+    "decoder_sparse_step": (None, 1),
     "dim_model_base": (None,),
     "embedding_multiplier": (None, 1),
     "final_logit_softcapping": (None,),
+    "first_k_dense_replace": (None, 0),
     "hidden_activation": (None, "gelu_pytorch_tanh"),
     "logit_scale": (None, 1),
     "logits_scaling": (None, 1),
+    "mlp_only_layers": (None, []),
+    "n_group": (None, 0, 1),
+    "n_routed_experts": (None, 0, 1),
+    "n_shared_experts": (None, 0),
     "no_rope_layer_interval": (None,),
     "no_rope_layers": (None,),
     "num_experts": (None, 0, 1),
@@ -65,8 +72,15 @@ _FOREIGN: Mapping[str, tuple[Any, ...]] = {
     "query_pre_attn_scalar": (None,),
     "residual_multiplier": (None, 1),
     "rope_local_base_freq": (None,),
+    "rotary_dim": (None,),
+    "routed_scaling_factor": (None, 1),
     "scale_depth": (None,),
     "scale_emb": (None, 1),
+    "scoring_func": (None, "softmax"),
+    "shared_expert_intermediate_size": (None, 0),
+    "shared_intermediate_size": (None, 0),
+    "swiglu_alpha": (None,),
+    "swiglu_limit": (None,),
     "use_bidirectional_attention": (None, False),
     "use_cla": (None, False),
     "use_qk_norm": (None, False),
@@ -94,12 +108,15 @@ class Family:
         activation: the key of the activation.
         activations: names of activations that mean another one here.
         qk_norm, norm_rotated: see ModelSpec; they matter where `names` has norms of queries and keys.
+        qk_norms: the key that says whether there are these norms; None: as `names` says.
         score_scale: the key of the factor on scores.
         score_width: the key of what stands for D in D^-0.5.
         score_cap, logit_cap: keys of caps.
         embedding_multiplier: the key of the factor on embeddings, or ROOT_OF_WIDTH.
         residual_multiplier: the key of the factor on what a block adds.
         logit_divisor: the key of what logits are divided by.
+        experts: how the configuration describes experts; None: there are none.
+        fixed: keys that other implementations read, and the values that say what this family does.
         layout: how published tensors differ from those that `names` names.
         ignored: keys that change another family's result, but not this one's.
     """
@@ -123,6 +140,7 @@ class Family:
     activations: Mapping[str, str] = field(default_factory=dict)
     qk_norm: Literal["head", "whole"] = "head"
     norm_rotated: bool = False
+    qk_norms: str | None = None
     score_scale: str | None = None
     score_width: str | None = None
     score_cap: str | None = None
@@ -130,6 +148,8 @@ class Family:
     embedding_multiplier: str | None = None
     residual_multiplier: str | None = None
     logit_divisor: str | None = None
+    experts: ExpertRules | None = None
+    fixed: Mapping[str, tuple[object, ...]] = field(default_factory=dict)
     layout: Layout = field(default_factory=Layout)
     ignored: tuple[str, ...] = ()
 
@@ -163,6 +183,10 @@ def read_spec(families: Mapping[str, Family], config: Mapping[str, Any], where: 
     max_positions = values.integer("max_position_embeddings", 1, MAX_CONTEXT)
     windows = windows_of(family.windows, family.window_period, values, layers)
     ropes = ropes_from_config(values, head_dim, max_positions, family.rope)
+    names = family.names
+    if family.qk_norms is not None and not values.boolean(family.qk_norms):
+        names = replace(names, q_norm=None, k_norm=None)
+    check_fixed(family.fixed, values, family.model_type)
     spec = ModelSpec(
         family=family.model_type,
         vocab_size=values.integer("vocab_size", 1, _MAX_VOCAB),
@@ -180,7 +204,7 @@ def read_spec(families: Mapping[str, Family], config: Mapping[str, Any], where: 
         output_bias=_switch(family.output_bias, values),
         mlp_bias=_switch(family.mlp_bias, values),
         tied_embeddings=values.boolean("tie_word_embeddings"),
-        names=family.names,
+        names=names,
         norm=family.norm,
         norm_bias=family.norm_bias,
         mask=family.mask,
@@ -195,6 +219,7 @@ def read_spec(families: Mapping[str, Family], config: Mapping[str, Any], where: 
         residual_multiplier=_factor(family.residual_multiplier, values),
         logit_multiplier=1.0 / _factor(family.logit_divisor, values),
         query_temperature=ropes.query_temperature,
+        experts=None if family.experts is None else experts_of(family.experts, values, layers),
     )
     for key, harmless in _FOREIGN.items():
         if key not in values.asked and key not in family.ignored and config.get(key) not in harmless:

@@ -9,7 +9,7 @@ from kbit.host.errors import UnsupportedError
 from kbit.models.config_values import ConfigValues, shown
 from kbit.models.spec import MAX_CONTEXT
 
-Windows = Literal["none", "all", "chosen", "period"]
+Windows = Literal["none", "all", "switched", "chosen", "listed", "period"]
 Rotated = Literal["all", "listed", "windowed"]
 FULL, SLIDING = "full_attention", "sliding_attention"
 
@@ -18,8 +18,9 @@ def windows_of(windows: Windows, period: int | str, values: ConfigValues, layers
     """Sliding window of every layer.
 
     Args:
-        windows: which slide: "none"; "all" (`sliding_window` unless null); "chosen" (`use_sliding_window` and then
-            `layer_types`, or every layer from `max_window_layers` on); "period" (`layer_types`, or all but every
+        windows: which slide: "none"; "all" (`sliding_window` unless null); "switched" (all, with `use_sliding_window`);
+            "chosen" (`use_sliding_window` and then `layer_types`, or every layer from `max_window_layers` on);
+            "listed" (`use_sliding_window` and then `layer_types`); "period" (`layer_types`, or all but every
             period-th).
         period: of full attention; 0 for none; or the key that says.
         values: the configuration.
@@ -30,16 +31,21 @@ def windows_of(windows: Windows, period: int | str, values: ConfigValues, layers
         CheckpointError: a senseless value.
     """
     window = None
-    if windows in ("all", "period") or (windows == "chosen" and values.boolean("use_sliding_window")):
+    if windows in ("all", "period") or (windows not in ("none",) and values.boolean("use_sliding_window")):
         window = values.optional_integer("sliding_window", 1, MAX_CONTEXT)
     types = _layer_types(values, layers)
-    if windows in ("chosen", "period"):
+    if windows in ("chosen", "listed", "period"):
         if types is None:
             if window is None:
                 return (None,) * layers
+            if windows == "listed":
+                raise UnsupportedError(
+                    f"{values.where}: use_sliding_window without layer_types is not supported for this model; write "
+                    "every layer's type into layer_types"
+                )
             types = _by_period(period, values, layers) if windows == "period" else _from_layer(values, layers)
         if window is None and SLIDING in types:
-            wanted = "use_sliding_window and sliding_window say" if windows == "chosen" else "sliding_window says"
+            wanted = "use_sliding_window and sliding_window say" if windows != "period" else "sliding_window says"
             raise values.error("layer_types", f"without {SLIDING}, as {wanted}")
         return tuple(window if kind == SLIDING else None for kind in types)
     fixed = FULL if window is None else SLIDING

@@ -4,6 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Literal
+
+
+@dataclass(frozen=True)
+class Stacked:
+    """The matrices (or biases) of all experts in one tensor, whose first axis they are on.
+
+    Attributes:
+        slots: of an expert, "gate", "up" or "down", whose rows the tensor holds.
+        kind: "weight" or "bias", what it becomes.
+        alternating: rows of the slots in turns, not all of one after all of the other.
+        transposed: a matrix is (K, N).
+    """
+
+    slots: tuple[str, ...]
+    kind: Literal["weight", "bias"] = "weight"
+    alternating: bool = False
+    transposed: bool = False
 
 
 @dataclass(frozen=True)
@@ -15,13 +33,19 @@ class Layout:
             order of their rows.
         interleaved: pairs of features that turn together lie side by side (2 i, 2 i + 1), not half of what turns apart.
         norm_offset: is added to the stored weight of every norm.
+        stacked: published tensors that hold all experts of a layer, by whole name (with {layer}).
+        more_layers: the key of how many layers there are beyond the model's own, which predict tokens further on; they
+            are left out.
     """
 
     fused: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     interleaved: bool = False
     norm_offset: float = 0.0
+    stacked: Mapping[str, Stacked] = field(default_factory=dict)
+    more_layers: str | None = None
 
     @property
     def changes(self) -> bool:
         """Whether published tensors differ from canonical ones."""
-        return bool(self.fused) or self.interleaved or self.norm_offset != 0.0
+        renamed = bool(self.fused) or bool(self.stacked) or self.more_layers is not None
+        return renamed or self.interleaved or self.norm_offset != 0.0

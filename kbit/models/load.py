@@ -111,7 +111,7 @@ class _Loader:
         norms: dict[str, Vector] = {}
         biases: dict[str, Vector] = {}
         for parameter in declared:
-            if parameter.role == "linear":
+            if parameter.role in ("linear", "router"):
                 matrices[parameter.slot] = self._weight(parameter.name)
             else:
                 vectors = norms if parameter.role == "norm" else biases

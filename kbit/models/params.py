@@ -13,10 +13,10 @@ from typing import Literal
 from kbit.models.spec import ModelSpec
 
 Unit = Literal["heads", "kv_heads", "features"]
-Role = Literal["embedding", "linear", "head", "norm", "bias"]
+Role = Literal["embedding", "linear", "head", "norm", "bias", "router"]
 
 # Linears that read one input and are multiplied in one call.
-QKV, GATE_UP = ("q", "k", "v"), ("gate", "up")
+QKV, GATE_UP, SHARED = ("q", "k", "v"), ("gate", "up"), ("shared_gate", "shared_up")
 
 
 @dataclass(frozen=True)
@@ -27,11 +27,13 @@ class Parameter:
         name: in a checkpoint.
         slot: what its block calls it, for example "q" or "attention_norm"; a bias is in the slot of its matrix.
         layer: index, or None outside of layers.
-        role: what it is for. Biases of norms are "bias" too.
+        role: what it is for. Biases of norms are "bias" too, and so are attention sinks. A "router" is a small matrix
+            that decides, and stays as it is stored where others are quantized.
         shape: (N, K), or (N,).
         cut: how processes share it: (axis, what that axis consists of), or None where all have it whole. Of a matrix
             whose columns are cut the product is a part of a sum (`Ops.sum_parts`).
         group: slots of the linears that share its input, itself included; empty for what is no linear.
+        active: the share of tokens that go through it.
     """
 
     name: str
@@ -41,6 +43,7 @@ class Parameter:
     shape: tuple[int, ...]
     cut: tuple[int, Unit] | None = None
     group: tuple[str, ...] = ()
+    active: float = 1.0
 
 
 def parameters(spec: ModelSpec) -> tuple[Parameter, ...]:
@@ -49,7 +52,7 @@ def parameters(spec: ModelSpec) -> tuple[Parameter, ...]:
     found = [Parameter(f"{names.embedding}.weight", "embedding", None, "embedding", vocabulary)]
     for layer in range(spec.layers):
         found += _attention(spec, layer)
-        found += _mlp(spec, layer)
+        found += _experts(spec, layer) if spec.has_experts(layer) else _mlp(spec, layer)
     found += _norm(spec, "final_norm", None)
     if not spec.tied_embeddings:
         found.append(Parameter(f"{names.head}.weight", "head", None, "head", vocabulary))
@@ -66,6 +69,8 @@ def _attention(spec: ModelSpec, layer: int) -> Iterator[Parameter]:
     whole = spec.qk_norm == "whole"
     yield from _norm(spec, "q_norm", layer, queries if whole else spec.head_dim)
     yield from _norm(spec, "k_norm", layer, keys if whole else spec.head_dim)
+    if spec.names.sinks is not None:
+        yield Parameter(spec.names.sinks.format(layer=layer), "sinks", layer, "bias", (spec.heads,), (0, "heads"))
     yield from _linear(spec, "o", layer, (hidden, queries), (1, "heads"), ("o",), spec.output_bias)
     yield from _norm(spec, "attention_post_norm", layer)
 
@@ -80,12 +85,53 @@ def _mlp(spec: ModelSpec, layer: int) -> Iterator[Parameter]:
     yield from _norm(spec, "mlp_post_norm", layer)
 
 
+def expert_slots(experts: int) -> tuple[tuple[str, str, str], ...]:
+    """The slots of every expert's gate, up and down."""
+    return tuple((f"experts.{i}.gate", f"experts.{i}.up", f"experts.{i}.down") for i in range(experts))
+
+
+def _experts(spec: ModelSpec, layer: int) -> Iterator[Parameter]:
+    """What `kbit.models.blocks.mixture` reads."""
+    experts, names, hidden = spec.experts, spec.names, spec.hidden_size
+    assert experts is not None
+    count, width, shared = experts.routing.experts, experts.width, experts.shared_width
+    active = experts.routing.chosen / count
+    yield from _norm(spec, "mlp_norm", layer)
+    yield from _router(spec, "router", layer, count, experts.router_bias)
+    if experts.selection_bias:
+        yield Parameter(str(names.selection_bias).format(layer=layer), "selection_bias", layer, "bias", (count,))
+    for expert, (gate, up, down) in enumerate(expert_slots(count)):
+        for template, slot, shape, group in (
+            (names.expert_gate, gate, (width, hidden), (gate, up)),
+            (names.expert_up, up, (width, hidden), (gate, up)),
+            (names.expert_down, down, (hidden, width), (down,)),
+        ):
+            name = str(template).format(layer=layer, expert=expert)
+            yield Parameter(f"{name}.weight", slot, layer, "linear", shape, None, group, active)
+            if experts.bias:
+                yield Parameter(f"{name}.bias", slot, layer, "bias", shape[:1], active=active)
+    if shared:
+        yield from _linear(spec, "shared_gate", layer, (shared, hidden), None, SHARED, False)
+        yield from _linear(spec, "shared_up", layer, (shared, hidden), None, SHARED, False)
+        yield from _linear(spec, "shared_down", layer, (hidden, shared), None, ("shared_down",), False)
+        if names.shared_switch is not None:
+            yield from _router(spec, "shared_switch", layer, 1, False)
+    yield from _norm(spec, "mlp_post_norm", layer)
+
+
+def _router(spec: ModelSpec, slot: str, layer: int, rows: int, bias: bool) -> Iterator[Parameter]:
+    name = str(getattr(spec.names, slot)).format(layer=layer)
+    yield Parameter(f"{name}.weight", slot, layer, "router", (rows, spec.hidden_size))
+    if bias:
+        yield Parameter(f"{name}.bias", slot, layer, "bias", (rows,))
+
+
 def _linear(
     spec: ModelSpec,
     slot: str,
     layer: int,
     shape: tuple[int, int],
-    cut: tuple[int, Unit],
+    cut: tuple[int, Unit] | None,
     group: tuple[str, ...],
     bias: bool,
 ) -> Iterator[Parameter]:
@@ -93,7 +139,7 @@ def _linear(
     yield Parameter(f"{name}.weight", slot, layer, "linear", shape, cut, group)
     if bias:
         # Where columns are cut, the bias is added to the sum of the parts: whole, in every process.
-        yield Parameter(f"{name}.bias", slot, layer, "bias", shape[:1], cut if cut[0] == 0 else None)
+        yield Parameter(f"{name}.bias", slot, layer, "bias", shape[:1], cut if cut and cut[0] == 0 else None)
 
 
 def _norm(spec: ModelSpec, slot: str, layer: int | None, width: int | None = None) -> Iterator[Parameter]:

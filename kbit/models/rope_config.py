@@ -31,6 +31,7 @@ class RopeRules:
         kinds: kinds of scaling.
         aliases: other names of kinds.
         share: partial_rotary_factor where the configuration names none; None: all of a head turns, always.
+        dim: the key of how many features of a head turn, in place of `partial_rotary_factor`.
         by_layer_type: layers with a window have settings of their own (`rope_parameters.sliding_attention`); scaling
             in the older spelling is that of the other layers alone.
         window_theta: that older spelling's key of the base in layers with a window, and its default; None: the same.
@@ -42,6 +43,7 @@ class RopeRules:
     kinds: tuple[str, ...] = KINDS
     aliases: Mapping[str, str] = field(default_factory=dict)
     share: float | None = None
+    dim: str | None = None
     by_layer_type: bool = False
     window_theta: tuple[str, float] | None = None
     alpha: bool = False
@@ -105,6 +107,8 @@ def ropes_from_config(values: ConfigValues, head_dim: int, max_positions: int, r
         raise CheckpointError(f"{where}: {key} is {shown(settings)}; it should be an object")
     original = values.optional_integer("original_max_position_embeddings", 1, MAX_CONTEXT)
     reading = _Reading(values.values, where, rules, head_dim, max_positions, original)
+    if rules.dim is not None:
+        values.raw(rules.dim)
     theta = values.raw("rope_theta")
     theta = rules.theta if theta is None else theta
     nested = any(isinstance(value, Mapping) for value in settings.values())
@@ -185,6 +189,9 @@ def _rotated(reading: _Reading, settings: Mapping[str, Any]) -> int:
                 f"{reading.where}: partial_rotary_factor {shown(given)} is not supported for this model"
             )
         return reading.head_dim
+    if given is None and reading.rules.dim is not None and reading.config.get(reading.rules.dim) is not None:
+        of_config = ConfigValues(reading.config, {}, reading.where)
+        return of_config.integer(reading.rules.dim, 2, reading.head_dim)
     values = ConfigValues({"partial_rotary_factor": share if given is None else given}, {}, reading.where)
     dim = int(reading.head_dim * values.number("partial_rotary_factor", above=0.0, below=1.0 + 1e-9))
     if dim < 2:

@@ -6,6 +6,8 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
+from kbit.graph.experts import Clamp, Routing
+
 # Longest context that is believed; a hostile factor could ask for any.
 MAX_CONTEXT = 1 << 31
 
@@ -80,7 +82,8 @@ class TensorNames:
     """Where a family keeps its tensors. Names of layers contain {layer}; they lack .weight and .bias.
 
     A norm without a name is not there. Those of a layer: before attention, of what attention adds to the residual
-    stream, before the MLP, and of what that adds; and of queries and keys.
+    stream, before the MLP, and of what that adds; and of queries and keys. Names of an expert contain {expert}; those
+    of sinks and of the selection bias are whole.
     """
 
     embedding: str
@@ -99,6 +102,41 @@ class TensorNames:
     mlp_post_norm: str | None = None
     q_norm: str | None = None
     k_norm: str | None = None
+    sinks: str | None = None
+    router: str | None = None
+    selection_bias: str | None = None
+    expert_gate: str | None = None
+    expert_up: str | None = None
+    expert_down: str | None = None
+    shared_gate: str | None = None
+    shared_up: str | None = None
+    shared_down: str | None = None
+    shared_switch: str | None = None
+
+
+@dataclass(frozen=True)
+class ExpertsSpec:
+    """The experts of a model.
+
+    Attributes:
+        routing: how they are chosen and weighed.
+        width: features inside an expert.
+        layers: per layer, whether it has experts in place of an MLP.
+        shared_width: features inside an MLP beside the experts, through which all tokens go; 0: there is none. Where
+            the family names a `shared_switch`, what it makes is multiplied by the sigmoid of that.
+        router_bias, bias: whether the router and the experts' linears have biases.
+        selection_bias: whether something is added to scores where experts are chosen.
+        clamp: the experts' activation, where it is this one.
+    """
+
+    routing: Routing
+    width: int
+    layers: tuple[bool, ...]
+    shared_width: int = 0
+    router_bias: bool = False
+    bias: bool = False
+    selection_bias: bool = False
+    clamp: Clamp | None = None
 
 
 @dataclass(frozen=True)
@@ -134,6 +172,7 @@ class ModelSpec:
         embedding_multiplier, residual_multiplier, logit_multiplier: factors on embeddings, on what a block adds to the
             residual stream, and on logits.
         query_temperature: (b, n): a query at position p is multiplied by 1 + b ln(1 + floor(p / n)); None: it is not.
+        experts: of layers that have some; None: no layer has.
     """
 
     family: str
@@ -167,6 +206,29 @@ class ModelSpec:
     residual_multiplier: float = 1.0
     logit_multiplier: float = 1.0
     query_temperature: tuple[float, int] | None = None
+    experts: ExpertsSpec | None = None
+
+    def has_experts(self, layer: int) -> bool:
+        """Whether a layer has experts in place of an MLP."""
+        return self.experts is not None and self.experts.layers[layer]
+
+    @property
+    def inner_widths(self) -> tuple[int, ...]:
+        """The features inside the MLPs and the experts there are, each kind once."""
+        experts = self.experts
+        if experts is None:
+            return (self.intermediate_size,)
+        dense = () if all(experts.layers) else (self.intermediate_size,)
+        return (*dense, experts.width, *((experts.shared_width,) if experts.shared_width else ()))
+
+    @property
+    def inner_features(self) -> int:
+        """The features inside MLPs and experts that a token has in all layers."""
+        if self.experts is None:
+            return self.layers * self.intermediate_size
+        count = sum(self.experts.layers)
+        each = self.experts.routing.chosen * self.experts.width + self.experts.shared_width
+        return (self.layers - count) * self.intermediate_size + count * each
 
     @property
     def context_length(self) -> int:

@@ -18,6 +18,7 @@ from kbit.graph.recording import (
     Convolve,
     CrossAttend,
     Embed,
+    Mix,
     Norm,
     Operation,
     Project,
@@ -25,6 +26,7 @@ from kbit.graph.recording import (
     Recur,
     Rotate,
     Scale,
+    SigmoidGate,
     SoftCap,
     StoreKeys,
     SumParts,
@@ -95,14 +97,15 @@ class Structure:
         """Which matrix made the features that a matrix of the body multiplies, by name.
 
         Norms, sums over processes and activations keep features apart, and are looked through: a gated activation to
-        what multiplies, attention to the values, and the residual stream to what was added to it last.
+        what multiplies, attention to the values, the residual stream to what was added to it last, and a mixture to its
+        first expert.
         """
         made: dict[Symbol, str] = {}
         found: dict[str, str] = {}
         for operation in self.operations:
             if isinstance(operation, Embed):
                 made[operation.out] = _name(operation.weight)
-            elif isinstance(operation, Norm | SumParts | Scale | SoftCap | Rotate):
+            elif isinstance(operation, Norm | SumParts | Scale | SoftCap | Rotate | SigmoidGate):
                 made[operation.out] = made[operation.x]
             elif isinstance(operation, Add):
                 made[operation.out] = made[operation.y]
@@ -114,6 +117,12 @@ class Structure:
                 made[operation.out] = made[operation.x]
             elif isinstance(operation, Recur):
                 made[operation.out] = made[operation.v]
+            elif isinstance(operation, Mix):
+                experts = operation.experts
+                for gate, up, down in zip(experts.gates, experts.ups, experts.downs, strict=True):
+                    found[_name(gate)] = found[_name(up)] = made[operation.x]
+                    found[_name(down)] = _name(up)
+                made[operation.out] = _name(experts.downs[0])
             elif isinstance(operation, CrossAttend | StoreKeys):
                 raise ValueError("what an encoder's values become is in another recording")
             else:
@@ -123,7 +132,10 @@ class Structure:
         return found
 
     def seams(self) -> list[Seam]:
-        """Where features can be scaled, in the order of the computation."""
+        """Where features can be scaled, in the order of the computation.
+
+        What experts read, their router reads too, and stays as it is: a router is no matrix that is quantized.
+        """
         readers: dict[Symbol, list[Operation]] = {}
         makers: dict[Symbol, Operation] = {}
         for operation in self.operations:
@@ -134,6 +146,12 @@ class Structure:
                 if isinstance(value, Symbol) and field.name != "out":
                     readers.setdefault(value, []).append(operation)
         found: list[Seam] = []
+        for operation in self.operations:
+            if isinstance(operation, Mix) and operation.mixture.clamp is None:
+                experts = operation.experts
+                for up, bias, down in zip(experts.ups, experts.up_biases, experts.downs, strict=True):
+                    added = () if bias is None else (_vector(bias),)
+                    found.append(Seam((_name(down),), _name(up), added, "product"))
         for symbol, operations in readers.items():
             projects = [operation for operation in operations if isinstance(operation, Project)]
             maker = makers.get(symbol)
@@ -163,6 +181,11 @@ class Structure:
             if isinstance(operation, Project):
                 names = tuple(_name(weight) for weight in operation.weights)
                 groups[operation.x] = groups.get(operation.x, ()) + names
+            elif isinstance(operation, Mix):
+                experts = operation.experts
+                names = tuple(_name(weight) for pair in zip(experts.gates, experts.ups, strict=True) for weight in pair)
+                groups[operation.x] = groups.get(operation.x, ()) + names
+                groups |= {Symbol(down.shape[1]): (_name(down),) for down in experts.downs}
         return list(groups.values())
 
 
@@ -213,7 +236,7 @@ def _weights(
     norms: dict[str, Vector] = {}
     biases: dict[str, Vector] = {}
     for parameter in declared:
-        if parameter.role == "linear":
+        if parameter.role in ("linear", "router"):
             matrices[parameter.slot] = matrix(parameter)
         else:
             vectors = norms if parameter.role == "norm" else biases

@@ -18,7 +18,7 @@ exceed all the rest. The interpreter, torch and the libraries come on top: a con
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from math import ceil
 
@@ -30,6 +30,7 @@ from kbit.formats.quant_format import QuantFormat
 from kbit.formats.registry import parse_format
 from kbit.graph.pages import pages_for
 from kbit.host.errors import UnsupportedError, UsageError
+from kbit.models.params import parameters as declared
 from kbit.models.spec import ModelSpec
 
 # Bytes of a number of the types that weights are kept in without being quantized.
@@ -60,10 +61,11 @@ class Weight:
 
     Attributes:
         name: its name in a checkpoint.
-        role: "linear", "embedding", "head" or "other" (norms, biases).
+        role: "linear", "embedding", "head", "router" (of experts) or "other" (norms, biases).
         rows, columns: shape; a vector has one row.
         kept: a format, or one of DENSE_BYTES.
         steps: its scales are fp32 products of a step and a size, which the CPU engine keeps apart (GGUF's K types).
+        active: the share of tokens that go through it, less than 1 of an expert's.
     """
 
     name: str
@@ -72,6 +74,7 @@ class Weight:
     columns: int
     kept: QuantFormat | str
     steps: bool = False
+    active: float = 1.0
 
     @property
     def numel(self) -> int:
@@ -91,7 +94,8 @@ class MemoryUse:
     """Bytes of a model in memory, at the worst moment.
 
     Attributes:
-        linear, embedding, head, vectors: weights as the backend keeps them. A tied head counts as the embedding.
+        linear, embedding, head, vectors: weights as the backend keeps them. A tied head counts as the embedding;
+            vectors include routers.
         cache: keys and values, for the whole context.
         workspace: buffers, scratch and tables of a pass.
         tokenizer: vocabulary and merges.
@@ -148,14 +152,13 @@ def planned_weights(
     for kept in (linear, embedding, head):
         if isinstance(kept, str) and kept not in DENSE_BYTES:
             raise UsageError(f"weights kept as {kept!r}: use a format such as nf4-b64, or {', '.join(DENSE_BYTES)}")
-    roles = {f"{spec.names.embedding}.weight": ("embedding", embedding), f"{spec.names.head}.weight": ("head", head)}
+    kinds = {"linear": linear, "embedding": embedding, "head": head, "router": "fp16"}
     weights = []
-    for name, shape in spec.expected_tensors().items():
-        if len(shape) == 1:
-            weights.append(Weight(name, "other", 1, shape[0], "fp32"))
+    for p in declared(spec):
+        if len(p.shape) == 1:
+            weights.append(Weight(p.name, "other", 1, p.shape[0], "fp32", active=p.active))
         else:
-            role, kept = roles.get(name, ("linear", linear))
-            weights.append(Weight(name, role, shape[0], shape[1], kept))
+            weights.append(Weight(p.name, p.role, p.shape[0], p.shape[1], kinds[p.role], active=p.active))
     return tuple(weights)
 
 
@@ -170,7 +173,7 @@ def stored_weights(source: CheckpointSource, spec: ModelSpec) -> tuple[Weight, .
             stored = source.tensors[planned.name].stored_as
             kept = _DENSE_OF.get(stored) or block_types.get(stored) or _format_of(stored) or "fp32"
             steps = stored in block_types and block_types[stored].scale_dtype == "fp32"
-        weights.append(Weight(planned.name, planned.role, planned.rows, planned.columns, kept, steps))
+        weights.append(replace(planned, kept=kept, steps=steps))
     return tuple(weights)
 
 
@@ -208,7 +211,7 @@ def predict_memory(
     """
     if context < 1 or batch < 1:
         raise UsageError(f"a context of {context} tokens for {batch} sequences: both need to be at least 1")
-    sizes = {"linear": 0, "embedding": 0, "head": 0, "other": 0}
+    sizes = {"linear": 0, "embedding": 0, "head": 0, "other": 0, "router": 0}
     ready, loading, leftover = 0, 0, 0
     for weight in weights:
         size = prepared_bytes(weight, backend)
@@ -230,7 +233,7 @@ def predict_memory(
     else:
         tokenizer = kept = 0  # not on the GPU
         # Residual stream, q, k, v and attention's output, gate and up, each in float32 at most.
-        width = 2 * spec.hidden_size + 2 * (spec.heads + spec.kv_heads) * spec.head_dim + 3 * spec.intermediate_size
+        width = 2 * spec.hidden_size + 2 * (spec.heads + spec.kv_heads) * spec.head_dim + 3 * max(spec.inner_widths)
         workspace = 4 * rows * width
     workspace += _rotary_bytes(spec, context) + 3 * 4 * spec.vocab_size * batch
     cache = cache_bytes(spec, context, batch, kv, backend)
@@ -238,7 +241,7 @@ def predict_memory(
         sizes["linear"],
         sizes["embedding"],
         sizes["head"],
-        sizes["other"],
+        sizes["other"] + sizes["router"],
         cache,
         workspace,
         kept,
@@ -293,9 +296,15 @@ def program_bytes(
     Args:
         resident: only what such passes touch; memory that is never written costs nothing.
     """
-    hidden, queries = spec.hidden_size, spec.heads * spec.head_dim
+    hidden, queries, experts = spec.hidden_size, spec.heads * spec.head_dim, spec.experts
     buffers = sum(4 * rows * _up(width, _native.TILE_COLUMNS) for width in _buffer_widths(spec))
-    widest = _up(max(hidden, queries, spec.intermediate_size), _native.TILE_COLUMNS)
+    widest = _up(max(hidden, queries, *spec.inner_widths), _native.TILE_COLUMNS)
+    shared_numbers = rows * widest
+    if experts is not None:  # rows of a token and each of its experts, ready to be multiplied, and inside the experts
+        inside, outside = (_up(width, _native.TILE_COLUMNS) for width in (experts.width, hidden))
+        pairs = rows * experts.routing.chosen
+        shared_numbers = max(shared_numbers, pairs * inside, pairs * outside)
+        buffers += 4 * pairs * (inside + outside)
     multiplied = [w.kept for w in weights if w.role != "embedding" or spec.tied_embeddings]
     blocks = {kept.block_size for kept in multiplied if isinstance(kept, QuantFormat)}
     segments = {_native.matrix_segment(block) for block in blocks} if compute == "int8" else set()
@@ -314,9 +323,10 @@ def program_bytes(
     scratch = _native.THREAD_SCRATCH_BYTES + inputs(few * widest, few * widest, few * widest)
     if resident:
         spiky = 1 - (1 - _SPIKY) ** spec.layers
-        shared = inputs(rows * widest, rows * _up(hidden, _native.TILE_COLUMNS), spiky * rows * widest)
+        floats = max(rows, shared_numbers // widest) * _up(hidden, _native.TILE_COLUMNS)
+        shared = inputs(shared_numbers, min(floats, shared_numbers), spiky * shared_numbers)
     else:
-        shared = inputs(rows * widest, rows * widest, rows * widest)
+        shared = inputs(shared_numbers, shared_numbers, shared_numbers)
     return int(buffers + shared + threads * scratch)
 
 
@@ -331,6 +341,11 @@ def tokenizer_bytes(vocabulary: int) -> int:
 def parameters(weights: Iterable[Weight], *roles: str) -> int:
     """Number of weights of these roles, or of all."""
     return sum(weight.numel for weight in weights if not roles or weight.role in roles)
+
+
+def active_parameters(weights: Iterable[Weight]) -> int:
+    """Number of weights that a token goes through: of experts, those that it chooses."""
+    return round(sum(weight.active * weight.numel for weight in weights))
 
 
 def stored_bits(weights: Iterable[Weight], *roles: str) -> int:
@@ -355,7 +370,9 @@ def _buffer_widths(spec: ModelSpec) -> tuple[int, ...]:
     from kbit.graph.fuse import fuse
     from kbit.models.structure import recorded
 
-    structure = recorded(spec, layers=2)  # from the second layer on nothing new is needed
+    # From the second layer on nothing new is needed, nor from the second with experts.
+    first = spec.experts.layers.index(True) if spec.experts is not None else 0
+    structure = recorded(spec, layers=first + 2)
     return tuple(place(fuse(structure.operations, structure.result), structure.result).widths)
 
 

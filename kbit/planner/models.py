@@ -18,7 +18,7 @@ from kbit.formats.quant_format import QuantFormat
 from kbit.host.errors import KbitError, UsageError
 from kbit.models.families import spec_from_config
 from kbit.models.spec import ModelSpec
-from kbit.planner.memory import Weight, parameters, planned_weights, stored_weights
+from kbit.planner.memory import Weight, active_parameters, parameters, planned_weights, stored_weights
 from kbit.planner.shapes import KNOWN_MODELS
 from kbit.scaling.points import Point
 
@@ -62,6 +62,11 @@ class PlanModel:
     def total_parameters(self) -> int:
         """All weights, a tied head once."""
         return parameters(self.weights)
+
+    @property
+    def active_parameters(self) -> int:
+        """Those that a token goes through: of experts, the chosen ones."""
+        return active_parameters(self.weights)
 
     def in_format(self, format: QuantFormat | None, embedding_bits: int | None) -> tuple[Weight, ...]:
         """Its tensors in a format, as `kbit quantize` would write them; as they are for None.

@@ -8,7 +8,7 @@ compare it with what the shape adds up to. Licences and access are the repositor
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 _KEYS = (
@@ -94,6 +94,18 @@ ernie-4.5-0.3b  baidu/ERNIE-4.5-0.3B-PT                360748032 ernie4_5    102
 """
 
 
+# And of models with experts: their number, how many are chosen, their width, and what else their family needs.
+_EXPERTS = """
+mixtral-8x7b mistralai/Mixtral-8x7B-v0.1 46702792704 mixtral 4096 32 32 8 128 14336 32000 32768 8 2
+qwen1.5-moe-a2.7b Qwen/Qwen1.5-MoE-A2.7B 14315784192 qwen2_moe 2048 24 16 16 128 5632 151936 8192 60 4 1408 5632
+qwen3-30b-a3b Qwen/Qwen3-30B-A3B 30532122624 qwen3_moe 2048 48 32 4 128 6144 151936 40960 128 8 768
+qwen3-235b-a22b Qwen/Qwen3-235B-A22B 235093634560 qwen3_moe 4096 94 64 4 128 12288 151936 40960 128 8 1536
+gpt-oss-20b openai/gpt-oss-20b 20914757184 gpt_oss 2880 24 64 8  64 2880 201088 131072 32 4
+gpt-oss-120b openai/gpt-oss-120b 116829156672 gpt_oss 2880 36 64 8  64 2880 201088 131072 128 4
+olmoe-1b-7b allenai/OLMoE-1B-7B-0924 6919161856 olmoe 2048 16 16 16 128 1024 50304 4096 64 8
+"""
+
+
 def _known_model(line: str) -> KnownModel:
     name, repository, parameters, model_type, *rest = line.split()
     config: dict[str, Any] = {"model_type": model_type, **dict(zip(_KEYS, map(int, rest[: len(_KEYS)]), strict=True))}
@@ -103,8 +115,28 @@ def _known_model(line: str) -> KnownModel:
     return KnownModel(name, repository, int(parameters), "bf16", config)
 
 
+def _known_mixture(line: str) -> KnownModel:
+    fields = line.split()
+    numbers = 4 + len(_KEYS)
+    model = _known_model(" ".join(fields[:numbers]))
+    experts, chosen, *widths = map(int, fields[numbers:])
+    names = ("moe_intermediate_size", "shared_expert_intermediate_size")
+    config = {
+        **model.config,
+        "num_experts" if fields[3].startswith(("qwen", "olmoe")) else "num_local_experts": experts,
+        "num_experts_per_tok": chosen,
+        "norm_topk_prob": fields[3] == "qwen3_moe",
+        **dict(zip(names, widths, strict=False)),
+    }
+    return replace(model, config=config)
+
+
 KNOWN_MODELS: Mapping[str, KnownModel] = {
-    model.name: model for model in map(_known_model, _MODELS.strip().splitlines())
+    model.name: model
+    for model in (
+        *map(_known_model, _MODELS.strip().splitlines()),
+        *map(_known_mixture, _EXPERTS.strip().splitlines()),
+    )
 }
 
 

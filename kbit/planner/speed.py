@@ -1,8 +1,8 @@
 """Tokens per second that a model will make, from the rates of a machine (planner.machine) and its shapes alone.
 
-A token's time is a sum: every weight once, at the rate of its format's kernel; every slot of the context once, at the
-rate of its cache kind; and what products, layers and Python cost beside that. Rates lie between those of weights in the
-processor's caches and in memory, by how much a token reads in all.
+A token's time is a sum: every weight that it goes through once, at the rate of its format's kernel; every slot of the
+context once, at the rate of its cache kind; and what products, layers and Python cost beside that. Rates lie between
+those of weights in the processor's caches and in memory, by how much a token reads in all.
 
 Against decoding timed by benchmarks/test_plan.py the errors were within TYPICAL_ERROR, but for models of about the size
 of the caches. Intervals are that wide, and wider where rates varied while they were measured or caches may or may not
@@ -108,7 +108,7 @@ def prompt_seconds(spec: ModelSpec, weights: Sequence[Weight], machine: MachineS
     for weight in _multiplied(weights, spec.tied_embeddings):
         kernel = _kernel(machine, weight)
         if weight.role == "linear":  # a pass of few tokens still reads every weight
-            seconds += weight.numel * max(kernel.prompt * tokens, kernel.cached * passes)
+            seconds += weight.numel * max(kernel.prompt * tokens * weight.active, kernel.cached * passes)
         else:  # logits of a pass's last token alone
             seconds += passes * weight.numel * kernel.memory
     step = min(16, tokens)  # a sum over positions, every sixteenth of them
@@ -118,7 +118,8 @@ def prompt_seconds(spec: ModelSpec, weights: Sequence[Weight], machine: MachineS
 
 def bytes_per_token(spec: ModelSpec, weights: Sequence[Weight], context: int, kv: str, backend: str = "native") -> int:
     """Bytes of weights and cache that one token reads with `context` tokens in the cache."""
-    read = sum(prepared_bytes(weight, backend) for weight in _multiplied(weights, spec.tied_embeddings))
+    multiplied = _multiplied(weights, spec.tied_embeddings)
+    read = sum(weight.active * prepared_bytes(weight, backend) for weight in multiplied)
     cache = cache_bytes(spec, 1 << 10, 1, kv, backend) / (1 << 10)  # of a token, in all layers
     return round(read + cache * _seen(spec, context) / spec.layers)
 
@@ -128,16 +129,16 @@ def _decode_seconds(
 ) -> float:
     """Seconds of one token with `seen` slots in sight, added up over the layers."""
     rate = _attention(machine, kv, spec)
-    read = sum(prepared_bytes(weight) for weight in weights) + seen * spec.kv_heads * rate.nbytes
+    read = sum(weight.active * prepared_bytes(weight) for weight in weights) + seen * spec.kv_heads * rate.nbytes
     share = machine.memory_share(crowding * read)
     over = machine.overheads
     seconds = over.token + over.vocabulary * spec.vocab_size + over.layer * spec.layers + over.matmul
     for weight in weights:
         kernel = _kernel(machine, weight)
-        seconds += weight.numel * (kernel.cached + share * (kernel.memory - kernel.cached))
+        seconds += weight.active * weight.numel * (kernel.cached + share * (kernel.memory - kernel.cached))
     # q, k and v share their input, as do gate and up; the activation goes over its features once more.
-    features = 2 * spec.hidden_size + spec.heads * spec.head_dim + 2 * spec.intermediate_size
-    seconds += over.column * (features * spec.layers + spec.hidden_size)
+    features = spec.layers * (2 * spec.hidden_size + spec.heads * spec.head_dim) + 2 * spec.inner_features
+    seconds += over.column * (features + spec.hidden_size)
     return seconds + seen * spec.kv_heads * (rate.cached + share * (rate.memory - rate.cached))
 
 
@@ -147,7 +148,8 @@ def _seen(spec: ModelSpec, context: int) -> int:
 
 
 def _multiplied(weights: Sequence[Weight], tied: bool) -> list[Weight]:
-    """Matrices that a token is multiplied with: an embedding is only looked up in, unless it is the head too."""
+    """Matrices that a token is multiplied with: an embedding is only looked up in, unless it is the head too. (Routers
+    are too small to count.)"""
     return [w for w in weights if w.role in ("linear", "head") or (w.role == "embedding" and tied)]
 
 

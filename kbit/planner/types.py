@@ -177,6 +177,7 @@ class Recommendation:
         return {
             "model": candidate.model.name,
             "parameters": candidate.model.total_parameters,
+            "active_parameters": candidate.model.active_parameters,
             "format": candidate.label,
             "kv": candidate.kv,
             "bits_per_weight": candidate.bits_per_weight,

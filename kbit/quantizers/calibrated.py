@@ -136,12 +136,21 @@ class CalibratedView(QuantizedView):
         rounding: Settings,
         read: Callable[[str], torch.Tensor] | None = None,
     ) -> None:
+        from kbit.calibration.collected import LEAST_TOKENS
+
         super().__init__(source, plan, read)
         self._calibration, self._rounding = calibration, rounding
         spec = spec_from_config(source.config, where=f"config of {source.path}")
         self._layers = {p.name: p.layer for p in parameters(spec)}
         self._ready: dict[str, QuantTensor] = {}
         self._served: set[str] = set()
+        borrowed = [name for name in calibration.borrowed() if name in self.formats]
+        if borrowed:
+            named = ", ".join(borrowed[:3]) + (", ..." if len(borrowed) > 3 else "")
+            self.notes = (
+                f"{len(borrowed)} matrices of experts ({named}) saw fewer than {LEAST_TOKENS} tokens of calibration "
+                "and were rounded with what their layer's experts have on average; more --calibration-tokens tell more",
+            )
 
     def read_quantized(self, name: str) -> QuantTensor:
         if name not in self._ready:

@@ -37,6 +37,7 @@ class Conversion:
         resumed: weights that an earlier run had left, finished or interrupted.
         nbytes: size of the weight files.
         already_complete: the folder was there, made by the same plan; nothing was done.
+        notes: what a user should know of how the method made it.
     """
 
     out: Path
@@ -44,6 +45,7 @@ class Conversion:
     resumed: int
     nbytes: int
     already_complete: bool = False
+    notes: tuple[str, ...] = ()
 
 
 def convert(
@@ -96,7 +98,7 @@ def convert(
             if on_tensor is not None:
                 on_tensor(tensor)
         writer.finish(quantized_config(source.config, plan), source.sidecar_files(), {"method": plan.method.identity})
-        return Conversion(out, len(plan.tensors) - len(found), len(found), writer.nbytes)
+        return Conversion(out, len(plan.tensors) - len(found), len(found), writer.nbytes, notes=made.notes)
 
 
 def quantized_config(config: Mapping[str, Any], plan: Plan) -> dict[str, Any]:

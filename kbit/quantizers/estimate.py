@@ -15,7 +15,7 @@ from kbit.calibration.request import CalibrationRequest
 from kbit.calibration.sizes import HELD_OUT_SHARE, text_shape
 from kbit.checkpoint.source import CheckpointSource
 from kbit.models.families import spec_from_config
-from kbit.models.params import parameters
+from kbit.models.params import Parameter, parameters
 from kbit.models.spec import ModelSpec
 from kbit.quantizers.allocate import LINEAR_WIDTHS, OUTSIDE_WIDTHS
 
@@ -157,21 +157,21 @@ def _sampling(spec: ModelSpec, tokens: int, length: int) -> Work:
 
 def _calibrating(spec: ModelSpec, tokens: int, length: int, gradients: bool) -> Work:
     """The passes, the factors, and their way to the disk."""
-    linear = list(_linear(spec))
-    weights = sum(rows * columns for rows, columns in linear)
+    linear = [p for p in parameters(spec) if p.role == "linear"]
+    weights = sum(p.active * p.shape[0] * p.shape[1] for p in linear)
     scores = spec.layers * spec.heads * length
-    passed = scores + sum(rows for rows, _ in linear) + 4 * spec.layers * spec.hidden_size
+    passed = scores + sum(p.active * p.shape[0] for p in linear) + 4 * spec.layers * spec.hidden_size
     attention = 4.0 * spec.layers * spec.heads * spec.head_dim * length
-    inputs = float(sum(columns**2 for _, columns in linear))
-    work = Work(tokens * (2.0 * weights + attention + inputs), tokens * _FORWARD * passed + _PACK * inputs)
+    inputs, kept = (sum(share * p.shape[1] ** 2 for p, share in _shares(linear, whole)) for whole in (False, True))
+    work = Work(tokens * (2.0 * weights + attention + inputs), tokens * _FORWARD * passed + _PACK * kept)
     if gradients:
         # Forward again, gradients of the inputs, and every text's gradient of the weights; attention backward is
         # twice forward.
-        outputs = float(sum(rows**2 for rows, _ in linear))
+        outputs, kept = (sum(share * p.shape[0] ** 2 for p, share in _shares(linear, whole)) for whole in (False, True))
         head = 4.0 * spec.hidden_size * spec.vocab_size + spec.hidden_size**2
         work += Work(
             tokens * (6.0 * weights + 3.0 * attention + outputs + head),
-            tokens * (_BACKWARD * passed + _LOGITS * spec.vocab_size) + _PACK * outputs,
+            tokens * (_BACKWARD * passed + _LOGITS * spec.vocab_size) + _PACK * kept,
         )
     return work
 
@@ -195,13 +195,15 @@ def _rounding(rows: int, columns: int, times: int, steps: Steps, two_sided: bool
     return Work(operations, _PACK * factors, _SEARCH * times * rows * columns)
 
 
-def _linear(spec: ModelSpec) -> Iterable[tuple[int, int]]:
-    return ((p.shape[0], p.shape[1]) for p in parameters(spec) if p.role == "linear")
+def _shares(linear: Iterable[Parameter], whole: bool) -> Iterable[tuple[Parameter, float]]:
+    """Matrices with the share of tokens that go through each, or with 1: what is kept of each is the same."""
+    return ((p, 1.0 if whole else p.active) for p in linear)
 
 
 def _weights(spec: ModelSpec) -> int:
     """That a token is multiplied with: of the layers, and the head."""
-    return sum(rows * columns for rows, columns in _linear(spec)) + spec.vocab_size * spec.hidden_size
+    read = sum(p.active * p.shape[0] * p.shape[1] for p in parameters(spec) if p.role == "linear")
+    return round(read) + spec.vocab_size * spec.hidden_size
 
 
 def _calls_per_second(call: Callable[[], object]) -> float:

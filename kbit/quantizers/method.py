@@ -60,7 +60,12 @@ class QuantizedSource(CheckpointSource):
 
     A conversion reads tensors layer by layer, each once. Work for a layer is best done when the first tensor of it is
     read: a conversion that goes on after an interruption reads only what is missing.
+
+    Attributes:
+        notes: what a user should know of how it was made, a line each.
     """
+
+    notes: tuple[str, ...] = ()
 
     @abstractmethod
     def target(self, name: str) -> torch.Tensor:

@@ -137,7 +137,8 @@ class _Pair:
             with torch.enable_grad():
                 placed = {self.places[name]: factor for name, factor in own.items()}
                 loss = self._divergence(torch.from_numpy(ids)[None], placed)
-                return torch.autograd.grad(loss, list(own.values()))
+                # (An expert that no token of the text went to has none.)
+                return torch.autograd.grad(loss, list(own.values()), allow_unused=True, materialize_grads=True)
 
         total: list[torch.Tensor] | None = None
         for found in self._pool.map(run, text):

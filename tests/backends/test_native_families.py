@@ -12,8 +12,8 @@ from kbit.models.decoder import Decoder
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 # Caps of scores and logits, factors, norms of heads, two rotations, rotation apart from attention, queries with a
-# temperature, partial rotation.
-FAMILIES = ["gemma2", "gemma3", "granite", "hunyuan", "ministral3", "glm4"]
+# temperature, partial rotation; experts with a shared one behind a gate, in groups with a bias, with sinks and a clamp.
+FAMILIES = ["gemma2", "gemma3", "granite", "hunyuan", "ministral3", "glm4", "qwen2-moe", "glm4-moe", "gpt-oss"]
 
 
 def wide(name: str) -> DictSource:

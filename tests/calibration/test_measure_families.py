@@ -8,13 +8,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from decoder_cases import DictSource, tame_tensors, tiny_config
 from numpy.typing import NDArray
 
 from kbit.backends.reference.backend import ReferenceBackend, ReferenceWeight
 from kbit.calibration.measure import measure_factors
+from kbit.calibration.store import CalibrationFolder
 from kbit.evaluate.compare import compare
 from kbit.models.load import load_decoder
 from kbit.models.opening import open_model
+from kbit.models.params import parameters
 from kbit.text.windows import Windows
 
 
@@ -48,3 +51,56 @@ def test_divergence_is_what_an_error_costs(published: Callable[[str], Path], nam
 
 
 PLACES = {"q": "self_attn.q", "down": "mlp.down"}
+
+
+@pytest.mark.usefixtures("one_thread")
+@pytest.mark.parametrize("name", ["qwen3-moe", "gpt-oss"])
+def test_divergence_of_experts(published: Callable[[str], Path], name: str) -> None:
+    """Factors are of the tokens that went to an expert, per token of the text: noise in one costs what they say."""
+    tokens = ids(24, 33, seed=5)
+    windows = Windows("gptq", tokens, 0, tokens.size)
+    with open_model(str(published(name))) as source:
+        factors = {}
+        for layer in measure_factors(source, ids(48, 32, seed=0), threads=2):
+            factors |= layer.factors
+        original = load_decoder(source, ReferenceBackend())
+        names = {p.slot: p.name for p in parameters(original.spec) if p.layer == 1 and p.role == "linear"}
+        for slot in ("experts.0.gate", "experts.1.up", "experts.2.down"):
+            noisy = load_decoder(source, ReferenceBackend())
+            weight = noisy.weights.layers[1].matrices[slot]
+            assert isinstance(weight, ReferenceWeight)
+            assert isinstance(weight.data, torch.Tensor)
+            generator = torch.Generator().manual_seed(3)
+            error = torch.randn(weight.data.shape, generator=generator) * weight.data.std() * 1e-3
+            weight.data.add_(error)
+            tried = compare(noisy, original, windows).kl_mean
+            told = factors[names[slot]].divergence(error)
+            assert not factors[names[slot]].borrowed
+            assert 0.4 * tried <= told <= 2.5 * tried, (slot, told, tried)
+
+
+@pytest.mark.usefixtures("one_thread")
+@pytest.mark.parametrize("gradients", [False, True])
+def test_an_expert_without_tokens_borrows_from_the_others(tmp_path: Path, gradients: bool) -> None:
+    """Its factors are the mean of those of its layer's experts, and the folder names it."""
+    config = tiny_config("gpt-oss")
+    tensors = tame_tensors(config)
+    bias = "model.layers.1.mlp.router.bias"
+    tensors[bias] = tensors[bias] - torch.tensor([0.0, 0.0, 0.0, 1e4, 0.0])  # type: ignore[operator]
+    source = DictSource(config, tensors)
+    # A vocabulary of 131, and enough texts that all others are chosen.
+    text = np.random.default_rng(1).integers(0, 131, (16, 32))
+    folder = CalibrationFolder(tmp_path / "kept", {"request": {"gradients": gradients}})
+    for layer in measure_factors(source, text, gradients=gradients, threads=2):
+        folder.write(layer)
+    missing = [f"model.layers.1.mlp.experts.3.{slot}_proj.weight" for slot in ("down", "gate", "up")]
+    assert [name for name in folder.borrowed() if ".1.mlp." in name] == missing
+    found = folder.read(1)
+    for name in missing:
+        others = [found[name.replace("experts.3", f"experts.{other}")] for other in (0, 1, 2, 4)]
+        assert found[name].borrowed
+        assert not any(other.borrowed for other in others)
+        mean = torch.stack([other.inputs for other in others]).mean(0)
+        # Kept in 16 bits, relative to the roots of diagonals.
+        assert float((found[name].inputs - mean).norm() / mean.norm()) < 2e-3
+        assert (found[name].outputs is not None) == gradients

@@ -56,8 +56,12 @@ TEMPERED = {**YARN, "mscale": 1.0, "mscale_all_dim": 1.0, "llama_4_scaling_beta"
 HEADS = {"head_dim": 8}
 SLIDING, FULL = "sliding_attention", "full_attention"
 
+EXPERTS = {"num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
+
 # Names of classes of transformers by model_type, where one is not the other in lower case.
 MODEL_TYPES = {"Gemma3": "gemma3_text", "SeedOss": "seed_oss", "HunYuanDenseV1": "hunyuan_v1_dense"}
+MODEL_TYPES |= {"Qwen3Moe": "qwen3_moe", "Qwen2Moe": "qwen2_moe", "Glm4Moe": "glm4_moe", "MiniMaxM2": "minimax_m2"}
+MODEL_TYPES |= {"GptOss": "gpt_oss"}
 CONFIGS = {"Gemma3": "Gemma3Text"}
 
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
@@ -178,6 +182,62 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "ernie4_5": ("Ernie4_5", {"head_dim": 10}),
     "ernie4_5-biases": ("Ernie4_5", {**HEADS, "use_bias": True, "tie_word_embeddings": False}),
+    "qwen3-moe": ("Qwen3Moe", {**HEADS, **EXPERTS, "norm_topk_prob": True}),
+    "qwen3-moe-stepped": (
+        "Qwen3Moe",
+        {**EXPERTS, "decoder_sparse_step": 2, "head_dim": 10, "use_sliding_window": True, "sliding_window": 7},
+    ),
+    "mixtral": ("Mixtral", {**HEADS, "num_local_experts": 5, "num_experts_per_tok": 2}),
+    "mixtral-window": ("Mixtral", {**HEADS, "num_local_experts": 3, "num_experts_per_tok": 1, "sliding_window": 7}),
+    "qwen2-moe": ("Qwen2Moe", {**EXPERTS, "shared_expert_intermediate_size": 40, "mlp_only_layers": [1]}),
+    "glm4-moe": (
+        "Glm4Moe",
+        {
+            **HEADS,
+            "n_routed_experts": 6,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 24,
+            "n_group": 3,
+            "topk_group": 2,
+            "routed_scaling_factor": 1.5,
+            "use_qk_norm": True,
+            "attention_bias": True,
+        },
+    ),
+    "minimax-m2": ("MiniMaxM2", {**HEADS, "num_local_experts": 5, "num_experts_per_tok": 2, "rotary_dim": 4}),
+    "gpt-oss": (
+        "GptOss",
+        {
+            **HEADS,
+            "num_local_experts": 5,
+            "num_experts_per_tok": 2,
+            "sliding_window": 7,
+            "swiglu_limit": 1.5,
+            "rope_parameters": {**YARN, "truncate": False},
+        },
+    ),
+    "gpt-oss-no-biases": (
+        "GptOss",
+        {
+            "head_dim": 16,
+            "num_local_experts": 4,
+            "num_experts_per_tok": 3,
+            "attention_bias": False,
+            "layer_types": [FULL, FULL, SLIDING],
+            "sliding_window": 5,
+        },
+    ),
+    "granitemoe": (
+        "GraniteMoe",
+        {
+            "num_local_experts": 5,
+            "embedding_multiplier": 3.0,
+            "logits_scaling": 4.0,
+            "residual_multiplier": 0.22,
+            "attention_multiplier": 0.5,
+        },
+    ),
+    "olmoe": ("Olmoe", {"num_experts": 5, "num_experts_per_tok": 2}),
 }
 
 
@@ -201,6 +261,7 @@ def saved_model(name: str, folder: Path, **changes: Any) -> Any:
 
     family, own = CASES[name]
     config = getattr(transformers, f"{CONFIGS.get(family, family)}Config")(**{**TINY, **own, **changes})
+    config._experts_implementation = "eager"  # others ask for sizes that are multiples of 4
     model = getattr(transformers, f"{family}ForCausalLM")(config).eval()
     generator = torch.Generator().manual_seed(17)
     with torch.no_grad():
@@ -208,6 +269,9 @@ def saved_model(name: str, folder: Path, **changes: Any) -> Any:
             noise = torch.randn(parameter.shape, generator=generator)
             # Weights large enough that attention is far from uniform and logits are far apart.
             parameter.copy_(1.0 + 0.2 * noise if "norm" in parameter_name else 0.25 * noise)
+        for buffer_name, buffer in model.named_buffers():
+            if buffer_name.endswith("e_score_correction_bias"):
+                buffer.copy_(0.1 * torch.randn(buffer.shape, generator=generator))
     model.save_pretrained(folder)
     return model
 

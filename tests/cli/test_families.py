@@ -22,7 +22,7 @@ def json_of(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> Any:
     return json.loads(capsys.readouterr().out)
 
 
-@pytest.mark.parametrize("name", ["gemma3", "phi3"])
+@pytest.mark.parametrize("name", ["gemma3", "phi3", "qwen2-moe", "gpt-oss"])
 def test_quantize_info_run_eval(
     tmp_path: Path, published: Callable[[str], Path], name: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -44,6 +44,23 @@ def test_quantize_info_run_eval(
     text.write_text("To be, or not to be, that is the question. " * 20, encoding="utf-8")
     found = json_of(["eval", out, "--reference", model, "--data", str(text), "--max-tokens", "300"], capsys)
     assert 0 < found["kl_mean"] < 0.5
+
+
+def test_info_and_plan_tell_active_weights_apart(
+    published: Callable[[str], Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = str(published("qwen3-moe"))
+    found = json_of(["info", model], capsys)
+    assert found["experts"] == {"experts": 6, "chosen": 2, "layers": 3, "width": 24, "shared_width": 0}
+    # 4 of 6 experts in each of 3 layers, of 3 matrices of 24 x 48, are not chosen.
+    assert found["parameters"] - found["active_parameters"] == 4 * 3 * 3 * 24 * 48
+    assert _run(["info", model], debug=True) == 0
+    assert "2 of 6 for each token, of 24 features, in 3 layers" in capsys.readouterr().out
+    flags = ["--memory", "2GiB", "--context", "64", "--no-speed"]
+    choice = json_of(["plan", model, *flags], capsys)["choices"][0]
+    assert choice["active_parameters"] == found["active_parameters"] < choice["parameters"] == found["parameters"]
+    assert _run(["plan", model, *flags], debug=True) == 0
+    assert "of which a token goes through" in capsys.readouterr().out
 
 
 def test_a_later_run_maps_what_the_first_prepared(

@@ -24,6 +24,7 @@ from kbit.kernels.triton.attention.kv_layout import KVFormat, pages_for
 from kbit.kernels.triton.codecs.layout import prepare_weight
 from kbit.models.families import spec_from_config
 from kbit.models.load import load_decoder
+from kbit.models.opening import open_model as open_canonical
 from kbit.planner.memory import (
     Weight,
     cache_bytes,
@@ -36,6 +37,7 @@ from kbit.planner.memory import (
     stored_weights,
     tokenizer_bytes,
 )
+from kbit.planner.models import find_models
 from kbit.planner.process_probe import probe
 
 FORMATS = [
@@ -130,6 +132,33 @@ def test_programs(
     assert 0 < program_bytes(spec, weights, rows, compute, 2, resident=True) <= native
     use = predict_memory(spec, weights, context=rows, compute=compute, threads=2)
     assert use.weights == decoder.weights.nbytes
+
+
+@pytest.mark.parametrize("rows", [1, 40])
+@pytest.mark.parametrize("compute", ["int8", "fp32"])
+@pytest.mark.parametrize("name", ["qwen2-moe", "glm4-moe", "gpt-oss"])
+def test_programs_with_experts(published: Callable[[str], Path], name: str, compute: str, rows: int) -> None:
+    with open_canonical(str(published(name))) as source:
+        spec = spec_from_config(source.config)
+        weights = stored_weights(source, spec)
+        decoder = load_decoder(source, NativeBackend(2, compute=compute, isa="scalar"))
+    decoder.extend([1] * rows, decoder.new_cache(1, rows))
+    native = decoder._runner._program.nbytes  # type: ignore[attr-defined]
+    assert program_bytes(spec, weights, rows, compute, 2) == native
+    assert 0 < program_bytes(spec, weights, rows, compute, 2, resident=True) <= native
+    assert predict_memory(spec, weights, context=rows, compute=compute).weights == decoder.weights.nbytes
+
+
+def test_weights_that_a_token_goes_through() -> None:
+    """The figures that are published with these models: 12.9 of 46.7, 3.3 of 30.5, 3.6 of 20.9 without the embedding."""
+    found = {
+        name: find_models([name])[0][0] for name in ("mixtral-8x7b", "qwen3-30b-a3b", "gpt-oss-20b", "llama-3.1-8b")
+    }
+    assert round(found["mixtral-8x7b"].active_parameters / 1e9, 1) == 12.9
+    assert round(found["qwen3-30b-a3b"].active_parameters / 1e9, 2) == 3.35
+    oss = found["gpt-oss-20b"]
+    assert round((oss.active_parameters - oss.spec.vocab_size * oss.spec.hidden_size) / 1e9, 1) == 3.6
+    assert found["llama-3.1-8b"].active_parameters == found["llama-3.1-8b"].total_parameters
 
 
 def test_blocks_of_several_sizes_share_buffers() -> None:

@@ -28,8 +28,9 @@ from kbit.quantizers.plan import make_plan
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-# Norms stored less 1 around both blocks, two rotations; fused matrices; a rotation apart from attention.
-FAMILIES = ["gemma3", "phi3", "hunyuan"]
+# Norms stored less 1 around both blocks, two rotations; fused matrices; a rotation apart from attention; experts beside
+# one for all; experts in one tensor, with biases, a clamped gate and sinks.
+FAMILIES = ["gemma3", "phi3", "hunyuan", "qwen2-moe", "gpt-oss"]
 
 
 def logits(source: CheckpointSource, backend: Backend | None = None) -> torch.Tensor:
@@ -38,7 +39,15 @@ def logits(source: CheckpointSource, backend: Backend | None = None) -> torch.Te
     return torch.as_tensor(decoder.run(Batch.packed(ids, np.array([40]), np.array([0])), decoder.new_cache(1, 40)))
 
 
-@pytest.mark.parametrize(("name", "bits"), [*(("gemma3", bits) for bits in range(2, 9)), ("phi3", 3), ("phi3", 4)])
+@pytest.mark.parametrize(
+    ("name", "bits"),
+    [
+        *(("gemma3", bits) for bits in range(2, 9)),
+        ("phi3", 3),
+        ("phi3", 4),
+        *(("gpt-oss", bits) for bits in (2, 3, 4, 5, 6, 7, 8)),
+    ],
+)
 def test_every_width(tmp_path: Path, published: Callable[[str], Path], name: str, bits: int) -> None:
     """What is read back is what was rounded, and both backends make the same of it."""
     format = f"{['nf', 'int'][bits % 2]}{bits}-b16"
@@ -81,7 +90,7 @@ class Unrounded(ScaledView):
         return self.target(name)
 
 
-@pytest.mark.parametrize("name", [*FAMILIES, "olmo2", "granite", "glm4", "smollm3"])
+@pytest.mark.parametrize("name", [*FAMILIES, "olmo2", "granite", "glm4", "smollm3", "glm4-moe"])
 def test_scaling_features_changes_nothing(published: Callable[[str], Path], name: str) -> None:
     """AWQ's scales go through norms, values and products and out again, whatever else a block does."""
     method = ActivationAware(CalibrationRequest(tokens=256))

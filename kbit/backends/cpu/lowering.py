@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 
 from kbit.backends.cpu.weight import native_matrix, native_vector
 from kbit.graph.fuse import fuse
+from kbit.graph.ops import Vector
 from kbit.graph.recording import (
     Activate,
     Add,
@@ -29,12 +30,14 @@ from kbit.graph.recording import (
     Convolve,
     CrossAttend,
     Embed,
+    Mix,
     Norm,
     Operation,
     Project,
     Recur,
     Rotate,
     Scale,
+    SigmoidGate,
     SoftCap,
     StoreKeys,
     SumParts,
@@ -161,9 +164,10 @@ def _emit(program: Program, operation: Operation, at: dict[Symbol, int]) -> None
             a.scale,
             a.window,
             a.positions == "rotary",
-            None if operation.key_bias is None else native_vector(operation.key_bias),
+            _optional(operation.key_bias),
             a.angles,
             a.soft_cap or 0.0,
+            _optional(operation.sinks),
         )
     elif isinstance(operation, StoreKeys):
         a = operation.attention
@@ -181,12 +185,16 @@ def _emit(program: Program, operation: Operation, at: dict[Symbol, int]) -> None
     elif isinstance(operation, Activate):
         up = None if operation.up is None else at[operation.up]
         program.activate(at[operation.gate], up, operation.kind, at[operation.out])
+    elif isinstance(operation, SigmoidGate):
+        program.sigmoid_gate(at[operation.x], at[operation.gate], at[operation.out])
+    elif isinstance(operation, Mix):
+        _emit_experts(program, operation, at)
     else:
         weight, eps, bias, centred = _norm(operation.norm)
         program.matmul(
             at[operation.x],
             [native_matrix(weight) for weight in operation.weights],
-            [None if bias is None else native_vector(bias) for bias in operation.biases],
+            [_optional(bias) for bias in operation.biases],
             [at[out] for out in operation.outs],
             weight,
             eps,
@@ -197,9 +205,38 @@ def _emit(program: Program, operation: Operation, at: dict[Symbol, int]) -> None
         )
 
 
+def _emit_experts(program: Program, operation: Mix, at: dict[Symbol, int]) -> None:
+    experts, mixture = operation.experts, operation.mixture
+    routing, clamp = mixture.routing, mixture.clamp
+    program.experts(
+        at[operation.x],
+        at[operation.logits],
+        at[operation.out],
+        [native_matrix(weight) for weight in experts.gates],
+        [native_matrix(weight) for weight in experts.ups],
+        [native_matrix(weight) for weight in experts.downs],
+        [_optional(bias) for bias in experts.gate_biases],
+        [_optional(bias) for bias in experts.up_biases],
+        [_optional(bias) for bias in experts.down_biases],
+        _optional(experts.selection_bias),
+        routing.chosen,
+        routing.score,
+        routing.normalise,
+        routing.scale,
+        routing.groups,
+        routing.chosen_groups,
+        mixture.activation if clamp is None else "silu",
+        1.0 if clamp is None else clamp.alpha,
+        0.0 if clamp is None else clamp.limit,
+    )
+
+
+def _optional(vector: Vector | None) -> NDArray[np.float32] | None:
+    return None if vector is None else native_vector(vector)
+
+
 def _norm(norm: Norm | None) -> tuple[NDArray[np.float32] | None, float, NDArray[np.float32] | None, bool]:
     """Weight, epsilon, bias and kind of a norm, as a program takes them."""
     if norm is None:
         return None, 0.0, None, False
-    bias = None if norm.bias is None else native_vector(norm.bias)
-    return native_vector(norm.weight), norm.eps, bias, norm.centred
+    return native_vector(norm.weight), norm.eps, _optional(norm.bias), norm.centred

@@ -14,10 +14,11 @@ from kbit.backends.rotary import RotaryTable
 from kbit.formats.quant_tensor import QuantTensor
 from kbit.graph.batch import Batch
 from kbit.graph.cache import Cache, check_size, encoder_lengths
+from kbit.graph.experts import Experts, Mixture
 from kbit.graph.ops import Array, Attention, Definition, Group, Vector, Weight, check_source
 from kbit.graph.pages import PAGE, PagePool, pages_for
 from kbit.graph.states import Recurrence, ShortConvolution, States, StateSpec, StateStore
-from kbit.kernels import reference
+from kbit.kernels import reference, reference_experts
 from kbit.kernels import reference_recurrent as recurrent
 
 
@@ -92,6 +93,34 @@ class RowOps:
     def activate(self, gate: torch.Tensor, up: torch.Tensor | None, kind: str) -> torch.Tensor:
         return reference.activate(gate, up, kind)
 
+    def sigmoid_gate(self, x: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
+        return torch.sigmoid(gate) * x
+
+    def experts(self, x: torch.Tensor, logits: torch.Tensor, experts: Experts, mixture: Mixture) -> torch.Tensor:
+        routing, clamp = mixture.routing, mixture.clamp
+        bias = None if experts.selection_bias is None else tensor_of(experts.selection_bias)
+        chosen, weights = reference_experts.route(
+            logits.reshape(-1, routing.experts),
+            bias,
+            routing.chosen,
+            routing.score,
+            routing.normalise,
+            routing.scale,
+            routing.groups,
+            routing.chosen_groups,
+        )
+
+        def compute(expert: int, rows: torch.Tensor) -> torch.Tensor:
+            gate = self.linear(experts.gates[expert], rows, experts.gate_biases[expert])
+            up = self.linear(experts.ups[expert], rows, experts.up_biases[expert])
+            if clamp is None:
+                inner = reference.activate(gate, up, mixture.activation)
+            else:
+                inner = reference_experts.clamped_gate(gate, up, clamp.alpha, clamp.limit)
+            return self.linear(experts.downs[expert], inner, experts.down_biases[expert])
+
+        return reference_experts.mix(x.reshape(-1, x.shape[-1]), chosen, weights, compute).view(x.shape)
+
     def logits(self, weight: Weight, x: torch.Tensor) -> torch.Tensor:
         out = reference.logits(x, _data(weight))
         return out if self._group is None else self._group.from_first(out)
@@ -103,6 +132,7 @@ class RowOps:
         v: torch.Tensor,
         attention: Attention,
         key_bias: Vector | None = None,
+        sinks: Vector | None = None,
     ) -> torch.Tensor:
         raise _without_tokens()
 
@@ -158,6 +188,7 @@ class StepOps(RowOps):
         v: torch.Tensor,
         attention: Attention,
         key_bias: Vector | None = None,
+        sinks: Vector | None = None,
     ) -> torch.Tensor:
         check_source(attention, "self")
         q, k, v = (x.view(1, len(x), -1, attention.head_dim) for x in (q, k, v))  # (1, R, H or H_kv, D)
@@ -165,7 +196,8 @@ class StepOps(RowOps):
             of = slice(*attention.angles) if attention.angles else slice(None)
             q, k = (reference.rope(x, self._cos[..., of], self._sin[..., of]) for x in (q, k))
         self._pages.append(attention.layer, self._slots, k[0], v[0])
-        return self._attend(q, attention, self._pages, self._tables, self._batch.lengths)
+        own = None if sinks is None else tensor_of(sinks)
+        return self._attend(q, attention, self._pages, self._tables, self._batch.lengths, own)
 
     def rotate(self, x: torch.Tensor, head_dim: int, angles: tuple[int, int]) -> torch.Tensor:
         return rotated(x[None], head_dim, angles, self._cos, self._sin)[0]
@@ -220,12 +252,14 @@ class StepOps(RowOps):
         pages: ReferencePages,
         tables: Sequence[Sequence[int]],
         lengths: NDArray[np.int64],
+        sinks: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Queries (1, R, H, D) of the batch to what their sequences have in some pages -> (R, H D).
 
         Args:
             tables: the pages of each sequence.
             lengths: int64 (B,), tokens there.
+            sinks: see `kernels.reference.attend`.
         """
         batch, seen = self._batch, torch.empty_like(q)
         prefixes = batch.prefixes if attention.mask == "prefix" else np.zeros_like(batch.prefixes)
@@ -245,6 +279,7 @@ class StepOps(RowOps):
                 attention.mask in ("causal", "prefix"),
                 prefix,
                 attention.soft_cap,
+                sinks,
             )
         return seen[0].flatten(-2)
 

@@ -56,6 +56,7 @@ class GradientOps(RowOps):
         v: torch.Tensor,
         attention: Attention,
         key_bias: Vector | None = None,
+        sinks: Vector | None = None,
     ) -> torch.Tensor:
         refuse_attention(attention, "gradient", mask=("causal", "bidirectional"), source=("self",))
         # Not kernels.reference.attend, which saves memory by writing over what a backward pass would need.
@@ -69,7 +70,13 @@ class GradientOps(RowOps):
         seen = torch.ones_like(behind, dtype=torch.bool) if attention.mask == "bidirectional" else behind >= 0
         if attention.window is not None:
             seen &= behind < attention.window
-        if attention.soft_cap is None:
+        if sinks is not None:
+            scores = q @ k.transpose(-1, -2) * attention.scale
+            scores = scores if attention.soft_cap is None else reference.soft_cap(scores, attention.soft_cap)
+            beside = tensor_of(sinks).view(1, -1, 1, 1).expand(len(q), -1, q.shape[2], 1)
+            shares = torch.softmax(torch.cat([scores.masked_fill(~seen, -torch.inf), beside], dim=-1), dim=-1)
+            out = shares[..., :-1] @ v
+        elif attention.soft_cap is None:
             out = torch.nn.functional.scaled_dot_product_attention(q, k, v, seen, scale=attention.scale)  # (B, H, T, D)
         else:
             scores = reference.soft_cap(q @ k.transpose(-1, -2) * attention.scale, attention.soft_cap)

@@ -17,6 +17,7 @@ from kbit.graph.recording import (
     Convolve,
     CrossAttend,
     Embed,
+    Mix,
     Norm,
     Operation,
     Project,
@@ -128,6 +129,10 @@ class Replay:
                 self._exact.update(reads(operation))
             elif isinstance(operation, Attend):
                 refuse_attention(operation.attention, "triton", mask=("causal", "bidirectional"))
+                if operation.sinks is not None:
+                    raise UnsupportedError("the triton backend has no attention with sinks; use --device cpu")
+            elif isinstance(operation, Mix):
+                raise UnsupportedError("the triton backend runs no experts; use --device cpu")
             elif isinstance(operation, Recur | Convolve):
                 raise UnsupportedError("the triton backend runs no recurrent layers; use --backend native or reference")
         self._merged: dict[Operation, TritonWeight] = {}

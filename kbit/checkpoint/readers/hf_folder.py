@@ -1,7 +1,8 @@
 """Reading a Hugging Face model folder: config.json, safetensors (single or sharded), tokenizer files.
 
 Weights in fp8 are multiplied out with the scales stored beside them: `weight_scale_inv` (one per block of 128 x 128,
-as DeepSeek publishes) or `weight_scale` (one per tensor or per row).
+as DeepSeek publishes) or `weight_scale` (one per tensor or per row). Stacks of matrices in MXFP4 stay packed
+(`kbit.checkpoint.readers.mxfp4`).
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kbit.checkpoint.foreign import adapter_hint, is_packed, quantizer_of, refuse_folder, refuse_method, refuse_pointers
+from kbit.checkpoint.readers import mxfp4
 from kbit.checkpoint.readers.safetensors_file import SafetensorsFile, StoredTensor
 from kbit.checkpoint.source import StoredSource, TensorInfo
 from kbit.host.errors import CheckpointError, UnsupportedError
@@ -24,7 +26,7 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-    from kbit.formats.stored import AnyStored
+    from kbit.formats.stored import AnyStored, StoredMatrix
 
 # Tokenizers in sentencepiece's own format. kbit does not read them, but says what to do about one (T5, XLM-R names).
 SENTENCEPIECE_NAMES = ("tokenizer.model", "spiece.model", "sentencepiece.bpe.model")
@@ -80,7 +82,7 @@ class HFFolder(StoredSource):
             raise UnsupportedError(f"{path}: holds {adapter_hint(path)}")
         self.config = read_json_object(path / "config.json")
         method, certain = quantizer_of(path, self.config)
-        if method in (None, "fp8", "kbit"):
+        if method in (None, "fp8", "kbit", "mxfp4"):
             method = None
         elif certain:
             refuse_method(path, method)
@@ -92,6 +94,7 @@ class HFFolder(StoredSource):
         try:
             self._where = self._locate()
             self._unwrap()
+            self._stacks = self._find_stacks()
             self._infos = self._describe()
             if method is not None:
                 if is_packed(self._infos.values()):
@@ -189,8 +192,16 @@ class HFFolder(StoredSource):
 
     def _describe(self) -> dict[str, TensorInfo]:
         infos = {}
+        for name, shape in self._stacks.items():
+            parts = [self._where[name + end] for end in (mxfp4.BLOCKS, mxfp4.SCALES)]
+            nbytes = sum(
+                file.tensors[name + end].nbytes for file, end in zip(parts, (mxfp4.BLOCKS, mxfp4.SCALES), strict=True)
+            )
+            infos[name] = TensorInfo(name, shape, mxfp4.STORED_AS, nbytes, parts[0].path)
         for name, file in self._where.items():
             stored = file.tensors[name]
+            if name.removesuffix(mxfp4.BLOCKS).removesuffix(mxfp4.SCALES) in self._stacks:
+                continue
             if self._scale_of(stored.name.removesuffix("_scale_inv").removesuffix("_scale")) == name:
                 continue  # the scale of an fp8 weight, folded in on reading
             extra = self._scale_of(name)
@@ -227,6 +238,23 @@ class HFFolder(StoredSource):
             for start, stop in ((start, min(start + step, rows)) for start in range(0, rows, step))
         )
 
+    def _find_stacks(self) -> dict[str, tuple[int, int, int]]:
+        """Stacks of matrices in MXFP4, where the configuration says that there are some."""
+        if (self.config.get("quantization_config") or {}).get("quant_method") != "mxfp4":
+            return {}
+        return mxfp4.stacks({name: file.tensors[name] for name, file in self._where.items()}, str(self.path))
+
+    def _blocks(self, name: str, index: int) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
+        """Blocks (N, K / 32, 16) and scales (N, K / 32) of one matrix of a stack."""
+        blocks, scales = (
+            self._where[name + end].read_array(name + end, index, index + 1)[0] for end in (mxfp4.BLOCKS, mxfp4.SCALES)
+        )
+        return blocks, scales
+
+    def read_packed(self, name: str, index: int) -> StoredMatrix:
+        """One matrix of a stack that the file holds packed (a `kbit.checkpoint.source.PackedStacks`)."""
+        return mxfp4.matrix_of(*self._blocks(name, index), f"{self.path}: {name}")
+
     def _scale_of(self, name: str) -> str | None:
         file = self._where.get(name)
         if file is None or file.tensors[name].dtype not in _FP8:
@@ -242,6 +270,11 @@ class HFFolder(StoredSource):
         return self._where[name].tensors[name]
 
     def read_array_rows(self, name: str, start: int, stop: int) -> NDArray[np.float32]:
+        if name in self._stacks:
+            import numpy as np
+
+            where = f"{self.path}: {name}"
+            return np.stack([mxfp4.values_of(*self._blocks(name, index), where) for index in range(start, stop)])
         file = self._where[name]
         stored = file.tensors[name]
         if stored.dtype not in _FLOATS:

@@ -6,6 +6,7 @@
 //     m' = max s,  p[j] = 2^(s[j] - m'),  l' = sum p      (hidden slots: p = 0)
 //     o' = sum p[j] v[j], slots in ascending order
 //     m = max(m, m'),  l = l 2^(m_old - m) + l' 2^(m' - m),  o likewise
+//   where the head has a sink t (times log2(e)):  l = l + 2^(t - m), by way of the larger of t and m
 //   out = o / l, un-rotated where the cache rotates
 // Passes differ in who computes a chunk (split: results wait in Partials for `combine`) and in what is shared: the keys
 // and values of a chunk are unpacked once for all rows of a task, or read as they are for one token's few heads.
@@ -88,8 +89,14 @@ inline void combine_chunks(float* largest, float* sum, const ChunkSoftmax* chunk
   }
 }
 
-// o / l to the result, un-rotated.
-void finish_row(const CacheView& c, float* outputs, float sum, float* out) {
+// o / l to the result, un-rotated. largest: m.
+void finish_row(const AttentionArgs& a, const CacheView& c, int head, float* outputs, float largest, float sum, float* out) {
+  if (a.sinks) {
+    const ChunkSoftmax sink = {a.sinks[head] * 1.44269504088896341f, 1.0f};
+    float keep, add;
+    combine_chunks(&largest, &sum, &sink, 1, &keep, &add);
+    for (int d = 0; d < c.padded; d += 16) store(outputs + d, mul(load(outputs + d), broadcast(keep)));
+  }
   const Floats divisor = broadcast(sum);
   for (int d = 0; d < c.padded; d += 16) store(outputs + d, div(load(outputs + d), divisor));
   if (c.value_bits < 16) hadamard(outputs, c.head_dim, c.group);
@@ -349,7 +356,7 @@ void attend(const AttentionTask& t) {
   if (t.partials) return;
   for (int64_t i = 0; i < m; ++i) {
     const int head = t.kv_head * group + int(i % group);
-    finish_row(c, s.outputs + i * c.padded, s.sums[i],
+    finish_row(a, c, head, s.outputs + i * c.padded, s.maxima[i], s.sums[i],
                a.out + (t.first_row + i / group) * a.out_stride + int64_t(head) * a.head_dim);
   }
 }
@@ -368,7 +375,7 @@ void combine(const AttentionArgs& a, const CacheView& c, const Partials& p, int6
       store(scratch + d, fma(load(scratch + d), broadcast(keep), mul(load(outputs + d), broadcast(add))));
     }
   }
-  finish_row(c, scratch, sum, a.out + row * a.out_stride + int64_t(head) * a.head_dim);
+  finish_row(a, c, head, scratch, largest, sum, a.out + row * a.out_stride + int64_t(head) * a.head_dim);
 }
 
 constexpr kbit::AttentionKernels kAttentionKernels = {&append, &attend, &combine};

@@ -60,6 +60,7 @@ struct AttentionArgs {
   int heads, kv_heads, head_dim;
   float scale;
   float soft_cap;  // c: scores s become c tanh(s / c); 0: they stay
+  const float* sinks;  // (heads), a score of each that is in the softmax's sum beside those of slots; null: none
   int window;  // slots a token sees at most, itself included; 0: all
   const KVPages* cache;
   const std::int32_t* tables;    // (B, table_stride): the pages of each sequence, in order

@@ -149,6 +149,47 @@ void add_matmul(Program& program, int x, const std::vector<Weights>& weights,
   program.append(std::move(m));
 }
 
+Score score_kind(const std::string& name) {
+  if (name == "softmax") return Score::softmax;
+  if (name == "sigmoid") return Score::sigmoid;
+  require(name == "softmax_of_chosen", "a score is softmax, sigmoid or softmax_of_chosen");
+  return Score::softmax_of_chosen;
+}
+
+void add_experts(Program& program, int x, int logits, int out, const std::vector<Weights>& gates,
+                 const std::vector<Weights>& ups, const std::vector<Weights>& downs,
+                 const std::vector<std::optional<Vector>>& gate_biases, const std::vector<std::optional<Vector>>& up_biases,
+                 const std::vector<std::optional<Vector>>& down_biases, const std::optional<Vector>& selection_bias,
+                 int chosen, const std::string& score, bool normalise, float scale, int groups, int chosen_groups,
+                 const std::string& activation, float alpha, float limit) {
+  const std::size_t count = gates.size();
+  require(count >= 1 && ups.size() == count && downs.size() == count && gate_biases.size() == count &&
+              up_biases.size() == count && down_biases.size() == count,
+          "every expert has a gate, an up and a down, and a bias or none of each");
+  require(limit == 0.0f || (limit > 0.0f && alpha > 0.0f && activation == "silu"), "a clamped gate is silu's");
+  ExpertsInstruction m;
+  m.x = x;
+  m.logits = logits;
+  m.out = out;
+  m.routing = {static_cast<int>(count), chosen, score_kind(score), normalise, scale, groups, chosen_groups};
+  m.selection_bias = copied(selection_bias);
+  for (std::size_t e = 0; e < count; ++e) {
+    MatmulInstruction inner, down;
+    inner.weights = {gates[e], ups[e]};
+    inner.biases = {copied(gate_biases[e]), copied(up_biases[e])};
+    inner.activation = activation_kind(activation);
+    inner.alpha = alpha;
+    inner.limit = limit;
+    down.weights = {downs[e]};
+    down.biases = {copied(down_biases[e])};
+    m.all_inner.weights.insert(m.all_inner.weights.end(), {gates[e], ups[e]});
+    m.all_down.weights.push_back(downs[e]);
+    m.inner.push_back(std::move(inner));
+    m.down.push_back(std::move(down));
+  }
+  program.append(std::move(m));
+}
+
 using Encoder = std::tuple<KVPages*, BlockTables, Array<const std::int32_t, 1>>;
 
 using Slots = Array<const std::int32_t, 1>;
@@ -344,10 +385,22 @@ void bind_engine(nb::module_& module) {
              p.append(ActivateInstruction{gate, up.value_or(-1), out, activation_kind(kind)});
            },
            nb::arg("gate"), nb::arg("up").none(), nb::arg("kind"), nb::arg("out"))
+      .def("sigmoid_gate",
+           [](Program& p, int x, int gate, int out) {
+             require(p.buffer_width(x) == p.buffer_width(out) && p.buffer_width(gate) == 1 && gate != out,
+                     "the buffers of a gate differ");
+             p.append(GateInstruction{x, gate, out});
+           },
+           nb::arg("x"), nb::arg("gate"), nb::arg("out"))
+      .def("experts", &add_experts, nb::arg("x"), nb::arg("logits"), nb::arg("out"), nb::arg("gates"), nb::arg("ups"),
+           nb::arg("downs"), nb::arg("gate_biases"), nb::arg("up_biases"), nb::arg("down_biases"),
+           nb::arg("selection_bias").none(), nb::arg("chosen"), nb::arg("score"), nb::arg("normalise"), nb::arg("scale"),
+           nb::arg("groups"), nb::arg("chosen_groups"), nb::arg("activation"), nb::arg("alpha") = 1.0f,
+           nb::arg("limit") = 0.0f)
       .def("attend",
            [](Program& p, int q, int k, int v, int out, int layer, int heads, int kv_heads, int head_dim, float scale,
               std::optional<int> window, bool rotary, const std::optional<Vector>& key_bias,
-              const std::optional<std::tuple<int, int>>& angles, float soft_cap) {
+              const std::optional<std::tuple<int, int>>& angles, float soft_cap, const std::optional<Vector>& sinks) {
              AttendInstruction a{q, k, v, out, layer, heads, kv_heads, head_dim, scale, window.value_or(0), rotary, copied(key_bias)};
              if (angles) {
                a.first_angle = std::get<0>(*angles);
@@ -355,6 +408,8 @@ void bind_engine(nb::module_& module) {
                require(a.first_angle >= 0 && a.angles >= 0, "columns of the rotary tables are a range");
              }
              a.soft_cap = soft_cap;
+             a.sinks = copied(sinks);
+             require(!sinks || sinks->shape(0) == static_cast<std::size_t>(heads), "every head has a sink");
              require_heads(p, a);
              require(soft_cap >= 0.0f, "a soft cap is positive, or 0 for none");
              require(out != k && out != v && (!window || *window > 0) &&
@@ -365,7 +420,7 @@ void bind_engine(nb::module_& module) {
            nb::arg("q"), nb::arg("k"), nb::arg("v"), nb::arg("out"), nb::arg("layer"), nb::arg("heads"),
            nb::arg("kv_heads"), nb::arg("head_dim"), nb::arg("scale"), nb::arg("window").none(),
            nb::arg("rotary") = true, nb::arg("key_bias") = nb::none(), nb::arg("angles") = nb::none(),
-           nb::arg("soft_cap") = 0.0f)
+           nb::arg("soft_cap") = 0.0f, nb::arg("sinks") = nb::none())
       .def("store_keys",
            [](Program& p, int k, int v, int layer, int heads, int kv_heads, int head_dim) {
              AttendInstruction a{-1, k, v, -1, layer, heads, kv_heads, head_dim, 1.0f, 0, false, {}};

@@ -60,6 +60,14 @@ void Program::append(Instruction instruction) {
     if (first && (first->heads != a->heads || first->kv_heads != a->kv_heads || first->head_dim != a->head_dim)) {
       throw std::invalid_argument("all attentions of a program have the same heads");
     }
+  } else if (auto* x = std::get_if<ExpertsInstruction>(&instruction)) {
+    check(*x);
+    for (const auto* products : {&x->inner, &x->down}) {
+      for (const MatmulInstruction& product : *products)
+        for (const Weights& weights : product.weights) note_file(weights);
+      widest_input_ = std::max(widest_input_, padded(products->at(0).weights[0]->matrix().columns));
+    }
+    x->index = mixtures_++;
   }
   instructions_.push_back(std::move(instruction));
   capacity_ = 0;
@@ -89,6 +97,7 @@ void Program::check_files() const {
 std::size_t Program::nbytes() const {
   std::size_t total = 0;
   for (const Buffer& buffer : buffers_) total += buffer.memory.size();
+  total += expert_inner_.size() + expert_outer_.size();
   auto inputs = [](const Inputs& in) {
     std::size_t bytes = in.floats.size() + in.bfloats.size() + in.rest.size();
     for (int slot = 0; slot < 3; ++slot) bytes += in.main[slot].size() + in.fine[slot].size();
@@ -105,16 +114,27 @@ void Program::reserve(std::int64_t rows) {
   if (rows <= capacity_) return;
   const bool bfloats = compute_ == Compute::bf16;
   bool used[3] = {false, false, false};
-  if (compute_ == Compute::int8) {
-    for (const Instruction& instruction : instructions_)
-      if (const auto* m = std::get_if<MatmulInstruction>(&instruction)) mark_segments(*m, used);
-    if (head_) mark_segments(*head_, used);
+  std::int64_t most_rows = rows, most_numbers = rows * widest_input_;
+  for (const Instruction& instruction : instructions_) {
+    if (const auto* m = std::get_if<MatmulInstruction>(&instruction)) {
+      mark_segments(*m, used);
+    } else if (const auto* x = std::get_if<ExpertsInstruction>(&instruction)) {
+      mark_segments(x->all_inner, used);
+      mark_segments(x->all_down, used);
+      const std::int64_t pairs = rows * x->routing.chosen;
+      most_rows = std::max(most_rows, pairs);
+      for (const MatmulInstruction* all : {&x->all_inner, &x->all_down})
+        most_numbers = std::max(most_numbers, pairs * padded(all->weights[0]->matrix().columns));
+    }
   }
+  if (head_) mark_segments(*head_, used);
+  if (compute_ != Compute::int8) std::fill(used, used + 3, false);
   for (Buffer& buffer : buffers_) buffer.memory = AlignedBytes(static_cast<std::size_t>(rows * buffer.stride) * 4);
-  shared_->reserve(rows, widest_input_, used, bfloats);
+  shared_->reserve(most_rows, most_numbers, used, bfloats);
+  if (mixtures_ > 0) reserve_experts(rows);
   const std::int64_t widest = std::max<std::int64_t>(1, widest_input_);  // 0 without a product
   const std::int64_t few = std::max<std::int64_t>(1, std::min(rows, kRedundantInput / widest));
-  for (auto& scratch : scratch_) scratch->inputs->reserve(few, widest_input_, used, bfloats);
+  for (auto& scratch : scratch_) scratch->inputs->reserve(few, few * widest_input_, used, bfloats);
   capacity_ = rows;
 }
 
@@ -154,6 +174,7 @@ void Program::attend(Worker& worker, const AttendInstruction& a, const Pass& pas
   args.head_dim = a.head_dim;
   args.scale = a.scale;
   args.soft_cap = a.soft_cap;
+  args.sinks = a.sinks.empty() ? nullptr : a.sinks.data();
   args.window = a.window;
   args.cache = a.crosses() ? pass.encoder.cache : pass.cache;
   args.tables = a.crosses() ? pass.encoder.tables : pass.tables;
@@ -301,6 +322,10 @@ void Program::run(const Pass& pass) {
         map(worker, *p, pass.rows);
       } else if (const auto* o = std::get_if<RotateInstruction>(&instruction)) {
         rotate(worker, *o, pass);
+      } else if (const auto* x = std::get_if<ExpertsInstruction>(&instruction)) {
+        mix(worker, *x, pass.rows);
+      } else if (const auto* l = std::get_if<GateInstruction>(&instruction)) {
+        sigmoid_gate(worker, *l, pass.rows);
       } else if (const auto* s = std::get_if<AddInstruction>(&instruction)) {
         worker.for_each(pass.rows, 4, [&](std::int64_t begin, std::int64_t end) {
           for (std::int64_t r = begin; r < end; ++r) {

@@ -41,6 +41,9 @@ struct MatmulInstruction {
   Norm norm;
   Activation activation = Activation::none;
   bool residual = false;
+  // gpt-oss's gate, where the limit is positive, and the activation silu: g sigmoid(alpha g) (u + 1) with g at most, and
+  // u within the limit.
+  float alpha = 1.0f, limit = 0.0f;
 };
 struct EmbedInstruction { Weights weights; int out; };
 struct NormInstruction { int x; Norm norm; int out; };  // of each run of features as wide as the norm
@@ -60,15 +63,52 @@ struct AttendInstruction {
   std::vector<float> key_bias;  // (kv_heads * head_dim), in every key before it is turned; or empty
   int first_angle = 0, angles = -1;  // the columns of the rotary tables that turn heads; -1: all
   float soft_cap = 0.0f;             // of scores; 0: none
+  std::vector<float> sinks = {};     // of heads: see AttentionArgs; or empty
 
   bool crosses() const { return k < 0; }
   bool stores() const { return q < 0; }
 };
 struct RecurInstruction { int q, k, v, decay, write, out, state, heads, key_dim, value_dim; };
 struct ConvolveInstruction { int x, out, state, width; std::vector<float> weight; };  // (width, features)
-using Instruction =
-    std::variant<MatmulInstruction, EmbedInstruction, NormInstruction, AddInstruction, ActivateInstruction,
-                 AttendInstruction, RecurInstruction, ConvolveInstruction, MapInstruction, RotateInstruction>;
+struct GateInstruction { int x, gate, out; };  // out = sigmoid(gate) x, one gate a row
+
+// Which experts a row goes to: kernels/reference_experts.py, route.
+enum class Score : std::uint8_t { softmax, sigmoid, softmax_of_chosen };
+struct Routing {
+  int experts = 1, chosen = 1;
+  Score score = Score::softmax;
+  bool normalise = false;
+  float scale = 1.0f;
+  int groups = 1, chosen_groups = 1;
+};
+// out = the weighted sum of what the chosen experts make of x.
+struct ExpertsInstruction {
+  int x = -1, logits = -1, out = -1;
+  Routing routing;
+  std::vector<float> selection_bias;            // of experts, or empty
+  std::vector<MatmulInstruction> inner, down;   // of experts: gate and up with their activation; down
+  MatmulInstruction all_inner, all_down;        // the matrices of all: what forms of rows they take
+  int index = -1;                               // among the program's mixtures
+};
+using Instruction = std::variant<MatmulInstruction, EmbedInstruction, NormInstruction, AddInstruction, ActivateInstruction,
+                                 AttendInstruction, RecurInstruction, ConvolveInstruction, MapInstruction,
+                                 RotateInstruction, GateInstruction, ExpertsInstruction>;
+
+// What a mixture notes of a pass: pairs of a row and an expert it goes to, sorted by expert.
+struct ExpertRows {
+  struct Span {
+    int expert;
+    std::int64_t begin, end;      // of pairs
+    std::int64_t first_unit[2];   // of the pieces of both products
+  };
+  std::vector<std::int32_t> chosen;  // (rows, chosen)
+  std::vector<float> weights;        // (rows, chosen)
+  std::vector<std::int64_t> places;  // (rows, chosen): the pair's place among the sorted
+  std::vector<std::int64_t> rows;    // (pairs), sorted: whose row it is
+  std::vector<std::int64_t> begins;  // of experts, while they are sorted
+  std::vector<Span> spans;           // of experts that have rows
+  std::int64_t units[2] = {0, 0}, longest = 0;
+};
 
 // Keys and values of the texts that cross attention reads.
 struct EncoderTexts {
@@ -152,6 +192,13 @@ class Program {
   void recur(Worker& worker, const RecurInstruction& instruction, const Pass& pass);
   void convolve(Worker& worker, const ConvolveInstruction& instruction, const Pass& pass);
   void check(const MatmulInstruction& instruction) const;
+  void check(const ExpertsInstruction& instruction) const;
+  void reserve_experts(std::int64_t rows);
+  void group_rows(const ExpertsInstruction& instruction, ExpertRows& noted, std::int64_t rows) const;
+  void multiply_experts(Worker& worker, const std::vector<MatmulInstruction>& products, const ExpertRows& noted, int which,
+                        const Inputs& inputs, bool single, float* out, std::int64_t stride);
+  void mix(Worker& worker, const ExpertsInstruction& instruction, std::int64_t rows);
+  void sigmoid_gate(Worker& worker, const GateInstruction& instruction, std::int64_t rows);
   void matmul(Worker& worker, const MatmulInstruction& instruction, const float* x, std::int64_t x_stride,
               const std::int64_t* row_index, std::int64_t rows, float* out, std::int64_t out_stride);
   void prepare_rows(const MatmulInstruction& instruction, Inputs& inputs, const float* x, std::int64_t x_stride,
@@ -177,6 +224,9 @@ class Program {
   std::unique_ptr<Inputs> shared_;
   std::vector<std::unique_ptr<Scratch>> scratch_;
   AttentionScratch attention_scratch_, cross_scratch_;
+  std::vector<std::unique_ptr<ExpertRows>> expert_rows_;  // of each mixture
+  AlignedBytes expert_inner_, expert_outer_;              // (pairs, features), of one mixture at a time
+  int mixtures_ = 0;
   std::vector<SequenceRows> sequences_;     // of the pass, for recurrent layers
   std::vector<std::int32_t> encoder_ends_;  // (R) last token of each row's encoder text
 };

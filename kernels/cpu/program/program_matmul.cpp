@@ -180,6 +180,12 @@ void Program::matmul_block(const MatmulInstruction& m, const Inputs& inputs, Scr
     second = reinterpret_cast<float*>(scratch.second.data());
     multiply(m.weights[1]->matrix(), second, width);
     add_bias(1, second, width);
+    if (m.limit > 0.0f) {  // g sigmoid(alpha g) = silu(alpha g) / alpha
+      for (std::int64_t i = 0; i < (row_end - row_begin) * width; ++i) {
+        first[i] = m.alpha * std::min(first[i], m.limit);
+        second[i] = (std::clamp(second[i], -m.limit, m.limit) + 1.0f) / m.alpha;
+      }
+    }
   }
   for (std::int64_t r = 0; r < row_end - row_begin; ++r) {
     float* to = target + r * out_stride;

@@ -42,17 +42,16 @@ struct Program::Inputs {
     }
     std::size_t size() const { return codes.size() + scales.size() + sums.size(); }
   };
-  std::int64_t rows = 0, width = 0;
+  std::int64_t rows = 0;
   AlignedBytes floats, bfloats, rest;
   Rounded main[3], fine[3];
   std::vector<std::uint8_t> spiky[3];  // per row: `fine` counts
   MatmulInput view[3], fine_view[3];
 
-  // Memory for this many rows of this width, in the forms that are used.
-  void reserve(std::int64_t new_rows, std::int64_t new_width, const bool used[3], bool use_bfloats) {
+  // Memory for this many rows, which are so many numbers in all, in the forms that are used.
+  void reserve(std::int64_t new_rows, std::int64_t numbers, const bool used[3], bool use_bfloats) {
     rows = new_rows;
-    width = new_width;
-    const std::size_t count = static_cast<std::size_t>(rows * width);
+    const auto count = static_cast<std::size_t>(numbers);
     floats = AlignedBytes(count * 4);
     for (int slot = 0; slot < 3; ++slot) {
       if (!used[slot]) continue;

@@ -1,0 +1,135 @@
+"""Which experts a configuration has, and how they are chosen: read and checked."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+from kbit.graph.experts import Clamp, Routing
+from kbit.host.errors import UnsupportedError
+from kbit.models.config_values import ConfigValues, shown
+from kbit.models.spec import ExpertsSpec
+
+# Limits that no real model comes near.
+_MAX_EXPERTS, _MAX_WIDTH, _MAX_LAYERS = 4096, 1 << 24, 4096
+_MIN_FACTOR, _MAX_FACTOR = 1e-9, 1e9
+
+# Bytes beyond which the matrices of a hostile configuration are not even listed.
+_MAX_MATRICES = 1 << 20
+
+
+@dataclass(frozen=True)
+class ExpertRules:
+    """How a family's configuration describes its experts.
+
+    Attributes:
+        count: keys of the number of experts, any of which may be given.
+        width: key of the features inside an expert.
+        layers: which have experts: "all"; "stepped" (every `decoder_sparse_step`-th, but for `mlp_only_layers`);
+            "later" (from `first_k_dense_replace` on).
+        score, grouped: see `kbit.graph.experts.Routing`; grouped: `n_group` and `topk_group` are read.
+        normalise: fixed, or the key that says.
+        scale: the key of the factor on the chosen experts' scores.
+        shared: key of the shared expert's width; or "n_shared_experts", of which each is as wide as an expert.
+        router_bias, selection_bias, bias: see `kbit.models.spec.ExpertsSpec`.
+        clamped: the activation is gpt-oss's, of `swiglu_alpha` and `swiglu_limit`.
+    """
+
+    count: tuple[str, ...] = ("num_experts", "num_local_experts")
+    width: str = "moe_intermediate_size"
+    layers: Literal["all", "stepped", "later"] = "all"
+    score: Literal["softmax", "sigmoid", "softmax_of_chosen"] = "softmax"
+    normalise: bool | str = True
+    scale: str | None = None
+    grouped: bool = False
+    shared: str | None = None
+    router_bias: bool = False
+    selection_bias: bool = False
+    bias: bool = False
+    clamped: bool = False
+
+
+def experts_of(rules: ExpertRules, values: ConfigValues, layers: int) -> ExpertsSpec | None:
+    """The experts of a configuration, or None where no layer has any.
+
+    Args:
+        rules: the family's.
+        values: the configuration.
+        layers: how many there are.
+
+    Raises:
+        UnsupportedError: more experts than any model has.
+        CheckpointError: a missing or senseless value.
+    """
+    key = next((key for key in rules.count if key in values.values), rules.count[0])
+    count = values.integer(key, 1, _MAX_EXPERTS)
+    for other in rules.count:
+        if values.raw(other) not in (None, count) and other in values.values:
+            raise values.error(other, f"{key}, {count}, as both are the number of experts")
+    if 3 * count * layers > _MAX_MATRICES:
+        raise UnsupportedError(f"{values.where}: {key} {count} in {layers} layers are more matrices than kbit reads")
+    chosen = values.integer("num_experts_per_tok", 1, count)
+    width = values.integer(rules.width, 1, _MAX_WIDTH)
+    shared = 0
+    if rules.shared == "n_shared_experts":
+        shared = width * values.integer(rules.shared, 0, _MAX_EXPERTS)
+    elif rules.shared is not None:
+        shared = values.integer(rules.shared, 1, _MAX_WIDTH)
+    have = _layers(rules, values, layers)
+    routing = _routing(rules, values, count, chosen)
+    clamp = None
+    if rules.clamped:
+        clamp = Clamp(
+            values.number("swiglu_alpha", above=_MIN_FACTOR, below=_MAX_FACTOR),
+            values.number("swiglu_limit", above=_MIN_FACTOR, below=_MAX_FACTOR),
+        )
+    if not any(have):
+        return None
+    return ExpertsSpec(routing, width, have, shared, rules.router_bias, rules.bias, rules.selection_bias, clamp)
+
+
+def check_fixed(fixed: Mapping[str, tuple[object, ...]], values: ConfigValues, model_type: str) -> None:
+    """Raise where a key that other implementations read says what this family does not do.
+
+    Args:
+        fixed: by key, the values that say what it does.
+
+    Raises:
+        UnsupportedError: another value.
+    """
+    for key, usual in fixed.items():
+        if values.raw(key) is not None and values.raw(key) not in usual:
+            wanted = " or ".join(repr(value) for value in usual)
+            raise UnsupportedError(
+                f"{values.where}: {key} {shown(values.raw(key))} is not supported for model_type {model_type!r}, "
+                f"only {wanted}"
+            )
+
+
+def _layers(rules: ExpertRules, values: ConfigValues, layers: int) -> tuple[bool, ...]:
+    if rules.layers == "later":
+        first = values.integer("first_k_dense_replace", 0, _MAX_LAYERS)
+        return tuple(layer >= first for layer in range(layers))
+    if rules.layers == "all":
+        return (True,) * layers
+    step = values.integer("decoder_sparse_step", 1, _MAX_LAYERS)
+    dense = values.raw("mlp_only_layers")
+    dense = [] if dense is None else dense
+    if not isinstance(dense, list) or not all(type(layer) is int and 0 <= layer < layers for layer in dense):
+        raise values.error("mlp_only_layers", f"a list of layers, numbers from 0 to {layers - 1}")
+    return tuple((layer + 1) % step == 0 and layer not in dense for layer in range(layers))
+
+
+def _routing(rules: ExpertRules, values: ConfigValues, count: int, chosen: int) -> Routing:
+    groups = taking_part = 1
+    if rules.grouped:
+        groups = values.integer("n_group", 1, count)
+        taking_part = values.integer("topk_group", 1, groups)
+        if count % groups or (groups > 1 and count // groups < 2):
+            raise values.error("n_group", f"a divisor of the {count} experts, with two or more in each group")
+        if chosen > taking_part * (count // groups):
+            raise values.error("topk_group", f"more, as {chosen} experts are chosen in groups of {count // groups}")
+    normalise = values.boolean(rules.normalise) if isinstance(rules.normalise, str) else rules.normalise
+    scale = 1.0 if rules.scale is None else values.number(rules.scale, above=_MIN_FACTOR, below=_MAX_FACTOR)
+    return Routing(count, chosen, rules.score, normalise, scale, groups, taking_part)

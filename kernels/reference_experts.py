@@ -1,0 +1,93 @@
+"""What mixtures of experts mean, in plain torch and float32: `kbit.graph.experts` describes them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from kbit.host.errors import UnsupportedError
+
+
+def route(
+    logits: torch.Tensor,
+    bias: torch.Tensor | None,
+    chosen: int,
+    score: str,
+    normalise: bool,
+    scale: float,
+    groups: int = 1,
+    chosen_groups: int = 1,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Which experts every token goes to, and what their results weigh.
+
+    "softmax" and "softmax_of_chosen" choose by logits, "sigmoid" by scores (Shazeer et al. 2017; groups and the bias:
+    DeepSeek-V3, arXiv 2412.19437). Of equals the one of lower index is chosen.
+
+    Args:
+        logits: (R, E).
+        bias: (E,), added where experts are chosen; or None.
+        chosen, score, normalise, scale, groups, chosen_groups: see `kbit.graph.experts.Routing`.
+
+    Returns:
+        int64 (R, chosen), experts in ascending order, and float32 (R, chosen), their weights.
+
+    Raises:
+        UnsupportedError: a score of an unknown name.
+    """
+    logits = logits.float()
+    if score == "sigmoid":
+        scores = torch.sigmoid(logits)
+    elif score == "softmax":
+        scores = torch.softmax(logits, dim=-1)
+    elif score == "softmax_of_chosen":
+        scores = logits
+    else:
+        raise UnsupportedError(f"score {score!r} is not one of softmax, sigmoid, softmax_of_chosen")
+    with torch.no_grad():
+        ranked = scores if score == "sigmoid" else logits
+        ranked = ranked if bias is None else ranked + bias.float()
+        if groups > 1:
+            parts = ranked.view(len(ranked), groups, -1)
+            best = _top(parts.topk(2, dim=-1).values.sum(-1), chosen_groups)  # (R, chosen_groups)
+            out = torch.ones(len(ranked), groups, dtype=torch.bool, device=ranked.device).scatter_(1, best, False)
+            ranked = parts.masked_fill(out[..., None], -torch.inf).flatten(1)
+        experts = _top(ranked, chosen).sort(dim=-1).values
+    weights = scores.gather(1, experts)
+    if score == "softmax_of_chosen":
+        weights = torch.softmax(weights, dim=-1)
+    if normalise:
+        weights = weights / weights.sum(dim=-1, keepdim=True)
+    return experts, weights * scale
+
+
+def clamped_gate(gate: torch.Tensor, up: torch.Tensor, alpha: float, limit: float) -> torch.Tensor:
+    """gpt-oss's gated activation, float32: see `kbit.graph.experts.Clamp`. All are (..., I)."""
+    gate, up = gate.float().clamp(max=limit), up.float().clamp(-limit, limit)
+    return gate * torch.sigmoid(alpha * gate) * (up + 1)
+
+
+def mix(
+    x: torch.Tensor, experts: torch.Tensor, weights: torch.Tensor, compute: Callable[[int, torch.Tensor], torch.Tensor]
+) -> torch.Tensor:
+    """The weighted sums of what the chosen experts make of their tokens, added up in the order of experts.
+
+    Args:
+        x: (R, K).
+        experts: int64 (R, chosen).
+        weights: float32 (R, chosen).
+        compute: (expert, its tokens' rows of x (r, K)) -> (r, K).
+
+    Returns:
+        (R, K) float32.
+    """
+    out = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
+    for expert in experts.unique().tolist():
+        rows, places = (experts == expert).nonzero(as_tuple=True)
+        out = out.index_add(0, rows, compute(expert, x[rows]).float() * weights[rows, places, None])
+    return out
+
+
+def _top(values: torch.Tensor, count: int) -> torch.Tensor:
+    """Indices of the largest values of each row, the lower index first among equals: (R, n) -> (R, count)."""
+    return values.sort(dim=-1, descending=True, stable=True).indices[:, :count]

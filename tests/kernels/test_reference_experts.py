@@ -1,0 +1,83 @@
+"""Routing, held against its definition written another way, and what is defined by words: ties, groups, the bias."""
+
+from __future__ import annotations
+
+from itertools import product
+from typing import Any
+
+import pytest
+import torch
+
+from kbit.graph.experts import Routing
+from kbit.host.errors import UnsupportedError
+from kbit.kernels.reference_experts import clamped_gate, mix, route
+
+
+def routed(
+    logits: torch.Tensor, bias: torch.Tensor | None = None, **settings: Any
+) -> tuple[list[list[int]], torch.Tensor]:
+    usual = {"chosen": 2, "score": "softmax", "normalise": False, "scale": 1.0}
+    experts, weights = route(logits, bias, **{**usual, **settings})
+    return experts.tolist(), weights
+
+
+@pytest.mark.parametrize(
+    ("score", "normalise"), [*product(["softmax", "sigmoid", "softmax_of_chosen"], [False, True])], ids=str
+)
+def test_scores(score: str, normalise: bool) -> None:
+    logits = torch.tensor([[1.0, -2.0, 3.0, 0.5]])
+    experts, weights = routed(logits, score=score, normalise=normalise, scale=2.0)
+    assert experts == [[0, 2]]
+    raised = logits[0, [0, 2]].double().exp()
+    wanted = {
+        "softmax": raised / logits.double().exp().sum(),
+        "sigmoid": raised / (1 + raised),
+        "softmax_of_chosen": raised / raised.sum(),
+    }[score]
+    wanted = 2.0 * (wanted / wanted.sum() if normalise else wanted)
+    assert torch.allclose(weights[0].double(), wanted, rtol=1e-6)
+
+
+def test_of_equals_the_lower_index_is_chosen() -> None:
+    logits = torch.zeros(1, 70)
+    assert routed(logits, chosen=3)[0] == [[0, 1, 2]]
+    logits[0, 40] = 1.0
+    assert routed(logits, chosen=3, score="sigmoid")[0] == [[0, 1, 40]]
+
+
+def test_the_bias_chooses_and_does_not_weigh() -> None:
+    logits, bias = torch.tensor([[2.0, 1.0, 0.0]]), torch.tensor([0.0, 0.0, 5.0])
+    experts, weights = routed(logits, bias, score="sigmoid")
+    assert experts == [[0, 2]]
+    assert torch.allclose(weights, torch.sigmoid(torch.tensor([[2.0, 0.0]])))
+
+
+def test_groups_are_ranked_by_their_two_best() -> None:
+    """The best expert of all is alone in its group; another group has the larger sum, of equals the first."""
+    logits = torch.tensor([[3.0, -9.0, -9.0, 1.5, 1.5, -9.0, 1.5, 1.5, 0.0]])
+    experts, _ = routed(logits, score="sigmoid", groups=3, chosen_groups=1)
+    assert experts == [[3, 4]]
+    assert routed(logits, score="sigmoid", groups=3, chosen_groups=3)[0] == [[0, 3]]
+
+
+def test_mixing_is_a_weighted_sum() -> None:
+    x = torch.randn(5, 4, generator=torch.Generator().manual_seed(1))
+    chosen, weights = torch.tensor([[0, 2], [1, 2], [0, 1], [0, 2], [1, 2]]), torch.rand(5, 2)
+    found = mix(x, chosen, weights, lambda expert, rows: (expert + 1.0) * rows)
+    factors = (weights * (chosen + 1)).sum(1, keepdim=True)
+    assert torch.allclose(found, factors * x, rtol=1e-5)
+
+
+def test_the_clamped_gate() -> None:
+    gate, up = torch.tensor([9.0, -9.0, 1.0]), torch.tensor([9.0, -9.0, 0.5])
+    held_gate, held_up = torch.tensor([7.0, -9.0, 1.0]), torch.tensor([7.0, -7.0, 0.5])
+    wanted = held_gate * torch.sigmoid(1.702 * held_gate) * (held_up + 1)
+    assert torch.equal(clamped_gate(gate, up, 1.702, 7.0), wanted)
+
+
+def test_what_cannot_be() -> None:
+    with pytest.raises(UnsupportedError, match="'tanh' is not one of softmax, sigmoid"):
+        routed(torch.zeros(1, 4), score="tanh")
+    for wrong in ({"chosen": 0}, {"chosen": 5}, {"groups": 3}, {"groups": 4}, {"groups": 2, "chosen": 3}):
+        with pytest.raises(ValueError, match="experts"):
+            Routing(**{"experts": 4, "chosen": 2, **wrong})
