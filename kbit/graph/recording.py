@@ -9,8 +9,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Literal
 
-from kbit.graph.ops import Attention, Vector, Weight, check_source
+from kbit.graph.ops import Attention, Place, Vector, Weight, check_source
 from kbit.graph.states import Recurrence, ShortConvolution
 from kbit.kernels.activations import ACTIVATIONS
 
@@ -24,10 +25,12 @@ class Symbol:
 
 @dataclass(frozen=True, eq=False)
 class Embed:
-    """out = rows of a matrix; the ids are the pass's."""
+    """out = rows of a matrix; the ids are the pass's, or its tokens' positions or types, from row `first` on."""
 
     weight: Weight
     out: Symbol
+    of: Literal["tokens"] | Place = "tokens"
+    first: int = 0
 
 
 @dataclass(frozen=True, eq=False)
@@ -118,6 +121,7 @@ class Attend:
 
     Attributes:
         key_bias: what every k has in it, for caches that store keys without it.
+        by_distance: what is added to scores.
     """
 
     q: Symbol
@@ -126,6 +130,7 @@ class Attend:
     attention: Attention
     out: Symbol
     key_bias: Vector | None = None
+    by_distance: Vector | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -244,6 +249,11 @@ class Recorder:
         self.operations.append(Embed(weight, out))
         return out
 
+    def look_up(self, weight: Weight, of: Place, first: int = 0) -> Symbol:
+        out = Symbol(weight.shape[1])
+        self.operations.append(Embed(weight, out, of, first))
+        return out
+
     def norm(self, x: Symbol, weight: Vector, eps: float) -> Symbol:
         if x.width % weight.shape[0]:
             raise ValueError(f"the weight of a norm has {weight.shape[0]} features, no divisor of {x.width}")
@@ -299,15 +309,23 @@ class Recorder:
         return self.linear(weight, x)
 
     def self_attention(
-        self, q: Symbol, k: Symbol, v: Symbol, attention: Attention, key_bias: Vector | None = None
+        self,
+        q: Symbol,
+        k: Symbol,
+        v: Symbol,
+        attention: Attention,
+        key_bias: Vector | None = None,
+        by_distance: Vector | None = None,
     ) -> Symbol:
         check_source(attention, "self")
         _expect("queries", q.width, attention.heads * attention.head_dim)
         _expect_keys(k, v, attention)
         if key_bias is not None:
             _expect("the bias of keys", key_bias.shape[0], k.width)
+        if by_distance is not None and by_distance.shape[0] % attention.heads:
+            raise ValueError(f"what is added by distance ({by_distance.shape[0]}) is not for {attention.heads} heads")
         out = Symbol(q.width)
-        self.operations.append(Attend(q, k, v, attention, out, key_bias))
+        self.operations.append(Attend(q, k, v, attention, out, key_bias, by_distance))
         return out
 
     def store_keys(self, k: Symbol, v: Symbol, attention: Attention) -> None:

@@ -6,6 +6,8 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
+from kbit.models.task_heads import TaskHead
+
 # Longest context that is believed; a hostile factor could ask for any.
 MAX_CONTEXT = 1 << 31
 
@@ -80,23 +82,31 @@ class TensorNames:
     """Where a family keeps its tensors. Names of layers contain {layer}; they lack .weight and .bias.
 
     A norm without a name is not there. Those of a layer: before attention, of what attention adds to the residual
-    stream, before the MLP, and of what that adds; and of queries and keys.
+    stream, of the stream with it, and the same three of the MLP; and of queries and keys. Without a gate the MLP is
+    plain. `positions`, `types` and `distances` are tables that are looked up by a token's position, its type, and its
+    distance from another.
     """
 
     embedding: str
-    final_norm: str
+    final_norm: str | None
     head: str
     q: str
     k: str
     v: str
     o: str
-    gate: str
+    gate: str | None
     up: str
     down: str
     attention_norm: str | None = None
     attention_post_norm: str | None = None
+    attention_sum_norm: str | None = None
     mlp_norm: str | None = None
     mlp_post_norm: str | None = None
+    mlp_sum_norm: str | None = None
+    embedding_norm: str | None = None
+    positions: str | None = None
+    types: str | None = None
+    distances: str | None = None
     q_norm: str | None = None
     k_norm: str | None = None
 
@@ -134,6 +144,12 @@ class ModelSpec:
         embedding_multiplier, residual_multiplier, logit_multiplier: factors on embeddings, on what a block adds to the
             residual stream, and on logits.
         query_temperature: (b, n): a query at position p is multiplied by 1 + b ln(1 + floor(p / n)); None: it is not.
+        position_rows: rows of the table of positions (`names.positions`), 0 where there is none.
+        first_position: its row of position 0.
+        types: rows of the table of token types (`names.types`), 0 where there is none.
+        distances: buckets and the largest distance of `kbit.models.distances`, where there is such a table.
+        unnormed: layers that lack the norm before attention that the others have.
+        task: what it computes of hidden states; None: the logits of the next token.
     """
 
     family: str
@@ -167,6 +183,22 @@ class ModelSpec:
     residual_multiplier: float = 1.0
     logit_multiplier: float = 1.0
     query_temperature: tuple[float, int] | None = None
+    position_rows: int = 0
+    first_position: int = 0
+    types: int = 0
+    distances: tuple[int, int] | None = None
+    unnormed: tuple[int, ...] = ()
+    task: TaskHead | None = None
+
+    @property
+    def continues_text(self) -> bool:
+        """Whether it predicts the token after a text, which `kbit run` and its like ask for."""
+        return self.task is None and self.mask != "bidirectional"
+
+    @property
+    def has_logits(self) -> bool:
+        """Whether hidden states become logits of the vocabulary."""
+        return self.task is None or self.task.kind == "mask"
 
     @property
     def context_length(self) -> int:

@@ -8,6 +8,7 @@ from kbit.models.families import spec_from_config
 from kbit.models.params import parameters
 
 _DECLARED = {"embedding": "embedding", "head": "head", "linear": "linear", "norm": "other", "bias": "other"}
+_DECLARED |= dict.fromkeys(("rows", "distances", "task"), "other")
 
 
 def roles_of(source: CheckpointSource) -> dict[str, str]:

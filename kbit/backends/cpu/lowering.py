@@ -130,7 +130,7 @@ def lower_head(program: Program, operations: Sequence[Operation], result: Symbol
 
 def _emit(program: Program, operation: Operation, at: dict[Symbol, int]) -> None:
     if isinstance(operation, Embed):
-        program.embed(native_matrix(operation.weight), at[operation.out])
+        program.embed(native_matrix(operation.weight), at[operation.out], operation.of, operation.first)
     elif isinstance(operation, Norm):
         weight, eps, bias, centred = _norm(operation)
         assert weight is not None
@@ -164,6 +164,7 @@ def _emit(program: Program, operation: Operation, at: dict[Symbol, int]) -> None
             None if operation.key_bias is None else native_vector(operation.key_bias),
             a.angles,
             a.soft_cap or 0.0,
+            None if operation.by_distance is None else native_vector(operation.by_distance),
         )
     elif isinstance(operation, StoreKeys):
         a = operation.attention

@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from kbit.models.families import (
+    bert,
+    distilbert,
     ernie4_5,
     exaone4,
     gemma,
@@ -19,11 +21,13 @@ from kbit.models.families import (
     ministral,
     ministral3,
     mistral,
+    mpnet,
     olmo2,
     olmo3,
     phi3,
     qwen2,
     qwen3,
+    roberta,
     seed_oss,
     smollm3,
 )
@@ -53,6 +57,12 @@ FAMILIES: dict[str, Family] = {
         seed_oss.FAMILY,
         hunyuan_v1_dense.FAMILY,
         ernie4_5.FAMILY,
+        bert.FAMILY,
+        roberta.FAMILY,
+        roberta.XLM_ROBERTA,
+        roberta.CAMEMBERT,
+        distilbert.FAMILY,
+        mpnet.FAMILY,
     )
 }
 
