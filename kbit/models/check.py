@@ -49,8 +49,8 @@ def check_tensors(source: CheckpointSource, spec: ModelSpec, *, read_data: bool 
             raise CheckpointError(f"{where}: {name} has shape {found}, but config.json asks for {shape}")
     surplus = [name for name in source.tensors if name not in expected and not _HARMLESS.match(name)]
     stored_again = spec.tied_embeddings and head in surplus
-    if stored_again:
-        surplus.remove(head)
+    if stored_again or (head in surplus and not spec.has_logits):
+        surplus.remove(head)  # (or of a decoder whose hidden states are all that is wanted)
     if surplus:
         raise CheckpointError(
             f"{where}: {_some(surplus)} not part of a {spec.family} model as config.json describes it; leaving them "

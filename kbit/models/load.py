@@ -45,17 +45,19 @@ def load_decoder(
         CheckpointError: a senseless configuration; a missing, surplus, misshapen or non-finite tensor; a tied head that
             differs from the embedding.
     """
-    found = check_loadable(source, backend)
-    return _Loader(source, spec or found, backend, progress).decoder()
+    return _Loader(source, check_loadable(source, backend, spec), backend, progress).decoder()
 
 
-def check_loadable(source: CheckpointSource, backend: Backend) -> ModelSpec:
+def check_loadable(source: CheckpointSource, backend: Backend, spec: ModelSpec | None = None) -> ModelSpec:
     """What the checkpoint holds, once it is known that `load_decoder` will not refuse it but for a tensor's values.
+
+    Args:
+        source, backend, spec: of `load_decoder`.
 
     Raises:
         UnsupportedError, CheckpointError: see load_decoder.
     """
-    spec = spec_from_config(source.config, where=f"config of {source.path}")
+    spec = spec or spec_from_config(source.config, where=f"config of {source.path}")
     check_tensors(source, spec, read_data=not isinstance(source, HoldsPrepared))  # else compared when prepared
     backend.new_cache(1, 1, spec.kv_heads, spec.head_dim, 1)  # refuses now what it would refuse once all is read
     return spec

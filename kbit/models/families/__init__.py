@@ -21,7 +21,9 @@ from kbit.models.families import (
     ministral,
     ministral3,
     mistral,
+    modernbert,
     mpnet,
+    nomic_bert,
     olmo2,
     olmo3,
     phi3,
@@ -63,6 +65,8 @@ FAMILIES: dict[str, Family] = {
         roberta.CAMEMBERT,
         distilbert.FAMILY,
         mpnet.FAMILY,
+        modernbert.FAMILY,
+        nomic_bert.FAMILY,
     )
 }
 
