@@ -51,15 +51,16 @@ class Encoder:
     Args:
         source: the checkpoint, as `kbit.models.opening.open_model` opens it.
         backend: who computes.
+        headless: only hidden states are wanted, whatever head the checkpoint has.
 
     Raises:
         CheckpointError, UnsupportedError: the model cannot be read or run.
     """
 
-    def __init__(self, source: CheckpointSource, backend: Backend) -> None:
+    def __init__(self, source: CheckpointSource, backend: Backend, *, headless: bool = False) -> None:
         start = perf_counter()
         spec = spec_from_config(source.config, where=f"config of {source.path}")
-        if spec.task is None:  # a decoder: its hidden states are wanted, after the final norm
+        if headless or spec.task is None:  # (a decoder's are those after its final norm)
             spec = replace(spec, task=HIDDEN)
         self._decoder: Decoder = load_decoder(source, backend, spec=spec)
         self.spec: ModelSpec = spec

@@ -7,6 +7,7 @@ needs it.
 from __future__ import annotations
 
 import re
+from collections.abc import Collection
 
 from kbit.checkpoint.source import CheckpointSource
 from kbit.host.errors import CheckpointError
@@ -21,7 +22,9 @@ _HARMLESS = re.compile(r"(^|.*\.)rotary_emb\.(inv_freq|cos_cached|sin_cached)$")
 _COMPARE_BYTES = 32 << 20
 
 
-def check_tensors(source: CheckpointSource, spec: ModelSpec, *, read_data: bool = True) -> None:
+def check_tensors(
+    source: CheckpointSource, spec: ModelSpec, *, read_data: bool = True, ignored: Collection[str] = ()
+) -> None:
     """Raise unless the checkpoint holds exactly what the spec needs.
 
     A tied head that is stored again must equal the embedding; only then, and only if both are there, is data read.
@@ -29,6 +32,7 @@ def check_tensors(source: CheckpointSource, spec: ModelSpec, *, read_data: bool 
     Args:
         source: the checkpoint.
         spec: of its configuration.
+        ignored: names of tensors that may be there, too.
         read_data: False leaves the values of such a head unchecked and imports no torch.
 
     Raises:
@@ -49,8 +53,9 @@ def check_tensors(source: CheckpointSource, spec: ModelSpec, *, read_data: bool 
             raise CheckpointError(f"{where}: {name} has shape {found}, but config.json asks for {shape}")
     surplus = [name for name in source.tensors if name not in expected and not _HARMLESS.match(name)]
     stored_again = spec.tied_embeddings and head in surplus
-    if stored_again or (head in surplus and not spec.has_logits):
-        surplus.remove(head)  # (or of a decoder whose hidden states are all that is wanted)
+    if stored_again:
+        surplus.remove(head)
+    surplus = [name for name in surplus if name not in ignored]
     if surplus:
         raise CheckpointError(
             f"{where}: {_some(surplus)} not part of a {spec.family} model as config.json describes it; leaving them "

@@ -30,7 +30,7 @@ def config_of(family: str, **changes: Any) -> dict[str, Any]:
     return {**SIZES, "model_type": family, **changes}
 
 
-@pytest.mark.parametrize("family", list(FAMILIES))
+@pytest.mark.parametrize("family", [name for name, family in FAMILIES.items() if family.task is None])
 def test_absent_keys_take_transformers_defaults(family: str) -> None:
     """And the configuration that transformers writes in full means the same as the sparse one."""
     sparse = config_of(family, **HEADS.get(family, {}))
