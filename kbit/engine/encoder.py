@@ -76,7 +76,7 @@ class Encoder:
     def hidden(self, texts: Sequence[TokenizedText]) -> list[Floats]:
         """Hidden states of every token of every text: (T, hidden) each.
 
-        Texts of one length go through the model together, whatever their order.
+        Texts of about one length go through the model together, whatever their order.
 
         Raises:
             UsageError: a text without tokens, one longer than the model's context, an id or type that does not exist,
@@ -100,7 +100,8 @@ class Encoder:
 
     def _pass(self, texts: Sequence[TokenizedText], lengths: Sequence[int]) -> Floats:
         batch = Batch.of([text.ids for text in texts], [0] * len(texts), "all")
-        if any(text.types is not None for text in texts) and self.spec.types:
+        # (With one type there is nothing to tell apart, whatever the tokenizer's template says.)
+        if any(text.types is not None for text in texts) and self.spec.types > 1:
             types = [kind for text in texts for kind in (text.types or [0] * len(text.ids))]
             batch = replace(batch, types=np.array(types, dtype=np.int64))
         return _numpy(self._decoder.run_hidden(batch, self._decoder.new_cache(len(texts), max(lengths))))
@@ -119,7 +120,7 @@ class Encoder:
                 f"a text holds the padding token (id {spec.first_position - 1}), which has no position in a "
                 f"{spec.family} model: remove it"
             )
-        if text.types is not None and spec.types and not 0 <= min(text.types) <= max(text.types) < spec.types:
+        if text.types is not None and spec.types > 1 and not 0 <= min(text.types) <= max(text.types) < spec.types:
             raise UsageError(f"token types go from 0 to {spec.types - 1} in this model, not to {max(text.types)}")
 
 

@@ -99,7 +99,8 @@ def labels_of(config: Mapping[str, Any], where: str) -> tuple[str, ...]:
 
 
 def _problem(values: ConfigValues, labels: int) -> Any:
-    """What labels mean; where nothing says it, one label is a number, and of several one holds, as in transformers."""
+    """What labels mean; where nothing says it, one label holds or not (as of rerankers), and of several one does: as in
+    transformers' pipelines."""
     if values.raw("problem_type") is None:
-        return "regression" if labels == 1 else "single"
+        return "multi" if labels == 1 else "single"
     return values.choice("problem_type", _PROBLEMS)
