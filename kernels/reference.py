@@ -221,7 +221,7 @@ def attend(
                     hidden,
                     scale,
                     cap,
-                    None if by_distance is None else _of_distances(by_distance.float(), slots - where[:, None]),
+                    None if by_distance is None else of_distances(by_distance.float(), slots - where[:, None]),
                 )
     return out
 
@@ -243,7 +243,7 @@ def _hidden(positions: torch.Tensor, slots: torch.Tensor, window: int | None, ca
     return hidden
 
 
-def _of_distances(table: torch.Tensor, distances: torch.Tensor) -> torch.Tensor:
+def of_distances(table: torch.Tensor, distances: torch.Tensor) -> torch.Tensor:
     """Columns of a table (H, 2 R + 1) by distances (T', S') -> (H, T', S')."""
     reach = table.shape[1] // 2
     return table[:, distances.clamp(-reach, reach) + reach]

@@ -92,8 +92,13 @@ def calibration_tokens(
     if request.texts:
         tokenizer = Tokenizer.from_source(source)
         shares = [count // len(request.texts) + (i < count % len(request.texts)) for i in range(len(request.texts))]
-        parts = [_of_text(text, tokenizer, share, length) for text, share in zip(request.texts, shares, strict=True)]
-        return np.concatenate(parts)
+        spec = spec_from_config(source.config, where=f"config of {source.path}")
+        begin, end = ([], []) if spec.continues_text else _around(tokenizer)
+        inner = length - len(begin) - len(end)
+        parts = [_of_text(text, tokenizer, share, inner) for text, share in zip(request.texts, shares, strict=True)]
+        sequences = np.concatenate(parts)
+        ends = [np.tile(np.array(ids, dtype=np.int64), (len(sequences), 1)) for ids in (begin, end)]
+        return np.concatenate([ends[0], sequences, ends[1]], axis=1)
     return sampled_tokens(source, count, length, threads=threads, progress=progress)
 
 
@@ -139,6 +144,13 @@ def forget(source: CheckpointSource) -> int:
         except OSError as error:
             raise KbitError(f"{manifest.parent}: cannot be removed ({error.strerror})") from None
     return freed
+
+
+def _around(tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
+    """The special tokens before and after a text, which encoders never read one without."""
+    bare, whole = tokenizer.encode("a", add_special_tokens=False), tokenizer.encode("a")
+    before = next((at for at in range(len(whole)) if whole[at : at + len(bare)] == bare), 0)
+    return whole[:before], whole[before + len(bare) :]
 
 
 def _of_text(text: TextData, tokenizer: Tokenizer, count: int, length: int) -> NDArray[np.int64]:

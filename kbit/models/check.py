@@ -10,7 +10,7 @@ import re
 from collections.abc import Collection
 
 from kbit.checkpoint.source import CheckpointSource
-from kbit.host.errors import CheckpointError
+from kbit.host.errors import CheckpointError, UnsupportedError
 from kbit.models.canonical import check_canonical
 from kbit.models.config_values import shown
 from kbit.models.spec import ModelSpec
@@ -68,6 +68,20 @@ def check_tensors(
         raise CheckpointError(
             f"{where}: tie_word_embeddings is true, but {head} differs from {embedding}: set tie_word_embeddings "
             f"to false to use {head}, or remove it from the checkpoint"
+        )
+
+
+def check_continues(spec: ModelSpec, where: str) -> None:
+    """Raise where a model predicts no next token.
+
+    Raises:
+        UnsupportedError: naming the commands that run it.
+    """
+    if spec.task is not None:
+        commands = {"mask": "fill or embed", "sequence": "classify", "tokens": "classify", "span": "answer"}
+        raise UnsupportedError(
+            f"{where}: this {spec.family} model predicts no next token, so it cannot go on with a text or be measured by "
+            f"that; use kbit {commands.get(spec.task.kind, 'embed')}"
         )
 
 
