@@ -175,8 +175,8 @@ def attend(
 
     Cache slot j of a row holds the token at position j. The query at position p of row b sees slot j when
     j < kv_lengths[b] and, if causal, j <= p (or j < prefix) and, with a sliding window, j > p - window (the window
-    counts the query's own position) and j < p + window. Query head h reads key/value head h // (H / H_kv). A query that sees nothing
-    (padding) yields zeros.
+    counts the query's own position) and j < p + window. Query head h reads key/value head h // (H / H_kv). A query that
+    sees nothing (padding) yields zeros.
 
     Scores are formed for a few queries at a time, so scratch stays near SCRATCH_BYTES for any length; slots that no
     query of a piece can see are never touched, so what lies in a row's cache beyond its length does not matter.

@@ -153,7 +153,10 @@ class _Passes:
         ops = CapturingOps(self.definition, self.tokens)
         with torch.no_grad():
             return torch.stack(
-                [blocks.embedding(ops, self.spec, ends.embedding, ends.final, row[None])[0].bfloat16() for row in self.ids]
+                [
+                    blocks.embedding(ops, self.spec, ends.embedding, ends.final, row[None])[0].bfloat16()
+                    for row in self.ids
+                ]
             )
 
     def _forward(self, layer: int, x: torch.Tensor, collected: Collected | None = None) -> torch.Tensor:

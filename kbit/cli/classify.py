@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Annotated, Any, cast
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -37,8 +37,8 @@ def classify(
         typer.Option(
             "--aggregation",
             metavar="none|simple|first|average|max",
-            help="Labels of words: every token; neighbours of one label together; or words first, by their first token, "
-            "the mean, or the surest.",
+            help="Labels of words: every token; neighbours of one label together; or words first, by their first "
+            "token, the mean, or the surest.",
         ),
     ] = "simple",
     as_json: JsonOption = False,
@@ -73,7 +73,7 @@ def classify(
         if model.of_tokens:
             if pair:
                 raise UsageError(f"--pair: {flags.model} labels words, and reads one text at a time")
-            _words(model, lines, cast("Aggregation", aggregation), flags.model, as_json)
+            _words(model, lines, aggregation, flags.model, as_json)
         else:
             _texts(model, lines, pair, flags.model, as_json)
 

@@ -27,9 +27,7 @@ def embed(
     *,
     flags: EncoderFlags,
     file: FileOption = None,
-    prompt: Annotated[
-        str | None, typer.Option("--prompt", metavar="TEXT", help="Put TEXT before every text.")
-    ] = None,
+    prompt: Annotated[str | None, typer.Option("--prompt", metavar="TEXT", help="Put TEXT before every text.")] = None,
     prompt_name: Annotated[
         str | None,
         typer.Option("--prompt-name", metavar="NAME", help="Put the model's prompt of this name before every text."),

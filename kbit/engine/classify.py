@@ -71,7 +71,9 @@ class Classifier:
     """
 
     def __init__(self, source: CheckpointSource, backend: Backend) -> None:
-        require_head(source, ("sequence", "tokens"), "gives labels", "ForSequenceClassification or ForTokenClassification")
+        require_head(
+            source, ("sequence", "tokens"), "gives labels", "ForSequenceClassification or ForTokenClassification"
+        )
         self.text = TextEncoder(source)
         self.encoder = Encoder(source, backend)
         self.labels = labels_of(source.config, f"config of {source.path}")

@@ -122,8 +122,8 @@ class Embedder:
             if len(whole.ids) > self.longest:
                 if long == "refuse":
                     raise UsageError(
-                        f"text {index + 1} has {len(whole.ids)} tokens, and this model takes {self.longest}: shorten it, "
-                        "or use --long truncate or --long windows"
+                        f"text {index + 1} has {len(whole.ids)} tokens, and this model takes {self.longest}: shorten "
+                        "it, or use --long truncate or --long windows"
                     )
                 found = self.text.windows(self._cleaned(prompt + text), None, self.longest)
                 if long == "truncate":

@@ -1,4 +1,4 @@
-"""Heads on hidden states (`kbit.models.task_heads`), in numpy: they read a few rows, so nothing is gained by kernels."""
+"""Heads on hidden states (`kbit.models.task_heads`), in numpy: they read few rows, so kernels would gain nothing."""
 
 from __future__ import annotations
 
@@ -25,14 +25,15 @@ def _gelu(x: Floats) -> Floats:
 
 
 def _gelu_tanh(x: Floats) -> Floats:
-    return (0.5 * x * (1.0 + np.tanh(np.float32(math.sqrt(2.0 / math.pi)) * (x + np.float32(0.044715) * x**3)))).astype(
-        np.float32
-    )
+    inner = np.float32(math.sqrt(2.0 / math.pi)) * (x + np.float32(0.044715) * x**3)
+    values: Floats = (0.5 * x * (1.0 + np.tanh(inner))).astype(np.float32)
+    return values
 
 
 def sigmoid(x: Floats) -> Floats:
     """1 / (1 + exp(-x)), without overflow."""
-    return (0.5 * (1.0 + np.tanh(0.5 * x))).astype(np.float32)
+    values: Floats = (0.5 * (1.0 + np.tanh(0.5 * x))).astype(np.float32)
+    return values
 
 
 ACTIVATIONS: Mapping[str, Callable[[Floats], Floats]] = {
@@ -99,7 +100,8 @@ class Head:
     def scores(self, hidden: Floats) -> Floats:
         """(L, hidden) -> (L, labels). Not of the vocabulary: see `with_bias`."""
         task = self.spec.task
-        assert task is not None and task.out is not None
+        assert task is not None
+        assert task.out is not None
         return self._linear(self.inner(hidden), task.out, task.out_bias)
 
     def with_bias(self, logits: Floats) -> Floats:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,7 +17,7 @@ from kbit.text.sentence_config import DenseModule, SentenceConfig
 
 # Vectors shorter than this keep their length, as in torch.nn.functional.normalize.
 _SHORTEST = 1e-12
-_DTYPES = {"F32": np.dtype("<f4"), "F16": np.dtype("<u2"), "BF16": np.dtype("<u2")}
+_DTYPES: Mapping[str, np.dtype[Any]] = {"F32": np.dtype("<f4"), "F16": np.dtype("<u2"), "BF16": np.dtype("<u2")}
 
 
 def pool(states: Floats, kinds: Sequence[str], skipped: int = 0) -> Floats:
@@ -128,7 +129,7 @@ def _tensors(folder: str, files: Mapping[str, bytes], where: str) -> dict[str, F
             if key == "__metadata__":
                 continue
             first, stop = entry["data_offsets"]
-            raw: NDArray[np.generic] = np.frombuffer(data[begin + first : begin + stop], _DTYPES[entry["dtype"]])
+            raw: NDArray[Any] = np.frombuffer(data[begin + first : begin + stop], _DTYPES[entry["dtype"]])
             found[key] = widened(raw, KINDS[entry["dtype"]]).reshape(entry["shape"])
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"{where}: {name} is damaged, or in a type that kbit does not read ({error})") from None

@@ -41,16 +41,12 @@ class Weights:
         return tuple(self.linear(slot) for slot in slots)
 
 
-def layer(
-    ops: Ops[X], spec: ModelSpec, weights: Weights, index: int, x: X, by_distance: Vector | None = None
-) -> X:
+def layer(ops: Ops[X], spec: ModelSpec, weights: Weights, index: int, x: X, by_distance: Vector | None = None) -> X:
     """One layer on the residual stream: (..., hidden) -> (..., hidden)."""
     return mlp(ops, spec, weights, attention(ops, spec, weights, index, x, by_distance))
 
 
-def attention(
-    ops: Ops[X], spec: ModelSpec, weights: Weights, index: int, x: X, by_distance: Vector | None = None
-) -> X:
+def attention(ops: Ops[X], spec: ModelSpec, weights: Weights, index: int, x: X, by_distance: Vector | None = None) -> X:
     """x + attention(norm(x)), and norms of what is added and of the sum where the model has them: (..., hidden)."""
     q, k, v = _together(ops, weights, QKV, norm(ops, spec, weights, "attention_norm", x))
     q, k, turns = _positioned(ops, spec, weights, index, q, k)

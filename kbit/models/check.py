@@ -80,8 +80,8 @@ def check_continues(spec: ModelSpec, where: str) -> None:
     if spec.task is not None:
         commands = {"mask": "fill or embed", "sequence": "classify", "tokens": "classify", "span": "answer"}
         raise UnsupportedError(
-            f"{where}: this {spec.family} model predicts no next token, so it cannot go on with a text or be measured by "
-            f"that; use kbit {commands.get(spec.task.kind, 'embed')}"
+            f"{where}: this {spec.family} model predicts no next token, so it cannot go on with a text or be measured "
+            f"by that; use kbit {commands.get(spec.task.kind, 'embed')}"
         )
 
 

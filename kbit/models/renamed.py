@@ -66,7 +66,9 @@ class RenamedSource(StoredSource):
         self.path, self.config = source.path, source.config
         self._source, self._names = source, names
         kept = {old: new for new, old in names.items()}
-        self._infos = {kept[name]: replace(info, name=kept[name]) for name, info in source.tensors.items() if name in kept}
+        self._infos = {
+            kept[name]: replace(info, name=kept[name]) for name, info in source.tensors.items() if name in kept
+        }
 
     @property
     def tensors(self) -> Mapping[str, TensorInfo]:

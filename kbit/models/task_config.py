@@ -51,9 +51,7 @@ def token_types(family: Family, values: ConfigValues) -> int:
     return 0 if family.names.types is None else values.integer("type_vocab_size", 1, _MAX_TYPES)
 
 
-def read_task(
-    family: Family, values: ConfigValues, activations: Mapping[str, str], norm_bias: bool
-) -> TaskHead | None:
+def read_task(family: Family, values: ConfigValues, activations: Mapping[str, str], norm_bias: bool) -> TaskHead | None:
     """The head that `architectures` names, or the family's own.
 
     Args:
@@ -75,10 +73,14 @@ def read_task(
     if "classifier_bias" in family.defaults:
         task = replace(task, dense_bias=values.boolean("classifier_bias"), norm_bias=norm_bias)
     if task.kind == "mask":
-        biased = "decoder_bias" not in family.defaults or values.boolean("decoder_bias")
-        return task if biased else replace(task, out_bias=None)
+        if "decoder_bias" in family.defaults and not values.boolean("decoder_bias"):
+            return replace(task, out_bias=None)
+        # (A matrix of its own has a bias of its own, and the one beside it is read by nothing.)
+        tied = values.boolean("tie_word_embeddings")
+        return task if tied else replace(task, out_bias=f"{family.names.head}.bias")
     if "classifier_pooling" in family.defaults and task.kind == "sequence":
-        task = replace(task, pooling=values.choice("classifier_pooling", {"cls": "cls", "mean": "mean"}))
+        mean = values.choice("classifier_pooling", {"cls": "cls", "mean": "mean"}) == "mean"
+        task = replace(task, pooling="mean" if mean else "cls")
     labels = 2 if task.kind == "span" else len(labels_of(values.values, values.where))
     return replace(task, labels=labels, problem=_problem(values, labels) if task.kind == "sequence" else "single")
 
@@ -94,7 +96,7 @@ def labels_of(config: Mapping[str, Any], where: str) -> tuple[str, ...]:
     if named is None:
         return tuple(f"LABEL_{index}" for index in range(values.integer("num_labels", 1, _MAX_LABELS)))
     if not isinstance(named, Mapping) or set(named) != {str(index) for index in range(len(named))} or not named:
-        raise CheckpointError(f"{where}: id2label is {shown(named)}; it should name the labels \"0\", \"1\", ...")
+        raise CheckpointError(f'{where}: id2label is {shown(named)}; it should name the labels "0", "1", ...')
     return tuple(str(named[str(index)]) for index in range(len(named)))
 
 

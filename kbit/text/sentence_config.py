@@ -84,15 +84,18 @@ def read_sentence_config(files: Mapping[str, bytes], where: str) -> SentenceConf
         UnsupportedError: a module, pooling or activation that kbit does not have.
     """
     reader = _Reader(files, where)
-    transformer = reader.object("sentence_bert_config.json", {})
-    about = reader.object("config_sentence_transformers.json", {})
+    transformer = reader.settings("sentence_bert_config.json", {})
+    about = reader.settings("config_sentence_transformers.json", {})
     prompts = about.get("prompts") or {}
     if not isinstance(prompts, dict) or not all(isinstance(text, str) for text in prompts.values()):
         raise reader.error("config_sentence_transformers.json", "prompts", prompts, "an object of texts")
     default = about.get("default_prompt_name")
     if default is not None and default not in prompts:
         raise reader.error(
-            "config_sentence_transformers.json", "default_prompt_name", default, f"one of {', '.join(prompts) or 'none'}"
+            "config_sentence_transformers.json",
+            "default_prompt_name",
+            default,
+            f"one of {', '.join(prompts) or 'none'}",
         )
     longest = transformer.get("max_seq_length")
     if longest is not None and not (type(longest) is int and 1 <= longest <= _MAX_LENGTH):
@@ -117,7 +120,7 @@ class _Reader:
         except (ValueError, RecursionError) as error:
             raise CheckpointError(f"{self.where}: {name} is not valid JSON: {one_line(error)}") from None
 
-    def object(self, name: str, otherwise: Mapping[str, Any] | None = None) -> Mapping[str, Any]:
+    def settings(self, name: str, otherwise: Mapping[str, Any] | None = None) -> Mapping[str, Any]:
         if name not in self.files and otherwise is not None:
             return otherwise
         value = self.json(name)
@@ -156,11 +159,11 @@ def _with_modules(reader: _Reader, found: SentenceConfig) -> SentenceConfig:
             dense.append(_dense(reader, module["path"]))
         elif kind != "Dropout":  # (that is for training)
             raise UnsupportedError(
-                f"{reader.where}: modules.json: {kind}{' after Normalize' if kind == 'Dense' else ''} is not supported; "
-                "kbit runs Transformer, Pooling and then Dense, Normalize or Dropout"
+                f"{reader.where}: modules.json: {kind}{' after Normalize' if kind == 'Dense' else ''} is not "
+                "supported; kbit runs Transformer, Pooling and then Dense, Normalize or Dropout"
             )
     name = f"{modules[1]['path']}/config.json"
-    pooling = reader.object(name)
+    pooling = reader.settings(name)
     return replace(
         found,
         pooling=_poolings(reader, name, pooling),
@@ -183,15 +186,15 @@ def _poolings(reader: _Reader, name: str, values: Mapping[str, Any]) -> tuple[st
         chosen = [kind for kind in POOLINGS if kind in listed]
     if unknown or not chosen:
         raise UnsupportedError(
-            f"{reader.where}: {name}: pooling {one_line(unknown[0]) if unknown else 'by nothing'} is not supported; kbit "
-            f"has {', '.join(POOLINGS)}"
+            f"{reader.where}: {name}: pooling {one_line(unknown[0]) if unknown else 'by nothing'} is not supported; "
+            f"kbit has {', '.join(POOLINGS)}"
         )
     return tuple(chosen)
 
 
 def _dense(reader: _Reader, folder: str) -> DenseModule:
     name = f"{folder}/config.json"
-    values = reader.object(name)
+    values = reader.settings(name)
     sizes = []
     for key in ("in_features", "out_features"):
         size = values.get(key)

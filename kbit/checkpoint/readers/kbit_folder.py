@@ -233,5 +233,6 @@ def _inside(name: str) -> bool:
 def _check_file(folder: Path, name: str, data: bytes, manifest: Mapping[str, Any]) -> None:
     if hashlib.sha256(data).hexdigest() != manifest["files"][name]:
         raise CheckpointError(
-            f"{folder / name}: changed since it was written (sha256 differs from {MANIFEST_NAME}); copy the folder again"
+            f"{folder / name}: changed since it was written (sha256 differs from {MANIFEST_NAME}); copy the folder "
+            "again"
         )

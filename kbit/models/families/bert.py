@@ -1,5 +1,7 @@
-"""BERT: a norm after every sum, tables of positions and token types, every token sees the whole text. MiniLM, BGE, E5, GTE
-are published as BERT."""
+"""BERT: a norm after every sum, tables of positions and token types, every token sees the whole text.
+
+MiniLM, BGE, E5 and GTE are published as BERT.
+"""
 
 from kbit.models.family import Family
 from kbit.models.layout import Layout
@@ -74,7 +76,11 @@ FAMILY = Family(
     },
     layout=Layout(
         prefix="bert.",
-        renamed=(*OLD_NAMES, ("cls.predictions.decoder.bias", "cls.predictions.bias")),
-        unused=(*UNUSED, r"cls\.seq_relationship\.(weight|bias)", r"cls\.predictions\.decoder\.bias"),
+        renamed=(
+            *OLD_NAMES,
+            ("cls.predictions.decoder.bias", "cls.predictions.bias"),
+            ("cls.predictions.bias", "cls.predictions.decoder.bias"),
+        ),
+        unused=(*UNUSED, r"cls\.seq_relationship\.(weight|bias)", r"cls\.predictions\.(decoder\.)?bias"),
     ),
 )

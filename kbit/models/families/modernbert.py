@@ -1,5 +1,5 @@
-"""ModernBERT: norms before blocks, but none before the first attention; a gated MLP; two layers of three see a window to
-both sides, with a rotation of their own."""
+"""ModernBERT: norms before blocks, but none before the first attention; a gated MLP; two layers of three see a window
+to both sides, with a rotation of their own."""
 
 from dataclasses import replace
 

@@ -37,7 +37,7 @@ FAMILY = replace(
     },
     layout=Layout(
         prefix="mpnet.",
-        renamed=(*OLD_NAMES, ("lm_head.decoder.bias", "lm_head.bias")),
-        unused=(*UNUSED, r"lm_head\.decoder\.bias"),
+        renamed=(*OLD_NAMES, ("lm_head.decoder.bias", "lm_head.bias"), ("lm_head.bias", "lm_head.decoder.bias")),
+        unused=(*UNUSED, r"lm_head\.(decoder\.)?bias"),
     ),
 )

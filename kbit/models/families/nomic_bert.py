@@ -53,7 +53,10 @@ FAMILY = replace(
     layout=Layout(
         prefix="nomic_bert.",
         fused={f"{LAYER}.attn.Wqkv": ("q", "k", "v")},
-        renamed=(("cls.predictions.decoder.bias", "cls.predictions.bias"),),
-        unused=(*UNUSED, r"cls\.predictions\.decoder\.bias"),
+        renamed=(
+            ("cls.predictions.decoder.bias", "cls.predictions.bias"),
+            ("cls.predictions.bias", "cls.predictions.decoder.bias"),
+        ),
+        unused=(*UNUSED, r"cls\.predictions\.(decoder\.)?bias"),
     ),
 )

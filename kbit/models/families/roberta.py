@@ -1,5 +1,7 @@
-"""RoBERTa: BERT with positions from the row after that of padding on. XLM-RoBERTa (bge-m3, E5 multilingual) and CamemBERT
-are the same."""
+"""RoBERTa: BERT with positions from the row after that of padding on.
+
+XLM-RoBERTa (bge-m3, E5 multilingual) and CamemBERT are the same.
+"""
 
 from dataclasses import replace
 
@@ -9,9 +11,7 @@ from kbit.models.layout import Layout
 from kbit.models.task_heads import TaskHead
 
 # (`lm_head.dense` and its like do not have the model's prefix.)
-MASK = TaskHead(
-    "mask", dense="lm_head.dense", activation="gelu", norm="lm_head.layer_norm", out_bias="lm_head.bias"
-)
+MASK = TaskHead("mask", dense="lm_head.dense", activation="gelu", norm="lm_head.layer_norm", out_bias="lm_head.bias")
 SEQUENCE = TaskHead(
     "sequence",
     dense="classifier.dense",
@@ -21,8 +21,8 @@ SEQUENCE = TaskHead(
 )
 LAYOUT = Layout(
     prefix="roberta.",
-    renamed=(*OLD_NAMES, ("lm_head.decoder.bias", "lm_head.bias")),
-    unused=(*UNUSED, r"lm_head\.decoder\.bias"),
+    renamed=(*OLD_NAMES, ("lm_head.decoder.bias", "lm_head.bias"), ("lm_head.bias", "lm_head.decoder.bias")),
+    unused=(*UNUSED, r"lm_head\.(decoder\.)?bias"),
 )
 
 
@@ -46,7 +46,5 @@ FAMILY = replace(
     heads=_named("Roberta"),
     layout=LAYOUT,
 )
-XLM_ROBERTA = replace(
-    FAMILY, model_type="xlm-roberta", architectures=("XLMRobertaModel",), heads=_named("XLMRoberta")
-)
+XLM_ROBERTA = replace(FAMILY, model_type="xlm-roberta", architectures=("XLMRobertaModel",), heads=_named("XLMRoberta"))
 CAMEMBERT = replace(FAMILY, model_type="camembert", architectures=("CamembertModel",), heads=_named("Camembert"))
