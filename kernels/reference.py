@@ -170,13 +170,14 @@ def attend(
     prefix: int = 0,
     cap: float | None = None,
     sinks: torch.Tensor | None = None,
+    by_distance: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """softmax(soft_cap(scale * Q K^T) + mask) V with grouped heads and a mask by position.
+    """softmax(soft_cap(scale * Q K^T) + by_distance + mask) V with grouped heads and a mask by position.
 
     Cache slot j of a row holds the token at position j. The query at position p of row b sees slot j when
     j < kv_lengths[b] and, if causal, j <= p (or j < prefix) and, with a sliding window, j > p - window (the window
-    counts the query's own position). Query head h reads key/value head h // (H / H_kv). A query that sees nothing
-    (padding) yields zeros.
+    counts the query's own position) and j < p + window. Query head h reads key/value head h // (H / H_kv). A query that
+    sees nothing (padding) yields zeros.
 
     Scores are formed for a few queries at a time, so scratch stays near SCRATCH_BYTES for any length; slots that no
     query of a piece can see are never touched, so what lies in a row's cache beyond its length does not matter.
@@ -188,12 +189,13 @@ def attend(
         positions: int64 (B, T), position of each query.
         kv_lengths: int64 (B,), filled slots of each row, at most S.
         scale: multiplies the dot products, usually D^-0.5.
-        window: slots a query sees at most, or None; only if causal.
+        window: slots a query sees at most before it, and after it, or None.
         causal: whether a query sees nothing after itself.
         prefix: slots that every query sees, also those before it; without a window.
         cap: of `soft_cap`, or None: scores stay.
         sinks: (H,), a score of each head that is in the softmax's sum beside those of slots and has no value (Xiao et
             al., arXiv 2309.17453; gpt-oss); not capped.
+        by_distance: (H, 2 R + 1), added to scores: column R + j - p, the first and last also beyond; or None.
 
     Returns:
         (B, T, H, D) float32.
@@ -208,13 +210,22 @@ def attend(
             queries = slice(start, start + step)
             where = positions[rows.start, queries]  # (T',)
             last = min(max(int(where.max()) + 1, prefix), length) if causal else length
+            if window is not None:
+                last = min(last, max(int(where.max()) + window, prefix))
             first = 0 if window is None else max(0, int(where.min()) - window + 1)
             if first < last:
                 seen = slice(first, last)
                 slots = torch.arange(first, last, device=q.device)
                 hidden = _hidden(where, slots, window, causal) & (slots >= prefix)
                 out[rows, queries] = _softmax_weighted(
-                    q[rows, queries], k[rows, :, seen].float(), v[rows, :, seen].float(), hidden, scale, cap, sinks
+                    q[rows, queries],
+                    k[rows, :, seen].float(),
+                    v[rows, :, seen].float(),
+                    hidden,
+                    scale,
+                    cap,
+                    None if by_distance is None else of_distances(by_distance.float(), slots - where[:, None]),
+                    sinks,
                 )
     return out
 
@@ -232,8 +243,14 @@ def _hidden(positions: torch.Tensor, slots: torch.Tensor, window: int | None, ca
     """True where a query must not look: positions (T',), slots (S',) -> bool (T', S')."""
     hidden = (slots > positions[:, None]) & causal
     if window is not None:
-        hidden |= slots <= positions[:, None] - window
+        hidden |= (slots - positions[:, None]).abs() >= window
     return hidden
+
+
+def of_distances(table: torch.Tensor, distances: torch.Tensor) -> torch.Tensor:
+    """Columns of a table (H, 2 R + 1) by distances (T', S') -> (H, T', S')."""
+    reach = table.shape[1] // 2
+    return table[:, distances.clamp(-reach, reach) + reach]
 
 
 def _softmax_weighted(
@@ -243,9 +260,10 @@ def _softmax_weighted(
     hidden: torch.Tensor,
     scale: float,
     cap: float | None,
+    added: torch.Tensor | None,
     sinks: torch.Tensor | None,
 ) -> torch.Tensor:
-    """One piece: q (B, T', H, D), k and v (B, H_kv, S', D), hidden (T', S') -> (B, T', H, D)."""
+    """One piece: q (B, T', H, D), k and v (B, H_kv, S', D), hidden (T', S'), added (H, T', S') -> (B, T', H, D)."""
     batch, queries, heads, dim = q.shape
     kv_heads = k.shape[1]
     group = heads // kv_heads
@@ -254,7 +272,10 @@ def _softmax_weighted(
     scores = (grouped @ k.transpose(-1, -2)).mul_(scale)
     if cap is not None:
         scores.div_(cap).tanh_().mul_(cap)
-    scores.view(batch, kv_heads, group, queries, -1).masked_fill_(hidden, -torch.inf)
+    by_query = scores.view(batch, kv_heads, group, queries, -1)
+    if added is not None:
+        by_query.add_(added.view(kv_heads, group, queries, -1))
+    by_query.masked_fill_(hidden, -torch.inf)
     peak = scores.amax(-1, keepdim=True)
     peak.masked_fill_(peak == -torch.inf, 0.0)  # a query that sees nothing: exp(-inf - 0) = 0 everywhere
     weights = scores.sub_(peak).exp_()

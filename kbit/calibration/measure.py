@@ -27,7 +27,7 @@ from kbit.calibration.factors import Factors
 from kbit.calibration.sizes import CHUNK_TOKENS, LOGITS_BYTES
 from kbit.calibration.workers import workers
 from kbit.checkpoint.source import CheckpointSource
-from kbit.graph.ops import Weight
+from kbit.graph.ops import Vector, Weight
 from kbit.host.errors import KbitError
 from kbit.models import blocks
 from kbit.models.blocks import Weights
@@ -112,6 +112,7 @@ class _Passes:
         self.names = {(p.layer, p.slot): p.name for p in parameters(spec) if p.role == "linear"}
         empty = DecoderWeights(_Nothing(), (), Weights(), _Nothing())
         self.definition = DecoderDefinition(spec, empty)
+        self.by_distance: Vector | None = None
         self.done, self.total = 0, 0
 
     # ---- forward
@@ -148,10 +149,14 @@ class _Passes:
 
     def _embed(self, ends: DecoderWeights) -> torch.Tensor:
         """(S, T, hidden), bfloat16."""
+        self.by_distance = ends.final.biases.get("distances")
         ops = CapturingOps(self.definition, self.tokens)
         with torch.no_grad():
             return torch.stack(
-                [blocks.embedding(ops, self.spec, ends.embedding, row[None])[0].bfloat16() for row in self.ids]
+                [
+                    blocks.embedding(ops, self.spec, ends.embedding, ends.final, row[None])[0].bfloat16()
+                    for row in self.ids
+                ]
             )
 
     def _forward(self, layer: int, x: torch.Tensor, collected: Collected | None = None) -> torch.Tensor:
@@ -164,7 +169,7 @@ class _Passes:
             capture = None if collected is None else Capture(names)
             ops = CapturingOps(self.definition, self.tokens, capture)
             with torch.no_grad():
-                made = blocks.layer(ops, self.spec, weights, layer, x[index : index + 1].float())
+                made = blocks.layer(ops, self.spec, weights, layer, x[index : index + 1].float(), self.by_distance)
             out[index] = made[0].bfloat16()
             return capture
 
@@ -225,7 +230,7 @@ class _Passes:
             ops = CapturingOps(self.definition, self.tokens, capture)
             with torch.enable_grad():
                 at = x[index : index + 1].float().requires_grad_()
-                out = blocks.layer(ops, self.spec, weights, layer, at)
+                out = blocks.layer(ops, self.spec, weights, layer, at, self.by_distance)
                 out.backward(gradient[index : index + 1])  # type: ignore[no-untyped-call]
             assert at.grad is not None
             handed_down[index] = at.grad[0]

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from kbit.calibration.request import CalibrationRequest
-from kbit.calibration.sizes import text_shape
+from kbit.calibration.sizes import refuse_encoder, text_shape
 from kbit.checkpoint.source import CheckpointSource
 from kbit.host.cache_folder import cache_dir
 from kbit.models.families import spec_from_config
@@ -29,7 +29,12 @@ def calibration_folder() -> Path:
 
 
 def identity_of(source: CheckpointSource, spec: ModelSpec, request: CalibrationRequest) -> dict[str, Any]:
-    """What is measured on what: plain JSON, equal for equal factors."""
+    """What is measured on what: plain JSON, equal for equal factors.
+
+    Raises:
+        UnsupportedError: an encoder, and what it does not have.
+    """
+    refuse_encoder(spec, bool(request.texts), request.gradients)
     count, length = text_shape(spec, request.tokens)
     return {
         "model": source.fingerprint(),

@@ -91,16 +91,21 @@ def calibration_tokens(
     if request.texts:
         tokenizer = Tokenizer.from_source(source)
         shares = [count // len(request.texts) + (i < count % len(request.texts)) for i in range(len(request.texts))]
+        spec = spec_from_config(source.config, where=f"config of {source.path}")
+        begin, end = ([], []) if spec.continues_text else _around(tokenizer)
+        inner = length - len(begin) - len(end)
         ids = [np.array(tokenizer.encode(text.text), dtype=np.int64) for text in request.texts]
         for text, has, share in zip(request.texts, ids, shares, strict=True):
-            if len(has) // length < share:
-                most = min(len(each) // length for each in ids) * length * len(ids) // SEQUENCE * SEQUENCE
+            if len(has) // inner < share:
+                most = min(len(each) // inner for each in ids) * length * len(ids) // SEQUENCE * SEQUENCE
                 fewer = f", or use --calibration-tokens {most}" if most else ""
                 raise UsageError(
-                    f"{text.name} has {len(has):,} tokens, but {share * length:,} are wanted of it: name another "
+                    f"{text.name} has {len(has):,} tokens, but {share * inner:,} are wanted of it: name another "
                     f"text{fewer}"
                 )
-        return np.concatenate([_cut(has, share, length) for has, share in zip(ids, shares, strict=True)])
+        sequences = np.concatenate([_cut(has, share, inner) for has, share in zip(ids, shares, strict=True)])
+        ends = [np.tile(np.array(ids, dtype=np.int64), (len(sequences), 1)) for ids in (begin, end)]
+        return np.concatenate([ends[0], sequences, ends[1]], axis=1)
     return sampled_tokens(source, count, length, threads=threads, progress=progress)
 
 
@@ -146,6 +151,13 @@ def forget(source: CheckpointSource) -> int:
         except OSError as error:
             raise KbitError(f"{manifest.parent}: cannot be removed ({error.strerror})") from None
     return freed
+
+
+def _around(tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
+    """The special tokens before and after a text, which encoders never read one without."""
+    bare, whole = tokenizer.encode("a", add_special_tokens=False), tokenizer.encode("a")
+    before = next((at for at in range(len(whole)) if whole[at : at + len(bare)] == bare), 0)
+    return whole[:before], whole[before + len(bare) :]
 
 
 def _cut(ids: NDArray[np.int64], count: int, length: int) -> NDArray[np.int64]:

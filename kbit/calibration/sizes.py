@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from kbit.calibration.request import SEQUENCE
+from kbit.host.errors import UnsupportedError
 from kbit.models.params import Parameter, parameters
 from kbit.models.spec import ModelSpec
 
@@ -24,8 +25,27 @@ def default_tokens(spec: ModelSpec) -> int:
 
 def text_shape(spec: ModelSpec, tokens: int | None) -> tuple[int, int]:
     """Sequences, and tokens of each."""
-    length = min(SEQUENCE, spec.longest_in_pieces)
+    length = min(SEQUENCE, spec.longest_in_pieces if spec.continues_text else spec.context_length)
     return (tokens or default_tokens(spec)) // length, length
+
+
+def refuse_encoder(spec: ModelSpec, texts: bool, gradients: bool) -> None:
+    """Raise where an encoder is to be calibrated on what it does not have: text of its own, or a next token.
+
+    Args:
+        spec: the model.
+        texts: whether there is text to calibrate on.
+        gradients: whether gradients are to be measured.
+
+    Raises:
+        UnsupportedError: it is.
+    """
+    if not spec.continues_text and (gradients or not texts):
+        raise UnsupportedError(
+            f"a {spec.family} encoder predicts no next token: it writes no text to calibrate on, and has no gradients "
+            "to weigh errors by; use --method rtn or hqq, or --method gptq or search with --inputs-only and --calibration "
+            "TEXT"
+        )
 
 
 def factor_bytes(spec: ModelSpec, layers: int, gradients: bool) -> int:

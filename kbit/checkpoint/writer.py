@@ -211,7 +211,10 @@ class CheckpointWriter:
             }
             files[MANIFEST_NAME] = _json_bytes(manifest)
             for name in sorted(files, key=lambda name: name == "config.json"):  # config.json last
+                (self.partial / name).parent.mkdir(exist_ok=True)
                 write_durably(self.partial / name, files[name])
+                if "/" in name:
+                    fsync_folder((self.partial / name).parent)
             fsync_folder(self.partial)
             self._move_into_place()
         self.close()

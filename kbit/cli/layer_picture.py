@@ -176,12 +176,14 @@ def _sensitivity(
     if request.data == _NO_DATA:
         return None, []
     from kbit.evaluate.sensitivity import measure_sensitivity
+    from kbit.models.check import check_continues
     from kbit.models.families import spec_from_config
     from kbit.text.datasets import resolve_data
     from kbit.text.tokenizer import Tokenizer
     from kbit.text.windows import make_windows
 
     spec = spec_from_config(source.config, where=f"config of {source.path}")
+    check_continues(spec, str(source.path))
     data = resolve_data(request.data or _DATA)
     context = min(_CONTEXT, spec.context_length, request.max_tokens)
     windows = make_windows(data, Tokenizer.from_source(source), "gptq", context, request.max_tokens)

@@ -31,6 +31,10 @@ _OUT_OF_MEMORY = ("not enough memory", "can't allocate memory")
 COMMANDS = {
     "run": ("kbit.cli.run", "run", ""),
     "chat": ("kbit.cli.chat", "chat", "Talk to a model in its chat template."),
+    "embed": ("kbit.cli.embed", "embed", "Turn texts into vectors."),
+    "fill": ("kbit.cli.fill", "fill", "Say which words a model puts in masked places."),
+    "classify": ("kbit.cli.classify", "classify", "Label texts, pairs of texts, or words."),
+    "answer": ("kbit.cli.answer", "answer", "Find the answer to a question in a text."),
     "quantize": ("kbit.cli.quantize", "quantize", "Convert a model to k-bit weights."),
     "calibrate": ("kbit.cli.calibrate", "calibrate", "Measure which errors of its weights a model feels."),
     "eval": ("kbit.cli.eval", "evaluate", "Measure perplexity, KL divergence and zero-shot tasks."),

@@ -45,8 +45,9 @@ def quantize(*, flags: QuantizeFlags, json: JsonOption = False) -> None:
     """
     from kbit.checkpoint.output_folder import check_output_folder, finished_plan
     from kbit.cli.output import print_json
-    from kbit.cli.quantize_method import following, within_memory, within_time
+    from kbit.cli.quantize_method import following, for_encoder, within_memory, within_time
     from kbit.cli.quantize_view import facts_of, note_plan, note_quantized_source, print_plan, print_result
+    from kbit.models.families import spec_from_config
     from kbit.models.opening import open_model
     from kbit.quantizers.plan import check_disk
     from kbit.quantizers.plan_file import read_plan_file, write_plan_file
@@ -60,6 +61,12 @@ def quantize(*, flags: QuantizeFlags, json: JsonOption = False) -> None:
     flags.mixes_widths(method)  # mistakes are said before the model is opened
     with open_model(flags.model) as source:
         _check_runnable(source)
+        # (An encoder predicts no tokens that could be compared.)
+        measures = flags.measures(method) and spec_from_config(source.config).continues_text
+        if (plainer := for_encoder(source, flags)) is not flags:
+            flags = plainer
+            method = flags.chosen_method(codec)
+            flags.mixes_widths(method)
         if asked is not None:
             asked.check_model(source)
         method, mixed, note = within_time(source, within_memory(source, method, flags), codec, flags)
@@ -95,7 +102,7 @@ def quantize(*, flags: QuantizeFlags, json: JsonOption = False) -> None:
         if allocation is not None and not finished:
             note_plan(plan, costs)
         facts.update(_convert(source, plan, out, flags))
-    if flags.measures(method) and not facts["already_complete"]:
+    if measures and not facts["already_complete"]:
         facts["measured"] = _measure(flags, out)
     if json:
         print_json(facts)

@@ -80,6 +80,22 @@ def following(flags: QuantizeFlags, asked: PlanFile) -> QuantizeFlags:
     )
 
 
+def for_encoder(source: CheckpointSource, flags: QuantizeFlags) -> QuantizeFlags:
+    """The flags with what stands in for `auto`'s method where a model predicts no next token, which stderr is told."""
+    from kbit.models.families import spec_from_config
+
+    if flags.method != "auto" or spec_from_config(source.config, where=f"config of {source.path}").continues_text:
+        return flags
+    if flags.calibration:
+        typer.echo("note: an encoder has no gradients to weigh errors by: method gptq, on inputs only", err=True)
+        return replace(flags, method="gptq", inputs_only=True)
+    typer.echo(
+        "note: an encoder writes no text to calibrate on: method rtn (--calibration TEXT takes gptq, on inputs only)",
+        err=True,
+    )
+    return replace(flags, method="rtn")
+
+
 def within_memory(source: CheckpointSource, method: Method, flags: QuantizeFlags) -> Method:
     """The method, or what stands in for `auto`'s where there is no memory for gradients, which stderr is told.
 

@@ -91,6 +91,8 @@ def load_model(
         raise ValueError(f"the {backend.name} backend was not made for this group of processes")
     if backend.name == "native":
         return _load_native(model, cast("NativeBackend", backend), check, progress)
+    from kbit.models.check import check_continues
+    from kbit.models.families import spec_from_config
     from kbit.models.load import load_decoder
     from kbit.models.opening import open_model
     from kbit.models.shard import shard
@@ -102,6 +104,7 @@ def load_model(
         # Before the weights, not beside them: the library holds Python's lock while it parses (SmolLM2's: 0.1 s). A
         # thread that reads weights while others are prepared gains nothing either: most are small, so the threads
         # would wait for the lock, and preparing takes all cores as it is.
+        check_continues(spec_from_config(source.config, where=f"config of {source.path}"), str(source.path))
         tokenizer = Tokenizer.from_source(source)
         if check is not None:
             check(tokenizer, source)
@@ -119,6 +122,8 @@ def _load_native(
     """`load_model` for the CPU engine: from an earlier run's prepared weights, or preparing them for later ones."""
     from kbit.backends.cpu.prepared import find
     from kbit.checkpoint.resolve import locate
+    from kbit.models.check import check_continues
+    from kbit.models.families import spec_from_config
     from kbit.models.load import load_decoder
     from kbit.models.opening import open_model
 
@@ -126,6 +131,7 @@ def _load_native(
     start = perf_counter()
     prepared = None if place is None else find(place, open_model)
     with prepared or open_model(model) as source:
+        check_continues(spec_from_config(source.config, where=f"config of {source.path}"), str(source.path))
         tokenizer = Tokenizer.from_source(source)
         if check is not None:
             check(tokenizer, source)

@@ -19,6 +19,7 @@ from kbit.evaluate.sampled_data import evaluation_text, is_sampled
 from kbit.graph.ops import Backend
 from kbit.host.errors import KbitError, UsageError
 from kbit.host.process import peak_rss_bytes
+from kbit.models.check import check_continues
 from kbit.models.decoder import Decoder
 from kbit.models.families import spec_from_config
 from kbit.models.load import load_decoder
@@ -267,6 +268,7 @@ def _longest_window(source: CheckpointSource, context: int | None) -> int:
         UsageError: `context` asks for more than such a model's pieces allow.
     """
     spec = spec_from_config(source.config, where=f"config of {source.path}")
+    check_continues(spec, str(source.path))
     longest = spec.longest_in_pieces  # as windows go through the model (kbit.evaluate.logits)
     if spec.rope.depends_on_length and context is not None and context > longest:
         raise UsageError(

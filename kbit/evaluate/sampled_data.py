@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from kbit.host.cache_folder import cache_dir
 from kbit.host.errors import KbitError
 from kbit.host.files import write_durably
+from kbit.models.check import check_continues
 from kbit.models.families import spec_from_config
 from kbit.models.opening import open_model
 from kbit.models.sampled_text import EVALUATION_SEED, VERSION, sample_sequences, start_tokens
@@ -64,7 +65,9 @@ def _sampled(model: str, tokens: int, status: Status) -> TextData:
     """A text of at least about so many tokens that a model wrote."""
     with open_model(model) as source:
         tokenizer = Tokenizer.from_source(source)
-        length = min(_LENGTH, spec_from_config(source.config, where=f"config of {source.path}").longest_in_pieces)
+        spec = spec_from_config(source.config, where=f"config of {source.path}")
+        check_continues(spec, str(source.path))
+        length = min(_LENGTH, spec.longest_in_pieces)
         count = -(-int(_MARGIN * tokens) // length) + 1
         name = f"{source.fingerprint()[:32]}-v{VERSION}-seed{EVALUATION_SEED}-{length}.npy"
         file = cache_dir() / SAMPLED / name

@@ -30,6 +30,7 @@ class Batch:
         wanted: int64 (L,), ascending indices of the tokens whose hidden states or logits are wanted.
         prefixes: int64 (B,), how many tokens of each sequence see each other where the mask is "prefix"; 0 where these
             are not in this batch.
+        types: int64 (R,), the tokens' types, for models that tell parts of a text apart by them; None: all 0.
     """
 
     ids: Integers
@@ -37,6 +38,7 @@ class Batch:
     starts: Integers
     wanted: Integers
     prefixes: Integers
+    types: Integers | None = None
 
     @classmethod
     def of(
@@ -135,4 +137,6 @@ class Batch:
             done = np.clip(begin - first, 0, self.counts)  # of each sequence, in earlier pieces
             new = np.clip(end - first, 0, self.counts) - done
             low, high = np.searchsorted(self.wanted, (begin, end))
-            yield Batch(self.ids[begin:end], new, self.starts + done, self.wanted[low:high] - begin, np.zeros_like(new))
+            types = None if self.types is None else self.types[begin:end]
+            wanted, prefixes = self.wanted[low:high] - begin, np.zeros_like(new)
+            yield Batch(self.ids[begin:end], new, self.starts + done, wanted, prefixes, types)

@@ -41,6 +41,9 @@ if TYPE_CHECKING:
 
 X = TypeVar("X")
 
+# What is known of a token besides its id.
+Place: TypeAlias = Literal["positions", "types"]
+
 # Rows of features as a runner returns them: on the backend's device, numpy's on the native backend.
 Array: TypeAlias = "torch.Tensor | NDArray[np.float32]"
 
@@ -84,7 +87,8 @@ class Attention:
         kv_heads: H_kv, a divisor of H.
         head_dim: D.
         scale: multiplies the dot products.
-        window: tokens a query sees at most, itself included, or None for all; only where it looks back alone.
+        window: tokens a query sees at most, itself included, or None for all: before it, and with mask "bidirectional"
+            as many after it.
         mask: which tokens a query sees. "causal": those up to itself. "bidirectional": all of its text, which therefore
             goes through the model at once. "prefix": all of a given beginning (`Batch.prefixes`), which therefore goes
             through at once, and those up to itself. "cross": all of the encoder's.
@@ -108,7 +112,7 @@ class Attention:
     soft_cap: float | None = None
 
     def __post_init__(self) -> None:
-        if self.window is not None and self.mask != "causal":
+        if self.window is not None and self.mask not in ("causal", "bidirectional"):
             raise ValueError(f"{self.mask} attention has no window")
         if (self.mask == "cross") != (self.source == "encoder"):
             raise ValueError(f"the keys of {self.mask} attention are not those of source {self.source!r}")
@@ -157,6 +161,15 @@ class Ops(Protocol[X]):
     def embed(self, weight: Weight, ids: X) -> X:
         """Rows of a weight prepared with lookup=True: token ids -> (..., K)."""
 
+    def look_up(self, weight: Weight, of: Place, first: int = 0) -> X:
+        """Rows of a weight prepared with lookup=True by what else is known of a pass's tokens: (..., K).
+
+        Args:
+            weight: (N, K).
+            of: "positions", or token "types" (`Batch.types`).
+            first: the row of position 0, or of type 0.
+        """
+
     def norm(self, x: X, weight: Vector, eps: float) -> X:
         """RMS normalisation over runs of D features, all K or a head's: x (..., K), weight (D,) -> (..., K)."""
 
@@ -201,6 +214,7 @@ class Ops(Protocol[X]):
         attention: Attention,
         key_bias: Vector | None = None,
         sinks: Vector | None = None,
+        by_distance: Vector | None = None,
     ) -> X:
         """Attention of a pass's tokens to themselves and to what is in the cache.
 
@@ -214,6 +228,8 @@ class Ops(Protocol[X]):
             attention: sizes, scale, mask and window.
             key_bias: (H_kv D), what k has from its projection's bias. A cache of codes may store keys without it.
             sinks: (H,), a score of each head that stands in the softmax's sum beside those of keys, and has no value.
+            by_distance: (H (2 R + 1)), what is added to every head's scaled scores, for a key's position less its
+                query's, which counts as -R or R beyond these.
 
         Returns:
             (..., H D).

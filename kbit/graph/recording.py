@@ -9,9 +9,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Literal
 
 from kbit.graph.experts import Experts, Mixture
-from kbit.graph.ops import Attention, Vector, Weight, check_source
+from kbit.graph.ops import Attention, Place, Vector, Weight, check_source
 from kbit.graph.states import Recurrence, ShortConvolution
 from kbit.kernels.activations import ACTIVATIONS
 
@@ -25,10 +26,12 @@ class Symbol:
 
 @dataclass(frozen=True, eq=False)
 class Embed:
-    """out = rows of a matrix; the ids are the pass's."""
+    """out = rows of a matrix; the ids are the pass's, or its tokens' positions or types, from row `first` on."""
 
     weight: Weight
     out: Symbol
+    of: Literal["tokens"] | Place = "tokens"
+    first: int = 0
 
 
 @dataclass(frozen=True, eq=False)
@@ -120,6 +123,7 @@ class Attend:
     Attributes:
         key_bias: what every k has in it, for caches that store keys without it.
         sinks: scores of heads beside those of keys.
+        by_distance: what is added to scores.
     """
 
     q: Symbol
@@ -129,6 +133,7 @@ class Attend:
     out: Symbol
     key_bias: Vector | None = None
     sinks: Vector | None = None
+    by_distance: Vector | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -273,6 +278,11 @@ class Recorder:
         self.operations.append(Embed(weight, out))
         return out
 
+    def look_up(self, weight: Weight, of: Place, first: int = 0) -> Symbol:
+        out = Symbol(weight.shape[1])
+        self.operations.append(Embed(weight, out, of, first))
+        return out
+
     def norm(self, x: Symbol, weight: Vector, eps: float) -> Symbol:
         if x.width % weight.shape[0]:
             raise ValueError(f"the weight of a norm has {weight.shape[0]} features, no divisor of {x.width}")
@@ -335,6 +345,7 @@ class Recorder:
         attention: Attention,
         key_bias: Vector | None = None,
         sinks: Vector | None = None,
+        by_distance: Vector | None = None,
     ) -> Symbol:
         check_source(attention, "self")
         _expect("queries", q.width, attention.heads * attention.head_dim)
@@ -343,8 +354,10 @@ class Recorder:
             _expect("the bias of keys", key_bias.shape[0], k.width)
         if sinks is not None:
             _expect("sinks", sinks.shape[0], attention.heads)
+        if by_distance is not None and by_distance.shape[0] % attention.heads:
+            raise ValueError(f"what is added by distance ({by_distance.shape[0]}) is not for {attention.heads} heads")
         out = Symbol(q.width)
-        self.operations.append(Attend(q, k, v, attention, out, key_bias, sinks))
+        self.operations.append(Attend(q, k, v, attention, out, key_bias, sinks, by_distance))
         return out
 
     def store_keys(self, k: Symbol, v: Symbol, attention: Attention) -> None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from kbit.graph.experts import Experts, Mixture
 from kbit.graph.ops import Attention, Ops, Vector, Weight, X
-from kbit.models.params import GATE_UP, QKV, SHARED, expert_slots
+from kbit.models.params import QKV, SHARED, expert_slots, gate_up
 from kbit.models.spec import ModelSpec
 
 
@@ -42,14 +42,14 @@ class Weights:
         return tuple(self.linear(slot) for slot in slots)
 
 
-def layer(ops: Ops[X], spec: ModelSpec, weights: Weights, index: int, x: X) -> X:
+def layer(ops: Ops[X], spec: ModelSpec, weights: Weights, index: int, x: X, by_distance: Vector | None = None) -> X:
     """One layer on the residual stream: (..., hidden) -> (..., hidden)."""
-    x = attention(ops, spec, weights, index, x)
+    x = attention(ops, spec, weights, index, x, by_distance)
     return mixture(ops, spec, weights, x) if spec.has_experts(index) else mlp(ops, spec, weights, x)
 
 
-def attention(ops: Ops[X], spec: ModelSpec, weights: Weights, index: int, x: X) -> X:
-    """x + attention(norm(x)), and a norm of what is added where the model has one: (..., hidden)."""
+def attention(ops: Ops[X], spec: ModelSpec, weights: Weights, index: int, x: X, by_distance: Vector | None = None) -> X:
+    """x + attention(norm(x)), and norms of what is added and of the sum where the model has them: (..., hidden)."""
     q, k, v = _together(ops, weights, QKV, norm(ops, spec, weights, "attention_norm", x))
     q, k, turns = _positioned(ops, spec, weights, index, q, k)
     described = Attention(
@@ -72,15 +72,17 @@ def attention(ops: Ops[X], spec: ModelSpec, weights: Weights, index: int, x: X) 
     shifted = spec.score_cap is not None or (sinks is not None and spec.rope.dim < spec.head_dim)
     constant = turns is not None and single and spec.names.k_norm is None and not shifted
     key_bias = weights.biases.get("k") if constant else None
-    seen = ops.self_attention(q, k, v, described, key_bias, sinks)  # (..., H D)
-    return _added(ops, spec, weights, "o", "attention_post_norm", seen, x)
+    seen = ops.self_attention(q, k, v, described, key_bias, sinks, by_distance)  # (..., H D)
+    x = _added(ops, spec, weights, "o", "attention_post_norm", seen, x)
+    return norm(ops, spec, weights, "attention_sum_norm", x)
 
 
 def mlp(ops: Ops[X], spec: ModelSpec, weights: Weights, x: X) -> X:
-    """x + MLP(norm(x)), and a norm of what is added where the model has one: (..., hidden)."""
-    gate, up = _together(ops, weights, GATE_UP, norm(ops, spec, weights, "mlp_norm", x))
-    inner = ops.activate(gate, up, spec.activation)  # (..., intermediate)
-    return _added(ops, spec, weights, "down", "mlp_post_norm", inner, x)
+    """x + MLP(norm(x)), and norms of what is added and of the sum where the model has them: (..., hidden)."""
+    gate, *up = _together(ops, weights, gate_up(spec), norm(ops, spec, weights, "mlp_norm", x))
+    inner = ops.activate(gate, up[0] if up else None, spec.activation)  # (..., intermediate)
+    x = _added(ops, spec, weights, "down", "mlp_post_norm", inner, x)
+    return norm(ops, spec, weights, "mlp_sum_norm", x)
 
 
 def mixture(ops: Ops[X], spec: ModelSpec, weights: Weights, x: X) -> X:
@@ -117,10 +119,17 @@ def norm(ops: Ops[X], spec: ModelSpec, weights: Weights, slot: str, x: X) -> X:
     return ops.norm(x, weight, spec.norm_eps)
 
 
-def embedding(ops: Ops[X], spec: ModelSpec, weight: Weight, ids: X) -> X:
-    """The residual stream before the first layer: (..., hidden)."""
+def embedding(ops: Ops[X], spec: ModelSpec, weight: Weight, outside: Weights, ids: X) -> X:
+    """The residual stream before the first layer, of tokens, and where the model has them their positions and types:
+    (..., hidden)."""
     x = ops.embed(weight, ids)
-    return x if spec.embedding_multiplier == 1.0 else ops.scale(x, spec.embedding_multiplier)
+    if spec.embedding_multiplier != 1.0:
+        x = ops.scale(x, spec.embedding_multiplier)
+    if spec.types:
+        x = ops.add(x, ops.look_up(outside.matrices["types"], "types"))
+    if spec.position_rows:
+        x = ops.add(x, ops.look_up(outside.matrices["positions"], "positions", spec.first_position))
+    return norm(ops, spec, outside, "embedding_norm", x)
 
 
 def head(ops: Ops[X], spec: ModelSpec, weights: Weights, weight: Weight, hidden: X) -> X:

@@ -21,6 +21,7 @@ from kbit.models.families import FAMILIES, spec_from_config
 from kbit.models.family import family_of
 from kbit.models.layout import Layout
 from kbit.models.params import Parameter, parameters
+from kbit.models.renamed import renamed
 from kbit.models.spec import ModelSpec
 
 if TYPE_CHECKING:
@@ -67,16 +68,26 @@ def canonical(source: CheckpointSource) -> CheckpointSource:
     """
     try:
         family = family_of(FAMILIES, source.config, f"config of {source.path}")
-        if not family.layout.changes or source.config.get(MARK) is True:
+        if not family.layout.changes and not family.layout.prefix:
             return source
         spec = spec_from_config(source.config, where=f"config of {source.path}")
     except KbitError:
+        return source
+    if family.layout.prefix and isinstance(source, StoredSource):
+        source = renamed(source, family.layout, _stored_names(spec, family.layout))
+    if not family.layout.changes or source.config.get(MARK) is True:
         return source
     if not isinstance(source, StoredSource):
         raise UnsupportedError(
             f"{source.path}: a {family.model_type} model is read from files, and canonical elsewhere"
         )
     return CanonicalSource(source, spec, family.layout)
+
+
+def _stored_names(spec: ModelSpec, layout: Layout) -> set[str]:
+    """Names of a model's tensors, and of those that are published for several of them."""
+    fused = {template.format(layer=layer) for template in layout.fused for layer in range(spec.layers)}
+    return {*spec.expected_tensors(), *(f"{name}.{end}" for name in fused for end in ("weight", "bias"))}
 
 
 def check_canonical(source: CheckpointSource) -> None:

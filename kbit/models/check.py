@@ -6,9 +6,11 @@ needs it.
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 from kbit.checkpoint.source import CheckpointSource
 from kbit.checkpoint.surplus import harmless
-from kbit.host.errors import CheckpointError
+from kbit.host.errors import CheckpointError, UnsupportedError
 from kbit.models.canonical import check_canonical
 from kbit.models.config_values import shown
 from kbit.models.spec import ModelSpec
@@ -17,7 +19,9 @@ from kbit.models.spec import ModelSpec
 _COMPARE_BYTES = 32 << 20
 
 
-def check_tensors(source: CheckpointSource, spec: ModelSpec, *, read_data: bool = True) -> None:
+def check_tensors(
+    source: CheckpointSource, spec: ModelSpec, *, read_data: bool = True, ignored: Collection[str] = ()
+) -> None:
     """Raise unless the checkpoint holds exactly what the spec needs.
 
     Surplus tensors that a rule of `kbit.checkpoint.surplus` names are left out. A tied head that is stored again must
@@ -26,6 +30,7 @@ def check_tensors(source: CheckpointSource, spec: ModelSpec, *, read_data: bool 
     Args:
         source: the checkpoint.
         spec: of its configuration.
+        ignored: names of tensors that may be there, too.
         read_data: False leaves the values of such a head unchecked and imports no torch.
 
     Raises:
@@ -48,6 +53,7 @@ def check_tensors(source: CheckpointSource, spec: ModelSpec, *, read_data: bool 
     stored_again = spec.tied_embeddings and head in surplus
     if stored_again:
         surplus.remove(head)
+    surplus = [name for name in surplus if name not in ignored]
     if surplus:
         raise CheckpointError(
             f"{where}: {_some(surplus)} not part of a {spec.family} model as config.json describes it; leaving them "
@@ -60,6 +66,20 @@ def check_tensors(source: CheckpointSource, spec: ModelSpec, *, read_data: bool 
         raise CheckpointError(
             f"{where}: tie_word_embeddings is true, but {head} differs from {embedding}: set tie_word_embeddings "
             f"to false to use {head}, or remove it from the checkpoint"
+        )
+
+
+def check_continues(spec: ModelSpec, where: str) -> None:
+    """Raise where a model predicts no next token.
+
+    Raises:
+        UnsupportedError: naming the commands that run it.
+    """
+    if spec.task is not None:
+        commands = {"mask": "fill or embed", "sequence": "classify", "tokens": "classify", "span": "answer"}
+        raise UnsupportedError(
+            f"{where}: this {spec.family} model predicts no next token, so it cannot go on with a text or be measured "
+            f"by that; use kbit {commands.get(spec.task.kind, 'embed')}"
         )
 
 

@@ -29,6 +29,7 @@ class ConfigValues:
         where: what to call the file in errors.
         prefix: put before a key in errors, for a nested object ("rope_parameters.").
         asked: the keys that were asked for.
+        names: other names of keys that are asked for, which stand before these.
     """
 
     values: Mapping[str, Any]
@@ -36,15 +37,21 @@ class ConfigValues:
     where: str
     prefix: str = ""
     asked: set[str] = field(default_factory=set, compare=False)
+    names: Mapping[str, str] = field(default_factory=dict)
 
     def raw(self, key: str) -> Any:
         """The value as it is, the default where absent, None where there is neither."""
+        asked, key = key, self._name(key)
         self.asked.add(key)
-        return self.values.get(key, self.defaults.get(key))
+        return self.values.get(key, self.defaults.get(key, self.defaults.get(asked)))
+
+    def _name(self, key: str) -> str:
+        other = self.names.get(key, key)
+        return key if key in self.values and other not in self.values else other
 
     def error(self, key: str, wanted: str) -> CheckpointError:
         """The complaint about a key: what it holds and what it should hold."""
-        value = self.raw(key)
+        value, key = self.raw(key), self._name(key)
         if key not in self.values and value is None:
             return CheckpointError(f"{self.where}: {self.prefix}{key} is missing; it should be {wanted}")
         return CheckpointError(f"{self.where}: {self.prefix}{key} is {shown(value)}; it should be {wanted}")

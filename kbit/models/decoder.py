@@ -34,7 +34,8 @@ class DecoderWeights:
     Attributes:
         embedding, head: matrices (V, hidden).
         layers: the parameters of each.
-        final: the norm before the head.
+        final: what else stands outside of the layers: the norm before the head, the one after the embedding, tables of
+            positions and types, and what is added to scores by distance (`kbit.models.distances`).
     """
 
     embedding: Weight
@@ -60,14 +61,18 @@ class DecoderDefinition:
         self.weights = weights
 
     def body(self, ops: Ops[X], ids: X) -> X:
-        """Token ids -> hidden states (..., hidden), before the final norm."""
-        x = blocks.embedding(ops, self.spec, self.weights.embedding, ids)
+        """Token ids -> hidden states (..., hidden), before the final norm; after it, where a task's head follows."""
+        outside = self.weights.final
+        x = blocks.embedding(ops, self.spec, self.weights.embedding, outside, ids)
         for index, layer in enumerate(self.weights.layers):
-            x = blocks.layer(ops, self.spec, layer, index, x)
-        return x
+            x = blocks.layer(ops, self.spec, layer, index, x, outside.biases.get("distances"))
+        return x if self.spec.task is None else blocks.norm(ops, self.spec, outside, "final_norm", x)
 
     def head(self, ops: Ops[X], hidden: X) -> X:
-        """Hidden states (..., hidden) -> logits (..., V)."""
+        """Hidden states (..., hidden) -> logits (..., V). Of an encoder: what the head made of them goes in, and where
+        it has no vocabulary, they are the result."""
+        if self.spec.task is not None:
+            return ops.logits(self.weights.head, hidden) if self.spec.has_logits else hidden
         return blocks.head(ops, self.spec, self.weights.final, self.weights.head, hidden)
 
     @property

@@ -22,8 +22,10 @@ from kbit.models.config_values import ConfigValues, shown
 from kbit.models.expert_config import ExpertRules, check_fixed, experts_of
 from kbit.models.layer_types import Rotated, Windows, rotated_layers, windows_of
 from kbit.models.layout import Layout
-from kbit.models.rope_config import RopeRules, ropes_from_config
-from kbit.models.spec import MAX_CONTEXT, ModelSpec, TensorNames
+from kbit.models.rope_config import DEFAULT_THETA, RopeRules, Ropes, ropes_from_config
+from kbit.models.spec import MAX_CONTEXT, ModelSpec, RopeSpec, TensorNames
+from kbit.models.task_config import position_table, read_task, token_types
+from kbit.models.task_heads import TaskHead
 
 # Limits that no real model comes near; they keep a hostile config from asking for unbounded work.
 _MAX_LAYERS = 4096
@@ -50,7 +52,9 @@ _MIN_FACTOR, _MAX_FACTOR = 1e-9, 1e9
 _FOREIGN: Mapping[str, tuple[Any, ...]] = {
     "attention_chunk_size": (None,),
     "attention_multiplier": (None,),
+    "add_cross_attention": (None, False),
     "attn_logit_softcapping": (None,),
+    "causal": (None, False),
     "clip_qkv": (None,),
     "decoder_sparse_step": (None, 1),
     "dim_model_base": (None,),
@@ -58,9 +62,13 @@ _FOREIGN: Mapping[str, tuple[Any, ...]] = {
     "final_logit_softcapping": (None,),
     "first_k_dense_replace": (None, 0),
     "hidden_activation": (None, "gelu_pytorch_tanh"),
+    "is_decoder": (None, False),
     "logit_scale": (None, 1),
     "logits_scaling": (None, 1),
+    "mlp_fc1_bias": (None, False),
+    "mlp_fc2_bias": (None, False),
     "mlp_only_layers": (None, []),
+    "moe_every_n_layers": (None, 0),
     "n_group": (None, 0, 1),
     "n_routed_experts": (None, 0, 1),
     "n_shared_experts": (None, 0),
@@ -68,11 +76,20 @@ _FOREIGN: Mapping[str, tuple[Any, ...]] = {
     "no_rope_layers": (None,),
     "num_experts": (None, 0, 1),
     "num_local_experts": (None, 0, 1),
+    "parallel_block": (None, False),
+    "position_embedding_type": (None, "absolute"),
+    "prenorm": (None, False),
     "qk_layernorm": (None, False),
+    "qkv_proj_bias": (None, False),
     "query_pre_attn_scalar": (None,),
+    "relative_attention_num_buckets": (None, 32),
     "residual_multiplier": (None, 1),
     "rope_local_base_freq": (None,),
     "rotary_dim": (None,),
+    "rotary_emb_fraction": (None, 1),
+    "rotary_emb_interleaved": (None, False),
+    "rotary_emb_scale_base": (None,),
+    "rotary_scaling_factor": (None,),
     "routed_scaling_factor": (None, 1),
     "scale_depth": (None,),
     "scale_emb": (None, 1),
@@ -84,6 +101,7 @@ _FOREIGN: Mapping[str, tuple[Any, ...]] = {
     "use_bidirectional_attention": (None, False),
     "use_cla": (None, False),
     "use_qk_norm": (None, False),
+    "use_rms_norm": (None, False),
 }
 
 
@@ -118,6 +136,15 @@ class Family:
         experts: how the configuration describes experts; None: there are none.
         fixed: keys that other implementations read, and the values that say what this family does.
         layout: how published tensors differ from those that `names` names.
+        keys: what configurations call keys that are known here by other names.
+        bidirectional: the key that says that queries see the whole text; its windows reach to both sides, half each.
+        first_position: with a table of positions (`names.positions`), its row of position 0; "pad": the one after that
+            of padding.
+        distances: see ModelSpec.
+        unnormed: see ModelSpec.
+        task: what is computed of hidden states, see ModelSpec.
+        heads: what else, by architecture; of an activation "config" the configuration says which. Keys of HEAD_KEYS
+            that these families have say the rest.
         ignored: keys that change another family's result, but not this one's.
     """
 
@@ -130,7 +157,7 @@ class Family:
     windows: Windows
     names: TensorNames
     norm: Literal["rms", "layer"] = "rms"
-    norm_bias: bool = False
+    norm_bias: bool | str = False
     norm_eps: str = "rms_norm_eps"
     mask: Literal["causal", "bidirectional", "prefix"] = "causal"
     window_period: int | str = 0
@@ -152,6 +179,18 @@ class Family:
     fixed: Mapping[str, tuple[object, ...]] = field(default_factory=dict)
     layout: Layout = field(default_factory=Layout)
     ignored: tuple[str, ...] = ()
+    keys: Mapping[str, str] = field(default_factory=dict)
+    bidirectional: str | None = None
+    first_position: int | Literal["pad"] = 0
+    distances: tuple[int, int] | None = None
+    unnormed: tuple[int, ...] = ()
+    task: TaskHead | None = None
+    heads: Mapping[str, TaskHead] = field(default_factory=dict)
+
+    @property
+    def accepted(self) -> tuple[str, ...]:
+        """Entries of `architectures`."""
+        return (*self.architectures, *self.heads)
 
 
 def read_spec(families: Mapping[str, Family], config: Mapping[str, Any], where: str) -> ModelSpec:
@@ -168,7 +207,7 @@ def read_spec(families: Mapping[str, Family], config: Mapping[str, Any], where: 
         CheckpointError: a missing or senseless value; the line names key and value.
     """
     family = family_of(families, config, where)
-    values = ConfigValues(config, family.defaults, where)
+    values = ConfigValues(config, family.defaults, where, names=family.keys)
     layers = values.integer("num_hidden_layers", 1, _MAX_LAYERS)
     hidden = values.integer("hidden_size", 1, _MAX_WIDTH)
     heads = values.integer("num_attention_heads", 1, _MAX_WIDTH)
@@ -182,7 +221,17 @@ def read_spec(families: Mapping[str, Family], config: Mapping[str, Any], where: 
         head_dim = hidden // heads
     max_positions = values.integer("max_position_embeddings", 1, MAX_CONTEXT)
     windows = windows_of(family.windows, family.window_period, values, layers)
-    ropes = ropes_from_config(values, head_dim, max_positions, family.rope)
+    both_sides = family.mask == "bidirectional" or (
+        family.bidirectional is not None and values.boolean(family.bidirectional)
+    )
+    if both_sides:
+        windows = tuple(None if window is None else window // 2 + 1 for window in windows)
+    positions = position_table(family, values, max_positions)
+    if positions.rows:
+        ropes = Ropes(RopeSpec("default", 0, DEFAULT_THETA, max_positions=max_positions - positions.first))
+    else:
+        ropes = ropes_from_config(values, head_dim, max_positions, family.rope)
+    norm_bias = _switch(family.norm_bias, values)
     names = family.names
     if family.qk_norms is not None and not values.boolean(family.qk_norms):
         names = replace(names, q_norm=None, k_norm=None)
@@ -206,9 +255,9 @@ def read_spec(families: Mapping[str, Family], config: Mapping[str, Any], where: 
         tied_embeddings=values.boolean("tie_word_embeddings"),
         names=names,
         norm=family.norm,
-        norm_bias=family.norm_bias,
-        mask=family.mask,
-        rotated=rotated_layers(family.rotated, values, windows),
+        norm_bias=norm_bias,
+        mask="bidirectional" if both_sides else family.mask,
+        rotated=(False,) * layers if positions.rows else rotated_layers(family.rotated, values, windows),
         window_rope=ropes.window_rope,
         qk_norm=family.qk_norm,
         norm_rotated=family.norm_rotated,
@@ -220,6 +269,12 @@ def read_spec(families: Mapping[str, Family], config: Mapping[str, Any], where: 
         logit_multiplier=1.0 / _factor(family.logit_divisor, values),
         query_temperature=ropes.query_temperature,
         experts=None if family.experts is None else experts_of(family.experts, values, layers),
+        position_rows=positions.rows,
+        first_position=positions.first,
+        types=token_types(family, values),
+        distances=family.distances,
+        unnormed=family.unnormed,
+        task=read_task(family, values, _ACTIVATIONS, norm_bias),
     )
     for key, harmless in _FOREIGN.items():
         if key not in values.asked and key not in family.ignored and config.get(key) not in harmless:
@@ -249,16 +304,16 @@ def family_of(families: Mapping[str, Family], config: Mapping[str, Any], where: 
     supported = f"kbit runs {', '.join(families)}"
     if not model_type:
         for family in families.values():
-            if set(architectures or ()) & set(family.architectures):
+            if set(architectures or ()) & set(family.accepted):
                 return family
         raise UnsupportedError(f"{where}: architecture {shown(architectures)} is not supported; {supported}")
     if model_type not in families:
         raise UnsupportedError(f"{where}: model_type {shown(model_type)} is not supported; {supported}")
     family = families[model_type]
-    if architectures and not set(architectures) & set(family.architectures):
+    if architectures and not set(architectures) & set(family.accepted):
         raise UnsupportedError(
             f"{where}: architecture {shown(architectures)} is not supported; for model_type {model_type!r} kbit "
-            f"runs {', '.join(family.architectures)}"
+            f"runs {', '.join(family.accepted)}"
         )
     return family
 

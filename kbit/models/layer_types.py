@@ -9,7 +9,7 @@ from kbit.host.errors import UnsupportedError
 from kbit.models.config_values import ConfigValues, shown
 from kbit.models.spec import MAX_CONTEXT
 
-Windows = Literal["none", "all", "switched", "chosen", "listed", "period"]
+Windows = Literal["none", "all", "switched", "chosen", "listed", "period", "period from 0"]
 Rotated = Literal["all", "listed", "windowed"]
 FULL, SLIDING = "full_attention", "sliding_attention"
 
@@ -21,7 +21,7 @@ def windows_of(windows: Windows, period: int | str, values: ConfigValues, layers
         windows: which slide: "none"; "all" (`sliding_window` unless null); "switched" (all, with `use_sliding_window`);
             "chosen" (`use_sliding_window` and then `layer_types`, or every layer from `max_window_layers` on);
             "listed" (`use_sliding_window` and then `layer_types`); "period" (`layer_types`, or all but every
-            period-th).
+            period-th); "period from 0" (likewise, but of every period the first does not).
         period: of full attention; 0 for none; or the key that says.
         values: the configuration.
         layers: how many there are.
@@ -31,10 +31,11 @@ def windows_of(windows: Windows, period: int | str, values: ConfigValues, layers
         CheckpointError: a senseless value.
     """
     window = None
-    if windows in ("all", "period") or (windows not in ("none",) and values.boolean("use_sliding_window")):
+    periodic = windows in ("period", "period from 0")
+    if windows == "all" or periodic or (windows != "none" and values.boolean("use_sliding_window")):
         window = values.optional_integer("sliding_window", 1, MAX_CONTEXT)
     types = _layer_types(values, layers)
-    if windows in ("chosen", "listed", "period"):
+    if windows in ("chosen", "listed") or periodic:
         if types is None:
             if window is None:
                 return (None,) * layers
@@ -43,7 +44,8 @@ def windows_of(windows: Windows, period: int | str, values: ConfigValues, layers
                     f"{values.where}: use_sliding_window without layer_types is not supported for this model; write "
                     "every layer's type into layer_types"
                 )
-            types = _by_period(period, values, layers) if windows == "period" else _from_layer(values, layers)
+            offset = 0 if windows == "period from 0" else 1
+            types = _by_period(period, values, layers, offset) if periodic else _from_layer(values, layers)
         if window is None and SLIDING in types:
             wanted = "use_sliding_window and sliding_window say" if windows != "period" else "sliding_window says"
             raise values.error("layer_types", f"without {SLIDING}, as {wanted}")
@@ -82,7 +84,7 @@ def rotated_layers(rotated: Rotated, values: ConfigValues, windows: Sequence[int
     return () if all(turns) else turns
 
 
-def _by_period(period: int | str, values: ConfigValues, layers: int) -> list[str]:
+def _by_period(period: int | str, values: ConfigValues, layers: int, offset: int) -> list[str]:
     if isinstance(period, str):
         if isinstance(values.raw(period), str):
             raise UnsupportedError(
@@ -90,7 +92,7 @@ def _by_period(period: int | str, values: ConfigValues, layers: int) -> list[str
                 "every layer's type into layer_types"
             )
         period = values.integer(period, 0, MAX_CONTEXT)
-    return [SLIDING if not period or (layer + 1) % period else FULL for layer in range(layers)]
+    return [SLIDING if not period or (layer + offset) % period else FULL for layer in range(layers)]
 
 
 def _from_layer(values: ConfigValues, layers: int) -> list[str]:

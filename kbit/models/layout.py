@@ -36,6 +36,9 @@ class Layout:
         stacked: published tensors that hold all experts of a layer, by whole name (with {layer}).
         more_layers: the key of how many layers there are beyond the model's own, which predict tokens further on; they
             are left out.
+        prefix: what published names may begin with where the family's do not, or the other way round.
+        renamed: parts of published names, and what the family's have instead, which may be there, too.
+        unused: patterns (of `re`) of tensors that are published with some models, and that nothing here reads.
     """
 
     fused: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
@@ -43,9 +46,12 @@ class Layout:
     norm_offset: float = 0.0
     stacked: Mapping[str, Stacked] = field(default_factory=dict)
     more_layers: str | None = None
+    prefix: str = ""
+    renamed: tuple[tuple[str, str], ...] = ()
+    unused: tuple[str, ...] = ()
 
     @property
     def changes(self) -> bool:
-        """Whether published tensors differ from canonical ones."""
-        renamed = bool(self.fused) or bool(self.stacked) or self.more_layers is not None
-        return renamed or self.interleaved or self.norm_offset != 0.0
+        """Whether published tensors differ from canonical ones in more than their names, which tell by themselves."""
+        elsewhere = bool(self.fused) or bool(self.stacked) or self.more_layers is not None
+        return elsewhere or self.interleaved or self.norm_offset != 0.0

@@ -13,7 +13,7 @@ from kbit.models.blocks import Weights
 from kbit.models.check import check_tensors
 from kbit.models.decoder import Decoder, DecoderWeights
 from kbit.models.families import spec_from_config
-from kbit.models.params import Parameter, parameters
+from kbit.models.params import OUTSIDE, Parameter, parameters
 from kbit.models.spec import ModelSpec
 
 if TYPE_CHECKING:
@@ -23,7 +23,11 @@ if TYPE_CHECKING:
 
 
 def load_decoder(
-    source: CheckpointSource, backend: Backend, *, progress: Callable[[int, int], None] | None = None
+    source: CheckpointSource,
+    backend: Backend,
+    *,
+    progress: Callable[[int, int], None] | None = None,
+    spec: ModelSpec | None = None,
 ) -> Decoder:
     """Read a model.
 
@@ -34,23 +38,31 @@ def load_decoder(
         source: the checkpoint.
         backend: who will run it, and prepares each weight.
         progress: called as (tensors done, tensors in all) after each tensor.
+        spec: what to make of it, where that is not all that its configuration says.
 
     Raises:
         UnsupportedError: an unknown architecture, or heads that the backend's cache cannot hold.
         CheckpointError: a senseless configuration; a missing, surplus, misshapen or non-finite tensor; a tied head that
             differs from the embedding.
     """
-    return _Loader(source, check_loadable(source, backend), backend, progress).decoder()
+    return _Loader(source, check_loadable(source, backend, spec), backend, progress).decoder()
 
 
-def check_loadable(source: CheckpointSource, backend: Backend) -> ModelSpec:
+def check_loadable(source: CheckpointSource, backend: Backend, spec: ModelSpec | None = None) -> ModelSpec:
     """What the checkpoint holds, once it is known that `load_decoder` will not refuse it but for a tensor's values.
+
+    Args:
+        source, backend, spec: of `load_decoder`.
 
     Raises:
         UnsupportedError, CheckpointError: see load_decoder.
     """
-    spec = spec_from_config(source.config, where=f"config of {source.path}")
-    check_tensors(source, spec, read_data=not isinstance(source, HoldsPrepared))  # else compared when prepared
+    published = spec_from_config(source.config, where=f"config of {source.path}")
+    spec = spec or published
+    # (A head that is not wanted may be there, or, as in all-mpnet-base-v2, may not.)
+    ignored = () if spec == published else (*published.expected_tensors(), f"{spec.names.head}.weight")
+    read_data = not isinstance(source, HoldsPrepared)  # else compared when prepared
+    check_tensors(source, spec, read_data=read_data, ignored=ignored)
     backend.new_cache(1, 1, spec.kv_heads, spec.head_dim, 1)  # refuses now what it would refuse once all is read
     return spec
 
@@ -86,7 +98,7 @@ class _Loader:
         self.source, self.spec, self.backend, self.progress = source, spec, backend, progress
         self._declared = parameters(spec)
         self._outside = [p for p in self._declared if p.layer is None]
-        self.done, self.total = 0, len(self._declared)
+        self.done, self.total = 0, sum(p.role != "task" for p in self._declared)
 
     def decoder(self) -> Decoder:
         embedding = self._weight(self._outside[0].name, lookup=True)
@@ -100,7 +112,7 @@ class _Loader:
         return self._ends(self._weight(self._outside[0].name, lookup=True), ())
 
     def _ends(self, embedding: Weight, layers: tuple[Weights, ...]) -> DecoderWeights:
-        final = self._weights(p for p in self._outside if p.role in ("norm", "bias"))
+        final = self._weights(p for p in self._outside if p.role in OUTSIDE)
         heads = [p for p in self._outside if p.role == "head"]
         head = self._weight(heads[0].name) if heads else embedding
         return DecoderWeights(embedding, layers, final, head)
@@ -111,8 +123,10 @@ class _Loader:
         norms: dict[str, Vector] = {}
         biases: dict[str, Vector] = {}
         for parameter in declared:
-            if parameter.role in ("linear", "router"):
-                matrices[parameter.slot] = self._weight(parameter.name)
+            if parameter.role in ("linear", "router", "rows"):
+                matrices[parameter.slot] = self._weight(parameter.name, lookup=parameter.role == "rows")
+            elif parameter.role == "distances":
+                biases[parameter.slot] = self._distances(parameter.name)
             else:
                 vectors = norms if parameter.role == "norm" else biases
                 vectors[parameter.slot] = self._vector(parameter.name)
@@ -142,6 +156,22 @@ class _Loader:
             return backend.prepare_vector(values)
         self._count()
         return vector
+
+    def _distances(self, name: str) -> Vector:
+        """What a table of distances adds to scores."""
+        from kbit.models.distances import by_distance
+
+        assert self.spec.distances is not None
+        source, largest = self.source, self.spec.distances[1]
+        if isinstance(source, StoredSource) and isinstance(self.backend, PreparesStored):
+            vector = self.backend.prepare_array(by_distance(read_array(source, name), largest))
+            self._count()
+            return vector
+        import torch
+
+        values = source.read(name)
+        self._check_finite(name, [values])
+        return self.backend.prepare_vector(torch.from_numpy(by_distance(values.numpy(), largest)))
 
     def _matrix(self, name: str) -> torch.Tensor | QuantTensor:
         import torch

@@ -13,7 +13,10 @@ from typing import Literal
 from kbit.models.spec import ModelSpec
 
 Unit = Literal["heads", "kv_heads", "features"]
-Role = Literal["embedding", "linear", "head", "norm", "bias", "router"]
+Role = Literal["embedding", "linear", "head", "norm", "bias", "router", "rows", "distances", "task"]
+
+# What stands outside of the layers, beside embedding and head, and is prepared with them.
+OUTSIDE: tuple[Role, ...] = ("norm", "bias", "rows", "distances")
 
 # Linears that read one input and are multiplied in one call.
 QKV, GATE_UP, SHARED = ("q", "k", "v"), ("gate", "up"), ("shared_gate", "shared_up")
@@ -50,19 +53,53 @@ def parameters(spec: ModelSpec) -> tuple[Parameter, ...]:
     """Every tensor that a model needs, in the order of its computation. A tied head is not among them."""
     names, vocabulary = spec.names, (spec.vocab_size, spec.hidden_size)
     found = [Parameter(f"{names.embedding}.weight", "embedding", None, "embedding", vocabulary)]
+    found += _beside_embedding(spec)
     for layer in range(spec.layers):
         found += _attention(spec, layer)
         found += _experts(spec, layer) if spec.has_experts(layer) else _mlp(spec, layer)
     found += _norm(spec, "final_norm", None)
-    if not spec.tied_embeddings:
+    found += _task(spec)
+    if not spec.tied_embeddings and spec.has_logits:
         found.append(Parameter(f"{names.head}.weight", "head", None, "head", vocabulary))
     return tuple(found)
+
+
+def _beside_embedding(spec: ModelSpec) -> Iterator[Parameter]:
+    """What `kbit.models.blocks.embedding` reads besides the embedding, and the table of distances."""
+    for slot, rows in (("positions", spec.position_rows), ("types", spec.types)):
+        if rows:
+            name = f"{getattr(spec.names, slot)}.weight"
+            yield Parameter(name, slot, None, "rows", (rows, spec.hidden_size))
+    yield from _norm(spec, "embedding_norm", None)
+    if spec.distances is not None:
+        yield Parameter(
+            f"{spec.names.distances}.weight", "distances", None, "distances", (spec.distances[0], spec.heads)
+        )
+
+
+def _task(spec: ModelSpec) -> Iterator[Parameter]:
+    """What `kbit.engine.heads` reads."""
+    if (task := spec.task) is None:
+        return
+    hidden = spec.hidden_size
+    for name, shape, bias in (
+        (task.dense, (hidden, hidden), f"{task.dense}.bias" if task.dense_bias else None),
+        (task.norm, (hidden,), f"{task.norm}.bias" if task.norm_bias else None),
+        (task.out, (task.labels, hidden), task.out_bias),
+    ):
+        if name is not None:
+            yield Parameter(f"{name}.weight", "task", None, "task", shape)
+            if bias is not None:
+                yield Parameter(bias, "task", None, "task", shape[:1])
+    if task.kind == "mask" and task.out_bias is not None:
+        yield Parameter(task.out_bias, "task", None, "task", (spec.vocab_size,))
 
 
 def _attention(spec: ModelSpec, layer: int) -> Iterator[Parameter]:
     """What `kbit.models.blocks.attention` reads."""
     hidden, queries, keys = spec.hidden_size, spec.heads * spec.head_dim, spec.kv_heads * spec.head_dim
-    yield from _norm(spec, "attention_norm", layer)
+    if layer not in spec.unnormed:
+        yield from _norm(spec, "attention_norm", layer)
     yield from _linear(spec, "q", layer, (queries, hidden), (0, "heads"), QKV, spec.qkv_bias)
     yield from _linear(spec, "k", layer, (keys, hidden), (0, "kv_heads"), QKV, spec.qkv_bias)
     yield from _linear(spec, "v", layer, (keys, hidden), (0, "kv_heads"), QKV, spec.qkv_bias)
@@ -73,16 +110,24 @@ def _attention(spec: ModelSpec, layer: int) -> Iterator[Parameter]:
         yield Parameter(spec.names.sinks.format(layer=layer), "sinks", layer, "bias", (spec.heads,), (0, "heads"))
     yield from _linear(spec, "o", layer, (hidden, queries), (1, "heads"), ("o",), spec.output_bias)
     yield from _norm(spec, "attention_post_norm", layer)
+    yield from _norm(spec, "attention_sum_norm", layer)
 
 
 def _mlp(spec: ModelSpec, layer: int) -> Iterator[Parameter]:
     """What `kbit.models.blocks.mlp` reads."""
     hidden, features = spec.hidden_size, spec.intermediate_size
     yield from _norm(spec, "mlp_norm", layer)
-    yield from _linear(spec, "gate", layer, (features, hidden), (0, "features"), GATE_UP, spec.mlp_bias)
-    yield from _linear(spec, "up", layer, (features, hidden), (0, "features"), GATE_UP, spec.mlp_bias)
+    inputs = gate_up(spec)
+    for slot in inputs:
+        yield from _linear(spec, slot, layer, (features, hidden), (0, "features"), inputs, spec.mlp_bias)
     yield from _linear(spec, "down", layer, (hidden, features), (1, "features"), ("down",), spec.mlp_bias)
     yield from _norm(spec, "mlp_post_norm", layer)
+    yield from _norm(spec, "mlp_sum_norm", layer)
+
+
+def gate_up(spec: ModelSpec) -> tuple[str, ...]:
+    """The slots of what an MLP multiplies its input with."""
+    return GATE_UP if spec.names.gate is not None else ("up",)
 
 
 def expert_slots(experts: int) -> tuple[tuple[str, str, str], ...]:

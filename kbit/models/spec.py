@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from kbit.graph.experts import Clamp, Routing
+from kbit.models.task_heads import TaskHead
 
 # Longest context that is believed; a hostile factor could ask for any.
 MAX_CONTEXT = 1 << 31
@@ -82,24 +83,32 @@ class TensorNames:
     """Where a family keeps its tensors. Names of layers contain {layer}; they lack .weight and .bias.
 
     A norm without a name is not there. Those of a layer: before attention, of what attention adds to the residual
-    stream, before the MLP, and of what that adds; and of queries and keys. Names of an expert contain {expert}; those
-    of sinks and of the selection bias are whole.
+    stream, of the stream with it, and the same three of the MLP; and of queries and keys. Without a gate the MLP is
+    plain. `positions`, `types` and `distances` are tables that are looked up by a token's position, its type, and its
+    distance from another. Names of an expert contain {expert}; those of sinks and of the selection bias
+    are whole.
     """
 
     embedding: str
-    final_norm: str
+    final_norm: str | None
     head: str
     q: str
     k: str
     v: str
     o: str
-    gate: str
+    gate: str | None
     up: str
     down: str
     attention_norm: str | None = None
     attention_post_norm: str | None = None
+    attention_sum_norm: str | None = None
     mlp_norm: str | None = None
     mlp_post_norm: str | None = None
+    mlp_sum_norm: str | None = None
+    embedding_norm: str | None = None
+    positions: str | None = None
+    types: str | None = None
+    distances: str | None = None
     q_norm: str | None = None
     k_norm: str | None = None
     sinks: str | None = None
@@ -173,6 +182,12 @@ class ModelSpec:
             residual stream, and on logits.
         query_temperature: (b, n): a query at position p is multiplied by 1 + b ln(1 + floor(p / n)); None: it is not.
         experts: of layers that have some; None: no layer has.
+        position_rows: rows of the table of positions (`names.positions`), 0 where there is none.
+        first_position: its row of position 0.
+        types: rows of the table of token types (`names.types`), 0 where there is none.
+        distances: buckets and the largest distance of `kbit.models.distances`, where there is such a table.
+        unnormed: layers that lack the norm before attention that the others have.
+        task: what it computes of hidden states; None: the logits of the next token.
     """
 
     family: str
@@ -207,6 +222,12 @@ class ModelSpec:
     logit_multiplier: float = 1.0
     query_temperature: tuple[float, int] | None = None
     experts: ExpertsSpec | None = None
+    position_rows: int = 0
+    first_position: int = 0
+    types: int = 0
+    distances: tuple[int, int] | None = None
+    unnormed: tuple[int, ...] = ()
+    task: TaskHead | None = None
 
     def has_experts(self, layer: int) -> bool:
         """Whether a layer has experts in place of an MLP."""
@@ -229,6 +250,16 @@ class ModelSpec:
         count = sum(self.experts.layers)
         each = self.experts.routing.chosen * self.experts.width + self.experts.shared_width
         return (self.layers - count) * self.intermediate_size + count * each
+
+    @property
+    def continues_text(self) -> bool:
+        """Whether it predicts the token after a text, which `kbit run` and its like ask for."""
+        return self.task is None and self.mask != "bidirectional"
+
+    @property
+    def has_logits(self) -> bool:
+        """Whether hidden states become logits of the vocabulary."""
+        return self.task is None or self.task.kind == "mask"
 
     @property
     def context_length(self) -> int:

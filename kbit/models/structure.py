@@ -34,7 +34,7 @@ from kbit.graph.recording import (
 )
 from kbit.models.blocks import Weights
 from kbit.models.decoder import DecoderDefinition, DecoderWeights
-from kbit.models.params import Parameter, parameters
+from kbit.models.params import OUTSIDE, Parameter, parameters
 from kbit.models.spec import ModelSpec
 
 
@@ -220,7 +220,7 @@ def assemble(
     outside = [p for p in declared if p.layer is None]
     embedding = matrix(outside[0])
     head = next((matrix(p) for p in outside if p.role == "head"), embedding)
-    final = _weights((p for p in outside if p.role in ("norm", "bias")), matrix, vector)
+    final = _weights((p for p in outside if p.role in OUTSIDE), matrix, vector)
     return DecoderWeights(embedding, layers, final, head)
 
 
@@ -236,10 +236,12 @@ def _weights(
     norms: dict[str, Vector] = {}
     biases: dict[str, Vector] = {}
     for parameter in declared:
-        if parameter.role in ("linear", "router"):
+        if parameter.role in ("linear", "router", "rows"):
             matrices[parameter.slot] = matrix(parameter)
         else:
             vectors = norms if parameter.role == "norm" else biases
+            if parameter.role == "distances":  # as Ops.self_attention takes it: a vector, of no width that matters
+                parameter = replace(parameter, shape=(parameter.shape[0] * parameter.shape[1],))
             vectors[parameter.slot] = vector(parameter)
     return Weights(matrices, norms, biases)
 

@@ -16,6 +16,7 @@ from typing import Any
 
 from kbit.formats.quant_format import QuantFormat
 from kbit.host.errors import KbitError, UsageError
+from kbit.models.check import check_continues
 from kbit.models.families import spec_from_config
 from kbit.models.spec import ModelSpec
 from kbit.planner.memory import Weight, active_parameters, parameters, planned_weights, stored_weights
@@ -163,6 +164,7 @@ def _from_checkpoint(name: str, path: Path) -> PlanModel:
 
     with open_model(str(path)) as source:
         spec = spec_from_config(source.config, where=f"config of {source.path}")
+        check_continues(spec, str(source.path))
         missing = [tensor for tensor in spec.expected_tensors() if tensor not in source.tensors]
         if missing:
             raise KbitError(f"{source.path}: {missing[0]} is missing; download the model again")
@@ -189,6 +191,7 @@ def _from_config(path: Path, name: str | None = None) -> PlanModel:
 
     config = read_json_object(path)
     spec = spec_from_config(config, where=str(path))
+    check_continues(spec, str(path))
     stored = config.get("torch_dtype", config.get("dtype"))
     dtype = _DTYPES.get(stored if isinstance(stored, str) else "", "bf16")
     weights = planned_weights(spec, dtype, embedding=dtype, head=dtype)

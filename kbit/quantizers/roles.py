@@ -8,14 +8,8 @@ from kbit.host.errors import KbitError
 from kbit.models.families import spec_from_config
 from kbit.models.params import parameters
 
-_DECLARED = {
-    "embedding": "embedding",
-    "head": "head",
-    "linear": "linear",
-    "norm": "other",
-    "bias": "other",
-    "router": "other",
-}
+_DECLARED = {"embedding": "embedding", "head": "head", "linear": "linear", "norm": "other", "bias": "other"}
+_DECLARED |= dict.fromkeys(("router", "rows", "distances", "task"), "other")
 
 
 def roles_of(source: CheckpointSource) -> dict[str, str]:

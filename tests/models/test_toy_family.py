@@ -117,8 +117,8 @@ def test_what_is_declared() -> None:
 
 
 def test_attention_that_a_backend_lacks_is_refused_by_name() -> None:
-    with pytest.raises(ValueError, match="bidirectional attention has no window"):
-        Attention(0, 1, 1, 8, 1.0, 4, mask="bidirectional")
+    with pytest.raises(ValueError, match="prefix attention has no window"):
+        Attention(0, 1, 1, 8, 1.0, 4, mask="prefix")
     attention = Attention(0, 1, 1, 8, 1.0, None, mask="prefix")
     with pytest.raises(UnsupportedError, match="the native backend has no attention with mask 'prefix', only causal"):
         refuse_attention(attention, "native", mask=("causal",))

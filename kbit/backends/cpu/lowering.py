@@ -133,7 +133,7 @@ def lower_head(program: Program, operations: Sequence[Operation], result: Symbol
 
 def _emit(program: Program, operation: Operation, at: dict[Symbol, int]) -> None:
     if isinstance(operation, Embed):
-        program.embed(native_matrix(operation.weight), at[operation.out])
+        program.embed(native_matrix(operation.weight), at[operation.out], operation.of, operation.first)
     elif isinstance(operation, Norm):
         weight, eps, bias, centred = _norm(operation)
         assert weight is not None
@@ -168,6 +168,7 @@ def _emit(program: Program, operation: Operation, at: dict[Symbol, int]) -> None
             a.angles,
             a.soft_cap or 0.0,
             _optional(operation.sinks),
+            _optional(operation.by_distance),
         )
     elif isinstance(operation, StoreKeys):
         a = operation.attention

@@ -171,6 +171,7 @@ class NativeRunner:
                     None if self._mask == "causal" else piece.last_seen(self._mask),
                     encoder,
                     None if states is None else _slots(states.of_piece(batch, piece)),
+                    piece.types,
                 )
                 begin, taken = end, stop
         cache.advance(batch.counts)

@@ -15,7 +15,7 @@ from kbit.formats.quant_tensor import QuantTensor
 from kbit.graph.batch import Batch
 from kbit.graph.cache import Cache, check_size, encoder_lengths
 from kbit.graph.experts import Experts, Mixture
-from kbit.graph.ops import Array, Attention, Definition, Group, Vector, Weight, check_source
+from kbit.graph.ops import Array, Attention, Definition, Group, Place, Vector, Weight, check_source
 from kbit.graph.pages import PAGE, PagePool, pages_for
 from kbit.graph.states import Recurrence, ShortConvolution, States, StateSpec, StateStore
 from kbit.kernels import reference, reference_experts
@@ -51,6 +51,9 @@ class RowOps:
 
     def embed(self, weight: Weight, ids: torch.Tensor) -> torch.Tensor:
         return reference.embed(_data(weight), ids)
+
+    def look_up(self, weight: Weight, of: Place, first: int = 0) -> torch.Tensor:
+        raise _without_tokens()
 
     def linear(
         self,
@@ -133,6 +136,7 @@ class RowOps:
         attention: Attention,
         key_bias: Vector | None = None,
         sinks: Vector | None = None,
+        by_distance: Vector | None = None,
     ) -> torch.Tensor:
         raise _without_tokens()
 
@@ -189,6 +193,7 @@ class StepOps(RowOps):
         attention: Attention,
         key_bias: Vector | None = None,
         sinks: Vector | None = None,
+        by_distance: Vector | None = None,
     ) -> torch.Tensor:
         check_source(attention, "self")
         q, k, v = (x.view(1, len(x), -1, attention.head_dim) for x in (q, k, v))  # (1, R, H or H_kv, D)
@@ -197,7 +202,10 @@ class StepOps(RowOps):
             q, k = (reference.rope(x, self._cos[..., of], self._sin[..., of]) for x in (q, k))
         self._pages.append(attention.layer, self._slots, k[0], v[0])
         own = None if sinks is None else tensor_of(sinks)
-        return self._attend(q, attention, self._pages, self._tables, self._batch.lengths, own)
+        return self._attend(q, attention, self._pages, self._tables, self._batch.lengths, own, by_distance)
+
+    def look_up(self, weight: Weight, of: Place, first: int = 0) -> torch.Tensor:
+        return reference.embed(_data(weight), first + places(self._batch, of))
 
     def rotate(self, x: torch.Tensor, head_dim: int, angles: tuple[int, int]) -> torch.Tensor:
         return rotated(x[None], head_dim, angles, self._cos, self._sin)[0]
@@ -253,6 +261,7 @@ class StepOps(RowOps):
         tables: Sequence[Sequence[int]],
         lengths: NDArray[np.int64],
         sinks: torch.Tensor | None = None,
+        by_distance: Vector | None = None,
     ) -> torch.Tensor:
         """Queries (1, R, H, D) of the batch to what their sequences have in some pages -> (R, H D).
 
@@ -262,6 +271,7 @@ class StepOps(RowOps):
             sinks: see `kernels.reference.attend`.
         """
         batch, seen = self._batch, torch.empty_like(q)
+        added = None if by_distance is None else tensor_of(by_distance).view(attention.heads, -1)
         prefixes = batch.prefixes if attention.mask == "prefix" else np.zeros_like(batch.prefixes)
         for index, (length, prefix) in enumerate(zip(lengths.tolist(), prefixes.tolist(), strict=True)):
             rows = slice(int(batch.bounds[index]), int(batch.bounds[index + 1]))
@@ -280,6 +290,7 @@ class StepOps(RowOps):
                 prefix,
                 attention.soft_cap,
                 sinks,
+                added,
             )
         return seen[0].flatten(-2)
 
@@ -357,6 +368,13 @@ class ReferenceBackend:
 
     def bind(self, definition: Definition) -> ReferenceRunner:
         return ReferenceRunner(definition, self.group)
+
+
+def places(batch: Batch, of: Place) -> torch.Tensor:
+    """int64 (R,): positions or types of a batch's tokens."""
+    if of == "positions":
+        return torch.from_numpy(batch.positions.astype(np.int64))
+    return torch.zeros(len(batch), dtype=torch.int64) if batch.types is None else torch.from_numpy(batch.types)
 
 
 def rotated(

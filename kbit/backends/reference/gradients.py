@@ -10,7 +10,7 @@ import torch
 from kbit.backends.reference.backend import ReferenceBackend, ReferenceWeight, RowOps, rotated, tensor_of
 from kbit.backends.reference.products import product, product_with_rows
 from kbit.formats.quant_tensor import QuantTensor
-from kbit.graph.ops import Attention, Definition, Vector, Weight, refuse_attention
+from kbit.graph.ops import Attention, Definition, Place, Vector, Weight, refuse_attention
 from kbit.kernels import reference
 
 
@@ -41,6 +41,10 @@ class GradientOps(RowOps):
     def embed(self, weight: Weight, ids: torch.Tensor) -> torch.Tensor:
         return super().embed(weight, ids).requires_grad_()
 
+    def look_up(self, weight: Weight, of: Place, first: int = 0) -> torch.Tensor:
+        places = self._positions if of == "positions" else torch.zeros_like(self._positions)
+        return super().embed(weight, places + first).requires_grad_()
+
     def linear(self, weight: Weight, x: torch.Tensor, bias: Vector | None = None) -> torch.Tensor:
         out: torch.Tensor = _TracedLinear.apply(x, weight, self)  # type: ignore[no-untyped-call]
         return out if bias is None else out + tensor_of(bias)
@@ -57,6 +61,7 @@ class GradientOps(RowOps):
         attention: Attention,
         key_bias: Vector | None = None,
         sinks: Vector | None = None,
+        by_distance: Vector | None = None,
     ) -> torch.Tensor:
         refuse_attention(attention, "gradient", mask=("causal", "bidirectional"), source=("self",))
         # Not kernels.reference.attend, which saves memory by writing over what a backward pass would need.
@@ -69,18 +74,24 @@ class GradientOps(RowOps):
         behind = self._positions[0][:, None] - self._positions  # (T, T): how far back a key lies
         seen = torch.ones_like(behind, dtype=torch.bool) if attention.mask == "bidirectional" else behind >= 0
         if attention.window is not None:
-            seen &= behind < attention.window
+            seen &= behind.abs() < attention.window
+        mask = seen
+        if by_distance is not None:
+            table = tensor_of(by_distance).view(attention.heads, -1)
+            mask = reference.of_distances(table, -behind).masked_fill(~seen, -torch.inf)
         if sinks is not None:
             scores = q @ k.transpose(-1, -2) * attention.scale
             scores = scores if attention.soft_cap is None else reference.soft_cap(scores, attention.soft_cap)
+            scores = scores.masked_fill(~seen, -torch.inf) if mask is seen else scores + mask
             beside = tensor_of(sinks).view(1, -1, 1, 1).expand(len(q), -1, q.shape[2], 1)
-            shares = torch.softmax(torch.cat([scores.masked_fill(~seen, -torch.inf), beside], dim=-1), dim=-1)
+            shares = torch.softmax(torch.cat([scores, beside], dim=-1), dim=-1)
             out = shares[..., :-1] @ v
         elif attention.soft_cap is None:
-            out = torch.nn.functional.scaled_dot_product_attention(q, k, v, seen, scale=attention.scale)  # (B, H, T, D)
+            out = torch.nn.functional.scaled_dot_product_attention(q, k, v, mask, scale=attention.scale)  # (B, H, T, D)
         else:
             scores = reference.soft_cap(q @ k.transpose(-1, -2) * attention.scale, attention.soft_cap)
-            out = torch.softmax(scores.masked_fill(~seen, -torch.inf), dim=-1) @ v
+            scores = scores.masked_fill(~seen, -torch.inf) if mask is seen else scores + mask
+            out = torch.softmax(scores, dim=-1) @ v
         return out.transpose(1, 2).flatten(-2)
 
     def rotate(self, x: torch.Tensor, head_dim: int, angles: tuple[int, int]) -> torch.Tensor:

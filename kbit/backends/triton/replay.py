@@ -75,6 +75,8 @@ class Pass:
         longest: most new tokens of a row.
         reach: a bound on lengths.
         encoder: what cross attention reads, if there is any.
+        places: int64 (N,), the tokens' positions, where a table of them is looked up.
+        types: int64 (N,), the tokens' types; None: all 0.
     """
 
     pages: TritonPages
@@ -89,6 +91,8 @@ class Pass:
     longest: int
     reach: int
     encoder: EncoderTexts | None = None
+    places: torch.Tensor | None = None
+    types: torch.Tensor | None = None
 
 
 class Replay:
@@ -129,6 +133,12 @@ class Replay:
                 self._exact.update(reads(operation))
             elif isinstance(operation, Attend):
                 refuse_attention(operation.attention, "triton", mask=("causal", "bidirectional"))
+                two_sided = operation.attention.window is not None and operation.attention.mask != "causal"
+                if two_sided or operation.by_distance is not None:
+                    kind = "a window to both sides" if two_sided else "scores that depend on the distance"
+                    raise UnsupportedError(
+                        f"the triton backend has no attention with {kind}; use --backend native or reference"
+                    )
                 if operation.sinks is not None:
                     raise UnsupportedError("the triton backend has no attention with sinks; use --device cpu")
             elif isinstance(operation, Mix):
@@ -156,7 +166,7 @@ class Replay:
 
     def _run(self, operation: Operation, values: dict[Symbol, torch.Tensor], step: Pass | None) -> None:
         if isinstance(operation, Embed):
-            ids = values[self._input]
+            ids = values[self._input] if operation.of == "tokens" else _places(operation, step)
             values[operation.out] = embed(triton_weight(operation.weight), ids, dtype=torch.float32)
         elif isinstance(operation, Norm):
             dtype = torch.float32 if operation.out in self._exact else self._dtype
@@ -272,6 +282,15 @@ class Replay:
             v_kind=store.v_kind,
         )  # fmt: skip
         return out.reshape(-1, operation.out.width)
+
+
+def _places(operation: Embed, step: Pass | None) -> torch.Tensor:
+    """int64 (N,): the rows of positions or types."""
+    assert step is not None
+    if operation.of == "positions":
+        assert step.places is not None
+        return step.places + operation.first
+    return torch.full_like(step.slots, operation.first) if step.types is None else step.types + operation.first
 
 
 def _normalised(x: torch.Tensor, norm: Norm, dtype: torch.dtype) -> torch.Tensor:

@@ -23,7 +23,7 @@ from kbit.graph.batch import Batch
 from kbit.graph.cache import Cache, encoder_lengths
 from kbit.graph.fuse import fuse
 from kbit.graph.ops import Array, Definition, Group
-from kbit.graph.recording import Attend, CrossAttend, Recorder, Symbol
+from kbit.graph.recording import Attend, CrossAttend, Embed, Recorder, Symbol
 from kbit.kernels.triton.product.limits import DECODE_TOKENS
 from kbit.kernels.triton.target import active
 
@@ -79,6 +79,8 @@ class TritonRunner:
             raise ValueError(f"all attentions of a model have one mask, not {' and '.join(sorted(masks))}")
         self._mask = masks.pop()
         self._crosses = any(isinstance(op, CrossAttend) for op in body.operations)
+        # (A captured graph of decoding has no place for these: who sees its whole text is not decoded.)
+        self._learned = any(isinstance(op, Embed) and op.of == "positions" for op in body.operations)
         head = Recorder(Symbol(hidden.width))
         logits = definition.head(head, head.input)
         self._head = Replay(fuse(head.operations, logits), head.input, logits, dtype)
@@ -114,7 +116,7 @@ class TritonRunner:
     def forward(self, batch: Batch, cache: Cache) -> torch.Tensor:
         # Capturing pays where the same cache comes again and again, not for one made for a single pass.
         decodes = cache.private and bool((batch.counts == 1).all()) and len(batch.wanted) == len(batch)
-        if self._graphs and not self._rotary.by_length and decodes and not self._crosses:
+        if self._graphs and not self._rotary.by_length and decodes and not (self._crosses or self._learned):
             with self._lock, active(self._device):
                 out = self._graph(batch, cache)
             cache.advance(batch.counts)
@@ -176,6 +178,8 @@ class TritonRunner:
             longest,
             int(batch.lengths.max()),
             self._texts(batch, cache) if self._crosses else None,
+            self._upload(batch.positions.astype(np.int64)) if self._learned else None,
+            None if batch.types is None else self._upload(batch.types),
         )
 
     def _texts(self, batch: Batch, cache: Cache) -> EncoderTexts:

@@ -8,6 +8,7 @@ as DeepSeek publishes) or `weight_scale` (one per tensor or per row). Stacks of 
 from __future__ import annotations
 
 import hashlib
+import json
 import re
 from collections.abc import Mapping
 from functools import lru_cache
@@ -43,6 +44,11 @@ SIDECAR_NAMES = (
     "chat_template.jinja",
     "chat_template.json",
 )
+# Those of sentence-transformers: the first names the folders of further modules, of which these files are read.
+MODULES_NAME = "modules.json"
+SENTENCE_NAMES = (MODULES_NAME, "sentence_bert_config.json", "config_sentence_transformers.json")
+MODULE_FILES = ("config.json", "model.safetensors", "pytorch_model.bin")
+_MAX_MODULES = 16
 INDEX_NAME = "model.safetensors.index.json"
 _FP8 = ("F8_E4M3", "F8_E5M2")
 # What PEFT, torch.compile and the parallel trainers put before the names of the model that they hold.
@@ -312,15 +318,31 @@ class HFFolder(StoredSource):
         raise UnsupportedError(f"{self.path}: {scale_name} of shape {scale.shape} does not fit {name} {shape}")
 
     def sidecar_files(self) -> Mapping[str, bytes]:
-        return {name: _read_bytes(self.path / name) for name in SIDECAR_NAMES if (self.path / name).is_file()}
+        return {name: _read_bytes(self.path / name) for name in self._sidecar_names()}
+
+    def _sidecar_names(self) -> list[str]:
+        """Those that are there, the first of them first."""
+        names = [name for name in (*SIDECAR_NAMES, *SENTENCE_NAMES) if (self.path / name).is_file()]
+        if MODULES_NAME not in names:
+            return names
+        try:
+            modules = json.loads(_read_bytes(self.path / MODULES_NAME))
+            folders = [module["path"] for module in modules[:_MAX_MODULES]]
+        except (ValueError, KeyError, TypeError, RecursionError):
+            return names  # who reads them says what is wrong
+        for folder in folders:
+            # A plain name: what a file says must not lead out of the folder.
+            if isinstance(folder, str) and folder and Path(folder).name == folder and folder != "..":
+                names += [f"{folder}/{name}" for name in MODULE_FILES if (self.path / folder / name).is_file()]
+        return list(dict.fromkeys(names))
 
     def fingerprint(self) -> str:
         digest = hashlib.sha256()
         files = [self.path / "config.json", *(file.path for file in self._files.values())]
-        files += [self.path / name for name in SIDECAR_NAMES if (self.path / name).is_file()]
+        files += [self.path / name for name in self._sidecar_names()]
         for path in sorted(files):
             status = path.stat()
-            digest.update(f"{path.name} {status.st_size} {status.st_mtime_ns}\n".encode())
+            digest.update(f"{path.relative_to(self.path).as_posix()} {status.st_size} {status.st_mtime_ns}\n".encode())
         for file in self._files.values():
             for tensor in file.tensors.values():
                 digest.update(repr(tensor).encode())

@@ -103,11 +103,11 @@ class KbitFolder(HFFolder):
             raise CheckpointError(f"{path}: no checksum of config.json; copy it again")
         for name in manifest["files"]:
             file = self.path / name
-            if Path(name).name != name or not file.is_file():
+            if not _inside(name) or not file.is_file():
                 raise CheckpointError(f"{file}: missing, though the manifest lists it; copy the folder again")
         for name in ("config.json", INDEX_NAME):  # the others as they are read
             if name in manifest["files"]:
-                _check_file(self.path / name, (self.path / name).read_bytes(), manifest)
+                _check_file(self.path, name, (self.path / name).read_bytes(), manifest)
         for name in manifest["tensors"].keys() ^ self._where.keys():
             where = "the manifest" if name in manifest["tensors"] else "the weight files"
             raise CheckpointError(f"{self.path}: {name} is in {where} only; convert or copy again")
@@ -172,7 +172,7 @@ class KbitFolder(HFFolder):
         files = super().sidecar_files()
         for name, data in files.items():
             if name in self.manifest["files"]:
-                _check_file(self.path / name, data, self.manifest)
+                _check_file(self.path, name, data, self.manifest)
         return files
 
     def read_stored(self, name: str) -> AnyStored:
@@ -224,8 +224,15 @@ class KbitFolder(HFFolder):
         super().close()
 
 
-def _check_file(path: Path, data: bytes, manifest: Mapping[str, Any]) -> None:
-    if hashlib.sha256(data).hexdigest() != manifest["files"][path.name]:
+def _inside(name: str) -> bool:
+    """Whether a name is one of a file in a folder, or in a folder of that."""
+    parts = name.split("/")
+    return len(parts) <= 2 and all(part not in ("", ".", "..") and Path(part).name == part for part in parts)
+
+
+def _check_file(folder: Path, name: str, data: bytes, manifest: Mapping[str, Any]) -> None:
+    if hashlib.sha256(data).hexdigest() != manifest["files"][name]:
         raise CheckpointError(
-            f"{path}: changed since it was written (sha256 differs from {MANIFEST_NAME}); copy the folder again"
+            f"{folder / name}: changed since it was written (sha256 differs from {MANIFEST_NAME}); copy the folder "
+            "again"
         )

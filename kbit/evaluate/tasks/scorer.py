@@ -28,6 +28,7 @@ from kbit.evaluate.perplexity import token_nll
 from kbit.graph.ops import Array
 from kbit.graph.pages import BlockTable, pages_for
 from kbit.host.errors import KbitError, UsageError
+from kbit.models.check import check_continues
 from kbit.models.decoder import Decoder
 from kbit.models.spec import ModelSpec
 from kbit.text.tokenizer import Tokenizer
@@ -133,6 +134,7 @@ def choose_length(spec: ModelSpec, asked: int | None) -> int:
     Raises:
         UsageError: fewer than 2, or more than the model takes.
     """
+    check_continues(spec, f"config of a {spec.family} model")
     # Beyond max_positions such a RoPE rotates a shared beginning otherwise than the longer whole.
     longest = spec.longest_in_pieces
     if asked is not None and not 2 <= asked <= longest:

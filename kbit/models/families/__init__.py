@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from kbit.models.families import (
+    bert,
+    distilbert,
     ernie4_5,
     exaone4,
     gemma,
@@ -24,6 +26,9 @@ from kbit.models.families import (
     ministral3,
     mistral,
     mixtral,
+    modernbert,
+    mpnet,
+    nomic_bert,
     olmo2,
     olmo3,
     olmoe,
@@ -32,6 +37,7 @@ from kbit.models.families import (
     qwen2_moe,
     qwen3,
     qwen3_moe,
+    roberta,
     seed_oss,
     smollm3,
 )
@@ -69,6 +75,14 @@ FAMILIES: dict[str, Family] = {
         olmoe.FAMILY,
         gpt_oss.FAMILY,
         granitemoe.FAMILY,
+        bert.FAMILY,
+        roberta.FAMILY,
+        roberta.XLM_ROBERTA,
+        roberta.CAMEMBERT,
+        distilbert.FAMILY,
+        mpnet.FAMILY,
+        modernbert.FAMILY,
+        nomic_bert.FAMILY,
     )
 }
 

@@ -7,6 +7,7 @@ from kbit.models.families.gemma2 import NORMS_AROUND
 from kbit.models.families.llama import QK_NORMS
 from kbit.models.family import ROOT_OF_WIDTH, Family
 from kbit.models.rope_config import RopeRules
+from kbit.models.task_heads import HIDDEN
 
 FAMILY = Family(
     model_type="gemma3_text",
@@ -22,6 +23,7 @@ FAMILY = Family(
         "query_pre_attn_scalar": 256,
         "sliding_window": 4096,
         "sliding_window_pattern": 6,
+        "use_bidirectional_attention": False,
     },
     qkv_bias="attention_bias",
     output_bias="attention_bias",
@@ -34,5 +36,8 @@ FAMILY = Family(
     score_width="query_pre_attn_scalar",
     logit_cap="final_logit_softcapping",
     embedding_multiplier=ROOT_OF_WIDTH,
-    layout=LAYOUT,
+    # EmbeddingGemma is published as the model without a head, whose tokens see the whole text.
+    bidirectional="use_bidirectional_attention",
+    heads={"Gemma3TextModel": HIDDEN},
+    layout=replace(LAYOUT, prefix="model."),
 )

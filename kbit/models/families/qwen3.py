@@ -2,6 +2,8 @@
 
 from kbit.models.families.llama import DEFAULTS, QK_NORMS
 from kbit.models.family import Family
+from kbit.models.layout import Layout
+from kbit.models.task_heads import HIDDEN
 
 FAMILY = Family(
     model_type="qwen3",
@@ -20,4 +22,7 @@ FAMILY = Family(
     mlp_bias=False,
     windows="chosen",
     names=QK_NORMS,
+    # Qwen3-Embedding is published as the model without a head.
+    heads={"Qwen3Model": HIDDEN},
+    layout=Layout(prefix="model."),
 )

@@ -18,7 +18,7 @@ from kbit.formats.quant_format import QuantFormat
 from kbit.host.cache_folder import cache_dir
 from kbit.host.errors import CheckpointError, KbitError, UsageError
 from kbit.host.files import read_json_object, sha256_of, write_durably
-from kbit.models.check import check_tensors
+from kbit.models.check import check_continues, check_tensors
 from kbit.models.families import spec_from_config
 from kbit.models.opening import open_model
 from kbit.quantizers.plan import make_plan
@@ -99,6 +99,8 @@ def find_subjects(
             status(f"opening {model}")
             sources.append(open_model(model))
         specs = [spec_from_config(source.config, where=f"config of {source.path}") for source in sources]
+        for spec, source in zip(specs, sources, strict=True):
+            check_continues(spec, str(source.path))
         length = choose_context(convention, context, min(spec.longest_in_pieces for spec in specs))
         subjects: list[Subject] = []
         seen: dict[tuple[bytes, ...], tuple[Windows, int]] = {}

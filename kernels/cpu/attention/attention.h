@@ -184,6 +184,21 @@ template <int R> void cap_scores(const TaskState& s, int begin, int end) {
   }
 }
 
+// Onto the scores, what their slots' distances from the rows' tokens add.
+template <int R> void add_by_distance(const TaskState& s, const Chunk& chunk, int64_t m, const int* begin, const int* end) {
+  const AttentionArgs& a = *s.task->args;
+  const int group = a.heads / a.kv_heads;
+  for (int r = 0; r < R; ++r) {
+    const int64_t head = s.task->kv_head * group + (m + r) % group;
+    const float* table = a.by_distance + head * (2 * a.reach + 1) + a.reach;
+    const int64_t position = a.position[s.task->first_row + (m + r) / group];
+    for (int j = begin[r]; j < end[r]; ++j) {
+      const int64_t distance = chunk.start + j - position;
+      s.scores[r * kChunk + j] += table[distance < -a.reach ? -a.reach : distance > a.reach ? a.reach : distance];
+    }
+  }
+}
+
 // Rows m .. m + R - 1 of the task against one chunk.
 template <int R> void attend_tile(const TaskState& s, const Chunk& chunk, int64_t m) {
   const AttentionArgs& a = *s.task->args;
@@ -191,8 +206,8 @@ template <int R> void attend_tile(const TaskState& s, const Chunk& chunk, int64_
   const int group = a.heads / a.kv_heads;
   int begin[R], end[R], lowest = kChunk, highest = 0;
   for (int r = 0; r < R; ++r) {
-    const int64_t position = a.position[s.task->first_row + (m + r) / group];
-    const int64_t first = first_seen(a, position) - chunk.start, last = position + 1 - chunk.start;
+    const int64_t row = s.task->first_row + (m + r) / group;
+    const int64_t first = first_seen(a, row) - chunk.start, last = last_seen(a, row) + 1 - chunk.start;
     begin[r] = int(first < 0 ? 0 : first > kChunk ? kChunk : first);
     end[r] = int(last < 0 ? 0 : last > kChunk ? kChunk : last);
     if (begin[r] >= end[r]) continue;
@@ -203,6 +218,7 @@ template <int R> void attend_tile(const TaskState& s, const Chunk& chunk, int64_
   const int first = lowest / kSlots, last = (highest + kSlots - 1) / kSlots;
   score_rows<R>(s, chunk, m, first, last);
   if (a.soft_cap > 0.0f) cap_scores<R>(s, first, last);
+  if (a.by_distance) add_by_distance<R>(s, chunk, m, begin, end);
 
   ChunkSoftmax results[R];
   float keep[R], add[R];
@@ -269,8 +285,8 @@ Chunk open_chunk(const TaskState& s, const TaskMemory& memory, int64_t index, in
   const AttentionArgs& a = *t.args;
   const CacheView& c = *s.cache;
   const int64_t start = index * kChunk;
-  const int64_t seen_from = first_seen(a, a.position[t.first_row]) - start;
-  const int64_t seen_to = a.position[t.first_row + t.rows - 1] + 1 - start;
+  const int64_t seen_from = first_seen(a, t.first_row) - start;
+  const int64_t seen_to = last_seen(a, t.first_row + t.rows - 1) + 1 - start;
   const int64_t begin = seen_from > 0 ? seen_from / kSlots : 0;  // blocks within the chunk
   const int64_t end = seen_to < kChunk ? (seen_to + kSlots - 1) / kSlots : kChunk / kSlots;
   Chunk chunk{};
@@ -279,7 +295,7 @@ Chunk open_chunk(const TaskState& s, const TaskMemory& memory, int64_t index, in
   chunk.key_stride = c.key_block;
   // Pages that no row sees may not exist: theirs are the addresses of one that does, and are never read. What would
   // come after the last token's page neither.
-  const int64_t last_page = a.position[t.first_row + t.rows - 1] / kPage;
+  const int64_t last_page = last_seen(a, t.first_row + t.rows - 1) / kPage;
   const auto page_at = [&](int64_t number) {
     return keys_at(a, c, sequence, number < last_page ? number : last_page, t.kv_head);
   };
@@ -349,8 +365,8 @@ void attend(const AttentionTask& t) {
     for (int d = 0; d < c.padded; d += 16) store(s.outputs + i * c.padded + d, zero());
   }
   for (int64_t chunk = t.chunk_begin; chunk < t.chunk_end; ++chunk) {
-    if ((chunk + 1) * kChunk <= first_seen(a, a.position[t.first_row])) continue;
-    if (chunk * kChunk > a.position[t.first_row + t.rows - 1]) break;
+    if ((chunk + 1) * kChunk <= first_seen(a, t.first_row)) continue;
+    if (chunk * kChunk > last_seen(a, t.first_row + t.rows - 1)) break;
     attend_rows(s, open_chunk(s, memory, chunk, a.sequence[t.first_row]), 0, m);
   }
   if (t.partials) return;
@@ -363,10 +379,10 @@ void attend(const AttentionTask& t) {
 
 void combine(const AttentionArgs& a, const CacheView& c, const Partials& p, int64_t row, int head, float* scratch) {
   const int group = a.heads / a.kv_heads;
-  const int64_t base = ((head / group * a.rows + row) * group + head % group) * p.chunks, position = a.position[row];
+  const int64_t base = ((head / group * a.rows + row) * group + head % group) * p.chunks, last = last_seen(a, row);
   float largest = kLowest, sum = 0.0f;
   for (int d = 0; d < c.padded; d += 16) store(scratch + d, zero());
-  for (int64_t chunk = first_seen(a, position) / kChunk; chunk <= position / kChunk; ++chunk) {
+  for (int64_t chunk = first_seen(a, row) / kChunk; chunk <= last / kChunk; ++chunk) {
     const ChunkSoftmax result = {p.maxima[base + chunk], p.sums[base + chunk]};
     float keep, add;
     combine_chunks(&largest, &sum, &result, 1, &keep, &add);

@@ -49,6 +49,7 @@ struct AttentionArgs {
   std::int64_t rows;
   const std::int32_t* sequence;  // (R), row of the block table; a sequence's rows are consecutive and ascend by one
   const std::int32_t* position;  // (R), slot of the token
+  const std::int32_t* last;      // (R), the last slot a row sees where it may look ahead; null: its own
   const float* cos;              // (P, rotated_half), rows angle_stride floats apart
   const float* sin;
   std::int64_t angle_stride;
@@ -61,7 +62,11 @@ struct AttentionArgs {
   float scale;
   float soft_cap;  // c: scores s become c tanh(s / c); 0: they stay
   const float* sinks;  // (heads), a score of each that is in the softmax's sum beside those of slots; null: none
-  int window;  // slots a token sees at most, itself included; 0: all
+  int window;  // slots a token sees at most, itself included, before it and, where it looks ahead, after it; 0: all
+  // What is added to scores by distance, in units of log2: (heads, 2 * reach + 1), for a key's slot less its query's, cut
+  // to -reach .. reach. Null: nothing.
+  const float* by_distance;
+  int reach;
   const KVPages* cache;
   const std::int32_t* tables;    // (B, table_stride): the pages of each sequence, in order
   std::int64_t table_stride;
@@ -74,9 +79,15 @@ static inline std::uint8_t* keys_at(const AttentionArgs& a, const CacheView& c, 
   return keys_of(c, a.tables[sequence * a.table_stride + index], a.layer, head);
 }
 
-// First slot that the token at `position` sees.
-static inline std::int64_t first_seen(const AttentionArgs& a, std::int64_t position) {
+// First and last slot that a row's token sees.
+static inline std::int64_t first_seen(const AttentionArgs& a, std::int64_t row) {
+  const std::int64_t position = a.position[row];
   return a.window > 0 && position >= a.window ? position - a.window + 1 : 0;
+}
+static inline std::int64_t last_seen(const AttentionArgs& a, std::int64_t row) {
+  if (!a.last) return a.position[row];
+  const std::int64_t last = a.last[row], ahead = std::int64_t{a.position[row]} + a.window - 1;
+  return a.window > 0 && ahead < last ? ahead : last;
 }
 
 // Where chunk results wait when several tasks share a row: (kv_heads, R, heads of a group, chunks).

@@ -112,9 +112,8 @@ void AttentionScratch::cut_pieces(const std::int32_t* position, int heads, int k
 
 void attention(const AttentionKernels& kernels, Worker& worker, const AttentionArgs& args, AttentionScratch& scratch) {
   const CacheView& cache = args.cache->view();
-  // What a kernel masks by is the last slot that a row sees: its own position, or where its sequence ends.
   AttentionArgs seen = args;
-  if (scratch.last()) seen.position = scratch.last();
+  seen.last = scratch.last();
   float* memory = aligned(scratch.memory_) + worker.index() * scratch.worker_floats_;
   const int kv_heads = args.kv_heads;
   if (args.k && !(scratch.fused_ && args.q)) {

@@ -252,7 +252,7 @@ void run(Program& program, const Array<const std::int64_t, 1>& ids, const Array<
          const Array<const std::int32_t, 1>& rope_row, KVPages& pages, const BlockTables& tables,
          const std::optional<Array<const std::int64_t, 1>>& logits_rows, const Array<float, 2>& out,
          const std::optional<Array<const std::int32_t, 1>>& last_seen, const std::optional<Encoder>& encoder,
-         const std::optional<States>& states) {
+         const std::optional<States>& states, const std::optional<Array<const std::int64_t, 1>>& types) {
   Pass pass;
   const std::size_t rows = ids.shape(0);
   require(rows >= 1, "a pass has at least one row");
@@ -279,6 +279,10 @@ void run(Program& program, const Array<const std::int64_t, 1>& ids, const Array<
     require(last_seen->shape(0) == rows, "last_seen has one value per row");
     pass.last_seen = last_seen->data();
     require_seen(pass);
+  }
+  if (types) {
+    require(types->shape(0) == rows, "types has one value per row");
+    pass.types = types->data();
   }
   if (states) take_states(*states, pass);
   if (encoder) {
@@ -337,11 +341,13 @@ void bind_engine(nb::module_& module) {
            nb::arg("context"), nb::arg("compute"))
       .def("buffer", &Program::buffer, nb::arg("width"))
       .def("embed",
-           [](Program& p, Weights matrix, int out) {
+           [](Program& p, Weights matrix, int out, const std::string& of, int first) {
              require(p.buffer_width(out) == matrix->matrix().columns, "the embedding does not fit its buffer");
-             p.append(EmbedInstruction{std::move(matrix), out});
+             require((of == "tokens" || of == "positions" || of == "types") && first >= 0, "no such rows of an embedding");
+             const Rows rows = of == "tokens" ? Rows::tokens : of == "positions" ? Rows::positions : Rows::types;
+             p.append(EmbedInstruction{std::move(matrix), out, rows, first});
            },
-           nb::arg("matrix"), nb::arg("out"))
+           nb::arg("matrix"), nb::arg("out"), nb::arg("of") = "tokens", nb::arg("first") = 0)
       .def("matmul", &add_matmul, nb::arg("x"), nb::arg("matrices"), nb::arg("biases"), nb::arg("outs"),
            nb::arg("norm").none(), nb::arg("eps"), nb::arg("activation").none(), nb::arg("residual").none(),
            nb::arg("norm_bias") = nb::none(), nb::arg("centred") = false)
@@ -400,7 +406,8 @@ void bind_engine(nb::module_& module) {
       .def("attend",
            [](Program& p, int q, int k, int v, int out, int layer, int heads, int kv_heads, int head_dim, float scale,
               std::optional<int> window, bool rotary, const std::optional<Vector>& key_bias,
-              const std::optional<std::tuple<int, int>>& angles, float soft_cap, const std::optional<Vector>& sinks) {
+              const std::optional<std::tuple<int, int>>& angles, float soft_cap, const std::optional<Vector>& sinks,
+              const std::optional<Vector>& by_distance) {
              AttendInstruction a{q, k, v, out, layer, heads, kv_heads, head_dim, scale, window.value_or(0), rotary, copied(key_bias)};
              if (angles) {
                a.first_angle = std::get<0>(*angles);
@@ -411,6 +418,13 @@ void bind_engine(nb::module_& module) {
              a.sinks = copied(sinks);
              require(!sinks || sinks->shape(0) == static_cast<std::size_t>(heads), "every head has a sink");
              require_heads(p, a);
+             if (by_distance) {
+               a.by_distance = copied(by_distance);
+               require(!a.by_distance.empty() && a.by_distance.size() % static_cast<std::size_t>(heads) == 0 &&
+                           a.by_distance.size() / static_cast<std::size_t>(heads) % 2 == 1,
+                       "what is added by distance is (heads, 2 * reach + 1)");
+               for (float& added : a.by_distance) added *= 1.44269504088896341f;
+             }
              require(soft_cap >= 0.0f, "a soft cap is positive, or 0 for none");
              require(out != k && out != v && (!window || *window > 0) &&
                          (!key_bias || static_cast<std::int64_t>(key_bias->shape(0)) == p.buffer_width(k)),
@@ -420,7 +434,7 @@ void bind_engine(nb::module_& module) {
            nb::arg("q"), nb::arg("k"), nb::arg("v"), nb::arg("out"), nb::arg("layer"), nb::arg("heads"),
            nb::arg("kv_heads"), nb::arg("head_dim"), nb::arg("scale"), nb::arg("window").none(),
            nb::arg("rotary") = true, nb::arg("key_bias") = nb::none(), nb::arg("angles") = nb::none(),
-           nb::arg("soft_cap") = 0.0f, nb::arg("sinks") = nb::none())
+           nb::arg("soft_cap") = 0.0f, nb::arg("sinks") = nb::none(), nb::arg("by_distance") = nb::none())
       .def("store_keys",
            [](Program& p, int k, int v, int layer, int heads, int kv_heads, int head_dim) {
              AttendInstruction a{-1, k, v, -1, layer, heads, kv_heads, head_dim, 1.0f, 0, false, {}};
@@ -478,7 +492,8 @@ void bind_engine(nb::module_& module) {
            nb::arg("centred") = false, nb::arg("factor") = 1.0f, nb::arg("cap") = 0.0f)
       .def("run", &run, nb::arg("ids"), nb::arg("sequence"), nb::arg("positions"), nb::arg("cos"), nb::arg("sin"),
            nb::arg("rope_row"), nb::arg("pages"), nb::arg("tables"), nb::arg("logits_rows").none(), nb::arg("out"),
-           nb::arg("last_seen") = nb::none(), nb::arg("encoder") = nb::none(), nb::arg("states") = nb::none())
+           nb::arg("last_seen") = nb::none(), nb::arg("encoder") = nb::none(), nb::arg("states") = nb::none(),
+           nb::arg("types") = nb::none())
       .def("logits",
            [](Program& p, const Array<const float, 2>& hidden, const Array<float, 2>& out) {
              require(hidden.shape(0) == out.shape(0) && static_cast<std::int64_t>(hidden.shape(1)) == p.hidden_width() &&

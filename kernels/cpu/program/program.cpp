@@ -176,6 +176,10 @@ void Program::attend(Worker& worker, const AttendInstruction& a, const Pass& pas
   args.soft_cap = a.soft_cap;
   args.sinks = a.sinks.empty() ? nullptr : a.sinks.data();
   args.window = a.window;
+  if (!a.by_distance.empty()) {
+    args.by_distance = a.by_distance.data();
+    args.reach = static_cast<int>((static_cast<std::int64_t>(a.by_distance.size()) / a.heads - 1) / 2);
+  }
   args.cache = a.crosses() ? pass.encoder.cache : pass.cache;
   args.tables = a.crosses() ? pass.encoder.tables : pass.tables;
   args.table_stride = a.crosses() ? pass.encoder.table_stride : pass.table_stride;
@@ -281,13 +285,18 @@ void Program::prepare_angles(const Pass& pass) {
 
 void Program::run(const Pass& pass) {
   if (hidden_ < 0) throw std::invalid_argument("the program is not finished");
-  const std::int64_t limit = [&] {
-    for (const Instruction& i : instructions_)
-      if (const auto* e = std::get_if<EmbedInstruction>(&i)) return e->weights->matrix().rows;
-    return std::int64_t{0};
-  }();
-  for (std::int64_t r = 0; r < pass.rows; ++r) {
-    if (pass.ids[r] < 0 || pass.ids[r] >= limit) throw std::invalid_argument("a token id is outside the vocabulary");
+  const auto row_of = [&pass](const EmbedInstruction& e, std::int64_t r) {
+    if (e.of == Rows::tokens) return pass.ids[r];
+    if (e.of == Rows::positions) return std::int64_t{pass.position[r]} + e.first;
+    return pass.types ? pass.types[r] : 0;
+  };
+  for (const Instruction& i : instructions_) {
+    const auto* e = std::get_if<EmbedInstruction>(&i);
+    for (std::int64_t r = 0; e && r < pass.rows; ++r) {
+      if (row_of(*e, r) >= 0 && row_of(*e, r) < e->weights->matrix().rows) continue;
+      if (e->of == Rows::positions) throw std::invalid_argument("a position is beyond the model's last");
+      throw std::invalid_argument(e->of == Rows::tokens ? "a token id is outside the vocabulary" : "no such token type");
+    }
   }
   for (std::int64_t i = 0; i < pass.logits_rows; ++i) {
     if (pass.logits_row[i] < 0 || pass.logits_row[i] >= pass.rows) throw std::invalid_argument("no such row for logits");
@@ -314,7 +323,7 @@ void Program::run(const Pass& pass) {
       } else if (const auto* e = std::get_if<EmbedInstruction>(&instruction)) {
         worker.for_each(pass.rows, 1, [&](std::int64_t begin, std::int64_t end) {
           for (std::int64_t r = begin; r < end; ++r)
-            kernels.decode_row(e->weights->matrix(), pass.ids[r], at(e->out).data() + r * at(e->out).stride);
+            kernels.decode_row(e->weights->matrix(), row_of(*e, r), at(e->out).data() + r * at(e->out).stride);
         });
       } else if (const auto* n = std::get_if<NormInstruction>(&instruction)) {
         norm(worker, *n, pass.rows);

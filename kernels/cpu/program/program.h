@@ -45,7 +45,9 @@ struct MatmulInstruction {
   // u within the limit.
   float alpha = 1.0f, limit = 0.0f;
 };
-struct EmbedInstruction { Weights weights; int out; };
+// Rows of a table: of the tokens' ids, of their positions plus `first`, or of their types.
+enum class Rows { tokens, positions, types };
+struct EmbedInstruction { Weights weights; int out; Rows of = Rows::tokens; int first = 0; };
 struct NormInstruction { int x; Norm norm; int out; };  // of each run of features as wide as the norm
 // out = factor x, or, where there is a cap, cap tanh(x / cap).
 struct MapInstruction { int x, out; float factor = 1.0f, cap = 0.0f; };
@@ -64,6 +66,7 @@ struct AttendInstruction {
   int first_angle = 0, angles = -1;  // the columns of the rotary tables that turn heads; -1: all
   float soft_cap = 0.0f;             // of scores; 0: none
   std::vector<float> sinks = {};     // of heads: see AttentionArgs; or empty
+  std::vector<float> by_distance = {};  // (heads, 2 * reach + 1), in units of log2: see AttentionArgs; or empty
 
   bool crosses() const { return k < 0; }
   bool stores() const { return q < 0; }
@@ -124,6 +127,7 @@ struct Pass {
   const std::int64_t* ids = nullptr;         // (R)
   const std::int32_t* sequence = nullptr;    // (R) row of the tables; a sequence's rows are consecutive and ascending
   const std::int32_t* position = nullptr;    // (R)
+  const std::int64_t* types = nullptr;       // (R) token types; null: all 0
   const std::int32_t* last_seen = nullptr;   // (R) last position a row sees, of its sequence's in this pass; null: its own
   const float* cos = nullptr;                // (P, table_half)
   const float* sin = nullptr;

@@ -1,0 +1,113 @@
+"""What the commands of encoders share: flags, reading texts, and opening a model."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, TypeVar
+
+import typer
+
+from kbit.cli.options import (
+    MAX_PROMPT_BYTES,
+    BackendOption,
+    ComputeOption,
+    DeviceOption,
+    ModelOption,
+    ThreadsOption,
+    check_text,
+)
+from kbit.host.errors import UsageError
+
+if TYPE_CHECKING:
+    from kbit.checkpoint.source import CheckpointSource
+    from kbit.graph.ops import Backend
+
+T = TypeVar("T")
+
+FileOption = Annotated[
+    Path | None,
+    typer.Option("--file", "-f", metavar="FILE", help='Read texts from FILE, one a line ("-": standard input).'),
+]
+
+
+@dataclass(frozen=True)
+class EncoderFlags:
+    """Flags of a command that runs an encoder."""
+
+    model: ModelOption
+    device: DeviceOption = "auto"
+    backend: BackendOption = "auto"
+    threads: ThreadsOption = None
+    compute: ComputeOption = None
+
+    @contextmanager
+    def opened(self, make: Callable[[CheckpointSource, Backend], T]) -> Iterator[T]:
+        """A model, as `make` makes it of its checkpoint and of who computes."""
+        from kbit.backends.select import select_backend, set_threads
+        from kbit.models.opening import open_model
+
+        on_gpu = self.device == "cuda" or self.backend == "triton"
+        # Nothing of a text is kept, so its keys and values need not be small: on the CPU they are float32.
+        kv = None if on_gpu or self.backend == "reference" else 32
+        backend = select_backend(
+            self.device, backend=self.backend, threads=self.threads, compute=self.compute, kv_bits=kv
+        )
+        if backend.name == "reference":
+            set_threads(self.threads)
+        with open_model(self.model) as source:
+            made = make(source, backend)
+        yield made
+
+
+def read_lines(arguments: list[str] | None, file: Path | None, example: str) -> list[str]:
+    """Texts from the command line, from the lines of a file, or of standard input where there are neither.
+
+    Raises:
+        UsageError: both or none are given; a file that cannot be read, is no UTF-8, too large, or has an empty line.
+    """
+    if arguments and file is not None:
+        raise UsageError("texts come from the command line or from --file, not from both")
+    if arguments:
+        texts = list(arguments)
+        for number, text in enumerate(texts, 1):
+            check_text(f"text {number}", text)
+            if not text.strip():
+                raise UsageError(f"text {number} is empty: give some text, for example {example}")
+        return texts
+    if file is None and (sys.stdin is None or sys.stdin.isatty()):
+        raise UsageError(f"there is no text: give some, for example {example}")
+    name = "standard input" if file is None or str(file) == "-" else str(file)
+    lines = read_text(file or Path("-")).splitlines()
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            raise UsageError(f"{name}: line {number} is empty, and every line is a text: remove it")
+    if not lines:
+        raise UsageError(f"{name} is empty: give some text, for example {example}")
+    return lines
+
+
+def read_text(file: Path) -> str:
+    """All of a file, or of standard input ("-").
+
+    Raises:
+        UsageError: it cannot be read, is no UTF-8, or larger than MAX_PROMPT_BYTES.
+    """
+    name = "standard input" if str(file) == "-" else str(file)
+    try:
+        if str(file) == "-":
+            data = sys.stdin.buffer.read(MAX_PROMPT_BYTES + 1)
+        else:
+            with file.open("rb") as opened:
+                data = opened.read(MAX_PROMPT_BYTES + 1)
+    except OSError as error:
+        raise UsageError(f"{name}: cannot be read ({error.strerror}); give a text file") from None
+    if len(data) > MAX_PROMPT_BYTES:
+        raise UsageError(f"{name} is larger than {MAX_PROMPT_BYTES >> 20} MiB: split it")
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise UsageError(f"{name} is not UTF-8 at byte {error.start}: convert it") from None
