@@ -40,6 +40,8 @@ class _Piece:
         head: rows of a head whose pairs lie side by side, 0 where none do.
         turned: how many of these.
         offset: what is added to its values.
+        run, apart: rows that lie together there, and how far apart such runs begin; 0 where all lie together.
+        transposed: its rows are columns there.
     """
 
     stored: str
@@ -47,6 +49,9 @@ class _Piece:
     head: int = 0
     turned: int = 0
     offset: float = 0.0
+    run: int = 0
+    apart: int = 0
+    transposed: bool = False
 
 
 def canonical(source: CheckpointSource) -> CheckpointSource:
@@ -122,6 +127,8 @@ class CanonicalSource(StoredSource):
         for name, piece in self._pieces.items():
             info = self._source.tensors[piece.stored]
             shape = (shapes[name][0], *info.shape[1:]) if piece.stored != name else info.shape
+            if piece.transposed and len(info.shape) == 2:
+                shape = (shapes[name][0] if piece.stored != name else info.shape[1], info.shape[0])
             made = replace(info, name=name, shape=shape)
             if piece.offset:
                 infos[name] = replace(made, stored_as="F32", nbytes=4 * made.numel)
@@ -139,6 +146,16 @@ class CanonicalSource(StoredSource):
         piece = self._pieces.get(name)
         if piece is None:
             return self._source.read_array_rows(name, start, stop)
+        if piece.transposed:
+            columns = self._source.tensors[piece.stored].shape[0]
+            whole = self._source.read_array_rows(piece.stored, 0, columns)
+            return np.ascontiguousarray(whole[:, piece.first + start : piece.first + stop].T)
+        if piece.run:
+            # All runs that are touched, and what lies between them.
+            wanted = np.arange(start, stop)
+            rows = piece.first + wanted // piece.run * piece.apart + wanted % piece.run
+            values = self._source.read_array_rows(piece.stored, int(rows[0]), int(rows[-1]) + 1)
+            return np.ascontiguousarray(values[rows - rows[0]])
         if not piece.head:
             values = self._source.read_array_rows(piece.stored, piece.first + start, piece.first + stop)
             return values + np.float32(piece.offset) if piece.offset else values
@@ -192,6 +209,8 @@ def _pieces(source: CheckpointSource, spec: ModelSpec, layout: Layout) -> dict[s
                     continue
                 parts = [declared[layer, slot, end] for slot in slots if (layer, slot, end) in declared]
                 wanted = (sum(part.shape[0] for part in parts), *(parts[0].shape[1:] if parts else ()))
+                turned_over = layout.transposed and end == "weight"
+                wanted = wanted[::-1] if turned_over else wanted
                 if source.tensors[stored].shape != wanted:
                     raise CheckpointError(
                         f"{source.path}: {stored} has shape {source.tensors[stored].shape}, but config.json asks for "
@@ -199,12 +218,15 @@ def _pieces(source: CheckpointSource, spec: ModelSpec, layout: Layout) -> dict[s
                     )
                 first = 0
                 for part in parts:
-                    pieces[part.name] = _Piece(stored, first)
-                    first += part.shape[0]
+                    run, apart = (spec.head_dim, len(parts) * spec.head_dim) if layout.by_head else (0, 0)
+                    pieces[part.name] = _Piece(stored, first, run=run, apart=apart, transposed=turned_over)
+                    first += run or part.shape[0]
     for p in declared.values():
         stored = pieces.get(p.name, _Piece(p.name)).stored
         if stored not in source.tensors:
             continue  # whoever checks the tensors says so
+        if layout.transposed and p.role == "linear" and p.name not in pieces:
+            pieces[p.name] = _Piece(p.name, transposed=True)
         if p.role == "norm" and layout.norm_offset:
             pieces[p.name] = _Piece(p.name, offset=layout.norm_offset)
         if layout.interleaved and p.slot in ("q", "k"):

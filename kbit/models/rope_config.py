@@ -31,6 +31,7 @@ class RopeRules:
         kinds: kinds of scaling.
         aliases: other names of kinds.
         share: partial_rotary_factor where the configuration names none; None: all of a head turns, always.
+        share_key: what older configurations call that factor.
         by_layer_type: layers with a window have settings of their own (`rope_parameters.sliding_attention`); scaling
             in the older spelling is that of the other layers alone.
         window_theta: that older spelling's key of the base in layers with a window, and its default; None: the same.
@@ -42,6 +43,7 @@ class RopeRules:
     kinds: tuple[str, ...] = KINDS
     aliases: Mapping[str, str] = field(default_factory=dict)
     share: float | None = None
+    share_key: str = "partial_rotary_factor"
     by_layer_type: bool = False
     window_theta: tuple[str, float] | None = None
     alpha: bool = False
@@ -178,7 +180,8 @@ def _read(reading: _Reading, key: str, settings: Mapping[str, Any], theta: Any) 
 def _rotated(reading: _Reading, settings: Mapping[str, Any]) -> int:
     """Features of a head that turn."""
     share = reading.rules.share
-    given = settings.get("partial_rotary_factor", reading.config.get("partial_rotary_factor"))
+    config = reading.config
+    given = settings.get("partial_rotary_factor", config.get("partial_rotary_factor", config.get(reading.rules.share_key)))
     if share is None:
         if given not in (None, 1, 1.0):
             raise UnsupportedError(

@@ -7,14 +7,18 @@ from typing import Any
 
 from kbit.models.families import (
     bert,
+    cohere,
     distilbert,
     ernie4_5,
     exaone4,
+    falcon,
     gemma,
     gemma2,
     gemma3,
     glm,
     glm4,
+    gpt2,
+    gpt_neox,
     granite,
     hunyuan_v1_dense,
     llama,
@@ -26,12 +30,15 @@ from kbit.models.families import (
     nomic_bert,
     olmo2,
     olmo3,
+    opt,
     phi3,
     qwen2,
     qwen3,
     roberta,
     seed_oss,
     smollm3,
+    stablelm,
+    starcoder2,
 )
 from kbit.models.family import Family, read_spec
 from kbit.models.spec import ModelSpec
@@ -67,6 +74,13 @@ FAMILIES: dict[str, Family] = {
         mpnet.FAMILY,
         modernbert.FAMILY,
         nomic_bert.FAMILY,
+        cohere.FAMILY,
+        falcon.FAMILY,
+        gpt2.FAMILY,
+        gpt_neox.FAMILY,
+        opt.FAMILY,
+        stablelm.FAMILY,
+        starcoder2.FAMILY,
     )
 }
 
