@@ -274,9 +274,10 @@ def read_spec(families: Mapping[str, Family], config: Mapping[str, Any], where: 
         task=read_task(family, values, _ACTIVATIONS, norm_bias),
     )
     for one, other in family.equal:
-        if values.raw(one) not in (None, values.raw(other)):
+        found, wanted = values.raw(one), values.raw(other)
+        if found not in (None, wanted):
             raise UnsupportedError(
-                f"{where}: {one} {shown(values.raw(one))} other than {other} ({shown(values.raw(other))}) is not supported"
+                f"{where}: {one} {shown(found)} is not supported; it must be {other}, {shown(wanted)}"
             )
     for key, harmless in _FOREIGN.items():
         if key not in values.asked and key not in family.ignored and config.get(key) not in harmless:

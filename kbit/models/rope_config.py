@@ -180,8 +180,8 @@ def _read(reading: _Reading, key: str, settings: Mapping[str, Any], theta: Any) 
 def _rotated(reading: _Reading, settings: Mapping[str, Any]) -> int:
     """Features of a head that turn."""
     share = reading.rules.share
-    config = reading.config
-    given = settings.get("partial_rotary_factor", config.get("partial_rotary_factor", config.get(reading.rules.share_key)))
+    older = reading.config.get("partial_rotary_factor", reading.config.get(reading.rules.share_key))
+    given = settings.get("partial_rotary_factor", older)
     if share is None:
         if given not in (None, 1, 1.0):
             raise UnsupportedError(

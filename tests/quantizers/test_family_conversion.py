@@ -28,8 +28,9 @@ from kbit.quantizers.plan import make_plan
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-# Norms stored less 1 around both blocks, two rotations; fused matrices; a rotation apart from attention.
-FAMILIES = ["gemma3", "phi3", "hunyuan"]
+# Norms stored less 1 around both blocks, two rotations; fused matrices; a rotation apart from attention; a table of
+# positions, matrices lying down; attention and MLP side by side.
+FAMILIES = ["gemma3", "phi3", "hunyuan", "gpt2", "gpt_neox"]
 
 
 def logits(source: CheckpointSource, backend: Backend | None = None) -> torch.Tensor:
@@ -81,7 +82,7 @@ class Unrounded(ScaledView):
         return self.target(name)
 
 
-@pytest.mark.parametrize("name", [*FAMILIES, "olmo2", "granite", "glm4", "smollm3"])
+@pytest.mark.parametrize("name", [*FAMILIES, "olmo2", "granite", "glm4", "smollm3", "cohere", "opt"])
 def test_scaling_features_changes_nothing(published: Callable[[str], Path], name: str) -> None:
     """AWQ's scales go through norms, values and products and out again, whatever else a block does."""
     method = ActivationAware(CalibrationRequest(tokens=256))

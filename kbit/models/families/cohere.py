@@ -1,4 +1,4 @@
-"""Cohere: Command R. One norm, after which attention and MLP stand side by side; adjacent features turn; scaled logits."""
+"""Cohere: Command R. One norm, then attention and MLP side by side; neighbours turn together; logits are scaled."""
 
 from dataclasses import replace
 

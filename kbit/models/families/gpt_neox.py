@@ -1,4 +1,4 @@
-"""GPT-NeoX: Pythia and its like. Attention and MLP side by side, a quarter of a head turns, q, k, v by head in one matrix."""
+"""GPT-NeoX, Pythia: attention and MLP side by side, a quarter of a head turns, q, k, v by head in one matrix."""
 
 from kbit.models.family import Family
 from kbit.models.layout import Layout

@@ -1,4 +1,4 @@
-"""StableLM: LayerNorms, a quarter of a head turns; StableLM 2 12B has attention and MLP side by side, after one norm."""
+"""StableLM: LayerNorms, a quarter of a head turns. StableLM 2 12B, with attention and MLP side by side, is another."""
 
 from kbit.models.families.llama import DEFAULTS, NAMES
 from kbit.models.family import Family
