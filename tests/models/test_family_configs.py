@@ -220,8 +220,8 @@ def test_what_another_family_reads_is_refused_where_it_is_not(key: str, value: A
             unturned = key == "partial_rotary_factor" and FAMILIES[family].names.positions is not None
             same = unturned or key in FAMILIES[family].ignored or _default(family, key) == value
             assert found != spec(family) or same
-    unturned = sum(family.names.positions is not None for family in FAMILIES.values())
-    assert refused >= len(FAMILIES) - (unturned if key == "partial_rotary_factor" else 5)
+    read = sum(family.names.positions is not None or family.rope.share is not None for family in FAMILIES.values())
+    assert refused >= len(FAMILIES) - (read if key == "partial_rotary_factor" else 5)
     assert spec("llama", **{key: {"num_experts": 1, "partial_rotary_factor": 1.0}.get(key)}) == spec("llama")
 
 
