@@ -44,13 +44,32 @@ class Weights:
 
 def layer(ops: Ops[X], spec: ModelSpec, weights: Weights, index: int, x: X, by_distance: Vector | None = None) -> X:
     """One layer on the residual stream: (..., hidden) -> (..., hidden)."""
+    if spec.parallel:
+        return _parallel(ops, spec, weights, index, x, by_distance)
     x = attention(ops, spec, weights, index, x, by_distance)
     return mixture(ops, spec, weights, x) if spec.has_experts(index) else mlp(ops, spec, weights, x)
 
 
 def attention(ops: Ops[X], spec: ModelSpec, weights: Weights, index: int, x: X, by_distance: Vector | None = None) -> X:
     """x + attention(norm(x)), and norms of what is added and of the sum where the model has them: (..., hidden)."""
-    q, k, v = _together(ops, weights, QKV, norm(ops, spec, weights, "attention_norm", x))
+    seen = _attended(ops, spec, weights, index, norm(ops, spec, weights, "attention_norm", x), by_distance)
+    x = _added(ops, spec, weights, "o", "attention_post_norm", seen, x)
+    return norm(ops, spec, weights, "attention_sum_norm", x)
+
+
+def _parallel(ops: Ops[X], spec: ModelSpec, weights: Weights, index: int, x: X, by_distance: Vector | None) -> X:
+    """x + attention(norm(x)) + MLP(norm(x)), by one norm or two: (..., hidden)."""
+    of_attention = norm(ops, spec, weights, "attention_norm", x)
+    of_mlp = norm(ops, spec, weights, "mlp_norm", x) if spec.names.mlp_norm is not None else of_attention
+    seen = _attended(ops, spec, weights, index, of_attention, by_distance)
+    inner = _features(ops, spec, weights, of_mlp)
+    x = _added(ops, spec, weights, "o", "attention_post_norm", seen, x)
+    return _added(ops, spec, weights, "down", "mlp_post_norm", inner, x)
+
+
+def _attended(ops: Ops[X], spec: ModelSpec, weights: Weights, index: int, normed: X, by_distance: Vector | None) -> X:
+    """Attention, but for its last linear: (..., hidden) -> (..., H D)."""
+    q, k, v = _together(ops, weights, QKV, normed)
     q, k, turns = _positioned(ops, spec, weights, index, q, k)
     described = Attention(
         layer=min(index, spec.cache_layers - 1),
@@ -72,15 +91,12 @@ def attention(ops: Ops[X], spec: ModelSpec, weights: Weights, index: int, x: X, 
     shifted = spec.score_cap is not None or (sinks is not None and spec.rope.dim < spec.head_dim)
     constant = turns is not None and single and spec.names.k_norm is None and not shifted
     key_bias = weights.biases.get("k") if constant else None
-    seen = ops.self_attention(q, k, v, described, key_bias, sinks, by_distance)  # (..., H D)
-    x = _added(ops, spec, weights, "o", "attention_post_norm", seen, x)
-    return norm(ops, spec, weights, "attention_sum_norm", x)
+    return ops.self_attention(q, k, v, described, key_bias, sinks, by_distance)
 
 
 def mlp(ops: Ops[X], spec: ModelSpec, weights: Weights, x: X) -> X:
     """x + MLP(norm(x)), and norms of what is added and of the sum where the model has them: (..., hidden)."""
-    gate, *up = _together(ops, weights, gate_up(spec), norm(ops, spec, weights, "mlp_norm", x))
-    inner = ops.activate(gate, up[0] if up else None, spec.activation)  # (..., intermediate)
+    inner = _features(ops, spec, weights, norm(ops, spec, weights, "mlp_norm", x))
     x = _added(ops, spec, weights, "down", "mlp_post_norm", inner, x)
     return norm(ops, spec, weights, "mlp_sum_norm", x)
 
@@ -107,6 +123,12 @@ def mixture(ops: Ops[X], spec: ModelSpec, weights: Weights, x: X) -> X:
             shared = ops.sigmoid_gate(shared, ops.linear(switch, inner))
         out = ops.add(out, shared)
     return _to_residual(ops, spec, weights, "mlp_post_norm", out, x)
+
+
+def _features(ops: Ops[X], spec: ModelSpec, weights: Weights, normed: X) -> X:
+    """The MLP, but for its last linear: (..., hidden) -> (..., intermediate)."""
+    gate, *up = _together(ops, weights, gate_up(spec), normed)
+    return ops.activate(gate, up[0] if up else None, spec.activation)
 
 
 def norm(ops: Ops[X], spec: ModelSpec, weights: Weights, slot: str, x: X) -> X:

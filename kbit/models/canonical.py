@@ -43,8 +43,9 @@ class _Piece:
         offset: what is added to its values.
         expert: where it is on the first axis of a tensor of all experts; then of what is there:
         step: every so many-th row is its own.
-        transposed: rows are columns.
+        transposed: rows are columns there, of a whole tensor or of an expert's.
         format: in which it is packed there, if it is.
+        run, apart: rows that lie together there, and how far apart such runs begin; 0 where all lie together.
     """
 
     stored: str
@@ -56,6 +57,8 @@ class _Piece:
     step: int = 1
     transposed: bool = False
     format: str | None = None
+    run: int = 0
+    apart: int = 0
 
 
 def canonical(source: CheckpointSource) -> CheckpointSource:
@@ -134,6 +137,8 @@ class CanonicalSource(StoredSource):
             shape = info.shape if piece.stored == name else (shapes[name][0], *info.shape[1:])
             if piece.expert is not None:
                 shape = shapes[name]
+            elif piece.transposed and len(info.shape) == 2:
+                shape = (info.shape[1] if piece.stored == name else shapes[name][0], info.shape[0])
             made = replace(info, name=name, shape=shape)
             if piece.format is not None:
                 made = replace(made, stored_as=piece.format)
@@ -158,6 +163,16 @@ class CanonicalSource(StoredSource):
             rows = whole.T if piece.transposed else whole
             found: NDArray[np.float32] = rows[piece.first + piece.step * start :: piece.step][: stop - start]
             return np.ascontiguousarray(found)
+        if piece.transposed:
+            columns = self._source.tensors[piece.stored].shape[0]
+            matrix = self._source.read_array_rows(piece.stored, 0, columns)
+            return np.ascontiguousarray(matrix[:, piece.first + start : piece.first + stop].T)
+        if piece.run:
+            # All runs that are touched, and what lies between them.
+            wanted = np.arange(start, stop)
+            places = piece.first + wanted // piece.run * piece.apart + wanted % piece.run
+            values = self._source.read_array_rows(piece.stored, int(places[0]), int(places[-1]) + 1)
+            return np.ascontiguousarray(values[places - places[0]])
         if not piece.head:
             values = self._source.read_array_rows(piece.stored, piece.first + start, piece.first + stop)
             return values + np.float32(piece.offset) if piece.offset else values
@@ -266,6 +281,8 @@ def _pieces(source: CheckpointSource, spec: ModelSpec, layout: Layout) -> dict[s
                     continue
                 parts = [declared[layer, slot, end] for slot in slots if (layer, slot, end) in declared]
                 wanted = (sum(part.shape[0] for part in parts), *(parts[0].shape[1:] if parts else ()))
+                turned_over = layout.transposed and end == "weight"
+                wanted = wanted[::-1] if turned_over else wanted
                 if source.tensors[stored].shape != wanted:
                     raise CheckpointError(
                         f"{source.path}: {stored} has shape {source.tensors[stored].shape}, but config.json asks for "
@@ -273,12 +290,15 @@ def _pieces(source: CheckpointSource, spec: ModelSpec, layout: Layout) -> dict[s
                     )
                 first = 0
                 for part in parts:
-                    pieces[part.name] = _Piece(stored, first)
-                    first += part.shape[0]
+                    run, apart = (spec.head_dim, len(parts) * spec.head_dim) if layout.by_head else (0, 0)
+                    pieces[part.name] = _Piece(stored, first, run=run, apart=apart, transposed=turned_over)
+                    first += run or part.shape[0]
     for p in declared.values():
         stored = pieces.get(p.name, _Piece(p.name)).stored
         if stored not in source.tensors:
             continue  # whoever checks the tensors says so
+        if layout.transposed and p.role == "linear" and p.name not in pieces:
+            pieces[p.name] = _Piece(p.name, transposed=True)
         if p.role == "norm" and layout.norm_offset:
             pieces[p.name] = _Piece(p.name, offset=layout.norm_offset)
         if layout.interleaved and p.slot in ("q", "k"):

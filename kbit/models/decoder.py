@@ -170,6 +170,7 @@ class Decoder:
             )
         self._check_vocabulary(min(ids), max(ids))
         self._check_whole(cache)
+        self._check_positions(int(cache.lengths[0]) + len(ids))
         cache.reserve((len(ids),))
         return self._runner.extend(ids, cache, last_only)
 
@@ -217,8 +218,17 @@ class Decoder:
         """Refuses a request that cannot be met, before anything is computed, and makes room for it."""
         if len(batch):
             self._check_vocabulary(int(batch.ids.min()), int(batch.ids.max()))
+            self._check_positions(int(batch.lengths.max()))
         self._check_whole(cache)
         cache.reserve(batch.counts)
+
+    def _check_positions(self, length: int) -> None:
+        """Refuse texts that are longer than a table of positions."""
+        if self.spec.position_rows and length > self.spec.context_length:
+            raise UsageError(
+                f"a text of {length} tokens is longer than the {self.spec.context_length} positions that this "
+                f"{self.spec.family} model has"
+            )
 
     def _check_whole(self, cache: Cache) -> None:
         """Refuse to go on with a text whose earlier tokens should have seen the new ones."""

@@ -14,7 +14,7 @@ import torch
 from kbit.checkpoint.source import CANONICAL, CheckpointSource
 from kbit.checkpoint.writer import DEFAULT_SHARD_BYTES, CheckpointWriter, StoredWeight
 from kbit.formats.codec import Part
-from kbit.host.errors import KbitError
+from kbit.host.errors import KbitError, UnsupportedError
 from kbit.models.check import check_tensors
 from kbit.models.families import FAMILIES, spec_from_config
 from kbit.models.family import family_of
@@ -73,6 +73,8 @@ def export_safetensors(
     """
     where = f"config of {source.path}"
     family, spec = family_of(FAMILIES, source.config, where), spec_from_config(source.config, where=where)
+    if spec.task is not None or family.layout.stacked:
+        raise UnsupportedError(f"{source.path}: {spec.family} models are not exported; kbit exports dense decoders")
     check_tensors(source, spec)
     stored_as, type_, name_of_type = DTYPES[dtype]
     tensors = published_tensors(spec, family.layout)

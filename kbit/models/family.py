@@ -50,6 +50,9 @@ _MIN_FACTOR, _MAX_FACTOR = 1e-9, 1e9
 
 # Keys that change the result in families that read them, with the values that change nothing where they are not read.
 _FOREIGN: Mapping[str, tuple[Any, ...]] = {
+    "_remove_final_layer_norm": (None, False),
+    "alibi": (None, False),
+    "apply_residual_connection_post_layernorm": (None, False),
     "attention_chunk_size": (None,),
     "attention_multiplier": (None,),
     "add_cross_attention": (None, False),
@@ -58,24 +61,29 @@ _FOREIGN: Mapping[str, tuple[Any, ...]] = {
     "clip_qkv": (None,),
     "decoder_sparse_step": (None, 1),
     "dim_model_base": (None,),
+    "do_layer_norm_before": (None, True),
     "embedding_multiplier": (None, 1),
     "final_logit_softcapping": (None,),
     "first_k_dense_replace": (None, 0),
     "hidden_activation": (None, "gelu_pytorch_tanh"),
     "is_decoder": (None, False),
+    "layer_norm_elementwise_affine": (None, True),
     "logit_scale": (None, 1),
     "logits_scaling": (None, 1),
     "mlp_fc1_bias": (None, False),
     "mlp_fc2_bias": (None, False),
     "mlp_only_layers": (None, []),
     "moe_every_n_layers": (None, 0),
+    "multi_query": (None, True),
     "n_group": (None, 0, 1),
     "n_routed_experts": (None, 0, 1),
     "n_shared_experts": (None, 0),
+    "new_decoder_architecture": (None, False),
     "no_rope_layer_interval": (None,),
     "no_rope_layers": (None,),
     "num_experts": (None, 0, 1),
     "num_local_experts": (None, 0, 1),
+    "parallel_attn": (None, True),
     "parallel_block": (None, False),
     "position_embedding_type": (None, "absolute"),
     "prenorm": (None, False),
@@ -91,6 +99,8 @@ _FOREIGN: Mapping[str, tuple[Any, ...]] = {
     "rotary_emb_scale_base": (None,),
     "rotary_scaling_factor": (None,),
     "routed_scaling_factor": (None, 1),
+    "scale_attn_by_inverse_layer_idx": (None, False),
+    "scale_attn_weights": (None, True),
     "scale_depth": (None,),
     "scale_emb": (None, 1),
     "scoring_func": (None, "softmax"),
@@ -100,6 +110,7 @@ _FOREIGN: Mapping[str, tuple[Any, ...]] = {
     "swiglu_limit": (None,),
     "use_bidirectional_attention": (None, False),
     "use_cla": (None, False),
+    "use_parallel_residual": (None, False),
     "use_qk_norm": (None, False),
     "use_rms_norm": (None, False),
 }
@@ -142,6 +153,11 @@ class Family:
             of padding.
         distances: see ModelSpec.
         unnormed: see ModelSpec.
+        extra_positions: rows that the table of positions has beside max_position_embeddings.
+        parallel: see ModelSpec; fixed, or the key that says.
+        mlp_ratio: intermediate_size over hidden_size where the configuration names none.
+        logit_factor: the key of the factor on logits.
+        equal: keys of two sizes that a published model may have apart, and kbit has not.
         task: what is computed of hidden states, see ModelSpec.
         heads: what else, by architecture; of an activation "config" the configuration says which. Keys of HEAD_KEYS
             that these families have say the rest.
@@ -184,6 +200,11 @@ class Family:
     first_position: int | Literal["pad"] = 0
     distances: tuple[int, int] | None = None
     unnormed: tuple[int, ...] = ()
+    extra_positions: int = 0
+    parallel: bool | str = False
+    mlp_ratio: int | None = None
+    logit_factor: str | None = None
+    equal: tuple[tuple[str, str], ...] = ()
     task: TaskHead | None = None
     heads: Mapping[str, TaskHead] = field(default_factory=dict)
 
@@ -228,7 +249,7 @@ def read_spec(families: Mapping[str, Family], config: Mapping[str, Any], where: 
         windows = tuple(None if window is None else window // 2 + 1 for window in windows)
     positions = position_table(family, values, max_positions)
     if positions.rows:
-        ropes = Ropes(RopeSpec("default", 0, DEFAULT_THETA, max_positions=max_positions - positions.first))
+        ropes = Ropes(RopeSpec("default", 0, DEFAULT_THETA, max_positions=positions.rows - positions.first))
     else:
         ropes = ropes_from_config(values, head_dim, max_positions, family.rope)
     norm_bias = _switch(family.norm_bias, values)
@@ -240,7 +261,7 @@ def read_spec(families: Mapping[str, Family], config: Mapping[str, Any], where: 
         family=family.model_type,
         vocab_size=values.integer("vocab_size", 1, _MAX_VOCAB),
         hidden_size=hidden,
-        intermediate_size=values.integer("intermediate_size", 1, _MAX_WIDTH),
+        intermediate_size=_intermediate_size(family, values, hidden),
         layers=layers,
         heads=heads,
         kv_heads=kv_heads,
@@ -266,7 +287,7 @@ def read_spec(families: Mapping[str, Family], config: Mapping[str, Any], where: 
         logit_cap=_cap(family.logit_cap, values),
         embedding_multiplier=_embedding_multiplier(family, values, hidden),
         residual_multiplier=_factor(family.residual_multiplier, values),
-        logit_multiplier=1.0 / _factor(family.logit_divisor, values),
+        logit_multiplier=_factor(family.logit_factor, values) / _factor(family.logit_divisor, values),
         query_temperature=ropes.query_temperature,
         experts=None if family.experts is None else experts_of(family.experts, values, layers),
         position_rows=positions.rows,
@@ -274,8 +295,15 @@ def read_spec(families: Mapping[str, Family], config: Mapping[str, Any], where: 
         types=token_types(family, values),
         distances=family.distances,
         unnormed=family.unnormed,
+        parallel=_switch(family.parallel, values),
         task=read_task(family, values, _ACTIVATIONS, norm_bias),
     )
+    for one, other in family.equal:
+        found, wanted = values.raw(one), values.raw(other)
+        if found not in (None, wanted):
+            raise UnsupportedError(
+                f"{where}: {one} {shown(found)} is not supported; it must be {other}, {shown(wanted)}"
+            )
     for key, harmless in _FOREIGN.items():
         if key not in values.asked and key not in family.ignored and config.get(key) not in harmless:
             raise UnsupportedError(
@@ -316,6 +344,12 @@ def family_of(families: Mapping[str, Family], config: Mapping[str, Any], where: 
             f"runs {', '.join(family.accepted)}"
         )
     return family
+
+
+def _intermediate_size(family: Family, values: ConfigValues, hidden: int) -> int:
+    if family.mlp_ratio is not None and values.raw("intermediate_size") is None:
+        return family.mlp_ratio * hidden
+    return values.integer("intermediate_size", 1, _MAX_WIDTH)
 
 
 def _switch(setting: bool | str, values: ConfigValues) -> bool:

@@ -31,6 +31,8 @@ class Layout:
     Attributes:
         fused: published matrices that hold several, by name (with {layer}, without .weight): the slots of those, in the
             order of their rows.
+        by_head: of these, each head's rows of one slot after the other, not all rows of one slot.
+        transposed: matrices inside of layers are published as (inputs, outputs).
         interleaved: pairs of features that turn together lie side by side (2 i, 2 i + 1), not half of what turns apart.
         norm_offset: is added to the stored weight of every norm.
         stacked: published tensors that hold all experts of a layer, by whole name (with {layer}).
@@ -42,6 +44,8 @@ class Layout:
     """
 
     fused: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    by_head: bool = False
+    transposed: bool = False
     interleaved: bool = False
     norm_offset: float = 0.0
     stacked: Mapping[str, Stacked] = field(default_factory=dict)
@@ -54,4 +58,4 @@ class Layout:
     def changes(self) -> bool:
         """Whether published tensors differ from canonical ones in more than their names, which tell by themselves."""
         elsewhere = bool(self.fused) or bool(self.stacked) or self.more_layers is not None
-        return elsewhere or self.interleaved or self.norm_offset != 0.0
+        return elsewhere or self.transposed or self.interleaved or self.norm_offset != 0.0

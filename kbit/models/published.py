@@ -39,16 +39,27 @@ class PublishedTensor:
     Attributes:
         name, shape: there.
         parts: what its rows consist of, in order.
+        run: rows of a part that lie together, after which the next part has as many; 0: all of them.
+        transposed: rows are columns there.
     """
 
     name: str
     shape: tuple[int, ...]
     parts: tuple[Part, ...]
+    run: int = 0
+    transposed: bool = False
 
     def rows(self, source: CheckpointSource, most_values: int) -> Iterator[torch.Tensor]:
         """Its values from canonical ones, float32, in runs of whole rows (or heads) of about so many values."""
         import torch
 
+        if self.run or self.transposed:
+            parts = [source.read(part.parameter.name) for part in self.parts]
+            run = self.run or parts[0].shape[0]
+            runs = [values.view(-1, run, *values.shape[1:]) for values in parts] if self.run else parts
+            whole = torch.cat(runs, dim=1 if self.run else 0).reshape(-1, *parts[0].shape[1:])
+            yield whole.T if self.transposed else whole
+            return
         columns = 1 if len(self.shape) == 1 else self.shape[1]
         for part in self.parts:
             count = part.parameter.shape[0]
@@ -89,7 +100,10 @@ def published_tensors(spec: ModelSpec, layout: Layout) -> tuple[PublishedTensor,
             part = Part(parameter, offset=layout.norm_offset)
         together.setdefault(name, []).append(part)
         together[name].sort(key=lambda part: slots.index(part.parameter.slot) if slots else 0)
-    return tuple(
-        PublishedTensor(name, (sum(p.parameter.shape[0] for p in parts), *parts[0].parameter.shape[1:]), tuple(parts))
-        for name, parts in together.items()
-    )
+    found = []
+    for name, parts in together.items():
+        shape: tuple[int, ...] = (sum(part.parameter.shape[0] for part in parts), *parts[0].parameter.shape[1:])
+        transposed = layout.transposed and parts[0].parameter.role == "linear"
+        run = spec.head_dim if layout.by_head and len(parts) > 1 else 0
+        found.append(PublishedTensor(name, shape[::-1] if transposed else shape, tuple(parts), run, transposed))
+    return tuple(found)

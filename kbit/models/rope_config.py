@@ -32,6 +32,7 @@ class RopeRules:
         aliases: other names of kinds.
         share: partial_rotary_factor where the configuration names none; None: all of a head turns, always.
         dim: the key of how many features of a head turn, in place of `partial_rotary_factor`.
+        share_key: what older configurations call that factor.
         by_layer_type: layers with a window have settings of their own (`rope_parameters.sliding_attention`); scaling
             in the older spelling is that of the other layers alone.
         window_theta: that older spelling's key of the base in layers with a window, and its default; None: the same.
@@ -44,6 +45,7 @@ class RopeRules:
     aliases: Mapping[str, str] = field(default_factory=dict)
     share: float | None = None
     dim: str | None = None
+    share_key: str = "partial_rotary_factor"
     by_layer_type: bool = False
     window_theta: tuple[str, float] | None = None
     alpha: bool = False
@@ -182,7 +184,8 @@ def _read(reading: _Reading, key: str, settings: Mapping[str, Any], theta: Any) 
 def _rotated(reading: _Reading, settings: Mapping[str, Any]) -> int:
     """Features of a head that turn."""
     share = reading.rules.share
-    given = settings.get("partial_rotary_factor", reading.config.get("partial_rotary_factor"))
+    older = reading.config.get("partial_rotary_factor", reading.config.get(reading.rules.share_key))
+    given = settings.get("partial_rotary_factor", older)
     if share is None:
         if given not in (None, 1, 1.0):
             raise UnsupportedError(

@@ -187,6 +187,8 @@ class ModelSpec:
         types: rows of the table of token types (`names.types`), 0 where there is none.
         distances: buckets and the largest distance of `kbit.models.distances`, where there is such a table.
         unnormed: layers that lack the norm before attention that the others have.
+        parallel: attention and MLP read the same stream, and what both make is added to it; without a norm of its own
+            the MLP reads what attention's norm made.
         task: what it computes of hidden states; None: the logits of the next token.
     """
 
@@ -227,6 +229,7 @@ class ModelSpec:
     types: int = 0
     distances: tuple[int, int] | None = None
     unnormed: tuple[int, ...] = ()
+    parallel: bool = False
     task: TaskHead | None = None
 
     def has_experts(self, layer: int) -> bool:

@@ -43,7 +43,7 @@ def position_table(family: Family, values: ConfigValues, max_positions: int) -> 
         first = values.integer("pad_token_id", 0, max_positions) + 1
     if first >= max_positions:
         raise values.error("max_position_embeddings", f"more than {first}, the row of the first token")
-    return PositionTable(max_positions, first)
+    return PositionTable(max_positions + family.extra_positions, first)
 
 
 def token_types(family: Family, values: ConfigValues) -> int:

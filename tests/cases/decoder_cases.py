@@ -54,14 +54,23 @@ TWO_ROPES = {
 }
 TEMPERED = {**YARN, "mscale": 1.0, "mscale_all_dim": 1.0, "llama_4_scaling_beta": 0.3}
 HEADS = {"head_dim": 8}
+EVERY_HEAD = {"num_key_value_heads": 6}
+HALF = {"rope_type": "default", "rope_theta": 1000.0, "partial_rotary_factor": 0.5}
 SLIDING, FULL = "sliding_attention", "full_attention"
 
 EXPERTS = {"num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
 
 # Names of classes of transformers by model_type, where one is not the other in lower case.
-MODEL_TYPES = {"Gemma3": "gemma3_text", "SeedOss": "seed_oss", "HunYuanDenseV1": "hunyuan_v1_dense"}
+MODEL_TYPES = {
+    "GPTNeoX": "gpt_neox",
+    "Gemma3": "gemma3_text",
+    "SeedOss": "seed_oss",
+    "HunYuanDenseV1": "hunyuan_v1_dense",
+}
 MODEL_TYPES |= {"Qwen3Moe": "qwen3_moe", "Qwen2Moe": "qwen2_moe", "Glm4Moe": "glm4_moe", "MiniMaxM2": "minimax_m2"}
 MODEL_TYPES |= {"GptOss": "gpt_oss"}
+# Likewise where the class of the model is not called ForCausalLM.
+CLASSES = {"GPT2": "GPT2LMHeadModel"}
 CONFIGS = {"Gemma3": "Gemma3Text"}
 
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
@@ -180,6 +189,16 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
             "rope_parameters": {"rope_type": "dynamic", "rope_theta": 100.0, "alpha": 50.0, "factor": 1.0},
         },
     ),
+    "gpt2": ("GPT2", {**EVERY_HEAD, "n_inner": 77, "max_position_embeddings": 64}),
+    "opt": ("OPT", {**EVERY_HEAD, "ffn_dim": 77, "word_embed_proj_dim": 48, "max_position_embeddings": 64}),
+    "gpt_neox": ("GPTNeoX", {**EVERY_HEAD, "rope_parameters": HALF}),
+    "gpt_neox-sequential": ("GPTNeoX", {**EVERY_HEAD, "use_parallel_residual": False, "attention_bias": False}),
+    "starcoder2": ("Starcoder2", {"sliding_window": 7}),
+    "starcoder2-no-biases": ("Starcoder2", {"use_bias": False, "tie_word_embeddings": False}),
+    "stablelm": ("StableLm", {"use_qkv_bias": True, "rope_parameters": HALF}),
+    "cohere": ("Cohere", {"logit_scale": 0.3}),
+    "cohere-biases": ("Cohere", {"attention_bias": True, "tie_word_embeddings": False}),
+    "falcon": ("Falcon", {"num_key_value_heads": 1, "ffn_hidden_size": 77}),
     "ernie4_5": ("Ernie4_5", {"head_dim": 10}),
     "ernie4_5-biases": ("Ernie4_5", {**HEADS, "use_bias": True, "tie_word_embeddings": False}),
     "qwen3-moe": ("Qwen3Moe", {**HEADS, **EXPERTS, "norm_topk_prob": True}),
@@ -246,7 +265,13 @@ def tiny_config(name: str) -> dict[str, Any]:
     family, changes = CASES[name]
     model_type = MODEL_TYPES.get(family, family.lower())
     marked = {MARK: True} if FAMILIES[model_type].layout.changes else {}
-    return {**TINY, **changes, **marked, "architectures": [f"{family}ForCausalLM"], "model_type": model_type}
+    return {
+        **TINY,
+        **changes,
+        **marked,
+        "architectures": [CLASSES.get(family, f"{family}ForCausalLM")],
+        "model_type": model_type,
+    }
 
 
 def saved_model(name: str, folder: Path, **changes: Any) -> Any:
@@ -262,13 +287,14 @@ def saved_model(name: str, folder: Path, **changes: Any) -> Any:
     family, own = CASES[name]
     config = getattr(transformers, f"{CONFIGS.get(family, family)}Config")(**{**TINY, **own, **changes})
     config._experts_implementation = "eager"  # others ask for sizes that are multiples of 4
-    model = getattr(transformers, f"{family}ForCausalLM")(config).eval()
+    model = getattr(transformers, CLASSES.get(family, f"{family}ForCausalLM"))(config).eval()
     generator = torch.Generator().manual_seed(17)
     with torch.no_grad():
         for parameter_name, parameter in model.named_parameters():
             noise = torch.randn(parameter.shape, generator=generator)
             # Weights large enough that attention is far from uniform and logits are far apart.
-            parameter.copy_(1.0 + 0.2 * noise if "norm" in parameter_name else 0.25 * noise)
+            is_norm = "norm" in parameter_name or ".ln_" in parameter_name
+            parameter.copy_(1.0 + 0.2 * noise if is_norm else 0.25 * noise)
         for buffer_name, buffer in model.named_buffers():
             if buffer_name.endswith("e_score_correction_bias"):
                 buffer.copy_(0.1 * torch.randn(buffer.shape, generator=generator))

@@ -50,7 +50,7 @@ BROKEN: dict[str, tuple[Callable[[dict[str, torch.Tensor]], object], dict[str, A
     "shape": (lambda t: None, {"intermediate_size": 96}, r"gate_proj\.weight has shape \(80, 32\), but config"),
     "surplus": (lambda t: t.update(extra=torch.zeros(2, 2)), {}, r"1 tensor \(extra\) is not part of a llama model"),
     "tied shape": (lambda t: t.update({HEAD: torch.zeros(4, 32)}), {}, "tie_word_embeddings is true, but lm_head"),
-    "family": (lambda t: None, {"model_type": "gpt2"}, "model_type 'gpt2' is not supported"),
+    "family": (lambda t: None, {"model_type": "mamba"}, "model_type 'mamba' is not supported"),
     "config": (lambda t: None, {"num_key_value_heads": 3}, "num_key_value_heads is 3"),
 }
 

@@ -50,7 +50,9 @@ def _fresh_rotary(request: pytest.FixtureRequest) -> None:
     """transformers keeps dynamic RoPE's last base between calls; give every test the model as it was loaded."""
     if "pair" in request.fixturenames:
         theirs = request.getfixturevalue("pair").theirs
-        theirs.model.rotary_emb.__init__(theirs.config)
+        for name, module in theirs.named_modules():
+            if name.endswith("rotary_emb"):
+                module.__init__(theirs.config)
 
 
 def assert_close(ours: torch.Tensor, theirs: torch.Tensor) -> None:
@@ -138,6 +140,8 @@ def test_greedy_text(pair: Pair) -> None:
 def test_old_spelling_of_the_config_means_the_same(pair: Pair, tmp_path: Path) -> None:
     """transformers 5 writes rope_parameters; earlier versions wrote rope_theta and rope_scaling (with "type")."""
     config = json.loads((pair.folder / "config.json").read_text())
+    if "rope_parameters" not in config:
+        pytest.skip("positions do not rotate")
     rope = config.pop("rope_parameters")
     if "full_attention" in rope:
         local, rope = rope["sliding_attention"]["rope_theta"], rope["full_attention"]

@@ -23,8 +23,9 @@ from kbit.quantizers.plan import make_plan
 transformers = pytest.importorskip("transformers")
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-# One of each layout: as canonical tensors, with fused matrices, with norms less 1, with interleaved rows, tied.
-FAMILIES = ("qwen2", "phi3", "gemma2", "gemma3", "glm4", "ernie4_5")
+# One of each layout: as canonical tensors, with fused matrices, with norms less 1, with interleaved rows, tied, lying
+# down, by head; experts.
+FAMILIES = ("qwen2", "phi3", "gemma2", "gemma3", "glm4", "ernie4_5", "gpt2", "gpt_neox", "opt", "falcon", "qwen3-moe")
 
 
 @pytest.fixture(scope="module", params=FAMILIES)

@@ -24,6 +24,15 @@ SIZES: dict[str, Any] = {
 }
 # Those of which transformers' own configuration class leaves out what the model then needs.
 HEADS = {"ministral": {"head_dim": 8}, "hunyuan_v1_dense": {"head_dim": 8}}
+# Widths whose keys have other names.
+HEADS |= {
+    "opt": {"ffn_dim": 20, "word_embed_proj_dim": 256},
+    "gpt2": {"n_inner": 20},
+    "falcon": {"ffn_hidden_size": 20},
+}
+# Key/value heads of models without such a key.
+KV_HEADS = {"falcon": 1, "gpt2": 32, "gpt_neox": 32, "opt": 32}
+_EPSILONS = ("rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon", "norm_epsilon")
 
 
 def config_of(family: str, **changes: Any) -> dict[str, Any]:
@@ -36,12 +45,13 @@ def test_absent_keys_take_transformers_defaults(family: str) -> None:
     sparse = config_of(family, **HEADS.get(family, {}))
     theirs = transformers.AutoConfig.for_model(**sparse)
     spec = spec_from_config(sparse)
-    assert spec.kv_heads == theirs.num_key_value_heads
+    assert spec.kv_heads == KV_HEADS.get(family, getattr(theirs, "num_key_value_heads", None))
     assert spec.head_dim == (getattr(theirs, "head_dim", None) or 8)
     assert spec.rope.max_positions == theirs.max_position_embeddings
-    assert spec.norm_eps == theirs.rms_norm_eps
+    # (OPT's is torch's own, in no configuration.)
+    assert spec.norm_eps == next((getattr(theirs, key) for key in _EPSILONS if hasattr(theirs, key)), 1e-5)
     assert spec.tied_embeddings == theirs.tie_word_embeddings
-    ropes = theirs.rope_parameters
+    ropes = getattr(theirs, "rope_parameters", None) or {"rope_theta": spec.rope.theta}  # a table, or rotations
     assert spec.rope.theta == ropes.get(FULL, ropes)["rope_theta"]
     if SLIDING in ropes and ropes[SLIDING]["rope_theta"] != spec.rope.theta:
         assert spec.window_rope is not None
@@ -63,11 +73,11 @@ def test_expected_tensors_are_those_of_the_model(case: str) -> None:
 
 
 def _model(case: str) -> Any:
-    from decoder_cases import CONFIGS, TINY
+    from decoder_cases import CLASSES, CONFIGS, TINY
 
     family, own = CASES[case]
     config = getattr(transformers, f"{CONFIGS.get(family, family)}Config")(**{**TINY, **own})
-    return getattr(transformers, f"{family}ForCausalLM")(config)
+    return getattr(transformers, CLASSES.get(family, f"{family}ForCausalLM"))(config)
 
 
 def spec(family: str, **changes: Any) -> ModelSpec:
@@ -210,8 +220,8 @@ def test_what_another_family_reads_is_refused_where_it_is_not(key: str, value: A
             unturned = key == "partial_rotary_factor" and FAMILIES[family].names.positions is not None
             same = unturned or key in FAMILIES[family].ignored or _default(family, key) == value
             assert found != spec(family) or same
-    unturned = sum(family.names.positions is not None for family in FAMILIES.values())
-    assert refused >= len(FAMILIES) - 5 - (unturned if key == "partial_rotary_factor" else 0)
+    read = sum(family.names.positions is not None or family.rope.share is not None for family in FAMILIES.values())
+    assert refused >= len(FAMILIES) - 5 - (read if key == "partial_rotary_factor" else 0)
     assert spec("llama", **{key: {"num_experts": 1, "partial_rotary_factor": 1.0}.get(key)}) == spec("llama")
 
 
@@ -239,3 +249,40 @@ def _default(family: str, key: str) -> Any:
 def test_senseless_values_are_named(family: str, key: str, value: Any) -> None:
     with pytest.raises(CheckpointError, match=f"config.json: {key} is "):
         spec(family, **{key: value})
+
+
+def test_positions_in_a_table() -> None:
+    """OPT's begins with two rows of padding; the context is what is left."""
+    gpt2 = spec("gpt2", n_positions=48)
+    assert (gpt2.position_rows, gpt2.first_position, gpt2.context_length) == (48, 0, 48)
+    assert gpt2.rotated == (False,) * 7
+    assert spec("gpt2", n_inner=None).intermediate_size == 4 * 256
+    opt = spec("opt", max_position_embeddings=48)
+    assert (opt.position_rows, opt.first_position, opt.context_length) == (50, 2, 48)
+
+
+def test_pythia_as_the_hub_has_it() -> None:
+    old = spec("gpt_neox", rotary_pct=0.25, rotary_emb_base=20000, num_attention_heads=8)
+    assert (old.rope.dim, old.rope.theta, old.parallel) == (8, 20000, True)
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "message"),
+    [
+        ("gpt2", {"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx True is not supported"),
+        ("gpt2", {"scale_attn_weights": False}, "scale_attn_weights False is not supported"),
+        ("gpt2", {"add_cross_attention": True}, "add_cross_attention True is not supported"),
+        ("opt", {"do_layer_norm_before": False}, "do_layer_norm_before False is not supported"),
+        ("opt", {"word_embed_proj_dim": 128}, "word_embed_proj_dim 128 is not supported; it must be hidden_size, 256"),
+        ("stablelm", {"use_parallel_residual": True}, "use_parallel_residual True is not supported"),
+        ("stablelm", {"qk_layernorm": True}, "qk_layernorm True is not supported"),
+        ("cohere", {"use_qk_norm": True}, "use_qk_norm True is not supported"),
+        ("falcon", {"new_decoder_architecture": True}, "new_decoder_architecture True is not supported"),
+        ("falcon", {"alibi": True}, "alibi True is not supported"),
+        ("falcon", {"multi_query": False}, "multi_query False is not supported"),
+        ("falcon", {"parallel_attn": False}, "parallel_attn False is not supported"),
+    ],
+)
+def test_other_models_of_a_name(family: str, changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(UnsupportedError, match=message):
+        spec(family, **changes)

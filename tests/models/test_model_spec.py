@@ -219,11 +219,11 @@ def test_missing_keys_are_named(key: str) -> None:
 @pytest.mark.parametrize(
     ("changes", "names"),
     [
-        ({"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"]}, "gpt2"),
+        ({"model_type": "mamba", "architectures": ["MambaForCausalLM"]}, "mamba"),
         ({"model_type": "qwen9"}, "qwen9"),
         ({"architectures": ["LlamaForSequenceClassification"]}, "LlamaForSequenceClassification"),
         ({"architectures": ["LlamaModel"]}, "LlamaModel"),
-        ({"model_type": None, "architectures": ["FalconForCausalLM"]}, "FalconForCausalLM"),
+        ({"model_type": None, "architectures": ["RwkvForCausalLM"]}, "RwkvForCausalLM"),
         ({"layer_types": ["full_attention", "sliding_attention"]}, "layer_types"),
         ({"layer_types": ["full_attention", "linear_attention"]}, "linear_attention"),
         ({"rope_scaling": {"rope_type": "longrope"}}, "longrope"),

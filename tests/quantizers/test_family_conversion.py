@@ -29,8 +29,9 @@ from kbit.quantizers.plan import make_plan
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 # Norms stored less 1 around both blocks, two rotations; fused matrices; a rotation apart from attention; experts beside
-# one for all; experts in one tensor, with biases, a clamped gate and sinks.
-FAMILIES = ["gemma3", "phi3", "hunyuan", "qwen2-moe", "gpt-oss"]
+# one for all; experts in one tensor, with biases, a clamped gate and sinks; a table of positions, matrices lying down;
+# attention and MLP side by side.
+FAMILIES = ["gemma3", "phi3", "hunyuan", "qwen2-moe", "gpt-oss", "gpt2", "gpt_neox"]
 
 
 def logits(source: CheckpointSource, backend: Backend | None = None) -> torch.Tensor:
@@ -90,7 +91,7 @@ class Unrounded(ScaledView):
         return self.target(name)
 
 
-@pytest.mark.parametrize("name", [*FAMILIES, "olmo2", "granite", "glm4", "smollm3", "glm4-moe"])
+@pytest.mark.parametrize("name", [*FAMILIES, "olmo2", "granite", "glm4", "smollm3", "glm4-moe", "cohere", "opt"])
 def test_scaling_features_changes_nothing(published: Callable[[str], Path], name: str) -> None:
     """AWQ's scales go through norms, values and products and out again, whatever else a block does."""
     method = ActivationAware(CalibrationRequest(tokens=256))

@@ -7,15 +7,19 @@ from typing import Any
 
 from kbit.models.families import (
     bert,
+    cohere,
     distilbert,
     ernie4_5,
     exaone4,
+    falcon,
     gemma,
     gemma2,
     gemma3,
     glm,
     glm4,
     glm4_moe,
+    gpt2,
+    gpt_neox,
     gpt_oss,
     granite,
     granitemoe,
@@ -32,6 +36,7 @@ from kbit.models.families import (
     olmo2,
     olmo3,
     olmoe,
+    opt,
     phi3,
     qwen2,
     qwen2_moe,
@@ -40,6 +45,8 @@ from kbit.models.families import (
     roberta,
     seed_oss,
     smollm3,
+    stablelm,
+    starcoder2,
 )
 from kbit.models.family import Family, read_spec
 from kbit.models.spec import ModelSpec
@@ -83,6 +90,13 @@ FAMILIES: dict[str, Family] = {
         mpnet.FAMILY,
         modernbert.FAMILY,
         nomic_bert.FAMILY,
+        cohere.FAMILY,
+        falcon.FAMILY,
+        gpt2.FAMILY,
+        gpt_neox.FAMILY,
+        opt.FAMILY,
+        stablelm.FAMILY,
+        starcoder2.FAMILY,
     )
 }
 

@@ -1,0 +1,47 @@
+"""OPT: a table of positions that begins at its third row. The 350M model, with norms after the sums, is another."""
+
+from kbit.models.family import Family
+from kbit.models.layout import Layout
+from kbit.models.spec import TensorNames
+
+_LAYER = "model.decoder.layers.{layer}"
+
+FAMILY = Family(
+    model_type="opt",
+    architectures=("OPTForCausalLM",),
+    defaults={
+        "activation_function": "relu",
+        "layer_norm_eps": 1e-5,  # no key of these configurations
+        "max_position_embeddings": 2048,
+        "tie_word_embeddings": True,
+        "enable_bias": True,
+    },
+    keys={"intermediate_size": "ffn_dim"},
+    activation="activation_function",
+    qkv_bias="enable_bias",
+    output_bias="enable_bias",
+    mlp_bias="enable_bias",
+    windows="none",
+    names=TensorNames(
+        embedding="model.decoder.embed_tokens",
+        positions="model.decoder.embed_positions",
+        final_norm="model.decoder.final_layer_norm",
+        head="lm_head",
+        attention_norm=f"{_LAYER}.self_attn_layer_norm",
+        q=f"{_LAYER}.self_attn.q_proj",
+        k=f"{_LAYER}.self_attn.k_proj",
+        v=f"{_LAYER}.self_attn.v_proj",
+        o=f"{_LAYER}.self_attn.out_proj",
+        mlp_norm=f"{_LAYER}.final_layer_norm",
+        gate=None,
+        up=f"{_LAYER}.fc1",
+        down=f"{_LAYER}.fc2",
+    ),
+    norm="layer",
+    norm_bias=True,
+    norm_eps="layer_norm_eps",
+    first_position=2,
+    extra_positions=2,
+    equal=(("word_embed_proj_dim", "hidden_size"),),
+    layout=Layout(prefix="model."),
+)
