@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from kbit.checkpoint.source import CheckpointSource
 from kbit.host.errors import CheckpointError, UnsupportedError, UsageError, one_line
+from kbit.text.added_tokens import add_tokens_of_files, token_settings
 from kbit.text.backend import load_backend
 from kbit.text.tokenizer import Tokenizer
 
@@ -23,7 +24,7 @@ class EncodedText:
 
     Attributes:
         ids: token ids.
-        types: token types, as the tokenizer's template gives them.
+        types: token types, as the tokenizer's template gives them where the model is to know them; else 0.
         parts: of every token 0 (the text), 1 (what it is paired with), or None (a special token).
         spans: [first, stop) characters of every token in its part.
         words: which word of its part every token belongs to, or None.
@@ -59,9 +60,11 @@ class TextEncoder:
         if "tokenizer.json" not in files:
             raise UnsupportedError(f"{where} is missing: copy it from the model's original repository")
         self._library: tokenizers.Tokenizer = load_backend(files["tokenizer.json"], where)
+        add_tokens_of_files(self._library, files, str(source.path))
         self._library.no_padding()
         self._library.no_truncation()
         self._where = where
+        self._typed = _takes_types(files, str(source.path))
 
     def encode(self, text: str, pair: str | None = None) -> EncodedText:
         """All of a text.
@@ -117,8 +120,19 @@ class TextEncoder:
         except Exception as error:  # the library's only exception type
             raise CheckpointError(f"{self._where} cannot encode this text: {one_line(error)}") from None
         pieces = [found, *found.overflowing]
-        return [_encoded(piece, whole=len(pieces) == 1) for piece in pieces]
+        return [_encoded(piece, whole=len(pieces) == 1, typed=self._typed) for piece in pieces]
 
 
-def _encoded(found: Any, *, whole: bool) -> EncodedText:
-    return EncodedText(found.ids, found.type_ids, found.sequence_ids, found.offsets, found.word_ids, whole)
+def _takes_types(files: Mapping[str, bytes], where: str) -> bool:
+    """Whether the model is given token types: as `model_input_names` says or, where nothing says it, but for tokenizers
+    of no class of their own, whose default leaves them out (transformers 5)."""
+    settings = token_settings(files, where)
+    names = settings.get("model_input_names")
+    if isinstance(names, list):
+        return "token_type_ids" in names
+    return settings.get("tokenizer_class") not in ("PreTrainedTokenizerFast", "TokenizersBackend")
+
+
+def _encoded(found: Any, *, whole: bool, typed: bool) -> EncodedText:
+    types = found.type_ids if typed else [0] * len(found.ids)
+    return EncodedText(found.ids, types, found.sequence_ids, found.offsets, found.word_ids, whole)

@@ -135,7 +135,7 @@ class _Reader:
         return value
 
     def error(self, name: str, key: str, value: object, wanted: str) -> CheckpointError:
-        return CheckpointError(f"{self.where}: {name}: {key} is {one_line(value)}; it should be {wanted}")
+        return CheckpointError(f"{self.where}: {name}: {key} is {one_line(repr(value))}; it should be {wanted}")
 
 
 def _with_modules(reader: _Reader, found: SentenceConfig) -> SentenceConfig:
@@ -186,7 +186,7 @@ def _poolings(reader: _Reader, name: str, values: Mapping[str, Any]) -> tuple[st
         chosen = [kind for kind in POOLINGS if kind in listed]
     if unknown or not chosen:
         raise UnsupportedError(
-            f"{reader.where}: {name}: pooling {one_line(unknown[0]) if unknown else 'by nothing'} is not supported; "
+            f"{reader.where}: {name}: pooling {one_line(repr(unknown[0])) if unknown else 'by nothing'} is not supported; "
             f"kbit has {', '.join(POOLINGS)}"
         )
     return tuple(chosen)

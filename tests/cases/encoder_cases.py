@@ -73,8 +73,9 @@ def saved(model: Any, folder: Path, *, tokenizer: bool = True) -> Path:
     return folder
 
 
-def save_tokenizer(folder: Path, size: int = SIZES["vocab_size"]) -> None:
-    """A WordPiece tokenizer of few words, which puts [CLS] and [SEP] around texts and pairs."""
+def save_tokenizer(folder: Path, size: int = SIZES["vocab_size"], *, types: bool = True) -> None:
+    """A WordPiece tokenizer of few words, which puts [CLS] and [SEP] around texts and pairs; types: the model takes
+    token types."""
     from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 
     letters = [chr(ord("a") + i) for i in range(26)]
@@ -92,6 +93,8 @@ def save_tokenizer(folder: Path, size: int = SIZES["vocab_size"]) -> None:
     made.save(str(folder / "tokenizer.json"))
     named = {f"{name}_token": f"[{name.upper()}]" for name in ("pad", "unk", "cls", "sep", "mask")}
     about = {"tokenizer_class": "PreTrainedTokenizerFast", **named}
+    if types:
+        about["model_input_names"] = ["input_ids", "token_type_ids", "attention_mask"]
     (folder / "tokenizer_config.json").write_text(json.dumps(about))
 
 
