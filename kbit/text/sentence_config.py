@@ -186,8 +186,8 @@ def _poolings(reader: _Reader, name: str, values: Mapping[str, Any]) -> tuple[st
         chosen = [kind for kind in POOLINGS if kind in listed]
     if unknown or not chosen:
         raise UnsupportedError(
-            f"{reader.where}: {name}: pooling {one_line(repr(unknown[0])) if unknown else 'by nothing'} is not supported; "
-            f"kbit has {', '.join(POOLINGS)}"
+            f"{reader.where}: {name}: pooling {one_line(repr(unknown[0])) if unknown else 'by nothing'} is not "
+            f"supported; kbit has {', '.join(POOLINGS)}"
         )
     return tuple(chosen)
 
