@@ -4,8 +4,8 @@
 
 The STS benchmark's test set (1,379 pairs, scores from 0 to 5; Cer et al. 2017, arXiv:1708.00055), read from
 KBIT_DATA/stsb/sts-test.csv or --data: tab separated, score and texts in columns 5 to 7. Of every width the linear
-layers are quantized into a temporary folder, which the engine of `kbit embed` then runs. Errors are standard errors over
-1,000 bootstrap draws of the pairs; of a difference from fp32, over the same draws of both.
+layers are quantized into a temporary folder, which the engine of `kbit embed` then runs. Errors are standard errors
+over 1,000 bootstrap draws of the pairs; of a difference from fp32, over the same draws of both.
 """
 
 from __future__ import annotations
