@@ -94,7 +94,9 @@ def calibration_tokens(
         spec = spec_from_config(source.config, where=f"config of {source.path}")
         begin, end = ([], []) if spec.continues_text else _around(tokenizer)
         inner = length - len(begin) - len(end)
-        ids = [np.array(tokenizer.encode(text.text), dtype=np.int64) for text in request.texts]
+        special = spec.continues_text  # what stands around an encoder's text is put around each sequence
+        encoded = (tokenizer.encode(text.text, add_special_tokens=special) for text in request.texts)
+        ids = [np.array(each, dtype=np.int64) for each in encoded]
         for text, has, share in zip(request.texts, ids, shares, strict=True):
             if len(has) // inner < share:
                 most = min(len(each) // inner for each in ids) * length * len(ids) // SEQUENCE * SEQUENCE
@@ -104,7 +106,7 @@ def calibration_tokens(
                     f"text{fewer}"
                 )
         sequences = np.concatenate([_cut(has, share, inner) for has, share in zip(ids, shares, strict=True)])
-        ends = [np.tile(np.array(ids, dtype=np.int64), (len(sequences), 1)) for ids in (begin, end)]
+        ends = [np.tile(np.array(each, dtype=np.int64), (len(sequences), 1)) for each in (begin, end)]
         return np.concatenate([ends[0], sequences, ends[1]], axis=1)
     return sampled_tokens(source, count, length, threads=threads, progress=progress)
 
