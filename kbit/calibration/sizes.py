@@ -43,8 +43,8 @@ def refuse_encoder(spec: ModelSpec, texts: bool, gradients: bool) -> None:
     if not spec.continues_text and (gradients or not texts):
         raise UnsupportedError(
             f"a {spec.family} encoder predicts no next token: it writes no text to calibrate on, and has no gradients "
-            "to weigh errors by; use --method rtn or hqq, or --method gptq or search with --inputs-only and --calibration "
-            "TEXT"
+            "to weigh errors by; use --method rtn or hqq, or --method gptq or search with --inputs-only and "
+            "--calibration TEXT"
         )
 
 

@@ -152,7 +152,7 @@ _Token = tuple[int | None, tuple[int, int], Floats]  # word, characters, probabi
 
 
 def _identity(config: object) -> bool:
-    """Whether a reranker's configuration asks for logits themselves, as sentence-transformers' CrossEncoder reads it."""
+    """Whether a reranker's configuration asks for logits themselves, as sentence-transformers' CrossEncoder does."""
     assert isinstance(config, dict)
     about = config.get("sentence_transformers")
     named = about.get("activation_fn") if isinstance(about, dict) else None

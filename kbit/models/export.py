@@ -73,8 +73,8 @@ def export_safetensors(
     """
     where = f"config of {source.path}"
     family, spec = family_of(FAMILIES, source.config, where), spec_from_config(source.config, where=where)
-    if spec.task is not None or family.layout.stacked:
-        raise UnsupportedError(f"{source.path}: {spec.family} models are not exported; kbit exports dense decoders")
+    if spec.task is not None:
+        raise UnsupportedError(f"{source.path}: {spec.family} models are not exported; kbit exports decoders")
     check_tensors(source, spec)
     stored_as, type_, name_of_type = DTYPES[dtype]
     tensors = published_tensors(spec, family.layout)
