@@ -93,9 +93,7 @@ def test_every_format(benchmark: Any, data_dir: Path, tmp_path: Path) -> None:
     if not model.is_dir() or not text.is_file():
         pytest.skip(f"no {model} or no {text}")
     read = tmp_path / text.name
-    read.write_text(
-        text.read_text(encoding="utf-8"), encoding="utf-8", newline="\n"
-    )  # without CR
+    read.write_text(text.read_text(encoding="utf-8"), encoding="utf-8", newline="\n")  # without CR
 
     def measure() -> list[dict[str, Any]]:
         return accuracy_table.measure(str(model), str(read), bits=(2, 3, 4, 5, 6, 7, 8), max_tokens=4096)

@@ -82,7 +82,7 @@ def mix(
         (R, K) float32.
     """
     out = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
-    for expert in experts.unique().tolist():
+    for expert in torch.unique(experts).tolist():
         rows, places = (experts == expert).nonzero(as_tuple=True)
         out = out.index_add(0, rows, compute(expert, x[rows]).float() * weights[rows, places, None])
     return out

@@ -97,7 +97,8 @@ def _active(infos: list[Any], spec: ModelSpec | None) -> int:
     from kbit.models.params import parameters
 
     shares = {} if spec is None else {p.name: p.active for p in parameters(spec)}
-    return round(sum(shares.get(info.name, 1.0) * info.numel for info in infos))
+    active: float = sum(shares.get(info.name, 1.0) * info.numel for info in infos)
+    return round(active)
 
 
 def _experts(experts: ExpertsSpec) -> dict[str, int]:

@@ -67,10 +67,10 @@ class RowsPacker:
         self,
         start: int,
         codes: NDArray[np.uint8],
-        scales: NDArray[np.floating],
-        offsets: NDArray[np.floating] | None,
+        scales: NDArray[Any],
+        offsets: NDArray[Any] | None,
     ) -> None:
-        """Rows from `start` on: codes (R, K); scales and offsets (R, blocks) of the format's type."""
+        """Rows from `start` on: codes (R, K); scales and offsets (R, blocks) of the format's type, bf16 as patterns."""
         rows = slice(start, start + len(codes))
         for width, plane in zip(plane_widths(self._format.bits), pack_codes(codes, self._format.bits), strict=True):
             self._parts[f"plane{width}"][rows] = plane

@@ -109,9 +109,13 @@ def mixture(ops: Ops[X], spec: ModelSpec, weights: Weights, x: X) -> X:
     slots = expert_slots(experts.routing.experts)
     gates, ups, downs = (weights.linears(column) for column in zip(*slots, strict=True))
     parameters = Experts(
-        *(tuple(linear.weight for linear in linears) for linears in (gates, ups, downs)),
-        *(tuple(linear.bias for linear in linears) for linears in (gates, ups, downs)),
-        weights.biases.get("selection_bias"),
+        gates=tuple(linear.weight for linear in gates),
+        ups=tuple(linear.weight for linear in ups),
+        downs=tuple(linear.weight for linear in downs),
+        gate_biases=tuple(linear.bias for linear in gates),
+        up_biases=tuple(linear.bias for linear in ups),
+        down_biases=tuple(linear.bias for linear in downs),
+        selection_bias=weights.biases.get("selection_bias"),
     )
     described = Mixture(experts.routing, spec.activation, experts.clamp)
     out = ops.experts(inner, ops.linear(router.weight, inner, router.bias), parameters, described)

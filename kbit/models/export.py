@@ -18,7 +18,7 @@ from kbit.host.errors import KbitError, UnsupportedError
 from kbit.models.check import check_tensors
 from kbit.models.families import FAMILIES, spec_from_config
 from kbit.models.family import family_of
-from kbit.models.published import PublishedTensor, published_tensors
+from kbit.models.published import PublishedTensor, StackedTensor, published_tensors
 
 # What values can be written as: safetensors' name, torch's type, and its name in configurations.
 DTYPES = {
@@ -73,8 +73,8 @@ def export_safetensors(
     """
     where = f"config of {source.path}"
     family, spec = family_of(FAMILIES, source.config, where), spec_from_config(source.config, where=where)
-    if spec.task is not None or family.layout.stacked:
-        raise UnsupportedError(f"{source.path}: {spec.family} models are not exported; kbit exports dense decoders")
+    if spec.task is not None:
+        raise UnsupportedError(f"{source.path}: {spec.family} models are not exported; kbit exports decoders")
     check_tensors(source, spec)
     stored_as, type_, name_of_type = DTYPES[dtype]
     tensors = published_tensors(spec, family.layout)
@@ -99,7 +99,11 @@ def export_safetensors(
 
 
 def _pieces(
-    source: CheckpointSource, tensor: PublishedTensor, type_: torch.dtype, dtype: str, squares: list[float]
+    source: CheckpointSource,
+    tensor: PublishedTensor | StackedTensor,
+    type_: torch.dtype,
+    dtype: str,
+    squares: list[float],
 ) -> Iterator[memoryview]:
     for values in tensor.rows(source, _VALUES_AT_ONCE):
         if not bool(torch.isfinite(values).all()):

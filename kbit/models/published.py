@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from kbit.checkpoint.source import CheckpointSource
-from kbit.models.layout import Layout
+from kbit.models.layout import Layout, Stacked
 from kbit.models.params import Parameter, parameters
 from kbit.models.spec import ModelSpec
 
@@ -78,7 +78,51 @@ class PublishedTensor:
                 yield values - part.offset if part.offset else values
 
 
-def published_tensors(spec: ModelSpec, layout: Layout) -> tuple[PublishedTensor, ...]:
+@dataclass(frozen=True)
+class StackedTensor:
+    """A tensor of a published checkpoint that holds all experts of a layer.
+
+    Attributes:
+        name, shape: there.
+        experts: of each, the canonical tensors whose rows it holds.
+        stack: how.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    experts: tuple[tuple[Parameter, ...], ...]
+    stack: Stacked
+
+    def rows(self, source: CheckpointSource, most_values: int) -> Iterator[torch.Tensor]:
+        """Its values from canonical ones, float32, an expert at a time."""
+        import torch
+
+        for parts in self.experts:
+            values = [source.read(part.name) for part in parts]
+            whole = torch.stack(values, dim=1).flatten(0, 1) if self.stack.alternating else torch.cat(values)
+            yield (whole.T if self.stack.transposed and whole.dim() == 2 else whole)[None]
+
+
+def _stacked(spec: ModelSpec, layout: Layout) -> dict[str, StackedTensor]:
+    """The tensors of experts, by the canonical name of the first that each holds."""
+    if spec.experts is None:
+        return {}
+    declared = {(p.layer, p.slot, p.name.rpartition(".")[2]): p for p in parameters(spec)}
+    found = {}
+    for layer in range(spec.layers):
+        for template, stack in layout.stacked.items():
+            experts = tuple(
+                tuple(declared[layer, f"experts.{expert}.{slot}", stack.kind] for slot in stack.slots)
+                for expert in range(spec.experts.routing.experts if spec.has_experts(layer) else 0)
+            )
+            if experts:
+                rows, rest = sum(part.shape[0] for part in experts[0]), experts[0][0].shape[1:]
+                shape = (len(experts), *((*rest, rows) if stack.transposed else (rows, *rest)))
+                found[experts[0][0].name] = StackedTensor(template.format(layer=layer), shape, experts, stack)
+    return found
+
+
+def published_tensors(spec: ModelSpec, layout: Layout) -> tuple[PublishedTensor | StackedTensor, ...]:
     """Every tensor of a model as its family publishes it, in the order of the computation. A tied head is not one."""
     fused: dict[tuple[int | None, str], tuple[str, tuple[str, ...]]] = {
         (layer, slot): (template.format(layer=layer), slots)
@@ -86,8 +130,14 @@ def published_tensors(spec: ModelSpec, layout: Layout) -> tuple[PublishedTensor,
         for slot in slots
         for layer in range(spec.layers)
     }
+    stacks = _stacked(spec, layout)
+    inside = {part.name for stack in stacks.values() for parts in stack.experts for part in parts}
     together: dict[str, list[Part]] = {}
     for parameter in parameters(spec):
+        if parameter.name in inside:
+            if parameter.name in stacks:
+                together[parameter.name] = []
+            continue
         kind = parameter.name.rpartition(".")[2]
         stored, slots = (
             fused.get((parameter.layer, parameter.slot), (None, ())) if parameter.layer is not None else (None, ())
@@ -100,8 +150,11 @@ def published_tensors(spec: ModelSpec, layout: Layout) -> tuple[PublishedTensor,
             part = Part(parameter, offset=layout.norm_offset)
         together.setdefault(name, []).append(part)
         together[name].sort(key=lambda part: slots.index(part.parameter.slot) if slots else 0)
-    found = []
+    found: list[PublishedTensor | StackedTensor] = []
     for name, parts in together.items():
+        if name in stacks:
+            found.append(stacks[name])
+            continue
         shape: tuple[int, ...] = (sum(part.parameter.shape[0] for part in parts), *parts[0].parameter.shape[1:])
         transposed = layout.transposed and parts[0].parameter.role == "linear"
         run = spec.head_dim if layout.by_head and len(parts) > 1 else 0

@@ -195,6 +195,11 @@ class TestShares:
             shard(source_of("olmo2", None), 0, 2)
         assert shard(source_of("olmo2", None), 0, 1).config["num_attention_heads"] == 6
 
+    def test_experts(self) -> None:
+        with pytest.raises(UnsupportedError, match="experts of mixtral models are not dealt out.*use one process"):
+            shard(source_of("mixtral", None), 0, 2)
+        assert shard(source_of("mixtral", None), 0, 1).config["num_attention_heads"] == 6
+
     def test_an_mlp_of_too_few_blocks(self) -> None:
         tensors = source_of("llama", None, num_attention_heads=2)
         name = "model.layers.1.mlp.down_proj.weight"

@@ -61,6 +61,24 @@ def test_prefill_and_decoding(device: str, name: str) -> None:
     assert caches[0].lengths.tolist() == [16, 16]
 
 
+@pytest.mark.parametrize("name", ["qwen2-moe", "glm4-moe"])
+def test_experts(device: str, name: str) -> None:
+    """Grouped products; a shared expert behind a gate, and groups with a bias."""
+    source = source_of(name, "nf4-b16")
+    ours, theirs = on(device, source), reference(source)
+    ids = random_ids(2, 10)
+    caches = ours.new_cache(2, 20), theirs.new_cache(2, 20)
+    for part in ids.split([8, 1, 1], dim=1):
+        assert_close(ours.forward(part, caches[0]), theirs.forward(part, caches[1]), source)
+
+
+def test_experts_that_have_no_kernel(device: str) -> None:
+    with pytest.raises(UnsupportedError, match="experts of one quantized format alone.*use --device cpu"):
+        on(device, source_of("qwen3-moe"))
+    with pytest.raises(UnsupportedError, match="no attention with sinks; use --device cpu"):
+        on(device, source_of("gpt-oss", "nf4-b16"))
+
+
 @pytest.mark.parametrize("format", ["int2-b16", "nf3-b32-dq", "int4-b64-asym", "lloyd5-b16", "int8-row-fp32"])
 def test_formats(device: str, format: str) -> None:
     source = source_of("llama", format)

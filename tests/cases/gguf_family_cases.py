@@ -34,7 +34,18 @@ LINEARS = {
     "self_attn.k_norm": "attn_k_norm",
     "self_attn.query_layernorm": "attn_q_norm",
     "self_attn.key_layernorm": "attn_k_norm",
+    "mlp.gate": "ffn_gate_inp",
+    "mlp.router": "ffn_gate_inp",
+    "block_sparse_moe.gate": "ffn_gate_inp",
+    "mlp.shared_expert_gate": "ffn_gate_inp_shexp",
 }
+LINEARS |= {
+    f"mlp.{block}.{part}_proj": f"ffn_{part}_shexp"
+    for block in ("shared_expert", "shared_experts")
+    for part in ("gate", "up", "down")
+}
+# Of experts: their canonical names, and which of gate, up and down each is.
+EXPERT_PARTS = {"gate_proj": "gate", "up_proj": "up", "down_proj": "down", "w1": "gate", "w3": "up", "w2": "down"}
 GLOBAL = {
     "model.embed_tokens.weight": "token_embd.weight",
     "model.norm.weight": "output_norm.weight",
@@ -64,9 +75,20 @@ CASES: dict[str, tuple[str, dict[str, str], dict[str, Any]]] = {
     "seed-oss-biases": ("seed_oss", {**BOTH, "post_attention_layernorm": "post_attention_norm"}, {}),
     "hunyuan": ("hunyuan-dense", BOTH, {}),
     "ernie4_5": ("ernie4_5", BOTH, {}),
+    "mixtral": ("llama", BOTH, {}),
+    "qwen3-moe": ("qwen3moe", BOTH, {}),
+    "qwen2-moe": ("qwen2moe", BOTH, {"mlp_only_layers": None}),
+    "olmoe": ("olmoe", BOTH, {}),
+    "glm4-moe": ("glm4moe", {**BOTH, "post_attention_layernorm": "post_attention_norm"}, {}),
+    "minimax-m2": ("minimax-m2", BOTH, {}),
+    "gpt-oss": (
+        "gpt-oss",
+        {**BOTH, "post_attention_layernorm": "post_attention_norm"},
+        {"swiglu_limit": 7.0, "layer_types": None},
+    ),
 }
 # The converter permutes rows of queries and keys; and adds 1 to norms.
-PERMUTED, FROM_ONE = ("granite", "mistral3", "smollm3"), ("gemma", "gemma2", "gemma3")
+PERMUTED, FROM_ONE = ("granite", "llama", "mistral3", "smollm3"), ("gemma", "gemma2", "gemma3")
 _NUMBERS = {
     "attn_logit_softcapping": "attn_logit_softcapping",
     "final_logit_softcapping": "final_logit_softcapping",
@@ -83,8 +105,16 @@ def tensors_of(case: str, folder: Path) -> dict[str, Array]:
     config = json.loads((folder / "config.json").read_text())
     heads = {"attn_q": config["num_attention_heads"], "attn_k": config["num_key_value_heads"]}
     names = {**LINEARS, **norms}
-    found = {}
+    found: dict[str, Array] = {}
+    stacks: dict[str, dict[int, Array]] = {}
     for name, values in load_file(folder / "model.safetensors").items():
+        if ".experts." in name:
+            _collect_experts(name, values, found, stacks)
+            continue
+        if name.endswith(("e_score_correction_bias", "sinks")):
+            part = "exp_probs_b.bias" if "score" in name else "attn_sinks.weight"
+            found[f"blk.{name.split('.')[2]}.{part}"] = values
+            continue
         if arch in FROM_ONE and "norm" in name:
             values = values + 1
         if name in GLOBAL:
@@ -95,7 +125,23 @@ def tensors_of(case: str, folder: Path) -> dict[str, Array]:
         if arch in PERMUTED and part in heads:
             values = permuted(values, heads[part])
         found[f"blk.{layer}.{part}.{kind}"] = values
+    for name, experts in stacks.items():
+        found[name] = np.stack([experts[index] for index in range(len(experts))])
     return found
+
+
+def _collect_experts(name: str, values: Array, found: dict[str, Array], stacks: dict[str, dict[int, Array]]) -> None:
+    """An expert's matrix into the stack of its layer; or gpt-oss's stacks, gates and ups apart and rows before columns."""
+    layer, rest = name.split(".")[2], name.partition(".experts.")[2].split(".")
+    if rest[0].isdigit():
+        part = f"blk.{layer}.ffn_{EXPERT_PARTS[rest[1]]}_exps.{rest[2]}"
+        stacks.setdefault(part, {})[int(rest[0])] = values
+        return
+    kind = "bias" if rest[0].endswith("_bias") else "weight"
+    values = values if kind == "bias" else values.swapaxes(1, 2)
+    parts = {"gate": values[:, 0::2], "up": values[:, 1::2]} if rest[0].startswith("gate_up") else {"down": values}
+    for part, rows in parts.items():
+        found[f"blk.{layer}.ffn_{part}_exps.{kind}"] = np.ascontiguousarray(rows)
 
 
 def keys_of(case: str, folder: Path) -> dict[str, Any]:
@@ -126,10 +172,11 @@ def keys_of(case: str, folder: Path) -> dict[str, Any]:
         keys["rope.scaling.type"], keys["rope.scaling.factor"] = rope["rope_type"], float(rope["factor"])
     if rope["rope_type"] == "yarn":
         keys["rope.scaling.original_context_length"] = rope["original_max_position_embeddings"]
+    keys |= _expert_keys(arch, config)
     if arch == "mistral3":
         keys["rope.scaling.yarn_log_multiplier"] = rope["mscale_all_dim"]
         keys["attention.temperature_scale"] = rope["llama_4_scaling_beta"]
-    if "partial_rotary_factor" in rope and arch in ("phi3", "glm4"):
+    if "partial_rotary_factor" in rope and arch in ("phi3", "glm4", "glm4moe", "minimax-m2"):
         head_dim = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
         keys["rope.dimension_count"] = int(head_dim * rope["partial_rotary_factor"])
     if arch == "phi3":
@@ -140,6 +187,31 @@ def keys_of(case: str, folder: Path) -> dict[str, Any]:
             factor = np.sqrt(1 + np.log(scale) / np.log(config["original_max_position_embeddings"]))
             keys["rope.scaling.attn_factor"] = float(factor)
     return keys | {key: float(config[name]) for name, key in _NUMBERS.items() if config.get(name) is not None}
+
+
+def _expert_keys(arch: str, config: dict[str, Any]) -> dict[str, Any]:
+    """What the converter writes of experts."""
+    count = next((config[key] for key in ("num_experts", "num_local_experts", "n_routed_experts") if key in config), 0)
+    if not count:
+        return {}
+    keys: dict[str, Any] = {"expert_count": count, "expert_used_count": config["num_experts_per_tok"]}
+    width = config.get("moe_intermediate_size", config["intermediate_size"])
+    if arch not in ("llama", "olmoe"):
+        keys["expert_feed_forward_length"] = width
+    if arch == "qwen2moe":
+        keys["expert_shared_feed_forward_length"] = config["shared_expert_intermediate_size"]
+    if arch in ("glm4moe", "minimax-m2"):
+        keys["expert_gating_func"] = 2
+    if arch == "glm4moe":
+        keys |= {
+            "expert_shared_count": config["n_shared_experts"],
+            "leading_dense_block_count": config["first_k_dense_replace"],
+            "expert_weights_scale": float(config["routed_scaling_factor"]),
+            "expert_weights_norm": bool(config["norm_topk_prob"]),
+            "expert_group_count": config["n_group"],
+            "expert_group_used_count": config["topk_group"],
+        }
+    return keys
 
 
 def write(case: str, folder: Path, path: Path, kinds: dict[str, gguf.GGMLQuantizationType] | None = None) -> Path:
@@ -155,7 +227,9 @@ def write(case: str, folder: Path, path: Path, kinds: dict[str, gguf.GGMLQuantiz
     writer = gguf.GGUFWriter(path, arch)
     for key, value in keys_of(case, folder).items():
         name = f"{arch}.{key}"
-        if isinstance(value, float):
+        if isinstance(value, bool):
+            writer.add_bool(name, value)
+        elif isinstance(value, float):
             writer.add_float32(name, value)
         elif isinstance(value, int):
             writer.add_uint32(name, value)

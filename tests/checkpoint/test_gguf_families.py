@@ -74,6 +74,44 @@ def test_packed_matrices_are_taken_apart_as_they_are(tmp_path: Path, case: str, 
             assert torch.equal(queries.dequantize(), torch.from_numpy(values["blk.0.attn_q.weight"])[rows])
 
 
+@pytest.mark.parametrize("kind", ["Q4_0", "MXFP4"])
+def test_packed_experts_are_parts_of_their_stack(tmp_path: Path, kind: str) -> None:
+    """An expert's codes are where they are in the file, whichever it is."""
+    saved_model("gpt-oss", tmp_path / "folder", hidden_size=64, intermediate_size=96, num_hidden_layers=2)
+    stored = tensors_of("gpt-oss", tmp_path / "folder")
+    type_ = gguf.GGMLQuantizationType[kind]
+    names = [name for name in stored if name.endswith("_exps.weight")]
+    path = write("gpt-oss", tmp_path / "folder", tmp_path / "m.gguf", dict.fromkeys(names, type_))
+    with open_model(str(path)) as source:
+        for part in ("gate", "down"):
+            stack = stored[f"blk.1.ffn_{part}_exps.weight"]
+            wanted = gguf.quants.dequantize(gguf.quants.quantize(stack, type_), type_)
+            for expert in (0, 4):
+                weight = source.read_weight(f"model.layers.1.mlp.experts.{expert}.{part}_proj.weight")
+                assert isinstance(weight, QuantTensor)
+                assert torch.equal(weight.dequantize(), torch.from_numpy(wanted[expert]))
+                rows = source.read_rows(f"model.layers.1.mlp.experts.{expert}.{part}_proj.weight", 3, 9)
+                assert torch.equal(rows, torch.from_numpy(wanted[expert][3:9]))
+        load_decoder(source, ReferenceBackend())
+
+
+def test_a_shared_experts_gate_may_be_a_vector(tmp_path: Path) -> None:
+    gate = "blk.0.ffn_gate_inp_shexp.weight"
+    path = edited(tmp_path, "qwen2-moe", tensors={gate: np.arange(48, dtype=np.float32)})
+    with open_model(str(path)) as source:
+        assert source.read("model.layers.0.mlp.shared_expert_gate.weight").tolist() == [list(range(48))]
+
+
+def test_layers_that_predict_further_tokens_are_left_out(tmp_path: Path) -> None:
+    """They are counted, and last."""
+    more = {"blk.3.nextn.eh_proj.weight": np.ones((4, 4), dtype=np.float32)}
+    more["blk.3.attn_q.weight"] = np.ones((48, 48), dtype=np.float32)
+    path = edited(tmp_path, "glm4-moe", tensors=more, block_count=4, nextn_predict_layers=1)
+    with open_model(str(path)) as source:
+        assert source.config["num_hidden_layers"] == 3
+        load_decoder(source, ReferenceBackend())
+
+
 def _random_q6_k(shape: tuple[int, ...], rng: np.random.Generator) -> Any:
     """Codes and scales at random: blocks of 256 are 210 bytes, the last two a half-precision scale."""
     blocks = rng.integers(0, 256, (shape[0], shape[1] // 256, 210), dtype=np.uint8)
@@ -112,6 +150,8 @@ def edited(
             writer.add_string(name, value)
         elif isinstance(value, list):
             writer.add_array(name, value)
+        elif isinstance(value, bool):
+            writer.add_bool(name, value)
         else:
             (writer.add_float32 if isinstance(value, float) else writer.add_uint32)(name, value)
     for name, values in {**tensors_of(case, tmp_path / "folder"), **(tensors or {})}.items():
@@ -133,6 +173,13 @@ def edited(
         ("gemma3", {"attention.sliding_window_pattern": [True]}, "is not 7 booleans, one for each layer"),
         ("glm4", {"rope.dimension_count": 18}, "rope.dimension_count is 18, expected an even number of at most 16"),
         ("glm4", {"rope.scaling.attn_factor": 1.2}, "attn_factor=1.2"),
+        ("qwen3-moe", {"expert_gating_func": 2}, "'qwen3moe.expert_gating_func' 2 is not supported"),
+        ("mixtral", {"expert_weights_norm": False}, "'llama.expert_weights_norm' False is not supported"),
+        ("minimax-m2", {"expert_weights_scale": 2.0}, "'minimax-m2.expert_weights_scale' 2.0 is not supported"),
+        ("olmoe", {"leading_dense_block_count": 1}, "'olmoe.leading_dense_block_count' 1 is not supported"),
+        ("gpt-oss", {"expert_used_count": 9}, "expert_used_count is more than the 5 experts there are"),
+        ("qwen2-moe", {"expert_count": 7}, r"has the shape \(6, 48\), the metadata says \(7, 48\)"),
+        ("qwen3", {"expert_count": 7}, "'qwen3.expert_count' says that there are experts"),
     ],
 )
 def test_what_would_change_the_model_is_refused(tmp_path: Path, case: str, keys: dict[str, Any], message: str) -> None:

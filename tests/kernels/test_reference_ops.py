@@ -202,6 +202,25 @@ def test_attend_with_capped_scores() -> None:
     assert float((found - expected).abs().max()) < 16 * 2**-24 * float(v.abs().max())
 
 
+@pytest.mark.parametrize("sink", [0.3, -200.0, 200.0])
+def test_attend_with_sinks(sink: float) -> None:
+    """A score more in every softmax, whose share is lost: far below all others nothing, far above them everything."""
+    generator = torch.Generator().manual_seed(8)
+    q, k, v = (torch.randn(1, *shape, 4, generator=generator) for shape in ((5, 4), (2, 5), (2, 5)))
+    sinks = sink + torch.arange(4.0) * 0.1
+    found = reference.attend(q, k, v, torch.arange(5)[None], torch.tensor([5]), 0.7, window=3, sinks=sinks)
+    for head in range(4):
+        scores = 0.7 * q[0, :, head].double() @ k[0, head // 2].double().T
+        behind = torch.arange(5)[:, None] - torch.arange(5)
+        scores = scores.masked_fill((behind < 0) | (behind >= 3), -torch.inf)
+        beside = torch.cat([scores, sinks[head].double().expand(5, 1)], dim=1)
+        wanted = torch.softmax(beside, dim=1)[:, :5] @ v[0, head // 2].double()
+        assert torch.allclose(found[0, :, head].double(), wanted, atol=1e-6)
+    plain = reference.attend(q, k, v, torch.arange(5)[None], torch.tensor([5]), 0.7, window=3)
+    if sink != 0.3:
+        assert torch.allclose(found, plain if sink < 0 else torch.zeros(()), atol=1e-6)
+
+
 def test_soft_cap() -> None:
     x = torch.tensor([-1e30, -3.0, -1e-3, 0.0, 1e-3, 3.0, 1e30])
     assert torch.allclose(reference.soft_cap(x, 2.0).double(), 2.0 * torch.tanh(x.double() / 2.0), rtol=4e-7, atol=0)

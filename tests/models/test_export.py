@@ -24,8 +24,9 @@ transformers = pytest.importorskip("transformers")
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 # One of each layout: as canonical tensors, with fused matrices, with norms less 1, with interleaved rows, tied, lying
-# down, by head; experts.
+# down, by head; experts one by one, and in stacks of two kinds.
 FAMILIES = ("qwen2", "phi3", "gemma2", "gemma3", "glm4", "ernie4_5", "gpt2", "gpt_neox", "opt", "falcon", "qwen3-moe")
+FAMILIES += ("glm4-moe", "gpt-oss", "granitemoe")
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
@@ -59,7 +60,9 @@ def test_transformers_computes_what_the_quantized_model_does(folder: Path, tmp_p
     assert done.error == 0.0
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert "quantization_config" not in config
-    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", attn_implementation="eager").eval()
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path / "out", attn_implementation="eager", experts_implementation="eager"
+    ).eval()
     with torch.no_grad():
         expected = theirs(ids).logits
     # Gemma multiplies embeddings with a root that is rounded to the type of the weights, which is another one now.

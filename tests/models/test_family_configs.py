@@ -9,9 +9,10 @@ from typing import Any
 import pytest
 from decoder_cases import CASES, FULL, SLIDING, tiny_config
 
+from kbit.graph.experts import Clamp
 from kbit.host.errors import CheckpointError, KbitError, UnsupportedError
 from kbit.models.families import FAMILIES, spec_from_config
-from kbit.models.spec import ModelSpec
+from kbit.models.spec import ExpertsSpec, ModelSpec
 
 transformers = pytest.importorskip("transformers")
 
@@ -85,6 +86,97 @@ def _model(case: str) -> Any:
 
 def spec(family: str, **changes: Any) -> ModelSpec:
     return spec_from_config(config_of(family, **{**HEADS.get(family, {}), **changes}))
+
+
+def mixture(family: str, **changes: Any) -> ExpertsSpec:
+    experts = spec(family, **changes).experts
+    assert experts is not None
+    return experts
+
+
+def test_numbers_of_experts_under_either_name() -> None:
+    """transformers 5 writes num_local_experts where the hub's files have num_experts."""
+    for family in ("qwen3_moe", "gpt_oss", "mixtral", "minimax_m2", "olmoe"):
+        for key in ("num_experts", "num_local_experts"):
+            assert mixture(family, **{key: 12}).routing.experts == 12
+    with pytest.raises(CheckpointError, match="num_local_experts is 7; it should be num_experts, 8"):
+        spec("qwen3_moe", num_experts=8, num_local_experts=7)
+
+
+def test_which_layers_have_experts() -> None:
+    stepped = {"num_experts": 8, "decoder_sparse_step": 2, "mlp_only_layers": [3]}
+    assert mixture("qwen3_moe", **stepped).layers == (False, True, False, False, False, True, False)
+    assert mixture("glm4_moe", first_k_dense_replace=5).layers == (False,) * 5 + (True,) * 2
+    assert spec("glm4_moe", first_k_dense_replace=7).experts is None
+    with pytest.raises(CheckpointError, match=r"mlp_only_layers is \[7\]; it should be a list of layers"):
+        spec("qwen2_moe", mlp_only_layers=[7])
+
+
+def test_minimax_as_the_hub_has_it() -> None:
+    """Keys of its own code, which say what is always so here; half of each head turns."""
+    published = {
+        "scoring_func": "sigmoid", "use_qk_norm": True, "qk_norm_type": "per_layer", "use_routing_bias": True,
+        "shared_intermediate_size": 0, "rotary_dim": 4, "head_dim": 8, "num_mtp_modules": 3, "sliding_window": None,
+    }  # fmt: skip
+    found = spec("minimax_m2", **published)
+    assert found.rope.dim == 4
+    assert found.experts is not None
+    assert found.experts.routing.score == "sigmoid"
+    for key, other in (("scoring_func", "softmax"), ("use_qk_norm", False), ("shared_intermediate_size", 64)):
+        with pytest.raises(UnsupportedError, match=f"{key} .* is not supported for model_type 'minimax_m2', only"):
+            spec("minimax_m2", **{**published, key: other})
+    with pytest.raises(CheckpointError, match="rotary_dim is 9; it should be a whole number from 2 to 8"):
+        spec("minimax_m2", **{**published, "rotary_dim": 9})
+
+
+def test_gpt_oss_as_the_hub_has_it() -> None:
+    """The older spelling of its rotation; the clamp of its gate."""
+    scaling = {
+        "beta_fast": 32.0, "beta_slow": 1.0, "factor": 32.0, "original_max_position_embeddings": 4096,
+        "rope_type": "yarn", "truncate": False,
+    }  # fmt: skip
+    published = {"rope_theta": 150000, "rope_scaling": scaling, "swiglu_limit": 7.0, "experts_per_token": 4}
+    assert spec("gpt_oss", **published) == spec("gpt_oss")
+    assert not spec("gpt_oss").rope.truncate
+    assert mixture("gpt_oss", swiglu_limit=5.0).clamp == Clamp(1.702, 5.0)
+    assert spec("gpt_oss").windows == (128, None, 128, None, 128, None, 128)
+
+
+@pytest.mark.parametrize(
+    ("family", "key", "value"),
+    [
+        ("llama", "num_local_experts", 8),
+        ("llama", "n_routed_experts", 8),
+        ("qwen3_moe", "shared_expert_intermediate_size", 64),
+        ("qwen3_moe", "n_group", 2),
+        ("mixtral", "routed_scaling_factor", 2.5),
+        ("mixtral", "scoring_func", "sigmoid"),
+        ("olmoe", "clip_qkv", 8.0),
+        ("olmoe", "first_k_dense_replace", 1),
+        ("granitemoe", "swiglu_limit", 7.0),
+    ],
+)
+def test_keys_of_other_mixtures_are_refused(family: str, key: str, value: object) -> None:
+    spec(family)
+    with pytest.raises(UnsupportedError, match=f"{key} .* is not supported for model_type '{family}'"):
+        spec(family, **{key: value})
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "message"),
+    [
+        ("mixtral", {"num_local_experts": 0}, "num_local_experts is 0; it should be a whole number from 1"),
+        ("mixtral", {"num_experts_per_tok": 9}, "num_experts_per_tok is 9; it should be a whole number from 1 to 8"),
+        ("glm4_moe", {"n_group": 5}, "n_group is 5; it should be a divisor of the 128 experts"),
+        ("glm4_moe", {"n_group": 64, "topk_group": 2}, "topk_group is 2; it should be more, as 8 experts"),
+        ("qwen3_moe", {"norm_topk_prob": 1}, "norm_topk_prob is 1; it should be true or false"),
+        ("gpt_oss", {"swiglu_alpha": 0}, "swiglu_alpha is 0; it should be a number above"),
+        ("qwen2_moe", {"use_sliding_window": True}, "use_sliding_window without layer_types is not supported"),
+    ],
+)
+def test_senseless_experts(family: str, changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(KbitError, match=message):
+        spec(family, **changes)
 
 
 def test_gemma_as_the_hub_has_it() -> None:

@@ -32,6 +32,23 @@ def test_seams_of_norms_around_blocks() -> None:
     assert [seam.kind for seam in seams] == ["values", "product"]
 
 
+def test_experts() -> None:
+    """All of a layer's share their input; what is inside one is its own, and can be scaled there."""
+    structure = recorded(spec_from_config(tiny_config("mixtral-window")), layers=1)
+    block = "model.layers.0.block_sparse_moe.experts."
+    inside = [tuple(f"{block}{expert}.{name}.weight" for name in ("w1", "w3", "w2")) for expert in range(3)]
+    producers = structure.producers()
+    before = "model.layers.0.self_attn.o_proj.weight"
+    assert all(producers[gate] == producers[up] == before and producers[down] == up for gate, up, down in inside)
+    shared = next(group for group in structure.sharing() if inside[0][0] in group)
+    assert shared == ("model.layers.0.block_sparse_moe.gate.weight", *(name for one in inside for name in one[:2]))
+    seams = {seam.consumers: seam.producer for seam in structure.seams() if seam.kind == "product"}
+    assert seams == {(down,): up for _, up, down in inside}
+    # A clamp keeps no scale; and the norm before is read by the router, too.
+    clamped = recorded(spec_from_config(tiny_config("gpt-oss")), layers=1).seams()
+    assert [seam.kind for seam in clamped] == ["norm", "values"]
+
+
 def test_producers_and_shared_inputs() -> None:
     structure = recorded(spec_from_config(tiny_config("llama")), layers=2)
     layer = "model.layers.{}."

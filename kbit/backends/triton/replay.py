@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
+from kbit.backends.triton.experts import GroupedExperts
 from kbit.backends.triton.kv_cache import TritonPages
 from kbit.backends.triton.weight import merge, round_activations, triton_vector, triton_weight
 from kbit.graph.ops import Attention, Group, Vector, refuse_attention
@@ -24,6 +25,7 @@ from kbit.graph.recording import (
     Recur,
     Rotate,
     Scale,
+    SigmoidGate,
     SoftCap,
     StoreKeys,
     SumParts,
@@ -126,7 +128,8 @@ class Replay:
         last[result] = len(operations)
         # Symbols that nobody reads after an operation: their memory is free for the next one.
         self._dead = [[symbol for symbol, index in last.items() if index == i] for i in range(len(operations))]
-        # What is added or normalised stays in float32, as does what comes out.
+        self._experts: dict[Operation, GroupedExperts] = {}
+        # What is added or normalised, or chooses experts, stays in float32, as does what comes out.
         self._exact = {result}
         for operation in operations:
             if isinstance(operation, Add | SumParts | Norm | Scale | SoftCap):
@@ -142,7 +145,8 @@ class Replay:
                 if operation.sinks is not None:
                     raise UnsupportedError("the triton backend has no attention with sinks; use --device cpu")
             elif isinstance(operation, Mix):
-                raise UnsupportedError("the triton backend runs no experts; use --device cpu")
+                self._exact.add(operation.logits)
+                self._experts[operation] = GroupedExperts(operation)
             elif isinstance(operation, Recur | Convolve):
                 raise UnsupportedError("the triton backend runs no recurrent layers; use --backend native or reference")
         self._merged: dict[Operation, TritonWeight] = {}
@@ -185,6 +189,11 @@ class Replay:
         elif isinstance(operation, Activate):
             up = None if operation.up is None else values[operation.up]
             values[operation.out] = activate(values[operation.gate], up, operation.kind, out_dtype=self._dtype)
+        elif isinstance(operation, SigmoidGate):
+            values[operation.out] = torch.sigmoid(values[operation.gate].float()) * values[operation.x]
+        elif isinstance(operation, Mix):
+            x = values[operation.x].to(self._dtype)
+            values[operation.out] = self._experts[operation](x, values[operation.logits])
         elif isinstance(operation, Attend):
             assert step is not None
             values[operation.out] = self._attend(operation, values, step)

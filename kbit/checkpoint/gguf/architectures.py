@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from kbit.checkpoint.gguf.experts import SIGMOID, SOFTMAX_OF_CHOSEN, ExpertTensors
 from kbit.checkpoint.gguf.keys import Keys
 from kbit.checkpoint.gguf.names import MLP_BIASES, Architecture
 from kbit.checkpoint.source import CANONICAL
@@ -23,6 +24,7 @@ _NORMS_AROUND = {
     "ffn_norm": "pre_feedforward_layernorm",
     "post_ffw_norm": "post_feedforward_layernorm",
 }
+_MLP_NORM_AFTER_ATTENTION = {"attn_norm": "input_layernorm", "post_attention_norm": "post_attention_layernorm"}
 _POST_NORMS = {"post_attention_norm": "post_attention_layernorm", "post_ffw_norm": "post_feedforward_layernorm"}
 _WINDOWED = frozenset({"attention.sliding_window_pattern", "rope.freq_base_swa"})
 
@@ -116,6 +118,26 @@ def _mistral3(keys: Keys, config: dict[str, Any]) -> None:
         config["rope_scaling"]["llama_4_scaling_beta"] = keys.real("attention.temperature_scale")
 
 
+def _llama(keys: Keys, config: dict[str, Any]) -> None:
+    window, experts = keys.count("attention.sliding_window"), "num_local_experts" in config
+    if (window or experts) and keys.biases:
+        raise UnsupportedError(f"{keys.header.path}: biases with a sliding window, or experts, are not supported")
+    # Hugging Face's Llama class has no window and no experts; Mistral and Mixtral are the same model with them.
+    if experts:
+        config["architectures"], config["model_type"] = ["MixtralForCausalLM"], "mixtral"
+    elif window:
+        config["architectures"], config["model_type"] = ["MistralForCausalLM"], "mistral"
+    if window:
+        config["sliding_window"] = window
+
+
+def _gpt_oss(keys: Keys, config: dict[str, Any]) -> None:
+    # Every other layer slides; YaRN's borders are not rounded; the gate's clamp is the family's.
+    config["sliding_window"] = keys.size("attention.sliding_window")
+    if config["rope_scaling"]:
+        config["rope_scaling"]["truncate"] = False
+
+
 def _no_window(keys: Keys, config: dict[str, Any]) -> None:
     if keys.count("attention.sliding_window"):
         raise UnsupportedError(
@@ -126,7 +148,108 @@ def _no_window(keys: Keys, config: dict[str, Any]) -> None:
 ARCHITECTURES = {
     architecture.name: architecture
     for architecture in (
-        Architecture("llama", "llama", "LlamaForCausalLM", interleaved=True, biases=None),
+        Architecture(
+            "llama",
+            "llama",
+            "LlamaForCausalLM",
+            interleaved=True,
+            biases=None,
+            experts=ExpertTensors(
+                count="num_local_experts",
+                width="intermediate_size",
+                block="block_sparse_moe",
+                names=("w1", "w3", "w2"),
+                optional=True,
+            ),
+            configure=_llama,
+        ),
+        Architecture(
+            "qwen3moe",
+            "qwen3_moe",
+            "Qwen3MoeForCausalLM",
+            qk_norm="head",
+            experts=ExpertTensors(entry="norm_topk_prob"),
+            configure=_no_window,
+        ),
+        Architecture(
+            "qwen2moe",
+            "qwen2_moe",
+            "Qwen2MoeForCausalLM",
+            biases=("attn_q", "attn_k", "attn_v"),
+            experts=ExpertTensors(
+                shared="mlp.shared_expert",
+                switch="mlp.shared_expert_gate",
+                normalises=False,
+                entry="norm_topk_prob",
+            ),
+            configure=_no_window,
+        ),
+        Architecture(
+            "olmoe",
+            "olmoe",
+            "OlmoeForCausalLM",
+            qk_norm="whole",
+            experts=ExpertTensors(width="intermediate_size", normalises=False, entry="norm_topk_prob"),
+            configure=_no_window,
+        ),
+        Architecture(
+            "glm4moe",
+            "glm4_moe",
+            "Glm4MoeForCausalLM",
+            biases=None,
+            bias_groups=(("attn_q", "attn_k", "attn_v"),),
+            norms=_MLP_NORM_AFTER_ATTENTION,
+            qk_norm="head",
+            qk_optional=True,
+            partial=True,
+            constants={CANONICAL: True},
+            experts=ExpertTensors(
+                count="n_routed_experts",
+                selection_bias="mlp.gate.e_score_correction_bias",
+                shared="mlp.shared_experts",
+                scores=SIGMOID,
+                entry="norm_topk_prob",
+                scaled=True,
+                grouped=True,
+                leading=True,
+            ),
+            configure=_no_window,
+        ),
+        Architecture(
+            "minimax-m2",
+            "minimax_m2",
+            "MiniMaxM2ForCausalLM",
+            qk_norm="whole",
+            partial=True,
+            experts=ExpertTensors(
+                count="num_local_experts",
+                width="intermediate_size",
+                block="block_sparse_moe",
+                names=("w1", "w3", "w2"),
+                selection_bias="block_sparse_moe.e_score_correction_bias",
+                scores=SIGMOID,
+            ),
+            configure=_no_window,
+        ),
+        Architecture(
+            "gpt-oss",
+            "gpt_oss",
+            "GptOssForCausalLM",
+            biases=None,
+            bias_groups=(("attn_q", "attn_k", "attn_v", "attn_output"),),
+            norms=_MLP_NORM_AFTER_ATTENTION,
+            sinks=True,
+            constants={CANONICAL: True},
+            experts=ExpertTensors(
+                count="num_local_experts",
+                width="intermediate_size",
+                router="router",
+                biases=True,
+                scores=SOFTMAX_OF_CHOSEN,
+                normalises=False,
+            ),
+            configure=_gpt_oss,
+        ),
         Architecture("qwen2", "qwen2", "Qwen2ForCausalLM", biases=("attn_q", "attn_k", "attn_v")),
         Architecture("qwen3", "qwen3", "Qwen3ForCausalLM", qk_norm="head", configure=_no_window),
         Architecture(

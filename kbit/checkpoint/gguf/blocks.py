@@ -25,6 +25,9 @@ Bytes: TypeAlias = NDArray[Any]
 # The 16 levels of IQ4_NL and IQ4_XS (kvalues_iq4nl in ggml-common.h).
 _IQ4_NL = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
 
+# The numbers of OCP's E2M1 without a sign.
+_E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
+
 
 @dataclass(frozen=True)
 class Blocks:
@@ -32,7 +35,7 @@ class Blocks:
 
     Attributes:
         codes: uint8 (N, K).
-        scales: float16 or float32 (N, K / block size).
+        scales: float16, float32 or patterns of bfloat16 (N, K / block size).
         offsets: as scales, or None.
     """
 
@@ -160,6 +163,12 @@ def _iq4_xs(blocks: Bytes) -> tuple[Bytes, NDArray[np.floating], None]:
     return _fields(blocks[:, 8:], 4, 16), _half(blocks, 0).astype(np.float32) * steps, None
 
 
+def _mxfp4(blocks: Bytes) -> tuple[Bytes, Bytes, None]:
+    """Scales as bfloat16 patterns: 2^(e - 127), for the numbers of the OCP grid."""
+    exponents = blocks[:, :1].astype(np.uint16)
+    return _nibbles(blocks[:, 1:]), np.where(exponents == 0, np.uint16(0x0040), exponents << np.uint16(7)), None
+
+
 def _steps(bits: int, zero: int) -> NDArray[np.float32]:
     return np.arange(-zero, 2**bits - zero, dtype=np.float32)
 
@@ -183,4 +192,5 @@ BLOCK_TYPES = {
     "Q4_K": _type("int4-b32-asym-fp32", _steps(4, 0), _q4_k),
     "Q5_K": _type("int5-b32-asym-fp32", _steps(5, 0), _q5_k),
     "Q6_K": _type("int6-b16-fp32", _steps(6, 32), _q6_k),
+    "MXFP4": _type("float4e2m1-b32-bf16", np.array([*_E2M1, *(-x for x in _E2M1)], dtype=np.float32), _mxfp4),
 }

@@ -6,9 +6,12 @@ different model without saying so.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from kbit.checkpoint.gguf.architectures import ARCHITECTURES
+from kbit.checkpoint.gguf.experts import as_row, expected_experts, expert_config
 from kbit.checkpoint.gguf.keys import Keys
 from kbit.checkpoint.gguf.metadata import GGUFHeader, GGUFTensor, quoted
 from kbit.checkpoint.gguf.names import (
@@ -73,7 +76,17 @@ def config_from_header(
             "tensor 'token_embd.weight' is missing", "give a file with weights (this one may be vocabulary only)"
         )
 
-    layers = reader.size("block_count")
+    layers, further = reader.size("block_count"), 0
+    if arch.experts is not None:
+        # Layers that predict tokens further on come last, and are counted; they are left out.
+        further = reader.count("nextn_predict_layers")
+        if further >= layers:
+            header.fail(f"{arch.name}.nextn_predict_layers is {further}, but there are {layers} layers in all")
+        layers -= further
+        beginnings = tuple(f"blk.{layers + index}." for index in range(further))
+        tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith(beginnings)}
+    if arch.qk_optional and "blk.0.attn_q_norm.weight" not in tensors:
+        arch = replace(arch, qk_norm=None)
     hidden = reader.size("embedding_length")
     heads = reader.size("attention.head_count")
     kv_heads = reader.size("attention.head_count_kv", heads)
@@ -99,7 +112,8 @@ def config_from_header(
     dims = Dimensions(hidden, reader.size("feed_forward_length"), heads, kv_heads, head_dim, vocab)
     tied = "output.weight" not in tensors
     biases = reader.biases = _biases(header, arch, tensors)
-    _check_tensors(header, arch, tensors, dims, layers, biases, tied)
+    experts = {} if arch.experts is None else expert_config(reader, arch.experts)
+    _check_tensors(header, arch, tensors, dims, layers, biases, tied, experts)
     if rope_factors is None:
         scaling = rope_scaling(
             header, arch.name, rotated, theta, context, rope_divisors, yarn_log_multiplier=arch.yarn_log_multiplier
@@ -125,8 +139,11 @@ def config_from_header(
         "tie_word_embeddings": tied,
         "attention_bias": "attn_q" in biases,
         "mlp_bias": "ffn_gate" in biases,
+        **experts,
         **arch.constants,
     }
+    if arch.qk_optional:
+        config["use_qk_norm"] = arch.qk_norm is not None
     if arch.partial:
         config["partial_rotary_factor"] = rotated / head_dim
     for key, entry in arch.numbers.items():
@@ -134,14 +151,6 @@ def config_from_header(
             config[entry] = reader.real(key)
     if arch.configure is not None:
         arch.configure(reader, config)
-    elif arch.model_type == "llama":
-        window = reader.count("attention.sliding_window")
-        if window:
-            # Hugging Face's Llama class has no window; Mistral is the same model with one.
-            if biases:
-                raise UnsupportedError(f"{header.path}: a sliding window together with biases is not supported")
-            config["architectures"], config["model_type"] = ["MistralForCausalLM"], "mistral"
-            config["sliding_window"] = window
     elif reader.count("attention.sliding_window"):
         raise UnsupportedError(f"{header.path}: metadata key '{arch.name}.attention.sliding_window' is not supported")
     for name, key in (("bos_token_id", "bos"), ("eos_token_id", "eos"), ("pad_token_id", "padding")):
@@ -149,6 +158,19 @@ def config_from_header(
         if token is not None:
             config[name] = token
     return config
+
+
+def _expected(
+    arch: Architecture, dims: Dimensions, layer: int, biases: tuple[str, ...], experts: Mapping[str, Any]
+) -> dict[str, tuple[int, ...]]:
+    """Every tensor of a layer, with its shape."""
+    shapes = dims.expected(arch, layer, biases)
+    of_experts = None if arch.experts is None else expected_experts(arch.experts, experts, dims.hidden, layer)
+    if of_experts is None:
+        return shapes
+    for part in ("ffn_gate", "ffn_up", "ffn_down"):
+        shapes.pop(f"blk.{layer}.{part}.weight")
+    return shapes | of_experts
 
 
 def _head_dim(reader: Keys, hidden: int, heads: int) -> tuple[int, int]:
@@ -213,14 +235,17 @@ def _check_tensors(
     layers: int,
     biases: tuple[str, ...],
     tied: bool,
+    experts: Mapping[str, Any],
 ) -> None:
     """Every expected tensor is there with its shape, and nothing else is."""
     if layers > len(tensors):
         header.fail(f"the metadata claims {layers} layers, but the file has only {len(tensors)} tensors")
     known = {ROPE_FREQS, *(ROPE_FACTORS if arch.scaled else ())}
-    for shapes in [dims.expected_global(tied), *(dims.expected(arch, layer, biases) for layer in range(layers))]:
+    of_layers = (_expected(arch, dims, layer, biases, experts) for layer in range(layers))
+    for shapes in [dims.expected_global(tied), *of_layers]:
         for name, shape in shapes.items():
             tensor = tensors.get(name)
+            tensor = None if tensor is None else as_row(name, tensor)
             if tensor is None:
                 raise CheckpointError(
                     f"{header.path}: tensor '{name}' is missing; the file is incomplete, download or convert it again"

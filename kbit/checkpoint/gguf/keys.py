@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import struct
 
+from kbit.checkpoint.gguf.experts import EXPERT_KEYS
 from kbit.checkpoint.gguf.metadata import GGUFHeader, quoted
 from kbit.checkpoint.gguf.names import Architecture
 from kbit.host.errors import UnsupportedError
@@ -114,14 +115,19 @@ class Keys:
         prefix = self.arch + "."
         for key in self.header.keys():  # noqa: SIM118 (a GGUFHeader is not a mapping)
             name = key.removeprefix(prefix)
-            if name != key and name not in _KNOWN_KEYS | self.architecture.keys | self.architecture.numbers.keys():
+            more = frozenset() if self.architecture.experts is None else EXPERT_KEYS
+            known = _KNOWN_KEYS | self.architecture.keys | self.architecture.numbers.keys() | more
+            if name != key and name not in known:
                 raise UnsupportedError(
                     f"{self.header.path}: metadata key {quoted(key)} is unknown to kbit and may change the model; "
                     "use a plain file of the architecture, or the original safetensors folder"
                 )
         for name in ("expert_count", "expert_used_count"):
-            if self.count(name):
-                raise UnsupportedError(f"{self.header.path}: mixture-of-experts models are not supported in GGUF files")
+            if self.architecture.experts is None and self.count(name):
+                raise UnsupportedError(
+                    f"{self.header.path}: '{self.arch}.{name}' says that there are experts, which kbit does not "
+                    "support for this architecture"
+                )
         layout = self.header.string(prefix + "tensor_data_layout")
         if layout not in (None, "Meta AI original pth"):
             raise UnsupportedError(f"{self.header.path}: tensor_data_layout {quoted(layout)} is not supported")

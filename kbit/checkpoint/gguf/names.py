@@ -13,6 +13,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
+from kbit.checkpoint.gguf.experts import ExpertTensors
+
 if TYPE_CHECKING:
     from kbit.checkpoint.gguf.keys import Keys
 
@@ -66,6 +68,9 @@ class Architecture:
         keys: metadata keys beyond the common ones.
         constants: entries of the configuration that no metadata key gives.
         numbers: metadata keys whose numbers are entries of the configuration under another name.
+        experts: how its experts are called; None: it has none.
+        qk_optional: there may be no norms of queries and keys.
+        sinks: attention has sinks.
         configure: what else belongs into the configuration.
     """
 
@@ -85,6 +90,9 @@ class Architecture:
     keys: frozenset[str] = frozenset()
     constants: Mapping[str, Any] = field(default_factory=dict)
     numbers: Mapping[str, str] = field(default_factory=dict)
+    experts: ExpertTensors | None = None
+    qk_optional: bool = False
+    sinks: bool = False
     configure: Callable[[Keys, dict[str, Any]], None] | None = None
 
     def modules(self) -> dict[str, str]:
@@ -103,6 +111,8 @@ def canonical_names(arch: Architecture, gguf_name: str) -> list[str]:
     if match is None:
         return []
     layer, part, kind = match.groups()
+    if arch.sinks and part == "attn_sinks":
+        return [f"model.layers.{layer}.self_attn.sinks"]
     modules = arch.modules()
     parts = arch.fused.get(part, (part,))
     if any(each not in modules or (kind == "bias" and each.endswith("_norm")) for each in parts):
@@ -152,6 +162,8 @@ class Dimensions:
             for part, heads in (("attn_q_norm", self.heads), ("attn_k_norm", self.kv_heads)):
                 width = self.head_dim * (heads if arch.qk_norm == "whole" else 1)
                 shapes[f"blk.{layer}.{part}.weight"] = (width,)
+        if arch.sinks:
+            shapes[f"blk.{layer}.attn_sinks.weight"] = (self.heads,)
         linears = self.layer_shapes()
         for whole, parts in arch.fused.items():
             rows, columns = sum(linears[part][0] for part in parts), linears[parts[0]][1]

@@ -13,6 +13,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 from kbit.checkpoint.gguf.config import architecture_of, config_from_header
+from kbit.checkpoint.gguf.experts import expert_rows
 from kbit.checkpoint.gguf.header import read_header
 from kbit.checkpoint.gguf.metadata import GGUFHeader, GGUFTensor, quoted
 from kbit.checkpoint.gguf.names import ROPE_FACTORS, ROPE_FREQS, Architecture, canonical_names, part_of
@@ -185,7 +186,13 @@ class GGUFSource(StoredSource):
 def _rows_of(
     arch: Architecture, config: Mapping[str, Any], name: str, tensor: GGUFTensor
 ) -> list[tuple[str, GGUFTensor]]:
-    """The canonical tensors that a tensor holds, each as the part of it that it is."""
+    """The canonical tensors that a tensor holds, each as the part of it that it is; none beyond the model's layers."""
+    layer = re.match(r"blk\.(\d+)\.", name)
+    if layer is not None and int(layer[1]) >= config["num_hidden_layers"]:
+        return []
+    of_experts = [] if arch.experts is None else expert_rows(arch.experts, name, tensor)
+    if of_experts:
+        return of_experts
     names = canonical_names(arch, name)
     if len(names) < 2:
         return [(each, tensor) for each in names]

@@ -99,4 +99,5 @@ def _patterns(scales: NDArray[np.uint8], name: str) -> NDArray[np.uint16]:
     if bool((scales == _NO_NUMBER).any()):
         raise CheckpointError(f"{name}{SCALES} holds {_NO_NUMBER}, which is no number: the file is damaged")
     wide = scales.astype(np.uint16)
-    return np.where(wide == 0, np.uint16(0x0040), wide << np.uint16(7))
+    patterns: NDArray[np.uint16] = np.where(wide == 0, np.uint16(0x0040), wide << np.uint16(7))
+    return patterns
