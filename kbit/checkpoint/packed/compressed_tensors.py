@@ -270,7 +270,8 @@ def _fp4(tensors: PackedTensors, module: str) -> PackedWeight:
 
     def scales(start: int, stop: int) -> NDArray[np.float32]:
         own: NDArray[np.float32] = small_floats.e4m3()[tensors.read(scale, start, stop)]
-        return own / tensors.whole(codes, whole).reshape(())
+        divided: NDArray[np.float32] = own / tensors.whole(codes, whole).reshape(())
+        return divided
 
     return small_floats.four_bits(
         tensors, name, codes, (codes, scale, whole), "compressed-tensors nvfp4", block=_NVFP4_BLOCK,
