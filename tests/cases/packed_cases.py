@@ -69,6 +69,22 @@ def write_packed(
     return weights
 
 
+def write_layer(
+    out: Path,
+    section: dict[str, Any],
+    pack: Callable[[torch.Size, torch.Generator], Packed],
+    shape: tuple[int, int] = (96, 128),
+    *,
+    key: str = "quantization_config",
+) -> dict[str, torch.Tensor]:
+    """A folder of one packed layer, "a": see write_packed."""
+    packed = pack(torch.Size(shape), torch.Generator().manual_seed(5))
+    out.mkdir()
+    save_file({f"a.{end}": part.contiguous() for end, part in packed.tensors.items()}, out / "model.safetensors")
+    (out / "config.json").write_text(json.dumps({key: section}))
+    return {"a.weight": packed.weight}
+
+
 def edit_section(folder: Path, **changes: Any) -> None:
     """Change entries of what config.json says of the quantizer."""
     config = json.loads((folder / "config.json").read_text())

@@ -263,7 +263,7 @@ REFUSED: dict[str, tuple[Callable[[Path], object], type[KbitError], str]] = {
     "a weight that bitsandbytes has packed, without its state": (
         packed,
         CheckpointError,
-        "weight is U8: neither a plain weight nor part of a packed one",
+        "weight.absmax belongs to a packed weight, but its other tensors are missing",
     ),
     "a LoRA around the weights": (
         lambda m: save_file({"model.layers.0.mlp.up_proj.base_layer.weight": torch.ones(2)}, m / "model.safetensors"),

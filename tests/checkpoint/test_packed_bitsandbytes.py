@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from packed_cases import Packed, assert_weights, edit_tensors, refused, write_packed
+from packed_cases import Packed, assert_weights, edit_tensors, refused, write_layer, write_packed
 
 from kbit.checkpoint.resolve import open_model
 from kbit.host.errors import UnsupportedError
@@ -81,27 +81,26 @@ CASES: dict[str, tuple[dict[str, Any], str]] = {
         "float4e2m1-b64-bnb-fp32",
     ),
     "stored as bf16": ({"kind": "nf4", "block": 64, "storage": torch.bfloat16}, "nf4-b64-fp32"),
-    "blocks across rows": ({"kind": "nf4", "block": 512, "nested": True}, "nf4"),
+    "blocks across rows": ({"kind": "nf4", "block": 512, "nested": True}, "nf4-b128-fp32"),
 }
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_4bit(tmp_path: Path, packable_model: Path, case: str) -> None:
+def test_4bit(tmp_path: Path, case: str) -> None:
     settings, held = CASES[case]
-    weights = write_packed(packable_model, tmp_path / "m", SECTION, four_bits(**settings))
+    weights = write_layer(tmp_path / "m", SECTION, four_bits(**settings))
     label = f"bitsandbytes {settings['kind']}" + (", scales in 8 bits" if settings.get("nested") else "")
     assert_weights(tmp_path / "m", weights, held, label)
 
 
-def test_4bit_rows_that_no_format_divides(tmp_path: Path, write_model: Callable[..., Path]) -> None:
+def test_4bit_rows_that_no_format_divides(tmp_path: Path) -> None:
     """Rows of 40 weights in blocks of 64 share 8, of which there are no blocks: dequantized, as bitsandbytes does."""
-    model = write_model(tmp_path / "plain", hidden_size=40, intermediate_size=56)
-    weights = write_packed(model, tmp_path / "m", SECTION, four_bits("nf4", 64, nested=True))
+    weights = write_layer(tmp_path / "m", SECTION, four_bits("nf4", 64, nested=True), (56, 40))
     assert_weights(tmp_path / "m", weights, "BF16", "bitsandbytes nf4, scales in 8 bits")
 
 
-def test_int8(tmp_path: Path, packable_model: Path) -> None:
-    weights = write_packed(packable_model, tmp_path / "m", {"load_in_8bit": True}, int8)
+def test_int8(tmp_path: Path) -> None:
+    weights = write_layer(tmp_path / "m", {"load_in_8bit": True}, int8)
     assert_weights(tmp_path / "m", weights, "F32", "bitsandbytes int8")
     edit_tensors(tmp_path / "m", lambda tensors: [t.fill_(2) for name, t in tensors.items() if "_format" in name])
     refused(tmp_path / "m", "weight_format: the codes are rearranged for one kind of GPU", UnsupportedError)
@@ -127,10 +126,8 @@ def test_int8(tmp_path: Path, packable_model: Path) -> None:
         ),
     ],
 )
-def test_4bit_tensors_that_do_not_fit(
-    tmp_path: Path, packable_model: Path, end: str, part: torch.Tensor | None, message: str
-) -> None:
-    write_packed(packable_model, tmp_path / "m", SECTION, four_bits("nf4", 64))
+def test_4bit_tensors_that_do_not_fit(tmp_path: Path, end: str, part: torch.Tensor | None, message: str) -> None:
+    write_layer(tmp_path / "m", SECTION, four_bits("nf4", 64))
 
     def edit(tensors: dict[str, torch.Tensor]) -> None:
         name = next(name for name in tensors if name.endswith(end))

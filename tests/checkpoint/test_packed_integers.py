@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from packed_cases import assert_weights, awq, edit_section, edit_tensors, gptq, refused, write_packed
+from packed_cases import assert_weights, awq, edit_section, edit_tensors, gptq, refused, write_layer, write_packed
 
 from kbit.checkpoint.resolve import open_model
 from kbit.host.errors import CheckpointError, UnsupportedError
@@ -53,9 +53,9 @@ def gptq_section(
 
 
 @pytest.mark.parametrize("case", GPTQ_CASES)
-def test_gptq(tmp_path: Path, packable_model: Path, case: str) -> None:
+def test_gptq(tmp_path: Path, case: str) -> None:
     settings, held = GPTQ_CASES[case]
-    weights = write_packed(packable_model, tmp_path / "m", gptq_section(**settings), gptq(**settings))
+    weights = write_layer(tmp_path / "m", gptq_section(**settings), gptq(**settings))
     assert_weights(tmp_path / "m", weights, held, f"GPTQ {settings['bits']}-bit")
 
 
@@ -160,9 +160,9 @@ def test_gptq_of_mixed_widths(tmp_path: Path, packable_model: Path) -> None:
 
 
 @pytest.mark.parametrize(("group", "held"), [(32, "int4-b32-asym-fp32"), (-1, "int4-row-asym-fp32"), (8, "F16")])
-def test_awq(tmp_path: Path, packable_model: Path, group: int, held: str) -> None:
+def test_awq(tmp_path: Path, group: int, held: str) -> None:
     section = {"quant_method": "awq", "bits": 4, "group_size": group, "zero_point": True, "version": "gemm"}
-    weights = write_packed(packable_model, tmp_path / "m", section, awq(group))
+    weights = write_layer(tmp_path / "m", section, awq(group))
     assert_weights(tmp_path / "m", weights, held, "AWQ 4-bit")
     edit_section(tmp_path / "m", version="gemv")
     refused(tmp_path / "m", "version .* 'gemv': of AWQ's layouts kbit reads gemm", UnsupportedError)

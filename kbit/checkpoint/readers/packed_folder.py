@@ -48,11 +48,6 @@ class PackedFolder(HFFolder):
         find: Find = import_module(f"kbit.checkpoint.packed.{READERS[method]}").find
         tensors = PackedTensors(self.path, self._where, section, self.config)
         packed = find(tensors)
-        if not packed and certain:
-            raise CheckpointError(
-                f"{self.path}/config.json: the weights should be packed by {method}, but none is; remove "
-                "quantization_config from it if they are plain numbers"
-            )
         for key in _SECTIONS:
             self.config.pop(key, None)
         self._packed = {weight.name: weight for weight in packed}
@@ -67,6 +62,11 @@ class PackedFolder(HFFolder):
                 infos[weight.name] = TensorInfo(
                     weight.name, weight.shape, weight.held_as, nbytes, plain.file, weight.label
                 )
+        if not packed and certain:
+            raise CheckpointError(
+                f"{self.path}/config.json: the weights should be packed by {method}, but none is; remove "
+                "quantization_config from it if they are plain numbers"
+            )
         if not packed:
             note(f"{self.path}: {method} is named as the quantizer, but the weights are plain numbers, which are used")
         return infos
