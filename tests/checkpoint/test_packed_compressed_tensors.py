@@ -202,7 +202,11 @@ def nan(tensors: dict[str, torch.Tensor]) -> None:
     [
         ("4 bits", lambda t: t.pop("a.weight_scale"), "weight_scale is missing"),
         ("4 bits", lambda t: t.pop("a.weight_shape"), "weight_shape is missing"),
-        ("4 bits", lambda t: t.pop("a.weight_packed"), "weight_scale belongs to a packed weight"),
+        (
+            "4 bits",
+            lambda t: t.pop("a.weight_packed"),
+            "a.weight_(scale belongs to|shape is I64: neither a plain weight nor part of) a packed",
+        ),
         ("4 bits", lambda t: t.update({"a.weight_packed": torch.zeros(96, 11, dtype=torch.int32)}), "cannot be told"),
         ("4 bits", lambda t: t.update({"a.weight_scale": torch.ones(7, 3)}), r"of shape \(7, 3\) does not fit"),
         ("4 bits", lambda t: t.update({"a.weight_zero_point": torch.zeros(2, 4, dtype=torch.int32)}), "should be I32"),

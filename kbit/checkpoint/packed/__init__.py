@@ -8,4 +8,6 @@ READERS = {
     "awq": "awq",
     "bitsandbytes": "bitsandbytes",
     "compressed-tensors": "compressed_tensors",
+    "mlx": "mlx",
+    "hqq": "hqq",
 }

@@ -34,6 +34,19 @@ def e8m0(codes: NDArray[np.uint8]) -> NDArray[np.uint16]:
     return patterns
 
 
+def refuse_nan(tensors: PackedTensors, name: str, codes: NDArray[np.uint8]) -> None:
+    """Raise where a code of E4M3 is NaN.
+
+    Raises:
+        CheckpointError: one is.
+    """
+    if bool(((codes & 127) == 127).any()):
+        raise CheckpointError(
+            f"{tensors.path}: {name} holds NaN; the checkpoint is damaged or overflowed when it was converted; get it "
+            "again"
+        )
+
+
 def nibbles(data: NDArray[np.uint8]) -> NDArray[np.uint8]:
     """Bytes (R, K / 2) as codes (R, K), the low half first."""
     codes = np.empty((*data.shape, 2), dtype=np.uint8)
@@ -97,11 +110,7 @@ def eight_bits(
 
     def codes(start: int, stop: int) -> NDArray[np.uint8]:
         found: NDArray[np.uint8] = tensors.read(name, start, stop)
-        if bool(((found & 127) == 127).any()):
-            raise CheckpointError(
-                f"{tensors.path}: {name} holds NaN; the checkpoint is damaged or overflowed when it was converted; get "
-                "it again"
-            )
+        refuse_nan(tensors, name, found)
         return found
 
     values = e4m3()
