@@ -1,11 +1,11 @@
-"""Weights packed by MLX (mlx-lm): `weight` uint32 (N, words), a row is a stream of codes; `scales` (N, K / group_size).
+"""Weights packed by MLX (mlx-lm): `weight` uint32 (N, words), a row a stream of codes; `scales` (N, K / group_size).
 
-Mode "affine" (2, 3, 4, 5, 6 and 8 bits) has `biases` beside the scales: value = scale * code + bias. MLX computes it in
-the type of the scales and rounds the product before the sum, in `dequantize` as in `quantized_matmul` on a CPU; no block
-format says that, so such weights are held dequantized. Modes mxfp4, mxfp8 and nvfp4 are OCP's and NVIDIA's floats.
+Mode "affine" (2, 3, 4, 5, 6 and 8 bits) has `biases` beside the scales: value = scale * code + bias. MLX computes it
+in the type of the scales and rounds the product before the sum, in `dequantize` as in `quantized_matmul` on a CPU; no
+block format says that, so such weights are held dequantized. Modes mxfp4, mxfp8 and nvfp4 are OCP's and NVIDIA's floats.
 
-config.json has `quantization`, the same again as `quantization_config`: group_size, bits, mode, and entries by the names
-of layers which differ.
+config.json has `quantization`, the same again as `quantization_config`: group_size, bits, mode, and entries by the
+names of layers which differ.
 """
 
 from __future__ import annotations
@@ -51,7 +51,8 @@ def _weight(tensors: PackedTensors, module: str) -> PackedWeight:
         )
     if f"{module}.global_scale" in tensors:
         raise UnsupportedError(
-            f"{tensors.path}: {module}.global_scale: kbit reads MLX's weights without; use the original 16-bit checkpoint"
+            f"{tensors.path}: {module}.global_scale: kbit reads MLX's weights without; use the original "
+            "16-bit checkpoint"
         )
     allowed = _AFFINE_BITS if mode == "affine" else (_MODES[mode][0],)
     if type(bits) is not int or type(group) is not int or bits not in allowed or group < 1:
@@ -63,8 +64,8 @@ def _weight(tensors: PackedTensors, module: str) -> PackedWeight:
     columns = words[1] * 32 // bits if len(words) == 2 else 0
     if columns == 0 or columns % group or words[1] * 32 % bits:
         raise CheckpointError(
-            f"{tensors.file(f'{module}.weight')}: {module}.weight of shape {words} does not hold rows of {bits} bits in "
-            f"groups of {group}: {where} is another model's, or the file is damaged"
+            f"{tensors.file(f'{module}.weight')}: {module}.weight of shape {words} does not hold rows of {bits} bits "
+            f"in groups of {group}: {where} is another model's, or the file is damaged"
         )
     shape = (words[0], columns)
     return _affine(tensors, module, shape, bits, group) if mode == "affine" else _floats(tensors, module, shape, mode)
