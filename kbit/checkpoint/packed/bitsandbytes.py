@@ -147,12 +147,14 @@ class _FourBits:
 
     def _scales(self) -> NDArray[np.float32]:
         """Of every block, in the order of the file."""
-        absmax = self._tensors.whole(self._name, self._absmax).reshape(-1)
+        return self._tensors.kept(self._name, "scales", self._read_scales)
+
+    def _read_scales(self) -> NDArray[np.float32]:
+        absmax: NDArray[Any] = self._tensors.read(self._absmax).reshape(-1)
         if not self._nested:
             return absmax
         # As QuantState does: value of the code, times the scale, plus the offset; each in float32.
-        table = self._tensors.whole(self._name, f"{self._name}.nested_quant_map")
-        factors = self._tensors.whole(self._name, f"{self._name}.nested_absmax")
+        table, factors = (self._tensors.floats(f"{self._name}.{end}") for end in ("nested_quant_map", "nested_absmax"))
         at = np.arange(absmax.size) // self._nested_number("nested_blocksize", int)
         scales: NDArray[np.float32] = table[absmax] * factors[at] + np.float32(self._state["nested_offset"])
         return scales

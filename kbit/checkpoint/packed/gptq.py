@@ -125,7 +125,7 @@ class _Matrix:
             kind=self._kind,
             zero=2 ** (self._bits - 1) if symmetric else None,
             read=self._read,
-            group_of=self._group_of if ordered and self._groups > 1 else None,
+            group_of=self._kept_order if ordered and self._groups > 1 else None,
         )
 
     def _read(self, start: int, stop: int) -> IntegerRows:
@@ -134,8 +134,8 @@ class _Matrix:
         codes = unpacked(np.ascontiguousarray(words), self._bits)
         scales = np.ascontiguousarray(self._tensors.whole(self._module, self._scales)[:, start:stop].T)
         if self._has_order and self._tensors.section.get("desc_act") is not True:
-            self._check_order()
-        zeros = self._all_zeros()[start:stop]
+            self._tensors.kept(self._module, "checked order", self._check_order)
+        zeros = self._tensors.kept(self._module, "zeros", self._all_zeros)[start:stop]
         middle = 2 ** (self._bits - 1)
         if self._tensors.section.get("sym", True) is not True:
             return IntegerRows(codes, scales, zeros)
@@ -167,10 +167,19 @@ class _Matrix:
             )
         return order
 
-    def _check_order(self) -> None:
-        plain = np.arange(self._shape[1]) // self._group
-        if not np.array_equal(self._group_of(), plain):
+    def _kept_order(self) -> NDArray[np.intp]:
+        return self._tensors.kept(self._module, "order", self._group_of)
+
+    def _check_order(self) -> NDArray[np.intp]:
+        """The order, which is that of the columns.
+
+        Raises:
+            CheckpointError: it is not.
+        """
+        order = self._group_of()
+        if not np.array_equal(order, np.arange(self._shape[1]) // self._group):
             raise CheckpointError(
                 f"{self._tensors.file(self._order)}: {self._order} is not the order of the columns, though desc_act is "
                 f"false: set desc_act to true in quantization_config of {self._tensors.path}/config.json"
             )
+        return order

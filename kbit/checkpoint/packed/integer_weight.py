@@ -83,11 +83,12 @@ def integer_weight(
         found = read(start, stop)
         at = group_of() if group_of is not None else np.arange(columns, dtype=np.intp) // (group or columns)
         values = found.codes.astype(np.float32)
-        if found.zeros is None:
+        if zero is not None:
             values -= np.float32(zero)
         else:
-            values -= found.zeros.astype(np.float32)[:, at]
-        values *= widened(found.scales, kind)[:, at]
+            assert found.zeros is not None
+            values -= np.take(found.zeros.astype(np.float32), at, axis=1)
+        values *= np.take(widened(found.scales, kind), at, axis=1)
         return values
 
     return DenseWeight(name, shape, parts, label, kind, decode)

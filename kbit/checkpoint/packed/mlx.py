@@ -2,7 +2,7 @@
 
 Mode "affine" (2, 3, 4, 5, 6 and 8 bits) has `biases` beside the scales: value = scale * code + bias. MLX computes it
 in the type of the scales and rounds the product before the sum, in `dequantize` as in `quantized_matmul` on a CPU; no
-block format says that, so such weights are held dequantized. Modes mxfp4, mxfp8 and nvfp4 are OCP's and NVIDIA's floats.
+block format says that, so these are held dequantized. Modes mxfp4, mxfp8 and nvfp4 are OCP's and NVIDIA's floats.
 
 config.json has `quantization`, the same again as `quantization_config`: group_size, bits, mode, and entries by the
 names of layers which differ.

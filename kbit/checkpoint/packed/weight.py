@@ -79,11 +79,15 @@ class PackedTensors:
 
     def whole(self, owner: str, name: str) -> NDArray[Any]:
         """A tensor of a weight whose rows are not together in the file: kept until another weight is read."""
+        return self.kept(owner, name, lambda: self.read(name))
+
+    def kept(self, owner: str, key: str, make: Callable[[], NDArray[Any]]) -> NDArray[Any]:
+        """What is made of a weight's tensors once and needed for all of its rows: kept as `whole` is."""
         if self._owner != owner:
             self._owner, self._held = owner, {}
-        if name not in self._held:
-            self._held[name] = self.read(name)
-        return self._held[name]
+        if key not in self._held:
+            self._held[key] = make()
+        return self._held[key]
 
     def floats(self, name: str, start: int = 0, stop: int | None = None) -> NDArray[np.float32]:
         """Rows of a tensor of floats, exactly."""
