@@ -10,4 +10,6 @@ READERS = {
     "compressed-tensors": "compressed_tensors",
     "mlx": "mlx",
     "hqq": "hqq",
+    "fbgemm_fp8": "nvidia",
+    "modelopt": "nvidia",
 }
