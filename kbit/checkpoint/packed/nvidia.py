@@ -66,7 +66,8 @@ def _nvfp4(tensors: PackedTensors, name: str) -> PackedWeight:
 
     def scales(start: int, stop: int) -> NDArray[np.float32]:
         own: NDArray[np.float32] = small_floats.e4m3()[tensors.read(scale, start, stop)]
-        return own * tensors.floats(whole).reshape(-1)[0]
+        multiplied: NDArray[np.float32] = own * tensors.floats(whole).reshape(-1)[0]
+        return multiplied
 
     return small_floats.four_bits(
         tensors, name, name, (name, scale, whole), "ModelOpt nvfp4", block=_NVFP4_BLOCK, scale_kind="fp32",
