@@ -223,6 +223,12 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def packable_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random tiny Llama whose matrices divide as other quantizers want them to. Not to be changed."""
+    return _write_model(tmp_path_factory.mktemp("packable") / "model", hidden_size=64, intermediate_size=128)
+
+
+@pytest.fixture(scope="session")
 def small_model(tmp_path_factory: pytest.TempPathFactory, write_model: Callable[..., Path]) -> Path:
     """As few tensors as a model can have."""
     folder = tmp_path_factory.mktemp("small") / "model"

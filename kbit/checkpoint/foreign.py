@@ -9,11 +9,13 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple, NoReturn
 
 from kbit.checkpoint.source import TensorInfo
 from kbit.checkpoint.surplus import harmless
 from kbit.host.errors import CheckpointError, UnsupportedError, one_line
+from kbit.host.files import read_json_object
 
 PICKLE_ENDINGS = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 LFS_POINTER = b"version https://git-lfs.github.com/spec/"
@@ -80,7 +82,7 @@ _METHODS = {
     "mlx": "MLX",
 }
 _BITSANDBYTES = ("load_in_", "_load_in_", "bnb_")
-_PLAIN = ("F64", "F32", "F16", "BF16")
+PLAIN = ("F64", "F32", "F16", "BF16")
 _COMPANIONS = re.compile(
     r"(^|\.)(qweight|qzeros|scales|g_idx|absmax|quant_map|quant_state\..*|SCB|W_q|weight_scale.*)$"
 )
@@ -173,8 +175,6 @@ def convert_pickle(folder: Path) -> str:
 
 def adapter_hint(folder: Path) -> str:
     """What to do about a LoRA adapter, with the name of its base where its configuration says that."""
-    from kbit.host.files import read_json_object
-
     try:
         base = read_json_object(folder / "adapter_config.json").get("base_model_name_or_path")
     except CheckpointError:
@@ -189,8 +189,13 @@ def adapter_hint(folder: Path) -> str:
 def is_packed(tensors: Iterable[TensorInfo]) -> bool:
     """Whether tensors are what a quantizer makes: codes, or the scales that belong to some."""
     return any(
-        (info.stored_as not in _PLAIN and harmless(info) is None) or _COMPANIONS.search(info.name) for info in tensors
+        (info.stored_as not in PLAIN and harmless(info) is None) or _COMPANIONS.search(info.name) for info in tensors
     )
+
+
+def is_companion(info: TensorInfo) -> bool:
+    """Whether a tensor is one of those that a quantizer stores for a packed weight."""
+    return _COMPANIONS.search(info.name) is not None
 
 
 class Quantizer(NamedTuple):
@@ -200,10 +205,12 @@ class Quantizer(NamedTuple):
         method: as in quant_method of config.json; None where the weights are plain.
         certain: False where the tensors may be plain after all (`is_packed`): bitsandbytes packs plain weights as it
             loads them, and a file beside config.json may be left over from another model.
+        section: what the configuration says of how.
     """
 
     method: str | None
     certain: bool = True
+    section: Mapping[str, Any] = MappingProxyType({})
 
 
 def quantizer_of(folder: Path, config: Mapping[str, Any]) -> Quantizer:
@@ -214,22 +221,24 @@ def quantizer_of(folder: Path, config: Mapping[str, Any]) -> Quantizer:
     """
     section = config.get("quantization_config")
     if section is None:
-        if isinstance(config.get("compression_config"), dict):  # of compressed-tensors' first versions
-            return Quantizer("compressed-tensors")
-        if isinstance(config.get("quantization"), dict):
-            return Quantizer("mlx")
-        named = next((method for name, method in _METHOD_FILES.items() if (folder / name).is_file()), None)
-        return Quantizer(named, certain=named is None)
+        for key, writer in (("compression_config", "compressed-tensors"), ("quantization", "mlx")):
+            if isinstance(config.get(key), dict):  # of compressed-tensors' first versions; of MLX
+                return Quantizer(writer, section=config[key])
+        for name, writer in _METHOD_FILES.items():
+            if (folder / name).is_file():
+                return Quantizer(writer, certain=False, section=read_json_object(folder / name))
+        return Quantizer(None)
     if not isinstance(section, dict):
         raise CheckpointError(f"{folder}/config.json: quantization_config {str(section)[:80]!r} is not an object")
     method = section.get("quant_method")
     if method == "bitsandbytes" or (method is None and any(key.startswith(_BITSANDBYTES) for key in section)):
-        return Quantizer("bitsandbytes", certain=False)
+        return Quantizer("bitsandbytes", certain=False, section=section)
     if method is not None:
-        return Quantizer(str(method))
+        return Quantizer(str(method), section=section)
     # Older tools left out their names.
     marks = {"desc_act": "gptq", "zero_point": "awq", "group_size": "mlx"}
-    return Quantizer(next((method for mark, method in marks.items() if mark in section), "an unnamed method"))
+    found = next((method for mark, method in marks.items() if mark in section), "an unnamed method")
+    return Quantizer(found, section=section)
 
 
 def refuse_method(folder: Path, method: str) -> NoReturn:

@@ -67,8 +67,9 @@ def locate(model: str) -> Path | None:
 
 def open_folder(path: Path) -> CheckpointSource:
     """Open a Hugging Face style folder, quantized by kbit or not."""
-    from kbit.checkpoint.foreign import refuse_pointers
+    from kbit.checkpoint.foreign import quantizer_of, refuse_pointers
     from kbit.checkpoint.hub import only_gguf
+    from kbit.checkpoint.packed import READERS
     from kbit.checkpoint.readers.hf_folder import HFFolder
     from kbit.checkpoint.readers.kbit_folder import KbitFolder
     from kbit.host.files import read_json_object
@@ -85,9 +86,13 @@ def open_folder(path: Path) -> CheckpointSource:
     if not config.is_file():
         return HFFolder(path)  # says what is missing
     refuse_pointers(path, [config.name])
-    section = read_json_object(config).get("quantization_config")
-    if isinstance(section, dict) and section.get("quant_method") == "kbit":
+    method = quantizer_of(path, read_json_object(config)).method
+    if method == "kbit":
         return KbitFolder(path)
+    if method in READERS:
+        from kbit.checkpoint.readers.packed_folder import PackedFolder
+
+        return PackedFolder(path)
     return HFFolder(path)
 
 

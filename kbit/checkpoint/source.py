@@ -37,6 +37,8 @@ class TensorInfo:
             a GGUF type ("Q4_1", ...) or a kbit format ("nf4-b64").
         nbytes: bytes it occupies in the file, scales included.
         file: the file that holds it.
+        packed_as: how another quantizer has packed it ("GPTQ 4-bit"); `stored_as` is then what kbit holds it as, and
+            `nbytes` what it takes in the file.
     """
 
     name: str
@@ -44,6 +46,7 @@ class TensorInfo:
     stored_as: str
     nbytes: int
     file: Path
+    packed_as: str = ""
 
     @property
     def numel(self) -> int:

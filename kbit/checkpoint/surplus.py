@@ -56,11 +56,16 @@ RULES = (
     Rule(r"num_batches_tracked", "a counter of training"),
     # Of one number only: a scale per channel would have its counterpart in the weights.
     Rule(
-        r"(input|in|output|out|activation|act|prob)_scale(_inv)?",
+        r"(input|in|output|out|activation|act|prob)(_global)?_scale(_inv)?",
         "a scale for 8-bit activations, which are not rounded to it here",
         _is_scalar,
     ),
     Rule(r"[qkv]_scale", "a scale for 8-bit keys, values or queries, which are not rounded to it here"),
+    Rule(
+        r"bias",
+        "a bias of zeros: quantizers write one for every layer that they pack",
+        lambda info: info.packed_as == "zeros",
+    ),
     Rule(r"v_head(\.\w+)*\.(weight|bias)", "the value head of a reward model or of training with one"),
 )
 

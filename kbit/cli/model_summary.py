@@ -71,6 +71,7 @@ def summarise(source: CheckpointSource) -> dict[str, Any]:
         "file_bytes": sum(file.stat().st_size for file in files),
         "files": sorted(file.name for file in files),
         "formats": _by_format(infos),
+        "packed": _packed(infos),
         "prepared_bytes": _prepared_bytes(source.path),
         "runs_on": {
             "cpu": f"native backend ({instruction_set()})" if reason is None else None,
@@ -147,10 +148,24 @@ def _by_format(infos: list[Any]) -> dict[str, dict[str, int]]:
     numel: Counter[str] = Counter()
     nbytes: Counter[str] = Counter()
     for info in infos:
-        count[info.stored_as] += 1
-        numel[info.stored_as] += info.numel
-        nbytes[info.stored_as] += info.nbytes
+        key = info.packed_as or info.stored_as
+        count[key] += 1
+        numel[key] += info.numel
+        nbytes[key] += info.nbytes
     return {key: {"tensors": count[key], "parameters": numel[key], "bytes": nbytes[key]} for key in count}
+
+
+def _packed(infos: list[Any]) -> dict[str, dict[str, int]]:
+    """How tensors are held that another quantizer has packed: by its format and by how kbit holds them, how many."""
+    held: dict[str, Counter[str]] = {}
+    for info in infos:
+        if info.packed_as:
+            held.setdefault(info.packed_as, Counter())[info.stored_as] += 1
+    return {label: dict(counts) for label, counts in held.items()}
+
+
+def _how_held(stored_as: str) -> str:
+    return f"dequantized to {stored_as}" if stored_as in _FLOATS else f"packed, exactly, as {stored_as}"
 
 
 def print_machine(machine: dict[str, Any]) -> None:
@@ -205,6 +220,11 @@ def print_model(summary: dict[str, Any], list_tensors: bool) -> None:
             f"{experts['chosen']} of {experts['experts']} for each token, of {experts['width']} features, in "
             f"{experts['layers']} layers{shared}"
         )
+    if summary["packed"]:
+        lines["quantized by"] = "; ".join(
+            f"{label}: {', '.join(f'{count} {_how_held(held)}' for held, count in counts.items())}"
+            for label, counts in summary["packed"].items()
+        )
     if summary["prepared_bytes"] is not None:
         lines["prepared"] = f"{size(summary['prepared_bytes'])} for the CPU engine, in the cache (--forget removes it)"
     if "verified_tensors" in summary:
@@ -220,10 +240,10 @@ def print_model(summary: dict[str, Any], list_tensors: bool) -> None:
         lines["cannot run"] = summary["cannot_run"]
     for key, text in [*lines.items(), *(("left out", text) for text in _left_out(summary["ignored_tensors"]))]:
         typer.echo(f"{key + ':':<17}{printable(text)}")
-    typer.echo(f"\n{'format':<22}{'tensors':>8}{'parameters':>16}{'bytes':>12}{'bits/weight':>13}")
+    typer.echo(f"\n{'format':<30}{'tensors':>8}{'parameters':>16}{'bytes':>12}{'bits/weight':>13}")
     for key, row in summary["formats"].items():
         share = 8 * row["bytes"] / row["parameters"] if row["parameters"] else 0.0
-        typer.echo(f"{key:<22}{row['tensors']:>8}{row['parameters']:>16,}{size(row['bytes']):>12}{share:>13.3f}")
+        typer.echo(f"{key:<30}{row['tensors']:>8}{row['parameters']:>16,}{size(row['bytes']):>12}{share:>13.3f}")
     if list_tensors:
         typer.echo("")
         for name, row in summary["tensors"].items():

@@ -18,7 +18,9 @@ if TYPE_CHECKING:
 def note_quantized_source(plan: Plan) -> None:
     """Say on stderr what surprises people whose source is quantized already (most GGUF files)."""
     formats = {
-        tensor.source.stored_as for tensor in plan.tensors if not tensor.source.stored_as.startswith(("F", "BF"))
+        source.packed_as or source.stored_as
+        for source in (tensor.source for tensor in plan.tensors)
+        if source.packed_as or not source.stored_as.startswith(("F", "BF"))
     }
     if formats:
         typer.echo(

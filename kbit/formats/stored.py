@@ -127,3 +127,18 @@ def narrowed(values: NDArray[np.float32], kind: str) -> NDArray[Any]:
         patterns: NDArray[Any] = (values.view(np.uint32) >> np.uint32(16)).astype(np.uint16)
         return patterns
     return values
+
+
+def rounded(values: NDArray[np.float32], kind: str) -> NDArray[Any]:
+    """float32 numbers rounded to the nearest of a kind, ties to even; 16-bit ones as patterns."""
+    if kind == "fp16":
+        with np.errstate(over="ignore"):  # what fp16 cannot hold becomes infinite, which those who load refuse
+            return values.astype(np.float16).view(np.uint16)
+    if kind == "bf16":
+        bits = values.view(np.uint32)
+        up = bits + (np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1)))
+        # The sum would turn a NaN with few bits set into an infinity.
+        up = np.where(np.isnan(values), bits | np.uint32(0x400000), up)
+        patterns: NDArray[Any] = (up >> np.uint32(16)).astype(np.uint16)
+        return patterns
+    return values

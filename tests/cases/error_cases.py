@@ -103,7 +103,7 @@ ZOO: dict[str, Maker] = {
     "no-hidden-size": lambda m: edit_config(m, hidden_size=None),
     "minus-layers": lambda m: edit_config(m, num_hidden_layers=-2),
     "odd-rope": lambda m: edit_config(m, rope_scaling={"rope_type": "spiral", "factor": 2.0}),
-    "gptq": lambda m: edit_config(m, quantization_config={"quant_method": "gptq", "bits": 4}),
+    "aqlm": lambda m: edit_config(m, quantization_config={"quant_method": "aqlm", "nbits_per_codebook": 16}),
     "pickled": lambda m: (m / "model.safetensors").rename(m / "pytorch_model.bin"),
     "no-weights": lambda m: (m / "model.safetensors").unlink(),
     "no-tokenizer": lambda m: (m / "tokenizer.json").unlink(),

@@ -95,10 +95,11 @@ def pointers(*names: str) -> Callable[[Path], object]:
     return lambda model: [(model / name).write_bytes(POINTER) for name in names]
 
 
-def modelopt(model: Path) -> None:
-    (model / "hf_quant_config.json").write_text('{"quantization": {"quant_algo": "NVFP4"}}')
+def quanto(model: Path) -> None:
+    (model / "quanto_qmap.json").write_text('{"x": {"weights": "qint8", "activations": "none"}}')
     save_file(
-        {"x.weight": torch.ones(2, dtype=torch.uint8), "x.weight_scale": torch.ones(2)}, model / "model.safetensors"
+        {"x.weight._data": torch.ones(2, dtype=torch.int8), "x.weight._scale": torch.ones(2)},
+        model / "model.safetensors",
     )
 
 
@@ -125,25 +126,17 @@ FOLDERS: dict[str, tuple[Callable[[Path], object], type[KbitError], str]] = {
         CheckpointError,
         "no safetensors files in this folder",
     ),
-    "MLX": (config(quantization={"group_size": 64, "bits": 4}), UnsupportedError, "quantized by MLX"),
-    "newer MLX": (
-        config(quantization_config={"group_size": 64, "bits": 4, "mode": "affine"}),
-        UnsupportedError,
-        "by MLX",
+    "GPTQ of plain weights": (
+        config(quantization_config={"quant_method": "gptq", "bits": 4}),
+        CheckpointError,
+        "the weights should be packed by gptq, but none is; remove quantization_config from it if they are plain",
     ),
-    "GPTQ": (config(quantization_config={"quant_method": "gptq", "bits": 4}), UnsupportedError, "by GPTQ .'gptq'."),
-    "old GPTQ": (config(quantization_config={"bits": 4, "desc_act": False}), UnsupportedError, "by GPTQ"),
-    "AWQ": (config(quantization_config={"quant_method": "awq", "version": "gemm"}), UnsupportedError, "by AWQ"),
-    "old AWQ": (config(quantization_config={"zero_point": True, "q_group_size": 128}), UnsupportedError, "by AWQ"),
-    "llm-compressor": (
-        config(quantization_config={"quant_method": "compressed-tensors", "format": "float-quantized"}),
-        UnsupportedError,
-        "by compressed-tensors .llm-compressor.",
-    ),
-    "its first versions": (config(compression_config={"format": "x"}), UnsupportedError, "by compressed-tensors"),
+    "old GPTQ": (config(quantization_config={"bits": 4, "desc_act": False}), CheckpointError, "packed by gptq"),
+    "old AWQ": (config(quantization_config={"zero_point": True, "q_group_size": 128}), CheckpointError, "by awq"),
+    "EETQ": (config(quantization_config={"quant_method": "eetq"}), UnsupportedError, "by EETQ .'eetq'."),
     "EXL3": (config(quantization_config={"quant_method": "exl3", "bits": 3.0}), UnsupportedError, "by EXL3"),
-    "HQQ": (config(quantization_config={"quant_method": "hqq"}), UnsupportedError, "by HQQ"),
-    "ModelOpt": (modelopt, UnsupportedError, "by NVIDIA ModelOpt"),
+    "torchao": (config(quantization_config={"quant_method": "torchao"}), UnsupportedError, "by torchao"),
+    "quanto": (quanto, UnsupportedError, "by optimum-quanto"),
     "something new": (config(quantization_config={"quant_method": "q\x1bnew"}), UnsupportedError, r"by 'q\\x1bnew'"),
     "something without a name": (config(quantization_config={"wbits": 3}), UnsupportedError, "by 'an unnamed method'"),
 }

@@ -260,7 +260,11 @@ def packed(model: Path) -> None:
 
 REFUSED: dict[str, tuple[Callable[[Path], object], type[KbitError], str]] = {
     "some of the shards": (some_shards, CheckpointError, f"safetensors files but no {INDEX_NAME}"),
-    "weights that bitsandbytes has packed": (packed, UnsupportedError, "already quantized by bitsandbytes"),
+    "a weight that bitsandbytes has packed, without its state": (
+        packed,
+        CheckpointError,
+        "weight.absmax belongs to a packed weight, but its other tensors are missing",
+    ),
     "a LoRA around the weights": (
         lambda m: save_file({"model.layers.0.mlp.up_proj.base_layer.weight": torch.ones(2)}, m / "model.safetensors"),
         UnsupportedError,

@@ -45,7 +45,7 @@ CASES: dict[str, Case] = {
     "LoRA adapter": Case("run Hi -m {adapter}", 1, ("LoRA adapter", "merge it into its base model")),
     "config corrupt": Case("info {config-corrupt}", 1, ("config.json: not valid JSON", "download it again")),
     "config is a list": Case("info {config-list}", 1, ("config.json", "an object was expected")),
-    "GPTQ checkpoint": Case("quantize {gptq} -o {new}", 1, ("config.json", "'gptq'", "original 16-bit checkpoint")),
+    "AQLM checkpoint": Case("quantize {aqlm} -o {new}", 1, ("config.json", "'aqlm'", "original 16-bit checkpoint")),
     "a pickle by name": Case("run Hi -m {weights.bin}", 1, ("weights.bin: looks like a pickle", "safetensors")),
     "a single safetensors file": Case("info {good}/model.safetensors", 2, ("name the folder",)),
     "a text file": Case("info {notes.txt}", 1, ("notes.txt: not a GGUF file", "give a .gguf file or a model folder")),

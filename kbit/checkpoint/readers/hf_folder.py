@@ -73,6 +73,9 @@ class HFFolder(StoredSource):
         UnsupportedError: the weights are in a form kbit does not read.
     """
 
+    # Whether weights that other quantizers have packed are read, by a class made of this one.
+    _unpacks = False
+
     def __init__(self, path: Path) -> None:
         self.path = path
         if not path.is_dir():
@@ -87,15 +90,17 @@ class HFFolder(StoredSource):
         if _is_adapter(path) and weights == ["adapter_model.safetensors"]:
             raise UnsupportedError(f"{path}: holds {adapter_hint(path)}")
         self.config = read_json_object(path / "config.json")
-        method, certain = quantizer_of(path, self.config)
-        if method in (None, "fp8", "kbit", "mxfp4"):
+        self._quantizer = quantizer_of(path, self.config)
+        method, certain, _ = self._quantizer
+        if method in (None, "fp8", "kbit", "mxfp4") or self._unpacks:
             method = None
         elif certain:
             refuse_method(path, method)
         else:
             self.config.pop("quantization_config", None)
-        self._fp8_block = _fp8_block_size(path, self.config)
-        self._needs_scales = self.config.get("quantization_config") is not None
+        fp8 = not self._unpacks and self.config.get("quantization_config") is not None
+        self._fp8_block = _fp8_block_size(path, self.config) if fp8 else (128, 128)
+        self._needs_scales = fp8
         self._files: dict[str, SafetensorsFile] = {}
         try:
             self._where = self._locate()

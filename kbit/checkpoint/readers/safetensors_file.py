@@ -45,6 +45,10 @@ _DTYPES: Mapping[str, tuple[int, str, str]] = {
     "F8_E5M2": (1, "float8_e5m2", "u1"),
     "F16": (2, "float16", "<u2"),
     "BF16": (2, "bfloat16", "<u2"),
+    "F8_E8M0": (1, "float8_e8m0fnu", "u1"),
+    "U16": (2, "uint16", "<u2"),
+    "U32": (4, "uint32", "<u4"),
+    "U64": (8, "uint64", "<u8"),
     "I16": (2, "int16", "<i2"),
     "I32": (4, "int32", "<i4"),
     "F32": (4, "float32", "<f4"),
@@ -66,6 +70,10 @@ class StoredTensor:
     @property
     def nbytes(self) -> int:
         return self.end - self.begin
+
+    @property
+    def numel(self) -> int:
+        return prod(self.shape)
 
     @property
     def row_bytes(self) -> int:

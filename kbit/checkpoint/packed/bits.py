@@ -1,0 +1,80 @@
+"""Taking codes out of words, without a loop over rows."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+_WORD_BITS = 32
+# Planes of the widths that GPTQModel keeps in planes: (bits of the plane, its place in the code).
+_PLANES = {5: ((4, 0), (1, 4)), 6: ((4, 0), (2, 4)), 7: ((4, 0), (2, 4), (1, 6))}
+
+
+def stream(words: NDArray[Any], bits: int) -> NDArray[np.uint8]:
+    """Rows that are streams of `bits`-bit codes, the first in the lowest bits of the first word.
+
+    Args:
+        words: (R, W) of any integer type, or bytes; W words hold whole runs of 8 codes.
+        bits: 1 to 8.
+
+    Returns:
+        uint8 (R, W * width of a word / bits).
+    """
+    data = _bytes(words)
+    rows = data.shape[0]
+    if bits == 8:
+        return data
+    if bits in (1, 2, 4):
+        codes = np.empty((*data.shape, 8 // bits), dtype=np.uint8)
+        mask = np.uint8((1 << bits) - 1)
+        for place in range(8 // bits):
+            np.bitwise_and(data >> np.uint8(place * bits), mask, out=codes[..., place])
+        return codes.reshape(rows, -1)
+    # Eight codes lie in `bits` bytes, which a 64-bit number holds.
+    runs = data[:, : data.shape[1] // bits * bits].reshape(rows, -1, bits)
+    wide = np.zeros((*runs.shape[:2], 8), dtype=np.uint8)
+    wide[..., :bits] = runs
+    numbers = wide.view("<u8")[..., 0]
+    codes = np.empty((*runs.shape[:2], 8), dtype=np.uint8)
+    mask64 = np.uint64((1 << bits) - 1)
+    for place in range(8):
+        codes[..., place] = (numbers >> np.uint64(place * bits)) & mask64
+    return codes.reshape(rows, -1)
+
+
+def padded_words(words: NDArray[Any], bits: int) -> NDArray[np.uint8]:
+    """As `stream`, of 32-bit words of as many whole codes as fit them, padded above: (R, W * (32 // bits))."""
+    unsigned = np.ascontiguousarray(words).view(np.uint32)
+    per_word = _WORD_BITS // bits
+    codes = np.empty((*unsigned.shape, per_word), dtype=np.uint8)
+    mask = np.uint32((1 << bits) - 1)
+    for place in range(per_word):
+        codes[..., place] = (unsigned >> np.uint32(place * bits)) & mask
+    return codes.reshape(words.shape[0], -1)
+
+
+def planar(words: NDArray[Any], bits: int) -> NDArray[np.uint8]:
+    """As `stream`, of runs of 32 codes kept in planes, widest first: GPTQModel's 5, 6 and 7 bits (planar_packing.py).
+
+    Args:
+        words: 32-bit (R, W), W a multiple of bits.
+    """
+    rows = words.shape[0]
+    runs = np.ascontiguousarray(words).reshape(rows, -1, bits)
+    codes = np.zeros((rows, runs.shape[1] * _WORD_BITS), dtype=np.uint8)
+    at = 0
+    for width, place in _PLANES[bits]:
+        plane = np.ascontiguousarray(runs[..., at : at + width]).reshape(rows, -1)
+        codes |= stream(plane, width) << np.uint8(place)
+        at += width
+    return codes
+
+
+def _bytes(words: NDArray[Any]) -> NDArray[np.uint8]:
+    """Words as their bytes, lowest first: files and the machines that kbit runs on agree on that."""
+    assert sys.byteorder == "little"
+    data: NDArray[np.uint8] = np.ascontiguousarray(words).view(np.uint8)
+    return data.reshape(words.shape[0], -1)
