@@ -223,8 +223,8 @@ class Decoder:
         cache.reserve(batch.counts)
 
     def _check_positions(self, length: int) -> None:
-        """Refuse texts that are longer than a table of positions."""
-        if self.spec.position_rows and length > self.spec.context_length:
+        """Refuse texts that are longer than what is known of positions or distances."""
+        if (self.spec.position_rows or self.spec.sloped) and length > self.spec.context_length:
             raise UsageError(
                 f"a text of {length} tokens is longer than the {self.spec.context_length} positions that this "
                 f"{self.spec.family} model has"

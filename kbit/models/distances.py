@@ -1,4 +1,4 @@
-"""Attention that knows positions by distance: a table of buckets becomes what is added to scores.
+"""Attention that knows positions by distance: a table of buckets, or a slope, becomes what is added to scores.
 
 T5's relative positions (Raffel et al. 2020, arXiv:1910.10683; MPNet has them, too): half of the buckets are for keys
 after the query. Of a half, the first half is for distances of its own; the rest widen logarithmically, and the last
@@ -34,3 +34,21 @@ def by_distance(table: NDArray[np.float32], largest: int) -> NDArray[np.float32]
     distances = np.arange(-largest, largest + 1)
     rows: NDArray[np.float32] = table[buckets_of(distances, len(table), largest)]
     return np.ascontiguousarray(rows.T).reshape(-1)
+
+
+def slopes(heads: int) -> NDArray[np.float32]:
+    """How fast each head's scores fall with the distance in ALiBi (Press et al. 2022, arXiv:2108.12409): (H,).
+
+    A geometric sequence for a power of two of heads; for others that of the next lower one, and every other slope of
+    the next higher one.
+    """
+    lower = 1 << (heads.bit_length() - 1)
+    found = [2.0 ** (-8.0 * (i + 1) / lower) for i in range(lower)]
+    found += [2.0 ** (-8.0 * (2 * i + 1) / (2 * lower)) for i in range(heads - lower)]
+    return np.array(found, dtype=np.float32)
+
+
+def by_slope(heads: int, reach: int) -> NDArray[np.float32]:
+    """What `Ops.self_attention` adds to scores with ALiBi, for distances up to `reach`: (H (2 reach + 1),)."""
+    distances = np.arange(-reach, reach + 1, dtype=np.float32)
+    return (slopes(heads)[:, None] * distances).reshape(-1)

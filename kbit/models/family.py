@@ -151,7 +151,7 @@ class Family:
         bidirectional: the key that says that queries see the whole text; its windows reach to both sides, half each.
         first_position: with a table of positions (`names.positions`), its row of position 0; "pad": the one after that
             of padding.
-        distances: see ModelSpec.
+        distances, sloped: see ModelSpec.
         unnormed: see ModelSpec.
         extra_positions: rows that the table of positions has beside max_position_embeddings.
         parallel: see ModelSpec; fixed, or the key that says.
@@ -199,6 +199,7 @@ class Family:
     bidirectional: str | None = None
     first_position: int | Literal["pad"] = 0
     distances: tuple[int, int] | None = None
+    sloped: bool = False
     unnormed: tuple[int, ...] = ()
     extra_positions: int = 0
     parallel: bool | str = False
@@ -248,8 +249,10 @@ def read_spec(families: Mapping[str, Family], config: Mapping[str, Any], where: 
     if both_sides:
         windows = tuple(None if window is None else window // 2 + 1 for window in windows)
     positions = position_table(family, values, max_positions)
-    if positions.rows:
-        ropes = Ropes(RopeSpec("default", 0, DEFAULT_THETA, max_positions=positions.rows - positions.first))
+    turns = not positions.rows and not family.sloped
+    if not turns:
+        longest = positions.rows - positions.first if positions.rows else max_positions
+        ropes = Ropes(RopeSpec("default", 0, DEFAULT_THETA, max_positions=longest))
     else:
         ropes = ropes_from_config(values, head_dim, max_positions, family.rope)
     norm_bias = _switch(family.norm_bias, values)
@@ -278,7 +281,7 @@ def read_spec(families: Mapping[str, Family], config: Mapping[str, Any], where: 
         norm=family.norm,
         norm_bias=norm_bias,
         mask="bidirectional" if both_sides else family.mask,
-        rotated=(False,) * layers if positions.rows else rotated_layers(family.rotated, values, windows),
+        rotated=rotated_layers(family.rotated, values, windows) if turns else (False,) * layers,
         window_rope=ropes.window_rope,
         qk_norm=family.qk_norm,
         norm_rotated=family.norm_rotated,
@@ -294,6 +297,7 @@ def read_spec(families: Mapping[str, Family], config: Mapping[str, Any], where: 
         first_position=positions.first,
         types=token_types(family, values),
         distances=family.distances,
+        sloped=family.sloped,
         unnormed=family.unnormed,
         parallel=_switch(family.parallel, values),
         task=read_task(family, values, _ACTIVATIONS, norm_bias),

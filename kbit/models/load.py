@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from math import isfinite
 from typing import TYPE_CHECKING
 
@@ -113,6 +114,8 @@ class _Loader:
 
     def _ends(self, embedding: Weight, layers: tuple[Weights, ...]) -> DecoderWeights:
         final = self._weights(p for p in self._outside if p.role in OUTSIDE)
+        if self.spec.sloped:
+            final = replace(final, biases={**final.biases, "distances": self._slopes()})
         heads = [p for p in self._outside if p.role == "head"]
         head = self._weight(heads[0].name) if heads else embedding
         return DecoderWeights(embedding, layers, final, head)
@@ -156,6 +159,17 @@ class _Loader:
             return backend.prepare_vector(values)
         self._count()
         return vector
+
+    def _slopes(self) -> Vector:
+        """What slopes add to scores: of no tensor."""
+        from kbit.models.distances import by_slope
+
+        values = by_slope(self.spec.heads, self.spec.context_length)
+        if isinstance(self.backend, PreparesStored):
+            return self.backend.prepare_array(values)
+        import torch
+
+        return self.backend.prepare_vector(torch.from_numpy(values))
 
     def _distances(self, name: str) -> Vector:
         """What a table of distances adds to scores."""

@@ -20,7 +20,7 @@ from kbit.checkpoint.source import CheckpointSource
 from kbit.formats.codec import Cut
 from kbit.host.errors import UnsupportedError
 from kbit.models.check import check_tensors
-from kbit.models.families import spec_from_config
+from kbit.models.families import FAMILIES, spec_from_config
 from kbit.models.params import parameters
 from kbit.models.spec import ModelSpec
 
@@ -52,13 +52,14 @@ def shard(source: CheckpointSource, rank: int, world: int) -> ShardedSource:
     share = _share(source, spec, rank, world)
     dim = spec.head_dim
     queries, keys = (_scaled(heads, dim) for heads in (share.heads, share.kv_heads))
-    config = {
-        **source.config,
+    sizes = {
         "num_attention_heads": share.heads[1] - share.heads[0],
         "num_key_value_heads": share.kv_heads[1] - share.kv_heads[0],
         "head_dim": dim,
         "intermediate_size": share.features[1] - share.features[0],
     }
+    keys_of_family = FAMILIES[spec.family].keys
+    config = {**source.config, **sizes, **{keys_of_family.get(key, key): size for key, size in sizes.items()}}
     spans: dict[str, tuple[int, int]] = {"heads": queries, "kv_heads": keys, "features": share.features}
     cuts = {p.name: Cut(p.cut[0], *spans[p.cut[1]]) for p in parameters(spec) if p.cut is not None}
     return ShardedSource(source, config, cuts, f"{rank}/{world}")
@@ -73,6 +74,10 @@ def _share(source: CheckpointSource, spec: ModelSpec, rank: int, world: int) -> 
     if world > 1 and spec.experts is not None:
         raise UnsupportedError(
             f"{where}: the experts of {spec.family} models are not dealt out among processes; use one process"
+        )
+    if world > 1 and spec.sloped:
+        raise UnsupportedError(
+            f"{where}: the slopes of {spec.family} models are of all heads together; use one process"
         )
     if not _heads_divide(spec, world):
         counts = [str(count) for count in range(2, spec.heads + 1) if _heads_divide(spec, count)]

@@ -186,6 +186,7 @@ class ModelSpec:
         first_position: its row of position 0.
         types: rows of the table of token types (`names.types`), 0 where there is none.
         distances: buckets and the largest distance of `kbit.models.distances`, where there is such a table.
+        sloped: scores fall with the distance, by a slope of each head (`kbit.models.distances`).
         unnormed: layers that lack the norm before attention that the others have.
         parallel: attention and MLP read the same stream, and what both make is added to it; without a norm of its own
             the MLP reads what attention's norm made.
@@ -228,6 +229,7 @@ class ModelSpec:
     first_position: int = 0
     types: int = 0
     distances: tuple[int, int] | None = None
+    sloped: bool = False
     unnormed: tuple[int, ...] = ()
     parallel: bool = False
     task: TaskHead | None = None

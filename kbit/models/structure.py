@@ -221,6 +221,9 @@ def assemble(
     embedding = matrix(outside[0])
     head = next((matrix(p) for p in outside if p.role == "head"), embedding)
     final = _weights((p for p in outside if p.role in OUTSIDE), matrix, vector)
+    if spec.sloped:
+        slopes = Parameter("slopes", "distances", None, "distances", (spec.heads,))
+        final = replace(final, biases={**final.biases, "distances": vector(slopes)})
     return DecoderWeights(embedding, layers, final, head)
 
 

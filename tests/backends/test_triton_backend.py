@@ -31,7 +31,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 # tables by length, windows; norms of heads, caps and factors, two rotations, partial ones, layers without, rotation before
 # the norm.
 FAMILIES = ["llama", "llama-tied", "llama-biases", "llama-multi-query", "llama-gelu", "llama-dynamic", "mistral-window"]
-FAMILIES += ["qwen3", "gemma2", "gemma3", "phi3", "smollm3-listed", "hunyuan"]
+FAMILIES += ["qwen3", "gemma2", "gemma3", "phi3", "smollm3-listed", "hunyuan", "gpt2", "gpt_neox"]
 
 
 def source_of(name: str, format: str | None = None, **changes: Any) -> DictSource:

@@ -189,6 +189,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
             "rope_parameters": {"rope_type": "dynamic", "rope_theta": 100.0, "alpha": 50.0, "factor": 1.0},
         },
     ),
+    "bloom": ("Bloom", {**EVERY_HEAD, "n_inner": None, "seq_length": 64}),
     "gpt2": ("GPT2", {**EVERY_HEAD, "n_inner": 77, "max_position_embeddings": 64}),
     "opt": ("OPT", {**EVERY_HEAD, "ffn_dim": 77, "word_embed_proj_dim": 48, "max_position_embeddings": 64}),
     "gpt_neox": ("GPTNeoX", {**EVERY_HEAD, "rope_parameters": HALF}),

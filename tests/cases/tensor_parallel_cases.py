@@ -46,6 +46,9 @@ CASES: list[tuple[str, str | None]] = [
     ("glm4", "nf5-b16"),
     ("hunyuan", None),
     ("ministral3", "nf6-b16"),
+    ("gpt2", "nf4-b16"),
+    ("gpt_neox", None),
+    ("cohere", "int8-b16"),
 ]
 # One layer has both sums; Triton's interpreter takes seconds for it.
 TRITON_CASE, TRITON_CHANGES = ("llama-biases", "nf4-b16"), {"num_hidden_layers": 1}

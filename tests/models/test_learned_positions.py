@@ -1,4 +1,4 @@
-"""Decoders with a table of positions: as long as it, and no longer."""
+"""Decoders with a table of positions, or with slopes: as long as these reach, and no longer."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 pytest.importorskip("transformers")
 
 
-@pytest.mark.parametrize("name", ["gpt2", "opt"])
+@pytest.mark.parametrize("name", ["gpt2", "opt", "bloom"])
 @pytest.mark.parametrize("backend", ["reference", "native"])
 def test_a_text_ends_with_the_table(tmp_path: Path, name: str, backend: str) -> None:
     saved_model(name, tmp_path)

@@ -91,7 +91,9 @@ class Unrounded(ScaledView):
         return self.target(name)
 
 
-@pytest.mark.parametrize("name", [*FAMILIES, "olmo2", "granite", "glm4", "smollm3", "glm4-moe", "cohere", "opt"])
+@pytest.mark.parametrize(
+    "name", [*FAMILIES, "olmo2", "granite", "glm4", "smollm3", "glm4-moe", "cohere", "opt", "bloom"]
+)
 def test_scaling_features_changes_nothing(published: Callable[[str], Path], name: str) -> None:
     """AWQ's scales go through norms, values and products and out again, whatever else a block does."""
     method = ActivationAware(CalibrationRequest(tokens=256))

@@ -7,6 +7,7 @@ from typing import Any
 
 from kbit.models.families import (
     bert,
+    bloom,
     cohere,
     distilbert,
     ernie4_5,
@@ -90,6 +91,7 @@ FAMILIES: dict[str, Family] = {
         mpnet.FAMILY,
         modernbert.FAMILY,
         nomic_bert.FAMILY,
+        bloom.FAMILY,
         cohere.FAMILY,
         falcon.FAMILY,
         gpt2.FAMILY,
