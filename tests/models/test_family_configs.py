@@ -313,12 +313,15 @@ def test_what_another_family_reads_is_refused_where_it_is_not(key: str, value: A
             assert key in str(error)
             refused += 1
         else:
-            unturned = key == "partial_rotary_factor" and FAMILIES[family].names.positions is not None
+            table = FAMILIES[family].names.positions is not None or FAMILIES[family].sloped
+            unturned = key == "partial_rotary_factor" and table
             same = unturned or key in FAMILIES[family].ignored or _default(family, key) == value
             same = same or value in FAMILIES[family].fixed.get(key, ())
             assert found != spec(family) or same
     some = {
-        "partial_rotary_factor": lambda family: family.names.positions is not None or family.rope.share is not None,
+        "partial_rotary_factor": lambda family: (
+            family.names.positions is not None or family.sloped or family.rope.share is not None
+        ),
         "num_experts": lambda family: family.experts is not None,
         "num_local_experts": lambda family: family.experts is not None,
     }.get(key, lambda family: False)

@@ -23,7 +23,7 @@ ROWS, COLUMNS = 37, 768
 # Byte offsets of the fp16 numbers in a block, whose random bits are replaced by finite ones.
 HALVES = {
     "Q4_0": (0,), "Q4_1": (0, 2), "Q5_0": (0,), "Q5_1": (0, 2), "Q8_0": (0,), "IQ4_NL": (0,), "IQ4_XS": (0,),
-    "Q2_K": (80, 82), "Q3_K": (108,), "Q4_K": (0, 2), "Q5_K": (0, 2), "Q6_K": (208,),
+    "MXFP4": (), "Q2_K": (80, 82), "Q3_K": (108,), "Q4_K": (0, 2), "Q5_K": (0, 2), "Q6_K": (208,),
 }  # fmt: skip
 
 
@@ -36,6 +36,8 @@ def raw_blocks(name: str) -> npt.NDArray[np.uint8]:
         halves = rng.normal(size=(len(raw), 1)).astype(np.float16)
         halves[:: 7 + at] = 0.0
         raw[:, at : at + 2] = halves.view(np.uint8)
+    if name == "MXFP4":  # its scale is a power of two, of which most are out of all proportion
+        raw[:, 0] = rng.integers(120, 134, len(raw))
     return raw.reshape(ROWS, -1)
 
 
