@@ -10,7 +10,7 @@ import hashlib
 import re
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from kbit.checkpoint.source import StoredSource, TensorInfo
 from kbit.models.layout import Layout
@@ -60,10 +60,11 @@ class RenamedSource(StoredSource):
     Args:
         source: the checkpoint.
         names: its names, by the new ones; tensors that have none are left out.
+        config: in place of the checkpoint's own.
     """
 
-    def __init__(self, source: StoredSource, names: Mapping[str, str]) -> None:
-        self.path, self.config = source.path, source.config
+    def __init__(self, source: StoredSource, names: Mapping[str, str], config: dict[str, Any] | None = None) -> None:
+        self.path, self.config = source.path, source.config if config is None else config
         self._source, self._names = source, names
         kept = {old: new for new, old in names.items()}
         self._infos = {

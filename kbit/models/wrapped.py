@@ -7,21 +7,12 @@ other parts, which are for pictures and sound, are left out.
 
 from __future__ import annotations
 
-import hashlib
 import re
-from collections.abc import Mapping
-from dataclasses import replace
-from typing import TYPE_CHECKING, Any
 
-from kbit.checkpoint.source import CheckpointSource, StoredSource, TensorInfo
+from kbit.checkpoint.source import CheckpointSource, StoredSource
 from kbit.host.errors import CheckpointError
 from kbit.host.notes import note
-
-if TYPE_CHECKING:
-    import numpy as np
-    from numpy.typing import NDArray
-
-    from kbit.formats.stored import AnyStored
+from kbit.models.renamed import RenamedSource
 
 # Kinds of model whose language model computes the same with and without the rest, and what kind that is if the
 # configuration does not say.
@@ -49,57 +40,16 @@ def unwrapped(source: CheckpointSource) -> CheckpointSource:
     if not isinstance(text, dict):
         raise CheckpointError(f"config of {source.path}: text_config should be an object that describes the text model")
     inherited = {key: source.config[key] for key in _INHERITED if key in source.config}
-    model = LanguageModel(source, {"model_type": _WRAPPERS[kind], **inherited, **text})
-    if model.left_out:
-        note(f"{source.path}: the language model is used; {len(model.left_out)} tensors for pictures are left out")
-    return model
-
-
-class LanguageModel(StoredSource):
-    """The tensors of the language model, under the names that they have where it stands alone. Closes its source.
-
-    Args:
-        source: the whole.
-        config: of the language model.
-
-    Attributes:
-        left_out: names of tensors of other parts.
-    """
-
-    def __init__(self, source: StoredSource, config: dict[str, Any]) -> None:
-        self.path = source.path
-        # An entry for the class of the whole would not fit, and model_type says enough.
-        self.config = {key: value for key, value in config.items() if key != "architectures"}
-        self._source = source
-        self.left_out = tuple(name for name in source.tensors if _OTHER_PARTS.match(name))
-        others = frozenset(self.left_out)
-        self._stored = {_name(name): name for name in source.tensors if name not in others}
-        if not any(name.startswith("lm_head.") for name in self._stored):
-            # The whole and its language model may disagree (Mistral 3), and the whole's word was what counted.
-            self.config["tie_word_embeddings"] = True
-        self._infos = {name: replace(source.tensors[stored], name=name) for name, stored in self._stored.items()}
-
-    @property
-    def tensors(self) -> Mapping[str, TensorInfo]:
-        return self._infos
-
-    def read_array_rows(self, name: str, start: int, stop: int) -> NDArray[np.float32]:
-        return self._source.read_array_rows(self._stored[name], start, stop)
-
-    def read_stored(self, name: str) -> AnyStored:
-        return self._source.read_stored(self._stored[name])
-
-    def sidecar_files(self) -> Mapping[str, bytes]:
-        return self._source.sidecar_files()
-
-    def token_table(self) -> memoryview | None:
-        return self._source.token_table()
-
-    def fingerprint(self) -> str:
-        return hashlib.sha256(f"{self._source.fingerprint()} language model".encode()).hexdigest()
-
-    def close(self) -> None:
-        self._source.close()
+    config = {"model_type": _WRAPPERS[kind], **inherited, **text}
+    config.pop("architectures", None)  # an entry for the class of the whole would not fit, and model_type says enough
+    names = {_name(name): name for name in source.tensors if not _OTHER_PARTS.match(name)}
+    if not any(name.startswith("lm_head.") for name in names):
+        # The whole and its language model may disagree (Mistral 3), and the whole's word was what counted.
+        config["tie_word_embeddings"] = True
+    left_out = sum(_OTHER_PARTS.match(name) is not None for name in source.tensors)
+    if left_out:
+        note(f"{source.path}: the language model is used; {left_out} tensors for pictures are left out")
+    return RenamedSource(source, names, config)
 
 
 def _name(stored: str) -> str:
