@@ -17,6 +17,7 @@ from typing import Any, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
+from kbit.formats.microscaling import E2M1, e8m0
 from kbit.formats.quant_format import QuantFormat
 
 # uint8; not said to mypy, whose numpy stubs lose the type in every shift and mask
@@ -24,9 +25,6 @@ Bytes: TypeAlias = NDArray[Any]
 
 # The 16 levels of IQ4_NL and IQ4_XS (kvalues_iq4nl in ggml-common.h).
 _IQ4_NL = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
-
-# The numbers of OCP's E2M1 without a sign.
-_E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 
 
 @dataclass(frozen=True)
@@ -165,8 +163,7 @@ def _iq4_xs(blocks: Bytes) -> tuple[Bytes, NDArray[np.floating], None]:
 
 def _mxfp4(blocks: Bytes) -> tuple[Bytes, Bytes, None]:
     """Scales as bfloat16 patterns: 2^(e - 127), for the numbers of the OCP grid."""
-    exponents = blocks[:, :1].astype(np.uint16)
-    return _nibbles(blocks[:, 1:]), np.where(exponents == 0, np.uint16(0x0040), exponents << np.uint16(7)), None
+    return _nibbles(blocks[:, 1:]), e8m0(blocks[:, :1]), None
 
 
 def _steps(bits: int, zero: int) -> NDArray[np.float32]:
@@ -192,5 +189,5 @@ BLOCK_TYPES = {
     "Q4_K": _type("int4-b32-asym-fp32", _steps(4, 0), _q4_k),
     "Q5_K": _type("int5-b32-asym-fp32", _steps(5, 0), _q5_k),
     "Q6_K": _type("int6-b16-fp32", _steps(6, 32), _q6_k),
-    "MXFP4": _type("float4e2m1-b32-bf16", np.array([*_E2M1, *(-x for x in _E2M1)], dtype=np.float32), _mxfp4),
+    "MXFP4": _type("float4e2m1-b32-bf16", E2M1, _mxfp4),
 }

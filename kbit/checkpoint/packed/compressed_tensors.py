@@ -26,6 +26,7 @@ from kbit.checkpoint.packed import bits as unpack
 from kbit.checkpoint.packed import small_floats
 from kbit.checkpoint.packed.integer_weight import IntegerRows, integer_weight
 from kbit.checkpoint.packed.weight import FLOAT_KINDS, PackedTensors, PackedWeight
+from kbit.formats.microscaling import e8m0
 from kbit.host.errors import CheckpointError, UnsupportedError
 
 _FORMATS = (
@@ -245,7 +246,7 @@ def _fp8(tensors: PackedTensors, name: str) -> PackedWeight:
     if dtype in ("U8", "F8_E8M0"):
         return small_floats.eight_bits(
             tensors, name, parts, "compressed-tensors mxfp8", block=scales.group, scale_kind="bf16",
-            scales=lambda start, stop: small_floats.e8m0(scales.read(start, stop)),
+            scales=lambda start, stop: e8m0(scales.read(start, stop)),
         )  # fmt: skip
     return small_floats.eight_bits(
         tensors, name, parts, "compressed-tensors fp8", block=scales.group, scale_kind=tensors.kind(scales.name),
@@ -263,7 +264,7 @@ def _fp4(tensors: PackedTensors, module: str) -> PackedWeight:
         tensors.expect(scale, ("U8", "F8_E8M0"), (rows, columns // _MX_BLOCK))
         return small_floats.four_bits(
             tensors, name, codes, (codes, scale), "compressed-tensors mxfp4", block=_MX_BLOCK, scale_kind="bf16",
-            scales=lambda start, stop: small_floats.e8m0(tensors.read(scale, start, stop)),
+            scales=lambda start, stop: e8m0(tensors.read(scale, start, stop)),
         )  # fmt: skip
     tensors.expect(scale, ("F8_E4M3",), (rows, columns // _NVFP4_BLOCK))
     tensors.expect(whole, ("F32",), (1,), ())

@@ -1,4 +1,4 @@
-"""Codes of 4 and 8 bits that are floats: OCP's E2M1 and E4M3, and E8M0 for scales (Microscaling Formats v1.0)."""
+"""Weights whose codes of 4 and 8 bits are floats: OCP's E2M1 and E4M3 (Microscaling Formats v1.0)."""
 
 from __future__ import annotations
 
@@ -10,12 +10,10 @@ from numpy.typing import NDArray
 
 from kbit.checkpoint.packed.weight import Blocks, BlockWeight, DenseWeight, PackedTensors, PackedWeight, can_block
 from kbit.checkpoint.readers.hf_folder import to_float32
+from kbit.formats.microscaling import E2M1, nibbles
 from kbit.formats.quant_format import QuantFormat
 from kbit.formats.stored import widened
 from kbit.host.errors import CheckpointError
-
-_HALF = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
-E2M1 = np.array([*_HALF, *(-value for value in _HALF)], dtype=np.float32)
 
 Scales = Callable[[int, int], NDArray[Any]]
 
@@ -25,13 +23,6 @@ def e4m3() -> NDArray[np.float32]:
     values: NDArray[np.float32] = to_float32(np.arange(256, dtype=np.uint8), "F8_E4M3").copy()
     values[np.isnan(values)] = 0
     return values
-
-
-def e8m0(codes: NDArray[np.uint8]) -> NDArray[np.uint16]:
-    """Scales of E8M0, 2^(code - 127), as patterns of bf16: exact; 255, which is NaN, becomes an infinity."""
-    patterns: NDArray[np.uint16] = codes.astype(np.uint16) << np.uint16(7)
-    patterns[codes == 0] = 0x40  # 2^-127 is subnormal
-    return patterns
 
 
 def refuse_nan(tensors: PackedTensors, name: str, codes: NDArray[np.uint8]) -> None:
@@ -45,14 +36,6 @@ def refuse_nan(tensors: PackedTensors, name: str, codes: NDArray[np.uint8]) -> N
             f"{tensors.path}: {name} holds NaN; the checkpoint is damaged or overflowed when it was converted; get it "
             "again"
         )
-
-
-def nibbles(data: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    """Bytes (R, K / 2) as codes (R, K), the low half first."""
-    codes = np.empty((*data.shape, 2), dtype=np.uint8)
-    np.bitwise_and(data, 15, out=codes[..., 0])
-    np.right_shift(data, 4, out=codes[..., 1])
-    return codes.reshape(data.shape[0], -1)
 
 
 def four_bits(

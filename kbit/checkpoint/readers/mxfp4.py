@@ -23,7 +23,6 @@ BLOCKS, SCALES = "_blocks", "_scales"
 # What the tensors are called (`TensorInfo.stored_as`), and the format that one of their matrices has.
 STORED_AS, FORMAT = "MXFP4", "float4e2m1-b32-bf16"
 _BLOCK, _BYTES, _NO_NUMBER = 32, 16, 255
-_GRID = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 
 
 def stacks(stored: Mapping[str, StoredTensor], where: str) -> dict[str, tuple[int, int, int]]:
@@ -52,10 +51,9 @@ def stacks(stored: Mapping[str, StoredTensor], where: str) -> dict[str, tuple[in
 
 def codes_of(blocks: NDArray[np.uint8]) -> NDArray[np.uint8]:
     """Codes (N, K) of blocks (N, K / 32, 16)."""
-    import numpy as np
+    from kbit.formats.microscaling import nibbles
 
-    both = np.stack([blocks & 15, blocks >> 4], axis=-1)
-    return np.ascontiguousarray(both.reshape(len(blocks), -1))
+    return nibbles(blocks).reshape(len(blocks), -1)
 
 
 def matrix_of(blocks: NDArray[np.uint8], scales: NDArray[np.uint8], name: str) -> StoredMatrix:
@@ -69,35 +67,32 @@ def matrix_of(blocks: NDArray[np.uint8], scales: NDArray[np.uint8], name: str) -
     Raises:
         CheckpointError: a scale that is no number.
     """
-    import numpy as np
-
+    from kbit.formats.microscaling import E2M1
     from kbit.formats.quant_format import QuantFormat
     from kbit.formats.stored_planes import RowsPacker
 
     rows, columns = scales.shape[0], _BLOCK * scales.shape[1]
     packer = RowsPacker(QuantFormat.parse(FORMAT), (rows, columns))
     packer.put(0, codes_of(blocks), _patterns(scales, name), None)
-    return packer.matrix(np.array([*_GRID, *(-value for value in _GRID)], dtype=np.float32))
+    return packer.matrix(E2M1)
 
 
 def values_of(blocks: NDArray[np.uint8], scales: NDArray[np.uint8], name: str) -> NDArray[np.float32]:
     """The numbers (N, K) that blocks stand for; arguments and errors as of `matrix_of`."""
     import numpy as np
 
+    from kbit.formats.microscaling import E2M1
     from kbit.formats.stored import widened
 
-    grid = np.array([*_GRID, *(-value for value in _GRID)], dtype=np.float32)
     factors = widened(_patterns(scales, name), "bf16")
-    values: NDArray[np.float32] = grid[codes_of(blocks)] * np.repeat(factors, _BLOCK, axis=1)
+    values: NDArray[np.float32] = E2M1[codes_of(blocks)] * np.repeat(factors, _BLOCK, axis=1)
     return values
 
 
 def _patterns(scales: NDArray[np.uint8], name: str) -> NDArray[np.uint16]:
     """2^(s - 127) in bfloat16."""
-    import numpy as np
+    from kbit.formats.microscaling import e8m0
 
     if bool((scales == _NO_NUMBER).any()):
         raise CheckpointError(f"{name}{SCALES} holds {_NO_NUMBER}, which is no number: the file is damaged")
-    wide = scales.astype(np.uint16)
-    patterns: NDArray[np.uint16] = np.where(wide == 0, np.uint16(0x0040), wide << np.uint16(7))
-    return patterns
+    return e8m0(scales)
