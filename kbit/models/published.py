@@ -139,9 +139,7 @@ def published_tensors(spec: ModelSpec, layout: Layout) -> tuple[PublishedTensor 
                 together[parameter.name] = []
             continue
         kind = parameter.name.rpartition(".")[2]
-        stored, slots = (
-            fused.get((parameter.layer, parameter.slot), (None, ())) if parameter.layer is not None else (None, ())
-        )
+        stored, slots = fused.get((parameter.layer, parameter.slot), (None, ()))
         name = parameter.name if stored is None else f"{stored}.{kind}"
         part = Part(parameter)
         if layout.interleaved and parameter.slot in ("q", "k"):
