@@ -1,22 +1,19 @@
 """Does a checkpoint hold the model its configuration describes? Asked of headers first, before anything is read.
 
-Without torch, so that planning and `kbit info` stay quick; comparing a tied head with the embedding reads data and
-needs it.
+Without torch, so that planning and `kbit info` stay quick; only comparing a tied head with the embedding reads data.
 """
 
 from __future__ import annotations
 
 from collections.abc import Collection
 
+from kbit.checkpoint.compare import same_values
 from kbit.checkpoint.source import CheckpointSource
 from kbit.checkpoint.surplus import harmless
 from kbit.host.errors import CheckpointError, UnsupportedError
 from kbit.models.canonical import check_canonical
 from kbit.models.config_values import shown
 from kbit.models.spec import ModelSpec
-
-# Rows of the head and the embedding compared at once, in bytes of float32.
-_COMPARE_BYTES = 32 << 20
 
 
 def check_tensors(
@@ -31,7 +28,7 @@ def check_tensors(
         source: the checkpoint.
         spec: of its configuration.
         ignored: names of tensors that may be there, too.
-        read_data: False leaves the values of such a head unchecked and imports no torch.
+        read_data: False leaves the values of such a head unchecked.
 
     Raises:
         CheckpointError: a missing, misshapen or surplus tensor, or a tied head that differs from the embedding; a
@@ -61,7 +58,7 @@ def check_tensors(
         )
     if stored_again and not (
         source.tensors[head].shape == source.tensors[embedding].shape
-        and (not read_data or _equal(source, embedding, head))
+        and (not read_data or same_values(source, embedding, head))
     ):
         raise CheckpointError(
             f"{where}: tie_word_embeddings is true, but {head} differs from {embedding}: set tie_word_embeddings "
@@ -89,15 +86,3 @@ def _some(names: list[str]) -> str:
     if len(names) == 1:
         return f"1 tensor ({listed}) is"
     return f"{len(names)} tensors ({listed}{', ...' if len(names) > 3 else ''}) are"
-
-
-def _equal(source: CheckpointSource, one: str, other: str) -> bool:
-    """Whether two matrices of one shape hold the same values, a few rows at a time."""
-    import torch
-
-    rows, columns = source.tensors[one].shape
-    step = max(1, _COMPARE_BYTES // (4 * columns))
-    return all(
-        torch.equal(source.read_rows(one, start, stop), source.read_rows(other, start, stop))
-        for start, stop in ((start, min(start + step, rows)) for start in range(0, rows, step))
-    )

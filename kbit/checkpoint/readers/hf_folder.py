@@ -15,6 +15,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from kbit.checkpoint.compare import same_values
 from kbit.checkpoint.foreign import adapter_hint, is_packed, quantizer_of, refuse_folder, refuse_method, refuse_pointers
 from kbit.checkpoint.readers import mxfp4
 from kbit.checkpoint.readers.safetensors_file import SafetensorsFile, StoredTensor
@@ -56,8 +57,6 @@ _WRAPPERS = ("base_model.model.", "_orig_mod.", "module.", "_fsdp_wrapped_module
 # A head of its own, and what it may be tied to.
 _HEAD = "lm_head.weight"
 _EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "word_embeddings.weight", "embed_in.weight")
-# Values of two matrices that are compared at once.
-_COMPARED_VALUES = 1 << 20
 _SHARD = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.safetensors")
 _FLOATS = ("F64", "F32", "F16", "BF16", *_FP8)
 
@@ -231,23 +230,16 @@ class HFFolder(StoredSource):
         embeddings = [info for name, info in self._infos.items() if name.endswith(_EMBEDDINGS)]
         if self.config.get("tie_word_embeddings") is not True or head is None or len(embeddings) != 1:
             return
-        if head.shape == embeddings[0].shape and len(head.shape) == 2 and not self._equal(_HEAD, embeddings[0].name):
+        if (
+            head.shape == embeddings[0].shape
+            and len(head.shape) == 2
+            and not same_values(self, _HEAD, embeddings[0].name)
+        ):
             self.config["tie_word_embeddings"] = False
             note(
                 f"{self.path}: tie_word_embeddings is true in config.json, but {_HEAD} is stored and differs from "
                 f"{embeddings[0].name}: it is used, as transformers does"
             )
-
-    def _equal(self, one: str, other: str) -> bool:
-        """Whether two matrices of one shape hold the same values, a few rows at a time."""
-        import numpy as np
-
-        rows, columns = self._infos[one].shape
-        step = max(1, _COMPARED_VALUES // max(1, columns))
-        return all(
-            np.array_equal(self.read_array_rows(one, start, stop), self.read_array_rows(other, start, stop))
-            for start, stop in ((start, min(start + step, rows)) for start in range(0, rows, step))
-        )
 
     def _find_stacks(self) -> dict[str, tuple[int, int, int]]:
         """Stacks of matrices in MXFP4, where the configuration says that there are some."""
