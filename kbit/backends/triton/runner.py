@@ -79,7 +79,7 @@ class TritonRunner:
             raise ValueError(f"all attentions of a model have one mask, not {' and '.join(sorted(masks))}")
         self._mask = masks.pop()
         self._crosses = any(isinstance(op, CrossAttend) for op in body.operations)
-        # (A captured graph of decoding has no place for these: who sees its whole text is not decoded.)
+        # A captured graph of decoding has no place for these: GPT-2 and OPT are decoded without one.
         self._learned = any(isinstance(op, Embed) and op.of == "positions" for op in body.operations)
         head = Recorder(Symbol(hidden.width))
         logits = definition.head(head, head.input)
