@@ -215,13 +215,12 @@ def _values(
     quant_format: QuantFormat, codebook: torch.Tensor, dtype: torch.dtype
 ) -> tuple[str, torch.Tensor | None, float]:
     """(kind, table, multiplier) of a codebook for activations of `dtype`."""
-    bits = quant_format.bits
-    if quant_format.dtype == "int":
+    bits, levels = quant_format.bits, codebook.double().cpu()
+    if (step := _integer_step(quant_format, levels)) is not None:
         # Symmetric levels are (code - 2^(k-1)) / (2^(k-1) - 1); with offset (2 code - top) / top, top = 2^k - 1, which
         # is (code - 2^(k-1) + 1/2) * 2 / top: the kernel adds the half to the offset. Both factors move to the scale,
         # and what the tensor cores multiply is a small integer, exact in half precision and bfloat16.
-        return "int", None, 2 / (2**bits - 1) if quant_format.asymmetric else 1 / (2 ** (bits - 1) - 1)
-    levels = codebook.double().cpu()
+        return "int", None, step
     factor = _table_factor(levels, dtype)
     table = (levels * factor).to(dtype)
     if bits <= 3 and dtype != torch.float32:
@@ -238,6 +237,21 @@ def _values(
         pairs = torch.stack([table[low], table[high]], dim=-1).contiguous()
         return "pairs", pairs.view(torch.int32).reshape(-1), 1 / factor
     return "table", table, 1 / factor
+
+
+def _integer_step(quant_format: QuantFormat, levels: torch.Tensor) -> float | None:
+    """What an integer level is worth, where the kernels' integers are this codebook; else None: it is looked up.
+
+    "int" is said of other levels, too: those that a GGUF file or another quantizer's had (0 to 15 with offsets).
+    """
+    middle, top = 2 ** (quant_format.bits - 1), 2**quant_format.bits - 1
+    if quant_format.asymmetric:
+        step, integers = 2 / top, torch.arange(top + 1).double() - top / 2
+    else:
+        integers = torch.arange(top + 1).double() - middle
+        step = float(levels[-1]) / (middle - 1)
+    same = torch.allclose(levels, integers * step, rtol=2.0**-23, atol=0.0)
+    return step if same and step > 0 else None
 
 
 def _table_factor(levels: torch.Tensor, dtype: torch.dtype) -> float:

@@ -123,7 +123,9 @@ def gemm_kernel(
                 offset = load_scale(
                     offsets_ptr, offset_factors_ptr, chunk, tile[:, None], own_tile[:, None], row, padded_blocks,
                     blocks, i * SUB, COLUMNS, BLOCK, DOUBLE,
-                ) + 0.5 * scale  # fmt: skip
+                )  # fmt: skip
+                if KIND == "int":  # the levels lie half a step beside the integers
+                    offset += 0.5 * scale
             if SCALE_SUMS:
                 products = tl.dot(tl.reshape(w, (BN, SUB)), x, input_precision=PRECISION)
                 acc += products * tl.reshape(scale, (BN,))[:, None]

@@ -96,9 +96,11 @@ def gemv_sums(
                 offset = load_scale(
                     offsets_ptr, offset_factors_ptr, chunk[:, None], tile, tile, row, padded_blocks, blocks,
                     i * SUB, COLUMNS, BLOCK, DOUBLE,
-                )  # fmt: skip
+                ) / multiplier  # fmt: skip
+                if KIND == "int":  # the levels lie half a step beside the integers
+                    offset += 0.5 * scale
                 ones = tl.full((WARPS, 16, SUB), 1.0, tl.float32).to(DTYPE)
-                acc += tl.dot(ones, x, input_precision=PRECISION) * (offset / multiplier + 0.5 * scale)[:, :, None]
+                acc += tl.dot(ones, x, input_precision=PRECISION) * offset[:, :, None]
     return tl.sum(acc, axis=0) * multiplier
 
 
