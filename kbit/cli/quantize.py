@@ -42,6 +42,7 @@ def quantize(*, flags: QuantizeFlags, json: JsonOption = False) -> None:
       kbit quantize path/to/model --bits 4 --method rtn
       kbit quantize path/to/model --time-budget 10m
       kbit quantize path/to/model --bits 3 --override '*.down_proj.weight=nf4-b32' --dry-run
+      kbit quantize model.gguf --method rtn --override '*=stored'
     """
     from kbit.checkpoint.output_folder import check_output_folder, finished_plan
     from kbit.cli.output import print_json

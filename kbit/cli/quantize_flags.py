@@ -128,7 +128,9 @@ class QuantizeFlags:
     override: Annotated[
         list[str] | None,
         typer.Option(
-            "--override", help="PATTERN=FORMAT (or =keep, =f16, =bf16, =f32) for matching tensor names; repeatable."
+            "--override",
+            help="PATTERN=FORMAT (or =keep, =f16, =bf16, =f32; =stored for what the model holds quantized already) for "
+            "matching tensor names; repeatable.",
         ),
     ] = None
     output: Annotated[

@@ -25,7 +25,8 @@ def note_quantized_source(plan: Plan) -> None:
     if formats:
         typer.echo(
             f"note: the source is quantized already ({', '.join(sorted(formats))}): its errors stay, and what is kept "
-            "takes 16 bits (--embedding-bits 8 quantizes embeddings and head)",
+            "takes 16 bits (--embedding-bits 8 quantizes embeddings and head, --override 'PATTERN=stored' leaves "
+            "tensors as they are)",
             err=True,
         )
 

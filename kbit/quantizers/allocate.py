@@ -43,12 +43,12 @@ class Choice:
     """A matrix at one width.
 
     Attributes:
-        format: of the matrix.
+        format: of the matrix; or "stored", quantized as the source has it.
         nbytes: it takes.
         cost: divergence in nats per token that its error makes, to second order.
     """
 
-    format: Codec
+    format: Codec | str
     nbytes: int
     cost: float
 
@@ -170,7 +170,7 @@ def allocate(choices: Mapping[str, Sequence[Choice]], nbytes: int | None, cost: 
             f"a divergence of {cost:g} is out of reach: the widest formats are predicted to cost {spent:.2g}"
         )
     chosen = {name: hull[place[name]] for name, hull in hulls.items()}
-    return Allocation(chosen, spent, total)
+    return Allocation(chosen, sum(choice.cost for choice in chosen.values()), total)
 
 
 def _hull(tried: Sequence[Choice]) -> list[Choice]:

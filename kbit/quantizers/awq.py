@@ -53,6 +53,7 @@ class ActivationAware(CalibratedRounding):
     name = "awq"
     about = "activation-aware scaling of features (AWQ), then rounding to nearest under cut ranges (a baseline)"
     rounding = Settings(feedback=False, two_sided=False, search=False)
+    changes_weights = True
 
     def __init__(self, request: CalibrationRequest | None = None, grid: int = GRID) -> None:
         super().__init__(replace(request or CalibrationRequest(), gradients=False))

@@ -22,6 +22,7 @@ from kbit.host.errors import CheckpointError, KbitError
 from kbit.host.progress import Progress
 from kbit.quantizers.method import Encode, MethodInput, QuantizedSource
 from kbit.quantizers.plan import Plan, TensorPlan, check_disk
+from kbit.quantizers.stored import read_as_stored
 
 # The layer a tensor belongs to.
 _LAYER = re.compile(r"\blayers\.([0-9]+)\.")
@@ -94,7 +95,7 @@ def convert(
                 if tensor.format is None:
                     _write_kept(made, tensor, writer)
                 else:
-                    _write_quantized(made, tensor, writer)
+                    _write_quantized(source, made, tensor, writer)
             if on_tensor is not None:
                 on_tensor(tensor)
         writer.finish(quantized_config(source.config, plan), source.sidecar_files(), {"method": plan.method.identity})
@@ -151,9 +152,12 @@ def _layer(tensor: TensorPlan) -> int:
     return int(found[1]) if found else -1
 
 
-def _write_quantized(made: QuantizedSource, tensor: TensorPlan, writer: CheckpointWriter) -> None:
-    name = tensor.source.name
-    weight = made.read_weight(name)
+def _write_quantized(
+    source: CheckpointSource, made: QuantizedSource, tensor: TensorPlan, writer: CheckpointWriter
+) -> None:
+    name, format = tensor.source.name, tensor.format
+    stored = format if tensor.as_stored and isinstance(format, QuantFormat) else None
+    weight = made.read_weight(name) if stored is None else read_as_stored(source, name, stored)
     if not isinstance(weight, QuantTensor) or weight.format != tensor.format:
         raise RuntimeError(f"{name}: the method did not make the planned {tensor.format} of it")
     writer.write(name, {f"{name}.{suffix}": [_bytes(array)] for suffix, array in weight.stored.items()})

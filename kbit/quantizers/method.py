@@ -88,12 +88,14 @@ class Method(ABC):
         version: raised whenever the same model, format and settings get other codes: points measured before are then
             measured again, and an interrupted conversion is not continued.
         measured_only: what it makes can be evaluated, and is no format that kbit stores and runs.
+        changes_weights: it scales or rotates weights before it rounds them, and others to make that good.
     """
 
     name: ClassVar[str]
     about: ClassVar[str]
     version: ClassVar[int]
     measured_only: ClassVar[bool] = False
+    changes_weights: ClassVar[bool] = False
 
     @property
     def settings(self) -> Mapping[str, Any]:

@@ -20,7 +20,8 @@ from kbit.quantizers.allocate import (
     measure_choices,
 )
 from kbit.quantizers.calibrated import CalibratedRounding
-from kbit.quantizers.plan import Plan
+from kbit.quantizers.plan import Plan, TensorPlan
+from kbit.quantizers.stored import STORED, format_as_stored
 
 
 @dataclass(frozen=True)
@@ -105,7 +106,9 @@ def predicted_costs(
     formats: dict[str, tuple[QuantFormat]] = {}
     for tensor in plan.tensors:
         name = tensor.source.name
-        if name in known and known[name].format == tensor.format:
+        if tensor.as_stored:
+            costs[name] = 0.0
+        elif name in known and known[name].format == tensor.format:
             costs[name] = known[name].cost
         elif isinstance(tensor.format, QuantFormat):
             formats[name] = (tensor.format,)
@@ -119,14 +122,15 @@ def predicted_costs(
 def _formats_to_try(plan: Plan, fixed: Collection[str]) -> dict[str, tuple[QuantFormat, ...]]:
     """Of the matrices that are not fixed, by name."""
     return {
-        tensor.source.name: _candidates(tensor.format, tensor.role)
+        tensor.source.name: _worth_trying(tensor, _candidates(tensor.format, tensor.role))
         for tensor in plan.tensors
-        if tensor.format and tensor.source.name not in fixed
+        if tensor.format and not tensor.as_stored and tensor.source.name not in fixed
     }
 
 
 def _solve(plan: Plan, budget: Budget, choices: Mapping[str, Sequence[Choice]]) -> Allocation:
     free = {tensor.source.name: tensor for tensor in plan.tensors if tensor.source.name in choices}
+    choices = {name: (*tried, *_as_stored(free[name])) for name, tried in choices.items()}
     nbytes = None
     if budget.nbytes is not None:
         nbytes = budget.nbytes - sum(t.nbytes for t in plan.tensors if t.source.name not in free)
@@ -141,6 +145,20 @@ def _solve(plan: Plan, budget: Budget, choices: Mapping[str, Sequence[Choice]]) 
     found = allocate(choices, nbytes, budget.cost)
     weights = sum(tensor.source.numel for tensor in free.values())
     return replace(found, half_bit_more=allocate(choices, found.nbytes + weights // 16).cost)
+
+
+def _worth_trying(tensor: TensorPlan, candidates: tuple[QuantFormat, ...]) -> tuple[QuantFormat, ...]:
+    """Of several formats those that take less than the matrix as it is stored, which costs nothing; at least one."""
+    limit = min((choice.nbytes for choice in _as_stored(tensor)), default=None)
+    if limit is None:
+        return candidates
+    return tuple(f for f in candidates if f.nbytes(*tensor.source.shape) < limit) or candidates[:1]
+
+
+def _as_stored(tensor: TensorPlan) -> tuple[Choice, ...]:
+    """Of a matrix that the source holds quantized: that, which costs nothing."""
+    format = format_as_stored(tensor.source)
+    return () if format is None else (Choice(STORED, format.nbytes(*tensor.source.shape), 0.0),)
 
 
 def _candidates(format: object, role: str) -> tuple[QuantFormat, ...]:

@@ -18,19 +18,20 @@ from kbit.checkpoint.readers.kbit_folder import LAYOUT_VERSION
 from kbit.checkpoint.source import CheckpointSource, TensorInfo
 from kbit.checkpoint.writer import DEFAULT_SHARD_BYTES, StoredWeight, partial_folder
 from kbit.formats.codec import Codec, Part
-from kbit.formats.quant_format import QuantFormat
+from kbit.formats.quant_format import TABLE, QuantFormat
 from kbit.formats.registry import parse_format
 from kbit.host.errors import KbitError, UnsupportedError, UsageError
 from kbit.quantizers.method import Method
 from kbit.quantizers.roles import roles_of
 from kbit.quantizers.rtn import RoundToNearest
+from kbit.quantizers.stored import STORED, format_as_stored
 
 # What a kept tensor is stored as, by how the source holds it. GGUF's block types have no plain equivalent: their
 # values are multiples of an fp16 scale, which fp16 holds to 2^-11. fp8 times its scale needs bf16's range.
 _KEEP_AS = {"F64": "F32", "F32": "F32", "F16": "F16", "BF16": "BF16", "F8_E4M3": "BF16", "F8_E5M2": "BF16"}
 _KEEP_OTHERWISE = "F16"
-# What an override may say instead of a format.
-_KEEP_WORDS = {"keep": None, "f16": "F16", "bf16": "BF16", "f32": "F32"}
+# What an override may say instead of a format, and the type that it asks for.
+_KEEP_WORDS = {"keep": None, STORED: None, "f16": "F16", "bf16": "BF16", "f32": "F32"}
 _INTEGERS = ("BOOL", "U8", "I8", "I16", "I32", "I64")
 
 # The method unless another is named; and what a plan without a method's name was made with, in folders of before.
@@ -52,12 +53,14 @@ class TensorPlan:
         format: the k-bit format, or None to keep it.
         keep_as: for a kept tensor, the safetensors dtype it is stored in.
         role: "linear", "embedding", "head" or "other" (norms, biases).
+        as_stored: the source holds it quantized, and it stays so: `format` is that of `kbit.quantizers.stored`.
     """
 
     source: TensorInfo
     format: Codec | None
     keep_as: str
     role: str
+    as_stored: bool = False
 
     @property
     def label(self) -> str:
@@ -135,7 +138,8 @@ def make_plan(
             type with the same blocks and scales; in the format's own where the method has no use for that.
         formats: of single tensors, by name, instead of what the two above say: a format, or how to keep it ("f16").
         overrides: (pattern, what) pairs: a format string, or "keep" to leave the tensor as it is, or "f16", "bf16",
-            "f32" to keep it in that type. Patterns are shell-style and match whole tensor names; the last match wins.
+            "f32" to keep it in that type, or "stored" to keep it quantized as the source has it (what is not quantized
+            there is kept). Patterns are shell-style and match whole tensor names; the last match wins.
         shard_bytes: largest output file.
         method: who finds the codes.
 
@@ -159,25 +163,17 @@ def make_plan(
             raise UnsupportedError(f"{info.file}: {info.name} is {info.stored_as}, but weights must be floating point")
         if role == "head" and tied:
             continue  # the same matrix under a second name; tied it stays, stored once
-        keep_as = default_keep = _KEEP_AS.get(info.stored_as, _KEEP_OTHERWISE)
-        target = _default_target(role, format, embedding_bits, method)
-        named = (formats or {}).get(info.name)
-        if isinstance(named, str):
-            target, keep_as = None, _KEEP_WORDS[named] or default_keep
-        elif named is not None:
-            target = named
-        for pattern, (replacement, keep_word) in chosen:
+        target = (formats or {}).get(info.name) or _default_target(role, format, embedding_bits, method)
+        for pattern, replacement in chosen:
             if fnmatchcase(info.name, pattern):
                 unused.discard(pattern)
-                target, keep_as = replacement, keep_word or default_keep
-        if target is not None and len(info.shape) != 2:
-            raise UsageError(f"{info.name} has shape {info.shape}: only matrices can be quantized; narrow the pattern")
-        tensors.append(TensorPlan(info, target, keep_as, role))
+                target = replacement
+        tensors.append(_tensor_plan(info, target, role, method))
     if unused:
         raise UsageError(f"override pattern {sorted(unused)[0]!r} matches no tensor; kbit info lists their names")
     if not any(tensor.format for tensor in tensors):
         raise UsageError(f"{source.path}: nothing to quantize: every one of the {len(tensors)} tensors is kept")
-    for chosen_format in {tensor.format for tensor in tensors if tensor.format}:
+    for chosen_format in {tensor.format for tensor in tensors if tensor.format and not tensor.as_stored}:
         reason = method.refuses(chosen_format)
         if reason is not None:
             raise UsageError(f"method {method.name}, format {chosen_format}: {reason}")
@@ -186,7 +182,7 @@ def make_plan(
 
 
 def parse_target(text: str) -> Codec | str:
-    """What is to become of a tensor: a format, or one of "keep", "f16", "bf16", "f32".
+    """What is to become of a tensor: a format, or one of "keep", "stored", "f16", "bf16", "f32".
 
     Raises:
         UsageError: it is neither.
@@ -218,7 +214,26 @@ def check_disk(plan: Plan, out: Path) -> int:
     return needed
 
 
-def _default_target(role: str, format: Codec, embedding_bits: int | None, method: Method) -> Codec | None:
+def _tensor_plan(info: TensorInfo, target: Codec | str, role: str, method: Method) -> TensorPlan:
+    keep_as = _KEEP_AS.get(info.stored_as, _KEEP_OTHERWISE)
+    if target == STORED:
+        as_stored = format_as_stored(info)
+        if as_stored is not None and method.changes_weights:
+            raise UsageError(
+                f"{info.name}: method {method.name} changes weights before it rounds them, so none can stay as it is "
+                "stored; use another --method"
+            )
+        return TensorPlan(info, as_stored, keep_as, role, as_stored=as_stored is not None)
+    if isinstance(target, str):
+        return TensorPlan(info, None, _KEEP_WORDS[target] or keep_as, role)
+    if len(info.shape) != 2:
+        raise UsageError(f"{info.name} has shape {info.shape}: only matrices can be quantized; narrow the pattern")
+    if isinstance(target, QuantFormat) and target.dtype == TABLE:
+        raise UsageError(f'{info.name}: nothing is rounded to {target}; "stored" keeps what is quantized as it is')
+    return TensorPlan(info, target, keep_as, role)
+
+
+def _default_target(role: str, format: Codec, embedding_bits: int | None, method: Method) -> Codec | str:
     if role == "linear":
         return format
     if role in ("embedding", "head") and embedding_bits is not None and embedding_bits != 16:
@@ -227,7 +242,7 @@ def _default_target(role: str, format: Codec, embedding_bits: int | None, method
         if method.refuses(usual) is not None and isinstance(format, QuantFormat):
             return replace(format, bits=embedding_bits)
         return usual
-    return None
+    return "keep"
 
 
 def _bytes_in(folder: Path) -> int:
@@ -238,14 +253,13 @@ def _bytes_in(folder: Path) -> int:
     return sum(s.st_blocks * 512 if hasattr(s, "st_blocks") else s.st_size for s in found)
 
 
-def _override(pattern: str, text: str) -> tuple[Codec | None, str | None]:
-    """The format, or None and the type to keep the tensor in (None: as it is)."""
+def _override(pattern: str, text: str) -> Codec | str:
+    """What an override asks for."""
     if not pattern:
         raise UsageError(
             "an override's pattern is empty; write PATTERN=FORMAT, for example '*.down_proj.weight=int8-b64'"
         )
-    target = parse_target(text)
-    return (None, _KEEP_WORDS[target]) if isinstance(target, str) else (target, None)
+    return parse_target(text)
 
 
 def _plan_id(

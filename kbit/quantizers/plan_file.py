@@ -15,7 +15,7 @@
      }
     }
 
-"to" is a format, or "keep", "f16", "bf16", "f32"; a line may say just that: `"...weight": "nf4-b64"`. Bytes and
+"to" is a format, or "keep", "stored" (quantized as the model has it), "f16", "bf16", "f32"; a line may say just that: `"...weight": "nf4-b64"`. Bytes and
 predictions are for people and are not read. Every matrix of the model has a line; norms and biases need none.
 Without "fingerprint" the plan serves any model that has its matrices. Imports no torch.
 """
@@ -35,6 +35,7 @@ from kbit.host.files import read_json_object, write_durably
 from kbit.quantizers.calibrated import CalibratedRounding
 from kbit.quantizers.method import Method
 from kbit.quantizers.plan import Plan, parse_target
+from kbit.quantizers.stored import STORED
 
 VERSION = 1
 # What "method" may say besides the name.
@@ -147,7 +148,7 @@ def write_plan_file(
     lines: dict[str, dict[str, Any]] = {}
     for tensor in plan.tensors:
         if len(tensor.source.shape) == 2:
-            lines[tensor.source.name] = {"to": tensor.label, "bytes": tensor.nbytes}
+            lines[tensor.source.name] = {"to": STORED if tensor.as_stored else tensor.label, "bytes": tensor.nbytes}
             if tensor.source.name in costs:
                 lines[tensor.source.name]["predicted_kl"] = float(f"{costs[tensor.source.name]:.4g}")
     head: dict[str, Any] = {

@@ -30,7 +30,7 @@ class QuantizedView(QuantizedSource):
     """A source whose planned weights come quantized, rounded to nearest. Kept tensors come as the source has them.
 
     Attributes:
-        formats: the format of each planned weight, by name.
+        formats: the format of each weight that is rounded, by name.
 
     Args:
         source: the original model.
@@ -49,7 +49,7 @@ class QuantizedView(QuantizedSource):
         self._source = source
         self._kept_at_hand = read
         self._encode = encode
-        self.formats = {tensor.source.name: tensor.format for tensor in plan.tensors if tensor.format}
+        self.formats = {t.source.name: t.format for t in plan.tensors if t.format and not t.as_stored}
 
     @property
     def tensors(self) -> Mapping[str, TensorInfo]:
