@@ -15,9 +15,10 @@
      }
     }
 
-"to" is a format, or "keep", "stored" (quantized as the model has it), "f16", "bf16", "f32"; a line may say just that: `"...weight": "nf4-b64"`. Bytes and
-predictions are for people and are not read. Every matrix of the model has a line; norms and biases need none.
-Without "fingerprint" the plan serves any model that has its matrices. Imports no torch.
+"to" is a format, or "keep", "f16", "bf16", "f32", or "stored" (quantized as the model has it); a line may say just
+that: `"...weight": "nf4-b64"`. Bytes and predictions are for people and are not read. Every matrix of the model has a
+line; norms and biases need none. Without "fingerprint" the plan serves any model that has its matrices. Imports no
+torch.
 """
 
 from __future__ import annotations
