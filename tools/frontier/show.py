@@ -14,7 +14,8 @@ from kbit.evaluate.statistics import DRAWS, SEED
 # What part of a peer's divergence kbit is to have with no more bits: the goals of accuracy.
 GOALS = {"IQ2_S": 0.9, "IQ3_S": 0.6, "IQ4_XS": 0.5, "Q4_K_M": 0.5, "Q5_K_M": 0.6, "Q6_K": 0.6}
 _COLOURS = {"rtn": "#0072B2", "hqq": "#56B4E9", "awq": "#009E73", "gptq": "#CC79A7", "ldlq2": "#D55E00"}
-_PEER_COLOUR, _OTHER = "#E69F00", "#000000"
+_PEERS = {PEER: "#E69F00", "GPTQModel": "#999933", "AutoRound": "#882255", "HQQ": "#6699CC", "torchao": "#117733"}
+_OTHER = "#000000"
 
 
 def latest(rows: list[Row]) -> list[Row]:
@@ -23,7 +24,7 @@ def latest(rows: list[Row]) -> list[Row]:
 
 
 def tables(rows: list[Row]) -> str:
-    """Markdown: for every model its points, and its best against each type of the peer."""
+    """Markdown: for every model its points, and its best against each of the peers'."""
     lines: list[str] = []
     for model in dict.fromkeys(row["model"] for row in rows):
         chosen = sorted((row for row in rows if row["model"] == model), key=lambda row: row["linear_bits"])
@@ -36,7 +37,7 @@ def tables(rows: list[Row]) -> str:
             "|--|--|--|--|--|--|--|--|",
         ]
         for row in chosen:
-            who = f"llama.cpp, {row['method']}" if row["tool"] == PEER else f"kbit {row['method']}"
+            who = f"kbit {row['method']}" if row["tool"] == "kbit" else f"{row['tool']}, {row['method']}"
             digits = 4 if row["kl"] >= 0.1 else 5 if row["kl"] >= 0.01 else 6
             error = "" if row["kl_stderr"] is None else f" ± {row['kl_stderr']:.{digits}f}"
             lines.append(
@@ -49,22 +50,22 @@ def tables(rows: list[Row]) -> str:
 
 
 def _ratios(rows: list[Row]) -> list[str]:
-    """kbit's best point with no more bits than each of the peer's, as a part of the peer's divergence."""
+    """kbit's best point with no more bits than each of the peers', as a part of the peer's divergence."""
     ours = [row for row in rows if row["tool"] == "kbit"]
     lines = []
-    for peer in (row for row in rows if row["tool"] == PEER):
+    for peer in (row for row in rows if row["tool"] != "kbit"):
         able = [row for row in ours if row["linear_bits"] <= peer["linear_bits"] + 1e-9]
         if able:
             best = min(able, key=lambda row: row["kl"])
             low, high = ratio_interval(best, peer)
             goal = GOALS.get(peer["format"])
             lines.append(
-                f"| {peer['format']} | {peer['linear_bits']:.2f} | {best['method']} {best['format']} | "
+                f"| {peer['tool']} {peer['format']} | {peer['linear_bits']:.2f} | {best['method']} {best['format']} | "
                 f"{best['linear_bits']:.2f} | {best['kl'] / peer['kl']:.2f} ({low:.2f} to {high:.2f}) | "
                 f"{'' if goal is None else f'{goal:g}'} |"
             )
     head = [
-        "| llama.cpp | its bits | kbit's best with no more | bits | KL / its KL (95 %) | goal |",
+        "| peer | its bits | kbit's best with no more | bits | KL / its KL (95 %) | goal |",
         "|--|--|--|--|--|--|",
     ]
     return head + lines if lines else []
@@ -105,14 +106,14 @@ def _panel(axis: Any, rows: list[Row]) -> None:
     for row in sorted(rows, key=lambda row: row["linear_bits"]):
         series.setdefault((row["tool"], row["method"]), []).append(row)
     for (tool, method), points in series.items():
-        peer = tool == PEER
         best = [
             row
             for row in points
             if row["kl"] == min(other["kl"] for other in points if other["linear_bits"] <= row["linear_bits"])
         ]
-        colour = _PEER_COLOUR if peer else _COLOURS.get(method, _OTHER)
-        label = "llama.cpp + imatrix" if peer else f"kbit {method}"
+        peer = tool != "kbit"
+        colour = _PEERS.get(tool, _OTHER) if peer else _COLOURS.get(method, _OTHER)
+        label = "llama.cpp + imatrix" if tool == PEER else tool if peer else f"kbit {method}"
         axis.plot([row["linear_bits"] for row in best], [row["kl"] for row in best], color=colour, linewidth=1)
         axis.errorbar(
             [row["linear_bits"] for row in points],
@@ -124,7 +125,7 @@ def _panel(axis: Any, rows: list[Row]) -> None:
             color=colour,
             label=label,
         )
-        if peer:
+        if tool == PEER:
             for row in points:
                 where = (row["linear_bits"], row["kl"])
                 axis.annotate(row["format"], where, (3, 3), textcoords="offset points", fontsize=6, color="#555555")
