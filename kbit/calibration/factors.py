@@ -15,11 +15,15 @@ plain x x' (GPTQ, arXiv 2210.17323) is what is left where there are no gradients
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 
 from kbit.backends.reference.products import product, product_with_rows
+
+# Rows of an error that are weighed at once.
+_ROWS = 8192
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,12 +58,23 @@ class Factors:
 
         Without gradients: half the squared error of the matrix's outputs, which compares errors of one matrix only.
         """
-        heard = product_with_rows(error, self.inputs)  # (N, K): symmetric
         if self.outputs is None:
-            rows = (heard * error).sum(dtype=torch.float64) / (1 if not self.weighted else error.shape[0])
-            return 0.5 * float(rows)
+            return 0.5 * sum(self._of_rows(error, None)) / (1 if not self.weighted else error.shape[0])
         trace = self.trace
         if not trace > 0:
             return 0.0
-        weighed = product(self.outputs, error) if self.outputs.dim() == 2 else self.outputs[:, None] * error
+        if self.outputs.dim() == 1:
+            return 0.5 * self.coherence * sum(self._of_rows(error, self.outputs)) / trace
+        heard = product_with_rows(error, self.inputs)  # (N, K): symmetric
+        weighed = product(self.outputs, error)
         return 0.5 * self.coherence * float((weighed * heard).sum(dtype=torch.float64)) / trace
+
+    def _of_rows(self, error: torch.Tensor, weights: torch.Tensor | None) -> Iterator[float]:
+        """Weighted sums of e H_I e' over the rows e of an error, some rows at a time: a vocabulary has many."""
+        for start in range(0, len(error), _ROWS):
+            some = slice(start, start + _ROWS)
+            heard = product_with_rows(error[some], self.inputs)  # symmetric
+            heard *= error[some]
+            if weights is not None:
+                heard *= weights[some, None]
+            yield float(heard.sum(dtype=torch.float64))

@@ -119,8 +119,9 @@ class EvalFlags:
         str,
         typer.Option(
             "--reference-backend",
-            metavar="reference|native",
-            help="Who computes the --reference: torch in fp32 (exact), or the native backend in the same way as MODEL.",
+            metavar="reference|native-fp32|native",
+            help="Who computes the --reference: torch in fp32, weights expanded; the native backend in fp32, which takes "
+            "less memory; or the native backend in the same way as MODEL.",
             rich_help_panel=ENGINE,
         ),
     ] = "reference"

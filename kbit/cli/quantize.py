@@ -214,8 +214,9 @@ def _measure(flags: QuantizeFlags, out: Path) -> dict[str, Any]:
     from kbit.evaluate.evaluation import Request, evaluate_model
 
     request = Request(
-        model=str(out), reference=flags.model, data="sampled", max_tokens=MEASURED_TOKENS, threads=flags.threads
-    )
+        model=str(out), reference=flags.model, data="sampled", max_tokens=MEASURED_TOKENS, threads=flags.threads,
+        reference_backend="native-fp32",
+    )  # fmt: skip
     with progress_bars() as progress:
         found = evaluate_model(request, lambda done, total, _: progress("measuring", done, total))
     assert found.comparison is not None

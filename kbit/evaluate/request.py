@@ -8,7 +8,7 @@ from kbit.backends.select import select_backend
 from kbit.graph.ops import Backend
 from kbit.host.errors import UsageError
 
-_REFERENCE_BACKENDS = ("reference", "native")
+_REFERENCE_BACKENDS = ("reference", "native", "native-fp32")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,8 +19,9 @@ class EngineRequest:
         device: "auto", "cpu" or "cuda".
         threads: CPU threads, also of torch for the whole process; None takes one per physical core and leaves torch's.
         backend, compute, kv_bits: who runs the model, and how (`kbit.backends.select.select_backend`).
-        reference_backend: who runs the reference, on the CPU: "reference" (exactly), or "native": computing as the
-            model does where that runs natively too, else as by default.
+        reference_backend: who runs the reference, on the CPU: "reference" (exactly, weights expanded to float32),
+            "native-fp32" (exactly, too, with packed weights as they are), or "native": computing as the model does
+            where that runs natively too, else as by default.
     """
 
     device: str = "auto"
@@ -36,7 +37,7 @@ class EngineRequest:
             UsageError: a reference backend that does not exist.
         """
         if self.reference_backend not in _REFERENCE_BACKENDS:
-            raise UsageError(f"--reference-backend {self.reference_backend}: use reference or native")
+            raise UsageError(f"--reference-backend {self.reference_backend}: use reference, native-fp32 or native")
 
     def backends(self) -> tuple[Backend, Backend]:
         """Who runs the model, and who would run a reference.
@@ -50,4 +51,5 @@ class EngineRequest:
         )
         if self.reference_backend == "native" == backend.name:
             return backend, backend
-        return backend, select_backend("cpu", backend=self.reference_backend, threads=self.threads)
+        name, _, compute = self.reference_backend.partition("-")
+        return backend, select_backend("cpu", backend=name, threads=self.threads, compute=compute or None)

@@ -235,6 +235,8 @@ def _measure_layer(
     threads: int,
 ) -> dict[str, list[float]]:
     """By name: divergences in each format, told by the judge's factors of a layer."""
+    import torch
+
     from kbit.calibration.workers import workers
     from kbit.quantizers.ldlq import Feedback, round_with
 
@@ -246,8 +248,9 @@ def _measure_layer(
 
     def cost(job: tuple[str, QuantFormat, Settings]) -> float:
         name, format, settings = job
-        rounded = round_with(weights[name], format, feedback[name], settings, name=name)
-        return judge.factors[name].divergence(weights[name] - rounded.dequantize())
+        error = round_with(weights[name], format, feedback[name], settings, name=name).dequantize()
+        torch.sub(weights[name], error, out=error)
+        return judge.factors[name].divergence(error)
 
     # Descent saves about the same share of a matrix's cost in every format (docs/measurements.md), so one tells it.
     rough = replace(rounding, sweeps=0)

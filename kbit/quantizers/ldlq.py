@@ -31,6 +31,8 @@ from kbit.quantizers.settings import Settings
 SHARES = tuple(round(0.5 + 0.04 * i, 2) for i in range(15))
 # Rows whose errors do not reach each other; and how many of those are told of at once.
 _ROWS, _ROUND = 16, 256
+# Rows, of those that know nothing of each other, that are worked on at once.
+_APART = 8192
 
 
 @dataclass(frozen=True, eq=False)
@@ -118,8 +120,14 @@ def round_with(
         free = work.run(weight, None, None, feedback.importance_by_column, slice(0, rows))
         work.fix_scales(store_scales(free.scales, free.offsets, format))
     ordered = weight if feedback.order is None else work.reorder(weight, feedback.order)
+    descends = feedback.curvature is not None and settings.sweeps > 0
     if feedback.rows is None:
-        work.run(ordered, None, feedback.columns, feedback.importance, slice(0, rows))
+        # No row knows of another: a vocabulary's are worked on some at a time, which bounds what lies between.
+        for start in range(0, rows, _APART):
+            some = slice(start, min(start + _APART, rows))
+            work.run(ordered, None, feedback.columns, feedback.importance, some)
+            if descends and feedback.order is None:
+                work.descend(weight, feedback.curvature, settings.sweeps, some)
     else:
         left = torch.zeros_like(weight)  # E L, of the finished rows
         for start in reversed(range(0, rows, _ROWS)):
@@ -131,8 +139,8 @@ def round_with(
             left[block] = done.residual - correction
     if feedback.order is not None:
         work.codes = work.codes[:, torch.argsort(feedback.order)].contiguous()
-    if feedback.curvature is not None and settings.sweeps:
-        descend(work.rounded(), weight - work.values(), feedback.curvature, settings.sweeps)
+    if descends and (feedback.rows is not None or feedback.order is not None):
+        work.descend(weight, feedback.curvature, settings.sweeps, slice(0, rows))
     return work.tensor()
 
 
@@ -223,17 +231,24 @@ class _Work:
     def fix_scales(self, stored: dict[str, torch.Tensor]) -> None:
         self.fixed = stored
 
-    def rounded(self) -> Rounded:
-        return Rounded(
-            self.levels, self.codes_of_levels, self.block, self.scale_type, self.fixed is not None, self.codes,
-            self.scales, self.offsets,
+    def descend(self, weight: torch.Tensor, curvature: Curvature | None, sweeps: int, rows: slice) -> None:
+        """Coordinate descent on some rows, or on all; some only where no row knows of another."""
+        assert curvature is not None
+        offsets = None if self.offsets is None else self.offsets[rows]
+        rounded = Rounded(
+            self.levels, self.codes_of_levels, self.block, self.scale_type, self.fixed is not None, self.codes[rows],
+            self.scales[rows], offsets,
         )  # fmt: skip
+        descend(rounded, weight[rows] - self.values(rows), curvature, sweeps)
 
-    def values(self) -> torch.Tensor:
-        """What codes and scales stand for now, (N, K)."""
+    def values(self, rows: slice) -> torch.Tensor:
+        """What codes and scales of some rows stand for now, (R, K)."""
         columns = self.shape[1]
-        found = self.codebook[self.codes.int()] * self.scales.repeat_interleave(self.block, dim=1)[:, :columns]
-        return found if self.offsets is None else found + self.offsets.repeat_interleave(self.block, dim=1)[:, :columns]
+        found = self.codebook[self.codes[rows].int()]
+        found *= self.scales[rows].repeat_interleave(self.block, dim=1)[:, :columns]
+        return (
+            found if self.offsets is None else found + self.offsets[rows].repeat_interleave(self.block, 1)[:, :columns]
+        )
 
     def tensor(self) -> PlanesTensor:
         format = self.format
