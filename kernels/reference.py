@@ -132,6 +132,25 @@ def layer_norm(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None,
     return F.layer_norm(x.float(), x.shape[-1:], weight.float(), None if bias is None else bias.float(), eps)
 
 
+def fit_heads(x: torch.Tensor, heads: int, head_dim: int, shared: torch.Tensor | None = None) -> torch.Tensor:
+    """Every head as D features: what all share, then its own, cut or followed by zeros.
+
+    Args:
+        x: (..., H d).
+        heads: H.
+        head_dim: D.
+        shared: (..., S), S <= D; or None.
+
+    Returns:
+        (..., H D).
+    """
+    own = x.view(*x.shape[:-1], heads, -1)
+    first = own[..., :0] if shared is None else shared[..., None, :].expand(*own.shape[:-1], -1)
+    together = torch.cat([first, own], dim=-1)
+    missing = max(0, head_dim - together.shape[-1])
+    return torch.nn.functional.pad(together, (0, missing))[..., :head_dim].flatten(-2)
+
+
 def rope(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     """Rotary position embedding (Su et al. 2021) in the rotate-half order of Hugging Face checkpoints.
 

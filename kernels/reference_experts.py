@@ -18,6 +18,7 @@ def route(
     scale: float,
     groups: int = 1,
     chosen_groups: int = 1,
+    group_score: str = "two best",
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Which experts every token goes to, and what their results weigh.
 
@@ -27,7 +28,7 @@ def route(
     Args:
         logits: (R, E).
         bias: (E,), added where experts are chosen; or None.
-        chosen, score, normalise, scale, groups, chosen_groups: see `kbit.graph.experts.Routing`.
+        chosen, score, normalise, scale, groups, chosen_groups, group_score: see `kbit.graph.experts.Routing`.
 
     Returns:
         int64 (R, chosen), experts in ascending order, and float32 (R, chosen), their weights.
@@ -49,7 +50,9 @@ def route(
         ranked = ranked if bias is None else ranked + bias.float()
         if groups > 1:
             parts = ranked.view(len(ranked), groups, -1)
-            best = _top(parts.topk(2, dim=-1).values.sum(-1), chosen_groups)  # (R, chosen_groups)
+            best = _top(
+                parts.topk(1 if group_score == "best" else 2, dim=-1).values.sum(-1), chosen_groups
+            )  # (R, chosen_groups)
             out = torch.ones(len(ranked), groups, dtype=torch.bool, device=ranked.device).scatter_(1, best, False)
             ranked = parts.masked_fill(out[..., None], -torch.inf).flatten(1)
         experts = _top(ranked, chosen).sort(dim=-1).values

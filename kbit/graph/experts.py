@@ -25,7 +25,8 @@ class Routing:
         normalise: the chosen experts' scores are divided by their sum.
         scale: multiplies them in the end.
         groups: experts are in so many groups of consecutive ones.
-        chosen_groups: only so many groups take part for a token: those whose two best experts have the largest sum.
+        chosen_groups: only so many groups take part for a token, those with the largest
+        group_score: "two best": the sum of a group's two best experts; "best": its best one.
     """
 
     experts: int
@@ -35,6 +36,7 @@ class Routing:
     scale: float = 1.0
     groups: int = 1
     chosen_groups: int = 1
+    group_score: Literal["two best", "best"] = "two best"
 
     def __post_init__(self) -> None:
         if not 1 <= self.chosen <= self.experts:

@@ -194,6 +194,16 @@ class Ops(Protocol[X]):
             angles: columns [first, stop) of the pass's rotary tables; 2 (stop - first) features of a head turn.
         """
 
+    def fit_heads(self, x: X, heads: int, head_dim: int, shared: X | None = None) -> X:
+        """Every head of x made D wide: its first features, and zeros where it has fewer: (..., H d) -> (..., H D).
+
+        Args:
+            x: features of H heads.
+            heads: H.
+            head_dim: D.
+            shared: (..., S), what all heads begin with, before their own.
+        """
+
     def linear(self, weight: Weight, x: X, bias: Vector | None = None) -> X:
         """x W^T + b: x (..., K) -> (..., N)."""
 

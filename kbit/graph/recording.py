@@ -84,6 +84,16 @@ class Rotate:
 
 
 @dataclass(frozen=True, eq=False)
+class FitHeads:
+    """out = every head of x made as wide as out's, after what all share: cut, or filled with zeros."""
+
+    x: Symbol
+    heads: int
+    out: Symbol
+    shared: Symbol | None = None
+
+
+@dataclass(frozen=True, eq=False)
 class SumParts:
     """out = the sum of every process's x, plus a bias."""
 
@@ -214,6 +224,7 @@ Operation = (
     | Scale
     | SoftCap
     | Rotate
+    | FitHeads
     | SumParts
     | Project
     | Attend
@@ -245,6 +256,8 @@ def reads(operation: Operation) -> tuple[Symbol, ...]:
         return (operation.x, operation.y)
     if isinstance(operation, SigmoidGate):
         return (operation.x, operation.gate)
+    if isinstance(operation, FitHeads):
+        return (operation.x,) if operation.shared is None else (operation.x, operation.shared)
     if isinstance(operation, Mix):
         return (operation.x, operation.logits)
     if isinstance(operation, Project) and operation.residual is not None:
@@ -319,6 +332,13 @@ class Recorder:
             raise ValueError(f"heads of {head_dim} features do not fit {x.width}, or the angles {angles} them")
         out = Symbol(x.width)
         self.operations.append(Rotate(x, head_dim, angles, out))
+        return out
+
+    def fit_heads(self, x: Symbol, heads: int, head_dim: int, shared: Symbol | None = None) -> Symbol:
+        if x.width % heads or (shared is not None and shared.width > head_dim):
+            raise ValueError(f"{heads} heads of {head_dim} features cannot be made of {x.width}, or what they share")
+        out = Symbol(heads * head_dim)
+        self.operations.append(FitHeads(x, heads, out, shared))
         return out
 
     def linear(self, weight: Weight, x: Symbol, bias: Vector | None = None) -> Symbol:

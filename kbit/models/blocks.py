@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 from kbit.graph.experts import Experts, Mixture
 from kbit.graph.ops import Attention, Ops, Vector, Weight, X
+from kbit.models.latent import latent_heads, latent_values
 from kbit.models.params import QKV, SHARED, expert_slots, gate_up
 from kbit.models.spec import ModelSpec
 
@@ -68,8 +69,11 @@ def _parallel(ops: Ops[X], spec: ModelSpec, weights: Weights, index: int, x: X, 
 
 
 def _attended(ops: Ops[X], spec: ModelSpec, weights: Weights, index: int, normed: X, by_distance: Vector | None) -> X:
-    """Attention, but for its last linear: (..., hidden) -> (..., H D)."""
-    q, k, v = _together(ops, weights, QKV, normed)
+    """Attention, but for its last linear: (..., hidden) -> (..., H D_v)."""
+    if spec.latent is None:
+        q, k, v = _together(ops, weights, QKV, normed)
+    else:
+        q, k, v = latent_heads(ops, spec, spec.latent, weights, normed)
     q, k, turns = _positioned(ops, spec, weights, index, q, k)
     described = Attention(
         layer=min(index, spec.cache_layers - 1),
@@ -80,7 +84,7 @@ def _attended(ops: Ops[X], spec: ModelSpec, weights: Weights, index: int, normed
         window=spec.windows[index],
         mask=spec.mask,
         positions="none" if turns is None else "rotary",
-        angles=turns if len(spec.ropes) > 1 else None,
+        angles=turns if spec.several_rotations else None,
         soft_cap=spec.score_cap,
     )
     # What a norm has scaled is no constant part of keys; and where angles depend on the length of the text, or are
@@ -91,7 +95,8 @@ def _attended(ops: Ops[X], spec: ModelSpec, weights: Weights, index: int, normed
     shifted = spec.score_cap is not None or (sinks is not None and spec.rope.dim < spec.head_dim)
     constant = turns is not None and single and spec.names.k_norm is None and not shifted
     key_bias = weights.biases.get("k") if constant else None
-    return ops.self_attention(q, k, v, described, key_bias, sinks, by_distance)
+    seen = ops.self_attention(q, k, v, described, key_bias, sinks, by_distance)
+    return seen if spec.latent is None else latent_values(ops, spec, spec.latent, seen)
 
 
 def mlp(ops: Ops[X], spec: ModelSpec, weights: Weights, x: X) -> X:
@@ -172,19 +177,24 @@ class Angles:
 
     Attributes:
         query, key: [first, stop) columns.
+        factor: columns that multiply whole queries, of which only a part turns; or None.
     """
 
     query: tuple[int, int]
     key: tuple[int, int]
+    factor: tuple[int, int] | None = None
 
     @classmethod
     def of(cls, spec: ModelSpec, layer: int) -> Angles | None:
-        """None where a layer does not rotate. The tables: every rope's pairs in turn, then those of queries."""
+        """None where a layer does not rotate. The tables: every rope's pairs in turn, then those of queries, or
+        of a factor on all pairs of their features."""
         if spec.rotated and not spec.rotated[layer]:
             return None
         pairs = [rope.dim // 2 for rope in spec.ropes]
         which = 1 if spec.window_rope is not None and spec.windows[layer] is not None else 0
         key = (sum(pairs[:which]), sum(pairs[: which + 1]))
+        if spec.query_temperature is not None and spec.rope.dim < spec.head_dim:
+            return cls(key, key, (sum(pairs), sum(pairs) + spec.head_dim // 2))
         query = key if spec.query_temperature is None else (key[0] + sum(pairs), key[1] + sum(pairs))
         return cls(query, key)
 
@@ -195,6 +205,8 @@ def _positioned(
     """Queries and keys normalised, and turned where that is not left to attention: where the norm comes after it, or
     queries turn by other angles than keys. And the angles that are left to attention, or None."""
     turns = Angles.of(spec, index)
+    if turns is not None and turns.factor is not None:
+        q = ops.rotate(q, spec.head_dim, turns.factor)
     if not spec.norm_rotated:
         q, k = _normalised(ops, spec, weights, q, k)
     if turns is not None and not spec.norm_rotated and turns.query == turns.key:

@@ -19,6 +19,7 @@ from kbit.checkpoint.source import CheckpointSource, PackedStacks, StoredSource,
 from kbit.host.errors import CheckpointError, KbitError, UnsupportedError
 from kbit.models.families import FAMILIES, spec_from_config
 from kbit.models.family import family_of
+from kbit.models.head_order import head_order
 from kbit.models.layout import Layout
 from kbit.models.params import Parameter, parameters
 from kbit.models.renamed import renamed
@@ -38,8 +39,7 @@ class _Piece:
     Attributes:
         stored: the published tensor.
         first: its first row there.
-        head: rows of a head whose pairs lie side by side, 0 where none do.
-        turned: how many of these.
+        order: of every row of a head, which one of the head's it is there; empty where all are in their order.
         offset: what is added to its values.
         expert: where it is on the first axis of a tensor of all experts; then of what is there:
         step: every so many-th row is its own.
@@ -50,8 +50,7 @@ class _Piece:
 
     stored: str
     first: int = 0
-    head: int = 0
-    turned: int = 0
+    order: tuple[int, ...] = ()
     offset: float = 0.0
     expert: int | None = None
     step: int = 1
@@ -173,16 +172,15 @@ class CanonicalSource(StoredSource):
             places = piece.first + wanted // piece.run * piece.apart + wanted % piece.run
             values = self._source.read_array_rows(piece.stored, int(places[0]), int(places[-1]) + 1)
             return np.ascontiguousarray(values[places - places[0]])
-        if not piece.head:
+        if not piece.order:
             values = self._source.read_array_rows(piece.stored, piece.first + start, piece.first + stop)
             return values + np.float32(piece.offset) if piece.offset else values
         # Whole heads, of which the wanted rows are then taken in their order.
-        begin, end = start // piece.head * piece.head, -(-stop // piece.head) * piece.head
+        head = len(piece.order)
+        begin, end = start // head * head, -(-stop // head) * head
         values = self._source.read_array_rows(piece.stored, piece.first + begin, piece.first + end)
-        within, half = np.arange(start, stop) % piece.head, piece.turned // 2
-        first_of_pair = within < half
-        old = np.where(first_of_pair, 2 * within, np.where(within < piece.turned, 2 * (within - half) + 1, within))
-        taken: NDArray[np.float32] = values[np.arange(start, stop) - within - begin + old]
+        within = np.arange(start, stop) % head
+        taken: NDArray[np.float32] = values[np.arange(start, stop) - within - begin + np.array(piece.order)[within]]
         return taken
 
     def read_stored(self, name: str) -> AnyStored:
@@ -280,7 +278,8 @@ def _pieces(source: CheckpointSource, spec: ModelSpec, layout: Layout) -> dict[s
                 if stored not in source.tensors:
                     continue
                 parts = [declared[layer, slot, end] for slot in slots if (layer, slot, end) in declared]
-                wanted = (sum(part.shape[0] for part in parts), *(parts[0].shape[1:] if parts else ()))
+                wanted_rows = sum(part.shape[0] for part in parts)
+                wanted = (wanted_rows, *(parts[0].shape[1:] if parts else ()))
                 turned_over = layout.transposed and end == "weight"
                 wanted = wanted[::-1] if turned_over else wanted
                 if source.tensors[stored].shape != wanted:
@@ -289,8 +288,9 @@ def _pieces(source: CheckpointSource, spec: ModelSpec, layout: Layout) -> dict[s
                         f"{wanted}, which are {', '.join(slots)}"
                     )
                 first = 0
+                by_head = layout.by_head and template not in layout.not_by_head
                 for part in parts:
-                    run, apart = (spec.head_dim, len(parts) * spec.head_dim) if layout.by_head else (0, 0)
+                    run, apart = (part.shape[0] // spec.heads, wanted_rows // spec.heads) if by_head else (0, 0)
                     pieces[part.name] = _Piece(stored, first, run=run, apart=apart, transposed=turned_over)
                     first += run or part.shape[0]
     for p in declared.values():
@@ -301,7 +301,6 @@ def _pieces(source: CheckpointSource, spec: ModelSpec, layout: Layout) -> dict[s
             pieces[p.name] = _Piece(p.name, transposed=True)
         if p.role == "norm" and layout.norm_offset:
             pieces[p.name] = _Piece(p.name, offset=layout.norm_offset)
-        if layout.interleaved and p.slot in ("q", "k"):
-            at = pieces.get(p.name, _Piece(p.name))
-            pieces[p.name] = replace(at, head=spec.head_dim, turned=spec.rope.dim)
+        if order := head_order(spec, layout, p.slot):
+            pieces[p.name] = replace(pieces.get(p.name, _Piece(p.name)), order=order)
     return pieces

@@ -15,6 +15,9 @@ from kbit.models.spec import ExpertsSpec
 _MAX_EXPERTS, _MAX_WIDTH, _MAX_LAYERS = 4096, 1 << 24, 4096
 _MIN_FACTOR, _MAX_FACTOR = 1e-9, 1e9
 
+# Of what the best are chosen, by `topk_method`.
+_METHODS = {"greedy": "all", "group_limited_greedy": "groups"}
+
 # Bytes beyond which the matrices of a hostile configuration are not even listed.
 _MAX_MATRICES = 1 << 20
 
@@ -27,8 +30,10 @@ class ExpertRules:
         count: keys of the number of experts, any of which may be given.
         width: key of the features inside an expert.
         layers: which have experts: "all"; "stepped" (every `decoder_sparse_step`-th, but for `mlp_only_layers`);
-            "later" (from `first_k_dense_replace` on).
+            "later" (from `first_k_dense_replace` on); "listed" (`mlp_layer_types` says "sparse"; all but the first).
         score, grouped: see `kbit.graph.experts.Routing`; grouped: `n_group` and `topk_group` are read.
+        group_score: see `kbit.graph.experts.Routing`; or the key of the method, "greedy" (of all experts) or
+            "group_limited_greedy" (of the groups with the best ones).
         normalise: fixed, or the key that says.
         scale: the key of the factor on the chosen experts' scores.
         shared: key of the shared expert's width; or "n_shared_experts", of which each is as wide as an expert.
@@ -38,11 +43,12 @@ class ExpertRules:
 
     count: tuple[str, ...] = ("num_experts", "num_local_experts")
     width: str = "moe_intermediate_size"
-    layers: Literal["all", "stepped", "later"] = "all"
+    layers: Literal["all", "stepped", "later", "listed"] = "all"
     score: Literal["softmax", "sigmoid", "softmax_of_chosen"] = "softmax"
     normalise: bool | str = True
     scale: str | None = None
     grouped: bool = False
+    group_score: Literal["two best", "topk_method"] = "two best"
     shared: str | None = None
     router_bias: bool = False
     selection_bias: bool = False
@@ -111,6 +117,8 @@ def _layers(rules: ExpertRules, values: ConfigValues, layers: int) -> tuple[bool
     if rules.layers == "later":
         first = values.integer("first_k_dense_replace", 0, _MAX_LAYERS)
         return tuple(layer >= first for layer in range(layers))
+    if rules.layers == "listed":
+        return _listed(values, layers)
     if rules.layers == "all":
         return (True,) * layers
     step = values.integer("decoder_sparse_step", 1, _MAX_LAYERS)
@@ -121,9 +129,24 @@ def _layers(rules: ExpertRules, values: ConfigValues, layers: int) -> tuple[bool
     return tuple((layer + 1) % step == 0 and layer not in dense for layer in range(layers))
 
 
+def _listed(values: ConfigValues, layers: int) -> tuple[bool, ...]:
+    kinds, dense = values.raw("mlp_layer_types"), values.optional_integer("first_k_dense_replace", 0, _MAX_LAYERS)
+    if kinds is None:
+        kinds = ["dense"] + ["sparse"] * (layers - 1)
+    if not isinstance(kinds, list) or len(kinds) != layers or not set(kinds) <= {"dense", "sparse"}:
+        raise values.error("mlp_layer_types", f'a list of {layers} names, "dense" or "sparse"')
+    if dense is not None and kinds != ["dense" if layer < dense else "sparse" for layer in range(layers)]:
+        raise values.error("first_k_dense_replace", f"as mlp_layer_types says, which is {shown(kinds)}")
+    return tuple(kind == "sparse" for kind in kinds)
+
+
 def _routing(rules: ExpertRules, values: ConfigValues, count: int, chosen: int) -> Routing:
     groups = taking_part = 1
-    if rules.grouped:
+    by_method = rules.group_score == "topk_method"
+    ungrouped = by_method and values.choice("topk_method", _METHODS) == "all"
+    if rules.grouped and ungrouped:
+        values.raw("n_group")  # which then means nothing
+    elif rules.grouped:
         groups = values.integer("n_group", 1, count)
         taking_part = values.integer("topk_group", 1, groups)
         if count % groups or (groups > 1 and count // groups < 2):
@@ -132,4 +155,5 @@ def _routing(rules: ExpertRules, values: ConfigValues, count: int, chosen: int) 
             raise values.error("topk_group", f"more, as {chosen} experts are chosen in groups of {count // groups}")
     normalise = values.boolean(rules.normalise) if isinstance(rules.normalise, str) else rules.normalise
     scale = 1.0 if rules.scale is None else values.number(rules.scale, above=_MIN_FACTOR, below=_MAX_FACTOR)
-    return Routing(count, chosen, rules.score, normalise, scale, groups, taking_part)
+    group_score: Literal["two best", "best"] = "best" if by_method else "two best"
+    return Routing(count, chosen, rules.score, normalise, scale, groups, taking_part, group_score)

@@ -20,6 +20,7 @@ from typing import Any, Literal
 from kbit.host.errors import CheckpointError, UnsupportedError
 from kbit.models.config_values import ConfigValues, shown
 from kbit.models.expert_config import ExpertRules, check_fixed, experts_of
+from kbit.models.latent_config import LatentRules, check_turned, latent_scale, read_latent
 from kbit.models.layer_types import Rotated, Windows, rotated_layers, windows_of
 from kbit.models.layout import Layout
 from kbit.models.rope_config import DEFAULT_THETA, RopeRules, Ropes, ropes_from_config
@@ -66,12 +67,15 @@ _FOREIGN: Mapping[str, tuple[Any, ...]] = {
     "final_logit_softcapping": (None,),
     "first_k_dense_replace": (None, 0),
     "hidden_activation": (None, "gelu_pytorch_tanh"),
+    "index_topk": (None,),
     "is_decoder": (None, False),
+    "kv_lora_rank": (None,),
     "layer_norm_elementwise_affine": (None, True),
     "logit_scale": (None, 1),
     "logits_scaling": (None, 1),
     "mlp_fc1_bias": (None, False),
     "mlp_fc2_bias": (None, False),
+    "mlp_layer_types": (None,),
     "mlp_only_layers": (None, []),
     "moe_every_n_layers": (None, 0),
     "multi_query": (None, True),
@@ -87,6 +91,7 @@ _FOREIGN: Mapping[str, tuple[Any, ...]] = {
     "parallel_block": (None, False),
     "position_embedding_type": (None, "absolute"),
     "prenorm": (None, False),
+    "q_lora_rank": (None,),
     "qk_layernorm": (None, False),
     "qkv_proj_bias": (None, False),
     "query_pre_attn_scalar": (None,),
@@ -161,6 +166,9 @@ class Family:
         task: what is computed of hidden states, see ModelSpec.
         heads: what else, by architecture; of an activation "config" the configuration says which. Keys of HEAD_KEYS
             that these families have say the rest.
+        latent: how the configuration describes latent attention; None: there is none.
+        depth_scale: the key of what a block's addition is multiplied by, times the root of the number of layers.
+        logit_width: the key of the width that logits are scaled to: they are multiplied by it over hidden_size.
         ignored: keys that change another family's result, but not this one's.
     """
 
@@ -206,6 +214,9 @@ class Family:
     mlp_ratio: int | None = None
     logit_factor: str | None = None
     equal: tuple[tuple[str, str], ...] = ()
+    latent: LatentRules | None = None
+    depth_scale: str | None = None
+    logit_width: str | None = None
     task: TaskHead | None = None
     heads: Mapping[str, TaskHead] = field(default_factory=dict)
 
@@ -233,10 +244,11 @@ def read_spec(families: Mapping[str, Family], config: Mapping[str, Any], where: 
     layers = values.integer("num_hidden_layers", 1, _MAX_LAYERS)
     hidden = values.integer("hidden_size", 1, _MAX_WIDTH)
     heads = values.integer("num_attention_heads", 1, _MAX_WIDTH)
+    latent = None if family.latent is None else read_latent(family.latent, values, family.names, hidden, heads)
     kv_heads = values.optional_integer("num_key_value_heads", 1, _MAX_WIDTH) or heads
     if heads % kv_heads:
         raise values.error("num_key_value_heads", f"a divisor of num_attention_heads ({heads})")
-    head_dim = values.optional_integer("head_dim", 1, _MAX_WIDTH)
+    head_dim = values.optional_integer("head_dim", 1, _MAX_WIDTH) if latent is None else latent.head_dim
     if head_dim is None:
         if hidden % heads:
             raise values.error("hidden_size", f"a multiple of num_attention_heads ({heads}), as there is no head_dim")
@@ -254,9 +266,12 @@ def read_spec(families: Mapping[str, Family], config: Mapping[str, Any], where: 
         longest = positions.rows - positions.first if positions.rows else max_positions
         ropes = Ropes(RopeSpec("default", 0, DEFAULT_THETA, max_positions=longest))
     else:
-        ropes = ropes_from_config(values, head_dim, max_positions, family.rope)
+        rope_dim = head_dim if latent is None else latent.rope_dim
+        ropes = ropes_from_config(values, rope_dim, max_positions, family.rope)
     norm_bias = _switch(family.norm_bias, values)
-    names = family.names
+    names = family.names if latent is None else latent.names
+    if latent is not None:
+        check_turned(latent, ropes.rope, ropes.query_temperature is not None, where)
     if family.qk_norms is not None and not values.boolean(family.qk_norms):
         names = replace(names, q_norm=None, k_norm=None)
     check_fixed(family.fixed, values, family.model_type)
@@ -285,12 +300,12 @@ def read_spec(families: Mapping[str, Family], config: Mapping[str, Any], where: 
         window_rope=ropes.window_rope,
         qk_norm=family.qk_norm,
         norm_rotated=family.norm_rotated,
-        score_scale=_score_scale(family, values),
+        score_scale=_score_scale(family, values) if latent is None else latent_scale(latent, ropes.rope),
         score_cap=_cap(family.score_cap, values),
         logit_cap=_cap(family.logit_cap, values),
         embedding_multiplier=_embedding_multiplier(family, values, hidden),
-        residual_multiplier=_factor(family.residual_multiplier, values),
-        logit_multiplier=_factor(family.logit_factor, values) / _factor(family.logit_divisor, values),
+        residual_multiplier=_residual_multiplier(family, values, layers),
+        logit_multiplier=_logit_multiplier(family, values, hidden),
         query_temperature=ropes.query_temperature,
         experts=None if family.experts is None else experts_of(family.experts, values, layers),
         position_rows=positions.rows,
@@ -301,6 +316,7 @@ def read_spec(families: Mapping[str, Family], config: Mapping[str, Any], where: 
         unnormed=family.unnormed,
         parallel=_switch(family.parallel, values),
         task=read_task(family, values, _ACTIVATIONS, norm_bias),
+        latent=None if latent is None else latent.spec,
     )
     for one, other in family.equal:
         found, wanted = values.raw(one), values.raw(other)
@@ -363,6 +379,18 @@ def _switch(setting: bool | str, values: ConfigValues) -> bool:
 def _factor(key: str | None, values: ConfigValues) -> float:
     """A multiplier or divisor; 1 where the family has none."""
     return 1.0 if key is None else values.number(key, above=_MIN_FACTOR, below=_MAX_FACTOR)
+
+
+def _residual_multiplier(family: Family, values: ConfigValues, layers: int) -> float:
+    if family.depth_scale is not None and values.raw(family.depth_scale) is not None:
+        return float(_factor(family.depth_scale, values) / float(layers) ** 0.5)
+    return _factor(family.residual_multiplier, values)
+
+
+def _logit_multiplier(family: Family, values: ConfigValues, hidden: int) -> float:
+    if family.logit_width is not None and values.raw(family.logit_width) is not None:
+        return _factor(family.logit_width, values) / hidden
+    return _factor(family.logit_factor, values) / _factor(family.logit_divisor, values)
 
 
 def _cap(key: str | None, values: ConfigValues) -> float | None:

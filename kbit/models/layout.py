@@ -32,8 +32,10 @@ class Layout:
         fused: published matrices that hold several, by name (with {layer}, without .weight): the slots of those, in the
             order of their rows.
         by_head: of these, each head's rows of one slot after the other, not all rows of one slot.
+        not_by_head: of these nevertheless all rows of one slot after the other.
         transposed: matrices inside of layers are published as (inputs, outputs).
         interleaved: pairs of features that turn together lie side by side (2 i, 2 i + 1), not half of what turns apart.
+        turned_last: what turns of a query's head comes after what does not.
         norm_offset: is added to the stored weight of every norm.
         stacked: published tensors that hold all experts of a layer, by whole name (with {layer}).
         more_layers: the key of how many layers there are beyond the model's own, which predict tokens further on; they
@@ -45,8 +47,10 @@ class Layout:
 
     fused: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     by_head: bool = False
+    not_by_head: tuple[str, ...] = ()
     transposed: bool = False
     interleaved: bool = False
+    turned_last: bool = False
     norm_offset: float = 0.0
     stacked: Mapping[str, Stacked] = field(default_factory=dict)
     more_layers: str | None = None
@@ -58,4 +62,4 @@ class Layout:
     def changes(self) -> bool:
         """Whether published tensors differ from canonical ones in more than their names, which tell by themselves."""
         elsewhere = bool(self.fused) or bool(self.stacked) or self.more_layers is not None
-        return elsewhere or self.transposed or self.interleaved or self.norm_offset != 0.0
+        return elsewhere or self.transposed or self.interleaved or self.turned_last or self.norm_offset != 0.0

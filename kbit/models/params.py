@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
-from kbit.models.spec import ModelSpec
+from kbit.models.spec import LatentSpec, ModelSpec
 
 Unit = Literal["heads", "kv_heads", "features"]
 Role = Literal["embedding", "linear", "head", "norm", "bias", "router", "rows", "distances", "task"]
@@ -20,6 +20,7 @@ OUTSIDE: tuple[Role, ...] = ("norm", "bias", "rows", "distances")
 
 # Linears that read one input and are multiplied in one call.
 QKV, GATE_UP, SHARED = ("q", "k", "v"), ("gate", "up"), ("shared_gate", "shared_up")
+KEYS_VALUES = ("k", "v")
 
 
 @dataclass(frozen=True)
@@ -97,6 +98,9 @@ def _task(spec: ModelSpec) -> Iterator[Parameter]:
 
 def _attention(spec: ModelSpec, layer: int) -> Iterator[Parameter]:
     """What `kbit.models.blocks.attention` reads."""
+    if spec.latent is not None:
+        yield from _latent_attention(spec, spec.latent, layer)
+        return
     hidden, queries, keys = spec.hidden_size, spec.heads * spec.head_dim, spec.kv_heads * spec.head_dim
     if layer not in spec.unnormed:
         yield from _norm(spec, "attention_norm", layer)
@@ -111,6 +115,30 @@ def _attention(spec: ModelSpec, layer: int) -> Iterator[Parameter]:
     yield from _linear(spec, "o", layer, (hidden, queries), (1, "heads"), ("o",), spec.output_bias)
     yield from _norm(spec, "attention_post_norm", layer)
     yield from _norm(spec, "attention_sum_norm", layer)
+
+
+def _latent_attention(spec: ModelSpec, latent: LatentSpec, layer: int) -> Iterator[Parameter]:
+    """What `kbit.models.latent` reads, and attention's last linear."""
+    hidden, heads, group = spec.hidden_size, spec.heads, latent_inputs(latent)
+    queries, own, values = (heads * dim for dim in (spec.head_dim, spec.head_dim - spec.rope.dim, latent.value_dim))
+    yield from _norm(spec, "attention_norm", layer)
+    if latent.query_rank:
+        yield from _linear(spec, "q_a", layer, (latent.query_rank, hidden), None, group, spec.qkv_bias)
+        yield from _norm(spec, "q_a_norm", layer, latent.query_rank)
+        yield from _linear(spec, "q", layer, (queries, latent.query_rank), None, ("q",), False)
+    else:
+        yield from _linear(spec, "q", layer, (queries, hidden), None, group, False)
+    yield from _linear(spec, "kv_a", layer, (latent.rank, hidden), None, group, spec.qkv_bias)
+    yield from _linear(spec, "k_shared", layer, (spec.rope.dim, hidden), None, group, spec.qkv_bias)
+    yield from _norm(spec, "kv_a_norm", layer, latent.rank)
+    yield from _linear(spec, "k", layer, (own, latent.rank), None, KEYS_VALUES, False)
+    yield from _linear(spec, "v", layer, (values, latent.rank), None, KEYS_VALUES, False)
+    yield from _linear(spec, "o", layer, (hidden, values), None, ("o",), spec.output_bias)
+
+
+def latent_inputs(latent: LatentSpec) -> tuple[str, str, str]:
+    """The slots of what latent attention multiplies its input with."""
+    return ("q_a" if latent.query_rank else "q", "kv_a", "k_shared")
 
 
 def _mlp(spec: ModelSpec, layer: int) -> Iterator[Parameter]:

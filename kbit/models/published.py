@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from kbit.checkpoint.source import CheckpointSource
+from kbit.models.head_order import head_order
 from kbit.models.layout import Layout, Stacked
 from kbit.models.params import Parameter, parameters
 from kbit.models.spec import ModelSpec
@@ -21,14 +22,12 @@ class Part:
 
     Attributes:
         parameter: which.
-        head: rows of a head whose turned pairs are to lie side by side, 0 where they are not.
-        turned: how many of these.
+        order: of every row of a head, which one of the published head's it is; empty where all are in their order.
         offset: what the published values lack.
     """
 
     parameter: Parameter
-    head: int = 0
-    turned: int = 0
+    order: tuple[int, ...] = ()
     offset: float = 0.0
 
 
@@ -39,42 +38,38 @@ class PublishedTensor:
     Attributes:
         name, shape: there.
         parts: what its rows consist of, in order.
-        run: rows of a part that lie together, after which the next part has as many; 0: all of them.
+        heads: each head's rows of one part after the other, of so many heads; 0: all rows of a part together.
         transposed: rows are columns there.
     """
 
     name: str
     shape: tuple[int, ...]
     parts: tuple[Part, ...]
-    run: int = 0
+    heads: int = 0
     transposed: bool = False
 
     def rows(self, source: CheckpointSource, most_values: int) -> Iterator[torch.Tensor]:
         """Its values from canonical ones, float32, in runs of whole rows (or heads) of about so many values."""
         import torch
 
-        if self.run or self.transposed:
+        if self.heads or self.transposed:
             parts = [source.read(part.parameter.name) for part in self.parts]
-            run = self.run or parts[0].shape[0]
-            runs = [values.view(-1, run, *values.shape[1:]) for values in parts] if self.run else parts
-            whole = torch.cat(runs, dim=1 if self.run else 0).reshape(-1, *parts[0].shape[1:])
+            runs = [values.view(self.heads, -1, *values.shape[1:]) for values in parts] if self.heads else parts
+            whole = torch.cat(runs, dim=1 if self.heads else 0).reshape(-1, *parts[0].shape[1:])
             yield whole.T if self.transposed else whole
             return
         columns = 1 if len(self.shape) == 1 else self.shape[1]
         for part in self.parts:
             count = part.parameter.shape[0]
             step = max(1, most_values // columns)
-            if part.head:
-                step = max(1, step // part.head) * part.head
-                half = part.turned // 2
-                within = torch.arange(part.head)
-                old = torch.where(within % 2 == 0, within // 2, half + within // 2)
-                old = torch.where(within < part.turned, old, within)
+            head = len(part.order)
+            if head:
+                step = max(1, step // head) * head
+                canonical = torch.argsort(torch.tensor(part.order))
             for start in range(0, count, step):
                 values = source.read_rows(part.parameter.name, start, min(start + step, count))
-                if part.head:
-                    heads = values.view(-1, part.head, *values.shape[1:])
-                    values = heads[:, old].reshape(values.shape)
+                if head:
+                    values = values.view(-1, head, *values.shape[1:])[:, canonical].reshape(values.shape)
                 yield values - part.offset if part.offset else values
 
 
@@ -130,6 +125,12 @@ def published_tensors(spec: ModelSpec, layout: Layout) -> tuple[PublishedTensor 
         for slot in slots
         for layer in range(spec.layers)
     }
+    together_whole = {
+        f"{template.format(layer=layer)}.{kind}"
+        for template in layout.not_by_head
+        for layer in range(spec.layers)
+        for kind in ("weight", "bias")
+    }
     stacks = _stacked(spec, layout)
     inside = {part.name for stack in stacks.values() for parts in stack.experts for part in parts}
     together: dict[str, list[Part]] = {}
@@ -142,8 +143,8 @@ def published_tensors(spec: ModelSpec, layout: Layout) -> tuple[PublishedTensor 
         stored, slots = fused.get((parameter.layer, parameter.slot), (None, ()))
         name = parameter.name if stored is None else f"{stored}.{kind}"
         part = Part(parameter)
-        if layout.interleaved and parameter.slot in ("q", "k"):
-            part = Part(parameter, spec.head_dim, spec.rope.dim)
+        if order := head_order(spec, layout, parameter.slot):
+            part = Part(parameter, order)
         elif parameter.role == "norm" and layout.norm_offset:
             part = Part(parameter, offset=layout.norm_offset)
         together.setdefault(name, []).append(part)
@@ -155,6 +156,6 @@ def published_tensors(spec: ModelSpec, layout: Layout) -> tuple[PublishedTensor 
             continue
         shape: tuple[int, ...] = (sum(part.parameter.shape[0] for part in parts), *parts[0].parameter.shape[1:])
         transposed = layout.transposed and parts[0].parameter.role == "linear"
-        run = spec.head_dim if layout.by_head and len(parts) > 1 else 0
-        found.append(PublishedTensor(name, shape[::-1] if transposed else shape, tuple(parts), run, transposed))
+        heads = spec.heads if layout.by_head and len(parts) > 1 and name not in together_whole else 0
+        found.append(PublishedTensor(name, shape[::-1] if transposed else shape, tuple(parts), heads, transposed))
     return tuple(found)

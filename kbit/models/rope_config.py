@@ -236,10 +236,10 @@ def _read_llama3(base: RopeSpec, values: ConfigValues, reading: _Reading) -> Rop
 def _read_yarn(base: RopeSpec, values: ConfigValues, reading: _Reading) -> RopeSpec:
     original = _original_positions(base, values, reading)
     factor = base.max_positions / original if values.raw("factor") is None else _ratio(values, "factor")
+    scale, scale_all = _ratio_or(values, "mscale", 0.0), _ratio_or(values, "mscale_all_dim", 0.0)
     if values.raw("attention_factor") is not None:
         attention = _ratio(values, "attention_factor")
     else:
-        scale, scale_all = _ratio_or(values, "mscale", 0.0), _ratio_or(values, "mscale_all_dim", 0.0)
         attention = _mscale(factor, scale) / _mscale(factor, scale_all) if scale and scale_all else _mscale(factor, 1.0)
     slow, fast = _ratio_or(values, "beta_slow", 1.0), _ratio_or(values, "beta_fast", 32.0)
     if fast < slow:
@@ -249,6 +249,7 @@ def _read_yarn(base: RopeSpec, values: ConfigValues, reading: _Reading) -> RopeS
         base,
         factor=factor,
         attention_factor=attention,
+        temperature=_mscale(factor, scale_all),
         original_positions=original,
         beta_fast=fast,
         beta_slow=slow,

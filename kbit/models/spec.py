@@ -28,6 +28,7 @@ class RopeSpec:
         beta_fast, beta_slow: yarn: rotations over the original context at the borders of the ramp.
         truncate: yarn: round the borders of the ramp to whole features.
         attention_factor: multiplies cosines and sines (yarn, longrope; else 1).
+        temperature: of mscale_all_dim, which latent attention multiplies scores with, squared; 1 where there is none.
         short_factors, long_factors: longrope: every pair's divisor, for texts up to and beyond the original length.
     """
 
@@ -43,6 +44,7 @@ class RopeSpec:
     beta_slow: float = 1.0
     truncate: bool = True
     attention_factor: float = 1.0
+    temperature: float = 1.0
     short_factors: tuple[float, ...] = ()
     long_factors: tuple[float, ...] = ()
 
@@ -121,6 +123,11 @@ class TensorNames:
     shared_up: str | None = None
     shared_down: str | None = None
     shared_switch: str | None = None
+    q_a: str | None = None
+    q_a_norm: str | None = None
+    kv_a: str | None = None
+    kv_a_norm: str | None = None
+    k_shared: str | None = None
 
 
 @dataclass(frozen=True)
@@ -146,6 +153,27 @@ class ExpertsSpec:
     bias: bool = False
     selection_bias: bool = False
     clamp: Clamp | None = None
+
+
+@dataclass(frozen=True)
+class LatentSpec:
+    """Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434): keys and values are made of one vector per token.
+
+    A head's queries and keys have `ModelSpec.head_dim` features. The first of them, as many as turn, are the same in
+    the keys of all heads (`TensorNames.k_shared` makes them); the others, and values, are made of the latent vector.
+    The cache holds them as they are attended to, values filled up with zeros.
+
+    Attributes:
+        rank: features of that vector, which `TensorNames.kv_a` makes.
+        query_rank: of another one (`TensorNames.q_a`), of which queries are made; 0: of the residual stream.
+        value_dim: features of a head's values, at most head_dim.
+        eps: epsilon of both vectors' norms.
+    """
+
+    rank: int
+    query_rank: int
+    value_dim: int
+    eps: float
 
 
 @dataclass(frozen=True)
@@ -191,6 +219,7 @@ class ModelSpec:
         parallel: attention and MLP read the same stream, and what both make is added to it; without a norm of its own
             the MLP reads what attention's norm made.
         task: what it computes of hidden states; None: the logits of the next token.
+        latent: keys and values are made of a latent vector; None: of the residual stream.
     """
 
     family: str
@@ -233,10 +262,16 @@ class ModelSpec:
     unnormed: tuple[int, ...] = ()
     parallel: bool = False
     task: TaskHead | None = None
+    latent: LatentSpec | None = None
 
     def has_experts(self, layer: int) -> bool:
         """Whether a layer has experts in place of an MLP."""
         return self.experts is not None and self.experts.layers[layer]
+
+    @property
+    def value_dim(self) -> int:
+        """Features of a head's values, as the last linear of attention reads them."""
+        return self.head_dim if self.latent is None else self.latent.value_dim
 
     @property
     def inner_widths(self) -> tuple[int, ...]:
@@ -296,6 +331,11 @@ class ModelSpec:
     def ropes(self) -> tuple[RopeSpec, ...]:
         """The rotary embeddings there are: of all layers, or of those without and those with a window."""
         return (self.rope,) if self.window_rope is None else (self.rope, self.window_rope)
+
+    @property
+    def several_rotations(self) -> bool:
+        """Whether the rotary tables hold more than one rotation, side by side."""
+        return len(self.ropes) > 1 or self.query_temperature is not None
 
     @property
     def cache_layers(self) -> int:

@@ -18,6 +18,7 @@ from kbit.graph.recording import (
     Convolve,
     CrossAttend,
     Embed,
+    FitHeads,
     Mix,
     Norm,
     Operation,
@@ -105,7 +106,7 @@ class Structure:
         for operation in self.operations:
             if isinstance(operation, Embed):
                 made[operation.out] = _name(operation.weight)
-            elif isinstance(operation, Norm | SumParts | Scale | SoftCap | Rotate | SigmoidGate):
+            elif isinstance(operation, Norm | SumParts | Scale | SoftCap | Rotate | FitHeads | SigmoidGate):
                 made[operation.out] = made[operation.x]
             elif isinstance(operation, Add):
                 made[operation.out] = made[operation.y]

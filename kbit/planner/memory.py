@@ -298,7 +298,9 @@ def program_bytes(
     """
     hidden, queries, experts = spec.hidden_size, spec.heads * spec.head_dim, spec.experts
     buffers = sum(4 * rows * _up(width, _native.TILE_COLUMNS) for width in _buffer_widths(spec))
-    widest = _up(max(hidden, queries, *spec.inner_widths), _native.TILE_COLUMNS)
+    latent = spec.latent
+    ranks = () if latent is None else (latent.rank, latent.query_rank)
+    widest = _up(max(hidden, queries, *ranks, *spec.inner_widths), _native.TILE_COLUMNS)
     shared_numbers = rows * widest
     if experts is not None:  # rows of a token and each of its experts, ready to be multiplied, and inside the experts
         inside, outside = (_up(width, _native.TILE_COLUMNS) for width in (experts.width, hidden))

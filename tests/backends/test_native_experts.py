@@ -63,7 +63,7 @@ def test_experts_of_several_formats(isa: str) -> None:
         assert torch.equal(run(native(source, isa=isa, compute=compute, threads=3), ids, [1] * 20), whole)
 
 
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", range(5))
 def test_routing_is_the_references(seed: int) -> None:
     """Experts that give back their token times a number of their own: the sum shows who was chosen, and their weights."""
     generator = torch.Generator().manual_seed(seed)
@@ -73,7 +73,9 @@ def test_routing_is_the_references(seed: int) -> None:
         ("sigmoid", True, 2.5, 4, 2),
         ("softmax_of_chosen", False, 1.0, 1, 1),
         ("sigmoid", False, 1.0, 1, 1),
+        ("softmax", False, 1.5, 4, 2),
     ][seed]
+    by_best = seed == 4
     score, normalise, scale, groups, taking_part = settings
     bias = torch.randn(experts, generator=generator) if score == "sigmoid" else None
     logits = torch.randint(-3, 4, (30, experts), generator=generator).float()  # with many ties
@@ -93,6 +95,7 @@ def test_routing_is_the_references(seed: int) -> None:
     program.experts(
         x, routed, out, [one] * experts, [one] * experts, downs, none, none, none,
         None if bias is None else bias.numpy(), 3, score, normalise, scale, groups, taking_part, "relu",
+        best_of_group=by_best,
     )  # fmt: skip
     program.finish(out)
     found = np.empty((30, width), dtype=np.float32)
@@ -104,7 +107,9 @@ def test_routing_is_the_references(seed: int) -> None:
         np.arange(30), np.zeros(30, dtype=np.int32), positions, angles, angles, positions,
         cache.pool.store, cache.tables, None, found,
     )  # fmt: skip
-    chosen, weights = route(logits, bias, 3, score, normalise, scale, groups, taking_part)
+    chosen, weights = route(
+        logits, bias, 3, score, normalise, scale, groups, taking_part, "best" if by_best else "two best"
+    )
     wanted = (weights * 2.0**chosen).sum(1)
     assert np.allclose(found, wanted.numpy()[:, None], rtol=1e-6)
 

@@ -14,11 +14,18 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 # Caps of scores and logits, factors, norms of heads, two rotations, rotation apart from attention, queries with a
 # temperature, partial rotation; experts with a shared one behind a gate, in groups with a bias, with sinks and a clamp.
 FAMILIES = ["gemma2", "gemma3", "granite", "hunyuan", "ministral3", "glm4", "qwen2-moe", "glm4-moe", "gpt-oss"]
+# Latent attention, values narrower than keys; queries that grow of which a part turns; groups by their best expert.
+FAMILIES += ["deepseek-v2", "deepseek-v3", "mistral4"]
+LATENT = {"qk_nope_head_dim": 12, "qk_rope_head_dim": 4, "v_head_dim": 11}
 
 
 def wide(name: str) -> DictSource:
     """Heads of 16 features: codes of keys and values come in groups of 16."""
     config = {**tiny_config(name), "head_dim": 16}
+    if "kv_lora_rank" in config:
+        config |= LATENT
+    if name == "mistral4":
+        config["rope_parameters"] = {**config["rope_parameters"], "partial_rotary_factor": 0.25}
     return DictSource(config, tame_tensors(config))
 
 

@@ -29,14 +29,16 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 # Every switch of the decoder that is its own path here: biases, a tied head, one key head, ungated and other activations,
 # tables by length, windows; norms of heads, caps and factors, two rotations, partial ones, layers without, rotation before
-# the norm.
+# the norm; latent attention.
 FAMILIES = ["llama", "llama-tied", "llama-biases", "llama-multi-query", "llama-gelu", "llama-dynamic", "mistral-window"]
-FAMILIES += ["qwen3", "gemma2", "gemma3", "phi3", "smollm3-listed", "hunyuan", "gpt2", "gpt_neox"]
+FAMILIES += ["qwen3", "gemma2", "gemma3", "phi3", "smollm3-listed", "hunyuan", "gpt2", "gpt_neox", "youtu"]
 
 
 def source_of(name: str, format: str | None = None, **changes: Any) -> DictSource:
     """A tiny model with heads of 16 features: the kernels' pages hold multiples of 16."""
     config = {**tiny_config(name), "head_dim": 16, **changes}
+    if "kv_lora_rank" in config:
+        config |= {"qk_nope_head_dim": 12, "qk_rope_head_dim": 4}
     tensors = tame_tensors(config)
     return DictSource(config, tensors if format is None else quantized(tensors, format))
 

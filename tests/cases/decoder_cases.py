@@ -60,6 +60,26 @@ SLIDING, FULL = "sliding_attention", "full_attention"
 
 EXPERTS = {"num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
 
+# Keys of 12 features of which 4 turn, values of 10; several experts in 3 groups.
+LATENT = {
+    "num_key_value_heads": 6,
+    "kv_lora_rank": 20,
+    "q_lora_rank": 28,
+    "qk_nope_head_dim": 8,
+    "qk_rope_head_dim": 4,
+    "v_head_dim": 10,
+}
+GROUPS = {
+    "n_routed_experts": 6,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 24,
+    "n_group": 3,
+    "topk_group": 2,
+    "routed_scaling_factor": 1.5,
+    "first_k_dense_replace": 1,
+}
+MSCALED = {**YARN, "mscale": 0.7, "mscale_all_dim": 0.9}
+
 # Names of classes of transformers by model_type, where one is not the other in lower case.
 MODEL_TYPES = {
     "GPTNeoX": "gpt_neox",
@@ -69,6 +89,7 @@ MODEL_TYPES = {
 }
 MODEL_TYPES |= {"Qwen3Moe": "qwen3_moe", "Qwen2Moe": "qwen2_moe", "Glm4Moe": "glm4_moe", "MiniMaxM2": "minimax_m2"}
 MODEL_TYPES |= {"GptOss": "gpt_oss"}
+MODEL_TYPES |= {"DeepseekV2": "deepseek_v2", "DeepseekV3": "deepseek_v3", "Glm4MoeLite": "glm4_moe_lite"}
 # Likewise where the class of the model is not called ForCausalLM.
 CLASSES = {"GPT2": "GPT2LMHeadModel"}
 CONFIGS = {"Gemma3": "Gemma3Text"}
@@ -255,6 +276,43 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
             "logits_scaling": 4.0,
             "residual_multiplier": 0.22,
             "attention_multiplier": 0.5,
+        },
+    ),
+    "deepseek-v2": ("DeepseekV2", {**LATENT, **GROUPS, "topk_method": "group_limited_greedy", "attention_bias": True}),
+    "deepseek-v2-lite": (
+        "DeepseekV2",
+        {**LATENT, **GROUPS, "q_lora_rank": None, "topk_method": "greedy", "rope_parameters": MSCALED},
+    ),
+    "deepseek-v3": ("DeepseekV3", {**LATENT, **GROUPS, "attention_bias": True, "rope_parameters": MSCALED}),
+    "glm4-moe-lite": (
+        "Glm4MoeLite",
+        {
+            **LATENT,
+            **GROUPS,
+            "v_head_dim": 12,
+            "q_lora_rank": None,
+            "mlp_layer_types": ["sparse", "dense", "sparse"],
+            "first_k_dense_replace": None,
+        },
+    ),
+    "youtu": ("Youtu", {**LATENT, "attention_bias": True}),
+    "minicpm3": ("MiniCPM3", {**LATENT, "mlp_bias": True, "attention_bias": True}),
+    "minicpm3-longrope": (
+        "MiniCPM3",
+        {
+            **LATENT,
+            "qk_rope_head_dim": 8,
+            "tie_word_embeddings": False,
+            "original_max_position_embeddings": 32,
+            "rope_parameters": LONGROPE,
+        },
+    ),
+    "mistral4": (
+        "Mistral4",
+        {
+            **LATENT,
+            **{key: value for key, value in GROUPS.items() if "group" not in key},
+            "rope_parameters": {**TEMPERED, "partial_rotary_factor": 4 / 12},
         },
     ),
     "olmoe": ("Olmoe", {"num_experts": 5, "num_experts_per_tok": 2}),

@@ -38,6 +38,11 @@ LINEARS = {
     "mlp.router": "ffn_gate_inp",
     "block_sparse_moe.gate": "ffn_gate_inp",
     "mlp.shared_expert_gate": "ffn_gate_inp_shexp",
+    "self_attn.q_a_proj": "attn_q_a",
+    "self_attn.q_a_layernorm": "attn_q_a_norm",
+    "self_attn.q_b_proj": "attn_q_b",
+    "self_attn.kv_a_proj_with_mqa": "attn_kv_a_mqa",
+    "self_attn.kv_a_layernorm": "attn_kv_a_norm",
 }
 LINEARS |= {
     f"mlp.{block}.{part}_proj": f"ffn_{part}_shexp"
@@ -51,6 +56,12 @@ GLOBAL = {
     "model.norm.weight": "output_norm.weight",
     "lm_head.weight": "output.weight",
 }
+
+# llama.cpp takes both factors of YaRN for one.
+_DEEPSEEK_YARN = {
+    "rope_type": "yarn", "rope_theta": 100.0, "factor": 4.0, "original_max_position_embeddings": 8, "mscale": 0.7,
+    "mscale_all_dim": 0.7,
+}  # fmt: skip
 
 # Case: architecture, names of norms, and what the tiny case must be changed to for llama.cpp to mean the same.
 CASES: dict[str, tuple[str, dict[str, str], dict[str, Any]]] = {
@@ -81,6 +92,10 @@ CASES: dict[str, tuple[str, dict[str, str], dict[str, Any]]] = {
     "olmoe": ("olmoe", BOTH, {}),
     "glm4-moe": ("glm4moe", {**BOTH, "post_attention_layernorm": "post_attention_norm"}, {}),
     "minimax-m2": ("minimax-m2", BOTH, {}),
+    "deepseek-v2": ("deepseek2", BOTH, {"attention_bias": False}),
+    "deepseek-v2-lite": ("deepseek2", BOTH, {"rope_parameters": _DEEPSEEK_YARN}),
+    "deepseek-v3": ("deepseek2", BOTH, {"attention_bias": False, "rope_parameters": _DEEPSEEK_YARN}),
+    "youtu": ("deepseek2", BOTH, {"attention_bias": False}),
     "gpt-oss": (
         "gpt-oss",
         {**BOTH, "post_attention_layernorm": "post_attention_norm"},
@@ -121,6 +136,13 @@ def tensors_of(case: str, folder: Path) -> dict[str, Array]:
             found[GLOBAL[name]] = values
             continue
         _, _, layer, *module, kind = name.split(".")
+        if module[-1] == "kv_b_proj":
+            # Keys transposed, head by head.
+            heads_of = values.reshape(config["num_attention_heads"], -1, config["kv_lora_rank"])
+            k, v = np.split(heads_of, [config["qk_nope_head_dim"]], axis=1)
+            found[f"blk.{layer}.attn_k_b.weight"] = np.ascontiguousarray(k.swapaxes(1, 2))
+            found[f"blk.{layer}.attn_v_b.weight"] = np.ascontiguousarray(v)
+            continue
         part = names[".".join(module)]
         if arch in PERMUTED and part in heads:
             values = permuted(values, heads[part])
@@ -160,7 +182,9 @@ def keys_of(case: str, folder: Path) -> dict[str, Any]:
         "attention.layer_norm_rms_epsilon": float(config["rms_norm_eps"]),
         "rope.freq_base": float(rope["rope_theta"]),
     }
-    if config.get("head_dim"):
+    if arch == "deepseek2":
+        keys |= _latent_keys(config)
+    elif config.get("head_dim"):
         keys["attention.key_length"] = keys["attention.value_length"] = config["head_dim"]
     if "sliding_attention" in ropes:
         keys["rope.freq_base_swa"] = float(ropes["sliding_attention"]["rope_theta"])
@@ -172,6 +196,8 @@ def keys_of(case: str, folder: Path) -> dict[str, Any]:
         keys["rope.scaling.type"], keys["rope.scaling.factor"] = rope["rope_type"], float(rope["factor"])
     if rope["rope_type"] == "yarn":
         keys["rope.scaling.original_context_length"] = rope["original_max_position_embeddings"]
+        if arch == "deepseek2":
+            keys["rope.scaling.yarn_log_multiplier"] = 0.1 * rope["mscale_all_dim"]
     keys |= _expert_keys(arch, config)
     if arch == "mistral3":
         keys["rope.scaling.yarn_log_multiplier"] = rope["mscale_all_dim"]
@@ -189,6 +215,26 @@ def keys_of(case: str, folder: Path) -> dict[str, Any]:
     return keys | {key: float(config[name]) for name, key in _NUMBERS.items() if config.get(name) is not None}
 
 
+def _latent_keys(config: dict[str, Any]) -> dict[str, Any]:
+    """What the converter writes of latent attention, which llama.cpp takes for attention with one key for all heads."""
+    rank, turned = config["kv_lora_rank"], config["qk_rope_head_dim"]
+    keys = {
+        "attention.head_count_kv": 1,
+        "attention.key_length": rank + turned,
+        "attention.value_length": rank,
+        "attention.key_length_mla": config["qk_nope_head_dim"] + turned,
+        "attention.value_length_mla": config["v_head_dim"],
+        "attention.kv_lora_rank": rank,
+        "rope.dimension_count": turned,
+        "leading_dense_block_count": config.get("first_k_dense_replace", config["num_hidden_layers"]),
+        "expert_feed_forward_length": config.get("moe_intermediate_size", config["intermediate_size"]),
+        "expert_shared_count": config.get("n_shared_experts", 0),
+    }
+    if config["q_lora_rank"] is not None:
+        keys["attention.q_lora_rank"] = config["q_lora_rank"]
+    return keys
+
+
 def _expert_keys(arch: str, config: dict[str, Any]) -> dict[str, Any]:
     """What the converter writes of experts."""
     count = next((config[key] for key in ("num_experts", "num_local_experts", "n_routed_experts") if key in config), 0)
@@ -200,8 +246,13 @@ def _expert_keys(arch: str, config: dict[str, Any]) -> dict[str, Any]:
         keys["expert_feed_forward_length"] = width
     if arch == "qwen2moe":
         keys["expert_shared_feed_forward_length"] = config["shared_expert_intermediate_size"]
-    if arch in ("glm4moe", "minimax-m2"):
+    if arch in ("glm4moe", "minimax-m2") or config["model_type"] == "deepseek_v3":
         keys["expert_gating_func"] = 2
+    if arch == "deepseek2":
+        keys["expert_weights_scale"] = float(config["routed_scaling_factor"])
+        keys["expert_group_count"], keys["expert_group_used_count"] = config["n_group"], config["topk_group"]
+        if config["norm_topk_prob"]:
+            keys["expert_weights_norm"] = True
     if arch == "glm4moe":
         keys |= {
             "expert_shared_count": config["n_shared_experts"],

@@ -58,6 +58,8 @@ def test_groups_are_ranked_by_their_two_best() -> None:
     experts, _ = routed(logits, score="sigmoid", groups=3, chosen_groups=1)
     assert experts == [[3, 4]]
     assert routed(logits, score="sigmoid", groups=3, chosen_groups=3)[0] == [[0, 3]]
+    # By their best experts alone it is the first group.
+    assert routed(logits, groups=3, chosen_groups=1, group_score="best")[0] == [[0, 1]]
 
 
 def test_mixing_is_a_weighted_sum() -> None:

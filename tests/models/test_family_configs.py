@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
-from decoder_cases import CASES, FULL, SLIDING, tiny_config
+from decoder_cases import CASES, FULL, SLIDING, TEMPERED, tiny_config
 
 from kbit.graph.experts import Clamp
 from kbit.host.errors import CheckpointError, KbitError, UnsupportedError
@@ -31,6 +32,12 @@ HEADS |= {
     "gpt2": {"n_inner": 20},
     "falcon": {"ffn_hidden_size": 20},
 }
+# With latent attention every head has a key.
+LATENT = ("deepseek_v3", "glm4_moe_lite", "mistral4", "minicpm3", "youtu")
+HEADS |= {family: {"num_key_value_heads": 32} for family in LATENT}
+HEADS |= {"deepseek_v2": {"num_experts_per_tok": 6}}
+# Model types that transformers does not have: DeepSeek-V3 under another name.
+UNKNOWN = ("kimi_k2",)
 # Key/value heads of models without such a key.
 KV_HEADS = {"bloom": 32, "falcon": 1, "gpt2": 32, "gpt_neox": 32, "opt": 32}
 _EPSILONS = ("rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon", "norm_epsilon")
@@ -40,14 +47,17 @@ def config_of(family: str, **changes: Any) -> dict[str, Any]:
     return {**SIZES, "model_type": family, **changes}
 
 
-@pytest.mark.parametrize("family", [name for name, family in FAMILIES.items() if family.task is None])
+@pytest.mark.parametrize(
+    "family", [name for name, family in FAMILIES.items() if family.task is None and name not in UNKNOWN]
+)
 def test_absent_keys_take_transformers_defaults(family: str) -> None:
     """And the configuration that transformers writes in full means the same as the sparse one."""
     sparse = config_of(family, **HEADS.get(family, {}))
     theirs = transformers.AutoConfig.for_model(**sparse)
     spec = spec_from_config(sparse)
     assert spec.kv_heads == KV_HEADS.get(family, getattr(theirs, "num_key_value_heads", None))
-    assert spec.head_dim == (getattr(theirs, "head_dim", None) or 8)
+    # (With latent attention head_dim is what of a key turns.)
+    assert spec.head_dim == (getattr(theirs, "qk_head_dim", None) or getattr(theirs, "head_dim", None) or 8)
     # (BLOOM's is what its models were trained with.)
     assert spec.rope.max_positions == getattr(theirs, "max_position_embeddings", 2048)
     # (OPT's is torch's own, in no configuration.)
@@ -111,6 +121,61 @@ def test_which_layers_have_experts() -> None:
     assert spec("glm4_moe", first_k_dense_replace=7).experts is None
     with pytest.raises(CheckpointError, match=r"mlp_only_layers is \[7\]; it should be a list of layers"):
         spec("qwen2_moe", mlp_only_layers=[7])
+
+
+def test_which_groups_take_part() -> None:
+    """DeepSeek-V2 says by which method; without it, groups mean nothing."""
+    grouped = {"num_experts_per_tok": 2, "n_routed_experts": 8, "n_group": 4, "topk_group": 2}
+    found = mixture("deepseek_v2", **grouped, topk_method="group_limited_greedy").routing
+    assert (found.groups, found.chosen_groups, found.group_score) == (4, 2, "best")
+    assert mixture("deepseek_v2", **grouped, topk_method="greedy").routing.groups == 1
+    with pytest.raises(CheckpointError, match="topk_method is 'noaux_tc'; it should be one of greedy"):
+        spec("deepseek_v2", **grouped, topk_method="noaux_tc")
+    assert mixture("deepseek_v3").routing.group_score == "two best"
+    layers = ["dense", "sparse", "dense", *["sparse"] * 4]
+    assert mixture("glm4_moe_lite", mlp_layer_types=layers).layers == tuple(kind == "sparse" for kind in layers)
+    assert mixture("glm4_moe_lite").layers == (False, *[True] * 6)
+    with pytest.raises(CheckpointError, match="first_k_dense_replace is 2; it should be as mlp_layer_types says"):
+        spec("glm4_moe_lite", first_k_dense_replace=2)
+
+
+def test_latent_attention() -> None:
+    """Sizes, the temperature in the scores' scale, and what is refused."""
+    assert spec("kimi_k2", n_group=1, topk_group=1) == replace(
+        spec("deepseek_v3", n_group=1, topk_group=1), family="kimi_k2"
+    )
+    found = spec("youtu", q_lora_rank=None, v_head_dim=48)
+    assert found.latent is not None
+    assert (found.head_dim, found.rope.dim, found.latent.query_rank, found.value_dim) == (192, 64, 0, 48)
+    scaling = {
+        "type": "yarn",
+        "factor": 40,
+        "mscale": 1.0,
+        "mscale_all_dim": 0.5,
+        "original_max_position_embeddings": 4096,
+    }
+    found = spec("deepseek_v3", rope_scaling=scaling)
+    # 0.1 c ln s + 1, squared.
+    assert found.attention_scale == pytest.approx(192**-0.5 * (0.05 * math.log(40) + 1) ** 2)
+    assert found.rope.attention_factor == pytest.approx((0.1 * math.log(40) + 1) / (0.05 * math.log(40) + 1))
+    for family, changes, message in (
+        ("youtu", {"v_head_dim": 193}, "v_head_dim 193 is not supported; it must be at most"),
+        ("youtu", {"num_key_value_heads": 16}, "num_key_value_heads 16 is not supported for latent attention"),
+        ("youtu", {"rope_interleave": False}, "rope_interleave False is not supported"),
+        ("deepseek_v3", {"index_topk": 2048}, "index_topk 2048 is not supported for model_type 'deepseek_v3'"),
+        ("deepseek_v2", {"norm_topk_prob": True, "num_experts_per_tok": 6}, "norm_topk_prob True is not supported"),
+        ("llama", {"kv_lora_rank": 512}, "kv_lora_rank 512 is not supported for model_type 'llama'"),
+        (
+            "mistral4",
+            {"rope_parameters": {**TEMPERED, "partial_rotary_factor": 0.25}},
+            "turns 32 feat",
+        ),
+    ):
+        with pytest.raises(KbitError, match=message):
+            spec(family, **changes)
+    for unknown in ("deepseek_v32", "deepseek_v4"):
+        with pytest.raises(UnsupportedError, match=f"model_type '{unknown}' is not supported"):
+            spec(unknown)
 
 
 def test_minimax_as_the_hub_has_it() -> None:

@@ -30,6 +30,7 @@ from kbit.graph.recording import (
     Convolve,
     CrossAttend,
     Embed,
+    FitHeads,
     Mix,
     Norm,
     Operation,
@@ -147,6 +148,9 @@ def _emit(program: Program, operation: Operation, at: dict[Symbol, int]) -> None
     elif isinstance(operation, Rotate):
         first, stop = operation.angles
         program.rotate(at[operation.x], at[operation.out], operation.head_dim, first, stop - first)
+    elif isinstance(operation, FitHeads):
+        shared = None if operation.shared is None else at[operation.shared]
+        program.fit_heads(at[operation.x], shared, at[operation.out], operation.heads)
     elif isinstance(operation, SumParts):
         raise ValueError("the sum over processes is of a product, and of one that nothing else reads")
     elif isinstance(operation, Attend):
@@ -229,6 +233,7 @@ def _emit_experts(program: Program, operation: Mix, at: dict[Symbol, int]) -> No
         mixture.activation if clamp is None else "silu",
         1.0 if clamp is None else clamp.alpha,
         0.0 if clamp is None else clamp.limit,
+        routing.group_score == "best",
     )
 
 

@@ -79,6 +79,9 @@ class RowOps:
     def rotate(self, x: torch.Tensor, head_dim: int, angles: tuple[int, int]) -> torch.Tensor:
         raise _without_tokens()
 
+    def fit_heads(self, x: torch.Tensor, heads: int, head_dim: int, shared: torch.Tensor | None = None) -> torch.Tensor:
+        return reference.fit_heads(x, heads, head_dim, shared)
+
     def linear_group(
         self, weights: Sequence[Weight], x: torch.Tensor, biases: Sequence[Vector | None]
     ) -> tuple[torch.Tensor, ...]:
@@ -111,6 +114,7 @@ class RowOps:
             routing.scale,
             routing.groups,
             routing.chosen_groups,
+            routing.group_score,
         )
 
         def compute(expert: int, rows: torch.Tensor) -> torch.Tensor:

@@ -56,6 +56,7 @@ class GroupedExperts:
             routing.scale,
             routing.groups,
             routing.chosen_groups,
+            routing.group_score,
         )
         of_entries = chosen.reshape(-1)
         tile = grouped_config(self._gates, len(of_entries), routing.experts).tokens

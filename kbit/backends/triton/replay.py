@@ -18,6 +18,7 @@ from kbit.graph.recording import (
     Convolve,
     CrossAttend,
     Embed,
+    FitHeads,
     Mix,
     Norm,
     Operation,
@@ -33,6 +34,7 @@ from kbit.graph.recording import (
     reads,
 )
 from kbit.host.errors import UnsupportedError
+from kbit.kernels import reference
 from kbit.kernels.triton.attention.decode import attention_decode
 from kbit.kernels.triton.attention.kv_append import kv_append
 from kbit.kernels.triton.attention.prefill import attention_prefill_paged
@@ -184,6 +186,10 @@ class Replay:
         elif isinstance(operation, Rotate):
             assert step is not None
             values[operation.out] = self._rotated(operation, values[operation.x], step)
+        elif isinstance(operation, FitHeads):
+            shared = None if operation.shared is None else values[operation.shared]
+            head_dim = operation.out.width // operation.heads
+            values[operation.out] = reference.fit_heads(values[operation.x], operation.heads, head_dim, shared)
         elif isinstance(operation, SumParts):
             values[operation.out] = self._sum(values[operation.x].float(), operation.bias)
         elif isinstance(operation, Activate):

@@ -7,10 +7,11 @@ in which layers SmolLM3 does not rotate. Norm weights of Gemma have their 1 adde
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from kbit.checkpoint.gguf.experts import SIGMOID, SOFTMAX_OF_CHOSEN, ExpertTensors
-from kbit.checkpoint.gguf.keys import Keys
+from kbit.checkpoint.gguf.keys import Keys, short_float
 from kbit.checkpoint.gguf.names import MLP_BIASES, Architecture
 from kbit.checkpoint.source import CANONICAL
 from kbit.host.errors import UnsupportedError
@@ -138,12 +139,35 @@ def _gpt_oss(keys: Keys, config: dict[str, Any]) -> None:
         config["rope_scaling"]["truncate"] = False
 
 
+def _deepseek2(keys: Keys, config: dict[str, Any]) -> None:
+    _no_window(keys, config)
+    if config.get("n_group", 1) > 1 and config["model_type"] == "deepseek_v2":
+        config["topk_method"] = "group_limited_greedy"
+    if "n_routed_experts" not in config:
+        config["architectures"], config["model_type"] = ["YoutuForCausalLM"], "youtu"
+    scaling = config["rope_scaling"]
+    if scaling and "mscale_all_dim" in scaling:
+        # Of this architecture the file has a tenth of it.
+        scaling["mscale"] = scaling["mscale_all_dim"] = short_float(10.0 * scaling["mscale_all_dim"])
+
+
 def _no_window(keys: Keys, config: dict[str, Any]) -> None:
     if keys.count("attention.sliding_window"):
         raise UnsupportedError(
             f"{keys.header.path}: metadata key '{keys.arch}.attention.sliding_window' is not supported"
         )
 
+
+_DEEPSEEK_EXPERTS = ExpertTensors(
+    count="n_routed_experts",
+    shared="mlp.shared_experts",
+    normalises=False,
+    entry="norm_topk_prob",
+    scaled=True,
+    grouped=True,
+    leading=True,
+    optional=True,
+)
 
 ARCHITECTURES = {
     architecture.name: architecture
@@ -249,6 +273,21 @@ ARCHITECTURES = {
                 normalises=False,
             ),
             configure=_gpt_oss,
+        ),
+        Architecture(
+            "deepseek2",
+            "deepseek_v2",
+            "DeepseekV2ForCausalLM",
+            latent=True,
+            yarn_log_multiplier=True,
+            constants={CANONICAL: True},
+            experts=_DEEPSEEK_EXPERTS,
+            sigmoid=(
+                "deepseek_v3",
+                "DeepseekV3ForCausalLM",
+                replace(_DEEPSEEK_EXPERTS, scores=SIGMOID, selection_bias="mlp.gate.e_score_correction_bias"),
+            ),
+            configure=_deepseek2,
         ),
         Architecture("qwen2", "qwen2", "Qwen2ForCausalLM", biases=("attn_q", "attn_k", "attn_v")),
         Architecture("qwen3", "qwen3", "Qwen3ForCausalLM", qk_norm="head", configure=_no_window),

@@ -11,10 +11,12 @@ from dataclasses import replace
 from typing import Any
 
 from kbit.checkpoint.gguf.architectures import ARCHITECTURES
-from kbit.checkpoint.gguf.experts import as_row, expected_experts, expert_config
+from kbit.checkpoint.gguf.experts import SIGMOID, as_row, expected_experts, expert_config
 from kbit.checkpoint.gguf.keys import Keys
+from kbit.checkpoint.gguf.latent import latent_config, latent_shapes
 from kbit.checkpoint.gguf.metadata import GGUFHeader, GGUFTensor, quoted
 from kbit.checkpoint.gguf.names import (
+    ATTENTION_BIASES,
     ROPE_FACTORS,
     ROPE_FREQS,
     Architecture,
@@ -44,7 +46,11 @@ def architecture_of(header: GGUFHeader) -> Architecture:
             f"{header.path}: architecture {quoted(name)} is not supported in GGUF files; supported are "
             f"{', '.join(ARCHITECTURES)} (llama covers Llama, Mistral and SmolLM)"
         )
-    return ARCHITECTURES[name]
+    arch = ARCHITECTURES[name]
+    if arch.sigmoid is not None and header.integer(f"{name}.expert_gating_func") == SIGMOID:
+        model_type, hf_class, experts = arch.sigmoid
+        return replace(arch, model_type=model_type, hf_class=hf_class, experts=experts)
+    return arch
 
 
 def config_from_header(
@@ -89,10 +95,12 @@ def config_from_header(
         arch = replace(arch, qk_norm=None)
     hidden = reader.size("embedding_length")
     heads = reader.size("attention.head_count")
-    kv_heads = reader.size("attention.head_count_kv", heads)
+    # Of latent attention the file describes what llama.cpp keeps of it: one key for all heads.
+    kv_heads = heads if arch.latent else reader.size("attention.head_count_kv", heads)
     if heads % kv_heads:
         header.fail(f"{arch.name}.attention.head_count {heads} is not a multiple of head_count_kv {kv_heads}")
-    head_dim, rotated = _head_dim(reader, hidden, heads)
+    latent = latent_config(reader) if arch.latent else {}
+    head_dim, rotated = (latent["qk_rope_head_dim"],) * 2 if arch.latent else _head_dim(reader, hidden, heads)
     context = reader.size("context_length")
     eps = reader.real("attention.layer_norm_rms_epsilon")
     if not 0 < eps < 1:
@@ -113,7 +121,7 @@ def config_from_header(
     tied = "output.weight" not in tensors
     biases = reader.biases = _biases(header, arch, tensors)
     experts = {} if arch.experts is None else expert_config(reader, arch.experts)
-    _check_tensors(header, arch, tensors, dims, layers, biases, tied, experts)
+    _check_tensors(header, arch, tensors, dims, layers, biases, tied, {**experts, **latent})
     if rope_factors is None:
         scaling = rope_scaling(
             header, arch.name, rotated, theta, context, rope_divisors, yarn_log_multiplier=arch.yarn_log_multiplier
@@ -140,6 +148,7 @@ def config_from_header(
         "attention_bias": "attn_q" in biases,
         "mlp_bias": "ffn_gate" in biases,
         **experts,
+        **latent,
         **arch.constants,
     }
     if arch.qk_optional:
@@ -161,11 +170,21 @@ def config_from_header(
 
 
 def _expected(
-    arch: Architecture, dims: Dimensions, layer: int, biases: tuple[str, ...], experts: Mapping[str, Any]
+    arch: Architecture, dims: Dimensions, layer: int, biases: tuple[str, ...], described: Mapping[str, Any]
 ) -> dict[str, tuple[int, ...]]:
-    """Every tensor of a layer, with its shape."""
+    """Every tensor of a layer, with its shape.
+
+    Args:
+        described: what the configuration says of experts and of latent attention.
+    """
     shapes = dims.expected(arch, layer, biases)
-    of_experts = None if arch.experts is None else expected_experts(arch.experts, experts, dims.hidden, layer)
+    if arch.latent:
+        for part in ATTENTION_BIASES:
+            shapes.pop(f"blk.{layer}.{part}.weight")
+        shapes |= latent_shapes(described, dims.hidden, dims.heads, layer)
+    of_experts = None
+    if arch.experts is not None and arch.experts.count in described:
+        of_experts = expected_experts(arch.experts, described, dims.hidden, layer)
     if of_experts is None:
         return shapes
     for part in ("ffn_gate", "ffn_up", "ffn_down"):
@@ -235,13 +254,13 @@ def _check_tensors(
     layers: int,
     biases: tuple[str, ...],
     tied: bool,
-    experts: Mapping[str, Any],
+    described: Mapping[str, Any],
 ) -> None:
     """Every expected tensor is there with its shape, and nothing else is."""
     if layers > len(tensors):
         header.fail(f"the metadata claims {layers} layers, but the file has only {len(tensors)} tensors")
     known = {ROPE_FREQS, *(ROPE_FACTORS if arch.scaled else ())}
-    of_layers = (_expected(arch, dims, layer, biases, experts) for layer in range(layers))
+    of_layers = (_expected(arch, dims, layer, biases, described) for layer in range(layers))
     for shapes in [dims.expected_global(tied), *of_layers]:
         for name, shape in shapes.items():
             tensor = tensors.get(name)

@@ -27,6 +27,14 @@ _KNOWN_KEYS = frozenset(
 )  # fmt: skip
 
 
+# Those of latent attention.
+LATENT_KEYS = frozenset(
+    {
+        "attention.q_lora_rank", "attention.kv_lora_rank", "attention.key_length_mla", "attention.value_length_mla",
+    }
+)  # fmt: skip
+
+
 def short_float(value: float) -> float:
     """The shortest decimal that rounds to the same float32, so that 9.99999975e-06 becomes the config's 1e-05."""
     try:
@@ -117,6 +125,7 @@ class Keys:
             name = key.removeprefix(prefix)
             more = frozenset() if self.architecture.experts is None else EXPERT_KEYS
             known = _KNOWN_KEYS | self.architecture.keys | self.architecture.numbers.keys() | more
+            known |= LATENT_KEYS if self.architecture.latent else frozenset()
             if name != key and name not in known:
                 raise UnsupportedError(
                     f"{self.header.path}: metadata key {quoted(key)} is unknown to kbit and may change the model; "

@@ -71,6 +71,8 @@ class Architecture:
         experts: how its experts are called; None: it has none.
         qk_optional: there may be no norms of queries and keys.
         sinks: attention has sinks.
+        latent: keys and values are made of a latent vector (`kbit.checkpoint.gguf.latent`).
+        sigmoid: what takes its place where experts are scored by sigmoids: model type, class, and experts.
         configure: what else belongs into the configuration.
     """
 
@@ -93,6 +95,8 @@ class Architecture:
     experts: ExpertTensors | None = None
     qk_optional: bool = False
     sinks: bool = False
+    latent: bool = False
+    sigmoid: tuple[str, str, ExpertTensors] | None = None
     configure: Callable[[Keys, dict[str, Any]], None] | None = None
 
     def modules(self) -> dict[str, str]:

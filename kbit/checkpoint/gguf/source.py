@@ -8,6 +8,7 @@ import re
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from math import prod
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, BinaryIO
@@ -15,6 +16,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 from kbit.checkpoint.gguf.config import architecture_of, config_from_header
 from kbit.checkpoint.gguf.experts import expert_rows
 from kbit.checkpoint.gguf.header import read_header
+from kbit.checkpoint.gguf.latent import latent_rows
 from kbit.checkpoint.gguf.metadata import GGUFHeader, GGUFTensor, quoted
 from kbit.checkpoint.gguf.names import ROPE_FACTORS, ROPE_FREQS, Architecture, canonical_names, part_of
 from kbit.checkpoint.source import StoredSource, TensorInfo
@@ -45,12 +47,24 @@ class _Located:
         header: of the part.
         head_dim: rows of a head, where they must be un-permuted (0: stored in order).
         rotated: how many of these are.
+        aside: rows of a head before those.
+        transposed: its first axis are heads, of each of which rows are columns.
     """
 
     tensor: GGUFTensor
     header: GGUFHeader
     head_dim: int
     rotated: int
+    aside: int = 0
+    transposed: bool = False
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the tensor in canonical terms."""
+        if not self.transposed:
+            return self.tensor.shape
+        heads, columns, rows = self.tensor.shape
+        return heads * rows, columns
 
 
 class GGUFSource(StoredSource):
@@ -98,6 +112,14 @@ class GGUFSource(StoredSource):
         self._located: dict[str, _Located] = {}
         infos: dict[str, TensorInfo] = {}
         for name, tensor in tables.items():
+            for held in latent_rows(self.config, name, tensor) if arch.latent else ():
+                at = _Located(
+                    held.tensor, owner[name], held.head, held.turned, held.head - held.turned, held.transposed
+                )
+                kind = "F32" if held.transposed else held.tensor.type.name
+                nbytes = 4 * prod(at.shape) if held.transposed else held.tensor.nbytes
+                self._located[held.name] = at
+                infos[held.name] = TensorInfo(held.name, at.shape, kind, nbytes, owner[name].path)
             # (Of factors of RoPE there are none: config_from_header has turned them into rope_scaling.)
             for full_name, rows in _rows_of(arch, self.config, name, tensor):
                 permuted = arch.interleaved and full_name.split(".")[-2] in ("q_proj", "k_proj")
@@ -127,12 +149,14 @@ class GGUFSource(StoredSource):
         located = self._located.get(name)
         if located is None:
             raise CheckpointError(f"{self.path}: there is no tensor {quoted(name)}; list the tensors with kbit info")
-        shape = located.tensor.shape
+        shape = located.shape
         if not 0 <= start <= stop <= shape[0]:
             raise ValueError(f"rows {start}:{stop} are outside tensor {name} with {shape[0]} rows")
         out = np.empty((stop - start, *shape[1:]), dtype=np.float32)
         if start < stop:
             with self._open(located.header) as file:
+                if located.transposed:
+                    return _read_transposed(file, located, start, stop)
                 _read_into(file, located, start, stop, out)
         return out
 
@@ -142,7 +166,7 @@ class GGUFSource(StoredSource):
         from kbit.formats.stored import KINDS, DenseMatrix, narrowed
 
         located = self._located.get(name)
-        if located is None or located.tensor.type.name not in BLOCK_TYPES:
+        if located is None or located.transposed or located.tensor.type.name not in BLOCK_TYPES:
             values = self.read_array(name)
             kind = KINDS.get(self._infos[name].stored_as, "fp32")
             return DenseMatrix(narrowed(values, kind), kind)
@@ -189,6 +213,8 @@ def _rows_of(
     """The canonical tensors that a tensor holds, each as the part of it that it is; none beyond the model's layers."""
     layer = re.match(r"blk\.(\d+)\.", name)
     if layer is not None and int(layer[1]) >= config["num_hidden_layers"]:
+        return []
+    if arch.latent and latent_rows(config, name, tensor):
         return []
     of_experts = [] if arch.experts is None else expert_rows(arch.experts, name, tensor)
     if of_experts:
@@ -307,6 +333,19 @@ def _read_into(file: BinaryIO, located: _Located, start: int, stop: int, out: np
         flat[low - start : high - start] = rows[low - begin : high - begin]
 
 
+def _read_transposed(file: BinaryIO, located: _Located, start: int, stop: int) -> npt.NDArray[np.float32]:
+    """Rows [start, stop) of a tensor whose heads lie down."""
+    import numpy as np
+
+    _, columns, rows = located.tensor.shape
+    head_bytes = located.tensor.nbytes // located.tensor.shape[0]
+    first, last = start // rows, -(-stop // rows)
+    data = _read_at(file, located.header.path, located.tensor.offset + first * head_bytes, (last - first) * head_bytes)
+    heads = _decode(data, located, (last - first) * columns).reshape(-1, columns, rows)
+    upright = heads.transpose(0, 2, 1).reshape(-1, columns)
+    return np.ascontiguousarray(upright[start - first * rows : stop - first * rows])
+
+
 def _read_packed(file: BinaryIO, located: _Located, block_type: BlockType) -> StoredMatrix:
     """A whole matrix as it is stored, chunk by chunk."""
     from kbit.formats.stored_planes import RowsPacker
@@ -337,13 +376,15 @@ def _in_order(rows: npt.NDArray[Any], located: _Located) -> npt.NDArray[Any]:
 
 
 def _unpermute(rows: npt.NDArray[Any], located: _Located) -> npt.NDArray[Any]:
-    """Whole heads (n * D, K) from GGUF's order (row 2i + h of a head) to the canonical (row h * R/2 + i)."""
+    """Whole heads (n * D, K) from GGUF's order (row 2i + h of a head) to the canonical (row h * R/2 + i), what turns
+    first."""
     import numpy as np
 
-    width, head_dim, rotated = int(rows.shape[1]), located.head_dim, located.rotated
+    width, head_dim, rotated, aside = int(rows.shape[1]), located.head_dim, located.rotated, located.aside
     heads = rows.reshape(-1, head_dim, width)
-    pairs = heads[:, :rotated].reshape(-1, rotated // 2, 2, width).transpose(0, 2, 1, 3).reshape(-1, rotated, width)
-    ordered = pairs if rotated == head_dim else np.concatenate([pairs, heads[:, rotated:]], axis=1)
+    turned, others = heads[:, aside : aside + rotated], (heads[:, :aside], heads[:, aside + rotated :])
+    pairs = turned.reshape(-1, rotated // 2, 2, width).transpose(0, 2, 1, 3).reshape(-1, rotated, width)
+    ordered = pairs if rotated == head_dim else np.concatenate([pairs, *others], axis=1)
     whole: npt.NDArray[Any] = ordered.reshape(-1, width)
     return whole
 

@@ -161,7 +161,7 @@ void add_experts(Program& program, int x, int logits, int out, const std::vector
                  const std::vector<std::optional<Vector>>& gate_biases, const std::vector<std::optional<Vector>>& up_biases,
                  const std::vector<std::optional<Vector>>& down_biases, const std::optional<Vector>& selection_bias,
                  int chosen, const std::string& score, bool normalise, float scale, int groups, int chosen_groups,
-                 const std::string& activation, float alpha, float limit) {
+                 const std::string& activation, float alpha, float limit, bool best_of_group) {
   const std::size_t count = gates.size();
   require(count >= 1 && ups.size() == count && downs.size() == count && gate_biases.size() == count &&
               up_biases.size() == count && down_biases.size() == count,
@@ -171,7 +171,7 @@ void add_experts(Program& program, int x, int logits, int out, const std::vector
   m.x = x;
   m.logits = logits;
   m.out = out;
-  m.routing = {static_cast<int>(count), chosen, score_kind(score), normalise, scale, groups, chosen_groups};
+  m.routing = {static_cast<int>(count), chosen, score_kind(score), normalise, scale, groups, chosen_groups, best_of_group};
   m.selection_bias = copied(selection_bias);
   for (std::size_t e = 0; e < count; ++e) {
     MatmulInstruction inner, down;
@@ -384,6 +384,15 @@ void bind_engine(nb::module_& module) {
              p.append(RotateInstruction{x, out, head_dim, first, half});
            },
            nb::arg("x"), nb::arg("out"), nb::arg("head_dim"), nb::arg("first"), nb::arg("half"))
+      .def("fit_heads",
+           [](Program& p, int x, std::optional<int> shared, int out, int heads) {
+             const auto before = shared ? p.buffer_width(*shared) : 0;
+             require(heads >= 1 && p.buffer_width(x) % heads == 0 && p.buffer_width(out) % heads == 0 && out != x &&
+                         shared != out && before <= p.buffer_width(out) / heads,
+                     "the heads do not fit their buffers");
+             p.append(FitInstruction{x, shared.value_or(-1), out, heads});
+           },
+           nb::arg("x"), nb::arg("shared").none(), nb::arg("out"), nb::arg("heads"))
       .def("activate",
            [](Program& p, int gate, std::optional<int> up, const std::string& kind, int out) {
              require(p.buffer_width(gate) == p.buffer_width(out) && (!up || p.buffer_width(*up) == p.buffer_width(out)),
@@ -402,7 +411,7 @@ void bind_engine(nb::module_& module) {
            nb::arg("downs"), nb::arg("gate_biases"), nb::arg("up_biases"), nb::arg("down_biases"),
            nb::arg("selection_bias").none(), nb::arg("chosen"), nb::arg("score"), nb::arg("normalise"), nb::arg("scale"),
            nb::arg("groups"), nb::arg("chosen_groups"), nb::arg("activation"), nb::arg("alpha") = 1.0f,
-           nb::arg("limit") = 0.0f)
+           nb::arg("limit") = 0.0f, nb::arg("best_of_group") = false)
       .def("attend",
            [](Program& p, int q, int k, int v, int out, int layer, int heads, int kv_heads, int head_dim, float scale,
               std::optional<int> window, bool rotary, const std::optional<Vector>& key_bias,

@@ -331,6 +331,8 @@ void Program::run(const Pass& pass) {
         map(worker, *p, pass.rows);
       } else if (const auto* o = std::get_if<RotateInstruction>(&instruction)) {
         rotate(worker, *o, pass);
+      } else if (const auto* f = std::get_if<FitInstruction>(&instruction)) {
+        fit_heads(worker, *f, pass.rows);
       } else if (const auto* x = std::get_if<ExpertsInstruction>(&instruction)) {
         mix(worker, *x, pass.rows);
       } else if (const auto* l = std::get_if<GateInstruction>(&instruction)) {

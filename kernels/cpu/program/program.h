@@ -53,6 +53,8 @@ struct NormInstruction { int x; Norm norm; int out; };  // of each run of featur
 struct MapInstruction { int x, out; float factor = 1.0f, cap = 0.0f; };
 // Heads turned by columns [first, first + half) of the rotary tables.
 struct RotateInstruction { int x, out, head_dim, first, half; };
+// Heads made as wide as out's: what all share (-1: nothing), then their own, cut or filled with zeros.
+struct FitInstruction { int x, shared, out, heads; };
 struct AddInstruction { int x, y, out; };
 struct ActivateInstruction { int gate, up, out; Activation kind; };  // up: -1 for none
 // Also half an attention: one that reads an encoder's keys and values (k and v are -1), or stores them (q and out are).
@@ -83,6 +85,7 @@ struct Routing {
   bool normalise = false;
   float scale = 1.0f;
   int groups = 1, chosen_groups = 1;
+  bool best_of_group = false;  // a group is as good as its best expert, not as its two best
 };
 // out = the weighted sum of what the chosen experts make of x.
 struct ExpertsInstruction {
@@ -95,7 +98,7 @@ struct ExpertsInstruction {
 };
 using Instruction = std::variant<MatmulInstruction, EmbedInstruction, NormInstruction, AddInstruction, ActivateInstruction,
                                  AttendInstruction, RecurInstruction, ConvolveInstruction, MapInstruction,
-                                 RotateInstruction, GateInstruction, ExpertsInstruction>;
+                                 RotateInstruction, FitInstruction, GateInstruction, ExpertsInstruction>;
 
 // What a mixture notes of a pass: pairs of a row and an expert it goes to, sorted by expert.
 struct ExpertRows {
@@ -192,6 +195,7 @@ class Program {
   void norm(Worker& worker, const NormInstruction& instruction, std::int64_t rows);
   void map(Worker& worker, const MapInstruction& instruction, std::int64_t rows);
   void rotate(Worker& worker, const RotateInstruction& instruction, const Pass& pass);
+  void fit_heads(Worker& worker, const FitInstruction& instruction, std::int64_t rows);
   void finish_logits(Worker& worker, std::int64_t rows, float* out);
   void recur(Worker& worker, const RecurInstruction& instruction, const Pass& pass);
   void convolve(Worker& worker, const ConvolveInstruction& instruction, const Pass& pass);

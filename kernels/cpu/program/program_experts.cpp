@@ -53,7 +53,7 @@ void route_row(const Routing& routing, const std::vector<float>& bias, const flo
   const int experts = routing.experts;
   auto* scores = reinterpret_cast<double*>(scratch);
   auto* ranked = reinterpret_cast<float*>(scores + experts);
-  auto* sums = ranked + experts;  // of groups
+  auto* sums = ranked + experts;  // what speaks for a group
   auto* flags = reinterpret_cast<std::uint8_t*>(sums + experts);
   auto* group_flags = flags + experts;
   double largest = logits[0];
@@ -66,7 +66,8 @@ void route_row(const Routing& routing, const std::vector<float>& bias, const flo
   if (routing.groups > 1) {
     const int size = experts / routing.groups;
     for (int g = 0; g < routing.groups; ++g) {
-      sums[g] = best_two(ranked + g * size, size);
+      const float* of_group = ranked + g * size;
+      sums[g] = routing.best_of_group ? *std::max_element(of_group, of_group + size) : best_two(of_group, size);
       group_flags[g] = 1;
     }
     mark_best(sums, group_flags, routing.groups, routing.chosen_groups);

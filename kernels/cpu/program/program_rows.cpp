@@ -1,4 +1,4 @@
-// What a program does to rows one by one: norms, factors, caps and rotations.
+// What a program does to rows one by one: norms, factors, caps, rotations and the widths of heads.
 #include <algorithm>
 #include <cmath>
 #include <cstring>
@@ -85,6 +85,25 @@ void Program::rotate(Worker& worker, const RotateInstruction& n, const Pass& pas
         to[n.half + k] = from[n.half + k] * cos[k] + from[k] * sin[k];
       }
       std::copy(from + 2 * n.half, from + n.head_dim, to + 2 * n.half);
+    }
+  });
+}
+
+void Program::fit_heads(Worker& worker, const FitInstruction& f, std::int64_t rows) {
+  const auto at = [&](int index) -> const Buffer& { return buffers_[static_cast<std::size_t>(index)]; };
+  const Buffer &x = at(f.x), &out = at(f.out);
+  const Buffer* const shared = f.shared < 0 ? nullptr : &at(f.shared);
+  const std::int64_t before = shared ? shared->width : 0, has = x.width / f.heads, wanted = out.width / f.heads;
+  const std::int64_t own = std::min(has, wanted - before);
+  worker.for_each(rows, 4, [&](std::int64_t begin, std::int64_t end) {
+    for (std::int64_t r = begin; r < end; ++r) {
+      const float *from = x.data() + r * x.stride, *first = shared ? shared->data() + r * shared->stride : nullptr;
+      float* to = out.data() + r * out.stride;
+      for (int h = 0; h < f.heads; ++h, from += has, to += wanted) {
+        std::copy(first, first + before, to);
+        std::copy(from, from + own, to + before);
+        std::fill(to + before + own, to + wanted, 0.0f);
+      }
     }
   });
 }
