@@ -71,6 +71,11 @@ def _share(source: CheckpointSource, spec: ModelSpec, rank: int, world: int) -> 
         raise UnsupportedError(
             f"{where}: the norms of queries and keys of {spec.family} models are of all heads together; use one process"
         )
+    if world > 1 and spec.shapes:
+        raise UnsupportedError(
+            f"{where}: the layers of {spec.family} models have different heads, which are not dealt out among "
+            "processes; use one process"
+        )
     if world > 1 and spec.experts is not None:
         raise UnsupportedError(
             f"{where}: the experts of {spec.family} models are not dealt out among processes; use one process"

@@ -15,6 +15,7 @@ from kbit.graph.recording import (
     Activate,
     Add,
     Attend,
+    Columns,
     Convolve,
     CrossAttend,
     Embed,
@@ -178,7 +179,11 @@ class Replay:
         elif isinstance(operation, Add):
             values[operation.out] = values[operation.x].float() + values[operation.y]
         elif isinstance(operation, Scale):
-            values[operation.out] = values[operation.x].float() * operation.factor
+            factor = operation.factor if isinstance(operation.factor, float) else triton_vector(operation.factor)
+            values[operation.out] = values[operation.x].float() * factor
+        elif isinstance(operation, Columns):
+            first = operation.first
+            values[operation.out] = values[operation.x][:, first : first + operation.out.width].contiguous()
         elif isinstance(operation, SoftCap):
             values[operation.out] = softcap(values[operation.x], operation.cap, out_dtype=torch.float32)
         elif isinstance(operation, Rotate):

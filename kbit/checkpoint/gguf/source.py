@@ -190,6 +190,9 @@ def _rows_of(
     layer = re.match(r"blk\.(\d+)\.", name)
     if layer is not None and int(layer[1]) >= config["num_hidden_layers"]:
         return []
+    special = None if arch.special is None else arch.special.located(name, tensor, config)
+    if special is not None:
+        return special
     of_experts = [] if arch.experts is None else expert_rows(arch.experts, name, tensor)
     if of_experts:
         return of_experts
