@@ -174,14 +174,16 @@ class _Passes:
     ) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
         """A layer's output of text number `index`, x (1, T, hidden), and keys and values of an earlier layer that it
         attended to, if it did."""
-        own, given, source = None, (), self.spec.shape(layer).source
+        own, source = None, self.spec.shape(layer).source
+        given: tuple[torch.Tensor, ...] = ()
         if self.features is not None:
             own = per_layer.of_layer(ops, self.spec, self.features[index : index + 1], layer).float()
         if source != layer:
             keys, values = (
                 part[index : index + 1].float().requires_grad_(torch.is_grad_enabled()) for part in self.written[source]
             )
-            given = ops.written[source] = keys, values
+            ops.written[source] = keys, values
+            given = keys, values
         return blocks.layer(ops, self.spec, weights, layer, x, self.by_distance, own), given
 
     def _forward(self, layer: int, x: torch.Tensor, collected: Collected | None = None) -> torch.Tensor:

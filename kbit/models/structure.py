@@ -118,8 +118,8 @@ class Structure:
                     values[operation.attention.layer] = made[operation.v]
                 made[operation.out] = values[operation.attention.layer]
             elif isinstance(operation, Activate):
-                up = operation.up
-                made[operation.out] = made[up] if up in made and up is not None else made[operation.gate]
+                gated = operation.up if operation.up in made else None
+                made[operation.out] = made[operation.gate if gated is None else gated]
             elif isinstance(operation, Convolve):
                 made[operation.out] = made[operation.x]
             elif isinstance(operation, Recur):
