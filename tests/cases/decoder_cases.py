@@ -349,6 +349,8 @@ def saved_model(name: str, folder: Path, **changes: Any) -> Any:
             # Weights large enough that attention is far from uniform and logits are far apart.
             is_norm = any(part in parameter_name for part in ("norm", ".ln_", "scale"))
             parameter.copy_(1.0 + 0.2 * noise if is_norm else 0.25 * noise)
+            if family == "Gemma4" and parameter_name.endswith("q_norm.weight"):
+                parameter.mul_(0.3)  # dot products are not scaled: with 1, attention would be to one token alone
         for buffer_name, buffer in model.named_buffers():
             if buffer_name.endswith("e_score_correction_bias"):
                 buffer.copy_(0.1 * torch.randn(buffer.shape, generator=generator))
