@@ -31,6 +31,7 @@ from kbit.formats.registry import parse_format
 from kbit.graph.pages import pages_for
 from kbit.host.errors import UnsupportedError, UsageError
 from kbit.models.params import parameters as declared
+from kbit.models.params import weightless_norms
 from kbit.models.spec import ModelSpec
 
 # Bytes of a number of the types that weights are kept in without being quantized.
@@ -222,6 +223,8 @@ def predict_memory(
         ready += size
         if isinstance(weight.kept, str) and 4 * weight.numel < _HEAP_LIMIT:
             leftover = max(leftover, 4 * weight.numel)  # a float32 copy that is freed, and that the heap keeps
+    made = (weightless_norms(spec, layer).values() for layer in range(spec.layers))
+    sizes["other"] += 4 * sum(width for widths in made for width in widths)
     tokenizer = tokenizer_bytes(spec.vocab_size)
     reused = _TOKENIZER_REUSED * max(0.0, tokenizer - _SMALL_TOKENIZER)
     if gguf:
