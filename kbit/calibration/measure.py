@@ -2,7 +2,8 @@
 
 Forward, the input of every layer is kept (in 16 bits). Backward, from the last layer to the first, a layer is computed
 again with gradients, its factors are added up, and what it hands down is the next gradient: never more than one layer's
-weights and factors are held. The gradient at the logits comes from a random u of covariance diag(p) - p p' at every
+weights and factors are held. Where layers attend to the keys of an earlier one, these are kept, too, and that layer
+gets the sum of their gradients. The gradient at the logits comes from a random u of covariance diag(p) - p p' at every
 position, which has the second moment of targets drawn from the model (kbit.evaluate.sensitivity).
 
 Work is cut into pieces that do not depend on the number of threads, each is computed by one thread, and sums are formed
@@ -29,7 +30,7 @@ from kbit.calibration.workers import workers
 from kbit.checkpoint.source import CheckpointSource
 from kbit.graph.ops import Vector, Weight
 from kbit.host.errors import KbitError
-from kbit.models import blocks
+from kbit.models import blocks, per_layer
 from kbit.models.blocks import Weights
 from kbit.models.decoder import DecoderDefinition, DecoderWeights
 from kbit.models.families import spec_from_config
@@ -113,6 +114,12 @@ class _Passes:
         empty = DecoderWeights(_Nothing(), (), Weights(), _Nothing())
         self.definition = DecoderDefinition(spec, empty)
         self.by_distance: Vector | None = None
+        self.features: torch.Tensor | None = None  # (S, T, layers f), bfloat16: see kbit.models.per_layer
+        shapes = ((layer, spec.shape(layer).source) for layer in range(spec.layers))
+        self.shared = {source for layer, source in shapes if source != layer}
+        # Of these layers, turned keys, and values, (S, T, H_kv, D) each, in bfloat16; and their gradients, in float32.
+        self.written: dict[int, tuple[torch.Tensor, ...]] = {}
+        self.written_gradients: dict[int, tuple[torch.Tensor, ...]] = {}
         self.done, self.total = 0, 0
 
     # ---- forward
@@ -148,35 +155,65 @@ class _Passes:
             self._step(2)
 
     def _embed(self, ends: DecoderWeights) -> torch.Tensor:
-        """(S, T, hidden), bfloat16."""
+        """(S, T, hidden), bfloat16; and features of layers, if they have some of their own."""
         self.by_distance = ends.final.biases.get("distances")
         ops = CapturingOps(self.definition, self.tokens)
+        embedded, features = [], []
         with torch.no_grad():
-            return torch.stack(
-                [
-                    blocks.embedding(ops, self.spec, ends.embedding, ends.final, row[None])[0].bfloat16()
-                    for row in self.ids
-                ]
+            for row in self.ids:
+                x = blocks.embedding(ops, self.spec, ends.embedding, ends.final, row[None])
+                embedded.append(x[0].bfloat16())
+                found = per_layer.features(ops, self.spec, ends.final, row[None], x)
+                if found is not None:
+                    features.append(found[0].bfloat16())
+        self.features = torch.stack(features) if features else None
+        return torch.stack(embedded)
+
+    def _layer(
+        self, ops: CapturingOps, weights: Weights, layer: int, x: torch.Tensor, index: int
+    ) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
+        """A layer's output of text number `index`, x (1, T, hidden), and keys and values of an earlier layer that it
+        attended to, if it did."""
+        own, source = None, self.spec.shape(layer).source
+        given: tuple[torch.Tensor, ...] = ()
+        if self.features is not None:
+            own = per_layer.of_layer(ops, self.spec, self.features[index : index + 1], layer).float()
+        if source != layer:
+            keys, values = (
+                part[index : index + 1].float().requires_grad_(torch.is_grad_enabled()) for part in self.written[source]
             )
+            ops.written[source] = keys, values
+            given = keys, values
+        return blocks.layer(ops, self.spec, weights, layer, x, self.by_distance, own), given
 
     def _forward(self, layer: int, x: torch.Tensor, collected: Collected | None = None) -> torch.Tensor:
         """The layer's output of x (S, T, hidden), bfloat16."""
         weights = load_layer(self.source, self.spec, self.backend, layer)
         names = self._names_of(layer, weights)
         out = torch.empty_like(x)
+        written: list[tuple[torch.Tensor, ...] | None] = [None] * self.count
 
         def run(index: int) -> Capture | None:
             capture = None if collected is None else Capture(names)
             ops = CapturingOps(self.definition, self.tokens, capture)
             with torch.no_grad():
-                made = blocks.layer(ops, self.spec, weights, layer, x[index : index + 1].float(), self.by_distance)
+                made, _ = self._layer(ops, weights, layer, x[index : index + 1].float(), index)
             out[index] = made[0].bfloat16()
+            if layer in self.shared:
+                written[index] = tuple(part[0].bfloat16() for part in ops.written[layer])
             return capture
 
         for chunk in self._chunks():
             captures = list(self.pool.map(run, chunk))
             if collected is not None:
                 collected.add([capture for capture in captures if capture is not None], self.pool)
+        if layer in self.shared:
+            self.written[layer] = tuple(
+                torch.stack(parts) for parts in zip(*(each for each in written if each is not None), strict=True)
+            )
+            self.written_gradients[layer] = tuple(
+                torch.zeros_like(part, dtype=torch.float32) for part in self.written[layer]
+            )
         if not bool(torch.isfinite(out).all()):
             raise KbitError(
                 f"{self.source.path}: activations of layer {layer} are not finite: the weights are broken, or the "
@@ -230,19 +267,31 @@ class _Passes:
             ops = CapturingOps(self.definition, self.tokens, capture)
             with torch.enable_grad():
                 at = x[index : index + 1].float().requires_grad_()
-                out = blocks.layer(ops, self.spec, weights, layer, at, self.by_distance)
-                out.backward(gradient[index : index + 1])  # type: ignore[no-untyped-call]
+                out, given = self._layer(ops, weights, layer, at, index)
+                made, known = [out], [gradient[index : index + 1]]
+                if layer in self.shared:
+                    made += ops.written[layer]
+                    known += [part[index : index + 1] for part in self.written_gradients[layer]]
+                torch.autograd.backward(made, known)
             assert at.grad is not None
             handed_down[index] = at.grad[0]
+            if given:
+                totals = self.written_gradients[self.spec.shape(layer).source]
+                for part, total in zip(given, totals, strict=True):
+                    assert part.grad is not None
+                    total[index] += part.grad[0]
             return capture
 
         for chunk in self._chunks():
             captures = list(self.pool.map(run, chunk))
             if collected is not None:
                 collected.add(captures, self.pool)
+        if layer in self.shared:
+            del self.written[layer], self.written_gradients[layer]
         return handed_down
 
     def _outside(self, head: Factors, gradient: torch.Tensor, tied: bool) -> dict[str, Factors]:
+        # (Not counting what comes by way of features of layers, which a small part of it makes.)
         flat = gradient.flatten(0, 1) * self.spec.embedding_multiplier
         flat = flat * light_share(flat.square().sum(dim=1, keepdim=True)).sqrt()  # single tokens are single rows
         second_moment = product(flat.T, flat) / len(flat)

@@ -58,8 +58,12 @@ def calibration_memory(spec: ModelSpec, tokens: int | None, gradients: bool) -> 
     count, length = text_shape(spec, tokens)
     hidden = count * length * spec.hidden_size
     kept = hidden * (2 * (spec.layers + 1) + 8 if gradients else 4)
-    shapes = _shapes(spec)
-    weights = 4 * sum(rows * columns for rows, columns in shapes)
+    kept += 2 * count * length * spec.layers * spec.layer_features
+    shapes = enumerate(spec.shapes)
+    of_keys = {s.source: 2 * s.kv_heads * s.head_dim for layer, s in shapes if s.source != layer}
+    kept += (2 + 4 * gradients) * count * length * sum(of_keys.values())  # which several layers attend to
+    linear = _shapes(spec)
+    weights = 4 * sum(rows * columns for rows, columns in linear)
     factors = 3 * factor_bytes(spec, 1, gradients) * 2
     through = sum(p.active * (p.shape[0] + p.shape[1]) for p in _linears(spec))
     activations = round(4 * 3 * min(CHUNK_TOKENS, count * length) * through)
@@ -73,6 +77,8 @@ def _shapes(spec: ModelSpec) -> list[tuple[int, int]]:
 
 
 def _linears(spec: ModelSpec) -> list[Parameter]:
-    """The matrices of a layer, one with experts where there are any."""
+    """The matrices of a layer, one with experts where there are any; the largest, where layers differ."""
     layer = spec.experts.layers.index(True) if spec.experts is not None else 0
+    if spec.shapes:
+        layer = max(range(spec.layers), key=lambda at: (spec.shape(at).width, spec.shape(at).head_dim))
     return [p for p in parameters(spec) if p.role == "linear" and p.layer == layer]

@@ -48,7 +48,7 @@ def summarise(source: CheckpointSource) -> dict[str, Any]:
     roles = roles_of(source)
     infos = [info for info in source.tensors.values() if roles[info.name] != "ignored"]
     ignored = {name: harmless(info) for name, info in source.tensors.items() if roles[name] == "ignored"}
-    inner = [info for info in infos if roles[info.name] not in ("embedding", "head")]
+    inner = [info for info in infos if roles[info.name] not in ("embedding", "table", "head")]
     config = source.config
     named = config.get("architectures")
     files = {info.file for info in infos}
@@ -59,6 +59,7 @@ def summarise(source: CheckpointSource) -> dict[str, Any]:
         "hidden_size": config.get("hidden_size"),
         "heads": config.get("num_attention_heads"),
         "kv_heads": config.get("num_key_value_heads", config.get("num_attention_heads")),
+        "attention": None if spec is None or not spec.shapes else _attention(spec),
         "context_length": config.get("max_position_embeddings") if spec is None else spec.context_length,
         "vocabulary": config.get("vocab_size"),
         "tied_embeddings": bool(config.get("tie_word_embeddings")),
@@ -110,6 +111,20 @@ def _experts(experts: ExpertsSpec) -> dict[str, int]:
         "width": experts.width,
         "shared_width": experts.shared_width,
     }
+
+
+def _attention(spec: ModelSpec) -> list[dict[str, int]]:
+    """The kinds of heads there are, where layers differ, and how many layers keep keys and values of each."""
+    kept = [spec.shape(layer) for layer in range(spec.cache_layers)]
+    return [
+        {
+            "head_dim": dim,
+            "kv_heads": count,
+            "layers": sum((shape.kv_heads, shape.head_dim) == (count, dim) for shape in spec.shapes),
+            "cached_layers": sum((shape.kv_heads, shape.head_dim) == (count, dim) for shape in kept),
+        }
+        for count, dim in spec.attention_sizes
+    ]
 
 
 def _prepared_bytes(path: Path) -> int | None:
@@ -214,6 +229,16 @@ def print_model(summary: dict[str, Any], list_tensors: bool) -> None:
         "files": f"{size(summary['file_bytes'])} in {len(summary['files'])} "
         + ("file" if len(summary["files"]) == 1 else "files"),
     }
+    if summary["attention"]:
+        lines["attention"] = "; ".join(
+            f"{kind['layers']} layers with {kind['kv_heads']} heads of {kind['head_dim']} for keys and values"
+            + (f", of which {kind['cached_layers']} keep their own" if kind["cached_layers"] < kind["layers"] else "")
+            for kind in summary["attention"]
+        )
+    tables = [row for row in summary["tensors"].values() if row["role"] == "table"]
+    if tables:
+        numbers = sum(row["shape"][0] * row["shape"][1] for row in tables)
+        lines["per layer"] = f"{numbers / 1e6:,.1f} million of the parameters are looked up by token, a row each"
     if experts:
         shared = f", and one of {experts['shared_width']} features for all" if experts["shared_width"] else ""
         lines["experts"] = (

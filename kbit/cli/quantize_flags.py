@@ -273,7 +273,7 @@ class QuantizeFlags:
             tensor.source.name
             for tensor in plan.tensors
             if any(fnmatchcase(tensor.source.name, pattern) for pattern in patterns)
-            or (self.embedding_bits is not None and tensor.role in ("embedding", "head"))
+            or (self.embedding_bits is not None and tensor.role in ("embedding", "table", "head"))
         }
 
     @property

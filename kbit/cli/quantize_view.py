@@ -44,8 +44,10 @@ def note_plan(plan: Plan, costs: Mapping[str, float]) -> None:
         groups, key=lambda key: (key[0], groups[key][0].nbytes / groups[key][0].source.numel, key[1])
     ):
         tensors = groups[role, label]
-        nbytes, cost = sum(t.nbytes for t in tensors), sum(costs.get(t.source.name, 0.0) for t in tensors)
-        lines.append(f"  {role:<10}{label:<16}{len(tensors):>5} x  {size(nbytes):>10}   predicted KL {cost:.2g}")
+        nbytes = sum(tensor.nbytes for tensor in tensors)
+        known = [costs[tensor.source.name] for tensor in tensors if tensor.source.name in costs]
+        cost = f"predicted KL {sum(known):.2g}" if known else "not predicted"
+        lines.append(f"  {role:<10}{label:<16}{len(tensors):>5} x  {size(nbytes):>10}   {cost}")
     typer.echo(
         f"plan: {size(plan.bytes_after)}, {plan.bits_per_weight():.3f} bits per weight, predicted KL "
         f"{sum(costs.values()):.3g}\n" + "\n".join(lines),

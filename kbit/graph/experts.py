@@ -81,6 +81,7 @@ class Experts:
         gate_biases, up_biases: (I,) each, or None.
         down_biases: (K,) each, or None.
         selection_bias: (E,), added to scores where experts are chosen, and not where they are weighed; or None.
+        scales: (E,), multiply what the chosen experts weigh in the end; or None.
     """
 
     gates: tuple[Weight, ...]
@@ -90,3 +91,4 @@ class Experts:
     up_biases: tuple[Vector | None, ...]
     down_biases: tuple[Vector | None, ...]
     selection_bias: Vector | None = None
+    scales: Vector | None = None

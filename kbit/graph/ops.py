@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from kbit.graph.batch import Batch
     from kbit.graph.cache import Cache
     from kbit.graph.experts import Experts, Mixture
-    from kbit.graph.pages import PagePool
+    from kbit.graph.pages import PagePool, PerLayer
     from kbit.graph.states import Recurrence, ShortConvolution, StateSpec
 
 X = TypeVar("X")
@@ -179,8 +179,11 @@ class Ops(Protocol[X]):
     def add(self, x: X, y: X) -> X:
         """x + y: (..., K)."""
 
-    def scale(self, x: X, factor: float) -> X:
-        """factor x: (..., K)."""
+    def scale(self, x: X, factor: float | Vector) -> X:
+        """factor x: (..., K). A factor that is a parameter is a vector of one number."""
+
+    def columns(self, x: X, first: int, count: int) -> X:
+        """Features [first, first + count) of x: (..., K) -> (..., count)."""
 
     def soft_cap(self, x: X, cap: float) -> X:
         """cap tanh(x / cap): (..., K)."""
@@ -219,8 +222,8 @@ class Ops(Protocol[X]):
     def self_attention(
         self,
         q: X,
-        k: X,
-        v: X,
+        k: X | None,
+        v: X | None,
         attention: Attention,
         key_bias: Vector | None = None,
         sinks: Vector | None = None,
@@ -233,8 +236,9 @@ class Ops(Protocol[X]):
 
         Args:
             q: (..., H D).
-            k: (..., H_kv D).
-            v: (..., H_kv D).
+            k: (..., H_kv D); None: keys and values are those that an earlier attention of the pass has written for the
+                same layer (`Attention.layer`).
+            v: (..., H_kv D); None with k.
             attention: sizes, scale, mask and window.
             key_bias: (H_kv D), what k has from its projection's bias. A cache of codes may store keys without it.
             sinks: (H,), a score of each head that stands in the softmax's sum beside those of keys, and has no value.
@@ -412,10 +416,10 @@ class Backend(Protocol):
     def prepare_vector(self, vector: torch.Tensor) -> Vector:
         """A norm's weight or a bias (N,), in this backend's type and on its device."""
 
-    def new_pool(self, layers: int, kv_heads: int, head_dim: int, pages: int) -> PagePool:
-        """Pages for keys and values, all free."""
+    def new_pool(self, layers: int, kv_heads: PerLayer, head_dim: PerLayer, pages: int) -> PagePool:
+        """Pages for keys and values, all free. Layers may have different heads."""
 
-    def new_cache(self, layers: int, batch: int, kv_heads: int, head_dim: int, capacity: int) -> Cache:
+    def new_cache(self, layers: int, batch: int, kv_heads: PerLayer, head_dim: PerLayer, capacity: int) -> Cache:
         """An empty cache with room for `capacity` tokens per row, in a pool of its own."""
 
     def new_states(self, specs: Sequence[StateSpec], slots: int) -> PagePool:

@@ -15,13 +15,28 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Sequence
 from hashlib import blake2b
-from typing import Protocol
+from typing import Protocol, TypeAlias
 
 import numpy as np
 
 from kbit.host.errors import KbitError, UsageError
 
 PAGE = 64  # tokens
+
+# A number that all layers have, or one for each.
+PerLayer: TypeAlias = "int | Sequence[int]"
+
+
+def of_layers(number: PerLayer, layers: int) -> tuple[int, ...]:
+    """The number of each of so many layers.
+
+    Raises:
+        ValueError: there are as many numbers as other layers.
+    """
+    numbers = (number,) * layers if isinstance(number, int) else tuple(number)
+    if len(numbers) != layers:
+        raise ValueError(f"{len(numbers)} numbers are not those of {layers} layers")
+    return numbers
 
 
 def pages_for(tokens: int) -> int:

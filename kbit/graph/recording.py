@@ -57,10 +57,10 @@ class Add:
 
 @dataclass(frozen=True, eq=False)
 class Scale:
-    """out = factor x."""
+    """out = factor x, a number, or a parameter of one number."""
 
     x: Symbol
-    factor: float
+    factor: float | Vector
     out: Symbol
 
 
@@ -70,6 +70,15 @@ class SoftCap:
 
     x: Symbol
     cap: float
+    out: Symbol
+
+
+@dataclass(frozen=True, eq=False)
+class Columns:
+    """out = the features of x from `first` on, as many as out is wide."""
+
+    x: Symbol
+    first: int
     out: Symbol
 
 
@@ -128,7 +137,8 @@ class Project:
 
 @dataclass(frozen=True, eq=False)
 class Attend:
-    """out = attention of the pass's tokens, after rotating q and k and appending k and v to the cache.
+    """out = attention of the pass's tokens, after rotating q and k and appending k and v to the cache; without k and v,
+    to what an earlier operation has appended for the same layer.
 
     Attributes:
         key_bias: what every k has in it, for caches that store keys without it.
@@ -137,8 +147,8 @@ class Attend:
     """
 
     q: Symbol
-    k: Symbol
-    v: Symbol
+    k: Symbol | None
+    v: Symbol | None
     attention: Attention
     out: Symbol
     key_bias: Vector | None = None
@@ -223,6 +233,7 @@ Operation = (
     | Add
     | Scale
     | SoftCap
+    | Columns
     | Rotate
     | FitHeads
     | SumParts
@@ -243,6 +254,8 @@ def reads(operation: Operation) -> tuple[Symbol, ...]:
     if isinstance(operation, Embed):
         return ()
     if isinstance(operation, Attend):
+        if operation.k is None or operation.v is None:
+            return (operation.q,)
         return (operation.q, operation.k, operation.v)
     if isinstance(operation, StoreKeys):
         return (operation.k, operation.v)
@@ -317,7 +330,9 @@ class Recorder:
         self.operations.append(Add(x, y, out))
         return out
 
-    def scale(self, x: Symbol, factor: float) -> Symbol:
+    def scale(self, x: Symbol, factor: float | Vector) -> Symbol:
+        if not isinstance(factor, float):
+            _expect("a factor that is a parameter", factor.shape[0], 1)
         out = Symbol(x.width)
         self.operations.append(Scale(x, factor, out))
         return out
@@ -325,6 +340,13 @@ class Recorder:
     def soft_cap(self, x: Symbol, cap: float) -> Symbol:
         out = Symbol(x.width)
         self.operations.append(SoftCap(x, cap, out))
+        return out
+
+    def columns(self, x: Symbol, first: int, count: int) -> Symbol:
+        if first < 0 or count < 1 or first + count > x.width:
+            raise ValueError(f"{count} features from {first} on are not among {x.width}")
+        out = Symbol(count)
+        self.operations.append(Columns(x, first, out))
         return out
 
     def rotate(self, x: Symbol, head_dim: int, angles: tuple[int, int]) -> Symbol:
@@ -360,8 +382,8 @@ class Recorder:
     def self_attention(
         self,
         q: Symbol,
-        k: Symbol,
-        v: Symbol,
+        k: Symbol | None,
+        v: Symbol | None,
         attention: Attention,
         key_bias: Vector | None = None,
         sinks: Vector | None = None,
@@ -369,9 +391,12 @@ class Recorder:
     ) -> Symbol:
         check_source(attention, "self")
         _expect("queries", q.width, attention.heads * attention.head_dim)
-        _expect_keys(k, v, attention)
+        if k is None or v is None:
+            self._expect_written(k, v, attention, key_bias)
+        else:
+            _expect_keys(k, v, attention)
         if key_bias is not None:
-            _expect("the bias of keys", key_bias.shape[0], k.width)
+            _expect("the bias of keys", key_bias.shape[0], attention.kv_heads * attention.head_dim)
         if sinks is not None:
             _expect("sinks", sinks.shape[0], attention.heads)
         if by_distance is not None and by_distance.shape[0] % attention.heads:
@@ -435,6 +460,21 @@ class Recorder:
         self.operations.append(Mix(x, logits, experts, mixture, out))
         return out
 
+    def _expect_written(
+        self, k: Symbol | None, v: Symbol | None, attention: Attention, key_bias: Vector | None
+    ) -> None:
+        """Raise where there are no keys of a layer for an attention that brings none."""
+        if k is not None or v is not None or key_bias is not None:
+            raise ValueError("attention has keys and values of its own, or neither, nor a bias of keys")
+        for operation in self.operations:
+            if isinstance(operation, Attend) and operation.k is not None:
+                of = operation.attention
+                if of.layer == attention.layer:
+                    _expect("the head of a layer that is attended to", of.head_dim, attention.head_dim)
+                    _expect("what is attended to", of.kv_heads * of.head_dim, attention.kv_heads * attention.head_dim)
+                    return
+        raise ValueError(f"no earlier attention writes the keys of layer {attention.layer}")
+
     def _project(self, weights: tuple[Weight, ...], x: Symbol, biases: tuple[Vector | None, ...]) -> tuple[Symbol, ...]:
         for weight, bias in zip(weights, biases, strict=True):
             _expect("the input of a linear", x.width, weight.shape[1])
@@ -464,6 +504,8 @@ def _check_experts(width: int, experts: Experts, mixture: Mixture) -> None:
                 _expect("an expert's bias", bias.shape[0], rows)
     if experts.selection_bias is not None:
         _expect("what is added to choose experts", experts.selection_bias.shape[0], count)
+    if experts.scales is not None:
+        _expect("what experts' weights are multiplied with", experts.scales.shape[0], count)
 
 
 def _expect_keys(k: Symbol, v: Symbol, attention: Attention) -> None:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from kbit.graph.experts import Experts, Mixture
 from kbit.graph.ops import Attention, Ops, Vector, Weight, X
 from kbit.models.latent import latent_heads, latent_values
-from kbit.models.params import QKV, SHARED, expert_slots, gate_up
+from kbit.models.params import SHARED, expert_slots, gate_up, qkv
 from kbit.models.spec import ModelSpec
 
 
@@ -43,12 +43,33 @@ class Weights:
         return tuple(self.linear(slot) for slot in slots)
 
 
-def layer(ops: Ops[X], spec: ModelSpec, weights: Weights, index: int, x: X, by_distance: Vector | None = None) -> X:
-    """One layer on the residual stream: (..., hidden) -> (..., hidden)."""
+def layer(
+    ops: Ops[X],
+    spec: ModelSpec,
+    weights: Weights,
+    index: int,
+    x: X,
+    by_distance: Vector | None = None,
+    own: X | None = None,
+) -> X:
+    """One layer on the residual stream: (..., hidden) -> (..., hidden).
+
+    Args:
+        by_distance: what is added to scores by distance.
+        own: the layer's own features of the tokens (`kbit.models.per_layer`).
+    """
     if spec.parallel:
         return _parallel(ops, spec, weights, index, x, by_distance)
     x = attention(ops, spec, weights, index, x, by_distance)
-    return mixture(ops, spec, weights, x) if spec.has_experts(index) else mlp(ops, spec, weights, x)
+    if spec.has_experts(index):
+        beside = spec.experts is not None and spec.experts.beside
+        x = mixture_beside(ops, spec, weights, x) if beside else mixture(ops, spec, weights, x)
+    else:
+        x = mlp(ops, spec, weights, x)
+    if own is not None:
+        x = with_features(ops, spec, weights, x, own)
+    scale = weights.biases.get("layer_scale")
+    return x if scale is None else ops.scale(x, scale)
 
 
 def attention(ops: Ops[X], spec: ModelSpec, weights: Weights, index: int, x: X, by_distance: Vector | None = None) -> X:
@@ -70,16 +91,22 @@ def _parallel(ops: Ops[X], spec: ModelSpec, weights: Weights, index: int, x: X, 
 
 def _attended(ops: Ops[X], spec: ModelSpec, weights: Weights, index: int, normed: X, by_distance: Vector | None) -> X:
     """Attention, but for its last linear: (..., hidden) -> (..., H D_v)."""
+    shape = spec.shape(index)
+    k: X | None
+    v: X | None
     if spec.latent is None:
-        q, k, v = _together(ops, weights, QKV, normed)
+        q, *own = _together(ops, weights, qkv(spec, index), normed)
+        k, v = (own[0], own[-1]) if own else (None, None)  # values may be keys before their norm
     else:
         q, k, v = latent_heads(ops, spec, spec.latent, weights, normed)
     q, k, turns = _positioned(ops, spec, weights, index, q, k)
+    if v is not None and "v_norm" in weights.norms:
+        v = ops.norm(v, weights.norms["v_norm"], spec.norm_eps)
     described = Attention(
-        layer=min(index, spec.cache_layers - 1),
+        layer=min(shape.source, spec.cache_layers - 1),
         heads=spec.heads,
-        kv_heads=spec.kv_heads,
-        head_dim=spec.head_dim,
+        kv_heads=shape.kv_heads,
+        head_dim=shape.head_dim,
         scale=spec.attention_scale,
         window=spec.windows[index],
         mask=spec.mask,
@@ -111,6 +138,34 @@ def mixture(ops: Ops[X], spec: ModelSpec, weights: Weights, x: X) -> X:
     experts = spec.experts
     assert experts is not None
     inner, router = norm(ops, spec, weights, "mlp_norm", x), weights.linear("router")
+    out = _of_experts(ops, spec, weights, inner, ops.linear(router.weight, inner, router.bias))
+    if experts.shared_width:
+        gate, up = _together(ops, weights, SHARED, inner)
+        shared = ops.linear(weights.matrices["shared_down"], ops.activate(gate, up, spec.activation))
+        switch = weights.matrices.get("shared_switch")
+        if switch is not None:
+            shared = ops.sigmoid_gate(shared, ops.linear(switch, inner))
+        out = ops.add(out, shared)
+    return _to_residual(ops, spec, weights, "mlp_post_norm", out, x)
+
+
+def mixture_beside(ops: Ops[X], spec: ModelSpec, weights: Weights, x: X) -> X:
+    """x + what an MLP makes of norm(x), and experts of x under another norm; norms of both, and of their sum: (...,
+    hidden). The router has a norm of its own, whose result has length 1."""
+    inner = _features(ops, spec, weights, norm(ops, spec, weights, "mlp_norm", x))
+    down = weights.linear("down")
+    dense = norm(ops, spec, weights, "mlp_own_norm", ops.sum_parts(ops.linear(down.weight, inner), down.bias))
+    routed = ops.norm(x, weights.norms["router_scale"], spec.norm_eps)
+    logits = ops.scale(ops.linear(weights.matrices["router"], routed), float(spec.hidden_size**-0.5))
+    mixed = _of_experts(ops, spec, weights, norm(ops, spec, weights, "experts_norm", x), logits)
+    out = ops.add(dense, norm(ops, spec, weights, "experts_post_norm", mixed))
+    return _to_residual(ops, spec, weights, "mlp_post_norm", out, x)
+
+
+def _of_experts(ops: Ops[X], spec: ModelSpec, weights: Weights, inner: X, logits: X) -> X:
+    """What the experts that logits choose make of rows (..., hidden)."""
+    experts = spec.experts
+    assert experts is not None
     slots = expert_slots(experts.routing.experts)
     gates, ups, downs = (weights.linears(column) for column in zip(*slots, strict=True))
     parameters = Experts(
@@ -121,17 +176,9 @@ def mixture(ops: Ops[X], spec: ModelSpec, weights: Weights, x: X) -> X:
         up_biases=tuple(linear.bias for linear in ups),
         down_biases=tuple(linear.bias for linear in downs),
         selection_bias=weights.biases.get("selection_bias"),
+        scales=weights.biases.get("expert_scales"),
     )
-    described = Mixture(experts.routing, spec.activation, experts.clamp)
-    out = ops.experts(inner, ops.linear(router.weight, inner, router.bias), parameters, described)
-    if experts.shared_width:
-        gate, up = _together(ops, weights, SHARED, inner)
-        shared = ops.linear(weights.matrices["shared_down"], ops.activate(gate, up, spec.activation))
-        switch = weights.matrices.get("shared_switch")
-        if switch is not None:
-            shared = ops.sigmoid_gate(shared, ops.linear(switch, inner))
-        out = ops.add(out, shared)
-    return _to_residual(ops, spec, weights, "mlp_post_norm", out, x)
+    return ops.experts(inner, logits, parameters, Mixture(experts.routing, spec.activation, experts.clamp))
 
 
 def _features(ops: Ops[X], spec: ModelSpec, weights: Weights, normed: X) -> X:
@@ -200,10 +247,11 @@ class Angles:
 
 
 def _positioned(
-    ops: Ops[X], spec: ModelSpec, weights: Weights, index: int, q: X, k: X
-) -> tuple[X, X, tuple[int, int] | None]:
-    """Queries and keys normalised, and turned where that is not left to attention: where the norm comes after it, or
-    queries turn by other angles than keys. And the angles that are left to attention, or None."""
+    ops: Ops[X], spec: ModelSpec, weights: Weights, index: int, q: X, k: X | None
+) -> tuple[X, X | None, tuple[int, int] | None]:
+    """Queries and keys (where the layer has its own) normalised, and turned where that is not left to attention: where
+    the norm comes after it, or queries turn by other angles than keys. And the angles that are left to attention, or
+    None."""
     turns = Angles.of(spec, index)
     if turns is not None and turns.factor is not None:
         q = ops.rotate(q, spec.head_dim, turns.factor)
@@ -212,17 +260,18 @@ def _positioned(
     if turns is not None and not spec.norm_rotated and turns.query == turns.key:
         return q, k, turns.key
     if turns is not None:
-        q, k = ops.rotate(q, spec.head_dim, turns.query), ops.rotate(k, spec.head_dim, turns.key)
+        dim = spec.shape(index).head_dim
+        q, k = ops.rotate(q, dim, turns.query), None if k is None else ops.rotate(k, dim, turns.key)
     if spec.norm_rotated:
         q, k = _normalised(ops, spec, weights, q, k)
     return q, k, None
 
 
-def _normalised(ops: Ops[X], spec: ModelSpec, weights: Weights, q: X, k: X) -> tuple[X, X]:
+def _normalised(ops: Ops[X], spec: ModelSpec, weights: Weights, q: X, k: X | None) -> tuple[X, X | None]:
     """The RMS norms of queries and keys, if any: of each head, or of all together, as their weights are wide."""
     of_q, of_k = weights.norms.get("q_norm"), weights.norms.get("k_norm")
     q = q if of_q is None else ops.norm(q, of_q, spec.norm_eps)
-    return q, k if of_k is None else ops.norm(k, of_k, spec.norm_eps)
+    return q, k if of_k is None or k is None else ops.norm(k, of_k, spec.norm_eps)
 
 
 def _together(ops: Ops[X], weights: Weights, slots: tuple[str, ...], x: X) -> tuple[X, ...]:
@@ -236,6 +285,14 @@ def _added(ops: Ops[X], spec: ModelSpec, weights: Weights, slot: str, post_norm:
     linear = weights.linear(slot)
     out = ops.sum_parts(ops.linear(linear.weight, inner), linear.bias)
     return _to_residual(ops, spec, weights, post_norm, out, x)
+
+
+def with_features(ops: Ops[X], spec: ModelSpec, weights: Weights, x: X, own: X) -> X:
+    """The residual stream, with what a layer makes of its own features (`kbit.models.per_layer`): x (..., hidden), own
+    (..., f) -> (..., hidden)."""
+    gate = ops.linear(weights.matrices["layer_gate"], x)
+    made = ops.linear(weights.matrices["layer_up"], ops.activate(gate, own, spec.activation))
+    return _to_residual(ops, spec, weights, "layer_post_norm", made, x)
 
 
 def _to_residual(ops: Ops[X], spec: ModelSpec, weights: Weights, post_norm: str, out: X, x: X) -> X:

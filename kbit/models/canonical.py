@@ -124,7 +124,7 @@ class CanonicalSource(StoredSource):
         self._source = source
         self._layout = layout
         self._pieces = _pieces(source, spec, layout)
-        self._left_out = _further_layers(source, spec, layout)
+        self._left_out = (*_further_layers(source, spec, layout), *_keys_not_read(source, spec))
         self._infos = self._described(spec)
 
     def _described(self, spec: ModelSpec) -> dict[str, TensorInfo]:
@@ -263,6 +263,14 @@ def _further_layers(source: CheckpointSource, spec: ModelSpec, layout: Layout) -
     before = str(spec.names.attention_norm).partition("{layer}")[0]
     beginnings = tuple(f"{before}{spec.layers + index}." for index in range(count))
     return tuple(name for name in source.tensors if name.startswith(beginnings))
+
+
+def _keys_not_read(source: CheckpointSource, spec: ModelSpec) -> tuple[str, ...]:
+    """Tensors of keys and values in layers that attend to another one's: some models are published with them."""
+    names = [name for name in (spec.names.k, spec.names.v, spec.names.k_norm) if name is not None]
+    unread = [layer for layer in range(spec.layers) if spec.shape(layer).source != layer]
+    found = (f"{name.format(layer=layer)}.{end}" for layer in unread for name in names for end in ("weight", "bias"))
+    return tuple(name for name in found if name in source.tensors)
 
 
 def _pieces(source: CheckpointSource, spec: ModelSpec, layout: Layout) -> dict[str, _Piece]:

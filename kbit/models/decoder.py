@@ -18,7 +18,7 @@ from kbit.graph.cache import Cache
 from kbit.graph.ops import Array, Backend, Ops, Weight, X
 from kbit.graph.pages import PagePool
 from kbit.host.errors import UsageError
-from kbit.models import blocks
+from kbit.models import blocks, per_layer
 from kbit.models.blocks import Weights
 from kbit.models.rope import rope_tables
 from kbit.models.spec import ModelSpec
@@ -64,8 +64,10 @@ class DecoderDefinition:
         """Token ids -> hidden states (..., hidden), before the final norm; after it, where a task's head follows."""
         outside = self.weights.final
         x = blocks.embedding(ops, self.spec, self.weights.embedding, outside, ids)
+        features = per_layer.features(ops, self.spec, outside, ids, x)
         for index, layer in enumerate(self.weights.layers):
-            x = blocks.layer(ops, self.spec, layer, index, x, outside.biases.get("distances"))
+            own = None if features is None else per_layer.of_layer(ops, self.spec, features, index)
+            x = blocks.layer(ops, self.spec, layer, index, x, outside.biases.get("distances"), own)
         return x if self.spec.task is None else blocks.norm(ops, self.spec, outside, "final_norm", x)
 
     def head(self, ops: Ops[X], hidden: X) -> X:
@@ -114,12 +116,12 @@ class Decoder:
     def new_cache(self, batch: int, capacity: int) -> Cache:
         """An empty cache for `batch` sequences of at most `capacity` tokens each."""
         spec = self.spec
-        return self.backend.new_cache(spec.cache_layers, batch, spec.kv_heads, spec.head_dim, capacity)
+        return self.backend.new_cache(spec.cache_layers, batch, *spec.cache_heads, capacity)
 
     def new_pool(self, pages: int) -> PagePool:
         """Pages for the keys and values of this model, all free."""
         spec = self.spec
-        return self.backend.new_pool(spec.cache_layers, spec.kv_heads, spec.head_dim, pages)
+        return self.backend.new_pool(spec.cache_layers, *spec.cache_heads, pages)
 
     def run(self, batch: Batch, cache: Cache) -> Array:
         """Feeds the tokens of a batch; the logits of those that are wanted.

@@ -29,6 +29,8 @@ class ExpertRules:
     Attributes:
         count: keys of the number of experts, any of which may be given.
         width: key of the features inside an expert.
+        chosen: key of how many of them a token goes to.
+        switch: the key that says whether there are any; None: there are.
         layers: which have experts: "all"; "stepped" (every `decoder_sparse_step`-th, but for `mlp_only_layers`);
             "later" (from `first_k_dense_replace` on); "listed" (`mlp_layer_types` says "sparse"; all but the first).
         score, grouped: see `kbit.graph.experts.Routing`; grouped: `n_group` and `topk_group` are read.
@@ -37,12 +39,14 @@ class ExpertRules:
         normalise: fixed, or the key that says.
         scale: the key of the factor on the chosen experts' scores.
         shared: key of the shared expert's width; or "n_shared_experts", of which each is as wide as an expert.
-        router_bias, selection_bias, bias: see `kbit.models.spec.ExpertsSpec`.
+        router_bias, selection_bias, bias, beside: see `kbit.models.spec.ExpertsSpec`.
         clamped: the activation is gpt-oss's, of `swiglu_alpha` and `swiglu_limit`.
     """
 
     count: tuple[str, ...] = ("num_experts", "num_local_experts")
     width: str = "moe_intermediate_size"
+    chosen: str = "num_experts_per_tok"
+    switch: str | None = None
     layers: Literal["all", "stepped", "later", "listed"] = "all"
     score: Literal["softmax", "sigmoid", "softmax_of_chosen"] = "softmax"
     normalise: bool | str = True
@@ -54,6 +58,7 @@ class ExpertRules:
     selection_bias: bool = False
     bias: bool = False
     clamped: bool = False
+    beside: bool = False
 
 
 def experts_of(rules: ExpertRules, values: ConfigValues, layers: int) -> ExpertsSpec | None:
@@ -68,6 +73,8 @@ def experts_of(rules: ExpertRules, values: ConfigValues, layers: int) -> Experts
         UnsupportedError: more experts than any model has.
         CheckpointError: a missing or senseless value.
     """
+    if rules.switch is not None and not values.boolean(rules.switch):
+        return None
     key = next((key for key in rules.count if key in values.values), rules.count[0])
     count = values.integer(key, 1, _MAX_EXPERTS)
     for other in rules.count:
@@ -75,7 +82,7 @@ def experts_of(rules: ExpertRules, values: ConfigValues, layers: int) -> Experts
             raise values.error(other, f"{key}, {count}, as both are the number of experts")
     if 3 * count * layers > _MAX_MATRICES:
         raise UnsupportedError(f"{values.where}: {key} {count} in {layers} layers are more matrices than kbit reads")
-    chosen = values.integer("num_experts_per_tok", 1, count)
+    chosen = values.integer(rules.chosen, 1, count)
     width = values.integer(rules.width, 1, _MAX_WIDTH)
     shared = 0
     if rules.shared == "n_shared_experts":
@@ -92,7 +99,9 @@ def experts_of(rules: ExpertRules, values: ConfigValues, layers: int) -> Experts
         )
     if not any(have):
         return None
-    return ExpertsSpec(routing, width, have, shared, rules.router_bias, rules.bias, rules.selection_bias, clamp)
+    return ExpertsSpec(
+        routing, width, have, shared, rules.router_bias, rules.bias, rules.selection_bias, clamp, rules.beside
+    )
 
 
 def check_fixed(fixed: Mapping[str, tuple[object, ...]], values: ConfigValues, model_type: str) -> None:

@@ -21,6 +21,7 @@ from kbit.host.errors import CheckpointError, UnsupportedError
 from kbit.models.config_values import ConfigValues, shown
 from kbit.models.expert_config import ExpertRules, check_fixed, experts_of
 from kbit.models.latent_config import LatentRules, check_turned, latent_scale, read_latent
+from kbit.models.layer_shapes import LayerShape, ShapeRules, layer_shapes
 from kbit.models.layer_types import Rotated, Windows, rotated_layers, windows_of
 from kbit.models.layout import Layout
 from kbit.models.rope_config import DEFAULT_THETA, RopeRules, Ropes, ropes_from_config
@@ -55,6 +56,7 @@ _FOREIGN: Mapping[str, tuple[Any, ...]] = {
     "alibi": (None, False),
     "apply_residual_connection_post_layernorm": (None, False),
     "attention_chunk_size": (None,),
+    "attention_k_eq_v": (None, False),
     "attention_multiplier": (None,),
     "add_cross_attention": (None, False),
     "attn_logit_softcapping": (None,),
@@ -64,9 +66,12 @@ _FOREIGN: Mapping[str, tuple[Any, ...]] = {
     "dim_model_base": (None,),
     "do_layer_norm_before": (None, True),
     "embedding_multiplier": (None, 1),
+    "enable_moe_block": (None, False),
     "final_logit_softcapping": (None,),
     "first_k_dense_replace": (None, 0),
+    "global_head_dim": (None,),
     "hidden_activation": (None, "gelu_pytorch_tanh"),
+    "hidden_size_per_layer_input": (None, 0),
     "index_topk": (None,),
     "is_decoder": (None, False),
     "kv_lora_rank": (None,),
@@ -86,9 +91,12 @@ _FOREIGN: Mapping[str, tuple[Any, ...]] = {
     "no_rope_layer_interval": (None,),
     "no_rope_layers": (None,),
     "num_experts": (None, 0, 1),
+    "num_global_key_value_heads": (None,),
+    "num_kv_shared_layers": (None, 0),
     "num_local_experts": (None, 0, 1),
     "parallel_attn": (None, True),
     "parallel_block": (None, False),
+    "per_layer_config": (None, {}),
     "position_embedding_type": (None, "absolute"),
     "prenorm": (None, False),
     "q_lora_rank": (None,),
@@ -115,6 +123,7 @@ _FOREIGN: Mapping[str, tuple[Any, ...]] = {
     "swiglu_limit": (None,),
     "use_bidirectional_attention": (None, False),
     "use_cla": (None, False),
+    "use_double_wide_mlp": (None, False),
     "use_parallel_residual": (None, False),
     "use_qk_norm": (None, False),
     "use_rms_norm": (None, False),
@@ -143,7 +152,7 @@ class Family:
         activations: names of activations that mean another one here.
         qk_norm, norm_rotated: see ModelSpec; they matter where `names` has norms of queries and keys.
         qk_norms: the key that says whether there are these norms; None: as `names` says.
-        score_scale: the key of the factor on scores.
+        score_scale: the factor on scores, or its key.
         score_width: the key of what stands for D in D^-0.5.
         score_cap, logit_cap: keys of caps.
         embedding_multiplier: the key of the factor on embeddings, or ROOT_OF_WIDTH.
@@ -170,6 +179,9 @@ class Family:
         depth_scale: the key of what a block's addition is multiplied by, times the root of the number of layers.
         logit_width: the key of the width that logits are scaled to: they are multiplied by it over hidden_size.
         ignored: keys that change another family's result, but not this one's.
+        shapes: how the configuration describes layers of different shapes; None: they are all alike.
+        value_norm: see ModelSpec.
+        layer_features: the keys of `layer_features` and `layer_tokens` of ModelSpec.
     """
 
     model_type: str
@@ -192,7 +204,7 @@ class Family:
     qk_norm: Literal["head", "whole"] = "head"
     norm_rotated: bool = False
     qk_norms: str | None = None
-    score_scale: str | None = None
+    score_scale: str | float | None = None
     score_width: str | None = None
     score_cap: str | None = None
     logit_cap: str | None = None
@@ -219,6 +231,9 @@ class Family:
     logit_width: str | None = None
     task: TaskHead | None = None
     heads: Mapping[str, TaskHead] = field(default_factory=dict)
+    shapes: ShapeRules | None = None
+    value_norm: bool = False
+    layer_features: tuple[str, str] | None = None
 
     @property
     def accepted(self) -> tuple[str, ...]:
@@ -260,6 +275,9 @@ def read_spec(families: Mapping[str, Family], config: Mapping[str, Any], where: 
     )
     if both_sides:
         windows = tuple(None if window is None else window // 2 + 1 for window in windows)
+    width = _intermediate_size(family, values, hidden)
+    usual = LayerShape(kv_heads, head_dim, width, 0)
+    shapes = () if family.shapes is None else layer_shapes(family.shapes, values, windows, heads, usual)
     positions = position_table(family, values, max_positions)
     turns = not positions.rows and not family.sloped
     if not turns:
@@ -267,7 +285,10 @@ def read_spec(families: Mapping[str, Family], config: Mapping[str, Any], where: 
         ropes = Ropes(RopeSpec("default", 0, DEFAULT_THETA, max_positions=longest))
     else:
         rope_dim = head_dim if latent is None else latent.rope_dim
-        ropes = ropes_from_config(values, rope_dim, max_positions, family.rope)
+        of_full = next((shape.head_dim for shape, one in zip(shapes, windows, strict=False) if one is None), None)
+        ropes = ropes_from_config(values, rope_dim, max_positions, family.rope, of_full)
+    vocabulary = values.integer("vocab_size", 1, _MAX_VOCAB)
+    features, feature_rows = _layer_features(family, values, vocabulary)
     norm_bias = _switch(family.norm_bias, values)
     names = family.names if latent is None else latent.names
     if latent is not None:
@@ -277,9 +298,9 @@ def read_spec(families: Mapping[str, Family], config: Mapping[str, Any], where: 
     check_fixed(family.fixed, values, family.model_type)
     spec = ModelSpec(
         family=family.model_type,
-        vocab_size=values.integer("vocab_size", 1, _MAX_VOCAB),
+        vocab_size=vocabulary,
         hidden_size=hidden,
-        intermediate_size=_intermediate_size(family, values, hidden),
+        intermediate_size=width,
         layers=layers,
         heads=heads,
         kv_heads=kv_heads,
@@ -317,6 +338,11 @@ def read_spec(families: Mapping[str, Family], config: Mapping[str, Any], where: 
         parallel=_switch(family.parallel, values),
         task=read_task(family, values, _ACTIVATIONS, norm_bias),
         latent=None if latent is None else latent.spec,
+        shapes=shapes,
+        value_norm=family.value_norm,
+        layer_features=features,
+        layer_tokens=feature_rows,
+        layer_multiplier=_root(values, features) if features else 1.0,
     )
     for one, other in family.equal:
         found, wanted = values.raw(one), values.raw(other)
@@ -400,14 +426,30 @@ def _cap(key: str | None, values: ConfigValues) -> float | None:
 def _score_scale(family: Family, values: ConfigValues) -> float | None:
     if family.score_width is not None:
         return float(values.number(family.score_width, above=_MIN_FACTOR, below=_MAX_FACTOR) ** -0.5)
-    return None if family.score_scale is None else _factor(family.score_scale, values)
+    if family.score_scale is None or isinstance(family.score_scale, float):
+        return family.score_scale
+    return _factor(family.score_scale, values)
+
+
+def _layer_features(family: Family, values: ConfigValues, vocabulary: int) -> tuple[int, int]:
+    """The features of a second embedding for every layer, and its rows; 0 where there is none."""
+    if family.layer_features is None:
+        return 0, 0
+    key, tokens = family.layer_features
+    features = values.optional_integer(key, 0, _MAX_WIDTH) or 0
+    return features, values.integer(tokens, vocabulary, _MAX_VOCAB) if features else 0
 
 
 def _embedding_multiplier(family: Family, values: ConfigValues, hidden: int) -> float:
     if family.embedding_multiplier != ROOT_OF_WIDTH:
         return _factor(family.embedding_multiplier, values)
-    # Rounded to the type of the weights, as transformers rounds it and as models were trained with it.
-    root, dtype = hidden**0.5, values.raw("dtype") or values.raw("torch_dtype")
+    return _root(values, hidden)
+
+
+def _root(values: ConfigValues, width: int) -> float:
+    """The square root of a width, rounded to the type of the weights, as transformers rounds it and as models were
+    trained with it."""
+    root, dtype = width**0.5, values.raw("dtype") or values.raw("torch_dtype")
     if dtype == "float16":
         return float(struct.unpack("<e", struct.pack("<e", root))[0])
     bits = int(struct.unpack("<I", struct.pack("<f", root))[0])

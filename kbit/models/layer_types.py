@@ -9,7 +9,7 @@ from kbit.host.errors import UnsupportedError
 from kbit.models.config_values import ConfigValues, shown
 from kbit.models.spec import MAX_CONTEXT
 
-Windows = Literal["none", "all", "switched", "chosen", "listed", "period", "period from 0"]
+Windows = Literal["none", "all", "switched", "chosen", "listed", "period", "period from 0", "period, full at the end"]
 Rotated = Literal["all", "listed", "windowed"]
 FULL, SLIDING = "full_attention", "sliding_attention"
 
@@ -21,7 +21,8 @@ def windows_of(windows: Windows, period: int | str, values: ConfigValues, layers
         windows: which slide: "none"; "all" (`sliding_window` unless null); "switched" (all, with `use_sliding_window`);
             "chosen" (`use_sliding_window` and then `layer_types`, or every layer from `max_window_layers` on);
             "listed" (`use_sliding_window` and then `layer_types`); "period" (`layer_types`, or all but every
-            period-th); "period from 0" (likewise, but of every period the first does not).
+            period-th); "period from 0" (likewise, but of every period the first does not); "period, full at the end"
+            (as "period", but for the last layer, which never does).
         period: of full attention; 0 for none; or the key that says.
         values: the configuration.
         layers: how many there are.
@@ -31,7 +32,7 @@ def windows_of(windows: Windows, period: int | str, values: ConfigValues, layers
         CheckpointError: a senseless value.
     """
     window = None
-    periodic = windows in ("period", "period from 0")
+    periodic = windows.startswith("period")
     if windows == "all" or periodic or (windows != "none" and values.boolean("use_sliding_window")):
         window = values.optional_integer("sliding_window", 1, MAX_CONTEXT)
     types = _layer_types(values, layers)
@@ -46,8 +47,10 @@ def windows_of(windows: Windows, period: int | str, values: ConfigValues, layers
                 )
             offset = 0 if windows == "period from 0" else 1
             types = _by_period(period, values, layers, offset) if periodic else _from_layer(values, layers)
+        if windows == "period, full at the end":
+            types = [*types[:-1], FULL]
         if window is None and SLIDING in types:
-            wanted = "use_sliding_window and sliding_window say" if windows != "period" else "sliding_window says"
+            wanted = "sliding_window says" if periodic else "use_sliding_window and sliding_window say"
             raise values.error("layer_types", f"without {SLIDING}, as {wanted}")
         return tuple(window if kind == SLIDING else None for kind in types)
     fixed = FULL if window is None else SLIDING

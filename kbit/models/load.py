@@ -14,11 +14,13 @@ from kbit.models.blocks import Weights
 from kbit.models.check import check_tensors
 from kbit.models.decoder import Decoder, DecoderWeights
 from kbit.models.families import spec_from_config
-from kbit.models.params import OUTSIDE, Parameter, parameters
+from kbit.models.params import OUTSIDE, Parameter, parameters, weightless_norms
 from kbit.models.spec import ModelSpec
 
 if TYPE_CHECKING:
+    import numpy as np
     import torch
+    from numpy.typing import NDArray
 
     from kbit.formats.quant_tensor import QuantTensor
 
@@ -64,7 +66,7 @@ def check_loadable(source: CheckpointSource, backend: Backend, spec: ModelSpec |
     ignored = () if spec == published else (*published.expected_tensors(), f"{spec.names.head}.weight")
     read_data = not isinstance(source, HoldsPrepared)  # else compared when prepared
     check_tensors(source, spec, read_data=read_data, ignored=ignored)
-    backend.new_cache(1, 1, spec.kv_heads, spec.head_dim, 1)  # refuses now what it would refuse once all is read
+    backend.new_cache(spec.cache_layers, 1, *spec.cache_heads, 1)  # refuses now what it would refuse once all is read
     return spec
 
 
@@ -107,7 +109,9 @@ class _Loader:
         return Decoder(self.spec, self.backend, self._ends(embedding, layers))
 
     def layer(self, index: int) -> Weights:
-        return self._weights(p for p in self._declared if p.layer == index)
+        found = self._weights(p for p in self._declared if p.layer == index)
+        ones = {slot: self._ones(width) for slot, width in weightless_norms(self.spec, index).items()}
+        return replace(found, norms={**found.norms, **ones}) if ones else found
 
     def ends(self) -> DecoderWeights:
         return self._ends(self._weight(self._outside[0].name, lookup=True), ())
@@ -126,8 +130,8 @@ class _Loader:
         norms: dict[str, Vector] = {}
         biases: dict[str, Vector] = {}
         for parameter in declared:
-            if parameter.role in ("linear", "router", "rows"):
-                matrices[parameter.slot] = self._weight(parameter.name, lookup=parameter.role == "rows")
+            if parameter.role in ("linear", "router", "rows", "table"):
+                matrices[parameter.slot] = self._weight(parameter.name, lookup=parameter.role in ("rows", "table"))
             elif parameter.role == "distances":
                 biases[parameter.slot] = self._distances(parameter.name)
             else:
@@ -164,7 +168,16 @@ class _Loader:
         """What slopes add to scores: of no tensor."""
         from kbit.models.distances import by_slope
 
-        values = by_slope(self.spec.heads, self.spec.context_length)
+        return self._made(by_slope(self.spec.heads, self.spec.context_length))
+
+    def _ones(self, width: int) -> Vector:
+        """The weight of a norm that has none."""
+        import numpy as np
+
+        return self._made(np.ones(width, dtype=np.float32))
+
+    def _made(self, values: NDArray[np.float32]) -> Vector:
+        """A vector that no tensor holds."""
         if isinstance(self.backend, PreparesStored):
             return self.backend.prepare_array(values)
         import torch

@@ -13,10 +13,10 @@ from typing import Literal
 from kbit.models.spec import LatentSpec, ModelSpec
 
 Unit = Literal["heads", "kv_heads", "features"]
-Role = Literal["embedding", "linear", "head", "norm", "bias", "router", "rows", "distances", "task"]
+Role = Literal["embedding", "linear", "head", "norm", "bias", "router", "rows", "table", "distances", "task"]
 
 # What stands outside of the layers, beside embedding and head, and is prepared with them.
-OUTSIDE: tuple[Role, ...] = ("norm", "bias", "rows", "distances")
+OUTSIDE: tuple[Role, ...] = ("norm", "bias", "rows", "table", "router", "distances")
 
 # Linears that read one input and are multiplied in one call.
 QKV, GATE_UP, SHARED = ("q", "k", "v"), ("gate", "up"), ("shared_gate", "shared_up")
@@ -32,7 +32,8 @@ class Parameter:
         slot: what its block calls it, for example "q" or "attention_norm"; a bias is in the slot of its matrix.
         layer: index, or None outside of layers.
         role: what it is for. Biases of norms are "bias" too, and so are attention sinks. A "router" is a small matrix
-            that decides, and stays as it is stored where others are quantized.
+            that decides, or one outside of layers, and stays as it is stored where others are quantized. A "table" is
+            looked up by token beside the embedding, and quantized as that is.
         shape: (N, K), or (N,).
         cut: how processes share it: (axis, what that axis consists of), or None where all have it whole. Of a matrix
             whose columns are cut the product is a part of a sum (`Ops.sum_parts`).
@@ -57,7 +58,12 @@ def parameters(spec: ModelSpec) -> tuple[Parameter, ...]:
     found += _beside_embedding(spec)
     for layer in range(spec.layers):
         found += _attention(spec, layer)
-        found += _experts(spec, layer) if spec.has_experts(layer) else _mlp(spec, layer)
+        if spec.experts is not None and spec.experts.beside:
+            found += _mlp(spec, layer)
+            found += _beside_mlp(spec, layer)
+        else:
+            found += _experts(spec, layer) if spec.has_experts(layer) else _mlp(spec, layer)
+        found += _layer_end(spec, layer)
     found += _norm(spec, "final_norm", None)
     found += _task(spec)
     if not spec.tied_embeddings and spec.has_logits:
@@ -72,6 +78,11 @@ def _beside_embedding(spec: ModelSpec) -> Iterator[Parameter]:
             name = f"{getattr(spec.names, slot)}.weight"
             yield Parameter(name, slot, None, "rows", (rows, spec.hidden_size))
     yield from _norm(spec, "embedding_norm", None)
+    if spec.layer_features:
+        hidden, wide, names = spec.hidden_size, spec.layers * spec.layer_features, spec.names
+        yield Parameter(f"{names.layer_embedding}.weight", "layer_embedding", None, "table", (spec.layer_tokens, wide))
+        yield Parameter(f"{names.layer_features}.weight", "layer_features", None, "router", (wide, hidden))
+        yield from _norm(spec, "layer_features_norm", None, spec.layer_features)
     if spec.distances is not None:
         yield Parameter(
             f"{spec.names.distances}.weight", "distances", None, "distances", (spec.distances[0], spec.heads)
@@ -101,15 +112,18 @@ def _attention(spec: ModelSpec, layer: int) -> Iterator[Parameter]:
     if spec.latent is not None:
         yield from _latent_attention(spec, spec.latent, layer)
         return
-    hidden, queries, keys = spec.hidden_size, spec.heads * spec.head_dim, spec.kv_heads * spec.head_dim
+    shape = spec.shape(layer)
+    hidden, queries, keys = spec.hidden_size, spec.heads * shape.head_dim, shape.kv_heads * shape.head_dim
+    inputs = qkv(spec, layer)
     if layer not in spec.unnormed:
         yield from _norm(spec, "attention_norm", layer)
-    yield from _linear(spec, "q", layer, (queries, hidden), (0, "heads"), QKV, spec.qkv_bias)
-    yield from _linear(spec, "k", layer, (keys, hidden), (0, "kv_heads"), QKV, spec.qkv_bias)
-    yield from _linear(spec, "v", layer, (keys, hidden), (0, "kv_heads"), QKV, spec.qkv_bias)
+    yield from _linear(spec, "q", layer, (queries, hidden), (0, "heads"), inputs, spec.qkv_bias)
+    for slot in inputs[1:]:
+        yield from _linear(spec, slot, layer, (keys, hidden), (0, "kv_heads"), inputs, spec.qkv_bias)
     whole = spec.qk_norm == "whole"
-    yield from _norm(spec, "q_norm", layer, queries if whole else spec.head_dim)
-    yield from _norm(spec, "k_norm", layer, keys if whole else spec.head_dim)
+    yield from _norm(spec, "q_norm", layer, queries if whole else shape.head_dim)
+    if len(inputs) > 1:
+        yield from _norm(spec, "k_norm", layer, keys if whole else shape.head_dim)
     if spec.names.sinks is not None:
         yield Parameter(spec.names.sinks.format(layer=layer), "sinks", layer, "bias", (spec.heads,), (0, "heads"))
     yield from _linear(spec, "o", layer, (hidden, queries), (1, "heads"), ("o",), spec.output_bias)
@@ -141,9 +155,23 @@ def latent_inputs(latent: LatentSpec) -> tuple[str, str, str]:
     return ("q_a" if latent.query_rank else "q", "kv_a", "k_shared")
 
 
+def qkv(spec: ModelSpec, layer: int) -> tuple[str, ...]:
+    """The slots of what attention multiplies its input with, queries first."""
+    shape = spec.shape(layer)
+    if shape.source != layer:
+        return ("q",)
+    return ("q", "k") if shape.keys_as_values else QKV
+
+
+def weightless_norms(spec: ModelSpec, layer: int) -> dict[str, int]:
+    """The widths of a layer's norms that have no weight, by slot."""
+    shape = spec.shape(layer)
+    return {"v_norm": shape.head_dim} if spec.value_norm and shape.source == layer else {}
+
+
 def _mlp(spec: ModelSpec, layer: int) -> Iterator[Parameter]:
     """What `kbit.models.blocks.mlp` reads."""
-    hidden, features = spec.hidden_size, spec.intermediate_size
+    hidden, features = spec.hidden_size, spec.shape(layer).width
     yield from _norm(spec, "mlp_norm", layer)
     inputs = gate_up(spec)
     for slot in inputs:
@@ -190,6 +218,29 @@ def _experts(spec: ModelSpec, layer: int) -> Iterator[Parameter]:
         if names.shared_switch is not None:
             yield from _router(spec, "shared_switch", layer, 1, False)
     yield from _norm(spec, "mlp_post_norm", layer)
+
+
+def _beside_mlp(spec: ModelSpec, layer: int) -> Iterator[Parameter]:
+    """What `kbit.models.blocks.mixture_beside` reads besides the MLP's: experts, and norms around both."""
+    experts, names = spec.experts, spec.names
+    assert experts is not None
+    yield Parameter(str(names.router_scale).format(layer=layer), "router_scale", layer, "norm", (spec.hidden_size,))
+    yield from (p for p in _experts(spec, layer) if p.slot not in ("mlp_norm", "mlp_post_norm"))
+    scales = str(names.expert_scales).format(layer=layer)
+    yield Parameter(scales, "expert_scales", layer, "bias", (experts.routing.experts,))
+    for slot in ("mlp_own_norm", "experts_norm", "experts_post_norm"):
+        yield from _norm(spec, slot, layer)
+
+
+def _layer_end(spec: ModelSpec, layer: int) -> Iterator[Parameter]:
+    """What comes after attention and MLP: see `kbit.models.per_layer`, and a factor on the layer's result."""
+    hidden, own = spec.hidden_size, spec.layer_features
+    if own:
+        yield from _linear(spec, "layer_gate", layer, (own, hidden), None, ("layer_gate",), False)
+        yield from _linear(spec, "layer_up", layer, (hidden, own), None, ("layer_up",), False)
+        yield from _norm(spec, "layer_post_norm", layer)
+    if spec.names.layer_scale is not None:
+        yield Parameter(spec.names.layer_scale.format(layer=layer), "layer_scale", layer, "bias", (1,))
 
 
 def _router(spec: ModelSpec, slot: str, layer: int, rows: int, bias: bool) -> Iterator[Parameter]:

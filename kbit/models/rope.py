@@ -11,6 +11,7 @@ Feature pair i of R/2 turns by position * f_i. Plain RoPE (Su et al. 2021, arXiv
 
     longrope  f_i / e_i with the short or, where the text is longer than O, the long factors e; cosines and sines times
               sqrt(1 + ln s / ln O)                                                (Ding et al. 2024, 2402.13753; Phi-3)
+    proportional  f_i / s for the first pairs, 0 for the others                                               (Gemma 4)
 
 with s the factor, M max_position_embeddings, O original_max_position_embeddings, l and h the low and high frequency
 factors, and m the attention factor: as given, or mscale(s, mscale) / mscale(s, mscale_all_dim) where both are set, or
@@ -64,8 +65,10 @@ def inverse_frequencies(spec: RopeSpec, seq_lengths: NDArray[np.int64]) -> Float
         divided: Floats = np.float32(1) / (chosen * powers)
         return divided
     plain: Floats = np.float32(1) / powers
-    if spec.kind == "linear":
+    if spec.kind in ("linear", "proportional"):
         plain = plain / np.float32(spec.factor)
+        if spec.kind == "proportional":
+            plain[spec.turning :] = 0
     elif spec.kind == "llama3":
         plain = _llama3(spec, plain)
     elif spec.kind == "yarn":

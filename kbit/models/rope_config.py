@@ -35,9 +35,11 @@ class RopeRules:
         share_key: what older configurations call that factor.
         by_layer_type: layers with a window have settings of their own (`rope_parameters.sliding_attention`); scaling
             in the older spelling is that of the other layers alone.
-        window_theta: that older spelling's key of the base in layers with a window, and its default; None: the same.
+        window_theta: that older spelling's key of the base in layers with a window (None: there is none), and its
+            default; None: the same.
         alpha: dynamic scaling with a fixed `alpha` is a larger base (theta alpha^(R/(R-2))) and no scaling.
         temperature: `llama_4_scaling_beta` multiplies queries (`ModelSpec.query_temperature`).
+        full_settings: of layers without a window, where the configuration has none.
     """
 
     theta: float = DEFAULT_THETA
@@ -47,9 +49,10 @@ class RopeRules:
     dim: str | None = None
     share_key: str = "partial_rotary_factor"
     by_layer_type: bool = False
-    window_theta: tuple[str, float] | None = None
+    window_theta: tuple[str | None, float] | None = None
     alpha: bool = False
     temperature: bool = False
+    full_settings: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -86,7 +89,9 @@ def rope_from_config(config: Mapping[str, Any], head_dim: int, max_positions: in
     return ropes_from_config(ConfigValues(config, {}, where), head_dim, max_positions, RopeRules()).rope
 
 
-def ropes_from_config(values: ConfigValues, head_dim: int, max_positions: int, rules: RopeRules) -> Ropes:
+def ropes_from_config(
+    values: ConfigValues, head_dim: int, max_positions: int, rules: RopeRules, full_head_dim: int | None = None
+) -> Ropes:
     """Read rotary settings in either spelling: `rope_parameters`, or `rope_theta` with `rope_scaling`.
 
     Where both are present `rope_scaling` wins, and a theta inside the object wins over one beside it: transformers'
@@ -97,6 +102,7 @@ def ropes_from_config(values: ConfigValues, head_dim: int, max_positions: int, r
         head_dim: D.
         max_positions: max_position_embeddings.
         rules: the family's.
+        full_head_dim: of layers without a window, where they have another one.
 
     Raises:
         UnsupportedError: a kind of scaling, or a partial rotation, that is not implemented.
@@ -124,7 +130,8 @@ def ropes_from_config(values: ConfigValues, head_dim: int, max_positions: int, r
     of_window: Mapping[str, Any] = {}
     window_theta = theta
     if rules.window_theta is not None:
-        found = values.raw(rules.window_theta[0])
+        window_key = rules.window_theta[0]
+        found = None if window_key is None else values.raw(window_key)
         window_theta = rules.window_theta[1] if found is None else found
     if nested:
         key = f"{key}.full_attention"
@@ -136,7 +143,8 @@ def ropes_from_config(values: ConfigValues, head_dim: int, max_positions: int, r
     for kind, found in (("full_attention", settings), ("sliding_attention", of_window)):
         if not isinstance(found, Mapping):
             raise CheckpointError(f"{where}: rope_parameters.{kind} is {shown(found)}; it should be an object")
-    rope = _read(reading, key, settings, theta)
+    full = replace(reading, head_dim=full_head_dim or head_dim)
+    rope = _read(full, key, settings or rules.full_settings, theta)
     windowed = _read(reading, "rope_parameters.sliding_attention", of_window, window_theta)
     return Ropes(rope, None if windowed == rope else windowed)
 
@@ -164,7 +172,7 @@ def _read(reading: _Reading, key: str, settings: Mapping[str, Any], theta: Any) 
             raise UnsupportedError(
                 f"{where}: {key}.{foreign} {shown(settings[foreign])} is not supported for this model"
             )
-    dim = _rotated(reading, settings)
+    dim = head_dim if kind == "proportional" else _rotated(reading, settings)
     if dim % 2:
         rotated = f"head_dim is {head_dim}" if dim == head_dim else f"partial_rotary_factor rotates {dim} features"
         raise CheckpointError(f"{where}: {rotated}; rotary embedding needs it even")
@@ -210,6 +218,16 @@ def _temperature(reading: _Reading, key: str, settings: Mapping[str, Any]) -> tu
 
 def _read_default(base: RopeSpec, values: ConfigValues, reading: _Reading) -> RopeSpec:
     return base
+
+
+def _read_proportional(base: RopeSpec, values: ConfigValues, reading: _Reading) -> RopeSpec:
+    """Wavelengths as if the whole head turned, of which the first pairs do (Gemma 4)."""
+    share, factor = 1.0, 1.0
+    if values.raw("partial_rotary_factor") is not None:
+        share = values.number("partial_rotary_factor", above=0.0, below=1.0 + 1e-9)
+    if values.raw("factor") is not None:
+        factor = _ratio(values, "factor")
+    return replace(base, factor=factor, turning=int(share * base.dim // 2))
 
 
 def _read_linear(base: RopeSpec, values: ConfigValues, reading: _Reading) -> RopeSpec:
@@ -292,6 +310,7 @@ _READERS = {
     "llama3": _read_llama3,
     "yarn": _read_yarn,
     "longrope": _read_longrope,
+    "proportional": _read_proportional,
 }
 
 

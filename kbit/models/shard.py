@@ -75,6 +75,11 @@ def _share(source: CheckpointSource, spec: ModelSpec, rank: int, world: int) -> 
         raise UnsupportedError(
             f"{where}: the latent attention of {spec.family} models is not dealt out among processes; use one process"
         )
+    if world > 1 and spec.shapes:
+        raise UnsupportedError(
+            f"{where}: the layers of {spec.family} models have different heads, which are not dealt out among "
+            "processes; use one process"
+        )
     if world > 1 and spec.experts is not None:
         raise UnsupportedError(
             f"{where}: the experts of {spec.family} models are not dealt out among processes; use one process"

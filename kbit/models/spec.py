@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from kbit.graph.experts import Clamp, Routing
+from kbit.models.layer_shapes import LayerShape
 from kbit.models.task_heads import TaskHead
+
+if TYPE_CHECKING:
+    from kbit.graph.pages import PerLayer
 
 # Longest context that is believed; a hostile factor could ask for any.
 MAX_CONTEXT = 1 << 31
@@ -18,8 +22,9 @@ class RopeSpec:
     """Rotary position embedding: rope_config.py reads it, rope.py turns it into angles.
 
     Attributes:
-        kind: "default", "linear", "dynamic", "llama3", "yarn" or "longrope".
+        kind: "default", "linear", "dynamic", "llama3", "yarn", "longrope" or "proportional".
         dim: rotated features of a head, even.
+        turning: proportional: how many of the pairs turn; the angles of the others are 0.
         theta: base of the wavelengths.
         factor: context extension factor (all kinds but default).
         max_positions: M, max_position_embeddings; dynamic: the length beyond which the base grows.
@@ -47,6 +52,7 @@ class RopeSpec:
     temperature: float = 1.0
     short_factors: tuple[float, ...] = ()
     long_factors: tuple[float, ...] = ()
+    turning: int = 0
 
     @property
     def depends_on_length(self) -> bool:
@@ -87,8 +93,13 @@ class TensorNames:
     A norm without a name is not there. Those of a layer: before attention, of what attention adds to the residual
     stream, of the stream with it, and the same three of the MLP; and of queries and keys. Without a gate the MLP is
     plain. `positions`, `types` and `distances` are tables that are looked up by a token's position, its type, and its
-    distance from another. Names of an expert contain {expert}; those of sinks and of the selection bias
+    distance from another. Names of an expert contain {expert}; those of sinks, of the selection bias, and of the scales
     are whole.
+
+    Where experts stand beside an MLP, their input has a norm of its own, `experts_norm`, and there are norms of what
+    both add: `mlp_own_norm` and `experts_post_norm`. A second embedding (`layer_embedding`) has features for every
+    layer, to which a projection of the first one is added under a norm (`layer_features`, `layer_features_norm`); what
+    a layer makes of its own goes through `layer_gate`, `layer_up` and `layer_post_norm`.
     """
 
     embedding: str
@@ -128,6 +139,18 @@ class TensorNames:
     kv_a: str | None = None
     kv_a_norm: str | None = None
     k_shared: str | None = None
+    router_scale: str | None = None
+    expert_scales: str | None = None
+    mlp_own_norm: str | None = None
+    experts_norm: str | None = None
+    experts_post_norm: str | None = None
+    layer_scale: str | None = None
+    layer_embedding: str | None = None
+    layer_features: str | None = None
+    layer_features_norm: str | None = None
+    layer_gate: str | None = None
+    layer_up: str | None = None
+    layer_post_norm: str | None = None
 
 
 @dataclass(frozen=True)
@@ -143,6 +166,7 @@ class ExpertsSpec:
         router_bias, bias: whether the router and the experts' linears have biases.
         selection_bias: whether something is added to scores where experts are chosen.
         clamp: the experts' activation, where it is this one.
+        beside: layers with experts have an MLP, too, and what both make of the stream is added to it.
     """
 
     routing: Routing
@@ -153,6 +177,7 @@ class ExpertsSpec:
     bias: bool = False
     selection_bias: bool = False
     clamp: Clamp | None = None
+    beside: bool = False
 
 
 @dataclass(frozen=True)
@@ -220,6 +245,12 @@ class ModelSpec:
             the MLP reads what attention's norm made.
         task: what it computes of hidden states; None: the logits of the next token.
         latent: keys and values are made of a latent vector; None: of the residual stream.
+        shapes: of layers that differ from each other; empty: none does. kv_heads, head_dim and intermediate_size are
+            then those of layers with a window.
+        value_norm: values have an RMS norm by heads, without a weight.
+        layer_features: features that a second embedding has for every layer, 0 where there is none.
+        layer_tokens: its rows, at least V.
+        layer_multiplier: a factor on them.
     """
 
     family: str
@@ -263,10 +294,21 @@ class ModelSpec:
     parallel: bool = False
     task: TaskHead | None = None
     latent: LatentSpec | None = None
+    shapes: tuple[LayerShape, ...] = ()
+    value_norm: bool = False
+    layer_features: int = 0
+    layer_tokens: int = 0
+    layer_multiplier: float = 1.0
 
     def has_experts(self, layer: int) -> bool:
-        """Whether a layer has experts in place of an MLP."""
+        """Whether a layer has experts."""
         return self.experts is not None and self.experts.layers[layer]
+
+    def shape(self, layer: int) -> LayerShape:
+        """The heads of a layer, the width of its MLP, and whose keys it attends to."""
+        if self.shapes:
+            return self.shapes[layer]
+        return LayerShape(self.kv_heads, self.head_dim, self.intermediate_size, layer)
 
     @property
     def value_dim(self) -> int:
@@ -277,19 +319,24 @@ class ModelSpec:
     def inner_widths(self) -> tuple[int, ...]:
         """The features inside the MLPs and the experts there are, each kind once."""
         experts = self.experts
+        widths = tuple(dict.fromkeys(shape.width for shape in self.shapes)) or (self.intermediate_size,)
         if experts is None:
-            return (self.intermediate_size,)
-        dense = () if all(experts.layers) else (self.intermediate_size,)
+            return widths
+        dense = () if all(experts.layers) and not experts.beside else widths
         return (*dense, experts.width, *((experts.shared_width,) if experts.shared_width else ()))
 
     @property
     def inner_features(self) -> int:
         """The features inside MLPs and experts that a token has in all layers."""
+        widths = [self.shape(layer).width for layer in range(self.layers)]
         if self.experts is None:
-            return self.layers * self.intermediate_size
-        count = sum(self.experts.layers)
+            return sum(widths)
         each = self.experts.routing.chosen * self.experts.width + self.experts.shared_width
-        return (self.layers - count) * self.intermediate_size + count * each
+        beside = self.experts.beside
+        return sum(
+            (each if has else 0) + (width if beside or not has else 0)
+            for width, has in zip(widths, self.experts.layers, strict=True)
+        )
 
     @property
     def continues_text(self) -> bool:
@@ -339,8 +386,26 @@ class ModelSpec:
 
     @property
     def cache_layers(self) -> int:
-        """Layers whose keys and values are kept: one after another the same, where every text goes through at once."""
-        return 1 if self.mask == "bidirectional" else self.layers
+        """Layers whose keys and values are kept: one after another the same, where every text goes through at once; and
+        the first ones, where others attend to theirs."""
+        if self.mask == "bidirectional":
+            return 1
+        return sum(shape.source == layer for layer, shape in enumerate(self.shapes)) if self.shapes else self.layers
+
+    @property
+    def cache_heads(self) -> tuple[PerLayer, PerLayer]:
+        """H_kv and D of the layers whose keys and values are kept, as pools of pages take them."""
+        if not self.shapes:
+            return self.kv_heads, self.head_dim
+        kept = self.shapes[: self.cache_layers]
+        return tuple(shape.kv_heads for shape in kept), tuple(shape.head_dim for shape in kept)
+
+    @property
+    def attention_sizes(self) -> tuple[tuple[int, int], ...]:
+        """(H_kv, D) of the layers, each kind once."""
+        return tuple(dict.fromkeys((shape.kv_heads, shape.head_dim) for shape in self.shapes)) or (
+            (self.kv_heads, self.head_dim),
+        )
 
     @property
     def attention_scale(self) -> float:

@@ -15,6 +15,7 @@ from kbit.graph.recording import (
     Activate,
     Add,
     Attend,
+    Columns,
     Convolve,
     CrossAttend,
     Embed,
@@ -35,7 +36,7 @@ from kbit.graph.recording import (
 )
 from kbit.models.blocks import Weights
 from kbit.models.decoder import DecoderDefinition, DecoderWeights
-from kbit.models.params import OUTSIDE, Parameter, parameters
+from kbit.models.params import OUTSIDE, Parameter, parameters, weightless_norms
 from kbit.models.spec import ModelSpec
 
 
@@ -102,18 +103,24 @@ class Structure:
         first expert.
         """
         made: dict[Symbol, str] = {}
+        values: dict[int, str] = {}  # of layers
         found: dict[str, str] = {}
         for operation in self.operations:
             if isinstance(operation, Embed):
                 made[operation.out] = _name(operation.weight)
+            elif isinstance(operation, Columns):
+                continue  # of features of all layers, which nothing multiplies
             elif isinstance(operation, Norm | SumParts | Scale | SoftCap | Rotate | FitHeads | SigmoidGate):
                 made[operation.out] = made[operation.x]
             elif isinstance(operation, Add):
                 made[operation.out] = made[operation.y]
             elif isinstance(operation, Attend):
-                made[operation.out] = made[operation.v]
+                if operation.v is not None:
+                    values[operation.attention.layer] = made[operation.v]
+                made[operation.out] = values[operation.attention.layer]
             elif isinstance(operation, Activate):
-                made[operation.out] = made[operation.gate if operation.up is None else operation.up]
+                gated = operation.up if operation.up in made else None
+                made[operation.out] = made[operation.gate if gated is None else gated]
             elif isinstance(operation, Convolve):
                 made[operation.out] = made[operation.x]
             elif isinstance(operation, Recur):
@@ -162,6 +169,8 @@ class Structure:
                 continue  # a residual stream
             consumers = tuple(_name(weight) for operation in projects for weight in operation.weights)
             if isinstance(maker, Norm):
+                if not _vector(maker.weight):
+                    continue
                 biases = (maker.bias,) if maker.bias is not None else ()
                 found.append(Seam(consumers, _vector(maker.weight), tuple(_vector(bias) for bias in biases), "norm"))
                 continue
@@ -198,7 +207,8 @@ def recorded(spec: ModelSpec, layers: int | None = None) -> Structure:
         layers: the first so many layers only; None: all.
     """
     if layers is not None and layers < spec.layers:
-        spec = replace(spec, layers=layers, windows=spec.windows[:layers], rotated=spec.rotated[:layers])
+        shapes = spec.shapes[:layers]
+        spec = replace(spec, layers=layers, windows=spec.windows[:layers], rotated=spec.rotated[:layers], shapes=shapes)
     recorder = Recorder(Symbol(1))
     weights = assemble(spec, _named_matrix, lambda parameter: NamedVector(parameter.name, parameter.shape))
     result = DecoderDefinition(spec, weights).body(recorder, recorder.input)
@@ -213,11 +223,19 @@ def assemble(
     Args:
         spec: the model.
         matrix: makes a matrix of its declaration: a linear's, the embedding or a head.
-        vector: makes a norm's weight or a bias.
+        vector: makes a norm's weight or a bias; that of a norm without one has no name.
     """
     declared = parameters(spec)
     inside = groupby((p for p in declared if p.layer is not None), key=lambda parameter: parameter.layer)
-    layers = tuple(_weights(parts, matrix, vector) for _, parts in inside)
+    layers = []
+    for index, parts in inside:
+        assert index is not None
+        found = _weights(parts, matrix, vector)
+        ones = {
+            slot: vector(Parameter("", slot, index, "norm", (width,)))
+            for slot, width in weightless_norms(spec, index).items()
+        }
+        layers.append(replace(found, norms={**found.norms, **ones}))
     outside = [p for p in declared if p.layer is None]
     embedding = matrix(outside[0])
     head = next((matrix(p) for p in outside if p.role == "head"), embedding)
@@ -225,7 +243,7 @@ def assemble(
     if spec.sloped:
         slopes = Parameter("slopes", "distances", None, "distances", (spec.heads,))
         final = replace(final, biases={**final.biases, "distances": vector(slopes)})
-    return DecoderWeights(embedding, layers, final, head)
+    return DecoderWeights(embedding, tuple(layers), final, head)
 
 
 def _named_matrix(parameter: Parameter) -> NamedMatrix:
@@ -240,7 +258,7 @@ def _weights(
     norms: dict[str, Vector] = {}
     biases: dict[str, Vector] = {}
     for parameter in declared:
-        if parameter.role in ("linear", "router", "rows"):
+        if parameter.role in ("linear", "router", "rows", "table"):
             matrices[parameter.slot] = matrix(parameter)
         else:
             vectors = norms if parameter.role == "norm" else biases

@@ -1,4 +1,4 @@
-"""The language model inside a checkpoint of several kinds of input: Gemma 3 from 4B on, Mistral Small 3.1 and later.
+"""The language model inside a checkpoint of several kinds of input: Gemma 3 from 4B on, Gemma 4, Mistral Small 3.1.
 
 Such a checkpoint describes its parts in objects of its configuration (`text_config`), and keeps each under a prefix.
 Text alone runs through the language model as if there were nothing else, so that is what is read; the tensors of the
@@ -16,7 +16,7 @@ from kbit.models.renamed import RenamedSource
 
 # Kinds of model whose language model computes the same with and without the rest, and what kind that is if the
 # configuration does not say.
-_WRAPPERS = {"gemma3": "gemma3_text", "mistral3": "mistral", "llava": "llama"}
+_WRAPPERS = {"gemma3": "gemma3_text", "gemma4": "gemma4_text", "mistral3": "mistral", "llava": "llama"}
 # What the configuration of the whole says of its language model, where that one's own does not.
 _INHERITED = ("dtype", "torch_dtype", "quantization_config", "tie_word_embeddings")
 # Prefixes of the language model before transformers 4.52 and since, and what they stand for.
@@ -24,7 +24,9 @@ _LANGUAGE = (
     (re.compile(r"^language_model\.(model|lm_head)\."), r"\1."),
     (re.compile(r"^model\.language_model\."), "model."),
 )
-_OTHER_PARTS = re.compile(r"^(model\.)?(vision_tower|vision_model|multi_modal_projector|image_newline)(\.|$)")
+_OTHER_PARTS = re.compile(
+    r"^(model\.)?(vision_tower|vision_model|multi_modal_projector|image_newline|audio_tower|embed_vision|embed_audio)(\.|$)"
+)
 
 
 def unwrapped(source: CheckpointSource) -> CheckpointSource:
@@ -48,7 +50,7 @@ def unwrapped(source: CheckpointSource) -> CheckpointSource:
         config["tie_word_embeddings"] = True
     left_out = sum(_OTHER_PARTS.match(name) is not None for name in source.tensors)
     if left_out:
-        note(f"{source.path}: the language model is used; {left_out} tensors for pictures are left out")
+        note(f"{source.path}: the language model is used; {left_out} tensors for pictures and sound are left out")
     return RenamedSource(source, names, config)
 
 

@@ -240,7 +240,7 @@ def _rates_for(rates: Rates, fitting: Sequence[Sequence[Candidate]]) -> MachineS
     for options in fitting:
         spec = options[0].model.spec
         kernels.update(dict.fromkeys(needed_kernels(options[0].weights, spec.tied_embeddings)))
-        shapes[needed_attention(spec, options[0].kv)] = None
+        shapes |= dict.fromkeys(needed_attention(spec, options[0].kv))
     return rates(kernels, shapes)
 
 
@@ -253,7 +253,7 @@ def _timed(request: Requirements, option: Candidate, machine: MachineSpeed | Non
     if machine is None or rates is None:
         return option
     if request.min_speed is not None:  # narrower caches may be needed
-        machine = rates(needed_kernels(option.weights, spec.tied_embeddings), [needed_attention(spec, option.kv)])
+        machine = rates(needed_kernels(option.weights, spec.tied_embeddings), needed_attention(spec, option.kv))
     try:
         return replace(
             option, speed=predict_speed(spec, option.weights, machine, context=request.context, kv=option.kv)

@@ -31,6 +31,7 @@ from kbit.formats.registry import parse_format
 from kbit.graph.pages import pages_for
 from kbit.host.errors import UnsupportedError, UsageError
 from kbit.models.params import parameters as declared
+from kbit.models.params import weightless_norms
 from kbit.models.spec import ModelSpec
 
 # Bytes of a number of the types that weights are kept in without being quantized.
@@ -61,7 +62,8 @@ class Weight:
 
     Attributes:
         name: its name in a checkpoint.
-        role: "linear", "embedding", "head", "router" (of experts) or "other" (norms, biases).
+        role: "linear", "embedding", "table" (tokens are looked up in it, too), "head", "router" (small, and stays as it
+            is) or "other" (norms, biases).
         rows, columns: shape; a vector has one row.
         kept: a format, or one of DENSE_BYTES.
         steps: its scales are fp32 products of a step and a size, which the CPU engine keeps apart (GGUF's K types).
@@ -94,8 +96,8 @@ class MemoryUse:
     """Bytes of a model in memory, at the worst moment.
 
     Attributes:
-        linear, embedding, head, vectors: weights as the backend keeps them. A tied head counts as the embedding;
-            vectors include routers.
+        linear, embedding, head, vectors: weights as the backend keeps them. A tied head counts as the embedding, as do
+            other tables; vectors include routers.
         cache: keys and values, for the whole context.
         workspace: buffers, scratch and tables of a pass.
         tokenizer: vocabulary and merges.
@@ -152,13 +154,14 @@ def planned_weights(
     for kept in (linear, embedding, head):
         if isinstance(kept, str) and kept not in DENSE_BYTES:
             raise UsageError(f"weights kept as {kept!r}: use a format such as nf4-b64, or {', '.join(DENSE_BYTES)}")
-    kinds = {"linear": linear, "embedding": embedding, "head": head, "router": "fp16"}
+    kinds = {"linear": linear, "embedding": embedding, "table": embedding, "head": head, "router": "fp16"}
     weights = []
     for p in declared(spec):
         if len(p.shape) == 1:
             weights.append(Weight(p.name, "other", 1, p.shape[0], "fp32", active=p.active))
         else:
-            weights.append(Weight(p.name, p.role, p.shape[0], p.shape[1], kinds[p.role], active=p.active))
+            role = p.role if p.role in kinds else "router"
+            weights.append(Weight(p.name, role, p.shape[0], p.shape[1], kinds[role], active=p.active))
     return tuple(weights)
 
 
@@ -211,7 +214,7 @@ def predict_memory(
     """
     if context < 1 or batch < 1:
         raise UsageError(f"a context of {context} tokens for {batch} sequences: both need to be at least 1")
-    sizes = {"linear": 0, "embedding": 0, "head": 0, "other": 0, "router": 0}
+    sizes = {"linear": 0, "embedding": 0, "table": 0, "head": 0, "other": 0, "router": 0}
     ready, loading, leftover = 0, 0, 0
     for weight in weights:
         size = prepared_bytes(weight, backend)
@@ -220,6 +223,8 @@ def predict_memory(
         ready += size
         if isinstance(weight.kept, str) and 4 * weight.numel < _HEAP_LIMIT:
             leftover = max(leftover, 4 * weight.numel)  # a float32 copy that is freed, and that the heap keeps
+    made = (weightless_norms(spec, layer).values() for layer in range(spec.layers))
+    sizes["other"] += 4 * sum(width for widths in made for width in widths)
     tokenizer = tokenizer_bytes(spec.vocab_size)
     reused = _TOKENIZER_REUSED * max(0.0, tokenizer - _SMALL_TOKENIZER)
     if gguf:
@@ -233,13 +238,14 @@ def predict_memory(
     else:
         tokenizer = kept = 0  # not on the GPU
         # Residual stream, q, k, v and attention's output, gate and up, each in float32 at most.
-        width = 2 * spec.hidden_size + 2 * (spec.heads + spec.kv_heads) * spec.head_dim + 3 * max(spec.inner_widths)
+        heads = max((spec.heads + count) * dim for count, dim in spec.attention_sizes)
+        width = 2 * spec.hidden_size + 2 * heads + 3 * max(spec.inner_widths) + spec.layers * spec.layer_features
         workspace = 4 * rows * width
     workspace += _rotary_bytes(spec, context) + 3 * 4 * spec.vocab_size * batch
     cache = cache_bytes(spec, context, batch, kv, backend)
     return MemoryUse(
         sizes["linear"],
-        sizes["embedding"],
+        sizes["embedding"] + sizes["table"],
         sizes["head"],
         sizes["other"] + sizes["router"],
         cache,
@@ -276,16 +282,23 @@ def cache_bytes(spec: ModelSpec, context: int, batch: int = 1, kv: str = "fp16",
     """
     if kv not in KV_KINDS or (kv == "fp32" and backend != "native"):
         raise UnsupportedError(f"a KV cache of {kv}: the {backend} backend has 16-bit floats and 8, 4, 3 or 2 bits")
-    if kv.isdigit() and spec.head_dim % 16:
+    uneven = next((dim for _, dim in spec.attention_sizes if dim % 16), None)
+    if kv.isdigit() and uneven:
         raise UnsupportedError(
-            f"a KV cache of {kv} bits: heads of {spec.head_dim} features are not a multiple of 16; use 16 bits"
+            f"a KV cache of {kv} bits: heads of {uneven} features are not a multiple of 16; use 16 bits"
         )
     pages = batch * pages_for(context)
+    return pages * sum(page_bytes(spec, layer, kv, backend) for layer in range(spec.cache_layers))
+
+
+def page_bytes(spec: ModelSpec, layer: int, kv: str, backend: str) -> int:
+    """Bytes of one layer's part of a page."""
+    shape = spec.shape(layer)
     if backend == "native":
-        return pages * _native.kv_page_bytes(spec.cache_layers, spec.kv_heads, spec.head_dim, kv)
+        return _native.kv_page_bytes(1, shape.kv_heads, shape.head_dim, kv)
     from kbit.kernels.triton.attention.kv_layout import KVFormat
 
-    return pages * spec.cache_layers * spec.kv_heads * 2 * KVFormat(kv, spec.head_dim).page_bytes
+    return shape.kv_heads * 2 * KVFormat(kv, shape.head_dim).page_bytes
 
 
 def program_bytes(
@@ -296,7 +309,8 @@ def program_bytes(
     Args:
         resident: only what such passes touch; memory that is never written costs nothing.
     """
-    hidden, queries, experts = spec.hidden_size, spec.heads * spec.head_dim, spec.experts
+    hidden, experts = spec.hidden_size, spec.experts
+    queries = spec.heads * max(dim for _, dim in spec.attention_sizes)
     buffers = sum(4 * rows * _up(width, _native.TILE_COLUMNS) for width in _buffer_widths(spec))
     latent = spec.latent
     ranks = () if latent is None else (latent.rank, latent.query_rank)
@@ -307,7 +321,7 @@ def program_bytes(
         pairs = rows * experts.routing.chosen
         shared_numbers = max(shared_numbers, pairs * inside, pairs * outside)
         buffers += 4 * pairs * (inside + outside)
-    multiplied = [w.kept for w in weights if w.role != "embedding" or spec.tied_embeddings]
+    multiplied = [w.kept for w in weights if w.role != "table" and (w.role != "embedding" or spec.tied_embeddings)]
     blocks = {kept.block_size for kept in multiplied if isinstance(kept, QuantFormat)}
     segments = {_native.matrix_segment(block) for block in blocks} if compute == "int8" else set()
 
@@ -372,18 +386,20 @@ def _buffer_widths(spec: ModelSpec) -> tuple[int, ...]:
     from kbit.graph.fuse import fuse
     from kbit.models.structure import recorded
 
-    # From the second layer on nothing new is needed, nor from the second with experts.
+    # From the second layer on nothing new is needed, nor from the second with experts, where layers are alike.
     first = spec.experts.layers.index(True) if spec.experts is not None else 0
-    structure = recorded(spec, layers=first + 2)
+    structure = recorded(spec, layers=None if spec.shapes else first + 2)
     return tuple(place(fuse(structure.operations, structure.result), structure.result).widths)
 
 
 def _attention_bytes(spec: ModelSpec, context: int, threads: int) -> int:
     """Scratch of attention and, with threads, of chunks that wait."""
-    group, padded = spec.heads // spec.kv_heads, _up(spec.head_dim, 16)
-    rows = max(48, 16 * group)
-    waiting = 4 * spec.heads * ceil(context / _native.ATTENTION_CHUNK) * (padded + 2) if threads > 1 else 0
-    return threads * _native.attention_task_bytes(rows, spec.head_dim) + waiting
+    total = 0
+    for count, dim in spec.attention_sizes:  # each has a plan, and memory, of its own
+        rows, padded = max(48, 16 * (spec.heads // count)), _up(dim, 16)
+        waiting = 4 * spec.heads * ceil(context / _native.ATTENTION_CHUNK) * (padded + 2) if threads > 1 else 0
+        total += threads * _native.attention_task_bytes(rows, dim) + waiting
+    return total
 
 
 def _rotary_bytes(spec: ModelSpec, context: int) -> int:

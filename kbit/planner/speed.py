@@ -15,11 +15,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from kbit.backends.cpu.runner import PASS_ROWS
+from kbit.graph.pages import PAGE
 from kbit.host.errors import KbitError
 from kbit.models.spec import ModelSpec
 from kbit.planner.kernel_timing import AttentionRate, KernelRate, kernel_key
 from kbit.planner.machine import MachineSpeed, attention_key
-from kbit.planner.memory import Weight, cache_bytes, prepared_bytes
+from kbit.planner.memory import Weight, page_bytes, prepared_bytes
 
 # What predictions are off by, as a fraction (benchmarks/test_plan.py prints it).
 TYPICAL_ERROR = 0.15
@@ -56,9 +57,9 @@ def needed_kernels(weights: Sequence[Weight], tied: bool) -> list[str]:
     return list(dict.fromkeys(kernel_key(weight.kept) for weight in _multiplied(weights, tied)))
 
 
-def needed_attention(spec: ModelSpec, kv: str) -> tuple[str, int, int]:
-    """The attention shape of a model: cache kind, features of a head, query heads per key/value head."""
-    return kv, spec.head_dim, spec.heads // spec.kv_heads
+def needed_attention(spec: ModelSpec, kv: str) -> list[tuple[str, int, int]]:
+    """The attention shapes of a model: cache kind, features of a head, query heads per key/value head."""
+    return [(kv, dim, spec.heads // count) for count, dim in spec.attention_sizes]
 
 
 def predict_speed(
@@ -77,9 +78,8 @@ def predict_speed(
         KbitError: a rate that was not measured.
     """
     multiplied = _multiplied(weights, spec.tied_embeddings)
-    seen = float(_seen(spec, context))
     full, best, worst = (
-        _decode_seconds(spec, multiplied, machine, kv, seen, crowding)
+        _decode_seconds(spec, multiplied, machine, kv, context, crowding)
         for crowding in (_CROWDING, _LEAST_CROWDING, _MOST_CROWDING)
     )
     spread = max(_kernel(machine, weight).spread for weight in multiplied)
@@ -89,7 +89,7 @@ def predict_speed(
         decode=1 / full,
         low=1 / (worst * error),
         high=error / best,
-        decode_empty=1 / _decode_seconds(spec, multiplied, machine, kv, 0.0, _CROWDING),
+        decode_empty=1 / _decode_seconds(spec, multiplied, machine, kv, 0, _CROWDING),
         prefill=prefill,
         bytes_per_token=bytes_per_token(spec, weights, context, kv),
     )
@@ -101,7 +101,6 @@ def prompt_seconds(spec: ModelSpec, weights: Sequence[Weight], machine: MachineS
     Raises:
         KbitError: a rate that was not measured.
     """
-    rate = _attention(machine, kv, spec)
     over = machine.overheads
     passes = -(-tokens // PASS_ROWS)
     seconds = over.prompt + passes * over.layer * spec.layers
@@ -112,24 +111,32 @@ def prompt_seconds(spec: ModelSpec, weights: Sequence[Weight], machine: MachineS
         else:  # logits of a pass's last token alone
             seconds += passes * weight.numel * kernel.memory
     step = min(16, tokens)  # a sum over positions, every sixteenth of them
-    seen = step * sum(_seen(spec, position + step // 2) for position in range(0, tokens, step))
-    return seconds + spec.kv_heads * (rate.prompt * seen + rate.row * tokens * spec.layers)
+    for layer, window in enumerate(spec.windows):
+        rate = _attention(machine, kv, spec, layer)
+        seen = step * sum(_seen(window, position + step // 2) for position in range(0, tokens, step))
+        seconds += spec.shape(layer).kv_heads * (rate.prompt * seen + rate.row * tokens)
+    return seconds
 
 
 def bytes_per_token(spec: ModelSpec, weights: Sequence[Weight], context: int, kv: str, backend: str = "native") -> int:
     """Bytes of weights and cache that one token reads with `context` tokens in the cache."""
     multiplied = _multiplied(weights, spec.tied_embeddings)
     read = sum(weight.active * prepared_bytes(weight, backend) for weight in multiplied)
-    cache = cache_bytes(spec, 1 << 10, 1, kv, backend) / (1 << 10)  # of a token, in all layers
-    return round(read + cache * _seen(spec, context) / spec.layers)
+    for layer, window in enumerate(spec.windows):
+        read += page_bytes(spec, layer, kv, backend) / PAGE * _seen(window, context)
+    return round(read)
 
 
 def _decode_seconds(
-    spec: ModelSpec, weights: Sequence[Weight], machine: MachineSpeed, kv: str, seen: float, crowding: float
+    spec: ModelSpec, weights: Sequence[Weight], machine: MachineSpeed, kv: str, context: int, crowding: float
 ) -> float:
-    """Seconds of one token with `seen` slots in sight, added up over the layers."""
-    rate = _attention(machine, kv, spec)
-    read = sum(weight.active * prepared_bytes(weight) for weight in weights) + seen * spec.kv_heads * rate.nbytes
+    """Seconds of one token with `context` tokens in the cache."""
+    attended = [
+        (_attention(machine, kv, spec, layer), spec.shape(layer).kv_heads * _seen(window, context))
+        for layer, window in enumerate(spec.windows)
+    ]
+    read = sum(weight.active * prepared_bytes(weight) for weight in weights)
+    read += sum(slots * rate.nbytes for rate, slots in attended)
     share = machine.memory_share(crowding * read)
     over = machine.overheads
     seconds = over.token + over.vocabulary * spec.vocab_size + over.layer * spec.layers + over.matmul
@@ -137,14 +144,15 @@ def _decode_seconds(
         kernel = _kernel(machine, weight)
         seconds += weight.active * weight.numel * (kernel.cached + share * (kernel.memory - kernel.cached))
     # q, k and v share their input, as do gate and up; the activation goes over its features once more.
-    features = spec.layers * (2 * spec.hidden_size + spec.heads * spec.head_dim) + 2 * spec.inner_features
+    queries = spec.heads * sum(spec.shape(layer).head_dim for layer in range(spec.layers))
+    features = 2 * spec.layers * spec.hidden_size + queries + 2 * spec.inner_features
     seconds += over.column * (features + spec.hidden_size)
-    return seconds + seen * spec.kv_heads * (rate.cached + share * (rate.memory - rate.cached))
+    return seconds + sum(slots * (rate.cached + share * (rate.memory - rate.cached)) for rate, slots in attended)
 
 
-def _seen(spec: ModelSpec, context: int) -> int:
-    """Slots that a token sees with `context` tokens in the cache, added up over the layers."""
-    return sum(context if window is None else min(window, context) for window in spec.windows)
+def _seen(window: int | None, context: int) -> int:
+    """Slots of a layer that a token sees with `context` tokens in the cache."""
+    return context if window is None else min(window, context)
 
 
 def _multiplied(weights: Sequence[Weight], tied: bool) -> list[Weight]:
@@ -160,8 +168,9 @@ def _kernel(machine: MachineSpeed, weight: Weight) -> KernelRate:
     return machine.kernels[key]
 
 
-def _attention(machine: MachineSpeed, kv: str, spec: ModelSpec) -> AttentionRate:
-    key = attention_key(*needed_attention(spec, kv))
+def _attention(machine: MachineSpeed, kv: str, spec: ModelSpec, layer: int) -> AttentionRate:
+    shape = spec.shape(layer)
+    key = attention_key(kv, shape.head_dim, spec.heads // shape.kv_heads)
     if key not in machine.attention:
         raise KbitError(f"attention {key} has not been timed on this machine")
     return machine.attention[key]

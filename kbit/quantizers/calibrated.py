@@ -120,7 +120,9 @@ class TwoSided(CalibratedRounding):
 class CalibratedView(QuantizedView):
     """A source whose planned weights come rounded with a calibration.
 
-    All planned matrices of a layer are rounded when the first of them is read, side by side, each by one thread.
+    All planned matrices of a layer are rounded when the first of them is read, side by side, each by one thread. Tables
+    that tokens are looked up in beside the embedding are rounded to nearest, piece by piece: nothing was measured of
+    them, and they may be larger than all the rest.
 
     Args:
         source, plan, read: as for QuantizedView.
@@ -142,6 +144,7 @@ class CalibratedView(QuantizedView):
         self._calibration, self._rounding = calibration, rounding
         spec = spec_from_config(source.config, where=f"config of {source.path}")
         self._layers = {p.name: p.layer for p in parameters(spec)}
+        self._tables = {p.name for p in parameters(spec) if p.role == "table"}
         self._ready: dict[str, QuantTensor] = {}
         self._served: set[str] = set()
         borrowed = [name for name in calibration.borrowed() if name in self.formats]
@@ -153,6 +156,8 @@ class CalibratedView(QuantizedView):
             )
 
     def read_quantized(self, name: str) -> QuantTensor:
+        if name in self._tables:
+            return super().read_quantized(name)
         if name not in self._ready:
             if name in self._served:  # asked for again: alone
                 return self._round(name, self.target(name), self._factors(self._layers[name]).get(name))
@@ -165,7 +170,8 @@ class CalibratedView(QuantizedView):
 
         from kbit.calibration.workers import workers
 
-        names = [name for name in self.formats if self._layers[name] == layer and name not in self._served]
+        done = self._served | self._tables
+        names = [name for name in self.formats if self._layers[name] == layer and name not in done]
         self._ready.clear()  # of a layer that was not read to its end
         factors = self._factors(layer)
         weights = {name: self.target(name) for name in names}  # by this thread: a source has one place in its file

@@ -161,7 +161,7 @@ def _calibrating(spec: ModelSpec, tokens: int, length: int, gradients: bool) -> 
     weights = sum(p.active * p.shape[0] * p.shape[1] for p in linear)
     scores = spec.layers * spec.heads * length
     passed = scores + sum(p.active * p.shape[0] for p in linear) + 4 * spec.layers * spec.hidden_size
-    attention = 4.0 * spec.layers * spec.heads * spec.head_dim * length
+    attention = 4.0 * sum(spec.heads * spec.shape(layer).head_dim for layer in range(spec.layers)) * length
     inputs, kept = (sum(share * p.shape[1] ** 2 for p, share in _shares(linear, whole)) for whole in (False, True))
     work = Work(tokens * (2.0 * weights + attention + inputs), tokens * _FORWARD * passed + _PACK * kept)
     if gradients:

@@ -110,7 +110,7 @@ def predicted_costs(
             costs[name] = 0.0
         elif name in known and known[name].format == tensor.format:
             costs[name] = known[name].cost
-        elif isinstance(tensor.format, QuantFormat):
+        elif isinstance(tensor.format, QuantFormat) and tensor.role != "table":
             formats[name] = (tensor.format,)
     if formats:
         calibration = calibrate(source, method.request, progress=progress)
@@ -120,11 +120,11 @@ def predicted_costs(
 
 
 def _formats_to_try(plan: Plan, fixed: Collection[str]) -> dict[str, tuple[QuantFormat, ...]]:
-    """Of the matrices that are not fixed, by name."""
+    """Of the matrices that are not fixed, by name. What rounding a table costs is not known: it stays as planned."""
     return {
         tensor.source.name: _worth_trying(tensor, _candidates(tensor.format, tensor.role))
         for tensor in plan.tensors
-        if tensor.format and not tensor.as_stored and tensor.source.name not in fixed
+        if tensor.format and not tensor.as_stored and tensor.source.name not in fixed and tensor.role != "table"
     }
 
 

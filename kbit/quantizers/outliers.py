@@ -127,7 +127,9 @@ class OutlierView(QuantizedView):
         return self.target(producer).std(dim=0 if producer == self._embedding else 1)
 
     def _repeat(self, name: str, spread: torch.Tensor, columns: int) -> torch.Tensor:
-        heads, kv_heads = self._config.get("num_attention_heads"), self._config.get("num_key_value_heads")
-        if not heads or not kv_heads or columns % heads or len(spread) * heads != columns * kv_heads:
+        heads = int(self._config.get("num_attention_heads") or 0)
+        head_dim = columns // heads if heads else 0
+        kv_heads = len(spread) // head_dim if head_dim else 0
+        if not kv_heads or heads % kv_heads or head_dim * heads != columns or head_dim * kv_heads != len(spread):
             raise UnsupportedError(f"{name}: {columns} inputs cannot come from {len(spread)} units")
         return spread.view(kv_heads, -1).repeat_interleave(heads // kv_heads, dim=0).reshape(-1)

@@ -52,7 +52,7 @@ class TensorPlan:
         source: the tensor in the source.
         format: the k-bit format, or None to keep it.
         keep_as: for a kept tensor, the safetensors dtype it is stored in.
-        role: "linear", "embedding", "head" or "other" (norms, biases).
+        role: "linear", "embedding", "table", "head" or "other" (norms, biases); see `kbit.quantizers.roles`.
         as_stored: the source holds it quantized, and it stays so: `format` is that of `kbit.quantizers.stored`.
     """
 
@@ -236,7 +236,7 @@ def _tensor_plan(info: TensorInfo, target: Codec | str, role: str, method: Metho
 def _default_target(role: str, format: Codec, embedding_bits: int | None, method: Method) -> Codec | str:
     if role == "linear":
         return format
-    if role in ("embedding", "head") and embedding_bits is not None and embedding_bits != 16:
+    if role in ("embedding", "table", "head") and embedding_bits is not None and embedding_bits != 16:
         usual = format.at_width(embedding_bits)
         # HQQ has offsets to find, which the width's default data type lacks.
         if method.refuses(usual) is not None and isinstance(format, QuantFormat):

@@ -10,11 +10,12 @@ from kbit.models.params import parameters
 
 _DECLARED = {"embedding": "embedding", "head": "head", "linear": "linear", "norm": "other", "bias": "other"}
 _DECLARED |= dict.fromkeys(("router", "rows", "distances", "task"), "other")
+_DECLARED["table"] = "table"
 
 
 def roles_of(source: CheckpointSource) -> dict[str, str]:
-    """Of every tensor by name: "embedding", "head", "linear" (a matrix inside a layer), "other", or "ignored" for what
-    no model needs (`kbit.checkpoint.surplus`).
+    """Of every tensor by name: "embedding", "table" (another one that tokens are looked up in), "head", "linear" (a
+    matrix inside a layer), "other", or "ignored" for what no model needs (`kbit.checkpoint.surplus`).
 
     A model that kbit does not run can be converted, too: of an architecture or a configuration that is none of its
     families', and of tensors that a family does not declare, the role is what the name suggests (`role_by_name`).

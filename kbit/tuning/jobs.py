@@ -115,13 +115,18 @@ def model_jobs(weights: DecoderWeights, spec: ModelSpec, kv: str, device: torch.
         for tokens in QUICK_TOKENS if quick else PRODUCT_TOKENS:
             jobs += product_jobs(product, tokens)
     dtype = torch.bfloat16 if kv == "bf16" else torch.float16
-    heads = Heads(spec.heads, spec.kv_heads, spec.head_dim, spec.attention_scale, spec.windows[0], kv, dtype, device)
+    attentions = {
+        (shape.kv_heads, shape.head_dim): Heads(
+            spec.heads, shape.kv_heads, shape.head_dim, spec.attention_scale, window, kv, dtype, device
+        )
+        for shape, window in reversed([(spec.shape(at), window) for at, window in enumerate(spec.windows)])
+    }
     limit = spec.context_length
     contexts = [context for context in (QUICK_CONTEXTS if quick else CONTEXTS) if context <= limit] or [limit]
     for tokens in (1,) if quick else (1, DRAFTED):
-        jobs.append(heads.decode_job(tokens, contexts))
+        jobs += [heads.decode_job(tokens, contexts) for heads in attentions.values()]
     prompts = [(new, held) for new, held in (QUICK_PROMPTS if quick else PROMPTS) if held <= limit] or [(limit, limit)]
-    jobs.append(heads.prefill_job(prompts))
+    jobs += [heads.prefill_job(prompts) for heads in attentions.values()]
     return list({job.key: job for job in reversed(jobs)}.values())[::-1]
 
 

@@ -13,10 +13,12 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 # Caps of scores and logits, factors, norms of heads, two rotations, rotation apart from attention, queries with a
 # temperature, partial rotation; experts with a shared one behind a gate, in groups with a bias, with sinks and a clamp.
+# Layers of two shapes, with shared keys, features of their own, and experts beside an MLP.
 FAMILIES = ["gemma2", "gemma3", "granite", "hunyuan", "ministral3", "glm4", "qwen2-moe", "glm4-moe", "gpt-oss"]
 # Latent attention, values narrower than keys; queries that grow of which a part turns; groups by their best expert.
 FAMILIES += ["deepseek-v2", "deepseek-v3", "mistral4"]
 LATENT = {"qk_nope_head_dim": 12, "qk_rope_head_dim": 4, "v_head_dim": 11}
+FAMILIES += ["gemma4-e", "gemma4-moe"]
 
 
 def wide(name: str) -> DictSource:
@@ -55,7 +57,7 @@ def test_threads_pieces_and_batches_change_no_bit(name: str, options: dict[str, 
     assert torch.equal(run(three, ids[1:], [140]), whole[1:])
 
 
-@pytest.mark.parametrize("name", ["gemma2", "gemma3", "hunyuan"])
+@pytest.mark.parametrize("name", ["gemma2", "gemma3", "hunyuan", "gemma4-e", "gemma4-dense"])
 def test_keys_and_values_of_8_bits_change_little(name: str) -> None:
     """Each is off by at most 1/254 of its group's largest; what capped scores then say differs by a few percent."""
     source, ids = wide(name), random_ids(1, 100)

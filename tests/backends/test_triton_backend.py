@@ -32,6 +32,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 # the norm; latent attention.
 FAMILIES = ["llama", "llama-tied", "llama-biases", "llama-multi-query", "llama-gelu", "llama-dynamic", "mistral-window"]
 FAMILIES += ["qwen3", "gemma2", "gemma3", "phi3", "smollm3-listed", "hunyuan", "gpt2", "gpt_neox", "youtu"]
+FAMILIES += ["gemma4-dense", "gemma4-e"]
 
 
 def source_of(name: str, format: str | None = None, **changes: Any) -> DictSource:

@@ -54,7 +54,38 @@ PLACES = {"q": "self_attn.q", "down": "mlp.down"}
 
 
 @pytest.mark.usefixtures("one_thread")
-@pytest.mark.parametrize("name", ["qwen3-moe", "gpt-oss"])
+@pytest.mark.parametrize("name", ["gemma4-e", "gemma4-dense"])
+def test_divergence_where_layers_differ(published: Callable[[str], Path], name: str) -> None:
+    """Keys that several layers attend to cost what all of them make of an error; keys may be values, too."""
+    tokens = ids(16, 33, seed=5)
+    windows = Windows("gptq", tokens, 0, tokens.size)
+    with open_model(str(published(name))) as source:
+        factors = {}
+        for layer in measure_factors(source, ids(48, 32, seed=0), threads=2):
+            factors |= layer.factors
+        original = load_decoder(source, ReferenceBackend())
+        shapes = original.spec.shapes
+        full = next(at for at, shape in enumerate(shapes) if original.spec.windows[at] is None)
+        others = {p.name for p in parameters(original.spec) if p.role == "linear"}
+        assert others < factors.keys()
+        for slot in ("k", "v", "o", "layer_up", "layer_gate", "down"):
+            noisy = load_decoder(source, ReferenceBackend())
+            weight = noisy.weights.layers[full].matrices.get(slot)
+            if weight is None:
+                continue
+            assert isinstance(weight, ReferenceWeight)
+            assert isinstance(weight.data, torch.Tensor)
+            generator = torch.Generator().manual_seed(len(slot))
+            error = torch.randn(weight.data.shape, generator=generator) * weight.data.std() * 1e-3
+            weight.data.add_(error)
+            tried = compare(noisy, original, windows).kl_mean
+            place = next(p.name for p in parameters(original.spec) if p.layer == full and p.slot == slot)
+            told = factors[place].divergence(error)
+            assert 0.4 * tried <= told <= 2.5 * tried, (slot, told, tried)
+
+
+@pytest.mark.usefixtures("one_thread")
+@pytest.mark.parametrize("name", ["qwen3-moe", "gpt-oss", "gemma4-moe"])
 def test_divergence_of_experts(published: Callable[[str], Path], name: str) -> None:
     """Factors are of the tokens that went to an expert, per token of the text: noise in one costs what they say."""
     tokens = ids(24, 33, seed=5)

@@ -58,6 +58,17 @@ EVERY_HEAD = {"num_key_value_heads": 6}
 HALF = {"rope_type": "default", "rope_theta": 1000.0, "partial_rotary_factor": 0.5}
 SLIDING, FULL = "sliding_attention", "full_attention"
 
+# Layers without a window have heads of 32 that turn by a quarter.
+GEMMA4 = {
+    "head_dim": 16,
+    "global_head_dim": 32,
+    "sliding_window": 7,
+    "rope_parameters": {
+        SLIDING: {"rope_type": "default", "rope_theta": 100.0},
+        FULL: {"rope_type": "proportional", "rope_theta": 5000.0, "partial_rotary_factor": 0.25},
+    },
+}
+
 EXPERTS = {"num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
 
 # Keys of 12 features of which 4 turn, values of 10; several experts in 3 groups.
@@ -84,6 +95,7 @@ MSCALED = {**YARN, "mscale": 0.7, "mscale_all_dim": 0.9}
 MODEL_TYPES = {
     "GPTNeoX": "gpt_neox",
     "Gemma3": "gemma3_text",
+    "Gemma4": "gemma4_text",
     "SeedOss": "seed_oss",
     "HunYuanDenseV1": "hunyuan_v1_dense",
 }
@@ -92,7 +104,7 @@ MODEL_TYPES |= {"GptOss": "gpt_oss"}
 MODEL_TYPES |= {"DeepseekV2": "deepseek_v2", "DeepseekV3": "deepseek_v3", "Glm4MoeLite": "glm4_moe_lite"}
 # Likewise where the class of the model is not called ForCausalLM.
 CLASSES = {"GPT2": "GPT2LMHeadModel"}
-CONFIGS = {"Gemma3": "Gemma3Text"}
+CONFIGS = {"Gemma3": "Gemma3Text", "Gemma4": "Gemma4Text"}
 
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("Llama", {}),
@@ -158,6 +170,44 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
     "gemma3-capped": ("Gemma3", {**HEADS, "sliding_window": 7, "final_logit_softcapping": 5.0}),
+    # As E2B and E4B, with embeddings for every layer and keys that several layers share; 31B; and 26B-A4B.
+    "gemma4-e": (
+        "Gemma4",
+        {
+            **GEMMA4,
+            "num_hidden_layers": 6,
+            "layer_types": [SLIDING, FULL, SLIDING, SLIDING, SLIDING, FULL],
+            "vocab_size_per_layer_input": 131,
+            "hidden_size_per_layer_input": 12,
+            "num_kv_shared_layers": 3,
+            "use_double_wide_mlp": True,
+            "final_logit_softcapping": 5.0,
+        },
+    ),
+    "gemma4-dense": (
+        "Gemma4",
+        {
+            **GEMMA4,
+            "layer_types": [SLIDING, SLIDING, FULL],
+            "hidden_size_per_layer_input": 0,
+            "attention_k_eq_v": True,
+            "num_global_key_value_heads": 1,
+        },
+    ),
+    "gemma4-moe": (
+        "Gemma4",
+        {
+            **GEMMA4,
+            "layer_types": [SLIDING, FULL, FULL],
+            "hidden_size_per_layer_input": 0,
+            "attention_k_eq_v": True,
+            "num_global_key_value_heads": 3,
+            "enable_moe_block": True,
+            "num_experts": 6,
+            "top_k_experts": 2,
+            "moe_intermediate_size": 24,
+        },
+    ),
     "phi3": ("Phi3", {"partial_rotary_factor": 0.5, "tie_word_embeddings": True}),
     "phi3-window": ("Phi3", {"sliding_window": 7}),
     "phi3-longrope": ("Phi3", {"original_max_position_embeddings": 32, "rope_parameters": LONGROPE}),
@@ -344,7 +394,10 @@ def saved_model(name: str, folder: Path, **changes: Any) -> Any:
     import transformers
 
     family, own = CASES[name]
-    config = getattr(transformers, f"{CONFIGS.get(family, family)}Config")(**{**TINY, **own, **changes})
+    entries = {**TINY, **own, **changes}
+    if "vocab_size_per_layer_input" in entries:
+        entries["vocab_size_per_layer_input"] = entries["vocab_size"]
+    config = getattr(transformers, f"{CONFIGS.get(family, family)}Config")(**entries)
     config._experts_implementation = "eager"  # others ask for sizes that are multiples of 4
     model = getattr(transformers, CLASSES.get(family, f"{family}ForCausalLM"))(config).eval()
     generator = torch.Generator().manual_seed(17)
@@ -352,11 +405,15 @@ def saved_model(name: str, folder: Path, **changes: Any) -> Any:
         for parameter_name, parameter in model.named_parameters():
             noise = torch.randn(parameter.shape, generator=generator)
             # Weights large enough that attention is far from uniform and logits are far apart.
-            is_norm = "norm" in parameter_name or ".ln_" in parameter_name
+            is_norm = any(part in parameter_name for part in ("norm", ".ln_", "scale"))
             parameter.copy_(1.0 + 0.2 * noise if is_norm else 0.25 * noise)
+            if family == "Gemma4" and parameter_name.endswith("q_norm.weight"):
+                parameter.mul_(0.3)  # dot products are not scaled: with 1, attention would be to one token alone
         for buffer_name, buffer in model.named_buffers():
             if buffer_name.endswith("e_score_correction_bias"):
                 buffer.copy_(0.1 * torch.randn(buffer.shape, generator=generator))
+            elif buffer_name.endswith("layer_scalar"):
+                buffer.copy_(1.0 + 0.2 * torch.randn(buffer.shape, generator=generator))
     model.save_pretrained(folder)
     return model
 
@@ -406,7 +463,7 @@ def tame_tensors(config: dict[str, Any], seed: int = 17) -> dict[str, torch.Tens
     tensors: dict[str, torch.Tensor | QuantTensor] = {}
     for name, shape in spec_from_config(config).expected_tensors().items():
         noise = torch.randn(shape, generator=generator)
-        tensors[name] = 1.0 + 0.2 * noise if "norm" in name else 0.25 * noise
+        tensors[name] = 1.0 + 0.2 * noise if "norm" in name or "scal" in name else 0.25 * noise
     return tensors
 
 

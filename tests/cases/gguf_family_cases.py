@@ -20,6 +20,24 @@ Array = npt.NDArray[Any]
 BOTH = {"input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm"}
 POST = {"post_attention_layernorm": "post_attention_norm", "post_feedforward_layernorm": "post_ffw_norm"}
 AROUND = {**POST, "input_layernorm": "attn_norm", "pre_feedforward_layernorm": "ffn_norm"}
+GEMMA4 = {
+    **AROUND,
+    "per_layer_input_gate": "inp_gate",
+    "per_layer_projection": "proj",
+    "post_per_layer_input_norm": "post_norm",
+    "pre_feedforward_layernorm_2": "pre_ffw_norm_2",
+    "post_feedforward_layernorm_1": "post_ffw_norm_1",
+    "post_feedforward_layernorm_2": "post_ffw_norm_2",
+    "router.proj": "ffn_gate_inp",
+}
+# Whose names do not end in "weight" canonically.
+WHOLE = {
+    "layer_scalar": "layer_output_scale.weight",
+    "router.scale": "ffn_gate_inp.scale",
+    "router.per_expert_scale": "ffn_down_exps.scale",
+    "experts.gate_up_proj": "ffn_gate_up_exps.weight",
+    "experts.down_proj": "ffn_down_exps.weight",
+}
 LINEARS = {
     "self_attn.q_proj": "attn_q",
     "self_attn.k_proj": "attn_k",
@@ -55,6 +73,9 @@ GLOBAL = {
     "model.embed_tokens.weight": "token_embd.weight",
     "model.norm.weight": "output_norm.weight",
     "lm_head.weight": "output.weight",
+    "model.embed_tokens_per_layer.weight": "per_layer_token_embd.weight",
+    "model.per_layer_model_projection.weight": "per_layer_model_proj.weight",
+    "model.per_layer_projection_norm.weight": "per_layer_proj_norm.weight",
 }
 
 # llama.cpp takes both factors of YaRN for one.
@@ -69,6 +90,9 @@ CASES: dict[str, tuple[str, dict[str, str], dict[str, Any]]] = {
     "gemma": ("gemma", BOTH, {}),
     "gemma2": ("gemma2", AROUND, {"query_pre_attn_scalar": 8}),
     "gemma3": ("gemma3", AROUND, {"query_pre_attn_scalar": 10, "layer_types": None, "num_hidden_layers": 7}),
+    "gemma4-e": ("gemma4", GEMMA4, {}),
+    "gemma4-dense": ("gemma4", GEMMA4, {}),
+    "gemma4-moe": ("gemma4", GEMMA4, {}),
     "phi3": ("phi3", BOTH, {}),
     "phi3-longrope": ("phi3", BOTH, {}),
     "granite": ("granite", BOTH, {}),
@@ -123,6 +147,10 @@ def tensors_of(case: str, folder: Path) -> dict[str, Array]:
     found: dict[str, Array] = {}
     stacks: dict[str, dict[int, Array]] = {}
     for name, values in load_file(folder / "model.safetensors").items():
+        whole = WHOLE.get(name.split(".", 3)[-1])
+        if whole is not None:
+            found[f"blk.{name.split('.')[2]}.{whole}"] = values
+            continue
         if ".experts." in name:
             _collect_experts(name, values, found, stacks)
             continue
@@ -198,7 +226,7 @@ def keys_of(case: str, folder: Path) -> dict[str, Any]:
         keys["rope.scaling.original_context_length"] = rope["original_max_position_embeddings"]
         if arch == "deepseek2":
             keys["rope.scaling.yarn_log_multiplier"] = 0.1 * rope["mscale_all_dim"]
-    keys |= _expert_keys(arch, config)
+    keys |= _gemma4_keys(config) if arch == "gemma4" else _expert_keys(arch, config)
     if arch == "mistral3":
         keys["rope.scaling.yarn_log_multiplier"] = rope["mscale_all_dim"]
         keys["attention.temperature_scale"] = rope["llama_4_scaling_beta"]
@@ -232,6 +260,33 @@ def _latent_keys(config: dict[str, Any]) -> dict[str, Any]:
     }
     if config["q_lora_rank"] is not None:
         keys["attention.q_lora_rank"] = config["q_lora_rank"]
+    return keys
+
+
+def _gemma4_keys(config: dict[str, Any]) -> dict[str, Any]:
+    """What the converter writes of layers that differ."""
+    slides = [kind == "sliding_attention" for kind in config["layer_types"]]
+    full = config["per_layer_config"][str(slides.index(False))]
+    dim, kv, shared = full["head_dim"], full.get("num_key_value_heads"), config["num_kv_shared_layers"]
+    keys: dict[str, Any] = {
+        "attention.shared_kv_layers": shared,
+        "embedding_length_per_layer_input": config["hidden_size_per_layer_input"],
+        "attention.sliding_window_pattern": slides,
+        "attention.key_length": dim,
+        "attention.value_length": dim,
+        "attention.key_length_swa": config["head_dim"],
+        "attention.value_length_swa": config["head_dim"],
+        "rope.dimension_count": dim,
+        "rope.dimension_count_swa": config["head_dim"],
+    }
+    if config["use_double_wide_mlp"]:
+        first, width = len(slides) - shared, config["intermediate_size"]
+        keys["feed_forward_length"] = [width if layer < first else 2 * width for layer in range(len(slides))]
+    if kv is not None:
+        keys["attention.head_count_kv"] = [config["num_key_value_heads"] if slide else kv for slide in slides]
+    if config["enable_moe_block"]:
+        keys["expert_count"], keys["expert_used_count"] = config["num_experts"], config["top_k_experts"]
+        keys["expert_feed_forward_length"] = config["moe_intermediate_size"]
     return keys
 
 
@@ -292,6 +347,11 @@ def write(case: str, folder: Path, path: Path, kinds: dict[str, gguf.GGMLQuantiz
     if rope.get("rope_type") == "longrope":
         for length in ("short", "long"):
             writer.add_tensor(f"rope_factors_{length}.weight", np.array(rope[f"{length}_factor"], dtype=np.float32))
+    if arch == "gemma4":
+        head, turned = keys_of(case, folder)["attention.key_length"] // 2, rope["full_attention"]
+        count = int(head * turned["partial_rotary_factor"])
+        divisors = np.where(np.arange(head) < count, 1.0, 1e30).astype(np.float32)
+        writer.add_tensor("rope_freqs.weight", divisors)
     for name, values in tensors_of(case, folder).items():
         kind = (kinds or {}).get(name)
         if kind is None:

@@ -20,7 +20,7 @@ from typing import Any
 
 import pytest
 import tokenizers
-from gguf_tokenizer_cases import TRICKY, byte_level, our_ids, random_texts, their_ids, through_transformers
+from gguf_tokenizer_cases import TRICKY, Metadata, byte_level, our_ids, random_texts, their_ids, through_transformers
 from tokenizers import pre_tokenizers
 
 from kbit.checkpoint.gguf.header import read_header
@@ -240,3 +240,44 @@ def test_empty_tokens_keep_their_ids(tmp_path: Path) -> None:
     metadata.keys["tokens"][100] = ""
     lost = metadata.tokenizer(tmp_path).id_to_token(100)
     assert lost == "[EMPTY_100]"
+
+
+def test_gemma4_equals_transformers_own_class(tmp_path: Path) -> None:
+    """Byte pairs of text whose spaces are "▁", bytes for what the vocabulary has not; runs of line breaks are apart."""
+    transformers = pytest.importorskip("transformers")
+    characters = ["\u2581", "\n", *"abcdefghijklmnopqrstuvwxyzHIT0123456789.,!?'()éо"]
+    merges = [
+        ("\u2581", "t"),
+        ("h", "e"),
+        ("\u2581t", "he"),
+        ("i", "n"),
+        ("in", "g"),
+        ("\n", "\n"),
+        ("\u2581", "\u2581"),
+    ]
+    merges += [("\u2581\u2581", "\u2581\u2581"), ("1", "2"), ("l", "l"), ("H", "e"), ("\n\n", "\n")]
+    special = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>", "<turn|>"]
+    tokens = [*special, *(f"<0x{byte:02X}>" for byte in range(256)), *characters, *(a + b for a, b in merges)]
+    types = [3] * len(special) + [6] * 256 + [1] * (len(characters) + len(merges))
+    metadata = Metadata(
+        "gemma4",
+        tokens,
+        token_type=types,
+        merges=[" ".join(pair) for pair in merges],
+        bos_token_id=2,
+        eos_token_id=1,
+        unknown_token_id=3,
+        padding_token_id=0,
+        add_bos_token=True,
+        add_space_prefix=False,
+    )
+    metadata.template = "{{ bos_token }}<turn|>"
+    ours = metadata.tokenizer(tmp_path)
+    theirs = transformers.GemmaTokenizer(vocab={text: index for index, text in enumerate(tokens)}, merges=merges)
+    for text in [*TRICKY, *random_texts(200), "Hello the thing\n\n\n  12 in\n the"]:
+        if "<" in text:
+            continue
+        found = ours.encode(text)
+        assert found.ids == [2, *theirs(text, add_special_tokens=False).input_ids], text
+        assert ours.decode(found.ids) == text
+    assert json.loads(metadata.sidecars(tmp_path)["generation_config.json"])["eos_token_id"] == [1, 5]

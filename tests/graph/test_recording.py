@@ -397,6 +397,25 @@ class TestRefusals:
         with pytest.raises(TypeError, match="prepared by another backend"):
             native.bind(Made(reference, gated))  # type: ignore[arg-type]
 
+    def test_attention_to_the_keys_of_an_earlier_layer(self) -> None:
+        """They must have been written, with the same heads; and columns and factors must be there."""
+        w, recorder = Parts(), Recorder(Symbol(1))
+        x, keys = recorder.embed(w.embedding, recorder.input), Symbol(8)
+        own = Attention(1, x.width // 8, 1, 8, 1.0, None)
+        with pytest.raises(ValueError, match="no earlier attention writes the keys of layer 1"):
+            recorder.self_attention(x, None, None, own)
+        recorder.self_attention(x, keys, keys, own)
+        with pytest.raises(ValueError, match="the head of a layer that is attended to has 8 features where 4"):
+            recorder.self_attention(x, None, None, replace(own, heads=x.width // 4, head_dim=4))
+        with pytest.raises(ValueError, match="keys and values of its own, or neither"):
+            recorder.self_attention(x, keys, None, own)
+        recorder.self_attention(x, None, None, replace(own, window=3))
+        assert reads(recorder.operations[-1]) == (x,)
+        with pytest.raises(ValueError, match="2 features from 7 on are not among 8"):
+            recorder.columns(keys, 7, 2)
+        with pytest.raises(ValueError, match="a factor that is a parameter has"):
+            recorder.scale(x, w.scale)
+
     def test_what_recurrent_and_cross_layers_are_given(self) -> None:
         w, recorder = Parts(), Recorder(Symbol(1))
         x = recorder.embed(w.embedding, recorder.input)

@@ -142,6 +142,8 @@ def test_old_spelling_of_the_config_means_the_same(pair: Pair, tmp_path: Path) -
     config = json.loads((pair.folder / "config.json").read_text())
     if "rope_parameters" not in config:
         pytest.skip("positions do not rotate")
+    if config["model_type"] == "gemma4_text":
+        pytest.skip("there is no older spelling")
     rope = config.pop("rope_parameters")
     if "full_attention" in rope:
         local, rope = rope["sliding_attention"]["rope_theta"], rope["full_attention"]

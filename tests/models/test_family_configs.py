@@ -54,6 +54,7 @@ def test_absent_keys_take_transformers_defaults(family: str) -> None:
     """And the configuration that transformers writes in full means the same as the sparse one."""
     sparse = config_of(family, **HEADS.get(family, {}))
     theirs = transformers.AutoConfig.for_model(**sparse)
+    theirs.allow_global_per_layer_attribute_access = True  # of layers that differ, what most have
     spec = spec_from_config(sparse)
     assert spec.kv_heads == KV_HEADS.get(family, getattr(theirs, "num_key_value_heads", None))
     # (With latent attention head_dim is what of a key turns.)
@@ -80,8 +81,9 @@ def test_expected_tensors_are_those_of_the_model(case: str) -> None:
     """In number of weights: fused tensors are the sum of their parts."""
     spec = spec_from_config(tiny_config(case))
     model = _model(case)
-    # What is added where experts are chosen is no parameter there, but is stored.
-    added = [buffer for name, buffer in model.named_buffers() if name.endswith("e_score_correction_bias")]
+    # What is added where experts are chosen, and what layers are scaled by, is no parameter there, but is stored.
+    stored = ("e_score_correction_bias", "layer_scalar")
+    added = [buffer for name, buffer in model.named_buffers() if name.endswith(stored)]
     assert sum(math.prod(shape) for shape in spec.expected_tensors().values()) == sum(
         tensor.numel() for tensor in (*model.parameters(), *added)
     )
@@ -281,6 +283,68 @@ def test_gemma3_as_the_hub_has_it() -> None:
         spec("gemma3_text", rope_parameters={SLIDING: 3, FULL: {"rope_type": "default"}})
     with pytest.raises(UnsupportedError, match="gives each layer type its own settings"):
         spec("qwen3", rope_parameters={SLIDING: {}, FULL: {"rope_type": "default"}})
+
+
+def test_gemma4_as_the_hub_has_it() -> None:
+    """Heads of layers without a window by keys of their own, or by layer; the last layers have others' keys."""
+    types = [SLIDING, SLIDING, FULL, SLIDING, FULL, SLIDING, FULL]
+    large = spec(
+        "gemma4_text",
+        layer_types=types,
+        head_dim=16,
+        num_key_value_heads=8,
+        global_head_dim=64,
+        num_global_key_value_heads=2,
+        attention_k_eq_v=True,
+        hidden_size_per_layer_input=0,
+        use_bidirectional_attention="vision",
+    )
+    assert [(shape.kv_heads, shape.head_dim, shape.keys_as_values) for shape in large.shapes[1:3]] == [
+        (8, 16, False),
+        (2, 64, True),
+    ]
+    assert large.cache_heads == ((8, 8, 2, 8, 2, 8, 2), (16, 16, 64, 16, 64, 16, 64))
+    assert (large.rope.kind, large.rope.dim, large.rope.turning) == ("proportional", 64, 8)
+    assert large.window_rope is not None
+    assert (large.window_rope.kind, large.window_rope.dim, large.window_rope.theta) == ("default", 16, 1e4)
+    assert (large.attention_scale, large.layer_features, large.experts) == (1.0, 0, None)
+    by_layer = {str(layer): {"head_dim": 64, "num_key_value_heads": 2} for layer in (2, 4, 6)}
+    written = {"per_layer_config": by_layer, "layer_types": types, "head_dim": 16, "num_key_value_heads": 8}
+    assert spec("gemma4_text", **written, attention_k_eq_v=True, hidden_size_per_layer_input=0) == large
+    # Without keys as values the full layers have as many heads as the others.
+    small = spec("gemma4_text", layer_types=types, num_kv_shared_layers=3, num_global_key_value_heads=2)
+    assert [shape.source for shape in small.shapes] == [0, 1, 2, 3, 2, 3, 2]
+    assert small.cache_heads == ((4,) * 4, (256, 256, 512, 256))
+    assert (small.layer_features, small.layer_tokens) == (256, 262144)
+    wide = spec("gemma4_text", layer_types=types, num_kv_shared_layers=3, use_double_wide_mlp=True)
+    assert [shape.width for shape in wide.shapes] == [20] * 4 + [40] * 3
+    # The last layer has no window, whatever the configuration says.
+    assert spec("gemma4_text", layer_types=[FULL] + [SLIDING] * 6).windows == (None, *(512,) * 5, None)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("use_bidirectional_attention", "all", "use_bidirectional_attention 'all' is not supported"),
+        ("num_kv_shared_layers", 7, "num_kv_shared_layers is 7; it should be a whole number from 0 to 6"),
+        ("num_kv_shared_layers", 6, "num_kv_shared_layers is 6; it should be less, as no layer before has the keys"),
+        ("num_global_key_value_heads", 5, "num_global_key_value_heads is 5; it should be a divisor"),
+        ("vocab_size_per_layer_input", 36, "vocab_size_per_layer_input is 36; it should be a whole number from 37"),
+        ("per_layer_config", {"6": {"sliding_window": 4}}, "per_layer_config.6.'sliding_window' is not supported"),
+        ("per_layer_config", {"7": {"head_dim": 4}}, "per_layer_config is .*; it should be an object of objects"),
+        ("per_layer_config", {"1": {"head_dim": 64}}, "layers with a window have different head_dim"),
+        ("enable_moe_block", True, "num_experts is missing"),
+    ],
+)
+def test_gemma4_refuses_what_it_does_not_do(key: str, value: Any, message: str) -> None:
+    with pytest.raises(KbitError, match=message):
+        spec("gemma4_text", **{"attention_k_eq_v": True, key: value})
+
+
+@pytest.mark.parametrize("key", ["num_kv_shared_layers", "attention_k_eq_v", "per_layer_config", "global_head_dim"])
+def test_keys_of_gemma4_are_not_ignored_elsewhere(key: str) -> None:
+    with pytest.raises(UnsupportedError, match=f"{key} .* is not supported for model_type 'llama'"):
+        spec("llama", **{key: {"1": {}} if key == "per_layer_config" else True if "eq" in key else 2})
 
 
 def test_phi3_as_the_hub_has_it() -> None:

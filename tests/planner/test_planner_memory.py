@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from decoder_cases import tiny_config
 
 from kbit import _native
 from kbit.backends.cpu.backend import NativeBackend
@@ -97,6 +98,19 @@ def test_caches(kind: str, head_dim: int, context: int) -> None:
     assert cache_bytes(spec, context, 3, kind, "triton") == 2 * pages * page
 
 
+@pytest.mark.parametrize("kind", ["fp32", "fp16", "8", "3"])
+def test_caches_of_layers_that_differ(kind: str) -> None:
+    """Those that attend to other layers' keys have none."""
+    for name in ("gemma4-e", "gemma4-dense"):
+        spec = spec_from_config(tiny_config(name))
+        native = new_pool(spec.cache_layers, *spec.cache_heads, kind, 3 * pages_for(100)).nbytes
+        assert cache_bytes(spec, 100, 3, kind) == native
+        if kind != "fp32":
+            heads = zip(*spec.cache_heads, strict=True)  # type: ignore[arg-type]
+            triton = sum(3 * pages_for(100) * 2 * count * KVFormat(kind, dim).page_bytes for count, dim in heads)
+            assert cache_bytes(spec, 100, 3, kind, "triton") == triton
+
+
 def test_caches_that_cannot_be() -> None:
     spec = spec_from_config({**LLAMA, "head_dim": 24})
     with pytest.raises(UnsupportedError, match="24 features"):
@@ -136,7 +150,7 @@ def test_programs(
 
 @pytest.mark.parametrize("rows", [1, 40])
 @pytest.mark.parametrize("compute", ["int8", "fp32"])
-@pytest.mark.parametrize("name", ["qwen2-moe", "glm4-moe", "gpt-oss", "deepseek-v2"])
+@pytest.mark.parametrize("name", ["qwen2-moe", "glm4-moe", "gpt-oss", "deepseek-v2", "gemma4-moe", "gemma4-e"])
 def test_programs_with_experts(published: Callable[[str], Path], name: str, compute: str, rows: int) -> None:
     with open_canonical(str(published(name))) as source:
         spec = spec_from_config(source.config)

@@ -174,7 +174,7 @@ def test_rates_that_are_missing_are_named() -> None:
     with pytest.raises(KbitError, match="nf7-b64"):
         predict_speed(SPEC, planned_weights(SPEC, QuantFormat.parse("nf7-b64")), RATES, context=16)
     assert needed_kernels(WEIGHTS, tied=False) == ["int4-b64", "fp16"]
-    assert attention_key(*needed_attention(SPEC, "8")) == "8-d32-g2"
+    assert [attention_key(*shape) for shape in needed_attention(SPEC, "8")] == ["8-d32-g2"]
     tied = planned_weights(spec_from_config({**CONFIG, "tie_word_embeddings": True}), "fp16", embedding="fp32")
     assert needed_kernels(tied, tied=True) == ["fp32", "fp16"]
 

@@ -30,9 +30,9 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 # Norms stored less 1 around both blocks, two rotations; fused matrices; a rotation apart from attention; experts beside
 # one for all; experts in one tensor, with biases, a clamped gate and sinks; a table of positions, matrices lying down;
-# attention and MLP side by side; latent attention.
+# attention and MLP side by side; latent attention; layers of two shapes, with shared keys and features of their own.
 FAMILIES = ["gemma3", "phi3", "hunyuan", "qwen2-moe", "gpt-oss", "gpt2", "gpt_neox"]
-FAMILIES += ["deepseek-v2"]
+FAMILIES += ["deepseek-v2", "gemma4-e"]
 
 
 def logits(source: CheckpointSource, backend: Backend | None = None) -> torch.Tensor:
@@ -49,6 +49,9 @@ def logits(source: CheckpointSource, backend: Backend | None = None) -> torch.Te
         ("phi3", 4),
         *(("gpt-oss", bits) for bits in (2, 3, 4, 5, 6, 7, 8)),
         *(("deepseek-v2", bits) for bits in (3, 4)),
+        *(("gemma4-e", bits) for bits in (2, 3, 4, 5, 6, 7, 8)),
+        ("gemma4-moe", 4),
+        ("gemma4-dense", 3),
     ],
 )
 def test_every_width(tmp_path: Path, published: Callable[[str], Path], name: str, bits: int) -> None:

@@ -14,7 +14,7 @@ from kbit.backends.cpu.runner import NativeRunner, record
 from kbit.backends.cpu.weight import NativeWeight, prepare, prepare_stored
 from kbit.graph.cache import Cache, check_size
 from kbit.graph.ops import Definition
-from kbit.graph.pages import PagePool, pages_for
+from kbit.graph.pages import PagePool, PerLayer, of_layers, pages_for
 from kbit.graph.states import StateSpec, StateStore
 from kbit.host.errors import UnsupportedError
 
@@ -105,10 +105,11 @@ class NativeBackend:
         """`prepare_vector` without torch."""
         return np.ascontiguousarray(vector, dtype=np.float32)
 
-    def new_pool(self, layers: int, kv_heads: int, head_dim: int, pages: int) -> PagePool:
-        if not self.kv.startswith("fp") and head_dim % 16:
+    def new_pool(self, layers: int, kv_heads: PerLayer, head_dim: PerLayer, pages: int) -> PagePool:
+        uneven = next((dim for dim in of_layers(head_dim, layers) if dim % 16), None)
+        if not self.kv.startswith("fp") and uneven:
             raise UnsupportedError(
-                f"--kv-bits {self.kv}: this model's heads have {head_dim} features, and codes need a multiple of 16; "
+                f"--kv-bits {self.kv}: this model's heads have {uneven} features, and codes need a multiple of 16; "
                 "use --kv-bits 16 or 32"
             )
         return new_pool(layers, kv_heads, head_dim, self.kv, pages)
@@ -116,7 +117,7 @@ class NativeBackend:
     def new_states(self, specs: Sequence[StateSpec], slots: int) -> PagePool:
         return PagePool(StateStore(specs, slots))
 
-    def new_cache(self, layers: int, batch: int, kv_heads: int, head_dim: int, capacity: int) -> Cache:
+    def new_cache(self, layers: int, batch: int, kv_heads: PerLayer, head_dim: PerLayer, capacity: int) -> Cache:
         check_size(batch, capacity)
         pool = self.new_pool(layers, kv_heads, head_dim, batch * pages_for(capacity))
         return Cache.alone(pool, batch, capacity)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from kbit import _native
 from kbit.graph.cache import Cache
-from kbit.graph.pages import PagePool
+from kbit.graph.pages import PagePool, PerLayer
 
 
-def new_pool(layers: int, kv_heads: int, head_dim: int, kind: str, pages: int) -> PagePool:
+def new_pool(layers: int, kv_heads: PerLayer, head_dim: PerLayer, kind: str, pages: int) -> PagePool:
     """Pages of native memory, which is taken from the system when tokens are written.
 
     Args:
+        kv_heads, head_dim: of all layers, or of each.
         kind: what is stored: "fp32", "fp16", or bits of codes, "8", "4", "3" or "2", or
             two of these, "8,4", of keys and of values.
         pages: how many, at least 1.

@@ -27,6 +27,7 @@ from kbit.graph.recording import (
     Activate,
     Add,
     Attend,
+    Columns,
     Convolve,
     CrossAttend,
     Embed,
@@ -120,7 +121,7 @@ def lower_head(program: Program, operations: Sequence[Operation], result: Symbol
     if isinstance(last, SoftCap):
         cap, result, operations = last.cap, last.x, operations[:-1]
     last = operations[-1]
-    if isinstance(last, Scale):
+    if isinstance(last, Scale) and isinstance(last.factor, float):
         factor, result, operations = last.factor, last.x, operations[:-1]
     if len(operations) == 1 and isinstance(operations[0], Project):
         product = operations[0]
@@ -142,7 +143,10 @@ def _emit(program: Program, operation: Operation, at: dict[Symbol, int]) -> None
     elif isinstance(operation, Add):
         program.add(at[operation.x], at[operation.y], at[operation.out])
     elif isinstance(operation, Scale):
-        program.map(at[operation.x], at[operation.out], factor=operation.factor)
+        number = operation.factor if isinstance(operation.factor, float) else float(native_vector(operation.factor)[0])
+        program.map(at[operation.x], at[operation.out], factor=number)
+    elif isinstance(operation, Columns):
+        program.columns(at[operation.x], at[operation.out], operation.first)
     elif isinstance(operation, SoftCap):
         program.map(at[operation.x], at[operation.out], cap=operation.cap)
     elif isinstance(operation, Rotate):
@@ -155,12 +159,11 @@ def _emit(program: Program, operation: Operation, at: dict[Symbol, int]) -> None
         raise ValueError("the sum over processes is of a product, and of one that nothing else reads")
     elif isinstance(operation, Attend):
         a = operation.attention
-        q, k, v, out = (at[symbol] for symbol in (operation.q, operation.k, operation.v, operation.out))
         program.attend(
-            q,
-            k,
-            v,
-            out,
+            at[operation.q],
+            None if operation.k is None else at[operation.k],
+            None if operation.v is None else at[operation.v],
+            at[operation.out],
             a.layer,
             a.heads,
             a.kv_heads,
@@ -234,6 +237,7 @@ def _emit_experts(program: Program, operation: Mix, at: dict[Symbol, int]) -> No
         1.0 if clamp is None else clamp.alpha,
         0.0 if clamp is None else clamp.limit,
         routing.group_score == "best",
+        _optional(experts.scales),
     )
 
 

@@ -16,7 +16,7 @@ from kbit.graph.batch import Batch
 from kbit.graph.cache import Cache, check_size, encoder_lengths
 from kbit.graph.experts import Experts, Mixture
 from kbit.graph.ops import Array, Attention, Definition, Group, Place, Vector, Weight, check_source
-from kbit.graph.pages import PAGE, PagePool, pages_for
+from kbit.graph.pages import PAGE, PagePool, PerLayer, pages_for
 from kbit.graph.states import Recurrence, ShortConvolution, States, StateSpec, StateStore
 from kbit.kernels import reference, reference_experts
 from kbit.kernels import reference_recurrent as recurrent
@@ -70,8 +70,11 @@ class RowOps:
     def add(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         return x + y
 
-    def scale(self, x: torch.Tensor, factor: float) -> torch.Tensor:
-        return x * factor
+    def scale(self, x: torch.Tensor, factor: float | Vector) -> torch.Tensor:
+        return x * (factor if isinstance(factor, float) else tensor_of(factor))
+
+    def columns(self, x: torch.Tensor, first: int, count: int) -> torch.Tensor:
+        return x[..., first : first + count]
 
     def soft_cap(self, x: torch.Tensor, cap: float) -> torch.Tensor:
         return reference.soft_cap(x, cap)
@@ -116,6 +119,8 @@ class RowOps:
             routing.chosen_groups,
             routing.group_score,
         )
+        if experts.scales is not None:
+            weights = weights * tensor_of(experts.scales)[chosen]
 
         def compute(expert: int, rows: torch.Tensor) -> torch.Tensor:
             gate = self.linear(experts.gates[expert], rows, experts.gate_biases[expert])
@@ -135,8 +140,8 @@ class RowOps:
     def self_attention(
         self,
         q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
+        k: torch.Tensor | None,
+        v: torch.Tensor | None,
         attention: Attention,
         key_bias: Vector | None = None,
         sinks: Vector | None = None,
@@ -192,21 +197,28 @@ class StepOps(RowOps):
     def self_attention(
         self,
         q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
+        k: torch.Tensor | None,
+        v: torch.Tensor | None,
         attention: Attention,
         key_bias: Vector | None = None,
         sinks: Vector | None = None,
         by_distance: Vector | None = None,
     ) -> torch.Tensor:
         check_source(attention, "self")
-        q, k, v = (x.view(1, len(x), -1, attention.head_dim) for x in (q, k, v))  # (1, R, H or H_kv, D)
-        if attention.positions == "rotary":
-            of = slice(*attention.angles) if attention.angles else slice(None)
-            q, k = (reference.rope(x, self._cos[..., of], self._sin[..., of]) for x in (q, k))
-        self._pages.append(attention.layer, self._slots, k[0], v[0])
+        q = self._heads(q, attention, turned=True)
+        if k is not None and v is not None:
+            k, v = self._heads(k, attention, turned=True), self._heads(v, attention, turned=False)
+            self._pages.append(attention.layer, self._slots, k[0], v[0])
         own = None if sinks is None else tensor_of(sinks)
         return self._attend(q, attention, self._pages, self._tables, self._batch.lengths, own, by_distance)
+
+    def _heads(self, x: torch.Tensor, attention: Attention, *, turned: bool) -> torch.Tensor:
+        """(R, H D) -> (1, R, H, D), turned to the tokens' positions where that is for attention to do."""
+        x = x.view(1, len(x), -1, attention.head_dim)
+        if not turned or attention.positions != "rotary":
+            return x
+        of = slice(*attention.angles) if attention.angles else slice(None)
+        return reference.rope(x, self._cos[..., of], self._sin[..., of])
 
     def look_up(self, weight: Weight, of: Place, first: int = 0) -> torch.Tensor:
         return reference.embed(_data(weight), first + places(self._batch, of))
@@ -360,13 +372,13 @@ class ReferenceBackend:
     def prepare_vector(self, vector: torch.Tensor) -> torch.Tensor:
         return vector.to(self.device, torch.float32).contiguous()
 
-    def new_pool(self, layers: int, kv_heads: int, head_dim: int, pages: int) -> PagePool:
+    def new_pool(self, layers: int, kv_heads: PerLayer, head_dim: PerLayer, pages: int) -> PagePool:
         return PagePool(ReferencePages(layers, kv_heads, head_dim, pages))
 
     def new_states(self, specs: Sequence[StateSpec], slots: int) -> PagePool:
         return PagePool(StateStore(specs, slots))
 
-    def new_cache(self, layers: int, batch: int, kv_heads: int, head_dim: int, capacity: int) -> Cache:
+    def new_cache(self, layers: int, batch: int, kv_heads: PerLayer, head_dim: PerLayer, capacity: int) -> Cache:
         check_size(batch, capacity)
         return Cache.alone(self.new_pool(layers, kv_heads, head_dim, batch * pages_for(capacity)), batch, capacity)
 

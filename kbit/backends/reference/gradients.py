@@ -30,10 +30,15 @@ class GradientOps(RowOps):
     Args:
         definition: says how positions rotate.
         tokens: T.
+
+    Attributes:
+        written: turned keys, and values, (B, T, H_kv, D) each, of the layers so far (`Attention.layer`): what
+            attention without keys of its own attends to. Whoever runs layers one by one puts them in.
     """
 
     def __init__(self, definition: Definition, tokens: int) -> None:
         super().__init__()
+        self.written: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
         self._positions = torch.arange(tokens)[None]  # (1, T)
         tables = definition.rotation(np.arange(tokens)[None], np.array([tokens]))
         self._cos, self._sin = (torch.from_numpy(table) for table in tables)
@@ -56,8 +61,8 @@ class GradientOps(RowOps):
     def self_attention(
         self,
         q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
+        k: torch.Tensor | None,
+        v: torch.Tensor | None,
         attention: Attention,
         key_bias: Vector | None = None,
         sinks: Vector | None = None,
@@ -65,34 +70,70 @@ class GradientOps(RowOps):
     ) -> torch.Tensor:
         refuse_attention(attention, "gradient", mask=("causal", "bidirectional"), source=("self",))
         # Not kernels.reference.attend, which saves memory by writing over what a backward pass would need.
-        q, k, v = (x.view(*x.shape[:-1], -1, attention.head_dim) for x in (q, k, v))  # (B, T, H or H_kv, D)
-        if attention.positions == "rotary":
-            of = slice(*attention.angles) if attention.angles else slice(None)
-            q, k = (reference.rope(x, self._cos[..., of], self._sin[..., of]) for x in (q, k))
-        group = attention.heads // attention.kv_heads
-        q, k, v = (x.transpose(1, 2) for x in (q, k.repeat_interleave(group, 2), v.repeat_interleave(group, 2)))
-        behind = self._positions[0][:, None] - self._positions  # (T, T): how far back a key lies
+        q = self._turned(q, attention)  # (B, T, H, D)
+        if k is not None and v is not None:
+            self.written[attention.layer] = self._turned(k, attention), v.view(*v.shape[:-1], -1, attention.head_dim)
+        k, v = self.written[attention.layer]
+        values = self._repeated(v, attention)
+        if sinks is None and attention.soft_cap is None:
+            out = torch.nn.functional.scaled_dot_product_attention(
+                q.transpose(1, 2), self._repeated(k, attention), values, self._mask(attention, by_distance),
+                scale=attention.scale,
+            )  # fmt: skip
+        else:
+            out = self.shares(q, k, attention, sinks, by_distance) @ values  # (B, H, T, D)
+        return out.transpose(1, 2).flatten(-2)
+
+    def shares(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        attention: Attention,
+        sinks: Vector | None = None,
+        by_distance: Vector | None = None,
+    ) -> torch.Tensor:
+        """What every query takes of every key's value: softmax, as `kernels.reference.attend` has it.
+
+        Args:
+            q: turned, (B, T, H, D).
+            k: turned, (B, T, H_kv, D).
+            attention, sinks, by_distance: of `self_attention`.
+
+        Returns:
+            (B, H, T, T); rows add up to 1, or with sinks to less.
+        """
+        scores = q.transpose(1, 2) @ self._repeated(k, attention).transpose(-1, -2) * attention.scale
+        scores = scores if attention.soft_cap is None else reference.soft_cap(scores, attention.soft_cap)
+        mask = self._mask(attention, by_distance)
+        scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
+        if sinks is None:
+            return torch.softmax(scores, dim=-1)
+        beside = tensor_of(sinks).view(1, -1, 1, 1).expand(len(q), -1, q.shape[1], 1)
+        return torch.softmax(torch.cat([scores, beside], dim=-1), dim=-1)[..., :-1]
+
+    def _mask(self, attention: Attention, by_distance: Vector | None) -> torch.Tensor:
+        """(T, T), true where a query sees a key; or (H, T, T), what is added to scores."""
+        behind = self._positions[0][:, None] - self._positions  # how far back a key lies
         seen = torch.ones_like(behind, dtype=torch.bool) if attention.mask == "bidirectional" else behind >= 0
         if attention.window is not None:
             seen &= behind.abs() < attention.window
-        mask = seen
-        if by_distance is not None:
-            table = tensor_of(by_distance).view(attention.heads, -1)
-            mask = reference.of_distances(table, -behind).masked_fill(~seen, -torch.inf)
-        if sinks is not None:
-            scores = q @ k.transpose(-1, -2) * attention.scale
-            scores = scores if attention.soft_cap is None else reference.soft_cap(scores, attention.soft_cap)
-            scores = scores.masked_fill(~seen, -torch.inf) if mask is seen else scores + mask
-            beside = tensor_of(sinks).view(1, -1, 1, 1).expand(len(q), -1, q.shape[2], 1)
-            shares = torch.softmax(torch.cat([scores, beside], dim=-1), dim=-1)
-            out = shares[..., :-1] @ v
-        elif attention.soft_cap is None:
-            out = torch.nn.functional.scaled_dot_product_attention(q, k, v, mask, scale=attention.scale)  # (B, H, T, D)
-        else:
-            scores = reference.soft_cap(q @ k.transpose(-1, -2) * attention.scale, attention.soft_cap)
-            scores = scores.masked_fill(~seen, -torch.inf) if mask is seen else scores + mask
-            out = torch.softmax(scores, dim=-1) @ v
-        return out.transpose(1, 2).flatten(-2)
+        if by_distance is None:
+            return seen
+        table = tensor_of(by_distance).view(attention.heads, -1)
+        return reference.of_distances(table, -behind).masked_fill(~seen, -torch.inf)
+
+    @staticmethod
+    def _repeated(x: torch.Tensor, attention: Attention) -> torch.Tensor:
+        """Keys or values (B, T, H_kv, D) for every query head: (B, H, T, D)."""
+        return x.repeat_interleave(attention.heads // attention.kv_heads, 2).transpose(1, 2)
+
+    def _turned(self, x: torch.Tensor, attention: Attention) -> torch.Tensor:
+        """Heads (B, T, H, D) of (B, T, H D), turned where that is for attention to do."""
+        x = x.view(*x.shape[:-1], -1, attention.head_dim)
+        if attention.positions != "rotary":
+            return x
+        of = slice(*attention.angles) if attention.angles else slice(None)
+        return reference.rope(x, self._cos[..., of], self._sin[..., of])
 
     def rotate(self, x: torch.Tensor, head_dim: int, angles: tuple[int, int]) -> torch.Tensor:
         return rotated(x, head_dim, angles, self._cos, self._sin)

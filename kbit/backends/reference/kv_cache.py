@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from kbit.graph.cache import Cache
-from kbit.graph.pages import PAGE, pages_for
+from kbit.graph.pages import PAGE, PerLayer, of_layers, pages_for
 
 
 class ReferencePages:
@@ -18,10 +18,11 @@ class ReferencePages:
         values: per layer (P, H_kv, PAGE, D).
     """
 
-    def __init__(self, layers: int, kv_heads: int, head_dim: int, pages: int) -> None:
-        shape = (pages, kv_heads, PAGE, head_dim)
-        self.keys = [torch.zeros(shape) for _ in range(layers)]
-        self.values = [torch.zeros(shape) for _ in range(layers)]
+    def __init__(self, layers: int, kv_heads: PerLayer, head_dim: PerLayer, pages: int) -> None:
+        heads = zip(of_layers(kv_heads, layers), of_layers(head_dim, layers), strict=True)
+        shapes = [(pages, count, PAGE, dim) for count, dim in heads]
+        self.keys = [torch.zeros(shape) for shape in shapes]
+        self.values = [torch.zeros(shape) for shape in shapes]
 
     @property
     def count(self) -> int:

@@ -13,7 +13,7 @@ from kbit.backends.triton.weight import TritonMatrix
 from kbit.formats.quant_tensor import QuantTensor
 from kbit.graph.cache import Cache, check_size
 from kbit.graph.ops import Definition, Group
-from kbit.graph.pages import PagePool, pages_for
+from kbit.graph.pages import PagePool, PerLayer, pages_for
 from kbit.graph.states import StateSpec
 from kbit.host.errors import UnsupportedError
 from kbit.kernels.triton.codecs.layout import prepare_weight
@@ -107,7 +107,7 @@ class TritonBackend:
     def prepare_vector(self, vector: torch.Tensor) -> torch.Tensor:
         return vector.to(self.device, torch.float32).contiguous()
 
-    def new_pool(self, layers: int, kv_heads: int, head_dim: int, pages: int) -> PagePool:
+    def new_pool(self, layers: int, kv_heads: PerLayer, head_dim: PerLayer, pages: int) -> PagePool:
         k_kind, _, v_kind = self.kv.partition(",")
         return PagePool(
             TritonPages(layers, kv_heads, head_dim, pages, k_kind=k_kind, v_kind=v_kind or k_kind, device=self.device)
@@ -116,7 +116,7 @@ class TritonBackend:
     def new_states(self, specs: Sequence[StateSpec], slots: int) -> PagePool:
         raise UnsupportedError("the triton backend runs no recurrent layers; use --backend native or reference")
 
-    def new_cache(self, layers: int, batch: int, kv_heads: int, head_dim: int, capacity: int) -> Cache:
+    def new_cache(self, layers: int, batch: int, kv_heads: PerLayer, head_dim: PerLayer, capacity: int) -> Cache:
         check_size(batch, capacity)
         return Cache.alone(self.new_pool(layers, kv_heads, head_dim, batch * pages_for(capacity)), batch, capacity)
 

@@ -43,6 +43,7 @@ class GroupedExperts:
         self._gate_bias, self._up_bias, self._down_bias = (_biases(vectors) for vectors in biases)
         bias = experts.selection_bias
         self._selection_bias = None if bias is None else triton_vector(bias)
+        self._scales = None if experts.scales is None else triton_vector(experts.scales)
 
     def __call__(self, x: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
         """x (N, K) in half precision, logits (N, E) float32 -> (N, K) float32."""
@@ -58,6 +59,8 @@ class GroupedExperts:
             routing.chosen_groups,
             routing.group_score,
         )
+        if self._scales is not None:
+            weights = weights * self._scales[chosen]
         of_entries = chosen.reshape(-1)
         tile = grouped_config(self._gates, len(of_entries), routing.experts).tokens
         groups = group_tokens(chosen, routing.experts, tile)

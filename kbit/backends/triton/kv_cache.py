@@ -7,7 +7,7 @@ import torch
 from numpy.typing import NDArray
 
 from kbit.graph.cache import Cache
-from kbit.graph.pages import PAGE
+from kbit.graph.pages import PAGE, PerLayer, of_layers
 from kbit.kernels.triton.attention.kv_layout import KVFormat, new_pages
 
 
@@ -27,8 +27,8 @@ class TritonPages:
     def __init__(
         self,
         layers: int,
-        kv_heads: int,
-        head_dim: int,
+        kv_heads: PerLayer,
+        head_dim: PerLayer,
         pages: int,
         *,
         k_kind: str = "fp16",
@@ -36,9 +36,9 @@ class TritonPages:
         device: torch.device | str = "cuda",
     ) -> None:
         self.k_kind, self.v_kind = k_kind, v_kind
-        k_format, v_format = KVFormat(k_kind, head_dim), KVFormat(v_kind, head_dim)
-        self.keys = [new_pages(pages, kv_heads, k_format, device) for _ in range(layers)]
-        self.values = [new_pages(pages, kv_heads, v_format, device) for _ in range(layers)]
+        heads = list(zip(of_layers(kv_heads, layers), of_layers(head_dim, layers), strict=True))
+        self.keys = [new_pages(pages, count, KVFormat(k_kind, dim), device) for count, dim in heads]
+        self.values = [new_pages(pages, count, KVFormat(v_kind, dim), device) for count, dim in heads]
         self.version = 0
 
     @property

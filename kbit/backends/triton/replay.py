@@ -15,6 +15,7 @@ from kbit.graph.recording import (
     Activate,
     Add,
     Attend,
+    Columns,
     Convolve,
     CrossAttend,
     Embed,
@@ -180,7 +181,11 @@ class Replay:
         elif isinstance(operation, Add):
             values[operation.out] = values[operation.x].float() + values[operation.y]
         elif isinstance(operation, Scale):
-            values[operation.out] = values[operation.x].float() * operation.factor
+            factor = operation.factor if isinstance(operation.factor, float) else triton_vector(operation.factor)
+            values[operation.out] = values[operation.x].float() * factor
+        elif isinstance(operation, Columns):
+            first = operation.first
+            values[operation.out] = values[operation.x][:, first : first + operation.out.width].contiguous()
         elif isinstance(operation, SoftCap):
             values[operation.out] = softcap(values[operation.x], operation.cap, out_dtype=torch.float32)
         elif isinstance(operation, Rotate):
@@ -250,7 +255,10 @@ class Replay:
 
     def _attend(self, operation: Attend, values: dict[Symbol, torch.Tensor], step: Pass) -> torch.Tensor:
         a, store = operation.attention, step.pages
-        q = self._append(a, values[operation.q], values[operation.k], values[operation.v], step)
+        if operation.k is None or operation.v is None:
+            q = self._turned(a, values[operation.q], step)
+        else:
+            q = self._append(a, values[operation.q], values[operation.k], values[operation.v], step)
         pages = (store.keys[a.layer], store.values[a.layer])
         k_kind, v_kind = store.k_kind, store.v_kind
         if step.positions is not None and a.mask == "causal":
@@ -267,6 +275,15 @@ class Replay:
                 soft_cap=a.soft_cap, max_queries=step.longest, causal=a.mask == "causal", k_kind=k_kind, v_kind=v_kind,
             )  # fmt: skip
         return out.reshape(-1, operation.out.width)
+
+    def _turned(self, a: Attention, q: torch.Tensor, step: Pass) -> torch.Tensor:
+        """Queries (N, H D) as attention wants them, where keys and values are in the pages already."""
+        q = q.view(len(q), -1, a.head_dim)
+        if a.positions != "rotary":
+            return q.to(self._dtype)
+        columns = slice(*a.angles) if a.angles is not None else slice(None)
+        cos, sin = (table[step.angles, columns] for table in (step.cos, step.sin))
+        return rotary(q, cos, sin, out_dtype=self._dtype)
 
     def _append(self, a: Attention, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, step: Pass) -> torch.Tensor:
         """Keys and values into the pages; queries (N, any number of heads times D) as attention wants them."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+from kbit.checkpoint.gguf import gemma4
 from kbit.checkpoint.gguf.experts import SIGMOID, SOFTMAX_OF_CHOSEN, ExpertTensors
 from kbit.checkpoint.gguf.keys import Keys, short_float
 from kbit.checkpoint.gguf.names import MLP_BIASES, Architecture
@@ -321,6 +322,18 @@ ARCHITECTURES = {
             constants={"hidden_activation": _GELU, CANONICAL: True},
             numbers={"final_logit_softcapping": "final_logit_softcapping"},
             configure=_gemma3,
+        ),
+        Architecture(
+            "gemma4",
+            "gemma4_text",
+            "Gemma4ForCausalLM",
+            norms=_NORMS_AROUND,
+            qk_norm="head",
+            keys=gemma4.KEYS,
+            constants={"hidden_activation": _GELU, CANONICAL: True},
+            numbers={"final_logit_softcapping": "final_logit_softcapping"},
+            configure=gemma4.configure,
+            special=gemma4.SPECIAL,
         ),
         Architecture(
             "phi3",

@@ -21,6 +21,7 @@ from kbit.checkpoint.gguf.names import (
     ROPE_FREQS,
     Architecture,
     Dimensions,
+    LayerSizes,
     canonical_names,
     layer_of,
 )
@@ -96,11 +97,17 @@ def config_from_header(
     hidden = reader.size("embedding_length")
     heads = reader.size("attention.head_count")
     # Of latent attention the file describes what llama.cpp keeps of it: one key for all heads.
-    kv_heads = heads if arch.latent else reader.size("attention.head_count_kv", heads)
-    if heads % kv_heads:
-        header.fail(f"{arch.name}.attention.head_count {heads} is not a multiple of head_count_kv {kv_heads}")
     latent = latent_config(reader) if arch.latent else {}
-    head_dim, rotated = (latent["qk_rope_head_dim"],) * 2 if arch.latent else _head_dim(reader, hidden, heads)
+    if arch.special is not None:
+        sizes = arch.special.sizes(reader, layers)
+    else:
+        dim, rotated = (latent["qk_rope_head_dim"],) * 2 if arch.latent else _head_dim(reader, hidden, heads)
+        kv = heads if arch.latent else reader.size("attention.head_count_kv", heads)
+        sizes = LayerSizes([dim] * layers, [kv] * layers, [reader.size("feed_forward_length")] * layers)
+    kv_heads, head_dim = sizes.kv_heads[0], sizes.head_dims[0]
+    for count in sizes.kv_heads:
+        if heads % count:
+            header.fail(f"{arch.name}.attention.head_count {heads} is not a multiple of head_count_kv {count}")
     context = reader.size("context_length")
     eps = reader.real("attention.layer_norm_rms_epsilon")
     if not 0 < eps < 1:
@@ -117,12 +124,19 @@ def config_from_header(
     if tokens > vocab:
         header.fail(f"the tokenizer has {tokens} tokens, but tensor 'token_embd.weight' has {vocab} rows")
 
-    dims = Dimensions(hidden, reader.size("feed_forward_length"), heads, kv_heads, head_dim, vocab)
+    each = [
+        Dimensions(hidden, width, heads, count, dim, vocab)
+        for dim, count, width in zip(sizes.head_dims, sizes.kv_heads, sizes.widths, strict=True)
+    ]
+    dims = each[0]
     tied = "output.weight" not in tensors
     biases = reader.biases = _biases(header, arch, tensors)
     experts = {} if arch.experts is None else expert_config(reader, arch.experts)
-    _check_tensors(header, arch, tensors, dims, layers, biases, tied, {**experts, **latent})
-    if rope_factors is None:
+    _check_tensors(reader, tensors, each, biases, tied, {**experts, **latent})
+    reader.divisors, reader.tensors = rope_divisors, frozenset(tensors)
+    if arch.special is not None:
+        scaling = None
+    elif rope_factors is None:
         scaling = rope_scaling(
             header, arch.name, rotated, theta, context, rope_divisors, yarn_log_multiplier=arch.yarn_log_multiplier
         )
@@ -247,23 +261,34 @@ def _biases(header: GGUFHeader, arch: Architecture, tensors: dict[str, GGUFTenso
 
 
 def _check_tensors(
-    header: GGUFHeader,
-    arch: Architecture,
+    reader: Keys,
     tensors: dict[str, GGUFTensor],
-    dims: Dimensions,
-    layers: int,
+    each: list[Dimensions],
     biases: tuple[str, ...],
     tied: bool,
     described: Mapping[str, Any],
 ) -> None:
-    """Every expected tensor is there with its shape, and nothing else is."""
+    """Every expected tensor is there with its shape, and nothing else is.
+
+    Args:
+        each: the sizes of every layer.
+    """
+    header, arch, layers, dims = reader.header, reader.architecture, len(each), each[0]
     if layers > len(tensors):
         header.fail(f"the metadata claims {layers} layers, but the file has only {len(tensors)} tensors")
     known = {ROPE_FREQS, *(ROPE_FACTORS if arch.scaled else ())}
-    of_layers = (_expected(arch, dims, layer, biases, described) for layer in range(layers))
-    for shapes in [dims.expected_global(tied), *of_layers]:
+    of_layers = (_expected(arch, sizes, layer, biases, described) for layer, sizes in enumerate(each))
+    absent: set[str] = set()
+    more: dict[str, tuple[int, ...]] = {}
+    if arch.special is not None:
+        lacking = arch.special.absent(reader, layers, tensors)
+        absent = {f"blk.{layer}.{part}.weight" for layer, parts in enumerate(lacking) for part in parts}
+        more = arch.special.more(reader, dims, layers, tensors)
+    for shapes in [dims.expected_global(tied), *of_layers, more]:
         for name, shape in shapes.items():
             tensor = tensors.get(name)
+            if tensor is None and name in absent:
+                continue
             tensor = None if tensor is None else as_row(name, tensor)
             if tensor is None:
                 raise CheckpointError(

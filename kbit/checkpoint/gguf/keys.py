@@ -58,6 +58,8 @@ class Keys:
 
     Attributes:
         biases: the layer parts that have one, once they are known.
+        divisors: the values of rope_freqs.weight, where that tensor exists, once they are known.
+        tensors: names of the tensors there are, likewise.
     """
 
     def __init__(self, header: GGUFHeader, architecture: Architecture) -> None:
@@ -65,6 +67,8 @@ class Keys:
         self.architecture = architecture
         self.arch = architecture.name
         self.biases: tuple[str, ...] = ()
+        self.divisors: list[float] | None = None
+        self.tensors: frozenset[str] = frozenset()
 
     def size(self, name: str, default: int | None = None) -> int:
         """A positive integer; a per-layer array counts if all its values are equal."""
@@ -85,6 +89,20 @@ class Keys:
         if value is None or not 1 <= value < _MAX_SIZE:
             self.header.fail(f"metadata key '{key}' is {value}, expected 1 to {_MAX_SIZE - 1}")
         return value
+
+    def sizes(self, name: str, layers: int, default: int | None = None) -> list[int]:
+        """A positive integer for each layer; one for all counts for each.
+
+        Raises:
+            CheckpointError: another number of them, or one that is not positive.
+        """
+        key = f"{self.arch}.{name}"
+        if not self.header.count(key):
+            return [self.size(name, default)] * layers
+        values = self.header.integers(key) or []
+        if len(values) != layers or not all(1 <= value < _MAX_SIZE for value in values):
+            self.header.fail(f"metadata key '{key}' is not {layers} positive numbers, one for each layer")
+        return values
 
     def count(self, name: str) -> int:
         """A non-negative integer, 0 when absent."""
@@ -132,7 +150,7 @@ class Keys:
                     "use a plain file of the architecture, or the original safetensors folder"
                 )
         for name in ("expert_count", "expert_used_count"):
-            if self.architecture.experts is None and self.count(name):
+            if self.architecture.experts is None and name not in self.architecture.keys and self.count(name):
                 raise UnsupportedError(
                     f"{self.header.path}: '{self.arch}.{name}' says that there are experts, which kbit does not "
                     "support for this architecture"

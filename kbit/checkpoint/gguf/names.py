@@ -17,6 +17,7 @@ from kbit.checkpoint.gguf.experts import ExpertTensors
 
 if TYPE_CHECKING:
     from kbit.checkpoint.gguf.keys import Keys
+    from kbit.checkpoint.gguf.metadata import GGUFTensor
 
 ROPE_FREQS = "rope_freqs.weight"
 ROPE_FACTORS = ("rope_factors_short.weight", "rope_factors_long.weight")
@@ -48,6 +49,33 @@ MLP_BIASES = ("ffn_gate", "ffn_up", "ffn_down")
 
 
 @dataclass(frozen=True)
+class LayerSizes:
+    """What layers differ in: features of a head, key/value heads, and features inside the MLP, of each layer."""
+
+    head_dims: list[int]
+    kv_heads: list[int]
+    widths: list[int]
+
+
+@dataclass(frozen=True)
+class Special:
+    """What an architecture has that no other one has.
+
+    Attributes:
+        sizes: of layers: from the metadata and how many there are.
+        absent: the parts that every layer may lack: likewise, and from the tensors by name.
+        more: further tensors by name, with their shapes: from metadata, sizes, how many layers there are, and tensors.
+        located: the canonical tensors that a tensor holds, each as the part of it that it is, from its name, itself and
+            the configuration; None: as of other architectures.
+    """
+
+    sizes: Callable[[Keys, int], LayerSizes]
+    absent: Callable[[Keys, int, Mapping[str, GGUFTensor]], list[frozenset[str]]]
+    more: Callable[[Keys, Dimensions, int, Mapping[str, GGUFTensor]], dict[str, tuple[int, ...]]]
+    located: Callable[[str, GGUFTensor, Mapping[str, Any]], list[tuple[str, GGUFTensor]] | None]
+
+
+@dataclass(frozen=True)
 class Architecture:
     """What differs between the GGUF architectures kbit reads.
 
@@ -74,6 +102,7 @@ class Architecture:
         latent: keys and values are made of a latent vector (`kbit.checkpoint.gguf.latent`).
         sigmoid: what takes its place where experts are scored by sigmoids: model type, class, and experts.
         configure: what else belongs into the configuration.
+        special: what it has that no other architecture has; None: nothing.
     """
 
     name: str
@@ -98,6 +127,7 @@ class Architecture:
     latent: bool = False
     sigmoid: tuple[str, str, ExpertTensors] | None = None
     configure: Callable[[Keys, dict[str, Any]], None] | None = None
+    special: Special | None = None
 
     def modules(self) -> dict[str, str]:
         """Canonical names within a layer, by part; fused parts are not among them."""

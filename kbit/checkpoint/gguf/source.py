@@ -216,6 +216,9 @@ def _rows_of(
         return []
     if arch.latent and latent_rows(config, name, tensor):
         return []
+    special = None if arch.special is None else arch.special.located(name, tensor, config)
+    if special is not None:
+        return special
     of_experts = [] if arch.experts is None else expert_rows(arch.experts, name, tensor)
     if of_experts:
         return of_experts

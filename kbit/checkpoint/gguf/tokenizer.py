@@ -1,8 +1,9 @@
 """Hugging Face tokenizer files rebuilt from GGUF metadata.
 
-Two kinds of vocabulary: `gpt2` (byte-level BPE with merges; how text is split comes from `tokenizer.ggml.pre`, see
-gguf_pretokenizers.py) and `llama` (SentencePiece BPE: tokens with scores, bytes as <0xNN> tokens). The result is a
-tokenizer.json that the `tokenizers` library loads without any code of this module.
+Three kinds of vocabulary: `gpt2` (byte-level BPE with merges; how text is split comes from `tokenizer.ggml.pre`, see
+gguf_pretokenizers.py), `llama` (SentencePiece BPE: tokens with scores, bytes as <0xNN> tokens), and `gemma4` (such
+tokens with merges; runs of line breaks are apart). The result is a tokenizer.json that the `tokenizers` library loads
+without any code of this module.
 
 SentencePiece joins the adjacent pair whose joined token has the highest score, the leftmost on ties. Byte-pair
 merges express the same: every split of a token into two tokens is a merge, ranked by the token's score.
@@ -29,7 +30,9 @@ _MAX_SPM_TOKEN = 256
 
 # Control tokens that end a turn in some chat format. One that the file's own chat template writes ends generation
 # too, because converters do not always store it (Llama 3 files name <|end_of_text|>, but turns end with <|eot_id|>).
-_TURN_ENDS = frozenset({"<|eot_id|>", "<|im_end|>", "<|end|>", "<end_of_turn>", "<|end_of_text|>", "<|eom_id|>"})
+_TURN_ENDS = frozenset(
+    {"<|eot_id|>", "<|im_end|>", "<|end|>", "<end_of_turn>", "<|end_of_text|>", "<|eom_id|>", "<turn|>"}
+)
 
 
 def sidecars_from_header(header: GGUFHeader, context: int) -> dict[str, bytes]:
@@ -49,13 +52,13 @@ def sidecars_from_header(header: GGUFHeader, context: int) -> dict[str, bytes]:
     model = header.string("tokenizer.ggml.model")
     if model is None or model in ("none", "no_vocab"):
         return {}
-    if model not in ("gpt2", "llama"):
+    if model not in ("gpt2", "llama", "gemma4"):
         raise UnsupportedError(
             f"{header.path}: tokenizer model {quoted(model)} is not supported in GGUF files; supported are "
-            "gpt2 (byte-level BPE) and llama (SentencePiece)"
+            "gpt2 (byte-level BPE), llama (SentencePiece) and gemma4"
         )
     vocab = _Vocabulary(header, model)
-    tokenizer = _byte_level(vocab) if model == "gpt2" else _sentencepiece(vocab)
+    tokenizer = {"gpt2": _byte_level, "llama": _sentencepiece, "gemma4": _gemma4}[model](vocab)
     _add_special_tokens(tokenizer, vocab)
     _add_template(tokenizer, vocab)
 
@@ -119,12 +122,12 @@ class _Vocabulary:
         self.types = types or [_NORMAL] * len(tokens)
 
         sentencepiece = model == "llama"
-        self.pre = "" if sentencepiece else self._pre_tokenizer()
+        self.pre = self._pre_tokenizer() if model == "gpt2" else ""
         self.bos = self.special("bos", "<s>" if sentencepiece else None)
         self.eos = self.special("eos", "</s>" if sentencepiece else None)
         self.unk = self.special("unknown", "<unk>" if sentencepiece else None)
         self.pad = self.special("padding", None)
-        bos_default = True if sentencepiece else PRE_TOKENIZERS[self.pre].add_bos
+        bos_default = PRE_TOKENIZERS[self.pre].add_bos if model == "gpt2" else True
         if self.bos is None and "tokenizer.ggml.bos_token_id" in header:  # there is none, it says
             bos_default = False
         add_bos = header.flag("tokenizer.ggml.add_bos_token")
@@ -214,6 +217,20 @@ def _sentencepiece(vocab: _Vocabulary) -> Tokenizer:
     else:
         tokenizer.normalizer = space
     tokenizer.decoder = decoders.Sequence(back)
+    return tokenizer
+
+
+def _gemma4(vocab: _Vocabulary) -> Tokenizer:
+    from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers
+
+    merges = vocab.merges()
+    if merges is None:
+        vocab.header.fail("metadata key 'tokenizer.ggml.merges' is missing", "convert the model again")
+    unk = None if vocab.unk is None else vocab.tokens[vocab.unk]
+    tokenizer = _build(vocab, models.BPE, merges=merges, unk_token=unk, fuse_unk=True, byte_fallback=True)
+    tokenizer.normalizer = normalizers.Replace(" ", _SPACE)
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[^\n]+|\n+"), behavior="isolated")
+    tokenizer.decoder = decoders.Sequence([decoders.Replace(_SPACE, " "), decoders.ByteFallback(), decoders.Fuse()])
     return tokenizer
 
 

@@ -18,7 +18,7 @@ constexpr int kRowTile = 4;  // rows (token, head) that share one pass over a ch
 // The levels of 4-bit codes, reference.LEVELS_4; codes of 3 and 2 bits have equal steps, those of 8 are levels.
 constexpr std::int8_t kKeptLevels[16] = {-127, -100, -79, -62, -48, -34, -22, -9, 3, 15, 28, 42, 56, 73, 93, 122};
 
-// Where pages keep things; kv_pages.h draws it. Sizes in bytes.
+// Where pages keep the things of one layer; kv_pages.h draws it. Sizes in bytes.
 struct CacheView {
   int key_bits, value_bits;  // 32 and 16: floats, the same for both; 8, 4, 3, 2: codes
   int head_dim;  // D
@@ -30,12 +30,13 @@ struct CacheView {
   std::int64_t key_block;    // the whole block
   std::int64_t value_codes;
   std::int64_t value_block;
-  std::int64_t strip;        // one layer and head of a page: its blocks of keys, then its blocks of values
+  std::int64_t strip;        // one head of the layer in a page: its blocks of keys, then its blocks of values
+  std::int64_t offset;       // of the layer in a page
   std::uint8_t* const* pages;  // by id
 };
 
-static inline std::uint8_t* keys_of(const CacheView& c, std::int64_t page, std::int64_t layer, std::int64_t head) {
-  return c.pages[page] + (layer * c.kv_heads + head) * c.strip;
+static inline std::uint8_t* keys_of(const CacheView& c, std::int64_t page, std::int64_t head) {
+  return c.pages[page] + c.offset + head * c.strip;
 }
 static inline std::uint8_t* values_of(const CacheView& c, std::uint8_t* keys) { return keys + kPageBlocks * c.key_block; }
 
@@ -76,7 +77,7 @@ struct AttentionArgs {
 // Keys of a sequence's page number `index`, for one head.
 static inline std::uint8_t* keys_at(const AttentionArgs& a, const CacheView& c, std::int64_t sequence,
                                     std::int64_t index, std::int64_t head) {
-  return keys_of(c, a.tables[sequence * a.table_stride + index], a.layer, head);
+  return keys_of(c, a.tables[sequence * a.table_stride + index], head);
 }
 
 // First and last slot that a row's token sees.

@@ -111,7 +111,7 @@ void AttentionScratch::cut_pieces(const std::int32_t* position, int heads, int k
 }
 
 void attention(const AttentionKernels& kernels, Worker& worker, const AttentionArgs& args, AttentionScratch& scratch) {
-  const CacheView& cache = args.cache->view();
+  const CacheView& cache = args.cache->view(args.layer);
   AttentionArgs seen = args;
   seen.last = scratch.last();
   float* memory = aligned(scratch.memory_) + worker.index() * scratch.worker_floats_;

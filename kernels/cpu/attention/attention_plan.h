@@ -16,8 +16,7 @@
 
 namespace kbit {
 
-// The plan of a pass and the memory its attentions need, kept between passes. All attentions of a pass have these
-// heads.
+// The plan of a pass for attentions that have the same heads, and the memory that these need, kept between passes.
 class AttentionScratch {
  public:
   // Before the parallel part. sequence, position: (rows), as in AttentionArgs. members: of the team. last: (rows), the

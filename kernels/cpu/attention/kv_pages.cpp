@@ -168,21 +168,28 @@ void unrotate(const CacheView& v, float* x) {
 
 }  // namespace
 
-std::int64_t KVPages::page_bytes(std::int64_t layers, std::int64_t kv_heads, std::int64_t head_dim,
-                                 const std::string& kind) {
-  const CacheView view = describe(kind, head_dim, kv_heads);
-  if (layers < 1) throw std::invalid_argument("a cache needs at least 1 layer, head and feature");
-  if (static_cast<double>(layers) * static_cast<double>(kv_heads) * static_cast<double>(view.strip) > 1e18) {
-    throw std::bad_alloc();
+std::int64_t KVPages::page_bytes(const std::vector<KVHeads>& layers, const std::string& kind) {
+  if (layers.empty()) throw std::invalid_argument("a cache needs at least 1 layer, head and feature");
+  double total = 0;
+  std::int64_t bytes = 0;
+  for (const KVHeads& heads : layers) {
+    const CacheView view = describe(kind, heads.dim, heads.count);
+    total += static_cast<double>(heads.count) * static_cast<double>(view.strip);
+    if (total > 1e18) throw std::bad_alloc();
+    bytes += heads.count * view.strip;
   }
-  return layers * kv_heads * view.strip;
+  return bytes;
 }
 
-KVPages::KVPages(std::int64_t layers, std::int64_t kv_heads, std::int64_t head_dim, const std::string& kind,
-                 std::int64_t count)
-    : kind_(kind), layers_(layers), page_bytes_(page_bytes(layers, kv_heads, head_dim, kind)) {
+KVPages::KVPages(const std::vector<KVHeads>& layers, const std::string& kind, std::int64_t count)
+    : kind_(kind), page_bytes_(page_bytes(layers, kind)) {
   if (count < 1) throw std::invalid_argument("a cache needs at least 1 page, not " + std::to_string(count));
-  view_ = describe(kind, head_dim, kv_heads);
+  std::int64_t offset = 0;
+  for (const KVHeads& heads : layers) {
+    views_.push_back(describe(kind, heads.dim, heads.count));
+    views_.back().offset = offset;
+    offset += heads.count * views_.back().strip;
+  }
   resize(count);
 }
 
@@ -199,7 +206,7 @@ void KVPages::resize(std::int64_t count) {
   }
   arenas_.reserve(arenas_.size() + 1);
   pages_.reserve(static_cast<std::size_t>(count));
-  view_.pages = pages_.data();
+  for (CacheView& view : views_) view.pages = pages_.data();
   const Arena arena{allocate(more * page_bytes_), more * page_bytes_};
   arenas_.push_back(arena);
   for (std::int64_t i = 0; i < more; ++i) pages_.push_back(arena.data + i * page_bytes_);
@@ -215,19 +222,20 @@ void KVPages::copy(std::int64_t source, std::int64_t target) {
 
 void KVPages::dequantize(std::int64_t layer, const std::int32_t* table, std::int64_t length, float* keys,
                          float* values) const {
-  for (std::int64_t head = 0; head < view_.kv_heads; ++head) {
+  const CacheView& c = view(layer);
+  for (std::int64_t head = 0; head < c.kv_heads; ++head) {
     for (std::int64_t slot = 0; slot < length; ++slot) {
-      std::uint8_t* strip = keys_of(view_, table[slot / kPage], layer, head);
+      std::uint8_t* strip = keys_of(c, table[slot / kPage], head);
       const std::int64_t block = slot % kPage / kSlots;
       const int within = static_cast<int>(slot % kSlots);
-      read_slot(view_, strip + block * view_.key_block, true, within, keys);
-      read_slot(view_, values_of(view_, strip) + block * view_.value_block, false, within, values);
-      if (view_.key_bits < 16) {
-        unrotate(view_, keys);
-        unrotate(view_, values);
+      read_slot(c, strip + block * c.key_block, true, within, keys);
+      read_slot(c, values_of(c, strip) + block * c.value_block, false, within, values);
+      if (c.key_bits < 16) {
+        unrotate(c, keys);
+        unrotate(c, values);
       }
-      keys += view_.head_dim;
-      values += view_.head_dim;
+      keys += c.head_dim;
+      values += c.head_dim;
     }
   }
 }

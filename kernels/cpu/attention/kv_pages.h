@@ -1,5 +1,5 @@
 // Memory for keys and values, in pages of 64 slots (tokens) of one sequence. A page has one id and holds all layers and
-// key/value heads; which pages a sequence has, and in which order, is its block table's, kept by kbit/graph/pages.py.
+// key/value heads, of which layers may have different ones; which pages a sequence has, and in which order, is its block table's, kept by kbit/graph/pages.py.
 //
 //   page:   | layer 0: | head 0 | head 1 | .. | layer 1: | head 0 | ..            a strip for each, in blocks of 16 slots
 //   strip:  | keys of slots 0..15 | of 16..31 | of 32..47 | of 48..63 | values of slots 0..15 | .. |
@@ -29,25 +29,29 @@
 
 namespace kbit {
 
+// The key/value heads of a layer, and the features of each.
+struct KVHeads {
+  std::int64_t count, dim;
+};
+
 class KVPages {
  public:
   // kind: "fp32", "fp16", "8", "4", "3" or "2" (bits), or two of these widths, "8,4": of keys and of values. Throws
-  // std::invalid_argument: a count below 1, an unknown kind, codes with a head_dim that is not a multiple of 16. Memory is taken from the system when a token is written.
-  KVPages(std::int64_t layers, std::int64_t kv_heads, std::int64_t head_dim, const std::string& kind,
-          std::int64_t count);
+  // std::invalid_argument: a count below 1, an unknown kind, codes with a head_dim that is not a multiple of 16. Memory
+  // is taken from the system when a token is written. layers: the heads of each.
+  KVPages(const std::vector<KVHeads>& layers, const std::string& kind, std::int64_t count);
   ~KVPages();
   KVPages(const KVPages&) = delete;
   KVPages& operator=(const KVPages&) = delete;
 
   // Bytes of a page. Throws as the constructor does.
-  static std::int64_t page_bytes(std::int64_t layers, std::int64_t kv_heads, std::int64_t head_dim,
-                                 const std::string& kind);
+  static std::int64_t page_bytes(const std::vector<KVHeads>& layers, const std::string& kind);
 
   const std::string& kind() const { return kind_; }
-  std::int64_t layers() const { return layers_; }
+  std::int64_t layers() const { return static_cast<std::int64_t>(views_.size()); }
   std::int64_t count() const { return static_cast<std::int64_t>(pages_.size()); }
   std::int64_t page_bytes() const { return page_bytes_; }
-  const CacheView& view() const { return view_; }
+  const CacheView& view(std::int64_t layer) const { return views_[static_cast<std::size_t>(layer)]; }
 
   // Room for at least `count` pages; those there are stay where they lie.
   void resize(std::int64_t count);
@@ -63,8 +67,8 @@ class KVPages {
   };
 
   std::string kind_;
-  std::int64_t layers_, page_bytes_;
-  CacheView view_{};
+  std::int64_t page_bytes_;
+  std::vector<CacheView> views_;  // of layers
   std::vector<Arena> arenas_;
   std::vector<std::uint8_t*> pages_;
 };

@@ -128,7 +128,7 @@ void require_heads(const Program& p, const AttendInstruction& a) {
   require(a.heads >= 1 && a.kv_heads >= 1 && a.head_dim >= 1 && a.heads % a.kv_heads == 0 && a.layer >= 0,
           "the heads do not fit their buffers");
   require((a.stores() || (wide(a.q, a.heads) && wide(a.out, a.heads) && a.out != a.q)) &&
-              (a.crosses() || (wide(a.k, a.kv_heads) && wide(a.v, a.kv_heads))),
+              (a.k < 0 || (wide(a.k, a.kv_heads) && wide(a.v, a.kv_heads))),
           "the heads do not fit their buffers");
 }
 
@@ -161,7 +161,8 @@ void add_experts(Program& program, int x, int logits, int out, const std::vector
                  const std::vector<std::optional<Vector>>& gate_biases, const std::vector<std::optional<Vector>>& up_biases,
                  const std::vector<std::optional<Vector>>& down_biases, const std::optional<Vector>& selection_bias,
                  int chosen, const std::string& score, bool normalise, float scale, int groups, int chosen_groups,
-                 const std::string& activation, float alpha, float limit, bool best_of_group) {
+                 const std::string& activation, float alpha, float limit, bool best_of_group,
+                 const std::optional<Vector>& scales) {
   const std::size_t count = gates.size();
   require(count >= 1 && ups.size() == count && downs.size() == count && gate_biases.size() == count &&
               up_biases.size() == count && down_biases.size() == count,
@@ -173,6 +174,7 @@ void add_experts(Program& program, int x, int logits, int out, const std::vector
   m.out = out;
   m.routing = {static_cast<int>(count), chosen, score_kind(score), normalise, scale, groups, chosen_groups, best_of_group};
   m.selection_bias = copied(selection_bias);
+  m.scales = copied(scales);
   for (std::size_t e = 0; e < count; ++e) {
     MatmulInstruction inner, down;
     inner.weights = {gates[e], ups[e]};
@@ -376,6 +378,13 @@ void bind_engine(nb::module_& module) {
              p.append(MapInstruction{x, out, factor, cap});
            },
            nb::arg("x"), nb::arg("out"), nb::arg("factor") = 1.0f, nb::arg("cap") = 0.0f)
+      .def("columns",
+           [](Program& p, int x, int out, int first) {
+             require(first >= 0 && out != x && first + p.buffer_width(out) <= p.buffer_width(x),
+                     "the columns are not all there, or would be written over");
+             p.append(ColumnsInstruction{x, out, first});
+           },
+           nb::arg("x"), nb::arg("out"), nb::arg("first"))
       .def("rotate",
            [](Program& p, int x, int out, int head_dim, int first, int half) {
              require(head_dim >= 1 && p.buffer_width(x) == p.buffer_width(out) && p.buffer_width(x) % head_dim == 0 &&
@@ -411,13 +420,16 @@ void bind_engine(nb::module_& module) {
            nb::arg("downs"), nb::arg("gate_biases"), nb::arg("up_biases"), nb::arg("down_biases"),
            nb::arg("selection_bias").none(), nb::arg("chosen"), nb::arg("score"), nb::arg("normalise"), nb::arg("scale"),
            nb::arg("groups"), nb::arg("chosen_groups"), nb::arg("activation"), nb::arg("alpha") = 1.0f,
-           nb::arg("limit") = 0.0f, nb::arg("best_of_group") = false)
+           nb::arg("limit") = 0.0f, nb::arg("best_of_group") = false, nb::arg("scales") = nb::none())
       .def("attend",
-           [](Program& p, int q, int k, int v, int out, int layer, int heads, int kv_heads, int head_dim, float scale,
+           [](Program& p, int q, std::optional<int> k, std::optional<int> v, int out, int layer, int heads, int kv_heads, int head_dim, float scale,
               std::optional<int> window, bool rotary, const std::optional<Vector>& key_bias,
               const std::optional<std::tuple<int, int>>& angles, float soft_cap, const std::optional<Vector>& sinks,
               const std::optional<Vector>& by_distance) {
-             AttendInstruction a{q, k, v, out, layer, heads, kv_heads, head_dim, scale, window.value_or(0), rotary, copied(key_bias)};
+             require(k.has_value() == v.has_value() && (k || !key_bias), "keys come with values");
+             AttendInstruction a{q, k.value_or(-1), v.value_or(-1), out, layer, heads, kv_heads, head_dim, scale,
+                                 window.value_or(0), rotary, copied(key_bias)};
+             a.shares = !k;
              if (angles) {
                a.first_angle = std::get<0>(*angles);
                a.angles = std::get<1>(*angles) - a.first_angle;
@@ -435,12 +447,12 @@ void bind_engine(nb::module_& module) {
                for (float& added : a.by_distance) added *= 1.44269504088896341f;
              }
              require(soft_cap >= 0.0f, "a soft cap is positive, or 0 for none");
-             require(out != k && out != v && (!window || *window > 0) &&
-                         (!key_bias || static_cast<std::int64_t>(key_bias->shape(0)) == p.buffer_width(k)),
+             require(out != a.k && out != a.v && (!window || *window > 0) &&
+                         (!key_bias || static_cast<std::int64_t>(key_bias->shape(0)) == p.buffer_width(a.k)),
                      "the heads do not fit their buffers");
              p.append(std::move(a));
            },
-           nb::arg("q"), nb::arg("k"), nb::arg("v"), nb::arg("out"), nb::arg("layer"), nb::arg("heads"),
+           nb::arg("q"), nb::arg("k").none(), nb::arg("v").none(), nb::arg("out"), nb::arg("layer"), nb::arg("heads"),
            nb::arg("kv_heads"), nb::arg("head_dim"), nb::arg("scale"), nb::arg("window").none(),
            nb::arg("rotary") = true, nb::arg("key_bias") = nb::none(), nb::arg("angles") = nb::none(),
            nb::arg("soft_cap") = 0.0f, nb::arg("sinks") = nb::none(), nb::arg("by_distance") = nb::none())

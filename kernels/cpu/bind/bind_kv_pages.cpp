@@ -4,11 +4,15 @@
 #include <nanobind/stl/optional.h>
 #include <nanobind/stl/pair.h>
 #include <nanobind/stl/string.h>
+#include <nanobind/stl/variant.h>
+#include <nanobind/stl/vector.h>
 
 #include <algorithm>
 #include <optional>
 #include <stdexcept>
 #include <utility>
+#include <variant>
+#include <vector>
 
 #include "attention/attention_plan.h"
 #include "bind/bind_engine.h"
@@ -39,6 +43,26 @@ void require(bool condition, const char* message) {
   if (!condition) throw std::invalid_argument(message);
 }
 
+// One number for all layers, or one for each.
+using PerLayer = std::variant<std::int64_t, std::vector<std::int64_t>>;
+
+std::int64_t of_layer(const PerLayer& numbers, std::int64_t layer) {
+  if (const auto* one = std::get_if<std::int64_t>(&numbers)) return *one;
+  return std::get<std::vector<std::int64_t>>(numbers)[static_cast<std::size_t>(layer)];
+}
+
+// The heads of every layer.
+std::vector<KVHeads> heads_of(std::int64_t layers, const PerLayer& kv_heads, const PerLayer& head_dim) {
+  require(layers >= 1 && layers <= 1 << 20, "a cache needs at least 1 layer, head and feature");
+  for (const PerLayer* numbers : {&kv_heads, &head_dim}) {
+    const auto* each = std::get_if<std::vector<std::int64_t>>(numbers);
+    require(!each || static_cast<std::int64_t>(each->size()) == layers, "heads are the same in all layers, or of each");
+  }
+  std::vector<KVHeads> found;
+  for (std::int64_t i = 0; i < layers; ++i) found.push_back({of_layer(kv_heads, i), of_layer(head_dim, i)});
+  return found;
+}
+
 // A new zeroed array (a, b, c), owned by Python, and where its values are.
 std::pair<Result, float*> make_array(std::size_t a, std::size_t b, std::size_t c) {
   float* data = new float[std::max<std::size_t>(1, a * b * c)]();
@@ -53,8 +77,8 @@ std::pair<Result, Result> dequantized(const KVPages& cache, std::int64_t layer, 
   for (std::int64_t i = 0; i < (length + kPage - 1) / kPage; ++i) {
     require(table.data()[i] >= 0 && table.data()[i] < cache.count(), "the cache has no such page");
   }
-  const auto heads = static_cast<std::size_t>(cache.view().kv_heads);
-  const auto dim = static_cast<std::size_t>(cache.view().head_dim);
+  const auto heads = static_cast<std::size_t>(cache.view(layer).kv_heads);
+  const auto dim = static_cast<std::size_t>(cache.view(layer).head_dim);
   const auto tokens = static_cast<std::size_t>(length);
   auto [keys, key_data] = make_array(heads, tokens, dim);
   auto [values, value_data] = make_array(heads, tokens, dim);
@@ -68,15 +92,15 @@ Result attention_once(Context& context, const Array<float, 3>& q, const Array<fl
                       std::int64_t layer, float scale, int window, const std::optional<Array<float, 1>>& key_bias) {
   const std::size_t rows = q.shape(0), heads = q.shape(1), dim = q.shape(2), kv_heads = k.shape(1);
   const auto row_count = static_cast<std::int64_t>(rows);
-  const CacheView& view = cache.view();
   require(rows >= 1 && k.shape(0) == rows && v.shape(0) == rows && positions.shape(0) == rows &&
               sequence.shape(0) == rows && cos.shape(0) == sin.shape(0) && (key_bias || cos.shape(0) == rows),
           "q, k, v, positions, sequence, cos and sin have the same number of rows, at least 1");
   require(k.shape(2) == dim && v.shape(1) == kv_heads && v.shape(2) == dim && cos.shape(1) == sin.shape(1) &&
               2 * cos.shape(1) <= dim && kv_heads >= 1 && heads >= 1 && heads % kv_heads == 0,
           "q (R, H, D), k and v (R, H_kv, D), cos and sin (R, up to D / 2) do not fit each other");
-  require(static_cast<std::size_t>(view.kv_heads) == kv_heads && static_cast<std::size_t>(view.head_dim) == dim &&
-              layer >= 0 && layer < cache.layers() && window >= 0,
+  require(layer >= 0 && layer < cache.layers() && window >= 0 &&
+              static_cast<std::size_t>(cache.view(layer).kv_heads) == kv_heads &&
+              static_cast<std::size_t>(cache.view(layer).head_dim) == dim,
           "the cache has other heads or no such layer, or the window is negative");
   for (std::size_t r = 0; r < rows; ++r) {
     const std::int32_t where = sequence.data()[r], position = positions.data()[r];
@@ -149,9 +173,12 @@ void require_pages(const KVPages& pages, const BlockTables& tables, const std::i
 void bind_kv_pages(nb::module_& module) {
   nb::class_<KVPages>(module, "KVPages", "Keys and values of every layer in pages; kernels/cpu/attention/kv_pages.h.")
       .def("__init__",
-           [](KVPages* self, std::int64_t layers, std::int64_t kv_heads, std::int64_t head_dim, const std::string& kind,
-              std::int64_t count) { checked([&] { new (self) KVPages(layers, kv_heads, head_dim, kind, count); }); },
-           nb::arg("layers"), nb::arg("kv_heads"), nb::arg("head_dim"), nb::arg("kind"), nb::arg("count"))
+           [](KVPages* self, std::int64_t layers, const PerLayer& kv_heads, const PerLayer& head_dim,
+              const std::string& kind, std::int64_t count) {
+             checked([&] { new (self) KVPages(heads_of(layers, kv_heads, head_dim), kind, count); });
+           },
+           nb::arg("layers"), nb::arg("kv_heads"), nb::arg("head_dim"), nb::arg("kind"), nb::arg("count"),
+           "kv_heads, head_dim: a number, or one for each layer.")
       .def_prop_ro("kind", &KVPages::kind)
       .def_prop_ro("count", &KVPages::count)
       .def_prop_ro("page_bytes", [](const KVPages& pages) { return pages.page_bytes(); })
@@ -163,9 +190,9 @@ void bind_kv_pages(nb::module_& module) {
 
   module.def(
       "kv_page_bytes",
-      [](std::int64_t layers, std::int64_t kv_heads, std::int64_t head_dim, const std::string& kind) {
+      [](std::int64_t layers, const PerLayer& kv_heads, const PerLayer& head_dim, const std::string& kind) {
         std::int64_t bytes = 0;
-        checked([&] { bytes = KVPages::page_bytes(layers, kv_heads, head_dim, kind); });
+        checked([&] { bytes = KVPages::page_bytes(heads_of(layers, kv_heads, head_dim), kind); });
         return bytes;
       },
       nb::arg("layers"), nb::arg("kv_heads"), nb::arg("head_dim"), nb::arg("kind"), "Bytes of one page.");

@@ -55,11 +55,8 @@ void Program::append(Instruction instruction) {
     widest_input_ = std::max(widest_input_, padded(buffer_width(m->x)));
   } else if (const auto* e = std::get_if<EmbedInstruction>(&instruction)) {
     note_file(e->weights);
-  } else if (const auto* a = std::get_if<AttendInstruction>(&instruction)) {
-    const AttendInstruction* first = first_attention();
-    if (first && (first->heads != a->heads || first->kv_heads != a->kv_heads || first->head_dim != a->head_dim)) {
-      throw std::invalid_argument("all attentions of a program have the same heads");
-    }
+  } else if (auto* a = std::get_if<AttendInstruction>(&instruction)) {
+    a->plan = plan_of(*a);
   } else if (auto* x = std::get_if<ExpertsInstruction>(&instruction)) {
     check(*x);
     for (const auto* products : {&x->inner, &x->down}) {
@@ -138,10 +135,15 @@ void Program::reserve(std::int64_t rows) {
   capacity_ = rows;
 }
 
-const AttendInstruction* Program::first_attention() const {
-  for (const Instruction& instruction : instructions_)
-    if (const auto* a = std::get_if<AttendInstruction>(&instruction)) return a;
-  return nullptr;
+int Program::plan_of(const AttendInstruction& a) {
+  for (std::size_t i = 0; i < plans_.size(); ++i) {
+    const AttentionHeads& of = plans_[i].first;
+    if (of.crosses == a.crosses() && of.heads == a.heads && of.kv_heads == a.kv_heads && of.head_dim == a.head_dim) {
+      return static_cast<int>(i);
+    }
+  }
+  plans_.emplace_back(AttentionHeads{a.crosses(), a.heads, a.kv_heads, a.head_dim}, std::make_unique<AttentionScratch>());
+  return static_cast<int>(plans_.size()) - 1;
 }
 
 void Program::attend(Worker& worker, const AttendInstruction& a, const Pass& pass) {
@@ -153,7 +155,7 @@ void Program::attend(Worker& worker, const AttendInstruction& a, const Pass& pas
     args.q_stride = at(a.q).stride;
     args.out_stride = at(a.out).stride;
   }
-  if (!a.crosses()) {
+  if (a.k >= 0) {
     args.k = at(a.k).data();
     args.v = at(a.v).data();
     args.k_stride = at(a.k).stride;
@@ -184,43 +186,47 @@ void Program::attend(Worker& worker, const AttendInstruction& a, const Pass& pas
   args.tables = a.crosses() ? pass.encoder.tables : pass.tables;
   args.table_stride = a.crosses() ? pass.encoder.table_stride : pass.table_stride;
   args.layer = a.layer;
+  AttentionScratch& scratch = *plans_[static_cast<std::size_t>(a.plan)].second;
   if (!a.key_bias.empty()) {
     args.key_bias = a.key_bias.data();
-    args.angles = attention_scratch_.angles();
+    args.angles = scratch.angles();
   }
-  attention(context_->kernels->attention, worker, args, a.crosses() ? cross_scratch_ : attention_scratch_);
+  attention(context_->kernels->attention, worker, args, scratch);
 }
 
-void Program::prepare_attention(const Pass& pass, const AttendInstruction& heads) {
-  bool biased = false, crosses = false;
+void Program::prepare_attention(const Pass& pass) {
+  bool crosses = false;
+  std::vector<bool> biased(plans_.size(), false);
   for (const Instruction& instruction : instructions_) {
     const auto* a = std::get_if<AttendInstruction>(&instruction);
     if (!a) continue;
     const int half = a->angles < 0 ? pass.table_half : a->angles;
     const KVPages* cache = a->crosses() ? pass.encoder.cache : pass.cache;
     if (!cache) throw std::invalid_argument("the program attends to an encoder's texts, and there are none");
-    if (cache->view().kv_heads != a->kv_heads || cache->view().head_dim != a->head_dim ||
+    if (a->layer >= cache->layers()) throw std::invalid_argument("the cache has too few layers");
+    const CacheView& view = cache->view(a->layer);
+    if (view.kv_heads != a->kv_heads || view.head_dim != a->head_dim ||
         (a->rotary && (2 * half > a->head_dim || a->first_angle + half > pass.table_half))) {
       throw std::invalid_argument("the cache or the rotary tables do not fit the program's heads");
     }
-    if (a->layer >= cache->layers()) throw std::invalid_argument("the cache has too few layers");
     if (!a->key_bias.empty() && a->rotary && half != pass.table_half) {
       throw std::invalid_argument("keys with a bias are turned by all columns of the rotary tables");
     }
-    biased = biased || (!a->key_bias.empty() && a->rotary);
+    if (!a->key_bias.empty() && a->rotary && view.key_bits < 16) biased[static_cast<std::size_t>(a->plan)] = true;
     crosses = crosses || a->crosses();
   }
-  const int members = context_->team->size();
-  if (biased && pass.cache->view().key_bits < 16) prepare_angles(pass);
-  attention_scratch_.prepare(pass.rows, pass.sequence, pass.position, heads.heads, heads.kv_heads, heads.head_dim,
-                             members, pass.last_seen);
-  if (!crosses) return;
-  encoder_ends_.resize(static_cast<std::size_t>(pass.rows));
-  for (std::int64_t r = 0; r < pass.rows; ++r) {
-    encoder_ends_[static_cast<std::size_t>(r)] = pass.encoder.lengths[pass.sequence[r]] - 1;
+  if (crosses) {
+    encoder_ends_.resize(static_cast<std::size_t>(pass.rows));
+    for (std::int64_t r = 0; r < pass.rows; ++r) {
+      encoder_ends_[static_cast<std::size_t>(r)] = pass.encoder.lengths[pass.sequence[r]] - 1;
+    }
   }
-  cross_scratch_.prepare(pass.rows, pass.sequence, pass.position, heads.heads, heads.kv_heads, heads.head_dim, members,
-                         encoder_ends_.data());
+  for (std::size_t i = 0; i < plans_.size(); ++i) {
+    auto& [of, scratch] = plans_[i];
+    if (biased[i]) prepare_angles(pass, *scratch);
+    scratch->prepare(pass.rows, pass.sequence, pass.position, of.heads, of.kv_heads, of.head_dim, context_->team->size(),
+                     of.crosses ? encoder_ends_.data() : pass.last_seen);
+  }
 }
 
 void Program::prepare_states(const Pass& pass) {
@@ -272,7 +278,7 @@ void Program::convolve(Worker& worker, const ConvolveInstruction& n, const Pass&
   });
 }
 
-void Program::prepare_angles(const Pass& pass) {
+void Program::prepare_angles(const Pass& pass, AttentionScratch& scratch) {
   std::int64_t stop = 0;
   for (std::int64_t r = 0; r < pass.rows; ++r) {
     if (pass.rope_row[r] != pass.position[r]) {
@@ -280,7 +286,7 @@ void Program::prepare_angles(const Pass& pass) {
     }
     stop = std::max(stop, std::int64_t{pass.position[r]} + 1);
   }
-  attention_scratch_.prepare_angles(pass.cos, pass.sin, pass.table_half, stop);
+  scratch.prepare_angles(pass.cos, pass.sin, pass.table_half, stop);
 }
 
 void Program::run(const Pass& pass) {
@@ -308,7 +314,7 @@ void Program::run(const Pass& pass) {
     const auto* n = std::get_if<RotateInstruction>(&i);
     if (n && n->first + n->half > pass.table_half) throw std::invalid_argument("the rotary tables have too few columns");
   }
-  if (const AttendInstruction* a = first_attention()) prepare_attention(pass, *a);
+  prepare_attention(pass);
   prepare_states(pass);
   context_->team->run([&](Worker& worker) {
     for (const Instruction& instruction : instructions_) {
@@ -344,6 +350,12 @@ void Program::run(const Pass& pass) {
             std::memcpy(out, at(s->x).data() + r * at(s->x).stride, static_cast<std::size_t>(at(s->out).width) * 4);
             kernels.add(at(s->y).data() + r * at(s->y).stride, out, at(s->out).width);
           }
+        });
+      } else if (const auto* j = std::get_if<ColumnsInstruction>(&instruction)) {
+        worker.for_each(pass.rows, 16, [&](std::int64_t begin, std::int64_t end) {
+          for (std::int64_t r = begin; r < end; ++r)
+            std::memcpy(at(j->out).data() + r * at(j->out).stride, at(j->x).data() + r * at(j->x).stride + j->first,
+                        static_cast<std::size_t>(at(j->out).width) * 4);
         });
       } else if (const auto* g = std::get_if<ActivateInstruction>(&instruction)) {
         worker.for_each(pass.rows, 4, [&](std::int64_t begin, std::int64_t end) {

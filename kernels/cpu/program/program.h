@@ -7,6 +7,7 @@
 #include <memory>
 #include <optional>
 #include <string>
+#include <utility>
 #include <variant>
 #include <vector>
 
@@ -56,8 +57,10 @@ struct RotateInstruction { int x, out, head_dim, first, half; };
 // Heads made as wide as out's: what all share (-1: nothing), then their own, cut or filled with zeros.
 struct FitInstruction { int x, shared, out, heads; };
 struct AddInstruction { int x, y, out; };
+struct ColumnsInstruction { int x, out, first; };  // as many columns of x, from `first` on, as out is wide
 struct ActivateInstruction { int gate, up, out; Activation kind; };  // up: -1 for none
-// Also half an attention: one that reads an encoder's keys and values (k and v are -1), or stores them (q and out are).
+// Also half an attention: one that reads an encoder's keys and values, or those that an earlier one of the pass has
+// written for the same layer (k and v are -1), or one that stores them (q and out are).
 struct AttendInstruction {
   int q = -1, k = -1, v = -1, out = -1;
   int layer = 0, heads = 1, kv_heads = 1, head_dim = 1;
@@ -69,8 +72,10 @@ struct AttendInstruction {
   float soft_cap = 0.0f;             // of scores; 0: none
   std::vector<float> sinks = {};     // of heads: see AttentionArgs; or empty
   std::vector<float> by_distance = {};  // (heads, 2 * reach + 1), in units of log2: see AttentionArgs; or empty
+  bool shares = false;               // reads what was written in this pass, too
+  int plan = -1;                     // among the program's plans of attentions
 
-  bool crosses() const { return k < 0; }
+  bool crosses() const { return k < 0 && !shares; }
   bool stores() const { return q < 0; }
 };
 struct RecurInstruction { int q, k, v, decay, write, out, state, heads, key_dim, value_dim; };
@@ -92,13 +97,15 @@ struct ExpertsInstruction {
   int x = -1, logits = -1, out = -1;
   Routing routing;
   std::vector<float> selection_bias;            // of experts, or empty
+  std::vector<float> scales;                    // of what experts weigh, or empty
   std::vector<MatmulInstruction> inner, down;   // of experts: gate and up with their activation; down
   MatmulInstruction all_inner, all_down;        // the matrices of all: what forms of rows they take
   int index = -1;                               // among the program's mixtures
 };
 using Instruction = std::variant<MatmulInstruction, EmbedInstruction, NormInstruction, AddInstruction, ActivateInstruction,
                                  AttendInstruction, RecurInstruction, ConvolveInstruction, MapInstruction,
-                                 RotateInstruction, FitInstruction, GateInstruction, ExpertsInstruction>;
+                                 RotateInstruction, FitInstruction, GateInstruction, ExpertsInstruction,
+                                 ColumnsInstruction>;
 
 // What a mixture notes of a pass: pairs of a row and an expert it goes to, sorted by expert.
 struct ExpertRows {
@@ -186,11 +193,11 @@ class Program {
   struct Scratch;  // of one member of the team
 
   void reserve(std::int64_t rows);
-  const AttendInstruction* first_attention() const;
+  int plan_of(const AttendInstruction& instruction);
   void note_file(const Weights& weights);
   void attend(Worker& worker, const AttendInstruction& instruction, const Pass& pass);
-  void prepare_attention(const Pass& pass, const AttendInstruction& heads);
-  void prepare_angles(const Pass& pass);
+  void prepare_attention(const Pass& pass);
+  void prepare_angles(const Pass& pass, AttentionScratch& scratch);
   void prepare_states(const Pass& pass);
   void norm(Worker& worker, const NormInstruction& instruction, std::int64_t rows);
   void map(Worker& worker, const MapInstruction& instruction, std::int64_t rows);
@@ -231,7 +238,12 @@ class Program {
   std::int64_t widest_input_ = 0; // K of the widest matmul, padded
   std::unique_ptr<Inputs> shared_;
   std::vector<std::unique_ptr<Scratch>> scratch_;
-  AttentionScratch attention_scratch_, cross_scratch_;
+  // Attentions of the same heads have one plan; those to an encoder's texts have others.
+  struct AttentionHeads {
+    bool crosses;
+    int heads, kv_heads, head_dim;
+  };
+  std::vector<std::pair<AttentionHeads, std::unique_ptr<AttentionScratch>>> plans_;
   std::vector<std::unique_ptr<ExpertRows>> expert_rows_;  // of each mixture
   AlignedBytes expert_inner_, expert_outer_;              // (pairs, features), of one mixture at a time
   int mixtures_ = 0;

@@ -48,8 +48,8 @@ float best_two(const float* ranked, int count) {
 }
 
 // One row: its experts in ascending order and their weights. scratch: room for what is said of every expert.
-void route_row(const Routing& routing, const std::vector<float>& bias, const float* logits, std::uint8_t* scratch,
-               std::int32_t* chosen, float* weights) {
+void route_row(const Routing& routing, const std::vector<float>& bias, const std::vector<float>& scales,
+               const float* logits, std::uint8_t* scratch, std::int32_t* chosen, float* weights) {
   const int experts = routing.experts;
   auto* scores = reinterpret_cast<double*>(scratch);
   auto* ranked = reinterpret_cast<float*>(scores + experts);
@@ -90,7 +90,10 @@ void route_row(const Routing& routing, const std::vector<float>& bias, const flo
     weights[found] = static_cast<float>(scores[e] / total);
     sum += weights[found++];
   }
-  for (int i = 0; i < found; ++i) weights[i] = (routing.normalise ? weights[i] / sum : weights[i]) * routing.scale;
+  for (int i = 0; i < found; ++i) {
+    weights[i] = (routing.normalise ? weights[i] / sum : weights[i]) * routing.scale;
+    if (!scales.empty()) weights[i] *= scales[static_cast<std::size_t>(chosen[i])];
+  }
 }
 
 }  // namespace
@@ -105,7 +108,8 @@ void Program::check(const ExpertsInstruction& m) const {
     throw std::invalid_argument("so many experts, or groups of them, cannot be chosen");
   }
   if (m.inner.size() != count || m.down.size() != count ||
-      (!m.selection_bias.empty() && m.selection_bias.size() != count) || buffer_width(m.logits) != r.experts) {
+      (!m.selection_bias.empty() && m.selection_bias.size() != count) ||
+      (!m.scales.empty() && m.scales.size() != count) || buffer_width(m.logits) != r.experts) {
     throw std::invalid_argument("there are not as many matrices, biases or logits as experts");
   }
   const std::int64_t width = m.inner[0].weights.at(0)->matrix().rows;
@@ -218,7 +222,7 @@ void Program::mix(Worker& worker, const ExpertsInstruction& m, std::int64_t rows
   const std::int64_t chosen = m.routing.chosen, pairs = rows * chosen;
   const auto route = [&](std::int64_t begin, std::int64_t end) {
     for (std::int64_t r = begin; r < end; ++r) {
-      route_row(m.routing, m.selection_bias, logits.data() + r * logits.stride, scratch.kernel.data(),
+      route_row(m.routing, m.selection_bias, m.scales, logits.data() + r * logits.stride, scratch.kernel.data(),
                 noted.chosen.data() + r * chosen, noted.weights.data() + r * chosen);
     }
   };

@@ -163,6 +163,47 @@ def test_size(kind: str, bits: float) -> None:
     assert 64 * cache.nbytes == 2 * 192 * _native.kv_page_bytes(3, 5, 64, kind)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_layers_of_different_heads(kind: str) -> None:
+    """Each has its own place in a page: what is written to one is what is read of it, whatever the others hold."""
+    context = _native.Context(SETS[-1], 1)
+    counts, dims = [2, 1, 4], [16, 512, 48]
+    pages = _native.KVPages(3, counts, dims, kind, 2)
+    assert pages.page_bytes == sum(
+        _native.kv_page_bytes(1, count, dim, kind) for count, dim in zip(counts, dims, strict=True)
+    )
+    rows, tables = np.arange(70, dtype=np.int32), np.array([[1, 0]], dtype=np.int32)
+    written = []
+    for layer, (count, dim) in enumerate(zip(counts, dims, strict=True)):
+        tokens = make_tokens((count, count, dim), [70], seed=layer)
+        alone = _native.KVPages(1, count, dim, kind, 2)
+        made = [
+            _native.attention(
+                context,
+                *(x[0].contiguous().numpy() for x in (tokens.q, tokens.k, tokens.v)),
+                rows,
+                np.zeros_like(rows),
+                tokens.cos.numpy(),
+                tokens.sin.numpy(),
+                cache,
+                tables,
+                at,
+                1.0,
+            )
+            for cache, at in ((pages, layer), (alone, 0))
+        ]
+        assert np.array_equal(*made)
+        written.append(alone.dequantized(0, tables[0], 70))
+    for layer, expected in enumerate(written):
+        assert same(list(pages.dequantized(layer, tables[0], 70)), list(expected))
+    pages.resize(5)
+    pages.copy(1, 4)
+    assert same(list(pages.dequantized(1, np.array([4], dtype=np.int32), 64)), [x[:, :64] for x in written[1]])
+    for layers, heads in ((3, [2, 1]), (2, [1, 0])):
+        with pytest.raises(UsageError, match=r"the same in all layers, or of each|at least 1 layer, head and feature"):
+            _native.KVPages(layers, heads, 16, kind, 1)
+
+
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 def test_memory_is_taken_when_tokens_are_written() -> None:
     def resident() -> int:
