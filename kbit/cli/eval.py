@@ -120,7 +120,7 @@ class EvalFlags:
         typer.Option(
             "--reference-backend",
             metavar="reference|native-fp32|native",
-            help="Who computes the --reference: torch in fp32, weights expanded; the native backend in fp32, which takes "
+            help="Who computes the --reference: torch in fp32, weights expanded; natively in fp32, which takes "
             "less memory; or the native backend in the same way as MODEL.",
             rich_help_panel=ENGINE,
         ),
