@@ -35,6 +35,8 @@ COMMANDS = {
     "fill": ("kbit.cli.fill", "fill", "Say which words a model puts in masked places."),
     "classify": ("kbit.cli.classify", "classify", "Label texts, pairs of texts, or words."),
     "answer": ("kbit.cli.answer", "answer", "Find the answer to a question in a text."),
+    "translate": ("kbit.cli.translate", "translate", "Translate texts."),
+    "summarize": ("kbit.cli.summarize", "summarize", "Summarize texts."),
     "quantize": ("kbit.cli.quantize", "quantize", "Convert a model to k-bit weights."),
     "calibrate": ("kbit.cli.calibrate", "calibrate", "Measure which errors of its weights a model feels."),
     "eval": ("kbit.cli.eval", "evaluate", "Measure perplexity, KL divergence and zero-shot tasks."),

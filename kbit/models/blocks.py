@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from kbit.graph.experts import Experts, Mixture
 from kbit.graph.ops import Attention, Ops, Vector, Weight, X
-from kbit.models.params import QKV, SHARED, expert_slots, gate_up
+from kbit.models.params import CROSS_KV, QKV, SHARED, expert_slots, gate_up
 from kbit.models.spec import ModelSpec
 
 
@@ -47,6 +47,8 @@ def layer(ops: Ops[X], spec: ModelSpec, weights: Weights, index: int, x: X, by_d
     if spec.parallel:
         return _parallel(ops, spec, weights, index, x, by_distance)
     x = attention(ops, spec, weights, index, x, by_distance)
+    if spec.encoder is not None:
+        x = cross(ops, spec, weights, index, x)
     return mixture(ops, spec, weights, x) if spec.has_experts(index) else mlp(ops, spec, weights, x)
 
 
@@ -55,6 +57,28 @@ def attention(ops: Ops[X], spec: ModelSpec, weights: Weights, index: int, x: X, 
     seen = _attended(ops, spec, weights, index, norm(ops, spec, weights, "attention_norm", x), by_distance)
     x = _added(ops, spec, weights, "o", "attention_post_norm", seen, x)
     return norm(ops, spec, weights, "attention_sum_norm", x)
+
+
+def cross(ops: Ops[X], spec: ModelSpec, weights: Weights, index: int, x: X) -> X:
+    """x + attention of norm(x) to the encoder's text, and the norm of the sum where the model has it: (..., hidden)."""
+    (q,) = _together(ops, weights, ("cross_q",), norm(ops, spec, weights, "cross_norm", x))
+    seen = ops.cross_attention(q, cross_attention(spec, index))
+    x = _added(ops, spec, weights, "cross_o", "cross_post_norm", seen, x)
+    return norm(ops, spec, weights, "cross_sum_norm", x)
+
+
+def cross_attention(spec: ModelSpec, index: int) -> Attention:
+    """What a decoder's layer attends to: in the encoder's cache, behind the one layer of its own."""
+    return Attention(
+        1 + index, spec.heads, spec.kv_heads, spec.head_dim, spec.attention_scale, None, "cross", "encoder", "none"
+    )
+
+
+def store_keys(ops: Ops[X], spec: ModelSpec, layers: Sequence[Weights], states: X) -> None:
+    """Leaves what a decoder's layers attend to of an encoder's hidden states (..., hidden)."""
+    for index, weights in enumerate(layers):
+        k, v = _together(ops, weights, CROSS_KV, states)
+        ops.store_keys(k, v, cross_attention(spec, index))
 
 
 def _parallel(ops: Ops[X], spec: ModelSpec, weights: Weights, index: int, x: X, by_distance: Vector | None) -> X:
@@ -91,7 +115,7 @@ def _attended(ops: Ops[X], spec: ModelSpec, weights: Weights, index: int, normed
     shifted = spec.score_cap is not None or (sinks is not None and spec.rope.dim < spec.head_dim)
     constant = turns is not None and single and spec.names.k_norm is None and not shifted
     key_bias = weights.biases.get("k") if constant else None
-    return ops.self_attention(q, k, v, described, key_bias, sinks, by_distance)
+    return ops.self_attention(q, k, v, described, key_bias, sinks, weights.biases.get("distances", by_distance))
 
 
 def mlp(ops: Ops[X], spec: ModelSpec, weights: Weights, x: X) -> X:

@@ -34,7 +34,7 @@ from kbit.graph.recording import (
 )
 from kbit.models.blocks import Weights
 from kbit.models.decoder import DecoderDefinition, DecoderWeights
-from kbit.models.params import OUTSIDE, Parameter, parameters
+from kbit.models.params import OUTSIDE, Parameter, own_parameters
 from kbit.models.spec import ModelSpec
 
 
@@ -214,7 +214,7 @@ def assemble(
         matrix: makes a matrix of its declaration: a linear's, the embedding or a head.
         vector: makes a norm's weight or a bias.
     """
-    declared = parameters(spec)
+    declared = own_parameters(spec)
     inside = groupby((p for p in declared if p.layer is not None), key=lambda parameter: parameter.layer)
     layers = tuple(_weights(parts, matrix, vector) for _, parts in inside)
     outside = [p for p in declared if p.layer is None]
@@ -224,6 +224,9 @@ def assemble(
     if spec.sloped:
         slopes = Parameter("slopes", "distances", None, "distances", (spec.heads,))
         final = replace(final, biases={**final.biases, "distances": vector(slopes)})
+    if spec.sinusoids is not None:
+        table = Parameter("sinusoids", "positions", None, "rows", (spec.position_rows, spec.hidden_size))
+        final = replace(final, matrices={**final.matrices, "positions": matrix(table)})
     return DecoderWeights(embedding, layers, final, head)
 
 

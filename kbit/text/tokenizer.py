@@ -15,6 +15,7 @@ from kbit.host.errors import CheckpointError, UnsupportedError, UsageError, one_
 from kbit.text.added_tokens import add_tokens_of_files, read_json, token_settings, token_strings
 from kbit.text.backend import TokenizerBackend, load_backend
 from kbit.text.detokenizer import DetokenizerStream
+from kbit.text.piece_tokenizer import PieceTokenizer, has_pieces
 
 if TYPE_CHECKING:
     import tokenizers
@@ -75,7 +76,8 @@ class Tokenizer:
         table = source.token_table()
         backend: TokenizerBackend
         if table is None:
-            backend = _load_backend(files, where)
+            pieces = "tokenizer.json" not in files and has_pieces(files)
+            backend = PieceTokenizer(files, where) if pieces else _load_backend(files, where)
         else:
             from kbit.text.table_tokenizer import TableTokenizer
             from kbit.text.token_table import open_table
@@ -121,6 +123,10 @@ class Tokenizer:
     def token_id(self, token: str) -> int | None:
         """The id of a token written as the vocabulary has it ("<|endoftext|>"), or None."""
         return self._backend.token_to_id(token)
+
+    def tokens(self) -> dict[str, int]:
+        """Every token as the vocabulary has it, added ones included, with its id."""
+        return self._backend.get_vocab(with_added_tokens=True)
 
     def special_texts(self) -> dict[int, str]:
         """How the special tokens, which texts are shown without, are written, by id."""
