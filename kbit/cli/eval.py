@@ -21,7 +21,6 @@ from kbit.cli.options import (
 )
 from kbit.cli.output import print_json
 from kbit.cli.processes import processes, refuse_copies
-from kbit.cli.text_to_text import TextToTextFlags
 from kbit.host.errors import UsageError
 
 if TYPE_CHECKING:
@@ -167,8 +166,8 @@ class EvalFlags:
         from kbit.evaluate.evaluation import Request
 
         given = {"--limit": self.limit, "--task-data": self.task_data, "--items": self.items, "--against": self.against}
-        _refuse(given, "goes with --tasks")
-        _refuse(self.of_pairs, "goes with an encoder-decoder and --data PAIRS.tsv")
+        refuse(given, "goes with --tasks")
+        refuse(self.of_pairs, "goes with an encoder-decoder and --data PAIRS.tsv")
         return Request(
             self.model,
             "wikitext2" if self.data is None else self.data,
@@ -192,9 +191,9 @@ class EvalFlags:
         """
         from kbit.evaluate.tasks.evaluation import TaskRequest
 
-        _refuse(self.of_pairs, "goes with an encoder-decoder and --data PAIRS.tsv")
+        refuse(self.of_pairs, "goes with an encoder-decoder and --data PAIRS.tsv")
         given = {"--data": self.data, "--convention": self.convention, "--max-tokens": self.max_tokens}
-        _refuse(
+        refuse(
             given, f"goes with perplexity, not with --tasks {self.tasks}: use --task-data, --limit or another command"
         )
         assert self.tasks is not None
@@ -257,11 +256,11 @@ def evaluate(*, flags: EvalFlags, json: JsonOption = False) -> None:
       torchrun --nproc-per-node 2 -m kbit eval out/ --device cuda
     """
     if flags.tasks is None and flags.data is not None and flags.data.endswith(ENDINGS):
-        from kbit.cli.eval_pairs import writes_from_sources
+        from kbit.cli.eval_pairs import run_pairs, writes_from_sources
 
         if writes_from_sources(flags.model):
             refuse_copies("kbit eval --data PAIRS")
-            _evaluate_pairs(flags, json)
+            run_pairs(flags, as_json=json)
             return
     if flags.tasks is not None:
         refuse_copies("kbit eval --tasks")
@@ -277,36 +276,6 @@ def evaluate(*, flags: EvalFlags, json: JsonOption = False) -> None:
             _tell(evaluation, json)
 
 
-def _evaluate_pairs(flags: EvalFlags, json: bool) -> None:
-    """Of an encoder-decoder: what it writes, beside references."""
-    from kbit.cli.eval_pairs import Asked, run_pairs
-
-    _refuse(
-        {
-            "--reference": flags.reference,
-            "--context": flags.context,
-            "--convention": flags.convention,
-            "--task-data": flags.task_data,
-            "--items": flags.items,
-            "--against": flags.against,
-        },
-        "goes with models that continue texts",
-    )
-    assert flags.data is not None
-    asked = Asked(flags.data, flags.task, flags.source, flags.target, flags.limit)
-    engine = TextToTextFlags(
-        flags.model,
-        beams=flags.beams,
-        max_tokens=flags.max_tokens,
-        device=flags.device,
-        backend=flags.backend,
-        threads=flags.threads,
-        compute=flags.compute,
-        kv_bits=flags.kv_bits,
-    )
-    run_pairs(asked, engine, as_json=json)
-
-
 def _tell(evaluation: Evaluation, json: bool) -> None:
     """Print what was measured."""
     if json:
@@ -318,7 +287,7 @@ def _tell(evaluation: Evaluation, json: bool) -> None:
         Console().print(_table(evaluation))
 
 
-def _refuse(flags: Mapping[str, object], why: str) -> None:
+def refuse(flags: Mapping[str, object], why: str) -> None:
     """
     Raises:
         UsageError: a flag was given that has no meaning here.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,27 +12,10 @@ from kbit.cli.text_to_text import TextToTextFlags
 from kbit.host.errors import UsageError
 
 if TYPE_CHECKING:
+    from kbit.cli.eval import EvalFlags
     from kbit.evaluate.pairs import PairsEvaluation
 
 _TASKS = ("translation", "summarization")
-
-
-@dataclass(frozen=True)
-class Asked:
-    """What to measure.
-
-    Attributes:
-        data: a file of pairs.
-        task: "translation", "summarization", or None: sources are read as they are.
-        source, target: languages.
-        limit: the first so many pairs.
-    """
-
-    data: str
-    task: str | None
-    source: str | None
-    target: str | None
-    limit: int | None
 
 
 def writes_from_sources(model: str) -> bool:
@@ -44,7 +27,7 @@ def writes_from_sources(model: str) -> bool:
         return spec_from_config(source.config, where=f"config of {source.path}").encoder is not None
 
 
-def run_pairs(asked: Asked, flags: TextToTextFlags, *, as_json: bool) -> None:
+def run_pairs(asked: EvalFlags, *, as_json: bool) -> None:
     """Measures and prints.
 
     Raises:
@@ -53,17 +36,11 @@ def run_pairs(asked: Asked, flags: TextToTextFlags, *, as_json: bool) -> None:
     from kbit.engine.text_to_text import TextToText
     from kbit.evaluate.pairs import evaluate_pairs, not_installed, read_pairs
 
-    flags.check()
-    if asked.task not in (None, *_TASKS):
-        raise UsageError(f"--task {asked.task}: use one of {', '.join(_TASKS)}")
-    if asked.limit is not None and asked.limit < 1:
-        raise UsageError(f"--limit {asked.limit}: expected at least 1")
+    flags = _checked(asked)
     languages = (asked.source, asked.target)
-    if languages != (None, None) and asked.task != "translation":
-        raise UsageError("--from and --to need --task translation")
     if len(missing := not_installed()) == 2:
         raise UsageError(missing[0])
-    pairs = read_pairs(Path(asked.data), asked.limit)
+    pairs = read_pairs(Path(str(asked.data)), asked.limit)
     with flags.opened(
         lambda source, backend: TextToText(source, backend, task=asked.task, languages=languages)
     ) as model:
@@ -84,7 +61,44 @@ def run_pairs(asked: Asked, flags: TextToTextFlags, *, as_json: bool) -> None:
             }
         )
         return
-    _print(found, flags.model, asked.data, model.model.backend.describe())
+    _print(found, flags.model, str(asked.data), model.model.backend.describe())
+
+
+def _checked(asked: EvalFlags) -> TextToTextFlags:
+    """The flags of generation, once those of `kbit eval` are known to make sense here.
+
+    Raises:
+        UsageError: one does not.
+    """
+    from kbit.cli.eval import refuse
+
+    others = {
+        "--reference": asked.reference,
+        "--context": asked.context,
+        "--convention": asked.convention,
+        "--task-data": asked.task_data,
+        "--items": asked.items,
+        "--against": asked.against,
+    }
+    refuse(others, "goes with models that continue texts")
+    if asked.task not in (None, *_TASKS):
+        raise UsageError(f"--task {asked.task}: use one of {', '.join(_TASKS)}")
+    if asked.limit is not None and asked.limit < 1:
+        raise UsageError(f"--limit {asked.limit}: expected at least 1")
+    if (asked.source, asked.target) != (None, None) and asked.task != "translation":
+        raise UsageError("--from and --to need --task translation")
+    flags = TextToTextFlags(
+        asked.model,
+        beams=asked.beams,
+        max_tokens=asked.max_tokens,
+        device=asked.device,
+        backend=asked.backend,
+        threads=asked.threads,
+        compute=asked.compute,
+        kv_bits=asked.kv_bits,
+    )
+    flags.check()
+    return flags
 
 
 def _print(found: PairsEvaluation, model: str, data: str, backend: str) -> None:

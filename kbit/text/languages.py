@@ -100,11 +100,17 @@ def prompted_for_languages(
     end = tokenizer.token_id(tokenizer.special_tokens.get("eos_token", "</s>"))
     if end is None:
         raise CheckpointError(f"{where}: the tokenizer has no eos_token, which stands at the end of a text")
-    if family == "mbart" and "MBart50" not in str(settings.get("tokenizer_class")):
+    if family == "mbart" and not _is_mbart_50(settings, config, end):
         return Prompted(before=(), after=(end, spoken), generation={"decoder_start_token_id": written})
     old = settings.get("legacy_behaviour") is True  # of NLLB's tokenizer
     before, after = ((), (end, spoken)) if old else ((spoken,), (end,))
     return Prompted(before=before, after=after, generation={"forced_bos_token_id": written})
+
+
+def _is_mbart_50(settings: Mapping[str, Any], config: Mapping[str, Any], end: int) -> bool:
+    """Whether the language stands before a text: by the tokenizer's name, else by what translations begin with."""
+    name = str(settings.get("tokenizer_class") or config.get("tokenizer_class"))
+    return "MBart50" in name or ("MBart" not in name and config.get("decoder_start_token_id") == end)
 
 
 def _by_words(config: Mapping[str, Any], source: str | None, target: str | None, where: str) -> Prompted:

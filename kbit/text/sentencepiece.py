@@ -21,6 +21,9 @@ _UNIGRAM, _BPE = 1, 2
 # Field numbers of sentencepiece_model.proto.
 _PIECES, _TRAINER, _NORMALIZER = 1, 2, 3
 _TEXT, _SCORE, _TYPE = 1, 2, 3
+# Types of pieces: those that texts are made of.
+_NORMAL, _USER_DEFINED = 1, 4
+_SEEN = (_NORMAL, _USER_DEFINED)
 _MODEL_TYPE, _BYTE_FALLBACK, _UNKNOWN_ID = 3, 35, 40
 _CHARSMAP, _PREFIX, _EXTRA_SPACES, _ESCAPED = 2, 3, 4, 5
 
@@ -30,18 +33,18 @@ class SentencePieceModel:
     """What a file holds.
 
     Attributes:
-        pieces: texts and scores, by id.
+        pieces: texts and scores, by id; the text of one that no text is made of (unknown, control) begins with NUL.
+        whole: texts of pieces that are never taken apart (user-defined).
         kind: 1: unigram, 2: BPE.
         unknown: the id of the piece for what is no piece.
-        byte_fallback: what is no piece is written in bytes.
         charsmap: how characters are normalised; empty: they are not.
         prefix: a space stands before every text.
     """
 
     pieces: Sequence[tuple[str, float]]
+    whole: Sequence[str]
     kind: int
     unknown: int
-    byte_fallback: bool
     charsmap: bytes
     prefix: bool
 
@@ -58,12 +61,15 @@ class SentencePieceModel:
             UnsupportedError: of a kind that is not read here.
         """
         pieces: list[tuple[str, float]] = []
+        whole: list[str] = []
         trainer: dict[int, int] = {}
         normalizer: dict[int, int | bytes] = {}
         try:
             for number, value in _fields(data):
                 if number == _PIECES and isinstance(value, bytes):
-                    pieces.append(_piece(value))
+                    text, score, type_ = _piece(value)
+                    pieces.append((text if type_ in _SEEN else f"\0{text}", score))
+                    whole += [text] if type_ == _USER_DEFINED else []
                 elif number == _TRAINER and isinstance(value, bytes):
                     trainer |= {n: v for n, v in _fields(value) if isinstance(v, int)}
                 elif number == _NORMALIZER and isinstance(value, bytes):
@@ -73,7 +79,8 @@ class SentencePieceModel:
         if not pieces:
             raise CheckpointError(f"{where} is no SentencePiece model; download it again")
         kind, unknown = trainer.get(_MODEL_TYPE, _UNIGRAM), trainer.get(_UNKNOWN_ID, 0)
-        if kind not in (_UNIGRAM, _BPE) or not normalizer.get(_EXTRA_SPACES, 1) or not normalizer.get(_ESCAPED, 1):
+        plain = normalizer.get(_EXTRA_SPACES, 1) and normalizer.get(_ESCAPED, 1) and not trainer.get(_BYTE_FALLBACK, 0)
+        if kind not in (_UNIGRAM, _BPE) or not plain:
             raise UnsupportedError(
                 f"{where} segments text in a way that kbit does not (model type {kind}); convert it once to "
                 "tokenizer.json"
@@ -83,19 +90,19 @@ class SentencePieceModel:
         charsmap = normalizer.get(_CHARSMAP, b"")
         return cls(
             pieces,
+            whole,
             kind,
             unknown,
-            bool(trainer.get(_BYTE_FALLBACK, 0)),
             charsmap if isinstance(charsmap, bytes) else b"",
             bool(normalizer.get(_PREFIX, 1)),
         )
 
     def tokenizer(self) -> tokenizers.Tokenizer:
         """The same as a tokenizer of the library, whose tokens are pieces, and texts where there is no piece."""
-        from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers
+        from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_tokenizers
 
         if self.kind == _UNIGRAM:
-            model: models.Model = models.Unigram(list(self.pieces), self.unknown, byte_fallback=self.byte_fallback)
+            model: models.Model = models.Unigram(list(self.pieces), self.unknown, byte_fallback=False)
         else:
             ids = {text: index for index, (text, _) in enumerate(self.pieces)}
             model = models.BPE(
@@ -103,11 +110,11 @@ class SentencePieceModel:
                 _merges(self.pieces, ids),
                 unk_token=self.pieces[self.unknown][0],
                 fuse_unk=True,
-                byte_fallback=self.byte_fallback,
             )
         made = Tokenizer(model)
         steps = [normalizers.Precompiled(self.charsmap)] if self.charsmap else []
         made.normalizer = normalizers.Sequence([*steps, normalizers.Replace(Regex(" {2,}"), " "), normalizers.Strip()])
+        made.add_tokens([AddedToken(text, normalized=False) for text in self.whole])
         scheme = "always" if self.prefix else "never"
         made.pre_tokenizer = pre_tokenizers.Metaspace(replacement=_SPACE, prepend_scheme=scheme)
         return made
@@ -118,14 +125,16 @@ def joined(pieces: Sequence[str]) -> str:
     return "".join(pieces).replace(_SPACE, " ").strip()
 
 
-def _piece(data: bytes) -> tuple[str, float]:
-    text, score = "", 0.0
+def _piece(data: bytes) -> tuple[str, float, int]:
+    text, score, type_ = "", 0.0, _NORMAL
     for number, value in _fields(data):
         if number == _TEXT and isinstance(value, bytes):
             text = value.decode("utf-8")
         elif number == _SCORE and isinstance(value, bytes):
             (score,) = struct.unpack("<f", value)
-    return text, score
+        elif number == _TYPE and isinstance(value, int):
+            type_ = value
+    return text, score, type_
 
 
 def _merges(pieces: Sequence[tuple[str, float]], ids: dict[str, int]) -> list[tuple[str, str]]:

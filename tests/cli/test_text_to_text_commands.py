@@ -80,6 +80,7 @@ def test_quantized_models_run_like_their_weights(kbit: Run, folders: dict[str, s
     )
     info = report(kbit, "info", out)
     assert info["cannot_run"] is None
+    assert (info["encoder_layers"], info["layers"], info["heads"], info["hidden_size"]) == (3, 2, 2, 32)
     linears = {name: row["format"] for name, row in info["tensors"].items() if row["role"] == "linear"}
     # 3 encoder layers of 6 matrices, 2 decoder layers of 10.
     assert len(linears) == 3 * 6 + 2 * 10
@@ -134,6 +135,21 @@ def test_pairs(kbit: Run, folders: dict[str, str], tmp_path: Path) -> None:
     assert code == 0
     assert "chrF:" in out
     assert "ROUGE:" in out
+
+
+def test_remedies_work(kbit: Run, folders: dict[str, str]) -> None:
+    model = ["--model", folders["marian"]]
+    code, _, err = kbit("translate", "the " * 400, *model)
+    assert code != 0
+    assert "leave its end out with --long truncate" in err
+    code, _, err = kbit("translate", "the " * 400, *model, "--long", "truncate", "--max-tokens", "2")
+    assert code == 0
+    assert "the end of 1 left out (text 1)" in err
+    code, _, err = kbit("translate", "the", *model, "--max-tokens", "310")
+    assert "use --max-tokens 309" in err
+    assert kbit("translate", "the", *model, "--max-tokens", "309")[0] == 0
+    code, out, _ = kbit("info", folders["marian"])
+    assert "3 encoder and 2 decoder layers, hidden size 32, 2 heads" in out
 
 
 @pytest.mark.parametrize(

@@ -92,7 +92,11 @@ def test_long_texts(tmp_path: Path) -> None:
 
 
 def prompted(
-    folder: Path, family: str, languages: tuple[str | None, str | None], settings: Mapping[str, Any] | None = None
+    folder: Path,
+    family: str,
+    languages: tuple[str | None, str | None],
+    settings: Mapping[str, Any] | None = None,
+    config: Mapping[str, Any] | None = None,
 ) -> Prompted:
     if not (folder / "config.json").exists():
         (folder / "config.json").write_text('{"model_type": "bart"}')
@@ -103,7 +107,7 @@ def prompted(
 
     with open_plain(str(folder)) as source:
         tokenizer = Tokenizer.from_source(source)
-    return prompted_for_languages(family, tokenizer, {}, settings or {}, *languages, "m")
+    return prompted_for_languages(family, tokenizer, config or {}, settings or {}, *languages, "m")
 
 
 def test_languages_of_m2m_100(tmp_path: Path) -> None:
@@ -137,7 +141,10 @@ def test_languages_of_mbart(tmp_path: Path) -> None:
     cases.save_tokenizer(tmp_path, special, languages=["en_XX", "ro_RO"])
     later = prompted(tmp_path, "mbart", ("en", "ro"), {"tokenizer_class": "MBart50Tokenizer"})
     assert (later.before, later.after, later.generation) == ((97,), (2,), {"forced_bos_token_id": 98})
+    for config, wanted in (({"decoder_start_token_id": 2}, later), ({"tokenizer_class": "MBart50Tokenizer"}, later)):
+        assert prompted(tmp_path, "mbart", ("en", "ro"), {}, config) == wanted
     first = prompted(tmp_path, "mbart", ("en_XX", "ro_RO"), {"tokenizer_class": "MBartTokenizer"})
+    assert prompted(tmp_path, "mbart", ("en", "ro"), {}, {"decoder_start_token_id": 98}) == first
     assert (first.before, first.after, first.generation) == ((), (2, 97), {"decoder_start_token_id": 98})
 
 

@@ -27,6 +27,13 @@ def segmentations(text: str, known: Mapping[str, float]) -> Iterator[list[str]]:
                 yield [text[:end], *rest]
 
 
+def test_the_unknown_piece_is_no_text() -> None:
+    """Written out, its name is as unknown as any other word."""
+    library = SentencePieceModel.parse(model_file(pieces_of()), "m.spm").tokenizer()
+    assert library.encode("the<unk>the").tokens == [f"{SPACE}the", "<unk>", "the"]  # the text, not the piece
+    assert library.encode("<unk>").ids == library.encode("qqq").ids
+
+
 @pytest.mark.parametrize("text", ["the cat sat on the mat", "  a   cat at a mat ", "cats", "thecat", "at"])
 def test_unigram_is_the_best_of_all_segmentations(text: str) -> None:
     pieces = pieces_of()
