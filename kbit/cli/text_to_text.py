@@ -17,6 +17,7 @@ from kbit.cli.options import (
     KvBitsOption,
     ModelOption,
     ThreadsOption,
+    show,
     streaming_output,
 )
 from kbit.host.errors import UsageError
@@ -27,6 +28,8 @@ if TYPE_CHECKING:
     from kbit.graph.ops import Backend
 
 _LONG = ("refuse", "truncate")
+# Texts that are answered before the first of them is printed: enough that those of about one length go together.
+_AT_ONCE = 256
 
 
 @dataclass(frozen=True)
@@ -105,15 +108,23 @@ def answer_all(
     *,
     as_json: bool,
 ) -> None:
-    """Reads texts, writes one for each, and prints them: a line each, or one JSON object.
+    """Reads texts, writes one for each, and prints them: a line each, as they come, or one JSON object.
 
     Raises:
         UsageError, CheckpointError, UnsupportedError: see `kbit.engine.text_to_text.TextToText`.
     """
     with flags.opened(make) as model:
         settings = model.with_settings(flags.beams, flags.max_tokens, flags.length_penalty)
+        answers: list[Answer] = []
         start = perf_counter()
-        answers = model.answer(texts, settings, cast("Long", flags.long))
+        with streaming_output():
+            for begin in range(0, len(texts), _AT_ONCE):
+                part = texts[begin : begin + _AT_ONCE]
+                found = model.answer(part, settings, cast("Long", flags.long), begin + 1)
+                answers += found
+                for answer in () if as_json else found:
+                    show(" ".join(answer.text.splitlines()) if len(texts) > 1 else answer.text)
+                    show("\n")
         seconds = perf_counter() - start
     if as_json:
         from kbit.cli.output import print_json
@@ -131,9 +142,6 @@ def answer_all(
             }
         )
         return
-    with streaming_output():
-        for answer in answers:
-            typer.echo(" ".join(answer.text.splitlines()) if len(answers) > 1 else answer.text)
     typer.echo(_statistics(model, answers, settings.beams, seconds), err=True)
 
 

@@ -22,6 +22,8 @@ Floats = NDArray[np.float32]
 
 # Tokens of sources, and rows of the decoder, that go through the model at once, where a single source has not more.
 PASS_TOKENS, PASS_ROWS = 4096, 64
+# Room for tokens of a text at first; it is doubled where texts become longer.
+_FIRST_ROOM = 64
 # What stands for no score: transformers' number, whose roundings in float32 decide between equals.
 _NONE = np.float32(-1e9)
 
@@ -85,7 +87,7 @@ def _groups(lengths: Sequence[int], beams: int) -> Iterator[list[int]]:
 def _write_group(
     model: EncoderDecoder, sources: Sequence[Sequence[int]], settings: GenerationSettings
 ) -> list[Written]:
-    cache = model.encode(sources, settings.longest)
+    cache = model.encode(sources, min(_FIRST_ROOM, settings.longest))
     rules = ScoreRules(settings)
     searches: list[_Greedy | _Beams] = [_Greedy(settings) if settings.beams == 1 else _Beams(settings) for _ in sources]
     if settings.beams > 1:
@@ -94,6 +96,8 @@ def _write_group(
     while True:
         texts = [text for index in open_ones for text in searches[index].texts]
         of = [sources[index] for index in open_ones for _ in searches[index].texts]
+        if len(texts[0]) > cache.capacity:
+            cache.grow(min(settings.longest, 2 * cache.capacity))
         scores = model.run(Batch.of([text[-1:] for text in texts], cache.lengths), cache)
         if settings.beams > 1:
             scores = log_softmax(scores)

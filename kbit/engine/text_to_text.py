@@ -118,7 +118,9 @@ class TextToText:
         ids = self.tokenizer.encode(text, add_special_tokens=False)
         return [*self.prompted.before, *ids, *self.prompted.after]
 
-    def answer(self, texts: Sequence[str], settings: GenerationSettings, long: Long = "refuse") -> list[Answer]:
+    def answer(
+        self, texts: Sequence[str], settings: GenerationSettings, long: Long = "refuse", first: int = 1
+    ) -> list[Answer]:
         """Reads texts and writes one for each.
 
         Args:
@@ -126,12 +128,13 @@ class TextToText:
             settings: how to write.
             long: what becomes of a text with more tokens than the model has positions: the call fails, or the text's
                 end is left out.
+            first: the number of the first text, for errors.
 
         Raises:
             UsageError: a text that cannot be read; see `kbit.engine.beam_search.write`.
         """
         sources, cut = [], []
-        for number, text in enumerate(texts, 1):
+        for number, text in enumerate(texts, first):
             whole = self.encode(text)
             kept = self._shortened(whole, number, long)
             sources.append(kept)
