@@ -33,7 +33,8 @@ class SentencePieceModel:
     """What a file holds.
 
     Attributes:
-        pieces: texts and scores, by id; the text of one that no text is made of (unknown, control) begins with NUL.
+        pieces: texts and scores, by id.
+        unseen: ids of pieces that no text is made of (unknown, control).
         whole: texts of pieces that are never taken apart (user-defined).
         kind: 1: unigram, 2: BPE.
         unknown: the id of the piece for what is no piece.
@@ -42,6 +43,7 @@ class SentencePieceModel:
     """
 
     pieces: Sequence[tuple[str, float]]
+    unseen: frozenset[int]
     whole: Sequence[str]
     kind: int
     unknown: int
@@ -61,6 +63,7 @@ class SentencePieceModel:
             UnsupportedError: of a kind that is not read here.
         """
         pieces: list[tuple[str, float]] = []
+        unseen: set[int] = set()
         whole: list[str] = []
         trainer: dict[int, int] = {}
         normalizer: dict[int, int | bytes] = {}
@@ -68,7 +71,8 @@ class SentencePieceModel:
             for number, value in _fields(data):
                 if number == _PIECES and isinstance(value, bytes):
                     text, score, type_ = _piece(value)
-                    pieces.append((text if type_ in _SEEN else f"\0{text}", score))
+                    unseen |= set() if type_ in _SEEN else {len(pieces)}
+                    pieces.append((text, score))
                     whole += [text] if type_ == _USER_DEFINED else []
                 elif number == _TRAINER and isinstance(value, bytes):
                     trainer |= {n: v for n, v in _fields(value) if isinstance(v, int)}
@@ -90,6 +94,7 @@ class SentencePieceModel:
         charsmap = normalizer.get(_CHARSMAP, b"")
         return cls(
             pieces,
+            frozenset(unseen),
             whole,
             kind,
             unknown,
@@ -101,14 +106,16 @@ class SentencePieceModel:
         """The same as a tokenizer of the library, whose tokens are pieces, and texts where there is no piece."""
         from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_tokenizers
 
+        # What no text is made of gets a name that no text has.
+        seen = [(f"\0{text}" if i in self.unseen else text, score) for i, (text, score) in enumerate(self.pieces)]
         if self.kind == _UNIGRAM:
-            model: models.Model = models.Unigram(list(self.pieces), self.unknown, byte_fallback=False)
+            model: models.Model = models.Unigram(seen, self.unknown, byte_fallback=False)
         else:
-            ids = {text: index for index, (text, _) in enumerate(self.pieces)}
+            ids = {text: index for index, (text, _) in enumerate(seen)}
             model = models.BPE(
                 ids,
-                _merges(self.pieces, ids),
-                unk_token=self.pieces[self.unknown][0],
+                _merges(seen, ids),
+                unk_token=seen[self.unknown][0],
                 fuse_unk=True,
             )
         made = Tokenizer(model)
@@ -118,6 +125,37 @@ class SentencePieceModel:
         scheme = "always" if self.prefix else "never"
         made.pre_tokenizer = pre_tokenizers.Metaspace(replacement=_SPACE, prepend_scheme=scheme)
         return made
+
+
+def t5_tokenizer(data: bytes, extra: int, where: str) -> tokenizers.Tokenizer:
+    """The tokenizer of a T5 model that has its SentencePiece file alone, as transformers 5 makes it (`T5Tokenizer`).
+
+    Args:
+        data: the file.
+        extra: how many tokens <extra_id_...> stand behind its pieces.
+        where: its name, for errors.
+
+    Raises:
+        CheckpointError, UnsupportedError: see `SentencePieceModel.parse`; it is not T5's.
+    """
+    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+
+    model = SentencePieceModel.parse(data, where)
+    special = [text for text, _ in model.pieces[:3]]
+    if model.kind != _UNIGRAM or special != ["<pad>", "</s>", "<unk>"] or model.unknown != 2:
+        raise UnsupportedError(
+            f"{where} is not T5's: its first pieces are {special}; convert it once to tokenizer.json"
+        )
+    names = [f"<extra_id_{index}>" for index in reversed(range(extra))]
+    made = Tokenizer(models.Unigram([*model.pieces, *((name, 0.0) for name in names)], 2, byte_fallback=False))
+    if model.charsmap:
+        made.normalizer = normalizers.Precompiled(model.charsmap)
+    space = pre_tokenizers.Metaspace(replacement=_SPACE, prepend_scheme="always", split=True)
+    made.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit(), space])
+    made.decoder = decoders.Metaspace(replacement=_SPACE, prepend_scheme="always", split=True)
+    made.add_special_tokens([*special, *names])
+    made.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
+    return made
 
 
 def joined(pieces: Sequence[str]) -> str:

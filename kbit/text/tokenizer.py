@@ -16,11 +16,18 @@ from kbit.text.added_tokens import add_tokens_of_files, read_json, token_setting
 from kbit.text.backend import TokenizerBackend, load_backend
 from kbit.text.detokenizer import DetokenizerStream
 from kbit.text.piece_tokenizer import PieceTokenizer, has_pieces
+from kbit.text.sentencepiece import t5_tokenizer
 
 if TYPE_CHECKING:
     import tokenizers
 
     from kbit.checkpoint.source import CheckpointSource
+
+
+# T5's tokenizer where there is no tokenizer.json (mT5's are published so), and how many extra tokens it has.
+_T5_PIECES = "spiece.model"
+_T5_EXTRA = {"t5": 100, "mt5": 0, "umt5": 0}
+_MOST_EXTRA = 10000
 
 
 class Tokenizer:
@@ -77,7 +84,8 @@ class Tokenizer:
         backend: TokenizerBackend
         if table is None:
             pieces = "tokenizer.json" not in files and has_pieces(files)
-            backend = PieceTokenizer(files, where) if pieces else _load_backend(files, where)
+            kind = source.config.get("model_type")
+            backend = PieceTokenizer(files, where) if pieces else _load_backend(files, where, kind)
         else:
             from kbit.text.table_tokenizer import TableTokenizer
             from kbit.text.token_table import open_table
@@ -177,8 +185,14 @@ class Tokenizer:
         return DetokenizerStream(self._backend, skip, self._byte_fallback, context)
 
 
-def _load_backend(files: Mapping[str, bytes], where: str) -> tokenizers.Tokenizer:
+def _load_backend(files: Mapping[str, bytes], where: str, model_type: object = None) -> tokenizers.Tokenizer:
     data = files.get("tokenizer.json")
+    if data is None and _T5_PIECES in files and model_type in _T5_EXTRA:
+        extra = token_settings(files, where).get("extra_ids")
+        extra = extra if type(extra) is int and 0 <= extra <= _MOST_EXTRA else _T5_EXTRA[str(model_type)]
+        backend = t5_tokenizer(files[_T5_PIECES], extra, f"{where}: {_T5_PIECES}")
+        add_tokens_of_files(backend, files, where)
+        return backend
     if data is None:
         older = [(name, "a sentencepiece model") for name in SENTENCEPIECE_NAMES if name in files]
         older += [("vocab.json", "an older tokenizer's")] if {"vocab.json", "merges.txt"} <= files.keys() else []

@@ -28,15 +28,19 @@ def _field(number: int, value: int | bytes | float) -> bytes:
 
 
 def model_file(
-    pieces: Sequence[tuple[str, float]], *, kind: int = 1, normalizer: Mapping[int, int] | None = None
+    pieces: Sequence[tuple[str, float]],
+    *,
+    kind: int = 1,
+    normalizer: Mapping[int, int] | None = None,
+    unknown: int = 0,
 ) -> bytes:
-    """A model; the unknown piece comes first."""
-    types = [2] + [1] * (len(pieces) - 1)
+    """A model; what stands before the unknown piece are control pieces."""
+    types = [3] * unknown + [2] + [1] * (len(pieces) - unknown - 1)
     data = b"".join(
         _field(1, _field(1, text.encode()) + _field(2, float(score)) + _field(3, type_))
         for (text, score), type_ in zip(pieces, types, strict=True)
     )
-    data += _field(2, _field(3, kind) + _field(40, 0))
+    data += _field(2, _field(3, kind) + _field(40, unknown))
     return data + _field(3, b"".join(_field(n, v) for n, v in (normalizer or {}).items()))
 
 
@@ -44,6 +48,13 @@ def pieces_of(words: Sequence[str] = WORDS) -> list[tuple[str, float]]:
     """Words with and without a space before them, with scores in which long ones are worth it."""
     texts = [f"{SPACE}{word}" for word in words] + list(words) + [SPACE]
     return [("<unk>", 0.0), *((text, -1.0 - 0.37 * index) for index, text in enumerate(texts))]
+
+
+def save_t5(folder: Path) -> list[tuple[str, float]]:
+    """T5's SentencePiece file; its pieces."""
+    pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), *pieces_of()[1:]]
+    (folder / "spiece.model").write_bytes(model_file(pieces, unknown=2))
+    return pieces
 
 
 def save_marian(folder: Path, codes: Sequence[str] = (), size: int = 99) -> dict[str, int]:
@@ -67,7 +78,6 @@ def save_m2m(folder: Path, codes: Sequence[str] = ("en", "de", "fr")) -> dict[st
     texts = ["<s>", "<pad>", "</s>", "<unk>", *(text for text, _ in pieces[1:])]
     vocabulary = {text: index for index, text in enumerate(texts)}
     (folder / "vocab.json").write_text(json.dumps(vocabulary))
-    special = {name: f"<{name[0]}>" for name in ("s",)}
     special = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<pad>"}
     tokens = {**special, "additional_special_tokens": [f"__{code}__" for code in codes]}
     (folder / "special_tokens_map.json").write_text(json.dumps(tokens))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 import encoder_decoder_cases as cases
 import pytest
 import torch
-from piece_cases import SPACE, save_m2m, save_marian
+from piece_cases import SPACE, save_m2m, save_marian, save_t5
 
 from kbit.engine.text_to_text import TextToText
 from kbit.host.errors import UsageError
@@ -59,6 +60,15 @@ def test_texts_are_those_of_transformers(task: str | None, t5: tuple[Path, Any])
         assert list(found.ids) == wanted
         assert found.text == theirs.decode(wanted, skip_special_tokens=True)
         assert (found.source_tokens, found.cut) == (len(ids), 0)
+
+
+def test_a_folder_with_pieces_alone(t5: tuple[Path, Any], tmp_path: Path) -> None:
+    shutil.copytree(t5[0], tmp_path / "m")
+    (tmp_path / "m/tokenizer.json").unlink()
+    save_t5(tmp_path / "m")
+    ours = model_in(tmp_path / "m")
+    assert ours.encode("the cat") == [3, 4, 1]
+    assert ours.tokenizer.token_id("<extra_id_0>") == ours.tokenizer.vocab_size - 1
 
 
 def test_settings_that_a_user_changes(t5: tuple[Path, Any]) -> None:

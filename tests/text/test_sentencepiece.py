@@ -7,11 +7,11 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import pytest
-from piece_cases import SPACE, model_file, pieces_of, save_m2m, save_marian
+from piece_cases import SPACE, model_file, pieces_of, save_m2m, save_marian, save_t5
 
 from kbit.host.errors import CheckpointError, UnsupportedError
 from kbit.text.piece_tokenizer import PieceTokenizer, has_pieces
-from kbit.text.sentencepiece import SentencePieceModel, joined
+from kbit.text.sentencepiece import SentencePieceModel, joined, t5_tokenizer
 
 
 def files_of(folder: Path) -> Mapping[str, bytes]:
@@ -100,6 +100,26 @@ def test_m2m_100(tmp_path: Path) -> None:
     (tmp_path / "special_tokens_map.json").unlink()
     with pytest.raises(UnsupportedError, match="names no languages"):
         PieceTokenizer(files_of(tmp_path), "m")
+
+
+@pytest.mark.parametrize("extra", [0, 100])
+def test_t5(tmp_path: Path, extra: int) -> None:
+    """As transformers' tokenizer of the same pieces; mT5's are published without tokenizer.json."""
+    from transformers import T5Tokenizer
+
+    behind = [(f"<extra_id_{index}>", 0.0) for index in reversed(range(extra))]  # as its converter has them
+    theirs = T5Tokenizer(vocab=[*save_t5(tmp_path), *behind], extra_ids=extra)
+    ours = t5_tokenizer((tmp_path / "spiece.model").read_bytes(), extra, "m")
+    for text in ("the cat sat", "  a  mat ", "cats</s> on", "zq the", "the <extra_id_1> cat <extra_id_99>"):
+        ids = ours.encode(text).ids
+        assert ids == theirs(text)["input_ids"]
+        assert ours.decode(ids) == theirs.decode(ids, skip_special_tokens=True)
+    assert ours.get_vocab_size() == len(theirs)
+
+
+def test_what_is_not_t5s() -> None:
+    with pytest.raises(UnsupportedError, match="m is not T5's: its first pieces are"):
+        t5_tokenizer(model_file(pieces_of()), 100, "m")
 
 
 def test_damaged_vocabularies(tmp_path: Path) -> None:
