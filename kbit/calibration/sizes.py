@@ -40,6 +40,11 @@ def refuse_encoder(spec: ModelSpec, texts: bool, gradients: bool) -> None:
     Raises:
         UnsupportedError: it is.
     """
+    if spec.encoder is not None:
+        raise UnsupportedError(
+            f"a {spec.family} encoder-decoder is not calibrated: what it writes belongs to texts that it has not; use "
+            "--method rtn or hqq"
+        )
     if not spec.continues_text and (gradients or not texts):
         raise UnsupportedError(
             f"a {spec.family} encoder predicts no next token: it writes no text to calibrate on, and has no gradients "

@@ -30,7 +30,10 @@ if TYPE_CHECKING:
     from kbit.evaluate.evaluation import Evaluation, Request
     from kbit.evaluate.tasks.evaluation import TaskEvaluation, TaskRequest
 
+# Files of pairs of texts (`kbit.evaluate.pairs`).
+ENDINGS = (".tsv", ".jsonl")
 _TASKS = "Zero-shot tasks"
+_PAIRS = "Pairs of texts (encoder-decoders)"
 
 
 @dataclass(frozen=True)
@@ -111,6 +114,29 @@ class EvalFlags:
             rich_help_panel=_TASKS,
         ),
     ] = None
+    task: Annotated[
+        str | None,
+        typer.Option(
+            "--task",
+            metavar="translation|summarization",
+            help="What an encoder-decoder is to do with the sources of --data. [default: what the sources say]",
+            rich_help_panel=_PAIRS,
+        ),
+    ] = None
+    source: Annotated[
+        str | None,
+        typer.Option("--from", metavar="LANGUAGE", help="Of the sources of a translation.", rich_help_panel=_PAIRS),
+    ] = None
+    target: Annotated[
+        str | None,
+        typer.Option("--to", metavar="LANGUAGE", help="Of the references of a translation.", rich_help_panel=_PAIRS),
+    ] = None
+    beams: Annotated[
+        int | None,
+        typer.Option(
+            "--beams", metavar="N", help="Keep the N best texts. [default: as the model says]", rich_help_panel=_PAIRS
+        ),
+    ] = None
     device: DeviceOption = "auto"
     backend: BackendOption = "auto"
     compute: ComputeOption = None
@@ -127,6 +153,11 @@ class EvalFlags:
     ] = "reference"
     threads: ThreadsOption = None
 
+    @property
+    def of_pairs(self) -> dict[str, object]:
+        """Flags that only encoder-decoders have."""
+        return {"--task": self.task, "--from": self.source, "--to": self.target, "--beams": self.beams}
+
     def request(self) -> Request:
         """What to measure of perplexity.
 
@@ -136,7 +167,8 @@ class EvalFlags:
         from kbit.evaluate.evaluation import Request
 
         given = {"--limit": self.limit, "--task-data": self.task_data, "--items": self.items, "--against": self.against}
-        _refuse(given, "goes with --tasks")
+        refuse(given, "goes with --tasks")
+        refuse(self.of_pairs, "goes with an encoder-decoder and --data PAIRS.tsv")
         return Request(
             self.model,
             "wikitext2" if self.data is None else self.data,
@@ -160,8 +192,9 @@ class EvalFlags:
         """
         from kbit.evaluate.tasks.evaluation import TaskRequest
 
+        refuse(self.of_pairs, "goes with an encoder-decoder and --data PAIRS.tsv")
         given = {"--data": self.data, "--convention": self.convention, "--max-tokens": self.max_tokens}
-        _refuse(
+        refuse(
             given, f"goes with perplexity, not with --tasks {self.tasks}: use --task-data, --limit or another command"
         )
         assert self.tasks is not None
@@ -200,6 +233,10 @@ def evaluate(*, flags: EvalFlags, json: JsonOption = False) -> None:
     --data sampled the --reference writes the text itself (8192 tokens, or --max-tokens), and it is kept in the cache:
     KL on it compares models without any data; perplexities on it compare with none on other texts.
 
+    An encoder-decoder is asked for a text for every source of --data PAIRS.tsv (source, tab, reference) or PAIRS.jsonl
+    ({"source": ..., "reference": ...}): BLEU and chrF by sacrebleu, with its signature, and ROUGE, of what is installed
+    (pip install 'kbit[text]').
+
     Tasks are asked and scored as lm-eval does (zero-shot). With --reference or --against, the same items are compared
     one by one: how many were lost and gained, McNemar's exact test, corrected for the number of comparisons, and
     intervals. A few hundred items tell two widths apart only where these differ much: look at the log-likelihood of
@@ -214,10 +251,18 @@ def evaluate(*, flags: EvalFlags, json: JsonOption = False) -> None:
       kbit eval out/ --data mytext.txt --json
       kbit eval model.gguf --convention llamacpp --context 512
       kbit eval out/ --tasks piqa,arc_easy --limit 200 --reference smollm2-135m-instruct
+      kbit eval t5-small/ --data pairs.tsv --task translation --from en --to de --beams 4
       kbit eval q4/ --tasks all --items q4.jsonl
       kbit eval q3/ --tasks all --against q4.jsonl
       torchrun --nproc-per-node 2 -m kbit eval out/ --device cuda
     """
+    if flags.tasks is None and flags.data is not None and flags.data.endswith(ENDINGS):
+        from kbit.cli.eval_pairs import run_pairs, writes_from_sources
+
+        if writes_from_sources(flags.model):
+            refuse_copies("kbit eval --data PAIRS")
+            run_pairs(flags, as_json=json)
+            return
     if flags.tasks is not None:
         refuse_copies("kbit eval --tasks")
         _evaluate_tasks(flags.task_request(), json)
@@ -243,7 +288,7 @@ def _tell(evaluation: Evaluation, json: bool) -> None:
         Console().print(_table(evaluation))
 
 
-def _refuse(flags: Mapping[str, object], why: str) -> None:
+def refuse(flags: Mapping[str, object], why: str) -> None:
     """
     Raises:
         UsageError: a flag was given that has no meaning here.

@@ -36,6 +36,8 @@ COMMANDS = {
     "classify": ("kbit.cli.classify", "classify", "Label texts, pairs of texts, or words."),
     "answer": ("kbit.cli.answer", "answer", "Find the answer to a question in a text."),
     "attention": ("kbit.cli.attention", "attention", "Draw which tokens of a text attend to which."),
+    "translate": ("kbit.cli.translate", "translate", "Translate texts."),
+    "summarize": ("kbit.cli.summarize", "summarize", "Summarize texts."),
     "quantize": ("kbit.cli.quantize", "quantize", "Convert a model to k-bit weights."),
     "calibrate": ("kbit.cli.calibrate", "calibrate", "Measure which errors of its weights a model feels."),
     "eval": ("kbit.cli.eval", "evaluate", "Measure perplexity, KL divergence and zero-shot tasks."),

@@ -55,10 +55,13 @@ def summarise(source: CheckpointSource) -> dict[str, Any]:
     return {
         "model": str(source.path),
         "architecture": named[0] if isinstance(named, list) and named else config.get("model_type"),
-        "layers": config.get("num_hidden_layers"),
-        "hidden_size": config.get("hidden_size"),
-        "heads": config.get("num_attention_heads"),
-        "kv_heads": config.get("num_key_value_heads", config.get("num_attention_heads")),
+        "layers": config.get("num_hidden_layers") if spec is None else spec.layers,
+        "encoder_layers": None if spec is None or spec.encoder is None else spec.encoder.layers,
+        "hidden_size": config.get("hidden_size") if spec is None else spec.hidden_size,
+        "heads": config.get("num_attention_heads") if spec is None else spec.heads,
+        "kv_heads": config.get("num_key_value_heads", config.get("num_attention_heads"))
+        if spec is None
+        else spec.kv_heads,
         "attention": None if spec is None or not spec.shapes else _attention(spec),
         "context_length": config.get("max_position_embeddings") if spec is None else spec.context_length,
         "vocabulary": config.get("vocab_size"),
@@ -218,9 +221,12 @@ def print_model(summary: dict[str, Any], list_tensors: bool) -> None:
     tied = ", head tied to the embedding" if summary["tied_embeddings"] else ""
     experts = summary["experts"]
     active = f", {summary['active_parameters'] / 1e6:,.1f} million active for a token" if experts else ""
+    layers = f"{summary['layers']} layers"
+    if summary["encoder_layers"] is not None:
+        layers = f"{summary['encoder_layers']} encoder and {summary['layers']} decoder layers"
     lines = {
         "model": summary["model"],
-        "architecture": f"{summary['architecture']}, {summary['layers']} layers, hidden size {summary['hidden_size']}, "
+        "architecture": f"{summary['architecture']}, {layers}, hidden size {summary['hidden_size']}, "
         f"{summary['heads']} heads{kv}",
         "parameters": f"{summary['parameters'] / 1e6:,.1f} million{active}, vocabulary {summary['vocabulary']}{tied}",
         "context": f"{summary['context_length']} tokens",

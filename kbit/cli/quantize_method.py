@@ -84,8 +84,14 @@ def for_encoder(source: CheckpointSource, flags: QuantizeFlags) -> QuantizeFlags
     """The flags with what stands in for `auto`'s method where a model predicts no next token, which stderr is told."""
     from kbit.models.families import spec_from_config
 
-    if flags.method != "auto" or spec_from_config(source.config, where=f"config of {source.path}").continues_text:
+    spec = spec_from_config(source.config, where=f"config of {source.path}")
+    if flags.method != "auto" or spec.continues_text:
         return flags
+    if spec.encoder is not None:
+        if flags.calibration:
+            raise UsageError("--calibration: an encoder-decoder is not calibrated; leave it out, or use --method hqq")
+        typer.echo("note: an encoder-decoder is not calibrated: method rtn", err=True)
+        return replace(flags, method="rtn")
     if flags.calibration:
         typer.echo("note: an encoder has no gradients to weigh errors by: method gptq, on inputs only", err=True)
         return replace(flags, method="gptq", inputs_only=True)

@@ -35,7 +35,7 @@ def run(
     ] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Continue a text, or answer a message (--chat).
+    """Continue a text, or answer a message (--chat). An encoder-decoder (FLAN-T5) reads the prompt and answers it.
 
     Only the generated text goes to standard output, as it appears; figures go to standard error. The same command gives
     the same text: decoding is greedy unless --temperature is set, and repeatable then with --seed.
@@ -59,7 +59,15 @@ def run(
         def encode(tokenizer: Tokenizer, source: CheckpointSource) -> None:
             ids.extend(_encode(text, chat, flags, tokenizer, source))
 
-        ready = load_to_generate(flags, peers, encode)
+        from kbit.models.check import NeedsSourceError
+
+        try:
+            ready = load_to_generate(flags, peers, encode)
+        except NeedsSourceError:
+            if peers.group is not None:
+                raise
+            _answer(text, chat, flags, as_json)
+            return
         loaded = ready.loaded
         with peers.together():
             from kbit.engine.generate import generate
@@ -88,6 +96,38 @@ def run(
             typer.echo(statistics(result, loaded), err=True)
         if result.finish_reason == "interrupted":
             raise typer.Exit(INTERRUPTED)
+
+
+def _answer(text: str, chat: bool, flags: GenerationFlags, as_json: bool) -> None:
+    """Of an encoder-decoder: the prompt is what its encoder reads, and what its decoder writes is printed.
+
+    Raises:
+        UsageError: a flag that such a model has no use for.
+    """
+    from kbit.cli.text_to_text import TextToTextFlags, answer_all
+    from kbit.engine.text_to_text import TextToText
+    from kbit.host.errors import UsageError
+
+    usual = GenerationFlags(flags.model)
+    names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty")
+    for name in (*names, "seed", "stop", "system", "speculate"):
+        if getattr(flags, name) not in (getattr(usual, name), []):
+            raise UsageError(
+                f"--{name.replace('_', '-')}: {flags.model} is an encoder-decoder, whose texts are not sampled: leave "
+                "it out (kbit translate and kbit summarize have --beams)"
+            )
+    if chat:
+        raise UsageError(f"--chat: {flags.model} is an encoder-decoder and has no chat template: leave it out")
+    engine = TextToTextFlags(
+        flags.model,
+        max_tokens=flags.max_tokens,
+        device=flags.device,
+        backend=flags.backend,
+        threads=flags.threads,
+        compute=flags.compute,
+        kv_bits=flags.kv_bits,
+    )
+    answer_all(engine, [text], TextToText, as_json=as_json)
 
 
 def _question(prompt: str | None, chat: bool, flags: GenerationFlags) -> str:

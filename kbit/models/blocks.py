@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from kbit.graph.experts import Experts, Mixture
 from kbit.graph.ops import Attention, Ops, Vector, Weight, X
 from kbit.models.latent import latent_heads, latent_values
-from kbit.models.params import SHARED, expert_slots, gate_up, qkv
+from kbit.models.params import CROSS_KV, SHARED, expert_slots, gate_up, qkv
 from kbit.models.spec import ModelSpec
 
 
@@ -61,6 +61,8 @@ def layer(
     if spec.parallel:
         return _parallel(ops, spec, weights, index, x, by_distance)
     x = attention(ops, spec, weights, index, x, by_distance)
+    if spec.encoder is not None:
+        x = cross(ops, spec, weights, index, x)
     if spec.has_experts(index):
         beside = spec.experts is not None and spec.experts.beside
         x = mixture_beside(ops, spec, weights, x) if beside else mixture(ops, spec, weights, x)
@@ -77,6 +79,28 @@ def attention(ops: Ops[X], spec: ModelSpec, weights: Weights, index: int, x: X, 
     seen = _attended(ops, spec, weights, index, norm(ops, spec, weights, "attention_norm", x), by_distance)
     x = _added(ops, spec, weights, "o", "attention_post_norm", seen, x)
     return norm(ops, spec, weights, "attention_sum_norm", x)
+
+
+def cross(ops: Ops[X], spec: ModelSpec, weights: Weights, index: int, x: X) -> X:
+    """x + attention of norm(x) to the encoder's text, and the norm of the sum where the model has it: (..., hidden)."""
+    (q,) = _together(ops, weights, ("cross_q",), norm(ops, spec, weights, "cross_norm", x))
+    seen = ops.cross_attention(q, cross_attention(spec, index))
+    x = _added(ops, spec, weights, "cross_o", "cross_post_norm", seen, x)
+    return norm(ops, spec, weights, "cross_sum_norm", x)
+
+
+def cross_attention(spec: ModelSpec, index: int) -> Attention:
+    """What a decoder's layer attends to: in the encoder's cache, behind the one layer of its own."""
+    return Attention(
+        1 + index, spec.heads, spec.kv_heads, spec.head_dim, spec.attention_scale, None, "cross", "encoder", "none"
+    )
+
+
+def store_keys(ops: Ops[X], spec: ModelSpec, layers: Sequence[Weights], states: X) -> None:
+    """Leaves what a decoder's layers attend to of an encoder's hidden states (..., hidden)."""
+    for index, weights in enumerate(layers):
+        k, v = _together(ops, weights, CROSS_KV, states)
+        ops.store_keys(k, v, cross_attention(spec, index))
 
 
 def _parallel(ops: Ops[X], spec: ModelSpec, weights: Weights, index: int, x: X, by_distance: Vector | None) -> X:
@@ -122,7 +146,7 @@ def _attended(ops: Ops[X], spec: ModelSpec, weights: Weights, index: int, normed
     shifted = spec.score_cap is not None or (sinks is not None and spec.rope.dim < spec.head_dim)
     constant = turns is not None and single and spec.names.k_norm is None and not shifted
     key_bias = weights.biases.get("k") if constant else None
-    seen = ops.self_attention(q, k, v, described, key_bias, sinks, by_distance)
+    seen = ops.self_attention(q, k, v, described, key_bias, sinks, weights.biases.get("distances", by_distance))
     return seen if spec.latent is None else latent_values(ops, spec, spec.latent, seen)
 
 

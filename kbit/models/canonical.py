@@ -70,12 +70,13 @@ def canonical(source: CheckpointSource) -> CheckpointSource:
     """
     try:
         family = family_of(FAMILIES, source.config, f"config of {source.path}")
-        if not family.layout.changes and not family.layout.prefix:
+        renames = bool(family.layout.prefix or family.layout.renamed)
+        if not family.layout.changes and not renames:
             return source
         spec = spec_from_config(source.config, where=f"config of {source.path}")
     except KbitError:
         return source
-    if family.layout.prefix and isinstance(source, StoredSource):
+    if renames and isinstance(source, StoredSource):
         source = renamed(source, family.layout, _stored_names(spec, family.layout))
     if not family.layout.changes or source.config.get(MARK) is True:
         return source

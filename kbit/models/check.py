@@ -16,6 +16,10 @@ from kbit.models.config_values import shown
 from kbit.models.spec import ModelSpec
 
 
+class NeedsSourceError(UnsupportedError):
+    """An encoder-decoder, where a text is to be gone on with."""
+
+
 def check_tensors(
     source: CheckpointSource, spec: ModelSpec, *, read_data: bool = True, ignored: Collection[str] = ()
 ) -> None:
@@ -50,6 +54,8 @@ def check_tensors(
     stored_again = spec.tied_embeddings and head in surplus
     if stored_again:
         surplus.remove(head)
+    copies = {f"{name}.weight" for name in spec.names.copies} & set(surplus)
+    ignored = {*ignored, *copies, *_optional(source, spec)}
     surplus = [name for name in surplus if name not in ignored]
     if surplus:
         raise CheckpointError(
@@ -65,13 +71,46 @@ def check_tensors(
             f"to false to use {head}, or remove it from the checkpoint"
         )
 
+    for copy in sorted(copies):
+        if source.tensors[copy].shape != source.tensors[embedding].shape or (
+            read_data and not same_values(source, embedding, copy)
+        ):
+            raise CheckpointError(
+                f"{where}: {copy} differs from {embedding}, which a {spec.family} model shares between encoder and "
+                "decoder: remove it from the checkpoint, or get the published one"
+            )
+
+
+def _optional(source: CheckpointSource, spec: ModelSpec) -> set[str]:
+    """Tensors that an encoder-decoder may have: what is added to its logits, and copies of computed tables.
+
+    Raises:
+        CheckpointError: what is added to logits has another shape.
+    """
+    stacks = [stack for stack in (spec, spec.encoder) if stack is not None and stack.sinusoids is not None]
+    found = {f"{stack.names.positions}.weight" for stack in stacks}
+    bias = spec.names.logit_bias
+    if bias is None:
+        return found
+    shape = source.tensors[bias].shape if bias in source.tensors else None
+    if shape not in (None, (1, spec.vocab_size), (spec.vocab_size,)):
+        raise CheckpointError(
+            f"{source.path}: {bias} has shape {shape}, but config.json asks for (1, {spec.vocab_size})"
+        )
+    return {*found, bias}
+
 
 def check_continues(spec: ModelSpec, where: str) -> None:
     """Raise where a model predicts no next token.
 
     Raises:
-        UnsupportedError: naming the commands that run it.
+        UnsupportedError: naming the commands that run it; NeedsSourceError of an encoder-decoder.
     """
+    if spec.encoder is not None:
+        raise NeedsSourceError(
+            f"{where}: a {spec.family} model writes a text that belongs to another one, and goes on with none: use "
+            "kbit translate, kbit summarize or kbit run, and kbit eval --data PAIRS.tsv"
+        )
     if spec.task is not None:
         commands = {"mask": "fill or embed", "sequence": "classify", "tokens": "classify", "span": "answer"}
         raise UnsupportedError(

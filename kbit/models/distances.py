@@ -1,8 +1,8 @@
 """Attention that knows positions by distance: a table of buckets, or a slope, becomes what is added to scores.
 
 T5's relative positions (Raffel et al. 2020, arXiv:1910.10683; MPNet has them, too): half of the buckets are for keys
-after the query. Of a half, the first half is for distances of its own; the rest widen logarithmically, and the last
-reaches from the largest distance on.
+after the query, where a query sees any. Of a half, the first half is for distances of its own; the rest widen
+logarithmically, and the last reaches from the largest distance on.
 """
 
 from __future__ import annotations
@@ -11,28 +11,36 @@ import numpy as np
 from numpy.typing import NDArray
 
 
-def buckets_of(distances: NDArray[np.int64], buckets: int, largest: int) -> NDArray[np.int64]:
-    """The bucket of every distance, a key's position less its query's: same shape."""
-    half = buckets // 2
-    exact, away = half // 2, np.abs(distances)
+def buckets_of(distances: NDArray[np.int64], buckets: int, largest: int, *, causal: bool = False) -> NDArray[np.int64]:
+    """The bucket of every distance, a key's position less its query's: same shape.
+
+    Args:
+        distances: any shape.
+        buckets: how many there are.
+        largest: distances from here on share a bucket.
+        causal: no key comes after its query, so all buckets are for those before.
+    """
+    half = buckets if causal else buckets // 2
+    exact, away = half // 2, np.maximum(-distances, 0) if causal else np.abs(distances)
     # In float32, as models were trained.
     ratio = np.log(np.maximum(away, 1).astype(np.float32) / np.float32(exact))
     far = exact + (ratio / np.float32(np.log(largest / exact)) * np.float32(half - exact)).astype(np.int64)
-    return np.where(distances > 0, half, 0) + np.where(away < exact, away, np.minimum(far, half - 1))
+    return np.where((distances > 0) & (not causal), half, 0) + np.where(away < exact, away, np.minimum(far, half - 1))
 
 
-def by_distance(table: NDArray[np.float32], largest: int) -> NDArray[np.float32]:
+def by_distance(table: NDArray[np.float32], largest: int, *, causal: bool = False) -> NDArray[np.float32]:
     """What `Ops.self_attention` adds to scores.
 
     Args:
         table: (buckets, H).
         largest: distances from here on share a bucket.
+        causal: see `buckets_of`.
 
     Returns:
         (H (2 largest + 1),).
     """
     distances = np.arange(-largest, largest + 1)
-    rows: NDArray[np.float32] = table[buckets_of(distances, len(table), largest)]
+    rows: NDArray[np.float32] = table[buckets_of(distances, len(table), largest, causal=causal)]
     return np.ascontiguousarray(rows.T).reshape(-1)
 
 

@@ -73,7 +73,7 @@ def export_safetensors(
     """
     where = f"config of {source.path}"
     family, spec = family_of(FAMILIES, source.config, where), spec_from_config(source.config, where=where)
-    if spec.task is not None:
+    if spec.task is not None or spec.encoder is not None:
         raise UnsupportedError(f"{source.path}: {spec.family} models are not exported; kbit exports decoders")
     check_tensors(source, spec)
     stored_as, type_, name_of_type = DTYPES[dtype]

@@ -12,7 +12,6 @@ biases, sliding windows and RoPE. Of the keys that a family does not read, those
 
 from __future__ import annotations
 
-import struct
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
@@ -20,12 +19,22 @@ from typing import Any, Literal
 from kbit.host.errors import CheckpointError, UnsupportedError
 from kbit.models.config_values import ConfigValues, shown
 from kbit.models.expert_config import ExpertRules, check_fixed, experts_of
+from kbit.models.factors_config import ROOT_OF_WIDTH as ROOT_OF_WIDTH
+from kbit.models.factors_config import (
+    cap,
+    embedding_multiplier,
+    logit_multiplier,
+    residual_multiplier,
+    root,
+    score_scale,
+)
 from kbit.models.latent_config import LatentRules, check_turned, latent_scale, read_latent
 from kbit.models.layer_shapes import LayerShape, ShapeRules, layer_shapes
 from kbit.models.layer_types import Rotated, Windows, rotated_layers, windows_of
 from kbit.models.layout import Layout
 from kbit.models.rope_config import DEFAULT_THETA, RopeRules, Ropes, ropes_from_config
-from kbit.models.spec import MAX_CONTEXT, ModelSpec, RopeSpec, TensorNames
+from kbit.models.spec import MAX_CONTEXT, ModelSpec, RopeSpec, Sinusoids, TensorNames
+from kbit.models.stack_config import distances_of, names_of, with_fallbacks
 from kbit.models.task_config import position_table, read_task, token_types
 from kbit.models.task_heads import TaskHead
 
@@ -43,12 +52,6 @@ _ACTIVATIONS = {
     "gelu_pytorch_tanh": "gelu_tanh",
     "relu": "relu",
 }
-
-# The square root of the hidden size, as a family's embedding multiplier.
-ROOT_OF_WIDTH = "sqrt(hidden_size)"
-
-# Bounds that keep multipliers, caps and their inverses finite in float32.
-_MIN_FACTOR, _MAX_FACTOR = 1e-9, 1e9
 
 # Keys that change the result in families that read them, with the values that change nothing where they are not read.
 _FOREIGN: Mapping[str, tuple[Any, ...]] = {
@@ -156,8 +159,10 @@ class Family:
         score_width: the key of what stands for D in D^-0.5.
         score_cap, logit_cap: keys of caps.
         embedding_multiplier: the key of the factor on embeddings, or ROOT_OF_WIDTH.
+        scaled_embedding: the key that says whether that factor is the root of the width.
         residual_multiplier: the key of the factor on what a block adds.
         logit_divisor: the key of what logits are divided by.
+        scaled_logits: the key that says whether it is the root of the width; where absent, that of a tied head is.
         experts: how the configuration describes experts; None: there are none.
         fixed: keys that other implementations read, and the values that say what this family does.
         layout: how published tensors differ from those that `names` names.
@@ -165,7 +170,8 @@ class Family:
         bidirectional: the key that says that queries see the whole text; its windows reach to both sides, half each.
         first_position: with a table of positions (`names.positions`), its row of position 0; "pad": the one after that
             of padding.
-        distances, sloped: see ModelSpec.
+        sinusoids, sloped: see ModelSpec.
+        distances: see ModelSpec; fixed, or the keys that say.
         unnormed: see ModelSpec.
         extra_positions: rows that the table of positions has beside max_position_embeddings.
         parallel: see ModelSpec; fixed, or the key that says.
@@ -182,6 +188,10 @@ class Family:
         shapes: how the configuration describes layers of different shapes; None: they are all alike.
         value_norm: see ModelSpec.
         layer_features: the keys of `layer_features` and `layer_tokens` of ModelSpec.
+        encoder: of an encoder-decoder, whose decoder the rest describes, the other half.
+        fallbacks: keys that say what others do not, where these are absent or null.
+        shared: the key that says whether encoder and decoder have one embedding, and its name then.
+        plain_up: the name of `up` where the activation's name does not begin with "gated-": then there is no gate.
     """
 
     model_type: str
@@ -209,8 +219,10 @@ class Family:
     score_cap: str | None = None
     logit_cap: str | None = None
     embedding_multiplier: str | None = None
+    scaled_embedding: str | None = None
     residual_multiplier: str | None = None
     logit_divisor: str | None = None
+    scaled_logits: str | None = None
     experts: ExpertRules | None = None
     fixed: Mapping[str, tuple[object, ...]] = field(default_factory=dict)
     layout: Layout = field(default_factory=Layout)
@@ -218,7 +230,8 @@ class Family:
     keys: Mapping[str, str] = field(default_factory=dict)
     bidirectional: str | None = None
     first_position: int | Literal["pad"] = 0
-    distances: tuple[int, int] | None = None
+    sinusoids: Sinusoids | None = None
+    distances: tuple[int, int] | tuple[str, str] | None = None
     sloped: bool = False
     unnormed: tuple[int, ...] = ()
     extra_positions: int = 0
@@ -234,6 +247,10 @@ class Family:
     shapes: ShapeRules | None = None
     value_norm: bool = False
     layer_features: tuple[str, str] | None = None
+    encoder: Family | None = None
+    fallbacks: Mapping[str, str] = field(default_factory=dict)
+    shared: tuple[str, str] | None = None
+    plain_up: str | None = None
 
     @property
     def accepted(self) -> tuple[str, ...]:
@@ -255,7 +272,27 @@ def read_spec(families: Mapping[str, Family], config: Mapping[str, Any], where: 
         CheckpointError: a missing or senseless value; the line names key and value.
     """
     family = family_of(families, config, where)
-    values = ConfigValues(config, family.defaults, where, names=family.keys)
+    values = ConfigValues(with_fallbacks(family, config), family.defaults, where, names=family.keys)
+    spec = _read_stack(family, values)
+    if family.encoder is not None:
+        spec = replace(spec, encoder=_read_stack(family.encoder, replace(values, names=family.encoder.keys)))
+    for one, other in family.equal:
+        found, wanted = values.raw(one), values.raw(other)
+        if found not in (None, wanted):
+            raise UnsupportedError(
+                f"{where}: {one} {shown(found)} is not supported; it must be {other}, {shown(wanted)}"
+            )
+    for key, harmless in _FOREIGN.items():
+        if key not in values.asked and key not in family.ignored and config.get(key) not in harmless:
+            raise UnsupportedError(
+                f"{where}: {key} {shown(config[key])} is not supported for model_type {family.model_type!r}; without "
+                "it this would be another model"
+            )
+    return spec
+
+
+def _read_stack(family: Family, values: ConfigValues) -> ModelSpec:
+    """The stack of layers that a family describes; of an encoder-decoder one of the two."""
     layers = values.integer("num_hidden_layers", 1, _MAX_LAYERS)
     hidden = values.integer("hidden_size", 1, _MAX_WIDTH)
     heads = values.integer("num_attention_heads", 1, _MAX_WIDTH)
@@ -279,7 +316,7 @@ def read_spec(families: Mapping[str, Family], config: Mapping[str, Any], where: 
     usual = LayerShape(kv_heads, head_dim, width, 0)
     shapes = () if family.shapes is None else layer_shapes(family.shapes, values, windows, heads, usual)
     positions = position_table(family, values, max_positions)
-    turns = not positions.rows and not family.sloped
+    turns = not positions.rows and not family.sloped and family.distances is None
     if not turns:
         longest = positions.rows - positions.first if positions.rows else max_positions
         ropes = Ropes(RopeSpec("default", 0, DEFAULT_THETA, max_positions=longest))
@@ -290,13 +327,11 @@ def read_spec(families: Mapping[str, Family], config: Mapping[str, Any], where: 
     vocabulary = values.integer("vocab_size", 1, _MAX_VOCAB)
     features, feature_rows = _layer_features(family, values, vocabulary)
     norm_bias = _switch(family.norm_bias, values)
-    names = family.names if latent is None else latent.names
+    names = names_of(family if latent is None else replace(family, names=latent.names), values)
     if latent is not None:
-        check_turned(latent, ropes.rope, ropes.query_temperature is not None, where)
-    if family.qk_norms is not None and not values.boolean(family.qk_norms):
-        names = replace(names, q_norm=None, k_norm=None)
+        check_turned(latent, ropes.rope, ropes.query_temperature is not None, values.where)
     check_fixed(family.fixed, values, family.model_type)
-    spec = ModelSpec(
+    return ModelSpec(
         family=family.model_type,
         vocab_size=vocabulary,
         hidden_size=hidden,
@@ -321,18 +356,19 @@ def read_spec(families: Mapping[str, Family], config: Mapping[str, Any], where: 
         window_rope=ropes.window_rope,
         qk_norm=family.qk_norm,
         norm_rotated=family.norm_rotated,
-        score_scale=_score_scale(family, values) if latent is None else latent_scale(latent, ropes.rope),
-        score_cap=_cap(family.score_cap, values),
-        logit_cap=_cap(family.logit_cap, values),
-        embedding_multiplier=_embedding_multiplier(family, values, hidden),
-        residual_multiplier=_residual_multiplier(family, values, layers),
-        logit_multiplier=_logit_multiplier(family, values, hidden),
+        score_scale=score_scale(family, values) if latent is None else latent_scale(latent, ropes.rope),
+        score_cap=cap(family.score_cap, values),
+        logit_cap=cap(family.logit_cap, values),
+        embedding_multiplier=embedding_multiplier(family, values, hidden),
+        residual_multiplier=residual_multiplier(family, values, layers),
+        logit_multiplier=logit_multiplier(family, values, hidden),
         query_temperature=ropes.query_temperature,
         experts=None if family.experts is None else experts_of(family.experts, values, layers),
         position_rows=positions.rows,
         first_position=positions.first,
         types=token_types(family, values),
-        distances=family.distances,
+        sinusoids=family.sinusoids,
+        distances=distances_of(family, values),
         sloped=family.sloped,
         unnormed=family.unnormed,
         parallel=_switch(family.parallel, values),
@@ -342,21 +378,8 @@ def read_spec(families: Mapping[str, Family], config: Mapping[str, Any], where: 
         value_norm=family.value_norm,
         layer_features=features,
         layer_tokens=feature_rows,
-        layer_multiplier=_root(values, features) if features else 1.0,
+        layer_multiplier=root(values, features) if features else 1.0,
     )
-    for one, other in family.equal:
-        found, wanted = values.raw(one), values.raw(other)
-        if found not in (None, wanted):
-            raise UnsupportedError(
-                f"{where}: {one} {shown(found)} is not supported; it must be {other}, {shown(wanted)}"
-            )
-    for key, harmless in _FOREIGN.items():
-        if key not in values.asked and key not in family.ignored and config.get(key) not in harmless:
-            raise UnsupportedError(
-                f"{where}: {key} {shown(config[key])} is not supported for model_type {family.model_type!r}; without "
-                "it this would be another model"
-            )
-    return spec
 
 
 def family_of(families: Mapping[str, Family], config: Mapping[str, Any], where: str) -> Family:
@@ -402,35 +425,6 @@ def _switch(setting: bool | str, values: ConfigValues) -> bool:
     return values.boolean(setting) if isinstance(setting, str) else setting
 
 
-def _factor(key: str | None, values: ConfigValues) -> float:
-    """A multiplier or divisor; 1 where the family has none."""
-    return 1.0 if key is None else values.number(key, above=_MIN_FACTOR, below=_MAX_FACTOR)
-
-
-def _residual_multiplier(family: Family, values: ConfigValues, layers: int) -> float:
-    if family.depth_scale is not None and values.raw(family.depth_scale) is not None:
-        return float(_factor(family.depth_scale, values) / float(layers) ** 0.5)
-    return _factor(family.residual_multiplier, values)
-
-
-def _logit_multiplier(family: Family, values: ConfigValues, hidden: int) -> float:
-    if family.logit_width is not None and values.raw(family.logit_width) is not None:
-        return _factor(family.logit_width, values) / hidden
-    return _factor(family.logit_factor, values) / _factor(family.logit_divisor, values)
-
-
-def _cap(key: str | None, values: ConfigValues) -> float | None:
-    return None if key is None else values.optional_number(key, above=_MIN_FACTOR, below=_MAX_FACTOR)
-
-
-def _score_scale(family: Family, values: ConfigValues) -> float | None:
-    if family.score_width is not None:
-        return float(values.number(family.score_width, above=_MIN_FACTOR, below=_MAX_FACTOR) ** -0.5)
-    if family.score_scale is None or isinstance(family.score_scale, float):
-        return family.score_scale
-    return _factor(family.score_scale, values)
-
-
 def _layer_features(family: Family, values: ConfigValues, vocabulary: int) -> tuple[int, int]:
     """The features of a second embedding for every layer, and its rows; 0 where there is none."""
     if family.layer_features is None:
@@ -438,21 +432,3 @@ def _layer_features(family: Family, values: ConfigValues, vocabulary: int) -> tu
     key, tokens = family.layer_features
     features = values.optional_integer(key, 0, _MAX_WIDTH) or 0
     return features, values.integer(tokens, vocabulary, _MAX_VOCAB) if features else 0
-
-
-def _embedding_multiplier(family: Family, values: ConfigValues, hidden: int) -> float:
-    if family.embedding_multiplier != ROOT_OF_WIDTH:
-        return _factor(family.embedding_multiplier, values)
-    return _root(values, hidden)
-
-
-def _root(values: ConfigValues, width: int) -> float:
-    """The square root of a width, rounded to the type of the weights, as transformers rounds it and as models were
-    trained with it."""
-    root, dtype = width**0.5, values.raw("dtype") or values.raw("torch_dtype")
-    if dtype == "float16":
-        return float(struct.unpack("<e", struct.pack("<e", root))[0])
-    bits = int(struct.unpack("<I", struct.pack("<f", root))[0])
-    if dtype == "bfloat16":
-        bits = (bits + 0x7FFF + (bits >> 16 & 1)) & 0xFFFF0000
-    return float(struct.unpack("<f", struct.pack("<I", bits))[0])

@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING
 from kbit.checkpoint.finite import not_finite, read_array, read_stored
 from kbit.checkpoint.source import CheckpointSource, StoredSource
 from kbit.graph.ops import Backend, HoldsPrepared, PreparesStored, Vector, Weight
+from kbit.host.errors import UnsupportedError
 from kbit.models.blocks import Weights
 from kbit.models.check import check_tensors
 from kbit.models.decoder import Decoder, DecoderWeights
 from kbit.models.families import spec_from_config
-from kbit.models.params import OUTSIDE, Parameter, parameters, weightless_norms
+from kbit.models.params import OUTSIDE, Parameter, own_parameters, weightless_norms
 from kbit.models.spec import ModelSpec
 
 if TYPE_CHECKING:
@@ -61,6 +62,11 @@ def check_loadable(source: CheckpointSource, backend: Backend, spec: ModelSpec |
         UnsupportedError, CheckpointError: see load_decoder.
     """
     published = spec_from_config(source.config, where=f"config of {source.path}")
+    if published.encoder is not None:
+        raise UnsupportedError(
+            f"{source.path}: a {published.family} model is an encoder-decoder; use kbit translate, summarize or "
+            "run (kbit.models.encoder_decoder)"
+        )
     spec = spec or published
     # (A head that is not wanted may be there, or, as in all-mpnet-base-v2, may not.)
     ignored = () if spec == published else (*published.expected_tensors(), f"{spec.names.head}.weight")
@@ -68,6 +74,21 @@ def check_loadable(source: CheckpointSource, backend: Backend, spec: ModelSpec |
     check_tensors(source, spec, read_data=read_data, ignored=ignored)
     backend.new_cache(spec.cache_layers, 1, *spec.cache_heads, 1)  # refuses now what it would refuse once all is read
     return spec
+
+
+def load_stack(source: CheckpointSource, spec: ModelSpec, backend: Backend, embedding: Weight | None) -> DecoderWeights:
+    """The weights of one stack of layers, whose tensors have been checked.
+
+    Args:
+        source: the checkpoint.
+        spec: of the stack.
+        backend: prepares each weight.
+        embedding: where another stack has the same one, that.
+
+    Raises:
+        CheckpointError: a tensor that is not finite.
+    """
+    return _Loader(source, spec, backend, None).weights(embedding)
 
 
 def load_layer(source: CheckpointSource, spec: ModelSpec, backend: Backend, layer: int) -> Weights:
@@ -99,14 +120,18 @@ class _Loader:
         progress: Callable[[int, int], None] | None,
     ) -> None:
         self.source, self.spec, self.backend, self.progress = source, spec, backend, progress
-        self._declared = parameters(spec)
+        self._declared = own_parameters(spec)
         self._outside = [p for p in self._declared if p.layer is None]
         self.done, self.total = 0, sum(p.role != "task" for p in self._declared)
 
     def decoder(self) -> Decoder:
-        embedding = self._weight(self._outside[0].name, lookup=True)
+        return Decoder(self.spec, self.backend, self.weights(None))
+
+    def weights(self, embedding: Weight | None) -> DecoderWeights:
+        if embedding is None:
+            embedding = self._weight(self._outside[0].name, lookup=True)
         layers = tuple(self.layer(index) for index in range(self.spec.layers))
-        return Decoder(self.spec, self.backend, self._ends(embedding, layers))
+        return self._ends(embedding, layers)
 
     def layer(self, index: int) -> Weights:
         found = self._weights(p for p in self._declared if p.layer == index)
@@ -120,6 +145,8 @@ class _Loader:
         final = self._weights(p for p in self._outside if p.role in OUTSIDE)
         if self.spec.sloped:
             final = replace(final, biases={**final.biases, "distances": self._slopes()})
+        if self.spec.sinusoids is not None:
+            final = replace(final, matrices={**final.matrices, "positions": self._sinusoids()})
         heads = [p for p in self._outside if p.role == "head"]
         head = self._weight(heads[0].name) if heads else embedding
         return DecoderWeights(embedding, layers, final, head)
@@ -184,21 +211,35 @@ class _Loader:
 
         return self.backend.prepare_vector(torch.from_numpy(values))
 
+    def _sinusoids(self) -> Weight:
+        """A table of positions that is of no tensor."""
+        from kbit.models.sinusoids import sinusoids
+
+        assert self.spec.sinusoids is not None
+        values = sinusoids(self.spec.position_rows, self.spec.hidden_size, self.spec.sinusoids)
+        if isinstance(self.backend, PreparesStored):
+            from kbit.formats.stored import DenseMatrix
+
+            return self.backend.prepare_stored(DenseMatrix(values, "fp32"))
+        import torch
+
+        return self.backend.prepare(torch.from_numpy(values), lookup=True)
+
     def _distances(self, name: str) -> Vector:
         """What a table of distances adds to scores."""
         from kbit.models.distances import by_distance
 
         assert self.spec.distances is not None
-        source, largest = self.source, self.spec.distances[1]
+        source, largest, causal = self.source, self.spec.distances[1], self.spec.mask == "causal"
         if isinstance(source, StoredSource) and isinstance(self.backend, PreparesStored):
-            vector = self.backend.prepare_array(by_distance(read_array(source, name), largest))
+            vector = self.backend.prepare_array(by_distance(read_array(source, name), largest, causal=causal))
             self._count()
             return vector
         import torch
 
         values = source.read(name)
         self._check_finite(name, [values])
-        return self.backend.prepare_vector(torch.from_numpy(by_distance(values.numpy(), largest)))
+        return self.backend.prepare_vector(torch.from_numpy(by_distance(values.numpy(), largest, causal=causal)))
 
     def _matrix(self, name: str) -> torch.Tensor | QuantTensor:
         import torch

@@ -21,6 +21,7 @@ OUTSIDE: tuple[Role, ...] = ("norm", "bias", "rows", "table", "router", "distanc
 # Linears that read one input and are multiplied in one call.
 QKV, GATE_UP, SHARED = ("q", "k", "v"), ("gate", "up"), ("shared_gate", "shared_up")
 KEYS_VALUES = ("k", "v")
+CROSS_KV = ("cross_k", "cross_v")
 
 
 @dataclass(frozen=True)
@@ -52,12 +53,26 @@ class Parameter:
 
 
 def parameters(spec: ModelSpec) -> tuple[Parameter, ...]:
-    """Every tensor that a model needs, in the order of its computation. A tied head is not among them."""
+    """Every tensor that a model needs, in the order of its computation. A tied head is not among them.
+
+    Of an encoder-decoder those of both, each with the layers of its own stack; what they share is named once.
+    """
+    own = own_parameters(spec)
+    if spec.encoder is None:
+        return own
+    names = {parameter.name for parameter in own}
+    return (*(p for p in own_parameters(spec.encoder) if p.name not in names), *own)
+
+
+def own_parameters(spec: ModelSpec) -> tuple[Parameter, ...]:
+    """Those of one stack of layers: `parameters`, but of an encoder-decoder the decoder's alone."""
     names, vocabulary = spec.names, (spec.vocab_size, spec.hidden_size)
     found = [Parameter(f"{names.embedding}.weight", "embedding", None, "embedding", vocabulary)]
     found += _beside_embedding(spec)
     for layer in range(spec.layers):
         found += _attention(spec, layer)
+        if spec.encoder is not None:
+            found += _cross(spec, layer)
         if spec.experts is not None and spec.experts.beside:
             found += _mlp(spec, layer)
             found += _beside_mlp(spec, layer)
@@ -74,7 +89,7 @@ def parameters(spec: ModelSpec) -> tuple[Parameter, ...]:
 def _beside_embedding(spec: ModelSpec) -> Iterator[Parameter]:
     """What `kbit.models.blocks.embedding` reads besides the embedding, and the table of distances."""
     for slot, rows in (("positions", spec.position_rows), ("types", spec.types)):
-        if rows:
+        if rows and not (slot == "positions" and spec.sinusoids is not None):
             name = f"{getattr(spec.names, slot)}.weight"
             yield Parameter(name, slot, None, "rows", (rows, spec.hidden_size))
     yield from _norm(spec, "embedding_norm", None)
@@ -83,10 +98,15 @@ def _beside_embedding(spec: ModelSpec) -> Iterator[Parameter]:
         yield Parameter(f"{names.layer_embedding}.weight", "layer_embedding", None, "table", (spec.layer_tokens, wide))
         yield Parameter(f"{names.layer_features}.weight", "layer_features", None, "router", (wide, hidden))
         yield from _norm(spec, "layer_features_norm", None, spec.layer_features)
-    if spec.distances is not None:
-        yield Parameter(
-            f"{spec.names.distances}.weight", "distances", None, "distances", (spec.distances[0], spec.heads)
-        )
+    yield from _distances(spec, None)
+
+
+def _distances(spec: ModelSpec, layer: int | None) -> Iterator[Parameter]:
+    """The table of distances of a layer, or of all (None), where the model has it there."""
+    template = str(spec.names.distances)
+    if spec.distances is not None and ("{layer}" in template) == (layer is not None):
+        name = f"{template.format(layer=layer)}.weight"
+        yield Parameter(name, "distances", layer, "distances", (spec.distances[0], spec.heads))
 
 
 def _task(spec: ModelSpec) -> Iterator[Parameter]:
@@ -124,6 +144,7 @@ def _attention(spec: ModelSpec, layer: int) -> Iterator[Parameter]:
     yield from _norm(spec, "q_norm", layer, queries if whole else shape.head_dim)
     if len(inputs) > 1:
         yield from _norm(spec, "k_norm", layer, keys if whole else shape.head_dim)
+    yield from _distances(spec, layer)
     if spec.names.sinks is not None:
         yield Parameter(spec.names.sinks.format(layer=layer), "sinks", layer, "bias", (spec.heads,), (0, "heads"))
     yield from _linear(spec, "o", layer, (hidden, queries), (1, "heads"), ("o",), spec.output_bias)
@@ -167,6 +188,17 @@ def weightless_norms(spec: ModelSpec, layer: int) -> dict[str, int]:
     """The widths of a layer's norms that have no weight, by slot."""
     shape = spec.shape(layer)
     return {"v_norm": shape.head_dim} if spec.value_norm and shape.source == layer else {}
+
+
+def _cross(spec: ModelSpec, layer: int) -> Iterator[Parameter]:
+    """What `kbit.models.blocks.cross` reads, and what makes an encoder's keys and values."""
+    hidden, queries, keys = spec.hidden_size, spec.heads * spec.head_dim, spec.kv_heads * spec.head_dim
+    yield from _norm(spec, "cross_norm", layer)
+    yield from _linear(spec, "cross_q", layer, (queries, hidden), (0, "heads"), ("cross_q",), spec.qkv_bias)
+    yield from _linear(spec, "cross_k", layer, (keys, hidden), (0, "kv_heads"), CROSS_KV, spec.qkv_bias)
+    yield from _linear(spec, "cross_v", layer, (keys, hidden), (0, "kv_heads"), CROSS_KV, spec.qkv_bias)
+    yield from _linear(spec, "cross_o", layer, (hidden, queries), (1, "heads"), ("cross_o",), spec.output_bias)
+    yield from _norm(spec, "cross_sum_norm", layer)
 
 
 def _mlp(spec: ModelSpec, layer: int) -> Iterator[Parameter]:

@@ -16,6 +16,9 @@ if TYPE_CHECKING:
 # Longest context that is believed; a hostile factor could ask for any.
 MAX_CONTEXT = 1 << 31
 
+# Tables of sines: as in Marian, and as in fairseq.
+Sinusoids = Literal["marian", "fairseq"]
+
 
 @dataclass(frozen=True)
 class RopeSpec:
@@ -94,7 +97,8 @@ class TensorNames:
     stream, of the stream with it, and the same three of the MLP; and of queries and keys. Without a gate the MLP is
     plain. `positions`, `types` and `distances` are tables that are looked up by a token's position, its type, and its
     distance from another. Names of an expert contain {expert}; those of sinks, of the selection bias, and of the scales
-    are whole.
+    are whole. `cross_*` are of attention to an encoder's text, and of its norms: before it, and of the stream with it.
+    `copies` may be stored again, and are the embedding then; `logit_bias`, whole, is added to logits where it is there.
 
     Where experts stand beside an MLP, their input has a norm of its own, `experts_norm`, and there are norms of what
     both add: `mlp_own_norm` and `experts_post_norm`. A second embedding (`layer_embedding`) has features for every
@@ -124,6 +128,14 @@ class TensorNames:
     distances: str | None = None
     q_norm: str | None = None
     k_norm: str | None = None
+    cross_norm: str | None = None
+    cross_q: str | None = None
+    cross_k: str | None = None
+    cross_v: str | None = None
+    cross_o: str | None = None
+    cross_sum_norm: str | None = None
+    logit_bias: str | None = None
+    copies: tuple[str, ...] = ()
     sinks: str | None = None
     router: str | None = None
     selection_bias: str | None = None
@@ -237,8 +249,10 @@ class ModelSpec:
         experts: of layers that have some; None: no layer has.
         position_rows: rows of the table of positions (`names.positions`), 0 where there is none.
         first_position: its row of position 0.
+        sinusoids: which table of sines it is (`kbit.models.sinusoids`), where it is computed; a copy may be stored.
         types: rows of the table of token types (`names.types`), 0 where there is none.
-        distances: buckets and the largest distance of `kbit.models.distances`, where there is such a table.
+        distances: buckets and the largest distance of `kbit.models.distances`, where there are such tables: one for
+            all layers, or one each, as `names.distances` says.
         sloped: scores fall with the distance, by a slope of each head (`kbit.models.distances`).
         unnormed: layers that lack the norm before attention that the others have.
         parallel: attention and MLP read the same stream, and what both make is added to it; without a norm of its own
@@ -251,6 +265,7 @@ class ModelSpec:
         layer_features: features that a second embedding has for every layer, 0 where there is none.
         layer_tokens: its rows, at least V.
         layer_multiplier: a factor on them.
+        encoder: of an encoder-decoder, whose decoder this then is, the other half.
     """
 
     family: str
@@ -287,6 +302,7 @@ class ModelSpec:
     experts: ExpertsSpec | None = None
     position_rows: int = 0
     first_position: int = 0
+    sinusoids: Sinusoids | None = None
     types: int = 0
     distances: tuple[int, int] | None = None
     sloped: bool = False
@@ -299,6 +315,7 @@ class ModelSpec:
     layer_features: int = 0
     layer_tokens: int = 0
     layer_multiplier: float = 1.0
+    encoder: ModelSpec | None = None
 
     def has_experts(self, layer: int) -> bool:
         """Whether a layer has experts."""
@@ -341,7 +358,7 @@ class ModelSpec:
     @property
     def continues_text(self) -> bool:
         """Whether it predicts the token after a text, which `kbit run` and its like ask for."""
-        return self.task is None and self.mask != "bidirectional"
+        return self.task is None and self.mask != "bidirectional" and self.encoder is None
 
     @property
     def has_logits(self) -> bool:

@@ -36,7 +36,7 @@ from kbit.graph.recording import (
 )
 from kbit.models.blocks import Weights
 from kbit.models.decoder import DecoderDefinition, DecoderWeights
-from kbit.models.params import OUTSIDE, Parameter, parameters, weightless_norms
+from kbit.models.params import OUTSIDE, Parameter, own_parameters, weightless_norms
 from kbit.models.spec import ModelSpec
 
 
@@ -225,7 +225,7 @@ def assemble(
         matrix: makes a matrix of its declaration: a linear's, the embedding or a head.
         vector: makes a norm's weight or a bias; that of a norm without one has no name.
     """
-    declared = parameters(spec)
+    declared = own_parameters(spec)
     inside = groupby((p for p in declared if p.layer is not None), key=lambda parameter: parameter.layer)
     layers = []
     for index, parts in inside:
@@ -243,6 +243,9 @@ def assemble(
     if spec.sloped:
         slopes = Parameter("slopes", "distances", None, "distances", (spec.heads,))
         final = replace(final, biases={**final.biases, "distances": vector(slopes)})
+    if spec.sinusoids is not None:
+        table = Parameter("sinusoids", "positions", None, "rows", (spec.position_rows, spec.hidden_size))
+        final = replace(final, matrices={**final.matrices, "positions": matrix(table)})
     return DecoderWeights(embedding, tuple(layers), final, head)
 
 

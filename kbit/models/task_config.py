@@ -36,7 +36,7 @@ def position_table(family: Family, values: ConfigValues, max_positions: int) -> 
     Raises:
         CheckpointError: max_position_embeddings leaves no position.
     """
-    if family.names.positions is None:
+    if family.names.positions is None and family.sinusoids is None:
         return PositionTable(0, 0)
     first = family.first_position
     if first == "pad":

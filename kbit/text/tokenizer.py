@@ -15,11 +15,19 @@ from kbit.host.errors import CheckpointError, UnsupportedError, UsageError, one_
 from kbit.text.added_tokens import add_tokens_of_files, read_json, token_settings, token_strings
 from kbit.text.backend import TokenizerBackend, load_backend
 from kbit.text.detokenizer import DetokenizerStream
+from kbit.text.piece_tokenizer import PieceTokenizer, has_pieces
+from kbit.text.sentencepiece import t5_tokenizer
 
 if TYPE_CHECKING:
     import tokenizers
 
     from kbit.checkpoint.source import CheckpointSource
+
+
+# T5's tokenizer where there is no tokenizer.json (mT5's are published so), and how many extra tokens it has.
+_T5_PIECES = "spiece.model"
+_T5_EXTRA = {"t5": 100, "mt5": 0, "umt5": 0}
+_MOST_EXTRA = 10000
 
 
 class Tokenizer:
@@ -75,7 +83,9 @@ class Tokenizer:
         table = source.token_table()
         backend: TokenizerBackend
         if table is None:
-            backend = _load_backend(files, where)
+            pieces = "tokenizer.json" not in files and has_pieces(files)
+            kind = source.config.get("model_type")
+            backend = PieceTokenizer(files, where) if pieces else _load_backend(files, where, kind)
         else:
             from kbit.text.table_tokenizer import TableTokenizer
             from kbit.text.token_table import open_table
@@ -121,6 +131,10 @@ class Tokenizer:
     def token_id(self, token: str) -> int | None:
         """The id of a token written as the vocabulary has it ("<|endoftext|>"), or None."""
         return self._backend.token_to_id(token)
+
+    def tokens(self) -> dict[str, int]:
+        """Every token as the vocabulary has it, added ones included, with its id."""
+        return self._backend.get_vocab(with_added_tokens=True)
 
     def special_texts(self) -> dict[int, str]:
         """How the special tokens, which texts are shown without, are written, by id."""
@@ -171,8 +185,14 @@ class Tokenizer:
         return DetokenizerStream(self._backend, skip, self._byte_fallback, context)
 
 
-def _load_backend(files: Mapping[str, bytes], where: str) -> tokenizers.Tokenizer:
+def _load_backend(files: Mapping[str, bytes], where: str, model_type: object = None) -> tokenizers.Tokenizer:
     data = files.get("tokenizer.json")
+    if data is None and _T5_PIECES in files and model_type in _T5_EXTRA:
+        extra = token_settings(files, where).get("extra_ids")
+        extra = extra if type(extra) is int and 0 <= extra <= _MOST_EXTRA else _T5_EXTRA[str(model_type)]
+        backend = t5_tokenizer(files[_T5_PIECES], extra, f"{where}: {_T5_PIECES}")
+        add_tokens_of_files(backend, files, where)
+        return backend
     if data is None:
         older = [(name, "a sentencepiece model") for name in SENTENCEPIECE_NAMES if name in files]
         older += [("vocab.json", "an older tokenizer's")] if {"vocab.json", "merges.txt"} <= files.keys() else []

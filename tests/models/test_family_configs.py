@@ -48,7 +48,8 @@ def config_of(family: str, **changes: Any) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize(
-    "family", [name for name, family in FAMILIES.items() if family.task is None and name not in UNKNOWN]
+    "family",
+    [name for name, f in FAMILIES.items() if f.task is None and f.encoder is None and name not in UNKNOWN],
 )
 def test_absent_keys_take_transformers_defaults(family: str) -> None:
     """And the configuration that transformers writes in full means the same as the sparse one."""
@@ -442,20 +443,23 @@ def test_what_another_family_reads_is_refused_where_it_is_not(key: str, value: A
             assert key in str(error)
             refused += 1
         else:
-            table = FAMILIES[family].names.positions is not None or FAMILIES[family].sloped
-            unturned = key == "partial_rotary_factor" and table
+            unturned = key == "partial_rotary_factor" and not _turns(family)
             same = unturned or key in FAMILIES[family].ignored or _default(family, key) == value
             same = same or value in FAMILIES[family].fixed.get(key, ())
             assert found != spec(family) or same
     some = {
-        "partial_rotary_factor": lambda family: (
-            family.names.positions is not None or family.sloped or family.rope.share is not None
-        ),
+        "partial_rotary_factor": lambda family: not _turns(family.model_type) or family.rope.share is not None,
         "num_experts": lambda family: family.experts is not None,
         "num_local_experts": lambda family: family.experts is not None,
     }.get(key, lambda family: False)
     assert refused >= len(FAMILIES) - 5 - sum(map(some, FAMILIES.values()))
     assert spec("llama", **{key: {"num_experts": 1, "partial_rotary_factor": 1.0}.get(key)}) == spec("llama")
+
+
+def _turns(family: str) -> bool:
+    """Whether positions are angles, and not looked up, or a matter of distance."""
+    found = FAMILIES[family]
+    return found.names.positions is None and not found.sloped and found.distances is None
 
 
 def _default(family: str, key: str) -> Any:

@@ -39,7 +39,10 @@ SIDECAR_NAMES = (
     *SENTENCEPIECE_NAMES,
     "special_tokens_map.json",
     "added_tokens.json",
+    "source.spm",
+    "target.spm",
     "vocab.json",
+    "target_vocab.json",
     "merges.txt",
     "generation_config.json",
     "chat_template.jinja",
@@ -56,7 +59,7 @@ _FP8 = ("F8_E4M3", "F8_E5M2")
 _WRAPPERS = ("base_model.model.", "_orig_mod.", "module.", "_fsdp_wrapped_module.")
 # A head of its own, and what it may be tied to.
 _HEAD = "lm_head.weight"
-_EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "word_embeddings.weight", "embed_in.weight")
+_EMBEDDINGS = ("embed_tokens.weight", "shared.weight", "wte.weight", "word_embeddings.weight", "embed_in.weight")
 _SHARD = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.safetensors")
 _FLOATS = ("F64", "F32", "F16", "BF16", *_FP8)
 

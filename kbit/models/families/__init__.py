@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from kbit.models.families import (
+    bart,
     bert,
     bloom,
     cohere,
@@ -30,6 +31,9 @@ from kbit.models.families import (
     granitemoe,
     hunyuan_v1_dense,
     llama,
+    m2m_100,
+    marian,
+    mbart,
     minicpm3,
     minimax_m2,
     ministral,
@@ -39,11 +43,13 @@ from kbit.models.families import (
     mixtral,
     modernbert,
     mpnet,
+    mt5,
     nomic_bert,
     olmo2,
     olmo3,
     olmoe,
     opt,
+    pegasus,
     phi3,
     qwen2,
     qwen2_moe,
@@ -54,6 +60,7 @@ from kbit.models.families import (
     smollm3,
     stablelm,
     starcoder2,
+    t5,
     youtu,
 )
 from kbit.models.family import Family, read_spec
@@ -114,6 +121,14 @@ FAMILIES: dict[str, Family] = {
         opt.FAMILY,
         stablelm.FAMILY,
         starcoder2.FAMILY,
+        t5.FAMILY,
+        mt5.FAMILY,
+        mt5.UMT5,
+        marian.FAMILY,
+        bart.FAMILY,
+        mbart.FAMILY,
+        m2m_100.FAMILY,
+        pegasus.FAMILY,
     )
 }
 

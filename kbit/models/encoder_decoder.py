@@ -1,0 +1,224 @@
+"""An encoder-decoder: two definitions, of which the encoder's leaves what the decoder's attends to.
+
+The encoder's cache has a layer for its own attention, which all of its layers share, as a text goes through at once,
+and behind it one for each of the decoder's: the keys and values that its cross attention reads, computed once a text.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kbit.checkpoint.finite import read_array
+from kbit.checkpoint.source import CheckpointSource, StoredSource
+from kbit.graph.batch import Batch
+from kbit.graph.cache import Cache
+from kbit.graph.ops import Array, Backend, Ops, X
+from kbit.host.errors import CheckpointError, UsageError
+from kbit.models import blocks
+from kbit.models.blocks import Weights
+from kbit.models.check import check_tensors
+from kbit.models.decoder import DecoderDefinition, DecoderWeights
+from kbit.models.families import spec_from_config
+from kbit.models.load import load_stack
+from kbit.models.sinusoids import sinusoids
+from kbit.models.spec import ModelSpec
+
+Floats = NDArray[np.float32]
+
+# A stored copy of computed sines may have been rounded to bfloat16.
+_ROUNDED = 2.0**-8
+
+
+class EncoderDefinition(DecoderDefinition):
+    """The encoder: a `kbit.graph.ops.Definition` without a head.
+
+    Args:
+        spec, weights: of the encoder.
+        decoder: of the decoder.
+        layers: the decoder's, whose cross attention makes keys and values of what the encoder returns.
+    """
+
+    def __init__(self, spec: ModelSpec, weights: DecoderWeights, decoder: ModelSpec, layers: Sequence[Weights]) -> None:
+        super().__init__(spec, weights)
+        self.decoder = decoder
+        self.layers = layers
+
+    def body(self, ops: Ops[X], ids: X) -> X:
+        """Token ids -> hidden states (..., hidden), after the final norm; keys and values stay in the cache."""
+        states = super().body(ops, ids)
+        blocks.store_keys(ops, self.decoder, self.layers, states)
+        return states
+
+
+class EncoderDecoder:
+    """A model ready to run. `load_encoder_decoder` makes one from a checkpoint.
+
+    Attributes:
+        spec: of the decoder, with the encoder's in `encoder`.
+        encoder_spec: that.
+        backend: who computes.
+        encoder, decoder: weights, prepared by that backend.
+        logit_bias: (V,), added to logits; None: nothing is.
+    """
+
+    def __init__(
+        self,
+        spec: ModelSpec,
+        backend: Backend,
+        encoder: DecoderWeights,
+        decoder: DecoderWeights,
+        logit_bias: Floats | None = None,
+    ) -> None:
+        assert spec.encoder is not None
+        self.spec, self.encoder_spec = spec, spec.encoder
+        self.backend = backend
+        self.encoder, self.decoder = encoder, decoder
+        self.logit_bias = logit_bias
+        self._encode = backend.bind(EncoderDefinition(spec.encoder, encoder, spec, decoder.layers))
+        self._decode = backend.bind(DecoderDefinition(spec, decoder))
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the weights in memory, a shared embedding counted once."""
+        shared = self.encoder.embedding.nbytes if self.encoder.embedding is self.decoder.embedding else 0
+        bias = 0 if self.logit_bias is None else self.logit_bias.nbytes
+        return self.encoder.nbytes + self.decoder.nbytes - shared + bias
+
+    def encode(self, sources: Sequence[Sequence[int]], room: int) -> Cache:
+        """Runs the encoder on some texts.
+
+        Args:
+            sources: token ids, what stands around a text included.
+            room: tokens that there may be of every text that is then written.
+
+        Returns:
+            An empty cache of a row for each, for `run`.
+
+        Raises:
+            UsageError: a text without tokens, one that is too long, with padding in it, or an id that does not exist.
+        """
+        cache, _ = self._encoded(sources, room, [])
+        return cache
+
+    def states(self, sources: Sequence[Sequence[int]]) -> list[Floats]:
+        """The encoder's hidden states of every token: (T, hidden) each. Arguments and errors as for `encode`."""
+        _, states = self._encoded(sources, 1, None)
+        return np.split(_numpy(states), np.cumsum([len(source) for source in sources])[:-1])
+
+    def run(self, batch: Batch, cache: Cache) -> Floats:
+        """Feeds the decoder the tokens of a batch; logits of those that are wanted.
+
+        Args:
+            batch: the new tokens of the cache's rows.
+            cache: made by `encode`; rows may have been selected since (`Cache.select`).
+
+        Returns:
+            float32 (L, V), on the CPU.
+
+        Raises:
+            UsageError: an id that does not exist, more tokens than the model has positions, or a full cache.
+        """
+        if len(batch):
+            self._check_ids(self.spec, int(batch.ids.min()), int(batch.ids.max()))
+            self._check_length(self.spec, int(batch.lengths.max()))
+        cache.reserve(batch.counts)
+        logits = _numpy(self._decode.forward(batch, cache))
+        return logits if self.logit_bias is None else logits + self.logit_bias
+
+    def _encoded(
+        self, sources: Sequence[Sequence[int]], room: int, wanted: Sequence[int] | None
+    ) -> tuple[Cache, Array]:
+        for source in sources:
+            self._check_source(source)
+        spec, count = self.spec, len(sources)
+        texts = self.backend.new_cache(
+            1 + spec.layers, count, spec.kv_heads, spec.head_dim, max(len(source) for source in sources)
+        )
+        texts.reserve([len(source) for source in sources])
+        batch = Batch.of(sources, [0] * count, "all" if wanted is None else wanted)
+        states = self._encode.hidden(batch, texts)
+        texts = Cache(texts.pool, texts.rows, texts.capacity)  # (read only from here on: beams need no room in it)
+        own = self.backend.new_cache(spec.layers, count, spec.kv_heads, spec.head_dim, room)
+        return Cache(own.pool, own.rows, room, private=True, encoder=texts), states
+
+    def _check_source(self, source: Sequence[int]) -> None:
+        spec = self.encoder_spec
+        if not source:
+            raise UsageError("a text has no tokens, so there is nothing to read: give some text")
+        self._check_ids(spec, min(source), max(source))
+        self._check_length(spec, len(source))
+        padding = spec.first_position - 1
+        if spec.sinusoids == "fairseq" and padding in source:
+            raise UsageError(f"a text holds the padding token (id {padding}), which has no position: remove it")
+
+    @staticmethod
+    def _check_ids(spec: ModelSpec, low: int, high: int) -> None:
+        if low < 0 or high >= spec.vocab_size:
+            bad = low if low < 0 else high
+            raise UsageError(f"token id {bad} is outside the model's vocabulary of {spec.vocab_size}")
+
+    @staticmethod
+    def _check_length(spec: ModelSpec, length: int) -> None:
+        if length > spec.context_length:
+            raise UsageError(
+                f"a text of {length} tokens is longer than the {spec.context_length} positions that this {spec.family} "
+                "model has: shorten it, or split it"
+            )
+
+
+def load_encoder_decoder(source: CheckpointSource, backend: Backend) -> EncoderDecoder:
+    """Reads a model. Names and shapes are checked from headers before any data is read.
+
+    Args:
+        source: the checkpoint, as `kbit.models.opening.open_model` opens it.
+        backend: who will run it, and prepares each weight.
+
+    Raises:
+        UnsupportedError: an unknown architecture, or what the backend cannot run.
+        CheckpointError: a senseless configuration; a missing, surplus, misshapen or non-finite tensor.
+    """
+    spec = spec_from_config(source.config, where=f"config of {source.path}")
+    encoder_spec = spec.encoder
+    if encoder_spec is None:
+        raise UsageError(f"{source.path}: a {spec.family} model has no encoder and decoder: use kbit run")
+    check_tensors(source, spec)
+    backend.new_cache(1, 1, spec.kv_heads, spec.head_dim, 1)  # refuses now what it would refuse once all is read
+    for stack in (encoder_spec, spec):
+        _check_sinusoids(source, stack)
+    encoder = load_stack(source, encoder_spec, backend, None)
+    one = encoder_spec.names.embedding == spec.names.embedding
+    decoder = load_stack(source, spec, backend, encoder.embedding if one else None)
+    name = spec.names.logit_bias
+    bias = _read(source, name).reshape(-1) if name in source.tensors and name is not None else None
+    return EncoderDecoder(spec, backend, encoder, decoder, bias)
+
+
+def _check_sinusoids(source: CheckpointSource, spec: ModelSpec) -> None:
+    """Refuse a stored table of positions that is not the computed one."""
+    name = f"{spec.names.positions}.weight"
+    if spec.sinusoids is None or name not in source.tensors:
+        return
+    stored = _read(source, name)
+    computed = sinusoids(spec.position_rows, spec.hidden_size, spec.sinusoids)
+    if stored.shape != computed.shape or not np.abs(stored - computed).max() <= _ROUNDED:
+        raise CheckpointError(
+            f"{source.path}: {name} is not the table of sines that a {spec.family} model of {spec.position_rows} "
+            "positions has: remove it, or restore the published checkpoint"
+        )
+
+
+def _read(source: CheckpointSource, name: str) -> Floats:
+    if isinstance(source, StoredSource):
+        return np.asarray(read_array(source, name), dtype=np.float32)
+    values: Floats = source.read(name).float().numpy()
+    return values
+
+
+def _numpy(x: Array) -> Floats:
+    if isinstance(x, np.ndarray):
+        return x
+    values: Floats = x.float().cpu().numpy()
+    return values
