@@ -12,7 +12,9 @@ from kbit.models.params import Parameter, parameters
 from kbit.models.spec import ModelSpec
 
 if TYPE_CHECKING:
+    import numpy as np
     import torch
+    from numpy.typing import NDArray
 
 
 @dataclass(frozen=True)
@@ -48,6 +50,24 @@ class PublishedTensor:
     parts: tuple[Part, ...]
     run: int = 0
     transposed: bool = False
+
+    def order(self) -> NDArray[np.intp]:
+        """Which row of its parts, put one after another, each of its rows is (each column, where it is transposed)."""
+        import numpy as np
+
+        orders, first = [], 0
+        for part in self.parts:
+            count = part.parameter.shape[0]
+            rows = np.arange(count)
+            if part.head:
+                within, half = rows % part.head, part.turned // 2
+                pairs = np.where(within % 2 == 0, within // 2, half + within // 2)
+                rows += np.where(within < part.turned, pairs, within) - within
+            orders.append(first + rows)
+            first += count
+        if self.run:
+            return np.concatenate([rows.reshape(-1, self.run) for rows in orders], axis=1).reshape(-1)
+        return np.concatenate(orders)
 
     def rows(self, source: CheckpointSource, most_values: int) -> Iterator[torch.Tensor]:
         """Its values from canonical ones, float32, in runs of whole rows (or heads) of about so many values."""
