@@ -14,9 +14,9 @@ from kbit.cli.options import JsonOption
 from kbit.host.errors import UsageError
 
 if TYPE_CHECKING:
-    from kbit.checkpoint.source import CheckpointSource
+    from kbit.checkpoint.source import CheckpointSource, StoredSource
 
-_FORMATS = ("safetensors", "compressed-tensors")
+_FORMATS = ("safetensors", "compressed-tensors", "gguf")
 _DTYPES = ("fp16", "bf16", "fp32")
 _LOSS = "What rounding loses (with --requantize)"
 
@@ -34,7 +34,8 @@ class ExportFlags:
         typer.Option(
             "--to",
             metavar="|".join(_FORMATS),
-            help="A folder of plain floats, or of codes as compressed-tensors (vLLM, transformers) reads them.",
+            help="A folder of plain floats; of codes, as compressed-tensors (vLLM, transformers) reads them; or a file "
+            "for llama.cpp.",
         ),
     ] = "safetensors"
     dtype: Annotated[
@@ -52,7 +53,7 @@ class ExportFlags:
             "--requantize",
             metavar="FORMAT",
             help="Round what the other format cannot hold: int4-b128, int8-row, int4-b128-asym (2 to 8 bits), mxfp4, "
-            "nvfp4 or fp8.",
+            "nvfp4 or fp8; of GGUF Q8_0, Q5_1, Q5_0, Q4_1 or Q4_0.",
         ),
     ] = None
     data: Annotated[
@@ -64,7 +65,9 @@ class ExportFlags:
     max_tokens: Annotated[
         int, typer.Option("--max-tokens", metavar="N", help="Tokens of it.", rich_help_panel=_LOSS)
     ] = 8192
-    shard_size: Annotated[float, typer.Option("--shard-size", help="Largest output file, in GB.")] = 5.0
+    shard_size: Annotated[
+        float | None, typer.Option("--shard-size", help="Largest file of a folder, in GB. [default: 5]")
+    ] = None
     force: Annotated[bool, typer.Option("--force", help="Replace OUTPUT if kbit wrote it.")] = False
     no_resume: Annotated[bool, typer.Option("--no-resume", help="Start over instead of continuing.")] = False
 
@@ -77,10 +80,14 @@ class ExportFlags:
             raise UsageError(f"--to {self.to}: kbit exports to {', '.join(_FORMATS)}")
         if self.dtype is not None and self.dtype not in _DTYPES:
             raise UsageError(f"--dtype {self.dtype}: use {', '.join(_DTYPES[:-1])} or {_DTYPES[-1]}")
-        if not 0 < self.shard_size < 1e6:
+        if self.shard_size is not None and not 0 < self.shard_size < 1e6:
             raise UsageError(f"--shard-size {self.shard_size:g}: use a size in GB above 0")
+        if self.shard_size is not None and self.to == "gguf":
+            raise UsageError("--shard-size goes with folders: a GGUF file is one; split it with llama-gguf-split")
         if self.requantize is not None and self.to == "safetensors":
-            raise UsageError("--requantize goes with --to compressed-tensors: plain floats hold every format's values")
+            raise UsageError(
+                "--requantize goes with --to compressed-tensors and gguf: plain floats hold every format's values"
+            )
 
 
 @flag_groups()
@@ -95,6 +102,10 @@ def export(*, flags: ExportFlags, json: JsonOption = False) -> None:
     GPTQ's, AWQ's, GGUF's symmetric types), MXFP4, NVFP4 and FP8. All else is refused, or rounded with --requantize;
     then the divergence from MODEL is measured and told.
 
+    gguf writes llama.cpp's names, settings and tokenizer, and codes as they are where a type has the numbers: integers
+    of others with float16 scales (Q4_0, Q5_0, Q8_0), float offsets (Q4_1, Q5_1), MXFP4. What an architecture or a
+    tokenizer's metadata cannot say is refused. A .gguf file is copied, its parts joined.
+
     \b
     Examples:
       kbit export out/ -o plain/
@@ -102,6 +113,8 @@ def export(*, flags: ExportFlags, json: JsonOption = False) -> None:
       kbit export out/ -o plain/ --dtype fp32
       kbit export gptq/ -o packed/ --to compressed-tensors
       kbit export out/ -o packed/ --to compressed-tensors --requantize int4-b128 --dtype bf16
+      kbit export gptq/ -o model.gguf --to gguf
+      kbit export out/ -o model.gguf --to gguf --requantize Q8_0
     """
     from kbit.cli.output import print_json
     from kbit.cli.progress import progress_bars
@@ -131,7 +144,7 @@ def _write(flags: ExportFlags, source: CheckpointSource, progress: Callable[[int
     from kbit.models.export_packed import export_compressed_tensors
 
     shared: dict[str, Any] = {
-        "shard_bytes": int(flags.shard_size * 1e9),
+        "shard_bytes": int((flags.shard_size or 5.0) * 1e9),
         "resume": not flags.no_resume,
         "overwrite": flags.force,
         "progress": progress,
@@ -143,12 +156,34 @@ def _write(flags: ExportFlags, source: CheckpointSource, progress: Callable[[int
         facts = {"dtype": dtype, "bytes": plain.nbytes, "tensors": plain.tensors, "relative_error": plain.error}
         return {**facts, "said": f"{plain.tensors} tensors, {size(plain.nbytes)}, {changed}"}
     assert isinstance(source, StoredSource)
+    if flags.to == "gguf":
+        return _write_gguf(flags, source, progress)
     done = export_compressed_tensors(source, flags.output, dtype=flags.dtype, requantize=flags.requantize, **shared)
     changed = f"relative error {done.error:.1e}" if done.error else "every value exact"
     rounds = f" ({done.rounded} rounded to {flags.requantize})" if done.rounded else ""
     facts = {"dtype": flags.dtype, "bytes": done.nbytes, "packed": done.packed, "rounded": done.rounded}
     said = f"{done.packed} matrices of codes{rounds}, {done.plain} tensors of floats, {size(done.nbytes)}, {changed}"
     return {**facts, "plain": done.plain, "relative_error": done.error, "said": said}
+
+
+def _write_gguf(flags: ExportFlags, source: StoredSource, progress: Callable[[int, int], None]) -> dict[str, Any]:
+    from kbit.cli.output import size
+    from kbit.models.export_gguf import export_gguf
+
+    done = export_gguf(
+        source,
+        flags.output,
+        dtype=flags.dtype,
+        requantize=flags.requantize,
+        overwrite=flags.force,
+        progress=progress,
+    )
+    types = ", ".join(f"{count} {name}" for name, count in sorted(done.types.items()))
+    changed = f"relative error {done.error:.1e}" if done.error else "every value exact"
+    rounds = f" ({done.rounded} rounded to {flags.requantize})" if done.rounded else ""
+    facts = {"dtype": flags.dtype, "bytes": done.nbytes, "types": done.types, "rounded": done.rounded}
+    said = f"tensors: {types}{rounds}; {size(done.nbytes)}, {changed}"
+    return {**facts, "relative_error": done.error, "said": said}
 
 
 def _measure(flags: ExportFlags, quiet: bool) -> Callable[[], dict[str, Any]]:

@@ -160,7 +160,7 @@ def config_from_header(
     return config
 
 
-def _expected(
+def expected_of_layer(
     arch: Architecture, dims: Dimensions, layer: int, biases: tuple[str, ...], experts: Mapping[str, Any]
 ) -> dict[str, tuple[int, ...]]:
     """Every tensor of a layer, with its shape."""
@@ -241,7 +241,7 @@ def _check_tensors(
     if layers > len(tensors):
         header.fail(f"the metadata claims {layers} layers, but the file has only {len(tensors)} tensors")
     known = {ROPE_FREQS, *(ROPE_FACTORS if arch.scaled else ())}
-    of_layers = (_expected(arch, dims, layer, biases, experts) for layer in range(layers))
+    of_layers = (expected_of_layer(arch, dims, layer, biases, experts) for layer in range(layers))
     for shapes in [dims.expected_global(tied), *of_layers]:
         for name, shape in shapes.items():
             tensor = tensors.get(name)
