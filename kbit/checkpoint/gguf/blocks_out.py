@@ -100,8 +100,8 @@ def _with_offsets(matrix: StoredMatrix) -> Form | None:
     steps = np.arange(len(matrix.codebook), dtype=np.float32)
     if offsets is None or scales is None or name is None or not np.array_equal(matrix.codebook, steps):
         return None
-    wide = [_half(_spread(widened(values, kind), columns)) for values in (scales, offsets)]
-    return Form(name, *wide)
+    halves = [_half(_spread(widened(values, kind), columns)) for values in (scales, offsets)]
+    return Form(name, halves[0], halves[1])
 
 
 def _spread(values: NDArray[Any], columns: int) -> NDArray[Any]:

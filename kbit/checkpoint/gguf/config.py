@@ -11,6 +11,7 @@ from dataclasses import replace
 from typing import Any
 
 from kbit.checkpoint.gguf.architectures import ARCHITECTURES
+from kbit.checkpoint.gguf.encoders import ENCODERS, encoder_config
 from kbit.checkpoint.gguf.experts import as_row, expected_experts, expert_config
 from kbit.checkpoint.gguf.keys import Keys
 from kbit.checkpoint.gguf.metadata import GGUFHeader, GGUFTensor, quoted
@@ -39,12 +40,13 @@ def architecture_of(header: GGUFHeader) -> Architecture:
     name = header.string("general.architecture")
     if name is None:
         header.fail("metadata key 'general.architecture' is missing")
-    if name not in ARCHITECTURES:
+    known = {**ARCHITECTURES, **ENCODERS}
+    if name not in known:
         raise UnsupportedError(
             f"{header.path}: architecture {quoted(name)} is not supported in GGUF files; supported are "
-            f"{', '.join(ARCHITECTURES)} (llama covers Llama, Mistral and SmolLM)"
+            f"{', '.join(known)} (llama covers Llama, Mistral and SmolLM)"
         )
-    return ARCHITECTURES[name]
+    return known[name]
 
 
 def config_from_header(
@@ -69,6 +71,8 @@ def config_from_header(
         UnsupportedError: the file needs something kbit does not implement.
     """
     arch = architecture_of(header)
+    if arch.encoder:
+        return encoder_config(header, arch, tensors)
     reader = Keys(header, arch)
     reader.refuse_unknown()
     if "token_embd.weight" not in tensors:

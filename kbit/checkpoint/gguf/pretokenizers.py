@@ -53,8 +53,12 @@ PRE_TOKENIZERS = {
     "default": PreTokenizer((r"[\p{P}\$\+<=>\^~\|]+", GPT2, r"\p{N}+", r"[0-9][0-9][0-9]")),
     "gpt-2": PreTokenizer((GPT2,)),
     "phi-2": PreTokenizer((GPT2,)),
+    "mpt": PreTokenizer((GPT2,)),
+    # Falcon's tokenizer.json: runs of ASCII and Unicode punctuation, then words, then digits by threes.
+    "falcon": PreTokenizer((r"[\p{P}\$\+<=>\^~\|`]+", GPT2, r"[0-9][0-9][0-9]")),
     "smollm": _DIGITS_GPT2,
     "starcoder": _DIGITS_GPT2,
+    "refact": _DIGITS_GPT2,
     "minerva-7b": _DIGITS_GPT2,
     "llama3": _LLAMA3_RULES,
     "llama-v3": _LLAMA3_RULES,

@@ -177,9 +177,12 @@ class GGUFSource(StoredSource):
     def sidecar_files(self) -> Mapping[str, bytes]:
         """tokenizer.json, tokenizer_config.json and generation_config.json, rebuilt from the metadata."""
         if self._sidecars is None:
+            from kbit.checkpoint.gguf.encoders import sentence_files
             from kbit.checkpoint.gguf.tokenizer import sidecars_from_header
 
             self._sidecars = sidecars_from_header(self.header, int(self.config["max_position_embeddings"]))
+            if architecture_of(self.header).encoder:
+                self._sidecars |= sentence_files(self.header, int(self.config["hidden_size"]))
         return MappingProxyType(self._sidecars)
 
     def fingerprint(self) -> str:

@@ -184,7 +184,7 @@ def _prefix(parsed: Mapping[str, Any], where: str) -> bool:
             f"{where}: kbit writes no SentencePiece tokenizer that normalizes by {', '.join(kinds) or 'nothing'} and "
             f"then splits as GGUF; {_INSTEAD}"
         )
-    return kinds[0] == "Prepend"
+    return bool(kinds[0] == "Prepend")
 
 
 def _scores(tokens: list[str], merges: list[tuple[str, str]]) -> list[float]:
