@@ -38,6 +38,7 @@ DEFAULT_SHARD_BYTES = 5_000_000_000
 _JOURNAL = "journal.jsonl"
 _REPLACED = ".replaced"
 _HASH_BLOCK = 1 << 22
+_ORDER = {"I64": 0, "F32": 1, "I32": 1, "F16": 2, "BF16": 2}
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,7 @@ class _Shard:
         entries = [(name, part) for weight in weights for name, part in weight.parts.items()]
         # Widest elements first: every tensor then starts on a multiple of its element size, which the safetensors
         # library needs to hand out views. The sort is stable, so ties stay in the model's order.
-        entries.sort(key=lambda entry: {"F32": 0, "F16": 1, "BF16": 1}.get(entry[1].dtype, 2))
+        entries.sort(key=lambda entry: _ORDER.get(entry[1].dtype, 3))
         header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
         position = 0
         for name, part in entries:

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from kbit.formats.quant_tensor import QuantTensor
 
 _DTYPE_BYTES = {"U8": 1, "I8": 1, "U16": 2, "I16": 2, "F16": 2, "BF16": 2, "U32": 4, "I32": 4, "F32": 4}
+_DTYPE_BYTES |= {"F8_E4M3": 1, "I64": 8}  # of other programs' formats
 
 # A stored array: numpy's (16-bit floats as uint16) or torch's. Codecs only slice them where both can come.
 Array = TypeVar("Array")

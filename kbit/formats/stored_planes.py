@@ -36,6 +36,16 @@ class StoredPlanes(StoredMatrix):
         """Bit planes (N, ceil(K * width / 8)), widest first."""
         return [self.parts[f"plane{width}"] for width in plane_widths(self.format.bits)]
 
+    def codes(self) -> NDArray[np.uint8]:
+        """All codes (N, K)."""
+        from kbit import _native
+
+        codes, shift = np.empty(self.shape, dtype=np.uint8), 0
+        for width, plane in zip(plane_widths(self.format.bits), self.planes, strict=True):
+            _native.unpack_plane(np.ascontiguousarray(plane), width, shift, shift == 0, codes)
+            shift += width
+        return codes
+
     def kernel_scales(self, name: str) -> tuple[NDArray[Any] | None, str]:
         """ "scales" or "offsets" as kernels read them, and their number type: (N, blocks), or None.
 

@@ -8,6 +8,7 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -17,7 +18,7 @@ from kbit.formats.codec import Part
 from kbit.host.errors import KbitError, UnsupportedError
 from kbit.models.check import check_tensors
 from kbit.models.families import FAMILIES, spec_from_config
-from kbit.models.family import family_of
+from kbit.models.family import Family, family_of
 from kbit.models.published import PublishedTensor, StackedTensor, published_tensors
 
 # What values can be written as: safetensors' name, torch's type, and its name in configurations.
@@ -76,7 +77,7 @@ def export_safetensors(
     if spec.task is not None or spec.encoder is not None:
         raise UnsupportedError(f"{source.path}: {spec.family} models are not exported; kbit exports decoders")
     check_tensors(source, spec)
-    stored_as, type_, name_of_type = DTYPES[dtype]
+    stored_as, _, name_of_type = DTYPES[dtype]
     tensors = published_tensors(spec, family.layout)
     weights = [StoredWeight(tensor.name, {tensor.name: Part(stored_as, tensor.shape)}) for tensor in tensors]
     identity = json.dumps(["export", source.fingerprint(), dtype, shard_bytes])
@@ -86,25 +87,41 @@ def export_safetensors(
         done, total = 0, sum(weight.nbytes for weight in weights)
         for tensor, weight in zip(tensors, weights, strict=True):
             if tensor.name not in writer.done:
-                writer.write(tensor.name, {tensor.name: _pieces(source, tensor, type_, dtype, squares)})
+                writer.write(tensor.name, {tensor.name: float_pieces(source, tensor, dtype, squares)})
             done += weight.nbytes
             if progress is not None:
                 progress(done, total)
-        config = {key: value for key, value in source.config.items() if key not in (CANONICAL, "quantization_config")}
-        config.pop("torch_dtype", None)
-        written = {"architectures": [family.architectures[0]], **config, "dtype": name_of_type}
-        writer.finish(written, source.sidecar_files(), {"exported": dtype})
-        error = math.sqrt(squares[0] / squares[1]) if squares[1] > 0 else 0.0
-        return Exported(writer.nbytes, len(tensors), error)
+        writer.finish(published_config(source, family, name_of_type), source.sidecar_files(), {"exported": dtype})
+        return Exported(writer.nbytes, len(tensors), relative_error(squares))
 
 
-def _pieces(
-    source: CheckpointSource,
-    tensor: PublishedTensor | StackedTensor,
-    type_: torch.dtype,
-    dtype: str,
-    squares: list[float],
+def published_config(source: CheckpointSource, family: Family, dtype: str) -> dict[str, Any]:
+    """A source's configuration as the family publishes it, of plain floats in a type (its name in configurations)."""
+    config = {key: value for key, value in source.config.items() if key not in (CANONICAL, "quantization_config")}
+    config.pop("torch_dtype", None)
+    return {"architectures": [family.architectures[0]], **config, "dtype": dtype}
+
+
+def relative_error(squares: list[float]) -> float:
+    """Of the sums of squares of what changed and of the values: the root of their quotient."""
+    return math.sqrt(squares[0] / squares[1]) if squares[1] > 0 else 0.0
+
+
+def float_pieces(
+    source: CheckpointSource, tensor: PublishedTensor | StackedTensor, dtype: str, squares: list[float]
 ) -> Iterator[memoryview]:
+    """The bytes of a published tensor in one of DTYPES, piece by piece.
+
+    Args:
+        source: of canonical tensors.
+        tensor: which.
+        dtype: of the result.
+        squares: the sums of squares of what rounding changes, and of the values, are added to its two numbers.
+
+    Raises:
+        KbitError: values that are not finite, there or in the type.
+    """
+    type_ = DTYPES[dtype][1]
     for values in tensor.rows(source, _VALUES_AT_ONCE):
         if not bool(torch.isfinite(values).all()):
             raise KbitError(f"{source.path}: {tensor.name} holds NaN or infinity: mend the source")

@@ -13,7 +13,9 @@ from kbit.models.params import Parameter, parameters
 from kbit.models.spec import ModelSpec
 
 if TYPE_CHECKING:
+    import numpy as np
     import torch
+    from numpy.typing import NDArray
 
 
 @dataclass(frozen=True)
@@ -47,6 +49,22 @@ class PublishedTensor:
     parts: tuple[Part, ...]
     heads: int = 0
     transposed: bool = False
+
+    def order(self) -> NDArray[np.intp]:
+        """Which row of its parts, put one after another, each of its rows is (each column, where it is transposed)."""
+        import numpy as np
+
+        orders, first = [], 0
+        for part in self.parts:
+            count = part.parameter.shape[0]
+            rows = np.arange(count)
+            if part.order:
+                rows = rows.reshape(-1, len(part.order))[:, np.argsort(part.order)].reshape(-1)
+            orders.append(first + rows)
+            first += count
+        if self.heads:
+            return np.concatenate([rows.reshape(self.heads, -1) for rows in orders], axis=1).reshape(-1)
+        return np.concatenate(orders)
 
     def rows(self, source: CheckpointSource, most_values: int) -> Iterator[torch.Tensor]:
         """Its values from canonical ones, float32, in runs of whole rows (or heads) of about so many values."""

@@ -281,3 +281,14 @@ def test_gemma4_equals_transformers_own_class(tmp_path: Path) -> None:
         assert found.ids == [2, *theirs(text, add_special_tokens=False).input_ids], text
         assert ours.decode(found.ids) == text
     assert json.loads(metadata.sidecars(tmp_path)["generation_config.json"])["eos_token_id"] == [1, 5]
+
+
+@pytest.mark.parametrize("name", ["falcon", "mpt", "refact"])
+def test_published_ids(name: str, data_dir: Path) -> None:
+    """Texts and ids that llama.cpp tests its own tokenizers with."""
+    path = data_dir / "tokenizers" / f"ggml-vocab-{name}.gguf"
+    made = tokenizers.Tokenizer.from_buffer(sidecars_from_header(read_header(path), 2048)["tokenizer.json"])
+    texts = Path(f"{path}.inp").read_text(encoding="utf-8").split("\n__ggml_vocab_test__\n")
+    wanted = [[int(number) for number in line.split()] for line in Path(f"{path}.out").read_text().splitlines()]
+    assert len(wanted) > 40
+    assert [made.encode(text, add_special_tokens=False).ids for text in texts[: len(wanted)]] == wanted

@@ -28,8 +28,17 @@ def test_exports_and_says_what_rounding_changed(
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--to", "gguf"], "kbit exports to safetensors only"),
+        (["--to", "onnx"], "kbit exports to safetensors, compressed-tensors, gguf"),
         (["--dtype", "int8"], "use fp16, bf16 or fp32"),
+        (["--requantize", "int4-b128"], "--requantize goes with --to compressed-tensors and gguf"),
+        (["--to", "compressed-tensors"], "no linear layer is quantized: name a format with --requantize, int4-b128"),
+        (["--to", "gguf"], "name a file that ends in .gguf"),
+        (["--to", "gguf", "--shard-size", "2"], "--shard-size goes with folders"),
+        (["--to", "compressed-tensors", "--requantize", "nf4-b64"], "other libraries' formats are integers"),
+        (
+            ["--to", "compressed-tensors", "--requantize", "int4-b16", "--data", "no-such"],
+            "--data 'no-such': no such file",
+        ),
         (["--shard-size", "0"], "use a size in GB above 0"),
     ],
 )
@@ -39,3 +48,37 @@ def test_wrong_usage(
     assert _run(["export", str(tiny_model), "-o", str(tmp_path / "out"), *flags], debug=False) == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_rounding_tells_the_divergence(
+    tmp_path: Path, packable_model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As `kbit eval` measures it of the folder that was written, on the same text."""
+    text = tmp_path / "text.txt"
+    text.write_text("The quick brown fox jumps over the lazy dog. " * 40)
+    out = str(tmp_path / "out")
+    measured = ["--data", str(text), "--max-tokens", "120"]
+    arguments = ["export", str(packable_model), "-o", out, "--to", "compressed-tensors", "--requantize", "int3-b32"]
+    assert _run([*arguments, *measured, "--json"], debug=True) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert (facts["packed"], facts["rounded"]) == (14, 14)
+    exact = ["--compute", "fp32", "--reference-backend", "native"]
+    assert _run(["eval", out, "--reference", str(packable_model), *measured, *exact, "--json"], debug=True) == 0
+    assert facts["kl_mean"] == json.loads(capsys.readouterr().out)["kl_mean"] > 1e-6
+    assert _run([*arguments, *measured, "--force"], debug=True) == 0
+    assert f"; KL(MODEL || OUTPUT) {facts['kl_mean']:.6f} nats/token on {text}" in capsys.readouterr().out
+    assert _run(["run", "hello", "--model", out, "--max-tokens", "2"], debug=True) == 0
+
+
+def test_a_gguf_file(tmp_path: Path, packable_model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("The quick brown fox jumps over the lazy dog. " * 40)
+    arguments = ["export", str(packable_model), "-o", str(tmp_path / "m.gguf"), "--to", "gguf"]
+    assert _run(arguments, debug=True) == 0
+    assert "tensors: 15 F16, 5 F32; " in (said := capsys.readouterr().out)
+    assert "every value exact" in said
+    measured = ["--requantize", "Q4_0", "--data", str(text), "--max-tokens", "120", "--force"]
+    assert _run([*arguments, *measured], debug=True) == 0
+    assert "14 Q4_0 (14 rounded to Q4_0); " in (said := capsys.readouterr().out)
+    assert "; KL(MODEL || OUTPUT) 0." in said
+    assert _run(["run", "hello", "--model", str(tmp_path / "m.gguf"), "--max-tokens", "2"], debug=True) == 0

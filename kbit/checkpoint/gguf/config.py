@@ -11,6 +11,7 @@ from dataclasses import replace
 from typing import Any
 
 from kbit.checkpoint.gguf.architectures import ARCHITECTURES
+from kbit.checkpoint.gguf.encoders import ENCODERS, encoder_config
 from kbit.checkpoint.gguf.experts import SIGMOID, as_row, expected_experts, expert_config
 from kbit.checkpoint.gguf.keys import Keys
 from kbit.checkpoint.gguf.latent import latent_config, latent_shapes
@@ -42,12 +43,13 @@ def architecture_of(header: GGUFHeader) -> Architecture:
     name = header.string("general.architecture")
     if name is None:
         header.fail("metadata key 'general.architecture' is missing")
-    if name not in ARCHITECTURES:
+    known = {**ARCHITECTURES, **ENCODERS}
+    if name not in known:
         raise UnsupportedError(
             f"{header.path}: architecture {quoted(name)} is not supported in GGUF files; supported are "
-            f"{', '.join(ARCHITECTURES)} (llama covers Llama, Mistral and SmolLM)"
+            f"{', '.join(known)} (llama covers Llama, Mistral and SmolLM)"
         )
-    arch = ARCHITECTURES[name]
+    arch = known[name]
     if arch.sigmoid is not None and header.integer(f"{name}.expert_gating_func") == SIGMOID:
         model_type, hf_class, experts = arch.sigmoid
         return replace(arch, model_type=model_type, hf_class=hf_class, experts=experts)
@@ -76,6 +78,8 @@ def config_from_header(
         UnsupportedError: the file needs something kbit does not implement.
     """
     arch = architecture_of(header)
+    if arch.encoder:
+        return encoder_config(header, arch, tensors)
     reader = Keys(header, arch)
     reader.refuse_unknown()
     if "token_embd.weight" not in tensors:
@@ -183,7 +187,7 @@ def config_from_header(
     return config
 
 
-def _expected(
+def expected_of_layer(
     arch: Architecture, dims: Dimensions, layer: int, biases: tuple[str, ...], described: Mapping[str, Any]
 ) -> dict[str, tuple[int, ...]]:
     """Every tensor of a layer, with its shape.
@@ -277,7 +281,7 @@ def _check_tensors(
     if layers > len(tensors):
         header.fail(f"the metadata claims {layers} layers, but the file has only {len(tensors)} tensors")
     known = {ROPE_FREQS, *(ROPE_FACTORS if arch.scaled else ())}
-    of_layers = (_expected(arch, sizes, layer, biases, described) for layer, sizes in enumerate(each))
+    of_layers = (expected_of_layer(arch, sizes, layer, biases, described) for layer, sizes in enumerate(each))
     absent: set[str] = set()
     more: dict[str, tuple[int, ...]] = {}
     if arch.special is not None:

@@ -126,6 +126,17 @@ class GGUFHeader:
             return self._items(key, entry.item_type, entry.count, entry.offset)[0]
         return self._items(key, entry.type, 1, entry.offset)[0][0]
 
+    def typed(self, key: str) -> tuple[int | tuple[int, int], Any]:
+        """A value with its type: the number of that, or of an array those of array and items.
+
+        Raises:
+            CheckpointError: an array of arrays.
+        """
+        entry = self._entries[key]
+        if entry.type == ARRAY and entry.item_type == ARRAY:
+            self.fail(f"metadata key {quoted(key)} is an array of arrays", "kbit does not copy such keys")
+        return (ARRAY, entry.item_type) if entry.type == ARRAY else entry.type, self.value(key)
+
     def string(self, key: str) -> str | None:
         """A string value."""
         value: str | None = self._checked(key, frozenset({STRING}), "a string")

@@ -101,6 +101,9 @@ class Architecture:
         sinks: attention has sinks.
         latent: keys and values are made of a latent vector (`kbit.checkpoint.gguf.latent`).
         sigmoid: what takes its place where experts are scored by sigmoids: model type, class, and experts.
+        layer: where layers are, canonically, before their number.
+        outside, linears: canonical names of tensors outside of layers, and of a layer's matrices by part.
+        encoder: its tokens see the whole text (`kbit.checkpoint.gguf.encoders`); its norms have biases.
         configure: what else belongs into the configuration.
         special: what it has that no other architecture has; None: nothing.
     """
@@ -128,10 +131,14 @@ class Architecture:
     sigmoid: tuple[str, str, ExpertTensors] | None = None
     configure: Callable[[Keys, dict[str, Any]], None] | None = None
     special: Special | None = None
+    layer: str = "model.layers"
+    outside: Mapping[str, str] = field(default_factory=lambda: _GLOBAL)
+    linears: Mapping[str, str] = field(default_factory=lambda: _LINEARS)
+    encoder: bool = False
 
     def modules(self) -> dict[str, str]:
         """Canonical names within a layer, by part; fused parts are not among them."""
-        found = {**_LINEARS, **self.norms}
+        found = {**self.linears, **self.norms}
         if self.qk_norm is not None:
             found |= {"attn_q_norm": self.qk_names[0], "attn_k_norm": self.qk_names[1]}
         return found
@@ -139,8 +146,8 @@ class Architecture:
 
 def canonical_names(arch: Architecture, gguf_name: str) -> list[str]:
     """The canonical tensors that a GGUF tensor holds, in the order of its rows; none where its name means nothing."""
-    if gguf_name in _GLOBAL:
-        return [_GLOBAL[gguf_name]]
+    if gguf_name in arch.outside:
+        return [arch.outside[gguf_name]]
     match = _BLOCK.fullmatch(gguf_name)
     if match is None:
         return []
@@ -149,9 +156,10 @@ def canonical_names(arch: Architecture, gguf_name: str) -> list[str]:
         return [f"model.layers.{layer}.self_attn.sinks"]
     modules = arch.modules()
     parts = arch.fused.get(part, (part,))
-    if any(each not in modules or (kind == "bias" and each.endswith("_norm")) for each in parts):
+    no_bias = kind == "bias" and not arch.encoder
+    if any(each not in modules or (no_bias and each.endswith("_norm")) for each in parts):
         return []
-    return [f"model.layers.{layer}.{modules[each]}.{kind}" for each in parts]
+    return [f"{arch.layer}.{layer}.{modules[each]}.{kind}" for each in parts]
 
 
 def part_of(gguf_name: str) -> str:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-_GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 DIGITS = r"\p{N}"  # stands for the `Digits` pre-tokenizer that the models' own files use: each digit by itself
 
 _ENDINGS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
@@ -46,15 +46,19 @@ class PreTokenizer:
 
 
 _LLAMA3_RULES = PreTokenizer((_LLAMA3,), ignore_merges=True, add_bos=True)
-_DIGITS_GPT2 = PreTokenizer((DIGITS, _GPT2))
+_DIGITS_GPT2 = PreTokenizer((DIGITS, GPT2))
 
 PRE_TOKENIZERS = {
     # llama.cpp's choice for vocabularies of unknown origin (close to Falcon's).
-    "default": PreTokenizer((r"[\p{P}\$\+<=>\^~\|]+", _GPT2, r"\p{N}+", r"[0-9][0-9][0-9]")),
-    "gpt-2": PreTokenizer((_GPT2,)),
-    "phi-2": PreTokenizer((_GPT2,)),
+    "default": PreTokenizer((r"[\p{P}\$\+<=>\^~\|]+", GPT2, r"\p{N}+", r"[0-9][0-9][0-9]")),
+    "gpt-2": PreTokenizer((GPT2,)),
+    "phi-2": PreTokenizer((GPT2,)),
+    "mpt": PreTokenizer((GPT2,)),
+    # Falcon's tokenizer.json: runs of ASCII and Unicode punctuation, then words, then digits by threes.
+    "falcon": PreTokenizer((r"[\p{P}\$\+<=>\^~\|`]+", GPT2, r"[0-9][0-9][0-9]")),
     "smollm": _DIGITS_GPT2,
     "starcoder": _DIGITS_GPT2,
+    "refact": _DIGITS_GPT2,
     "minerva-7b": _DIGITS_GPT2,
     "llama3": _LLAMA3_RULES,
     "llama-v3": _LLAMA3_RULES,

@@ -6,7 +6,7 @@ import hashlib
 import os
 import re
 import struct
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
 # Values dequantized at a time: 4 MB of float32. gguf's dequantizers make a few temporaries of that size.
 _CHUNK_VALUES = 1 << 20
+_COPY_BYTES = 1 << 22
 
 # Types whose bytes are plain numbers, by numpy type; BF16 is widened from its bits, all others are block formats.
 _PLAIN = {"F32": "<f4", "F16": "<f2", "F64": "<f8", "I8": "<i1", "I16": "<i2", "I32": "<i4", "I64": "<i8"}
@@ -175,12 +176,37 @@ class GGUFSource(StoredSource):
         with self._open(located.header) as file:
             return _read_packed(file, located, BLOCK_TYPES[located.tensor.type.name])
 
+    def stored_tensors(self) -> list[GGUFTensor]:
+        """The tensors of all parts as they are stored, in the order of the files."""
+        return [tensor for part in self._parts for tensor in part.tensors.values()]
+
+    def stored_bytes(self, name: str) -> Iterator[bytes]:
+        """A tensor's bytes, a few MB at a time, by its name in the file.
+
+        Raises:
+            CheckpointError: they cannot be read.
+        """
+        part = next(part for part in self._parts if name in part.tensors)
+        tensor = part.tensors[name]
+        with self._open(part) as file:
+            for start in range(0, tensor.nbytes, _COPY_BYTES):
+                yield _read_at(file, part.path, tensor.offset + start, min(_COPY_BYTES, tensor.nbytes - start))
+
+    def stored_metadata(self) -> dict[str, tuple[int | tuple[int, int], Any]]:
+        """All metadata as it is stored, by key: type (and type of items) and value; but what says that there are parts,
+        and how data are aligned."""
+        keys = (key for key in self.header.keys() if not key.startswith("split."))  # noqa: SIM118 (no mapping)
+        return {key: self.header.typed(key) for key in keys if key != "general.alignment"}
+
     def sidecar_files(self) -> Mapping[str, bytes]:
         """tokenizer.json, tokenizer_config.json and generation_config.json, rebuilt from the metadata."""
         if self._sidecars is None:
+            from kbit.checkpoint.gguf.encoders import sentence_files
             from kbit.checkpoint.gguf.tokenizer import sidecars_from_header
 
             self._sidecars = sidecars_from_header(self.header, int(self.config["max_position_embeddings"]))
+            if architecture_of(self.header).encoder:
+                self._sidecars |= sentence_files(self.header, int(self.config["hidden_size"]))
         return MappingProxyType(self._sidecars)
 
     def fingerprint(self) -> str:

@@ -1,9 +1,9 @@
 """Hugging Face tokenizer files rebuilt from GGUF metadata.
 
-Three kinds of vocabulary: `gpt2` (byte-level BPE with merges; how text is split comes from `tokenizer.ggml.pre`, see
-gguf_pretokenizers.py), `llama` (SentencePiece BPE: tokens with scores, bytes as <0xNN> tokens), and `gemma4` (such
-tokens with merges; runs of line breaks are apart). The result is a tokenizer.json that the `tokenizers` library loads
-without any code of this module.
+Three kinds of vocabulary beside WordPiece (`wordpiece`): `gpt2` (byte-level BPE with merges; how text is split comes
+from `tokenizer.ggml.pre`, see `pretokenizers`), `llama` (SentencePiece BPE: tokens with scores, bytes as <0xNN>
+tokens), and `gemma4` (such tokens with merges; runs of line breaks are apart). The result is a tokenizer.json that the
+`tokenizers` library loads without any code of this module.
 
 SentencePiece joins the adjacent pair whose joined token has the highest score, the leftmost on ties. Byte-pair
 merges express the same: every split of a token into two tokens is a merge, ranked by the token's score.
@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from kbit.checkpoint.gguf.metadata import GGUFHeader, quoted
 from kbit.checkpoint.gguf.pretokenizers import DIGITS, PRE_TOKENIZERS
+from kbit.checkpoint.gguf.wordpiece import wordpiece_files
 from kbit.host.errors import CheckpointError, UnsupportedError
 
 if TYPE_CHECKING:
@@ -52,10 +53,12 @@ def sidecars_from_header(header: GGUFHeader, context: int) -> dict[str, bytes]:
     model = header.string("tokenizer.ggml.model")
     if model is None or model in ("none", "no_vocab"):
         return {}
+    if model == "bert":
+        return wordpiece_files(header, context)
     if model not in ("gpt2", "llama", "gemma4"):
         raise UnsupportedError(
             f"{header.path}: tokenizer model {quoted(model)} is not supported in GGUF files; supported are "
-            "gpt2 (byte-level BPE), llama (SentencePiece) and gemma4"
+            "gpt2 (byte-level BPE), llama (SentencePiece), gemma4 and bert (WordPiece)"
         )
     vocab = _Vocabulary(header, model)
     tokenizer = {"gpt2": _byte_level, "llama": _sentencepiece, "gemma4": _gemma4}[model](vocab)

@@ -1,4 +1,4 @@
-"""Taking codes out of words, without a loop over rows."""
+"""Taking codes out of words and putting them in, without a loop over rows."""
 
 from __future__ import annotations
 
@@ -43,6 +43,24 @@ def stream(words: NDArray[Any], bits: int) -> NDArray[np.uint8]:
     for place in range(8):
         codes[..., place] = (numbers >> np.uint64(place * bits)) & mask64
     return codes.reshape(rows, -1)
+
+
+def stream_words(codes: NDArray[np.uint8], bits: int) -> NDArray[np.int32]:
+    """What `stream` undoes: codes (R, K) as streams of 32-bit words, (R, ceil(K bits / 32)), zeros behind the last."""
+    rows, columns = codes.shape
+    padded = np.ascontiguousarray(np.pad(codes, ((0, 0), (0, -columns % _WORD_BITS))))
+    words = -(-columns * bits // _WORD_BITS)
+    if bits in (1, 2, 4, 8):
+        from kbit import _native
+
+        data = np.empty((rows, padded.shape[1] * bits // 8), dtype=np.uint8)
+        _native.pack_plane(padded, bits, 0, data)
+    else:
+        numbers = np.zeros((rows, padded.shape[1] // 8), dtype="<u8")
+        for place in range(8):
+            numbers |= padded[:, place::8].astype(np.uint64) << np.uint64(place * bits)
+        data = np.ascontiguousarray(numbers.view(np.uint8).reshape(rows, -1, 8)[..., :bits]).reshape(rows, -1)
+    return np.ascontiguousarray(data.view(np.int32)[:, :words])
 
 
 def padded_words(words: NDArray[Any], bits: int) -> NDArray[np.uint8]:

@@ -26,7 +26,7 @@ from kbit.checkpoint.packed import bits as unpack
 from kbit.checkpoint.packed import small_floats
 from kbit.checkpoint.packed.integer_weight import IntegerRows, integer_weight
 from kbit.checkpoint.packed.weight import FLOAT_KINDS, PackedTensors, PackedWeight
-from kbit.formats.microscaling import e8m0
+from kbit.formats.microscaling import e4m3, e8m0
 from kbit.host.errors import CheckpointError, UnsupportedError
 
 _FORMATS = (
@@ -270,7 +270,7 @@ def _fp4(tensors: PackedTensors, module: str) -> PackedWeight:
     tensors.expect(whole, ("F32",), (1,), ())
 
     def scales(start: int, stop: int) -> NDArray[np.float32]:
-        own: NDArray[np.float32] = small_floats.e4m3()[tensors.read(scale, start, stop)]
+        own: NDArray[np.float32] = e4m3()[tensors.read(scale, start, stop)]
         divided: NDArray[np.float32] = own / tensors.whole(codes, whole).reshape(())
         return divided
 

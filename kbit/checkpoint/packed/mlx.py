@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from kbit.checkpoint.packed import bits as unpack
 from kbit.checkpoint.packed import small_floats
 from kbit.checkpoint.packed.weight import Blocks, BlockWeight, DenseWeight, PackedTensors, PackedWeight
-from kbit.formats.microscaling import E2M1, e8m0
+from kbit.formats.microscaling import E2M1, e4m3, e8m0
 from kbit.formats.quant_format import QuantFormat
 from kbit.formats.stored import rounded, widened
 from kbit.host.errors import CheckpointError, UnsupportedError
@@ -96,14 +96,14 @@ def _floats(tensors: PackedTensors, module: str, shape: tuple[int, int], mode: s
     bits, block = _MODES[mode]
     tensors.expect(scale, ("U8",), (shape[0], shape[1] // block))
     kind = "fp32" if mode == "nvfp4" else "bf16"
-    values = E2M1 if bits == 4 else small_floats.e4m3()
+    values = E2M1 if bits == 4 else e4m3()
 
     def read(start: int, stop: int) -> Blocks:
         codes = unpack.stream(tensors.read(name, start, stop), bits)
         if bits == 8:
             small_floats.refuse_nan(tensors, name, codes)
         own = tensors.read(scale, start, stop)
-        return Blocks(codes, small_floats.e4m3()[own] if mode == "nvfp4" else e8m0(own))
+        return Blocks(codes, e4m3()[own] if mode == "nvfp4" else e8m0(own))
 
     format = QuantFormat("float", bits, block, exponent_bits=2 if bits == 4 else 4, grid="ocp", scale_dtype=kind)
     return BlockWeight(name, shape, (name, scale), f"MLX {mode}", format, values, read)

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from kbit.checkpoint.packed import small_floats
 from kbit.checkpoint.packed.weight import PackedTensors, PackedWeight
+from kbit.formats.microscaling import e4m3
 from kbit.host.errors import CheckpointError, UnsupportedError
 
 _ALGORITHMS = ("FP8", "NVFP4")
@@ -65,7 +66,7 @@ def _nvfp4(tensors: PackedTensors, name: str) -> PackedWeight:
     tensors.expect(whole, ("F32",), (), (1,))
 
     def scales(start: int, stop: int) -> NDArray[np.float32]:
-        own: NDArray[np.float32] = small_floats.e4m3()[tensors.read(scale, start, stop)]
+        own: NDArray[np.float32] = e4m3()[tensors.read(scale, start, stop)]
         multiplied: NDArray[np.float32] = own * tensors.floats(whole).reshape(-1)[0]
         return multiplied
 

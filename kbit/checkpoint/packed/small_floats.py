@@ -9,20 +9,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kbit.checkpoint.packed.weight import Blocks, BlockWeight, DenseWeight, PackedTensors, PackedWeight, can_block
-from kbit.checkpoint.readers.hf_folder import to_float32
-from kbit.formats.microscaling import E2M1, nibbles
+from kbit.formats.microscaling import E2M1, e4m3, nibbles
 from kbit.formats.quant_format import QuantFormat
 from kbit.formats.stored import widened
 from kbit.host.errors import CheckpointError
 
 Scales = Callable[[int, int], NDArray[Any]]
-
-
-def e4m3() -> NDArray[np.float32]:
-    """The values of E4M3's codes (256,), 0 for the two that are NaN: whoever reads codes refuses those."""
-    values: NDArray[np.float32] = to_float32(np.arange(256, dtype=np.uint8), "F8_E4M3").copy()
-    values[np.isnan(values)] = 0
-    return values
 
 
 def refuse_nan(tensors: PackedTensors, name: str, codes: NDArray[np.uint8]) -> None:

@@ -1,0 +1,218 @@
+"""GGUF files of encoders: BERT (MiniLM, BGE, E5, GTE) and Nomic BERT, as llama.cpp's converter writes them.
+
+They hold what embeddings need: no pooler and no head, but how hidden states become a vector (`pooling_type`). Not in a
+file, only in llama.cpp's code: the activation, that heads are the hidden size shared out, and that a norm follows sums.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from kbit.checkpoint.gguf.keys import Keys
+from kbit.checkpoint.gguf.metadata import GGUFHeader, GGUFTensor, quoted
+from kbit.checkpoint.gguf.names import Architecture
+from kbit.checkpoint.source import CANONICAL
+from kbit.host.errors import CheckpointError, UnsupportedError
+
+_EMBEDDING_NORM = "token_embd_norm"
+_OUTSIDE = {
+    "token_embd.weight": "embeddings.word_embeddings.weight",
+    "token_types.weight": "embeddings.token_type_embeddings.weight",
+}
+_QKV = ("attn_q", "attn_k", "attn_v")
+# Poolings by pooling_type (llama.h): the names of sentence-transformers. 0 is none, 4 a classifier's.
+_POOLINGS = {1: "mean_tokens", 2: "cls_token", 3: "lasttoken"}
+_RANK = 4
+
+ENCODERS = {
+    architecture.name: architecture
+    for architecture in (
+        Architecture(
+            "bert",
+            "bert",
+            "BertModel",
+            biases=None,
+            norms={"attn_output_norm": "attention.output.LayerNorm", "layer_output_norm": "output.LayerNorm"},
+            keys=frozenset({"attention.causal", "attention.layer_norm_epsilon", "pooling_type"}),
+            constants={"hidden_act": "gelu"},
+            layer="encoder.layer",
+            outside={
+                **_OUTSIDE,
+                "position_embd.weight": "embeddings.position_embeddings.weight",
+                f"{_EMBEDDING_NORM}.weight": "embeddings.LayerNorm.weight",
+                f"{_EMBEDDING_NORM}.bias": "embeddings.LayerNorm.bias",
+            },
+            linears={
+                "attn_q": "attention.self.query",
+                "attn_k": "attention.self.key",
+                "attn_v": "attention.self.value",
+                "attn_output": "attention.output.dense",
+                "ffn_up": "intermediate.dense",
+                "ffn_down": "output.dense",
+            },
+            encoder=True,
+        ),
+        Architecture(
+            "nomic-bert",
+            "nomic_bert",
+            "NomicBertModel",
+            biases=(),
+            norms={"attn_output_norm": "norm1", "layer_output_norm": "norm2"},
+            fused={"attn_qkv": _QKV},
+            keys=frozenset({"attention.causal", "attention.layer_norm_epsilon", "pooling_type"}),
+            constants={"hidden_act": "silu", CANONICAL: True},
+            layer="encoder.layers",
+            outside={
+                **_OUTSIDE,
+                f"{_EMBEDDING_NORM}.weight": "emb_ln.weight",
+                f"{_EMBEDDING_NORM}.bias": "emb_ln.bias",
+            },
+            linears={
+                "attn_q": "attn.q",
+                "attn_k": "attn.k",
+                "attn_v": "attn.v",
+                "attn_output": "attn.out_proj",
+                "ffn_gate": "mlp.fc12",
+                "ffn_up": "mlp.fc11",
+                "ffn_down": "mlp.fc2",
+            },
+            encoder=True,
+        ),
+    )
+}
+
+
+def encoder_config(header: GGUFHeader, arch: Architecture, tensors: Mapping[str, GGUFTensor]) -> dict[str, Any]:
+    """The Hugging Face config of an encoder.
+
+    Args:
+        header: the metadata.
+        arch: one of ENCODERS.
+        tensors: tensor tables of all parts, by GGUF name.
+
+    Raises:
+        CheckpointError: a mandatory key or tensor is missing, or a value or shape makes no sense.
+        UnsupportedError: the file needs something that kbit does not do.
+    """
+    keys = Keys(header, arch)
+    keys.refuse_unknown()
+    causal = header.flag(f"{arch.name}.attention.causal")
+    if causal is not False:
+        shown = "missing" if causal is None else "true"
+        raise UnsupportedError(
+            f"{header.path}: '{arch.name}.attention.causal' is {shown}; kbit runs {arch.name} models whose tokens see "
+            "the whole text"
+        )
+    if keys.count("pooling_type") not in (0, *_POOLINGS):
+        raise UnsupportedError(
+            f"{header.path}: '{arch.name}.pooling_type' {keys.count('pooling_type')} is not supported"
+            f"{' (a reranker)' if keys.count('pooling_type') == _RANK else ''}; kbit reads 0 to 3 (none, mean, cls, "
+            "last)"
+        )
+    layers, hidden, mlp = (keys.size(name) for name in ("block_count", "embedding_length", "feed_forward_length"))
+    heads = keys.size("attention.head_count")
+    if hidden % heads or keys.size("attention.head_count_kv", heads) != heads:
+        header.fail(
+            f"{arch.name}.embedding_length {hidden} is no multiple of attention.head_count {heads} of each kind"
+        )
+    for name in ("attention.key_length", "attention.value_length", "rope.dimension_count"):
+        if keys.size(name, hidden // heads) != hidden // heads:
+            raise UnsupportedError(f"{header.path}: '{arch.name}.{name}' is not {hidden // heads}, the size of a head")
+    eps = keys.real("attention.layer_norm_epsilon")
+    if not 0 < eps < 1:
+        header.fail(f"metadata key '{arch.name}.attention.layer_norm_epsilon' is {eps}, expected 0 to 1")
+    for name in ("rope.scaling.type", "rope.scaling.factor", "rope.scale_linear", "attention.sliding_window"):
+        if f"{arch.name}.{name}" in header and header.value(f"{arch.name}.{name}") not in ("none", 0, 1, 1.0):
+            raise UnsupportedError(f"{header.path}: '{arch.name}.{name}' is not supported for this architecture")
+    context = keys.size("context_length")
+    vocab, types = (_rows(header, tensors, name) for name in ("token_embd.weight", "token_types.weight"))
+    biased = arch.biases is None and "blk.0.attn_q.bias" in tensors
+    if arch.biases is None and not biased:
+        raise UnsupportedError(f"{header.path}: a {arch.name} model without biases is not supported")
+    shapes: dict[str, tuple[int, ...]] = {"token_embd.weight": (vocab, hidden), "token_types.weight": (types, hidden)}
+    if "position_embd.weight" in arch.outside:
+        shapes["position_embd.weight"] = (context, hidden)
+    shapes |= {f"{_EMBEDDING_NORM}.{kind}": (hidden,) for kind in ("weight", "bias")}
+    for layer in range(layers):
+        shapes |= _layer(arch, layer, hidden, mlp, biased)
+    _check(header, arch, tensors, shapes)
+    config: dict[str, Any] = {
+        "architectures": [arch.hf_class],
+        "model_type": arch.model_type,
+        "hidden_size": hidden,
+        "intermediate_size": mlp,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": heads,
+        "head_dim": hidden // heads,
+        "layer_norm_eps": eps,
+        "max_position_embeddings": context,
+        "vocab_size": vocab,
+        "type_vocab_size": types,
+        "tie_word_embeddings": True,
+        **arch.constants,
+    }
+    if "position_embd.weight" not in arch.outside:
+        config["rope_theta"] = keys.real("rope.freq_base", 10000.0)
+    pad = header.token_id("tokenizer.ggml.padding_token_id", vocab)
+    return config if pad is None else {**config, "pad_token_id": pad}
+
+
+def sentence_files(header: GGUFHeader, hidden: int) -> dict[str, bytes]:
+    """sentence-transformers' files for the pooling that a file names; none where it names none."""
+    kind = header.integer(f"{header.string('general.architecture')}.pooling_type") or 0
+    if kind not in _POOLINGS:
+        return {}
+    modules = [
+        {"idx": 0, "name": "0", "path": "", "type": "sentence_transformers.models.Transformer"},
+        {"idx": 1, "name": "1", "path": "1_Pooling", "type": "sentence_transformers.models.Pooling"},
+    ]
+    pooling = {"word_embedding_dimension": hidden}
+    pooling |= {f"pooling_mode_{name}": number == kind for number, name in _POOLINGS.items()}
+    files = {"modules.json": modules, "1_Pooling/config.json": pooling}
+    return {name: json.dumps(value, indent=2).encode() for name, value in files.items()}
+
+
+def _rows(header: GGUFHeader, tensors: Mapping[str, GGUFTensor], name: str) -> int:
+    if name not in tensors:
+        raise CheckpointError(
+            f"{header.path}: tensor '{name}' is missing; the file is incomplete, download or convert it again"
+        )
+    return tensors[name].shape[0]
+
+
+def _layer(arch: Architecture, layer: int, hidden: int, mlp: int, biased: bool) -> dict[str, tuple[int, ...]]:
+    """The tensors of a layer, with their shapes."""
+    prefix = f"blk.{layer}."
+    shapes: dict[str, tuple[int, ...]] = {}
+    for part in arch.norms:
+        shapes |= {f"{prefix}{part}.{kind}": (hidden,) for kind in ("weight", "bias")}
+    for part in arch.linears:
+        rows, columns = (hidden, mlp) if part == "ffn_down" else (mlp if part.startswith("ffn") else hidden, hidden)
+        whole = next((whole for whole, parts in arch.fused.items() if part in parts), part)
+        rows *= len(arch.fused.get(whole, (part,)))
+        shapes[f"{prefix}{whole}.weight"] = (rows, columns)
+        if biased:
+            shapes[f"{prefix}{whole}.bias"] = (rows,)
+    return shapes
+
+
+def _check(
+    header: GGUFHeader, arch: Architecture, tensors: Mapping[str, GGUFTensor], shapes: Mapping[str, tuple[int, ...]]
+) -> None:
+    """Every expected tensor is there with its shape, and nothing else is."""
+    for name, shape in shapes.items():
+        if name not in tensors:
+            raise CheckpointError(
+                f"{header.path}: tensor '{name}' is missing; the file is incomplete, download or convert it again"
+            )
+        if tensors[name].shape != shape:
+            header.fail(f"tensor '{name}' has the shape {tensors[name].shape}, the metadata says {shape}")
+    for name in tensors:
+        if name not in shapes:
+            raise UnsupportedError(
+                f"{header.path}: tensor {quoted(name)} has no place in a {arch.name} model that kbit knows; leaving it "
+                "out would change the model"
+            )

@@ -1,0 +1,69 @@
+"""A checkpoint's tokenizer as GGUF metadata (`kbit.checkpoint.gguf.tokenizer_out`), and whether it reads the same."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from kbit.checkpoint.gguf.tokenizer_out import check_same, tokenizer_metadata
+from kbit.checkpoint.source import CheckpointSource
+from kbit.host.notes import note
+from kbit.text.added_tokens import add_tokens_of_files, token_settings, token_strings
+from kbit.text.backend import load_backend
+from kbit.text.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    import tokenizers
+
+    from kbit.checkpoint.gguf.writing import Value
+
+_FILE = "tokenizer.json"
+
+
+def tokenizer_keys(source: CheckpointSource, size: int) -> dict[str, Value]:
+    """Metadata keys of a checkpoint's tokenizer; of a checkpoint without one, what says so.
+
+    Args:
+        source: the checkpoint.
+        size: tokens of the model's vocabulary.
+
+    Raises:
+        UnsupportedError: a tokenizer that the metadata cannot say.
+        CheckpointError: a file is not what its name says.
+    """
+    files = source.sidecar_files()
+    if _FILE not in files:
+        note(f"{source.path}: there is no {_FILE}, so the GGUF file has no tokenizer")
+        return {"tokenizer.ggml.model": "none"}
+    tokenizer, backend = Tokenizer.from_source(source, files), _backend(source)
+    named = token_strings(token_settings(files, str(source.path)))
+    own = backend.token_to_id(named["eos_token"]) if "eos_token" in named else None
+    ends = sorted(tokenizer.eos_ids)
+    return tokenizer_metadata(
+        backend,
+        size,
+        str(source.path),
+        bos=tokenizer.bos_id,
+        eos=[index for index in dict.fromkeys([own, *ends]) if index is not None],
+        pad=tokenizer.pad_id,
+        unknown=backend.token_to_id(named["unk_token"]) if "unk_token" in named else None,
+        templates=tokenizer.chat_templates,
+    )
+
+
+def check_tokenizer(source: CheckpointSource, written: CheckpointSource) -> None:
+    """Raise where what was written reads as another tokenizer.
+
+    Raises:
+        UnsupportedError: it does.
+    """
+    if _FILE in source.sidecar_files():
+        check_same(_backend(source), _backend(written), str(source.path))
+
+
+def _backend(source: CheckpointSource) -> tokenizers.Tokenizer:
+    files = source.sidecar_files()
+    backend = load_backend(files[_FILE], f"{source.path}/{_FILE}")
+    add_tokens_of_files(backend, files, str(source.path))
+    backend.no_truncation()
+    backend.no_padding()
+    return backend
