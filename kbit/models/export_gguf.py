@@ -117,8 +117,6 @@ def export_gguf(
         raise UnsupportedError(f"{where}: {spec.family} models are not exported; kbit exports decoders")
     check_tensors(source, spec)
     arch = settings.architecture_of(spec, where)
-    if arch.special is not None or arch.latent:
-        raise UnsupportedError(f"{where}: {spec.family} models are not exported to GGUF; use --to safetensors")
     if arch.qk_optional and spec.names.q_norm is None:
         arch = replace(arch, qk_norm=None)
     entries = [_typed(entry, source, dtype, requantize) for entry in _entries(spec, arch, where)]
