@@ -107,7 +107,7 @@ def test_values_equal_those_of_the_gguf_package(tmp_path: Path) -> None:
     header = read_header(tmp_path / "all.gguf")
     reader = gguf.GGUFReader(tmp_path / "all.gguf")
     theirs = {name: field.contents() for name, field in reader.fields.items() if not name.startswith("GGUF.")}
-    assert {name: header.value(name) for name in header.keys()} == theirs  # noqa: SIM118
+    assert {name: header.value(name) for name in header} == theirs
     assert header.integer("x.int64") == -(1 << 40)
     assert header.strings("x.strings") == ["a", "", "漢字"]
     assert header.numbers("x.floats") == [0.5, -1.25]
@@ -349,7 +349,7 @@ RICH = build(
 
 def decode_all(raw: bytes) -> None:
     header = parse_header(raw, NAME)
-    for name in header.keys():  # noqa: SIM118
+    for name in header:
         header.value(name)
 
 

@@ -139,7 +139,7 @@ class Keys:
 
     def refuse_unknown(self) -> None:
         prefix = self.arch + "."
-        for key in self.header.keys():  # noqa: SIM118 (a GGUFHeader is not a mapping)
+        for key in self.header:
             name = key.removeprefix(prefix)
             more = frozenset() if self.architecture.experts is None else EXPERT_KEYS
             known = _KNOWN_KEYS | self.architecture.keys | self.architecture.numbers.keys() | more

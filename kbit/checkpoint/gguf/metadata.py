@@ -98,7 +98,7 @@ class GGUFHeader:
     def __contains__(self, key: str) -> bool:
         return key in self._entries
 
-    def keys(self) -> Iterator[str]:
+    def __iter__(self) -> Iterator[str]:
         """All metadata keys, in file order."""
         return iter(self._entries)
 

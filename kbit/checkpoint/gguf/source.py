@@ -195,7 +195,7 @@ class GGUFSource(StoredSource):
     def stored_metadata(self) -> dict[str, tuple[int | tuple[int, int], Any]]:
         """All metadata as it is stored, by key: type (and type of items) and value; but what says that there are parts,
         and how data are aligned."""
-        keys = (key for key in self.header.keys() if not key.startswith("split."))  # noqa: SIM118 (no mapping)
+        keys = (key for key in self.header if not key.startswith("split."))
         return {key: self.header.typed(key) for key in keys if key != "general.alignment"}
 
     def sidecar_files(self) -> Mapping[str, bytes]:
