@@ -217,13 +217,13 @@ class Program:
     ) -> None: ...
     def recur(
         self,
-        q: int,
-        k: int,
-        v: int,
+        x: int,
         decay: int,
         write: int,
+        log_rates: NDArray[np.float32],
         out: int,
         state: int,
+        key_heads: int,
         heads: int,
         key_dim: int,
         value_dim: int,
@@ -239,6 +239,7 @@ class Program:
         centred: bool = False,
         factor: float = 1.0,
         cap: float = 0.0,
+        bias: NDArray[np.float32] | None = None,
     ) -> None: ...
     def run(
         self,

@@ -86,4 +86,9 @@ def _linears(spec: ModelSpec) -> list[Parameter]:
     layer = spec.experts.layers.index(True) if spec.experts is not None else 0
     if spec.shapes:
         layer = max(range(spec.layers), key=lambda at: (spec.shape(at).width, spec.shape(at).head_dim))
-    return [p for p in parameters(spec) if p.role == "linear" and p.layer == layer]
+    found = [p for p in parameters(spec) if p.role == "linear"]
+    kinds = (
+        {spec.recurs(at): at for at in reversed(range(layer, spec.layers))} if spec.delta is not None else {0: layer}
+    )
+    layers = [[p for p in found if p.layer == at] for at in kinds.values()]
+    return max(layers, key=lambda matrices: sum(p.shape[0] * p.shape[1] for p in matrices))

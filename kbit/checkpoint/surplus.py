@@ -66,6 +66,7 @@ RULES = (
         "a bias of zeros: quantizers write one for every layer that they pack",
         lambda info: info.packed_as == "zeros",
     ),
+    Rule(r"mtp(\.\w+)+", "layers that predict tokens further on, for speculation; the model's own do without"),
     Rule(r"v_head(\.\w+)*\.(weight|bias)", "the value head of a reward model or of training with one"),
 )
 

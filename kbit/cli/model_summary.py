@@ -69,6 +69,8 @@ def summarise(source: CheckpointSource) -> dict[str, Any]:
         "parameters": sum(info.numel for info in infos),
         "active_parameters": _active(infos, spec),
         "experts": None if spec is None or spec.experts is None else _experts(spec.experts),
+        "recurrent_layers": 0 if spec is None else spec.layers - len(spec.attention_layers),
+        "state_bytes": 0 if spec is None else spec.state_bytes,
         "bits_per_weight": _bits(infos),
         "bits_per_weight_without_embeddings": _bits(inner),
         "tensor_bytes": sum(info.nbytes for info in infos),
@@ -250,6 +252,11 @@ def print_model(summary: dict[str, Any], list_tensors: bool) -> None:
         lines["experts"] = (
             f"{experts['chosen']} of {experts['experts']} for each token, of {experts['width']} features, in "
             f"{experts['layers']} layers{shared}"
+        )
+    if summary["recurrent_layers"]:
+        lines["recurrent"] = (
+            f"{summary['recurrent_layers']} of {summary['layers']} layers, which keep {size(summary['state_bytes'])} "
+            "of a text, whatever its length"
         )
     if summary["packed"]:
         lines["quantized by"] = "; ".join(

@@ -252,6 +252,7 @@ class Generation:
         self._cached_tokens = position
         for begin in range(position, len(prompt), chunk):
             logits = self._cache.extend(prompt[begin : begin + chunk])
+            self._cache.keep()
         self._prefill_seconds = perf_counter() - start
         for token in self._source(logits):
             self._ids.append(token)

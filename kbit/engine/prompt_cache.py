@@ -1,6 +1,9 @@
 """The KV cache of one sequence, and which tokens are in it.
 
 Two requests that begin alike (the turns of a conversation) share the work of their common beginning.
+
+A recurrent model can go back only to where its states were kept. So they are kept at some places (`keep`), and what
+lies between such a place and where a text is to go on goes through the model once more, together with the next tokens.
 """
 
 from __future__ import annotations
@@ -50,6 +53,12 @@ class DecoderLike(Protocol):
         """T tokens of one sequence -> logits (T, V), or (1, V) with last_only; the tokens are then in the cache."""
 
 
+# States that are kept at once of a recurrent model: at the ends of pieces of prompts, the latest; and before drafts.
+_KEPT = 4
+# Tokens that go through the model again with the next ones; more go by themselves, after which states can be kept.
+_AGAIN = 8
+
+
 class PromptCache:
     """A cache of one row that keeps the longest common beginning from one prompt to the next.
 
@@ -59,11 +68,13 @@ class PromptCache:
     def __init__(self, decoder: DecoderLike) -> None:
         self._decoder = decoder
         self._cache: Cache | None = None
-        self._ids: list[int] = []
+        self._ids: list[int] = []  # of which the last may be gone from the cache
+        self._kept: list[int] = []
+        self._draft: int | None = None
 
     @property
     def ids(self) -> Sequence[int]:
-        """The tokens in the cache."""
+        """The tokens in the cache, and those that are to go there with the next."""
         return self._ids
 
     def start(self, prompt_ids: Sequence[int], capacity: int) -> int:
@@ -88,7 +99,8 @@ class PromptCache:
         if self._cache is None:
             with _memory_for(capacity):
                 self._cache = self._decoder.new_cache(1, capacity)
-        self._cache.truncate(shared)
+        shared = self._go_back(self._cache, shared)
+        del self._ids[shared:]
         if self._cache.capacity < capacity:
             larger = min(self._decoder.spec.max_positions, max(capacity, 2 * self._cache.capacity))
             with _memory_for(larger):
@@ -109,14 +121,47 @@ class PromptCache:
         if length < len(self._ids):
             assert self._cache is not None, "start() comes first"
             del self._ids[length:]
-            self._cache.truncate(length)
+            self._go_back(self._cache, length)
+
+    def keep(self, *, draft: bool = False) -> None:
+        """Makes it cheap to come back to here: keeps the states of a recurrent model, and lets go of the oldest.
+
+        Args:
+            draft: until the next such call only, as what follows is a draft.
+        """
+        if self._cache is None or self._cache.pool.states is None or not self._ids:
+            return
+        length = self._cache.rows[0].length
+        if len(self._ids) - length > _AGAIN:
+            self._decoder.extend(self._ids[length:], self._cache)
+            length = len(self._ids)
+        if self._draft is not None and self._draft != length and self._draft not in self._kept:
+            self._cache.forget(self._draft)
+        self._draft = length if draft else None
+        self._cache.snapshot()
+        if not draft and length not in self._kept:
+            self._kept.append(length)
+            while len(self._kept) > _KEPT:
+                self._cache.forget(self._kept.pop(0))
+
+    def _go_back(self, cache: Cache, length: int) -> int:
+        """Takes tokens out of the cache so that at most `length` are left; how many are."""
+        left = cache.kept_before(length)
+        cache.truncate(left)
+        self._kept = [kept for kept in self._kept if kept <= left]
+        if self._draft is not None and self._draft > left:
+            self._draft = None
+        return left
 
     def _forward(self, ids: Sequence[int], last_only: bool) -> NDArray[np.float32]:
         assert self._cache is not None, "start() comes first"
+        again = self._ids[self._cache.rows[0].length :]
         limit = self._decoder.spec.begins_anew_beyond
         if limit is not None and 0 < len(self._ids) <= limit < len(self._ids) + len(ids):
             self._cache.truncate(0)
             rows = self._decoder.extend([*self._ids, *ids], self._cache, last_only)[-len(ids) :]
+        elif again:
+            rows = self._decoder.extend([*again, *ids], self._cache, last_only)[-len(ids) :]
         else:
             rows = self._decoder.extend(ids, self._cache, last_only)
         self._ids.extend(ids)

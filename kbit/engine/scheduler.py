@@ -107,7 +107,7 @@ class Scheduler:
             count = self._fitting(sequence, budget)
             if not has_room or not count:
                 break
-            sequence.table.reserve(count)
+            self._reserve(sequence, count)
             self._running.append(self._waiting.popleft())
             chosen.append((sequence, count))
             budget -= count
@@ -129,7 +129,7 @@ class Scheduler:
         while count and sequence.table.missing(count) > self.pool.available:
             if not self._take_a_page(sequence, chosen):
                 return 0
-        sequence.table.reserve(count)
+        self._reserve(sequence, count)
         return count
 
     def _fitting(self, sequence: Sequence, budget: int) -> int:
@@ -156,13 +156,33 @@ class Scheduler:
         """Whether the next in the queue can come in: with all its tokens, and a page more for each that runs.
 
         Less, and it would soon be stopped again, or stop others. Where nothing runs, it takes the pages of those that
-        wait behind it.
+        wait behind it. Likewise of states of fixed size, if the model has them.
         """
+        if self._running and self._states_needed() > self._states_free():
+            return False
         sequence.find_beginning()
         while sequence.table.missing(sequence.pending) + len(self._running) > self.pool.available:
             if self._running or not self._release_waiting(sequence):
                 return False
         return True
+
+    def _reserve(self, sequence: Sequence, count: int) -> None:
+        """Room for a sequence's next tokens, and for its states after them."""
+        if self.pool.states is not None:
+            self.pool.states.spare(1)  # there is one, but for sequences that go on from states they share
+        sequence.table.reserve(count)
+
+    def _states_free(self) -> int:
+        return 0 if self.pool.states is None else self.pool.states.available
+
+    def _states_needed(self) -> int:
+        """Slots that another sequence needs, now and after its first pass, and those that running ones will need: where
+        they have none for their next states, or will not give their present one back."""
+        states = self.pool.states
+        if states is None:
+            return 0
+        tables = [sequence.table for sequence in self._running]
+        return 2 + sum(table.next_state < 0 or table.state < 0 or states.uses(table.state) > 1 for table in tables)
 
     def _release_waiting(self, sequence: Sequence) -> bool:
         """Takes the pages of the last sequence in the queue that has any; whether there was one."""

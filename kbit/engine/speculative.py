@@ -169,6 +169,7 @@ class SpeculativeTokens:
             if not guesses:
                 yield self._add(self._sampler.sample(self._cache.extend(self._text[-1:])))
                 continue
+            self._cache.keep(draft=True)
             rows = self._cache.extend_all([self._text[-1], *(token for token, _ in guesses)])  # (T + 1, V)
             self._passes += 1
             self._drafted += len(guesses)
@@ -248,6 +249,7 @@ class DraftModel:
         self._cache.truncate(self._known)
         for begin in range(self._known, len(text), _PREFILL_CHUNK):
             logits = self._cache.extend(text[begin : begin + _PREFILL_CHUNK])
+        self._cache.keep(draft=True)
         self._known = len(text)
         return logits
 

@@ -133,6 +133,16 @@ class Cache:
         for row, most in zip(self.rows, lengths, strict=True):
             row.truncate(most)
 
+    def kept_before(self, length: int) -> int:
+        """How many tokens, `length` at most, `truncate` can leave of a cache of one row (`BlockTable.kept_before`)."""
+        (row,) = self.rows
+        return row.kept_before(length)
+
+    def forget(self, length: int) -> None:
+        """Gives back what `snapshot` kept when every row had so many tokens."""
+        for row in self.rows:
+            row.forget(length)
+
     def snapshot(self) -> None:
         """Keeps every row's states of fixed size as they are, to go back to (`BlockTable.snapshot`)."""
         for row in self.rows:

@@ -266,15 +266,15 @@ class Ops(Protocol[X]):
             attention: sizes and scale; its source is "encoder".
         """
 
-    def recur(self, q: X, k: X, v: X, decay: X, write: X, recurrence: Recurrence) -> X:
-        """A gated delta rule over the tokens of each row, from the state that the row has (`reference.gated_delta`).
+    def recur(self, x: X, decay: X, write: X, log_rates: Vector, recurrence: Recurrence) -> X:
+        """A gated delta rule over the tokens of each row, from the state that the row has
+        (`kernels.reference_recurrent.gated_delta`).
 
         Args:
-            q: (..., H D_k).
-            k: (..., H D_k).
-            v: (..., H D_v).
-            decay: (..., H), how much of the state stays, before a sigmoid.
-            write: (..., H), how much of a token goes in, likewise.
+            x: queries, keys and values side by side, (..., 2 G D_k + H D_v).
+            decay: (..., H), how fast the state fades, before a softplus.
+            write: (..., H), how much of a token goes in, before a sigmoid.
+            log_rates: (H,), logarithms of what the softplus is multiplied by.
             recurrence: sizes, and which state.
 
         Returns:
@@ -297,7 +297,7 @@ class Ops(Protocol[X]):
         """act(gate) * up, or act(gate): (..., K). `kind` is one of kernels.activations.ACTIVATIONS."""
 
     def sigmoid_gate(self, x: X, gate: X) -> X:
-        """sigmoid(gate) x: x (..., K), gate (..., 1) -> (..., K)."""
+        """sigmoid(gate) x: x (..., K), gate (..., 1) or (..., K) -> (..., K)."""
 
     def experts(self, x: X, logits: X, experts: Experts, mixture: Mixture) -> X:
         """The weighted sum of what each token's chosen experts make of it (`kernels.reference_experts`).
@@ -312,8 +312,8 @@ class Ops(Protocol[X]):
             (..., K).
         """
 
-    def logits(self, weight: Weight, x: X) -> X:
-        """x (..., K) against a weight (V, K) -> float32 (..., V)."""
+    def logits(self, weight: Weight, x: X, bias: Vector | None = None) -> X:
+        """x (..., K) against a weight (V, K), perhaps plus a bias (V,) -> float32 (..., V)."""
 
 
 class Definition(Protocol):

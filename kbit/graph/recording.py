@@ -178,11 +178,10 @@ class CrossAttend:
 class Recur:
     """out = a gated delta rule over the pass's tokens, on from their sequences' states."""
 
-    q: Symbol
-    k: Symbol
-    v: Symbol
+    x: Symbol
     decay: Symbol
     write: Symbol
+    log_rates: Vector
     recurrence: Recurrence
     out: Symbol
 
@@ -209,7 +208,7 @@ class Activate:
 
 @dataclass(frozen=True, eq=False)
 class SigmoidGate:
-    """out = sigmoid(gate) x, gate of width 1."""
+    """out = sigmoid(gate) x, gate of width 1 or of x's."""
 
     x: Symbol
     gate: Symbol
@@ -262,7 +261,7 @@ def reads(operation: Operation) -> tuple[Symbol, ...]:
     if isinstance(operation, CrossAttend):
         return (operation.q,)
     if isinstance(operation, Recur):
-        return (operation.q, operation.k, operation.v, operation.decay, operation.write)
+        return (operation.x, operation.decay, operation.write)
     if isinstance(operation, Activate):
         return (operation.gate,) if operation.up is None else (operation.gate, operation.up)
     if isinstance(operation, Add):
@@ -376,8 +375,8 @@ class Recorder:
     def linear_group(self, weights: Sequence[Weight], x: Symbol, biases: Sequence[Vector | None]) -> tuple[Symbol, ...]:
         return self._project(tuple(weights), x, tuple(biases))
 
-    def logits(self, weight: Weight, x: Symbol) -> Symbol:
-        return self.linear(weight, x)
+    def logits(self, weight: Weight, x: Symbol, bias: Vector | None = None) -> Symbol:
+        return self.linear(weight, x, bias)
 
     def self_attention(
         self,
@@ -417,18 +416,13 @@ class Recorder:
         self.operations.append(CrossAttend(q, attention, out))
         return out
 
-    def recur(self, q: Symbol, k: Symbol, v: Symbol, decay: Symbol, write: Symbol, recurrence: Recurrence) -> Symbol:
-        heads = recurrence.heads
-        for what, part, width in (
-            ("queries", q, heads * recurrence.key_dim),
-            ("keys", k, heads * recurrence.key_dim),
-            ("values", v, heads * recurrence.value_dim),
-            ("a gate", decay, heads),
-            ("a gate", write, heads),
-        ):
-            _expect(what, part.width, width)
-        out = Symbol(v.width)
-        self.operations.append(Recur(q, k, v, decay, write, recurrence, out))
+    def recur(self, x: Symbol, decay: Symbol, write: Symbol, log_rates: Vector, recurrence: Recurrence) -> Symbol:
+        _expect("queries, keys and values", x.width, recurrence.width)
+        for gate in (decay, write):
+            _expect("a gate", gate.width, recurrence.heads)
+        _expect("the rates of a recurrence", log_rates.shape[0], recurrence.heads)
+        out = Symbol(recurrence.heads * recurrence.value_dim)
+        self.operations.append(Recur(x, decay, write, log_rates, recurrence, out))
         return out
 
     def short_convolution(self, x: Symbol, weight: Vector, convolution: ShortConvolution) -> Symbol:
@@ -448,7 +442,8 @@ class Recorder:
         return out
 
     def sigmoid_gate(self, x: Symbol, gate: Symbol) -> Symbol:
-        _expect("a gate of all features", gate.width, 1)
+        if gate.width != 1:
+            _expect("a gate of every feature", gate.width, x.width)
         out = Symbol(x.width)
         self.operations.append(SigmoidGate(x, gate, out))
         return out

@@ -5,7 +5,8 @@ another slot, which becomes the sequence's when the pass is done (`kbit.graph.pa
 fails leaves nothing half-done, and to keep a state, to go back to it or to share it is to count who uses its slot, and
 no copy: slots are the pages of a pool of their own.
 
-The arrays are numpy's and the same for every backend on the CPU.
+The arrays are numpy's and the same for every backend on the CPU. (It is loaded where there are any: a model's sizes are
+asked for without.)
 """
 
 from __future__ import annotations
@@ -15,10 +16,10 @@ from dataclasses import dataclass
 from math import prod
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-from numpy.typing import NDArray
-
 if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
     from kbit.graph.batch import Batch
     from kbit.graph.cache import Cache
 
@@ -37,6 +38,8 @@ class StateSpec:
 
     @property
     def nbytes(self) -> int:
+        import numpy as np
+
         return prod(self.shape) * np.dtype(self.dtype).itemsize
 
 
@@ -46,15 +49,26 @@ class Recurrence:
 
     Attributes:
         state: index of its `StateSpec` among the model's.
-        heads: H.
+        key_heads: G, heads of queries and keys, each of which is that of H / G heads of values, one after another.
+        heads: H, heads of values and states.
         key_dim: features of a key and of a query, D_k.
         value_dim: features of a value, D_v.
     """
 
     state: int
+    key_heads: int
     heads: int
     key_dim: int
     value_dim: int
+
+    def __post_init__(self) -> None:
+        if self.heads % self.key_heads:
+            raise ValueError(f"{self.key_heads} heads of keys are not shared alike by {self.heads} heads of values")
+
+    @property
+    def width(self) -> int:
+        """Features of a token's queries, keys and values together."""
+        return 2 * self.key_heads * self.key_dim + self.heads * self.value_dim
 
     @property
     def spec(self) -> StateSpec:
@@ -96,6 +110,8 @@ class StateStore:
     """
 
     def __init__(self, specs: Sequence[StateSpec], count: int) -> None:
+        import numpy as np
+
         self.specs = tuple(specs)
         self.arrays: list[NDArray[Any]] = [np.zeros((count, *spec.shape), dtype=spec.dtype) for spec in specs]
 
@@ -111,6 +127,8 @@ class StateStore:
 
     def resize(self, count: int) -> None:
         """Memory for `count` slots; those there are keep their contents."""
+        import numpy as np
+
         for index, old in enumerate(self.arrays):
             self.arrays[index] = np.zeros((count, *old.shape[1:]), dtype=old.dtype)
             self.arrays[index][: len(old)] = old
@@ -142,6 +160,8 @@ class States:
         Raises:
             TypeError: the cache has none.
         """
+        import numpy as np
+
         states = cache.pool.states
         if states is None or not isinstance(states.store, StateStore):
             raise TypeError("a recurrent model's cache has a pool of states")
@@ -150,5 +170,7 @@ class States:
 
     def of_piece(self, whole: Batch, piece: Batch) -> States:
         """For a piece of a batch: a sequence whose tokens are in an earlier one goes on from what that left."""
+        import numpy as np
+
         begun = piece.starts > whole.starts
         return States(self.store, np.where(begun, self.after, self.before).astype(np.int32), self.after)

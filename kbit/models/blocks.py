@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 from kbit.graph.experts import Experts, Mixture
 from kbit.graph.ops import Attention, Ops, Vector, Weight, X
 from kbit.models.latent import latent_heads, latent_values
-from kbit.models.params import CROSS_KV, SHARED, expert_slots, gate_up, qkv
-from kbit.models.spec import ModelSpec
+from kbit.models.params import CROSS_KV, SHARED, attention_inputs, expert_slots, gate_up
+from kbit.models.spec import SQUARED, ModelSpec
 
 
 @dataclass(frozen=True, eq=False)
@@ -27,7 +27,7 @@ class Weights:
     Attributes:
         matrices: of linears.
         norms: weights of norms.
-        biases: of linears and norms.
+        biases: of linears and norms, and all other vectors.
     """
 
     matrices: Mapping[str, Weight] = field(default_factory=dict)
@@ -76,7 +76,12 @@ def layer(
 
 def attention(ops: Ops[X], spec: ModelSpec, weights: Weights, index: int, x: X, by_distance: Vector | None = None) -> X:
     """x + attention(norm(x)), and norms of what is added and of the sum where the model has them: (..., hidden)."""
-    seen = _attended(ops, spec, weights, index, norm(ops, spec, weights, "attention_norm", x), by_distance)
+    normed = norm(ops, spec, weights, "attention_norm", x)
+    if spec.recurs(index):
+        return _added(
+            ops, spec, weights, "delta_out", "attention_post_norm", _recurred(ops, spec, weights, index, normed), x
+        )
+    seen = _attended(ops, spec, weights, index, normed, by_distance)
     x = _added(ops, spec, weights, "o", "attention_post_norm", seen, x)
     return norm(ops, spec, weights, "attention_sum_norm", x)
 
@@ -116,10 +121,12 @@ def _parallel(ops: Ops[X], spec: ModelSpec, weights: Weights, index: int, x: X, 
 def _attended(ops: Ops[X], spec: ModelSpec, weights: Weights, index: int, normed: X, by_distance: Vector | None) -> X:
     """Attention, but for its last linear: (..., hidden) -> (..., H D_v)."""
     shape = spec.shape(index)
+    gate: X | None = None
     k: X | None
     v: X | None
     if spec.latent is None:
-        q, *own = _together(ops, weights, qkv(spec, index), normed)
+        q, *own = _together(ops, weights, attention_inputs(spec, index), normed)
+        gate = own.pop() if spec.names.output_gate is not None else None
         k, v = (own[0], own[-1]) if own else (None, None)  # values may be keys before their norm
     else:
         q, k, v = latent_heads(ops, spec, spec.latent, weights, normed)
@@ -127,7 +134,7 @@ def _attended(ops: Ops[X], spec: ModelSpec, weights: Weights, index: int, normed
     if v is not None and "v_norm" in weights.norms:
         v = ops.norm(v, weights.norms["v_norm"], spec.norm_eps)
     described = Attention(
-        layer=min(shape.source, spec.cache_layers - 1),
+        layer=spec.cache_layer(index),
         heads=spec.heads,
         kv_heads=shape.kv_heads,
         head_dim=shape.head_dim,
@@ -147,7 +154,23 @@ def _attended(ops: Ops[X], spec: ModelSpec, weights: Weights, index: int, normed
     constant = turns is not None and single and spec.names.k_norm is None and not shifted
     key_bias = weights.biases.get("k") if constant else None
     seen = ops.self_attention(q, k, v, described, key_bias, sinks, weights.biases.get("distances", by_distance))
+    seen = seen if gate is None else ops.sigmoid_gate(seen, gate)
     return seen if spec.latent is None else latent_values(ops, spec, spec.latent, seen)
+
+
+def _recurred(ops: Ops[X], spec: ModelSpec, weights: Weights, index: int, normed: X) -> X:
+    """A gated delta net as Qwen3-Next has it, but for its last linear: (..., hidden) -> (..., H D_v).
+
+    Queries, keys and values are convolved over a few tokens and activated before they reach the state; what it says is
+    normalised by head, and multiplied with a gate, whose activation is a silu always.
+    """
+    assert spec.delta is not None
+    convolution, recurrence = spec.delta.at(index)
+    slots = ("delta_qkv", "delta_z", "delta_decay", "delta_write")
+    qkv, z, decay, write = _together(ops, weights, slots, normed)
+    qkv = ops.activate(ops.short_convolution(qkv, weights.biases["delta_taps"], convolution), None, spec.activation)
+    out = ops.recur(qkv, decay, write, weights.biases["delta_rates"], recurrence)
+    return ops.activate(z, ops.norm(out, weights.norms["delta_norm"], spec.norm_eps), "silu")
 
 
 def mlp(ops: Ops[X], spec: ModelSpec, weights: Weights, x: X) -> X:
@@ -208,6 +231,8 @@ def _of_experts(ops: Ops[X], spec: ModelSpec, weights: Weights, inner: X, logits
 def _features(ops: Ops[X], spec: ModelSpec, weights: Weights, normed: X) -> X:
     """The MLP, but for its last linear: (..., hidden) -> (..., intermediate)."""
     gate, *up = _together(ops, weights, gate_up(spec), normed)
+    if spec.activation == SQUARED:
+        return ops.activate(gate, gate, "relu")
     return ops.activate(gate, up[0] if up else None, spec.activation)
 
 
@@ -236,7 +261,7 @@ def embedding(ops: Ops[X], spec: ModelSpec, weight: Weight, outside: Weights, id
 
 def head(ops: Ops[X], spec: ModelSpec, weights: Weights, weight: Weight, hidden: X) -> X:
     """Hidden states before the final norm -> logits (..., V)."""
-    logits = ops.logits(weight, norm(ops, spec, weights, "final_norm", hidden))
+    logits = ops.logits(weight, norm(ops, spec, weights, "final_norm", hidden), weights.biases.get("head"))
     if spec.logit_multiplier != 1.0:
         logits = ops.scale(logits, spec.logit_multiplier)
     return logits if spec.logit_cap is None else ops.soft_cap(logits, spec.logit_cap)

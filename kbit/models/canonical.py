@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from kbit.checkpoint.readers import mxfp4
@@ -19,6 +19,7 @@ from kbit.checkpoint.source import CheckpointSource, PackedStacks, StoredSource,
 from kbit.host.errors import CheckpointError, KbitError, UnsupportedError
 from kbit.models.families import FAMILIES, spec_from_config
 from kbit.models.family import family_of
+from kbit.models.grouped_rows import grouped_rows
 from kbit.models.head_order import head_order
 from kbit.models.layout import Layout
 from kbit.models.params import Parameter, parameters
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
+    from kbit.formats.quant_format import QuantFormat
     from kbit.formats.stored import AnyStored, StoredMatrix
 
 
@@ -46,6 +48,7 @@ class _Piece:
         transposed: rows are columns there, of a whole tensor or of an expert's.
         format: in which it is packed there, if it is.
         run, apart: rows that lie together there, and how far apart such runs begin; 0 where all lie together.
+        places: int64 (N,), the row of each of its own; None where they lie as the others say.
     """
 
     stored: str
@@ -58,6 +61,24 @@ class _Piece:
     format: str | None = None
     run: int = 0
     apart: int = 0
+    places: NDArray[np.int64] | None = field(default=None, compare=False)
+
+    @property
+    def scattered(self) -> bool:
+        """Whether its rows lie apart from one another, or in another order."""
+        return self.places is not None or self.run > 0 or bool(self.order)
+
+    def rows(self, start: int, stop: int) -> NDArray[np.int64]:
+        """Where rows are that lie apart."""
+        import numpy as np
+
+        if self.places is not None:
+            return self.places[start:stop]
+        wanted = np.arange(start, stop)
+        if self.order:
+            within = wanted % len(self.order)
+            wanted = wanted - within + np.array(self.order)[within]
+        return self.first + (wanted // self.run * self.apart + wanted % self.run if self.run else wanted)
 
 
 def canonical(source: CheckpointSource) -> CheckpointSource:
@@ -89,8 +110,10 @@ def canonical(source: CheckpointSource) -> CheckpointSource:
 
 def _stored_names(spec: ModelSpec, layout: Layout) -> set[str]:
     """Names of a model's tensors, and of those that are published for several of them."""
-    fused = {template.format(layer=layer) for template in layout.fused for layer in range(spec.layers)}
-    return {*spec.expected_tensors(), *(f"{name}.{end}" for name in fused for end in ("weight", "bias"))}
+    templates = (*layout.fused, *layout.grouped)
+    fused = {template.format(layer=layer) for template in templates for layer in range(spec.layers)}
+    stacks = {template.format(layer=layer) for template in layout.stacked for layer in range(spec.layers)}
+    return {*spec.expected_tensors(), *stacks, *(f"{name}.{end}" for name in fused for end in ("weight", "bias"))}
 
 
 def check_canonical(source: CheckpointSource) -> None:
@@ -134,7 +157,8 @@ class CanonicalSource(StoredSource):
             infos.pop(left_out, None)
         for name, piece in self._pieces.items():
             info = self._source.tensors[piece.stored]
-            shape = info.shape if piece.stored == name else (shapes[name][0], *info.shape[1:])
+            alone = piece.stored == name and piece.places is None and not piece.run
+            shape = info.shape if alone else (shapes[name][0], *info.shape[1:])
             if piece.expert is not None:
                 shape = shapes[name]
             elif piece.transposed and len(info.shape) == 2:
@@ -167,32 +191,30 @@ class CanonicalSource(StoredSource):
             columns = self._source.tensors[piece.stored].shape[0]
             matrix = self._source.read_array_rows(piece.stored, 0, columns)
             return np.ascontiguousarray(matrix[:, piece.first + start : piece.first + stop].T)
-        if piece.run:
-            # All runs that are touched, and what lies between them.
-            wanted = np.arange(start, stop)
-            places = piece.first + wanted // piece.run * piece.apart + wanted % piece.run
-            values = self._source.read_array_rows(piece.stored, int(places[0]), int(places[-1]) + 1)
-            return np.ascontiguousarray(values[places - places[0]])
-        if not piece.order:
-            values = self._source.read_array_rows(piece.stored, piece.first + start, piece.first + stop)
-            return values + np.float32(piece.offset) if piece.offset else values
-        # Whole heads, of which the wanted rows are then taken in their order.
-        head = len(piece.order)
-        begin, end = start // head * head, -(-stop // head) * head
-        values = self._source.read_array_rows(piece.stored, piece.first + begin, piece.first + end)
-        within = np.arange(start, stop) % head
-        taken: NDArray[np.float32] = values[np.arange(start, stop) - within - begin + np.array(piece.order)[within]]
-        return taken
+        if piece.scattered and start < stop:
+            # All that lies between the first and the last.
+            places = piece.rows(start, stop)
+            first, last = int(places.min()), int(places.max())
+            values = self._source.read_array_rows(piece.stored, first, last + 1)
+            return np.ascontiguousarray(values[places - first])
+        values = self._source.read_array_rows(piece.stored, piece.first + start, piece.first + stop)
+        return values + np.float32(piece.offset) if piece.offset else values
 
     def read_stored(self, name: str) -> AnyStored:
         if name not in self._pieces:
             return self._source.read_stored(name)
-        from kbit.formats.stored import KINDS, DenseMatrix, narrowed
+        from kbit.formats.quant_format import QuantFormat
+        from kbit.formats.stored import KINDS, DenseMatrix, StoredMatrix, narrowed
 
         info, piece = self._infos[name], self._pieces[name]
         if piece.format is not None:
             return self._packed(name, piece)
         if stored_format(info) is not None:
+            whole = self._source.read_stored(piece.stored) if piece.scattered else None
+            if isinstance(whole, StoredMatrix) and isinstance(whole.format, QuantFormat):
+                rows = _of_rows(whole, whole.format, piece.rows(0, info.shape[0]))
+                if rows is not None:
+                    return rows
             raise UnsupportedError(
                 f"{self.path}: {name} is part of {self._pieces[name].stored}, which is packed ({info.stored_as}); kbit "
                 "takes such tensors apart only where they are not: convert the original 16-bit checkpoint"
@@ -224,6 +246,14 @@ class CanonicalSource(StoredSource):
         self._source.close()
 
 
+def _of_rows(whole: StoredMatrix, format: QuantFormat, places: NDArray[np.int64]) -> StoredMatrix | None:
+    """Some rows of a packed matrix, or None where not all of its parts are by row."""
+    if format.double_quant or any(len(part) != whole.shape[0] for part in whole.parts.values()):
+        return None
+    parts = {suffix: part[places] for suffix, part in whole.parts.items()}
+    return replace(whole, shape=(len(places), whole.shape[1]), parts=parts)
+
+
 def _of_stacks(
     source: CheckpointSource, spec: ModelSpec, layout: Layout, declared: Mapping[tuple[Any, ...], Parameter]
 ) -> dict[str, _Piece]:
@@ -252,6 +282,30 @@ def _of_stacks(
                     name = declared[layer, f"experts.{expert}.{slot}", stack.kind].name
                     format = mxfp4.FORMAT if packed else None
                     pieces[name] = _Piece(stored, begin, expert=expert, step=step, transposed=transposed, format=format)
+    return pieces
+
+
+def _of_groups(
+    source: CheckpointSource, spec: ModelSpec, layout: Layout, declared: Mapping[tuple[Any, ...], Parameter]
+) -> dict[str, _Piece]:
+    """Where the tensors are that are published by group with others."""
+    pieces: dict[str, _Piece] = {}
+    for template, grouped in layout.grouped.items():
+        places: dict[str, NDArray[np.int64]] = {}
+        for layer in range(spec.layers):
+            for end in ("weight", "bias"):
+                stored = f"{template.format(layer=layer)}.{end}"
+                parts = [declared[layer, slot, end] for slot in grouped.slots if (layer, slot, end) in declared]
+                if stored not in source.tensors or not parts:
+                    continue
+                wanted = (sum(part.shape[0] for part in parts), *parts[0].shape[1:])
+                if source.tensors[stored].shape != wanted:
+                    raise CheckpointError(
+                        f"{source.path}: {stored} has shape {source.tensors[stored].shape}, but config.json asks for "
+                        f"{wanted}, which are {', '.join(grouped.slots)}"
+                    )
+                places = places or grouped_rows(spec, layout, template)
+                pieces |= {part.name: _Piece(stored, places=places[part.slot]) for part in parts}
     return pieces
 
 
@@ -302,14 +356,16 @@ def _pieces(source: CheckpointSource, spec: ModelSpec, layout: Layout) -> dict[s
                     run, apart = (part.shape[0] // spec.heads, wanted_rows // spec.heads) if by_head else (0, 0)
                     pieces[part.name] = _Piece(stored, first, run=run, apart=apart, transposed=turned_over)
                     first += run or part.shape[0]
+    pieces |= _of_groups(source, spec, layout, declared)
     for p in declared.values():
         stored = pieces.get(p.name, _Piece(p.name)).stored
         if stored not in source.tensors:
             continue  # whoever checks the tensors says so
         if layout.transposed and p.role == "linear" and p.name not in pieces:
             pieces[p.name] = _Piece(p.name, transposed=True)
-        if p.role == "norm" and layout.norm_offset:
+        if p.role == "norm" and layout.norm_offset and p.slot not in layout.whole_norms:
             pieces[p.name] = _Piece(p.name, offset=layout.norm_offset)
-        if order := head_order(spec, layout, p.slot):
-            pieces[p.name] = replace(pieces.get(p.name, _Piece(p.name)), order=order)
+        at = pieces.get(p.name, _Piece(p.name))
+        if at.places is None and (order := head_order(spec, layout, p.slot)):
+            pieces[p.name] = replace(at, order=order)
     return pieces

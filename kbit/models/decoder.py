@@ -116,12 +116,23 @@ class Decoder:
     def new_cache(self, batch: int, capacity: int) -> Cache:
         """An empty cache for `batch` sequences of at most `capacity` tokens each."""
         spec = self.spec
-        return self.backend.new_cache(spec.cache_layers, batch, *spec.cache_heads, capacity)
+        cache = self.backend.new_cache(spec.cache_layers, batch, *spec.cache_heads, capacity)
+        if spec.states:
+            cache.pool.states = self.backend.new_states(spec.states, 2 * batch)  # before and after a pass
+        return cache
 
-    def new_pool(self, pages: int) -> PagePool:
-        """Pages for the keys and values of this model, all free."""
+    def new_pool(self, pages: int, sequences: int = 1) -> PagePool:
+        """Pages for the keys and values of this model, all free.
+
+        Args:
+            pages: how many.
+            sequences: of a recurrent model, sequences whose states there is to be room for, before and after a pass.
+        """
         spec = self.spec
-        return self.backend.new_pool(spec.cache_layers, *spec.cache_heads, pages)
+        pool = self.backend.new_pool(spec.cache_layers, *spec.cache_heads, pages)
+        if spec.states:
+            pool.states = self.backend.new_states(spec.states, 2 * sequences)
+        return pool
 
     def run(self, batch: Batch, cache: Cache) -> Array:
         """Feeds the tokens of a batch; the logits of those that are wanted.

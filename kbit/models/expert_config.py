@@ -108,17 +108,19 @@ def check_fixed(fixed: Mapping[str, tuple[object, ...]], values: ConfigValues, m
     """Raise where a key that other implementations read says what this family does not do.
 
     Args:
-        fixed: by key, the values that say what it does.
+        fixed: by key, or key of an object and key inside of it ("attn_config.alibi"), the values that say what it does.
 
     Raises:
         UnsupportedError: another value.
     """
     for key, usual in fixed.items():
-        if values.raw(key) is not None and values.raw(key) not in usual:
+        outer, _, inner = key.partition(".")
+        found = values.raw(outer)
+        found = found.get(inner) if inner and isinstance(found, Mapping) else found
+        if found is not None and found not in usual:
             wanted = " or ".join(repr(value) for value in usual)
             raise UnsupportedError(
-                f"{values.where}: {key} {shown(values.raw(key))} is not supported for model_type {model_type!r}, "
-                f"only {wanted}"
+                f"{values.where}: {key} {shown(found)} is not supported for model_type {model_type!r}, only {wanted}"
             )
 
 

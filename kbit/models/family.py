@@ -7,7 +7,7 @@ Sizes that a model cannot be guessed without (vocab_size, hidden_size, intermedi
 num_attention_heads) must be there. Other keys that are absent take the default of transformers' configuration class
 (`LlamaConfig`, `MistralConfig`, ...): context length, key/value heads, head size, activation, norm epsilon, tying,
 biases, sliding windows and RoPE. Of the keys that a family does not read, those that change another family's result
-(`_FOREIGN`) are refused unless their value is harmless; the rest are not looked at.
+(`kbit.models.foreign_keys`) are refused unless their value is harmless; the rest are not looked at.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from typing import Any, Literal
 
 from kbit.host.errors import CheckpointError, UnsupportedError
 from kbit.models.config_values import ConfigValues, shown
+from kbit.models.delta_config import delta_of
 from kbit.models.expert_config import ExpertRules, check_fixed, experts_of
 from kbit.models.factors_config import ROOT_OF_WIDTH as ROOT_OF_WIDTH
 from kbit.models.factors_config import (
@@ -28,12 +29,13 @@ from kbit.models.factors_config import (
     root,
     score_scale,
 )
+from kbit.models.foreign_keys import FOREIGN_KEYS
 from kbit.models.latent_config import LatentRules, check_turned, latent_scale, read_latent
 from kbit.models.layer_shapes import LayerShape, ShapeRules, layer_shapes
 from kbit.models.layer_types import Rotated, Windows, rotated_layers, windows_of
 from kbit.models.layout import Layout
 from kbit.models.rope_config import DEFAULT_THETA, RopeRules, Ropes, ropes_from_config
-from kbit.models.spec import MAX_CONTEXT, ModelSpec, RopeSpec, Sinusoids, TensorNames
+from kbit.models.spec import MAX_CONTEXT, SQUARED, ModelSpec, RopeSpec, Sinusoids, TensorNames
 from kbit.models.stack_config import distances_of, names_of, with_fallbacks
 from kbit.models.task_config import position_table, read_task, token_types
 from kbit.models.task_heads import TaskHead
@@ -51,85 +53,7 @@ _ACTIVATIONS = {
     "gelu_fast": "gelu_tanh",
     "gelu_pytorch_tanh": "gelu_tanh",
     "relu": "relu",
-}
-
-# Keys that change the result in families that read them, with the values that change nothing where they are not read.
-_FOREIGN: Mapping[str, tuple[Any, ...]] = {
-    "_remove_final_layer_norm": (None, False),
-    "alibi": (None, False),
-    "apply_residual_connection_post_layernorm": (None, False),
-    "attention_chunk_size": (None,),
-    "attention_k_eq_v": (None, False),
-    "attention_multiplier": (None,),
-    "add_cross_attention": (None, False),
-    "attn_logit_softcapping": (None,),
-    "causal": (None, False),
-    "clip_qkv": (None,),
-    "decoder_sparse_step": (None, 1),
-    "dim_model_base": (None,),
-    "do_layer_norm_before": (None, True),
-    "embedding_multiplier": (None, 1),
-    "enable_moe_block": (None, False),
-    "final_logit_softcapping": (None,),
-    "first_k_dense_replace": (None, 0),
-    "global_head_dim": (None,),
-    "hidden_activation": (None, "gelu_pytorch_tanh"),
-    "hidden_size_per_layer_input": (None, 0),
-    "index_topk": (None,),
-    "is_decoder": (None, False),
-    "kv_lora_rank": (None,),
-    "layer_norm_elementwise_affine": (None, True),
-    "logit_scale": (None, 1),
-    "logits_scaling": (None, 1),
-    "mlp_fc1_bias": (None, False),
-    "mlp_fc2_bias": (None, False),
-    "mlp_layer_types": (None,),
-    "mlp_only_layers": (None, []),
-    "moe_every_n_layers": (None, 0),
-    "multi_query": (None, True),
-    "n_group": (None, 0, 1),
-    "n_routed_experts": (None, 0, 1),
-    "n_shared_experts": (None, 0),
-    "new_decoder_architecture": (None, False),
-    "no_rope_layer_interval": (None,),
-    "no_rope_layers": (None,),
-    "num_experts": (None, 0, 1),
-    "num_global_key_value_heads": (None,),
-    "num_kv_shared_layers": (None, 0),
-    "num_local_experts": (None, 0, 1),
-    "parallel_attn": (None, True),
-    "parallel_block": (None, False),
-    "per_layer_config": (None, {}),
-    "position_embedding_type": (None, "absolute"),
-    "prenorm": (None, False),
-    "q_lora_rank": (None,),
-    "qk_layernorm": (None, False),
-    "qkv_proj_bias": (None, False),
-    "query_pre_attn_scalar": (None,),
-    "relative_attention_num_buckets": (None, 32),
-    "residual_multiplier": (None, 1),
-    "rope_local_base_freq": (None,),
-    "rotary_dim": (None,),
-    "rotary_emb_fraction": (None, 1),
-    "rotary_emb_interleaved": (None, False),
-    "rotary_emb_scale_base": (None,),
-    "rotary_scaling_factor": (None,),
-    "routed_scaling_factor": (None, 1),
-    "scale_attn_by_inverse_layer_idx": (None, False),
-    "scale_attn_weights": (None, True),
-    "scale_depth": (None,),
-    "scale_emb": (None, 1),
-    "scoring_func": (None, "softmax"),
-    "shared_expert_intermediate_size": (None, 0),
-    "shared_intermediate_size": (None, 0),
-    "swiglu_alpha": (None,),
-    "swiglu_limit": (None,),
-    "use_bidirectional_attention": (None, False),
-    "use_cla": (None, False),
-    "use_double_wide_mlp": (None, False),
-    "use_parallel_residual": (None, False),
-    "use_qk_norm": (None, False),
-    "use_rms_norm": (None, False),
+    "relu2": SQUARED,
 }
 
 
@@ -141,7 +65,7 @@ class Family:
         model_type: its name in configurations.
         architectures: accepted entries of `architectures`.
         defaults: values of keys that config.json leaves out.
-        qkv_bias, output_bias, mlp_bias: fixed, or the configuration key that says.
+        qkv_bias, output_bias, mlp_bias, head_bias: fixed, or the configuration key that says.
         windows: which layers slide (`kbit.models.layer_types`).
         names: tensor names; a norm that has none is not there.
         norm: kind of every norm.
@@ -164,6 +88,7 @@ class Family:
         logit_divisor: the key of what logits are divided by.
         scaled_logits: the key that says whether it is the root of the width; where absent, that of a tied head is.
         experts: how the configuration describes experts; None: there are none.
+        delta: layers of the type "linear_attention" have a gated delta rule (`kbit.models.delta_config`).
         fixed: keys that other implementations read, and the values that say what this family does.
         layout: how published tensors differ from those that `names` names.
         keys: what configurations call keys that are known here by other names.
@@ -172,6 +97,7 @@ class Family:
             of padding.
         sinusoids, sloped: see ModelSpec.
         distances: see ModelSpec; fixed, or the keys that say.
+        even_slopes: slopes are known of a power of two heads alone.
         unnormed: see ModelSpec.
         extra_positions: rows that the table of positions has beside max_position_embeddings.
         parallel: see ModelSpec; fixed, or the key that says.
@@ -192,6 +118,8 @@ class Family:
         fallbacks: keys that say what others do not, where these are absent or null.
         shared: the key that says whether encoder and decoder have one embedding, and its name then.
         plain_up: the name of `up` where the activation's name does not begin with "gated-": then there is no gate.
+        variants: (key, value, family): what a configuration of this model_type is where a key has a value, the first
+            that it has.
     """
 
     model_type: str
@@ -224,6 +152,7 @@ class Family:
     logit_divisor: str | None = None
     scaled_logits: str | None = None
     experts: ExpertRules | None = None
+    delta: bool = False
     fixed: Mapping[str, tuple[object, ...]] = field(default_factory=dict)
     layout: Layout = field(default_factory=Layout)
     ignored: tuple[str, ...] = ()
@@ -233,6 +162,7 @@ class Family:
     sinusoids: Sinusoids | None = None
     distances: tuple[int, int] | tuple[str, str] | None = None
     sloped: bool = False
+    even_slopes: bool = False
     unnormed: tuple[int, ...] = ()
     extra_positions: int = 0
     parallel: bool | str = False
@@ -242,6 +172,8 @@ class Family:
     latent: LatentRules | None = None
     depth_scale: str | None = None
     logit_width: str | None = None
+    head_bias: bool = False
+    variants: tuple[tuple[str, object, Family], ...] = ()
     task: TaskHead | None = None
     heads: Mapping[str, TaskHead] = field(default_factory=dict)
     shapes: ShapeRules | None = None
@@ -282,7 +214,7 @@ def read_spec(families: Mapping[str, Family], config: Mapping[str, Any], where: 
             raise UnsupportedError(
                 f"{where}: {one} {shown(found)} is not supported; it must be {other}, {shown(wanted)}"
             )
-    for key, harmless in _FOREIGN.items():
+    for key, harmless in FOREIGN_KEYS.items():
         if key not in values.asked and key not in family.ignored and config.get(key) not in harmless:
             raise UnsupportedError(
                 f"{where}: {key} {shown(config[key])} is not supported for model_type {family.model_type!r}; without "
@@ -298,6 +230,10 @@ def _read_stack(family: Family, values: ConfigValues) -> ModelSpec:
     heads = values.integer("num_attention_heads", 1, _MAX_WIDTH)
     latent = None if family.latent is None else read_latent(family.latent, values, family.names, hidden, heads)
     kv_heads = values.optional_integer("num_key_value_heads", 1, _MAX_WIDTH) or heads
+    if family.even_slopes and heads & (heads - 1):
+        raise UnsupportedError(
+            f"{values.where}: {heads} heads are no power of two, as kbit has {family.model_type} slopes for"
+        )
     if heads % kv_heads:
         raise values.error("num_key_value_heads", f"a divisor of num_attention_heads ({heads})")
     head_dim = values.optional_integer("head_dim", 1, _MAX_WIDTH) if latent is None else latent.head_dim
@@ -306,7 +242,10 @@ def _read_stack(family: Family, values: ConfigValues) -> ModelSpec:
             raise values.error("hidden_size", f"a multiple of num_attention_heads ({heads}), as there is no head_dim")
         head_dim = hidden // heads
     max_positions = values.integer("max_position_embeddings", 1, MAX_CONTEXT)
-    windows = windows_of(family.windows, family.window_period, values, layers)
+    delta = delta_of(values, layers) if family.delta else None
+    windows: tuple[int | None, ...] = (None,) * layers
+    if not family.delta:
+        windows = windows_of(family.windows, family.window_period, values, layers)
     both_sides = family.mask == "bidirectional" or (
         family.bidirectional is not None and values.boolean(family.bidirectional)
     )
@@ -331,7 +270,7 @@ def _read_stack(family: Family, values: ConfigValues) -> ModelSpec:
     if latent is not None:
         check_turned(latent, ropes.rope, ropes.query_temperature is not None, values.where)
     check_fixed(family.fixed, values, family.model_type)
-    return ModelSpec(
+    spec = ModelSpec(
         family=family.model_type,
         vocab_size=vocabulary,
         hidden_size=hidden,
@@ -364,6 +303,7 @@ def _read_stack(family: Family, values: ConfigValues) -> ModelSpec:
         logit_multiplier=logit_multiplier(family, values, hidden),
         query_temperature=ropes.query_temperature,
         experts=None if family.experts is None else experts_of(family.experts, values, layers),
+        delta=delta,
         position_rows=positions.rows,
         first_position=positions.first,
         types=token_types(family, values),
@@ -372,6 +312,7 @@ def _read_stack(family: Family, values: ConfigValues) -> ModelSpec:
         sloped=family.sloped,
         unnormed=family.unnormed,
         parallel=_switch(family.parallel, values),
+        head_bias=family.head_bias,
         task=read_task(family, values, _ACTIVATIONS, norm_bias),
         latent=None if latent is None else latent.spec,
         shapes=shapes,
@@ -380,6 +321,9 @@ def _read_stack(family: Family, values: ConfigValues) -> ModelSpec:
         layer_tokens=feature_rows,
         layer_multiplier=root(values, features) if features else 1.0,
     )
+    if spec.activation == SQUARED and (names.gate is not None or spec.experts is not None):
+        raise UnsupportedError(f"{values.where}: {family.activation} {SQUARED!r} is supported for MLPs without a gate")
+    return spec
 
 
 def family_of(families: Mapping[str, Family], config: Mapping[str, Any], where: str) -> Family:
@@ -407,6 +351,7 @@ def family_of(families: Mapping[str, Family], config: Mapping[str, Any], where: 
     if model_type not in families:
         raise UnsupportedError(f"{where}: model_type {shown(model_type)} is not supported; {supported}")
     family = families[model_type]
+    family = next((other for key, value, other in family.variants if config.get(key) == value), family)
     if architectures and not set(architectures) & set(family.accepted):
         raise UnsupportedError(
             f"{where}: architecture {shown(architectures)} is not supported; for model_type {model_type!r} kbit "
@@ -418,6 +363,8 @@ def family_of(families: Mapping[str, Family], config: Mapping[str, Any], where: 
 def _intermediate_size(family: Family, values: ConfigValues, hidden: int) -> int:
     if family.mlp_ratio is not None and values.raw("intermediate_size") is None:
         return family.mlp_ratio * hidden
+    if family.experts is not None and family.experts.layers == "all" and values.raw("intermediate_size") is None:
+        return values.integer(family.experts.width, 1, _MAX_WIDTH)  # no layer has a plain MLP
     return values.integer("intermediate_size", 1, _MAX_WIDTH)
 
 

@@ -9,9 +9,11 @@ from kbit.host.errors import UnsupportedError
 from kbit.models.config_values import ConfigValues, shown
 from kbit.models.spec import MAX_CONTEXT
 
-Windows = Literal["none", "all", "switched", "chosen", "listed", "period", "period from 0", "period, full at the end"]
+Windows = Literal[
+    "none", "all", "switched", "chosen", "listed", "period", "period from 0", "period, full at the end", "runs"
+]
 Rotated = Literal["all", "listed", "windowed"]
-FULL, SLIDING = "full_attention", "sliding_attention"
+FULL, SLIDING, LINEAR = "full_attention", "sliding_attention", "linear_attention"
 
 
 def windows_of(windows: Windows, period: int | str, values: ConfigValues, layers: int) -> tuple[int | None, ...]:
@@ -22,7 +24,8 @@ def windows_of(windows: Windows, period: int | str, values: ConfigValues, layers
             "chosen" (`use_sliding_window` and then `layer_types`, or every layer from `max_window_layers` on);
             "listed" (`use_sliding_window` and then `layer_types`); "period" (`layer_types`, or all but every
             period-th); "period from 0" (likewise, but of every period the first does not); "period, full at the end"
-            (as "period", but for the last layer, which never does).
+            (as "period", but for the last layer, which never does); "runs" (`attention_types`, how often each list of
+            "global" and "local" comes; or every second).
         period: of full attention; 0 for none; or the key that says.
         values: the configuration.
         layers: how many there are.
@@ -31,6 +34,8 @@ def windows_of(windows: Windows, period: int | str, values: ConfigValues, layers
         UnsupportedError: a layer type, or a pattern, that kbit does not know.
         CheckpointError: a senseless value.
     """
+    if windows == "runs":
+        return _by_runs(values, layers)
     window = None
     periodic = windows.startswith("period")
     if windows == "all" or periodic or (windows != "none" and values.boolean("use_sliding_window")):
@@ -103,13 +108,44 @@ def _from_layer(values: ConfigValues, layers: int) -> list[str]:
     return [SLIDING if layer >= first else FULL for layer in range(layers)]
 
 
-def _layer_types(values: ConfigValues, layers: int) -> list[str] | None:
+def _by_runs(values: ConfigValues, layers: int) -> tuple[int | None, ...]:
+    """GPT-Neo's windows."""
+    runs, window = values.raw("attention_types"), values.integer("sliding_window", 1, MAX_CONTEXT)
+    kinds: list[object] = ["global" if layer % 2 == 0 else "local" for layer in range(layers)] if runs is None else []
+    for run in runs if isinstance(runs, list) else ():
+        if not isinstance(run, list) or len(run) != 2 or not isinstance(run[0], list) or type(run[1]) is not int:
+            break
+        kinds += run[0] * min(max(run[1], 0), layers + 1)
+    if len(kinds) != layers or not set(map(str, kinds)) <= {"global", "local"}:
+        raise values.error("attention_types", f"lists of global and local, and how often each comes, {layers} in all")
+    return tuple(window if kind == "local" else None for kind in kinds)
+
+
+def linear_layers(values: ConfigValues, layers: int) -> tuple[bool, ...]:
+    """Whether every layer has linear attention: `layer_types`, or all but every `full_attention_interval`-th.
+
+    Args:
+        values: the configuration.
+        layers: how many there are.
+
+    Raises:
+        UnsupportedError: a layer type that kbit does not know.
+        CheckpointError: a senseless value.
+    """
+    types = _layer_types(values, layers, (FULL, LINEAR))
+    if types is not None:
+        return tuple(kind == LINEAR for kind in types)
+    interval = values.integer("full_attention_interval", 1, MAX_CONTEXT)
+    return tuple((layer + 1) % interval != 0 for layer in range(layers))
+
+
+def _layer_types(values: ConfigValues, layers: int, known: tuple[str, ...] = (FULL, SLIDING)) -> list[str] | None:
     types = values.raw("layer_types")
     if types is None:
         return None
     if not isinstance(types, list) or len(types) != layers or not all(isinstance(kind, str) for kind in types):
         raise values.error("layer_types", f"a list of {layers} names, one per layer")
-    unknown = set(types) - {FULL, SLIDING}
+    unknown = set(types) - set(known)
     if unknown:
         raise UnsupportedError(
             f"{values.where}: layer_types has {shown(sorted(unknown)[0])}, which kbit does not support"

@@ -25,6 +25,19 @@ class Stacked:
 
 
 @dataclass(frozen=True)
+class Grouped:
+    """Several matrices in one, by group (`kbit.models.grouped_rows`).
+
+    Attributes:
+        slots: of these matrices, in the order of their rows within a group.
+        by: what makes a group: a head of keys of a delta net, a head of keys and values, or a quarter of all heads.
+    """
+
+    slots: tuple[str, ...]
+    by: Literal["key heads", "key/value heads", "quarters"]
+
+
+@dataclass(frozen=True)
 class Layout:
     """What `kbit.models.canonical` undoes. The default changes nothing.
 
@@ -33,10 +46,12 @@ class Layout:
             order of their rows.
         by_head: of these, each head's rows of one slot after the other, not all rows of one slot.
         not_by_head: of these nevertheless all rows of one slot after the other.
+        grouped: published matrices that hold several by group, by name likewise.
         transposed: matrices inside of layers are published as (inputs, outputs).
         interleaved: pairs of features that turn together lie side by side (2 i, 2 i + 1), not half of what turns apart.
         turned_last: what turns of a query's head comes after what does not.
-        norm_offset: is added to the stored weight of every norm.
+        norm_offset: is added to the stored weight of every norm, but for
+        whole_norms: norms, by slot, whose weights are stored as they multiply.
         stacked: published tensors that hold all experts of a layer, by whole name (with {layer}).
         more_layers: the key of how many layers there are beyond the model's own, which predict tokens further on; they
             are left out.
@@ -48,10 +63,12 @@ class Layout:
     fused: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     by_head: bool = False
     not_by_head: tuple[str, ...] = ()
+    grouped: Mapping[str, Grouped] = field(default_factory=dict)
     transposed: bool = False
     interleaved: bool = False
     turned_last: bool = False
     norm_offset: float = 0.0
+    whole_norms: tuple[str, ...] = ()
     stacked: Mapping[str, Stacked] = field(default_factory=dict)
     more_layers: str | None = None
     prefix: str = ""
@@ -62,4 +79,5 @@ class Layout:
     def changes(self) -> bool:
         """Whether published tensors differ from canonical ones in more than their names, which tell by themselves."""
         elsewhere = bool(self.fused) or bool(self.stacked) or self.more_layers is not None
+        elsewhere = elsewhere or bool(self.grouped)
         return elsewhere or self.transposed or self.interleaved or self.turned_last or self.norm_offset != 0.0

@@ -73,6 +73,8 @@ def check_loadable(source: CheckpointSource, backend: Backend, spec: ModelSpec |
     read_data = not isinstance(source, HoldsPrepared)  # else compared when prepared
     check_tensors(source, spec, read_data=read_data, ignored=ignored)
     backend.new_cache(spec.cache_layers, 1, *spec.cache_heads, 1)  # refuses now what it would refuse once all is read
+    if spec.states:
+        backend.new_states(spec.states, 1)
     return spec
 
 
@@ -161,6 +163,8 @@ class _Loader:
                 matrices[parameter.slot] = self._weight(parameter.name, lookup=parameter.role in ("rows", "table"))
             elif parameter.role == "distances":
                 biases[parameter.slot] = self._distances(parameter.name)
+            elif parameter.role == "taps":
+                biases[parameter.slot] = self._taps(parameter)
             else:
                 vectors = norms if parameter.role == "norm" else biases
                 vectors[parameter.slot] = self._vector(parameter.name)
@@ -240,6 +244,25 @@ class _Loader:
         values = source.read(name)
         self._check_finite(name, [values])
         return self.backend.prepare_vector(torch.from_numpy(by_distance(values.numpy(), largest, causal=causal)))
+
+    def _taps(self, parameter: Parameter) -> Vector:
+        """A convolution's factors (features, 1, tokens) as `Ops.short_convolution` takes them: those of a token
+        together."""
+        source, name, features = self.source, parameter.name, parameter.shape[0]
+        if isinstance(self.backend, PreparesStored) and isinstance(source, HoldsPrepared | StoredSource):
+            import numpy as np
+
+            values = (
+                np.asarray(source.prepared_vector(name))
+                if isinstance(source, HoldsPrepared)
+                else read_array(source, name)
+            )
+            vector = self.backend.prepare_array(values.reshape(features, -1).T.reshape(-1))
+            self._count()
+            return vector
+        values_read = source.read(name)
+        self._check_finite(name, [values_read])
+        return self.backend.prepare_vector(values_read.reshape(features, -1).T.reshape(-1))
 
     def _matrix(self, name: str) -> torch.Tensor | QuantTensor:
         import torch

@@ -13,7 +13,7 @@ from typing import Literal
 from kbit.models.spec import LatentSpec, ModelSpec
 
 Unit = Literal["heads", "kv_heads", "features"]
-Role = Literal["embedding", "linear", "head", "norm", "bias", "router", "rows", "table", "distances", "task"]
+Role = Literal["embedding", "linear", "head", "norm", "bias", "router", "rows", "table", "distances", "taps", "task"]
 
 # What stands outside of the layers, beside embedding and head, and is prepared with them.
 OUTSIDE: tuple[Role, ...] = ("norm", "bias", "rows", "table", "router", "distances")
@@ -22,6 +22,7 @@ OUTSIDE: tuple[Role, ...] = ("norm", "bias", "rows", "table", "router", "distanc
 QKV, GATE_UP, SHARED = ("q", "k", "v"), ("gate", "up"), ("shared_gate", "shared_up")
 KEYS_VALUES = ("k", "v")
 CROSS_KV = ("cross_k", "cross_v")
+DELTA = ("delta_qkv", "delta_z")
 
 
 @dataclass(frozen=True)
@@ -33,9 +34,10 @@ class Parameter:
         slot: what its block calls it, for example "q" or "attention_norm"; a bias is in the slot of its matrix.
         layer: index, or None outside of layers.
         role: what it is for. Biases of norms are "bias" too, and so are attention sinks. A "router" is a small matrix
-            that decides, or one outside of layers, and stays as it is stored where others are quantized. A "table" is
-            looked up by token beside the embedding, and quantized as that is.
-        shape: (N, K), or (N,).
+            that decides, or one outside of layers, and stays as it is stored where others are quantized: of experts, or
+            of how fast a state fades and how much of a token goes into it. A "table" is looked up by token beside the
+            embedding, and quantized as that is. "taps" are those of a convolution over tokens.
+        shape: (N, K), or (N,); of taps (features, 1, tokens).
         cut: how processes share it: (axis, what that axis consists of), or None where all have it whole. Of a matrix
             whose columns are cut the product is a part of a sum (`Ops.sum_parts`).
         group: slots of the linears that share its input, itself included; empty for what is no linear.
@@ -70,7 +72,7 @@ def own_parameters(spec: ModelSpec) -> tuple[Parameter, ...]:
     found = [Parameter(f"{names.embedding}.weight", "embedding", None, "embedding", vocabulary)]
     found += _beside_embedding(spec)
     for layer in range(spec.layers):
-        found += _attention(spec, layer)
+        found += _delta_net(spec, layer) if spec.recurs(layer) else _attention(spec, layer)
         if spec.encoder is not None:
             found += _cross(spec, layer)
         if spec.experts is not None and spec.experts.beside:
@@ -81,6 +83,8 @@ def own_parameters(spec: ModelSpec) -> tuple[Parameter, ...]:
         found += _layer_end(spec, layer)
     found += _norm(spec, "final_norm", None)
     found += _task(spec)
+    if spec.head_bias and spec.task is None:
+        found.append(Parameter(f"{names.head}.bias", "head", None, "bias", vocabulary[:1]))
     if not spec.tied_embeddings and spec.has_logits:
         found.append(Parameter(f"{names.head}.weight", "head", None, "head", vocabulary))
     return tuple(found)
@@ -134,15 +138,17 @@ def _attention(spec: ModelSpec, layer: int) -> Iterator[Parameter]:
         return
     shape = spec.shape(layer)
     hidden, queries, keys = spec.hidden_size, spec.heads * shape.head_dim, shape.kv_heads * shape.head_dim
-    inputs = qkv(spec, layer)
+    own, inputs = qkv(spec, layer), attention_inputs(spec, layer)
     if layer not in spec.unnormed:
         yield from _norm(spec, "attention_norm", layer)
     yield from _linear(spec, "q", layer, (queries, hidden), (0, "heads"), inputs, spec.qkv_bias)
-    for slot in inputs[1:]:
+    for slot in own[1:]:
         yield from _linear(spec, slot, layer, (keys, hidden), (0, "kv_heads"), inputs, spec.qkv_bias)
+    if spec.names.output_gate is not None:
+        yield from _linear(spec, "output_gate", layer, (queries, hidden), (0, "heads"), inputs, spec.qkv_bias)
     whole = spec.qk_norm == "whole"
     yield from _norm(spec, "q_norm", layer, queries if whole else shape.head_dim)
-    if len(inputs) > 1:
+    if len(own) > 1:
         yield from _norm(spec, "k_norm", layer, keys if whole else shape.head_dim)
     yield from _distances(spec, layer)
     if spec.names.sinks is not None:
@@ -150,6 +156,26 @@ def _attention(spec: ModelSpec, layer: int) -> Iterator[Parameter]:
     yield from _linear(spec, "o", layer, (hidden, queries), (1, "heads"), ("o",), spec.output_bias)
     yield from _norm(spec, "attention_post_norm", layer)
     yield from _norm(spec, "attention_sum_norm", layer)
+
+
+def _delta_net(spec: ModelSpec, layer: int) -> Iterator[Parameter]:
+    """What a gated delta net (`kbit.models.blocks`) reads."""
+    delta, names, hidden = spec.delta, spec.names, spec.hidden_size
+    assert delta is not None
+    convolution, _ = delta.at(layer)
+    values = delta.heads * delta.value_dim
+    yield from _norm(spec, "attention_norm", layer)
+    yield from _linear(spec, "delta_qkv", layer, (convolution.features, hidden), None, DELTA, False)
+    yield from _linear(spec, "delta_z", layer, (values, hidden), None, DELTA, False)
+    yield from _router(spec, "delta_write", layer, delta.heads, False)
+    yield from _router(spec, "delta_decay", layer, delta.heads, False)
+    for name, slot in ((names.delta_bias, "delta_decay"), (names.delta_rates, "delta_rates")):
+        yield Parameter(str(name).format(layer=layer), slot, layer, "bias", (delta.heads,))
+    taps = f"{str(names.delta_taps).format(layer=layer)}.weight"
+    yield Parameter(taps, "delta_taps", layer, "taps", (convolution.features, 1, delta.taps))
+    yield from _norm(spec, "delta_norm", layer, delta.value_dim)
+    yield from _linear(spec, "delta_out", layer, (hidden, values), None, ("delta_out",), False)
+    yield from _norm(spec, "attention_post_norm", layer)
 
 
 def _latent_attention(spec: ModelSpec, latent: LatentSpec, layer: int) -> Iterator[Parameter]:
@@ -211,6 +237,12 @@ def _mlp(spec: ModelSpec, layer: int) -> Iterator[Parameter]:
     yield from _linear(spec, "down", layer, (hidden, features), (1, "features"), ("down",), spec.mlp_bias)
     yield from _norm(spec, "mlp_post_norm", layer)
     yield from _norm(spec, "mlp_sum_norm", layer)
+
+
+def attention_inputs(spec: ModelSpec, layer: int) -> tuple[str, ...]:
+    """The slots of what attention multiplies its input with, a gate on what it makes last."""
+    gate = () if spec.names.output_gate is None else ("output_gate",)
+    return (*qkv(spec, layer), *gate)
 
 
 def gate_up(spec: ModelSpec) -> tuple[str, ...]:

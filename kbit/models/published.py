@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from kbit.checkpoint.source import CheckpointSource
+from kbit.models.grouped_rows import grouped_rows
 from kbit.models.head_order import head_order
 from kbit.models.layout import Layout, Stacked
 from kbit.models.params import Parameter, parameters
@@ -42,6 +43,7 @@ class PublishedTensor:
         parts: what its rows consist of, in order.
         heads: each head's rows of one part after the other, of so many heads; 0: all rows of a part together.
         transposed: rows are columns there.
+        places: of every part int64 (N,), the row of each of its own; empty: they lie as the others say.
     """
 
     name: str
@@ -49,6 +51,7 @@ class PublishedTensor:
     parts: tuple[Part, ...]
     heads: int = 0
     transposed: bool = False
+    places: tuple[NDArray[np.int64], ...] = ()
 
     def order(self) -> NDArray[np.intp]:
         """Which row of its parts, put one after another, each of its rows is (each column, where it is transposed)."""
@@ -70,6 +73,12 @@ class PublishedTensor:
         """Its values from canonical ones, float32, in runs of whole rows (or heads) of about so many values."""
         import torch
 
+        if self.places:
+            scattered = torch.empty(self.shape)
+            for part, places in zip(self.parts, self.places, strict=True):
+                scattered[torch.from_numpy(places)] = source.read(part.parameter.name)
+            yield scattered
+            return
         if self.heads or self.transposed:
             parts = [source.read(part.parameter.name) for part in self.parts]
             runs = [values.view(self.heads, -1, *values.shape[1:]) for values in parts] if self.heads else parts
@@ -137,9 +146,10 @@ def _stacked(spec: ModelSpec, layout: Layout) -> dict[str, StackedTensor]:
 
 def published_tensors(spec: ModelSpec, layout: Layout) -> tuple[PublishedTensor | StackedTensor, ...]:
     """Every tensor of a model as its family publishes it, in the order of the computation. A tied head is not one."""
+    together_as = [*layout.fused.items(), *((name, grouped.slots) for name, grouped in layout.grouped.items())]
     fused: dict[tuple[int | None, str], tuple[str, tuple[str, ...]]] = {
         (layer, slot): (template.format(layer=layer), slots)
-        for template, slots in layout.fused.items()
+        for template, slots in together_as
         for slot in slots
         for layer in range(spec.layers)
     }
@@ -148,6 +158,12 @@ def published_tensors(spec: ModelSpec, layout: Layout) -> tuple[PublishedTensor 
         for template in layout.not_by_head
         for layer in range(spec.layers)
         for kind in ("weight", "bias")
+    }
+    by_group = {
+        f"{template.format(layer=layer)}.{end}": template
+        for template in layout.grouped
+        for layer in range(spec.layers)
+        for end in ("weight", "bias")
     }
     stacks = _stacked(spec, layout)
     inside = {part.name for stack in stacks.values() for parts in stack.experts for part in parts}
@@ -159,11 +175,13 @@ def published_tensors(spec: ModelSpec, layout: Layout) -> tuple[PublishedTensor 
             continue
         kind = parameter.name.rpartition(".")[2]
         stored, slots = fused.get((parameter.layer, parameter.slot), (None, ()))
+        if kind not in ("weight", "bias"):  # another vector of the slot's block
+            stored = None
         name = parameter.name if stored is None else f"{stored}.{kind}"
         part = Part(parameter)
         if order := head_order(spec, layout, parameter.slot):
             part = Part(parameter, order)
-        elif parameter.role == "norm" and layout.norm_offset:
+        elif parameter.role == "norm" and layout.norm_offset and parameter.slot not in layout.whole_norms:
             part = Part(parameter, offset=layout.norm_offset)
         together.setdefault(name, []).append(part)
         together[name].sort(key=lambda part: slots.index(part.parameter.slot) if slots else 0)
@@ -174,6 +192,11 @@ def published_tensors(spec: ModelSpec, layout: Layout) -> tuple[PublishedTensor 
             continue
         shape: tuple[int, ...] = (sum(part.parameter.shape[0] for part in parts), *parts[0].parameter.shape[1:])
         transposed = layout.transposed and parts[0].parameter.role == "linear"
+        if name in by_group:
+            rows = grouped_rows(spec, layout, by_group[name])
+            places = tuple(rows[part.parameter.slot] for part in parts)
+            found.append(PublishedTensor(name, shape, tuple(parts), places=places))
+            continue
         heads = spec.heads if layout.by_head and len(parts) > 1 and name not in together_whole else 0
         found.append(PublishedTensor(name, shape[::-1] if transposed else shape, tuple(parts), heads, transposed))
     return tuple(found)

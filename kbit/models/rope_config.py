@@ -40,6 +40,7 @@ class RopeRules:
         alpha: dynamic scaling with a fixed `alpha` is a larger base (theta alpha^(R/(R-2))) and no scaling.
         temperature: `llama_4_scaling_beta` multiplies queries (`ModelSpec.query_temperature`).
         full_settings: of layers without a window, where the configuration has none.
+        sections: `mrope_section` gives pairs to a token's time, height and width, which in a text are one position.
     """
 
     theta: float = DEFAULT_THETA
@@ -53,6 +54,7 @@ class RopeRules:
     alpha: bool = False
     temperature: bool = False
     full_settings: Mapping[str, Any] = field(default_factory=dict)
+    sections: bool = False
 
 
 @dataclass(frozen=True)
@@ -114,9 +116,8 @@ def ropes_from_config(
     if not isinstance(settings, Mapping):
         raise CheckpointError(f"{where}: {key} is {shown(settings)}; it should be an object")
     original = values.optional_integer("original_max_position_embeddings", 1, MAX_CONTEXT)
-    reading = _Reading(values.values, where, rules, head_dim, max_positions, original)
-    if rules.dim is not None:
-        values.raw(rules.dim)
+    of_family = {} if rules.dim is None else {rules.dim: values.raw(rules.dim)}
+    reading = _Reading({**of_family, **values.values}, where, rules, head_dim, max_positions, original)
     theta = values.raw("rope_theta")
     theta = rules.theta if theta is None else theta
     nested = any(isinstance(value, Mapping) for value in settings.values())
@@ -167,6 +168,7 @@ def _read(reading: _Reading, key: str, settings: Mapping[str, Any], theta: Any) 
             f"{where}: RoPE scaling {shown(kind)} is not supported; kbit has {', '.join(rules.kinds)} for this model"
         )
     read = ("alpha",) * rules.alpha + ("llama_4_scaling_beta",) * rules.temperature
+    read += ("mrope_section",) * rules.sections
     for foreign in _FOREIGN:
         if settings.get(foreign) is not None and foreign not in read:
             raise UnsupportedError(

@@ -109,7 +109,8 @@ def sample_sequences(
 
 def _side_by_side(model: Decoder, length: int) -> int:
     """Sequences whose keys and values there is room for."""
-    nbytes = pages_for(length) * model.new_pool(1).nbytes
+    pool = model.new_pool(1)
+    nbytes = pages_for(length) * pool.store.page_bytes + (0 if pool.states is None else pool.states.nbytes)
     return max(1, min(_BATCH, _CACHE_BYTES // max(1, nbytes)))
 
 

@@ -84,6 +84,10 @@ def _share(source: CheckpointSource, spec: ModelSpec, rank: int, world: int) -> 
         raise UnsupportedError(
             f"{where}: the experts of {spec.family} models are not dealt out among processes; use one process"
         )
+    if world > 1 and spec.delta is not None:
+        raise UnsupportedError(
+            f"{where}: the recurrent layers of {spec.family} models are not dealt out among processes; use one process"
+        )
     if world > 1 and spec.sloped:
         raise UnsupportedError(
             f"{where}: the slopes of {spec.family} models are of all heads together; use one process"

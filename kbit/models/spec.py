@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 from kbit.graph.experts import Clamp, Routing
+from kbit.graph.states import StateSpec
+from kbit.models.delta_net import DeltaNet
 from kbit.models.layer_shapes import LayerShape
 from kbit.models.task_heads import TaskHead
 
@@ -18,6 +20,10 @@ MAX_CONTEXT = 1 << 31
 
 # Tables of sines: as in Marian, and as in fairseq.
 Sinusoids = Literal["marian", "fairseq"]
+
+
+# The square of a relu, x relu(x), as an activation of plain MLPs.
+SQUARED = "relu2"
 
 
 @dataclass(frozen=True)
@@ -95,10 +101,12 @@ class TensorNames:
 
     A norm without a name is not there. Those of a layer: before attention, of what attention adds to the residual
     stream, of the stream with it, and the same three of the MLP; and of queries and keys. Without a gate the MLP is
-    plain. `positions`, `types` and `distances` are tables that are looked up by a token's position, its type, and its
-    distance from another. Names of an expert contain {expert}; those of sinks, of the selection bias, and of the scales
-    are whole. `cross_*` are of attention to an encoder's text, and of its norms: before it, and of the stream with it.
-    `copies` may be stored again, and are the embedding then; `logit_bias`, whole, is added to logits where it is there.
+    plain. With an `output_gate` the sigmoid of what it makes is multiplied with what attention made. `positions`,
+    `types` and `distances` are tables that are looked up by a token's position, its type, and its distance from
+    another. Names of an expert contain {expert}; those of sinks, of the selection bias, of the scales, and of the rates
+    and the bias of a delta net are whole. `cross_*` are of attention to an encoder's text, and of its norms: before it,
+    and of the stream with it. `copies` may be stored again, and are the embedding then; `logit_bias`, whole, is added
+    to logits where it is there.
 
     Where experts stand beside an MLP, their input has a norm of its own, `experts_norm`, and there are norms of what
     both add: `mlp_own_norm` and `experts_post_norm`. A second embedding (`layer_embedding`) has features for every
@@ -136,6 +144,7 @@ class TensorNames:
     cross_sum_norm: str | None = None
     logit_bias: str | None = None
     copies: tuple[str, ...] = ()
+    output_gate: str | None = None
     sinks: str | None = None
     router: str | None = None
     selection_bias: str | None = None
@@ -163,6 +172,15 @@ class TensorNames:
     layer_gate: str | None = None
     layer_up: str | None = None
     layer_post_norm: str | None = None
+    delta_qkv: str | None = None
+    delta_z: str | None = None
+    delta_decay: str | None = None
+    delta_write: str | None = None
+    delta_rates: str | None = None
+    delta_bias: str | None = None
+    delta_taps: str | None = None
+    delta_norm: str | None = None
+    delta_out: str | None = None
 
 
 @dataclass(frozen=True)
@@ -227,10 +245,10 @@ class ModelSpec:
         kv_heads: key/value heads H_kv, a divisor of H.
         head_dim: D.
         norm_eps: epsilon of every norm.
-        activation: one of kernels.activations.ACTIVATIONS.
+        activation: one of kernels.activations.ACTIVATIONS, or SQUARED.
         rope: rotary embedding; how far it reaches is the model's context length.
         windows: per layer, tokens a query sees at most (itself included), or None for all.
-        qkv_bias, output_bias, mlp_bias: which linears have biases.
+        qkv_bias, output_bias, mlp_bias, head_bias: which linears have biases.
         tied_embeddings: the head is the embedding matrix.
         names: where the tensors are, and which norms there are.
         norm: kind of every norm.
@@ -247,6 +265,7 @@ class ModelSpec:
             residual stream, and on logits.
         query_temperature: (b, n): a query at position p is multiplied by 1 + b ln(1 + floor(p / n)); None: it is not.
         experts: of layers that have some; None: no layer has.
+        delta: of layers with a gated delta rule in place of attention; None: no layer has.
         position_rows: rows of the table of positions (`names.positions`), 0 where there is none.
         first_position: its row of position 0.
         sinusoids: which table of sines it is (`kbit.models.sinusoids`), where it is computed; a copy may be stored.
@@ -300,6 +319,7 @@ class ModelSpec:
     logit_multiplier: float = 1.0
     query_temperature: tuple[float, int] | None = None
     experts: ExpertsSpec | None = None
+    delta: DeltaNet | None = None
     position_rows: int = 0
     first_position: int = 0
     sinusoids: Sinusoids | None = None
@@ -308,6 +328,7 @@ class ModelSpec:
     sloped: bool = False
     unnormed: tuple[int, ...] = ()
     parallel: bool = False
+    head_bias: bool = False
     task: TaskHead | None = None
     latent: LatentSpec | None = None
     shapes: tuple[LayerShape, ...] = ()
@@ -331,6 +352,25 @@ class ModelSpec:
     def value_dim(self) -> int:
         """Features of a head's values, as the last linear of attention reads them."""
         return self.head_dim if self.latent is None else self.latent.value_dim
+
+    def recurs(self, layer: int) -> bool:
+        """Whether a layer has a gated delta rule in place of attention."""
+        return self.delta is not None and self.delta.layers[layer]
+
+    @property
+    def attention_layers(self) -> tuple[int, ...]:
+        """The layers that attend."""
+        return tuple(layer for layer in range(self.layers) if not self.recurs(layer))
+
+    @property
+    def states(self) -> tuple[StateSpec, ...]:
+        """What is kept of a sequence besides keys and values."""
+        return () if self.delta is None else self.delta.states
+
+    @property
+    def state_bytes(self) -> int:
+        """Bytes of these."""
+        return sum(state.nbytes for state in self.states)
 
     @property
     def inner_widths(self) -> tuple[int, ...]:
@@ -407,7 +447,14 @@ class ModelSpec:
         the first ones, where others attend to theirs."""
         if self.mask == "bidirectional":
             return 1
-        return sum(shape.source == layer for layer, shape in enumerate(self.shapes)) if self.shapes else self.layers
+        if self.shapes:
+            return sum(shape.source == layer for layer, shape in enumerate(self.shapes))
+        return max(1, len(self.attention_layers))
+
+    def cache_layer(self, layer: int) -> int:
+        """Where among these the keys and values are that a layer attends to."""
+        before = sum(not self.recurs(other) for other in range(self.shape(layer).source))
+        return min(before, self.cache_layers - 1)
 
     @property
     def cache_heads(self) -> tuple[PerLayer, PerLayer]:

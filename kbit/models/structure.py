@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields, replace
 from itertools import groupby
+from math import prod
 from typing import Literal
 
 from kbit.graph.ops import Vector, Weight
@@ -121,10 +122,8 @@ class Structure:
             elif isinstance(operation, Activate):
                 gated = operation.up if operation.up in made else None
                 made[operation.out] = made[operation.gate if gated is None else gated]
-            elif isinstance(operation, Convolve):
+            elif isinstance(operation, Convolve | Recur):
                 made[operation.out] = made[operation.x]
-            elif isinstance(operation, Recur):
-                made[operation.out] = made[operation.v]
             elif isinstance(operation, Mix):
                 experts = operation.experts
                 for gate, up, down in zip(experts.gates, experts.ups, experts.downs, strict=True):
@@ -209,6 +208,8 @@ def recorded(spec: ModelSpec, layers: int | None = None) -> Structure:
     if layers is not None and layers < spec.layers:
         shapes = spec.shapes[:layers]
         spec = replace(spec, layers=layers, windows=spec.windows[:layers], rotated=spec.rotated[:layers], shapes=shapes)
+        if spec.delta is not None:
+            spec = replace(spec, delta=replace(spec.delta, layers=spec.delta.layers[:layers]))
     recorder = Recorder(Symbol(1))
     weights = assemble(spec, _named_matrix, lambda parameter: NamedVector(parameter.name, parameter.shape))
     result = DecoderDefinition(spec, weights).body(recorder, recorder.input)
@@ -265,8 +266,8 @@ def _weights(
             matrices[parameter.slot] = matrix(parameter)
         else:
             vectors = norms if parameter.role == "norm" else biases
-            if parameter.role == "distances":  # as Ops.self_attention takes it: a vector, of no width that matters
-                parameter = replace(parameter, shape=(parameter.shape[0] * parameter.shape[1],))
+            if parameter.role in ("distances", "taps"):  # as operations take them: vectors
+                parameter = replace(parameter, shape=(prod(parameter.shape),))
             vectors[parameter.slot] = vector(parameter)
     return Weights(matrices, norms, biases)
 

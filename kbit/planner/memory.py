@@ -98,7 +98,7 @@ class MemoryUse:
     Attributes:
         linear, embedding, head, vectors: weights as the backend keeps them. A tied head counts as the embedding, as do
             other tables; vectors include routers.
-        cache: keys and values, for the whole context.
+        cache: keys and values, for the whole context, and states of fixed size, before and after a pass.
         workspace: buffers, scratch and tables of a pass.
         tokenizer: vocabulary and merges.
         loading: what the worst moment of loading takes, weights loaded by then included.
@@ -159,8 +159,10 @@ def planned_weights(
     for p in declared(spec):
         if len(p.shape) == 1:
             weights.append(Weight(p.name, "other", 1, p.shape[0], "fp32", active=p.active))
+        elif p.role == "taps":
+            weights.append(Weight(p.name, "other", p.shape[0], p.shape[2], "fp32", active=p.active))
         else:
-            role = p.role if p.role in kinds else "router"
+            role = p.role if p.role in kinds else "router"  # tables of positions and the like
             weights.append(Weight(p.name, role, p.shape[0], p.shape[1], kinds[role], active=p.active))
     return tuple(weights)
 
@@ -242,7 +244,7 @@ def predict_memory(
         width = 2 * spec.hidden_size + 2 * heads + 3 * max(spec.inner_widths) + spec.layers * spec.layer_features
         workspace = 4 * rows * width
     workspace += _rotary_bytes(spec, context) + 3 * 4 * spec.vocab_size * batch
-    cache = cache_bytes(spec, context, batch, kv, backend)
+    cache = cache_bytes(spec, context, batch, kv, backend) + 2 * batch * spec.state_bytes
     return MemoryUse(
         sizes["linear"],
         sizes["embedding"] + sizes["table"],
@@ -314,7 +316,8 @@ def program_bytes(
     buffers = sum(4 * rows * _up(width, _native.TILE_COLUMNS) for width in _buffer_widths(spec))
     latent = spec.latent
     ranks = () if latent is None else (latent.rank, latent.query_rank)
-    widest = _up(max(hidden, queries, *ranks, *spec.inner_widths), _native.TILE_COLUMNS)
+    recurred = 0 if spec.delta is None else spec.delta.heads * spec.delta.value_dim
+    widest = _up(max(hidden, queries, recurred, *ranks, *spec.inner_widths), _native.TILE_COLUMNS)
     shared_numbers = rows * widest
     if experts is not None:  # rows of a token and each of its experts, ready to be multiplied, and inside the experts
         inside, outside = (_up(width, _native.TILE_COLUMNS) for width in (experts.width, hidden))
@@ -386,8 +389,11 @@ def _buffer_widths(spec: ModelSpec) -> tuple[int, ...]:
     from kbit.graph.fuse import fuse
     from kbit.models.structure import recorded
 
-    # From the second layer on nothing new is needed, nor from the second with experts, where layers are alike.
+    # From the second layer on nothing new is needed, nor from the second with experts, or of another kind, where layers
+    # have one shape.
     first = spec.experts.layers.index(True) if spec.experts is not None else 0
+    if spec.delta is not None:
+        first = max(first, *(spec.delta.layers.index(kind) for kind in set(spec.delta.layers)), 0)
     structure = recorded(spec, layers=None if spec.shapes else first + 2)
     return tuple(place(fuse(structure.operations, structure.result), structure.result).widths)
 

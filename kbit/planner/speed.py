@@ -122,9 +122,9 @@ def bytes_per_token(spec: ModelSpec, weights: Sequence[Weight], context: int, kv
     """Bytes of weights and cache that one token reads with `context` tokens in the cache."""
     multiplied = _multiplied(weights, spec.tied_embeddings)
     read = sum(weight.active * prepared_bytes(weight, backend) for weight in multiplied)
-    for layer, window in enumerate(spec.windows):
-        read += page_bytes(spec, layer, kv, backend) / PAGE * _seen(window, context)
-    return round(read)
+    for layer in spec.attention_layers:
+        read += page_bytes(spec, layer, kv, backend) / PAGE * _seen(spec.windows[layer], context)
+    return round(read + 2 * spec.state_bytes)
 
 
 def _decode_seconds(
@@ -132,10 +132,10 @@ def _decode_seconds(
 ) -> float:
     """Seconds of one token with `context` tokens in the cache."""
     attended = [
-        (_attention(machine, kv, spec, layer), spec.shape(layer).kv_heads * _seen(window, context))
-        for layer, window in enumerate(spec.windows)
+        (_attention(machine, kv, spec, layer), spec.shape(layer).kv_heads * _seen(spec.windows[layer], context))
+        for layer in spec.attention_layers
     ]
-    read = sum(weight.active * prepared_bytes(weight) for weight in weights)
+    read = sum(weight.active * prepared_bytes(weight) for weight in weights) + 2 * spec.state_bytes
     read += sum(slots * rate.nbytes for rate, slots in attended)
     share = machine.memory_share(crowding * read)
     over = machine.overheads

@@ -9,7 +9,7 @@ from kbit.models.families import spec_from_config
 from kbit.models.params import parameters
 
 _DECLARED = {"embedding": "embedding", "head": "head", "linear": "linear", "norm": "other", "bias": "other"}
-_DECLARED |= dict.fromkeys(("router", "rows", "distances", "task"), "other")
+_DECLARED |= dict.fromkeys(("router", "rows", "distances", "taps", "task"), "other")
 _DECLARED["table"] = "table"
 
 

@@ -171,5 +171,5 @@ class _ScaledOps(GradientOps):
         out = out if factor is None else out * factor
         return out if bias is None else out + tensor_of(bias)
 
-    def logits(self, weight: Weight, x: torch.Tensor) -> torch.Tensor:
-        return torch.nn.functional.linear(x, dense(weight))
+    def logits(self, weight: Weight, x: torch.Tensor, bias: Vector | None = None) -> torch.Tensor:
+        return torch.nn.functional.linear(x, dense(weight), None if bias is None else tensor_of(bias))

@@ -19,6 +19,10 @@ FAMILIES = ["gemma2", "gemma3", "granite", "hunyuan", "ministral3", "glm4", "qwe
 FAMILIES += ["deepseek-v2", "deepseek-v3", "mistral4"]
 LATENT = {"qk_nope_head_dim": 12, "qk_rope_head_dim": 4, "v_head_dim": 11}
 FAMILIES += ["gemma4-e", "gemma4-moe"]
+# Gated delta nets, and a gate on what attention makes.
+FAMILIES += ["qwen3_5", "qwen3-next"]
+# A bias of the head, a squared relu.
+FAMILIES += ["phi", "nemotron"]
 
 
 def wide(name: str) -> DictSource:

@@ -26,7 +26,7 @@ def ids(count: int, length: int, seed: int) -> NDArray[np.int64]:
 
 
 @pytest.mark.usefixtures("one_thread")
-@pytest.mark.parametrize("name", ["gemma2", "granite", "hunyuan", "smollm3", "ministral3"])
+@pytest.mark.parametrize("name", ["gemma2", "granite", "hunyuan", "smollm3", "ministral3", "qwen3_5"])
 def test_divergence_is_what_an_error_costs(published: Callable[[str], Path], name: str) -> None:
     """Noise in one matrix at a time, as for a Llama (test_measure.py): in a tied or untied embedding, and two of a layer."""
     tokens = ids(16, 33, seed=5)
@@ -36,21 +36,29 @@ def test_divergence_is_what_an_error_costs(published: Callable[[str], Path], nam
         for layer in measure_factors(source, ids(48, 32, seed=0), threads=2):
             factors |= layer.factors
         original = load_decoder(source, ReferenceBackend())
-        for slot in ("embedding", "q", "down"):
+        slots = ("delta_qkv", "delta_z", "delta_out", "q") if name == "qwen3_5" else ("embedding", "q", "down")
+        for slot in slots:
             noisy = load_decoder(source, ReferenceBackend())
-            weight = noisy.weights.embedding if slot == "embedding" else noisy.weights.layers[1].matrices[slot]
+            weight = (
+                noisy.weights.embedding
+                if slot == "embedding"
+                else noisy.weights.layers[LAYERS.get(slot, 1)].matrices[slot]
+            )
             assert isinstance(weight, ReferenceWeight)
             assert isinstance(weight.data, torch.Tensor)
             generator = torch.Generator().manual_seed(len(slot))
             error = torch.randn(weight.data.shape, generator=generator) * weight.data.std() * 1e-3
             weight.data.add_(error)
-            tensor = "model.embed_tokens" if slot == "embedding" else f"model.layers.1.{PLACES[slot]}_proj"
+            inside = f"model.layers.{LAYERS.get(slot, 1)}.{PLACES.get(slot)}"
+            tensor = "model.embed_tokens" if slot == "embedding" else inside
             tried = compare(noisy, original, windows).kl_mean
             told = factors[f"{tensor}.weight"].divergence(error)
             assert 0.4 * tried <= told <= 2.5 * tried, (slot, told, tried)
 
 
-PLACES = {"q": "self_attn.q", "down": "mlp.down"}
+PLACES = {"q": "self_attn.q_proj", "down": "mlp.down_proj", "delta_out": "linear_attn.out_proj"}
+PLACES |= {"delta_qkv": "linear_attn.in_proj_qkv", "delta_z": "linear_attn.in_proj_z"}
+LAYERS = {"delta_qkv": 0, "delta_z": 0, "delta_out": 0}
 
 
 @pytest.mark.usefixtures("one_thread")

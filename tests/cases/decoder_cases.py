@@ -68,6 +68,19 @@ GEMMA4 = {
         FULL: {"rope_type": "proportional", "rope_theta": 5000.0, "partial_rotary_factor": 0.25},
     },
 }
+LINEAR = "linear_attention"
+QUARTER = {"rope_type": "default", "rope_theta": 1000.0, "partial_rotary_factor": 0.25}
+# 2 heads of keys for 6 of values, whose features are more than 32 and no multiple of 16.
+DELTA = {
+    "head_dim": 16,
+    "layer_types": [LINEAR, FULL, LINEAR],
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 6,
+    "linear_key_head_dim": 12,
+    "linear_value_head_dim": 36,
+    "linear_conv_kernel_dim": 4,
+    "rope_parameters": QUARTER,
+}
 
 EXPERTS = {"num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
 
@@ -99,12 +112,18 @@ MODEL_TYPES = {
     "SeedOss": "seed_oss",
     "HunYuanDenseV1": "hunyuan_v1_dense",
 }
+MODEL_TYPES |= {"GPTBigCode": "gpt_bigcode", "GPTNeo": "gpt_neo", "CodeGen": "codegen"}
 MODEL_TYPES |= {"Qwen3Moe": "qwen3_moe", "Qwen2Moe": "qwen2_moe", "Glm4Moe": "glm4_moe", "MiniMaxM2": "minimax_m2"}
-MODEL_TYPES |= {"GptOss": "gpt_oss"}
+MODEL_TYPES |= {
+    "GptOss": "gpt_oss",
+    "Qwen3Next": "qwen3_next",
+    "Qwen3_5": "qwen3_5_text",
+    "Qwen3_5Moe": "qwen3_5_moe_text",
+}
 MODEL_TYPES |= {"DeepseekV2": "deepseek_v2", "DeepseekV3": "deepseek_v3", "Glm4MoeLite": "glm4_moe_lite"}
 # Likewise where the class of the model is not called ForCausalLM.
 CLASSES = {"GPT2": "GPT2LMHeadModel"}
-CONFIGS = {"Gemma3": "Gemma3Text", "Gemma4": "Gemma4Text"}
+CONFIGS = {"Gemma3": "Gemma3Text", "Gemma4": "Gemma4Text", "Qwen3_5": "Qwen3_5Text", "Qwen3_5Moe": "Qwen3_5MoeText"}
 
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("Llama", {}),
@@ -263,6 +282,30 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "bloom": ("Bloom", {**EVERY_HEAD, "n_inner": None, "seq_length": 64}),
     "gpt2": ("GPT2", {**EVERY_HEAD, "n_inner": 77, "max_position_embeddings": 64}),
     "opt": ("OPT", {**EVERY_HEAD, "ffn_dim": 77, "word_embed_proj_dim": 48, "max_position_embeddings": 64}),
+    "gpt_bigcode": ("GPTBigCode", {"num_key_value_heads": 1, "n_inner": 77, "max_position_embeddings": 64}),
+    "gpt_neo": (
+        "GPTNeo",
+        {
+            **EVERY_HEAD,
+            "attention_types": [[["global", "local"], 1], [["local"], 1]],
+            "window_size": 7,
+            "max_position_embeddings": 64,
+        },
+    ),
+    "gptj": ("GPTJ", {**EVERY_HEAD, "rotary_dim": 4, "n_inner": 77, "max_position_embeddings": 64}),
+    "codegen": (
+        "CodeGen",
+        {
+            "num_attention_heads": 4,
+            "num_key_value_heads": 4,
+            "rotary_dim": 4,
+            "n_inner": 77,
+            "max_position_embeddings": 64,
+        },
+    ),
+    "phi": ("Phi", {"num_key_value_heads": 3}),
+    "arcee": ("Arcee", {"attention_bias": True, "rope_parameters": YARN}),
+    "nemotron": ("Nemotron", {"head_dim": 12, "mlp_bias": True}),
     "gpt_neox": ("GPTNeoX", {**EVERY_HEAD, "rope_parameters": HALF}),
     "gpt_neox-sequential": ("GPTNeoX", {**EVERY_HEAD, "use_parallel_residual": False, "attention_bias": False}),
     "starcoder2": ("Starcoder2", {"sliding_window": 7}),
@@ -270,6 +313,17 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "stablelm": ("StableLm", {"use_qkv_bias": True, "rope_parameters": HALF}),
     "cohere": ("Cohere", {"logit_scale": 0.3}),
     "cohere-biases": ("Cohere", {"attention_bias": True, "tie_word_embeddings": False}),
+    "falcon-40b": (
+        "Falcon",
+        {
+            "num_kv_heads": 2,
+            "num_key_value_heads": 2,
+            "new_decoder_architecture": True,
+            "ffn_hidden_size": 77,
+            "tie_word_embeddings": False,
+        },
+    ),
+    "mpt": ("Mpt", {"num_attention_heads": 4, "num_key_value_heads": 4, "intermediate_size": 192, "max_seq_len": 64}),
     "falcon": ("Falcon", {"num_key_value_heads": 1, "ffn_hidden_size": 77}),
     "ernie4_5": ("Ernie4_5", {"head_dim": 10}),
     "ernie4_5-biases": ("Ernie4_5", {**HEADS, "use_bias": True, "tie_word_embeddings": False}),
@@ -366,6 +420,23 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
     "olmoe": ("Olmoe", {"num_experts": 5, "num_experts_per_tok": 2}),
+    "qwen3-next": (
+        "Qwen3Next",
+        {**DELTA, **EXPERTS, "shared_expert_intermediate_size": 40, "decoder_sparse_step": 2, "norm_topk_prob": False},
+    ),
+    "qwen3_5": ("Qwen3_5", DELTA),
+    "qwen3_5-biases": (
+        "Qwen3_5",
+        {
+            **DELTA,
+            "attention_bias": True,
+            "tie_word_embeddings": True,
+            "linear_num_value_heads": 2,
+            "linear_conv_kernel_dim": 3,
+            "rope_parameters": {**QUARTER, "mrope_section": [1, 1, 0], "mrope_interleaved": True},
+        },
+    ),
+    "qwen3_5-moe": ("Qwen3_5Moe", {**DELTA, **EXPERTS, "shared_expert_intermediate_size": 40}),
 }
 
 

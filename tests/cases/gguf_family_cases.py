@@ -12,6 +12,9 @@ from typing import Any
 import gguf
 import numpy as np
 import numpy.typing as npt
+from gguf_delta_cases import ARCHITECTURES as WITH_DELTA_NETS
+from gguf_delta_cases import keys as delta_keys
+from gguf_delta_cases import tensors as delta_tensors
 from gguf_model_cases import permuted
 from safetensors.numpy import load_file
 
@@ -125,9 +128,18 @@ CASES: dict[str, tuple[str, dict[str, str], dict[str, Any]]] = {
         {**BOTH, "post_attention_layernorm": "post_attention_norm"},
         {"swiglu_limit": 7.0, "layer_types": None},
     ),
+    # A router always normalises; where layers attend is said by an interval.
+    "qwen3-next": (
+        "qwen3next",
+        {**BOTH, "post_attention_layernorm": "post_attention_norm"},
+        {"norm_topk_prob": True, "decoder_sparse_step": 1, "layer_types": None, "num_hidden_layers": 4},
+    ),
+    "qwen3_5": ("qwen35", {**BOTH, "post_attention_layernorm": "post_attention_norm"}, {}),
+    "qwen3_5-moe": ("qwen35moe", {**BOTH, "post_attention_layernorm": "post_attention_norm"}, {}),
 }
 # The converter permutes rows of queries and keys; and adds 1 to norms.
-PERMUTED, FROM_ONE = ("granite", "llama", "mistral3", "smollm3"), ("gemma", "gemma2", "gemma3")
+PERMUTED = ("granite", "llama", "mistral3", "smollm3")
+FROM_ONE = ("gemma", "gemma2", "gemma3", *WITH_DELTA_NETS)
 _NUMBERS = {
     "attn_logit_softcapping": "attn_logit_softcapping",
     "final_logit_softcapping": "final_logit_softcapping",
@@ -157,6 +169,9 @@ def tensors_of(case: str, folder: Path) -> dict[str, Array]:
         if name.endswith(("e_score_correction_bias", "sinks")):
             part = "exp_probs_b.bias" if "score" in name else "attn_sinks.weight"
             found[f"blk.{name.split('.')[2]}.{part}"] = values
+            continue
+        if ".linear_attn." in name:
+            found |= delta_tensors(arch, name, values, config)
             continue
         if arch in FROM_ONE and "norm" in name:
             values = values + 1
@@ -204,7 +219,7 @@ def keys_of(case: str, folder: Path) -> dict[str, Any]:
         "block_count": config["num_hidden_layers"],
         "context_length": config["max_position_embeddings"],
         "embedding_length": config["hidden_size"],
-        "feed_forward_length": config["intermediate_size"],
+        "feed_forward_length": config.get("intermediate_size"),
         "attention.head_count": config["num_attention_heads"],
         "attention.head_count_kv": config["num_key_value_heads"],
         "attention.layer_norm_rms_epsilon": float(config["rms_norm_eps"]),
@@ -212,7 +227,16 @@ def keys_of(case: str, folder: Path) -> dict[str, Any]:
     }
     if arch == "deepseek2":
         keys |= _latent_keys(config)
-    elif config.get("head_dim"):
+    if arch == "qwen35moe":  # the converter finds no width of an MLP
+        del keys["feed_forward_length"]
+    if arch in WITH_DELTA_NETS:
+        keys |= delta_keys(config)
+        if arch == "qwen3next":
+            keys["full_attention_interval"] = 4
+        else:
+            keys["attention.recurrent_layers"] = [kind == "linear_attention" for kind in config["layer_types"]]
+            keys["rope.dimension_sections"] = [11, 11, 10, 0]
+    if config.get("head_dim") and arch != "deepseek2":
         keys["attention.key_length"] = keys["attention.value_length"] = config["head_dim"]
     if "sliding_attention" in ropes:
         keys["rope.freq_base_swa"] = float(ropes["sliding_attention"]["rope_theta"])
@@ -296,10 +320,10 @@ def _expert_keys(arch: str, config: dict[str, Any]) -> dict[str, Any]:
     if not count:
         return {}
     keys: dict[str, Any] = {"expert_count": count, "expert_used_count": config["num_experts_per_tok"]}
-    width = config.get("moe_intermediate_size", config["intermediate_size"])
+    width = config.get("moe_intermediate_size", config.get("intermediate_size"))
     if arch not in ("llama", "olmoe"):
         keys["expert_feed_forward_length"] = width
-    if arch == "qwen2moe":
+    if arch in ("qwen2moe", *WITH_DELTA_NETS):
         keys["expert_shared_feed_forward_length"] = config["shared_expert_intermediate_size"]
     if arch in ("glm4moe", "minimax-m2") or config["model_type"] == "deepseek_v3":
         keys["expert_gating_func"] = 2

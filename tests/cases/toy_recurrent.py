@@ -19,12 +19,13 @@ from kbit.graph.states import Recurrence, ShortConvolution, StateSpec
 from kbit.models.rope import rope_tables
 from kbit.models.spec import RopeSpec
 
-WIDTH, HEADS, KEY, VALUE, TAPS, VOCABULARY, EPS = 48, 3, 20, 17, 4, 131, 1e-5
+WIDTH, KEY_HEADS, HEADS, KEY, VALUE, TAPS, VOCABULARY, EPS = 48, 2, 4, 20, 37, 4, 131, 1e-5
+QKV = 2 * KEY_HEADS * KEY + HEADS * VALUE
 RECURRENT = 2  # layers
 ATTENTION = Attention(0, 2, 1, 16, 0.25, None)
 ROPE = RopeSpec("default", 16, 10000.0, max_positions=512)
 CONVOLUTIONS = [ShortConvolution(2 * layer, TAPS, WIDTH) for layer in range(RECURRENT)]
-RECURRENCES = [Recurrence(2 * layer + 1, HEADS, KEY, VALUE) for layer in range(RECURRENT)]
+RECURRENCES = [Recurrence(2 * layer + 1, KEY_HEADS, HEADS, KEY, VALUE) for layer in range(RECURRENT)]
 STATES: list[StateSpec] = [one.spec for pair in zip(CONVOLUTIONS, RECURRENCES, strict=True) for one in pair]
 
 Tensors = Mapping[str, torch.Tensor]
@@ -36,8 +37,8 @@ def toy_tensors(seed: int = 17) -> Tensors:
     shapes: dict[str, tuple[int, ...]] = {"words": (VOCABULARY, WIDTH), "norm": (WIDTH,), "2.norm": (WIDTH,)}
     for layer in range(RECURRENT):
         shapes |= {f"{layer}.norm": (WIDTH,), f"{layer}.taps": (TAPS * WIDTH,), f"{layer}.o": (WIDTH, HEADS * VALUE)}
-        for name, width in (("q", KEY), ("k", KEY), ("v", VALUE), ("decay", 1), ("write", 1)):
-            shapes[f"{layer}.{name}"] = (HEADS * width, WIDTH)
+        shapes |= {f"{layer}.qkv": (QKV, WIDTH), f"{layer}.rates": (HEADS,)}
+        shapes |= {f"{layer}.{name}": (HEADS, WIDTH) for name in ("decay", "write")}
     shapes |= {"2.q": (32, WIDTH), "2.k": (16, WIDTH), "2.v": (16, WIDTH), "2.o": (WIDTH, 32)}
     generator = torch.Generator().manual_seed(seed)
     noise = {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
@@ -59,9 +60,9 @@ class ToyRecurrent:
             seen = ops.norm(x, self.vectors[f"{layer}.norm"], EPS)
             seen = ops.short_convolution(seen, self.vectors[f"{layer}.taps"], CONVOLUTIONS[layer])
             seen = ops.activate(seen, None, "silu")
-            names = ("q", "k", "v", "decay", "write")
-            q, k, v, decay, write = ops.linear_group([self.matrices[f"{layer}.{n}"] for n in names], seen, [None] * 5)
-            seen = ops.recur(q, k, v, decay, write, RECURRENCES[layer])
+            names = ("qkv", "decay", "write")
+            qkv, decay, write = ops.linear_group([self.matrices[f"{layer}.{n}"] for n in names], seen, [None] * 3)
+            seen = ops.recur(qkv, decay, write, self.vectors[f"{layer}.rates"], RECURRENCES[layer])
             x = ops.add(x, ops.linear(self.matrices[f"{layer}.o"], seen))
         seen = ops.norm(x, self.vectors["2.norm"], EPS)
         q, k, v = ops.linear_group([self.matrices[f"2.{n}"] for n in "qkv"], seen, [None] * 3)
@@ -114,11 +115,13 @@ def plain_logits(tensors: Tensors, text: list[int]) -> torch.Tensor:
         taps = t[f"{layer}.taps"].view(TAPS, WIDTH).T[:, None]
         seen = torch.nn.functional.conv1d(norm(x, f"{layer}.norm").T, taps, groups=WIDTH, padding=TAPS - 1)
         seen = torch.nn.functional.silu(seen[:, : len(text)].T)
-        q, k, v = (
-            (seen @ t[f"{layer}.{n}"].T).view(len(text), HEADS, d) for n, d in (("q", KEY), ("k", KEY), ("v", VALUE))
-        )
-        q, k = unit(q) * KEY**-0.5, unit(k)
-        a, b = ((seen @ t[f"{layer}.{n}"].T).sigmoid() for n in ("decay", "write"))
+        keys, values = KEY_HEADS * KEY, HEADS * VALUE
+        q, k, v = (seen @ t[f"{layer}.qkv"].T).split([keys, keys, values], dim=-1)
+        q, k = (unit(y.view(len(text), KEY_HEADS, KEY)).repeat_interleave(HEADS // KEY_HEADS, 1) for y in (q, k))
+        q, v = q * KEY**-0.5, v.view(len(text), HEADS, VALUE)
+        a, b = (seen @ t[f"{layer}.{n}"].T for n in ("decay", "write"))
+        # 1 - sigmoid to a power: another way to write exp(-rate softplus).
+        a, b = (1.0 - a.sigmoid()) ** t[f"{layer}.rates"].exp(), b.sigmoid()
         state, out = torch.zeros(HEADS, VALUE, KEY).double(), []
         for i in range(len(text)):
             erased = torch.eye(KEY).double() - b[i, :, None, None] * k[i, :, :, None] * k[i, :, None]

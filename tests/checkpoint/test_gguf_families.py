@@ -13,6 +13,7 @@ import torch
 from decoder_cases import saved_model
 from gguf_family_cases import CASES, keys_of, tensors_of, write
 
+from kbit.backends.cpu.backend import NativeBackend
 from kbit.backends.reference.backend import ReferenceBackend
 from kbit.checkpoint.gguf.source import GGUFSource
 from kbit.formats.quant_tensor import QuantTensor
@@ -72,6 +73,46 @@ def test_packed_matrices_are_taken_apart_as_they_are(tmp_path: Path, case: str, 
             order = [0, 2, 4, 6, 1, 3, 5, 7, *range(8, 16)]
             rows = torch.tensor([16 * head + i for head in range(8) for i in order])
             assert torch.equal(queries.dequantize(), torch.from_numpy(values["blk.0.attn_q.weight"])[rows])
+
+
+@pytest.mark.parametrize("kind", ["Q4_0", "Q8_0"])
+def test_packed_delta_nets_are_put_in_order(tmp_path: Path, kind: str) -> None:
+    """Rows and columns of heads that the file has in another order, queries between their gates: codes as they are."""
+    sizes = {"hidden_size": 64, "intermediate_size": 64, "linear_num_value_heads": 6, "linear_value_head_dim": 32}
+    saved_model("qwen3_5", tmp_path / "folder", **sizes)
+    stored, type_ = tensors_of("qwen3_5", tmp_path / "folder"), gguf.GGMLQuantizationType[kind]
+    names = [name for name, x in stored.items() if x.ndim == 2 and x.shape[1] % 32 == 0 and "ssm_conv" not in name]
+    path = write("qwen3_5", tmp_path / "folder", tmp_path / "m.gguf", dict.fromkeys(names, type_))
+    with open_model(str(path)) as source, open_model(str(tmp_path / "folder")) as original:
+        found = 0
+        for name in original.tensors:
+            weight = source.read_weight(name)
+            if isinstance(weight, QuantTensor):
+                # Blocks of 32 are along rows and within heads, so that order and rounding do not matter to each other.
+                plain = original.read(name).numpy()
+                wanted = gguf.quants.dequantize(gguf.quants.quantize(plain, type_), type_)
+                assert torch.equal(weight.dequantize(), torch.from_numpy(wanted)), name
+                assert torch.equal(source.read_rows(name, 2, 5), weight.dequantize()[2:5]), name
+                found += any(part in name for part in ("in_proj_qkv", "in_proj_z", "out_proj", "q_proj", "gate_proj"))
+            else:
+                assert torch.allclose(weight, original.read(name), rtol=1e-6), name
+        assert found == 3 * 2 + 2 + 3
+        native = load_decoder(source, NativeBackend(1, compute="fp32", kv="fp32"))
+        reference = load_decoder(source, ReferenceBackend())
+    logits = [torch.as_tensor(model.forward(IDS, model.new_cache(1, 45))) for model in (native, reference)]
+    assert float((logits[0] - logits[1]).abs().max() / logits[1].abs().max()) <= 1e-4
+
+
+def test_heads_that_blocks_do_not_respect(tmp_path: Path) -> None:
+    """Columns of heads of 16 in blocks of 32: no other order of blocks puts these right."""
+    sizes = {"linear_num_value_heads": 6, "linear_value_head_dim": 16}
+    saved_model("qwen3_5", tmp_path / "folder", **sizes)
+    kinds = {"blk.0.ssm_out.weight": gguf.GGMLQuantizationType.Q8_0}
+    with (
+        GGUFSource(write("qwen3_5", tmp_path / "folder", tmp_path / "m.gguf", kinds)) as source,
+        pytest.raises(UnsupportedError, match="blk.0.ssm_out.weight has blocks of 32 columns across heads"),
+    ):
+        source.read_weight("model.layers.0.linear_attn.out_proj.weight")
 
 
 @pytest.mark.parametrize("kind", ["Q4_0", "MXFP4"])
@@ -179,6 +220,10 @@ def edited(
         ("olmoe", {"leading_dense_block_count": 1}, "'olmoe.leading_dense_block_count' 1 is not supported"),
         ("gpt-oss", {"expert_used_count": 9}, "expert_used_count is more than the 5 experts there are"),
         ("qwen2-moe", {"expert_count": 7}, r"has the shape \(6, 48\), the metadata says \(7, 48\)"),
+        ("qwen3_5", {"ssm.time_step_rank": 5}, "ssm.time_step_rank 5 is not a multiple of ssm.group_count 2"),
+        ("qwen3_5", {"ssm.conv_kernel": 1}, "ssm.conv_kernel is 1, expected 2 or more"),
+        ("qwen3_5", {"ssm.inner_size": 100}, "ssm.inner_size 100 is not that of 6 heads"),
+        ("qwen3_5", {"ssm.dt_b_c_rms": True}, "metadata key 'qwen35.ssm.dt_b_c_rms' is unknown to kbit"),
         ("qwen3", {"expert_count": 7}, "'qwen3.expert_count' says that there are experts"),
     ],
 )

@@ -23,7 +23,7 @@ from gguf_model_cases import (
     permuted,
 )
 
-from kbit.checkpoint.gguf import source as gguf_source
+from kbit.checkpoint.gguf import reading
 from kbit.checkpoint.gguf.source import GGUFSource
 from kbit.host.errors import CheckpointError, UnsupportedError
 
@@ -71,7 +71,7 @@ def test_chunks_join_without_seams(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     model = Model(tied=False)
     source = GGUFSource(model.write(tmp_path / "m.gguf"))
     for chunk in (1, 3 * HIDDEN, 11 * HIDDEN):
-        monkeypatch.setattr(gguf_source, "_CHUNK_VALUES", chunk)
+        monkeypatch.setattr(reading, "_CHUNK_VALUES", chunk)
         for name, values in model.hf.items():
             np.testing.assert_array_equal(numpy(source.read(name)), values)
             np.testing.assert_array_equal(numpy(source.read_rows(name, 2, 15)), values[2:15])
@@ -115,7 +115,7 @@ def test_block_types_equal_the_gguf_package(
     model.stored["token_embd.weight"] = (np.ones((VOCAB, width), dtype=np.float32), None)
     model.stored["output_norm.weight"] = (np.ones(width, dtype=np.float32), None)
 
-    monkeypatch.setattr(gguf_source, "_CHUNK_VALUES", 5 * width)
+    monkeypatch.setattr(reading, "_CHUNK_VALUES", 5 * width)
     source = GGUFSource(model.write(tmp_path / "m.gguf"))
     for part in raw:
         name = f"model.layers.0.self_attn.{part}_proj.weight"

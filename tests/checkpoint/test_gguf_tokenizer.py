@@ -108,6 +108,8 @@ PIECES: list[tuple[str, str, list[str]]] = [
     ("deepseek-coder", "a b\n漢字x, 12", ["a", " b", "\n", "漢字", "x", ",", " ", "1", "2"]),
     ("seed-coder", "f(x)\n  12!\n", ["f", "(x", ")", "\n", " ", " ", "1", "2", "!", "\n"]),
     ("qwen2", "a 123 I'LL\n\n b", ["a", " ", "1", "2", "3", " I", "'LL", "\n\n", " b"]),
+    # marks among letters
+    ("qwen35", "cafe\u0301s 12", ["cafe\u0301s", " ", "1", "2"]),
     ("llama-bpe", "a 12345 I'LL", ["a", " ", "123", "45", " I", "'LL"]),
     ("tekken", "iPhone 12 a/b", ["i", "Phone", " ", "1", "2", " a", "/b"]),
     ("gpt-4o", "HTTPServer's 1234", ["HTTPServer's", " ", "123", "4"]),

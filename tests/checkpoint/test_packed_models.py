@@ -8,12 +8,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+from decoder_cases import saved_model
 from error_cases import run_command
 from packed_cases import awq, gptq, write_packed
 from safetensors.torch import save_file
 
 from kbit.backends.reference.backend import ReferenceBackend
 from kbit.checkpoint.resolve import open_model
+from kbit.formats.quant_tensor import QuantTensor
 from kbit.models.canonical import canonical
 from kbit.models.load import load_decoder
 
@@ -30,6 +32,25 @@ def test_logits(tmp_path: Path, packable_model: Path, case: str) -> None:
     """On the reference, whose products are of float32 numbers: the same numbers give the same bits."""
     section, pack = CASES[case]
     write_packed(packable_model, tmp_path / "m", section, pack)
+    compare_logits(tmp_path)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_packed_rows_that_are_taken_apart(tmp_path: Path, case: str) -> None:
+    """Queries and gates of Qwen3.5 are in one matrix, by head: of one that is packed each gets its rows, packed."""
+    section, pack = CASES[case]
+    saved_model("qwen3_5", tmp_path / "model", hidden_size=64)
+    write_packed(tmp_path / "model", tmp_path / "m", section, pack, only="q_proj")
+    compare_logits(tmp_path)
+    with canonical(open_model(str(tmp_path / "m"))) as source:
+        for name in ("q_proj", "gate_proj"):
+            weight = source.read_weight(f"model.layers.1.self_attn.{name}.weight")
+            assert isinstance(weight, QuantTensor) == ("dequantized" not in case)
+            assert weight.shape == (96, 64)
+
+
+def compare_logits(tmp_path: Path) -> None:
+    """Of the packed model in a folder `m`, and of the same written out."""
     with open_model(str(tmp_path / "m")) as source:
         plain = {name: source.read(name) for name in source.tensors}
     (tmp_path / "plain").mkdir()

@@ -36,10 +36,16 @@ def alone(decoder: Decoder, prompt: list[int]) -> list[NDArray[np.float32]]:
 
 
 def together(
-    decoder: Decoder, prompts: list[list[int]], order: list[int], pages: int, batch_tokens: int, every: int = 1
+    decoder: Decoder,
+    prompts: list[list[int]],
+    order: list[int],
+    pages: int,
+    batch_tokens: int,
+    every: int = 1,
+    sequences: int = 1,
 ) -> tuple[list[list[NDArray[np.float32]]], Scheduler]:
     """The same from a scheduler, a prompt added every so many passes."""
-    pool = decoder.new_pool(pages)
+    pool = decoder.new_pool(pages, sequences)
     scheduler = Scheduler(pool, batch_tokens)
     answers: list[list[NDArray[np.float32]]] = [[] for _ in prompts]
     owner: dict[Sequence, int] = {}
@@ -64,6 +70,7 @@ def together(
             else:
                 sequence.append(int(row.argmax()))
     assert pool.available == pool.count
+    assert pool.states is None or pool.states.available == pool.states.count
     return answers, scheduler
 
 
@@ -172,3 +179,44 @@ def test_a_text_that_must_be_whole_is() -> None:
         for sequence, _ in scheduler.complete(work):
             scheduler.remove(sequence)
     assert counts == [[50], [150]]
+
+
+@pytest.mark.parametrize(("pages", "sequences"), [(40, 8), (40, 3), (12, 8), (5, 1)])
+def test_texts_of_a_recurrent_model_wait_for_states(pages: int, sequences: int) -> None:
+    """However many have room at once, of pages and of states; and those who go on from another's states."""
+    decoder = native(source_of("qwen3_5"), threads=1)
+    prompts = [prompt[:90] for prompt in texts()[:5]]
+    expected = [alone(decoder, prompt) for prompt in prompts]
+    answers, scheduler = together(decoder, prompts, [3, 0, 4, 1, 2], pages, 64, sequences=sequences)
+    for found, wanted in zip(answers, expected, strict=True):
+        assert np.array_equal(np.array(found), np.array(wanted))
+    pool = scheduler.pool
+    assert pool.states is not None
+    assert pool.states.count <= max(2 * sequences, 3)
+    first = Sequence(pool, prompts[1])
+    scheduler = Scheduler(pool, 512)
+    scheduler.add(first)
+    work = scheduler.next_pass()
+    assert work is not None
+    decoder.run(work.batch, work.cache)
+    list(scheduler.complete(work))
+    forks = [Sequence(pool, [*prompts[1], token], table=first.table.fork()) for token in (1, 2, 3)]
+    scheduler.remove(first)
+    for fork in forks:
+        scheduler.add(fork)
+    found = {}
+    while len(found) < 3:
+        found |= _pass(decoder, scheduler)
+    for token, fork in zip((1, 2, 3), forks, strict=True):
+        cache = decoder.new_cache(1, 100)
+        assert np.array_equal(found[fork], decoder.extend([*prompts[1], token], cache)[-1])
+
+
+def _pass(decoder: Decoder, scheduler: Scheduler) -> dict[Sequence, NDArray[np.float32]]:
+    work = scheduler.next_pass()
+    assert work is not None
+    logits = np.asarray(decoder.run(work.batch, work.cache))
+    found = {sequence: logits[rows][-1] for sequence, rows in scheduler.complete(work)}
+    for sequence in found:
+        scheduler.remove(sequence)
+    return found

@@ -370,7 +370,6 @@ class TestRefusals:
         "head",
         [
             lambda w, ops, x: ops.activate(ops.logits(w.embedding, x), None, "silu"),
-            lambda w, ops, x: ops.linear(w.first, x, w.bias),
             lambda w, ops, x: ops.logits(w.embedding, ops.linear(w.square, x)),
             lambda w, ops, x: ops.norm(x, w.scale, 1e-5),
             lambda w, ops, x: ops.scale(ops.soft_cap(ops.logits(w.embedding, x), 3.0), 2.0),
@@ -420,7 +419,7 @@ class TestRefusals:
         w, recorder = Parts(), Recorder(Symbol(1))
         x = recorder.embed(w.embedding, recorder.input)
         cross = Attention(0, 2, 1, 8, 1.0, None, "cross", "encoder", "none")
-        narrow, gate = Symbol(8), Symbol(2)
+        narrow, gate, wide, rates = Symbol(8), Symbol(2), Symbol(16), torch.zeros(2)
         with pytest.raises(ValueError, match="'self' where 'encoder'"):
             recorder.store_keys(narrow, narrow, replace(cross, mask="causal", source="self"))
         with pytest.raises(ValueError, match="'encoder' where 'self'"):
@@ -430,12 +429,20 @@ class TestRefusals:
         with pytest.raises(ValueError, match="queries has"):
             recorder.cross_attention(narrow, cross)
         with pytest.raises(ValueError, match="a gate has 8 features where 2 are needed"):
-            recorder.recur(narrow, narrow, narrow, gate, narrow, Recurrence(0, 2, 4, 4))
+            recorder.recur(wide, narrow, gate, rates, Recurrence(0, 1, 2, 4, 4))
+        with pytest.raises(ValueError, match="queries, keys and values has 8 features where 16 are needed"):
+            recorder.recur(narrow, gate, gate, rates, Recurrence(0, 1, 2, 4, 4))
+        with pytest.raises(ValueError, match="the rates of a recurrence has 3 features where 2 are needed"):
+            recorder.recur(wide, gate, gate, torch.zeros(3), Recurrence(0, 1, 2, 4, 4))
+        with pytest.raises(ValueError, match="2 heads of keys are not shared alike by 3 heads of values"):
+            Recurrence(0, 2, 3, 4, 4)
+        with pytest.raises(ValueError, match="a gate of every feature has 2 features where 8 are needed"):
+            recorder.sigmoid_gate(narrow, gate)
         with pytest.raises(ValueError, match="the weight of a convolution has"):
             recorder.short_convolution(narrow, w.scale, ShortConvolution(0, 4, 8))
         before = len(recorder.operations)
         recorder.store_keys(narrow, narrow, cross)
-        out = recorder.recur(narrow, narrow, narrow, gate, gate, Recurrence(0, 2, 4, 4))
+        out = recorder.recur(wide, gate, gate, rates, Recurrence(0, 1, 2, 4, 4))
         stored, recurred = recorder.operations[before:]
         assert (reads(stored), writes(stored)) == ((narrow, narrow), ())
-        assert (reads(recurred), writes(recurred)) == ((narrow, narrow, narrow, gate, gate), (out,))
+        assert (reads(recurred), writes(recurred)) == ((wide, gate, gate), (out,))

@@ -31,6 +31,11 @@ HEADS |= {
     "opt": {"ffn_dim": 20, "word_embed_proj_dim": 256},
     "gpt2": {"n_inner": 20},
     "falcon": {"ffn_hidden_size": 20},
+    "gpt_bigcode": {"n_inner": 20},
+    "mpt": {"intermediate_size": 1024},
+    "gpt_neo": {"attention_types": [[["global", "local"], 3], [["global"], 1]]},
+    "gptj": {"n_inner": 20, "rotary_dim": 6},
+    "codegen": {"n_inner": 20, "rotary_dim": 6},
 }
 # With latent attention every head has a key.
 LATENT = ("deepseek_v3", "glm4_moe_lite", "mistral4", "minicpm3", "youtu")
@@ -39,8 +44,9 @@ HEADS |= {"deepseek_v2": {"num_experts_per_tok": 6}}
 # Model types that transformers does not have: DeepSeek-V3 under another name.
 UNKNOWN = ("kimi_k2",)
 # Key/value heads of models without such a key.
-KV_HEADS = {"bloom": 32, "falcon": 1, "gpt2": 32, "gpt_neox": 32, "opt": 32}
-_EPSILONS = ("rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon", "norm_epsilon")
+KV_HEADS = {"bloom": 32, "falcon": 1, "gpt2": 32, "gpt_neox": 32, "opt": 32, "gpt_bigcode": 1}
+KV_HEADS |= dict.fromkeys(("gpt_neo", "gptj", "codegen", "nemotron", "mpt"), 32)
+_EPSILONS = ("rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon", "norm_epsilon", "norm_eps")
 
 
 def config_of(family: str, **changes: Any) -> dict[str, Any]:
@@ -514,7 +520,18 @@ def test_pythia_as_the_hub_has_it() -> None:
         ("stablelm", {"use_parallel_residual": True}, "use_parallel_residual True is not supported"),
         ("stablelm", {"qk_layernorm": True}, "qk_layernorm True is not supported"),
         ("cohere", {"use_qk_norm": True}, "use_qk_norm True is not supported"),
-        ("falcon", {"new_decoder_architecture": True}, "new_decoder_architecture True is not supported"),
+        (
+            "falcon",
+            {"new_decoder_architecture": True, "num_ln_in_parallel_attn": 1},
+            "num_ln_in_parallel_attn 1 is not supported",
+        ),
+        ("mpt", {"attn_config": {"qk_ln": True}}, "attn_config.qk_ln True is not supported"),
+        ("mpt", {"attn_config": {"clip_qkv": 6.0}}, "attn_config.clip_qkv 6.0 is not supported"),
+        (
+            "mpt",
+            {"num_attention_heads": 12, "hidden_size": 240},
+            "12 heads are no power of two, as kbit has mpt slopes for",
+        ),
         ("falcon", {"alibi": True}, "alibi True is not supported"),
         ("falcon", {"multi_query": False}, "multi_query False is not supported"),
         ("falcon", {"parallel_attn": False}, "parallel_attn False is not supported"),

@@ -74,11 +74,19 @@ def llava() -> Any:
     return transformers.LlavaConfig(text_config=text, vision_config=vision)
 
 
+def qwen3_5() -> Any:
+    text = {**TEXT, "num_hidden_layers": 4, "head_dim": 16, "linear_num_key_heads": 2, "linear_num_value_heads": 4}
+    text |= {"linear_key_head_dim": 8, "linear_value_head_dim": 8, "pad_token_id": None}
+    vision = {"depth": 1, "hidden_size": 32, "intermediate_size": 32, "num_heads": 2, "out_hidden_size": 32}
+    return transformers.Qwen3_5Config(text_config=text, vision_config=vision)
+
+
 WHOLES: dict[str, tuple[Callable[[], Any], str]] = {
     "gemma3": (gemma3, "Gemma3ForConditionalGeneration"),
     "gemma4": (gemma4, "Gemma4ForConditionalGeneration"),
     "mistral3": (mistral3, "Mistral3ForConditionalGeneration"),
     "llava": (llava, "LlavaForConditionalGeneration"),
+    "qwen3_5": (qwen3_5, "Qwen3_5ForConditionalGeneration"),
 }
 
 
@@ -90,7 +98,9 @@ def whole(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     with torch.no_grad():
         for key, parameter in model.named_parameters():
             noise = torch.randn(parameter.shape)
-            parameter.copy_((0.0 if request.param == "gemma3" else 1.0) + 0.2 * noise if "norm" in key else 0.2 * noise)
+            parameter.copy_(
+                (0.0 if request.param in ("gemma3", "qwen3_5") else 1.0) + 0.2 * noise if "norm" in key else 0.2 * noise
+            )
     folder = tmp_path_factory.mktemp(request.param)
     model.save_pretrained(folder)
     return model, folder

@@ -150,7 +150,9 @@ def test_programs(
 
 @pytest.mark.parametrize("rows", [1, 40])
 @pytest.mark.parametrize("compute", ["int8", "fp32"])
-@pytest.mark.parametrize("name", ["qwen2-moe", "glm4-moe", "gpt-oss", "deepseek-v2", "gemma4-moe", "gemma4-e"])
+@pytest.mark.parametrize(
+    "name", ["qwen2-moe", "glm4-moe", "gpt-oss", "deepseek-v2", "gemma4-moe", "gemma4-e", "qwen3_5", "qwen3-next"]
+)
 def test_programs_with_experts(published: Callable[[str], Path], name: str, compute: str, rows: int) -> None:
     with open_canonical(str(published(name))) as source:
         spec = spec_from_config(source.config)

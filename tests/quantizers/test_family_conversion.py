@@ -30,9 +30,11 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 # Norms stored less 1 around both blocks, two rotations; fused matrices; a rotation apart from attention; experts beside
 # one for all; experts in one tensor, with biases, a clamped gate and sinks; a table of positions, matrices lying down;
-# attention and MLP side by side; latent attention; layers of two shapes, with shared keys and features of their own.
+# attention and MLP side by side; latent attention; layers of two shapes, with shared keys and features of their own;
+# gated delta nets, queries with their gates.
 FAMILIES = ["gemma3", "phi3", "hunyuan", "qwen2-moe", "gpt-oss", "gpt2", "gpt_neox"]
 FAMILIES += ["deepseek-v2", "gemma4-e"]
+FAMILIES += ["qwen3_5"]
 
 
 def logits(source: CheckpointSource, backend: Backend | None = None) -> torch.Tensor:
@@ -52,6 +54,7 @@ def logits(source: CheckpointSource, backend: Backend | None = None) -> torch.Te
         *(("gemma4-e", bits) for bits in (2, 3, 4, 5, 6, 7, 8)),
         ("gemma4-moe", 4),
         ("gemma4-dense", 3),
+        *(("qwen3-next", bits) for bits in (2, 3, 4, 5, 6, 7, 8)),
     ],
 )
 def test_every_width(tmp_path: Path, published: Callable[[str], Path], name: str, bits: int) -> None:

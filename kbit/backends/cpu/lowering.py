@@ -111,7 +111,8 @@ def lower_head(program: Program, operations: Sequence[Operation], result: Symbol
     """Writes a recorded head into a program: hidden states -> logits. An encoder's, which is none, changes nothing.
 
     Raises:
-        ValueError: the head is more than an optional norm, one product, a factor on the logits and their soft cap.
+        ValueError: the head is more than an optional norm, one product and its bias, a factor on the logits and their
+            soft cap.
     """
     if result is hidden:
         return
@@ -125,12 +126,13 @@ def lower_head(program: Program, operations: Sequence[Operation], result: Symbol
         factor, result, operations = last.factor, last.x, operations[:-1]
     if len(operations) == 1 and isinstance(operations[0], Project):
         product = operations[0]
-        plain = product.residual is None and product.activation is None and all(bias is None for bias in product.biases)
+        plain = product.residual is None and product.activation is None
         if plain and product.x is hidden and product.outs == (result,):
             weight, eps, bias, centred = _norm(product.norm)
-            program.head(native_matrix(product.weights[0]), weight, eps, bias, centred, factor, cap)
+            own = _optional(product.biases[0])
+            program.head(native_matrix(product.weights[0]), weight, eps, bias, centred, factor, cap, own)
             return
-    raise ValueError("a head is a norm, or none, and one product without a bias, whose logits may be scaled and capped")
+    raise ValueError("a head is a norm, or none, and one product, whose logits may be scaled and capped")
 
 
 def _emit(program: Program, operation: Operation, at: dict[Symbol, int]) -> None:
@@ -185,8 +187,9 @@ def _emit(program: Program, operation: Operation, at: dict[Symbol, int]) -> None
         program.cross_attend(at[operation.q], at[operation.out], a.layer, a.heads, a.kv_heads, a.head_dim, a.scale)
     elif isinstance(operation, Recur):
         r = operation.recurrence
-        q, k, v, decay, write = (at[symbol] for symbol in reads(operation))
-        program.recur(q, k, v, decay, write, at[operation.out], r.state, r.heads, r.key_dim, r.value_dim)
+        x, decay, write = (at[symbol] for symbol in reads(operation))
+        rates = native_vector(operation.log_rates)
+        program.recur(x, decay, write, rates, at[operation.out], r.state, r.key_heads, r.heads, r.key_dim, r.value_dim)
     elif isinstance(operation, Convolve):
         c = operation.convolution
         program.convolve(at[operation.x], native_vector(operation.weight), at[operation.out], c.state, c.width)

@@ -329,7 +329,7 @@ def _write_arrays(
             begins = [_append(file, array) for array in _native.matrix_arrays(matrix)]
             matrices[name] = {**_native.describe_matrix(matrix), "begins": begins}
         else:
-            vector = np.ascontiguousarray(read_array(source, name))
+            vector = np.ascontiguousarray(read_array(source, name)).reshape(-1)
             begin = _append(file, vector.view(np.uint8))
             vectors[name] = [begin, begin + vector.nbytes]
         if progress is not None:

@@ -133,8 +133,9 @@ class RowOps:
 
         return reference_experts.mix(x.reshape(-1, x.shape[-1]), chosen, weights, compute).view(x.shape)
 
-    def logits(self, weight: Weight, x: torch.Tensor) -> torch.Tensor:
+    def logits(self, weight: Weight, x: torch.Tensor, bias: Vector | None = None) -> torch.Tensor:
         out = reference.logits(x, _data(weight))
+        out = out if bias is None else out + tensor_of(bias)
         return out if self._group is None else self._group.from_first(out)
 
     def self_attention(
@@ -157,11 +158,10 @@ class RowOps:
 
     def recur(
         self,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
+        x: torch.Tensor,
         decay: torch.Tensor,
         write: torch.Tensor,
+        log_rates: Vector,
         recurrence: Recurrence,
     ) -> torch.Tensor:
         raise _without_tokens()
@@ -241,17 +241,18 @@ class StepOps(RowOps):
 
     def recur(
         self,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
+        x: torch.Tensor,
         decay: torch.Tensor,
         write: torch.Tensor,
+        log_rates: Vector,
         recurrence: Recurrence,
     ) -> torch.Tensor:
-        q, k, v = (x.view(len(x), recurrence.heads, -1) for x in (q, k, v))  # (R, H, D_k or D_v)
-        out = torch.empty_like(v)
+        q, k, v = taken_apart(x, recurrence)
+        rates, out = tensor_of(log_rates), torch.empty_like(v)
         for rows, before, after in self._state(recurrence.state):
-            out[rows], after[...] = recurrent.gated_delta(q[rows], k[rows], v[rows], decay[rows], write[rows], before)
+            out[rows], after[...] = recurrent.gated_delta(
+                q[rows], k[rows], v[rows], decay[rows], write[rows], rates, before
+            )
         return out.flatten(-2)
 
     def short_convolution(self, x: torch.Tensor, weight: Vector, convolution: ShortConvolution) -> torch.Tensor:
@@ -391,6 +392,14 @@ def places(batch: Batch, of: Place) -> torch.Tensor:
     if of == "positions":
         return torch.from_numpy(batch.positions.astype(np.int64))
     return torch.zeros(len(batch), dtype=torch.int64) if batch.types is None else torch.from_numpy(batch.types)
+
+
+def taken_apart(x: torch.Tensor, recurrence: Recurrence) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """What `Ops.recur` takes, as (..., G, D_k) queries and keys and (..., H, D_v) values."""
+    keys = recurrence.key_heads * recurrence.key_dim
+    q, k, v = torch.split(x, [keys, keys, recurrence.heads * recurrence.value_dim], dim=-1)
+    q, k = (part.reshape(*x.shape[:-1], recurrence.key_heads, recurrence.key_dim) for part in (q, k))
+    return q, k, v.reshape(*x.shape[:-1], recurrence.heads, recurrence.value_dim)
 
 
 def rotated(

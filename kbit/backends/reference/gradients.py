@@ -7,11 +7,20 @@ from typing import Any
 import numpy as np
 import torch
 
-from kbit.backends.reference.backend import ReferenceBackend, ReferenceWeight, RowOps, rotated, tensor_of
+from kbit.backends.reference.backend import (
+    ReferenceBackend,
+    ReferenceWeight,
+    RowOps,
+    rotated,
+    taken_apart,
+    tensor_of,
+)
 from kbit.backends.reference.products import product, product_with_rows
 from kbit.formats.quant_tensor import QuantTensor
 from kbit.graph.ops import Attention, Definition, Place, Vector, Weight, refuse_attention
+from kbit.graph.states import Recurrence, ShortConvolution
 from kbit.kernels import reference
+from kbit.kernels import reference_recurrent as recurrent
 
 
 class KeepingBackend(ReferenceBackend):
@@ -54,9 +63,9 @@ class GradientOps(RowOps):
         out: torch.Tensor = _TracedLinear.apply(x, weight, self)  # type: ignore[no-untyped-call]
         return out if bias is None else out + tensor_of(bias)
 
-    def logits(self, weight: Weight, x: torch.Tensor) -> torch.Tensor:
+    def logits(self, weight: Weight, x: torch.Tensor, bias: Vector | None = None) -> torch.Tensor:
         out: torch.Tensor = _TracedLinear.apply(x, weight, self)  # type: ignore[no-untyped-call]
-        return out
+        return out if bias is None else out + tensor_of(bias)
 
     def self_attention(
         self,
@@ -137,6 +146,23 @@ class GradientOps(RowOps):
 
     def rotate(self, x: torch.Tensor, head_dim: int, angles: tuple[int, int]) -> torch.Tensor:
         return rotated(x, head_dim, angles, self._cos, self._sin)
+
+    def recur(
+        self,
+        x: torch.Tensor,
+        decay: torch.Tensor,
+        write: torch.Tensor,
+        log_rates: Vector,
+        recurrence: Recurrence,
+    ) -> torch.Tensor:
+        q, k, v = taken_apart(x, recurrence)
+        out = recurrent.gated_delta_in_chunks(q, k, v, decay, write, tensor_of(log_rates))
+        return out.flatten(-2)
+
+    def short_convolution(self, x: torch.Tensor, weight: Vector, convolution: ShortConvolution) -> torch.Tensor:
+        taps = tensor_of(weight).view(convolution.width, -1)
+        before = x.new_zeros(*x.shape[:-2], convolution.width - 1, x.shape[-1])
+        return recurrent.short_convolution(x, taps, before)[0]
 
     def collect(self, weight: Weight, x: torch.Tensor, gradient: torch.Tensor) -> None:
         """Take what one product saw, once per backward pass.

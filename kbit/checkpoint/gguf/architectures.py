@@ -11,6 +11,7 @@ from dataclasses import replace
 from typing import Any
 
 from kbit.checkpoint.gguf import gemma4
+from kbit.checkpoint.gguf.delta_nets import DeltaTensors
 from kbit.checkpoint.gguf.experts import SIGMOID, SOFTMAX_OF_CHOSEN, ExpertTensors
 from kbit.checkpoint.gguf.keys import Keys, short_float
 from kbit.checkpoint.gguf.names import MLP_BIASES, Architecture
@@ -169,6 +170,7 @@ _DEEPSEEK_EXPERTS = ExpertTensors(
     leading=True,
     optional=True,
 )
+_GATED_EXPERTS = ExpertTensors(shared="mlp.shared_expert", switch="mlp.shared_expert_gate", entry="norm_topk_prob")
 
 ARCHITECTURES = {
     architecture.name: architecture
@@ -289,6 +291,41 @@ ARCHITECTURES = {
                 replace(_DEEPSEEK_EXPERTS, scores=SIGMOID, selection_bias="mlp.gate.e_score_correction_bias"),
             ),
             configure=_deepseek2,
+        ),
+        Architecture(
+            "qwen3next",
+            "qwen3_next",
+            "Qwen3NextForCausalLM",
+            norms=_MLP_NORM_AFTER_ATTENTION,
+            qk_norm="head",
+            partial=True,
+            constants={CANONICAL: True},
+            experts=_GATED_EXPERTS,
+            delta=DeltaTensors(tiled=False, together=True),
+            configure=_no_window,
+        ),
+        Architecture(
+            "qwen35",
+            "qwen3_5_text",
+            "Qwen3_5ForCausalLM",
+            norms=_MLP_NORM_AFTER_ATTENTION,
+            qk_norm="head",
+            partial=True,
+            constants={CANONICAL: True},
+            delta=DeltaTensors(tiled=True, together=False),
+            configure=_no_window,
+        ),
+        Architecture(
+            "qwen35moe",
+            "qwen3_5_moe_text",
+            "Qwen3_5MoeForCausalLM",
+            norms=_MLP_NORM_AFTER_ATTENTION,
+            qk_norm="head",
+            partial=True,
+            constants={CANONICAL: True},
+            experts=_GATED_EXPERTS,
+            delta=DeltaTensors(tiled=True, together=False),
+            configure=_no_window,
         ),
         Architecture("qwen2", "qwen2", "Qwen2ForCausalLM", biases=("attn_q", "attn_k", "attn_v")),
         Architecture("qwen3", "qwen3", "Qwen3ForCausalLM", qk_norm="head", configure=_no_window),

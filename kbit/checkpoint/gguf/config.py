@@ -11,6 +11,7 @@ from dataclasses import replace
 from typing import Any
 
 from kbit.checkpoint.gguf.architectures import ARCHITECTURES
+from kbit.checkpoint.gguf.delta_nets import delta_config, expected_delta
 from kbit.checkpoint.gguf.encoders import ENCODERS, encoder_config
 from kbit.checkpoint.gguf.experts import SIGMOID, as_row, expected_experts, expert_config
 from kbit.checkpoint.gguf.keys import Keys
@@ -88,7 +89,7 @@ def config_from_header(
         )
 
     layers, further = reader.size("block_count"), 0
-    if arch.experts is not None:
+    if arch.experts is not None or arch.delta is not None:
         # Layers that predict tokens further on come last, and are counted; they are left out.
         further = reader.count("nextn_predict_layers")
         if further >= layers:
@@ -107,7 +108,10 @@ def config_from_header(
     else:
         dim, rotated = (latent["qk_rope_head_dim"],) * 2 if arch.latent else _head_dim(reader, hidden, heads)
         kv = heads if arch.latent else reader.size("attention.head_count_kv", heads)
-        sizes = LayerSizes([dim] * layers, [kv] * layers, [reader.size("feed_forward_length")] * layers)
+        # Where all layers have experts the width of an MLP may be left out.
+        named = arch.delta is None or f"{arch.name}.feed_forward_length" in header
+        mlp = reader.size("feed_forward_length" if named else "expert_feed_forward_length")
+        sizes = LayerSizes([dim] * layers, [kv] * layers, [mlp] * layers)
     kv_heads, head_dim = sizes.kv_heads[0], sizes.head_dims[0]
     for count in sizes.kv_heads:
         if heads % count:
@@ -136,7 +140,8 @@ def config_from_header(
     tied = "output.weight" not in tensors
     biases = reader.biases = _biases(header, arch, tensors)
     experts = {} if arch.experts is None else expert_config(reader, arch.experts)
-    _check_tensors(reader, tensors, each, biases, tied, {**experts, **latent})
+    delta = {} if arch.delta is None else delta_config(reader, layers)
+    _check_tensors(reader, tensors, each, biases, tied, {**experts, **latent, **delta})
     reader.divisors, reader.tensors = rope_divisors, frozenset(tensors)
     if arch.special is not None:
         scaling = None
@@ -167,6 +172,7 @@ def config_from_header(
         "mlp_bias": "ffn_gate" in biases,
         **experts,
         **latent,
+        **delta,
         **arch.constants,
     }
     if arch.qk_optional:
@@ -193,13 +199,15 @@ def expected_of_layer(
     """Every tensor of a layer, with its shape.
 
     Args:
-        described: what the configuration says of experts and of latent attention.
+        described: what the configuration says of experts, of latent attention and of delta nets.
     """
     shapes = dims.expected(arch, layer, biases)
     if arch.latent:
         for part in ATTENTION_BIASES:
             shapes.pop(f"blk.{layer}.{part}.weight")
         shapes |= latent_shapes(described, dims.hidden, dims.heads, layer)
+    if arch.delta is not None:
+        shapes = expected_delta(arch.delta, described, dims.hidden, layer, shapes)
     of_experts = None
     if arch.experts is not None and arch.experts.count in described:
         of_experts = expected_experts(arch.experts, described, dims.hidden, layer)

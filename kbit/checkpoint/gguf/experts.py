@@ -85,7 +85,8 @@ def expert_config(keys: Keys, experts: ExpertTensors) -> dict[str, Any]:
     config: dict[str, Any] = {experts.count: count, "num_experts_per_tok": keys.size("expert_used_count")}
     if config["num_experts_per_tok"] > count:
         keys.header.fail(f"{keys.arch}.expert_used_count is more than the {count} experts there are")
-    config[experts.width] = keys.size("expert_feed_forward_length", keys.size("feed_forward_length"))
+    named = f"{keys.arch}.expert_feed_forward_length" in keys.header
+    config[experts.width] = keys.size("expert_feed_forward_length" if named else "feed_forward_length")
     gating = keys.count("expert_gating_func")
     if gating not in (0, experts.scores):
         raise UnsupportedError(f"{keys.header.path}: '{keys.arch}.expert_gating_func' {gating} {_NO_NUMBER}")

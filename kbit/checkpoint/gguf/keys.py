@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import struct
 
+from kbit.checkpoint.gguf.delta_nets import DELTA_KEYS
 from kbit.checkpoint.gguf.experts import EXPERT_KEYS
 from kbit.checkpoint.gguf.metadata import GGUFHeader, quoted
 from kbit.checkpoint.gguf.names import Architecture
@@ -142,6 +143,7 @@ class Keys:
         for key in self.header:
             name = key.removeprefix(prefix)
             more = frozenset() if self.architecture.experts is None else EXPERT_KEYS
+            more |= frozenset() if self.architecture.delta is None else DELTA_KEYS
             known = _KNOWN_KEYS | self.architecture.keys | self.architecture.numbers.keys() | more
             known |= LATENT_KEYS if self.architecture.latent else frozenset()
             if name != key and name not in known:

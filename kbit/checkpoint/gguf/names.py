@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
+from kbit.checkpoint.gguf.delta_nets import DeltaTensors
 from kbit.checkpoint.gguf.experts import ExpertTensors
 
 if TYPE_CHECKING:
@@ -97,6 +98,7 @@ class Architecture:
         constants: entries of the configuration that no metadata key gives.
         numbers: metadata keys whose numbers are entries of the configuration under another name.
         experts: how its experts are called; None: it has none.
+        delta: how its delta nets are stored; None: it has none. What attends between them is gated then.
         qk_optional: there may be no norms of queries and keys.
         sinks: attention has sinks.
         latent: keys and values are made of a latent vector (`kbit.checkpoint.gguf.latent`).
@@ -125,6 +127,7 @@ class Architecture:
     constants: Mapping[str, Any] = field(default_factory=dict)
     numbers: Mapping[str, str] = field(default_factory=dict)
     experts: ExpertTensors | None = None
+    delta: DeltaTensors | None = None
     qk_optional: bool = False
     sinks: bool = False
     latent: bool = False

@@ -37,6 +37,8 @@ from kbit.text.tokenizer import Tokenizer
 BATCH_TOKENS = 2048
 # Memory for the pages of all sequences, unless one alone needs more.
 CACHE_BYTES = 256 << 20
+# Sequences whose states of fixed size there is room for at once, at most.
+_MOST_STATES = 64
 # A common beginning shorter than this is computed again: a pass of its own costs more.
 _MIN_SHARED = 8
 # Members of a group. More of them save less and less, and all their pages are in memory at once.
@@ -232,7 +234,8 @@ class Scorer:
         longest = {id(group): max(len(requests[member].fed) for member in group.members) for group in groups}
         groups.sort(key=lambda group: longest[id(group)])  # the next one is the last
         needed = pages_for(longest[id(groups[-1])])
-        pool = self._decoder.new_pool(needed)
+        states = self._decoder.spec.state_bytes
+        pool = self._decoder.new_pool(needed, max(2, min(_MOST_STATES, CACHE_BYTES // (2 * max(1, states)))))
         pool.ensure(CACHE_BYTES // pool.store.page_bytes)
         scheduler = Scheduler(pool, BATCH_TOKENS)
         beginnings: dict[Sequence, _Group] = {}

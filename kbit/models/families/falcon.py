@@ -1,13 +1,18 @@
-"""Falcon 7B: one key/value head, one norm, after which attention and MLP stand side by side. 40B and RW are others."""
+"""Falcon: attention and MLP stand side by side, after one norm with one key/value head (7B), or after two (40B, 180B).
+
+Of the larger models queries, keys and values are in one matrix by key/value head. RW, with slopes, is another.
+"""
+
+from dataclasses import replace
 
 from kbit.models.family import Family
-from kbit.models.layout import Layout
+from kbit.models.layout import Grouped, Layout
 from kbit.models.params import QKV
 from kbit.models.spec import TensorNames
 
 _LAYER = "transformer.h.{layer}"
 
-FAMILY = Family(
+_SMALL = Family(
     model_type="falcon",
     architectures=("FalconForCausalLM",),
     defaults={
@@ -44,3 +49,14 @@ FAMILY = Family(
     mlp_ratio=4,
     layout=Layout(fused={f"{_LAYER}.self_attention.query_key_value": QKV}),
 )
+
+_LARGE = replace(
+    _SMALL,
+    keys={**_SMALL.keys, "num_key_value_heads": "num_kv_heads"},
+    names=replace(_SMALL.names, attention_norm=f"{_LAYER}.ln_attn", mlp_norm=f"{_LAYER}.ln_mlp"),
+    layout=Layout(grouped={f"{_LAYER}.self_attention.query_key_value": Grouped(QKV, "key/value heads")}),
+    fixed={"new_decoder_architecture": (True,), "num_ln_in_parallel_attn": (2,)},
+    ignored=("multi_query", "parallel_attn"),  # as they may be, these are not read
+)
+
+FAMILY = replace(_SMALL, variants=(("new_decoder_architecture", True, _LARGE),))

@@ -411,7 +411,8 @@ void bind_engine(nb::module_& module) {
            nb::arg("gate"), nb::arg("up").none(), nb::arg("kind"), nb::arg("out"))
       .def("sigmoid_gate",
            [](Program& p, int x, int gate, int out) {
-             require(p.buffer_width(x) == p.buffer_width(out) && p.buffer_width(gate) == 1 && gate != out,
+             require(p.buffer_width(x) == p.buffer_width(out) && 
+                         (p.buffer_width(gate) == 1 || p.buffer_width(gate) == p.buffer_width(x)) && gate != out,
                      "the buffers of a gate differ");
              p.append(GateInstruction{x, gate, out});
            },
@@ -472,18 +473,19 @@ void bind_engine(nb::module_& module) {
            nb::arg("q"), nb::arg("out"), nb::arg("layer"), nb::arg("heads"), nb::arg("kv_heads"), nb::arg("head_dim"),
            nb::arg("scale"))
       .def("recur",
-           [](Program& p, int q, int k, int v, int decay, int write, int out, int state, int heads, int key_dim,
-              int value_dim) {
-             const auto wide = [&](int buffer, int width) { return p.buffer_width(buffer) == std::int64_t{heads} * width; };
-             require(heads >= 1 && key_dim >= 1 && value_dim >= 1 && state >= 0 && wide(q, key_dim) && wide(k, key_dim) &&
-                         wide(v, value_dim) && wide(out, value_dim) && wide(decay, 1) && wide(write, 1) && out != q &&
-                         out != k && out != v && out != decay && out != write &&
-                         (2 * std::int64_t{key_dim} + value_dim) * 4 <= kMatmulScratch,
+           [](Program& p, int x, int decay, int write, const Vector& log_rates, int out, int state, int key_heads, int heads,
+              int key_dim, int value_dim) {
+             require(key_heads >= 1 && heads >= 1 && heads % key_heads == 0 && key_dim >= 1 && value_dim >= 1 && state >= 0 &&
+                         p.buffer_width(x) == 2 * std::int64_t{key_heads} * key_dim + std::int64_t{heads} * value_dim &&
+                         p.buffer_width(out) == std::int64_t{heads} * value_dim && p.buffer_width(decay) == heads &&
+                         p.buffer_width(write) == heads && out != x && out != decay && out != write &&
+                         log_rates.shape(0) == static_cast<std::size_t>(heads) &&
+                         recurrence_scratch(key_dim) * 4 <= kMatmulScratch,
                      "the heads of a recurrence do not fit their buffers");
-             p.append(RecurInstruction{q, k, v, decay, write, out, state, heads, key_dim, value_dim});
+             p.append(RecurInstruction{x, decay, write, out, state, key_heads, heads, key_dim, value_dim, copied(log_rates)});
            },
-           nb::arg("q"), nb::arg("k"), nb::arg("v"), nb::arg("decay"), nb::arg("write"), nb::arg("out"), nb::arg("state"),
-           nb::arg("heads"), nb::arg("key_dim"), nb::arg("value_dim"))
+           nb::arg("x"), nb::arg("decay"), nb::arg("write"), nb::arg("log_rates"), nb::arg("out"), nb::arg("state"),
+           nb::arg("key_heads"), nb::arg("heads"), nb::arg("key_dim"), nb::arg("value_dim"))
       .def("convolve",
            [](Program& p, int x, const Vector& weight, int out, int state, int width) {
              require(width >= 2 && state >= 0 && p.buffer_width(x) == p.buffer_width(out) && out != x &&
@@ -500,17 +502,19 @@ void bind_engine(nb::module_& module) {
            nb::arg("hidden"))
       .def("head",
            [](Program& p, Weights matrix, const std::optional<Vector>& norm, float eps, const std::optional<Vector>& norm_bias,
-              bool centred, float factor, float cap) {
+              bool centred, float factor, float cap, const std::optional<Vector>& bias) {
              MatmulInstruction head;
+             require(!bias || static_cast<std::int64_t>(bias->shape(0)) == matrix->matrix().rows,
+                     "the bias of a head is of another vocabulary");
              head.weights = {std::move(matrix)};
-             head.biases.resize(1);
+             head.biases = {copied(bias)};
              head.norm = norm_of(norm, eps, norm_bias, centred);
              require(cap >= 0.0f, "a soft cap is positive, or 0 for none");
              p.set_head(std::move(head));
              p.set_logits(factor, cap);
            },
            nb::arg("matrix"), nb::arg("norm").none(), nb::arg("eps"), nb::arg("norm_bias") = nb::none(),
-           nb::arg("centred") = false, nb::arg("factor") = 1.0f, nb::arg("cap") = 0.0f)
+           nb::arg("centred") = false, nb::arg("factor") = 1.0f, nb::arg("cap") = 0.0f, nb::arg("bias") = nb::none())
       .def("run", &run, nb::arg("ids"), nb::arg("sequence"), nb::arg("positions"), nb::arg("cos"), nb::arg("sin"),
            nb::arg("rope_row"), nb::arg("pages"), nb::arg("tables"), nb::arg("logits_rows").none(), nb::arg("out"),
            nb::arg("last_seen") = nb::none(), nb::arg("encoder") = nb::none(), nb::arg("states") = nb::none(),

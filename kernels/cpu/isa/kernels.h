@@ -6,13 +6,14 @@
 
 #include "attention/attention_kernels.h"
 #include "codecs/matrix.h"
+#include "program/recurrence.h"
 #include "rounding/descent.h"
 #include "rounding/rounding.h"
 
 namespace kbit {
 
 enum class Compute : std::uint8_t { int8, bf16, fp32 };
-enum class Activation : std::uint8_t { none, silu, gelu, gelu_tanh, relu };
+enum class Activation : std::uint8_t { none, silu, gelu, gelu_tanh, relu, sigmoid };
 
 // Rows of x as a matmul reads them. All pointers are to row 0 of the pass.
 struct MatmulInput {
@@ -57,6 +58,8 @@ struct Kernels {
   void (*activate)(const float* gate, const float* up, float* out, std::int64_t count, Activation kind);  // up may be null
   void (*soft_cap)(float* x, std::int64_t count, float cap);                                  // x = cap tanh(x / cap)
   void (*decode_row)(const Matrix& w, std::int64_t row, float* out);                          // out (K)
+
+  void (*gated_delta)(const RecurrenceTask&);
 
   AttentionKernels attention;
   void (*round_rows)(const RoundTask&);      // up to 16 rows of weights to codes and scales

@@ -5,6 +5,7 @@
 #include "isa/kernels.h"
 #include "matmul/matmul.h"
 #include "matmul/matmul_float.h"
+#include "program/recurrence_kernel.h"
 #include "program/rows.h"
 #include "rounding/descent_kernel.h"
 #include "rounding/rounding_kernel.h"
@@ -16,6 +17,7 @@
   extern const Kernels kernels_##set;                                                                              \
   const Kernels kernels_##set = {#set,          ::matmul_int8,     ::matmul_bf16, ::matmul_fp32,  ::quantize_row,  \
                                  ::bfloat_row,  ::rms_norm,        ::add_row,     ::activate_row, ::soft_cap_row,  \
-                                 ::decode_row,  kAttentionKernels, ::round_rows,  ::descend_rows, ::trace};        \
+                                 ::decode_row,  ::gated_delta,     kAttentionKernels, ::round_rows,                \
+                                 ::descend_rows, ::trace};                                                         \
   }
 #define KBIT_DEFINE_KERNELS(set) KBIT_DEFINE_KERNELS_WITH(set, matmul_int8)

@@ -258,12 +258,36 @@ void Program::recur(Worker& worker, const RecurInstruction& n, const Pass& pass)
     const Buffer& buffer = buffers_[static_cast<std::size_t>(index)];
     return RowsView{buffer.data(), buffer.stride};
   };
-  const RecurrenceArgs args{rows(n.q),     rows(n.k), rows(n.v), rows(n.decay), rows(n.write), rows(n.out),
-                            n.heads,       n.key_dim, n.value_dim};
+  const RowsView x = rows(n.x), decay = rows(n.decay), write = rows(n.write), out = rows(n.out);
   const StateView& state = pass.states[static_cast<std::size_t>(n.state)];
   float* scratch = reinterpret_cast<float*>(scratch_[static_cast<std::size_t>(worker.index())]->kernel.data());
-  worker.for_each(static_cast<std::int64_t>(sequences_.size()) * n.heads, 1, [&](std::int64_t i, std::int64_t) {
-    gated_delta(args, state, sequences_[static_cast<std::size_t>(i / n.heads)], static_cast<int>(i % n.heads), scratch);
+  const std::int64_t parts = (n.value_dim + kRecurred - 1) / kRecurred, each = n.heads * parts;
+  const std::int64_t matrix = std::int64_t{n.key_dim} * n.value_dim, keys = std::int64_t{n.key_heads} * n.key_dim;
+  worker.for_each(static_cast<std::int64_t>(sequences_.size()) * each, 1, [&](std::int64_t i, std::int64_t) {
+    const SequenceRows& sequence = sequences_[static_cast<std::size_t>(i / each)];
+    const std::int64_t head = i % each / parts, first = i % parts * kRecurred, place = head * matrix + first;
+    const std::int64_t of_key = head / (n.heads / n.key_heads) * n.key_dim, of_value = head * n.value_dim + first;
+    const float* row = x.at(sequence.begin);
+    RecurrenceTask task{};
+    task.q = row + of_key;
+    task.k = row + keys + of_key;
+    task.v = row + 2 * keys + of_value;
+    task.decay = decay.at(sequence.begin) + head;
+    task.write = write.at(sequence.begin) + head;
+    task.out = out.at(sequence.begin) + of_value;
+    task.x_stride = x.stride;
+    task.decay_stride = decay.stride;
+    task.write_stride = write.stride;
+    task.out_stride = out.stride;
+    task.rows = sequence.end - sequence.begin;
+    task.key_dim = n.key_dim;
+    task.columns = static_cast<int>(std::min<std::int64_t>(kRecurred, n.value_dim - first));
+    task.log_rate = n.log_rates[static_cast<std::size_t>(head)];
+    task.before = sequence.before < 0 ? nullptr : state.data + sequence.before * state.size + place;
+    task.after = state.data + sequence.after * state.size + place;
+    task.state_stride = n.value_dim;
+    task.scratch = scratch;
+    context_->kernels->gated_delta(task);
   });
 }
 

@@ -78,9 +78,13 @@ struct AttendInstruction {
   bool crosses() const { return k < 0 && !shares; }
   bool stores() const { return q < 0; }
 };
-struct RecurInstruction { int q, k, v, decay, write, out, state, heads, key_dim, value_dim; };
+// x: queries and keys of key_heads, and values of heads, side by side; log_rates: of heads.
+struct RecurInstruction {
+  int x, decay, write, out, state, key_heads, heads, key_dim, value_dim;
+  std::vector<float> log_rates;
+};
 struct ConvolveInstruction { int x, out, state, width; std::vector<float> weight; };  // (width, features)
-struct GateInstruction { int x, gate, out; };  // out = sigmoid(gate) x, one gate a row
+struct GateInstruction { int x, gate, out; };  // out = sigmoid(gate) x, one gate a row, or one a feature
 
 // Which experts a row goes to: kernels/reference_experts.py, route.
 enum class Score : std::uint8_t { softmax, sigmoid, softmax_of_chosen };

@@ -270,6 +270,11 @@ void Program::sigmoid_gate(Worker& worker, const GateInstruction& g, std::int64_
   const Buffer &x = at(g.x), &gate = at(g.gate), &out = at(g.out);
   worker.for_each(rows, 4, [&](std::int64_t begin, std::int64_t end) {
     for (std::int64_t r = begin; r < end; ++r) {
+      if (gate.width > 1) {
+        context_->kernels->activate(gate.data() + r * gate.stride, x.data() + r * x.stride, out.data() + r * out.stride,
+                                    x.width, Activation::sigmoid);
+        continue;
+      }
       const auto factor = static_cast<float>(sigmoid(gate.data()[r * gate.stride]));
       for (std::int64_t k = 0; k < x.width; ++k) out.data()[r * out.stride + k] = factor * x.data()[r * x.stride + k];
     }

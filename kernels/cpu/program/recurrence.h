@@ -26,12 +26,25 @@ struct RowsView {
   float* at(std::int64_t row) const { return data + row * stride; }
 };
 
-struct RecurrenceArgs {
-  RowsView q, k, v, decay, write, out;
-  int heads, key_dim, value_dim;
+// Columns of a head's state that are taken together: with the 128 rows of published models they stay in the nearest cache.
+constexpr int kRecurred = 32;
+
+// Some columns of one head's state, over the rows of one sequence: Kernels::gated_delta. Rows that are `stride` floats
+// apart begin at the pointers.
+struct RecurrenceTask {
+  const float *q, *k, *v;        // (key_dim), (key_dim), (columns) of a row
+  const float *decay, *write;    // one number of a row
+  float* out;                    // (columns) of a row
+  std::int64_t x_stride, decay_stride, write_stride, out_stride;  // q, k and v are parts of the same rows
+  std::int64_t rows;
+  int key_dim, columns;          // columns: at most kRecurred
+  float log_rate;
+  const float* before;           // (key_dim, columns), state_stride floats from row to row; null: zeros
+  float* after;
+  std::int64_t state_stride;
+  float* scratch;                // recurrence_scratch(key_dim) floats
 };
-// One head of one sequence. scratch: 2 key_dim + value_dim floats.
-void gated_delta(const RecurrenceArgs& args, const StateView& state, const SequenceRows& rows, int head, float* scratch);
+constexpr std::int64_t recurrence_scratch(std::int64_t key_dim) { return key_dim * (kRecurred + 3) + 2 * kRecurred; }
 
 // Features [first, last) of one sequence. weight: (width, features).
 void short_convolution(const RowsView& x, const RowsView& out, const float* weight, int width, std::int64_t features,
