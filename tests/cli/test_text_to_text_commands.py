@@ -167,6 +167,8 @@ def test_remedies_work(kbit: Run, folders: dict[str, str]) -> None:
         (["eval", "{t5}", "--data", "none.tsv"], "none.tsv: cannot be read"),
         (["plan", "{t5}", "--memory", "1GiB"], "use kbit translate"),
         (["export", "{t5}", "-o", "x"], "kbit exports decoders"),
+        (["export", "{t5}", "-o", "x", "--to", "compressed-tensors"], "kbit exports decoders"),
+        (["export", "{t5}", "-o", "x.gguf", "--to", "gguf"], "kbit exports decoders"),
         (["embed", "x", "--model", "{t5}"], "encoder-decoder"),
         (["calibrate", "{t5}"], "not calibrated"),
     ],
