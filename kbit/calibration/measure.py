@@ -88,12 +88,16 @@ def measure_factors(
     """
     spec = spec_from_config(source.config, where=f"config of {source.path}")
     with workers(threads) as pool:
-        passes = _Passes(source, spec, ids, cut, seed, pool, progress)
+        passes = Passes(source, spec, ids, cut, seed, pool, progress)
         yield from passes.backward(skip) if gradients else passes.forward_only(skip)
 
 
-class _Passes:
-    """The two passes over one text."""
+class Passes:
+    """The two passes over one text (`measure_factors`).
+
+    Attributes:
+        made: what the last layer made, (S, T, hidden), bfloat16, once `forward_only` is through.
+    """
 
     def __init__(
         self,
@@ -111,7 +115,7 @@ class _Passes:
         self.count, self.tokens = ids.shape
         self.backend = ReferenceBackend()
         self.names = {(p.layer, p.slot): p.name for p in parameters(spec) if p.role == "linear"}
-        empty = DecoderWeights(_Nothing(), (), Weights(), _Nothing())
+        empty = DecoderWeights(Nothing(), (), Weights(), Nothing())
         self.definition = DecoderDefinition(spec, empty)
         self.by_distance: Vector | None = None
         self.features: torch.Tensor | None = None  # (S, T, layers f), bfloat16: see kbit.models.per_layer
@@ -120,6 +124,7 @@ class _Passes:
         # Of these layers, turned keys, and values, (S, T, H_kv, D) each, in bfloat16; and their gradients, in float32.
         self.written: dict[int, tuple[torch.Tensor, ...]] = {}
         self.written_gradients: dict[int, tuple[torch.Tensor, ...]] = {}
+        self.made = torch.empty(0)
         self.done, self.total = 0, 0
 
     # ---- forward
@@ -153,6 +158,7 @@ class _Passes:
             if collected is not None:
                 yield LayerFactors(layer, self._factors(layer, collected))
             self._step(2)
+        self.made = x
 
     def _embed(self, ends: DecoderWeights) -> torch.Tensor:
         """(S, T, hidden), bfloat16; and features of layers, if they have some of their own."""
@@ -327,7 +333,7 @@ class _Passes:
             self.progress(self.done, self.total)
 
 
-class _Nothing(Weight):
+class Nothing(Weight):
     """Stands where a definition has a matrix that is not used."""
 
     @property

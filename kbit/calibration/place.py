@@ -50,7 +50,7 @@ def place_of(identity: dict[str, Any]) -> Path:
 
 def layers_of(spec: ModelSpec, gradients: bool) -> list[int | None]:
     """What is measured: every layer, and with gradients what stands outside of layers (None)."""
-    return [*range(spec.layers), *([None] if gradients else [])]
+    return [*range(spec.stacked_layers), *([None] if gradients else [])]
 
 
 def layer_file(folder: Path, layer: int | None) -> Path:

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from kbit.calibration.collected import CUT
 from kbit.calibration.measure import measure_factors
+from kbit.calibration.measure_both import measure_both, written_texts
 from kbit.calibration.place import MANIFEST, calibration_folder, identity_of, layers_of, place_of
 from kbit.calibration.request import SEQUENCE, CalibrationRequest
 from kbit.calibration.sizes import factor_bytes, text_shape
@@ -60,15 +61,14 @@ def calibrate(
     if ids is None or ids.shape != shape:
         ids = calibration_tokens(source, request, *shape, threads=threads, progress=progress)
         kept.write_ids(ids)
-    layer_by_layer = measure_factors(
-        source,
-        ids,
-        gradients=request.gradients,
-        cut=CUT,
-        threads=threads,
-        skip=kept.has,
-        progress=None if progress is None else lambda done, total: progress("calibrating", done, total),
-    )
+    on_progress = None if progress is None else lambda done, total: progress("calibrating", done, total)
+    if spec.encoder is not None:
+        written = written_texts(source, ids, threads=threads, progress=progress)
+        layer_by_layer = measure_both(source, ids, written, threads=threads, skip=kept.has, progress=on_progress)
+    else:
+        layer_by_layer = measure_factors(
+            source, ids, gradients=request.gradients, cut=CUT, threads=threads, skip=kept.has, progress=on_progress
+        )
     for factors in layer_by_layer:
         kept.write(factors)
     return kept

@@ -40,10 +40,10 @@ def refuse_encoder(spec: ModelSpec, texts: bool, gradients: bool) -> None:
     Raises:
         UnsupportedError: it is.
     """
-    if spec.encoder is not None:
+    if spec.encoder is not None and (gradients or not texts):
         raise UnsupportedError(
-            f"a {spec.family} encoder-decoder is not calibrated: what it writes belongs to texts that it has not; use "
-            "--method rtn or hqq"
+            f"a {spec.family} encoder-decoder is calibrated on what goes in to its matrices when it reads a text: use "
+            "--method gptq or search with --inputs-only and --calibration TEXT, or --method rtn or hqq"
         )
     if not spec.continues_text and (gradients or not texts):
         raise UnsupportedError(

@@ -89,8 +89,13 @@ def for_encoder(source: CheckpointSource, flags: QuantizeFlags) -> QuantizeFlags
         return flags
     if spec.encoder is not None:
         if flags.calibration:
-            raise UsageError("--calibration: an encoder-decoder is not calibrated; leave it out, or use --method hqq")
-        typer.echo("note: an encoder-decoder is not calibrated: method rtn", err=True)
+            typer.echo("note: an encoder-decoder is calibrated on inputs only: method gptq", err=True)
+            return replace(flags, method="gptq", inputs_only=True)
+        typer.echo(
+            "note: an encoder-decoder has no text of its own to calibrate on: method rtn (--calibration TEXT takes "
+            "gptq, on inputs only)",
+            err=True,
+        )
         return replace(flags, method="rtn")
     if flags.calibration:
         typer.echo("note: an encoder has no gradients to weigh errors by: method gptq, on inputs only", err=True)

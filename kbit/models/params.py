@@ -66,6 +66,13 @@ def parameters(spec: ModelSpec) -> tuple[Parameter, ...]:
     return (*(p for p in own_parameters(spec.encoder) if p.name not in names), *own)
 
 
+def layer_numbers(spec: ModelSpec) -> dict[str, int | None]:
+    """The layer of every parameter by name; of an encoder-decoder the decoder's go on where the encoder's end."""
+    first = 0 if spec.encoder is None else spec.encoder.layers
+    found = {} if spec.encoder is None else {p.name: p.layer for p in own_parameters(spec.encoder)}
+    return found | {p.name: None if p.layer is None else first + p.layer for p in own_parameters(spec)}
+
+
 def own_parameters(spec: ModelSpec) -> tuple[Parameter, ...]:
     """Those of one stack of layers: `parameters`, but of an encoder-decoder the decoder's alone."""
     names, vocabulary = spec.names, (spec.vocab_size, spec.hidden_size)

@@ -338,6 +338,11 @@ class ModelSpec:
     layer_multiplier: float = 1.0
     encoder: ModelSpec | None = None
 
+    @property
+    def stacked_layers(self) -> int:
+        """The layers there are, an encoder's among them."""
+        return self.layers + (0 if self.encoder is None else self.encoder.layers)
+
     def has_experts(self, layer: int) -> bool:
         """Whether a layer has experts."""
         return self.experts is not None and self.experts.layers[layer]

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from kbit.calibration.request import CalibrationRequest
 from kbit.formats.quant_format import QuantFormat
+from kbit.host.errors import UnsupportedError
 from kbit.models.families import spec_from_config
 from kbit.models.params import parameters
 from kbit.quantizers.calibrated import CalibratedRounding, CalibratedView
@@ -69,6 +70,12 @@ class ActivationAware(CalibratedRounding):
     def apply(self, job: MethodInput) -> QuantizedSource:
         from kbit.calibration.run import calibrate
 
+        spec = spec_from_config(job.source.config, where=f"config of {job.source.path}")
+        if spec.encoder is not None:
+            raise UnsupportedError(
+                f"{job.source.path}: method {self.name} does not know where the features of an encoder-decoder come "
+                "from; use --method gptq or search with --inputs-only"
+            )
         calibration = calibrate(job.source, self.request, progress=job.progress)
         return ScaledView(job.source, job.plan, calibration, self.grid, job.read)
 

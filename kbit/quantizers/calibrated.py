@@ -15,7 +15,7 @@ from kbit.formats.codec import Codec
 from kbit.formats.quant_format import QuantFormat
 from kbit.host.errors import UsageError
 from kbit.models.families import spec_from_config
-from kbit.models.params import parameters
+from kbit.models.params import layer_numbers, parameters
 from kbit.quantizers.method import Method, MethodInput, QuantizedSource
 from kbit.quantizers.rtn import QuantizedView
 from kbit.quantizers.settings import SWEEPS, Settings
@@ -143,7 +143,7 @@ class CalibratedView(QuantizedView):
         super().__init__(source, plan, read)
         self._calibration, self._rounding = calibration, rounding
         spec = spec_from_config(source.config, where=f"config of {source.path}")
-        self._layers = {p.name: p.layer for p in parameters(spec)}
+        self._layers = layer_numbers(spec)
         self._tables = {p.name for p in parameters(spec) if p.role == "table"}
         self._ready: dict[str, QuantTensor] = {}
         self._served: set[str] = set()

@@ -9,8 +9,13 @@ from typing import Any
 
 import encoder_decoder_cases as cases
 import pytest
+import torch
 from command_cases import in_process
 from piece_cases import save_marian
+
+from kbit.models.families import spec_from_config
+from kbit.models.opening import open_model
+from kbit.models.params import parameters
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -93,16 +98,33 @@ def test_quantized_models_run_like_their_weights(kbit: Run, folders: dict[str, s
     assert texts[0][0]["text"] == texts[1][0]["text"]
 
 
-def test_quantizing_says_that_nothing_is_calibrated(kbit: Run, folders: dict[str, str], tmp_path: Path) -> None:
-    code, _, err = kbit("quantize", folders["t5"], "--bits", "4", "-o", str(tmp_path / "out"))
-    assert code == 0, err
-    assert "note: an encoder-decoder is not calibrated: method rtn" in err
+def test_quantizing_says_what_is_calibrated(
+    kbit: Run, folders: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing, or what goes in to the matrices while a text is read and another one written."""
+    monkeypatch.setenv("KBIT_CALIBRATION", str(tmp_path / "kept"))
     text = tmp_path / "x.txt"
     text.write_text("the cat sat on the mat . " * 400)
-    for method in (["--method", "gptq"], ["--method", "awq"], ["--calibration", str(text)]):
-        code, _, err = kbit("quantize", folders["t5"], "--bits", "4", *method, "-o", str(tmp_path / "other"))
+    plain = ["quantize", folders["marian"], "--bits", "2", "--block-size", "16"]
+    code, _, err = kbit(*plain, "-o", str(tmp_path / "plain"))
+    assert code == 0, err
+    assert "note: an encoder-decoder has no text of its own to calibrate on: method rtn" in err
+    more = ["--calibration", str(text), "--calibration-tokens", "930"]
+    code, _, err = kbit(*plain, *more, "-o", str(tmp_path / "gptq"))
+    assert code == 0, err
+    assert "note: an encoder-decoder is calibrated on inputs only: method gptq" in err
+    changed = 0
+    with open_model(str(tmp_path / "plain")) as plainly, open_model(str(tmp_path / "gptq")) as calibrated:
+        for parameter in parameters(spec_from_config(plainly.config)):
+            if parameter.role == "linear":
+                name = parameter.name
+                assert plainly.tensors[name].stored_as == calibrated.tensors[name].stored_as
+                changed += not torch.equal(plainly.read(name), calibrated.read(name))
+    assert changed == 3 * 6 + 2 * 10
+    for method in (["--method", "gptq"], ["--method", "ldlq2", *more], ["--method", "awq", *more]):
+        code, _, err = kbit(*plain, *method, "-o", str(tmp_path / "other"))
         assert code != 0
-        assert "not calibrated" in err
+        assert "--inputs-only" in err
         assert not (tmp_path / "other").exists()
 
 
@@ -167,8 +189,10 @@ def test_remedies_work(kbit: Run, folders: dict[str, str]) -> None:
         (["eval", "{t5}", "--data", "none.tsv"], "none.tsv: cannot be read"),
         (["plan", "{t5}", "--memory", "1GiB"], "use kbit translate"),
         (["export", "{t5}", "-o", "x"], "kbit exports decoders"),
+        (["export", "{t5}", "-o", "x", "--to", "compressed-tensors"], "kbit exports decoders"),
+        (["export", "{t5}", "-o", "x.gguf", "--to", "gguf"], "kbit exports decoders"),
         (["embed", "x", "--model", "{t5}"], "encoder-decoder"),
-        (["calibrate", "{t5}"], "not calibrated"),
+        (["calibrate", "{t5}"], "--method gptq or search with --inputs-only and --calibration TEXT"),
     ],
 )
 def test_what_is_refused(kbit: Run, folders: dict[str, str], arguments: list[str], message: str) -> None:
