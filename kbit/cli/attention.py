@@ -95,7 +95,7 @@ def _write(found: AttentionMap, output: Path, kind: str, model: str) -> None:
         from kbit.scaling.report import plots_style
         from kbit.scaling.report.attention_plot import attention_figure
 
-        title = f"{Path(model).name}: {_named(found)}"
+        title = f"{plots_style.shown(Path(model).name, 40)}\n{_named(found)}"
         content = plots_style.rendered(attention_figure(found.tokens, found.shares, title), kind)
     try:
         output.parent.mkdir(parents=True, exist_ok=True)

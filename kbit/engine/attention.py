@@ -12,8 +12,9 @@ from numpy.typing import NDArray
 from kbit.backends.reference.attention_shares import SharesOps
 from kbit.backends.reference.gradients import KeepingBackend
 from kbit.checkpoint.source import CheckpointSource
-from kbit.host.errors import UsageError
+from kbit.host.errors import UnsupportedError, UsageError
 from kbit.models.decoder import DecoderDefinition
+from kbit.models.families import spec_from_config
 from kbit.models.load import load_decoder
 from kbit.text.tokenizer import Tokenizer
 
@@ -52,10 +53,14 @@ def attention_map(
         UsageError: an empty text, one that is too long, or a layer or head that the model has not.
         CheckpointError, UnsupportedError: a model that cannot be read or run.
     """
+    spec = spec_from_config(source.config, where=f"config of {source.path}")
+    if spec.encoder is not None:
+        raise UnsupportedError(
+            f"{source.path}: {spec.family} is an encoder-decoder, whose attentions are of two texts; kbit draws those "
+            "of decoders and encoders"
+        )
     tokenizer = Tokenizer.from_source(source)
     ids = tokenizer.encode(text)
-    model = load_decoder(source, KeepingBackend())
-    spec = model.spec
     chosen_layers = _chosen("layer", layers, spec.layers)
     chosen_heads = _chosen("head", heads, spec.heads)
     if not ids:
@@ -64,7 +69,7 @@ def attention_map(
         raise UsageError(f"the text has {len(ids)} tokens, and this model reads at most {spec.context_length}")
     if len(ids) ** 2 * spec.heads > _MOST_SHARES:
         raise UsageError(f"the text has {len(ids)} tokens, too many for a map of them: give a shorter one")
-    definition = DecoderDefinition(spec, model.weights)
+    definition = DecoderDefinition(spec, load_decoder(source, KeepingBackend()).weights)
     total = torch.zeros(len(ids), len(ids))
     ops = _Averaging(definition, len(ids), chosen_layers, chosen_heads, total)
     with torch.no_grad():

@@ -21,17 +21,38 @@ from kbit.formats.codec import Cut
 from kbit.host.errors import UnsupportedError
 from kbit.models.check import check_tensors
 from kbit.models.families import FAMILIES, spec_from_config
-from kbit.models.params import parameters
+from kbit.models.params import Parameter, parameters
 from kbit.models.spec import ModelSpec
 
 
 @dataclass(frozen=True)
 class Share:
-    """What one process has, as half-open ranges: query heads, key/value heads, features of the MLP."""
+    """What one process has, as half-open ranges.
 
+    Attributes:
+        rank, world: its number, and how many there are.
+        heads: query heads.
+        features: of an MLP as wide as the configuration says.
+    """
+
+    rank: int
+    world: int
     heads: tuple[int, int]
-    kv_heads: tuple[int, int]
     features: tuple[int, int]
+
+    def kv_heads(self, count: int) -> tuple[int, int]:
+        """Of so many key/value heads: those that its query heads need."""
+        first = self.rank * count // self.world
+        return first, first + max(1, count // self.world)
+
+    def span(self, spec: ModelSpec, parameter: Parameter) -> tuple[int, int]:
+        """Its rows or columns of a parameter that is cut."""
+        assert parameter.cut is not None
+        assert parameter.layer is not None
+        shape, unit = spec.shape(parameter.layer), parameter.cut[1]
+        if unit == "features":
+            return _scaled(self.features, shape.width // spec.intermediate_size)
+        return _scaled(self.heads if unit == "heads" else self.kv_heads(shape.kv_heads), shape.head_dim)
 
 
 def shard(source: CheckpointSource, rank: int, world: int) -> ShardedSource:
@@ -50,18 +71,20 @@ def shard(source: CheckpointSource, rank: int, world: int) -> ShardedSource:
     spec = spec_from_config(source.config, where=f"config of {source.path}")
     check_tensors(source, spec, read_data=False)  # of the whole, so that complaints name its shapes
     share = _share(source, spec, rank, world)
-    dim = spec.head_dim
-    queries, keys = (_scaled(heads, dim) for heads in (share.heads, share.kv_heads))
+    family = FAMILIES[spec.family]
     sizes = {
-        "num_attention_heads": share.heads[1] - share.heads[0],
-        "num_key_value_heads": share.kv_heads[1] - share.kv_heads[0],
-        "head_dim": dim,
-        "intermediate_size": share.features[1] - share.features[0],
+        "num_attention_heads": _count(share.heads),
+        "num_key_value_heads": _count(share.kv_heads(spec.kv_heads)),
+        "head_dim": spec.head_dim,
+        "intermediate_size": _count(share.features),
     }
-    keys_of_family = FAMILIES[spec.family].keys
-    config = {**source.config, **sizes, **{keys_of_family.get(key, key): size for key, size in sizes.items()}}
-    spans: dict[str, tuple[int, int]] = {"heads": queries, "kv_heads": keys, "features": share.features}
-    cuts = {p.name: Cut(p.cut[0], *spans[p.cut[1]]) for p in parameters(spec) if p.cut is not None}
+    config = {**source.config, **sizes, **{family.keys.get(key, key): size for key, size in sizes.items()}}
+    if family.shapes is not None:
+        config[family.shapes.by_layer] = {
+            str(layer): {"head_dim": shape.head_dim, "num_key_value_heads": _count(share.kv_heads(shape.kv_heads))}
+            for layer, shape in enumerate(spec.shapes)
+        }
+    cuts = {p.name: Cut(p.cut[0], *share.span(spec, p)) for p in parameters(spec) if p.cut is not None}
     return ShardedSource(source, config, cuts, f"{rank}/{world}")
 
 
@@ -74,11 +97,6 @@ def _share(source: CheckpointSource, spec: ModelSpec, rank: int, world: int) -> 
     if world > 1 and spec.latent is not None:
         raise UnsupportedError(
             f"{where}: the latent attention of {spec.family} models is not dealt out among processes; use one process"
-        )
-    if world > 1 and spec.shapes:
-        raise UnsupportedError(
-            f"{where}: the layers of {spec.family} models have different heads, which are not dealt out among "
-            "processes; use one process"
         )
     if world > 1 and spec.experts is not None:
         raise UnsupportedError(
@@ -94,17 +112,17 @@ def _share(source: CheckpointSource, spec: ModelSpec, rank: int, world: int) -> 
         )
     if not _heads_divide(spec, world):
         counts = [str(count) for count in range(2, spec.heads + 1) if _heads_divide(spec, count)]
+        keys = " or ".join(str(count) for count in sorted({count for count, _ in spec.attention_sizes}))
         raise UnsupportedError(
-            f"{where}: it has {spec.heads} attention heads and {spec.kv_heads} key/value heads; use "
+            f"{where}: it has {spec.heads} attention heads and {keys} key/value heads; use "
             + (f"{' or '.join(counts)}" if counts else "one process")
         )
     heads = spec.heads // world
-    kv_heads = max(1, spec.kv_heads // world)
-    first_kv = rank * spec.kv_heads // world
     unit = 1
     for parameter in parameters(spec):
         if parameter.cut is not None and parameter.cut[0] == 1:
-            info, columns = source.tensors[parameter.name], heads * spec.head_dim
+            assert parameter.layer is not None
+            info, columns = source.tensors[parameter.name], heads * spec.shape(parameter.layer).head_dim
             needed = column_unit(info)
             if parameter.cut[1] == "features":
                 unit = lcm(unit, needed)
@@ -120,7 +138,11 @@ def _share(source: CheckpointSource, spec: ModelSpec, rank: int, world: int) -> 
             f"{blocks} blocks of {unit}; use fewer processes, or convert the model with a smaller block size"
         )
     first, last = (min(spec.intermediate_size, unit * (blocks * part // world)) for part in (rank, rank + 1))
-    return Share((rank * heads, (rank + 1) * heads), (first_kv, first_kv + kv_heads), (first, last))
+    return Share(rank, world, (rank * heads, (rank + 1) * heads), (first, last))
+
+
+def _count(span: tuple[int, int]) -> int:
+    return span[1] - span[0]
 
 
 def _scaled(span: tuple[int, int], factor: int) -> tuple[int, int]:
@@ -128,4 +150,5 @@ def _scaled(span: tuple[int, int], factor: int) -> tuple[int, int]:
 
 
 def _heads_divide(spec: ModelSpec, world: int) -> bool:
-    return spec.heads % world == 0 and (spec.kv_heads % world == 0 or world % spec.kv_heads == 0)
+    counts = [count for count, _ in spec.attention_sizes]
+    return spec.heads % world == 0 and all(count % world == 0 or world % count == 0 for count in counts)

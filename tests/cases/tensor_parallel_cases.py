@@ -49,6 +49,8 @@ CASES: list[tuple[str, str | None]] = [
     ("gpt2", "nf4-b16"),
     ("gpt_neox", None),
     ("cohere", "int8-b16"),
+    ("gemma4-dense", "nf4-b16"),
+    ("gemma4-e", None),
 ]
 # One layer has both sums; Triton's interpreter takes seconds for it.
 TRITON_CASE, TRITON_CHANGES = ("llama-biases", "nf4-b16"), {"num_hidden_layers": 1}

@@ -8,13 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import encoder_cases
+import encoder_decoder_cases
 import numpy as np
 import pytest
 import torch
 
 from kbit.cli.main import _run
 from kbit.engine.attention import attention_map
-from kbit.host.errors import UsageError
+from kbit.host.errors import UnsupportedError, UsageError
 from kbit.models.opening import open_model
 from kbit.text.tokenizer import Tokenizer
 
@@ -42,7 +43,9 @@ def assert_means(folder: Path, text: str, theirs: Any) -> None:
             assert len(found.tokens) == len(ids)
 
 
-@pytest.mark.parametrize("name", ["llama", "gemma2", "gemma3", "gemma4-e", "ministral3", "gpt-oss", "bloom"])
+@pytest.mark.parametrize(
+    "name", ["llama", "gemma2", "gemma3", "gemma4-e", "ministral3", "gpt-oss", "bloom", "deepseek-v3"]
+)
 def test_decoders(published: Callable[[str], Path], name: str) -> None:
     """Windows, caps, rotations of two kinds, shared keys, queries with a temperature, sinks, slopes."""
     model = transformers.AutoModelForCausalLM.from_pretrained(
@@ -73,7 +76,7 @@ def test_command(published: Callable[[str], Path], tmp_path: Path, capsys: pytes
     assert json.loads(capsys.readouterr().out) == {**written, "output": None}
 
 
-def test_what_is_refused(published: Callable[[str], Path], capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_is_refused(published: Callable[[str], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     model = str(published("llama"))
     for flags, message in (
         ([], "say where the picture goes"),
@@ -85,3 +88,6 @@ def test_what_is_refused(published: Callable[[str], Path], capsys: pytest.Captur
         assert message in capsys.readouterr().err
     with open_model(model) as source, pytest.raises(UsageError, match="has 65 tokens, and this model reads at most 64"):
         attention_map(source, "x" * 65)
+    encoder_decoder_cases.saved(encoder_decoder_cases.model_of("t5"), tmp_path)
+    with open_model(str(tmp_path)) as source, pytest.raises(UnsupportedError, match="t5 is an encoder-decoder, whose"):
+        attention_map(source, TEXT)

@@ -71,6 +71,30 @@ def test_interleaved_rows(published: Published) -> None:
         assert torch.equal(source.read(values), stored[values])
 
 
+def test_keys_that_nothing_reads_are_left_out(published: Published, tmp_path: Path) -> None:
+    """Layers that attend to another one's keys may be published with some of their own, and with nothing else."""
+    folder, tensors = copied(published("gemma4-e"), tmp_path / "model")
+    tensors |= {
+        f"model.layers.4.self_attn.{name}.weight": torch.full(shape, 9.0)
+        for name, shape in (("k_proj", (32, 48)), ("v_proj", (32, 48)), ("k_norm", (16,)))
+    }
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    ids = torch.arange(1, 30)[None]
+    logits = []
+    for model in (folder, published("gemma4-e")):
+        with open_model(str(model)) as source:
+            decoder = load_decoder(source, ReferenceBackend())
+            logits.append(decoder.forward(ids, decoder.new_cache(1, 29)))
+    assert torch.equal(*logits)
+    tensors["model.layers.1.self_attn.k_bias"] = torch.ones(3)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    with (
+        open_model(str(folder)) as source,
+        pytest.raises(CheckpointError, match=r"k_bias\) is not part of a gemma4_text"),
+    ):
+        load_decoder(source, ReferenceBackend())
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_norms_count_from_one_and_matrices_keep_their_type(
     tmp_path: Path, published: Published, dtype: torch.dtype
