@@ -136,9 +136,34 @@ def rounded(values: NDArray[np.float32], kind: str) -> NDArray[Any]:
             return values.astype(np.float16).view(np.uint16)
     if kind == "bf16":
         bits = values.view(np.uint32)
-        up = bits + (np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1)))
-        # The sum would turn a NaN with few bits set into an infinity.
-        up = np.where(np.isnan(values), bits | np.uint32(0x400000), up)
-        patterns: NDArray[Any] = (up >> np.uint32(16)).astype(np.uint16)
+        up = bits >> np.uint32(16)
+        up &= np.uint32(1)
+        up += np.uint32(0x7FFF)
+        up += bits
+        if not is_finite(values, "fp32"):
+            # The sum would turn a NaN with few bits set into an infinity.
+            up = np.where(np.isnan(values), bits | np.uint32(0x400000), up)
+        up >>= np.uint32(16)
+        patterns: NDArray[Any] = up.astype(np.uint16)
         return patterns
     return values
+
+
+def rounded_values(values: NDArray[np.float32], kind: str) -> NDArray[np.float32]:
+    """The same, as float32: what `widened(rounded(values, kind), kind)` is, without conversions where none are needed.
+
+    numpy converts to and from float16 one number at a time; numbers in its normal range are rounded in their bits.
+    """
+    if kind == "fp16":
+        bits = values.view(np.uint32)
+        size = bits & np.uint32(0x7FFFFFFF)
+        # From 2^-14 up to what would round to infinity; and zero.
+        if bool((((size >= 0x38800000) & (size < 0x477FF000)) | (size == 0)).all()):
+            up = bits >> np.uint32(13)
+            up &= np.uint32(1)
+            up += np.uint32(0xFFF)
+            up += bits
+            up &= np.uint32(0xFFFFE000)
+            found: NDArray[np.float32] = up.view(np.float32)
+            return found
+    return widened(rounded(values, kind), kind)

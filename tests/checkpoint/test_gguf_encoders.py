@@ -166,6 +166,7 @@ def test_pooling(tmp_path: Path, kind: int, poolings: tuple[str, ...] | None) ->
         ("Bert", "blk.1.attn_q.bias", {}, CheckpointError, "tensor 'blk.1.attn_q.bias' is missing"),
         ("Bert", "position_embd.weight", {}, CheckpointError, "tensor 'position_embd.weight' is missing"),
         ("Bert", "", {"context_length": 77}, CheckpointError, r"has the shape \(310, 32\), the metadata says \(77, 32\)"),
+        ("Bert", "", {"block_count": 2**30}, CheckpointError, "claims 1073741824 layers, but the file has only 37"),
         ("Bert", "", {"attention.head_count": 3}, CheckpointError, "32 is no multiple of attention.head_count 3"),
     ],
 )  # fmt: skip

@@ -11,7 +11,7 @@ from kbit.formats.blockwise import quantize_blockwise
 from kbit.formats.planes import pack
 from kbit.formats.quant_format import QuantFormat
 from kbit.formats.scales import load_scales
-from kbit.formats.stored import StoredMatrix, is_finite, narrowed, widened
+from kbit.formats.stored import StoredMatrix, is_finite, narrowed, rounded, rounded_values, widened
 from kbit.formats.stored_planes import StoredPlanes, pack_codes
 
 
@@ -73,3 +73,20 @@ def test_codes_are_packed_alike(bits: int) -> None:
     codes = torch.randint(0, 2**bits, (5, 83), dtype=torch.uint8, generator=torch.Generator().manual_seed(bits))
     for found, expected in zip(pack_codes(codes.numpy(), bits), pack(codes, bits), strict=True):
         np.testing.assert_array_equal(found, expected.numpy())
+
+
+@pytest.mark.parametrize("kind", ["fp16", "bf16", "fp32"])
+def test_values_rounded_in_place_are_those_converted_there_and_back(kind: str) -> None:
+    """Ties, the ends of float16's normal range, and beyond it, where numbers are converted."""
+    rng = np.random.default_rng(0)
+    edges = np.array([0.0, -0.0, 2.0**-14, 65504.0, 65519.0, 1 + 2.0**-11, 1 + 3 * 2.0**-11, -1 - 2.0**-8])
+    drawn = np.exp(rng.uniform(-9, 11, 5000)) * rng.choice([-1, 1], 5000)
+    for values in (
+        np.concatenate([edges, drawn]),
+        np.array([1e-6, 3.0]),
+        np.array([7e4, 1.0]),
+        np.array([np.inf, 1.0]),
+    ):
+        given = values.astype(np.float32)
+        found, wanted = rounded_values(given.copy(), kind), widened(rounded(given, kind), kind)
+        assert np.array_equal(found.view(np.uint32), wanted.view(np.uint32))

@@ -1,8 +1,9 @@
 """GGUF's block types as codes, scales and a codebook, so that a GGUF file runs packed as it is, without rounding again.
 
-ggml's legacy and K types are what kbit's formats are: w = codebook[code] * scale (+ offset), in blocks of 16 or 32.
-Legacy types keep their fp16 scales. K types multiply a scale of 4, 6 or 8 bits with an fp16 one per 256 weights; the
-product is kept in fp32, where it is exact; the CPU engine takes the two apart again (kernels/cpu/codecs/scale_steps.h).
+ggml's legacy and K types, and those of `low_blocks`, are what kbit's formats are: w = codebook[code] * scale (+ offset)
+in blocks of 16 or 32. Legacy types keep their fp16 scales. K types multiply a scale of 4, 6 or 8 bits with an fp16 one
+per 256 weights; the product is kept in fp32, where it is exact; the CPU engine takes the two apart again
+(kernels/cpu/codecs/scale_steps.h).
 
 Layouts: ggml-common.h (block_q4_0 and so on) and dequantize_row_* of ggml-quants.c; a test compares every type with the
 gguf package's dequantization, bit for bit.
@@ -17,8 +18,11 @@ from typing import Any, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
+from kbit.checkpoint.gguf import low_blocks
+from kbit.checkpoint.gguf.low_blocks import GRIDS
 from kbit.formats.microscaling import E2M1, e8m0
 from kbit.formats.quant_format import QuantFormat
+from kbit.formats.stored import widened
 
 # uint8; not said to mypy, whose numpy stubs lose the type in every shift and mask
 Bytes: TypeAlias = NDArray[Any]
@@ -63,6 +67,21 @@ class BlockType:
         return Blocks(
             codes.reshape(rows, -1), scales.reshape(rows, -1), None if offsets is None else offsets.reshape(rows, -1)
         )
+
+    def values(self, blocks: Blocks) -> NDArray[np.float32]:
+        """What blocks stand for, float32 (N, K)."""
+        found = self.codebook[blocks.codes]
+        parts = [blocks.scales] if blocks.offsets is None else [blocks.scales, blocks.offsets]
+        wide = [_wide(each).repeat(found.shape[1] // each.shape[1], axis=1) for each in parts]
+        found *= wide[0]
+        if blocks.offsets is not None:
+            found += wide[1]
+        return found
+
+
+def _wide(values: NDArray[np.floating]) -> NDArray[np.float32]:
+    """Scales as float32; those in uint16 are patterns of bfloat16."""
+    return widened(values, "bf16") if values.dtype == np.uint16 else values.astype(np.float32)
 
 
 def _half(blocks: Bytes, at: int) -> NDArray[np.float16]:
@@ -190,4 +209,6 @@ BLOCK_TYPES = {
     "Q5_K": _type("int5-b32-asym-fp32", _steps(5, 0), _q5_k),
     "Q6_K": _type("int6-b16-fp32", _steps(6, 32), _q6_k),
     "MXFP4": _type("float4e2m1-b32-bf16", E2M1, _mxfp4),
+    "NVFP4": _type("float4e2m1-b16-fp32", E2M1, low_blocks.nvfp4),
+    **{name: _type(form, low_blocks.codebook(levels), unpack) for name, (form, levels, unpack) in GRIDS.items()},
 }

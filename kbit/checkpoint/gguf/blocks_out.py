@@ -159,13 +159,5 @@ def encode(form: Form, codes: NDArray[np.uint8], start: int, stop: int) -> NDArr
 def decoded(form: Form, stored: NDArray[np.uint8]) -> NDArray[np.float32]:
     """The numbers that stored rows stand for, as `kbit.checkpoint.gguf.blocks` reads them."""
     kind = BLOCK_TYPES[form.type]
-    rows = stored.shape[0]
     block_bytes = stored.shape[1] // form.scales.shape[1]
-    blocks = kind.decode(stored.tobytes(), rows, block_bytes)
-    values = kind.codebook[blocks.codes]
-    scale_kind = kind.format.scale_dtype
-    scales = np.ascontiguousarray(blocks.scales)
-    values *= widened(scales.view(np.uint16), scale_kind).repeat(_BLOCK, axis=1)
-    if blocks.offsets is not None:
-        values += widened(np.ascontiguousarray(blocks.offsets).view(np.uint16), scale_kind).repeat(_BLOCK, axis=1)
-    return values
+    return kind.values(kind.decode(stored.tobytes(), stored.shape[0], block_bytes))

@@ -89,6 +89,8 @@ def config_from_header(
         )
 
     layers, further = reader.size("block_count"), 0
+    if layers > len(tensors):  # before anything is made for each of them
+        header.fail(f"the metadata claims {layers} layers, but the file has only {len(tensors)} tensors")
     if arch.experts is not None or arch.delta is not None:
         # Layers that predict tokens further on come last, and are counted; they are left out.
         further = reader.count("nextn_predict_layers")
@@ -286,8 +288,6 @@ def _check_tensors(
         each: the sizes of every layer.
     """
     header, arch, layers, dims = reader.header, reader.architecture, len(each), each[0]
-    if layers > len(tensors):
-        header.fail(f"the metadata claims {layers} layers, but the file has only {len(tensors)} tensors")
     known = {ROPE_FREQS, *(ROPE_FACTORS if arch.scaled else ())}
     of_layers = (expected_of_layer(arch, sizes, layer, biases, described) for layer, sizes in enumerate(each))
     absent: set[str] = set()

@@ -112,6 +112,8 @@ def encoder_config(header: GGUFHeader, arch: Architecture, tensors: Mapping[str,
             "last)"
         )
     layers, hidden, mlp = (keys.size(name) for name in ("block_count", "embedding_length", "feed_forward_length"))
+    if layers > len(tensors):
+        header.fail(f"the metadata claims {layers} layers, but the file has only {len(tensors)} tensors")
     heads = keys.size("attention.head_count")
     if hidden % heads or keys.size("attention.head_count_kv", heads) != heads:
         header.fail(

@@ -23,6 +23,9 @@ _CHUNK_VALUES = 1 << 20
 # Types whose bytes are plain numbers, by numpy type; BF16 is widened from its bits, all others are block formats.
 _PLAIN = {"F32": "<f4", "F16": "<f2", "F64": "<f8", "I8": "<i1", "I16": "<i2", "I32": "<i4", "I64": "<i8"}
 
+# Block types that the gguf package has not, or has not had for long.
+_OWN = ("Q1_0", "Q2_0", "NVFP4")
+
 
 @dataclass(frozen=True)
 class Located:
@@ -214,6 +217,11 @@ def _decode(data: bytes, located: Located, rows: int) -> npt.NDArray[np.float32]
     if kind == "BF16":
         bits: npt.NDArray[np.uint32] = np.frombuffer(data, dtype="<u2").astype(np.uint32) << np.uint32(16)
         return bits.view(np.float32).reshape(rows, -1)
+    if kind in _OWN:
+        from kbit.checkpoint.gguf.blocks import BLOCK_TYPES
+
+        blocks = BLOCK_TYPES[kind].decode(data, rows, located.tensor.type.block_bytes)
+        return BLOCK_TYPES[kind].values(blocks)
     import gguf
 
     packed = np.frombuffer(data, dtype=np.uint8).reshape(rows, -1)

@@ -12,4 +12,5 @@ READERS = {
     "hqq": "hqq",
     "fbgemm_fp8": "nvidia",
     "modelopt": "nvidia",
+    "torchao": "torchao",
 }

@@ -23,26 +23,18 @@ def stream(words: NDArray[Any], bits: int) -> NDArray[np.uint8]:
     Returns:
         uint8 (R, W * width of a word / bits).
     """
+    from kbit import _native
+
     data = _bytes(words)
-    rows = data.shape[0]
     if bits == 8:
         return data
-    if bits in (1, 2, 4):
-        codes = np.empty((*data.shape, 8 // bits), dtype=np.uint8)
-        mask = np.uint8((1 << bits) - 1)
-        for place in range(8 // bits):
-            np.bitwise_and(data >> np.uint8(place * bits), mask, out=codes[..., place])
-        return codes.reshape(rows, -1)
-    # Eight codes lie in `bits` bytes, which a 64-bit number holds.
-    runs = data[:, : data.shape[1] // bits * bits].reshape(rows, -1, bits)
-    wide = np.zeros((*runs.shape[:2], 8), dtype=np.uint8)
-    wide[..., :bits] = runs
-    numbers = wide.view("<u8")[..., 0]
-    codes = np.empty((*runs.shape[:2], 8), dtype=np.uint8)
-    mask64 = np.uint64((1 << bits) - 1)
-    for place in range(8):
-        codes[..., place] = (numbers >> np.uint64(place * bits)) & mask64
-    return codes.reshape(rows, -1)
+    if bits in (1, 2, 4):  # whole codes in every byte
+        codes = np.empty((data.shape[0], data.shape[1] * 8 // bits), dtype=np.uint8)
+        _native.unpack_plane(data, bits, 0, True, codes)
+        return codes
+    codes = np.empty((data.shape[0], data.shape[1] // bits * 8), dtype=np.uint8)
+    _native.unpack_stream(data, bits, codes)
+    return codes
 
 
 def stream_words(codes: NDArray[np.uint8], bits: int) -> NDArray[np.int32]:

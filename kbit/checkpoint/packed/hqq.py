@@ -15,8 +15,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from kbit.checkpoint.packed.levels import Levels, LevelWeight, pays
 from kbit.checkpoint.packed.weight import DenseWeight, PackedTensors, PackedWeight
-from kbit.formats.stored import rounded, widened
+from kbit.formats.stored import rounded_values
 from kbit.host.errors import CheckpointError, UnsupportedError
 
 # Packing -> bits, slices, type of the words.
@@ -76,23 +77,40 @@ def _weight(tensors: PackedTensors, module: str) -> PackedWeight:
         tensors.expect(name, ("F16", "BF16", "F32"), (groups, 1), (groups,))
     dtype = _KINDS[kind]
 
-    def decode(start: int, stop: int) -> NDArray[np.float32]:
-        wanted = np.arange(start * per_row, stop * per_row)
-        table = tensors.whole(packed, packed)[wanted % step]
-        # The first slice is the highest.
-        shifts = (bits * (slices - 1 - wanted // step)).astype(table.dtype)
-        codes = (table >> shifts[:, None]) & table.dtype.type((1 << bits) - 1)
+    def codes_of(start: int, stop: int) -> NDArray[np.uint8]:
+        """Codes of rows as (groups, group)."""
+        codes = np.empty(((stop - start) * per_row, group), dtype=np.uint8)
+        table, mask = tensors.whole(packed, packed), (1 << bits) - 1
+        at, last = start * per_row, stop * per_row
+        while at < last:  # slice by slice, of which the first is the highest
+            place, first = divmod(at, step)
+            count = min(last - at, step - first)
+            part = table[first : first + count] >> table.dtype.type(bits * (slices - 1 - place))
+            np.bitwise_and(part, table.dtype.type(mask), out=codes[at - start * per_row :][:count], casting="unsafe")
+            at += count
+        return codes
+
+    def terms(start: int, stop: int) -> list[NDArray[np.float32]]:
+        """Zeros and scales, (groups, 1)."""
         first, last = start * per_row, stop * per_row
-        zeros, scales = (_in_kind(tensors.floats(name, first, last), dtype).reshape(-1, 1) for name in (zero, scale))
-        values = _in_kind(codes.astype(np.float32) - zeros, dtype) * scales
+        found = ((name, tensors.floats(name, first, last).reshape(-1, 1)) for name in (zero, scale))
+        return [values if tensors.kind(name) == dtype else rounded_values(values, dtype) for name, values in found]
+
+    def decode(start: int, stop: int) -> NDArray[np.float32]:
+        zeros, scales = terms(start, stop)
+        values = rounded_values(codes_of(start, stop).astype(np.float32) - zeros, dtype) * scales
         found: NDArray[np.float32] = values.reshape(stop - start, columns)
         return found
 
-    return DenseWeight(f"{module}weight", (rows, columns), parts, f"HQQ {bits}-bit", dtype, decode)
+    def read(start: int, stop: int) -> Levels:
+        zeros, scales = terms(start, stop)
+        values = rounded_values(np.arange(1 << bits, dtype=np.float32) - zeros, dtype) * scales
+        return Levels(codes_of(start, stop).reshape(stop - start, columns), values.reshape(stop - start, per_row, -1))
 
-
-def _in_kind(values: NDArray[np.float32], kind: str) -> NDArray[np.float32]:
-    return widened(rounded(values, kind), kind)
+    name, label = f"{module}weight", f"HQQ {bits}-bit"
+    if pays(bits, group):
+        return LevelWeight(name, (rows, columns), parts, label, dtype, read)
+    return DenseWeight(name, (rows, columns), parts, label, dtype, decode)
 
 
 def _integer(tensors: PackedTensors, name: str) -> int:

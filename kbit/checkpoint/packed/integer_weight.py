@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from kbit.checkpoint.packed.levels import Levels, LevelWeight, pays
 from kbit.checkpoint.packed.weight import Blocks, BlockWeight, DenseWeight, PackedWeight, can_block, integers
 from kbit.formats.quant_format import QuantFormat
 from kbit.formats.stored import widened
@@ -78,6 +79,22 @@ def integer_weight(
             return Blocks(found.codes, scales, scales * (middle - found.zeros.astype(np.float32)))
 
         return BlockWeight(name, shape, parts, label, format, codebook, read_blocks)
+
+    if pays(bits, group or columns):
+        steps = np.arange(1 << bits, dtype=np.float32)
+
+        def levels(start: int, stop: int) -> Levels:
+            found = read(start, stop)
+            if zero is None:
+                assert found.zeros is not None
+                values = steps - found.zeros.astype(np.float32)[..., None]
+            else:
+                values = np.broadcast_to(steps - np.float32(zero), (*found.scales.shape, len(steps)))
+            values = values * widened(found.scales, kind)[..., None]
+            order = group_of() if group_of is not None else np.arange(columns) // (group or columns)
+            return Levels(found.codes, values, order.astype(np.int32))
+
+        return LevelWeight(name, shape, parts, label, kind, levels)
 
     def decode(start: int, stop: int) -> NDArray[np.float32]:
         found = read(start, stop)

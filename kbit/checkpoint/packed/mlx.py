@@ -18,10 +18,11 @@ from numpy.typing import NDArray
 
 from kbit.checkpoint.packed import bits as unpack
 from kbit.checkpoint.packed import small_floats
+from kbit.checkpoint.packed.levels import Levels, LevelWeight, pays
 from kbit.checkpoint.packed.weight import Blocks, BlockWeight, DenseWeight, PackedTensors, PackedWeight
 from kbit.formats.microscaling import E2M1, e4m3, e8m0
 from kbit.formats.quant_format import QuantFormat
-from kbit.formats.stored import rounded, widened
+from kbit.formats.stored import rounded_values
 from kbit.host.errors import CheckpointError, UnsupportedError
 
 _AFFINE_BITS = (2, 3, 4, 5, 6, 8)
@@ -79,16 +80,28 @@ def _affine(tensors: PackedTensors, module: str, shape: tuple[int, int], bits: i
     tensors.expect(scales, ("F16", "BF16", "F32"), wanted)
     tensors.expect(biases, (tensors.info(scales).dtype,), wanted)
 
+    parts, label = (name, scales, biases), f"MLX {bits}-bit"
+    if pays(bits, group):
+        steps = np.arange(1 << bits, dtype=np.float32)
+
+        def read(start: int, stop: int) -> Levels:
+            values = steps * tensors.floats(scales, start, stop)[..., None]
+            values = rounded_values(values, kind)
+            values += tensors.floats(biases, start, stop)[..., None]
+            return Levels(unpack.stream(tensors.read(name, start, stop), bits), values)
+
+        return LevelWeight(name, shape, parts, label, kind, read)
+
     def decode(start: int, stop: int) -> NDArray[np.float32]:
         rows = stop - start
         codes = unpack.stream(tensors.read(name, start, stop), bits).reshape(rows, -1, group)
         values = codes.astype(np.float32)
         values *= tensors.floats(scales, start, stop)[..., None]
-        values = widened(rounded(values, kind), kind)
+        values = rounded_values(values, kind)
         values += tensors.floats(biases, start, stop)[..., None]
         return values.reshape(rows, -1)
 
-    return DenseWeight(name, shape, (name, scales, biases), f"MLX {bits}-bit", kind, decode)
+    return DenseWeight(name, shape, parts, label, kind, decode)
 
 
 def _floats(tensors: PackedTensors, module: str, shape: tuple[int, int], mode: str) -> PackedWeight:

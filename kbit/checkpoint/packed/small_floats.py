@@ -71,21 +71,24 @@ def eight_bits(
     block: int,
     scale_kind: str,
     scales: Scales,
+    codes_in: str | None = None,
 ) -> PackedWeight:
-    """A weight of E4M3 codes: see four_bits. `block` is 0 where a row shares a scale.
+    """A weight of E4M3 codes: see four_bits. `block` is 0 where a row shares a scale; `codes_in` is the tensor of codes
+    where it has not the weight's name.
 
     The libraries round the products to the type of the scales; packed they are not rounded but to float32.
 
     Raises (on reading):
         CheckpointError: a code is NaN.
     """
-    info = tensors.expect(name, ("F8_E4M3",))
+    own = codes_in or name
+    info = tensors.expect(own, ("F8_E4M3",))
     shape = (info.shape[0], info.shape[1])
     block = 0 if block == shape[1] else block
 
     def codes(start: int, stop: int) -> NDArray[np.uint8]:
-        found: NDArray[np.uint8] = tensors.read(name, start, stop)
-        refuse_nan(tensors, name, found)
+        found: NDArray[np.uint8] = tensors.read(own, start, stop)
+        refuse_nan(tensors, own, found)
         return found
 
     values = e4m3()

@@ -73,6 +73,10 @@ class PackedTensors:
     def file(self, name: str) -> Path:
         return self._where[name].path
 
+    def metadata(self, name: str) -> Mapping[str, str]:
+        """What the header of a tensor's file says besides the tensors."""
+        return self._where[name].metadata
+
     def read(self, name: str, start: int = 0, stop: int | None = None) -> NDArray[Any]:
         """Rows of a tensor; 16-bit and 8-bit floats come as patterns."""
         return self._where[name].read_array(name, start, stop)

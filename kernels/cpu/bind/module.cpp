@@ -54,4 +54,5 @@ NB_MODULE(_native, module) {
   kbit::bind_mapped(module);
   kbit::bind_rounding(module);
   kbit::bind_text(module);
+  kbit::bind_levels(module);
 }

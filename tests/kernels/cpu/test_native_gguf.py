@@ -19,11 +19,13 @@ from kbit.planner.memory import Weight, prepared_bytes
 
 TYPES = {t.name: t for t in GGML_TYPES.values() if t.name in BLOCK_TYPES}
 STEPPED = sorted(name for name, block_type in BLOCK_TYPES.items() if block_type.format.scale_dtype == "fp32")
+STEPPED.remove("NVFP4")  # whose scales are no multiples of one
 ROWS, COLUMNS = 37, 768
 # Byte offsets of the fp16 numbers in a block, whose random bits are replaced by finite ones.
 HALVES = {
     "Q4_0": (0,), "Q4_1": (0, 2), "Q5_0": (0,), "Q5_1": (0, 2), "Q8_0": (0,), "IQ4_NL": (0,), "IQ4_XS": (0,),
-    "MXFP4": (), "Q2_K": (80, 82), "Q3_K": (108,), "Q4_K": (0, 2), "Q5_K": (0, 2), "Q6_K": (208,),
+    "MXFP4": (), "NVFP4": (), "IQ1_S": (0,), "IQ1_M": (), "IQ2_XXS": (0,), "IQ2_XS": (0,), "IQ2_S": (0,),
+    "IQ3_XXS": (0,), "IQ3_S": (0,), "TQ1_0": (52,), "TQ2_0": (64,), "Q1_0": (0,), "Q2_0": (0,), "Q2_K": (80, 82), "Q3_K": (108,), "Q4_K": (0, 2), "Q5_K": (0, 2), "Q6_K": (208,),
 }  # fmt: skip
 
 
@@ -38,6 +40,12 @@ def raw_blocks(name: str) -> npt.NDArray[np.uint8]:
         raw[:, at : at + 2] = halves.view(np.uint8)
     if name == "MXFP4":  # its scale is a power of two, of which most are out of all proportion
         raw[:, 0] = rng.integers(120, 134, len(raw))
+    if name == "IQ1_M":  # its scale is in the upper quarters of the last four words
+        halves = rng.normal(size=len(raw)).astype(np.float16).view(np.uint16)
+        for place in range(4):
+            raw[:, 49 + 2 * place] = (raw[:, 49 + 2 * place] & 15) | (((halves >> (4 * place)) & 15) << 4)
+    if name == "NVFP4":
+        raw[:, :4] = rng.integers(40, 70, (len(raw), 4))
     return raw.reshape(ROWS, -1)
 
 
@@ -92,7 +100,11 @@ def context(request: pytest.FixtureRequest) -> _native.Context:
 @pytest.mark.parametrize("name", BLOCK_TYPES)
 def test_every_type_runs_packed(context: _native.Context, name: str) -> None:
     raw = raw_blocks(name)
-    values = gguf.quants.dequantize(raw, gguf.GGMLQuantizationType[name])
+    if name in ("Q1_0", "Q2_0"):  # gguf decodes none
+        block_type = BLOCK_TYPES[name]
+        values = block_type.values(block_type.decode(raw.tobytes(), ROWS, TYPES[name].block_bytes))
+    else:
+        values = gguf.quants.dequantize(raw, gguf.GGMLQuantizationType[name])
     matrix = prepare_stored(stored(name, raw), context).matrix
     np.testing.assert_array_equal(looked_up(matrix, context), values)
     x = np.random.default_rng(3).normal(size=(70, COLUMNS)).astype(np.float32)
@@ -111,7 +123,8 @@ def test_steps_have_the_bits_of_numbers(context: _native.Context, name: str) -> 
     numbers = prepare_stored(stored(name, raw, as_numbers=True), context).matrix
     assert _native.describe_matrix(steps)["kind"] == "fp32-steps"
     assert _native.describe_matrix(numbers)["kind"] == "fp32"
-    assert steps.nbytes * 8 / (48 * COLUMNS) < TYPES[name].block_bytes * 8 / 256 + 1  # Q2_K's steps have 4 bits there
+    stored_bits = max(TYPES[name].block_bytes * 8 / 256, BLOCK_TYPES[name].format.bits)  # IQ1 to IQ3 are wider here
+    assert steps.nbytes * 8 / (48 * COLUMNS) < stored_bits + 1  # Q2_K's steps have 4 bits there
     assert steps.nbytes == prepared_bytes(Weight("w", "linear", ROWS, COLUMNS, BLOCK_TYPES[name].format, steps=True))
     assert looked_up(steps, context).tobytes() == looked_up(numbers, context)[:ROWS].tobytes()
     x = np.random.default_rng(4).normal(size=(70, COLUMNS)).astype(np.float32)
