@@ -179,6 +179,9 @@ class Ops(Protocol[X]):
     def add(self, x: X, y: X) -> X:
         """x + y: (..., K)."""
 
+    def multiply(self, x: X, y: X) -> X:
+        """x y, feature by feature: (..., K)."""
+
     def scale(self, x: X, factor: float | Vector) -> X:
         """factor x: (..., K). A factor that is a parameter is a vector of one number."""
 
@@ -281,13 +284,14 @@ class Ops(Protocol[X]):
             (..., H D_v).
         """
 
-    def short_convolution(self, x: X, weight: Vector, convolution: ShortConvolution) -> X:
+    def short_convolution(self, x: X, weight: Vector, convolution: ShortConvolution, bias: Vector | None = None) -> X:
         """Every feature's weighted sum over its last W tokens, the row's earlier ones included.
 
         Args:
             x: (..., C).
             weight: (W C,), the oldest token's C factors first.
             convolution: sizes, and which state.
+            bias: (C,), added to the sums.
 
         Returns:
             (..., C).

@@ -56,6 +56,15 @@ class Add:
 
 
 @dataclass(frozen=True, eq=False)
+class Multiply:
+    """out = x y, feature by feature."""
+
+    x: Symbol
+    y: Symbol
+    out: Symbol
+
+
+@dataclass(frozen=True, eq=False)
 class Scale:
     """out = factor x, a number, or a parameter of one number."""
 
@@ -194,6 +203,7 @@ class Convolve:
     weight: Vector
     convolution: ShortConvolution
     out: Symbol
+    bias: Vector | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -230,6 +240,7 @@ Operation = (
     Embed
     | Norm
     | Add
+    | Multiply
     | Scale
     | SoftCap
     | Columns
@@ -264,7 +275,7 @@ def reads(operation: Operation) -> tuple[Symbol, ...]:
         return (operation.x, operation.decay, operation.write)
     if isinstance(operation, Activate):
         return (operation.gate,) if operation.up is None else (operation.gate, operation.up)
-    if isinstance(operation, Add):
+    if isinstance(operation, Add | Multiply):
         return (operation.x, operation.y)
     if isinstance(operation, SigmoidGate):
         return (operation.x, operation.gate)
@@ -327,6 +338,12 @@ class Recorder:
         _expect("a residual", x.width, y.width)
         out = Symbol(x.width)
         self.operations.append(Add(x, y, out))
+        return out
+
+    def multiply(self, x: Symbol, y: Symbol) -> Symbol:
+        _expect("a factor of every feature", x.width, y.width)
+        out = Symbol(x.width)
+        self.operations.append(Multiply(x, y, out))
         return out
 
     def scale(self, x: Symbol, factor: float | Vector) -> Symbol:
@@ -425,11 +442,15 @@ class Recorder:
         self.operations.append(Recur(x, decay, write, log_rates, recurrence, out))
         return out
 
-    def short_convolution(self, x: Symbol, weight: Vector, convolution: ShortConvolution) -> Symbol:
+    def short_convolution(
+        self, x: Symbol, weight: Vector, convolution: ShortConvolution, bias: Vector | None = None
+    ) -> Symbol:
         _expect("the input of a convolution", x.width, convolution.features)
         _expect("the weight of a convolution", weight.shape[0], convolution.width * convolution.features)
+        if bias is not None:
+            _expect("the bias of a convolution", bias.shape[0], convolution.features)
         out = Symbol(x.width)
-        self.operations.append(Convolve(x, weight, convolution, out))
+        self.operations.append(Convolve(x, weight, convolution, out, bias))
         return out
 
     def activate(self, gate: Symbol, up: Symbol | None, kind: str) -> Symbol:

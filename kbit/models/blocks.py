@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from kbit.graph.experts import Experts, Mixture
 from kbit.graph.ops import Attention, Ops, Vector, Weight, X
 from kbit.models.latent import latent_heads, latent_values
+from kbit.models.mixers import convolved, together
 from kbit.models.params import CROSS_KV, SHARED, attention_inputs, expert_slots, gate_up
 from kbit.models.spec import SQUARED, ModelSpec
 
@@ -78,9 +79,8 @@ def attention(ops: Ops[X], spec: ModelSpec, weights: Weights, index: int, x: X, 
     """x + attention(norm(x)), and norms of what is added and of the sum where the model has them: (..., hidden)."""
     normed = norm(ops, spec, weights, "attention_norm", x)
     if spec.recurs(index):
-        return _added(
-            ops, spec, weights, "delta_out", "attention_post_norm", _recurred(ops, spec, weights, index, normed), x
-        )
+        out, inner = _recurrent(ops, spec, weights, index, normed)
+        return _added(ops, spec, weights, out, "attention_post_norm", inner, x)
     seen = _attended(ops, spec, weights, index, normed, by_distance)
     x = _added(ops, spec, weights, "o", "attention_post_norm", seen, x)
     return norm(ops, spec, weights, "attention_sum_norm", x)
@@ -88,7 +88,7 @@ def attention(ops: Ops[X], spec: ModelSpec, weights: Weights, index: int, x: X, 
 
 def cross(ops: Ops[X], spec: ModelSpec, weights: Weights, index: int, x: X) -> X:
     """x + attention of norm(x) to the encoder's text, and the norm of the sum where the model has it: (..., hidden)."""
-    (q,) = _together(ops, weights, ("cross_q",), norm(ops, spec, weights, "cross_norm", x))
+    (q,) = together(ops, weights, ("cross_q",), norm(ops, spec, weights, "cross_norm", x))
     seen = ops.cross_attention(q, cross_attention(spec, index))
     x = _added(ops, spec, weights, "cross_o", "cross_post_norm", seen, x)
     return norm(ops, spec, weights, "cross_sum_norm", x)
@@ -104,7 +104,7 @@ def cross_attention(spec: ModelSpec, index: int) -> Attention:
 def store_keys(ops: Ops[X], spec: ModelSpec, layers: Sequence[Weights], states: X) -> None:
     """Leaves what a decoder's layers attend to of an encoder's hidden states (..., hidden)."""
     for index, weights in enumerate(layers):
-        k, v = _together(ops, weights, CROSS_KV, states)
+        k, v = together(ops, weights, CROSS_KV, states)
         ops.store_keys(k, v, cross_attention(spec, index))
 
 
@@ -125,7 +125,7 @@ def _attended(ops: Ops[X], spec: ModelSpec, weights: Weights, index: int, normed
     k: X | None
     v: X | None
     if spec.latent is None:
-        q, *own = _together(ops, weights, attention_inputs(spec, index), normed)
+        q, *own = together(ops, weights, attention_inputs(spec, index), normed)
         gate = own.pop() if spec.names.output_gate is not None else None
         k, v = (own[0], own[-1]) if own else (None, None)  # values may be keys before their norm
     else:
@@ -158,6 +158,13 @@ def _attended(ops: Ops[X], spec: ModelSpec, weights: Weights, index: int, normed
     return seen if spec.latent is None else latent_values(ops, spec, spec.latent, seen)
 
 
+def _recurrent(ops: Ops[X], spec: ModelSpec, weights: Weights, index: int, normed: X) -> tuple[str, X]:
+    """What a layer that does not attend computes: the slot of its last linear, and what that reads."""
+    if spec.conv is not None:
+        return "conv_out", convolved(ops, spec.conv, weights, index, normed)
+    return "delta_out", _recurred(ops, spec, weights, index, normed)
+
+
 def _recurred(ops: Ops[X], spec: ModelSpec, weights: Weights, index: int, normed: X) -> X:
     """A gated delta net as Qwen3-Next has it, but for its last linear: (..., hidden) -> (..., H D_v).
 
@@ -167,7 +174,7 @@ def _recurred(ops: Ops[X], spec: ModelSpec, weights: Weights, index: int, normed
     assert spec.delta is not None
     convolution, recurrence = spec.delta.at(index)
     slots = ("delta_qkv", "delta_z", "delta_decay", "delta_write")
-    qkv, z, decay, write = _together(ops, weights, slots, normed)
+    qkv, z, decay, write = together(ops, weights, slots, normed)
     qkv = ops.activate(ops.short_convolution(qkv, weights.biases["delta_taps"], convolution), None, spec.activation)
     out = ops.recur(qkv, decay, write, weights.biases["delta_rates"], recurrence)
     return ops.activate(z, ops.norm(out, weights.norms["delta_norm"], spec.norm_eps), "silu")
@@ -187,7 +194,7 @@ def mixture(ops: Ops[X], spec: ModelSpec, weights: Weights, x: X) -> X:
     inner, router = norm(ops, spec, weights, "mlp_norm", x), weights.linear("router")
     out = _of_experts(ops, spec, weights, inner, ops.linear(router.weight, inner, router.bias))
     if experts.shared_width:
-        gate, up = _together(ops, weights, SHARED, inner)
+        gate, up = together(ops, weights, SHARED, inner)
         shared = ops.linear(weights.matrices["shared_down"], ops.activate(gate, up, spec.activation))
         switch = weights.matrices.get("shared_switch")
         if switch is not None:
@@ -230,7 +237,7 @@ def _of_experts(ops: Ops[X], spec: ModelSpec, weights: Weights, inner: X, logits
 
 def _features(ops: Ops[X], spec: ModelSpec, weights: Weights, normed: X) -> X:
     """The MLP, but for its last linear: (..., hidden) -> (..., intermediate)."""
-    gate, *up = _together(ops, weights, gate_up(spec), normed)
+    gate, *up = together(ops, weights, gate_up(spec), normed)
     if spec.activation == SQUARED:
         return ops.activate(gate, gate, "relu")
     return ops.activate(gate, up[0] if up else None, spec.activation)
@@ -321,12 +328,6 @@ def _normalised(ops: Ops[X], spec: ModelSpec, weights: Weights, q: X, k: X | Non
     of_q, of_k = weights.norms.get("q_norm"), weights.norms.get("k_norm")
     q = q if of_q is None else ops.norm(q, of_q, spec.norm_eps)
     return q, k if of_k is None or k is None else ops.norm(k, of_k, spec.norm_eps)
-
-
-def _together(ops: Ops[X], weights: Weights, slots: tuple[str, ...], x: X) -> tuple[X, ...]:
-    """Linears that share an input."""
-    linears = weights.linears(slots)
-    return ops.linear_group([linear.weight for linear in linears], x, [linear.bias for linear in linears])
 
 
 def _added(ops: Ops[X], spec: ModelSpec, weights: Weights, slot: str, post_norm: str, inner: X, x: X) -> X:

@@ -33,6 +33,11 @@ class DeltaNet:
         return ShortConvolution(state, self.taps, recurrence.width), recurrence
 
     @property
+    def inner_width(self) -> int:
+        """Features that the last linear reads."""
+        return self.heads * self.value_dim
+
+    @property
     def states(self) -> tuple[StateSpec, ...]:
         """The states of all layers."""
         own = (self.at(layer) for layer, is_one in enumerate(self.layers) if is_one)

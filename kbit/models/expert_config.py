@@ -32,14 +32,17 @@ class ExpertRules:
         chosen: key of how many of them a token goes to.
         switch: the key that says whether there are any; None: there are.
         layers: which have experts: "all"; "stepped" (every `decoder_sparse_step`-th, but for `mlp_only_layers`);
-            "later" (from `first_k_dense_replace` on); "listed" (`mlp_layer_types` says "sparse"; all but the first).
+            "later" (from `first_k_dense_replace` on, or what `first` names); "listed" (`mlp_layer_types` says "sparse";
+            all but the first).
+        first: with "later", the key of the first layer that has some.
         score, grouped: see `kbit.graph.experts.Routing`; grouped: `n_group` and `topk_group` are read.
         group_score: see `kbit.graph.experts.Routing`; or the key of the method, "greedy" (of all experts) or
             "group_limited_greedy" (of the groups with the best ones).
         normalise: fixed, or the key that says.
         scale: the key of the factor on the chosen experts' scores.
         shared: key of the shared expert's width; or "n_shared_experts", of which each is as wide as an expert.
-        router_bias, selection_bias, bias, beside: see `kbit.models.spec.ExpertsSpec`.
+        router_bias, selection_bias, bias, beside: see `kbit.models.spec.ExpertsSpec`; the second may be the key that
+            says.
         clamped: the activation is gpt-oss's, of `swiglu_alpha` and `swiglu_limit`.
     """
 
@@ -48,6 +51,7 @@ class ExpertRules:
     chosen: str = "num_experts_per_tok"
     switch: str | None = None
     layers: Literal["all", "stepped", "later", "listed"] = "all"
+    first: str = "first_k_dense_replace"
     score: Literal["softmax", "sigmoid", "softmax_of_chosen"] = "softmax"
     normalise: bool | str = True
     scale: str | None = None
@@ -55,7 +59,7 @@ class ExpertRules:
     group_score: Literal["two best", "topk_method"] = "two best"
     shared: str | None = None
     router_bias: bool = False
-    selection_bias: bool = False
+    selection_bias: bool | str = False
     bias: bool = False
     clamped: bool = False
     beside: bool = False
@@ -99,9 +103,9 @@ def experts_of(rules: ExpertRules, values: ConfigValues, layers: int) -> Experts
         )
     if not any(have):
         return None
-    return ExpertsSpec(
-        routing, width, have, shared, rules.router_bias, rules.bias, rules.selection_bias, clamp, rules.beside
-    )
+    added = rules.selection_bias
+    added = values.boolean(added) if isinstance(added, str) else added
+    return ExpertsSpec(routing, width, have, shared, rules.router_bias, rules.bias, added, clamp, rules.beside)
 
 
 def check_fixed(fixed: Mapping[str, tuple[object, ...]], values: ConfigValues, model_type: str) -> None:
@@ -126,7 +130,7 @@ def check_fixed(fixed: Mapping[str, tuple[object, ...]], values: ConfigValues, m
 
 def _layers(rules: ExpertRules, values: ConfigValues, layers: int) -> tuple[bool, ...]:
     if rules.layers == "later":
-        first = values.integer("first_k_dense_replace", 0, _MAX_LAYERS)
+        first = values.integer(rules.first, 0, _MAX_LAYERS)
         return tuple(layer >= first for layer in range(layers))
     if rules.layers == "listed":
         return _listed(values, layers)

@@ -18,6 +18,7 @@ from typing import Any, Literal
 
 from kbit.host.errors import CheckpointError, UnsupportedError
 from kbit.models.config_values import ConfigValues, shown
+from kbit.models.conv_config import adjusted_width, conv_of
 from kbit.models.delta_config import delta_of
 from kbit.models.expert_config import ExpertRules, check_fixed, experts_of
 from kbit.models.factors_config import ROOT_OF_WIDTH as ROOT_OF_WIDTH
@@ -89,6 +90,8 @@ class Family:
         scaled_logits: the key that says whether it is the root of the width; where absent, that of a tied head is.
         experts: how the configuration describes experts; None: there are none.
         delta: layers of the type "linear_attention" have a gated delta rule (`kbit.models.delta_config`).
+        conv: whether layers have convolutions in place of attention (`kbit.models.conv_config`).
+        adjusted: whether `block_auto_adjust_ff_dim` and its like change the width of MLPs.
         fixed: keys that other implementations read, and the values that say what this family does.
         layout: how published tensors differ from those that `names` names.
         keys: what configurations call keys that are known here by other names.
@@ -153,6 +156,8 @@ class Family:
     scaled_logits: str | None = None
     experts: ExpertRules | None = None
     delta: bool = False
+    conv: bool = False
+    adjusted: bool = False
     fixed: Mapping[str, tuple[object, ...]] = field(default_factory=dict)
     layout: Layout = field(default_factory=Layout)
     ignored: tuple[str, ...] = ()
@@ -243,8 +248,9 @@ def _read_stack(family: Family, values: ConfigValues) -> ModelSpec:
         head_dim = hidden // heads
     max_positions = values.integer("max_position_embeddings", 1, MAX_CONTEXT)
     delta = delta_of(values, layers) if family.delta else None
+    conv = conv_of(values, layers, hidden) if family.conv else None
     windows: tuple[int | None, ...] = (None,) * layers
-    if not family.delta:
+    if not (family.delta or family.conv):
         windows = windows_of(family.windows, family.window_period, values, layers)
     both_sides = family.mask == "bidirectional" or (
         family.bidirectional is not None and values.boolean(family.bidirectional)
@@ -304,6 +310,7 @@ def _read_stack(family: Family, values: ConfigValues) -> ModelSpec:
         query_temperature=ropes.query_temperature,
         experts=None if family.experts is None else experts_of(family.experts, values, layers),
         delta=delta,
+        conv=conv,
         position_rows=positions.rows,
         first_position=positions.first,
         types=token_types(family, values),
@@ -365,7 +372,8 @@ def _intermediate_size(family: Family, values: ConfigValues, hidden: int) -> int
         return family.mlp_ratio * hidden
     if family.experts is not None and family.experts.layers == "all" and values.raw("intermediate_size") is None:
         return values.integer(family.experts.width, 1, _MAX_WIDTH)  # no layer has a plain MLP
-    return values.integer("intermediate_size", 1, _MAX_WIDTH)
+    width = values.integer("intermediate_size", 1, _MAX_WIDTH)
+    return adjusted_width(values, width) if family.adjusted else width
 
 
 def _switch(setting: bool | str, values: ConfigValues) -> bool:

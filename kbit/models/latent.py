@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from kbit.graph.ops import Ops, X
+from kbit.models.mixers import together
 from kbit.models.params import KEYS_VALUES, latent_inputs
 from kbit.models.spec import LatentSpec, ModelSpec
 
@@ -14,10 +15,10 @@ if TYPE_CHECKING:
 
 def latent_heads(ops: Ops[X], spec: ModelSpec, latent: LatentSpec, weights: Weights, normed: X) -> tuple[X, X, X]:
     """Queries, keys and values, not yet turned: (..., hidden) -> (..., H D) each."""
-    q, kv, shared = _together(ops, weights, latent_inputs(latent), normed)
+    q, kv, shared = together(ops, weights, latent_inputs(latent), normed)
     if latent.query_rank:
         q = ops.linear(weights.matrices["q"], ops.norm(q, weights.norms["q_a_norm"], latent.eps))
-    k, v = _together(ops, weights, KEYS_VALUES, ops.norm(kv, weights.norms["kv_a_norm"], latent.eps))
+    k, v = together(ops, weights, KEYS_VALUES, ops.norm(kv, weights.norms["kv_a_norm"], latent.eps))
     k = ops.fit_heads(k, spec.heads, spec.head_dim, shared)
     return q, k, v if latent.value_dim == spec.head_dim else ops.fit_heads(v, spec.heads, spec.head_dim)
 
@@ -25,8 +26,3 @@ def latent_heads(ops: Ops[X], spec: ModelSpec, latent: LatentSpec, weights: Weig
 def latent_values(ops: Ops[X], spec: ModelSpec, latent: LatentSpec, seen: X) -> X:
     """What attention made of such values, without what they were filled up with: (..., H D) -> (..., H D_v)."""
     return seen if latent.value_dim == spec.head_dim else ops.fit_heads(seen, spec.heads, latent.value_dim)
-
-
-def _together(ops: Ops[X], weights: Weights, slots: tuple[str, ...], x: X) -> tuple[X, ...]:
-    linears = weights.linears(slots)
-    return ops.linear_group([linear.weight for linear in linears], x, [linear.bias for linear in linears])

@@ -13,7 +13,7 @@ Windows = Literal[
     "none", "all", "switched", "chosen", "listed", "period", "period from 0", "period, full at the end", "runs"
 ]
 Rotated = Literal["all", "listed", "windowed"]
-FULL, SLIDING, LINEAR = "full_attention", "sliding_attention", "linear_attention"
+FULL, SLIDING, LINEAR, CONV = "full_attention", "sliding_attention", "linear_attention", "conv"
 
 
 def windows_of(windows: Windows, period: int | str, values: ConfigValues, layers: int) -> tuple[int | None, ...]:
@@ -137,6 +137,27 @@ def linear_layers(values: ConfigValues, layers: int) -> tuple[bool, ...]:
         return tuple(kind == LINEAR for kind in types)
     interval = values.integer("full_attention_interval", 1, MAX_CONTEXT)
     return tuple((layer + 1) % interval != 0 for layer in range(layers))
+
+
+def conv_layers(values: ConfigValues, layers: int) -> tuple[bool, ...]:
+    """Whether every layer has a convolution: `layer_types`, or all but those that `full_attn_idxs` lists (null: none).
+
+    Args:
+        values: the configuration.
+        layers: how many there are.
+
+    Raises:
+        UnsupportedError: a layer type that kbit does not know.
+        CheckpointError: a senseless value.
+    """
+    types = _layer_types(values, layers, (FULL, CONV))
+    attend = values.raw("full_attn_idxs")
+    if types is not None:
+        return tuple(kind == CONV for kind in types)
+    attend = list(range(layers)) if attend is None else attend
+    if not isinstance(attend, list) or not all(type(layer) is int and 0 <= layer < layers for layer in attend):
+        raise values.error("full_attn_idxs", f"a list of layers, numbers from 0 to {layers - 1}")
+    return tuple(layer not in attend for layer in range(layers))
 
 
 def _layer_types(values: ConfigValues, layers: int, known: tuple[str, ...] = (FULL, SLIDING)) -> list[str] | None:

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
+from kbit.models.mixer_specs import ConvNet
 from kbit.models.spec import LatentSpec, ModelSpec
 
 Unit = Literal["heads", "kv_heads", "features"]
@@ -22,6 +23,7 @@ OUTSIDE: tuple[Role, ...] = ("norm", "bias", "rows", "table", "router", "distanc
 QKV, GATE_UP, SHARED = ("q", "k", "v"), ("gate", "up"), ("shared_gate", "shared_up")
 KEYS_VALUES = ("k", "v")
 CROSS_KV = ("cross_k", "cross_v")
+CONV = ("conv_b", "conv_c", "conv_x")
 DELTA = ("delta_qkv", "delta_z")
 
 
@@ -79,7 +81,7 @@ def own_parameters(spec: ModelSpec) -> tuple[Parameter, ...]:
     found = [Parameter(f"{names.embedding}.weight", "embedding", None, "embedding", vocabulary)]
     found += _beside_embedding(spec)
     for layer in range(spec.layers):
-        found += _delta_net(spec, layer) if spec.recurs(layer) else _attention(spec, layer)
+        found += _recurrent(spec, layer) if spec.recurs(layer) else _attention(spec, layer)
         if spec.encoder is not None:
             found += _cross(spec, layer)
         if spec.experts is not None and spec.experts.beside:
@@ -207,6 +209,29 @@ def _latent_attention(spec: ModelSpec, latent: LatentSpec, layer: int) -> Iterat
 def latent_inputs(latent: LatentSpec) -> tuple[str, str, str]:
     """The slots of what latent attention multiplies its input with."""
     return ("q_a" if latent.query_rank else "q", "kv_a", "k_shared")
+
+
+def _recurrent(spec: ModelSpec, layer: int) -> Iterator[Parameter]:
+    """What a layer reads that does not attend."""
+    return _conv_net(spec, spec.conv, layer) if spec.conv is not None else _delta_net(spec, layer)
+
+
+def _conv_net(spec: ModelSpec, conv: ConvNet, layer: int) -> Iterator[Parameter]:
+    """What `kbit.models.mixers.convolved` reads, and the last linear."""
+    hidden, features = spec.hidden_size, conv.features
+    yield from _norm(spec, "attention_norm", layer)
+    for slot in CONV:
+        yield from _linear(spec, slot, layer, (features, hidden), None, CONV, conv.bias)
+    yield from _taps(spec, "conv_taps", layer, features, conv.taps, conv.bias)
+    yield from _linear(spec, "conv_out", layer, (hidden, features), None, ("conv_out",), conv.bias)
+
+
+def _taps(spec: ModelSpec, slot: str, layer: int, features: int, taps: int, bias: bool) -> Iterator[Parameter]:
+    """A convolution over tokens; its bias, which has no matrix, is in a slot of its own."""
+    name = str(getattr(spec.names, slot)).format(layer=layer)
+    yield Parameter(f"{name}.weight", slot, layer, "taps", (features, 1, taps))
+    if bias:
+        yield Parameter(f"{name}.bias", f"{slot}_bias", layer, "bias", (features,))
 
 
 def qkv(spec: ModelSpec, layer: int) -> tuple[str, ...]:

@@ -102,7 +102,7 @@ def _share(source: CheckpointSource, spec: ModelSpec, rank: int, world: int) -> 
         raise UnsupportedError(
             f"{where}: the experts of {spec.family} models are not dealt out among processes; use one process"
         )
-    if world > 1 and spec.delta is not None:
+    if world > 1 and spec.recurrent:
         raise UnsupportedError(
             f"{where}: the recurrent layers of {spec.family} models are not dealt out among processes; use one process"
         )

@@ -10,6 +10,7 @@ from kbit.graph.experts import Clamp, Routing
 from kbit.graph.states import StateSpec
 from kbit.models.delta_net import DeltaNet
 from kbit.models.layer_shapes import LayerShape
+from kbit.models.mixer_specs import ConvNet
 from kbit.models.task_heads import TaskHead
 
 if TYPE_CHECKING:
@@ -24,6 +25,10 @@ Sinusoids = Literal["marian", "fairseq"]
 
 # The square of a relu, x relu(x), as an activation of plain MLPs.
 SQUARED = "relu2"
+
+
+# Attributes of a ModelSpec that say what layers have in place of attention.
+RECURRENT = ("delta", "conv")
 
 
 @dataclass(frozen=True)
@@ -172,6 +177,11 @@ class TensorNames:
     layer_gate: str | None = None
     layer_up: str | None = None
     layer_post_norm: str | None = None
+    conv_b: str | None = None
+    conv_c: str | None = None
+    conv_x: str | None = None
+    conv_taps: str | None = None
+    conv_out: str | None = None
     delta_qkv: str | None = None
     delta_z: str | None = None
     delta_decay: str | None = None
@@ -266,6 +276,7 @@ class ModelSpec:
         query_temperature: (b, n): a query at position p is multiplied by 1 + b ln(1 + floor(p / n)); None: it is not.
         experts: of layers that have some; None: no layer has.
         delta: of layers with a gated delta rule in place of attention; None: no layer has.
+        conv: of layers with a convolution in place of attention; None: no layer has.
         position_rows: rows of the table of positions (`names.positions`), 0 where there is none.
         first_position: its row of position 0.
         sinusoids: which table of sines it is (`kbit.models.sinusoids`), where it is computed; a copy may be stored.
@@ -320,6 +331,7 @@ class ModelSpec:
     query_temperature: tuple[float, int] | None = None
     experts: ExpertsSpec | None = None
     delta: DeltaNet | None = None
+    conv: ConvNet | None = None
     position_rows: int = 0
     first_position: int = 0
     sinusoids: Sinusoids | None = None
@@ -359,8 +371,13 @@ class ModelSpec:
         return self.head_dim if self.latent is None else self.latent.value_dim
 
     def recurs(self, layer: int) -> bool:
-        """Whether a layer has a gated delta rule in place of attention."""
-        return self.delta is not None and self.delta.layers[layer]
+        """Whether a layer has something recurrent in place of attention."""
+        return any(net.layers[layer] for net in self.recurrent)
+
+    @property
+    def recurrent(self) -> tuple[DeltaNet | ConvNet, ...]:
+        """What layers have in place of attention: one kind at most."""
+        return tuple(net for net in (getattr(self, name) for name in RECURRENT) if net is not None)
 
     @property
     def attention_layers(self) -> tuple[int, ...]:
@@ -370,7 +387,7 @@ class ModelSpec:
     @property
     def states(self) -> tuple[StateSpec, ...]:
         """What is kept of a sequence besides keys and values."""
-        return () if self.delta is None else self.delta.states
+        return tuple(state for net in self.recurrent for state in net.states)
 
     @property
     def state_bytes(self) -> int:

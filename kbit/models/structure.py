@@ -22,6 +22,7 @@ from kbit.graph.recording import (
     Embed,
     FitHeads,
     Mix,
+    Multiply,
     Norm,
     Operation,
     Project,
@@ -38,7 +39,7 @@ from kbit.graph.recording import (
 from kbit.models.blocks import Weights
 from kbit.models.decoder import DecoderDefinition, DecoderWeights
 from kbit.models.params import OUTSIDE, Parameter, own_parameters, weightless_norms
-from kbit.models.spec import ModelSpec
+from kbit.models.spec import RECURRENT, ModelSpec
 
 
 @dataclass(frozen=True, eq=False)
@@ -113,7 +114,7 @@ class Structure:
                 continue  # of features of all layers, which nothing multiplies
             elif isinstance(operation, Norm | SumParts | Scale | SoftCap | Rotate | FitHeads | SigmoidGate):
                 made[operation.out] = made[operation.x]
-            elif isinstance(operation, Add):
+            elif isinstance(operation, Add | Multiply):
                 made[operation.out] = made[operation.y]
             elif isinstance(operation, Attend):
                 if operation.v is not None:
@@ -208,8 +209,9 @@ def recorded(spec: ModelSpec, layers: int | None = None) -> Structure:
     if layers is not None and layers < spec.layers:
         shapes = spec.shapes[:layers]
         spec = replace(spec, layers=layers, windows=spec.windows[:layers], rotated=spec.rotated[:layers], shapes=shapes)
-        if spec.delta is not None:
-            spec = replace(spec, delta=replace(spec.delta, layers=spec.delta.layers[:layers]))
+        nets = {name: getattr(spec, name) for name in RECURRENT}
+        cut = {name: replace(net, layers=net.layers[:layers]) for name, net in nets.items() if net is not None}
+        spec = replace(spec, **cut)
     recorder = Recorder(Symbol(1))
     weights = assemble(spec, _named_matrix, lambda parameter: NamedVector(parameter.name, parameter.shape))
     result = DecoderDefinition(spec, weights).body(recorder, recorder.input)

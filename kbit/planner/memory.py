@@ -316,7 +316,7 @@ def program_bytes(
     buffers = sum(4 * rows * _up(width, _native.TILE_COLUMNS) for width in _buffer_widths(spec))
     latent = spec.latent
     ranks = () if latent is None else (latent.rank, latent.query_rank)
-    recurred = 0 if spec.delta is None else spec.delta.heads * spec.delta.value_dim
+    recurred = max((net.inner_width for net in spec.recurrent), default=0)
     widest = _up(max(hidden, queries, recurred, *ranks, *spec.inner_widths), _native.TILE_COLUMNS)
     shared_numbers = rows * widest
     if experts is not None:  # rows of a token and each of its experts, ready to be multiplied, and inside the experts
@@ -392,8 +392,8 @@ def _buffer_widths(spec: ModelSpec) -> tuple[int, ...]:
     # From the second layer on nothing new is needed, nor from the second with experts, or of another kind, where layers
     # have one shape.
     first = spec.experts.layers.index(True) if spec.experts is not None else 0
-    if spec.delta is not None:
-        first = max(first, *(spec.delta.layers.index(kind) for kind in set(spec.delta.layers)), 0)
+    for net in spec.recurrent:
+        first = max(first, *(net.layers.index(kind) for kind in set(net.layers)), 0)
     structure = recorded(spec, layers=None if spec.shapes else first + 2)
     return tuple(place(fuse(structure.operations, structure.result), structure.result).widths)
 

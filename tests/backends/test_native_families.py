@@ -23,6 +23,8 @@ FAMILIES += ["gemma4-e", "gemma4-moe"]
 FAMILIES += ["qwen3_5", "qwen3-next"]
 # A bias of the head, a squared relu.
 FAMILIES += ["phi", "nemotron"]
+# Convolutions between gates; with biases, and experts chosen with a bias.
+FAMILIES += ["lfm2-biases", "lfm2-moe"]
 
 
 def wide(name: str) -> DictSource:

@@ -68,7 +68,7 @@ GEMMA4 = {
         FULL: {"rope_type": "proportional", "rope_theta": 5000.0, "partial_rotary_factor": 0.25},
     },
 }
-LINEAR = "linear_attention"
+LINEAR, CONV = "linear_attention", "conv"
 QUARTER = {"rope_type": "default", "rope_theta": 1000.0, "partial_rotary_factor": 0.25}
 # 2 heads of keys for 6 of values, whose features are more than 32 and no multiple of 16.
 DELTA = {
@@ -114,6 +114,7 @@ MODEL_TYPES = {
 }
 MODEL_TYPES |= {"GPTBigCode": "gpt_bigcode", "GPTNeo": "gpt_neo", "CodeGen": "codegen"}
 MODEL_TYPES |= {"Qwen3Moe": "qwen3_moe", "Qwen2Moe": "qwen2_moe", "Glm4Moe": "glm4_moe", "MiniMaxM2": "minimax_m2"}
+MODEL_TYPES |= {"Lfm2Moe": "lfm2_moe"}
 MODEL_TYPES |= {
     "GptOss": "gpt_oss",
     "Qwen3Next": "qwen3_next",
@@ -419,6 +420,22 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
             "rope_parameters": {**TEMPERED, "partial_rotary_factor": 4 / 12},
         },
     ),
+    "lfm2": (
+        "Lfm2",
+        {**HEADS, "layer_types": [CONV, FULL, CONV], "block_auto_adjust_ff_dim": True, "block_multiple_of": 11},
+    ),
+    "lfm2-biases": (
+        "Lfm2",
+        {
+            **HEADS,
+            "layer_types": [FULL, CONV, CONV],
+            "block_auto_adjust_ff_dim": False,
+            "conv_bias": True,
+            "conv_L_cache": 5,
+            "tie_word_embeddings": False,
+        },
+    ),
+    "lfm2-moe": ("Lfm2Moe", {**HEADS, **EXPERTS, "layer_types": [CONV, CONV, FULL], "num_dense_layers": 1}),
     "olmoe": ("Olmoe", {"num_experts": 5, "num_experts_per_tok": 2}),
     "qwen3-next": (
         "Qwen3Next",
@@ -481,7 +498,7 @@ def saved_model(name: str, folder: Path, **changes: Any) -> Any:
             if family == "Gemma4" and parameter_name.endswith("q_norm.weight"):
                 parameter.mul_(0.3)  # dot products are not scaled: with 1, attention would be to one token alone
         for buffer_name, buffer in model.named_buffers():
-            if buffer_name.endswith("e_score_correction_bias"):
+            if buffer_name.endswith(("e_score_correction_bias", "expert_bias")):
                 buffer.copy_(0.1 * torch.randn(buffer.shape, generator=generator))
             elif buffer_name.endswith("layer_scalar"):
                 buffer.copy_(1.0 + 0.2 * torch.randn(buffer.shape, generator=generator))

@@ -22,7 +22,9 @@ def json_of(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> Any:
     return json.loads(capsys.readouterr().out)
 
 
-@pytest.mark.parametrize("name", ["gemma3", "phi3", "qwen2-moe", "gpt-oss", "deepseek-v2-lite", "gemma4-e", "qwen3_5"])
+@pytest.mark.parametrize(
+    "name", ["gemma3", "phi3", "qwen2-moe", "gpt-oss", "deepseek-v2-lite", "gemma4-e", "qwen3_5", "lfm2"]
+)
 def test_quantize_info_run_eval(
     tmp_path: Path, published: Callable[[str], Path], name: str, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -27,7 +27,17 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 # down, by head; experts one by one, and in stacks of two kinds; latent attention; by group.
 FAMILIES = ("qwen2", "phi3", "gemma2", "gemma3", "glm4", "ernie4_5", "gpt2", "gpt_neox", "opt", "falcon", "qwen3-moe")
 FAMILIES += ("glm4-moe", "gpt-oss", "granitemoe", "deepseek-v3", "minicpm3", "gemma4-e", "gemma4-moe")
-FAMILIES += ("falcon-40b", "mpt", "qwen3-next", "qwen3_5-biases", "codegen", "phi", "nemotron")
+FAMILIES += (
+    "falcon-40b",
+    "mpt",
+    "qwen3-next",
+    "qwen3_5-biases",
+    "codegen",
+    "phi",
+    "nemotron",
+    "lfm2-biases",
+    "lfm2-moe",
+)
 
 
 @pytest.fixture(scope="module", params=FAMILIES)

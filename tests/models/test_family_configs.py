@@ -89,7 +89,7 @@ def test_expected_tensors_are_those_of_the_model(case: str) -> None:
     spec = spec_from_config(tiny_config(case))
     model = _model(case)
     # What is added where experts are chosen, and what layers are scaled by, is no parameter there, but is stored.
-    stored = ("e_score_correction_bias", "layer_scalar")
+    stored = ("e_score_correction_bias", "expert_bias", "layer_scalar")
     added = [buffer for name, buffer in model.named_buffers() if name.endswith(stored)]
     assert sum(math.prod(shape) for shape in spec.expected_tensors().values()) == sum(
         tensor.numel() for tensor in (*model.parameters(), *added)
@@ -185,6 +185,31 @@ def test_latent_attention() -> None:
     for unknown in ("deepseek_v32", "deepseek_v4"):
         with pytest.raises(UnsupportedError, match=f"model_type '{unknown}' is not supported"):
             spec(unknown)
+
+
+def test_lfm2_as_the_hub_has_it() -> None:
+    """Older names of keys, and layers that attend by their numbers; the width of an MLP is adjusted."""
+    published = {
+        "block_ff_dim": 300, "block_auto_adjust_ff_dim": True, "block_ffn_dim_multiplier": 1.5, "block_multiple_of": 64,
+        "full_attn_idxs": [2, 5], "tie_embedding": False, "conv_L_cache": 4, "intermediate_size": 999,
+    }  # fmt: skip
+    found = spec("lfm2", **published)
+    assert found.intermediate_size == 320  # 300 2/3 1.5, and then the next multiple
+    assert not found.tied_embeddings
+    assert found.conv is not None
+    assert found.attention_layers == (2, 5)
+    assert [state.shape for state in found.states] == [(3, 256)] * 5
+    assert spec("lfm2").conv is None  # where nothing says which layers attend, all do
+    assert spec("lfm2", **published, block_use_swiglu=True).conv == found.conv
+    for changes, message in (
+        ({"full_attn_idxs": [7]}, "full_attn_idxs is .*numbers from 0 to 6"),
+        ({"layer_types": ["conv"] * 6 + ["mamba"]}, "layer_types has 'mamba', which kbit does not support"),
+        ({"conv_L_cache": 1}, "conv_L_cache is 1; it should be a whole number from 2"),
+    ):
+        with pytest.raises(KbitError, match=message):
+            spec("lfm2", **{**published, **changes})
+    added = mixture("lfm2_moe", use_expert_bias=False, num_dense_layers=3)
+    assert (added.selection_bias, added.layers) == (False, (False,) * 3 + (True,) * 4)
 
 
 def test_minimax_as_the_hub_has_it() -> None:

@@ -33,6 +33,7 @@ from kbit.graph.recording import (
     Embed,
     FitHeads,
     Mix,
+    Multiply,
     Norm,
     Operation,
     Project,
@@ -144,6 +145,8 @@ def _emit(program: Program, operation: Operation, at: dict[Symbol, int]) -> None
         program.norm(at[operation.x], weight, eps, at[operation.out], bias, centred)
     elif isinstance(operation, Add):
         program.add(at[operation.x], at[operation.y], at[operation.out])
+    elif isinstance(operation, Multiply):
+        program.multiply(at[operation.x], at[operation.y], at[operation.out])
     elif isinstance(operation, Scale):
         number = operation.factor if isinstance(operation.factor, float) else float(native_vector(operation.factor)[0])
         program.map(at[operation.x], at[operation.out], factor=number)
@@ -192,7 +195,8 @@ def _emit(program: Program, operation: Operation, at: dict[Symbol, int]) -> None
         program.recur(x, decay, write, rates, at[operation.out], r.state, r.key_heads, r.heads, r.key_dim, r.value_dim)
     elif isinstance(operation, Convolve):
         c = operation.convolution
-        program.convolve(at[operation.x], native_vector(operation.weight), at[operation.out], c.state, c.width)
+        taps, bias = native_vector(operation.weight), _optional(operation.bias)
+        program.convolve(at[operation.x], taps, at[operation.out], c.state, c.width, bias)
     elif isinstance(operation, Activate):
         up = None if operation.up is None else at[operation.up]
         program.activate(at[operation.gate], up, operation.kind, at[operation.out])

@@ -70,6 +70,9 @@ class RowOps:
     def add(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         return x + y
 
+    def multiply(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        return x * y
+
     def scale(self, x: torch.Tensor, factor: float | Vector) -> torch.Tensor:
         return x * (factor if isinstance(factor, float) else tensor_of(factor))
 
@@ -166,7 +169,9 @@ class RowOps:
     ) -> torch.Tensor:
         raise _without_tokens()
 
-    def short_convolution(self, x: torch.Tensor, weight: Vector, convolution: ShortConvolution) -> torch.Tensor:
+    def short_convolution(
+        self, x: torch.Tensor, weight: Vector, convolution: ShortConvolution, bias: Vector | None = None
+    ) -> torch.Tensor:
         raise _without_tokens()
 
 
@@ -255,11 +260,13 @@ class StepOps(RowOps):
             )
         return out.flatten(-2)
 
-    def short_convolution(self, x: torch.Tensor, weight: Vector, convolution: ShortConvolution) -> torch.Tensor:
+    def short_convolution(
+        self, x: torch.Tensor, weight: Vector, convolution: ShortConvolution, bias: Vector | None = None
+    ) -> torch.Tensor:
         taps, out = tensor_of(weight).view(convolution.width, -1), torch.empty_like(x)
         for rows, before, after in self._state(convolution.state):
             out[rows], after[...] = recurrent.short_convolution(x[rows], taps, before)
-        return out
+        return out if bias is None else out + tensor_of(bias)
 
     def _state(self, index: int) -> Iterator[tuple[slice, torch.Tensor, torch.Tensor]]:
         """The rows of each sequence, one of its states before them, and where that after them goes."""

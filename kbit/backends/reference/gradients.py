@@ -159,10 +159,13 @@ class GradientOps(RowOps):
         out = recurrent.gated_delta_in_chunks(q, k, v, decay, write, tensor_of(log_rates))
         return out.flatten(-2)
 
-    def short_convolution(self, x: torch.Tensor, weight: Vector, convolution: ShortConvolution) -> torch.Tensor:
+    def short_convolution(
+        self, x: torch.Tensor, weight: Vector, convolution: ShortConvolution, bias: Vector | None = None
+    ) -> torch.Tensor:
         taps = tensor_of(weight).view(convolution.width, -1)
         before = x.new_zeros(*x.shape[:-2], convolution.width - 1, x.shape[-1])
-        return recurrent.short_convolution(x, taps, before)[0]
+        out = recurrent.short_convolution(x, taps, before)[0]
+        return out if bias is None else out + tensor_of(bias)
 
     def collect(self, weight: Weight, x: torch.Tensor, gradient: torch.Tensor) -> None:
         """Take what one product saw, once per backward pass.

@@ -21,6 +21,7 @@ from kbit.graph.recording import (
     Embed,
     FitHeads,
     Mix,
+    Multiply,
     Norm,
     Operation,
     Project,
@@ -180,6 +181,8 @@ class Replay:
             values[operation.out] = _normalised(values[operation.x], operation, dtype)
         elif isinstance(operation, Add):
             values[operation.out] = values[operation.x].float() + values[operation.y]
+        elif isinstance(operation, Multiply):
+            values[operation.out] = values[operation.x] * values[operation.y]
         elif isinstance(operation, Scale):
             factor = operation.factor if isinstance(operation.factor, float) else triton_vector(operation.factor)
             values[operation.out] = values[operation.x].float() * factor

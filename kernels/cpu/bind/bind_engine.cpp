@@ -372,6 +372,13 @@ void bind_engine(nb::module_& module) {
              p.append(AddInstruction{x, y, out});
            },
            nb::arg("x"), nb::arg("y"), nb::arg("out"))
+      .def("multiply",
+           [](Program& p, int x, int y, int out) {
+             require(p.buffer_width(x) == p.buffer_width(out) && p.buffer_width(y) == p.buffer_width(out),
+                     "the factors of a product do not fit its buffer");
+             p.append(MultiplyInstruction{x, y, out});
+           },
+           nb::arg("x"), nb::arg("y"), nb::arg("out"))
       .def("map",
            [](Program& p, int x, int out, float factor, float cap) {
              require(p.buffer_width(x) == p.buffer_width(out) && cap >= 0.0f, "the buffers of a factor or a cap differ");
@@ -487,13 +494,15 @@ void bind_engine(nb::module_& module) {
            nb::arg("x"), nb::arg("decay"), nb::arg("write"), nb::arg("log_rates"), nb::arg("out"), nb::arg("state"),
            nb::arg("key_heads"), nb::arg("heads"), nb::arg("key_dim"), nb::arg("value_dim"))
       .def("convolve",
-           [](Program& p, int x, const Vector& weight, int out, int state, int width) {
+           [](Program& p, int x, const Vector& weight, int out, int state, int width, const std::optional<Vector>& bias) {
              require(width >= 2 && state >= 0 && p.buffer_width(x) == p.buffer_width(out) && out != x &&
-                         static_cast<std::int64_t>(weight.shape(0)) == width * p.buffer_width(x),
+                         static_cast<std::int64_t>(weight.shape(0)) == width * p.buffer_width(x) &&
+                         (!bias || static_cast<std::int64_t>(bias->shape(0)) == p.buffer_width(x)),
                      "a convolution does not fit its buffers");
-             p.append(ConvolveInstruction{x, out, state, width, copied(weight)});
+             p.append(ConvolveInstruction{x, out, state, width, copied(weight), copied(bias)});
            },
-           nb::arg("x"), nb::arg("weight"), nb::arg("out"), nb::arg("state"), nb::arg("width"))
+           nb::arg("x"), nb::arg("weight"), nb::arg("out"), nb::arg("state"), nb::arg("width"),
+           nb::arg("bias") = nb::none())
       .def("finish",
            [](Program& p, int hidden) {
              p.buffer_width(hidden);

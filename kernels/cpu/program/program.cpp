@@ -297,7 +297,8 @@ void Program::convolve(Worker& worker, const ConvolveInstruction& n, const Pass&
   const std::int64_t parts = (x.width + kConvolved - 1) / kConvolved;
   worker.for_each(static_cast<std::int64_t>(sequences_.size()) * parts, 1, [&](std::int64_t i, std::int64_t) {
     const std::int64_t first = i % parts * kConvolved;
-    short_convolution({x.data(), x.stride}, {out.data(), out.stride}, n.weight.data(), n.width, x.width, state,
+    short_convolution({x.data(), x.stride}, {out.data(), out.stride}, n.weight.data(),
+                      n.bias.empty() ? nullptr : n.bias.data(), n.width, x.width, state,
                       sequences_[static_cast<std::size_t>(i / parts)], first, std::min(x.width, first + kConvolved));
   });
 }
@@ -361,6 +362,8 @@ void Program::run(const Pass& pass) {
         map(worker, *p, pass.rows);
       } else if (const auto* o = std::get_if<RotateInstruction>(&instruction)) {
         rotate(worker, *o, pass);
+      } else if (const auto* q = std::get_if<MultiplyInstruction>(&instruction)) {
+        multiply(worker, *q, pass.rows);
       } else if (const auto* f = std::get_if<FitInstruction>(&instruction)) {
         fit_heads(worker, *f, pass.rows);
       } else if (const auto* x = std::get_if<ExpertsInstruction>(&instruction)) {

@@ -58,6 +58,7 @@ struct RotateInstruction { int x, out, head_dim, first, half; };
 struct FitInstruction { int x, shared, out, heads; };
 struct AddInstruction { int x, y, out; };
 struct ColumnsInstruction { int x, out, first; };  // as many columns of x, from `first` on, as out is wide
+struct MultiplyInstruction { int x, y, out; };  // feature by feature
 struct ActivateInstruction { int gate, up, out; Activation kind; };  // up: -1 for none
 // Also half an attention: one that reads an encoder's keys and values, or those that an earlier one of the pass has
 // written for the same layer (k and v are -1), or one that stores them (q and out are).
@@ -83,7 +84,10 @@ struct RecurInstruction {
   int x, decay, write, out, state, key_heads, heads, key_dim, value_dim;
   std::vector<float> log_rates;
 };
-struct ConvolveInstruction { int x, out, state, width; std::vector<float> weight; };  // (width, features)
+struct ConvolveInstruction {
+  int x, out, state, width;
+  std::vector<float> weight, bias;  // (width, features); (features), or empty
+};
 struct GateInstruction { int x, gate, out; };  // out = sigmoid(gate) x, one gate a row, or one a feature
 
 // Which experts a row goes to: kernels/reference_experts.py, route.
@@ -108,7 +112,7 @@ struct ExpertsInstruction {
 };
 using Instruction = std::variant<MatmulInstruction, EmbedInstruction, NormInstruction, AddInstruction, ActivateInstruction,
                                  AttendInstruction, RecurInstruction, ConvolveInstruction, MapInstruction,
-                                 RotateInstruction, FitInstruction, GateInstruction, ExpertsInstruction,
+                                 RotateInstruction, FitInstruction, MultiplyInstruction, GateInstruction, ExpertsInstruction,
                                  ColumnsInstruction>;
 
 // What a mixture notes of a pass: pairs of a row and an expert it goes to, sorted by expert.
@@ -205,6 +209,7 @@ class Program {
   void prepare_states(const Pass& pass);
   void norm(Worker& worker, const NormInstruction& instruction, std::int64_t rows);
   void map(Worker& worker, const MapInstruction& instruction, std::int64_t rows);
+  void multiply(Worker& worker, const MultiplyInstruction& instruction, std::int64_t rows);
   void rotate(Worker& worker, const RotateInstruction& instruction, const Pass& pass);
   void fit_heads(Worker& worker, const FitInstruction& instruction, std::int64_t rows);
   void finish_logits(Worker& worker, std::int64_t rows, float* out);

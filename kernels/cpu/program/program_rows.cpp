@@ -1,4 +1,4 @@
-// What a program does to rows one by one: norms, factors, caps, rotations and the widths of heads.
+// What a program does to rows one by one: norms, products, factors, caps, rotations and the widths of heads.
 #include <algorithm>
 #include <cmath>
 #include <cstring>
@@ -67,6 +67,18 @@ void Program::map(Worker& worker, const MapInstruction& m, std::int64_t rows) {
       float* to = out.data() + r * out.stride;
       for (std::int64_t k = 0; k < x.width; ++k) to[k] = from[k] * m.factor;
       if (m.cap > 0.0f) kernels.soft_cap(to, x.width, m.cap);
+    }
+  });
+}
+
+void Program::multiply(Worker& worker, const MultiplyInstruction& m, std::int64_t rows) {
+  const auto at = [&](int index) -> const Buffer& { return buffers_[static_cast<std::size_t>(index)]; };
+  const Buffer &x = at(m.x), &y = at(m.y), &out = at(m.out);
+  worker.for_each(rows, 4, [&](std::int64_t begin, std::int64_t end) {
+    for (std::int64_t r = begin; r < end; ++r) {
+      const float *one = x.data() + r * x.stride, *other = y.data() + r * y.stride;
+      float* to = out.data() + r * out.stride;
+      for (std::int64_t k = 0; k < x.width; ++k) to[k] = one[k] * other[k];
     }
   });
 }

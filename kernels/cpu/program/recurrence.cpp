@@ -4,7 +4,8 @@
 
 namespace kbit {
 
-void short_convolution(const RowsView& x, const RowsView& out, const float* weight, int width, std::int64_t features,
+void short_convolution(const RowsView& x, const RowsView& out, const float* weight, const float* bias, int width,
+                       std::int64_t features,
                        const StateView& state, const SequenceRows& rows, std::int64_t first, std::int64_t last) {
   const int before = width - 1;
   const float* old = rows.before < 0 ? nullptr : state.data + rows.before * state.size;
@@ -15,7 +16,11 @@ void short_convolution(const RowsView& x, const RowsView& out, const float* weig
   };
   for (std::int64_t row = rows.begin; row < rows.end; ++row) {
     float* to = out.at(row);
-    std::fill(to + first, to + last, 0.0f);
+    if (bias) {
+      std::copy(bias + first, bias + last, to + first);
+    } else {
+      std::fill(to + first, to + last, 0.0f);
+    }
     for (int i = 0; i < width; ++i) {
       const float *from = inputs(row - before + i), *w = weight + i * features;
       for (std::int64_t c = first; from && c < last; ++c) to[c] += w[c] * from[c];

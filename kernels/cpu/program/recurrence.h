@@ -47,7 +47,8 @@ struct RecurrenceTask {
 constexpr std::int64_t recurrence_scratch(std::int64_t key_dim) { return key_dim * (kRecurred + 3) + 2 * kRecurred; }
 
 // Features [first, last) of one sequence. weight: (width, features).
-void short_convolution(const RowsView& x, const RowsView& out, const float* weight, int width, std::int64_t features,
+void short_convolution(const RowsView& x, const RowsView& out, const float* weight, const float* bias, int width,
+                       std::int64_t features,
                        const StateView& state, const SequenceRows& rows, std::int64_t first, std::int64_t last);
 
 }  // namespace kbit
