@@ -81,7 +81,7 @@ def summarise(source: CheckpointSource) -> dict[str, Any]:
         "prepared_bytes": _prepared_bytes(source.path),
         "runs_on": {
             "cpu": f"native backend ({instruction_set()})" if reason is None else None,
-            "cuda": f"triton backend ({gpu})" if reason is None and gpu else None,
+            "cuda": f"triton backend ({gpu})" if reason is None and gpu and not (spec and spec.states) else None,
         },
         "gpu_kernels": gpu_kernels(any(len(info.shape) == 2 and info.stored_as in _FLOATS for info in infos)),
         "cannot_run": reason,
@@ -270,7 +270,7 @@ def print_model(summary: dict[str, Any], list_tensors: bool) -> None:
     if "forgotten_bytes" in summary:
         lines["forgotten"] = f"{size(summary['forgotten_bytes'])} of prepared weights"
     if summary["cannot_run"] is None:
-        cuda = summary["runs_on"]["cuda"] or "no GPU here"
+        cuda = summary["runs_on"]["cuda"] or ("not yet" if summary["recurrent_layers"] else "no GPU here")
         lines["runs on"] = f"cpu: {summary['runs_on']['cpu']}; cuda: {cuda}"
         if list_tensors:
             lines["gpu kernels"] = "; ".join(f"{what}: {kernel}" for what, kernel in summary["gpu_kernels"].items())

@@ -54,7 +54,8 @@ class DecoderLike(Protocol):
 
 
 # States that are kept at once of a recurrent model: at the ends of pieces of prompts, the latest; and before drafts.
-_KEPT = 4
+# Fewer where they are large, but one.
+_KEPT, _KEPT_BYTES = 4, 256 << 20
 # Tokens that go through the model again with the next ones; more go by themselves, after which states can be kept.
 _AGAIN = 8
 
@@ -141,7 +142,7 @@ class PromptCache:
         self._cache.snapshot()
         if not draft and length not in self._kept:
             self._kept.append(length)
-            while len(self._kept) > _KEPT:
+            while len(self._kept) > kept_states(self._cache.pool.states.store.page_bytes):
                 self._cache.forget(self._kept.pop(0))
 
     def _go_back(self, cache: Cache, length: int) -> int:
@@ -166,6 +167,11 @@ class PromptCache:
             rows = self._decoder.extend(ids, self._cache, last_only)
         self._ids.extend(ids)
         return rows
+
+
+def kept_states(nbytes: int) -> int:
+    """How many states of such a size are kept at most, beside those of a pass and of a draft."""
+    return max(1, min(_KEPT, _KEPT_BYTES // max(1, nbytes)))
 
 
 def check_prompt(ids: Sequence[int], spec: DecoderSpec) -> None:

@@ -44,8 +44,10 @@ def architecture_of(spec: ModelSpec, where: str) -> Architecture:
     Raises:
         UnsupportedError: there is none, or llama.cpp has not what the model needs.
     """
-    # (Layers that differ and latent attention are read only.)
-    written = (known for known in ARCHITECTURES.values() if known.special is None and not known.latent)
+    # (Layers that differ, latent attention and delta nets are read only.)
+    written = (
+        known for known in ARCHITECTURES.values() if known.special is None and not known.latent and known.delta is None
+    )
     by_type = {architecture.model_type: architecture for architecture in written}
     arch = ARCHITECTURES.get(_ALIASES.get(spec.family, "")) or by_type.get(spec.family)
     if arch is None:

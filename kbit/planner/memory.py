@@ -26,6 +26,7 @@ from kbit import _native
 from kbit.backends.cpu.runner import PASS_ROWS
 from kbit.backends.rotary import FIRST_POSITIONS
 from kbit.checkpoint.source import CheckpointSource
+from kbit.engine.prompt_cache import kept_states
 from kbit.formats.quant_format import QuantFormat
 from kbit.formats.registry import parse_format
 from kbit.graph.pages import pages_for
@@ -98,7 +99,8 @@ class MemoryUse:
     Attributes:
         linear, embedding, head, vectors: weights as the backend keeps them. A tied head counts as the embedding, as do
             other tables; vectors include routers.
-        cache: keys and values, for the whole context, and states of fixed size, before and after a pass.
+        cache: keys and values, for the whole context, and states of fixed size: before
+            and after a pass, and some that are kept.
         workspace: buffers, scratch and tables of a pass.
         tokenizer: vocabulary and merges.
         loading: what the worst moment of loading takes, weights loaded by then included.
@@ -244,7 +246,8 @@ def predict_memory(
         width = 2 * spec.hidden_size + 2 * heads + 3 * max(spec.inner_widths) + spec.layers * spec.layer_features
         workspace = 4 * rows * width
     workspace += _rotary_bytes(spec, context) + 3 * 4 * spec.vocab_size * batch
-    cache = cache_bytes(spec, context, batch, kv, backend) + 2 * batch * spec.state_bytes
+    slots = 2 * batch + kept_states(spec.state_bytes)
+    cache = cache_bytes(spec, context, batch, kv, backend) + slots * spec.state_bytes
     return MemoryUse(
         sizes["linear"],
         sizes["embedding"] + sizes["table"],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -122,6 +123,48 @@ def test_rows_of_another_number(tmp_path: Path) -> None:
 def test_senseless_configurations(changes: dict[str, Any], message: str) -> None:
     with pytest.raises((CheckpointError, UnsupportedError), match=message):
         spec_from_config({**tiny_config("qwen3_5"), **changes})
+
+
+def test_keys_of_released_configurations() -> None:
+    """What they say beside sizes changes nothing, or is what is computed; and the whole, which also takes pictures."""
+    text = {
+        "attention_bias": False,
+        "attn_output_gate": True,
+        "full_attention_interval": 4,
+        "head_dim": 256,
+        "hidden_act": "silu",
+        "hidden_size": 1024,
+        "intermediate_size": 3584,
+        "layer_types": (["linear_attention"] * 3 + ["full_attention"]) * 6,
+        "linear_conv_kernel_dim": 4,
+        "linear_key_head_dim": 128,
+        "linear_num_key_heads": 16,
+        "linear_num_value_heads": 16,
+        "linear_value_head_dim": 128,
+        "mamba_ssm_dtype": "float32",
+        "max_position_embeddings": 262144,
+        "mlp_only_layers": [],
+        "model_type": "qwen3_5_text",
+        "mtp_num_hidden_layers": 1,
+        "mtp_use_dedicated_embeddings": False,
+        "num_attention_heads": 8,
+        "num_hidden_layers": 24,
+        "num_key_value_heads": 2,
+        "rope_parameters": {
+            "mrope_interleaved": True,
+            "mrope_section": [11, 11, 10],
+            "partial_rotary_factor": 0.25,
+            "rope_theta": 10000000,
+            "rope_type": "default",
+        },
+        "tie_word_embeddings": True,
+        "vocab_size": 248320,
+    }
+    spec = spec_from_config(text)
+    assert (spec.attention_layers, spec.rope.dim, spec.rope.theta) == ((3, 7, 11, 15, 19, 23), 64, 1e7)
+    assert spec.state_bytes == 18 * 4 * (16 * 128 * 128 + 3 * 3 * 16 * 128)
+    # 0.75 billion weights, of which a third are the embedding.
+    assert round(sum(math.prod(shape) for shape in spec.expected_tensors().values()) / 1e9, 2) == 0.75
 
 
 def test_which_layers_attend() -> None:
