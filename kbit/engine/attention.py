@@ -61,8 +61,8 @@ def attention_map(
         )
     tokenizer = Tokenizer.from_source(source)
     ids = tokenizer.encode(text)
-    chosen_layers = _chosen("layer", layers, spec.layers)
-    chosen_heads = _chosen("head", heads, spec.heads)
+    chosen_layers = _chosen("layer", layers, spec.attention_layers)
+    chosen_heads = _chosen("head", heads, range(spec.heads))
     if not ids:
         raise UsageError("the text has no tokens: give some text")
     if len(ids) > spec.context_length:
@@ -90,16 +90,19 @@ class _Averaging(SharesOps):
         total: torch.Tensor,
     ) -> None:
         super().__init__(definition, tokens)
-        self._layers, self._heads, self._total, self._next = set(layers), list(heads), total, 0
+        self._layers, self._heads, self._total = set(layers), list(heads), total
+        self._coming = iter(definition.spec.attention_layers)
 
     def keep(self, shares: torch.Tensor) -> None:
-        if self._next in self._layers:
+        if next(self._coming) in self._layers:
             self._total += shares[self._heads].mean(dim=0) / len(self._layers)
-        self._next += 1
 
 
-def _chosen(what: str, numbers: Sequence[int], count: int) -> tuple[int, ...]:
+def _chosen(what: str, numbers: Sequence[int], known: Sequence[int]) -> tuple[int, ...]:
+    """These, in order; all where none is named."""
     for number in numbers:
-        if not 0 <= number < count:
-            raise UsageError(f"--{what} {number}: the model has {what}s 0 to {count - 1}")
-    return tuple(sorted(set(numbers))) or tuple(range(count))
+        if number not in known:
+            whole = len(known) == known[-1] + 1
+            named = f"0 to {known[-1]}" if whole else f"{', '.join(map(str, known))}, which attend"
+            raise UsageError(f"--{what} {number}: the model has {what}s {named}")
+    return tuple(sorted(set(numbers))) or tuple(known)

@@ -32,22 +32,25 @@ def assert_means(folder: Path, text: str, theirs: Any) -> None:
         ids = Tokenizer.from_source(source).encode(text)
         with torch.no_grad():
             shares = torch.cat(theirs(torch.tensor([ids]), output_attentions=True).attentions).numpy()  # (L, H, T, T)
-        last = shares.shape[1] - 1
-        for layers, heads in (((), ()), ((1,), (last,)), ((1, 0), ()), ((), (last, 0))):
+        last, whole = shares.shape[1] - 1, attention_map(source, text)
+        assert len(whole.layers) == len(shares)  # of the layers that attend
+        place = {layer: index for index, layer in enumerate(whole.layers)}
+        for layers, heads in (((), ()), ((whole.layers[-1],), (last,)), (whole.layers[1::-1], ()), ((), (last, 0))):
             found = attention_map(source, text, layers=layers, heads=heads)
-            of = shares[sorted(layers)] if layers else shares
+            of = shares[[place[layer] for layer in layers]] if layers else shares
             of = of[:, sorted(heads)] if heads else of
             assert found.shares.shape == (len(ids), len(ids))
             assert np.abs(found.shares - of.mean(axis=(0, 1))).max() < 2e-5
-            assert found.layers == (tuple(sorted(layers)) or tuple(range(len(shares))))
+            assert found.layers == (tuple(sorted(layers)) or whole.layers)
             assert len(found.tokens) == len(ids)
 
 
 @pytest.mark.parametrize(
-    "name", ["llama", "gemma2", "gemma3", "gemma4-e", "ministral3", "gpt-oss", "bloom", "deepseek-v3"]
+    "name", ["llama", "gemma2", "gemma3", "gemma4-e", "ministral3", "gpt-oss", "bloom", "deepseek-v3", "qwen3-next"]
 )
 def test_decoders(published: Callable[[str], Path], name: str) -> None:
-    """Windows, caps, rotations of two kinds, shared keys, queries with a temperature, sinks, slopes."""
+    """Windows, caps, rotations of two kinds, shared keys, queries with a temperature, sinks, slopes, latent keys; and
+    layers that do not attend."""
     model = transformers.AutoModelForCausalLM.from_pretrained(
         published(name), attn_implementation="eager", experts_implementation="eager"
     )
@@ -88,6 +91,11 @@ def test_what_is_refused(published: Callable[[str], Path], tmp_path: Path, capsy
         assert message in capsys.readouterr().err
     with open_model(model) as source, pytest.raises(UsageError, match="has 65 tokens, and this model reads at most 64"):
         attention_map(source, "x" * 65)
+    with (
+        open_model(str(published("qwen3-next"))) as source,
+        pytest.raises(UsageError, match=r"--layer 0: the model has layers [1-9, ]+, which attend"),
+    ):
+        attention_map(source, TEXT, layers=[0])
     encoder_decoder_cases.saved(encoder_decoder_cases.model_of("t5"), tmp_path)
     with open_model(str(tmp_path)) as source, pytest.raises(UnsupportedError, match="t5 is an encoder-decoder, whose"):
         attention_map(source, TEXT)

@@ -76,12 +76,14 @@ LIKE_LLAMA = [name for name in CASES if _like_llama(name)]
 
 @pytest.mark.parametrize("name", LIKE_LLAMA)
 def test_declared_roles_are_what_the_names_of_present_families_say(name: str) -> None:
-    """But for routers of experts, which are matrices by their names, and stay as they are where they are declared."""
+    """But for routers of experts, which are matrices by their names, and stay as they are where they are declared; and
+    for tables beside the embedding, which are others by their names."""
     config = tiny_config(name)
-    routers = {p.name for p in parameters(spec_from_config(config)) if p.role == "router"}
+    declared = parameters(spec_from_config(config))
+    others = {p.name: "table" if p.role == "table" else "other" for p in declared if p.role in ("router", "table")}
     source = DictSource(config, {**tame_tensors(config), "lm_head.weight": torch.zeros(131, 48)})
     expected = {name: role_by_name(info) for name, info in source.tensors.items()}
-    assert roles_of(source) == {**expected, **dict.fromkeys(routers, "other")}
+    assert roles_of(source) == {**expected, **others}
     assert {"embedding", "head", "linear", "other"} == set(expected.values())
     # Of an unknown architecture, too.
     assert roles_of(DictSource({"model_type": "gpt-7"}, source.data)) == expected
