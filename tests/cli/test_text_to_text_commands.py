@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -132,6 +134,17 @@ def test_narrow_caches(kbit: Run, folders: dict[str, str]) -> None:
     model = ["--model", folders["marian"], "--max-tokens", "9"]
     for kv in ("2", "4", "8,4"):
         assert report(kbit, "translate", "the cat", *model, "--kv-bits", kv)["texts"][0]["tokens"] > 0
+
+
+def test_translating_on_the_cpu_needs_no_torch(folders: dict[str, str]) -> None:
+    arguments = ["translate", "the cat", "--model", folders["marian"], "--max-tokens", "4", "--beams", "2"]
+    code = (
+        "import sys; from kbit.cli.main import _run\n"
+        f"code = _run({arguments!r}, True)\n"
+        "print(code, *{'torch', 'scipy', 'transformers', 'sacrebleu', 'rich'} & sys.modules.keys(), file=sys.stderr)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stderr.splitlines()[-1] == "0"
 
 
 def test_pairs(kbit: Run, folders: dict[str, str], tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from kbit.backends.reference.backend import ReferenceBackend
 from kbit.graph.batch import Batch
 from kbit.host.errors import CheckpointError, UnsupportedError, UsageError
+from kbit.host.notes import KbitNote
 from kbit.models.distances import buckets_of
 from kbit.models.families import spec_from_config
 from kbit.models.sinusoids import sinusoids
@@ -92,6 +93,19 @@ def test_a_tied_head_of_t5_scales_logits(tmp_path: Path) -> None:
     assert spec_from_config({**config, "scale_decoder_outputs": False}).logit_multiplier == 1.0
     config.pop("scale_decoder_outputs", None)
     assert spec_from_config({**config, "tie_word_embeddings": False}).logit_multiplier == 1.0
+
+
+def test_a_head_of_its_own_that_is_called_tied(tmp_path: Path) -> None:
+    """As transformers 5 saves FLAN: tie_word_embeddings is true, and scale_decoder_outputs says what that meant."""
+    model = cases.model_of("flan-t5")
+    model.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert (config["tie_word_embeddings"], config["scale_decoder_outputs"]) == (True, False)
+    (source,), (text,) = cases.ids_of(9), cases.ids_of(4, seed=5)
+    with pytest.warns(KbitNote, match="lm_head.weight is stored and differs from shared.weight"):
+        ours = cases.loaded(tmp_path)
+    cache = ours.encode([source], 4)
+    assert_near(ours.run(Batch.of([text], cache.lengths, "all"), cache), cases.theirs(model, source, text)[1])
 
 
 @pytest.mark.parametrize("name", ["t5", "bart"])
