@@ -316,7 +316,7 @@ def test_a_tokenizer_is_the_same_read_back(tmp_path: Path, packable_model: Path)
 
 
 DATA = Path(os.environ.get("KBIT_DATA", "no-such-folder")) / "tokenizers"
-VOCABULARIES = ("gpt-2", "llama-spm", "deepseek-coder")
+VOCABULARIES = ("llama-spm", "deepseek-coder")
 
 
 @pytest.mark.parametrize("name", VOCABULARIES)
