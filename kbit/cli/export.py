@@ -187,11 +187,12 @@ def _write_gguf(flags: ExportFlags, source: StoredSource, progress: Callable[[in
 
 
 def _measure(flags: ExportFlags, quiet: bool) -> Callable[[], dict[str, Any]]:
-    """What measures the output against the model, once it is there. A text that cannot be had is told now.
+    """What measures the output against the model, once it is there. A text that cannot be had or is short is told now.
 
     Both run in the same way and round nothing: what differs are the weights.
     """
-    from kbit.evaluate.evaluation import Request, comparison_dict, evaluate_model
+    from kbit.evaluate.evaluation import Request, comparison_dict, evaluate_model, windows_of
+    from kbit.models.opening import open_model
 
     request = Request(
         str(flags.output),
@@ -202,7 +203,8 @@ def _measure(flags: ExportFlags, quiet: bool) -> Callable[[], dict[str, Any]]:
         reference_backend="native",
     )
     request.check()
-    request.text()
+    with open_model(flags.model) as source:
+        windows_of(request, request.text(), source, None)
 
     def measure() -> dict[str, Any]:
         evaluation = evaluate_model(request)

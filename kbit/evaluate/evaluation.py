@@ -182,7 +182,7 @@ def evaluate_model(
             source = stack.enter_context(open_model(request.model))
             other = None if request.reference is None else stack.enter_context(open_model(request.reference))
             say("tokenising")
-            windows = _windows(request, text, source, other)
+            windows = windows_of(request, text, source, other)
         if group is not None:
             _check_same_windows(windows, group)
         reference = None
@@ -218,7 +218,9 @@ def _backends(request: Request, group: Group | None) -> tuple[Backend, Backend]:
     return backend, reference_backend
 
 
-def _windows(request: Request, text: TextData, source: CheckpointSource, reference: CheckpointSource | None) -> Windows:
+def windows_of(
+    request: Request, text: TextData, source: CheckpointSource, reference: CheckpointSource | None
+) -> Windows:
     """The text in tokens, cut as the convention wants it and the models can take it.
 
     Raises:

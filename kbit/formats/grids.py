@@ -28,7 +28,15 @@ _EXPONENT_BIAS = 127
 
 
 class NotOnGrid(Exception):
-    """A matrix is on no grid; the text says why, after its name."""
+    """A matrix is on no grid; the text says why, after its name.
+
+    Attributes:
+        final: rounding it to one does not help.
+    """
+
+    def __init__(self, reason: str, *, final: bool = False) -> None:
+        super().__init__(reason)
+        self.final = final
 
 
 @dataclass(frozen=True)
@@ -134,12 +142,12 @@ def terms_of(matrix: StoredMatrix) -> Terms:
         top = np.float32(2 ** (format.bits - 1) - 1)
         return Terms(Grid("int", format.bits, format.block_size), wide / top)
     if offsets is not None:
-        raise NotOnGrid(f"({format}) has offsets that are no whole numbers of steps")
+        raise NotOnGrid(f"has offsets that are no whole numbers of steps ({format})")
     if np.array_equal(book, E2M1):
         return Terms(Grid("e2m1", 4, format.block_size), wide)
     if np.array_equal(book, e4m3()):
         return Terms(Grid("e4m3", 8, format.block_size, scale_kind=kind), wide)
-    raise NotOnGrid(f"({format}) has levels that are neither whole numbers nor OCP's floats")
+    raise NotOnGrid(f"has levels that are neither whole numbers nor OCP's floats ({format})")
 
 
 def _integers(
@@ -155,9 +163,9 @@ def _integers(
         with np.errstate(divide="ignore", invalid="ignore"):
             moved = np.where(scales == 0, np.float32(2 ** (bits - 1)), zero - np.rint(offsets / scales))
         if not np.array_equal(offsets, scales * (zero - moved)):
-            raise NotOnGrid(f"({format}) has offsets that are no whole numbers of steps")
+            raise NotOnGrid(f"has offsets that are no whole numbers of steps ({format})")
     if moved.min() < 0 or moved.max() >= 2**bits:
-        raise NotOnGrid(f"({format}) has zeros outside of its codes")
+        raise NotOnGrid(f"has zeros outside of its codes ({format})")
     return Terms(Grid("int", bits, block, True, kind), scales, moved.astype(np.uint8))
 
 

@@ -120,12 +120,13 @@ def export_gguf(
     if arch.qk_optional and spec.names.q_norm is None:
         arch = replace(arch, qk_norm=None)
     entries = [_typed(entry, source, dtype, requantize) for entry in _entries(spec, arch, where)]
-    refused = [entry for entry in entries if isinstance(entry, str)]
+    refused = [entry for entry in entries if isinstance(entry, NotOnGrid)]
     if refused:
         more = f" (and {len(refused) - _MOST_NAMED} more)" if len(refused) > _MOST_NAMED else ""
+        rounding = f"round them with --requantize Q8_0 (or {', '.join(ROUNDED[1:])}), or "
         raise UnsupportedError(
-            f"{where}: GGUF has no type for {'; '.join(refused[:_MOST_NAMED])}{more}: round them with --requantize "
-            f"Q8_0 (or {', '.join(ROUNDED[1:])}), or write plain floats with --to safetensors"
+            f"{where}: GGUF has no type for {'; '.join(map(str, refused[:_MOST_NAMED]))}{more}: "
+            f"{'' if any(reason.final for reason in refused) else rounding}write plain floats with --to safetensors"
         )
     planned = [entry for entry in entries if isinstance(entry, _Entry)]
     ropes = settings.rope_tensors(spec)
@@ -228,7 +229,7 @@ def _expert_sizes(spec: ModelSpec, arch: Architecture, where: str) -> dict[str, 
     return {**found, shared: experts.shared_width // (1 if tensors.switch is not None else experts.width)}
 
 
-def _typed(entry: _Entry, source: StoredSource, dtype: str | None, requantize: str | None) -> _Entry | str:
+def _typed(entry: _Entry, source: StoredSource, dtype: str | None, requantize: str | None) -> _Entry | NotOnGrid:
     """An entry with its type; or what cannot be written, and why."""
     tensor, infos = entry.tensor, [source.tensors[part] for part in entry.parts]
     if len(tensor.shape) == 1 or tensor.name.endswith(".bias") or part_of(tensor.name) in _ALWAYS_F32:
@@ -248,9 +249,10 @@ def _typed(entry: _Entry, source: StoredSource, dtype: str | None, requantize: s
         return replace(entry, tensor=replace(tensor, type=types.pop()))
     except NotOnGrid as reason:
         if requantize is None:
-            return f"{entry.parts[0]} {reason}"
+            return NotOnGrid(f"{entry.parts[0]}, which {reason}", final=reason.final)
         if tensor.shape[-1] % 32:
-            return f"{entry.parts[0]} has rows of {tensor.shape[-1]} weights, no whole number of GGUF's blocks of 32"
+            why = f"has rows of {tensor.shape[-1]} weights, no whole number of GGUF's blocks of 32"
+            return NotOnGrid(f"{entry.parts[0]}, which {why}", final=True)
         return replace(entry, tensor=replace(tensor, type=requantize), rounds=True)
 
 

@@ -138,21 +138,23 @@ def _plan(
     source: StoredSource, tensors: tuple[PublishedTensor | StackedTensor, ...], dtype: str | None, target: Grid | None
 ) -> list[_Entry]:
     """What becomes of every tensor; all that cannot be written is found before anything is."""
-    entries, refused = [], []
+    entries, refused, final = [], [], False
     for tensor in tensors:
         try:
             entries.append(_entry(source, tensor, dtype, target))
         except NotOnGrid as reason:
-            refused.append(f"{tensor.name} {reason}")
+            refused.append(f"{tensor.name}, which {reason}")
+            final = final or reason.final
     if refused:
         more = f" (and {len(refused) - _MOST_NAMED} more)" if len(refused) > _MOST_NAMED else ""
+        remedy = "round them with --requantize int8-row or another format, or " if not final else ""
         raise UnsupportedError(
-            f"{source.path}: compressed-tensors has no format for {'; '.join(refused[:_MOST_NAMED])}{more}: round them "
-            "with --requantize int4-b128 or another format, or write plain floats with --to safetensors"
+            f"{source.path}: compressed-tensors has no format for {'; '.join(refused[:_MOST_NAMED])}{more}: {remedy}"
+            "write plain floats with --to safetensors"
         )
     if all(entry.grid is None for entry in entries):
         raise UsageError(
-            f"{source.path}: no linear layer is quantized: name a format with --requantize, int4-b128 for example, or "
+            f"{source.path}: no linear layer is quantized: name a format with --requantize int8-row (or another), or "
             "write plain floats with --to safetensors"
         )
     return entries
@@ -181,9 +183,9 @@ def _entry(
     if role not in ("linear", "head") or not (packed or (role == "linear" and target is not None)):
         return plain
     if isinstance(tensor, StackedTensor):
-        raise NotOnGrid("holds all experts of a layer, which compressed-tensors packs one by one")
+        raise NotOnGrid("holds all experts of a layer, which compressed-tensors packs one by one", final=True)
     if tensor.transposed:
-        raise NotOnGrid("is published as (inputs, outputs), which compressed-tensors does not pack")
+        raise NotOnGrid("is published as (inputs, outputs), which compressed-tensors does not pack", final=True)
     columns = tensor.shape[1]
     try:
         if None in formats:
@@ -258,7 +260,9 @@ def _bytes(source: StoredSource, entry: _Entry, squares: list[float]) -> dict[st
     try:
         found = layout.arrays(entry.module, terms, codes)
     except NotOnGrid as reason:
-        raise UnsupportedError(f"{source.path}: {tensor.name} {reason}: use --to safetensors") from None
+        raise UnsupportedError(
+            f"{source.path}: {tensor.name} {reason}; write plain floats with --to safetensors"
+        ) from None
     return {name: [_memory(values)] for name, values in found.items()}
 
 

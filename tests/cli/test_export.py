@@ -31,7 +31,11 @@ def test_exports_and_says_what_rounding_changed(
         (["--to", "onnx"], "kbit exports to safetensors, compressed-tensors, gguf"),
         (["--dtype", "int8"], "use fp16, bf16 or fp32"),
         (["--requantize", "int4-b128"], "--requantize goes with --to compressed-tensors and gguf"),
-        (["--to", "compressed-tensors"], "no linear layer is quantized: name a format with --requantize, int4-b128"),
+        (["--to", "compressed-tensors"], "no linear layer is quantized: name a format with --requantize int8-row"),
+        (
+            ["--to", "compressed-tensors", "--requantize", "int4-b16", "--data", __file__, "--max-tokens", "5"],
+            "--max-tokens 5 is less than one window",
+        ),
         (["--to", "gguf"], "name a file that ends in .gguf"),
         (["--to", "gguf", "--shard-size", "2"], "--shard-size goes with folders"),
         (["--to", "compressed-tensors", "--requantize", "nf4-b64"], "other libraries' formats are integers"),

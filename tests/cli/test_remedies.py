@@ -95,6 +95,9 @@ CASES: dict[str, tuple[Callable[[Path], object] | None, Case]] = {
     "kept values too small": (
         tiny_norm, Case(f"quantize {{model}} --override {NORM}=f16" + RTN, rf"keep it with (--override '{NORM}=f32')")
     ),
+    "matrices that another format has not": (
+        None, Case("export {done} -o {out} --to compressed-tensors --data {text.txt} --max-tokens 64", "(--requantize int8-row)")
+    ),
     "a finished output": (None, Case("quantize {good} -o {done} --method rtn --bits 3", "replace it with (--force)")),
     "a damaged output": (None, Case("quantize {good} -o {damaged} --method rtn", "anew with (--force)")),
     "texts of which one is too short": (

@@ -204,18 +204,20 @@ def unpacked(words: torch.Tensor, bits: int, columns: int) -> torch.Tensor:
 
 def test_what_has_no_format_is_refused_and_can_be_rounded(tmp_path: Path, packable_model: Path) -> None:
     model = converted(packable_model, tmp_path / "q", "nf4-b32")
-    message = f"compressed-tensors has no format for {Q_PROJ}.weight .nf4-b32. has levels that are neither.*and 11 more"
+    message = f"compressed-tensors has no format for {Q_PROJ}.weight, which has levels that are neither.*and 11 more"
     with pytest.raises(UnsupportedError, match=message):
         export(model, tmp_path / "out")
     assert not (tmp_path / "out").exists()
-    done = export(model, tmp_path / "out", requantize="int4-b128")  # as the error says
+    export(model, tmp_path / "said", requantize="int8-row")  # as the error says
+    done = export(model, tmp_path / "out", requantize="int4-b128")
     assert (done.packed, done.rounded) == (14, 14)
     assert 0.01 < done.error < 0.2
-    export(model, tmp_path / "plain", requantize="int8-row")
+    with pytest.raises(UnsupportedError, match="has rows of 64 weights, no whole number of blocks of 48.*int8-row"):
+        export(model, tmp_path / "other", requantize="int4-b48")
 
 
 def test_plain_models(tmp_path: Path, packable_model: Path) -> None:
-    with pytest.raises(UsageError, match="no linear layer is quantized: name a format with --requantize, int4-b128"):
+    with pytest.raises(UsageError, match="no linear layer is quantized: name a format with --requantize int8-row"):
         export(packable_model, tmp_path / "out")
     done = export(packable_model, tmp_path / "out", requantize="int4-b128-asym")
     assert (done.packed, done.rounded) == (14, 14)
@@ -225,8 +227,8 @@ def test_plain_models(tmp_path: Path, packable_model: Path) -> None:
 @pytest.mark.parametrize(
     ("family", "message"),
     [
-        ("gpt2", r"c_attn\.weight is published as .inputs, outputs."),
-        ("gpt-oss", r"gate_up_proj holds all experts of a layer"),
+        ("gpt2", r"c_attn\.weight, which is published as .inputs, outputs., which .*more.: write plain floats"),
+        ("gpt-oss", r"gate_up_proj, which holds all experts of a layer"),
     ],
 )
 def test_layers_that_it_does_not_pack(tmp_path: Path, family: str, message: str) -> None:

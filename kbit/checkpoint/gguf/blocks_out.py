@@ -56,7 +56,7 @@ def form_of(matrix: StoredMatrix, rounded: str | None = None) -> Form:
     """
     columns = matrix.shape[1]
     if columns % _BLOCK:
-        raise NotOnGrid(f"has rows of {columns} weights, no whole number of GGUF's blocks of {_BLOCK}")
+        raise NotOnGrid(f"has rows of {columns} weights, no whole number of GGUF's blocks of {_BLOCK}", final=True)
     if rounded is None and np.array_equal(matrix.codebook, BLOCK_TYPES["IQ4_NL"].codebook):
         planes = StoredPlanes.of(matrix)
         scales, kind = planes.kernel_scales("scales")
@@ -73,7 +73,7 @@ def form_of(matrix: StoredMatrix, rounded: str | None = None) -> Form:
         return _symmetric(terms, columns, rounded)
     if terms.grid.kind == "e2m1" and terms.grid.block == _BLOCK and rounded is None:
         return Form("MXFP4", mx_scales(terms.scales))
-    raise NotOnGrid(f"({matrix.format}) has numbers that are no GGUF type's")
+    raise NotOnGrid(f"has numbers that are no GGUF type's ({matrix.format})")
 
 
 def _symmetric(terms: Terms, columns: int, rounded: str | None) -> Form:
