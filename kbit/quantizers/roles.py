@@ -29,13 +29,11 @@ def roles_of(source: CheckpointSource) -> dict[str, str]:
 
 def role_by_name(info: TensorInfo) -> str:
     """The role of a tensor that follows the names of Hugging Face's Llama."""
-    if "embed" in info.name and info.name.endswith(".weight"):
+    if len(info.shape) != 2 or not info.name.endswith(".weight"):
+        return "other"  # (LFM2 calls its last norm embedding_norm)
+    if "embed" in info.name:
         return "embedding"
-    if info.name.startswith("lm_head.") and info.name.endswith(".weight"):
-        return "head"
-    if len(info.shape) == 2 and info.name.endswith(".weight"):
-        return "linear"
-    return "other"
+    return "head" if info.name.startswith("lm_head.") else "linear"
 
 
 def _checked(declared: str | None, info: TensorInfo) -> str:
