@@ -44,7 +44,7 @@ def summarise(source: CheckpointSource) -> dict[str, Any]:
     from kbit.quantizers.roles import roles_of
 
     spec, reason = _runnable(source)
-    gpu = gpu_summary()
+    gpu, lacking = gpu_summary(), None if spec is None else _without_gpu_kernel(spec)
     roles = roles_of(source)
     infos = [info for info in source.tensors.values() if roles[info.name] != "ignored"]
     ignored = {name: harmless(info) for name, info in source.tensors.items() if roles[name] == "ignored"}
@@ -81,8 +81,9 @@ def summarise(source: CheckpointSource) -> dict[str, Any]:
         "prepared_bytes": _prepared_bytes(source.path),
         "runs_on": {
             "cpu": f"native backend ({instruction_set()})" if reason is None else None,
-            "cuda": f"triton backend ({gpu})" if reason is None and gpu and not (spec and spec.states) else None,
+            "cuda": f"triton backend ({gpu})" if reason is None and gpu and not lacking else None,
         },
+        "without_gpu_kernel": lacking,
         "gpu_kernels": gpu_kernels(any(len(info.shape) == 2 and info.stored_as in _FLOATS for info in infos)),
         "cannot_run": reason,
         "ignored_tensors": ignored,
@@ -116,6 +117,22 @@ def _experts(experts: ExpertsSpec) -> dict[str, int]:
         "width": experts.width,
         "shared_width": experts.shared_width,
     }
+
+
+def _without_gpu_kernel(spec: ModelSpec) -> str | None:
+    """What a model has that no kernel of the Triton backend computes, or None."""
+    from kbit.kernels.triton.product.limits import HEAD_LANES, MOST_HEAD_FEATURES
+
+    if spec.states:
+        return "recurrent layers"
+    if spec.names.sinks is not None:
+        return "attention with sinks"
+    if spec.distances is not None or spec.sloped:
+        return "scores that depend on the distance"
+    if spec.mask == "bidirectional" and any(window is not None for window in spec.windows):
+        return "windows to both sides"
+    odd = [dim for _, dim in spec.attention_sizes if dim % HEAD_LANES or dim > MOST_HEAD_FEATURES]
+    return f"heads of {odd[0]} features" if odd else None
 
 
 def _attention(spec: ModelSpec) -> list[dict[str, int]]:
@@ -270,7 +287,8 @@ def print_model(summary: dict[str, Any], list_tensors: bool) -> None:
     if "forgotten_bytes" in summary:
         lines["forgotten"] = f"{size(summary['forgotten_bytes'])} of prepared weights"
     if summary["cannot_run"] is None:
-        cuda = summary["runs_on"]["cuda"] or ("not yet" if summary["recurrent_layers"] else "no GPU here")
+        lacking = summary["without_gpu_kernel"]
+        cuda = summary["runs_on"]["cuda"] or (f"no kernels for {lacking}" if lacking else "no GPU here")
         lines["runs on"] = f"cpu: {summary['runs_on']['cpu']}; cuda: {cuda}"
         if list_tensors:
             lines["gpu kernels"] = "; ".join(f"{what}: {kernel}" for what, kernel in summary["gpu_kernels"].items())

@@ -92,3 +92,25 @@ def test_a_gguf_file_is_converted_as_it_means(
     norm = "model.layers.0.input_layernorm.weight"
     with open_model(str(published("gemma2"))) as one, open_model(str(tmp_path / "out")) as other:
         assert (one.read(norm) - other.read(norm)).abs().max() < 1e-6
+
+
+@pytest.mark.parametrize(
+    ("name", "lacking"),
+    [
+        ("llama", "heads of 8 features"),
+        ("gemma3", "heads of 10 features"),
+        ("gemma4-e", None),
+        ("gpt-oss", "attention with sinks"),
+        ("qwen3-next", "recurrent layers"),
+        ("bloom", "scores that depend on the distance"),
+    ],
+)
+def test_info_says_what_no_gpu_kernel_computes(
+    published: Callable[[str], Path], name: str, lacking: str | None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As the Triton backend, which refuses it."""
+    found = json_of(["info", str(published(name))], capsys)
+    assert found["without_gpu_kernel"] == lacking
+    assert lacking is None or found["runs_on"]["cuda"] is None
+    assert _run(["info", str(published(name))], debug=True) == 0
+    assert (f"cuda: no kernels for {lacking}" in capsys.readouterr().out) == (lacking is not None)

@@ -35,9 +35,10 @@ import torch
 
 from kbit.host.errors import UnsupportedError
 from kbit.kernels import reference
+from kbit.kernels.triton.product.limits import HEAD_LANES, MOST_HEAD_FEATURES
 
 PAGE = 64  # tokens
-LANES = 16  # features of a slab
+LANES = HEAD_LANES  # features of a slab
 KINDS = ("fp16", "bf16", "8", "4", "3", "2")
 PLANES = {8: (8,), 4: (4,), 3: (2, 1), 2: (2,)}  # widths of a code's planes, low bits first
 _FLOATS = {"fp16": torch.float16, "bf16": torch.bfloat16}
@@ -61,8 +62,10 @@ class KVFormat:
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
             raise UnsupportedError(f"a KV cache of kind {self.kind!r}: the kinds are {', '.join(KINDS)}")
-        if self.head_dim % LANES or not LANES <= self.head_dim <= 256:
-            raise UnsupportedError(f"heads of {self.head_dim} features: a multiple of 16 up to 256 is supported")
+        if self.head_dim % LANES or not LANES <= self.head_dim <= MOST_HEAD_FEATURES:
+            raise UnsupportedError(
+                f"heads of {self.head_dim} features: a multiple of {LANES} up to {MOST_HEAD_FEATURES} is supported"
+            )
 
     @property
     def bits(self) -> int:

@@ -7,6 +7,9 @@ GEMV_TOKENS = 4
 # a drafted continuation, too, is mostly reading the cache. Above, along the new ones (attention_prefill).
 DECODE_TOKENS = 8
 
+# Features of an attention's heads are a multiple of the first of these, and at most the second.
+HEAD_LANES, MOST_HEAD_FEATURES = 16, 256
+
 # Where a caller asked for activations in 8 bits, products of more tokens than this round them; fewer read the codes at
 # the speed of memory either way, and keep their accuracy. By the model of tools/triton_lint the fp16 kernel takes as
 # long as reading the codes up to 64 tokens on most GPUs (configs.rounded_config has the table).
