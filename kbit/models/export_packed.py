@@ -29,6 +29,8 @@ from kbit.models.published import PublishedTensor, StackedTensor, published_tens
 
 _MOST_NAMED = 3
 _VALUES_AT_ONCE = 1 << 22
+# Relative, of what is written with the codes and scales it has: a few of float32's roundings.
+_LARGEST_ERROR = 2.0**-20
 
 
 @dataclass(frozen=True)
@@ -182,6 +184,8 @@ def _entry(
         plain = _Entry(tensor, kinds.pop() if len(kinds) == 1 else "fp32")
     if role not in ("linear", "head") or not (packed or (role == "linear" and target is not None)):
         return plain
+    if isinstance(tensor, PublishedTensor) and len(tensor.shape) != 2:
+        return plain
     if isinstance(tensor, StackedTensor):
         raise NotOnGrid("holds all experts of a layer, which compressed-tensors packs one by one", final=True)
     if tensor.transposed:
@@ -256,7 +260,12 @@ def _bytes(source: StoredSource, entry: _Entry, squares: list[float]) -> dict[st
             f"{source.path}: {tensor.name} has scales up to {float(terms.scales.max()):.3g}, which "
             f"{entry.grid.scale_kind} cannot hold: use --dtype bf16 or fp32"
         )
-    _add_squares(source, tensor, replace(terms, scales=kept), codes, squares)
+    changed = _squares(source, tensor, replace(terms, scales=kept), codes)
+    exact = not entry.rounds and np.array_equal(kept, terms.scales)
+    if exact and changed[0] > _LARGEST_ERROR**2 * changed[1]:
+        raise RuntimeError(f"{tensor.name}: its codes do not stand for its values")
+    squares[0] += changed[0]
+    squares[1] += changed[1]
     try:
         found = layout.arrays(entry.module, terms, codes)
     except NotOnGrid as reason:
@@ -270,18 +279,19 @@ def _memory(values: NDArray[Any]) -> memoryview:
     return values.reshape(-1).view(np.uint8).data
 
 
-def _add_squares(
-    source: StoredSource, tensor: PublishedTensor, terms: Terms, codes: NDArray[np.uint8], squares: list[float]
-) -> None:
-    """What the written values differ by from those that the model has."""
-    first = 0
+def _squares(
+    source: StoredSource, tensor: PublishedTensor, terms: Terms, codes: NDArray[np.uint8]
+) -> tuple[float, float]:
+    """Sums of squares: of what the written values differ by from those that the model has, and of these."""
+    first, changed, whole = 0, 0.0, 0.0
     for rows in _runs(source, tensor):
         last = first + len(rows)
         zeros = None if terms.zeros is None else terms.zeros[first:last]
         written = replace(terms, scales=terms.scales[first:last], zeros=zeros).values(codes[first:last])
-        squares[0] += float(np.square(written - rows, dtype=np.float64).sum())
-        squares[1] += float(np.square(rows, dtype=np.float64).sum())
+        changed += float(np.square(written - rows, dtype=np.float64).sum())
+        whole += float(np.square(rows, dtype=np.float64).sum())
         first = last
+    return changed, whole
 
 
 def _runs(source: StoredSource, tensor: PublishedTensor) -> Iterator[NDArray[np.float32]]:

@@ -67,9 +67,14 @@ class PublishedTensor:
                 rows = rows.reshape(-1, len(part.order))[:, np.argsort(part.order)].reshape(-1)
             orders.append(first + rows)
             first += count
+        whole = np.concatenate(orders)
+        if self.places:
+            scattered = np.empty_like(whole)
+            scattered[np.concatenate(self.places)] = whole
+            return scattered
         if self.heads:
             return np.concatenate([rows.reshape(self.heads, -1) for rows in orders], axis=1).reshape(-1)
-        return np.concatenate(orders)
+        return whole
 
     def rows(self, source: CheckpointSource, most_values: int) -> Iterator[torch.Tensor]:
         """Its values from canonical ones, float32, in runs of whole rows (or heads) of about so many values."""

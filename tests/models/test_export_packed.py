@@ -17,7 +17,10 @@ from kbit.checkpoint.source import StoredSource
 from kbit.formats.registry import parse_format
 from kbit.host.errors import UnsupportedError, UsageError
 from kbit.models.export_packed import ExportedPacked, export_compressed_tensors
+from kbit.models.families import FAMILIES, spec_from_config
+from kbit.models.family import family_of
 from kbit.models.opening import open_model
+from kbit.models.published import PublishedTensor, published_tensors
 from kbit.quantizers.convert import convert
 from kbit.quantizers.plan import make_plan
 
@@ -194,6 +197,23 @@ def test_published_layouts(tmp_path: Path, family: str) -> None:
         codes = unpacked(exported[f"{name}_packed"], 4, plain[name].shape[1])
         values = (codes - 8) * exported[f"{name}_scale"].repeat_interleave(32, 1)
         assert torch.allclose(values, plain[name], rtol=0, atol=2.0**-21 * float(plain[name].abs().max())), name
+
+
+ORDERED = ("phi3", "glm4", "gpt_neox", "falcon", "gpt2", "qwen3-next", "qwen3_5", "lfm2", "ernie4_5")
+
+
+@pytest.mark.parametrize("family", ORDERED)
+def test_the_order_of_rows_is_that_of_values(tmp_path: Path, family: str) -> None:
+    saved_model(family, tmp_path / "m")
+    with opened(tmp_path / "m") as source:
+        config = source.config
+        layout, spec = family_of(FAMILIES, config, "m").layout, spec_from_config(config)
+        for tensor in published_tensors(spec, layout):
+            if isinstance(tensor, PublishedTensor) and not any(part.offset for part in tensor.parts):
+                values = torch.cat(list(tensor.rows(source, 100)), dim=1 if tensor.transposed else 0)
+                parts = np.concatenate([source.read_array(part.parameter.name) for part in tensor.parts])
+                ordered = parts[tensor.order()]
+                assert np.array_equal(values.T.numpy() if tensor.transposed else values.numpy(), ordered), tensor.name
 
 
 def unpacked(words: torch.Tensor, bits: int, columns: int) -> torch.Tensor:
