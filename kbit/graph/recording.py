@@ -356,7 +356,7 @@ class Recorder:
         return out
 
     def multiply(self, x: Symbol, y: Symbol) -> Symbol:
-        _expect("a factor of every feature", x.width, y.width)
+        _expect("a factor of every feature", y.width, x.width)
         out = Symbol(x.width)
         self.operations.append(Multiply(x, y, out))
         return out

@@ -102,3 +102,16 @@ def test_several_processes_refuse() -> None:
     with pytest.raises(UnsupportedError, match="recurrent layers of granitemoehybrid models are not dealt out"):
         shard(source, 0, 2)
     assert load_decoder(source, ReferenceBackend()).spec.state_bytes == 2 * 4 * (3 * 120 + 2 * 12 * 48)
+
+
+@pytest.mark.parametrize("name", ["bamba", "lfm2"])
+def test_triton_refuses(name: str) -> None:
+    pytest.importorskip("triton")
+    from triton_interpreter import install
+
+    install()
+    from kbit.backends.triton.backend import TritonBackend
+
+    source = DictSource({**tiny_config(name), "head_dim": 16}, tame_tensors({**tiny_config(name), "head_dim": 16}))
+    with pytest.raises(UnsupportedError, match="the triton backend runs no recurrent layers; use --backend native"):
+        load_decoder(source, TritonBackend("cpu"))
