@@ -233,6 +233,19 @@ class Program:
         key_dim: int,
         value_dim: int,
     ) -> None: ...
+    def scan(
+        self,
+        x: int,
+        steps: int,
+        log_rates: NDArray[np.float32],
+        skips: NDArray[np.float32],
+        out: int,
+        state: int,
+        groups: int,
+        heads: int,
+        key_dim: int,
+        value_dim: int,
+    ) -> None: ...
     def convolve(
         self,
         x: int,

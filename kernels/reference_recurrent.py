@@ -104,6 +104,79 @@ def gated_delta_in_chunks(
     return torch.cat(outs, dim=2).transpose(1, 2)
 
 
+def state_space(
+    x: torch.Tensor,
+    k: torch.Tensor,
+    q: torch.Tensor,
+    steps: torch.Tensor,
+    log_rates: torch.Tensor,
+    skips: torch.Tensor,
+    state: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """A state space (Mamba-2; Dao and Gu 2024, "Transformers are SSMs") over the tokens of one sequence.
+
+    Per head, with d = softplus(step):
+
+        S <- exp(-exp(log_rate) d) S + k (d x)^T,   o = S^T q + skip x
+
+    Args:
+        x: values (T, H, D_v).
+        k: (T, G, D_k), B of the paper. Each of G groups is that of H / G heads, one after another.
+        q: (T, G, D_k), C of the paper.
+        steps: (T, H).
+        log_rates: (H,).
+        skips: (H,).
+        state: (H, D_k, D_v), S before the first token; it is not changed.
+
+    Returns:
+        o (T, H, D_v), and S after the last token.
+    """
+    group = x.shape[1] // k.shape[1]
+    k, q = (part.float().repeat_interleave(group, dim=1) for part in (k, q))
+    x, share, keep = x.float(), torch.nn.functional.softplus(steps.float()), log_decay(steps, log_rates).exp()
+    state, out = state.float(), torch.empty_like(x)
+    for t in range(len(x)):
+        state = state * keep[t, :, None, None] + torch.einsum("hk,hv->hkv", k[t], share[t, :, None] * x[t])
+        out[t] = torch.einsum("hkv,hk->hv", state, q[t])
+    return out + skips.float()[:, None] * x, state
+
+
+def state_space_in_chunks(
+    x: torch.Tensor,
+    k: torch.Tensor,
+    q: torch.Tensor,
+    steps: torch.Tensor,
+    log_rates: torch.Tensor,
+    skips: torch.Tensor,
+) -> torch.Tensor:
+    """`state_space` of texts from their start, some tokens at a time, with gradients: o (B, T, H, D_v).
+
+    Of a chunk, with L_t the sum of log decays up to token t and S the state before it, o_t is exp(L_t) S^T q_t plus the
+    sum over s <= t of exp(L_t - L_s) (k_s . q_t) d_s x_s; likewise the next S.
+
+    Args:
+        x, k, q, steps, log_rates, skips: as for `state_space`, with a batch (B, ...) before the tokens.
+    """
+    group = x.shape[2] // k.shape[2]
+    k, q = (part.float().repeat_interleave(group, dim=2).transpose(1, 2) for part in (k, q))  # (B, H, T, D_k)
+    values = x.float().transpose(1, 2)
+    fades = log_decay(steps, log_rates).transpose(1, 2)
+    written = torch.nn.functional.softplus(steps.float()).transpose(1, 2)[..., None] * values
+    state = k.new_zeros(*k.shape[:2], k.shape[-1], values.shape[-1])
+    outs = []
+    for start in range(0, k.shape[2], CHUNK):
+        part = slice(start, start + CHUNK)
+        total = fades[:, :, part].cumsum(-1)  # L, (B, H, C)
+        between = (total[..., :, None] - total[..., None, :]).tril().exp().tril()
+        since = total[..., None].exp()
+        scores = between * (q[:, :, part] @ k[:, :, part].transpose(-1, -2))
+        outs.append(since * (q[:, :, part] @ state) + scores @ written[:, :, part])
+        left = (total[..., -1:] - total).exp()[..., None]
+        state = total[..., -1:, None].exp() * state + (left * k[:, :, part]).transpose(-1, -2) @ written[:, :, part]
+    out = torch.cat(outs, dim=2) + skips.float()[:, None, None] * values
+    return out.transpose(1, 2)
+
+
 def short_convolution(x: torch.Tensor, weight: torch.Tensor, state: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """A causal convolution of every feature by itself: out[t] = sum over i of weight[i] x[t - (W - 1) + i].
 

@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from kbit.graph.cache import Cache
     from kbit.graph.experts import Experts, Mixture
     from kbit.graph.pages import PagePool, PerLayer
-    from kbit.graph.states import Recurrence, ShortConvolution, StateSpec
+    from kbit.graph.states import Recurrence, ShortConvolution, StateSpace, StateSpec
 
 X = TypeVar("X")
 
@@ -279,6 +279,21 @@ class Ops(Protocol[X]):
             write: (..., H), how much of a token goes in, before a sigmoid.
             log_rates: (H,), logarithms of what the softplus is multiplied by.
             recurrence: sizes, and which state.
+
+        Returns:
+            (..., H D_v).
+        """
+
+    def scan(self, x: X, steps: X, log_rates: Vector, skips: Vector, space: StateSpace) -> X:
+        """A state space over the tokens of each row, from the state that the row has
+        (`kernels.reference_recurrent.state_space`).
+
+        Args:
+            x: values, keys and queries side by side, (..., H D_v + 2 G D_k).
+            steps: (..., H), how much of a token goes in and how fast the state fades, before a softplus.
+            log_rates: (H,), logarithms of what steps are multiplied by to say how fast.
+            skips: (H,), how much of a token's values goes past the state.
+            space: sizes, and which state.
 
         Returns:
             (..., H D_v).

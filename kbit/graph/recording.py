@@ -13,7 +13,7 @@ from typing import Literal
 
 from kbit.graph.experts import Experts, Mixture
 from kbit.graph.ops import Attention, Place, Vector, Weight, check_source
-from kbit.graph.states import Recurrence, ShortConvolution
+from kbit.graph.states import Recurrence, ShortConvolution, StateSpace
 from kbit.kernels.activations import ACTIVATIONS
 
 
@@ -196,6 +196,18 @@ class Recur:
 
 
 @dataclass(frozen=True, eq=False)
+class Scan:
+    """out = a state space over the pass's tokens, on from their sequences' states."""
+
+    x: Symbol
+    steps: Symbol
+    log_rates: Vector
+    skips: Vector
+    space: StateSpace
+    out: Symbol
+
+
+@dataclass(frozen=True, eq=False)
 class Convolve:
     """out = every feature's weighted sum over its sequence's last few tokens."""
 
@@ -252,6 +264,7 @@ Operation = (
     | StoreKeys
     | CrossAttend
     | Recur
+    | Scan
     | Convolve
     | Activate
     | SigmoidGate
@@ -273,6 +286,8 @@ def reads(operation: Operation) -> tuple[Symbol, ...]:
         return (operation.q,)
     if isinstance(operation, Recur):
         return (operation.x, operation.decay, operation.write)
+    if isinstance(operation, Scan):
+        return (operation.x, operation.steps)
     if isinstance(operation, Activate):
         return (operation.gate,) if operation.up is None else (operation.gate, operation.up)
     if isinstance(operation, Add | Multiply):
@@ -341,7 +356,7 @@ class Recorder:
         return out
 
     def multiply(self, x: Symbol, y: Symbol) -> Symbol:
-        _expect("a factor of every feature", x.width, y.width)
+        _expect("a factor of every feature", y.width, x.width)
         out = Symbol(x.width)
         self.operations.append(Multiply(x, y, out))
         return out
@@ -440,6 +455,15 @@ class Recorder:
         _expect("the rates of a recurrence", log_rates.shape[0], recurrence.heads)
         out = Symbol(recurrence.heads * recurrence.value_dim)
         self.operations.append(Recur(x, decay, write, log_rates, recurrence, out))
+        return out
+
+    def scan(self, x: Symbol, steps: Symbol, log_rates: Vector, skips: Vector, space: StateSpace) -> Symbol:
+        _expect("values, keys and queries", x.width, space.width)
+        _expect("steps", steps.width, space.heads)
+        for vector in (log_rates, skips):
+            _expect("what heads of a state space have one of", vector.shape[0], space.heads)
+        out = Symbol(space.heads * space.value_dim)
+        self.operations.append(Scan(x, steps, log_rates, skips, space, out))
         return out
 
     def short_convolution(

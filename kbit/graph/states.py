@@ -76,6 +76,38 @@ class Recurrence:
 
 
 @dataclass(frozen=True)
+class StateSpace:
+    """A state space layer (Mamba-2; Dao and Gu 2024, arXiv 2405.21060): a matrix per head that fades and is added to.
+
+    Attributes:
+        state: index of its `StateSpec` among the model's.
+        groups: G, heads of keys and queries (B and C), each of which is that of H / G heads, one after another.
+        heads: H, heads of values (x) and states.
+        key_dim: features of a key and of a query, D_k.
+        value_dim: features of a value, D_v.
+    """
+
+    state: int
+    groups: int
+    heads: int
+    key_dim: int
+    value_dim: int
+
+    def __post_init__(self) -> None:
+        if self.heads % self.groups:
+            raise ValueError(f"{self.groups} groups of keys are not shared alike by {self.heads} heads")
+
+    @property
+    def width(self) -> int:
+        """Features of a token's values, keys and queries together."""
+        return 2 * self.groups * self.key_dim + self.heads * self.value_dim
+
+    @property
+    def spec(self) -> StateSpec:
+        return StateSpec((self.heads, self.key_dim, self.value_dim))
+
+
+@dataclass(frozen=True)
 class ShortConvolution:
     """A causal convolution of every feature by itself over the last few tokens.
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from kbit.graph.experts import Experts, Mixture
 from kbit.graph.ops import Attention, Ops, Vector, Weight, X
 from kbit.models.latent import latent_heads, latent_values
-from kbit.models.mixers import convolved, together
+from kbit.models.mixers import convolved, scanned, together
 from kbit.models.params import CROSS_KV, SHARED, attention_inputs, expert_slots, gate_up
 from kbit.models.spec import SQUARED, ModelSpec
 
@@ -160,6 +160,8 @@ def _attended(ops: Ops[X], spec: ModelSpec, weights: Weights, index: int, normed
 
 def _recurrent(ops: Ops[X], spec: ModelSpec, weights: Weights, index: int, normed: X) -> tuple[str, X]:
     """What a layer that does not attend computes: the slot of its last linear, and what that reads."""
+    if spec.scan is not None:
+        return "scan_out", scanned(ops, spec, spec.scan, weights, index, normed)
     if spec.conv is not None:
         return "conv_out", convolved(ops, spec.conv, weights, index, normed)
     return "delta_out", _recurred(ops, spec, weights, index, normed)

@@ -43,6 +43,7 @@ class ExpertRules:
         shared: key of the shared expert's width; or "n_shared_experts", of which each is as wide as an expert.
         router_bias, selection_bias, bias, beside: see `kbit.models.spec.ExpertsSpec`; the second may be the key that
             says.
+        optional: a count of 0 says that there are none.
         clamped: the activation is gpt-oss's, of `swiglu_alpha` and `swiglu_limit`.
     """
 
@@ -61,6 +62,7 @@ class ExpertRules:
     router_bias: bool = False
     selection_bias: bool | str = False
     bias: bool = False
+    optional: bool = False
     clamped: bool = False
     beside: bool = False
 
@@ -80,6 +82,8 @@ def experts_of(rules: ExpertRules, values: ConfigValues, layers: int) -> Experts
     if rules.switch is not None and not values.boolean(rules.switch):
         return None
     key = next((key for key in rules.count if key in values.values), rules.count[0])
+    if rules.optional and values.raw(key) == 0:
+        return None
     count = values.integer(key, 1, _MAX_EXPERTS)
     for other in rules.count:
         if values.raw(other) not in (None, count) and other in values.values:

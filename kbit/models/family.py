@@ -36,6 +36,7 @@ from kbit.models.layer_shapes import LayerShape, ShapeRules, layer_shapes
 from kbit.models.layer_types import Rotated, Windows, rotated_layers, windows_of
 from kbit.models.layout import Layout
 from kbit.models.rope_config import DEFAULT_THETA, RopeRules, Ropes, ropes_from_config
+from kbit.models.scan_config import Scanned, scan_of
 from kbit.models.spec import MAX_CONTEXT, SQUARED, ModelSpec, RopeSpec, Sinusoids, TensorNames
 from kbit.models.stack_config import distances_of, names_of, with_fallbacks
 from kbit.models.task_config import position_table, read_task, token_types
@@ -91,6 +92,8 @@ class Family:
         experts: how the configuration describes experts; None: there are none.
         delta: layers of the type "linear_attention" have a gated delta rule (`kbit.models.delta_config`).
         conv: whether layers have convolutions in place of attention (`kbit.models.conv_config`).
+        scan: which layers have state spaces in place of attention (`kbit.models.scan_config`); None: no layer has.
+        mlp_width: the key of the features inside an MLP.
         adjusted: whether `block_auto_adjust_ff_dim` and its like change the width of MLPs.
         fixed: keys that other implementations read, and the values that say what this family does.
         layout: how published tensors differ from those that `names` names.
@@ -157,6 +160,8 @@ class Family:
     experts: ExpertRules | None = None
     delta: bool = False
     conv: bool = False
+    scan: Scanned | None = None
+    mlp_width: str = "intermediate_size"
     adjusted: bool = False
     fixed: Mapping[str, tuple[object, ...]] = field(default_factory=dict)
     layout: Layout = field(default_factory=Layout)
@@ -249,8 +254,9 @@ def _read_stack(family: Family, values: ConfigValues) -> ModelSpec:
     max_positions = values.integer("max_position_embeddings", 1, MAX_CONTEXT)
     delta = delta_of(values, layers) if family.delta else None
     conv = conv_of(values, layers, hidden) if family.conv else None
+    scan = scan_of(family.scan, values, layers, hidden) if family.scan is not None else None
     windows: tuple[int | None, ...] = (None,) * layers
-    if not (family.delta or family.conv):
+    if not (family.delta or family.conv or family.scan):
         windows = windows_of(family.windows, family.window_period, values, layers)
     both_sides = family.mask == "bidirectional" or (
         family.bidirectional is not None and values.boolean(family.bidirectional)
@@ -311,6 +317,7 @@ def _read_stack(family: Family, values: ConfigValues) -> ModelSpec:
         experts=None if family.experts is None else experts_of(family.experts, values, layers),
         delta=delta,
         conv=conv,
+        scan=scan,
         position_rows=positions.rows,
         first_position=positions.first,
         types=token_types(family, values),
@@ -372,7 +379,7 @@ def _intermediate_size(family: Family, values: ConfigValues, hidden: int) -> int
         return family.mlp_ratio * hidden
     if family.experts is not None and family.experts.layers == "all" and values.raw("intermediate_size") is None:
         return values.integer(family.experts.width, 1, _MAX_WIDTH)  # no layer has a plain MLP
-    width = values.integer("intermediate_size", 1, _MAX_WIDTH)
+    width = values.integer(family.mlp_width, 1, _MAX_WIDTH)
     return adjusted_width(values, width) if family.adjusted else width
 
 

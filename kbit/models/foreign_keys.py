@@ -36,6 +36,7 @@ FOREIGN_KEYS: Mapping[str, tuple[Any, ...]] = {
     "layer_norm_elementwise_affine": (None, True),
     "logit_scale": (None, 1),
     "logits_scaling": (None, 1),
+    "mamba_d_state": (None,),
     "mlp_fc1_bias": (None, False),
     "mlp_fc2_bias": (None, False),
     "mlp_layer_types": (None,),

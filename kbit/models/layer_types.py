@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Literal
 
 from kbit.host.errors import UnsupportedError
@@ -12,7 +12,7 @@ from kbit.models.spec import MAX_CONTEXT
 Windows = Literal[
     "none", "all", "switched", "chosen", "listed", "period", "period from 0", "period, full at the end", "runs"
 ]
-Rotated = Literal["all", "listed", "windowed"]
+Rotated = Literal["all", "listed", "windowed", "typed"]
 FULL, SLIDING, LINEAR, CONV = "full_attention", "sliding_attention", "linear_attention", "conv"
 
 
@@ -69,7 +69,8 @@ def rotated_layers(rotated: Rotated, values: ConfigValues, windows: Sequence[int
 
     Args:
         rotated: "all"; "listed" (`no_rope_layers`, where 1 means that a layer *does*, or all but every
-            `no_rope_layer_interval`-th); "windowed" (those with a window, or all where none has).
+            `no_rope_layer_interval`-th); "windowed" (those with a window, or all where none has); "typed" (all, if
+            `position_embedding_type` is "rope", else none).
         values: the configuration.
         windows: of every layer.
 
@@ -80,6 +81,11 @@ def rotated_layers(rotated: Rotated, values: ConfigValues, windows: Sequence[int
     turns = (True,) * layers
     if rotated == "windowed" and values.optional_integer("sliding_window", 1, MAX_CONTEXT) is not None:
         turns = tuple(window is not None for window in windows)
+    elif rotated == "typed":
+        kind = values.raw("position_embedding_type")
+        if kind not in (None, "nope", "rope"):
+            raise values.error("position_embedding_type", 'null, "nope" or "rope"')
+        turns = (kind == "rope",) * layers
     elif rotated == "listed":
         listed = values.raw("no_rope_layers")
         if listed is None:
@@ -158,6 +164,22 @@ def conv_layers(values: ConfigValues, layers: int) -> tuple[bool, ...]:
     if not isinstance(attend, list) or not all(type(layer) is int and 0 <= layer < layers for layer in attend):
         raise values.error("full_attn_idxs", f"a list of layers, numbers from 0 to {layers - 1}")
     return tuple(layer not in attend for layer in range(layers))
+
+
+def typed_layers(values: ConfigValues, layers: int, names: Mapping[str, str]) -> list[str] | None:
+    """`layer_types`, by names that stand for others; None where there is none.
+
+    Args:
+        values: the configuration.
+        layers: how many there are.
+        names: those that are known, and what they stand for.
+
+    Raises:
+        UnsupportedError: a layer type that is not known.
+        CheckpointError: a senseless value.
+    """
+    types = _layer_types(values, layers, tuple(names))
+    return None if types is None else [names[kind] for kind in types]
 
 
 def _layer_types(values: ConfigValues, layers: int, known: tuple[str, ...] = (FULL, SLIDING)) -> list[str] | None:

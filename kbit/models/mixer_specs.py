@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from kbit.graph.states import ShortConvolution, StateSpec
+from kbit.graph.states import ShortConvolution, StateSpace, StateSpec
 
 
 @dataclass(frozen=True)
@@ -36,3 +36,42 @@ class ConvNet:
     def inner_width(self) -> int:
         """Features that the last linear reads."""
         return self.features
+
+
+@dataclass(frozen=True)
+class ScanNet:
+    """Layers that are Mamba-2's (Dao and Gu 2024; `kbit.models.mixers`).
+
+    Attributes:
+        layers: per layer, whether it is one.
+        groups: of keys and queries (B and C).
+        heads: of values, a multiple of these.
+        key_dim, value_dim: features of a group's keys and queries, and of a head's values.
+        taps: tokens that the convolution before it takes together.
+        bias: whether the convolution has a bias.
+    """
+
+    layers: tuple[bool, ...]
+    groups: int
+    heads: int
+    key_dim: int
+    value_dim: int
+    taps: int
+    bias: bool
+
+    def at(self, layer: int) -> tuple[ShortConvolution, StateSpace]:
+        """What a layer computes, and which states are its own."""
+        state = 2 * sum(self.layers[:layer])
+        space = StateSpace(state + 1, self.groups, self.heads, self.key_dim, self.value_dim)
+        return ShortConvolution(state, self.taps, space.width), space
+
+    @property
+    def states(self) -> tuple[StateSpec, ...]:
+        """The states of all layers."""
+        own = (self.at(layer) for layer, is_one in enumerate(self.layers) if is_one)
+        return tuple(one.spec for pair in own for one in pair)
+
+    @property
+    def inner_width(self) -> int:
+        """Features that the last linear reads."""
+        return self.heads * self.value_dim

@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from kbit.graph.ops import Ops, X
-from kbit.models.mixer_specs import ConvNet
-from kbit.models.params import CONV
+from kbit.models.mixer_specs import ConvNet, ScanNet
+from kbit.models.params import CONV, SCAN
+from kbit.models.spec import ModelSpec
 
 if TYPE_CHECKING:
     from kbit.models.blocks import Weights
@@ -17,6 +18,20 @@ def convolved(ops: Ops[X], conv: ConvNet, weights: Weights, index: int, normed: 
     b, c, x = together(ops, weights, CONV, normed)
     taps, bias = weights.biases["conv_taps"], weights.biases.get("conv_taps_bias")
     return ops.multiply(c, ops.short_convolution(ops.multiply(b, x), taps, conv.at(index), bias))
+
+
+def scanned(ops: Ops[X], spec: ModelSpec, scan: ScanNet, weights: Weights, index: int, normed: X) -> X:
+    """Mamba-2 (Dao and Gu 2024): (..., hidden) -> (..., H D_v).
+
+    Values, keys and queries are convolved over a few tokens and activated before they reach the state; what it says is
+    multiplied with a gate, whose activation is a silu always, and normalised.
+    """
+    convolution, space = scan.at(index)
+    z, x, steps = together(ops, weights, (*SCAN, "scan_steps"), normed)
+    x = ops.short_convolution(x, weights.biases["scan_taps"], convolution, weights.biases.get("scan_taps_bias"))
+    x = ops.activate(x, None, spec.activation)
+    out = ops.scan(x, steps, weights.biases["scan_rates"], weights.biases["scan_skips"], space)
+    return ops.norm(ops.activate(z, out, "silu"), weights.norms["scan_norm"], spec.norm_eps)
 
 
 def together(ops: Ops[X], weights: Weights, slots: tuple[str, ...], x: X) -> tuple[X, ...]:

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
-from kbit.models.mixer_specs import ConvNet
+from kbit.models.mixer_specs import ConvNet, ScanNet
 from kbit.models.spec import LatentSpec, ModelSpec
 
 Unit = Literal["heads", "kv_heads", "features"]
@@ -23,7 +23,7 @@ OUTSIDE: tuple[Role, ...] = ("norm", "bias", "rows", "table", "router", "distanc
 QKV, GATE_UP, SHARED = ("q", "k", "v"), ("gate", "up"), ("shared_gate", "shared_up")
 KEYS_VALUES = ("k", "v")
 CROSS_KV = ("cross_k", "cross_v")
-CONV = ("conv_b", "conv_c", "conv_x")
+CONV, SCAN = ("conv_b", "conv_c", "conv_x"), ("scan_z", "scan_x")
 DELTA = ("delta_qkv", "delta_z")
 
 
@@ -213,6 +213,8 @@ def latent_inputs(latent: LatentSpec) -> tuple[str, str, str]:
 
 def _recurrent(spec: ModelSpec, layer: int) -> Iterator[Parameter]:
     """What a layer reads that does not attend."""
+    if spec.scan is not None:
+        return _scan_net(spec, spec.scan, layer)
     return _conv_net(spec, spec.conv, layer) if spec.conv is not None else _delta_net(spec, layer)
 
 
@@ -224,6 +226,22 @@ def _conv_net(spec: ModelSpec, conv: ConvNet, layer: int) -> Iterator[Parameter]
         yield from _linear(spec, slot, layer, (features, hidden), None, CONV, conv.bias)
     yield from _taps(spec, "conv_taps", layer, features, conv.taps, conv.bias)
     yield from _linear(spec, "conv_out", layer, (hidden, features), None, ("conv_out",), conv.bias)
+
+
+def _scan_net(spec: ModelSpec, scan: ScanNet, layer: int) -> Iterator[Parameter]:
+    """What `kbit.models.mixers.scanned` reads, and the last linear."""
+    hidden, inner, names = spec.hidden_size, scan.inner_width, spec.names
+    convolution, _ = scan.at(layer)
+    yield from _norm(spec, "attention_norm", layer)
+    yield from _linear(spec, "scan_z", layer, (inner, hidden), None, SCAN, False)
+    yield from _linear(spec, "scan_x", layer, (convolution.features, hidden), None, SCAN, False)
+    yield from _router(spec, "scan_steps", layer, scan.heads, False)
+    vectors = ((names.scan_bias, "scan_steps"), (names.scan_rates, "scan_rates"), (names.scan_skips, "scan_skips"))
+    for name, slot in vectors:
+        yield Parameter(str(name).format(layer=layer), slot, layer, "bias", (scan.heads,))
+    yield from _taps(spec, "scan_taps", layer, convolution.features, scan.taps, scan.bias)
+    yield from _norm(spec, "scan_norm", layer, inner)
+    yield from _linear(spec, "scan_out", layer, (hidden, inner), None, ("scan_out",), False)
 
 
 def _taps(spec: ModelSpec, slot: str, layer: int, features: int, taps: int, bias: bool) -> Iterator[Parameter]:

@@ -10,7 +10,7 @@ from kbit.graph.experts import Clamp, Routing
 from kbit.graph.states import StateSpec
 from kbit.models.delta_net import DeltaNet
 from kbit.models.layer_shapes import LayerShape
-from kbit.models.mixer_specs import ConvNet
+from kbit.models.mixer_specs import ConvNet, ScanNet
 from kbit.models.task_heads import TaskHead
 
 if TYPE_CHECKING:
@@ -28,7 +28,7 @@ SQUARED = "relu2"
 
 
 # Attributes of a ModelSpec that say what layers have in place of attention.
-RECURRENT = ("delta", "conv")
+RECURRENT = ("delta", "conv", "scan")
 
 
 @dataclass(frozen=True)
@@ -182,6 +182,15 @@ class TensorNames:
     conv_x: str | None = None
     conv_taps: str | None = None
     conv_out: str | None = None
+    scan_z: str | None = None
+    scan_x: str | None = None
+    scan_steps: str | None = None
+    scan_bias: str | None = None
+    scan_rates: str | None = None
+    scan_skips: str | None = None
+    scan_taps: str | None = None
+    scan_norm: str | None = None
+    scan_out: str | None = None
     delta_qkv: str | None = None
     delta_z: str | None = None
     delta_decay: str | None = None
@@ -277,6 +286,7 @@ class ModelSpec:
         experts: of layers that have some; None: no layer has.
         delta: of layers with a gated delta rule in place of attention; None: no layer has.
         conv: of layers with a convolution in place of attention; None: no layer has.
+        scan: of layers with a state space in place of attention; None: no layer has.
         position_rows: rows of the table of positions (`names.positions`), 0 where there is none.
         first_position: its row of position 0.
         sinusoids: which table of sines it is (`kbit.models.sinusoids`), where it is computed; a copy may be stored.
@@ -332,6 +342,7 @@ class ModelSpec:
     experts: ExpertsSpec | None = None
     delta: DeltaNet | None = None
     conv: ConvNet | None = None
+    scan: ScanNet | None = None
     position_rows: int = 0
     first_position: int = 0
     sinusoids: Sinusoids | None = None
@@ -375,7 +386,7 @@ class ModelSpec:
         return any(net.layers[layer] for net in self.recurrent)
 
     @property
-    def recurrent(self) -> tuple[DeltaNet | ConvNet, ...]:
+    def recurrent(self) -> tuple[DeltaNet | ConvNet | ScanNet, ...]:
         """What layers have in place of attention: one kind at most."""
         return tuple(net for net in (getattr(self, name) for name in RECURRENT) if net is not None)
 

@@ -30,6 +30,7 @@ from kbit.graph.recording import (
     Recur,
     Rotate,
     Scale,
+    Scan,
     SigmoidGate,
     SoftCap,
     StoreKeys,
@@ -123,7 +124,7 @@ class Structure:
             elif isinstance(operation, Activate):
                 gated = operation.up if operation.up in made else None
                 made[operation.out] = made[operation.gate if gated is None else gated]
-            elif isinstance(operation, Convolve | Recur):
+            elif isinstance(operation, Convolve | Recur | Scan):
                 made[operation.out] = made[operation.x]
             elif isinstance(operation, Mix):
                 experts = operation.experts

@@ -25,6 +25,8 @@ FAMILIES += ["qwen3_5", "qwen3-next"]
 FAMILIES += ["phi", "nemotron"]
 # Convolutions between gates; with biases, and experts chosen with a bias.
 FAMILIES += ["lfm2-biases", "lfm2-moe"]
+# Mamba-2, with and without a bias of its convolution.
+FAMILIES += ["bamba", "granite-hybrid-moe"]
 
 
 def wide(name: str) -> DictSource:

@@ -82,6 +82,16 @@ DELTA = {
     "rope_parameters": QUARTER,
 }
 
+# Heads whose features are more than 32 and no multiple of 16.
+SCAN = {"mamba_n_heads": 2, "mamba_d_state": 12, "mamba_d_head": 48}
+GRANITE = {
+    "embedding_multiplier": 3.0,
+    "logits_scaling": 4.0,
+    "residual_multiplier": 0.22,
+    "attention_multiplier": 0.5,
+    "shared_intermediate_size": 40,
+}
+
 EXPERTS = {"num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
 
 # Keys of 12 features of which 4 turn, values of 10; several experts in 3 groups.
@@ -114,7 +124,7 @@ MODEL_TYPES = {
 }
 MODEL_TYPES |= {"GPTBigCode": "gpt_bigcode", "GPTNeo": "gpt_neo", "CodeGen": "codegen"}
 MODEL_TYPES |= {"Qwen3Moe": "qwen3_moe", "Qwen2Moe": "qwen2_moe", "Glm4Moe": "glm4_moe", "MiniMaxM2": "minimax_m2"}
-MODEL_TYPES |= {"Lfm2Moe": "lfm2_moe"}
+MODEL_TYPES |= {"Lfm2Moe": "lfm2_moe", "GraniteMoeHybrid": "granitemoehybrid"}
 MODEL_TYPES |= {
     "GptOss": "gpt_oss",
     "Qwen3Next": "qwen3_next",
@@ -436,6 +446,24 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
     "lfm2-moe": ("Lfm2Moe", {**HEADS, **EXPERTS, "layer_types": [CONV, CONV, FULL], "num_dense_layers": 1}),
+    "granite-hybrid": (
+        "GraniteMoeHybrid",
+        {**GRANITE, **SCAN, "num_local_experts": 0, "layer_types": [LINEAR, FULL, LINEAR]},
+    ),
+    "granite-hybrid-moe": (
+        "GraniteMoeHybrid",
+        {
+            **GRANITE,
+            **SCAN,
+            "intermediate_size": 24,
+            "num_local_experts": 5,
+            "layer_types": [LINEAR, LINEAR, FULL],
+            "position_embedding_type": "rope",
+            "attention_bias": True,
+            "mamba_conv_bias": False,
+        },
+    ),
+    "bamba": ("Bamba", {**SCAN, "mamba_n_heads": 6, "mamba_d_head": 16, "attn_layer_indices": [0], "mlp_bias": True}),
     "olmoe": ("Olmoe", {"num_experts": 5, "num_experts_per_tok": 2}),
     "qwen3-next": (
         "Qwen3Next",

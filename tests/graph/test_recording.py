@@ -361,6 +361,9 @@ class TestRefusals:
             (lambda: recorder.activate(x, None, "swish"), "'swish' is not one of silu"),
             (lambda: recorder.rotate(x, 10, (0, 2)), "heads of 10 features do not fit 24"),
             (lambda: recorder.rotate(x, 8, (0, 5)), "or the angles"),
+            (lambda: recorder.fit_heads(x, 5, 4), "5 heads of 4 features cannot be made of 24"),
+            (lambda: recorder.fit_heads(x, 6, 4, Symbol(5)), "or what they share"),
+            (lambda: recorder.multiply(x, Symbol(25)), "a factor of every feature has 25 features where 24 are needed"),
             (lambda: recorder.embed(w.embedding, x), "token ids of the pass and nothing else"),
         ):
             with pytest.raises(ValueError, match=message):

@@ -37,6 +37,9 @@ FAMILIES += (
     "nemotron",
     "lfm2-biases",
     "lfm2-moe",
+    "granite-hybrid",
+    "granite-hybrid-moe",
+    "bamba",
 )
 
 

@@ -152,7 +152,19 @@ def test_programs(
 @pytest.mark.parametrize("compute", ["int8", "fp32"])
 @pytest.mark.parametrize(
     "name",
-    ["qwen2-moe", "glm4-moe", "gpt-oss", "deepseek-v2", "gemma4-moe", "gemma4-e", "qwen3_5", "qwen3-next", "lfm2-moe"],
+    [
+        "qwen2-moe",
+        "glm4-moe",
+        "gpt-oss",
+        "deepseek-v2",
+        "gemma4-moe",
+        "gemma4-e",
+        "qwen3_5",
+        "qwen3-next",
+        "lfm2-moe",
+        "granite-hybrid-moe",
+        "bamba",
+    ],
 )
 def test_programs_with_experts(published: Callable[[str], Path], name: str, compute: str, rows: int) -> None:
     with open_canonical(str(published(name))) as source:

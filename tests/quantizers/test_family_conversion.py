@@ -31,10 +31,10 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 # Norms stored less 1 around both blocks, two rotations; fused matrices; a rotation apart from attention; experts beside
 # one for all; experts in one tensor, with biases, a clamped gate and sinks; a table of positions, matrices lying down;
 # attention and MLP side by side; latent attention; layers of two shapes, with shared keys and features of their own;
-# gated delta nets, queries with their gates; convolutions between gates.
+# gated delta nets, queries with their gates; convolutions between gates; Mamba-2.
 FAMILIES = ["gemma3", "phi3", "hunyuan", "qwen2-moe", "gpt-oss", "gpt2", "gpt_neox"]
 FAMILIES += ["deepseek-v2", "gemma4-e"]
-FAMILIES += ["qwen3_5", "lfm2"]
+FAMILIES += ["qwen3_5", "lfm2", "granite-hybrid"]
 
 
 def logits(source: CheckpointSource, backend: Backend | None = None) -> torch.Tensor:

@@ -40,6 +40,7 @@ from kbit.graph.recording import (
     Recur,
     Rotate,
     Scale,
+    Scan,
     SigmoidGate,
     SoftCap,
     StoreKeys,
@@ -193,6 +194,20 @@ def _emit(program: Program, operation: Operation, at: dict[Symbol, int]) -> None
         x, decay, write = (at[symbol] for symbol in reads(operation))
         rates = native_vector(operation.log_rates)
         program.recur(x, decay, write, rates, at[operation.out], r.state, r.key_heads, r.heads, r.key_dim, r.value_dim)
+    elif isinstance(operation, Scan):
+        s, rates, skips = operation.space, native_vector(operation.log_rates), native_vector(operation.skips)
+        program.scan(
+            at[operation.x],
+            at[operation.steps],
+            rates,
+            skips,
+            at[operation.out],
+            s.state,
+            s.groups,
+            s.heads,
+            s.key_dim,
+            s.value_dim,
+        )
     elif isinstance(operation, Convolve):
         c = operation.convolution
         taps, bias = native_vector(operation.weight), _optional(operation.bias)

@@ -16,7 +16,7 @@ from kbit.backends.rotary import RotaryTable
 from kbit.graph.batch import Batch
 from kbit.graph.cache import Cache, encoder_lengths
 from kbit.graph.ops import Array, Definition
-from kbit.graph.recording import Attend, Convolve, CrossAttend, Recorder, Recur, Symbol
+from kbit.graph.recording import Attend, Convolve, CrossAttend, Recorder, Recur, Scan, Symbol
 from kbit.graph.states import States
 
 # Tokens that go through the program at once: bounds the memory of its buffers.
@@ -63,7 +63,7 @@ def record(definition: Definition, context: _native.Context, compute: str) -> Re
     if len(masks) > 1:
         raise ValueError(f"all attentions of a program have one mask, not {' and '.join(sorted(masks))}")
     crosses = any(isinstance(op, CrossAttend) for op in body.operations)
-    recurs = any(isinstance(op, Recur | Convolve) for op in body.operations)
+    recurs = any(isinstance(op, Recur | Scan | Convolve) for op in body.operations)
     vocabulary = 0 if logits is head.input else logits.width
     return Recorded(program, hidden.width, vocabulary, masks.pop(), crosses, recurs)
 

@@ -17,7 +17,7 @@ from kbit.graph.cache import Cache, check_size, encoder_lengths
 from kbit.graph.experts import Experts, Mixture
 from kbit.graph.ops import Array, Attention, Definition, Group, Place, Vector, Weight, check_source
 from kbit.graph.pages import PAGE, PagePool, PerLayer, pages_for
-from kbit.graph.states import Recurrence, ShortConvolution, States, StateSpec, StateStore
+from kbit.graph.states import Recurrence, ShortConvolution, States, StateSpace, StateSpec, StateStore
 from kbit.kernels import reference, reference_experts
 from kbit.kernels import reference_recurrent as recurrent
 
@@ -169,6 +169,11 @@ class RowOps:
     ) -> torch.Tensor:
         raise _without_tokens()
 
+    def scan(
+        self, x: torch.Tensor, steps: torch.Tensor, log_rates: Vector, skips: Vector, space: StateSpace
+    ) -> torch.Tensor:
+        raise _without_tokens()
+
     def short_convolution(
         self, x: torch.Tensor, weight: Vector, convolution: ShortConvolution, bias: Vector | None = None
     ) -> torch.Tensor:
@@ -258,6 +263,15 @@ class StepOps(RowOps):
             out[rows], after[...] = recurrent.gated_delta(
                 q[rows], k[rows], v[rows], decay[rows], write[rows], rates, before
             )
+        return out.flatten(-2)
+
+    def scan(
+        self, x: torch.Tensor, steps: torch.Tensor, log_rates: Vector, skips: Vector, space: StateSpace
+    ) -> torch.Tensor:
+        v, k, q = of_space(x, space)
+        rates, past, out = tensor_of(log_rates), tensor_of(skips), torch.empty_like(v)
+        for rows, before, after in self._state(space.state):
+            out[rows], after[...] = recurrent.state_space(v[rows], k[rows], q[rows], steps[rows], rates, past, before)
         return out.flatten(-2)
 
     def short_convolution(
@@ -399,6 +413,14 @@ def places(batch: Batch, of: Place) -> torch.Tensor:
     if of == "positions":
         return torch.from_numpy(batch.positions.astype(np.int64))
     return torch.zeros(len(batch), dtype=torch.int64) if batch.types is None else torch.from_numpy(batch.types)
+
+
+def of_space(x: torch.Tensor, space: StateSpace) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """What `Ops.scan` takes, as (..., H, D_v) values and (..., G, D_k) keys and queries."""
+    keys = space.groups * space.key_dim
+    v, k, q = torch.split(x, [space.heads * space.value_dim, keys, keys], dim=-1)
+    k, q = (part.reshape(*x.shape[:-1], space.groups, space.key_dim) for part in (k, q))
+    return v.reshape(*x.shape[:-1], space.heads, space.value_dim), k, q
 
 
 def taken_apart(x: torch.Tensor, recurrence: Recurrence) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -11,6 +11,7 @@ from kbit.backends.reference.backend import (
     ReferenceBackend,
     ReferenceWeight,
     RowOps,
+    of_space,
     rotated,
     taken_apart,
     tensor_of,
@@ -18,7 +19,7 @@ from kbit.backends.reference.backend import (
 from kbit.backends.reference.products import product, product_with_rows
 from kbit.formats.quant_tensor import QuantTensor
 from kbit.graph.ops import Attention, Definition, Place, Vector, Weight, refuse_attention
-from kbit.graph.states import Recurrence, ShortConvolution
+from kbit.graph.states import Recurrence, ShortConvolution, StateSpace
 from kbit.kernels import reference
 from kbit.kernels import reference_recurrent as recurrent
 
@@ -158,6 +159,12 @@ class GradientOps(RowOps):
         q, k, v = taken_apart(x, recurrence)
         out = recurrent.gated_delta_in_chunks(q, k, v, decay, write, tensor_of(log_rates))
         return out.flatten(-2)
+
+    def scan(
+        self, x: torch.Tensor, steps: torch.Tensor, log_rates: Vector, skips: Vector, space: StateSpace
+    ) -> torch.Tensor:
+        parts = of_space(x, space)
+        return recurrent.state_space_in_chunks(*parts, steps, tensor_of(log_rates), tensor_of(skips)).flatten(-2)
 
     def short_convolution(
         self, x: torch.Tensor, weight: Vector, convolution: ShortConvolution, bias: Vector | None = None

@@ -28,6 +28,7 @@ from kbit.graph.recording import (
     Recur,
     Rotate,
     Scale,
+    Scan,
     SigmoidGate,
     SoftCap,
     StoreKeys,
@@ -151,7 +152,7 @@ class Replay:
             elif isinstance(operation, Mix):
                 self._exact.add(operation.logits)
                 self._experts[operation] = GroupedExperts(operation)
-            elif isinstance(operation, Recur | Convolve):
+            elif isinstance(operation, Recur | Scan | Convolve):
                 raise UnsupportedError("the triton backend runs no recurrent layers; use --backend native or reference")
         self._merged: dict[Operation, TritonWeight] = {}
         if activations:

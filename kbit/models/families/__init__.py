@@ -7,6 +7,7 @@ from typing import Any
 
 from kbit.models.families import (
     arcee,
+    bamba,
     bart,
     bert,
     bloom,
@@ -33,6 +34,7 @@ from kbit.models.families import (
     gptj,
     granite,
     granitemoe,
+    granitemoehybrid,
     hunyuan_v1_dense,
     lfm2,
     lfm2_moe,
@@ -118,6 +120,8 @@ FAMILIES: dict[str, Family] = {
         mistral4.FAMILY,
         lfm2.FAMILY,
         lfm2_moe.FAMILY,
+        granitemoehybrid.FAMILY,
+        bamba.FAMILY,
         qwen3_next.FAMILY,
         qwen3_5.FAMILY,
         qwen3_5.MOE,

@@ -493,6 +493,21 @@ void bind_engine(nb::module_& module) {
            },
            nb::arg("x"), nb::arg("decay"), nb::arg("write"), nb::arg("log_rates"), nb::arg("out"), nb::arg("state"),
            nb::arg("key_heads"), nb::arg("heads"), nb::arg("key_dim"), nb::arg("value_dim"))
+      .def("scan",
+           [](Program& p, int x, int steps, const Vector& log_rates, const Vector& skips, int out, int state, int groups,
+              int heads, int key_dim, int value_dim) {
+             require(groups >= 1 && heads >= 1 && heads % groups == 0 && key_dim >= 1 && value_dim >= 1 && state >= 0 &&
+                         p.buffer_width(x) == 2 * std::int64_t{groups} * key_dim + std::int64_t{heads} * value_dim &&
+                         p.buffer_width(out) == std::int64_t{heads} * value_dim && p.buffer_width(steps) == heads &&
+                         out != x && out != steps && log_rates.shape(0) == static_cast<std::size_t>(heads) &&
+                         skips.shape(0) == static_cast<std::size_t>(heads) &&
+                         recurrence_scratch(key_dim) * 4 <= kMatmulScratch,
+                     "the heads of a state space do not fit their buffers");
+             p.append(RecurInstruction{x, steps, steps, out, state, groups, heads, key_dim, value_dim, copied(log_rates),
+                                       copied(skips)});
+           },
+           nb::arg("x"), nb::arg("steps"), nb::arg("log_rates"), nb::arg("skips"), nb::arg("out"), nb::arg("state"),
+           nb::arg("groups"), nb::arg("heads"), nb::arg("key_dim"), nb::arg("value_dim"))
       .def("convolve",
            [](Program& p, int x, const Vector& weight, int out, int state, int width, const std::optional<Vector>& bias) {
              require(width >= 2 && state >= 0 && p.buffer_width(x) == p.buffer_width(out) && out != x &&

@@ -60,6 +60,7 @@ struct Kernels {
   void (*decode_row)(const Matrix& w, std::int64_t row, float* out);                          // out (K)
 
   void (*gated_delta)(const RecurrenceTask&);
+  void (*state_space)(const RecurrenceTask&);
 
   AttentionKernels attention;
   void (*round_rows)(const RoundTask&);      // up to 16 rows of weights to codes and scales

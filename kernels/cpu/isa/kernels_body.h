@@ -17,7 +17,7 @@
   extern const Kernels kernels_##set;                                                                              \
   const Kernels kernels_##set = {#set,          ::matmul_int8,     ::matmul_bf16, ::matmul_fp32,  ::quantize_row,  \
                                  ::bfloat_row,  ::rms_norm,        ::add_row,     ::activate_row, ::soft_cap_row,  \
-                                 ::decode_row,  ::gated_delta,     kAttentionKernels, ::round_rows,                \
+                                 ::decode_row,  ::gated_delta,     ::state_space, kAttentionKernels, ::round_rows,   \
                                  ::descend_rows, ::trace};                                                         \
   }
 #define KBIT_DEFINE_KERNELS(set) KBIT_DEFINE_KERNELS_WITH(set, matmul_int8)

@@ -269,9 +269,11 @@ void Program::recur(Worker& worker, const RecurInstruction& n, const Pass& pass)
     const std::int64_t of_key = head / (n.heads / n.key_heads) * n.key_dim, of_value = head * n.value_dim + first;
     const float* row = x.at(sequence.begin);
     RecurrenceTask task{};
-    task.q = row + of_key;
-    task.k = row + keys + of_key;
-    task.v = row + 2 * keys + of_value;
+    const bool sums = !n.skips.empty();
+    const std::int64_t values = std::int64_t{n.heads} * n.value_dim;
+    task.q = row + (sums ? values + keys : 0) + of_key;
+    task.k = row + (sums ? values : keys) + of_key;
+    task.v = row + (sums ? 0 : 2 * keys) + of_value;
     task.decay = decay.at(sequence.begin) + head;
     task.write = write.at(sequence.begin) + head;
     task.out = out.at(sequence.begin) + of_value;
@@ -287,6 +289,10 @@ void Program::recur(Worker& worker, const RecurInstruction& n, const Pass& pass)
     task.after = state.data + sequence.after * state.size + place;
     task.state_stride = n.value_dim;
     task.scratch = scratch;
+    if (sums) {
+      task.skip = n.skips[static_cast<std::size_t>(head)];
+      return context_->kernels->state_space(task);
+    }
     context_->kernels->gated_delta(task);
   });
 }

@@ -79,10 +79,11 @@ struct AttendInstruction {
   bool crosses() const { return k < 0 && !shares; }
   bool stores() const { return q < 0; }
 };
-// x: queries and keys of key_heads, and values of heads, side by side; log_rates: of heads.
+// x: queries and keys of key_heads, and values of heads, side by side; log_rates: of heads. Of a state space: values, keys
+// and queries, decay and write are its steps, and there are skips.
 struct RecurInstruction {
   int x, decay, write, out, state, key_heads, heads, key_dim, value_dim;
-  std::vector<float> log_rates;
+  std::vector<float> log_rates, skips = {};
 };
 struct ConvolveInstruction {
   int x, out, state, width;

@@ -29,7 +29,7 @@ struct RowsView {
 // Columns of a head's state that are taken together: with the 128 rows of published models they stay in the nearest cache.
 constexpr int kRecurred = 32;
 
-// Some columns of one head's state, over the rows of one sequence: Kernels::gated_delta. Rows that are `stride` floats
+// Some columns of one head's state, over the rows of one sequence: Kernels::gated_delta and state_space. Rows that are `stride` floats
 // apart begin at the pointers.
 struct RecurrenceTask {
   const float *q, *k, *v;        // (key_dim), (key_dim), (columns) of a row
@@ -39,6 +39,7 @@ struct RecurrenceTask {
   std::int64_t rows;
   int key_dim, columns;          // columns: at most kRecurred
   float log_rate;
+  float skip;                    // state_space: of values, past the state
   const float* before;           // (key_dim, columns), state_stride floats from row to row; null: zeros
   float* after;
   std::int64_t state_stride;

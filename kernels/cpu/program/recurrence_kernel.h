@@ -1,4 +1,4 @@
-// The gated delta rule, some columns of a state at a time: what happens to a column does not depend on the others.
+// The gated delta rule and state spaces, some columns of a state at a time: what happens to a column does not depend on the others.
 #pragma once
 
 #include <math.h>
@@ -73,6 +73,43 @@ void gated_delta(const kbit::RecurrenceTask& t) {
     float* const done = k;
     k = next_k;
     next_k = done;
+  }
+  for (int i = 0; i < t.key_dim; ++i) memcpy(t.after + i * t.state_stride, s + int64_t{i} * kWide, size_t(t.columns) * 4);
+}
+
+// kernels/reference_recurrent.py, state_space. write is not read: a step is both.
+void state_space(const kbit::RecurrenceTask& t) {
+  constexpr int kWide = kbit::kRecurred;
+  float* const s = t.scratch;  // (key_dim, kWide), columns beyond the task's are zero
+  float *const values = s + int64_t{t.key_dim} * kWide, *const out = values + kWide;
+  for (int i = 0; i < t.key_dim; ++i) {
+    float* line = s + int64_t{i} * kWide;
+    for (int j = 0; j < kWide; j += 16) store(line + j, zero());
+    if (t.before) memcpy(line, t.before + i * t.state_stride, size_t(t.columns) * 4);
+  }
+  memset(values, 0, 2 * kWide * sizeof(float));
+  const float rate = expf(t.log_rate);
+  const Floats skip = broadcast(t.skip);
+  for (int64_t row = 0; row < t.rows; ++row) {
+    const float *q = t.q + row * t.x_stride, *k = t.k + row * t.x_stride;
+    memcpy(values, t.v + row * t.x_stride, size_t(t.columns) * 4);
+    const float step = softplus(t.decay[row * t.decay_stride]);
+    const Floats keep = broadcast(expf(-rate * step)), share = broadcast(step);
+    const Floats written[2] = {mul(share, load(values)), mul(share, load(values + 16))};
+    // In two sums for each column: rows of even and of odd index.
+    Floats said[4] = {zero(), zero(), zero(), zero()};
+    for (int i = 0; i < t.key_dim; ++i) {
+      float* line = s + int64_t{i} * kWide;
+      const Floats key = broadcast(k[i]), query = broadcast(q[i]);
+      Floats* sum = said + i % 2 * 2;
+      for (int j = 0; j < 2; ++j) {
+        const Floats next = fma(key, written[j], mul(keep, load(line + 16 * j)));
+        store(line + 16 * j, next);
+        sum[j] = fma(next, query, sum[j]);
+      }
+    }
+    for (int j = 0; j < 2; ++j) store(out + 16 * j, fma(skip, load(values + 16 * j), add(said[j], said[2 + j])));
+    memcpy(t.out + row * t.out_stride, out, size_t(t.columns) * 4);
   }
   for (int i = 0; i < t.key_dim; ++i) memcpy(t.after + i * t.state_stride, s + int64_t{i} * kWide, size_t(t.columns) * 4);
 }
