@@ -210,7 +210,8 @@ class CanonicalSource(StoredSource):
         if piece.format is not None:
             return self._packed(name, piece)
         if stored_format(info) is not None:
-            whole = self._source.read_stored(piece.stored) if piece.scattered else None
+            by_row = piece.expert is None and not piece.transposed and not piece.offset
+            whole = self._source.read_stored(piece.stored) if by_row else None
             if isinstance(whole, StoredMatrix) and isinstance(whole.format, QuantFormat):
                 rows = _of_rows(whole, whole.format, piece.rows(0, info.shape[0]))
                 if rows is not None:

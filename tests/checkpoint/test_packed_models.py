@@ -49,6 +49,33 @@ def test_packed_rows_that_are_taken_apart(tmp_path: Path, case: str) -> None:
             assert weight.shape == (96, 64)
 
 
+@pytest.mark.parametrize(
+    ("family", "published", "parts"),
+    [
+        ("youtu", "kv_a_proj_with_mqa", {"kv_a_proj": 32, "k_shared_proj": 8}),
+        ("youtu", "kv_b_proj", {"k_b_proj": 6 * 8, "v_b_proj": 6 * 12}),
+        ("youtu", "q_proj", {"q_proj": 6 * 16}),
+        ("lfm2", "conv.in_proj", {"b_proj": 64, "c_proj": 64, "x_proj": 64}),
+    ],
+)
+def test_packed_rows_of_other_layouts(tmp_path: Path, family: str, published: str, parts: dict[str, int]) -> None:
+    """Rows that follow one another, by head, and in another order within a head."""
+    sizes: dict[str, Any] = {"hidden_size": 64, "num_attention_heads": 6, "head_dim": 8}
+    if family == "youtu":
+        sizes |= {"kv_lora_rank": 32, "q_lora_rank": None, "v_head_dim": 12, "attention_bias": False}
+        sizes |= {"qk_nope_head_dim": 8, "qk_rope_head_dim": 8}
+    section, pack = CASES["AWQ, packed"]
+    saved_model(family, tmp_path / "model", **sizes)
+    write_packed(tmp_path / "model", tmp_path / "m", section, pack, only=published)
+    compare_logits(tmp_path)
+    layer = {"youtu": "model.layers.0.self_attn", "lfm2": "model.layers.0.conv"}[family]
+    with canonical(open_model(str(tmp_path / "m"))) as source:
+        for name, rows in parts.items():
+            weight = source.read_weight(f"{layer}.{name}.weight")
+            assert isinstance(weight, QuantTensor)
+            assert weight.shape[0] == rows
+
+
 def compare_logits(tmp_path: Path) -> None:
     """Of the packed model in a folder `m`, and of the same written out."""
     with open_model(str(tmp_path / "m")) as source:
