@@ -42,6 +42,8 @@ def test_ragged_batches(pair: tuple[Decoder, Decoder]) -> None:
             if length:
                 assert_close(found[row, :length], every[row, :length])
             assert not found[row, length:].any()
+        if ours.spec.states:
+            continue  # a recurrent model goes back only to where its state was kept
         for cache in caches:
             cache.truncate(cache.lengths - lengths.numpy())
         last = ours.forward(ids, caches[0], lengths, last_only=True)

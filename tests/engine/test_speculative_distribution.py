@@ -98,6 +98,19 @@ def p_value(counts: Counter[tuple[int, ...]], expected: dict[tuple[int, ...], fl
     return float(torch.special.gammaincc(half_freedom, half_statistic))
 
 
+class _Length:
+    """All that such a decoder needs of a cache."""
+
+    def __init__(self, capacity: int) -> None:
+        self.capacity, self.rows, self.pool = capacity, [SimpleNamespace(length=0)], SimpleNamespace(states=None)
+
+    def kept_before(self, length: int) -> int:
+        return min(length, self.rows[0].length)
+
+    def truncate(self, length: int) -> None:
+        self.rows[0].length = length
+
+
 class Markov:
     """A decoder whose logits depend on the last token alone: nothing needs to be in its cache."""
 
@@ -106,9 +119,10 @@ class Markov:
         self.spec = SimpleNamespace(max_positions=1000, longest_in_pieces=1000, begins_anew_beyond=None, vocab_size=V)
 
     def new_cache(self, batch: int, capacity: int) -> Any:
-        return SimpleNamespace(capacity=capacity, truncate=lambda length: None)
+        return _Length(capacity)
 
     def extend(self, ids: Sequence[int], cache: Any, last_only: bool = True) -> Any:
+        cache.rows[0].length += len(ids)
         return self.logits[list(ids[-1:] if last_only else ids)].numpy()
 
 

@@ -256,7 +256,7 @@ class TestReport:
             ({"compute": "int4"}, "--compute int4: use one of int8, fp8, fp16, bf16, fp32"),
             ({"kv_bits": 7}, "--kv-bits 7: use one of 2, 3, 4, 8, 16, 32"),
             ({"backend": "reference", "kv_bits": 4}, "--kv-bits 4: the reference backend has only 32"),
-            ({"reference_backend": "abacus"}, "--reference-backend abacus: use reference or native"),
+            ({"reference_backend": "abacus"}, "--reference-backend abacus: use reference, native-fp32 or native"),
             ({"data": "no-such-text"}, "no such file, and not one of the named texts"),
             ({"reference": "no such model"}, "no such model"),
         ],

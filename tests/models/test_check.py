@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import warnings
@@ -200,7 +201,8 @@ def test_info_gives_the_extended_context(tmp_path: Path, write_model: Callable[.
 
 
 @pytest.mark.parametrize("command", [["info"], ["info", "--json"], ["quantize", "--dry-run"]])
-def test_no_torch(tiny_model: Path, command: list[str]) -> None:
+def test_no_torch(tiny_model: Path, tmp_path: Path, command: list[str]) -> None:
+    """Of a model that was not calibrated (in a cache of its own); a plan of a calibrated one reads what was weighed."""
     code = """
 import sys
 from kbit.cli.main import build
@@ -208,7 +210,8 @@ build([])(sys.argv[1:], standalone_mode=False)
 print(*sorted({"torch", "numpy"} & sys.modules.keys()), file=sys.stderr)
 """
     arguments = [sys.executable, "-c", code, *command, str(tiny_model)]
-    result = subprocess.run(arguments, capture_output=True, text=True, check=True, timeout=300)
+    environment = {**os.environ, "KBIT_CACHE": str(tmp_path)}
+    result = subprocess.run(arguments, capture_output=True, text=True, check=True, timeout=300, env=environment)
     assert "model.norm.weight" in result.stdout or "tensors" in result.stdout
     assert result.stderr.strip() == ""
 
