@@ -6,7 +6,7 @@
     float4e2m1-b64-bnb    the same bits on bitsandbytes' FP4 grid ("fp4-b64" for short)
     nf4-b64-dq            double-quantized scales
     int8-row-fp32         one fp32 scale per row
-    table4-b32-asym       levels that came with the tensor (a GGUF file's Q4_1), kept as they were
+    levels4-b32-asym      levels that came with the tensor (a GGUF file's Q4_1), kept as they were
 
 A format fixes what is stored for a matrix, to the byte (`parts`), so sizes are known before any tensor is read.
 This module imports neither torch nor numpy: `kbit info` and planning stay quick.
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 DTYPES = ("int", "float", "dynamic", "quantile", "nf", "lloyd")
 # Levels that another quantizer chose, kept with the tensor: weights are not rounded to them.
-TABLE = "table"
+LEVELS = "levels"
 FLOAT_GRIDS = ("ocp", "paper", "bnb")
 SCALE_DTYPES = ("fp16", "bf16", "fp32")
 MIN_BITS, MAX_BITS = 2, 8
@@ -71,10 +71,10 @@ class QuantFormat(Codec):
     """A format of the planes codec: codes as bit planes, a scale (and perhaps an offset) per block, a codebook.
 
     Attributes:
-        dtype: family of the codebook: "int", "float", "dynamic", "quantile", "nf" or "lloyd"; or "table".
+        dtype: family of the codebook: "int", "float", "dynamic", "quantile", "nf" or "lloyd"; or "levels".
         bits: k, 2 to 8.
         block_size: weights along a row that share a scale (16 to 4096, a multiple of 16); 0 means one per row.
-        asymmetric: int only: blocks span [min, max] and store an offset (the midpoint) beside the scale. Of a table:
+        asymmetric: int only: blocks span [min, max] and store an offset (the midpoint) beside the scale. Of levels:
             blocks store an offset.
         exponent_bits: float only: bits of the exponent; the mantissa has bits - 1 - exponent_bits.
         grid: float only: "ocp" (IEEE-style with subnormals, all codes finite: OCP's E2M1), "paper" (Dettmers and
@@ -98,7 +98,7 @@ class QuantFormat(Codec):
     double_quant: bool = False
 
     def __post_init__(self) -> None:
-        if self.dtype not in (*DTYPES, TABLE):
+        if self.dtype not in (*DTYPES, LEVELS):
             raise UsageError(f"data type {self.dtype!r} is unknown: use one of {', '.join(DTYPES)}")
         if not MIN_BITS <= self.bits <= MAX_BITS:
             raise UsageError(f"{self.bits} bits: kbit formats have {MIN_BITS} to {MAX_BITS} bits")
@@ -108,7 +108,7 @@ class QuantFormat(Codec):
                 f"block size {self.block_size}: use a multiple of 16 from {MIN_BLOCK} to {MAX_BLOCK}, or 0 for one "
                 "scale per row"
             )
-        if self.asymmetric and self.dtype not in ("int", TABLE):
+        if self.asymmetric and self.dtype not in ("int", LEVELS):
             raise UsageError(f"an offset per block (asym) exists for int only, not for {self.dtype}: choose int")
         if self.scale_dtype not in SCALE_DTYPES:
             raise UsageError(f"scale type {self.scale_dtype!r} is unknown: use one of {', '.join(SCALE_DTYPES)}")
@@ -142,7 +142,7 @@ class QuantFormat(Codec):
     @property
     def has_own_codebook(self) -> bool:
         """Whether every tensor carries a codebook of its own (quantile: estimated from the tensor)."""
-        return self.dtype in ("quantile", TABLE)
+        return self.dtype in ("quantile", LEVELS)
 
     def at_width(self, bits: int) -> QuantFormat:
         """The format to use beside this one at another width: the default data type there, same blocks and scales."""
@@ -254,7 +254,7 @@ class QuantFormat(Codec):
     def encode(self, read_rows: ReadRows, shape: tuple[int, int], *, name: str = "tensor") -> QuantTensor:
         from kbit.formats.blockwise import quantize_rows
 
-        if self.dtype == TABLE:
+        if self.dtype == LEVELS:
             raise UsageError(
                 f"{name}: nothing is rounded to {self}, whose levels come with a tensor that is quantized already; "
                 f'"stored" keeps such a tensor as it is'

@@ -18,7 +18,7 @@ from kbit.checkpoint.readers.kbit_folder import LAYOUT_VERSION
 from kbit.checkpoint.source import CheckpointSource, TensorInfo
 from kbit.checkpoint.writer import DEFAULT_SHARD_BYTES, StoredWeight, partial_folder
 from kbit.formats.codec import Codec, Part
-from kbit.formats.quant_format import TABLE, QuantFormat
+from kbit.formats.quant_format import LEVELS, QuantFormat
 from kbit.formats.registry import parse_format
 from kbit.host.errors import KbitError, UnsupportedError, UsageError
 from kbit.quantizers.method import Method
@@ -228,7 +228,7 @@ def _tensor_plan(info: TensorInfo, target: Codec | str, role: str, method: Metho
         return TensorPlan(info, None, _KEEP_WORDS[target] or keep_as, role)
     if len(info.shape) != 2:
         raise UsageError(f"{info.name} has shape {info.shape}: only matrices can be quantized; narrow the pattern")
-    if isinstance(target, QuantFormat) and target.dtype == TABLE:
+    if isinstance(target, QuantFormat) and target.dtype == LEVELS:
         raise UsageError(f'{info.name}: nothing is rounded to {target}; "stored" keeps what is quantized as it is')
     return TensorPlan(info, target, keep_as, role)
 

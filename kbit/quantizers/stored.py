@@ -1,6 +1,6 @@
 """Matrices that a source holds quantized already (a GGUF file's, another quantizer's), kept as they are.
 
-Such a matrix is codes, scales and levels already: written down as a table format it costs no divergence at all, which
+Such a matrix is codes, scales and levels already: written down with its own levels it costs no divergence at all, which
 no rounding of its values to other codes at about the same bits comes near.
 """
 
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from kbit.checkpoint.shard import stored_format
 from kbit.checkpoint.source import CheckpointSource, TensorInfo
-from kbit.formats.quant_format import TABLE, QuantFormat
+from kbit.formats.quant_format import LEVELS, QuantFormat
 from kbit.host.errors import UnsupportedError
 
 if TYPE_CHECKING:
@@ -24,7 +24,7 @@ STORED = "stored"
 def format_as_stored(info: TensorInfo) -> QuantFormat | None:
     """The format that holds a tensor exactly as its source does; None where that is not quantized."""
     found = stored_format(info)
-    return _as_table(found) if isinstance(found, QuantFormat) else None
+    return _with_levels(found) if isinstance(found, QuantFormat) else None
 
 
 def read_as_stored(source: CheckpointSource, name: str, format: QuantFormat) -> QuantTensor:
@@ -39,11 +39,11 @@ def read_as_stored(source: CheckpointSource, name: str, format: QuantFormat) -> 
     weight = source.read_weight(name)
     if not isinstance(weight, QuantTensor) or not isinstance(weight.format, QuantFormat):
         raise UnsupportedError(f"{source.path}: {name} cannot be kept as it is stored: choose a format for it, or keep")
-    if _as_table(weight.format) != format:
+    if _with_levels(weight.format) != format:
         raise UnsupportedError(f"{source.path}: {name} is {weight.format}, not {format}: choose a format for it")
     parts = {**weight.stored, "codebook": weight.codebook}
     return QuantTensor.checked(name, format, weight.shape, parts, weight.codebook)
 
 
-def _as_table(format: QuantFormat) -> QuantFormat:
-    return replace(format, dtype=TABLE, exponent_bits=None, grid=None)
+def _with_levels(format: QuantFormat) -> QuantFormat:
+    return replace(format, dtype=LEVELS, exponent_bits=None, grid=None)

@@ -56,7 +56,7 @@ def check_same(source: CheckpointSource, out: Path) -> None:
             held = made.read_weight(name)
             if isinstance(source.read_weight(name), QuantTensor):
                 assert isinstance(held, QuantTensor)
-                assert str(held.format).startswith("table")
+                assert str(held.format).startswith("levels")
                 held = held.dequantize()
                 assert torch.equal(held, source.read(name)), info
         assert np.array_equal(logits(source), logits(made))
@@ -65,7 +65,11 @@ def check_same(source: CheckpointSource, out: Path) -> None:
 def test_a_gguf_file_becomes_a_folder_of_the_same_bits(quantized_gguf: Path, tmp_path: Path) -> None:
     with GGUFSource(quantized_gguf) as source:
         plan = make_plan(source, NF4, overrides=[("*", "stored"), ("*norm*", "f32")])
-        assert {t.label for t in plan.tensors if t.role == "linear"} >= {"table4-b32-asym", "table8-b32", "table5-b32"}
+        assert {t.label for t in plan.tensors if t.role == "linear"} >= {
+            "levels4-b32-asym",
+            "levels8-b32",
+            "levels5-b32",
+        }
         convert(source, plan, tmp_path / "out")
         check_same(source, tmp_path / "out")
 
@@ -125,8 +129,8 @@ def test_a_method_that_changes_weights_is_refused(quantized_gguf: Path) -> None:
 def test_nothing_is_rounded_to_a_table(tiny_model: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     code, _, error = run_command(
-        ["quantize", str(tiny_model), "--format", "table4-b32", "--method", "rtn", "-o", str(out)]
+        ["quantize", str(tiny_model), "--format", "levels4-b32", "--method", "rtn", "-o", str(out)]
     )
     assert code == 2
-    assert 'nothing is rounded to table4-b32; "stored" keeps what is quantized as it is' in error
+    assert 'nothing is rounded to levels4-b32; "stored" keeps what is quantized as it is' in error
     assert not out.exists()
