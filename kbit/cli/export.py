@@ -88,6 +88,10 @@ class ExportFlags:
             raise UsageError(
                 "--requantize goes with --to compressed-tensors and gguf: plain floats hold every format's values"
             )
+        if self.requantize is not None and self.to == "compressed-tensors":
+            from kbit.formats.grids import Grid
+
+            Grid.parse(self.requantize)
 
 
 @flag_groups()

@@ -178,9 +178,11 @@ def evaluate_model(
     with ExitStack() as stack:
         with nullcontext() if group is None else group.together():
             backend, reference_backend = _backends(request, group)
-            text = request.text(say)
             source = stack.enter_context(open_model(request.model))
             other = None if request.reference is None else stack.enter_context(open_model(request.reference))
+            for each in (source, *(() if other is None else (other,))):  # before a text is fetched or sampled
+                check_continues(spec_from_config(each.config, where=f"config of {each.path}"), str(each.path))
+            text = request.text(say)
             say("tokenising")
             windows = windows_of(request, text, source, other)
         if group is not None:

@@ -11,7 +11,17 @@ from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import replace
 
-from kbit.graph.recording import Activate, Add, Norm, Operation, Project, SumParts, Symbol, reads, writes
+from kbit.graph.operations import (
+    Activate,
+    Add,
+    Norm,
+    Operation,
+    Project,
+    SumParts,
+    Symbol,
+    reads,
+    writes,
+)
 
 
 def fuse(operations: Sequence[Operation], result: Symbol) -> list[Operation]:

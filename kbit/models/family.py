@@ -37,10 +37,11 @@ from kbit.models.layer_types import Rotated, Windows, rotated_layers, windows_of
 from kbit.models.layout import Layout
 from kbit.models.rope_config import DEFAULT_THETA, RopeRules, Ropes, ropes_from_config
 from kbit.models.scan_config import Scanned, scan_of
-from kbit.models.spec import MAX_CONTEXT, SQUARED, ModelSpec, RopeSpec, Sinusoids, TensorNames
+from kbit.models.spec import MAX_CONTEXT, SQUARED, ModelSpec, RopeSpec, Sinusoids
 from kbit.models.stack_config import distances_of, names_of, with_fallbacks
 from kbit.models.task_config import position_table, read_task, token_types
 from kbit.models.task_heads import TaskHead
+from kbit.models.tensor_names import TensorNames
 
 # Limits that no real model comes near; they keep a hostile config from asking for unbounded work.
 _MAX_LAYERS = 4096

@@ -6,7 +6,8 @@ from dataclasses import dataclass, replace
 
 from kbit.host.errors import UnsupportedError
 from kbit.models.config_values import ConfigValues, shown
-from kbit.models.spec import LatentSpec, RopeSpec, TensorNames
+from kbit.models.spec import LatentSpec, RopeSpec
+from kbit.models.tensor_names import TensorNames
 
 # A limit that no real model comes near.
 _MAX_WIDTH = 1 << 24

@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from kbit.models.config_values import ConfigValues
-from kbit.models.spec import TensorNames
+from kbit.models.tensor_names import TensorNames
 
 if TYPE_CHECKING:
     from kbit.models.family import Family

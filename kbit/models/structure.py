@@ -11,8 +11,7 @@ from itertools import groupby
 from math import prod
 from typing import Literal
 
-from kbit.graph.ops import Vector, Weight
-from kbit.graph.recording import (
+from kbit.graph.operations import (
     Activate,
     Add,
     Attend,
@@ -26,7 +25,6 @@ from kbit.graph.recording import (
     Norm,
     Operation,
     Project,
-    Recorder,
     Recur,
     Rotate,
     Scale,
@@ -37,6 +35,8 @@ from kbit.graph.recording import (
     SumParts,
     Symbol,
 )
+from kbit.graph.ops import Vector, Weight
+from kbit.graph.recording import Recorder
 from kbit.models.blocks import Weights
 from kbit.models.decoder import DecoderDefinition, DecoderWeights
 from kbit.models.params import OUTSIDE, Parameter, own_parameters, weightless_norms

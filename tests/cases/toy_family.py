@@ -11,7 +11,7 @@ from decoder_cases import TINY
 
 from kbit.models.families import FAMILIES
 from kbit.models.family import Family
-from kbit.models.spec import TensorNames
+from kbit.models.tensor_names import TensorNames
 
 FAMILY = Family(
     model_type="toy",

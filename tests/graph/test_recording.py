@@ -16,8 +16,15 @@ from kbit.backends.cpu.lowering import place
 from kbit.backends.reference.backend import ReferenceBackend
 from kbit.graph.batch import Batch
 from kbit.graph.fuse import fuse
+from kbit.graph.operations import (
+    Add,
+    Project,
+    Symbol,
+    reads,
+    writes,
+)
 from kbit.graph.ops import Attention, Ops, Weight
-from kbit.graph.recording import Add, Project, Recorder, Symbol, reads, writes
+from kbit.graph.recording import Recorder
 from kbit.graph.states import Recurrence, ShortConvolution
 from kbit.models.decoder import DecoderDefinition
 from kbit.models.load import load_decoder

@@ -22,8 +22,7 @@ from numpy.typing import NDArray
 
 from kbit.backends.cpu.weight import native_matrix, native_vector
 from kbit.graph.fuse import fuse
-from kbit.graph.ops import Vector
-from kbit.graph.recording import (
+from kbit.graph.operations import (
     Activate,
     Add,
     Attend,
@@ -49,6 +48,7 @@ from kbit.graph.recording import (
     reads,
     writes,
 )
+from kbit.graph.ops import Vector
 
 if TYPE_CHECKING:
     from kbit._native import Program

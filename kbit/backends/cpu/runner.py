@@ -15,8 +15,16 @@ from kbit.backends.cpu.lowering import lower_body, lower_head
 from kbit.backends.rotary import RotaryTable
 from kbit.graph.batch import Batch
 from kbit.graph.cache import Cache, encoder_lengths
+from kbit.graph.operations import (
+    Attend,
+    Convolve,
+    CrossAttend,
+    Recur,
+    Scan,
+    Symbol,
+)
 from kbit.graph.ops import Array, Definition
-from kbit.graph.recording import Attend, Convolve, CrossAttend, Recorder, Recur, Scan, Symbol
+from kbit.graph.recording import Recorder
 from kbit.graph.states import States
 
 # Tokens that go through the program at once: bounds the memory of its buffers.

@@ -8,8 +8,8 @@ from dataclasses import replace
 import torch
 
 from kbit.backends.triton.weight import TritonMatrix, triton_vector, triton_weight
+from kbit.graph.operations import Mix
 from kbit.graph.ops import Vector, Weight
-from kbit.graph.recording import Mix
 from kbit.host.errors import UnsupportedError
 from kbit.kernels import reference_experts
 from kbit.kernels.triton.codecs.layout import TritonWeight

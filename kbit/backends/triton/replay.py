@@ -10,8 +10,7 @@ import torch
 from kbit.backends.triton.experts import GroupedExperts
 from kbit.backends.triton.kv_cache import TritonPages
 from kbit.backends.triton.weight import merge, round_activations, triton_vector, triton_weight
-from kbit.graph.ops import Attention, Group, Vector, refuse_attention
-from kbit.graph.recording import (
+from kbit.graph.operations import (
     Activate,
     Add,
     Attend,
@@ -36,6 +35,7 @@ from kbit.graph.recording import (
     Symbol,
     reads,
 )
+from kbit.graph.ops import Attention, Group, Vector, refuse_attention
 from kbit.host.errors import UnsupportedError
 from kbit.kernels import reference
 from kbit.kernels.triton.attention.decode import attention_decode

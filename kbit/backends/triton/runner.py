@@ -22,8 +22,9 @@ from kbit.backends.triton.replay import EncoderTexts, Pass, Replay
 from kbit.graph.batch import Batch
 from kbit.graph.cache import Cache, encoder_lengths
 from kbit.graph.fuse import fuse
+from kbit.graph.operations import Attend, CrossAttend, Embed, Symbol
 from kbit.graph.ops import Array, Definition, Group
-from kbit.graph.recording import Attend, CrossAttend, Embed, Recorder, Symbol
+from kbit.graph.recording import Recorder
 from kbit.kernels.triton.product.limits import DECODE_TOKENS
 from kbit.kernels.triton.target import active
 

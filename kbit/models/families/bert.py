@@ -5,8 +5,8 @@ MiniLM, BGE, E5 and GTE are published as BERT.
 
 from kbit.models.family import Family
 from kbit.models.layout import Layout
-from kbit.models.spec import TensorNames
 from kbit.models.task_heads import HIDDEN, TaskHead
+from kbit.models.tensor_names import TensorNames
 
 LAYER = "encoder.layer.{layer}"
 

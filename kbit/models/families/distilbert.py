@@ -5,8 +5,8 @@ from dataclasses import replace
 from kbit.models.families.bert import FAMILY as BERT
 from kbit.models.families.bert import OLD_NAMES, SPAN, TOKENS
 from kbit.models.layout import Layout
-from kbit.models.spec import TensorNames
 from kbit.models.task_heads import TaskHead
+from kbit.models.tensor_names import TensorNames
 
 LAYER = "transformer.layer.{layer}"
 

@@ -8,7 +8,7 @@ from dataclasses import replace
 from kbit.models.family import Family
 from kbit.models.layout import Grouped, Layout
 from kbit.models.rope_config import RopeRules
-from kbit.models.spec import TensorNames
+from kbit.models.tensor_names import TensorNames
 
 _LAYER = "transformer.h.{layer}"
 

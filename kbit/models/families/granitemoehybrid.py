@@ -12,7 +12,7 @@ from kbit.models.family import Family
 from kbit.models.layout import Layout, Stacked
 from kbit.models.params import GATE_UP, SCAN, SHARED
 from kbit.models.scan_config import DEFAULTS as SCAN_DEFAULTS
-from kbit.models.spec import TensorNames
+from kbit.models.tensor_names import TensorNames
 
 _SHARED_MLP = f"{LAYER}.shared_mlp"
 

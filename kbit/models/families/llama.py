@@ -3,7 +3,7 @@
 from dataclasses import replace
 
 from kbit.models.family import Family
-from kbit.models.spec import TensorNames
+from kbit.models.tensor_names import TensorNames
 
 LAYER = "model.layers.{layer}"
 

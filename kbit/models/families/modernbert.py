@@ -6,8 +6,8 @@ from dataclasses import replace
 from kbit.models.family import Family
 from kbit.models.layout import Layout
 from kbit.models.rope_config import RopeRules
-from kbit.models.spec import TensorNames
 from kbit.models.task_heads import HIDDEN, TaskHead
+from kbit.models.tensor_names import TensorNames
 
 LAYER = "layers.{layer}"
 _OUT = TaskHead(

@@ -2,7 +2,7 @@
 
 from kbit.models.family import Family
 from kbit.models.layout import Layout
-from kbit.models.spec import TensorNames
+from kbit.models.tensor_names import TensorNames
 
 _LAYER = "model.decoder.layers.{layer}"
 

@@ -5,7 +5,7 @@ from dataclasses import replace
 from kbit.models.expert_config import ExpertRules
 from kbit.models.families.llama import DEFAULTS, LAYER, QK_NORMS
 from kbit.models.family import Family
-from kbit.models.spec import TensorNames
+from kbit.models.tensor_names import TensorNames
 
 
 def with_experts(names: TensorNames, block: str, gate: str, up: str, down: str, router: str = "gate") -> TensorNames:

@@ -9,7 +9,7 @@ from kbit.models.families.qwen3_moe import with_experts
 from kbit.models.family import Family
 from kbit.models.layout import Grouped, Layout
 from kbit.models.rope_config import RopeRules
-from kbit.models.spec import TensorNames
+from kbit.models.tensor_names import TensorNames
 
 _DELTA = f"{LAYER}.linear_attn"
 

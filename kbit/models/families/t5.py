@@ -7,8 +7,8 @@ from dataclasses import replace
 
 from kbit.models.family import Family
 from kbit.models.layout import Layout
-from kbit.models.spec import TensorNames
 from kbit.models.task_heads import HIDDEN
+from kbit.models.tensor_names import TensorNames
 
 _ENCODER, _DECODER = "encoder.block.{layer}.layer", "decoder.block.{layer}.layer"
 
