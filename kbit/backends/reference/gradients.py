@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from typing import Any
 
 import numpy as np
@@ -186,19 +187,26 @@ class GradientOps(RowOps):
 
 
 class _TracedLinear(torch.autograd.Function):
-    """x W^T whose backward pass shows the operations its input and its output's gradient."""
+    """x W^T whose backward pass shows the operations its input and its output's gradient.
+
+    The graph knows the operations by a weak reference: they hold keys of earlier layers (`GradientOps.written`), which
+    are part of the graph, and a ring of the two would keep every text's activations until garbage is collected.
+    """
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, weight: Weight, ops: GradientOps) -> torch.Tensor:
         ctx.save_for_backward(x)
-        ctx.weight, ctx.ops = weight, ops
+        ctx.weight, ctx.ops = weight, weakref.ref(ops)
         return product_with_rows(x, dense(weight))
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> tuple[torch.Tensor, None, None]:
         (gradient,) = grads
         (x,) = ctx.saved_tensors
-        ctx.ops.collect(ctx.weight, x, gradient)
+        ops = ctx.ops()
+        if ops is None:
+            raise RuntimeError("the operations of a pass must outlive its way back")
+        ops.collect(ctx.weight, x, gradient)
         return product(gradient, dense(ctx.weight)), None, None
 
 
