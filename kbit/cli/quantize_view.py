@@ -17,18 +17,17 @@ if TYPE_CHECKING:
 
 def note_quantized_source(plan: Plan) -> None:
     """Say on stderr what surprises people whose source is quantized already (most GGUF files)."""
-    formats = {
-        source.packed_as or source.stored_as
-        for source in (tensor.source for tensor in plan.tensors)
-        if source.packed_as or not source.stored_as.startswith(("F", "BF"))
-    }
-    if formats:
-        typer.echo(
-            f"note: the source is quantized already ({', '.join(sorted(formats))}): its errors stay, and what is kept "
-            "takes 16 bits (--embedding-bits 8 quantizes embeddings and head, --override 'PATTERN=stored' leaves "
-            "tensors as they are)",
-            err=True,
-        )
+    held = [t for t in plan.tensors if t.source.packed_as or not t.source.stored_as.startswith(("F", "BF"))]
+    if all(tensor.as_stored for tensor in held):
+        return
+    names = ", ".join(sorted({tensor.source.packed_as or tensor.source.stored_as for tensor in held}))
+    kept = (
+        ", and what is kept takes 16 bits (--embedding-bits 8 quantizes embeddings and head, --override "
+        "'PATTERN=stored' leaves tensors as they are)"
+        if any(tensor.format is None for tensor in held)
+        else ""
+    )
+    typer.echo(f"note: the source is quantized already ({names}): its errors stay{kept}", err=True)
 
 
 def note_plan(plan: Plan, costs: Mapping[str, float]) -> None:
