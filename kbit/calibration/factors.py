@@ -53,10 +53,19 @@ class Factors:
         diagonal = self.outputs if self.outputs.dim() == 1 else self.outputs.diagonal()
         return float(diagonal.sum(dtype=torch.float64))
 
-    def divergence(self, error: torch.Tensor) -> float:
+    @property
+    def rows_apart(self) -> bool:
+        """Whether rows know nothing of each other, so that what an error costs is the sum over its rows."""
+        return self.outputs is None or self.outputs.dim() == 1
+
+    def divergence(self, error: torch.Tensor, first: int = 0) -> float:
         """KL divergence in nats per token that an error (N, K) makes, to second order.
 
         Without gradients: half the squared error of the matrix's outputs, which compares errors of one matrix only.
+
+        Args:
+            error: of the matrix; or, of one whose rows are apart, of some of them.
+            first: the first of these.
         """
         if self.outputs is None:
             return 0.5 * sum(self._of_rows(error, None)) / (1 if not self.weighted else error.shape[0])
@@ -64,7 +73,8 @@ class Factors:
         if not trace > 0:
             return 0.0
         if self.outputs.dim() == 1:
-            return 0.5 * self.coherence * sum(self._of_rows(error, self.outputs)) / trace
+            outputs = self.outputs[first : first + len(error)]
+            return 0.5 * self.coherence * sum(self._of_rows(error, outputs)) / trace
         heard = product_with_rows(error, self.inputs)  # (N, K): symmetric
         weighed = product(self.outputs, error)
         return 0.5 * self.coherence * float((weighed * heard).sum(dtype=torch.float64)) / trace

@@ -111,7 +111,8 @@ def round_with(
     weight = weight.contiguous()
     check_finite(weight, 0, rows, name)
     try:
-        store_scales(*block_statistics(weight, format), format)  # refuses what the scales' type cannot hold
+        for start in range(0, rows, _APART):  # refuses what the scales' type cannot hold
+            store_scales(*block_statistics(weight[start : start + _APART], format), format)
     except KbitError as error:
         raise KbitError(f"{name}: {error}") from None
     work = _Work(format, (rows, columns), matrix_codebook(weight, format), settings.search)
