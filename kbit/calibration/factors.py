@@ -58,7 +58,7 @@ class Factors:
         """Whether rows know nothing of each other, so that what an error costs is the sum over its rows."""
         return self.outputs is None or self.outputs.dim() == 1
 
-    def divergence(self, error: torch.Tensor, first: int = 0) -> float:
+    def divergence(self, error: torch.Tensor, first: int = 0, rows: int | None = None) -> float:
         """KL divergence in nats per token that an error (N, K) makes, to second order.
 
         Without gradients: half the squared error of the matrix's outputs, which compares errors of one matrix only.
@@ -66,9 +66,11 @@ class Factors:
         Args:
             error: of the matrix; or, of one whose rows are apart, of some of them.
             first: the first of these.
+            rows: N, of which the error has only some; None: it has all.
         """
+        rows = len(error) if rows is None else rows
         if self.outputs is None:
-            return 0.5 * sum(self._of_rows(error, None)) / (1 if not self.weighted else error.shape[0])
+            return 0.5 * sum(self._of_rows(error, None)) / (rows if self.weighted else 1)
         trace = self.trace
         if not trace > 0:
             return 0.0

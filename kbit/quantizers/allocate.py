@@ -258,7 +258,7 @@ def _measure_layer(
             some = weight[start : start + step]
             error = round_with(some, format, feedback[name], settings, name=name).dequantize()
             torch.sub(some, error, out=error)
-            told += known.divergence(error, start)
+            told += known.divergence(error, start, len(weight))
         return told
 
     # Descent saves about the same share of a matrix's cost in every format (docs/measurements.md), so one tells it.
