@@ -22,8 +22,8 @@ import torch
 
 from kbit.backends.reference.products import product, product_with_rows
 
-# Rows of an error that are weighed at once.
-_ROWS = 8192
+# Rows of a vocabulary that are rounded, and whose errors are weighed, at once: it bounds what lies between.
+ROWS_AT_ONCE = 8192
 
 
 @dataclass(frozen=True, eq=False)
@@ -83,8 +83,8 @@ class Factors:
 
     def _of_rows(self, error: torch.Tensor, weights: torch.Tensor | None) -> Iterator[float]:
         """Weighted sums of e H_I e' over the rows e of an error, some rows at a time: a vocabulary has many."""
-        for start in range(0, len(error), _ROWS):
-            some = slice(start, start + _ROWS)
+        for start in range(0, len(error), ROWS_AT_ONCE):
+            some = slice(start, start + ROWS_AT_ONCE)
             heard = product_with_rows(error[some], self.inputs)  # symmetric
             heard *= error[some]
             if weights is not None:

@@ -180,7 +180,7 @@ def evaluate_model(
             backend, reference_backend = _backends(request, group)
             source = stack.enter_context(open_model(request.model))
             other = None if request.reference is None else stack.enter_context(open_model(request.reference))
-            for each in (source, *(() if other is None else (other,))):  # before a text is fetched or sampled
+            for each in filter(None, (source, other)):  # before a text is fetched or sampled
                 check_continues(spec_from_config(each.config, where=f"config of {each.path}"), str(each.path))
             text = request.text(say)
             say("tokenising")

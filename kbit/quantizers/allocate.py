@@ -34,8 +34,6 @@ if TYPE_CHECKING:
 
 # Widths that matrices inside the layers, and embedding and head, can get.
 LINEAR_WIDTHS, OUTSIDE_WIDTHS = (2, 3, 4, 5, 6, 8), (4, 5, 6, 8)
-# Rows that are rounded and weighed at once, of a matrix whose rows are apart.
-_APART = 8192
 # Raised whenever the same matrix gets other costs.
 _VERSION = 4
 
@@ -239,6 +237,7 @@ def _measure_layer(
     """By name: divergences in each format, told by the judge's factors of a layer."""
     import torch
 
+    from kbit.calibration.factors import ROWS_AT_ONCE
     from kbit.calibration.workers import workers
     from kbit.quantizers.ldlq import Feedback, round_with
 
@@ -253,7 +252,7 @@ def _measure_layer(
         weight, known = weights[name], judge.factors[name]
         # Of a vocabulary some rows at a time, where neither factors nor the format join them.
         apart = known.rows_apart and feedback[name].rows is None and not format.double_quant
-        step, told = _APART if apart else len(weight), 0.0
+        step, told = ROWS_AT_ONCE if apart else len(weight), 0.0
         for start in range(0, len(weight), step):
             some = weight[start : start + step]
             error = round_with(some, format, feedback[name], settings, name=name).dequantize()

@@ -17,7 +17,7 @@ import torch
 
 from kbit import _native
 from kbit.backends.reference.products import product
-from kbit.calibration.factors import Factors
+from kbit.calibration.factors import ROWS_AT_ONCE, Factors
 from kbit.formats.blockwise import block_statistics, check_finite, matrix_codebook, used_levels
 from kbit.formats.planes import pack
 from kbit.formats.planes_codec import PlanesTensor
@@ -31,8 +31,6 @@ from kbit.quantizers.settings import Settings
 SHARES = tuple(round(0.5 + 0.04 * i, 2) for i in range(15))
 # Rows whose errors do not reach each other; and how many of those are told of at once.
 _ROWS, _ROUND = 16, 256
-# Rows, of those that know nothing of each other, that are worked on at once.
-_APART = 8192
 
 
 @dataclass(frozen=True, eq=False)
@@ -111,8 +109,8 @@ def round_with(
     weight = weight.contiguous()
     check_finite(weight, 0, rows, name)
     try:
-        for start in range(0, rows, _APART):  # refuses what the scales' type cannot hold
-            store_scales(*block_statistics(weight[start : start + _APART], format), format)
+        for start in range(0, rows, ROWS_AT_ONCE):  # refuses what the scales' type cannot hold
+            store_scales(*block_statistics(weight[start : start + ROWS_AT_ONCE], format), format)
     except KbitError as error:
         raise KbitError(f"{name}: {error}") from None
     work = _Work(format, (rows, columns), matrix_codebook(weight, format), settings.search)
@@ -123,9 +121,9 @@ def round_with(
     ordered = weight if feedback.order is None else work.reorder(weight, feedback.order)
     descends = feedback.curvature is not None and settings.sweeps > 0
     if feedback.rows is None:
-        # No row knows of another: a vocabulary's are worked on some at a time, which bounds what lies between.
-        for start in range(0, rows, _APART):
-            some = slice(start, min(start + _APART, rows))
+        # No row knows of another.
+        for start in range(0, rows, ROWS_AT_ONCE):
+            some = slice(start, min(start + ROWS_AT_ONCE, rows))
             work.run(ordered, None, feedback.columns, feedback.importance, some)
             if descends and feedback.order is None:
                 work.descend(weight, feedback.curvature, settings.sweeps, some)
