@@ -15,7 +15,8 @@
 #include <vector>
 
 #include "attention/attention_plan.h"
-#include "bind/bind_engine.h"
+#include "bind/arrays.h"
+#include "bind/bind.h"
 #include "program/context.h"
 #include "attention/kv_pages.h"
 
@@ -25,8 +26,6 @@ namespace kbit {
 namespace {
 
 using Result = nb::ndarray<nb::numpy, float, nb::ndim<3>>;
-template <typename T, int kDims>
-using Array = nb::ndarray<const T, nb::ndim<kDims>, nb::c_contig, nb::device::cpu>;
 
 // Calls function(); a std::invalid_argument becomes kbit's UsageError, one line for the user.
 template <typename Function>
@@ -37,10 +36,6 @@ void checked(Function&& function) {
     PyErr_SetString(nb::module_::import_("kbit.host.errors").attr("UsageError").ptr(), error.what());
     throw nb::python_error();
   }
-}
-
-void require(bool condition, const char* message) {
-  if (!condition) throw std::invalid_argument(message);
 }
 
 // One number for all layers, or one for each.
@@ -70,7 +65,7 @@ std::pair<Result, float*> make_array(std::size_t a, std::size_t b, std::size_t c
   return {Result(data, {a, b, c}, owner), data};
 }
 
-std::pair<Result, Result> dequantized(const KVPages& cache, std::int64_t layer, const Array<std::int32_t, 1>& table,
+std::pair<Result, Result> dequantized(const KVPages& cache, std::int64_t layer, const Array<const std::int32_t, 1>& table,
                                       std::int64_t length) {
   require(layer >= 0 && layer < cache.layers(), "the cache has no such layer");
   require(length >= 0 && length <= static_cast<std::int64_t>(table.shape(0)) * kPage, "a table has too few pages");
@@ -86,10 +81,10 @@ std::pair<Result, Result> dequantized(const KVPages& cache, std::int64_t layer, 
   return {keys, values};
 }
 
-Result attention_once(Context& context, const Array<float, 3>& q, const Array<float, 3>& k, const Array<float, 3>& v,
-                      const Array<std::int32_t, 1>& positions, const Array<std::int32_t, 1>& sequence,
-                      const Array<float, 2>& cos, const Array<float, 2>& sin, KVPages& cache, const BlockTables& tables,
-                      std::int64_t layer, float scale, int window, const std::optional<Array<float, 1>>& key_bias) {
+Result attention_once(Context& context, const Array<const float, 3>& q, const Array<const float, 3>& k, const Array<const float, 3>& v,
+                      const Array<const std::int32_t, 1>& positions, const Array<const std::int32_t, 1>& sequence,
+                      const Array<const float, 2>& cos, const Array<const float, 2>& sin, KVPages& cache, const BlockTables& tables,
+                      std::int64_t layer, float scale, int window, const std::optional<Array<const float, 1>>& key_bias) {
   const std::size_t rows = q.shape(0), heads = q.shape(1), dim = q.shape(2), kv_heads = k.shape(1);
   const auto row_count = static_cast<std::int64_t>(rows);
   require(rows >= 1 && k.shape(0) == rows && v.shape(0) == rows && positions.shape(0) == rows &&

@@ -7,7 +7,7 @@
 #include <optional>
 #include <stdexcept>
 
-#include "bind/bind_engine.h"
+#include "bind/bind.h"
 #include "codecs/level_tables.h"
 
 namespace nb = nanobind;

@@ -8,7 +8,7 @@
 
 #include <stdexcept>
 
-#include "bind/bind_engine.h"
+#include "bind/bind.h"
 #include "codecs/mapped_file.h"
 #include "codecs/matrix_storage.h"
 

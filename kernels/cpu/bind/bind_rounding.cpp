@@ -13,7 +13,7 @@
 #include <string>
 #include <vector>
 
-#include "bind/bind_engine.h"
+#include "bind/bind.h"
 #include "isa/isa.h"
 #include "isa/kernel_table.h"
 #include "rounding/descent.h"

@@ -5,7 +5,7 @@
 #include <stdexcept>
 
 #include "attention/attention_kernels.h"
-#include "bind/bind_engine.h"
+#include "bind/bind.h"
 #include "codecs/matrix_storage.h"
 #include "program/program_scratch.h"
 

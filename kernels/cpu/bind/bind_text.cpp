@@ -11,7 +11,7 @@
 #include <string_view>
 #include <vector>
 
-#include "bind/bind_engine.h"
+#include "bind/bind.h"
 #include "text/byte_pairs.h"
 
 namespace nb = nanobind;

@@ -6,7 +6,7 @@
 #include <cstdint>
 #include <stdexcept>
 
-#include "bind/bind_engine.h"
+#include "bind/bind.h"
 #include "codecs/bitplanes.h"
 
 namespace nb = nanobind;
@@ -48,7 +48,8 @@ NB_MODULE(_native, module) {
   module.def("unpack_plane", &unpack_plane, nb::arg("plane").noconvert(), nb::arg("width"), nb::arg("shift"),
              nb::arg("first"), nb::arg("codes").noconvert(),
              "Write (first) or OR a plane's bits into uint8 codes (N, K) at bit `shift`.");
-  kbit::bind_engine(module);
+  kbit::bind_matrix(module);
+  kbit::bind_program(module);
   kbit::bind_kv_pages(module);
   kbit::bind_sizes(module);
   kbit::bind_mapped(module);

@@ -1,50 +1,22 @@
-// Python bindings of the engine: Context, Matrix and Program of kbit._native. Arrays are numpy's (or anything with
-// DLPack on the CPU); nothing is converted or copied on the way in, and everything that a kernel relies on is checked.
-#include "bind/bind_engine.h"
-
-#include <nanobind/ndarray.h>
+// Python bindings of Program: the instructions that a forward pass is recorded with. Arrays are numpy's (or anything
+// with DLPack on the CPU); nothing is converted or copied on the way in, and everything that a kernel relies on is checked.
+#include <nanobind/nanobind.h>
 #include <nanobind/stl/optional.h>
 #include <nanobind/stl/shared_ptr.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/tuple.h>
 #include <nanobind/stl/vector.h>
 
-#include <stdexcept>
 #include <tuple>
 
-#include "codecs/bitplanes.h"
-#include "isa/isa.h"
-#include "attention/kv_pages.h"
+#include "bind/arrays.h"
+#include "bind/bind.h"
 #include "program/program.h"
 
 namespace nb = nanobind;
 
 namespace kbit {
 namespace {
-
-template <typename T, int kDims>
-using Array = nb::ndarray<T, nb::ndim<kDims>, nb::c_contig, nb::device::cpu>;
-using Untyped = nb::ndarray<nb::ro, nb::c_contig, nb::device::cpu>;
-
-void require(bool condition, const char* message) {
-  if (!condition) throw std::invalid_argument(message);
-}
-
-Number number_kind(const std::string& name) {
-  if (name == "fp16") return Number::half;
-  if (name == "bf16") return Number::bfloat;
-  require(name == "fp32", "a number type is fp16, bf16 or fp32");
-  return Number::single;
-}
-
-// 16-bit floats come as uint16.
-void require_numbers(const Untyped& array, Number kind, std::int64_t rows, std::int64_t columns) {
-  const nb::dlpack::dtype wanted = kind == Number::single ? nb::dtype<float>() : nb::dtype<std::uint16_t>();
-  require(array.dtype() == wanted, "fp16 and bf16 are passed as uint16, fp32 as float32");
-  require(array.ndim() == 2 && static_cast<std::int64_t>(array.shape(0)) == rows &&
-              static_cast<std::int64_t>(array.shape(1)) == columns,
-          "an array has the wrong shape");
-}
 
 Compute compute_kind(const std::string& name) {
   if (name == "int8") return Compute::int8;
@@ -61,53 +33,6 @@ Activation activation_kind(const std::optional<std::string>& name) {
   require(*name == "relu", "an activation is silu, gelu, gelu_tanh or relu");
   return Activation::relu;
 }
-
-Weights quantized_matrix(const std::vector<Array<const std::uint8_t, 2>>& planes, int bits, std::int64_t columns,
-                         std::int64_t block_size, const Untyped& scales, const std::optional<Untyped>& offsets,
-                         const std::string& scale_kind, const Array<const float, 1>& codebook, Context& context) {
-  require(bits >= 2 && bits <= 8, "bits are 2 to 8");
-  require(columns >= 1 && block_size >= 0 && block_size % 16 == 0, "a block is 0 (a row) or a multiple of 16 columns");
-  require(!planes.empty(), "there are no planes");
-  QuantizedParts parts{};
-  parts.rows = static_cast<std::int64_t>(planes[0].shape(0));
-  parts.columns = columns;
-  parts.bits = bits;
-  parts.block_size = block_size;
-  std::size_t used = 0;
-  for (unsigned width = 8; width > 0; width /= 2) {
-    if (!(static_cast<unsigned>(bits) & width)) continue;
-    require(used < planes.size(), "a bit plane is missing");
-    const auto& plane = planes[used++];
-    require(static_cast<std::int64_t>(plane.shape(0)) == parts.rows &&
-                plane.shape(1) == plane_row_bytes(static_cast<std::size_t>(columns), width),
-            "a bit plane has the wrong shape");
-    parts.planes.push_back(plane.data());
-  }
-  require(used == planes.size() && parts.rows >= 1, "there are more bit planes than the width has, or no rows");
-  parts.scale_kind = number_kind(scale_kind);
-  const std::int64_t blocks = block_size ? (columns + block_size - 1) / block_size : 1;
-  require_numbers(scales, parts.scale_kind, parts.rows, blocks);
-  parts.scales = scales.data();
-  if (offsets) {
-    require_numbers(*offsets, parts.scale_kind, parts.rows, blocks);
-    parts.offsets = offsets->data();
-  }
-  require(codebook.shape(0) == (std::size_t{1} << bits), "a codebook has 2^bits values");
-  parts.codebook = codebook.data();
-  nb::gil_scoped_release release;
-  return MatrixStorage::quantized(parts, *context.team);
-}
-
-Weights dense_matrix(const Untyped& values, const std::string& kind, Context& context) {
-  require(values.ndim() == 2 && values.shape(0) >= 1 && values.shape(1) >= 1, "a matrix has two dimensions");
-  const auto rows = static_cast<std::int64_t>(values.shape(0)), columns = static_cast<std::int64_t>(values.shape(1));
-  const Number number = number_kind(kind);
-  require_numbers(values, number, rows, columns);
-  nb::gil_scoped_release release;
-  return MatrixStorage::dense(values.data(), rows, columns, number, *context.team);
-}
-
-using Vector = Array<const float, 1>;
 
 std::vector<float> copied(const std::optional<Vector>& vector) {
   if (!vector) return {};
@@ -192,150 +117,11 @@ void add_experts(Program& program, int x, int logits, int out, const std::vector
   program.append(std::move(m));
 }
 
-using Encoder = std::tuple<KVPages*, BlockTables, Array<const std::int32_t, 1>>;
-
-using Slots = Array<const std::int32_t, 1>;
-using States = std::tuple<std::vector<Array<float, 2>>, Slots, Slots>;
-
-// The states of a pass: (slots, size) each, and those that every row's sequence reads and writes.
-void take_states(const States& given, Pass& pass) {
-  const auto& [arrays, before, after] = given;
-  std::int64_t slots = 0;
-  for (const auto& array : arrays) {
-    slots = static_cast<std::int64_t>(array.shape(0));
-    require(array.shape(0) == arrays[0].shape(0), "all states have the same slots");
-    pass.states.push_back({array.data(), static_cast<std::int64_t>(array.shape(1))});
-  }
-  pass.state_before = before.data();
-  pass.state_after = after.data();
-  require(before.shape(0) == after.shape(0), "every sequence has a slot before and one after");
-  std::vector<bool> written(static_cast<std::size_t>(slots), false);
-  for (std::int64_t r = 0; r < pass.rows; ++r) {
-    const std::int32_t sequence = pass.sequence[r];
-    if (r > 0 && sequence == pass.sequence[r - 1]) continue;
-    require(static_cast<std::size_t>(sequence) < before.shape(0), "a sequence has no states");
-    const std::int32_t from = pass.state_before[sequence], to = pass.state_after[sequence];
-    require(from >= -1 && from < slots && to >= 0 && to < slots && !written[static_cast<std::size_t>(to)],
-            "a state's slot does not exist, or two sequences write to it");
-    written[static_cast<std::size_t>(to)] = true;
-  }
-}
-
-// What rows see besides the tokens up to themselves is in this pass, and no row sees less than one before it.
-void require_seen(const Pass& pass) {
-  std::int32_t end = 0;
-  for (std::int64_t r = pass.rows - 1; r >= 0; --r) {
-    const bool ends = r + 1 == pass.rows || pass.sequence[r + 1] != pass.sequence[r];
-    end = ends ? pass.position[r] : end;
-    require(pass.last_seen[r] >= pass.position[r] && pass.last_seen[r] <= end &&
-                (ends || pass.last_seen[r] <= pass.last_seen[r + 1]),
-            "a token sees others than those of this pass and before");
-  }
-}
-
-// Every row's sequence has an encoder's text, and pages for it.
-void require_texts(const Pass& pass, std::size_t tables, std::size_t lengths) {
-  require(tables == lengths, "an encoder's tables and lengths have one row per sequence");
-  for (std::int64_t r = 0; r < pass.rows; ++r) {
-    const std::int32_t sequence = pass.sequence[r];
-    if (r > 0 && sequence == pass.sequence[r - 1]) continue;
-    require(static_cast<std::size_t>(sequence) < lengths, "a sequence has no encoder's text");
-    const std::int32_t length = pass.encoder.lengths[sequence];
-    require(length >= 1 && (length - 1) / kPage < pass.encoder.table_stride, "a sequence has no encoder's text");
-    for (std::int64_t i = 0; i <= (length - 1) / kPage; ++i) {
-      const std::int32_t page = pass.encoder.tables[sequence * pass.encoder.table_stride + i];
-      require(page >= 0 && page < pass.encoder.cache->count(), "an encoder's text lies outside its cache");
-    }
-  }
-}
-
-void run(Program& program, const Array<const std::int64_t, 1>& ids, const Array<const std::int32_t, 1>& sequence,
-         const Array<const std::int32_t, 1>& positions, const Array<const float, 2>& cos, const Array<const float, 2>& sin,
-         const Array<const std::int32_t, 1>& rope_row, KVPages& pages, const BlockTables& tables,
-         const std::optional<Array<const std::int64_t, 1>>& logits_rows, const Array<float, 2>& out,
-         const std::optional<Array<const std::int32_t, 1>>& last_seen, const std::optional<Encoder>& encoder,
-         const std::optional<States>& states, const std::optional<Array<const std::int64_t, 1>>& types) {
-  Pass pass;
-  const std::size_t rows = ids.shape(0);
-  require(rows >= 1, "a pass has at least one row");
-  require(sequence.shape(0) == rows && positions.shape(0) == rows && rope_row.shape(0) == rows,
-          "ids, sequence, positions and rope_row have one value per row");
-  require(cos.shape(0) == sin.shape(0) && cos.shape(1) == sin.shape(1), "cos and sin have the same shape");
-  pass.rows = static_cast<std::int64_t>(rows);
-  pass.ids = ids.data();
-  pass.sequence = sequence.data();
-  pass.position = positions.data();
-  pass.cos = cos.data();
-  pass.sin = sin.data();
-  pass.rope_row = rope_row.data();
-  pass.table_half = static_cast<int>(cos.shape(1));
-  pass.cache = &pages;
-  pass.tables = tables.data();
-  pass.table_stride = static_cast<std::int64_t>(tables.shape(1));
-  for (std::size_t r = 0; r < rows; ++r) {
-    require(rope_row.data()[r] >= 0 && static_cast<std::size_t>(rope_row.data()[r]) < cos.shape(0),
-            "a row of the rotary tables does not exist");
-  }
-  require_pages(pages, tables, sequence.data(), positions.data(), rows);
-  if (last_seen) {
-    require(last_seen->shape(0) == rows, "last_seen has one value per row");
-    pass.last_seen = last_seen->data();
-    require_seen(pass);
-  }
-  if (types) {
-    require(types->shape(0) == rows, "types has one value per row");
-    pass.types = types->data();
-  }
-  if (states) take_states(*states, pass);
-  if (encoder) {
-    const auto& [cache, texts, lengths] = *encoder;
-    pass.encoder = {cache, texts.data(), static_cast<std::int64_t>(texts.shape(1)), lengths.data()};
-    require_texts(pass, texts.shape(0), lengths.shape(0));
-  }
-  if (logits_rows) {
-    pass.logits_rows = static_cast<std::int64_t>(logits_rows->shape(0));
-    pass.logits_row = logits_rows->data();
-    require(program.vocabulary() > 0, "the program has no head");
-  }
-  pass.out = out.data();
-  const std::int64_t out_rows = logits_rows ? pass.logits_rows : pass.rows;
-  const std::int64_t out_columns = logits_rows ? program.vocabulary() : program.hidden_width();
-  require(static_cast<std::int64_t>(out.shape(0)) == out_rows && static_cast<std::int64_t>(out.shape(1)) == out_columns,
-          "out has the wrong shape");
-  nb::gil_scoped_release release;
-  program.run(pass);
-  program.check_files();
-}
-
 }  // namespace
 
-void bind_engine(nb::module_& module) {
-  module.def("instruction_sets", &instruction_sets, "Instruction sets this machine can run, best last.");
-  module.def("emulated_sets", &emulated_sets, "Instruction sets emulated in plain C++, for tests.");
-
-  nb::class_<Context>(module, "Context", "Kernels of one instruction set, and the threads that run them.")
-      .def("__init__",
-           [](Context* self, const std::optional<std::string>& isa, int threads) {
-             new (self) Context(isa.value_or(""), threads);
-           },
-           nb::arg("isa") = nb::none(), nb::arg("threads") = 1,
-           "isa: a name from instruction_sets(), or None for the best, or the one KBIT_CPU_ISA names.")
-      .def_prop_ro("isa", [](const Context& c) { return std::string(c.kernels->name); })
-      .def_prop_ro("has_bf16", [](const Context& c) { return c.kernels->matmul_bf16 != nullptr; })
-      .def_prop_ro("threads", [](const Context& c) { return c.team->size(); });
-
-  nb::class_<MatrixStorage>(module, "Matrix", "A weight matrix (N, K) in the layout of kernels/cpu/codecs/matrix.h.")
-      .def_static("quantized", &quantized_matrix, nb::arg("planes"), nb::arg("bits"), nb::arg("columns"),
-                  nb::arg("block_size"), nb::arg("scales"), nb::arg("offsets").none(), nb::arg("scale_kind"),
-                  nb::arg("codebook"), nb::arg("context"))
-      .def_static("dense", &dense_matrix, nb::arg("values"), nb::arg("kind"), nb::arg("context"))
-      .def_prop_ro("rows", [](const MatrixStorage& m) { return m.matrix().rows; })
-      .def_prop_ro("columns", [](const MatrixStorage& m) { return m.matrix().columns; })
-      .def_prop_ro("bits", [](const MatrixStorage& m) { return m.matrix().bits; })
-      .def_prop_ro("two_digits", [](const MatrixStorage& m) { return m.matrix().two_digits; })
-      .def_prop_ro("nbytes", &MatrixStorage::nbytes);
-
-  nb::class_<Program>(module, "Program", "A forward pass, recorded once and run for any number of rows.")
+void bind_program(nb::module_& module) {
+  nb::class_<Program> program(module, "Program", "A forward pass, recorded once and run for any number of rows.");
+  program
       .def("__init__",
            [](Program* self, std::shared_ptr<Context> context, const std::string& compute) {
              new (self) Program(std::move(context), compute_kind(compute));
@@ -539,32 +325,8 @@ void bind_engine(nb::module_& module) {
            },
            nb::arg("matrix"), nb::arg("norm").none(), nb::arg("eps"), nb::arg("norm_bias") = nb::none(),
            nb::arg("centred") = false, nb::arg("factor") = 1.0f, nb::arg("cap") = 0.0f, nb::arg("bias") = nb::none())
-      .def("run", &run, nb::arg("ids"), nb::arg("sequence"), nb::arg("positions"), nb::arg("cos"), nb::arg("sin"),
-           nb::arg("rope_row"), nb::arg("pages"), nb::arg("tables"), nb::arg("logits_rows").none(), nb::arg("out"),
-           nb::arg("last_seen") = nb::none(), nb::arg("encoder") = nb::none(), nb::arg("states") = nb::none(),
-           nb::arg("types") = nb::none())
-      .def("logits",
-           [](Program& p, const Array<const float, 2>& hidden, const Array<float, 2>& out) {
-             require(hidden.shape(0) == out.shape(0) && static_cast<std::int64_t>(hidden.shape(1)) == p.hidden_width() &&
-                         static_cast<std::int64_t>(out.shape(1)) == p.vocabulary(),
-                     "hidden states or logits have the wrong shape");
-             nb::gil_scoped_release release;
-             if (hidden.shape(0) > 0) p.logits(hidden.data(), static_cast<std::int64_t>(hidden.shape(0)), out.data());
-             p.check_files();
-           },
-           nb::arg("hidden"), nb::arg("out"))
       .def_prop_ro("nbytes", &Program::nbytes);
-
-  module.def("simd_trace",
-             [](const std::string& isa, const Array<const std::uint8_t, 1>& data) {
-               const Context context(isa, 1);
-               const auto bytes = static_cast<std::int64_t>(data.shape(0));
-               std::vector<std::uint8_t> out(static_cast<std::size_t>(context.kernels->trace(data.data(), bytes, nullptr, 0)));
-               context.kernels->trace(data.data(), bytes, out.data(), static_cast<std::int64_t>(out.size()));
-               return nb::bytes(reinterpret_cast<const char*>(out.data()), out.size());
-             },
-             nb::arg("isa"), nb::arg("data"),
-             "Every vector operation of an instruction set applied to data (uint8), for comparing sets.");
+  bind_pass(program);
 }
 
 }  // namespace kbit

@@ -12,6 +12,7 @@
 namespace kbit {
 
 class KVPages;
+class Program;
 
 // "fp16", "bf16", "fp32" or "fp32-steps". Throws std::invalid_argument for another name.
 Number number_named(const std::string& name);
@@ -22,7 +23,9 @@ using BlockTables = nanobind::ndarray<const std::int32_t, nanobind::ndim<2>, nan
 void require_pages(const KVPages& pages, const BlockTables& tables, const std::int32_t* sequence,
                    const std::int32_t* position, std::size_t rows);
 
-void bind_engine(nanobind::module_& module);
+void bind_matrix(nanobind::module_& module);
+void bind_program(nanobind::module_& module);
+void bind_pass(nanobind::class_<Program>& program);
 void bind_kv_pages(nanobind::module_& module);
 void bind_sizes(nanobind::module_& module);
 void bind_mapped(nanobind::module_& module);
