@@ -103,6 +103,8 @@ def draw(rows: list[Row], output: Path) -> None:
 
 def _panel(axis: Any, rows: list[Row]) -> None:
     series: dict[tuple[str, str], list[Row]] = {}
+    exact = [row for row in rows if row["kl"] <= 0]  # kept as stored: nowhere on a scale of logarithms
+    rows = [row for row in rows if row["kl"] > 0]
     for row in sorted(rows, key=lambda row: row["linear_bits"]):
         series.setdefault((row["tool"], row["method"]), []).append(row)
     for (tool, method), points in series.items():
@@ -129,6 +131,13 @@ def _panel(axis: Any, rows: list[Row]) -> None:
             for row in points:
                 where = (row["linear_bits"], row["kl"])
                 axis.annotate(row["format"], where, (3, 3), textcoords="offset points", fontsize=6, color="#555555")
+    for row in exact:
+        colour = _COLOURS.get(row["method"], _OTHER)
+        at_the_foot = axis.get_xaxis_transform()
+        axis.plot(row["linear_bits"], 0.0, "v", color=colour, markersize=5, transform=at_the_foot, clip_on=False)
+        axis.annotate(
+            "0", (row["linear_bits"], 0.0), (3, 4), xycoords=at_the_foot, textcoords="offset points", fontsize=6
+        )
     axis.set_yscale("log")
     axis.set_xlabel("bits per weight of the linear layers, everything stored counted", fontsize=8)
     axis.set_ylabel("KL from the original, nats per token", fontsize=8)
