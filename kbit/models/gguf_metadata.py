@@ -60,6 +60,8 @@ def architecture_of(spec: ModelSpec, where: str) -> Architecture:
         raise UnsupportedError(
             f"{where}: llama.cpp has no sliding windows for its {arch.name} architecture as this model has; {_INSTEAD}"
         )
+    if spec.rope.kind == "longrope" and not arch.scaled and not _divides_alone(spec.rope):
+        raise UnsupportedError(f"{where}: kbit writes no LongRoPE for llama.cpp's {arch.name} architecture; {_INSTEAD}")
     return arch
 
 
@@ -111,12 +113,19 @@ def metadata(spec: ModelSpec, arch: Architecture) -> dict[str, Value]:
 def rope_tensors(spec: ModelSpec) -> dict[str, list[float]]:
     """Tensors of factors that scale the rotation."""
     rope = spec.rope
+    if _divides_alone(rope):
+        return {ROPE_FREQS: list(rope.short_factors)}
     if rope.kind == "longrope":
         return dict(zip(ROPE_FACTORS, (list(rope.short_factors), list(rope.long_factors)), strict=True))
     if rope.kind != "llama3":
         return {}
     low, high, original = rope.low_freq_factor, rope.high_freq_factor, rope.original_positions
     return {ROPE_FREQS: llama3_divisors(rope.dim, rope.theta, rope.factor, low, high, original)}
+
+
+def _divides_alone(rope: RopeSpec) -> bool:
+    """Whether factors, the same for all texts, are all there is: any architecture has a tensor for them."""
+    return rope.kind == "longrope" and not rope.depends_on_length and rope.attention_factor == 1.0
 
 
 def _rope(rope: RopeSpec) -> dict[str, Value | None]:
@@ -133,7 +142,7 @@ def _rope(rope: RopeSpec) -> dict[str, Value | None]:
             found[f"rope.scaling.yarn_beta_{name}"] = None if value == default else value
     elif rope.kind == "llama3":
         found["rope.scaling.original_context_length"] = rope.original_positions
-    elif rope.kind == "longrope":
+    elif rope.kind == "longrope" and not _divides_alone(rope):
         found["rope.scaling.original_context_length"] = rope.original_positions
         found["rope.scaling.attn_factor"] = rope.attention_factor
     return found

@@ -49,10 +49,10 @@ def inverse_frequencies(spec: RopeSpec, seq_lengths: NDArray[np.int64]) -> Float
 
     Args:
         spec: the rotary embedding.
-        seq_lengths: (B,), length of each row; only "dynamic" and "longrope" look at it.
+        seq_lengths: (B,), length of each row; looked at only where `spec.depends_on_length`.
 
     Returns:
-        (1, R/2), or (B, R/2) for "dynamic" and "longrope".
+        (1, R/2), or (B, R/2) where they depend on the length.
     """
     exponents = np.arange(0, spec.dim, 2, dtype=np.float32) / np.float32(spec.dim)
     if spec.kind == "dynamic":
@@ -61,7 +61,8 @@ def inverse_frequencies(spec: RopeSpec, seq_lengths: NDArray[np.int64]) -> Float
     powers = _power(spec.theta, exponents)
     if spec.kind == "longrope":
         short, long = (np.array(factors, dtype=np.float32) for factors in (spec.short_factors, spec.long_factors))
-        chosen = np.where((seq_lengths > spec.original_positions)[:, None], long, short)
+        beyond = (seq_lengths > spec.original_positions)[:, None]
+        chosen = np.where(beyond, long, short) if spec.depends_on_length else short[None]
         divided: Floats = np.float32(1) / (chosen * powers)
         return divided
     plain: Floats = np.float32(1) / powers

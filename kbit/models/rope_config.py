@@ -11,7 +11,7 @@ from kbit.host.errors import CheckpointError, UnsupportedError
 from kbit.models.config_values import ConfigValues, shown
 from kbit.models.spec import MAX_CONTEXT, RopeSpec
 
-KINDS = ("default", "linear", "dynamic", "llama3", "yarn")
+KINDS = ("default", "linear", "dynamic", "llama3", "yarn", "longrope")
 DEFAULT_THETA = 10000.0
 
 # Settings that change the rotation in families that read them, and would be ignored by the others.
@@ -278,7 +278,7 @@ def _read_yarn(base: RopeSpec, values: ConfigValues, reading: _Reading) -> RopeS
 
 
 def _read_longrope(base: RopeSpec, values: ConfigValues, reading: _Reading) -> RopeSpec:
-    """LongRoPE (Ding et al. 2024, 2402.13753) as Phi-3 has it."""
+    """LongRoPE (Ding et al. 2024, 2402.13753) as transformers has it."""
     original = _original_positions(base, values, reading)
     factor = base.max_positions / original if values.raw("factor") is None else _ratio(values, "factor")
     attention = math.sqrt(1.0 + math.log(factor) / math.log(original)) if factor > 1.0 and original > 1 else 1.0

@@ -76,7 +76,7 @@ class RopeSpec:
         Beyond `constant_up_to` such a text must go through the model at once: in pieces, the keys of each piece would
         be rotated with other frequencies. Up to there pieces are as good as the whole.
         """
-        return self.kind in ("dynamic", "longrope")
+        return self.kind == "dynamic" or (self.kind == "longrope" and self.short_factors != self.long_factors)
 
     @property
     def constant_up_to(self) -> int:
@@ -361,7 +361,8 @@ class ModelSpec:
     @property
     def begins_anew_beyond(self) -> int | None:
         """Length of a text beyond which all of its keys are others, once (longrope): its cache is filled anew there."""
-        return self.rope.constant_up_to if self.rope.kind == "longrope" else None
+        longrope = self.rope.kind == "longrope" and self.rope.depends_on_length
+        return self.rope.constant_up_to if longrope else None
 
     @property
     def ropes(self) -> tuple[RopeSpec, ...]:

@@ -150,6 +150,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama-linear": ("Llama", {"rope_parameters": {"rope_type": "linear", "factor": 3.0, "rope_theta": 10000.0}}),
     "llama-dynamic": ("Llama", {"rope_parameters": {"rope_type": "dynamic", "factor": 2.5, "rope_theta": 1000.0}}),
     "llama-llama3": ("Llama", {"rope_parameters": LLAMA3}),
+    "llama-longrope": ("Llama", {"original_max_position_embeddings": 32, "rope_parameters": LONGROPE}),
     "llama-yarn": ("Llama", {"rope_parameters": YARN}),
     "qwen2-yarn-mscale": ("Qwen2", {"rope_parameters": {**YARN, "mscale": 0.7, "mscale_all_dim": 0.3}}),
     "mistral-window": ("Mistral", {"sliding_window": 7}),

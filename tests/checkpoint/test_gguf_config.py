@@ -25,6 +25,8 @@ from gguf_model_cases import (
 from kbit.checkpoint.gguf.keys import short_float
 from kbit.checkpoint.gguf.rope import llama3_divisors, llama3_from_divisors
 from kbit.checkpoint.gguf.source import GGUFSource
+from kbit.models.families import spec_from_config
+from kbit.models.rope import inverse_frequencies
 
 
 def test_llama_config(tmp_path: Path) -> None:
@@ -201,6 +203,21 @@ def test_rope_freqs_tensor_becomes_llama3_scaling(tmp_path: Path) -> None:
     )
     np.testing.assert_allclose(again, expected, rtol=64 * 2.0**-23 * 8)
     assert not any("rope" in name for name in source.tensors)
+
+
+def test_rope_freqs_of_another_rule_are_taken_as_they_are(tmp_path: Path) -> None:
+    """They divide the frequencies of every text, up to the whole context, which is not longer for them."""
+    stored = np.linspace(1.5, 7.25, HEAD_DIM // 2).astype(np.float32)
+
+    def edit(model: Model) -> None:
+        model.stored["rope_freqs.weight"] = (stored, None)
+
+    spec = spec_from_config(config_of(tmp_path, edit=edit))
+    assert spec.longest_in_pieces == spec.context_length == 128
+    plain = 10000.0 ** -(np.arange(0, HEAD_DIM, 2) / HEAD_DIM)
+    for length in (1, 128):
+        found = inverse_frequencies(spec.rope, np.array([length]))
+        np.testing.assert_allclose(found, (plain / stored)[None], rtol=4 * 2.0**-23)
 
 
 def test_rope_freqs_of_ones_change_nothing(tmp_path: Path) -> None:

@@ -101,9 +101,6 @@ REFUSED: dict[str, tuple[Edit, type[KbitError], str]] = {
     "longrope": (put(rope__scaling__type="longrope"), UnsupportedError, "type='longrope' is a RoPE scaling kbit cannot"),
     "rope factor negative": (put(rope__scaling__factor=-2.0), CheckpointError, "factor' is -2.0, expected"),
     "linear with attention factor": (put(rope__scaling__attn_factor=1.5), UnsupportedError, "attn_factor=1.5"),
-    "rope_freqs of another rule": (
-        store("rope_freqs.weight", (HEAD_DIM // 2,)), UnsupportedError, "holds RoPE factors that no llama3 scaling gives",
-    ),
     "rope_freqs too long": (store("rope_freqs.weight", (HEAD_DIM,)), CheckpointError, "has 8 values, expected 4"),
     "two scalings": (
         both(store("rope_freqs.weight", (HEAD_DIM // 2,)), put(rope__scaling__factor=2.0)),

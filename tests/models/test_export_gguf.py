@@ -25,6 +25,7 @@ from kbit.checkpoint.source import StoredSource
 from kbit.formats.registry import parse_format
 from kbit.host.errors import KbitError, UnsupportedError, UsageError
 from kbit.models.export_gguf import ExportedGGUF, export_gguf
+from kbit.models.families import spec_from_config
 from kbit.models.opening import open_model
 from kbit.quantizers.convert import convert
 from kbit.quantizers.plan import make_plan
@@ -113,6 +114,20 @@ def test_tensors_and_keys_are_those_of_llama_cpps_converter(tmp_path: Path, case
         assert found_value == (pytest.approx(value, rel=1e-6) if isinstance(value, float) else value), key
 
 
+def test_factors_that_are_the_same_for_all_texts_are_a_tensor_of_any_architecture(tmp_path: Path) -> None:
+    """As llama3's are, and read back."""
+    factors = [1.5, 2.0, 3.0, 7.5]
+    settings = {"rope_type": "longrope", "rope_theta": 1000.0, "short_factor": factors, "long_factor": factors}
+    settings |= {"factor": 1.0, "attention_factor": 1.0, "original_max_position_embeddings": 64}
+    saved_model("llama", tmp_path / "m", max_position_embeddings=64, rope_parameters=settings)
+    export(tmp_path / "m", tmp_path / "m.gguf")
+    kind, written = stored(tmp_path / "m.gguf")["rope_freqs.weight"]
+    assert (kind, np.frombuffer(written, "<f4").tolist()) == ("F32", factors)
+    with open_model(str(tmp_path / "m.gguf")) as file, open_model(str(tmp_path / "m")) as folder:
+        specs = [spec_from_config(source.config).rope for source in (file, folder)]
+    assert specs[0] == specs[1]
+
+
 @pytest.mark.parametrize(
     ("case", "changes", "message"),
     [
@@ -120,6 +135,7 @@ def test_tensors_and_keys_are_those_of_llama_cpps_converter(tmp_path: Path, case
         ("mistral-window", {}, "no sliding windows for its llama architecture"),
         ("gemma2", {"query_pre_attn_scalar": 24}, "gemma2 architecture cannot say that score_scale is 0.204"),
         ("llama-gelu", {}, "llama architecture cannot say that activation is gelu .it would be silu."),
+        ("llama-longrope", {}, "kbit writes no LongRoPE for llama.cpp's llama architecture"),
         ("llama-dynamic", {}, "llama architecture cannot say that rope.kind is dynamic"),
         ("qwen3-moe", {"norm_topk_prob": False}, "qwen3moe architecture cannot say that experts.routing.normalise is False"),
         ("gpt_neox", {}, "kbit writes no GGUF file of a gpt_neox model, but of .*qwen3"),

@@ -226,7 +226,7 @@ def test_missing_keys_are_named(key: str) -> None:
         ({"model_type": None, "architectures": ["RwkvForCausalLM"]}, "RwkvForCausalLM"),
         ({"layer_types": ["full_attention", "sliding_attention"]}, "layer_types"),
         ({"layer_types": ["full_attention", "linear_attention"]}, "linear_attention"),
-        ({"rope_scaling": {"rope_type": "longrope"}}, "longrope"),
+        ({"rope_scaling": {"rope_type": "mrope"}}, "mrope"),
     ],
 )
 def test_unsupported_models_say_what_is_supported(changes: dict[str, Any], names: str) -> None:

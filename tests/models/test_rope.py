@@ -239,7 +239,7 @@ def test_original_length_beside_inside_or_left_out(kind: str) -> None:
 @pytest.mark.parametrize(
     ("config", "error", "names"),
     [
-        ({"rope_scaling": {"type": "longrope", "factor": 2.0}}, UnsupportedError, "longrope"),
+        ({"rope_scaling": {"type": "longrope", "factor": 2.0}}, CheckpointError, "short_factor"),
         ({"rope_scaling": {"type": "mrope", "mrope_section": [1, 2]}}, UnsupportedError, "mrope"),
         ({"rope_scaling": {"type": ["yarn"]}}, UnsupportedError, "yarn"),
         ({"rope_scaling": {"full_attention": {"type": "default"}}}, UnsupportedError, "each layer type"),

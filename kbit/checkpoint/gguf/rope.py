@@ -4,6 +4,7 @@ llama.cpp's converter writes linear and yarn scaling as keys, but bakes llama3 s
 frequency. With wavelength w_i = 2 pi theta^(2i/D), original context c, and factors f (total), l (low), h (high), the
 llama3 rule divides frequency i by 1 where w < c/h, by f where w > c/l, and in between by 1 / ((1 - s)/f + s) with
 s = (c/w - l) / (h - l). `llama3_from_divisors` solves this for f, l, h and checks that the rule gives the tensor back.
+Divisors of another rule are taken as they are: as LongRoPE's, the same for short and for long texts.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ def rope_scaling(
 
     Raises:
         CheckpointError: a value that no scaling can have.
-        UnsupportedError: a scaling that Hugging Face's linear, yarn and llama3 rules cannot express.
+        UnsupportedError: a scaling that Hugging Face's linear and yarn rules cannot express, or two at once.
     """
     scaling = _scaling_from_keys(header, arch, context, yarn_log_multiplier)
     if divisors is None:
@@ -60,12 +61,14 @@ def rope_scaling(
         )
     original = _original_context(header, arch) or _LLAMA3_CONTEXT
     found = llama3_from_divisors(divisors, head_dim, theta, original)
-    if found is None:
-        raise UnsupportedError(
-            f"{header.path}: tensor 'rope_freqs.weight' holds RoPE factors that no llama3 scaling gives; "
-            "use the model's original safetensors folder"
-        )
-    return found
+    return found or {
+        "rope_type": "longrope",
+        "short_factor": divisors,
+        "long_factor": divisors,
+        "factor": 1.0,
+        "attention_factor": 1.0,
+        "original_max_position_embeddings": context,
+    }
 
 
 def _scaling_from_keys(header: GGUFHeader, arch: str, context: int, log_multiplier: bool) -> dict[str, Any] | None:
