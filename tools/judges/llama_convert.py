@@ -1,0 +1,50 @@
+"""llama.cpp's converter, with a list of words in place of the model's tokenizer (which tiny models do not have).
+
+python llama_convert.py LLAMA_CPP_SOURCE FOLDER [convert_hf_to_gguf.py's options]
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+
+def words_only(model: Any) -> None:
+    """The vocabulary of a converter's model: words that stand for themselves, and no merges worth the name."""
+    import gguf
+
+    count = model.hparams["vocab_size"]
+    writer = model.gguf_writer
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("default")
+    writer.add_token_list([f"<{index}>" for index in range(count)])
+    writer.add_token_types([gguf.TokenType.NORMAL] * count)
+    writer.add_token_merges(["a b"])
+
+
+def main() -> None:
+    source = sys.argv.pop(1)
+    sys.path.insert(0, source)
+    import convert_hf_to_gguf as converter
+
+    find = converter.get_model_class
+
+    def without_tokenizer(*arguments: Any, **options: Any) -> Any:
+        found = find(*arguments, **options)
+        found.set_vocab = words_only
+        return found
+
+    # Gemma's converter counts the words that there are.
+    folder = Path(sys.argv[1])
+    count = json.loads((folder / "config.json").read_text())["vocab_size"]
+    words = {"model": {"vocab": {f"<{index}>": index for index in range(count)}}, "added_tokens": []}
+    (folder / "tokenizer.json").write_text(json.dumps(words))
+
+    converter.get_model_class = without_tokenizer
+    converter.main()
+
+
+if __name__ == "__main__":
+    main()
