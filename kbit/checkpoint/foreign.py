@@ -91,7 +91,8 @@ _METHOD_FILES = {
     "quantize_config.json": "gptq",
     "quant_config.json": "awq",
     "hf_quant_config.json": "modelopt",
-    "quanto_qmap.json": "quanto",
+    "quanto_qmap.json": "quanto",  # as QuantizedModelForCausalLM names it
+    "quantization_map.json": "quanto",  # as its manual does
 }
 
 

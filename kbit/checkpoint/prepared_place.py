@@ -18,7 +18,9 @@ VERSION = 3
 
 ENDING = ".kbit"
 # A folder's files whose change may change the model: everything kbit reads of one.
-_FOLDER_PATTERNS = ("*.safetensors", "*.json", "*.jinja", "*.gguf", "*.model", "*.txt")
+_FOLDER_PATTERNS = ("*.safetensors", "*.json", "*.jinja", "*.gguf", "*.model", "*.spm", "*.txt")
+# The same of the folders of sentence-transformers' modules (`kbit.checkpoint.readers.hf_folder`).
+_MODULE_PATTERNS = ("*/config.json", "*/model.safetensors", "*/pytorch_model.bin")
 
 
 def prepared_folder() -> Path | None:
@@ -63,7 +65,8 @@ def _state(file: Path) -> list[int]:
 def _files_of(path: Path) -> Iterator[Path]:
     """The files that a checkpoint consists of. Of a split .gguf file all parts are there by their common name."""
     if path.is_dir():
-        yield from sorted({file for pattern in _FOLDER_PATTERNS for file in path.glob(pattern)})
+        patterns = (*_FOLDER_PATTERNS, *(_MODULE_PATTERNS if (path / "modules.json").is_file() else ()))
+        yield from sorted({file for pattern in patterns for file in path.glob(pattern)})
         return
     from kbit.checkpoint.hub import gguf_parts
 

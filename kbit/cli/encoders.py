@@ -48,7 +48,7 @@ class EncoderFlags:
     def opened(self, make: Callable[[CheckpointSource, Backend], T]) -> Iterator[T]:
         """A model, as `make` makes it of its checkpoint and of who computes."""
         from kbit.backends.select import select_backend, set_threads
-        from kbit.models.opening import open_model
+        from kbit.engine.loader import open_prepared
 
         on_gpu = self.device == "cuda" or self.backend == "triton"
         # Nothing of a text is kept, so its keys and values need not be small: on the CPU they are float32.
@@ -58,7 +58,7 @@ class EncoderFlags:
         )
         if backend.name == "reference":
             set_threads(self.threads)
-        with open_model(self.model) as source:
+        with open_prepared(self.model, backend) as source:
             made = make(source, backend)
         yield made
 

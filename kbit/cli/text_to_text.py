@@ -89,14 +89,14 @@ class TextToTextFlags:
     def opened(self, make: Callable[[CheckpointSource, Backend], TextToText]) -> Iterator[TextToText]:
         """A model, as `make` makes it of its checkpoint and of who computes."""
         from kbit.backends.select import select_backend, set_threads
-        from kbit.models.opening import open_model
+        from kbit.engine.loader import open_prepared
 
         backend = select_backend(
             self.device, backend=self.backend, threads=self.threads, compute=self.compute, kv_bits=self.kv_bits
         )
         if backend.name == "reference":
             set_threads(self.threads)
-        with open_model(self.model) as source:
+        with open_prepared(self.model, backend) as source:
             made = make(source, backend)
         yield made
 

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from kbit.checkpoint.finite import read_array
 from kbit.checkpoint.source import CheckpointSource, StoredSource
+from kbit.graph.ops import HoldsPrepared
 from kbit.models.spec import ModelSpec
 
 Floats = NDArray[np.float32]
@@ -75,10 +76,13 @@ class Head:
         """
         from kbit.models.params import parameters
 
-        names = [p.name for p in parameters(spec) if p.role == "task"]
+        shapes = {p.name: p.shape for p in parameters(spec) if p.role == "task"}
+        if isinstance(source, HoldsPrepared):
+            found = {name: np.array(source.prepared_vector(name), dtype=np.float32) for name in shapes}
+            return cls(spec, {name: values.reshape(shapes[name]) for name, values in found.items()})
         if isinstance(source, StoredSource):
-            return cls(spec, {name: read_array(source, name) for name in names})
-        return cls(spec, {name: source.read(name).numpy() for name in names})
+            return cls(spec, {name: read_array(source, name) for name in shapes})
+        return cls(spec, {name: source.read(name).numpy() for name in shapes})
 
     def inner(self, hidden: Floats) -> Floats:
         """All but the last linear: (L, hidden) -> (L, hidden)."""

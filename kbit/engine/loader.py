@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from kbit.backends.parallel import Group
     from kbit.checkpoint.source import CheckpointSource
     from kbit.graph.ops import Backend
+    from kbit.models.spec import ModelSpec
 
 
 @dataclass(frozen=True, eq=False)
@@ -148,13 +150,68 @@ def _prepare(
     """Prepares the weights into a file; None where none is kept."""
     from kbit.backends.cpu.prepared import make
     from kbit.checkpoint.source import StoredSource
-    from kbit.models.load import check_loadable
+    from kbit.models.load import numbers_of
     from kbit.models.opening import open_model
 
     if not isinstance(source, StoredSource):
         return None
-    spec = check_loadable(source, backend)
-    return make(source, place, spec.expected_tensors(), backend.context, progress, open_model)
+    spec = _check(source, backend)
+    names, numbers = spec.expected_tensors(), numbers_of(spec)
+    bias = spec.names.logit_bias
+    if spec.encoder is not None and bias is not None and bias in source.tensors:
+        names, numbers = {**names, bias: source.tensors[bias].shape}, {*numbers, bias}
+    return make(source, place, names, backend.context, progress, open_model, numbers)
+
+
+def _check(source: CheckpointSource, backend: Backend) -> ModelSpec:
+    """What of a checkpoint is prepared: all that its configuration describes, for whichever command comes next; without
+    a head, where that is not there (all-mpnet-base-v2's), so that hidden states can be read.
+
+    Raises:
+        CheckpointError, UnsupportedError: it cannot be loaded.
+    """
+    from dataclasses import replace
+
+    from kbit.models import encoder_decoder
+    from kbit.models.families import spec_from_config
+    from kbit.models.load import check_loadable
+    from kbit.models.task_heads import HIDDEN
+
+    published = spec_from_config(source.config, where=f"config of {source.path}")
+    if published.encoder is not None:
+        return encoder_decoder.check_loadable(source, backend)
+    whole = published.expected_tensors().keys() <= source.tensors.keys()
+    return check_loadable(source, backend, published if whole else replace(published, task=HIDDEN))
+
+
+@contextmanager
+def open_prepared(model: str, backend: Backend) -> Iterator[CheckpointSource]:
+    """Opens a checkpoint for a model that is no decoder; on the CPU engine with its weights prepared, where they can be
+    kept: from an earlier run, or preparing them now.
+
+    Args:
+        model: as for `load_model`.
+        backend: who computes.
+
+    Raises:
+        UsageError: no such model.
+        CheckpointError, UnsupportedError: it cannot be read or run.
+    """
+    from kbit.models.opening import open_model
+
+    if backend.name != "native":
+        with open_model(model) as source:
+            yield source
+        return
+    from kbit.backends.cpu.prepared import find
+    from kbit.checkpoint.resolve import locate
+
+    place = locate(model)
+    prepared = None if place is None else find(place, open_model)
+    with prepared or open_model(model) as source:
+        if prepared is None and place is not None:
+            prepared = _prepare(source, place, cast("NativeBackend", backend), None)
+        yield prepared or source
 
 
 def prefer_tuned(backend: Backend) -> None:

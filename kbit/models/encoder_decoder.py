@@ -15,7 +15,7 @@ from kbit.checkpoint.finite import read_array
 from kbit.checkpoint.source import CheckpointSource, StoredSource
 from kbit.graph.batch import Batch
 from kbit.graph.cache import Cache
-from kbit.graph.ops import Array, Backend, Ops, X
+from kbit.graph.ops import Array, Backend, HoldsPrepared, Ops, X
 from kbit.host.errors import CheckpointError, UsageError
 from kbit.models import blocks
 from kbit.models.blocks import Weights
@@ -180,20 +180,34 @@ def load_encoder_decoder(source: CheckpointSource, backend: Backend) -> EncoderD
         UnsupportedError: an unknown architecture, or what the backend cannot run.
         CheckpointError: a senseless configuration; a missing, surplus, misshapen or non-finite tensor.
     """
-    spec = spec_from_config(source.config, where=f"config of {source.path}")
+    spec = check_loadable(source, backend)
     encoder_spec = spec.encoder
-    if encoder_spec is None:
-        raise UsageError(f"{source.path}: a {spec.family} model has no encoder and decoder: use kbit run")
-    check_tensors(source, spec)
-    backend.new_cache(1, 1, spec.kv_heads, spec.head_dim, 1)  # refuses now what it would refuse once all is read
-    for stack in (encoder_spec, spec):
-        _check_sinusoids(source, stack)
+    assert encoder_spec is not None
     encoder = load_stack(source, encoder_spec, backend, None)
     one = encoder_spec.names.embedding == spec.names.embedding
     decoder = load_stack(source, spec, backend, encoder.embedding if one else None)
     name = spec.names.logit_bias
     bias = _read(source, name).reshape(-1) if name in source.tensors and name is not None else None
     return EncoderDecoder(spec, backend, encoder, decoder, bias)
+
+
+def check_loadable(source: CheckpointSource, backend: Backend) -> ModelSpec:
+    """What the checkpoint holds, once it is known that `load_encoder_decoder` will not refuse it but for a tensor's
+    values.
+
+    Raises:
+        UnsupportedError, CheckpointError: see load_encoder_decoder.
+    """
+    spec = spec_from_config(source.config, where=f"config of {source.path}")
+    if spec.encoder is None:
+        raise UsageError(f"{source.path}: a {spec.family} model has no encoder and decoder: use kbit run")
+    read_data = not isinstance(source, HoldsPrepared)  # else compared when prepared
+    check_tensors(source, spec, read_data=read_data)
+    backend.new_cache(1, 1, spec.kv_heads, spec.head_dim, 1)  # refuses now what it would refuse once all is read
+    for stack in (spec.encoder, spec):
+        if read_data:
+            _check_sinusoids(source, stack)
+    return spec
 
 
 def _check_sinusoids(source: CheckpointSource, spec: ModelSpec) -> None:
@@ -211,6 +225,8 @@ def _check_sinusoids(source: CheckpointSource, spec: ModelSpec) -> None:
 
 
 def _read(source: CheckpointSource, name: str) -> Floats:
+    if isinstance(source, HoldsPrepared):
+        return np.array(source.prepared_vector(name), dtype=np.float32)
     if isinstance(source, StoredSource):
         return np.asarray(read_array(source, name), dtype=np.float32)
     values: Floats = source.read(name).float().numpy()

@@ -15,7 +15,7 @@ from kbit.models.blocks import Weights
 from kbit.models.check import check_tensors
 from kbit.models.decoder import Decoder, DecoderWeights
 from kbit.models.families import spec_from_config
-from kbit.models.params import OUTSIDE, Parameter, own_parameters, weightless_norms
+from kbit.models.params import OUTSIDE, Parameter, own_parameters, parameters, weightless_norms
 from kbit.models.spec import ModelSpec
 
 if TYPE_CHECKING:
@@ -109,6 +109,12 @@ def load_ends(source: CheckpointSource, spec: ModelSpec, backend: Backend) -> De
         CheckpointError: a tensor that is not finite.
     """
     return _Loader(source, spec, backend, None).ends()
+
+
+def numbers_of(spec: ModelSpec) -> set[str]:
+    """Names of the tensors that are read as numbers, whatever their shape, and not multiplied by as matrices: of heads
+    on hidden states, and of what is added to scores by distance."""
+    return {parameter.name for parameter in parameters(spec) if parameter.role in ("task", "distances")}
 
 
 class _Loader:
@@ -235,8 +241,9 @@ class _Loader:
 
         assert self.spec.distances is not None
         source, largest, causal = self.source, self.spec.distances[1], self.spec.mask == "causal"
-        if isinstance(source, StoredSource) and isinstance(self.backend, PreparesStored):
-            vector = self.backend.prepare_array(by_distance(read_array(source, name), largest, causal=causal))
+        if isinstance(self.backend, PreparesStored) and isinstance(source, HoldsPrepared | StoredSource):
+            table = self._numbers(source, name)
+            vector = self.backend.prepare_array(by_distance(table, largest, causal=causal))
             self._count()
             return vector
         import torch
@@ -250,19 +257,21 @@ class _Loader:
         together."""
         source, name, features = self.source, parameter.name, parameter.shape[0]
         if isinstance(self.backend, PreparesStored) and isinstance(source, HoldsPrepared | StoredSource):
-            import numpy as np
-
-            values = (
-                np.asarray(source.prepared_vector(name))
-                if isinstance(source, HoldsPrepared)
-                else read_array(source, name)
-            )
+            values = self._numbers(source, name)
             vector = self.backend.prepare_array(values.reshape(features, -1).T.reshape(-1))
             self._count()
             return vector
         values_read = source.read(name)
         self._check_finite(name, [values_read])
         return self.backend.prepare_vector(values_read.reshape(features, -1).T.reshape(-1))
+
+    def _numbers(self, source: HoldsPrepared | StoredSource, name: str) -> NDArray[np.float32]:
+        """A tensor that something else is made of, in its shape."""
+        if not isinstance(source, HoldsPrepared):
+            return read_array(source, name)
+        import numpy as np
+
+        return np.asarray(source.prepared_vector(name)).reshape(self.source.tensors[name].shape)
 
     def _matrix(self, name: str) -> torch.Tensor | QuantTensor:
         import torch

@@ -106,6 +106,17 @@ PIECES: list[tuple[str, str, list[str]]] = [
     ("default", "Well... it's 1234567!", ["Well", "...", " it", "'", "s", " ", "123", "456", "7", "!"]),
     # line breaks, words and punctuation with one space before, Chinese and Korean, digits
     ("deepseek-coder", "a b\n漢字x, 12", ["a", " b", "\n", "漢字", "x", ",", " ", "1", "2"]),
+    # letters with two cases and punctuation with one space before, spaces at the end, Chinese, digits
+    ("deepseek-llm", "a b\n汉字x, 12  ", ["a", " b", "\n", "汉字", "x", ",", " ", "1", "2", "  "]),
+    ("deepseek-llm", "\u0e01 \u01bbz", ["\u0e01", " \u01bb", "z"]),
+    # digits by threes, Chinese and Japanese, punctuation before a word
+    ("deepseek-v3", "x 1234 漢かな .foo a'll", ["x", " ", "123", "4", " ", "漢かな", " .", "foo", " a", "'ll"]),
+    ("hunyuan-dense", "1234", ["123", "4"]),
+    ("youtu", "iPhone12「あ」", ["i", "Phone", "1", "2", "「", "あ", "」"]),
+    ("command-r", "a 123", ["a", " ", "1", "2", "3"]),
+    ("glm4", "a 12345 I'LL", ["a", " ", "123", "45", " I", "'LL"]),
+    ("minimax-m2", "HTTPServer's 1234", ["HTTPServer's", " ", "123", "4"]),
+    ("exaone4", "a 123  b's", ["a", " 123", " ", " b", "'s"]),
     ("seed-coder", "f(x)\n  12!\n", ["f", "(x", ")", "\n", " ", " ", "1", "2", "!", "\n"]),
     ("qwen2", "a 123 I'LL\n\n b", ["a", " ", "1", "2", "3", " I", "'LL", "\n\n", " b"]),
     # marks among letters

@@ -22,7 +22,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
 from io import RawIOBase
 from pathlib import Path
@@ -114,7 +114,7 @@ class PreparedSource(CheckpointSource):
             raise self._damaged(f"{name}: {error}") from None
 
     def prepared_vector(self, name: str) -> NDArray[np.float32]:
-        """A norm's weight or a bias in the mapped file.
+        """A norm's weight, a bias, or what `make` was told to keep as numbers: (E,), of the mapped file.
 
         Raises:
             CheckpointError: the file's index says what cannot be.
@@ -198,6 +198,7 @@ def make(
     context: Context,
     progress: Callable[[int, int], None] | None = None,
     opener: Opener | None = None,
+    numbers: Collection[str] = (),
 ) -> PreparedSource | None:
     """Prepares a checkpoint's weights into a file, unless another process just did.
 
@@ -208,6 +209,7 @@ def make(
         context: whose threads rearrange.
         progress: called as (tensors done, tensors in all) after each tensor.
         opener: as for PreparedSource.
+        numbers: those that no kernel multiplies by, whatever their shape: kept in float32, as vectors are.
 
     Returns:
         None where no file can be kept: switched off, no place, or no room on the disk.
@@ -229,7 +231,7 @@ def make(
             found = find(checkpoint, opener)
             if found is None:
                 _remove_orphans(path.parent)
-                _write(path, source, checkpoint, names, context, progress)
+                _write(path, source, checkpoint, names, numbers, context, progress)
         with suppress(OSError):
             path.with_suffix(".lock").unlink()
         return found or find(checkpoint, opener)
@@ -250,6 +252,7 @@ def _write(
     source: StoredSource,
     checkpoint: Path,
     names: Mapping[str, tuple[int, ...]],
+    numbers: Collection[str],
     context: Context,
     progress: Callable[[int, int], None] | None,
 ) -> None:
@@ -261,7 +264,7 @@ def _write(
         with partial.open("wb", buffering=0) as file:
             pieces = _Pieces(file)
             pieces.write(b"\0" * _HEAD_BYTES)
-            index = _write_arrays(pieces, source, names, context, progress)
+            index = _write_arrays(pieces, source, names, numbers, context, progress)
             index["path"] = str(checkpoint.resolve())
             data = json.dumps(index).encode()
             begin = pieces.size
@@ -318,13 +321,14 @@ def _write_arrays(
     file: _Pieces,
     source: StoredSource,
     names: Mapping[str, tuple[int, ...]],
+    numbers: Collection[str],
     context: Context,
     progress: Callable[[int, int], None] | None,
 ) -> dict[str, Any]:
     matrices: dict[str, Any] = {}
     vectors: dict[str, list[int]] = {}
     for done, (name, shape) in enumerate(names.items(), start=1):
-        if len(shape) == 2:
+        if len(shape) == 2 and name not in numbers:
             matrix = prepare_stored(read_stored(source, name), context).matrix
             begins = [_append(file, array) for array in _native.matrix_arrays(matrix)]
             matrices[name] = {**_native.describe_matrix(matrix), "begins": begins}

@@ -29,6 +29,22 @@ _LEAD = r"[^\r\n\p{L}\p{N}]?"
 _TEKKEN = f"{_LEAD}{_UPPER}*{_LOWER}+|{_LEAD}{_UPPER}+{_LOWER}*|\\p{{N}}" + _TAIL
 _GPT4O = f"{_LEAD}{_UPPER}*{_LOWER}+{_ENDINGS}?|{_LEAD}{_UPPER}+{_LOWER}*{_ENDINGS}?|\\p{{N}}{{1,3}}" + _TAIL
 
+# Letters with two cases, as DeepSeek's tokenizer.json lists them (an older Unicode's, without those of mathematics).
+_DEEPSEEK_LETTERS = (
+    "A-Za-zµÀ-ÖØ-öø-ƺƼ-ƿǄ-ʓʕ-ʯͰ-ͳͶͷͻ-ͽͿΆΈ-ΊΌΎ-ΡΣ-ϵϷ-ҁҊ-ԯԱ-ՖႠ-ჅᎠ-Ᏽᏸ-ᏽᲐ-ᲺᲽ-Ჿᴀ-ᴫᵫ-ᵷᵹ-ᶚḀ-ἕἘ-Ἕ"
+    "ἠ-ὅὈ-Ὅὐ-ὗὙὛὝὟ-ώᾀ-ᾴᾶ-ᾼιῂ-ῄῆ-ῌῐ-ΐῖ-Ίῠ-Ῥῲ-ῴῶ-ῼℂℇℊ-ℓℕℙ-ℝℤΩℨK-ℭℯ-ℴℹℼ-ℿⅅ-ⅉⅎↃↄⰀ-ⱻⱾ-ⳤⳫ-ⳮⳲⳳ"
+    "Ꙁ-ꙭꚀ-ꚛꜢ-ꝯꝱ-ꞇꞋ-ꞎꭰ-ꮿﬀ-ﬆﬓ-ﬗＡ-Ｚａ-ｚ𐐀-𐑏𐒰-𐓓𐓘-𐓻𐲀-𐲲𐳀-𐳲𑢠-𑣟𞤀-𞥃"
+)
+_DEEPSEEK_CJK = "[\u4e00-\u9fa5\u0800-\u4e00\uac00-\ud7ff]+"
+_DEEPSEEK_V3 = (
+    r"""[!"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+| ?[\p{P}\p{S}]+[\r\n]*"""
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+_YOUTU_SCRIPTS = (
+    "[\uac00-\ud7a3\u3131-\u318e]+|[\uff01\u2026\u201c\u201d\u2018\u2019\u2014\uff1a\uff1b\uff0c\u3001-\u303f\ufe30-\ufe4f]+"
+    "|[\u3105-\u312f]+|[\u4e00-\u9fa5\u3040-\u309f\u30a0-\u30ff]+"
+)
+
 
 @dataclass(frozen=True)
 class PreTokenizer:
@@ -49,6 +65,8 @@ class PreTokenizer:
 
 _LLAMA3_RULES = PreTokenizer((_LLAMA3,), ignore_merges=True, add_bos=True)
 _DIGITS_GPT2 = PreTokenizer((DIGITS, GPT2))
+_DEEPSEEK_V3_RULES = PreTokenizer((r"\p{N}{1,3}", "[\u4e00-\u9fa5\u3040-\u309f\u30a0-\u30ff]+", _DEEPSEEK_V3))
+_GLM4_RULES = PreTokenizer((_LLAMA3,), ignore_merges=True)
 
 PRE_TOKENIZERS = {
     # llama.cpp's choice for vocabularies of unknown origin (close to Falcon's).
@@ -62,11 +80,19 @@ PRE_TOKENIZERS = {
     "starcoder": _DIGITS_GPT2,
     "refact": _DIGITS_GPT2,
     "minerva-7b": _DIGITS_GPT2,
+    "command-r": _DIGITS_GPT2,
+    "exaone": _DIGITS_GPT2,
+    "exaone4": PreTokenizer((GPT2,)),
+    "olmo": PreTokenizer((GPT2,)),
     "llama3": _LLAMA3_RULES,
     "llama-v3": _LLAMA3_RULES,
     "llama-bpe": _LLAMA3_RULES,
     "falcon3": _LLAMA3_RULES,
     "midm-2.0": _LLAMA3_RULES,
+    "lfm2": _LLAMA3_RULES,
+    "glm4": _GLM4_RULES,
+    "glm5": _GLM4_RULES,
+    "chatglm-bpe": PreTokenizer((_LLAMA3,)),
     "dbrx": PreTokenizer((_LLAMA3,)),
     "smaug-bpe": PreTokenizer((_LLAMA3,)),
     # Qwen2's tokenizer.json normalizes to NFC, which llama.cpp leaves out; the model was trained with it.
@@ -74,10 +100,22 @@ PRE_TOKENIZERS = {
     "qwen35": PreTokenizer((_QWEN35,), nfc=True),
     "deepseek-r1-qwen": PreTokenizer((_QWEN2,)),
     "megrez": PreTokenizer((_QWEN2,)),
-    "deepseek-coder": PreTokenizer(
-        (r"[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", "[\u4e00-\u9fa5\u0800-\u4e00\uac00-\ud7ff]+", DIGITS)
+    "deepseek-coder": PreTokenizer((r"[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", _DEEPSEEK_CJK, DIGITS)),
+    "deepseek-llm": PreTokenizer(
+        (
+            r"[\r\n]",
+            rf"\s?[{_DEEPSEEK_LETTERS}]+",
+            r"\s?[!-/:-~\uff01-\uff0f\uff1a-\uff5e\u2018-\u201f\u3000-\u3002]+",
+            r"\s+$",
+            _DEEPSEEK_CJK,
+            DIGITS,
+        )
     ),
+    "deepseek-v3": _DEEPSEEK_V3_RULES,
+    "hunyuan-dense": _DEEPSEEK_V3_RULES,
+    "youtu": PreTokenizer((_YOUTU_SCRIPTS, _GPT4O.replace(r"\p{N}{1,3}", r"\p{N}")), ignore_merges=True),
     "seed-coder": PreTokenizer((_SEED_CODER,)),
     "tekken": PreTokenizer((_TEKKEN,), ignore_merges=True, add_bos=True),
     "gpt-4o": PreTokenizer((_GPT4O,)),
+    "minimax-m2": PreTokenizer((_GPT4O,)),
 }

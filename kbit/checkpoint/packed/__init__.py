@@ -13,4 +13,5 @@ READERS = {
     "fbgemm_fp8": "nvidia",
     "modelopt": "nvidia",
     "torchao": "torchao",
+    "quanto": "quanto",
 }

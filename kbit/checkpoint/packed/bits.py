@@ -83,6 +83,34 @@ def planar(words: NDArray[Any], bits: int) -> NDArray[np.uint8]:
     return codes
 
 
+def sliced(
+    table: NDArray[Any], bits: int, slices: int, start: int, stop: int, *, highest_first: bool
+) -> NDArray[np.uint8]:
+    """Rows of a matrix of codes that was cut into slices of as many rows, laid one upon another in the bits of a table.
+
+    Args:
+        table: integers (R, K).
+        bits: of a code.
+        slices: how many there are: row i of the matrix is row i % R of the table, in slice i // R.
+        start, stop: rows of the matrix.
+        highest_first: whether the first slice is in the highest bits that are used, or in the lowest.
+
+    Returns:
+        uint8 (stop - start, K).
+    """
+    step, columns = table.shape
+    codes = np.empty((stop - start, columns), dtype=np.uint8)
+    mask, at = table.dtype.type((1 << bits) - 1), start
+    while at < stop:
+        place, first = divmod(at, step)
+        count = min(stop - at, step - first)
+        shift = bits * (slices - 1 - place if highest_first else place)
+        part = table[first : first + count] >> table.dtype.type(shift)
+        np.bitwise_and(part, mask, out=codes[at - start :][:count], casting="unsafe")
+        at += count
+    return codes
+
+
 def _bytes(words: NDArray[Any]) -> NDArray[np.uint8]:
     """Words as their bytes, lowest first: files and the machines that kbit runs on agree on that."""
     assert sys.byteorder == "little"

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from kbit.checkpoint.packed.bits import sliced
 from kbit.checkpoint.packed.levels import Levels, LevelWeight, pays
 from kbit.checkpoint.packed.weight import DenseWeight, PackedTensors, PackedWeight
 from kbit.formats.stored import rounded_values
@@ -79,16 +80,8 @@ def _weight(tensors: PackedTensors, module: str) -> PackedWeight:
 
     def codes_of(start: int, stop: int) -> NDArray[np.uint8]:
         """Codes of rows as (groups, group)."""
-        codes = np.empty(((stop - start) * per_row, group), dtype=np.uint8)
-        table, mask = tensors.whole(packed, packed), (1 << bits) - 1
-        at, last = start * per_row, stop * per_row
-        while at < last:  # slice by slice, of which the first is the highest
-            place, first = divmod(at, step)
-            count = min(last - at, step - first)
-            part = table[first : first + count] >> table.dtype.type(bits * (slices - 1 - place))
-            np.bitwise_and(part, table.dtype.type(mask), out=codes[at - start * per_row :][:count], casting="unsafe")
-            at += count
-        return codes
+        table = tensors.whole(packed, packed)
+        return sliced(table, bits, slices, start * per_row, stop * per_row, highest_first=True)
 
     def terms(start: int, stop: int) -> list[NDArray[np.float32]]:
         """Zeros and scales, (groups, 1)."""
