@@ -125,8 +125,6 @@ def _without_gpu_kernel(spec: ModelSpec) -> str | None:
 
     if spec.states:
         return "recurrent layers"
-    if spec.names.sinks is not None:
-        return "attention with sinks"
     if spec.distances is not None or spec.sloped:
         return "scores that depend on the distance"
     if spec.mask == "bidirectional" and any(window is not None for window in spec.windows):

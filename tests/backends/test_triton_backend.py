@@ -64,9 +64,9 @@ def test_prefill_and_decoding(device: str, name: str) -> None:
     assert caches[0].lengths.tolist() == [16, 16]
 
 
-@pytest.mark.parametrize("name", ["qwen2-moe", "glm4-moe"])
+@pytest.mark.parametrize("name", ["qwen2-moe", "glm4-moe", "gpt-oss"])
 def test_experts(device: str, name: str) -> None:
-    """Grouped products; a shared expert behind a gate, and groups with a bias."""
+    """Grouped products; a shared expert behind a gate; groups with a bias; attention with sinks."""
     source = source_of(name, "nf4-b16")
     ours, theirs = on(device, source), reference(source)
     ids = random_ids(2, 10)
@@ -78,8 +78,6 @@ def test_experts(device: str, name: str) -> None:
 def test_experts_that_have_no_kernel(device: str) -> None:
     with pytest.raises(UnsupportedError, match="experts of one quantized format alone.*use --device cpu"):
         on(device, source_of("qwen3-moe"))
-    with pytest.raises(UnsupportedError, match="no attention with sinks; use --device cpu"):
-        on(device, source_of("gpt-oss", "nf4-b16"))
 
 
 @pytest.mark.parametrize("format", ["int2-b16", "nf3-b32-dq", "int4-b64-asym", "lloyd5-b16", "int8-row-fp32"])

@@ -43,10 +43,12 @@ def cases() -> list[Case]:
         decode_case("4", "4", dim=64),
         decode_case("4", "4", dim=256),
         decode_case("4", "4", tokens=4),
+        decode_case("4", "4", dim=64, sinks=True),
         packed_case(quick=True),
         packed_case(dim=64),
         paged_case("4", "4", quick=True),
         paged_case("fp16", "fp16"),
+        paged_case("4", "4", dim=64, sinks=True),
         append_case("4", "4", quick=True),
         append_case("3", "2"),
         append_case("8", "8"),
@@ -64,6 +66,7 @@ def decode_case(
     *,
     dim: int = 128,
     tokens: int = 1,
+    sinks: bool = False,
     gates: Mapping[str, Gate] | None = None,
     quick: bool = False,
 ) -> Case:
@@ -81,6 +84,7 @@ def decode_case(
             dim**-0.5,
             k_kind=k_kind,
             v_kind=v_kind,
+            sinks=meta(HEADS, dtype=torch.float32) if sinks else None,
             config=config,
         )
 
@@ -94,7 +98,7 @@ def decode_case(
         )
 
     return Case(
-        f"attention_decode/k{k_kind}-v{v_kind}/{dim}x{CONTEXT}x{tokens}",
+        f"attention_decode/k{k_kind}-v{v_kind}/{dim}x{CONTEXT}x{tokens}{'/sinks' if sinks else ''}",
         launch,
         configs=lambda arch: [None, *configs.decode_candidates(arch)] if tokens == 1 else [None],
         work=work,
@@ -136,7 +140,7 @@ def packed_case(dim: int = 128, *, quick: bool = False) -> Case:
     )
 
 
-def paged_case(k_kind: str, v_kind: str, dim: int = 128, *, quick: bool = False) -> Case:
+def paged_case(k_kind: str, v_kind: str, dim: int = 128, *, sinks: bool = False, quick: bool = False) -> Case:
     """One prompt of PROMPT tokens, read from the cache it was put into."""
     k_format, v_format = KVFormat(k_kind, dim), KVFormat(v_kind, dim)
 
@@ -152,11 +156,12 @@ def paged_case(k_kind: str, v_kind: str, dim: int = 128, *, quick: bool = False)
             k_kind=k_kind,
             v_kind=v_kind,
             max_queries=PROMPT,
+            sinks=meta(HEADS, dtype=torch.float32) if sinks else None,
             config=config,
         )
 
     return Case(
-        f"attention_prefill/k{k_kind}-v{v_kind}/{dim}x{PROMPT}",
+        f"attention_prefill/k{k_kind}-v{v_kind}/{dim}x{PROMPT}{'/sinks' if sinks else ''}",
         launch,
         configs=lambda arch: [None, *configs.prefill_candidates(arch)],
         work=prefill_work(dim),

@@ -147,8 +147,6 @@ class Replay:
                     raise UnsupportedError(
                         f"the triton backend has no attention with {kind}; use --backend native or reference"
                     )
-                if operation.sinks is not None:
-                    raise UnsupportedError("the triton backend has no attention with sinks; use --device cpu")
             elif isinstance(operation, Mix):
                 self._exact.add(operation.logits)
                 self._experts[operation] = GroupedExperts(operation)
@@ -265,18 +263,20 @@ class Replay:
             q = self._append(a, values[operation.q], values[operation.k], values[operation.v], step)
         pages = (store.keys[a.layer], store.values[a.layer])
         k_kind, v_kind = store.k_kind, store.v_kind
+        sinks = None if operation.sinks is None else triton_vector(operation.sinks)
         if step.positions is not None and a.mask == "causal":
             batch, tokens = step.positions.shape
             q = q.view(batch, tokens, a.heads, a.head_dim)
             out = attention_decode(
                 q, *pages, step.block_table, step.positions, step.lengths, a.scale, window=a.window,
-                soft_cap=a.soft_cap, max_length=step.reach, k_kind=k_kind, v_kind=v_kind,
+                soft_cap=a.soft_cap, sinks=sinks, max_length=step.reach, k_kind=k_kind, v_kind=v_kind,
             )  # fmt: skip
         else:
             assert step.bounds is not None
             out = attention_prefill_paged(
                 q, step.bounds, *pages, step.block_table, step.lengths, a.scale, window=a.window,
-                soft_cap=a.soft_cap, max_queries=step.longest, causal=a.mask == "causal", k_kind=k_kind, v_kind=v_kind,
+                soft_cap=a.soft_cap, sinks=sinks, max_queries=step.longest, causal=a.mask == "causal", k_kind=k_kind,
+                v_kind=v_kind,
             )  # fmt: skip
         return out.reshape(-1, operation.out.width)
 

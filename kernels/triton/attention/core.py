@@ -261,6 +261,13 @@ def attend_tile(
     )  # fmt: skip
 
 
+@triton.jit
+def sink_share(sink, largest, P_LOG2: tl.constexpr):
+    """What scores without a value add to totals with these maxima, of which it may be far above: then it is infinite,
+    and a result divided by it the zero it should be."""
+    return tl.exp2(sink * LOG2_E - largest + P_LOG2)
+
+
 @triton.constexpr_function
 def sums_factor(bits: int) -> float:
     """What the sums of values must be multiplied by to undo half levels."""

@@ -20,7 +20,15 @@ import triton
 import triton.language as tl
 
 from kbit.kernels.triton.attention.configs import DecodeConfig, decode_config
-from kbit.kernels.triton.attention.core import LOG2_E, NOTHING, attend_tile, load_queries, query_factor, sums_factor
+from kbit.kernels.triton.attention.core import (
+    LOG2_E,
+    NOTHING,
+    attend_tile,
+    load_queries,
+    query_factor,
+    sink_share,
+    sums_factor,
+)
 from kbit.kernels.triton.attention.kv_codes import (
     chunk_count,
     chunk_size,
@@ -99,8 +107,9 @@ def attention_decode_kernel(
 
 @triton.jit(do_not_specialize=["splits"])
 def attention_combine_kernel(
-    sums_ptr, stats_ptr, out_ptr, splits, factor,
-    D: tl.constexpr, GROUPS: tl.constexpr, GROUP: tl.constexpr, V_BITS: tl.constexpr, BLOCK: tl.constexpr,
+    sums_ptr, stats_ptr, sink_ptr, out_ptr, splits, factor,
+    H: tl.constexpr, D: tl.constexpr, GROUPS: tl.constexpr, GROUP: tl.constexpr, V_BITS: tl.constexpr,
+    HAS_SINKS: tl.constexpr, P_LOG2: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """One query and head: the splits' sums, weighted by their maxima. GROUPS is a power of two, GROUPS * GROUP >= D."""
     out = tl.program_id(0).to(tl.int64)
@@ -124,6 +133,8 @@ def attention_combine_kernel(
         x = tl.load(sums_ptr + (out * splits + split)[:, None] * D + at[None, :], mask=mask, other=0.0)
         sums += tl.sum(x * weight[:, None], 0)
     seen = tl.sum(total, 0)
+    if HAS_SINKS:
+        seen += sink_share(tl.load(sink_ptr + out % H), largest, P_LOG2)
     sums = sums * (factor / tl.where(seen > 0.0, seen, 1.0))
     if V_BITS != 16:
         groups = tl.reshape(sums, (GROUPS, GROUP))
@@ -158,6 +169,7 @@ def attention_decode(
     window: int | None = None,
     soft_cap: float | None = None,
     slopes: torch.Tensor | None = None,
+    sinks: torch.Tensor | None = None,
     max_length: int | None = None,
     splits: int | None = None,
     out_dtype: torch.dtype | None = None,
@@ -178,6 +190,7 @@ def attention_decode(
         window: tokens a query sees at most, itself included.
         soft_cap: c in c tanh(score / c), or None.
         slopes: float32 (H,), ALiBi: slope * (token - position) is added to a score.
+        sinks: float32 (H,), a score of each head that counts in the softmax's sum and has no value.
         max_length: a bound on lengths that the host knows, to choose the splits by; the block table's room otherwise.
         splits: shares of the tokens; chosen if None.
         out_dtype: q's unless given.
@@ -195,7 +208,7 @@ def attention_decode(
     check_pages(k_pages, k_format, "k_pages")
     check_pages(v_pages, v_format, "v_pages")
     kv_heads = k_pages.shape[1]
-    check_queries(q, kv_heads, v_pages, block_table, slopes, window, soft_cap)
+    check_queries(q, kv_heads, v_pages, block_table, slopes, sinks, window, soft_cap)
     if positions.shape != (batch, tokens) or lengths.shape != (batch,):
         raise ValueError(f"positions {tuple(positions.shape)}, lengths {tuple(lengths.shape)} for q {tuple(q.shape)}")
     if not (positions.is_contiguous() and lengths.is_contiguous()):
@@ -255,13 +268,17 @@ def attention_decode(
     attention_combine_kernel[(batch * tokens * heads,)](
         sums,
         stats,
+        lengths if sinks is None else sinks,
         out,
         splits,
         sums_factor(v_format.bits),
+        H=heads,
         D=dim,
         GROUPS=triton.next_power_of_2(dim // group),
         GROUP=group,
         V_BITS=v_format.bits,
+        HAS_SINKS=sinks is not None,
+        P_LOG2=config.p_log2,
         BLOCK=16,
         num_warps=2,
     )
@@ -274,6 +291,7 @@ def check_queries(
     v: torch.Tensor,
     block_table: torch.Tensor | None,
     slopes: torch.Tensor | None,
+    sinks: torch.Tensor | None,
     window: int | None,
     soft_cap: float | None,
 ) -> None:
@@ -291,8 +309,9 @@ def check_queries(
         block_table.dtype != torch.int32 or block_table.ndim != 2 or block_table.stride(1) != 1
     ):
         raise ValueError("block_table: int32 (B, pages of a row) with contiguous rows wanted")
-    if slopes is not None and (slopes.shape != (heads,) or slopes.dtype != torch.float32):
-        raise ValueError(f"slopes: float32 ({heads},) wanted, not {slopes.dtype} {tuple(slopes.shape)}")
+    for name, of_heads in (("slopes", slopes), ("sinks", sinks)):
+        if of_heads is not None and (of_heads.shape != (heads,) or of_heads.dtype != torch.float32):
+            raise ValueError(f"{name}: float32 ({heads},) wanted, not {of_heads.dtype} {tuple(of_heads.shape)}")
     if window is not None and window < 1:
         raise ValueError(f"a window of {window} tokens")
     if soft_cap is not None and not soft_cap > 0:

@@ -119,6 +119,7 @@ def test_packed_masks(device: str) -> None:
         Mask(soft_cap=3.0),
         Mask(slopes=slopes),
         Mask(causal=False),
+        Mask(causal=False, sinks=torch.tensor([2.0, 300.0])),
         Mask(causal=False, soft_cap=2.0),
         Mask(window=33, soft_cap=9.0, slopes=slopes),
     ):
@@ -145,13 +146,20 @@ def test_paged_kinds(kinds: tuple[str, str], device: str) -> None:
 
 def test_paged_masks(device: str) -> None:
     slopes = torch.tensor([0.5, 0.125])
-    for mask in (Mask(window=30), Mask(soft_cap=3.0), Mask(slopes=slopes)):
+    sinks = torch.tensor([-1.0, 4.0])
+    for mask in (Mask(window=30), Mask(soft_cap=3.0), Mask(slopes=slopes), Mask(window=30, sinks=sinks)):
         check_paged(device, Cache(("4", "4"), 2, 32, [100, 20]), 2, [35, 20], mask)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_types(dtype: torch.dtype, device: str) -> None:
     check_paged(device, Cache(("4", "4"), 1, 64, [50]), 2, [20], dtype=dtype, out=dtype)
+
+
+def test_sinks_where_scales_are_on_scores(device: str) -> None:
+    """Probabilities carry a factor there, which the sink must carry, too."""
+    config = PrefillConfig(rows=32, block=16, warps=2, stages=1, scale_tiles=False)
+    check_paged(device, Cache(("4", "4"), 1, 32, [50]), 2, [20], Mask(sinks=torch.tensor([0.0, 2.0])), config=config)
 
 
 @pytest.mark.parametrize("kinds", [("4", "4"), ("8", "3")])
