@@ -121,7 +121,7 @@ def _experts(experts: ExpertsSpec) -> dict[str, int]:
 
 def _without_gpu_kernel(spec: ModelSpec) -> str | None:
     """What a model has that no kernel of the Triton backend computes, or None."""
-    from kbit.kernels.triton.product.limits import HEAD_LANES, MOST_HEAD_FEATURES
+    from kbit.kernels.triton.product.limits import takes_heads
 
     if spec.states:
         return "recurrent layers"
@@ -129,7 +129,7 @@ def _without_gpu_kernel(spec: ModelSpec) -> str | None:
         return "scores that depend on the distance"
     if spec.mask == "bidirectional" and any(window is not None for window in spec.windows):
         return "windows to both sides"
-    odd = [dim for _, dim in spec.attention_sizes if dim % HEAD_LANES or dim > MOST_HEAD_FEATURES]
+    odd = [dim for _, dim in spec.attention_sizes if not takes_heads(dim)]
     return f"heads of {odd[0]} features" if odd else None
 
 

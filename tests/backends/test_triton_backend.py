@@ -64,6 +64,15 @@ def test_prefill_and_decoding(device: str, name: str) -> None:
     assert caches[0].lengths.tolist() == [16, 16]
 
 
+def test_wide_heads(device: str) -> None:
+    """As Gemma 4's full layers have them: cut into parts, beside narrow ones."""
+    source = source_of("gemma4-dense", "nf4-b16", global_head_dim=320)
+    ours, theirs = on(device, source), reference(source)
+    caches = ours.new_cache(2, 20), theirs.new_cache(2, 20)
+    for part in random_ids(2, 11).split([10, 1], dim=1):
+        assert_close(ours.forward(part, caches[0]), theirs.forward(part, caches[1]), source)
+
+
 @pytest.mark.parametrize("name", ["qwen2-moe", "glm4-moe", "gpt-oss"])
 def test_experts(device: str, name: str) -> None:
     """Grouped products; a shared expert behind a gate; groups with a bias; attention with sinks."""

@@ -8,12 +8,13 @@ has tokens bounds[b] .. bounds[b + 1] (cu_seqlens). Keys and values are either
     paged    pages as kv_layout has them, with a block table and the lengths of the rows, the new tokens included:
              the new tokens are the last of their row (chunked prefill)
 
-Program (row tile, key/value head, sequence): a tile of query tokens times the G heads that share a key/value head,
-over all the tokens they see (flash attention, Dao 2023), the tiles with the most tokens first. Tiles beyond a
+Program (row tile, key/value head and part, sequence): a tile of query tokens times the G heads that share a key/value
+head, over all the tokens they see (flash attention, Dao 2023), the tiles with the most tokens first. Tiles beyond a
 sequence's end return at once, since the grid is made for max_queries, which the host knows; nothing waits for the GPU.
 
 Bound: the tensor cores, 4 D multiply-adds of a query, token and head (2 D of each of the two products); with k-bit
-pages also the decoding of each tile of keys and values, once per row tile.
+pages also the decoding of each tile of keys and values, once per row tile. Heads of more than 256 features are cut into
+parts (kv_layout): a program has the values of one, and finds all scores, two parts cost half as many operations more.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ import triton
 import triton.language as tl
 
 from kbit.kernels.triton.attention.configs import PrefillConfig, prefill_config
-from kbit.kernels.triton.attention.core import LOG2_E, attend_tile, load_queries, query_factor, sink_share, sums_factor
+from kbit.kernels.triton.attention.core import LOG2_E, attend_tile, query_factor, sink_share, sums_factor
 from kbit.kernels.triton.attention.decode import check_queries
 from kbit.kernels.triton.attention.kv_codes import (
     chunk_count,
@@ -31,9 +32,11 @@ from kbit.kernels.triton.attention.kv_codes import (
     chunk_start,
     hadamard_columns,
     page_bytes,
+    part_size,
     scale_group,
 )
-from kbit.kernels.triton.attention.kv_layout import KVFormat, check_pages
+from kbit.kernels.triton.attention.kv_layout import KVFormat, check_pages, part_of
+from kbit.kernels.triton.attention.queries import load_queries, prepared_queries
 from kbit.kernels.triton.target import current_arch
 
 
@@ -63,7 +66,9 @@ def attention_prefill_kernel(
     """One row tile; see the module. Packed: lengths_ptr holds the bounds of the keys."""
     G: tl.constexpr = H // H_KV
     tile = tl.num_programs(0) - 1 - tl.program_id(0)
-    kv_head = tl.program_id(1)
+    PART: tl.constexpr = part_size(D)
+    PARTS: tl.constexpr = D // PART
+    kv_head, part = tl.program_id(1) // PARTS, tl.program_id(1) % PARTS
     sequence = tl.program_id(2)
     start = tl.load(bounds_ptr + sequence).to(tl.int64)
     queries = (tl.load(bounds_ptr + sequence + 1) - start).to(tl.int32)
@@ -95,25 +100,25 @@ def attention_prefill_kernel(
         if not HAS_CAP:
             factor = factor * LOG2_E
         rows = q_ptr + (start + query) * stride_q + head * D
-        q = load_queries(rows, exists, factor, D, K_BITS, K_DTYPE)
+        q = load_queries(rows, exists, factor, D, K_BITS, K_DTYPE) if PARTS == 1 else (rows, exists)
         sums, largest, total = attend_tile(
-            q, position, slope, table_ptr + sequence.to(tl.int64) * stride_table, k_base, v_base, stride_k, stride_v,
-            first, last, clear, end, 1.0 / cap, cap * LOG2_E, window, D, M, BN, K_BITS, V_BITS, K_DTYPE, V_DTYPE, PAGED,
-            CAUSAL, HAS_WINDOW, HAS_CAP, HAS_SLOPES, SCALE_TILES, P_LOG2, False, STAGES,
+            q, part, position, slope, table_ptr + sequence.to(tl.int64) * stride_table, k_base, v_base, stride_k,
+            stride_v, first, last, clear, end, 1.0 / cap, cap * LOG2_E, window, D, M, BN, K_BITS, V_BITS, K_DTYPE,
+            V_DTYPE, PAGED, CAUSAL, HAS_WINDOW, HAS_CAP, HAS_SLOPES, SCALE_TILES, P_LOG2, False, STAGES,
         )  # fmt: skip
         if HAS_SINKS:
             total += sink_share(tl.load(sink_ptr + head, mask=exists, other=float("-inf")), largest, P_LOG2)
         final = sums_factor(V_BITS) / tl.where(total > 0.0, total, 1.0)
-        to = out_ptr + ((start + query) * H + head)[:, None] * D
+        to = out_ptr + ((start + query) * H + head)[:, None] * D + part * PART
         if V_BITS == 16:
-            for chunk in tl.static_range(chunk_count(D, 2)):
-                at = chunk_start(D, 2, chunk) + tl.arange(0, chunk_size(D, 2, chunk_start(D, 2, chunk)))
+            for chunk in tl.static_range(chunk_count(PART, 2)):
+                at = chunk_start(PART, 2, chunk) + tl.arange(0, chunk_size(PART, 2, chunk_start(PART, 2, chunk)))
                 x = sums[chunk] * final[:, None]
                 tl.store(to + at[None, :], x.to(out_ptr.dtype.element_ty), mask=exists[:, None])
         else:
             norm = final * scale_group(D) ** -0.5
-            for slab in tl.static_range(D // 16):
-                x = turned_slab(sums, D, slab) * norm[:, None]
+            for slab in tl.static_range(PART // 16):
+                x = turned_slab(sums, PART, slab) * norm[:, None]
                 at = slab * 16 + tl.arange(0, 16)
                 tl.store(to + at[None, :], x.to(out_ptr.dtype.element_ty), mask=exists[:, None])
 
@@ -262,7 +267,11 @@ def _launch(
     if batch == 0 or max_queries < 1:
         return out
     config = config or prefill_config(current_arch(), dim, k_format.bits, v_format.bits)
-    grid = (triton.cdiv(max_queries * (heads // kv_heads), config.rows), kv_heads, batch)
+    parts = dim // part_of(dim)
+    if parts > 1:
+        factor = scale * query_factor(k_format.bits) * (1.0 if soft_cap else LOG2_E.value)
+        q = prepared_queries(q, factor, k_format.bits, k_format.dtype or torch.float16)
+    grid = (triton.cdiv(max_queries * (heads // kv_heads), config.rows), kv_heads * parts, batch)
     attention_prefill_kernel[grid](
         q,
         k,

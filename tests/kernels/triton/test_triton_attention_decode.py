@@ -72,6 +72,13 @@ def test_head_sizes(kinds: tuple[str, str], dim: int, device: str) -> None:
     check(device, Cache(kinds, 1, dim, [45]), 2, 1, splits=1)
 
 
+@pytest.mark.parametrize(("dim", "kinds"), [(320, ("4", "3")), (512, ("fp16", "8")), (576, ("3", "bf16"))])
+def test_wide_heads(dim: int, kinds: tuple[str, str], device: str) -> None:
+    """Cut into two or three parts, with queries that are made ready beforehand."""
+    check(device, Cache(kinds, 2, dim, [70, 20]), 4, 2, Mask(window=40, sinks=torch.zeros(4)), splits=2)
+    check(device, Cache(kinds, 1, dim, [70]), 2, 1, Mask(soft_cap=2.0), splits=None)
+
+
 @pytest.mark.parametrize("tokens", range(1, 9))
 def test_tokens_and_lengths(tokens: int, device: str) -> None:
     """1 to 8 new tokens of rows of very different lengths, the shortest of these tokens alone; G = 3."""

@@ -138,6 +138,14 @@ def test_paged_head_sizes(kinds: tuple[str, str], dim: int, device: str) -> None
     check_paged(device, Cache(kinds, 1, dim, [69]), 2, [21])
 
 
+@pytest.mark.parametrize(("dim", "kinds"), [(320, ("bf16", "fp16")), (512, ("4", "8")), (576, ("8", "3"))])
+def test_wide_heads(dim: int, kinds: tuple[str, str], device: str) -> None:
+    """Cut into two or three parts."""
+    check_paged(device, Cache(kinds, 1, dim, [69, 30]), 2, [21, 1], Mask(window=40))
+    if dim == 512:
+        check_packed(device, (2, 1, dim), [37, 1], mask=Mask(soft_cap=2.0))
+
+
 @pytest.mark.parametrize("kinds", [("2", "3"), ("4", "8"), ("bf16", "4"), ("4", "fp16"), ("bf16", "bf16")])
 def test_paged_kinds(kinds: tuple[str, str], device: str) -> None:
     """Rows with much, some and nothing before, one of them without new tokens."""
