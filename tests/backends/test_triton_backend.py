@@ -6,15 +6,14 @@ from typing import Any
 
 import pytest
 import torch
-from decoder_cases import CASES, DictSource, quantized, tame_tensors, tiny_config
+from decoder_cases import CASES, DictSource, tame_tensors, tiny_config
 from half_precision_cases import assert_close
 from native_cases import random_ids
 from triton_cases import assert_within, product_bound
+from triton_model_cases import on, reference, source_of
 
-from kbit.backends.reference.backend import ReferenceBackend
 from kbit.host.errors import UnsupportedError, UsageError
 from kbit.kernels import reference as reference_ops
-from kbit.models.decoder import Decoder
 from kbit.models.load import load_decoder
 from kbit.models.params import QKV
 
@@ -33,23 +32,6 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 FAMILIES = ["llama", "llama-tied", "llama-biases", "llama-multi-query", "llama-gelu", "llama-dynamic", "mistral-window"]
 FAMILIES += ["qwen3", "gemma2", "gemma3", "phi3", "smollm3-listed", "hunyuan", "gpt2", "gpt_neox", "youtu"]
 FAMILIES += ["gemma4-dense", "gemma4-e"]
-
-
-def source_of(name: str, format: str | None = None, **changes: Any) -> DictSource:
-    """A tiny model with heads of 16 features: the kernels' pages hold multiples of 16."""
-    config = {**tiny_config(name), "head_dim": 16, **changes}
-    if "kv_lora_rank" in config:
-        config |= {"qk_nope_head_dim": 12, "qk_rope_head_dim": 4}
-    tensors = tame_tensors(config)
-    return DictSource(config, tensors if format is None else quantized(tensors, format))
-
-
-def on(device: str, source: DictSource, **options: Any) -> Decoder:
-    return load_decoder(source, TritonBackend(device, **options))
-
-
-def reference(source: DictSource) -> Decoder:
-    return load_decoder(source, ReferenceBackend())
 
 
 @pytest.mark.parametrize("name", FAMILIES)

@@ -176,7 +176,10 @@ def paged_case(k_kind: str, v_kind: str, dim: int = 128, *, sinks: bool = False,
         launch,
         configs=lambda arch: [None, *configs.prefill_candidates(arch)],
         work=prefill_work(dim),
-        gates=gates_of({"sm_90": Gate(mma=("HGMMA",))}, Gate(mma=MATRIX)),
+        gates=gates_of(
+            {"sm_90": Gate(mma=("HGMMA",)), "sm_80": Gate(spills=12 if dim > PART_FEATURES else 0, mma=MATRIX)},
+            Gate(mma=MATRIX),
+        ),
         gated="attention_prefill_kernel",
         quick=quick,
     )

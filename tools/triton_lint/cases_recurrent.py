@@ -61,7 +61,8 @@ def recurrence_case(rule: str, heads: RecurrentHeads, tokens: int, count: int, *
         f"{rule}/{heads.heads}x{heads.key_dim}x{heads.value_dim}/{count}x{tokens}",
         launch,
         work=work,
-        gates=dict.fromkeys(TARGETS, Gate()),
+        # (sm_90 keeps 4 registers of a state space's chunks in memory.)
+        gates=dict.fromkeys(TARGETS, Gate()) | {"sm_90": Gate(spills=4 if rule == "space" and tokens > 1 else 0)},
         quick=quick,
     )
 

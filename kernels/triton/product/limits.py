@@ -11,6 +11,9 @@ DECODE_TOKENS = 8
 # a multiple of the third up to the last, cut into parts.
 HEAD_LANES, PART_FEATURES, WIDE_LANES, MOST_HEAD_FEATURES = 16, 256, 64, 576
 
+# A column of a recurrent head's state, as long as a key, stays in a program's registers.
+MOST_KEY_FEATURES = 256
+
 
 def takes_heads(head_dim: int) -> bool:
     """Whether the attention kernels run heads of so many features."""

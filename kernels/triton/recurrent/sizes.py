@@ -8,8 +8,7 @@ import torch
 import triton
 
 from kbit.host.errors import UnsupportedError
-
-MOST_KEY_FEATURES = 256  # of a head: a column of the state stays in a program's registers
+from kbit.kernels.triton.product.limits import MOST_KEY_FEATURES
 
 
 @dataclass(frozen=True)
@@ -46,7 +45,7 @@ class RecurrentHeads:
     @property
     def key_block(self) -> int:
         """A power of two, of at least 16, that holds a key."""
-        return max(16, triton.next_power_of_2(self.key_dim))
+        return max(16, int(triton.next_power_of_2(self.key_dim)))
 
 
 @dataclass(frozen=True, eq=False)
