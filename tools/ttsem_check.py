@@ -33,7 +33,7 @@ MISSING = 3
 # Tests of a file that --quick runs: at least one of every test function, spread over its cases.
 QUICK = 16
 # The kernels' own test files: tests/kernels/triton/test_triton_<name>.py.
-KERNELS = ("rows", "blockwise", "gemv", "gemm", "grouped", "kv", "attention_prefill", "attention_decode")
+KERNELS = ("rows", "blockwise", "gemv", "gemm", "grouped", "kv", "attention_prefill", "attention_decode", "recurrent")
 
 PLANTED = """
 import sys

@@ -121,17 +121,16 @@ def _experts(experts: ExpertsSpec) -> dict[str, int]:
 
 def _without_gpu_kernel(spec: ModelSpec) -> str | None:
     """What a model has that no kernel of the Triton backend computes, or None."""
-    from kbit.kernels.triton.product.limits import HEAD_LANES, MOST_HEAD_FEATURES
+    from kbit.kernels.triton.product.limits import MOST_KEY_FEATURES, takes_heads
 
-    if spec.states:
-        return "recurrent layers"
-    if spec.names.sinks is not None:
-        return "attention with sinks"
     if spec.distances is not None or spec.sloped:
         return "scores that depend on the distance"
     if spec.mask == "bidirectional" and any(window is not None for window in spec.windows):
         return "windows to both sides"
-    odd = [dim for _, dim in spec.attention_sizes if dim % HEAD_LANES or dim > MOST_HEAD_FEATURES]
+    keys = [net.key_dim for net in (spec.delta, spec.scan) if net is not None]
+    if any(dim > MOST_KEY_FEATURES for dim in keys):
+        return f"recurrent heads with keys of {max(keys)} features"
+    odd = [dim for _, dim in spec.attention_sizes if not takes_heads(dim)]
     return f"heads of {odd[0]} features" if odd else None
 
 

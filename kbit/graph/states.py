@@ -5,8 +5,8 @@ another slot, which becomes the sequence's when the pass is done (`kbit.graph.pa
 fails leaves nothing half-done, and to keep a state, to go back to it or to share it is to count who uses its slot, and
 no copy: slots are the pages of a pool of their own.
 
-The arrays are numpy's and the same for every backend on the CPU. (It is loaded where there are any: a model's sizes are
-asked for without.)
+The arrays of `StateStore` are numpy's and the same for every backend on the CPU. (It is loaded where there are any: a
+model's sizes are asked for without.) A GPU's backend has a store of its own.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 if TYPE_CHECKING:
     import numpy as np
@@ -22,6 +22,9 @@ if TYPE_CHECKING:
 
     from kbit.graph.batch import Batch
     from kbit.graph.cache import Cache
+
+
+S = TypeVar("S")
 
 
 @dataclass(frozen=True)
@@ -172,7 +175,7 @@ class StateStore:
 
 
 @dataclass(frozen=True, eq=False)
-class States:
+class States(Generic[S]):
     """The states that a pass reads and writes.
 
     Attributes:
@@ -181,26 +184,30 @@ class States:
         after: int32 (B,), where the next ones go; -1 for one without new tokens.
     """
 
-    store: StateStore
+    store: S
     before: NDArray[np.int32]
     after: NDArray[np.int32]
 
     @classmethod
-    def of(cls, cache: Cache) -> States:
+    def of(cls, cache: Cache, kind: type[S]) -> States[S]:
         """Those of a cache's rows, for which room was made.
 
+        Args:
+            cache: whose.
+            kind: of the backend's store.
+
         Raises:
-            TypeError: the cache has none.
+            TypeError: the cache has none, or another backend's.
         """
         import numpy as np
 
         states = cache.pool.states
-        if states is None or not isinstance(states.store, StateStore):
+        if states is None or not isinstance(states.store, kind):
             raise TypeError("a recurrent model's cache has a pool of states")
         before = np.array([row.state for row in cache.rows], dtype=np.int32)
         return cls(states.store, before, np.array([row.next_state for row in cache.rows], dtype=np.int32))
 
-    def of_piece(self, whole: Batch, piece: Batch) -> States:
+    def of_piece(self, whole: Batch, piece: Batch) -> States[S]:
         """For a piece of a batch: a sequence whose tokens are in an earlier one goes on from what that left."""
         import numpy as np
 

@@ -239,11 +239,12 @@ def attention_decode(
     window: int | None = None,
     soft_cap: float | None = None,
     slopes: torch.Tensor | None = None,
+    sinks: torch.Tensor | None = None,
     max_length: int | None = None,
 ) -> torch.Tensor:
     return _decode.attention_decode(
         q, k_pages, v_pages, block_table, positions, lengths, scale, k_kind=k_kind, v_kind=v_kind, window=window,
-        soft_cap=soft_cap, slopes=slopes, max_length=max_length,
+        soft_cap=soft_cap, slopes=slopes, sinks=sinks, max_length=max_length,
     )  # fmt: skip
 
 
@@ -268,10 +269,11 @@ def attention_prefill_paged(
     window: int | None = None,
     soft_cap: float | None = None,
     slopes: torch.Tensor | None = None,
+    sinks: torch.Tensor | None = None,
 ) -> torch.Tensor:
     return _prefill.attention_prefill_paged(
         q, bounds, k_pages, v_pages, block_table, lengths, scale, k_kind=k_kind, v_kind=v_kind,
-        max_queries=max_queries, window=window, soft_cap=soft_cap, slopes=slopes,
+        max_queries=max_queries, window=window, soft_cap=soft_cap, slopes=slopes, sinks=sinks,
     )  # fmt: skip
 
 

@@ -6,15 +6,14 @@ from typing import Any
 
 import pytest
 import torch
-from decoder_cases import CASES, DictSource, quantized, tame_tensors, tiny_config
+from decoder_cases import CASES, DictSource, tame_tensors, tiny_config
 from half_precision_cases import assert_close
 from native_cases import random_ids
 from triton_cases import assert_within, product_bound
+from triton_model_cases import on, reference, source_of
 
-from kbit.backends.reference.backend import ReferenceBackend
 from kbit.host.errors import UnsupportedError, UsageError
 from kbit.kernels import reference as reference_ops
-from kbit.models.decoder import Decoder
 from kbit.models.load import load_decoder
 from kbit.models.params import QKV
 
@@ -35,23 +34,6 @@ FAMILIES += ["qwen3", "gemma2", "gemma3", "phi3", "smollm3-listed", "hunyuan", "
 FAMILIES += ["gemma4-dense", "gemma4-e"]
 
 
-def source_of(name: str, format: str | None = None, **changes: Any) -> DictSource:
-    """A tiny model with heads of 16 features: the kernels' pages hold multiples of 16."""
-    config = {**tiny_config(name), "head_dim": 16, **changes}
-    if "kv_lora_rank" in config:
-        config |= {"qk_nope_head_dim": 12, "qk_rope_head_dim": 4}
-    tensors = tame_tensors(config)
-    return DictSource(config, tensors if format is None else quantized(tensors, format))
-
-
-def on(device: str, source: DictSource, **options: Any) -> Decoder:
-    return load_decoder(source, TritonBackend(device, **options))
-
-
-def reference(source: DictSource) -> Decoder:
-    return load_decoder(source, ReferenceBackend())
-
-
 @pytest.mark.parametrize("name", FAMILIES)
 def test_prefill_and_decoding(device: str, name: str) -> None:
     """Two rows: 11 tokens, then 3 at once (a draft), then one by one; half of the families with quantized weights."""
@@ -64,9 +46,18 @@ def test_prefill_and_decoding(device: str, name: str) -> None:
     assert caches[0].lengths.tolist() == [16, 16]
 
 
-@pytest.mark.parametrize("name", ["qwen2-moe", "glm4-moe"])
+def test_wide_heads(device: str) -> None:
+    """As Gemma 4's full layers have them: cut into parts, beside narrow ones."""
+    source = source_of("gemma4-dense", "nf4-b16", global_head_dim=320)
+    ours, theirs = on(device, source), reference(source)
+    caches = ours.new_cache(2, 20), theirs.new_cache(2, 20)
+    for part in random_ids(2, 11).split([10, 1], dim=1):
+        assert_close(ours.forward(part, caches[0]), theirs.forward(part, caches[1]), source)
+
+
+@pytest.mark.parametrize("name", ["qwen2-moe", "glm4-moe", "gpt-oss"])
 def test_experts(device: str, name: str) -> None:
-    """Grouped products; a shared expert behind a gate, and groups with a bias."""
+    """Grouped products; a shared expert behind a gate; groups with a bias; attention with sinks."""
     source = source_of(name, "nf4-b16")
     ours, theirs = on(device, source), reference(source)
     ids = random_ids(2, 10)
@@ -78,8 +69,6 @@ def test_experts(device: str, name: str) -> None:
 def test_experts_that_have_no_kernel(device: str) -> None:
     with pytest.raises(UnsupportedError, match="experts of one quantized format alone.*use --device cpu"):
         on(device, source_of("qwen3-moe"))
-    with pytest.raises(UnsupportedError, match="no attention with sinks; use --device cpu"):
-        on(device, source_of("gpt-oss", "nf4-b16"))
 
 
 @pytest.mark.parametrize("format", ["int2-b16", "nf3-b32-dq", "int4-b64-asym", "lloyd5-b16", "int8-row-fp32"])

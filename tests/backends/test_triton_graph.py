@@ -39,12 +39,12 @@ class Steps:
         self.replay: Callable[[], object] = lambda: None
 
     def __call__(self, *arguments: torch.Tensor) -> torch.Tensor:
-        ids, positions, slots, lengths = arguments
+        ids, positions, slots, lengths, before, after = arguments
         assert lengths.dtype == torch.int32
         for pages in (*self._pages.keys, *self._pages.values):
             pages[slots // 64] = 99
-        self.seen.append([ids.tolist(), positions.tolist(), slots.tolist(), lengths.tolist()])
-        self.replay = lambda: self(ids, positions, slots, (positions + 1).int())
+        self.seen.append([values.tolist() for values in arguments])
+        self.replay = lambda: self(ids, positions, slots, (positions + 1).int(), before, after)
         return torch.zeros(len(ids), 5)
 
 
@@ -73,10 +73,12 @@ def test_capture_and_replay(captures: list[dict[str, Any]], monkeypatch: pytest.
     steps, table = Steps(store), torch.zeros(4)
     monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: type("Graph", (), {"replay": lambda graph: steps.replay()})())
     first = np.array([0, 128, 256])
-    graph = DecodeGraph(steps, store, first, torch.device("cpu"), held=(table,))
+    after = np.array([4, 2, 9])
+    graph = DecodeGraph(steps, store, first, after, torch.device("cpu"), held=(table,))
 
-    # Once before it is captured and once for that, at position 0 of every row; the cache is as it was.
-    assert steps.seen == 2 * [[[0, 0, 0], [0, 0, 0], [0, 128, 256], [1, 1, 1]]]
+    # Once before it is captured and once for that, at position 0 of every row; the cache is as it was. States come from
+    # nowhere and go to where the next step's go.
+    assert steps.seen == 2 * [[[0, 0, 0], [0, 0, 0], [0, 128, 256], [1, 1, 1], [-1, -1, -1], [4, 2, 9]]]
     assert all(torch.equal(*pair) for pair in zip(before, (*store.keys, *store.values), strict=True))
     # A graph holds addresses: the tables that the runner may replace must stay.
     assert any(table is held for value in vars(graph).values() if isinstance(value, tuple) for held in value)
@@ -85,5 +87,5 @@ def test_capture_and_replay(captures: list[dict[str, Any]], monkeypatch: pytest.
     assert isinstance(options["stream"], Stream)
     assert options["capture_error_mode"] == "thread_local"
 
-    assert graph([7, 8, 9], [70, 0, 5], [70, 128, 261]).shape == (3, 5)
-    assert steps.seen[2] == [[7, 8, 9], [70, 0, 5], [70, 128, 261], [71, 1, 6]]
+    assert graph([7, 8, 9], [70, 0, 5], [70, 128, 261], [3, -1, 8], [4, 2, 9]).shape == (3, 5)
+    assert steps.seen[2] == [[7, 8, 9], [70, 0, 5], [70, 128, 261], [71, 1, 6], [3, -1, 8], [4, 2, 9]]

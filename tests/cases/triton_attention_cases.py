@@ -71,18 +71,19 @@ class Mask:
     window: int | None = None
     soft_cap: float | None = None
     slopes: torch.Tensor | None = None
+    sinks: torch.Tensor | None = None
     causal: bool = True
 
     def options(self, device: str) -> dict[str, object]:
         """As the launchers take them."""
-        slopes = None if self.slopes is None else self.slopes.to(device)
-        return {"window": self.window, "soft_cap": self.soft_cap, "slopes": slopes}
+        slopes, sinks = (None if x is None else x.to(device) for x in (self.slopes, self.sinks))
+        return {"window": self.window, "soft_cap": self.soft_cap, "slopes": slopes, "sinks": sinks}
 
 
 def attend(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, positions: torch.Tensor, scale: float, mask: Mask
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """One sequence in float64: what `reference.attend` means, with a soft cap and slopes.
+    """One sequence in float64: what `reference.attend` means, with a soft cap, slopes and sinks.
 
     Args:
         q: (T, H, D).
@@ -105,7 +106,11 @@ def attend(
     hidden = distance < 0 if mask.causal else torch.zeros_like(distance, dtype=torch.bool)
     if mask.window is not None:
         hidden = hidden | (distance >= mask.window)
-    weights = torch.softmax(scores.masked_fill(hidden, -torch.inf), -1).nan_to_num(0.0)
+    scores = scores.masked_fill(hidden, -torch.inf)
+    if mask.sinks is not None:
+        beside = mask.sinks.double()[:, None, None].expand(-1, len(positions), 1)
+        scores = torch.cat([scores, beside], -1)
+    weights = torch.softmax(scores, -1).nan_to_num(0.0)[..., : k.shape[1]]
     return (weights @ v).transpose(0, 1), weights, magnitudes
 
 
@@ -139,6 +144,8 @@ def attention_bound(
     size = magnitudes.amax(-1, keepdim=True)
     if mask.slopes is not None:
         size = size + mask.slopes.abs().amax() * weights.shape[-1]
+    if mask.sinks is not None:
+        size = torch.maximum(size, mask.sinks.double().abs()[:, None, None])
     drift = drift + 8 * FP32_UNIT * size
     tokens = weights.shape[-1]
     each = torch.expm1(2 * drift) + unit_v * (2 if coded_v and rounds_values else 1) + (2 * tokens + 32) * FP32_UNIT

@@ -101,8 +101,8 @@ def test_a_gguf_file_is_converted_as_it_means(
         ("llama", "heads of 8 features"),
         ("gemma3", "heads of 10 features"),
         ("gemma4-e", None),
-        ("gpt-oss", "attention with sinks"),
-        ("qwen3-next", "recurrent layers"),
+        ("gpt-oss-no-biases", None),
+        ("qwen3-next", None),
         ("bloom", "scores that depend on the distance"),
     ],
 )

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
-from toy_recurrent import VOCABULARY, ToyModel, ToyRecurrent, plain_logits, toy_tensors
+from toy_recurrent import VOCABULARY, ToyModel, plain_logits, toy_tensors
 
 from kbit.backends.cpu.backend import NativeBackend
 from kbit.backends.reference.backend import ReferenceBackend
 from kbit.graph.batch import Batch
 from kbit.graph.cache import Cache
 from kbit.graph.pages import BlockTable, OutOfPagesError, prefix_keys
-from kbit.host.errors import UnsupportedError, UsageError
+from kbit.host.errors import UsageError
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -152,14 +152,3 @@ def test_what_does_not_fit_is_refused() -> None:
     other.reserve([1])
     with pytest.raises(TypeError, match="a recurrent model's cache has a pool of states"):
         model.runner.forward(Batch.of([[1]], [0]), other)
-    pytest.importorskip("triton")
-    from triton_interpreter import install
-
-    install()
-    from kbit.backends.triton.backend import TritonBackend
-
-    backend = TritonBackend("cpu")
-    with pytest.raises(UnsupportedError, match="the triton backend runs no recurrent layers"):
-        backend.bind(ToyRecurrent(backend, TENSORS))
-    with pytest.raises(UnsupportedError, match="the triton backend runs no recurrent layers"):
-        backend.new_states([], 1)

@@ -15,7 +15,7 @@ from triton_lint.model import Work
 from triton_lint.report import Report
 
 # Modules with a function cases() -> list[Case].
-MODULES = ("triton_lint.cases_rows", "triton_lint.cases_matmul", "triton_lint.cases_attention")
+MODULES = tuple(f"triton_lint.cases_{name}" for name in ("rows", "matmul", "attention", "recurrent"))
 
 
 @dataclass(frozen=True)

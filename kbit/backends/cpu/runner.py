@@ -25,7 +25,7 @@ from kbit.graph.operations import (
 )
 from kbit.graph.ops import Array, Definition
 from kbit.graph.recording import Recorder
-from kbit.graph.states import States
+from kbit.graph.states import States, StateStore
 
 # Tokens that go through the program at once: bounds the memory of its buffers.
 PASS_ROWS = 512
@@ -159,7 +159,7 @@ class NativeRunner:
         """
         pages, tables = native_pages(cache), cache.tables
         encoder = self._encoder(batch, cache) if self._crosses else None
-        states = States.of(cache) if self._recurs else None
+        states = States.of(cache, StateStore) if self._recurs else None
         with self._lock:
             (cos, sin), angles = self._rotary.of_batch(batch)
             begin = taken = 0
@@ -192,7 +192,7 @@ class NativeRunner:
 
 
 def _slots(
-    states: States,
+    states: States[StateStore],
 ) -> tuple[list[NDArray[np.float32]], NDArray[np.int32], NDArray[np.int32]]:
     """States as a program takes them: (slots, floats of one) each, and every sequence's slots before and after."""
     return [array.reshape(len(array), -1) for array in states.store.arrays], states.before, states.after

@@ -284,7 +284,7 @@ class StepOps(RowOps):
 
     def _state(self, index: int) -> Iterator[tuple[slice, torch.Tensor, torch.Tensor]]:
         """The rows of each sequence, one of its states before them, and where that after them goes."""
-        states = States.of(self._cache)
+        states = States.of(self._cache, StateStore)
         array = torch.from_numpy(states.store.arrays[index])
         for sequence, (before, after) in enumerate(zip(states.before.tolist(), states.after.tolist(), strict=True)):
             rows = slice(int(self._batch.bounds[sequence]), int(self._batch.bounds[sequence + 1]))

@@ -9,6 +9,7 @@ import torch
 import triton
 
 from kbit.backends.triton.kv_cache import TritonPages
+from kbit.backends.triton.states import TritonStates
 from kbit.backends.triton.weight import TritonMatrix
 from kbit.formats.quant_tensor import QuantTensor
 from kbit.graph.cache import Cache, check_size
@@ -114,7 +115,7 @@ class TritonBackend:
         )
 
     def new_states(self, specs: Sequence[StateSpec], slots: int) -> PagePool:
-        raise UnsupportedError("the triton backend runs no recurrent layers; use --backend native or reference")
+        return PagePool(TritonStates(specs, slots, self.device))
 
     def new_cache(self, layers: int, batch: int, kv_heads: PerLayer, head_dim: PerLayer, capacity: int) -> Cache:
         check_size(batch, capacity)

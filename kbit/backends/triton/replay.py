@@ -9,6 +9,7 @@ import torch
 
 from kbit.backends.triton.experts import GroupedExperts
 from kbit.backends.triton.kv_cache import TritonPages
+from kbit.backends.triton.states import PassStates, convolve, heads_of, recur, scan
 from kbit.backends.triton.weight import merge, round_activations, triton_vector, triton_weight
 from kbit.graph.operations import (
     Activate,
@@ -84,6 +85,7 @@ class Pass:
         encoder: what cross attention reads, if there is any.
         places: int64 (N,), the tokens' positions, where a table of them is looked up.
         types: int64 (N,), the tokens' types; None: all 0.
+        states: of recurrent layers, if there are any.
     """
 
     pages: TritonPages
@@ -100,6 +102,7 @@ class Pass:
     encoder: EncoderTexts | None = None
     places: torch.Tensor | None = None
     types: torch.Tensor | None = None
+    states: PassStates | None = None
 
 
 class Replay:
@@ -147,13 +150,15 @@ class Replay:
                     raise UnsupportedError(
                         f"the triton backend has no attention with {kind}; use --backend native or reference"
                     )
-                if operation.sinks is not None:
-                    raise UnsupportedError("the triton backend has no attention with sinks; use --device cpu")
             elif isinstance(operation, Mix):
                 self._exact.add(operation.logits)
                 self._experts[operation] = GroupedExperts(operation)
-            elif isinstance(operation, Recur | Scan | Convolve):
-                raise UnsupportedError("the triton backend runs no recurrent layers; use --backend native or reference")
+            elif isinstance(operation, Recur):
+                heads_of(operation.recurrence)
+                self._exact.update((operation.decay, operation.write))
+            elif isinstance(operation, Scan):
+                heads_of(operation.space)
+                self._exact.add(operation.steps)
         self._merged: dict[Operation, TritonWeight] = {}
         if activations:
             projects = [operation for operation in operations if isinstance(operation, Project)]
@@ -219,8 +224,22 @@ class Replay:
         elif isinstance(operation, CrossAttend):
             assert step is not None
             values[operation.out] = self._cross(operation, values[operation.q], step)
+        elif isinstance(operation, Recur | Scan | Convolve):
+            assert step is not None
+            assert step.states is not None
+            values[operation.out] = self._recurrent(operation, values, step.states)
         elif isinstance(operation, Project):
             self._project(operation, values)
+
+    def _recurrent(
+        self, operation: Recur | Scan | Convolve, values: dict[Symbol, torch.Tensor], states: PassStates
+    ) -> torch.Tensor:
+        x, out = values[operation.x], torch.float32 if operation.out in self._exact else self._dtype
+        if isinstance(operation, Recur):
+            return recur(operation, x, values[operation.decay], values[operation.write], states, out)
+        if isinstance(operation, Scan):
+            return scan(operation, x, values[operation.steps], states, out)
+        return convolve(operation, x, states, out)
 
     def _project(self, operation: Project, values: dict[Symbol, torch.Tensor]) -> None:
         x = values[operation.x]
@@ -265,18 +284,20 @@ class Replay:
             q = self._append(a, values[operation.q], values[operation.k], values[operation.v], step)
         pages = (store.keys[a.layer], store.values[a.layer])
         k_kind, v_kind = store.k_kind, store.v_kind
+        sinks = None if operation.sinks is None else triton_vector(operation.sinks)
         if step.positions is not None and a.mask == "causal":
             batch, tokens = step.positions.shape
             q = q.view(batch, tokens, a.heads, a.head_dim)
             out = attention_decode(
                 q, *pages, step.block_table, step.positions, step.lengths, a.scale, window=a.window,
-                soft_cap=a.soft_cap, max_length=step.reach, k_kind=k_kind, v_kind=v_kind,
+                soft_cap=a.soft_cap, sinks=sinks, max_length=step.reach, k_kind=k_kind, v_kind=v_kind,
             )  # fmt: skip
         else:
             assert step.bounds is not None
             out = attention_prefill_paged(
                 q, step.bounds, *pages, step.block_table, step.lengths, a.scale, window=a.window,
-                soft_cap=a.soft_cap, max_queries=step.longest, causal=a.mask == "causal", k_kind=k_kind, v_kind=v_kind,
+                soft_cap=a.soft_cap, sinks=sinks, max_queries=step.longest, causal=a.mask == "causal", k_kind=k_kind,
+                v_kind=v_kind,
             )  # fmt: skip
         return out.reshape(-1, operation.out.width)
 

@@ -19,13 +19,16 @@ from kbit.backends.rotary import RotaryTable
 from kbit.backends.triton.graph import DecodeGraph
 from kbit.backends.triton.kv_cache import DeviceTables, TritonPages, slots, triton_pages
 from kbit.backends.triton.replay import EncoderTexts, Pass, Replay
+from kbit.backends.triton.states import PassStates, TritonStates
 from kbit.graph.batch import Batch
 from kbit.graph.cache import Cache, encoder_lengths
 from kbit.graph.fuse import fuse
-from kbit.graph.operations import Attend, CrossAttend, Embed, Symbol
+from kbit.graph.operations import Attend, Convolve, CrossAttend, Embed, Recur, Scan, Symbol
 from kbit.graph.ops import Array, Definition, Group
 from kbit.graph.recording import Recorder
+from kbit.graph.states import States
 from kbit.kernels.triton.product.limits import DECODE_TOKENS
+from kbit.kernels.triton.recurrent.sizes import Sequences
 from kbit.kernels.triton.target import active
 
 # Tokens that go through the model at once: bounds the memory of activations, and fills any GPU.
@@ -37,7 +40,7 @@ class _Captured:
     """A cache's decoding as a graph, good as long as these are what they were."""
 
     graph: DecodeGraph
-    version: int  # of the pages
+    version: tuple[int, int]  # of the pages, and of the states
     table: torch.Tensor  # the block tables on the device
 
 
@@ -80,7 +83,7 @@ class TritonRunner:
             raise ValueError(f"all attentions of a model have one mask, not {' and '.join(sorted(masks))}")
         self._mask = masks.pop()
         self._crosses = any(isinstance(op, CrossAttend) for op in body.operations)
-        # A captured graph of decoding has no place for these: GPT-2 and OPT are decoded without one.
+        self._recurs = any(isinstance(op, Recur | Scan | Convolve) for op in body.operations)
         self._learned = any(isinstance(op, Embed) and op.of == "positions" for op in body.operations)
         head = Recorder(Symbol(hidden.width))
         logits = definition.head(head, head.input)
@@ -93,10 +96,12 @@ class TritonRunner:
     @torch.no_grad()
     def hidden(self, batch: Batch, cache: Cache) -> torch.Tensor:
         pages = triton_pages(cache)
+        states = States.of(cache, TritonStates) if self._recurs else None
         with self._lock, active(self._device):
             parts = []
             for piece in batch.passes(self._mask, PASS_ROWS):
-                x = self._body(self._upload(piece.ids), self._pass(piece, cache, pages))
+                own = None if states is None else states.of_piece(batch, piece)
+                x = self._body(self._upload(piece.ids), self._pass(piece, cache, pages, own))
                 if len(piece.wanted) < len(piece):
                     x = x[self._upload(piece.wanted)]
                 parts.append(x)
@@ -117,7 +122,7 @@ class TritonRunner:
     def forward(self, batch: Batch, cache: Cache) -> torch.Tensor:
         # Capturing pays where the same cache comes again and again, not for one made for a single pass.
         decodes = cache.private and bool((batch.counts == 1).all()) and len(batch.wanted) == len(batch)
-        if self._graphs and not self._rotary.by_length and decodes and not (self._crosses or self._learned):
+        if self._graphs and not self._rotary.by_length and decodes and not self._crosses:
             with self._lock, active(self._device):
                 out = self._graph(batch, cache)
             cache.advance(batch.counts)
@@ -140,21 +145,41 @@ class TritonRunner:
         """Logits (B, V) after one token for each row of a cache, by the graph that was captured for it."""
         pages, table = triton_pages(cache), self._tables(cache)
         captured = self._captured.get(cache)
-        if captured is None or captured.version != pages.version or captured.table is not table:
+        states = States.of(cache, TritonStates) if self._recurs else None
+        version = (pages.version, 0 if states is None else states.store.version)
+        none = np.full(cache.batch, -1)
+        before, after = (none, none) if states is None else (states.before, states.after)
+        if captured is None or captured.version != version or captured.table is not table:
             capacity = cache.capacity
             cos, sin = self._table(capacity)
 
-            def run(ids: torch.Tensor, at: torch.Tensor, slots: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
-                step = Pass(pages, table, slots, cos, sin, at, at[:, None], None, lengths, 1, capacity)
+            bounds = self._upload(batch.bounds.astype(np.int32))
+            arrays = [] if states is None else list(states.store.arrays)
+
+            def run(
+                ids: torch.Tensor,
+                at: torch.Tensor,
+                slots: torch.Tensor,
+                lengths: torch.Tensor,
+                before: torch.Tensor,
+                after: torch.Tensor,
+            ) -> torch.Tensor:
+                own = PassStates(arrays, Sequences(bounds, before, after, 1)) if arrays else None
+                step = Pass(
+                    pages, table, slots, cos, sin, at, at[:, None], None, lengths, 1, capacity, places=at, states=own
+                )  # fmt: skip
                 return self._head(self._body(ids, step), None)
 
             first = slots(cache.tables, batch.sequences, np.zeros_like(batch.positions))
-            graph = DecodeGraph(run, pages, first, self._device, held=(cos, sin, table))
-            captured = self._captured[cache] = _Captured(graph, pages.version, table)
+            held = (cos, sin, table, bounds, *arrays)
+            graph = DecodeGraph(run, pages, first, after.astype(np.int64), self._device, held)
+            captured = self._captured[cache] = _Captured(graph, version, table)
         places = slots(cache.tables, batch.sequences, batch.positions)
-        return captured.graph(batch.ids.tolist(), batch.positions.tolist(), places.tolist())
+        return captured.graph(
+            batch.ids.tolist(), batch.positions.tolist(), places.tolist(), before.tolist(), after.tolist()
+        )
 
-    def _pass(self, batch: Batch, cache: Cache, pages: TritonPages) -> Pass:
+    def _pass(self, batch: Batch, cache: Cache, pages: TritonPages, states: States[TritonStates] | None) -> Pass:
         """The tokens of a batch and where they stand."""
         if self._rotary.by_length:
             tables = self._rotary.of_spans(batch.starts, batch.lengths)
@@ -166,6 +191,12 @@ class TritonRunner:
         uniform = 0 < longest <= DECODE_TOKENS and int(batch.counts.min()) == longest
         whole = self._crosses or self._mask != "causal"
         positions = batch.positions.astype(np.int64).reshape(len(batch.counts), -1) if uniform else None
+        bounds = self._upload(batch.bounds.astype(np.int32)) if whole or self._recurs or not uniform else None
+        own = None
+        if states is not None:
+            assert bounds is not None
+            before, after = self._upload(states.before), self._upload(states.after)
+            own = PassStates(states.store.arrays, Sequences(bounds, before, after, longest))
         return Pass(
             pages,
             self._tables(cache),
@@ -174,13 +205,14 @@ class TritonRunner:
             sin,
             self._upload(angles),
             None if positions is None else self._upload(positions),
-            None if uniform and not whole else self._upload(batch.bounds.astype(np.int32)),
+            bounds,
             self._upload(batch.lengths.astype(np.int32)),
             longest,
             int(batch.lengths.max()),
             self._texts(batch, cache) if self._crosses else None,
             self._upload(batch.positions.astype(np.int64)) if self._learned else None,
             None if batch.types is None else self._upload(batch.types),
+            own,
         )
 
     def _texts(self, batch: Batch, cache: Cache) -> EncoderTexts:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from kbit.kernels.triton.product.limits import PART_FEATURES
 from kbit.kernels.triton.tuned import preferred
 
 
@@ -150,6 +151,13 @@ def decode_candidates(arch: str) -> list[DecodeConfig]:
 def prefill_config(arch: str, head_dim: int, k_bits: int, v_bits: int) -> PrefillConfig:
     """The launcher's choice; arguments as for decode_config."""
     codes = min(k_bits, v_bits) < 16
+    if arch.startswith("sm_") and head_dim > PART_FEATURES:
+        # Values of a part are 256 features wide. Of floats 8 warps hold them without spills on sm_80 and sm_90; of
+        # 4-bit codes sm_90 as below, and sm_80 spills 12 registers here, the fewest of what was tried.
+        if not codes:
+            return PrefillConfig(rows=64, block=32, warps=8, stages=1)
+        if arch not in ("sm_90", "sm_100"):
+            return PrefillConfig(rows=64, block=16, warps=8, stages=1)
     if is_rdna(arch):
         # scaling decoded values spills at 4 bits on gfx1100, and takes more instructions on both
         block = 16 if codes or head_dim > 64 else 32

@@ -23,47 +23,19 @@ from kbit.kernels.triton.attention.kv_codes import (
     chunk_size,
     chunk_start,
     group_at,
-    hadamard_columns,
     half_levels,
     load_words,
+    part_size,
     place_of,
     scale_group,
+    scales_of,
 )
+from kbit.kernels.triton.attention.queries import load_prepared
 
 # The largest score so far before there is one. Finite, so that a tile with nothing in sight gives exp2(-inf + 1e30) = 0
 # and not exp2(-inf + inf).
 NOTHING = tl.constexpr(-1.0e30)
 LOG2_E = tl.constexpr(1.4426950408889634)
-
-
-@triton.jit
-def load_queries(
-    row, keep, scale,
-    D: tl.constexpr, BITS: tl.constexpr, DTYPE: tl.constexpr,
-):  # fmt: skip
-    """Query tiles as the scores need them: per chunk of features (float keys) or per slab, after the transform.
-
-    Args:
-        row: (M,) pointers to a query's features.
-        keep: (M,) which exist.
-        scale: multiplies every feature, in fp32, before the one rounding to DTYPE.
-        BITS: of the keys; DTYPE: what the tensor cores multiply.
-    """
-    tiles = ()
-    if BITS == 16:
-        for chunk in tl.static_range(chunk_count(D, 2)):
-            at = chunk_start(D, 2, chunk) + tl.arange(0, chunk_size(D, 2, chunk_start(D, 2, chunk)))
-            x = tl.load(row[:, None] + at[None, :], mask=keep[:, None], other=0.0)
-            tiles = tiles + ((x.to(tl.float32) * scale).to(DTYPE),)
-    else:
-        GROUP: tl.constexpr = scale_group(D)
-        for slab in tl.static_range(D // 16):
-            at = slab * 16 // GROUP * GROUP + tl.arange(0, GROUP)
-            x = tl.load(row[:, None] + at[None, :], mask=keep[:, None], other=0.0)
-            signs = hadamard_columns(GROUP, slab * 16 % GROUP, 16).to(x.dtype)
-            turned = tl.dot(x, signs, input_precision="ieee")  # products by +1 and -1 are exact
-            tiles = tiles + ((turned * (scale * GROUP**-0.5)).to(DTYPE),)
-    return tiles
 
 
 @triton.jit
@@ -80,6 +52,45 @@ def empty_sums(M: tl.constexpr, D: tl.constexpr, BITS: tl.constexpr):
 
 
 @triton.jit
+def add_scores(
+    scores, q, base, part, token, stride, valid, D: tl.constexpr, BITS: tl.constexpr, DTYPE: tl.constexpr,
+    SCALE_TILES: tl.constexpr,
+):  # fmt: skip
+    """scores + q . k of a part of the features; arguments as for scores_of.
+
+    Args:
+        scores: float32 (M, BN).
+        q: tiles of load_queries, the part's.
+        part: which of the parts of kv_layout.part_of.
+    """
+    PART: tl.constexpr = part_size(D)
+    if BITS == 16:
+        data = base.to(tl.pointer_type(DTYPE), bitcast=True) + part * PART
+        for chunk in tl.static_range(chunk_count(PART, 2)):
+            at = chunk_start(PART, 2, chunk) + tl.arange(0, chunk_size(PART, 2, chunk_start(PART, 2, chunk)))
+            k = tl.load(data + token[None, :] * stride + at[:, None], mask=valid[None, :], other=0.0)
+            scores = tl.dot(q[chunk], k, scores)
+    else:
+        GROUP: tl.constexpr = scale_group(PART)
+        SLABS: tl.constexpr = GROUP // 16
+        words = load_words(base, part, token, D, BITS, True)
+        scales = scales_of(base, part, token, D, BITS)
+        for place in tl.static_range(PART // GROUP):
+            scale = tl.load(scales + group_at(PART, BITS, place) * PAGE)
+            if SCALE_TILES:
+                for i in tl.static_range(SLABS):
+                    k = half_levels(words, PART, BITS, group_at(PART, BITS, place) * SLABS + i) * scale[None, :]
+                    scores = tl.dot(q[group_at(PART, BITS, place) * SLABS + i], k, scores)
+            else:
+                some = tl.zeros((scores.shape[0], scores.shape[1]), tl.float32)
+                for i in tl.static_range(SLABS):
+                    k = half_levels(words, PART, BITS, group_at(PART, BITS, place) * SLABS + i)
+                    some = tl.dot(q[group_at(PART, BITS, place) * SLABS + i], k, some)
+                scores += some * scale.to(tl.float32)[None, :]
+    return scores
+
+
+@triton.jit
 def scores_of(
     q, base, token, stride, valid, D: tl.constexpr, BITS: tl.constexpr, DTYPE: tl.constexpr, M: tl.constexpr,
     SCALE_TILES: tl.constexpr,
@@ -87,85 +98,71 @@ def scores_of(
     """q . k of a tile: float32 (M, BN). Levels are half levels here; the caller's scale makes up for it.
 
     Args:
-        q: tiles of load_queries.
+        q: tiles of load_queries; of heads of several parts, (M,) pointers to prepared queries and which exist.
         base: pointer to bytes, the head's page (or the head's first key, float keys).
         token: (BN,) places within the page (or tokens).
         stride: features from a token to the next (float keys).
         valid: (BN,) tokens that may be read (float keys).
     """
     BN: tl.constexpr = token.shape[0]
+    PART: tl.constexpr = part_size(D)
     scores = tl.zeros((M, BN), tl.float32)
-    if BITS == 16:
-        data = base.to(tl.pointer_type(DTYPE), bitcast=True)
-        for chunk in tl.static_range(chunk_count(D, 2)):
-            at = chunk_start(D, 2, chunk) + tl.arange(0, chunk_size(D, 2, chunk_start(D, 2, chunk)))
-            k = tl.load(data + token[None, :] * stride + at[:, None], mask=valid[None, :], other=0.0)
-            scores = tl.dot(q[chunk], k, scores)
-    else:
-        GROUP: tl.constexpr = scale_group(D)
-        SLABS: tl.constexpr = GROUP // 16
-        words = load_words(base, token, D, BITS, True)
-        scales = (base + PAGE * (D * BITS // 8)).to(tl.pointer_type(tl.float16), bitcast=True) + token
-        for place in tl.static_range(D // GROUP):
-            scale = tl.load(scales + group_at(D, BITS, place) * PAGE)
-            if SCALE_TILES:
-                for i in tl.static_range(SLABS):
-                    k = half_levels(words, D, BITS, group_at(D, BITS, place) * SLABS + i) * scale[None, :]
-                    scores = tl.dot(q[group_at(D, BITS, place) * SLABS + i], k, scores)
-            else:
-                part = tl.zeros((M, BN), tl.float32)
-                for i in tl.static_range(SLABS):
-                    k = half_levels(words, D, BITS, group_at(D, BITS, place) * SLABS + i)
-                    part = tl.dot(q[group_at(D, BITS, place) * SLABS + i], k, part)
-                scores += part * scale.to(tl.float32)[None, :]
+    if PART == D:
+        scores = add_scores(scores, q, base, 0, token, stride, valid, D, BITS, DTYPE, SCALE_TILES)
+    else:  # a loop, not unrolled: else the queries of all parts would wait in registers
+        for part in tl.range(0, D // PART, num_stages=1):
+            tiles = load_prepared(q[0] + part * PART, q[1], PART, BITS)
+            scores = add_scores(scores, tiles, base, part, token, stride, valid, D, BITS, DTYPE, SCALE_TILES)
     return scores
 
 
 @triton.jit
 def add_values(
-    sums, p, shrink, base, token, stride, valid, D: tl.constexpr, BITS: tl.constexpr, DTYPE: tl.constexpr,
+    sums, p, shrink, base, part, token, stride, valid, D: tl.constexpr, BITS: tl.constexpr, DTYPE: tl.constexpr,
     SCALE_TILES: tl.constexpr,
 ):  # fmt: skip
-    """sums x shrink + p . v. Arguments as for scores_of.
+    """sums x shrink + p . v, of a part of the features. Arguments as for scores_of.
 
     Args:
         sums: tiles of empty_sums.
         p: float32 (M, BN).
         shrink: (M,) what the largest score having grown does to the sums.
+        part: which of the parts of kv_layout.part_of.
     """
+    PART: tl.constexpr = part_size(D)
     new = ()
     if BITS == 16:
-        data = base.to(tl.pointer_type(DTYPE), bitcast=True)
+        data = base.to(tl.pointer_type(DTYPE), bitcast=True) + part * PART
         weights = p.to(DTYPE)
-        for chunk in tl.static_range(chunk_count(D, 2)):
-            at = chunk_start(D, 2, chunk) + tl.arange(0, chunk_size(D, 2, chunk_start(D, 2, chunk)))
+        for chunk in tl.static_range(chunk_count(PART, 2)):
+            at = chunk_start(PART, 2, chunk) + tl.arange(0, chunk_size(PART, 2, chunk_start(PART, 2, chunk)))
             v = tl.load(data + token[:, None] * stride + at[None, :], mask=valid[:, None], other=0.0)
             new = new + (tl.dot(weights, v, sums[chunk] * shrink[:, None]),)
     else:
-        GROUP: tl.constexpr = scale_group(D)
+        GROUP: tl.constexpr = scale_group(PART)
         SLABS: tl.constexpr = GROUP // 16
-        words = load_words(base, token, D, BITS, False)
-        scales = (base + PAGE * (D * BITS // 8)).to(tl.pointer_type(tl.float16), bitcast=True) + token
+        words = load_words(base, part, token, D, BITS, False)
+        scales = scales_of(base, part, token, D, BITS)
         done = ()
-        for place in tl.static_range(D // GROUP):
+        for place in tl.static_range(PART // GROUP):
             # beyond the last token a page holds leftovers: any bits make a finite level, but not a finite scale
-            scale = tl.load(scales + group_at(D, BITS, place) * PAGE, mask=valid, other=0.0)
+            scale = tl.load(scales + group_at(PART, BITS, place) * PAGE, mask=valid, other=0.0)
             weights = (p if SCALE_TILES else p * scale.to(tl.float32)[None, :]).to(tl.float16)
             for i in tl.static_range(SLABS):
-                v = half_levels(words, D, BITS, group_at(D, BITS, place) * SLABS + i)
+                v = half_levels(words, PART, BITS, group_at(PART, BITS, place) * SLABS + i)
                 if SCALE_TILES:
                     v = v * scale[:, None]
-                sum = sums[group_at(D, BITS, place) * SLABS + i] * shrink[:, None]
+                sum = sums[group_at(PART, BITS, place) * SLABS + i] * shrink[:, None]
                 done = done + (tl.dot(weights, v, sum),)
-        for slab in tl.static_range(D // 16):
-            new = new + (done[place_of(D, BITS, slab // SLABS) * SLABS + slab % SLABS],)
+        for slab in tl.static_range(PART // 16):
+            new = new + (done[place_of(PART, BITS, slab // SLABS) * SLABS + slab % SLABS],)
     return new
 
 
 @triton.jit
 def attend_range(
-    q, sums, largest, total, first, last, position, slope, table, k_base, v_base, stride_k, stride_v, end, score_scale,
-    cap, window,
+    q, part, sums, largest, total, first, last, position, slope, table, k_base, v_base, stride_k, stride_v, end,
+    score_scale, cap, window,
     D: tl.constexpr, M: tl.constexpr, BN: tl.constexpr,
     K_BITS: tl.constexpr, V_BITS: tl.constexpr, K_DTYPE: tl.constexpr, V_DTYPE: tl.constexpr,
     PAGED: tl.constexpr, MASKED: tl.constexpr, CAUSAL: tl.constexpr, HAS_WINDOW: tl.constexpr, HAS_CAP: tl.constexpr,
@@ -174,7 +171,8 @@ def attend_range(
     """Tokens [first, last) of one sequence and head into the running sums of a tile; first a multiple of BN.
 
     Args:
-        q, sums: tiles; largest, total: (M,) running maximum and sum.
+        q: as for scores_of; part: of the values, which of the parts of kv_layout.part_of.
+        sums: tiles of that part; largest, total: (M,) running maximum and sum.
         position: (M,) of the queries.
         slope: (M,) ALiBi slopes, in base 2 (HAS_SLOPES).
         table: pointer to the sequence's row of the block table (PAGED).
@@ -221,15 +219,18 @@ def attend_range(
         total = total * shrink + tl.sum(p, 1)
         largest = higher
         if PAGED:
-            sums = add_values(sums, p, shrink, v_part, place, D, valid, D, V_BITS, V_DTYPE, SCALE_TILES)
+            sums = add_values(sums, p, shrink, v_part, part, place, D, valid, D, V_BITS, V_DTYPE, SCALE_TILES)
         else:
-            sums = add_values(sums, p, shrink, v_part, local, stride_v, valid, D, V_BITS, V_DTYPE, SCALE_TILES)
+            sums = add_values(
+                sums, p, shrink, v_part, part, local, stride_v, valid, D, V_BITS, V_DTYPE, SCALE_TILES
+            )  # fmt: skip
     return sums, largest, total
 
 
 @triton.jit
 def attend_tile(
-    q, position, slope, table, k_base, v_base, stride_k, stride_v, first, last, clear, end, score_scale, cap, window,
+    q, part, position, slope, table, k_base, v_base, stride_k, stride_v, first, last, clear, end, score_scale, cap,
+    window,
     D: tl.constexpr, M: tl.constexpr, BN: tl.constexpr,
     K_BITS: tl.constexpr, V_BITS: tl.constexpr, K_DTYPE: tl.constexpr, V_DTYPE: tl.constexpr,
     PAGED: tl.constexpr, CAUSAL: tl.constexpr, HAS_WINDOW: tl.constexpr, HAS_CAP: tl.constexpr,
@@ -242,23 +243,30 @@ def attend_tile(
     Returns:
         (sums, largest, total); the sums are still to be multiplied by sums_factor.
     """
-    sums = empty_sums(M, D, V_BITS)
+    sums = empty_sums(M, part_size(D), V_BITS)
     largest = tl.full((M,), NOTHING, tl.float32)
     total = tl.zeros((M,), tl.float32)
     middle = tl.minimum(tl.maximum(first + (clear - first) // BN * BN, first), last)
     if not (HAS_WINDOW or ONE_LOOP):
         sums, largest, total = attend_range(
-            q, sums, largest, total, first, middle, position, slope, table, k_base, v_base, stride_k, stride_v, end,
-            score_scale, cap, window, D, M, BN, K_BITS, V_BITS, K_DTYPE, V_DTYPE, PAGED, False, CAUSAL, HAS_WINDOW,
+            q, part, sums, largest, total, first, middle, position, slope, table, k_base, v_base, stride_k, stride_v,
+            end, score_scale, cap, window, D, M, BN, K_BITS, V_BITS, K_DTYPE, V_DTYPE, PAGED, False, CAUSAL, HAS_WINDOW,
             HAS_CAP, HAS_SLOPES, SCALE_TILES, P_LOG2, STAGES,
         )  # fmt: skip
     else:
         middle = first
     return attend_range(
-        q, sums, largest, total, middle, last, position, slope, table, k_base, v_base, stride_k, stride_v, end,
+        q, part, sums, largest, total, middle, last, position, slope, table, k_base, v_base, stride_k, stride_v, end,
         score_scale, cap, window, D, M, BN, K_BITS, V_BITS, K_DTYPE, V_DTYPE, PAGED, True, CAUSAL, HAS_WINDOW,
         HAS_CAP, HAS_SLOPES, SCALE_TILES, P_LOG2, STAGES,
     )  # fmt: skip
+
+
+@triton.jit
+def sink_share(sink, largest, P_LOG2: tl.constexpr):
+    """What scores without a value add to totals with these maxima, of which it may be far above: then it is infinite,
+    and a result divided by it the zero it should be."""
+    return tl.exp2(sink * LOG2_E - largest + P_LOG2)
 
 
 @triton.constexpr_function

@@ -4,9 +4,11 @@ Shapes: q (B, T, H, D), T = 1 .. 8 (more are correct, but prefill is the faster 
 and V of any kinds; block table int32 (B, pages of a row); positions (B, T) and lengths (B,) on the device, read by the
 kernel: nothing waits for the GPU, and a launch depends on no length, so it can be captured in a CUDA graph.
 
-Program (split, head and row tile, sequence): a tile of the T x G queries that share a key/value head, over one of
-`splits` equal shares of the tokens that these queries see. Every program writes its unnormalised sums, maximum and
+Program (split and part, head and row tile, sequence): a tile of the T x G queries that share a key/value head, over one
+of `splits` equal shares of the tokens that these queries see. Every program writes its unnormalised sums, maximum and
 total; a second kernel combines them, one program per query and head, and undoes the Hadamard transform of the values.
+Heads of more than 256 features are cut into parts (kv_layout): a program has the values of one, and reads all keys,
+as do the others of its split, one right after another.
 
 Bound: memory. A cached token costs D (K bits + V bits) / 8 + scales bytes per key/value head, 144 bytes at 4 bits and
 D = 128; the roofline is that over the memory's bandwidth. One warp per program keeps the softmax and the probabilities
@@ -20,16 +22,25 @@ import triton
 import triton.language as tl
 
 from kbit.kernels.triton.attention.configs import DecodeConfig, decode_config
-from kbit.kernels.triton.attention.core import LOG2_E, NOTHING, attend_tile, load_queries, query_factor, sums_factor
+from kbit.kernels.triton.attention.core import (
+    LOG2_E,
+    NOTHING,
+    attend_tile,
+    query_factor,
+    sink_share,
+    sums_factor,
+)
 from kbit.kernels.triton.attention.kv_codes import (
     chunk_count,
     chunk_size,
     chunk_start,
     hadamard_columns,
     page_bytes,
+    part_size,
     scale_group,
 )
-from kbit.kernels.triton.attention.kv_layout import PAGE, KVFormat, check_pages
+from kbit.kernels.triton.attention.kv_layout import PAGE, KVFormat, check_pages, part_of
+from kbit.kernels.triton.attention.queries import load_queries, prepared_queries
 from kbit.kernels.triton.target import current_arch
 
 MAX_ROWS = 64  # of a tile
@@ -49,7 +60,9 @@ def attention_decode_kernel(
     G: tl.constexpr = H // H_KV
     ROWS: tl.constexpr = T * G
     TILES: tl.constexpr = (ROWS + M - 1) // M
-    split = tl.program_id(0)
+    PART: tl.constexpr = part_size(D)
+    PARTS: tl.constexpr = D // PART
+    split, part = tl.program_id(0) // PARTS, tl.program_id(0) % PARTS
     kv_head = tl.program_id(1) // TILES
     sequence = tl.program_id(2).to(tl.int64)
     row = tl.program_id(1) % TILES * M + tl.arange(0, M)
@@ -77,30 +90,33 @@ def attention_decode_kernel(
     largest = tl.full((M,), NOTHING, tl.float32)
     total = tl.zeros((M,), tl.float32)
     if first < last:
-        q = load_queries(rows, exists, factor, D, K_BITS, K_DTYPE)
+        q = load_queries(rows, exists, factor, D, K_BITS, K_DTYPE) if PARTS == 1 else (rows, exists)
         sums, largest, total = attend_tile(
-            q, position, slope, table_ptr + sequence * stride_table,
+            q, part, position, slope, table_ptr + sequence * stride_table,
             k_pages + kv_head * page_bytes(D, K_BITS), v_pages + kv_head * page_bytes(D, V_BITS),
             stride_k_page, stride_v_page, first, last, tl.minimum(lowest + 1, end), end, 1.0 / cap, cap * LOG2_E,
             window, D, M, BN, K_BITS, V_BITS, K_DTYPE, V_DTYPE, True, True, HAS_WINDOW, HAS_CAP, HAS_SLOPES,
             SCALE_TILES, P_LOG2, ONE_LOOP, STAGES,
         )  # fmt: skip
+        to = (sums_ptr + out * D + part * PART)[:, None]
         if V_BITS == 16:
-            for chunk in tl.static_range(chunk_count(D, 2)):
-                at = chunk_start(D, 2, chunk) + tl.arange(0, chunk_size(D, 2, chunk_start(D, 2, chunk)))
-                tl.store(sums_ptr + out[:, None] * D + at[None, :], sums[chunk], mask=exists[:, None])
+            for chunk in tl.static_range(chunk_count(PART, 2)):
+                at = chunk_start(PART, 2, chunk) + tl.arange(0, chunk_size(PART, 2, chunk_start(PART, 2, chunk)))
+                tl.store(to + at[None, :], sums[chunk], mask=exists[:, None])
         else:
-            for slab in tl.static_range(D // 16):
+            for slab in tl.static_range(PART // 16):
                 at = slab * 16 + tl.arange(0, 16)
-                tl.store(sums_ptr + out[:, None] * D + at[None, :], sums[slab], mask=exists[:, None])
-    tl.store(stats_ptr + out * 2, largest, mask=exists)
-    tl.store(stats_ptr + out * 2 + 1, total, mask=exists)
+                tl.store(to + at[None, :], sums[slab], mask=exists[:, None])
+    once = exists & (part == 0)  # the parts' are the same
+    tl.store(stats_ptr + out * 2, largest, mask=once)
+    tl.store(stats_ptr + out * 2 + 1, total, mask=once)
 
 
 @triton.jit(do_not_specialize=["splits"])
 def attention_combine_kernel(
-    sums_ptr, stats_ptr, out_ptr, splits, factor,
-    D: tl.constexpr, GROUPS: tl.constexpr, GROUP: tl.constexpr, V_BITS: tl.constexpr, BLOCK: tl.constexpr,
+    sums_ptr, stats_ptr, sink_ptr, out_ptr, splits, factor,
+    H: tl.constexpr, D: tl.constexpr, GROUPS: tl.constexpr, GROUP: tl.constexpr, V_BITS: tl.constexpr,
+    HAS_SINKS: tl.constexpr, P_LOG2: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """One query and head: the splits' sums, weighted by their maxima. GROUPS is a power of two, GROUPS * GROUP >= D."""
     out = tl.program_id(0).to(tl.int64)
@@ -124,6 +140,8 @@ def attention_combine_kernel(
         x = tl.load(sums_ptr + (out * splits + split)[:, None] * D + at[None, :], mask=mask, other=0.0)
         sums += tl.sum(x * weight[:, None], 0)
     seen = tl.sum(total, 0)
+    if HAS_SINKS:
+        seen += sink_share(tl.load(sink_ptr + out % H), largest, P_LOG2)
     sums = sums * (factor / tl.where(seen > 0.0, seen, 1.0))
     if V_BITS != 16:
         groups = tl.reshape(sums, (GROUPS, GROUP))
@@ -158,6 +176,7 @@ def attention_decode(
     window: int | None = None,
     soft_cap: float | None = None,
     slopes: torch.Tensor | None = None,
+    sinks: torch.Tensor | None = None,
     max_length: int | None = None,
     splits: int | None = None,
     out_dtype: torch.dtype | None = None,
@@ -178,6 +197,7 @@ def attention_decode(
         window: tokens a query sees at most, itself included.
         soft_cap: c in c tanh(score / c), or None.
         slopes: float32 (H,), ALiBi: slope * (token - position) is added to a score.
+        sinks: float32 (H,), a score of each head that counts in the softmax's sum and has no value.
         max_length: a bound on lengths that the host knows, to choose the splits by; the block table's room otherwise.
         splits: shares of the tokens; chosen if None.
         out_dtype: q's unless given.
@@ -195,7 +215,7 @@ def attention_decode(
     check_pages(k_pages, k_format, "k_pages")
     check_pages(v_pages, v_format, "v_pages")
     kv_heads = k_pages.shape[1]
-    check_queries(q, kv_heads, v_pages, block_table, slopes, window, soft_cap)
+    check_queries(q, kv_heads, v_pages, block_table, slopes, sinks, window, soft_cap)
     if positions.shape != (batch, tokens) or lengths.shape != (batch,):
         raise ValueError(f"positions {tuple(positions.shape)}, lengths {tuple(lengths.shape)} for q {tuple(q.shape)}")
     if not (positions.is_contiguous() and lengths.is_contiguous()):
@@ -207,12 +227,17 @@ def attention_decode(
     tile = min(MAX_ROWS, max(16, triton.next_power_of_2(rows)))
     config = config or decode_config(current_arch(), dim, k_format.bits, v_format.bits, tile)
     tiles = kv_heads * triton.cdiv(rows, tile)
+    parts = dim // part_of(dim)
+    if parts > 1:
+        factor = scale * query_factor(k_format.bits) * (1.0 if soft_cap else LOG2_E.value)
+        ready = prepared_queries(q.reshape(-1, heads, dim), factor, k_format.bits, k_format.dtype or torch.float16)
+        q = ready.view(batch, tokens, heads, dim)
     room = block_table.shape[1] * PAGE
     if splits is None:
-        splits = splits_for(config, batch, tiles, min(room, max_length or room, window or room))
+        splits = splits_for(config, batch, tiles * parts, min(room, max_length or room, window or room))
     sums = torch.empty((batch, tokens, heads, splits, dim), dtype=torch.float32, device=q.device)
     stats = torch.empty((batch, tokens, heads, splits, 2), dtype=torch.float32, device=q.device)
-    attention_decode_kernel[(splits, tiles, batch)](
+    attention_decode_kernel[(splits * parts, tiles, batch)](
         q,
         k_pages,
         v_pages,
@@ -255,15 +280,19 @@ def attention_decode(
     attention_combine_kernel[(batch * tokens * heads,)](
         sums,
         stats,
+        lengths if sinks is None else sinks,
         out,
         splits,
         sums_factor(v_format.bits),
+        H=heads,
         D=dim,
         GROUPS=triton.next_power_of_2(dim // group),
         GROUP=group,
         V_BITS=v_format.bits,
+        HAS_SINKS=sinks is not None,
+        P_LOG2=config.p_log2,
         BLOCK=16,
-        num_warps=2,
+        num_warps=2 if parts == 1 else 4,
     )
     return out
 
@@ -274,6 +303,7 @@ def check_queries(
     v: torch.Tensor,
     block_table: torch.Tensor | None,
     slopes: torch.Tensor | None,
+    sinks: torch.Tensor | None,
     window: int | None,
     soft_cap: float | None,
 ) -> None:
@@ -291,8 +321,9 @@ def check_queries(
         block_table.dtype != torch.int32 or block_table.ndim != 2 or block_table.stride(1) != 1
     ):
         raise ValueError("block_table: int32 (B, pages of a row) with contiguous rows wanted")
-    if slopes is not None and (slopes.shape != (heads,) or slopes.dtype != torch.float32):
-        raise ValueError(f"slopes: float32 ({heads},) wanted, not {slopes.dtype} {tuple(slopes.shape)}")
+    for name, of_heads in (("slopes", slopes), ("sinks", sinks)):
+        if of_heads is not None and (of_heads.shape != (heads,) or of_heads.dtype != torch.float32):
+            raise ValueError(f"{name}: float32 ({heads},) wanted, not {of_heads.dtype} {tuple(of_heads.shape)}")
     if window is not None and window < 1:
         raise ValueError(f"a window of {window} tokens")
     if soft_cap is not None and not soft_cap > 0:

@@ -24,11 +24,12 @@ from kbit.kernels.triton.attention.kv_codes import (
     exponent,
     low_width,
     page_bytes,
+    part_size,
     power_above,
     power_below,
     scale_group,
 )
-from kbit.kernels.triton.attention.kv_layout import KVFormat, check_pages
+from kbit.kernels.triton.attention.kv_layout import KVFormat, check_pages, part_of
 from kbit.kernels.triton.attention.kv_pack import columns, store_plane
 from kbit.kernels.triton.target import current_arch
 
@@ -203,12 +204,15 @@ def append_head(
         to = page.to(tl.pointer_type(DTYPE), bitcast=True) + place * D
         store_rotated(x_ptr + token.to(tl.int64) * stride, keep, c, s, to, slot >= 0, D, HALF)
     else:
-        for bit in tl.static_range(8, 3, -1):  # the runs: the powers of two that D is the sum of, largest first
-            if D & (1 << bit):
-                store_run(
-                    x_ptr, cos_ptr, sin_ptr, rope_row_ptr, slot_ptr, pages, first, tokens, stride, stride_cos,
-                    stride_page, D >> (bit + 1) << (bit + 1), 1 << bit, D, BITS, HALF, T, HAS_ROWS,
-                )  # fmt: skip
+        PART: tl.constexpr = part_size(D)
+        for part in tl.static_range(D // PART):
+            for bit in tl.static_range(8, 3, -1):  # the runs: the powers of two that it is the sum of, largest first
+                if PART & (1 << bit):
+                    store_run(
+                        x_ptr, cos_ptr, sin_ptr, rope_row_ptr, slot_ptr, pages, first, tokens, stride, stride_cos,
+                        stride_page, part * PART + (PART >> (bit + 1) << (bit + 1)), 1 << bit, D, BITS, HALF, T,
+                        HAS_ROWS,
+                    )  # fmt: skip
 
 
 @triton.jit
@@ -320,7 +324,7 @@ def kv_append(
     group = heads // kv_heads
     several = group if group <= MOST_HEADS else SEVERAL
     threads = 64 if current_arch().startswith("gfx9") else 32
-    tile = threads // (power_below(dim) // scale_group(dim))
+    tile = threads // (power_below(part_of(dim)) // scale_group(dim))
     kv_append_kernel[(triton.cdiv(tokens, tile), max(kv_heads, triton.cdiv(heads, several)))](
         q,
         k,

@@ -18,6 +18,17 @@ PAGE = tl.constexpr(64)  # kv_layout.PAGE
 
 
 @triton.constexpr_function
+def part_size(head_dim: int) -> int:
+    """Features of the parts of a head (kv_layout.part_of). The functions below take those of a part for head_dim."""
+    if head_dim <= 256:
+        return head_dim
+    size = 256
+    while head_dim % size:
+        size -= 32
+    return size
+
+
+@triton.constexpr_function
 def chunk_size(head_dim: int, width: int, start: int) -> int:
     """Features of the chunk of a plane that begins at feature `start` (kv_layout.chunks)."""
     return min(512 // width, 256, 1 << ((head_dim - start).bit_length() - 1))
@@ -125,15 +136,16 @@ def lane_words(page, place, D: tl.constexpr, WIDTH: tl.constexpr, START: tl.cons
     """The words of one chunk of a plane.
 
     Args:
-        page: pointer to bytes, where the plane begins in a head's page.
+        page: pointer to bytes, where the plane begins in a head's page, or for its part of a token's bytes.
         place: (BN,) tokens within the page.
-        START: first feature of the chunk.
+        D: features of the whole head.
+        START: first feature of the chunk, in its part.
         TOKENS_LAST: lanes by tokens (keys) or tokens by lanes (values).
 
     Returns:
         int32 (16, BN) or (BN, 16): every lane's codes from bit 0 on; what lies above them is not cleared.
     """
-    LANE_BITS: tl.constexpr = chunk_size(D, WIDTH, START) // 16 * WIDTH
+    LANE_BITS: tl.constexpr = chunk_size(part_size(D), WIDTH, START) // 16 * WIDTH
     ROW: tl.constexpr = D * WIDTH // 8
     FIRST: tl.constexpr = START * WIDTH // 8
     lane = tl.arange(0, 16)
@@ -158,17 +170,28 @@ def lane_words(page, place, D: tl.constexpr, WIDTH: tl.constexpr, START: tl.cons
 
 
 @triton.jit
-def load_words(page, place, D: tl.constexpr, BITS: tl.constexpr, TOKENS_LAST: tl.constexpr):
-    """A tuple of the words of every chunk of every plane, low bits first; arguments as for lane_words."""
+def load_words(page, part, place, D: tl.constexpr, BITS: tl.constexpr, TOKENS_LAST: tl.constexpr):
+    """A tuple of the words of every chunk of every plane, low bits first, of a head's part; arguments as for
+    lane_words."""
     words = ()
     LOW: tl.constexpr = low_width(BITS)
-    for chunk in tl.static_range(chunk_count(D, LOW)):
-        words = words + (lane_words(page, place, D, LOW, chunk_start(D, LOW, chunk), TOKENS_LAST),)
+    PART: tl.constexpr = part_size(D)
+    low = page + part * (PART * LOW // 8)
+    for chunk in tl.static_range(chunk_count(PART, LOW)):
+        words = words + (lane_words(low, place, D, LOW, chunk_start(PART, LOW, chunk), TOKENS_LAST),)
     if BITS == 3:
-        top = page + PAGE * (D * 2 // 8)
-        for chunk in tl.static_range(chunk_count(D, 1)):
-            words = words + (lane_words(top, place, D, 1, chunk_start(D, 1, chunk), TOKENS_LAST),)
+        top = page + PAGE * (D * 2 // 8) + part * (PART // 8)
+        for chunk in tl.static_range(chunk_count(PART, 1)):
+            words = words + (lane_words(top, place, D, 1, chunk_start(PART, 1, chunk), TOKENS_LAST),)
     return words
+
+
+@triton.jit
+def scales_of(page, part, place, D: tl.constexpr, BITS: tl.constexpr):
+    """(BN,) pointers to the fp16 scales of tokens' first group of a part; the next group's are PAGE further."""
+    PART: tl.constexpr = part_size(D)
+    scales = (page + PAGE * (D * BITS // 8)).to(tl.pointer_type(tl.float16), bitcast=True)
+    return scales + part * (PART // scale_group(PART) * PAGE) + place
 
 
 @triton.jit

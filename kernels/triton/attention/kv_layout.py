@@ -18,6 +18,8 @@ lane. A lane keeps the codes of several slabs next to each other in one word of 
 a word per lane and each shift of it is the code of one slab: 16 features of 64 tokens, which is an operand of a tensor
 core instruction (k = 16) and lies within one scale group. Slabs that share words form a chunk: a power of two of
 slabs, as many as fit in 32 bits (128 features at 4 bits), the rest of D in smaller chunks (D = 80 at 4 bits: 64 + 16).
+A head of more than 256 features is parts of equal size one after another (512 = 2 x 256), each with chunks as a head of
+that size has them.
 
     chunk of C features:   lane 0 | lane 1 | .. | lane 15      each (C / 16) w bits, little endian
     lane:                  code of its first slab in the low bits, then the next slab's, ..
@@ -35,7 +37,13 @@ import torch
 
 from kbit.host.errors import UnsupportedError
 from kbit.kernels import reference
-from kbit.kernels.triton.product.limits import HEAD_LANES, MOST_HEAD_FEATURES
+from kbit.kernels.triton.product.limits import (
+    HEAD_LANES,
+    MOST_HEAD_FEATURES,
+    PART_FEATURES,
+    WIDE_LANES,
+    takes_heads,
+)
 
 PAGE = 64  # tokens
 LANES = HEAD_LANES  # features of a slab
@@ -50,7 +58,7 @@ class KVFormat:
 
     Attributes:
         kind: one of KINDS.
-        head_dim: D, a multiple of 16, at most 256.
+        head_dim: D, a multiple of 16 up to 256, or of 64 up to 576.
 
     Raises:
         UnsupportedError: another kind or head size.
@@ -62,9 +70,10 @@ class KVFormat:
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
             raise UnsupportedError(f"a KV cache of kind {self.kind!r}: the kinds are {', '.join(KINDS)}")
-        if self.head_dim % LANES or not LANES <= self.head_dim <= MOST_HEAD_FEATURES:
+        if not takes_heads(self.head_dim):
             raise UnsupportedError(
-                f"heads of {self.head_dim} features: a multiple of {LANES} up to {MOST_HEAD_FEATURES} is supported"
+                f"heads of {self.head_dim} features: a multiple of {LANES} up to {PART_FEATURES}, or of {WIDE_LANES} "
+                f"up to {MOST_HEAD_FEATURES}, is supported"
             )
 
     @property
@@ -100,12 +109,21 @@ class KVFormat:
 
 def chunks(head_dim: int, width: int) -> list[tuple[int, int]]:
     """(first feature, features) of each chunk of a plane: powers of two of at most min(512 / width, 256)."""
-    parts, start = [], 0
+    found, start, part = [], 0, part_of(head_dim)
     while start < head_dim:
-        size = min(512 // width, 256, 1 << ((head_dim - start).bit_length() - 1))
-        parts.append((start, size))
+        size = min(512 // width, 256, 1 << ((part - start % part).bit_length() - 1))
+        found.append((start, size))
         start += size
-    return parts
+    return found
+
+
+def part_of(head_dim: int) -> int:
+    """Features of the parts of a head: all, or of more than 256 the most that are a multiple of 32 and divide them."""
+    return next(size for size in range(min(head_dim, PART_FEATURES), 0, -1) if _is_part(size, head_dim))
+
+
+def _is_part(size: int, head_dim: int) -> bool:
+    return size == head_dim or (size % 32 == 0 and head_dim % size == 0)
 
 
 def pack_plane(codes: torch.Tensor, width: int) -> torch.Tensor:

@@ -8,12 +8,13 @@ has tokens bounds[b] .. bounds[b + 1] (cu_seqlens). Keys and values are either
     paged    pages as kv_layout has them, with a block table and the lengths of the rows, the new tokens included:
              the new tokens are the last of their row (chunked prefill)
 
-Program (row tile, key/value head, sequence): a tile of query tokens times the G heads that share a key/value head,
-over all the tokens they see (flash attention, Dao 2023), the tiles with the most tokens first. Tiles beyond a
+Program (row tile, key/value head and part, sequence): a tile of query tokens times the G heads that share a key/value
+head, over all the tokens they see (flash attention, Dao 2023), the tiles with the most tokens first. Tiles beyond a
 sequence's end return at once, since the grid is made for max_queries, which the host knows; nothing waits for the GPU.
 
 Bound: the tensor cores, 4 D multiply-adds of a query, token and head (2 D of each of the two products); with k-bit
-pages also the decoding of each tile of keys and values, once per row tile.
+pages also the decoding of each tile of keys and values, once per row tile. Heads of more than 256 features are cut into
+parts (kv_layout): a program has the values of one, and finds all scores, two parts cost half as many operations more.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ import triton
 import triton.language as tl
 
 from kbit.kernels.triton.attention.configs import PrefillConfig, prefill_config
-from kbit.kernels.triton.attention.core import LOG2_E, attend_tile, load_queries, query_factor, sums_factor
+from kbit.kernels.triton.attention.core import LOG2_E, attend_tile, query_factor, sink_share, sums_factor
 from kbit.kernels.triton.attention.decode import check_queries
 from kbit.kernels.triton.attention.kv_codes import (
     chunk_count,
@@ -31,9 +32,11 @@ from kbit.kernels.triton.attention.kv_codes import (
     chunk_start,
     hadamard_columns,
     page_bytes,
+    part_size,
     scale_group,
 )
-from kbit.kernels.triton.attention.kv_layout import KVFormat, check_pages
+from kbit.kernels.triton.attention.kv_layout import KVFormat, check_pages, part_of
+from kbit.kernels.triton.attention.queries import load_queries, prepared_queries
 from kbit.kernels.triton.target import current_arch
 
 
@@ -52,17 +55,20 @@ def turned_slab(sums, D: tl.constexpr, SLAB: tl.constexpr):
 
 @triton.jit(do_not_specialize=["stride_table"])  # it follows the cache's capacity
 def attention_prefill_kernel(
-    q_ptr, k_ptr, v_ptr, table_ptr, bounds_ptr, lengths_ptr, slope_ptr, out_ptr,
+    q_ptr, k_ptr, v_ptr, table_ptr, bounds_ptr, lengths_ptr, slope_ptr, sink_ptr, out_ptr,
     scale, cap, window, stride_q, stride_k, stride_v, stride_table,
     H: tl.constexpr, H_KV: tl.constexpr, D: tl.constexpr, M: tl.constexpr, BN: tl.constexpr,
     K_BITS: tl.constexpr, V_BITS: tl.constexpr, K_DTYPE: tl.constexpr, V_DTYPE: tl.constexpr,
     PAGED: tl.constexpr, CAUSAL: tl.constexpr, HAS_WINDOW: tl.constexpr, HAS_CAP: tl.constexpr,
-    HAS_SLOPES: tl.constexpr, SCALE_TILES: tl.constexpr, P_LOG2: tl.constexpr, STAGES: tl.constexpr,
+    HAS_SLOPES: tl.constexpr, HAS_SINKS: tl.constexpr, SCALE_TILES: tl.constexpr, P_LOG2: tl.constexpr,
+    STAGES: tl.constexpr,
 ):  # fmt: skip
     """One row tile; see the module. Packed: lengths_ptr holds the bounds of the keys."""
     G: tl.constexpr = H // H_KV
     tile = tl.num_programs(0) - 1 - tl.program_id(0)
-    kv_head = tl.program_id(1)
+    PART: tl.constexpr = part_size(D)
+    PARTS: tl.constexpr = D // PART
+    kv_head, part = tl.program_id(1) // PARTS, tl.program_id(1) % PARTS
     sequence = tl.program_id(2)
     start = tl.load(bounds_ptr + sequence).to(tl.int64)
     queries = (tl.load(bounds_ptr + sequence + 1) - start).to(tl.int32)
@@ -94,23 +100,25 @@ def attention_prefill_kernel(
         if not HAS_CAP:
             factor = factor * LOG2_E
         rows = q_ptr + (start + query) * stride_q + head * D
-        q = load_queries(rows, exists, factor, D, K_BITS, K_DTYPE)
-        sums, _, total = attend_tile(
-            q, position, slope, table_ptr + sequence.to(tl.int64) * stride_table, k_base, v_base, stride_k, stride_v,
-            first, last, clear, end, 1.0 / cap, cap * LOG2_E, window, D, M, BN, K_BITS, V_BITS, K_DTYPE, V_DTYPE, PAGED,
-            CAUSAL, HAS_WINDOW, HAS_CAP, HAS_SLOPES, SCALE_TILES, P_LOG2, False, STAGES,
+        q = load_queries(rows, exists, factor, D, K_BITS, K_DTYPE) if PARTS == 1 else (rows, exists)
+        sums, largest, total = attend_tile(
+            q, part, position, slope, table_ptr + sequence.to(tl.int64) * stride_table, k_base, v_base, stride_k,
+            stride_v, first, last, clear, end, 1.0 / cap, cap * LOG2_E, window, D, M, BN, K_BITS, V_BITS, K_DTYPE,
+            V_DTYPE, PAGED, CAUSAL, HAS_WINDOW, HAS_CAP, HAS_SLOPES, SCALE_TILES, P_LOG2, False, STAGES,
         )  # fmt: skip
+        if HAS_SINKS:
+            total += sink_share(tl.load(sink_ptr + head, mask=exists, other=float("-inf")), largest, P_LOG2)
         final = sums_factor(V_BITS) / tl.where(total > 0.0, total, 1.0)
-        to = out_ptr + ((start + query) * H + head)[:, None] * D
+        to = out_ptr + ((start + query) * H + head)[:, None] * D + part * PART
         if V_BITS == 16:
-            for chunk in tl.static_range(chunk_count(D, 2)):
-                at = chunk_start(D, 2, chunk) + tl.arange(0, chunk_size(D, 2, chunk_start(D, 2, chunk)))
+            for chunk in tl.static_range(chunk_count(PART, 2)):
+                at = chunk_start(PART, 2, chunk) + tl.arange(0, chunk_size(PART, 2, chunk_start(PART, 2, chunk)))
                 x = sums[chunk] * final[:, None]
                 tl.store(to + at[None, :], x.to(out_ptr.dtype.element_ty), mask=exists[:, None])
         else:
             norm = final * scale_group(D) ** -0.5
-            for slab in tl.static_range(D // 16):
-                x = turned_slab(sums, D, slab) * norm[:, None]
+            for slab in tl.static_range(PART // 16):
+                x = turned_slab(sums, PART, slab) * norm[:, None]
                 at = slab * 16 + tl.arange(0, 16)
                 tl.store(to + at[None, :], x.to(out_ptr.dtype.element_ty), mask=exists[:, None])
 
@@ -128,6 +136,7 @@ def attention_prefill(
     window: int | None = None,
     soft_cap: float | None = None,
     slopes: torch.Tensor | None = None,
+    sinks: torch.Tensor | None = None,
     out_dtype: torch.dtype | None = None,
     config: PrefillConfig | None = None,
 ) -> torch.Tensor:
@@ -145,6 +154,7 @@ def attention_prefill(
         window: tokens a query sees at most, itself included (causal only).
         soft_cap: c in c tanh(score / c), or None.
         slopes: float32 (H,), ALiBi: slope * (token - position) is added to a score (causal only).
+        sinks: float32 (H,), a score of each head that counts in the softmax's sum and has no value.
         out_dtype: q's unless given.
         config: tile sizes; chosen if None.
 
@@ -166,13 +176,13 @@ def attention_prefill(
         raise ValueError("a window or slopes without a causal mask")
     kind = "fp16" if k.dtype == torch.float16 else "bf16"
     format = KVFormat(kind, q.shape[2])
-    check_queries(q, k.shape[1], v, None, slopes, window, soft_cap)
+    check_queries(q, k.shape[1], v, None, slopes, sinks, window, soft_cap)
     lengths = bounds if key_bounds is None else key_bounds
     if lengths.shape != bounds.shape:
         raise ValueError(f"bounds {tuple(bounds.shape)} and key_bounds {tuple(lengths.shape)}")
     return _launch(
         q, bounds, k, v, None, lengths, (format, format), k.shape[1], scale, max_queries, causal, window, soft_cap,
-        slopes, out_dtype, config,
+        slopes, sinks, out_dtype, config,
     )  # fmt: skip
 
 
@@ -192,13 +202,14 @@ def attention_prefill_paged(
     window: int | None = None,
     soft_cap: float | None = None,
     slopes: torch.Tensor | None = None,
+    sinks: torch.Tensor | None = None,
     out_dtype: torch.dtype | None = None,
     config: PrefillConfig | None = None,
 ) -> torch.Tensor:
     """Attention of packed new tokens to a paged cache that already holds them (`reference.attend`).
 
     Args:
-        q, bounds, scale, max_queries, window, soft_cap, slopes, out_dtype, config: as for attention_prefill.
+        q, bounds, scale, max_queries, window, soft_cap, slopes, sinks, out_dtype, config: as for attention_prefill.
         k_pages: uint8 (P, H_kv, page_bytes).
         v_pages: uint8 (P, H_kv, page_bytes).
         block_table: int32 (B, pages of a row).
@@ -219,12 +230,12 @@ def attention_prefill_paged(
     k_format, v_format = KVFormat(k_kind, q.shape[2]), KVFormat(v_kind, q.shape[2])
     check_pages(k_pages, k_format, "k_pages")
     check_pages(v_pages, v_format, "v_pages")
-    check_queries(q, k_pages.shape[1], v_pages, block_table, slopes, window, soft_cap)
+    check_queries(q, k_pages.shape[1], v_pages, block_table, slopes, sinks, window, soft_cap)
     if lengths.shape != (bounds.shape[0] - 1,):
         raise ValueError(f"bounds {tuple(bounds.shape)} and lengths {tuple(lengths.shape)}")
     return _launch(
         q, bounds, k_pages, v_pages, block_table, lengths, (k_format, v_format), k_pages.shape[1], scale, max_queries,
-        causal, window, soft_cap, slopes, out_dtype, config,
+        causal, window, soft_cap, slopes, sinks, out_dtype, config,
     )  # fmt: skip
 
 
@@ -243,6 +254,7 @@ def _launch(
     window: int | None,
     soft_cap: float | None,
     slopes: torch.Tensor | None,
+    sinks: torch.Tensor | None,
     out_dtype: torch.dtype | None,
     config: PrefillConfig | None,
 ) -> torch.Tensor:
@@ -255,7 +267,11 @@ def _launch(
     if batch == 0 or max_queries < 1:
         return out
     config = config or prefill_config(current_arch(), dim, k_format.bits, v_format.bits)
-    grid = (triton.cdiv(max_queries * (heads // kv_heads), config.rows), kv_heads, batch)
+    parts = dim // part_of(dim)
+    if parts > 1:
+        factor = scale * query_factor(k_format.bits) * (1.0 if soft_cap else LOG2_E.value)
+        q = prepared_queries(q, factor, k_format.bits, k_format.dtype or torch.float16)
+    grid = (triton.cdiv(max_queries * (heads // kv_heads), config.rows), kv_heads * parts, batch)
     attention_prefill_kernel[grid](
         q,
         k,
@@ -264,6 +280,7 @@ def _launch(
         bounds,
         lengths,
         lengths if slopes is None else slopes,
+        lengths if sinks is None else sinks,
         out,
         scale,
         soft_cap or 1.0,
@@ -286,6 +303,7 @@ def _launch(
         HAS_WINDOW=window is not None,
         HAS_CAP=soft_cap is not None,
         HAS_SLOPES=slopes is not None,
+        HAS_SINKS=sinks is not None,
         SCALE_TILES=config.scale_tiles,
         P_LOG2=0 if config.scale_tiles else config.p_log2,
         STAGES=config.stages,

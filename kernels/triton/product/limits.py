@@ -7,8 +7,19 @@ GEMV_TOKENS = 4
 # a drafted continuation, too, is mostly reading the cache. Above, along the new ones (attention_prefill).
 DECODE_TOKENS = 8
 
-# Features of an attention's heads are a multiple of the first of these, and at most the second.
-HEAD_LANES, MOST_HEAD_FEATURES = 16, 256
+# Features of an attention's heads are a multiple of the first of these up to the second, which a program holds; above,
+# a multiple of the third up to the last, cut into parts.
+HEAD_LANES, PART_FEATURES, WIDE_LANES, MOST_HEAD_FEATURES = 16, 256, 64, 576
+
+# A column of a recurrent head's state, as long as a key, stays in a program's registers.
+MOST_KEY_FEATURES = 256
+
+
+def takes_heads(head_dim: int) -> bool:
+    """Whether the attention kernels run heads of so many features."""
+    lanes = HEAD_LANES if head_dim <= PART_FEATURES else WIDE_LANES
+    return 0 < head_dim <= MOST_HEAD_FEATURES and head_dim % lanes == 0
+
 
 # Where a caller asked for activations in 8 bits, products of more tokens than this round them; fewer read the codes at
 # the speed of memory either way, and keep their accuracy. By the model of tools/triton_lint the fp16 kernel takes as

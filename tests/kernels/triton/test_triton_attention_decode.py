@@ -72,6 +72,13 @@ def test_head_sizes(kinds: tuple[str, str], dim: int, device: str) -> None:
     check(device, Cache(kinds, 1, dim, [45]), 2, 1, splits=1)
 
 
+@pytest.mark.parametrize(("dim", "kinds"), [(320, ("4", "3")), (512, ("fp16", "8")), (576, ("3", "bf16"))])
+def test_wide_heads(dim: int, kinds: tuple[str, str], device: str) -> None:
+    """Cut into two or three parts, with queries that are made ready beforehand."""
+    check(device, Cache(kinds, 2, dim, [70, 20]), 4, 2, Mask(window=40, sinks=torch.zeros(4)), splits=2)
+    check(device, Cache(kinds, 1, dim, [70]), 2, 1, Mask(soft_cap=2.0), splits=None)
+
+
 @pytest.mark.parametrize("tokens", range(1, 9))
 def test_tokens_and_lengths(tokens: int, device: str) -> None:
     """1 to 8 new tokens of rows of very different lengths, the shortest of these tokens alone; G = 3."""
@@ -97,6 +104,15 @@ def test_masks(kinds: tuple[str, str], device: str) -> None:
         Mask(window=20, soft_cap=10.0, slopes=slopes),
     ):
         check(device, Cache(kinds, 2, 32, [131, 30]), 4, 3, mask, splits=2)
+
+
+@pytest.mark.parametrize("kinds", [("fp16", "fp16"), ("4", "3")])
+def test_sinks(kinds: tuple[str, str], device: str) -> None:
+    """Of no, little and all weight, of heads that share keys; queries that see nothing but it."""
+    cache, sinks = Cache(kinds, 2, 32, [131, 30]), torch.tensor([-40.0, -2.0, 3.0, 500.0])
+    for mask in (Mask(sinks=sinks), Mask(window=20, soft_cap=10.0, sinks=sinks.flip(0))):
+        check(device, cache, 4, 3, mask, splits=2)
+    check(device, cache, 4, 2, Mask(sinks=sinks), positions=torch.tensor([[130, -1], [-1, 0]]), splits=2)
 
 
 @pytest.mark.parametrize("splits", [1, 2, 5, 16, 40])
@@ -172,8 +188,11 @@ def test_equals_the_reference(device: str) -> None:
     k, v = cache.row(0)
     positions = torch.tensor([88, 89])
     ours, _, _ = attend(q, k, v, positions, 0.2, Mask(window=40))
-    theirs = reference.attend(q[None], k[None], v[None], positions[None], torch.tensor([90]), 0.2, window=40)[0]
-    torch.testing.assert_close(ours.float(), theirs)
+    batch = (q[None], k[None], v[None], positions[None], torch.tensor([90]), 0.2)
+    torch.testing.assert_close(ours.float(), reference.attend(*batch, window=40)[0])
+    sinks = torch.tensor([-1.0, 0.0, 2.0, 400.0])
+    ours, _, _ = attend(q, k, v, positions, 0.2, Mask(window=40, sinks=sinks))
+    torch.testing.assert_close(ours.float(), reference.attend(*batch, window=40, sinks=sinks)[0])
 
 
 def test_choice_of_splits() -> None:
@@ -213,6 +232,8 @@ def test_refuses(device: str) -> None:
         call(positions=torch.zeros(1, 2, dtype=torch.int64, device=device))
     with pytest.raises(ValueError, match="slopes"):
         call(slopes=torch.zeros(3, device=device))
+    with pytest.raises(ValueError, match="sinks"):
+        call(sinks=torch.zeros(4, dtype=torch.float16, device=device))
     with pytest.raises(ValueError, match="window"):
         call(window=0)
     with pytest.raises(ValueError, match="soft cap"):

@@ -119,6 +119,7 @@ def test_packed_masks(device: str) -> None:
         Mask(soft_cap=3.0),
         Mask(slopes=slopes),
         Mask(causal=False),
+        Mask(causal=False, sinks=torch.tensor([2.0, 300.0])),
         Mask(causal=False, soft_cap=2.0),
         Mask(window=33, soft_cap=9.0, slopes=slopes),
     ):
@@ -137,6 +138,14 @@ def test_paged_head_sizes(kinds: tuple[str, str], dim: int, device: str) -> None
     check_paged(device, Cache(kinds, 1, dim, [69]), 2, [21])
 
 
+@pytest.mark.parametrize(("dim", "kinds"), [(320, ("bf16", "fp16")), (512, ("4", "8")), (576, ("8", "3"))])
+def test_wide_heads(dim: int, kinds: tuple[str, str], device: str) -> None:
+    """Cut into two or three parts."""
+    check_paged(device, Cache(kinds, 1, dim, [69, 30]), 2, [21, 1], Mask(window=40))
+    if dim == 512:
+        check_packed(device, (2, 1, dim), [37, 1], mask=Mask(soft_cap=2.0))
+
+
 @pytest.mark.parametrize("kinds", [("2", "3"), ("4", "8"), ("bf16", "4"), ("4", "fp16"), ("bf16", "bf16")])
 def test_paged_kinds(kinds: tuple[str, str], device: str) -> None:
     """Rows with much, some and nothing before, one of them without new tokens."""
@@ -145,13 +154,20 @@ def test_paged_kinds(kinds: tuple[str, str], device: str) -> None:
 
 def test_paged_masks(device: str) -> None:
     slopes = torch.tensor([0.5, 0.125])
-    for mask in (Mask(window=30), Mask(soft_cap=3.0), Mask(slopes=slopes)):
+    sinks = torch.tensor([-1.0, 4.0])
+    for mask in (Mask(window=30), Mask(soft_cap=3.0), Mask(slopes=slopes), Mask(window=30, sinks=sinks)):
         check_paged(device, Cache(("4", "4"), 2, 32, [100, 20]), 2, [35, 20], mask)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_types(dtype: torch.dtype, device: str) -> None:
     check_paged(device, Cache(("4", "4"), 1, 64, [50]), 2, [20], dtype=dtype, out=dtype)
+
+
+def test_sinks_where_scales_are_on_scores(device: str) -> None:
+    """Probabilities carry a factor there, which the sink must carry, too."""
+    config = PrefillConfig(rows=32, block=16, warps=2, stages=1, scale_tiles=False)
+    check_paged(device, Cache(("4", "4"), 1, 32, [50]), 2, [20], Mask(sinks=torch.tensor([0.0, 2.0])), config=config)
 
 
 @pytest.mark.parametrize("kinds", [("4", "4"), ("8", "3")])

@@ -26,7 +26,7 @@ from kbit.kernels.triton.attention.kv_layout import (  # noqa: E402
     write_tokens,
 )
 
-DIMS = [16, 32, 48, 64, 80, 96, 112, 128, 160, 256]
+DIMS = [16, 32, 48, 64, 80, 96, 112, 128, 160, 256, 320, 512]
 
 
 @pytest.mark.parametrize("dim", DIMS)
@@ -69,7 +69,7 @@ def test_sizes() -> None:
     assert KVFormat("fp16", 96).bits_per_value == 16.0
 
 
-@pytest.mark.parametrize(("kind", "dim"), [("5", 64), ("fp32", 64), ("4", 40), ("4", 8), ("8", 272)])
+@pytest.mark.parametrize(("kind", "dim"), [("5", 64), ("fp32", 64), ("4", 40), ("4", 8), ("8", 272), ("4", 640)])
 def test_unsupported_formats(kind: str, dim: int) -> None:
     with pytest.raises(UnsupportedError):
         KVFormat(kind, dim)
