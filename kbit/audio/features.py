@@ -54,7 +54,9 @@ class Features:
             raise CheckpointError(f"{where}: feature_size of {PREPROCESSOR} is {size}, and num_mel_bins {bins}")
         for key, known in _FIXED.items():
             if given.get(key) not in known:
-                raise CheckpointError(f"{where}: {key} of {PREPROCESSOR} is {given[key]!r}; only {known[-1]!r} is known")
+                raise CheckpointError(
+                    f"{where}: {key} of {PREPROCESSOR} is {given[key]!r}; only {known[-1]!r} is known"
+                )
         sizes = {key: given[key] for key in _SIZES if given.get(key) is not None}
         if any(type(value) is not int or value < 1 for value in sizes.values()):
             raise CheckpointError(f"{where}: {', '.join(_SIZES)} of {PREPROCESSOR} should be whole numbers above 0")

@@ -1,7 +1,7 @@
 """Speech in, text out: Whisper on sounds of any length, as transformers' `generate` writes greedily.
 
-A sound is heard in windows of 30 seconds. Where the text of one has timestamps, the next begins at the last of these, so
-that no word is cut (Radford et al. 2022, arXiv:2212.04356, section 3.8); a longer sound has them always.
+A sound is heard in windows of 30 seconds. Where the text of one has timestamps, the next begins at the last of these,
+so that no word is cut (Radford et al. 2022, arXiv:2212.04356, section 3.8); a longer sound has them always.
 """
 
 from __future__ import annotations
@@ -135,7 +135,7 @@ class Transcriber:
         Raises:
             UsageError: a language, a task or timestamps that the model does not have; more tokens than positions.
         """
-        sound, heard = self.sound, self._heard
+        sound = self.sound
         window = self.model.sound_frames
         frames = self._features.of_all(samples)
         long = len(frames) > window

@@ -187,9 +187,7 @@ class EncoderDecoder:
     def _read(self, batch: Batch, room: int) -> tuple[Cache, Array]:
         """The encoder's states of a batch, and an empty cache of a row for each of its sequences."""
         spec, count = self.spec, len(batch.counts)
-        texts = self.backend.new_cache(
-            1 + spec.layers, count, spec.kv_heads, spec.head_dim, int(batch.counts.max())
-        )
+        texts = self.backend.new_cache(1 + spec.layers, count, spec.kv_heads, spec.head_dim, int(batch.counts.max()))
         texts.reserve(batch.counts)
         states = self._encode.hidden(batch, texts)
         texts = Cache(texts.pool, texts.rows, texts.capacity)  # (read only from here on: beams need no room in it)
