@@ -19,7 +19,7 @@ LAYERS = (
     ("formats",),
     ("kernels",),
     ("graph",),
-    ("text", "checkpoint"),
+    ("text", "audio", "checkpoint"),
     ("backends",),
     ("models",),
     ("calibration",),

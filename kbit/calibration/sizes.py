@@ -40,6 +40,10 @@ def refuse_encoder(spec: ModelSpec, texts: bool, gradients: bool) -> None:
     Raises:
         UnsupportedError: it is.
     """
+    if spec.encoder is not None and spec.encoder.sound is not None:
+        raise UnsupportedError(
+            f"a {spec.family} model reads sound, so it is not calibrated on text: use --method rtn or hqq"
+        )
     if spec.encoder is not None and (gradients or not texts):
         raise UnsupportedError(
             f"a {spec.family} encoder-decoder is calibrated on what goes in to its matrices when it reads a text: use "

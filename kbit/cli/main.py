@@ -37,6 +37,7 @@ COMMANDS = {
     "answer": ("kbit.cli.answer", "answer", "Find the answer to a question in a text."),
     "attention": ("kbit.cli.attention", "attention", "Draw which tokens of a text attend to which."),
     "translate": ("kbit.cli.translate", "translate", "Translate texts."),
+    "transcribe": ("kbit.cli.transcribe", "transcribe", "Write down what is said in sound files."),
     "summarize": ("kbit.cli.summarize", "summarize", "Summarize texts."),
     "quantize": ("kbit.cli.quantize", "quantize", "Convert a model to k-bit weights."),
     "calibrate": ("kbit.cli.calibrate", "calibrate", "Measure which errors of its weights a model feels."),

@@ -88,6 +88,9 @@ def for_encoder(source: CheckpointSource, flags: QuantizeFlags) -> QuantizeFlags
     if flags.method != "auto" or spec.continues_text:
         return flags
     if spec.encoder is not None:
+        if spec.encoder.sound is not None and not flags.calibration:
+            typer.echo("note: a model of sound is not calibrated: method rtn", err=True)
+            return replace(flags, method="rtn")
         if flags.calibration:
             typer.echo("note: an encoder-decoder is calibrated on inputs only: method gptq", err=True)
             return replace(flags, method="gptq", inputs_only=True)

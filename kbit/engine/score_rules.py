@@ -24,16 +24,17 @@ class ScoreRules:
 
     Args:
         settings: which.
+        begin: tokens that every text begins with, where it is not the first alone.
     """
 
-    def __init__(self, settings: GenerationSettings) -> None:
+    def __init__(self, settings: GenerationSettings, begin: int | None = None) -> None:
         self.settings = settings
         ends = {(end,) for end in settings.ends}
         words = [word for word in settings.bad_words if word not in ends]
         self._never = np.array([word[0] for word in words if len(word) == 1], dtype=np.int64)
         self._words = [word for word in words if len(word) > 1]
         # (A forced first token counts as part of the beginning.)
-        self._begin = 1 if settings.forced_first is None else 2
+        self._begin = begin or (1 if settings.forced_first is None else 2)
 
     def apply(self, texts: Sequence[Sequence[int]], sources: Sequence[Sequence[int]], scores: Floats) -> None:
         """Changes scores in place.

@@ -74,6 +74,8 @@ class TextToText:
         self.tokenizer = Tokenizer.from_source(source)
         self.prompted = self._prompted(source, task, languages, where)
         self.model = load_encoder_decoder(source, backend)
+        if self.model.encoder_spec.sound is not None:
+            raise UsageError(f"{where}: a {self.model.spec.family} model reads sound, and no text: use kbit transcribe")
         self.settings: GenerationSettings = read_settings(source, self.model.spec.vocab_size, self.prompted.generation)
         self.load_seconds = perf_counter() - start
 

@@ -9,7 +9,7 @@ Dimension names: B sequences, R new tokens in all, L tokens whose results are wa
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Literal
 
@@ -31,6 +31,7 @@ class Batch:
         prefixes: int64 (B,), how many tokens of each sequence see each other where the mask is "prefix"; 0 where these
             are not in this batch.
         types: int64 (R,), the tokens' types, for models that tell parts of a text apart by them; None: all 0.
+        features: float32 (R, F), what stands in place of ids where tokens are no words (of sound); None: ids do.
     """
 
     ids: Integers
@@ -39,6 +40,7 @@ class Batch:
     wanted: Integers
     prefixes: Integers
     types: Integers | None = None
+    features: NDArray[np.float32] | None = None
 
     @classmethod
     def of(
@@ -86,6 +88,13 @@ class Batch:
         if isinstance(wanted, str):
             wanted = np.arange(len(ids)) if wanted == "all" else counts.cumsum()[counts > 0] - 1
         return cls(ids, counts, starts, np.asarray(wanted, dtype=np.int64), seen)
+
+    @classmethod
+    def of_features(cls, features: Sequence[NDArray[np.float32]]) -> Batch:
+        """A batch of sequences that begin here and have no ids: float32 (R_b, F) each. All tokens are wanted."""
+        counts = np.array([len(part) for part in features], dtype=np.int64)
+        ids, rows = np.zeros(counts.sum(), dtype=np.int64), np.concatenate(features)
+        return replace(cls.packed(ids, counts, np.zeros_like(counts), "all"), features=rows)
 
     def __len__(self) -> int:
         """R."""
@@ -138,5 +147,19 @@ class Batch:
             new = np.clip(end - first, 0, self.counts) - done
             low, high = np.searchsorted(self.wanted, (begin, end))
             types = None if self.types is None else self.types[begin:end]
+            features = None if self.features is None else self.features[begin:end]
             wanted, prefixes = self.wanted[low:high] - begin, np.zeros_like(new)
-            yield Batch(self.ids[begin:end], new, self.starts + done, wanted, prefixes, types)
+            yield Batch(self.ids[begin:end], new, self.starts + done, wanted, prefixes, types, features)
+
+
+def given_features(batch: Batch, width: int) -> NDArray[np.float32]:
+    """What a batch brings of its tokens: float32 (R, width).
+
+    Raises:
+        ValueError: it brings ids alone, or features of another width.
+    """
+    features = batch.features
+    if features is None or features.shape != (len(batch), width):
+        what = "none" if features is None else f"{features.shape}"
+        raise ValueError(f"a pass needs features ({len(batch)}, {width}) of its tokens, and has {what}")
+    return features

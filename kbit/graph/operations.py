@@ -28,6 +28,13 @@ class Embed:
 
 
 @dataclass(frozen=True, eq=False)
+class Given:
+    """out = what the pass brings of its tokens (`Batch.features`)."""
+
+    out: Symbol
+
+
+@dataclass(frozen=True, eq=False)
 class Norm:
     """out = RMS norm of x, by runs of features as wide as the weight; or, centred, its LayerNorm, perhaps biased."""
 
@@ -243,6 +250,7 @@ class Mix:
 
 Operation = (
     Embed
+    | Given
     | Norm
     | Add
     | Multiply
@@ -267,7 +275,7 @@ Operation = (
 
 def reads(operation: Operation) -> tuple[Symbol, ...]:
     """The symbols an operation needs, a residual last."""
-    if isinstance(operation, Embed):
+    if isinstance(operation, Embed | Given):
         return ()
     if isinstance(operation, Attend):
         if operation.k is None or operation.v is None:

@@ -170,6 +170,9 @@ class Ops(Protocol[X]):
             first: the row of position 0, or of type 0.
         """
 
+    def given(self, width: int) -> X:
+        """What a pass brings of its tokens in place of ids (`Batch.features`): (..., width)."""
+
     def norm(self, x: X, weight: Vector, eps: float) -> X:
         """RMS normalisation over runs of D features, all K or a head's: x (..., K), weight (D,) -> (..., K)."""
 

@@ -20,6 +20,7 @@ from kbit.graph.operations import (
     CrossAttend,
     Embed,
     FitHeads,
+    Given,
     Mix,
     Multiply,
     Norm,
@@ -62,6 +63,11 @@ class Recorder:
     def look_up(self, weight: Weight, of: Place, first: int = 0) -> Symbol:
         out = Symbol(weight.shape[1])
         self.operations.append(Embed(weight, out, of, first))
+        return out
+
+    def given(self, width: int) -> Symbol:
+        out = Symbol(width)
+        self.operations.append(Given(out))
         return out
 
     def norm(self, x: Symbol, weight: Vector, eps: float) -> Symbol:

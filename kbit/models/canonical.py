@@ -8,6 +8,7 @@ what it reads: canonical tensors, with MARK in the configuration, so that they a
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
@@ -47,6 +48,7 @@ class _Piece:
         step: every so many-th row is its own.
         transposed: rows are columns there, of a whole tensor or of an expert's.
         format: in which it is packed there, if it is.
+        flat: all axes but the first are columns.
         run, apart: rows that lie together there, and how far apart such runs begin; 0 where all lie together.
         places: int64 (N,), the row of each of its own; None where they lie as the others say.
     """
@@ -59,6 +61,7 @@ class _Piece:
     step: int = 1
     transposed: bool = False
     format: str | None = None
+    flat: bool = False
     run: int = 0
     apart: int = 0
     places: NDArray[np.int64] | None = field(default=None, compare=False)
@@ -159,8 +162,8 @@ class CanonicalSource(StoredSource):
             info = self._source.tensors[piece.stored]
             alone = piece.stored == name and piece.places is None and not piece.run
             shape = info.shape if alone else (shapes[name][0], *info.shape[1:])
-            if piece.expert is not None:
-                shape = shapes[name]
+            if piece.expert is not None or piece.flat:
+                shape = shapes[name] if piece.expert is not None else (info.shape[0], math.prod(info.shape[1:]))
             elif piece.transposed and len(info.shape) == 2:
                 shape = (info.shape[1] if piece.stored == name else shapes[name][0], info.shape[0])
             made = replace(info, name=name, shape=shape)
@@ -191,6 +194,9 @@ class CanonicalSource(StoredSource):
             columns = self._source.tensors[piece.stored].shape[0]
             matrix = self._source.read_array_rows(piece.stored, 0, columns)
             return np.ascontiguousarray(matrix[:, piece.first + start : piece.first + stop].T)
+        if piece.flat:
+            rows_read = self._source.read_array_rows(piece.stored, start, stop)
+            return np.ascontiguousarray(rows_read.reshape(stop - start, -1))
         if piece.scattered and start < stop:
             # All that lies between the first and the last.
             places = piece.rows(start, stop)
@@ -362,6 +368,8 @@ def _pieces(source: CheckpointSource, spec: ModelSpec, layout: Layout) -> dict[s
         stored = pieces.get(p.name, _Piece(p.name)).stored
         if stored not in source.tensors:
             continue  # whoever checks the tensors says so
+        if p.slot in layout.flattened and p.name.endswith(".weight"):
+            pieces[p.name] = _Piece(p.name, flat=True)
         if layout.transposed and p.role == "linear" and p.name not in pieces:
             pieces[p.name] = _Piece(p.name, transposed=True)
         if p.role == "norm" and layout.norm_offset and p.slot not in layout.whole_norms:

@@ -24,6 +24,7 @@ from kbit.models.decoder import DecoderDefinition, DecoderWeights
 from kbit.models.families import spec_from_config
 from kbit.models.load import load_stack
 from kbit.models.sinusoids import sinusoids
+from kbit.models.sound import Frames, convolved, numpy_rows
 from kbit.models.spec import ModelSpec
 
 Floats = NDArray[np.float32]
@@ -48,9 +49,18 @@ class EncoderDefinition(DecoderDefinition):
 
     def body(self, ops: Ops[X], ids: X) -> X:
         """Token ids -> hidden states (..., hidden), after the final norm; keys and values stay in the cache."""
-        states = super().body(ops, ids)
+        states = self._of_sound(ops) if self.spec.sound is not None else super().body(ops, ids)
         blocks.store_keys(ops, self.decoder, self.layers, states)
         return states
+
+    def _of_sound(self, ops: Ops[X]) -> X:
+        """Frames that `kbit.models.sound.Frames` made -> hidden states."""
+        outside = self.weights.final
+        x = convolved(ops, self.spec, outside, "sound_second")
+        x = ops.add(x, ops.look_up(outside.matrices["positions"], "positions", self.spec.first_position))
+        for index, layer in enumerate(self.weights.layers):
+            x = blocks.layer(ops, self.spec, layer, index, x)
+        return blocks.norm(ops, self.spec, outside, "final_norm", x)
 
 
 class EncoderDecoder:
@@ -79,6 +89,8 @@ class EncoderDecoder:
         self.logit_bias = logit_bias
         self._encode = backend.bind(EncoderDefinition(spec.encoder, encoder, spec, decoder.layers))
         self._decode = backend.bind(DecoderDefinition(spec, decoder))
+        sound = spec.encoder.sound
+        self._frames = None if sound is None else Frames(spec.encoder, sound, encoder.final, backend)
 
     @property
     def nbytes(self) -> int:
@@ -103,10 +115,35 @@ class EncoderDecoder:
         cache, _ = self._encoded(sources, room, [])
         return cache
 
+    def encode_sounds(self, sounds: Sequence[Floats], room: int) -> Cache:
+        """Runs the encoder on some sounds.
+
+        Args:
+            sounds: float32 (T, bins) each, frames of which each has its features; T is `sound_frames`.
+            room: tokens that there may be of every text that is then written.
+
+        Returns:
+            An empty cache of a row for each, for `run`.
+
+        Raises:
+            UsageError: the model reads texts; a sound of another length, or other features.
+        """
+        return self._encoded_sounds(sounds, room)[0]
+
+    def sound_states(self, sounds: Sequence[Floats]) -> list[Floats]:
+        """The encoder's hidden states: (T / stride, hidden) each. Arguments and errors as for `encode_sounds`."""
+        return np.split(numpy_rows(self._encoded_sounds(sounds, 1)[1]), len(sounds))
+
+    @property
+    def sound_frames(self) -> int:
+        """Frames of a sound that is read; 0 where the model reads texts."""
+        sound = self.encoder_spec.sound
+        return 0 if sound is None else sound.stride * self.encoder_spec.context_length
+
     def states(self, sources: Sequence[Sequence[int]]) -> list[Floats]:
         """The encoder's hidden states of every token: (T, hidden) each. Arguments and errors as for `encode`."""
         _, states = self._encoded(sources, 1, None)
-        return np.split(_numpy(states), np.cumsum([len(source) for source in sources])[:-1])
+        return np.split(numpy_rows(states), np.cumsum([len(source) for source in sources])[:-1])
 
     def run(self, batch: Batch, cache: Cache) -> Floats:
         """Feeds the decoder the tokens of a batch; logits of those that are wanted.
@@ -125,7 +162,7 @@ class EncoderDecoder:
             self._check_ids(self.spec, int(batch.ids.min()), int(batch.ids.max()))
             self._check_length(self.spec, int(batch.lengths.max()))
         cache.reserve(batch.counts)
-        logits = _numpy(self._decode.forward(batch, cache))
+        logits = numpy_rows(self._decode.forward(batch, cache))
         return logits if self.logit_bias is None else logits + self.logit_bias
 
     def _encoded(
@@ -133,12 +170,25 @@ class EncoderDecoder:
     ) -> tuple[Cache, Array]:
         for source in sources:
             self._check_source(source)
-        spec, count = self.spec, len(sources)
-        texts = self.backend.new_cache(
-            1 + spec.layers, count, spec.kv_heads, spec.head_dim, max(len(source) for source in sources)
-        )
-        texts.reserve([len(source) for source in sources])
-        batch = Batch.of(sources, [0] * count, "all" if wanted is None else wanted)
+        return self._read(Batch.of(sources, [0] * len(sources), "all" if wanted is None else wanted), room)
+
+    def _encoded_sounds(self, sounds: Sequence[Floats], room: int) -> tuple[Cache, Array]:
+        sound = self.encoder_spec.sound
+        if sound is None or self._frames is None:
+            raise UsageError(f"a {self.spec.family} model reads texts, not sounds: use kbit translate or kbit run")
+        for frames in sounds:
+            if frames.shape != (self.sound_frames, sound.bins):
+                raise UsageError(
+                    f"a sound has {frames.shape} frames and features, and this {self.spec.family} model reads "
+                    f"{(self.sound_frames, sound.bins)}: cut it into pieces, and fill up the last with silence"
+                )
+        return self._read(Batch.of_features(self._frames.rows(sounds)), room)
+
+    def _read(self, batch: Batch, room: int) -> tuple[Cache, Array]:
+        """The encoder's states of a batch, and an empty cache of a row for each of its sequences."""
+        spec, count = self.spec, len(batch.counts)
+        texts = self.backend.new_cache(1 + spec.layers, count, spec.kv_heads, spec.head_dim, int(batch.counts.max()))
+        texts.reserve(batch.counts)
         states = self._encode.hidden(batch, texts)
         texts = Cache(texts.pool, texts.rows, texts.capacity)  # (read only from here on: beams need no room in it)
         own = self.backend.new_cache(spec.layers, count, spec.kv_heads, spec.head_dim, room)
@@ -146,6 +196,8 @@ class EncoderDecoder:
 
     def _check_source(self, source: Sequence[int]) -> None:
         spec = self.encoder_spec
+        if spec.sound is not None:
+            raise UsageError(f"a {spec.family} model reads sound, and no text: use kbit transcribe")
         if not source:
             raise UsageError("a text has no tokens, so there is nothing to read: give some text")
         self._check_ids(spec, min(source), max(source))
@@ -183,9 +235,10 @@ def load_encoder_decoder(source: CheckpointSource, backend: Backend) -> EncoderD
     spec = check_loadable(source, backend)
     encoder_spec = spec.encoder
     assert encoder_spec is not None
-    encoder = load_stack(source, encoder_spec, backend, None)
+    # (An encoder of sound has no embedding, and is given the decoder's.)
+    decoder = load_stack(source, spec, backend, None)
     one = encoder_spec.names.embedding == spec.names.embedding
-    decoder = load_stack(source, spec, backend, encoder.embedding if one else None)
+    encoder = load_stack(source, encoder_spec, backend, decoder.embedding if one else None)
     name = spec.names.logit_bias
     bias = _read(source, name).reshape(-1) if name in source.tensors and name is not None else None
     return EncoderDecoder(spec, backend, encoder, decoder, bias)
@@ -230,11 +283,4 @@ def _read(source: CheckpointSource, name: str) -> Floats:
     if isinstance(source, StoredSource):
         return np.asarray(read_array(source, name), dtype=np.float32)
     values: Floats = source.read(name).float().numpy()
-    return values
-
-
-def _numpy(x: Array) -> Floats:
-    if isinstance(x, np.ndarray):
-        return x
-    values: Floats = x.float().cpu().numpy()
     return values

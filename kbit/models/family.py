@@ -37,7 +37,7 @@ from kbit.models.layer_types import Rotated, Windows, rotated_layers, windows_of
 from kbit.models.layout import Layout
 from kbit.models.rope_config import DEFAULT_THETA, RopeRules, Ropes, ropes_from_config
 from kbit.models.scan_config import Scanned, scan_of
-from kbit.models.spec import MAX_CONTEXT, SQUARED, ModelSpec, RopeSpec, Sinusoids
+from kbit.models.spec import MAX_CONTEXT, SQUARED, ModelSpec, RopeSpec, Sinusoids, SoundSpec
 from kbit.models.stack_config import distances_of, names_of, with_fallbacks
 from kbit.models.task_config import position_table, read_task, token_types
 from kbit.models.task_heads import TaskHead
@@ -125,6 +125,7 @@ class Family:
         fallbacks: keys that say what others do not, where these are absent or null.
         shared: the key that says whether encoder and decoder have one embedding, and its name then.
         plain_up: the name of `up` where the activation's name does not begin with "gated-": then there is no gate.
+        key_bias, sound: see ModelSpec; sound: the key of its frames' features.
         variants: (key, value, family): what a configuration of this model_type is where a key has a value, the first
             that it has.
     """
@@ -194,6 +195,8 @@ class Family:
     fallbacks: Mapping[str, str] = field(default_factory=dict)
     shared: tuple[str, str] | None = None
     plain_up: str | None = None
+    key_bias: bool = True
+    sound: str | None = None
 
     @property
     def accepted(self) -> tuple[str, ...]:
@@ -335,6 +338,8 @@ def _read_stack(family: Family, values: ConfigValues) -> ModelSpec:
         layer_features=features,
         layer_tokens=feature_rows,
         layer_multiplier=root(values, features) if features else 1.0,
+        key_bias=family.key_bias,
+        sound=None if family.sound is None else SoundSpec(values.integer(family.sound, 1, _MAX_WIDTH)),
     )
     if spec.activation == SQUARED and (names.gate is not None or spec.experts is not None):
         raise UnsupportedError(f"{values.where}: {family.activation} {SQUARED!r} is supported for MLPs without a gate")

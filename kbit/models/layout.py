@@ -47,6 +47,8 @@ class Layout:
         by_head: of these, each head's rows of one slot after the other, not all rows of one slot.
         not_by_head: of these nevertheless all rows of one slot after the other.
         grouped: published matrices that hold several by group, by name likewise.
+        flattened: slots of matrices that are published with further axes behind that of their inputs, which all
+            together are the canonical columns.
         transposed: matrices inside of layers are published as (inputs, outputs).
         interleaved: pairs of features that turn together lie side by side (2 i, 2 i + 1), not half of what turns apart.
         turned_last: what turns of a query's head comes after what does not.
@@ -64,6 +66,7 @@ class Layout:
     by_head: bool = False
     not_by_head: tuple[str, ...] = ()
     grouped: Mapping[str, Grouped] = field(default_factory=dict)
+    flattened: tuple[str, ...] = ()
     transposed: bool = False
     interleaved: bool = False
     turned_last: bool = False
@@ -79,5 +82,5 @@ class Layout:
     def changes(self) -> bool:
         """Whether published tensors differ from canonical ones in more than their names, which tell by themselves."""
         elsewhere = bool(self.fused) or bool(self.stacked) or self.more_layers is not None
-        elsewhere = elsewhere or bool(self.grouped)
+        elsewhere = elsewhere or bool(self.grouped) or bool(self.flattened)
         return elsewhere or self.transposed or self.interleaved or self.turned_last or self.norm_offset != 0.0

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from kbit.models.mixer_specs import ConvNet, ScanNet
-from kbit.models.spec import LatentSpec, ModelSpec
+from kbit.models.spec import LatentSpec, ModelSpec, SoundSpec
 
 Unit = Literal["heads", "kv_heads", "features"]
 Role = Literal["embedding", "linear", "head", "norm", "bias", "router", "rows", "table", "distances", "taps", "task"]
@@ -79,6 +79,8 @@ def own_parameters(spec: ModelSpec) -> tuple[Parameter, ...]:
     """Those of one stack of layers: `parameters`, but of an encoder-decoder the decoder's alone."""
     names, vocabulary = spec.names, (spec.vocab_size, spec.hidden_size)
     found = [Parameter(f"{names.embedding}.weight", "embedding", None, "embedding", vocabulary)]
+    if spec.sound is not None:
+        found = list(_sound(spec, spec.sound))
     found += _beside_embedding(spec)
     for layer in range(spec.layers):
         found += _recurrent(spec, layer) if spec.recurs(layer) else _attention(spec, layer)
@@ -112,6 +114,14 @@ def _beside_embedding(spec: ModelSpec) -> Iterator[Parameter]:
         yield Parameter(f"{names.layer_features}.weight", "layer_features", None, "router", (wide, hidden))
         yield from _norm(spec, "layer_features_norm", None, spec.layer_features)
     yield from _distances(spec, None)
+
+
+def _sound(spec: ModelSpec, sound: SoundSpec) -> Iterator[Parameter]:
+    """The convolutions of `kbit.models.sound`: a row has all features of its frames, of each feature all frames."""
+    for slot, features in (("sound_first", sound.bins), ("sound_second", spec.hidden_size)):
+        name, hidden = getattr(spec.names, slot), spec.hidden_size
+        yield Parameter(f"{name}.weight", slot, None, "router", (hidden, features * sound.taps))
+        yield Parameter(f"{name}.bias", slot, None, "bias", (hidden,))
 
 
 def _distances(spec: ModelSpec, layer: int | None) -> Iterator[Parameter]:
@@ -152,7 +162,7 @@ def _attention(spec: ModelSpec, layer: int) -> Iterator[Parameter]:
         yield from _norm(spec, "attention_norm", layer)
     yield from _linear(spec, "q", layer, (queries, hidden), (0, "heads"), inputs, spec.qkv_bias)
     for slot in own[1:]:
-        yield from _linear(spec, slot, layer, (keys, hidden), (0, "kv_heads"), inputs, spec.qkv_bias)
+        yield from _linear(spec, slot, layer, (keys, hidden), (0, "kv_heads"), inputs, _biased(spec, slot))
     if spec.names.output_gate is not None:
         yield from _linear(spec, "output_gate", layer, (queries, hidden), (0, "heads"), inputs, spec.qkv_bias)
     whole = spec.qk_norm == "whole"
@@ -260,6 +270,11 @@ def qkv(spec: ModelSpec, layer: int) -> tuple[str, ...]:
     return ("q", "k") if shape.keys_as_values else QKV
 
 
+def _biased(spec: ModelSpec, slot: str) -> bool:
+    """Whether keys or values have a bias."""
+    return spec.qkv_bias and (spec.key_bias or slot != "k")
+
+
 def weightless_norms(spec: ModelSpec, layer: int) -> dict[str, int]:
     """The widths of a layer's norms that have no weight, by slot."""
     shape = spec.shape(layer)
@@ -271,7 +286,7 @@ def _cross(spec: ModelSpec, layer: int) -> Iterator[Parameter]:
     hidden, queries, keys = spec.hidden_size, spec.heads * spec.head_dim, spec.kv_heads * spec.head_dim
     yield from _norm(spec, "cross_norm", layer)
     yield from _linear(spec, "cross_q", layer, (queries, hidden), (0, "heads"), ("cross_q",), spec.qkv_bias)
-    yield from _linear(spec, "cross_k", layer, (keys, hidden), (0, "kv_heads"), CROSS_KV, spec.qkv_bias)
+    yield from _linear(spec, "cross_k", layer, (keys, hidden), (0, "kv_heads"), CROSS_KV, _biased(spec, "k"))
     yield from _linear(spec, "cross_v", layer, (keys, hidden), (0, "kv_heads"), CROSS_KV, spec.qkv_bias)
     yield from _linear(spec, "cross_o", layer, (hidden, queries), (1, "heads"), ("cross_o",), spec.output_bias)
     yield from _norm(spec, "cross_sum_norm", layer)

@@ -150,6 +150,21 @@ class LatentSpec:
 
 
 @dataclass(frozen=True)
+class SoundSpec:
+    """What an encoder of sound reads in place of tokens (`kbit.models.sound`).
+
+    Attributes:
+        bins: features of a frame.
+        taps: frames that each of its two convolutions takes together.
+        stride: frames of the first that become a position, in the second.
+    """
+
+    bins: int
+    taps: int = 3
+    stride: int = 2
+
+
+@dataclass(frozen=True)
 class ModelSpec:
     """A transformer of layers of attention, with rotary positions, and a gated MLP.
 
@@ -205,6 +220,8 @@ class ModelSpec:
         layer_tokens: its rows, at least V.
         layer_multiplier: a factor on them.
         encoder: of an encoder-decoder, whose decoder this then is, the other half.
+        key_bias: whether keys have the bias that queries and values have.
+        sound: it reads sound; None: tokens.
     """
 
     family: str
@@ -259,6 +276,8 @@ class ModelSpec:
     layer_tokens: int = 0
     layer_multiplier: float = 1.0
     encoder: ModelSpec | None = None
+    key_bias: bool = True
+    sound: SoundSpec | None = None
 
     @property
     def stacked_layers(self) -> int:

@@ -20,6 +20,7 @@ from kbit.graph.operations import (
     CrossAttend,
     Embed,
     FitHeads,
+    Given,
     Mix,
     Multiply,
     Norm,
@@ -132,7 +133,7 @@ class Structure:
                     found[_name(gate)] = found[_name(up)] = made[operation.x]
                     found[_name(down)] = _name(up)
                 made[operation.out] = _name(experts.downs[0])
-            elif isinstance(operation, CrossAttend | StoreKeys):
+            elif isinstance(operation, CrossAttend | StoreKeys | Given):
                 raise ValueError("what an encoder's values become is in another recording")
             else:
                 for weight, out in zip(operation.weights, operation.outs, strict=True):

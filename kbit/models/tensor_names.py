@@ -16,7 +16,7 @@ class TensorNames:
     another. Names of an expert contain {expert}; those of sinks, of the selection bias, of the scales, and of the rates
     and the bias of a delta net are whole. `cross_*` are of attention to an encoder's text, and of its norms: before it,
     and of the stream with it. `copies` may be stored again, and are the embedding then; `logit_bias`, whole, is added
-    to logits where it is there.
+    to logits where it is there. `sound_*` are convolutions over frames of sound, in place of an embedding.
 
     Where experts stand beside an MLP, their input has a norm of its own, `experts_norm`, and there are norms of what
     both add: `mlp_own_norm` and `experts_post_norm`. A second embedding (`layer_embedding`) has features for every
@@ -53,6 +53,8 @@ class TensorNames:
     cross_o: str | None = None
     cross_sum_norm: str | None = None
     logit_bias: str | None = None
+    sound_first: str | None = None
+    sound_second: str | None = None
     copies: tuple[str, ...] = ()
     output_gate: str | None = None
     sinks: str | None = None

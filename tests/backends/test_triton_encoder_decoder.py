@@ -7,6 +7,7 @@ from pathlib import Path
 import encoder_decoder_cases as cases
 import numpy as np
 import pytest
+import sound_cases as sounds
 
 from kbit.backends.reference.backend import ReferenceBackend
 from kbit.graph.batch import Batch
@@ -36,6 +37,19 @@ def test_logits(device: str, name: str, tmp_path: Path) -> None:
         first = ours.run(Batch.of(texts, cache.lengths, "all"), cache)
         cache.select([1, 1, 0])
         found.append(np.concatenate([first, ours.run(Batch.of([[7], [8], [9]], cache.lengths), cache)]))
+    assert float(np.abs(found[0] - found[1]).max()) <= RELATIVE * float(np.abs(found[1]).max())
+
+
+def test_sound(device: str, tmp_path: Path) -> None:
+    """Frames through both convolutions and a layer, and texts of two sounds."""
+    model = sounds.whisper(encoder_layers=1, decoder_layers=1, max_source_positions=70)
+    sounds.saved_whisper(model, tmp_path)
+    heard, texts = sounds.features(140, 140), cases.ids_of(5, 5, seed=5)
+    found = []
+    for backend in (TritonBackend(device), ReferenceBackend()):
+        ours = cases.loaded(tmp_path, backend)
+        cache = ours.encode_sounds(heard, 8)
+        found.append(ours.run(Batch.of(texts, cache.lengths, "all"), cache))
     assert float(np.abs(found[0] - found[1]).max()) <= RELATIVE * float(np.abs(found[1]).max())
 
 

@@ -31,6 +31,7 @@ from kbit.graph.operations import (
     CrossAttend,
     Embed,
     FitHeads,
+    Given,
     Mix,
     Multiply,
     Norm,
@@ -140,6 +141,8 @@ def lower_head(program: Program, operations: Sequence[Operation], result: Symbol
 def _emit(program: Program, operation: Operation, at: dict[Symbol, int]) -> None:
     if isinstance(operation, Embed):
         program.embed(native_matrix(operation.weight), at[operation.out], operation.of, operation.first)
+    elif isinstance(operation, Given):
+        program.given(at[operation.out])
     elif isinstance(operation, Norm):
         weight, eps, bias, centred = _norm(operation)
         assert weight is not None

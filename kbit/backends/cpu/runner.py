@@ -180,6 +180,7 @@ class NativeRunner:
                     encoder,
                     None if states is None else _slots(states.of_piece(batch, piece)),
                     piece.types,
+                    piece.features,
                 )
                 begin, taken = end, stop
         cache.advance(batch.counts)

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from kbit.backends.reference.kv_cache import ReferencePages, reference_pages
 from kbit.backends.rotary import RotaryTable
 from kbit.formats.quant_tensor import QuantTensor
-from kbit.graph.batch import Batch
+from kbit.graph.batch import Batch, given_features
 from kbit.graph.cache import Cache, check_size, encoder_lengths
 from kbit.graph.experts import Experts, Mixture
 from kbit.graph.ops import Array, Attention, Definition, Group, Place, Vector, Weight, check_source
@@ -53,6 +53,9 @@ class RowOps:
         return reference.embed(_data(weight), ids)
 
     def look_up(self, weight: Weight, of: Place, first: int = 0) -> torch.Tensor:
+        raise _without_tokens()
+
+    def given(self, width: int) -> torch.Tensor:
         raise _without_tokens()
 
     def linear(
@@ -232,6 +235,9 @@ class StepOps(RowOps):
 
     def look_up(self, weight: Weight, of: Place, first: int = 0) -> torch.Tensor:
         return reference.embed(_data(weight), first + places(self._batch, of))
+
+    def given(self, width: int) -> torch.Tensor:
+        return torch.from_numpy(given_features(self._batch, width))
 
     def rotate(self, x: torch.Tensor, head_dim: int, angles: tuple[int, int]) -> torch.Tensor:
         return rotated(x[None], head_dim, angles, self._cos, self._sin)[0]

@@ -20,6 +20,7 @@ from kbit.graph.operations import (
     CrossAttend,
     Embed,
     FitHeads,
+    Given,
     Mix,
     Multiply,
     Norm,
@@ -86,6 +87,7 @@ class Pass:
         places: int64 (N,), the tokens' positions, where a table of them is looked up.
         types: int64 (N,), the tokens' types; None: all 0.
         states: of recurrent layers, if there are any.
+        features: float32 (N, F), what stands in place of ids; None: they do.
     """
 
     pages: TritonPages
@@ -103,6 +105,7 @@ class Pass:
     places: torch.Tensor | None = None
     types: torch.Tensor | None = None
     states: PassStates | None = None
+    features: torch.Tensor | None = None
 
 
 class Replay:
@@ -182,6 +185,10 @@ class Replay:
         if isinstance(operation, Embed):
             ids = values[self._input] if operation.of == "tokens" else _places(operation, step)
             values[operation.out] = embed(triton_weight(operation.weight), ids, dtype=torch.float32)
+        elif isinstance(operation, Given):
+            assert step is not None
+            assert step.features is not None
+            values[operation.out] = step.features
         elif isinstance(operation, Norm):
             dtype = torch.float32 if operation.out in self._exact else self._dtype
             values[operation.out] = _normalised(values[operation.x], operation, dtype)

@@ -213,6 +213,7 @@ class TritonRunner:
             self._upload(batch.positions.astype(np.int64)) if self._learned else None,
             None if batch.types is None else self._upload(batch.types),
             own,
+            None if batch.features is None else self._upload(batch.features),
         )
 
     def _texts(self, batch: Batch, cache: Cache) -> EncoderTexts:

@@ -45,6 +45,7 @@ SIDECAR_NAMES = (
     "target_vocab.json",
     "merges.txt",
     "generation_config.json",
+    "preprocessor_config.json",
     "chat_template.jinja",
     "chat_template.json",
 )

@@ -74,6 +74,7 @@ from kbit.models.families import (
     stablelm,
     starcoder2,
     t5,
+    whisper,
     youtu,
 )
 from kbit.models.family import Family, read_spec
@@ -157,6 +158,7 @@ FAMILIES: dict[str, Family] = {
         mbart.FAMILY,
         m2m_100.FAMILY,
         pegasus.FAMILY,
+        whisper.FAMILY,
     )
 }
 

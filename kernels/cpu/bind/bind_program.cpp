@@ -136,6 +136,12 @@ void bind_program(nb::module_& module) {
              p.append(EmbedInstruction{std::move(matrix), out, rows, first});
            },
            nb::arg("matrix"), nb::arg("out"), nb::arg("of") = "tokens", nb::arg("first") = 0)
+      .def("given",
+           [](Program& p, int out) {
+             p.buffer_width(out);
+             p.append(GivenInstruction{out});
+           },
+           nb::arg("out"))
       .def("matmul", &add_matmul, nb::arg("x"), nb::arg("matrices"), nb::arg("biases"), nb::arg("outs"),
            nb::arg("norm").none(), nb::arg("eps"), nb::arg("activation").none(), nb::arg("residual").none(),
            nb::arg("norm_bias") = nb::none(), nb::arg("centred") = false)

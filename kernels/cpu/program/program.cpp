@@ -328,6 +328,10 @@ void Program::run(const Pass& pass) {
     return pass.types ? pass.types[r] : 0;
   };
   for (const Instruction& i : instructions_) {
+    const auto* given = std::get_if<GivenInstruction>(&i);
+    if (given && (!pass.features || pass.feature_width != buffer_width(given->out))) {
+      throw std::invalid_argument("the pass brings no features of its rows, or too few or too many of each");
+    }
     const auto* e = std::get_if<EmbedInstruction>(&i);
     for (std::int64_t r = 0; e && r < pass.rows; ++r) {
       if (row_of(*e, r) >= 0 && row_of(*e, r) < e->weights->matrix().rows) continue;
@@ -361,6 +365,13 @@ void Program::run(const Pass& pass) {
         worker.for_each(pass.rows, 1, [&](std::int64_t begin, std::int64_t end) {
           for (std::int64_t r = begin; r < end; ++r)
             kernels.decode_row(e->weights->matrix(), row_of(*e, r), at(e->out).data() + r * at(e->out).stride);
+        });
+      } else if (const auto* v = std::get_if<GivenInstruction>(&instruction)) {
+        const std::int64_t width = at(v->out).width;
+        worker.for_each(pass.rows, 16, [&](std::int64_t begin, std::int64_t end) {
+          for (std::int64_t r = begin; r < end; ++r)
+            std::memcpy(at(v->out).data() + r * at(v->out).stride, pass.features + r * width,
+                        static_cast<std::size_t>(width) * 4);
         });
       } else if (const auto* n = std::get_if<NormInstruction>(&instruction)) {
         norm(worker, *n, pass.rows);

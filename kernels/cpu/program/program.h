@@ -49,6 +49,7 @@ struct MatmulInstruction {
 // Rows of a table: of the tokens' ids, of their positions plus `first`, or of their types.
 enum class Rows { tokens, positions, types };
 struct EmbedInstruction { Weights weights; int out; Rows of = Rows::tokens; int first = 0; };
+struct GivenInstruction { int out; };  // what the pass brings of its rows
 struct NormInstruction { int x; Norm norm; int out; };  // of each run of features as wide as the norm
 // out = factor x, or, where there is a cap, cap tanh(x / cap).
 struct MapInstruction { int x, out; float factor = 1.0f, cap = 0.0f; };
@@ -114,7 +115,7 @@ struct ExpertsInstruction {
 using Instruction = std::variant<MatmulInstruction, EmbedInstruction, NormInstruction, AddInstruction, ActivateInstruction,
                                  AttendInstruction, RecurInstruction, ConvolveInstruction, MapInstruction,
                                  RotateInstruction, FitInstruction, MultiplyInstruction, GateInstruction, ExpertsInstruction,
-                                 ColumnsInstruction>;
+                                 ColumnsInstruction, GivenInstruction>;
 
 // What a mixture notes of a pass: pairs of a row and an expert it goes to, sorted by expert.
 struct ExpertRows {
@@ -147,6 +148,8 @@ struct Pass {
   const std::int32_t* sequence = nullptr;    // (R) row of the tables; a sequence's rows are consecutive and ascending
   const std::int32_t* position = nullptr;    // (R)
   const std::int64_t* types = nullptr;       // (R) token types; null: all 0
+  const float* features = nullptr;           // (R, feature_width), what the pass brings of its rows; or null
+  std::int64_t feature_width = 0;
   const std::int32_t* last_seen = nullptr;   // (R) last position a row sees, of its sequence's in this pass; null: its own
   const float* cos = nullptr;                // (P, table_half)
   const float* sin = nullptr;

@@ -1,0 +1,1 @@
+"""Sound: files of samples, and the features that models read."""
