@@ -67,6 +67,9 @@ class ActivationAware(CalibratedRounding):
     def settings(self) -> Mapping[str, Any]:
         return {"grid": self.grid, "clips": list(CLIPS), "calibration": self.request.identity}
 
+    def refuses(self, format: Codec) -> str | None:
+        return None if isinstance(format, QuantFormat) else f"it scales inputs for formats of {QuantFormat.family} only"
+
     def apply(self, job: MethodInput) -> QuantizedSource:
         from kbit.calibration.run import calibrate
 

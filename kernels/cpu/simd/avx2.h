@@ -153,6 +153,55 @@ inline Ints add(Ints sum, Pairs pairs) {
           _mm256_add_epi32(sum.hi, _mm256_madd_epi16(pairs.hi, one))};
 }
 
+// ---------------------------------------------------------------------------------------------------- words
+
+struct Words { __m256i lo, hi; };
+
+inline Words load_words(const uint16_t* p) { return {load256(p), load256(p + 16)}; }
+inline void store_words(uint16_t* p, Words a) { store256(p, a.lo), store256(p + 16, a.hi); }
+inline Words broadcast_word(uint16_t v) { return {_mm256_set1_epi16(short(v)), _mm256_set1_epi16(short(v))}; }
+inline Words add_saturated(Words a, Words b) { return {_mm256_adds_epu16(a.lo, b.lo), _mm256_adds_epu16(a.hi, b.hi)}; }
+inline Words sub_saturated(Words a, Words b) { return {_mm256_subs_epu16(a.lo, b.lo), _mm256_subs_epu16(a.hi, b.hi)}; }
+inline Words min(Words a, Words b) { return {_mm256_min_epu16(a.lo, b.lo), _mm256_min_epu16(a.hi, b.hi)}; }
+inline Words distance(Words a, Words b) {
+  return {_mm256_abs_epi16(_mm256_subs_epi16(a.lo, b.lo)), _mm256_abs_epi16(_mm256_subs_epi16(a.hi, b.hi))};
+}
+inline Words high_square(Words a) { return {_mm256_mulhi_epu16(a.lo, a.lo), _mm256_mulhi_epu16(a.hi, a.hi)}; }
+template <int Shift> inline Words spread(const uint16_t* p) {
+  if constexpr (Shift >= 5) return broadcast_word(*p);
+  if constexpr (Shift <= 1) {
+    Words r;
+    alignas(32) uint16_t lanes[32];
+    for (int i = 0; i < 32; ++i) lanes[i] = p[i >> Shift];
+    return load_words(lanes);
+  }
+  // Up to eight numbers, in both halves of both registers; a byte shuffle picks lane i's bytes 2 (i >> Shift) and next.
+  alignas(32) static constexpr struct Lanes {
+    uint8_t at[64];
+    constexpr Lanes() : at() { for (int i = 0; i < 64; ++i) at[i] = uint8_t(2 * (i / 2 >> Shift) + i % 2); }
+  } lanes;
+  const __m256i few = _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+  return {_mm256_shuffle_epi8(few, load256(lanes.at)), _mm256_shuffle_epi8(few, load256(lanes.at + 32))};
+}
+struct Least { Words value, which; };
+inline void keep_less(Least& least, Words value, int which) {  // where the old one is the minimum, it stays
+  const Words next = min(least.value, value);
+  const __m256i w = _mm256_set1_epi16(short(which));
+  least.which.lo = _mm256_blendv_epi8(w, least.which.lo, _mm256_cmpeq_epi16(next.lo, least.value.lo));
+  least.which.hi = _mm256_blendv_epi8(w, least.which.hi, _mm256_cmpeq_epi16(next.hi, least.value.hi));
+  least.value = next;
+}
+inline void store_low_bytes(uint8_t* p, Words a) {  // packing works within 128-bit lanes: quarters 0 2 1 3
+  const __m256i byte = _mm256_set1_epi16(0xff);
+  const __m256i packed = _mm256_packus_epi16(_mm256_and_si256(a.lo, byte), _mm256_and_si256(a.hi, byte));
+  store256(p, _mm256_permute4x64_epi64(packed, 0xd8));
+}
+inline uint16_t reduce_min(Words a) {
+  const __m256i half = _mm256_min_epu16(a.lo, a.hi);
+  const __m128i eight = _mm_min_epu16(_mm256_castsi256_si128(half), _mm256_extracti128_si256(half, 1));
+  return uint16_t(_mm_cvtsi128_si32(_mm_minpos_epu16(eight)));
+}
+
 // ---------------------------------------------------------------------------------------------------- floats
 
 constexpr bool kHasBf16 = false;

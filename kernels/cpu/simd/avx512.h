@@ -138,6 +138,44 @@ inline Pairs no_pairs() { return {broadcast(0)}; }
 inline Pairs dot4(Pairs sum, Bytes codes, const int8_t* x) { return {dot4(sum.sums, codes, x)}; }
 inline Ints add(Ints sum, Pairs pairs) { return add(sum, pairs.sums); }
 
+// ---------------------------------------------------------------------------------------------------- words
+
+struct Words { __m512i v; };
+
+inline Words load_words(const uint16_t* p) { return {_mm512_loadu_si512(p)}; }
+inline void store_words(uint16_t* p, Words a) { _mm512_storeu_si512(p, a.v); }
+inline Words broadcast_word(uint16_t v) { return {_mm512_set1_epi16(short(v))}; }
+inline Words add_saturated(Words a, Words b) { return {_mm512_adds_epu16(a.v, b.v)}; }
+inline Words sub_saturated(Words a, Words b) { return {_mm512_subs_epu16(a.v, b.v)}; }
+inline Words min(Words a, Words b) { return {_mm512_min_epu16(a.v, b.v)}; }
+inline Words distance(Words a, Words b) { return {_mm512_abs_epi16(_mm512_subs_epi16(a.v, b.v))}; }
+inline Words high_square(Words a) { return {_mm512_mulhi_epu16(a.v, a.v)}; }
+template <int Shift> inline Words spread(const uint16_t* p) {
+  alignas(64) static constexpr struct Lanes {
+    uint16_t at[32];
+    constexpr Lanes() : at() { for (int i = 0; i < 32; ++i) at[i] = uint16_t(i >> Shift); }
+  } lanes;
+  if constexpr (Shift >= 5) return {_mm512_set1_epi16(short(*p))};
+  // Two to sixteen numbers, which lie in the first 32 bytes.
+  const __m512i few = Shift >= 2 ? _mm512_castsi128_si512(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)))
+                                 : _mm512_castsi256_si512(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+  return {_mm512_permutexvar_epi16(_mm512_load_si512(lanes.at), few)};
+}
+struct Least { Words value, which; };
+inline void keep_less(Least& least, Words value, int which) {
+  const __mmask32 less = _mm512_cmplt_epu16_mask(value.v, least.value.v);
+  least.value.v = _mm512_min_epu16(value.v, least.value.v);
+  least.which.v = _mm512_mask_mov_epi16(least.which.v, less, _mm512_set1_epi16(short(which)));
+}
+inline void store_low_bytes(uint8_t* p, Words a) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi16_epi8(a.v));
+}
+inline uint16_t reduce_min(Words a) {
+  const __m256i half = _mm256_min_epu16(_mm512_castsi512_si256(a.v), _mm512_extracti64x4_epi64(a.v, 1));
+  const __m128i eight = _mm_min_epu16(_mm256_castsi256_si128(half), _mm256_extracti128_si256(half, 1));
+  return uint16_t(_mm_cvtsi128_si32(_mm_minpos_epu16(eight)));
+}
+
 // ---------------------------------------------------------------------------------------------------- floats
 
 #ifdef __AVX512BF16__

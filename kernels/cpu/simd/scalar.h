@@ -106,6 +106,60 @@ inline Pairs no_pairs() { return {broadcast(0)}; }
 inline Pairs dot4(Pairs sum, Bytes codes, const int8_t* x) { return {dot4(sum.sums, codes, x)}; }
 inline Ints add(Ints sum, Pairs pairs) { return add(sum, pairs.sums); }
 
+// ---------------------------------------------------------------------------------------------------- words
+
+// 32 unsigned 16-bit numbers.
+struct Words { uint16_t at[32]; };
+
+inline Words load_words(const uint16_t* p) { Words r; memcpy(r.at, p, 64); return r; }  // any alignment
+inline void store_words(uint16_t* p, Words a) { memcpy(p, a.at, 64); }
+inline Words broadcast_word(uint16_t v) { Words r; for (int i = 0; i < 32; ++i) r.at[i] = v; return r; }
+inline Words add_saturated(Words a, Words b) {
+  for (int i = 0; i < 32; ++i) a.at[i] = uint16_t(a.at[i] + b.at[i] > 65535 ? 65535 : a.at[i] + b.at[i]);
+  return a;
+}
+inline Words sub_saturated(Words a, Words b) {
+  for (int i = 0; i < 32; ++i) a.at[i] = uint16_t(a.at[i] < b.at[i] ? 0 : a.at[i] - b.at[i]);
+  return a;
+}
+inline Words min(Words a, Words b) {
+  for (int i = 0; i < 32; ++i) a.at[i] = a.at[i] < b.at[i] ? a.at[i] : b.at[i];
+  return a;
+}
+// |a - b| of signed numbers, at most 32768: the difference saturates.
+inline Words distance(Words a, Words b) {
+  for (int i = 0; i < 32; ++i) {
+    const int d = int16_t(a.at[i]) - int16_t(b.at[i]);
+    a.at[i] = uint16_t(d > 32767 ? 32767 : d < -32768 ? 32768 : d < 0 ? -d : d);
+  }
+  return a;
+}
+inline Words high_square(Words a) {  // the upper 16 bits of a a
+  for (int i = 0; i < 32; ++i) a.at[i] = uint16_t(uint32_t(a.at[i]) * a.at[i] >> 16);
+  return a;
+}
+// p[lane >> Shift]: 32 >> Shift numbers (at least one), each 2^Shift times. 16 bytes may be read.
+template <int Shift> inline Words spread(const uint16_t* p) {
+  Words r;
+  for (int i = 0; i < 32; ++i) r.at[i] = p[i >> Shift];
+  return r;
+}
+// The least of several numbers in every lane, and the first that was so small.
+struct Least { Words value, which; };
+inline void keep_less(Least& least, Words value, int which) {
+  for (int i = 0; i < 32; ++i) {
+    if (value.at[i] >= least.value.at[i]) continue;
+    least.value.at[i] = value.at[i];
+    least.which.at[i] = uint16_t(which);
+  }
+}
+inline void store_low_bytes(uint8_t* p, Words a) { for (int i = 0; i < 32; ++i) p[i] = uint8_t(a.at[i]); }
+inline uint16_t reduce_min(Words a) {
+  uint16_t least = a.at[0];
+  for (int i = 1; i < 32; ++i) least = a.at[i] < least ? a.at[i] : least;
+  return least;
+}
+
 // ---------------------------------------------------------------------------------------------------- floats
 
 // sum[i] += w[2i] x[0] + w[2i+1] x[1] for bfloat16 pairs; products and sums in fp32, in whatever order and with whatever
