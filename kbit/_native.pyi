@@ -78,6 +78,20 @@ class Matrix:
         scale_kind: str,
         codebook: NDArray[np.float32],
         context: Context,
+        signs: NDArray[np.uint8] | None = None,
+        mixed: int = 0,
+    ) -> Matrix: ...
+    @staticmethod
+    def trellis(
+        codes: NDArray[np.uint8],
+        bits: int,
+        code: str,
+        window: int,
+        columns: int,
+        scales: NDArray[Any],
+        signs: NDArray[np.uint8],
+        mixed: int,
+        context: Context,
     ) -> Matrix: ...
     @staticmethod
     def dense(values: NDArray[Any], kind: str, context: Context) -> Matrix: ...
@@ -112,6 +126,9 @@ def map_matrix(
     kind: str,
     offsets: bool,
     begins: Sequence[int],
+    code: str = "planes",
+    window: int = 0,
+    mixed: int = 0,
 ) -> Matrix: ...
 
 class KVPages:

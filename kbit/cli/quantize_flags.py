@@ -83,8 +83,8 @@ class QuantizeFlags:
         typer.Option(
             "--method",
             help="How codes are found: auto (ldlq2 where it can), ldlq2-tuned (much slower), ldlq2, gptq, search, awq, "
-            "hqq, rtn (no calibration, seconds); trellis, trellis-tuned, trellis-plain (codes that take fewer bits, and "
-            "longer to decode). kbit scale --methods takes the same.",
+            "hqq, rtn (no calibration, seconds); trellis, trellis-tuned, trellis-plain (codes that take fewer bits, "
+            "and longer to decode). kbit scale --methods takes the same.",
         ),
     ] = "auto"
     fast: Annotated[
@@ -200,7 +200,9 @@ class QuantizeFlags:
         if own is not None:
             other = next((name.replace("_", " ") for name in given if name != "bits"), None)
             if other is not None:
-                raise UsageError(f"--method {self.method} has a format of its own: drop the flag that gives its {other}")
+                raise UsageError(
+                    f"--method {self.method} has a format of its own: drop the flag that gives its {other}"
+                )
             return own
         if self.fast:
             raise UsageError("--fast: is for --method trellis, whose search takes long; drop it")

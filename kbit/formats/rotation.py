@@ -17,7 +17,11 @@ _SEED = 20260  # of the signs; they are stored, so another one changes no file
 
 
 def new_signs(columns: int) -> torch.Tensor:
-    """Signs for rows of so many columns, the same at each call: uint8 (bytes,), a bit for each column of whole tiles."""
+    """Signs for rows of so many columns, the same at each call.
+
+    Returns:
+        uint8 (bytes,): a bit for each column of whole tiles.
+    """
     count = -(-columns // TILE) * TILE // 8
     raw = np.random.Philox(key=_SEED).random_raw(-(-count // 8))
     return torch.from_numpy(raw.astype("<u8").view(np.uint8)[:count].copy())

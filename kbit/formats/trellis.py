@@ -2,9 +2,9 @@
 
 Tiles of 16 x 16 weights, row by row, are rings of 256 k bits. A weight stands for the L bits that end with its own k
 (`kbit.formats.trellis_code` says which number), in units of its row's scale: neighbours share L - k bits, and a search
-over all paths (kernels/cpu/rounding/trellis.h) finds the ring that is nearest to all of them. For normal numbers that is
-within 8 to 12 % of what any code of k bits can do (QTIP, Tseng et al., arXiv 2406.11235), where a codebook of 2^k values
-is off by 90 to 140 %. So that weights are like normal numbers, columns are rotated first: random signs, then
+over all paths (kernels/cpu/rounding/trellis.h) finds the ring that is nearest to all of them. For normal numbers that
+is within 8 to 12 % of what any code of k bits can do (QTIP, Tseng et al., arXiv 2406.11235), where a codebook of 2^k
+values is off by 90 to 140 %. So that weights are like normal numbers, columns are rotated first: random signs, then
 Hadamard matrices over blocks of columns. With 7 and 8 bits there is little left to win, and codes are integers.
 """
 
@@ -20,17 +20,23 @@ from kbit.formats.quant_format import QuantFormat, default_dtype
 from kbit.host.errors import KbitError, UnsupportedError, UsageError
 
 if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
     import torch
 
     from kbit.formats.quant_tensor import QuantTensor
 
 TILE = 16  # rows, and columns, of a tile
-# Columns that one Hadamard matrix mixes, unless a format says fewer: wider ones buy about 1 % of divergence, and a matrix
-# can be cut among processes between them.
+# Columns that one Hadamard matrix mixes, unless a format says fewer: wider ones buy about 1 % of divergence, and a
+# matrix can be cut among processes between them.
 MOST_MIXED = 512
 WINDOW, FAST_WINDOW = 16, 12  # bits of a window; with 12 the search takes a fifteenth of the time
 _LEAST_WINDOW = 8
 CODES = ("sum2", "sum4")
+# A level in units of a row's scale: levels of a product's bytes then have unit variance. Of integers: what costs least
+# for normal numbers.
+_STEPS = {"sum4": 0.00677, "sum2": 0.00957}
+_INTEGER_STEPS = {7: 0.0569, 8: 0.0308}
 INTEGER_BITS = 7  # from this width on, codes are integers
 
 
@@ -68,12 +74,14 @@ class TrellisFormat(Codec):
             raise UsageError(f"trellis{self.bits}: codes of {self.bits} bits are integers; it has no code or window")
         if not integers and self.code not in CODES:
             raise UsageError(f"trellis{self.bits}: its code is one of {', '.join(CODES)}, not {self.code!r}")
+        if self.code == "sum2" and self.bits != 2:
+            raise UsageError(f"trellis{self.bits}-sum2: only 2 bits have the code sum2; write trellis{self.bits}")
         least = max(_LEAST_WINDOW, 2 * self.bits)
         if not integers and not least <= self.window <= WINDOW:
             raise UsageError(f"trellis{self.bits}: a window has {least} to {WINDOW} bits, not {self.window}")
         if not TILE <= self.mixed <= MOST_MIXED or self.mixed & (self.mixed - 1):
             raise UsageError(
-                f"trellis{self.bits}: {self.mixed} columns cannot be mixed; use a power of two from {TILE} to {MOST_MIXED}"
+                f"trellis{self.bits}: {self.mixed} columns cannot be mixed; use a power of two, {TILE} to {MOST_MIXED}"
             )
 
     # ---- its name
@@ -87,8 +95,8 @@ class TrellisFormat(Codec):
         found = re.fullmatch(r"trellis(\d{1,3})(?:-(sum\d))?(?:-l(\d{1,3}))?(?:-h(\d{1,4}))?", text)
         if found is None:
             raise UsageError(
-                f"{text!r} is not a format: write trellis2 to trellis8, and then, in this order, -sum2 or -sum4 (the code), "
-                "-l12 (bits of a window), -h128 (columns mixed)"
+                f"{text!r} is not a format: write trellis2 to trellis8, and then, in this order, -sum2 or -sum4 (the "
+                "code), -l12 (bits of a window), -h128 (columns mixed)"
             )
         bits, code, window, mixed = found.groups()
         if window == "0" or mixed == "0":
@@ -124,6 +132,11 @@ class TrellisFormat(Codec):
         padded = -(-columns // TILE) * TILE
         return min(padded & -padded, self.mixed)
 
+    @property
+    def step(self) -> float:
+        """What a level counts, in units of a row's scale: levels have about unit variance then."""
+        return _STEPS.get(self.code, _INTEGER_STEPS.get(self.bits, 0.0))
+
     # ---- decoding and encoding
 
     def decode(self, matrix: QuantTensor, rows: slice | torch.Tensor, width: int | None = None) -> torch.Tensor:
@@ -138,12 +151,12 @@ class TrellisFormat(Codec):
         """The weights of some rows as they are stored, rotated: float32 (R, K in whole tiles)."""
         import torch
 
-        from kbit.formats.trellis_code import levels, row_windows, step
+        from kbit.formats.trellis_code import levels, row_windows
 
         scales, codes = matrix.stored["scales"], matrix.stored["codes"]
         index = torch.arange(len(scales), device=scales.device)[rows] if isinstance(rows, slice) else rows
         level = levels(self, row_windows(self, codes, index))
-        return level.float() * (step(self) * scales[index].float())
+        return level.float() * (self.step * scales[index].float())
 
     def encode(self, read_rows: ReadRows, shape: tuple[int, int], *, name: str = "tensor") -> QuantTensor:
         import torch
@@ -186,9 +199,7 @@ class TrellisFormat(Codec):
             return store_scales(scales, None, QuantFormat("int", 8, 0))["scales"]
         except KbitError as error:
             said = str(error).partition(": ")[0]
-            raise KbitError(
-                f"{name}: {said}: leave this tensor unquantized: --override '{name}=keep'"
-            ) from None
+            raise KbitError(f"{name}: {said}: leave this tensor unquantized: --override '{name}=keep'") from None
 
     # ---- cutting, for several processes
 
@@ -212,6 +223,29 @@ class TrellisFormat(Codec):
         signs = arrays["signs"][cut.start // 8 : tiles.stop * (TILE // 8)]
         parts = {"codes": arrays["codes"][:, tiles], "scales": arrays["scales"], "signs": signs}
         return replace(self, mixed=self.columns_mixed(shape[1])), parts
+
+
+def integer_codes(codes: npt.NDArray[np.uint8], bits: int, rows: int) -> npt.NDArray[np.uint8]:
+    """Codes of 7 or 8 bits, taken out of their tiles.
+
+    Args:
+        codes: uint8 (N / 16, K / 16, 32 bits).
+        bits: of a code.
+        rows: N.
+
+    Returns:
+        uint8 (N, K in whole tiles).
+    """
+    import numpy as np
+
+    high, wide = codes.shape[:2]
+    found = np.empty((high * TILE, wide * TILE), dtype=np.uint8)
+    places = 1 << np.arange(bits - 1, -1, -1, dtype=np.uint8)
+    for tile in range(high):
+        each = codes[tile] if bits == 8 else np.unpackbits(codes[tile], axis=-1).reshape(wide, -1, bits) @ places
+        rows = each.astype(np.uint8).reshape(wide, TILE, TILE).transpose(1, 0, 2)
+        found[tile * TILE : (tile + 1) * TILE] = rows.reshape(TILE, wide * TILE)
+    return np.ascontiguousarray(found[:rows])
 
 
 def _default_code(bits: int) -> str:

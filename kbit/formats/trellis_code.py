@@ -5,7 +5,7 @@ spread like normal numbers, at few instructions each; a product with overflow sh
 normal:
 
     sum4    x = 0x83dcd12d w mod 2^32, the sum of its four bytes less 510      (exllamav3's "mul1", MIT licence)
-    sum2    x = 47157 w mod 2^16, the sum of its two bytes less 255            (half the instructions; 2.4 deviations wide)
+    sum2    x = 47157 w mod 2^16, the sum of its two bytes less 255            (half the instructions; thin tails)
     int     w less 2^(k - 1)
 """
 
@@ -23,15 +23,6 @@ if TYPE_CHECKING:
 
 TILE = 16
 SUM4_FACTOR, SUM2_FACTOR = 0x83DCD12D, 47157
-# A level in units of a row's scale: levels then have unit variance. (Of integers: 4.5 deviations to each side.)
-SUM4_STEP, SUM2_STEP = 0.00677, 0.00957
-
-
-def step(format: TrellisFormat) -> float:
-    """What a level counts, in units of a row's scale."""
-    if format.code == "int":
-        return float(9 / 2**format.bits)
-    return SUM4_STEP if format.code == "sum4" else SUM2_STEP
 
 
 def levels(format: TrellisFormat, windows: torch.Tensor) -> torch.Tensor:
@@ -103,7 +94,7 @@ def search(format: TrellisFormat, tiles: torch.Tensor, threads: int) -> torch.Te
     found = torch.empty(len(tiles), 32 * format.bits, dtype=torch.uint8)
     if format.code == "int":
         top = 1 << format.bits - 1
-        codes = (tiles / step(format)).round().clamp(-top, top - 1).to(torch.int32) + top
+        codes = (tiles / format.step).round().clamp(-top, top - 1).to(torch.int32) + top
         places = torch.arange(format.bits - 1, -1, -1, dtype=torch.int32)
         string = ((codes[:, :, None] >> places) & 1).view(len(tiles), -1, 8)
         weights = 2 ** torch.arange(7, -1, -1, dtype=torch.int32)
@@ -114,7 +105,7 @@ def search(format: TrellisFormat, tiles: torch.Tensor, threads: int) -> torch.Te
 
 @lru_cache(maxsize=16)
 def _values(format: TrellisFormat) -> torch.Tensor:
-    return _levels(format).float() * step(format)
+    return _levels(format).float() * format.step
 
 
 @lru_cache(maxsize=4)

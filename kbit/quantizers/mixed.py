@@ -164,7 +164,8 @@ def _as_stored(tensor: TensorPlan) -> tuple[Choice, ...]:
 
 
 def _candidates(format: object, role: str) -> tuple[Codec, ...]:
-    """Formats to try: the default data type of every width in the planned blocks; at 3 and 4 bits, two. Or trellises."""
+    """Formats to try: the default data type of every width in the planned blocks; at 3 and 4 bits, two. Or
+    trellises."""
     if isinstance(format, TrellisFormat):
         return tuple(format.with_bits(bits) for bits in LINEAR_WIDTHS)
     if not isinstance(format, QuantFormat):

@@ -17,7 +17,9 @@ class Trellis(CalibratedRounding):
     """Two-sided LDLQ in tiles."""
 
     name = "trellis"
-    about = "trellis codes in rotated columns, errors made good along columns and rows: the fewest bits, slower to decode"
+    about = (
+        "trellis codes in rotated columns, errors made good along columns and rows: the fewest bits, slower to decode"
+    )
     version = 1
     rounding = Settings(sweeps=SWEEPS)  # of matrices that are no trellises: embeddings, the head
 

@@ -22,7 +22,7 @@ from kbit.formats.blockwise import check_finite
 from kbit.formats.quant_tensor import QuantTensor
 from kbit.formats.rotation import new_signs, rotate, rotate_factor
 from kbit.formats.trellis import FAST_WINDOW, TILE, TrellisFormat
-from kbit.formats.trellis_code import search, step, tile_levels
+from kbit.formats.trellis_code import search, tile_levels
 from kbit.quantizers.ldlq import damped, unit_in_blocks
 from kbit.quantizers.settings import Settings
 
@@ -192,4 +192,4 @@ def _in_units(values: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
 
 
 def _values(levels: torch.Tensor, scales: torch.Tensor, format: TrellisFormat) -> torch.Tensor:
-    return levels.float() * (step(format) * scales)
+    return levels.float() * (format.step * scales)

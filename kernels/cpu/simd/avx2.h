@@ -120,6 +120,15 @@ inline Ints load_i8(const int8_t* p) {
   const __m128i v = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
   return {_mm256_cvtepi8_epi32(v), _mm256_cvtepi8_epi32(_mm_unpackhi_epi64(v, v))};
 }
+inline Ints multiply(Ints a, int32_t factor) {
+  const __m256i f = _mm256_set1_epi32(factor);
+  return {_mm256_mullo_epi32(a.lo, f), _mm256_mullo_epi32(a.hi, f)};
+}
+inline Ints previous_lane(Ints a) {  // each half moved on by one lane, its first from the other half
+  const __m256i on = _mm256_setr_epi32(7, 0, 1, 2, 3, 4, 5, 6);
+  const __m256i lo = _mm256_permutevar8x32_epi32(a.lo, on), hi = _mm256_permutevar8x32_epi32(a.hi, on);
+  return {_mm256_blend_epi32(lo, hi, 1), _mm256_blend_epi32(hi, lo, 1)};
+}
 inline Ints as_ints(Bytes a) { return {a.lo, a.hi}; }
 inline Bytes as_bytes(Ints a) { return {a.lo, a.hi}; }
 
@@ -183,6 +192,18 @@ template <int Shift> inline Words spread(const uint16_t* p) {
   const __m256i few = _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
   return {_mm256_shuffle_epi8(few, load256(lanes.at)), _mm256_shuffle_epi8(few, load256(lanes.at + 32))};
 }
+inline Words and_words(Words a, Words b) { return {_mm256_and_si256(a.lo, b.lo), _mm256_and_si256(a.hi, b.hi)}; }
+inline Words multiply(Words a, uint16_t factor) {
+  const __m256i f = _mm256_set1_epi16(short(factor));
+  return {_mm256_mullo_epi16(a.lo, f), _mm256_mullo_epi16(a.hi, f)};
+}
+template <int N> inline Words funnel(Words high, Words low) {
+  if constexpr (N == 16) return low;
+  return {_mm256_or_si256(_mm256_slli_epi16(high.lo, N), _mm256_srli_epi16(low.lo, 16 - N)),
+          _mm256_or_si256(_mm256_slli_epi16(high.hi, N), _mm256_srli_epi16(low.hi, 16 - N))};
+}
+inline Words as_words(Ints a) { return {a.lo, a.hi}; }
+inline Bytes as_bytes(Words a) { return {a.lo, a.hi}; }
 struct Least { Words value, which; };
 inline void keep_less(Least& least, Words value, int which) {  // where the old one is the minimum, it stays
   const Words next = min(least.value, value);
@@ -240,6 +261,13 @@ inline float reduce_max(Floats a) {
   const __m128 four = _mm_max_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
   const __m128 two = _mm_max_ps(four, _mm_movehl_ps(four, four));
   return _mm_cvtss_f32(_mm_max_ss(two, _mm_movehdup_ps(two)));
+}
+
+template <int N> inline Floats swap_lanes(Floats a) {
+  if constexpr (N == 1) return {_mm256_permute_ps(a.lo, 0xb1), _mm256_permute_ps(a.hi, 0xb1)};
+  if constexpr (N == 2) return {_mm256_permute_ps(a.lo, 0x4e), _mm256_permute_ps(a.hi, 0x4e)};
+  if constexpr (N == 4) return {_mm256_permute2f128_ps(a.lo, a.lo, 1), _mm256_permute2f128_ps(a.hi, a.hi, 1)};
+  return {a.hi, a.lo};
 }
 
 // All ones in the lanes first .. first + 7 that are below n.

@@ -120,6 +120,14 @@ inline Ints load_u8(const uint8_t* p) {
   return {{vreinterpretq_s32_u32(vmovl_u16(vget_low_u16(a))), vreinterpretq_s32_u32(vmovl_high_u16(a)),
            vreinterpretq_s32_u32(vmovl_u16(vget_low_u16(b))), vreinterpretq_s32_u32(vmovl_high_u16(b))}};
 }
+inline Ints multiply(Ints a, int32_t factor) {
+  for (int i = 0; i < 4; ++i) a.q[i] = vmulq_n_s32(a.q[i], factor);
+  return a;
+}
+inline Ints previous_lane(Ints a) {
+  return {{vextq_s32(a.q[3], a.q[0], 3), vextq_s32(a.q[0], a.q[1], 3), vextq_s32(a.q[1], a.q[2], 3),
+           vextq_s32(a.q[2], a.q[3], 3)}};
+}
 inline Ints as_ints(Bytes a) { Ints r; for (int i = 0; i < 4; ++i) r.q[i] = vreinterpretq_s32_u8(a.q[i]); return r; }
 inline Bytes as_bytes(Ints a) { Bytes r; for (int i = 0; i < 4; ++i) r.q[i] = vreinterpretq_u8_s32(a.q[i]); return r; }
 
@@ -176,6 +184,24 @@ template <int Shift> inline Words spread(const uint16_t* p) {
   for (int i = 0; i < 32; ++i) lanes[i] = p[i >> Shift];
   return load_words(lanes);
 }
+inline Words and_words(Words a, Words b) { for (int i = 0; i < 4; ++i) a.q[i] = vandq_u16(a.q[i], b.q[i]); return a; }
+inline Words multiply(Words a, uint16_t factor) {
+  for (int i = 0; i < 4; ++i) a.q[i] = vmulq_n_u16(a.q[i], factor);
+  return a;
+}
+template <int N> inline Words funnel(Words high, Words low) {
+  if constexpr (N == 16) return low;
+  else {
+    for (int i = 0; i < 4; ++i) low.q[i] = vorrq_u16(vshlq_n_u16(high.q[i], N), vshrq_n_u16(low.q[i], 16 - N));
+    return low;
+  }
+}
+inline Words as_words(Ints a) {
+  Words r;
+  for (int i = 0; i < 4; ++i) r.q[i] = vreinterpretq_u16_s32(a.q[i]);
+  return r;
+}
+inline Bytes as_bytes(Words a) { Bytes r; for (int i = 0; i < 4; ++i) r.q[i] = vreinterpretq_u8_u16(a.q[i]); return r; }
 struct Least { Words value, which; };
 inline void keep_less(Least& least, Words value, int which) {
   const uint16x8_t w = vdupq_n_u16(uint16_t(which));
@@ -235,6 +261,13 @@ inline float reduce_max(Floats a) {
   const float32x4_t two = larger(four, vextq_f32(four, four, 2));
   const float first = vgetq_lane_f32(two, 0), second = vgetq_lane_f32(two, 1);
   return first > second ? first : second;
+}
+
+template <int N> inline Floats swap_lanes(Floats a) {
+  if constexpr (N == 4) return {{a.q[1], a.q[0], a.q[3], a.q[2]}};
+  if constexpr (N == 8) return {{a.q[2], a.q[3], a.q[0], a.q[1]}};
+  for (int i = 0; i < 4; ++i) a.q[i] = N == 1 ? vrev64q_f32(a.q[i]) : vextq_f32(a.q[i], a.q[i], 2);
+  return a;
 }
 
 inline Floats load_first(const float* p, int n) {

@@ -86,6 +86,16 @@ template <int N> inline Ints shift_left(Ints a) {
 inline Ints load_u8(const uint8_t* p) { Ints r; for (int i = 0; i < 16; ++i) r.at[i] = p[i]; return r; }  // 16 bytes
 inline Ints load_u16(const uint16_t* p) { Ints r; for (int i = 0; i < 16; ++i) r.at[i] = p[i]; return r; }
 inline Ints load_i8(const int8_t* p) { Ints r; for (int i = 0; i < 16; ++i) r.at[i] = p[i]; return r; }  // 16 bytes
+inline Ints multiply(Ints a, int32_t factor) {  // the lower 32 bits
+  for (int i = 0; i < 16; ++i) a.at[i] = int32_t(uint32_t(a.at[i]) * uint32_t(factor));
+  return a;
+}
+inline Ints previous_lane(Ints a) {  // lane i has what lane i - 1 had, the first what the last had
+  const int32_t last = a.at[15];
+  for (int i = 15; i > 0; --i) a.at[i] = a.at[i - 1];
+  a.at[0] = last;
+  return a;
+}
 inline Ints as_ints(Bytes a) { Ints r; memcpy(r.at, a.at, 64); return r; }
 inline Bytes as_bytes(Ints a) { Bytes r; memcpy(r.at, a.at, 64); return r; }
 
@@ -145,6 +155,18 @@ template <int Shift> inline Words spread(const uint16_t* p) {
   return r;
 }
 // The least of several numbers in every lane, and the first that was so small.
+inline Words and_words(Words a, Words b) { for (int i = 0; i < 32; ++i) a.at[i] &= b.at[i]; return a; }
+inline Words multiply(Words a, uint16_t factor) {  // the lower 16 bits
+  for (int i = 0; i < 32; ++i) a.at[i] = uint16_t(uint32_t(a.at[i]) * factor);
+  return a;
+}
+// The upper half of (high, low) shifted left by N, 1 to 16.
+template <int N> inline Words funnel(Words high, Words low) {
+  for (int i = 0; i < 32; ++i) low.at[i] = uint16_t((uint32_t(high.at[i]) << 16 | low.at[i]) >> (16 - N));
+  return low;
+}
+inline Words as_words(Ints a) { Words r; memcpy(r.at, a.at, 64); return r; }  // the lower half of a lane first
+inline Bytes as_bytes(Words a) { Bytes r; memcpy(r.at, a.at, 64); return r; }
 struct Least { Words value, which; };
 inline void keep_less(Least& least, Words value, int which) {
   for (int i = 0; i < 32; ++i) {
@@ -197,6 +219,13 @@ inline float reduce_max(Floats a) {
   for (int n = 8; n > 0; n /= 2)
     for (int i = 0; i < n; ++i) a.at[i] = a.at[i] > a.at[i + n] ? a.at[i] : a.at[i + n];
   return a.at[0];
+}
+
+// Lane i has what lane i ^ N had; N is 1, 2, 4 or 8.
+template <int N> inline Floats swap_lanes(Floats a) {
+  Floats r;
+  for (int i = 0; i < 16; ++i) r.at[i] = a.at[i ^ N];
+  return r;
 }
 
 // The first n lanes (0 <= n <= 16); the others are zero, and are not read or written.
