@@ -37,6 +37,8 @@ CODES = ("sum2", "sum4")
 # for normal numbers.
 _STEPS = {"sum4": 0.00677, "sum2": 0.00957}
 _INTEGER_STEPS = {7: 0.0569, 8: 0.0308}
+# How much of a row's spread the code's is to be: what costs least for normal numbers. Wider codes have room for tails.
+_SHARES = {3: 0.96, 4: 0.92, 5: 0.9, 6: 0.88}
 INTEGER_BITS = 7  # from this width on, codes are integers
 
 
@@ -137,6 +139,11 @@ class TrellisFormat(Codec):
         """What a level counts, in units of a row's scale: levels have about unit variance then."""
         return _STEPS.get(self.code, _INTEGER_STEPS.get(self.bits, 0.0))
 
+    @property
+    def share(self) -> float:
+        """How much of a row's spread the code's is to be, where nothing better is known."""
+        return _SHARES.get(self.bits, 1.0)
+
     # ---- decoding and encoding
 
     def decode(self, matrix: QuantTensor, rows: slice | torch.Tensor, width: int | None = None) -> torch.Tensor:
@@ -175,7 +182,8 @@ class TrellisFormat(Codec):
         for start in range(0, rows, step):
             some = check_finite(read_rows(start, min(start + step, rows)).float(), start, min(start + step, rows), name)
             rotated = rotate(some, signs, self.columns_mixed(columns))
-            scale = self.stored_scales(rotated.square().mean(dim=1, keepdim=True).sqrt(), name)
+            spread = rotated.square().mean(dim=1, keepdim=True).sqrt()
+            scale = self.stored_scales(spread / self.share, name)
             unit = rotated / torch.where(scale > 0, scale, 1).float()
             codes.append(search(self, to_tiles(unit), torch.get_num_threads()))
             scales.append(scale)
@@ -243,8 +251,8 @@ def integer_codes(codes: npt.NDArray[np.uint8], bits: int, rows: int) -> npt.NDA
     places = 1 << np.arange(bits - 1, -1, -1, dtype=np.uint8)
     for tile in range(high):
         each = codes[tile] if bits == 8 else np.unpackbits(codes[tile], axis=-1).reshape(wide, -1, bits) @ places
-        rows = each.astype(np.uint8).reshape(wide, TILE, TILE).transpose(1, 0, 2)
-        found[tile * TILE : (tile + 1) * TILE] = rows.reshape(TILE, wide * TILE)
+        square = each.astype(np.uint8).reshape(wide, TILE, TILE).transpose(1, 0, 2)
+        found[tile * TILE : (tile + 1) * TILE] = square.reshape(TILE, wide * TILE)
     return np.ascontiguousarray(found[:rows])
 
 

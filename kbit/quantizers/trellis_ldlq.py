@@ -96,7 +96,7 @@ def round_trellis(
     rotated = rotate(weight, feedback.signs, format.columns_mixed(columns))
     rotated = torch.nn.functional.pad(rotated, (0, 0, 0, -rows % TILE))
     spread = rotated.square().mean(dim=1, keepdim=True).sqrt()
-    share = _best_share(rotated, spread, format, feedback, threads) if settings.search else 1.0
+    share = _best_share(rotated, spread, format, feedback, threads) if settings.search else format.share
     scales = format.stored_scales(spread / share, name)
     if feedback.rows is None:
         strings, _ = _round_by_columns(rotated, scales.float(), format, feedback.columns, threads)

@@ -57,12 +57,12 @@ def test_threads_do_not_matter() -> None:
         assert torch.equal(found(numbers, values, 3, "", threads), expected)
 
 
-# The squared error of the search on 10^6 normal numbers (docs/formats.md), and windows of 12 bits on 10^5.
+# Squared errors of windows of 12 bits on 10^5 other normal numbers.
 ERRORS = [
-    (TrellisFormat(2, "sum4", 12), 0.0716),
+    (TrellisFormat(2, "sum4", 12), 0.0722),
     (TrellisFormat(2, "sum2", 12), 0.0741),
-    (TrellisFormat(3, "sum4", 12), 0.0188),
-    (TrellisFormat(4, "sum4", 12), 0.00500),
+    (TrellisFormat(3, "sum4", 12), 0.0193),
+    (TrellisFormat(4, "sum4", 12), 0.00536),
 ]
 
 
