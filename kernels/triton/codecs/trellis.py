@@ -43,6 +43,13 @@ def trellis_levels(words_ptr, tile, first, row_tiles, BITS: tl.constexpr, CODE: 
 
 
 @triton.jit
+def sums_and_differences(v, SIZE: tl.constexpr, HALF: tl.constexpr):
+    """Of the halves of each 2 HALF of SIZE numbers."""
+    a, b = tl.split(tl.permute(tl.reshape(v, (SIZE // (2 * HALF), 2, HALF)), (0, 2, 1)))
+    return tl.reshape(tl.permute(tl.join(a + b, a - b), (0, 2, 1)), (SIZE,))
+
+
+@triton.jit
 def rotate_kernel(
     x_ptr, out_ptr, rotation_ptr, columns, stride_x, stride_out, MIXED: tl.constexpr, STAGES: tl.constexpr
 ):
@@ -51,10 +58,7 @@ def rotate_kernel(
     x = tl.load(x_ptr + tl.program_id(0) * stride_x + at, mask=at < columns, other=0.0).to(tl.float32)
     v = x * tl.load(rotation_ptr + at)
     for stage in tl.static_range(STAGES):
-        HALF: tl.constexpr = 1 << stage
-        pairs = tl.permute(tl.reshape(v, (MIXED // (2 * HALF), 2, HALF)), (0, 2, 1))
-        a, b = tl.split(pairs)
-        v = tl.reshape(tl.permute(tl.join(a + b, a - b), (0, 2, 1)), (MIXED,))
+        v = sums_and_differences(v, MIXED, 1 << stage)
     tl.store(out_ptr + tl.program_id(0) * stride_out + at, v.to(out_ptr.dtype.element_ty))
 
 
