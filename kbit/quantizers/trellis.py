@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import ClassVar
 
+from kbit.calibration.request import CalibrationRequest
 from kbit.formats.codec import Codec
 from kbit.formats.trellis import FAST_WINDOW, INTEGER_BITS, TrellisFormat
 from kbit.quantizers.calibrated import CalibratedRounding
@@ -32,9 +33,12 @@ class OneSidedTrellis(Trellis):
     """What EXL3 does: one-sided LDLQ, Hadamard matrices of 128, one width, the code of four bytes."""
 
     name = "trellis-plain"
-    about = "trellis codes as EXL3 has them (one-sided, Hadamard 128, one width), to compare with"
+    about = "trellis codes as EXL3 has them (inputs only, one-sided, Hadamard 128, one width), to compare with"
     rounding = Settings(two_sided=False)
     mixes: ClassVar[bool] = False
+
+    def __init__(self, request: CalibrationRequest | None = None) -> None:
+        super().__init__(request or CalibrationRequest(gradients=False))
 
     def format(self, bits: int, fast: bool) -> Codec:
         integers = bits >= INTEGER_BITS

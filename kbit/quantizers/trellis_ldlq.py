@@ -17,6 +17,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from kbit.backends.reference.products import product_with_rows
 from kbit.calibration.factors import Factors
 from kbit.formats.blockwise import check_finite
 from kbit.formats.quant_tensor import QuantTensor
@@ -30,6 +31,8 @@ from kbit.quantizers.settings import Settings
 # with thin tails (sum2) is better off with less of it.
 _SHARES = (0.75, 0.8, 0.85, 0.9, 0.95, 1.0, 1.05, 1.1)
 _SAMPLED_TILES = 4  # rows of tiles that they are tried on
+# Rows whose scales are fitted together, by a Cholesky factor of as many rows; of more, each by itself.
+_MOST_REFITTED = 4096
 # Tiles whose errors are told to all others at once: what is formed in between has 16 rows of the matrix for each.
 _TOGETHER = 32
 
@@ -43,12 +46,14 @@ class TileFeedback:
         columns: L in whole tiles, float32 (K, K); None: errors are not passed on.
         inputs: H_I in rotated columns with its damping, float32 (K, K); None: the identity.
         rows: M in whole tiles, float32 (N, N); None for the identity.
+        outputs: H_O in whole tiles with its damping, float32 (N, N); None for the identity.
     """
 
     signs: torch.Tensor
     columns: torch.Tensor | None
     inputs: torch.Tensor | None
     rows: torch.Tensor | None
+    outputs: torch.Tensor | None = None
 
     @classmethod
     def of(cls, factors: Factors | None, settings: Settings, columns: int, format: TrellisFormat) -> TileFeedback:
@@ -59,14 +64,15 @@ class TileFeedback:
         rotated = rotate_factor(factors.inputs, signs, format.columns_mixed(columns))
         inputs, lower = damped(rotated, settings.input_damping)
         unit_in_blocks(lower, TILE)
-        rows = None
+        rows = outputs = None
         if settings.two_sided and factors.outputs is not None and factors.outputs.dim() == 2:
-            _, found = damped(factors.outputs, settings.output_damping)
+            known, found = damped(factors.outputs, settings.output_damping)
             unit_in_blocks(found, TILE)
             size = -(-len(found) // TILE) * TILE
-            rows = torch.eye(size)
+            rows, outputs = torch.eye(size), torch.eye(size)
             rows[: len(found), : len(found)] = found
-        return cls(signs, lower, inputs, rows)
+            outputs[: len(found), : len(found)] = known
+        return cls(signs, lower, inputs, rows, outputs)
 
 
 def round_trellis(
@@ -103,6 +109,8 @@ def round_trellis(
     else:
         assert feedback.columns is not None
         strings = _round_by_diagonals(rotated, scales.float(), format, feedback.columns, feedback.rows, threads)
+    if feedback.inputs is not None:
+        scales = format.stored_scales(_refitted(rotated, scales.float(), strings, format, feedback), name)
     stored = {"codes": strings, "scales": scales[:rows].contiguous(), "signs": feedback.signs}
     return QuantTensor(format, (rows, columns), stored, torch.zeros(0))
 
@@ -185,6 +193,34 @@ def _round_by_diagonals(
             own = heard_tiles[up, :, left]  # (n, 16, 16): E L of these tiles is complete now
             below[left, : last * TILE] += torch.bmm(by_rows[up, :, : last * TILE].transpose(1, 2), own)
     return strings
+
+
+def _refitted(
+    rotated: torch.Tensor, scales: torch.Tensor, strings: torch.Tensor, format: TrellisFormat, feedback: TileFeedback
+) -> torch.Tensor:
+    """The scales of rows (N, 1) that cost least with these codes, before they are rounded.
+
+    With values V, errors E and scales times 1 + d, the cost is quadratic in d: its matrix is H_O * (V H_I V'), entry by
+    entry, and its falling slope the diagonal of H_O E H_I V'.
+    """
+    high, wide = strings.shape[:2]
+    levels = tile_levels(format, strings.flatten(0, 1)).view(high, wide, TILE, TILE).transpose(1, 2)
+    values = _values(levels.reshape(rotated.shape), scales, format)
+    assert feedback.inputs is not None
+    heard = product_with_rows(values, feedback.inputs)  # V H_I, symmetric
+    error = rotated - values
+    if feedback.outputs is None or len(rotated) > _MOST_REFITTED:
+        slope, curve = (error * heard).sum(dim=1), (values * heard).sum(dim=1)
+        change = torch.where(curve > 0, slope / curve, 0.0)
+    else:
+        curves = feedback.outputs * product_with_rows(heard, values)
+        slopes = (feedback.outputs * product_with_rows(error, heard)).sum(dim=0)
+        curves.diagonal().add_(1e-6 * float(curves.diagonal().mean()) + 1e-30)
+        lower, failed = torch.linalg.cholesky_ex(curves)
+        if int(failed):
+            return scales
+        change = torch.cholesky_solve(slopes[:, None], lower)[:, 0]
+    return scales * (1 + change.clamp(-0.5, 0.5))[:, None]
 
 
 def _in_units(values: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
