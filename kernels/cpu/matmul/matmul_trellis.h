@@ -20,8 +20,13 @@ static_assert(kbit::kTrellisScratch >= 4 * kRepeatedColumns * kDirectRows);
 template <Code kCode>
 void repeat_columns(const int8_t* codes, int64_t columns, int8_t* out) {
   for (int64_t first = 0; first < columns; first += kTrellisColumns) {
-    for (int i = 0; i < Trellis<kCode>::kProducts; ++i)
-      for (int byte = 0; byte < 4; ++byte) *out++ = codes[first + trellis_column<kCode>(i, byte)];
+    uint32_t lanes[Trellis<kCode>::kProducts];
+    for (int i = 0; i < Trellis<kCode>::kProducts; ++i) {
+      const uint32_t low = uint8_t(codes[first + trellis_column<kCode>(i, 0)]);
+      const uint32_t high = uint8_t(codes[first + trellis_column<kCode>(i, 2)]);
+      lanes[i] = low * 0x0101u | high * 0x01010000u;
+    }
+    memcpy(out + first / kTrellisColumns * sizeof lanes, lanes, sizeof lanes);
   }
 }
 

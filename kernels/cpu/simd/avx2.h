@@ -179,7 +179,6 @@ inline Words high_square(Words a) { return {_mm256_mulhi_epu16(a.lo, a.lo), _mm2
 template <int Shift> inline Words spread(const uint16_t* p) {
   if constexpr (Shift >= 5) return broadcast_word(*p);
   if constexpr (Shift <= 1) {
-    Words r;
     alignas(32) uint16_t lanes[32];
     for (int i = 0; i < 32; ++i) lanes[i] = p[i >> Shift];
     return load_words(lanes);
