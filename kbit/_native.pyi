@@ -53,6 +53,7 @@ def descend_rows(
     change: _Table,
     isa: str = "",
 ) -> None: ...
+def trellis_search(numbers: _Table, values: _Table, bits: int, strings: _Bytes, context: Context) -> None: ...
 def instruction_sets() -> list[str]: ...
 def emulated_sets() -> list[str]: ...
 
@@ -76,6 +77,20 @@ class Matrix:
         offsets: NDArray[Any] | None,
         scale_kind: str,
         codebook: NDArray[np.float32],
+        context: Context,
+        signs: NDArray[np.uint8] | None = None,
+        mixed: int = 0,
+    ) -> Matrix: ...
+    @staticmethod
+    def trellis(
+        codes: NDArray[np.uint8],
+        bits: int,
+        code: str,
+        window: int,
+        columns: int,
+        scales: NDArray[Any],
+        signs: NDArray[np.uint8],
+        mixed: int,
         context: Context,
     ) -> Matrix: ...
     @staticmethod
@@ -111,6 +126,9 @@ def map_matrix(
     kind: str,
     offsets: bool,
     begins: Sequence[int],
+    code: str = "planes",
+    window: int = 0,
+    mixed: int = 0,
 ) -> Matrix: ...
 
 class KVPages:

@@ -37,8 +37,8 @@ from kbit.kernels.triton.target import active
 
 F = TypeVar("F", bound=Callable[..., Any])
 
-_PARTS = ("scales", "scales_super", "offsets", "offsets_super", "table", "table8", "dense")
-_FIXED = ("format", "shape", "padded", "kind", "zero", "multiplier", "lift", "bits", "block_size")
+_PARTS = ("scales", "scales_super", "offsets", "offsets_super", "table", "table8", "dense", "rotation")
+_FIXED = ("format", "shape", "padded", "kind", "zero", "multiplier", "lift", "bits", "block_size", "mixed", "window")
 _FIXED_ROUNDED = ("activations", "multiplier8")
 
 

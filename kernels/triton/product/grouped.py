@@ -53,6 +53,10 @@ def stack_experts(weights: Sequence[TritonWeight]) -> TritonWeight:
     if not weights:
         raise UnsupportedError("there are no experts to stack")
     first = weights[0]
+    if first.rotation is not None:
+        raise UnsupportedError(
+            f"the Triton kernels multiply no experts in {first.format}; convert them to another format"
+        )
     for weight in weights:
         if weight.dense is not None or (weight.format, weight.shape, weight.dtype) != (
             first.format,
