@@ -33,7 +33,7 @@ class ExpertRules:
         switch: the key that says whether there are any; None: there are.
         layers: which have experts: "all"; "stepped" (every `decoder_sparse_step`-th, but for `mlp_only_layers`);
             "later" (from `first_k_dense_replace` on, or what `first` names); "listed" (`mlp_layer_types` says "sparse";
-            all but the first).
+            all but the first); "typed" (`layer_types` says "moe").
         first: with "later", the key of the first layer that has some.
         score, grouped: see `kbit.graph.experts.Routing`; grouped: `n_group` and `topk_group` are read.
         group_score: see `kbit.graph.experts.Routing`; or the key of the method, "greedy" (of all experts) or
@@ -51,7 +51,7 @@ class ExpertRules:
     width: str = "moe_intermediate_size"
     chosen: str = "num_experts_per_tok"
     switch: str | None = None
-    layers: Literal["all", "stepped", "later", "listed"] = "all"
+    layers: Literal["all", "stepped", "later", "listed", "typed"] = "all"
     first: str = "first_k_dense_replace"
     score: Literal["softmax", "sigmoid", "softmax_of_chosen"] = "softmax"
     normalise: bool | str = True
@@ -136,6 +136,8 @@ def _layers(rules: ExpertRules, values: ConfigValues, layers: int) -> tuple[bool
     if rules.layers == "later":
         first = values.integer(rules.first, 0, _MAX_LAYERS)
         return tuple(layer >= first for layer in range(layers))
+    if rules.layers == "typed":
+        return tuple(kind == "moe" for kind in values.raw("layer_types"))
     if rules.layers == "listed":
         return _listed(values, layers)
     if rules.layers == "all":

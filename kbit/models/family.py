@@ -26,17 +26,20 @@ from kbit.models.factors_config import (
     cap,
     embedding_multiplier,
     logit_multiplier,
+    multiplied_scores,
+    multipliers,
     residual_multiplier,
     root,
     score_scale,
 )
 from kbit.models.foreign_keys import FOREIGN_KEYS
-from kbit.models.latent_config import LatentRules, check_turned, latent_scale, read_latent
+from kbit.models.latent_config import Latent, LatentRules, check_turned, latent_scale, read_latent
 from kbit.models.layer_shapes import LayerShape, ShapeRules, layer_shapes
 from kbit.models.layer_types import Rotated, Windows, rotated_layers, windows_of
 from kbit.models.layout import Layout
+from kbit.models.mixer_specs import Multipliers
 from kbit.models.rope_config import DEFAULT_THETA, RopeRules, Ropes, ropes_from_config
-from kbit.models.scan_config import Scanned, scan_of
+from kbit.models.scan_config import Scanned, mixing_of, scan_of
 from kbit.models.spec import MAX_CONTEXT, SQUARED, ModelSpec, RopeSpec, Sinusoids, SoundSpec
 from kbit.models.stack_config import distances_of, names_of, with_fallbacks
 from kbit.models.task_config import position_table, read_task, token_types
@@ -125,6 +128,7 @@ class Family:
         fallbacks: keys that say what others do not, where these are absent or null.
         shared: the key that says whether encoder and decoder have one embedding, and its name then.
         plain_up: the name of `up` where the activation's name does not begin with "gated-": then there is no gate.
+        multiplied: there are Falcon-H1's factors inside of layers (`kbit.models.factors_config`).
         key_bias, sound: see ModelSpec; sound: the key of its frames' features.
         variants: (key, value, family): what a configuration of this model_type is where a key has a value, the first
             that it has.
@@ -195,6 +199,7 @@ class Family:
     fallbacks: Mapping[str, str] = field(default_factory=dict)
     shared: tuple[str, str] | None = None
     plain_up: str | None = None
+    multiplied: bool = False
     key_bias: bool = True
     sound: str | None = None
 
@@ -311,7 +316,7 @@ def _read_stack(family: Family, values: ConfigValues) -> ModelSpec:
         window_rope=ropes.window_rope,
         qk_norm=family.qk_norm,
         norm_rotated=family.norm_rotated,
-        score_scale=score_scale(family, values) if latent is None else latent_scale(latent, ropes.rope),
+        score_scale=_score_scale(family, values, latent, ropes, head_dim),
         score_cap=cap(family.score_cap, values),
         logit_cap=cap(family.logit_cap, values),
         embedding_multiplier=embedding_multiplier(family, values, hidden),
@@ -339,9 +344,12 @@ def _read_stack(family: Family, values: ConfigValues) -> ModelSpec:
         layer_tokens=feature_rows,
         layer_multiplier=root(values, features) if features else 1.0,
         key_bias=family.key_bias,
+        multipliers=multipliers(values) if family.multiplied else Multipliers(),
+        mixing=mixing_of(values, layers) if family.scan == "mixed" else (),
         sound=None if family.sound is None else SoundSpec(values.integer(family.sound, 1, _MAX_WIDTH)),
     )
-    if spec.activation == SQUARED and (names.gate is not None or spec.experts is not None):
+    gated = names.gate is not None or (spec.experts is not None and names.expert_gate is not None)
+    if spec.activation == SQUARED and gated:
         raise UnsupportedError(f"{values.where}: {family.activation} {SQUARED!r} is supported for MLPs without a gate")
     return spec
 
@@ -387,6 +395,15 @@ def _intermediate_size(family: Family, values: ConfigValues, hidden: int) -> int
         return values.integer(family.experts.width, 1, _MAX_WIDTH)  # no layer has a plain MLP
     width = values.integer(family.mlp_width, 1, _MAX_WIDTH)
     return adjusted_width(values, width) if family.adjusted else width
+
+
+def _score_scale(
+    family: Family, values: ConfigValues, latent: Latent | None, ropes: Ropes, head_dim: int
+) -> float | None:
+    """The factor on dot products; None: D^-0.5."""
+    if family.multiplied:
+        return multiplied_scores(values, head_dim)
+    return score_scale(family, values) if latent is None else latent_scale(latent, ropes.rope)
 
 
 def _switch(setting: bool | str, values: ConfigValues) -> bool:
