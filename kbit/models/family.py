@@ -107,6 +107,7 @@ class Family:
             of padding.
         sinusoids, sloped: see ModelSpec.
         distances: see ModelSpec; fixed, or the keys that say.
+        slopes_scaled: what falls with the distance is multiplied by D^-0.5, as scores are.
         even_slopes: slopes are known of a power of two heads alone.
         unnormed: see ModelSpec.
         extra_positions: rows that the table of positions has beside max_position_embeddings.
@@ -178,6 +179,7 @@ class Family:
     sinusoids: Sinusoids | None = None
     distances: tuple[int, int] | tuple[str, str] | None = None
     sloped: bool = False
+    slopes_scaled: bool = False
     even_slopes: bool = False
     unnormed: tuple[int, ...] = ()
     extra_positions: int = 0
@@ -188,7 +190,7 @@ class Family:
     latent: LatentRules | None = None
     depth_scale: str | None = None
     logit_width: str | None = None
-    head_bias: bool = False
+    head_bias: bool | str = False
     variants: tuple[tuple[str, object, Family], ...] = ()
     task: TaskHead | None = None
     heads: Mapping[str, TaskHead] = field(default_factory=dict)
@@ -333,9 +335,10 @@ def _read_stack(family: Family, values: ConfigValues) -> ModelSpec:
         sinusoids=family.sinusoids,
         distances=distances_of(family, values),
         sloped=family.sloped,
+        slope_factor=float(head_dim**-0.5) if family.slopes_scaled else 1.0,
         unnormed=family.unnormed,
         parallel=_switch(family.parallel, values),
-        head_bias=family.head_bias,
+        head_bias=_switch(family.head_bias, values),
         task=read_task(family, values, _ACTIVATIONS, norm_bias),
         latent=None if latent is None else latent.spec,
         shapes=shapes,

@@ -208,7 +208,7 @@ class _Loader:
         """What slopes add to scores: of no tensor."""
         from kbit.models.distances import by_slope
 
-        return self._made(by_slope(self.spec.heads, self.spec.context_length))
+        return self._made(by_slope(self.spec.heads, self.spec.context_length, self.spec.slope_factor))
 
     def _ones(self, width: int) -> Vector:
         """The weight of a norm that has none."""

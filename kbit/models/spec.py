@@ -28,6 +28,8 @@ Sinusoids = Literal["marian", "fairseq"]
 SQUARED = "relu2"
 
 
+NO_MULTIPLIERS = Multipliers()
+
 # Attributes of a ModelSpec that say what layers have in place of attention.
 RECURRENT = ("delta", "conv", "scan")
 
@@ -208,6 +210,7 @@ class ModelSpec:
         distances: buckets and the largest distance of `kbit.models.distances`, where there are such tables: one for
             all layers, or one each, as `names.distances` says.
         sloped: scores fall with the distance, by a slope of each head (`kbit.models.distances`).
+        slope_factor: a factor on these slopes.
         unnormed: layers that lack the norm before attention that the others have.
         parallel: attention and MLP read the same stream, and what both make is added to it; without a norm of its own
             the MLP reads what attention's norm made.
@@ -267,6 +270,7 @@ class ModelSpec:
     types: int = 0
     distances: tuple[int, int] | None = None
     sloped: bool = False
+    slope_factor: float = 1.0
     unnormed: tuple[int, ...] = ()
     parallel: bool = False
     head_bias: bool = False
@@ -280,7 +284,7 @@ class ModelSpec:
     encoder: ModelSpec | None = None
     key_bias: bool = True
     sound: SoundSpec | None = None
-    multipliers: Multipliers = Multipliers()
+    multipliers: Multipliers = NO_MULTIPLIERS
     mixing: tuple[bool, ...] = ()
 
     @property

@@ -7,17 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from decoder_configs import (
-    CASES as CASES,
-    CLASSES as CLASSES,
-    CONFIGS as CONFIGS,
-    FULL as FULL,
-    MODEL_TYPES,
-    PAD as PAD,
-    SLIDING as SLIDING,
-    TEMPERED as TEMPERED,
-    TINY as TINY,
-)
+from decoder_configs import CASES, CLASSES, CONFIGS, FULL, MODEL_TYPES, PAD, SLIDING, TEMPERED, TINY
 
 from kbit.checkpoint.source import CheckpointSource, TensorInfo
 from kbit.formats.blockwise import quantize_blockwise
@@ -25,6 +15,8 @@ from kbit.formats.quant_format import QuantFormat
 from kbit.formats.quant_tensor import QuantTensor
 from kbit.models.canonical import MARK
 from kbit.models.families import FAMILIES, spec_from_config
+
+__all__ = ["CASES", "CLASSES", "CONFIGS", "FULL", "PAD", "SLIDING", "TEMPERED", "TINY"]
 
 
 def tiny_config(name: str) -> dict[str, Any]:

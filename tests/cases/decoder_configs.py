@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import decoder_configs_hybrid as hybrid
+import decoder_configs_later as later
 
 PAD = 0
 
@@ -475,5 +476,6 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "qwen3_5-moe": ("Qwen3_5Moe", {**DELTA, **EXPERTS, "shared_expert_intermediate_size": 40}),
 }
-CASES |= hybrid.CASES
-MODEL_TYPES |= hybrid.MODEL_TYPES
+CASES |= hybrid.CASES | later.CASES
+CLASSES |= later.CLASSES
+MODEL_TYPES |= hybrid.MODEL_TYPES | later.MODEL_TYPES

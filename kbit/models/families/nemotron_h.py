@@ -1,6 +1,6 @@
 """Nemotron-H, Nemotron 3: layers that are Mamba-2, attention without positions, an MLP or experts, one of these each.
 
-MLPs and experts are plain, of squared relus. transformers 5 has `model.` where files have `backbone.`, and writes these.
+MLPs and experts are plain, of squared relus.
 """
 
 from kbit.models.expert_config import ExpertRules
