@@ -22,8 +22,8 @@ def route(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Which experts every token goes to, and what their results weigh.
 
-    "softmax" and "softmax_of_chosen" choose by logits, "sigmoid" by scores, as "softmax" with a bias does (Shazeer et al.
-    2017; groups and the bias: DeepSeek-V3, arXiv 2412.19437). Of equals the one of lower index is chosen.
+    "softmax" and "softmax_of_chosen" choose by logits, "sigmoid" by scores, as "softmax" with a bias does (Shazeer et
+    al. 2017; groups and the bias: DeepSeek-V3, arXiv 2412.19437). Of equals the one of lower index is chosen.
 
     Args:
         logits: (R, E).

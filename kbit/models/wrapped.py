@@ -22,6 +22,8 @@ _WRAPPERS |= {"qwen3_5": "qwen3_5_text", "qwen3_5_moe": "qwen3_5_moe_text", "kim
 _INHERITED = ("dtype", "torch_dtype", "quantization_config", "tie_word_embeddings")
 # Prefixes of the language model before transformers 4.52 and since, and what they stand for.
 _LANGUAGE = (
+    # (As transformers 5.23 writes Kimi K2.5, by a rule that is meant for what sees.)
+    (re.compile(r"^(model\.)?language_model\.(model\.)?blocks\."), "model.layers."),
     (re.compile(r"^language_model\.(model|lm_head)\."), r"\1."),
     (re.compile(r"^model\.language_model\."), "model."),
 )

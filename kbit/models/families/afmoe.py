@@ -1,5 +1,5 @@
 """AFMoE: Arcee's Trinity. Norms around both blocks, a gate on what attention makes, windows in three of four layers,
-which alone rotate; experts behind a few dense layers, chosen by sigmoids with a bias, and some for all tokens beside."""
+which alone rotate; experts behind a few dense layers, chosen by sigmoids with a bias, some for all tokens beside."""
 
 from dataclasses import replace
 
