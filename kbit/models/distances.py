@@ -63,4 +63,5 @@ def by_slope(heads: int, reach: int, factor: float = 1.0) -> NDArray[np.float32]
         factor: on all slopes.
     """
     distances = np.arange(-reach, reach + 1, dtype=np.float32)
-    return (np.float32(factor) * slopes(heads)[:, None] * distances).reshape(-1)
+    found: NDArray[np.float32] = np.float32(factor) * slopes(heads)[:, None] * distances
+    return found.reshape(-1)
