@@ -94,6 +94,7 @@ def _fuse_norms(operations: Sequence[Operation], result: Symbol) -> list[Operati
     waiting: dict[Symbol, Norm] = {}
     for operation in operations:
         whole = isinstance(operation, Norm) and operation.weight.shape[0] == operation.x.width
+        whole = whole and isinstance(operation, Norm) and operation.groups == 1
         if isinstance(operation, Norm) and whole and uses[operation.out] == 1 and operation.out in reader:
             # Until its reader runs, what it is a norm of must not become a sum.
             if overwritten.get(operation.x, len(operations)) > reader[operation.out]:

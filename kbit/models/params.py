@@ -83,9 +83,16 @@ def own_parameters(spec: ModelSpec) -> tuple[Parameter, ...]:
         found = list(_sound(spec, spec.sound))
     found += _beside_embedding(spec)
     for layer in range(spec.layers):
-        found += _recurrent(spec, layer) if spec.recurs(layer) else _attention(spec, layer)
+        if spec.recurs(layer):
+            found += _recurrent(spec, layer)
+        elif spec.attends(layer):
+            found += _attention(spec, layer)
+        if spec.scan_beside is not None:
+            found += _scan_net(spec, spec.scan_beside, layer)
         if spec.encoder is not None:
             found += _cross(spec, layer)
+        if not spec.has_mlp(layer):
+            continue
         if spec.experts is not None and spec.experts.beside:
             found += _mlp(spec, layer)
             found += _beside_mlp(spec, layer)
@@ -242,7 +249,8 @@ def _scan_net(spec: ModelSpec, scan: ScanNet, layer: int) -> Iterator[Parameter]
     """What `kbit.models.mixers.scanned` reads, and the last linear."""
     hidden, inner, names = spec.hidden_size, scan.inner_width, spec.names
     convolution, _ = scan.at(layer)
-    yield from _norm(spec, "attention_norm", layer)
+    if not scan.beside:
+        yield from _norm(spec, "attention_norm", layer)
     yield from _linear(spec, "scan_z", layer, (inner, hidden), None, SCAN, False)
     yield from _linear(spec, "scan_x", layer, (convolution.features, hidden), None, SCAN, False)
     yield from _router(spec, "scan_steps", layer, scan.heads, False)
@@ -250,7 +258,8 @@ def _scan_net(spec: ModelSpec, scan: ScanNet, layer: int) -> Iterator[Parameter]
     for name, slot in vectors:
         yield Parameter(str(name).format(layer=layer), slot, layer, "bias", (scan.heads,))
     yield from _taps(spec, "scan_taps", layer, convolution.features, scan.taps, scan.bias)
-    yield from _norm(spec, "scan_norm", layer, inner)
+    if scan.norms:
+        yield from _norm(spec, "scan_norm", layer, inner)
     yield from _linear(spec, "scan_out", layer, (hidden, inner), None, ("scan_out",), False)
 
 
@@ -315,6 +324,11 @@ def gate_up(spec: ModelSpec) -> tuple[str, ...]:
     return GATE_UP if spec.names.gate is not None else ("up",)
 
 
+def shared_inputs(spec: ModelSpec) -> tuple[str, ...]:
+    """The slots of what a shared expert multiplies its input with."""
+    return SHARED if spec.names.shared_gate is not None else ("shared_up",)
+
+
 def expert_slots(experts: int) -> tuple[tuple[str, str, str], ...]:
     """The slots of every expert's gate, up and down."""
     return tuple((f"experts.{i}.gate", f"experts.{i}.up", f"experts.{i}.down") for i in range(experts))
@@ -336,14 +350,18 @@ def _experts(spec: ModelSpec, layer: int) -> Iterator[Parameter]:
             (names.expert_up, up, (width, hidden), (gate, up)),
             (names.expert_down, down, (hidden, width), (down,)),
         ):
+            if template is None:
+                continue
             name = str(template).format(layer=layer, expert=expert)
+            group = group if names.expert_gate is not None or slot == down else (up,)
             yield Parameter(f"{name}.weight", slot, layer, "linear", shape, None, group, active)
             if experts.bias:
                 yield Parameter(f"{name}.bias", slot, layer, "bias", shape[:1], active=active)
     if shared:
-        yield from _linear(spec, "shared_gate", layer, (shared, hidden), None, SHARED, False)
-        yield from _linear(spec, "shared_up", layer, (shared, hidden), None, SHARED, False)
-        yield from _linear(spec, "shared_down", layer, (hidden, shared), None, ("shared_down",), False)
+        inputs = shared_inputs(spec)
+        for slot in inputs:
+            yield from _linear(spec, slot, layer, (shared, hidden), None, inputs, spec.mlp_bias)
+        yield from _linear(spec, "shared_down", layer, (hidden, shared), None, ("shared_down",), spec.mlp_bias)
         if names.shared_switch is not None:
             yield from _router(spec, "shared_switch", layer, 1, False)
     yield from _norm(spec, "mlp_post_norm", layer)

@@ -146,7 +146,7 @@ def _emit(program: Program, operation: Operation, at: dict[Symbol, int]) -> None
     elif isinstance(operation, Norm):
         weight, eps, bias, centred = _norm(operation)
         assert weight is not None
-        program.norm(at[operation.x], weight, eps, at[operation.out], bias, centred)
+        program.norm(at[operation.x], weight, eps, at[operation.out], bias, centred, operation.groups)
     elif isinstance(operation, Add):
         program.add(at[operation.x], at[operation.y], at[operation.out])
     elif isinstance(operation, Multiply):
