@@ -100,22 +100,30 @@ def _optional(source: CheckpointSource, spec: ModelSpec) -> set[str]:
     return {*found, bias}
 
 
-def check_continues(spec: ModelSpec, where: str) -> None:
+def check_continues(spec: ModelSpec, where: str, instead: str | None = None) -> None:
     """Raise where a model predicts no next token.
+
+    Args:
+        spec: what it is.
+        where: it is.
+        instead: what to do with such models, where that is not to run or measure them.
 
     Raises:
         UnsupportedError: naming the commands that run it; NeedsSourceError of an encoder-decoder.
     """
+    if instead is not None and (spec.encoder is not None or spec.task is not None):
+        raise UnsupportedError(f"{where}: a {spec.family} model does not go on with texts; {instead}")
     if spec.encoder is not None:
         raise NeedsSourceError(
             f"{where}: a {spec.family} model writes a text that belongs to another one, and goes on with none: use "
             "kbit translate, kbit summarize or kbit run, and kbit eval --data PAIRS.tsv"
         )
     if spec.task is not None:
-        commands = {"mask": "fill or embed", "sequence": "classify", "tokens": "classify", "span": "answer"}
+        embedding = "embed, and kbit eval --tasks stsb"
+        commands = {"mask": f"fill or {embedding}", "sequence": "classify", "tokens": "classify", "span": "answer"}
         raise UnsupportedError(
             f"{where}: this {spec.family} model predicts no next token, so it cannot go on with a text or be measured "
-            f"by that; use kbit {commands.get(spec.task.kind, 'embed')}"
+            f"by that; use kbit {commands.get(spec.task.kind, embedding)}"
         )
 
 
