@@ -6,6 +6,7 @@ Without torch, so that planning and `kbit info` stay quick; only comparing a tie
 from __future__ import annotations
 
 from collections.abc import Collection
+from dataclasses import replace
 
 from kbit.checkpoint.compare import same_values
 from kbit.checkpoint.source import CheckpointSource
@@ -14,6 +15,7 @@ from kbit.host.errors import CheckpointError, UnsupportedError
 from kbit.models.canonical import check_canonical
 from kbit.models.config_values import shown
 from kbit.models.spec import ModelSpec
+from kbit.models.task_heads import HIDDEN
 
 
 class NeedsSourceError(UnsupportedError):
@@ -79,6 +81,16 @@ def check_tensors(
                 f"{where}: {copy} differs from {embedding}, which a {spec.family} model shares between encoder and "
                 "decoder: remove it from the checkpoint, or get the published one"
             )
+
+
+def stored_spec(source: CheckpointSource, spec: ModelSpec) -> ModelSpec:
+    """A model as it is stored: without the head on its hidden states that its configuration names, where the checkpoint
+    lacks some of it, as all-mpnet-base-v2 does."""
+    whole = spec.encoder is not None or spec.expected_tensors().keys() <= source.tensors.keys()
+    if whole:
+        return spec
+    headless = replace(spec, task=HIDDEN)
+    return headless if headless.expected_tensors().keys() <= source.tensors.keys() else spec
 
 
 def _optional(source: CheckpointSource, spec: ModelSpec) -> set[str]:
