@@ -372,7 +372,10 @@ def family_of(families: Mapping[str, Family], config: Mapping[str, Any], where: 
     if model_type is not None and not isinstance(model_type, str):
         raise CheckpointError(f"{where}: model_type is {shown(model_type)}; it should be a name")
     if not model_type and not architectures:
-        raise CheckpointError(f"{where}: model_type is missing, so the kind of model is unknown")
+        raise CheckpointError(
+            f'{where}: model_type is missing, so the kind of model is unknown: add it, for example "model_type": '
+            '"bert", and "architectures": ["BertForMaskedLM"], which old versions of transformers did not write'
+        )
     supported = f"kbit runs {', '.join(families)}"
     if not model_type:
         for family in families.values():
