@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from time import perf_counter
 from typing import TYPE_CHECKING, Literal
 
+from kbit.engine.answer_text import AnswerText
 from kbit.engine.prompt_cache import DecoderLike, PromptCache, check_prompt
 from kbit.engine.sampler import Logits, Sampler, SamplingParams
 from kbit.engine.speculative import Speculation, SpeculationReport, SpeculativeTokens
-from kbit.engine.stop import StopMatcher
 from kbit.host.errors import UsageError
 
 if TYPE_CHECKING:
@@ -148,9 +148,7 @@ class Generation:
         self._end_ids = frozenset(stop_token_ids) | tokenizer.eos_ids
         self._cache = PromptCache(decoder) if prompt_cache is None else prompt_cache
         self._sampler = Sampler(params, prompt_ids)
-        self._detokenizer = tokenizer.stream(prompt_ids if continues_prompt else ())
-        self._special = tokenizer.special_texts()
-        self._stops = StopMatcher(stop, self._special.values())
+        self._text = AnswerText(tokenizer, prompt_ids if continues_prompt else (), stop)
         self._speculation = speculation
         self._speculative: SpeculativeTokens | None = None
 
@@ -210,32 +208,23 @@ class Generation:
     def _generate(self) -> Iterator[str]:
         try:
             for token in self._tokens():
-                piece = self._push(token)
+                piece = self._text.push(token)
                 if piece:
                     self._shown.append(piece)
                     yield piece
-                if self._stops.matched is not None:
+                if self._text.matched is not None:
                     self._finish_reason = "stop"
                 if self._finish_reason is not None:  # a stop string, or interrupt() while the piece was shown
                     break
         except KeyboardInterrupt:
             self._finish_reason = "interrupted"
-        rest = self._stops.push(self._detokenizer.finish())
-        if (
-            self._ids and self._ids[-1] in self._end_ids
-        ):  # not among the tokens above, but it may complete a stop string
-            rest += self._stops.push(self._special.get(self._ids[-1], ""), special=True)
-        rest += self._stops.finish()
-        if self._stops.matched is not None and self._finish_reason != "interrupted":
+        ended = bool(self._ids) and self._ids[-1] in self._end_ids
+        rest = self._text.finish(self._ids[-1] if ended else None)
+        if self._text.matched is not None and self._finish_reason != "interrupted":
             self._finish_reason = "stop"
         if rest:
             self._shown.append(rest)
             yield rest
-
-    def _push(self, token: int) -> str:
-        """The text that can be shown after one more token."""
-        piece = self._stops.push(self._detokenizer.push(token))
-        return piece + self._stops.push(self._special.get(token, ""), special=True)
 
     def _tokens(self) -> Iterator[int]:
         """Samples tokens, up to and without one that ends the generation; sets the finish reason at its end."""
