@@ -76,7 +76,22 @@ def test_every_split_gives_the_same_message(tools: Any, text: str, options: Any,
         assert read([text[:one], text[one:other], text[other:]], tools, **options) == expected
 
 
-FRAGMENTS = ["<think>", "</think>", "<tool_call>", "</tool_call>", "[TOOL_CALLS]", "{", "}", '"', "[", "]", ";", " ", "\n", "a"]
+FRAGMENTS = [
+    "<think>",
+    "</think>",
+    "<tool_call>",
+    "</tool_call>",
+    "[TOOL_CALLS]",
+    "{",
+    "}",
+    '"',
+    "[",
+    "]",
+    ";",
+    " ",
+    "\n",
+    "a",
+]
 FRAGMENTS += ["<", "find", "[ARGS]", call(what="x"), '{"name": "add", "parameters": {}}', "<|python_tag|>"]
 
 
