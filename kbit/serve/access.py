@@ -56,17 +56,22 @@ class Access:
         if error is not None:
             await refuse(scope, send, error)
             return
-        read = 0
+        read, refused = 0, False
 
         async def counted() -> Message:
-            nonlocal read
+            nonlocal read, refused
             message = await receive()
             read += len(message.get("body", b""))
-            if read > self._most_bytes:
-                raise self._too_large()
-            return message
+            if read > self._most_bytes and not refused:
+                refused = True
+                await refuse(scope, send, self._too_large())
+            return {"type": "http.disconnect"} if refused else message
 
-        await self._app(scope, counted, send)
+        async def unless_refused(message: Message) -> None:
+            if not refused:
+                await send(message)
+
+        await self._app(scope, counted, unless_refused)
 
     def _refusal(self, scope: Scope, headers: Headers) -> ApiError | None:
         host = _name(headers.get("host", ""))

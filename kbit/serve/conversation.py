@@ -12,6 +12,7 @@ from kbit.engine.chat import render_chat
 from kbit.engine.conversation import require_template
 from kbit.host.errors import KbitError
 from kbit.serve.errors import bad_request
+from kbit.serve.grammar import JSON_STYLE
 from kbit.serve.message_parser import MessageParser, ToolFormat, thinks, tool_format
 from kbit.serve.models import ServedModel
 from kbit.serve.requests import constraint_of, request_of
@@ -254,5 +255,6 @@ def _forced_call(model: ServedModel, form: ToolFormat, tools: list[Tool]) -> Con
         return model.grammars.json_schema(schema, "tools")
     if form == "mistral":
         return model.grammars.json_schema({"type": "array", "items": schema, "minItems": 1, "maxItems": 1}, "tools")
+    schema["x-guidance"] = dict(JSON_STYLE)
     grammar = f'start: "<tool_call>\\n" call "\\n</tool_call>"\ncall: %json {json.dumps(schema)}\n'
     return model.grammars.lark(grammar, "tools")

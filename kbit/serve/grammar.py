@@ -22,6 +22,13 @@ if TYPE_CHECKING:
 
     from kbit.text.tokenizer import Tokenizer
 
+# JSON as models write it: white space where it is usual, and nowhere else, since some would never end it.
+JSON_STYLE: Mapping[str, Any] = {
+    "whitespace_flexible": False,
+    "item_separator": ", ",
+    "key_separator": ": ",
+    "lenient": False,
+}
 _MOST_GRAMMAR_CHARACTERS = 1 << 18
 
 
@@ -50,9 +57,7 @@ class GrammarCompiler:
 
         text = json.dumps(schema)
         try:
-            grammar = LLMatcher.grammar_from_json_schema(
-                text, overrides={"whitespace_flexible": False, "lenient": False}
-            )
+            grammar = LLMatcher.grammar_from_json_schema(text, overrides=dict(JSON_STYLE))
         except ValueError as error:
             raise bad_request(f"{param}: the schema cannot be enforced: {one_line(error)}", param) from None
         return self._maker(grammar, param)

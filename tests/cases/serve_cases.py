@@ -16,7 +16,7 @@ from kbit.serve.app import ServeOptions, make_app
 from kbit.serve.models import ModelOptions, Models
 
 TEMPLATE = (
-    "{% if tools %}{{ 'tools: ' + tools | tojson + '<tool_call>' + '\n' }}{% endif %}"
+    "{% if tools %}{{ 'call with <tool_call>: ' + tools[0].function.name + '\n' }}{% endif %}"
     "{% for m in messages %}"
     "{% if m.role == 'critic' %}{{ raise_exception('no critics here') }}{% endif %}"
     "{{ m.role + ': ' + m.content + '\n' }}"
