@@ -128,12 +128,14 @@ class Piece:
         text: what can be shown now.
         tokens: those whose text is all shown.
         finish: why the choice ends with this piece, or None.
+        stop: the stop string that was found.
     """
 
     choice: int
     text: str
     tokens: tuple[TokenInfo, ...] = ()
     finish: Finish | None = None
+    stop: str | None = None
 
 
 @dataclass(frozen=True)
@@ -235,7 +237,7 @@ class Choice:
         else:
             tokens = tuple(info for info, _ in self._held if info.start < self._shown)
         self._held.clear()
-        return Piece(self.index, text, tokens, finish)
+        return Piece(self.index, text, tokens, finish, self._text.matched)
 
     def _released(self, shown: int) -> tuple[TokenInfo, ...]:
         released = []

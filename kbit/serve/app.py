@@ -20,7 +20,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.types import Receive, Scope, Send
 
 from kbit.host.errors import KbitError, one_line
-from kbit.serve import basics, chat, completions, page
+from kbit.serve import anthropic, basics, chat, completions, native, page, responses
 from kbit.serve.access import Access
 from kbit.serve.bridge import Bridge, ClientGoneError
 from kbit.serve.errors import ApiError, api_error
@@ -99,7 +99,7 @@ def make_app(models: Models, options: ServeOptions | None = None) -> FastAPI:
             Exception: _told,
         },
     )
-    for routes in (basics, completions, chat, page):
+    for routes in (basics, completions, chat, responses, anthropic, native, page):
         app.include_router(routes.router)
     return app
 

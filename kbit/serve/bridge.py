@@ -83,6 +83,7 @@ class Whole:
     text: str = ""
     tokens: list[TokenInfo] = field(default_factory=list)
     finish: Finish = "cancelled"
+    stop: str | None = None
 
 
 @dataclass
@@ -112,7 +113,7 @@ async def collect(events: AsyncIterator[Event], choices: int) -> Answered:
             choice = answered.choices[event.choice]
             choice.text += event.text
             choice.tokens += event.tokens
-            choice.finish = event.finish or choice.finish
+            choice.finish, choice.stop = event.finish or choice.finish, event.stop
     return answered
 
 
