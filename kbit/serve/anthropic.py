@@ -232,7 +232,7 @@ async def _stream(server: Server, model: ServedModel, prepared: Prepared) -> Asy
     parser, index, open_kind, called = prepared.parser(), -1, "", False
     finish: Finish = "stop"
     stop: str | None = None
-    message = {
+    message: dict[str, Any] = {
         "id": new_id("msg_"),
         "type": "message",
         "role": "assistant",

@@ -12,6 +12,7 @@ from typing import Any
 
 from fastapi import FastAPI
 from fastapi.exceptions import RequestValidationError
+from pydantic import ValidationError
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
@@ -94,6 +95,7 @@ def make_app(models: Models, options: ServeOptions | None = None) -> FastAPI:
             ApiError: _told,
             KbitError: _told,
             RequestValidationError: _invalid,
+            ValidationError: _invalid,  # of a body that was put into another API's words
             HTTPException: _http,
             ClientGoneError: _gone,
             Exception: _told,
@@ -121,7 +123,7 @@ async def _told(http: HttpRequest, error: Exception) -> Response:
 
 async def _invalid(http: HttpRequest, error: Exception) -> Response:
     """A body that is no JSON, or not what the schema says."""
-    assert isinstance(error, RequestValidationError)
+    assert isinstance(error, (RequestValidationError, ValidationError))
     return await _told(http, _first_mistake(error.errors()))
 
 

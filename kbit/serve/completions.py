@@ -56,7 +56,7 @@ async def completions(body: CompletionBody, http: HttpRequest) -> Response:
                 tokens = list(choice.tokens)
                 if body.echo:
                     tokens = [*_placed(model, answer.prompt), *_moved(choice.tokens, len(shown))]
-                logprobs = _logprobs(model, tokens, body.logprobs)
+                logprobs = _logprobs(model, tokens)
             choices.append(
                 {
                     "index": index * len(answer.choices) + number,
@@ -146,7 +146,7 @@ async def _stream(
                 for number in range(requests[index].choices):
                     begun.add(index * requests[index].choices + number)
                     tokens = _placed(model, event.tokens)
-                    logprobs = _logprobs(model, tokens, body.logprobs or 0)
+                    logprobs = _logprobs(model, tokens)
                     yield {
                         **first,
                         **extra,
@@ -162,7 +162,7 @@ async def _stream(
                 begun.add(place)
                 logprobs = None
                 if body.logprobs is not None:
-                    logprobs = _logprobs(model, _moved(event.tokens, shift), body.logprobs)
+                    logprobs = _logprobs(model, _moved(event.tokens, shift))
                 if text or event.tokens or event.finish:
                     chunk = _chunk(index, event.choice, requests, text, logprobs, finish_reason(event.finish))
                     yield {**first, **extra, "choices": [chunk]}
@@ -217,7 +217,7 @@ def _moved(tokens: Sequence[TokenInfo], by: int) -> list[TokenInfo]:
     return [TokenInfo(info.id, info.start + by, info.logprob, info.top) for info in tokens]
 
 
-def _logprobs(model: ServedModel, tokens: Sequence[TokenInfo], count: int) -> dict[str, Any]:
+def _logprobs(model: ServedModel, tokens: Sequence[TokenInfo]) -> dict[str, Any]:
     """Log-probabilities as /v1/completions has always told them."""
     tokenizer = model.tokenizer
 
@@ -230,6 +230,6 @@ def _logprobs(model: ServedModel, tokens: Sequence[TokenInfo], count: int) -> di
     return {
         "tokens": [token_text(tokenizer, info.id) for info in tokens],
         "token_logprobs": [info.logprob for info in tokens],
-        "top_logprobs": [top(info) for info in tokens] if count else None,
+        "top_logprobs": [top(info) for info in tokens],
         "text_offset": [info.start for info in tokens],
     }

@@ -133,7 +133,7 @@ def plain_messages(messages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     for index, message in enumerate(messages):
         where = f"messages[{index}]"
         role = message.get("role")
-        if role not in _ROLES:
+        if not isinstance(role, str) or role not in _ROLES:
             raise bad_request(f"{where}.role {role!r}: use system, user, assistant or tool", "messages")
         each = {**message, "role": "system" if role == "developer" else role}
         each["content"] = _text(message.get("content"), where)
@@ -187,6 +187,8 @@ def _refuse_unknown(body: ChatBody) -> None:
         raise bad_request(f"modalities: {audible[0]!r}: this server answers with text only", "modalities")
     if body.functions and body.function_call != _NO_TOOLS:
         raise bad_request("functions: use tools, which took their place", "functions")
+    if body.moderation is not None:
+        raise bad_request("moderation: this server moderates nothing: leave it out", "moderation")
     if body.web_search_options is not None:
         raise bad_request("web_search_options: this server searches nothing: leave it out", "web_search_options")
 

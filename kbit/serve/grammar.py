@@ -19,11 +19,12 @@ from kbit.serve.errors import bad_request
 
 if TYPE_CHECKING:
     import llguidance
+    from llguidance._lib import JsonCompileOptions
 
     from kbit.text.tokenizer import Tokenizer
 
 # JSON as models write it: white space where it is usual, and nowhere else, since some would never end it.
-JSON_STYLE: Mapping[str, Any] = {
+JSON_STYLE: JsonCompileOptions = {
     "whitespace_flexible": False,
     "item_separator": ", ",
     "key_separator": ": ",
@@ -57,7 +58,7 @@ class GrammarCompiler:
 
         text = json.dumps(schema)
         try:
-            grammar = LLMatcher.grammar_from_json_schema(text, overrides=dict(JSON_STYLE))
+            grammar = LLMatcher.grammar_from_json_schema(text, overrides=JSON_STYLE)
         except ValueError as error:
             raise bad_request(f"{param}: the schema cannot be enforced: {one_line(error)}", param) from None
         return self._maker(grammar, param)

@@ -312,7 +312,7 @@ async def _stream(server: Server, model: ServedModel, body: ResponsesBody, prepa
                     else:
                         items[-1]["content"][0]["text"] += part.text
                         what = "reasoning_text" if part.thought else "output_text"
-                        more = {} if part.thought else {"logprobs": []}
+                        more: dict[str, Any] = {} if part.thought else {"logprobs": []}
                         yield event(f"response.{what}.delta", **place, content_index=0, delta=part.text, **more)
             elif isinstance(each, Done):
                 for closed in closing():
