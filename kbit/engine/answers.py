@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence as Tokens
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal, Protocol, TypeAlias
 
@@ -11,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kbit.engine.answer_text import AnswerText
+from kbit.engine.repetition import only_repeats
 from kbit.engine.sampler import Sampler, SamplingParams
 
 if TYPE_CHECKING:
@@ -244,20 +244,3 @@ class Choice:
         while self._held and self._held[0][1] <= shown:
             released.append(self._held.popleft()[0])
         return tuple(released)
-
-
-# An answer only repeats itself when its last tokens are one piece of at most so many, so many times, and so many in
-# all.
-_LONGEST_PIECE, _FEWEST_TIMES, _FEWEST_TOKENS = 64, 4, 96
-
-
-def only_repeats(ids: Tokens[int]) -> bool:
-    """Whether an answer ends in nothing but repetitions of one piece."""
-    tail = np.array(ids[-_LONGEST_PIECE * _FEWEST_TIMES :], dtype=np.int64)
-    for piece in range(1, _LONGEST_PIECE + 1):
-        needed = max(piece * _FEWEST_TIMES, _FEWEST_TOKENS)
-        if needed > len(tail):
-            continue
-        if np.array_equal(tail[len(tail) - needed + piece :], tail[len(tail) - needed : -piece]):
-            return True
-    return False

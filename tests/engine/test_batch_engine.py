@@ -10,9 +10,10 @@ from engine_cases import Answer, answer, check_pages, tiny_decoder, tiny_engine
 from native_cases import VOCABULARY
 from numpy.typing import NDArray
 
-from kbit.engine.answers import Request, only_repeats
+from kbit.engine.answers import Request
 from kbit.engine.batch_engine import BatchEngine, Live
 from kbit.engine.logprobs import token_infos
+from kbit.engine.repetition import only_repeats
 from kbit.engine.sampler import SamplingParams
 from kbit.host.errors import KbitError, UsageError
 from kbit.models.decoder import Decoder

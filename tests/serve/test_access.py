@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import threading
 from pathlib import Path
 from typing import Any
@@ -141,3 +142,13 @@ def test_the_queue_is_bounded(tiny_model: Path, monkeypatch: pytest.MonkeyPatch)
         assert 1 <= int(response.headers["retry-after"]) <= 60
         assert "kbit:admission_rejections_total 0.0" not in client.get("/metrics").text
         assert client.post("/v1/completions", json={"prompt": [1] * 5, "max_tokens": 2}).status_code == 200
+
+
+def test_the_page_needs_nothing_from_elsewhere(client: TestClient) -> None:
+    response = client.get("/")
+    assert response.headers["content-type"].startswith("text/html")
+    assert "default-src 'none'" in response.headers["content-security-policy"]
+    assert "//" not in response.text.replace("<!doctype", "").split("<script>")[0]
+    assert not re.findall(r"(?:src|href)\s*=|@import|https?:", response.text)
+    for route in set(re.findall(r'fetch\("([^"]+)"', response.text)):
+        assert client.get(route).status_code in (200, 405)
