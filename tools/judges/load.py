@@ -73,7 +73,7 @@ async def main() -> None:
             first, between = 1e3 * statistics.median(firsts), 1e3 * statistics.median(gaps)
             worst = 1e3 * gaps[min(len(gaps) - 1, int(0.99 * len(gaps)))]
             print(
-                f"{clients:3d} clients: {statistics.median(speeds):7.1f} tokens/s (median of {flags.repeats} runs), first "
+                f"{clients:3d} clients: {statistics.median(speeds):7.1f} tokens/s (of {flags.repeats} runs), first "
                 f"token {first:6.0f} ms, between tokens {between:6.1f} ms, p99 {worst:6.1f} ms"
             )
 
