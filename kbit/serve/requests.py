@@ -71,7 +71,7 @@ def request_of(
         sampling_of(body, model),
         max_tokens=max_tokens,
         choices=body.n or 1,
-        stop=tuple(stop for stop in stops if stop),
+        stop=tuple(stops),
         stop_ids=frozenset(body.stop_token_ids or ()),
         ignore_end=body.ignore_eos,
         continues_prompt=continues_prompt,

@@ -183,6 +183,29 @@ def test_nothing_of_a_stop_string_is_shown(decoder: Decoder) -> None:
         assert not any(stop in piece.text for piece in found.pieces)
 
 
+def test_a_long_prompt_does_not_stop_the_others(decoder: Decoder) -> None:
+    """As many rows a pass as the time for a step allows at the speed of late; each answer gets its token in every one."""
+    engine = tiny_engine(decoder, step_seconds=0.05)
+    writing = [Live(Request((seed,), max_tokens=200, ignore_end=True), engine.tokenizer) for seed in range(3)]
+    for live in writing:
+        engine.add(live)
+    engine.step()
+    engine._measure = lambda rows, seconds: None  # type: ignore[method-assign]
+    engine._rows_per_second = 400.0
+    long = Live(Request(tuple(range(100)) * 5, max_tokens=1), engine.tokenizer)
+    engine.add(long)
+    steps = 0
+    while engine.has(long):
+        counts = {live: len(live.choices[0].ids) for live in writing}
+        computed = engine.pool.count - engine.pool.available
+        events = dict(engine.step())
+        assert all(len(live.choices[0].ids) == count + 1 for live, count in counts.items())
+        assert set(writing) <= events.keys()
+        assert engine.pool.count - engine.pool.available <= computed + 1 + len(writing)
+        steps += 1
+    assert steps == -(-500 // (20 - len(writing)))
+
+
 def test_limits_end_an_answer(decoder: Decoder) -> None:
     engine = tiny_engine(decoder, context=50)
     found = answer(engine, Request(tuple(range(40)), max_tokens=100, ignore_end=True))

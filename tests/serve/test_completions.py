@@ -178,6 +178,7 @@ def test_settings_do_what_they_say(client: TestClient, loaded: LoadedModel) -> N
         ({"prompt": "x", "grammar": "start: nothing"}, "grammar", "cannot be enforced"),
         ({"prompt": "x", "regex": "a", "grammar": "start: /a/"}, "grammar", "can have one form"),
         ({"prompt": "x", "stop": ["a"] * 65}, "stop", "of at most 64"),
+        ({"prompt": "x", "stop": ""}, "stop", "a stop string needs at least one character"),
         ({"prompt": "\ud800"}, None, "not valid Unicode"),
     ],
 )
