@@ -209,6 +209,7 @@ def mixture(ops: Ops[X], spec: ModelSpec, weights: Weights, x: X) -> X:
         if switch is not None:
             shared = ops.sigmoid_gate(shared, ops.linear(switch, inner))
         out = ops.add(out, shared)
+    out = ops.sum_parts(out)
     return _to_residual(ops, spec, weights, "mlp_post_norm", out, x)
 
 
@@ -220,7 +221,7 @@ def mixture_beside(ops: Ops[X], spec: ModelSpec, weights: Weights, x: X) -> X:
     dense = norm(ops, spec, weights, "mlp_own_norm", ops.sum_parts(ops.linear(down.weight, inner), down.bias))
     routed = ops.norm(x, weights.norms["router_scale"], spec.norm_eps)
     logits = ops.scale(ops.linear(weights.matrices["router"], routed), float(spec.hidden_size**-0.5))
-    mixed = _of_experts(ops, spec, weights, norm(ops, spec, weights, "experts_norm", x), logits)
+    mixed = ops.sum_parts(_of_experts(ops, spec, weights, norm(ops, spec, weights, "experts_norm", x), logits))
     out = ops.add(dense, norm(ops, spec, weights, "experts_post_norm", mixed))
     return _to_residual(ops, spec, weights, "mlp_post_norm", out, x)
 

@@ -117,6 +117,8 @@ class RowOps:
     def experts(self, x: torch.Tensor, logits: torch.Tensor, experts: Experts, mixture: Mixture) -> torch.Tensor:
         routing, clamp = mixture.routing, mixture.clamp
         bias = None if experts.selection_bias is None else tensor_of(experts.selection_bias)
+        if self._group is not None:  # one choice for all: sums that differ in a last bit may choose others
+            logits = self._group.from_first(logits)
         chosen, weights = reference_experts.route(
             logits.reshape(-1, routing.experts),
             bias,

@@ -220,7 +220,10 @@ class Replay:
             values[operation.out] = torch.sigmoid(values[operation.gate].float()) * values[operation.x]
         elif isinstance(operation, Mix):
             x = values[operation.x].to(self._dtype)
-            values[operation.out] = self._experts[operation](x, values[operation.logits])
+            logits = values[operation.logits]
+            if self._group is not None:  # one choice for all: sums that differ in a last bit may choose others
+                logits = self._group.from_first(logits)
+            values[operation.out] = self._experts[operation](x, logits)
         elif isinstance(operation, Attend):
             assert step is not None
             values[operation.out] = self._attend(operation, values, step)
