@@ -374,12 +374,8 @@ class TestCommand:
         assert notes.count("conversation forgotten") == 1
         assert notes.count("kbit: error: the conversation has") == 1
         assert other == (1, "", "")
-        alone = json.loads(
-            run_command(
-                ["run", "Hello", "--chat", *flags, "--temperature", "0.7", "--top-p", "0.95"]
-                + ["--seed", "5", "--json"]
-            )[1]
-        )
+        sampling = ["--temperature", "0.7", "--top-k", "40", "--top-p", "0.95", "--min-p", "0.05", "--seed", "5"]
+        alone = json.loads(run_command(["run", "Hello", "--chat", *flags, *sampling, "--json"])[1])
         assert said.startswith(alone["text"] + "\n")
         assert len(said) > 2 * len(alone["text"])
 
