@@ -376,7 +376,20 @@ class TestCommand:
         assert other == (1, "", "")
         alone = json.loads(
             run_command(
-                ["run", "Hello", "--chat", *flags, "--temperature", "0.7", "--top-p", "0.95"]
+                [
+                    "run",
+                    "Hello",
+                    "--chat",
+                    *flags,
+                    "--temperature",
+                    "0.7",
+                    "--top-k",
+                    "40",
+                    "--top-p",
+                    "0.95",
+                    "--min-p",
+                    "0.05",
+                ]
                 + ["--seed", "5", "--json"]
             )[1]
         )

@@ -5,7 +5,8 @@
 
 First each of some requests is answered alone; then they come at random, many at once, among them such as are no JSON,
 too long, or of an unknown model, and such whose client leaves. An answer that is not what it was alone is wrong, one
-that does not come is lost. With --pid (Linux) the process's memory is read before, in the middle and after. Needs httpx.
+that does not come is lost. With --pid (Linux) the process's memory is read before, in the middle and after.
+Needs httpx.
 """
 
 from __future__ import annotations
