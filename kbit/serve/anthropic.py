@@ -65,7 +65,6 @@ class MessagesBody(CountBody):
     metadata: dict[str, Any] | None = None
     service_tier: str | None = None
     inference_geo: str | None = None
-    container: str | None = None
     context_management: dict[str, Any] | None = None
 
 

@@ -96,7 +96,8 @@ def _prepare(body: CompletionBody, model: ServedModel) -> tuple[list[_Prompt], l
     tokens = _DEFAULT_TOKENS if body.max_tokens is None else body.max_tokens
     if tokens == 0 and not body.echo:
         raise bad_request("max_tokens: 0 generates nothing: give at least 1, or echo the prompt", "max_tokens")
-    scored = body.logprobs if body.echo else None
+    # A prompt that was not sent (the token that texts begin with) is not echoed.
+    scored = body.logprobs if body.echo and body.prompt is not None else None
     requests = [
         request_of(body, model, prompt.ids, max_tokens=tokens, logprobs=body.logprobs, prompt_logprobs=scored)
         for prompt in prompts

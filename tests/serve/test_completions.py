@@ -116,6 +116,13 @@ def test_echoed_log_probabilities_are_those_of_an_evaluation(client: TestClient,
     assert scored["text"] == text
 
 
+def test_a_prompt_that_was_not_sent_is_not_echoed(client: TestClient) -> None:
+    answer = complete(client, echo=True, logprobs=1, max_tokens=3, ignore_eos=True)["choices"][0]
+    assert len(answer["logprobs"]["tokens"]) == 3
+    assert None not in answer["logprobs"]["token_logprobs"]
+    assert answer["text"] == complete(client, prompt=None, max_tokens=3, ignore_eos=True)["choices"][0]["text"]
+
+
 def test_many_at_once_are_answered_as_if_alone(client: TestClient) -> None:
     bodies = [
         {
