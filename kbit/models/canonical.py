@@ -196,7 +196,8 @@ class CanonicalSource(StoredSource):
             return np.ascontiguousarray(matrix[:, piece.first + start : piece.first + stop].T)
         if piece.flat:
             if len(self._infos[name].shape) == 1:
-                return self._source.read_array_rows(piece.stored, 0, 1).reshape(-1)[start:stop].copy()
+                row = self._source.read_array_rows(piece.stored, 0, 1)
+                return np.ascontiguousarray(row.reshape(-1)[start:stop])
             rows_read = self._source.read_array_rows(piece.stored, start, stop)
             return np.ascontiguousarray(rows_read.reshape(stop - start, -1))
         if piece.scattered and start < stop:

@@ -52,6 +52,15 @@ def test_the_bias_chooses_and_does_not_weigh() -> None:
     assert torch.allclose(weights, torch.sigmoid(torch.tensor([[2.0, 0.0]])))
 
 
+def test_a_bias_of_a_softmax_is_added_to_shares() -> None:
+    """Of logits 2, 1, 0 the shares are 0.67, 0.24, 0.09: 0.2 brings the last one before the second."""
+    logits, bias = torch.tensor([[2.0, 1.0, 0.0]]), torch.tensor([0.0, 0.0, 0.2])
+    experts, weights = routed(logits, bias)
+    assert experts == [[0, 2]]
+    assert torch.allclose(weights, torch.softmax(logits, -1)[:, [0, 2]])
+    assert routed(logits, torch.tensor([0.0, 0.0, 0.1]))[0] == [[0, 1]]
+
+
 def test_groups_are_ranked_by_their_two_best() -> None:
     """The best expert of all is alone in its group; another group has the larger sum, of equals the first."""
     logits = torch.tensor([[3.0, -9.0, -9.0, 1.5, 1.5, -9.0, 1.5, 1.5, 0.0]])

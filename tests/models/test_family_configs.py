@@ -561,7 +561,7 @@ def test_pythia_as_the_hub_has_it() -> None:
             {"num_attention_heads": 12, "hidden_size": 240},
             "12 heads are no power of two, as kbit has mpt slopes for",
         ),
-        ("falcon", {"alibi": True}, "alibi True is not supported"),
+        ("falcon", {"alibi": True}, "multi_query True is not supported"),
         ("falcon", {"multi_query": False}, "multi_query False is not supported"),
         ("falcon", {"parallel_attn": False}, "parallel_attn False is not supported"),
     ],

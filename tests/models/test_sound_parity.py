@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -111,6 +112,18 @@ def test_what_cannot_be_heard(whisper: tuple[Path, Any]) -> None:
         ours.encode_sounds(sounds.features(150), 4)
     with pytest.raises(UsageError, match="a whisper model reads sound, and no text: use kbit transcribe"):
         ours.encode([[5]], 4)
+
+
+def test_a_pass_without_frames(whisper: tuple[Path, Any]) -> None:
+    """Neither backend computes with what is not there."""
+    for backend in (cases.native(), ReferenceBackend()):
+        ours = cases.loaded(whisper[0], backend)
+        cache = backend.new_cache(3, 1, 2, 16, 5)
+        cache.reserve([5])
+        bare = Batch.of([[0] * 5], [0], "all")
+        for batch in (bare, replace(bare, features=np.zeros((5, 7), dtype=np.float32))):
+            with pytest.raises(ValueError, match="features"):
+                ours._encode.hidden(batch, cache)
 
 
 def test_a_model_of_texts_hears_nothing(tmp_path: Path) -> None:

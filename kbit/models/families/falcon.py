@@ -62,7 +62,8 @@ _LARGE = replace(
 
 _SLOPED = replace(
     _SMALL,
-    defaults={**_SMALL.defaults, "num_key_value_heads": None},
+    # (What is left out means the models without slopes.)
+    defaults={**_SMALL.defaults, "num_key_value_heads": None, "multi_query": True, "parallel_attn": True},
     keys={**_SMALL.keys, "num_key_value_heads": "num_kv_heads"},
     names=replace(_SMALL.names, mlp_norm=f"{_LAYER}.post_attention_layernorm"),
     parallel=False,
