@@ -136,7 +136,7 @@ def test_one_of_two_processes_gets_its_share(folder: Path) -> None:
 
 
 def test_backends_without_its_kernels_refuse_it_by_name(folder: Path, weights: torch.Tensor) -> None:
-    message = "the {} backend has no kernel for nested{}: its kernels read planes, not nested; use --backend reference"
+    message = "the {} backend has no kernel for nested{}: its kernels read planes, trellis, not nested; use --backend reference"
     with open_model(str(folder)) as source, pytest.raises(UnsupportedError, match=message.format("native", "8")):
         load_decoder(source, NativeBackend(1))
     pytest.importorskip("triton")
