@@ -6,7 +6,7 @@ A program owns 16 rows of W and up to 64 tokens. It decodes 64 columns at a time
 multiplies them with the tokens on the tensor cores and sums in float32; a row's scale comes last, then bias, residual
 or the gate's activation.
 
-Roofline: memory bandwidth for few tokens if decoding kept up, which 17 to 23 instructions a weight do not (an H100 has
+Roofline: memory bandwidth for few tokens if decoding kept up, which 17 to 25 instructions a weight do not (an H100 has
 2 to 4 of them in that time). A first version: checked in the interpreter and by its machine code, not timed on a GPU.
 """
 
