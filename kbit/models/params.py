@@ -367,11 +367,12 @@ def _experts(spec: ModelSpec, layer: int) -> Iterator[Parameter]:
                 rows = cut if dim == 0 else None
                 yield Parameter(f"{name}.bias", slot, layer, "bias", shape[:1], rows, (), active, dim == 1)
     if shared:
-        inputs, features = shared_inputs(spec), "shared features"
+        inputs = shared_inputs(spec)
+        features: Unit = "shared features"
         for slot in inputs:
             yield from _linear(spec, slot, layer, (shared, hidden), (0, features), inputs, spec.mlp_bias)
-        down = (hidden, shared)
-        yield from _linear(spec, "shared_down", layer, down, (1, features), ("shared_down",), spec.mlp_bias)
+        back = (hidden, shared)
+        yield from _linear(spec, "shared_down", layer, back, (1, features), ("shared_down",), spec.mlp_bias)
         if names.shared_switch is not None:
             yield from _router(spec, "shared_switch", layer, 1, False)
     yield from _norm(spec, "mlp_post_norm", layer)
