@@ -36,8 +36,8 @@ class Given:
 
 @dataclass(frozen=True, eq=False)
 class Norm:
-    """out = RMS norm of x, by runs of features as wide as the weight; or, centred, its LayerNorm, perhaps biased. With
-    several groups there are so many runs in the weight, too."""
+    """out = RMS norm of x, by runs of features as wide as the weight, or over every process's; or, centred, its
+    LayerNorm, perhaps biased. With several groups there are so many runs in the weight, too."""
 
     x: Symbol
     weight: Vector
@@ -46,6 +46,7 @@ class Norm:
     bias: Vector | None = None
     centred: bool = False
     groups: int = 1
+    parts: bool = False
 
 
 @dataclass(frozen=True, eq=False)

@@ -173,10 +173,11 @@ class Ops(Protocol[X]):
     def given(self, width: int) -> X:
         """What a pass brings of its tokens in place of ids (`Batch.features`): (..., width)."""
 
-    def norm(self, x: X, weight: Vector, eps: float, groups: int = 1) -> X:
+    def norm(self, x: X, weight: Vector, eps: float, groups: int = 1, parts: bool = False) -> X:
         """RMS normalisation over runs of D features, all K or a head's: x (..., K), weight (D,) -> (..., K).
 
-        Several groups: over each of so many runs, for which the weight (K,) has numbers of their own.
+        Several groups: over each of so many runs, for which the weight (K,) has numbers of their own. Parts: the run is
+        longer, every process has as many features of it, and the mean is over all.
         """
 
     def layer_norm(self, x: X, weight: Vector, bias: Vector | None, eps: float) -> X:

@@ -347,8 +347,9 @@ def _positioned(
 def _normalised(ops: Ops[X], spec: ModelSpec, weights: Weights, q: X, k: X | None) -> tuple[X, X | None]:
     """The RMS norms of queries and keys, if any: of each head, or of all together, as their weights are wide."""
     of_q, of_k = weights.norms.get("q_norm"), weights.norms.get("k_norm")
-    q = q if of_q is None else ops.norm(q, of_q, spec.norm_eps)
-    return q, k if of_k is None or k is None else ops.norm(k, of_k, spec.norm_eps)
+    whole = spec.qk_norm == "whole"
+    q = q if of_q is None else ops.norm(q, of_q, spec.norm_eps, parts=whole)
+    return q, k if of_k is None or k is None else ops.norm(k, of_k, spec.norm_eps, parts=whole)
 
 
 def _added(

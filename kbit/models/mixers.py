@@ -34,7 +34,7 @@ def scanned(ops: Ops[X], spec: ModelSpec, scan: ScanNet, weights: Weights, index
     x = ops.activate(x, None, scan.activation)
     out = ops.scan(x, steps, weights.biases["scan_rates"], weights.biases["scan_skips"], space)
     out = ops.activate(z, out, "silu")
-    return ops.norm(out, weights.norms["scan_norm"], spec.norm_eps, scan.norms) if scan.norms else out
+    return ops.norm(out, weights.norms["scan_norm"], spec.norm_eps, scan.norms, scan.norms == 1) if scan.norms else out
 
 
 def scaled(ops: Ops[X], x: X, factor: float) -> X:

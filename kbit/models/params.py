@@ -15,11 +15,12 @@ from kbit.models.spec import LatentSpec, ModelSpec, SoundSpec
 
 Unit = Literal[
     "heads", "kv_heads", "features", "sinks", "latent keys", "latent values", "expert features", "shared features",
-    "delta heads", "delta values", "delta inputs",
+    "delta heads", "delta values", "delta inputs", "scan heads", "scan values", "scan inputs",
 ]  # fmt: skip
 Role = Literal["embedding", "linear", "head", "norm", "bias", "router", "rows", "table", "distances", "taps", "task"]
 
 EXPERT_FEATURES: Unit = "expert features"
+KEY_HEADS: Unit = "kv_heads"
 
 # What stands outside of the layers, beside embedding and head, and is prepared with them.
 OUTSIDE: tuple[Role, ...] = ("norm", "bias", "rows", "table", "router", "distances")
@@ -180,9 +181,10 @@ def _attention(spec: ModelSpec, layer: int) -> Iterator[Parameter]:
     if spec.names.output_gate is not None:
         yield from _linear(spec, "output_gate", layer, (queries, hidden), (0, "heads"), inputs, spec.qkv_bias)
     whole = spec.qk_norm == "whole"
-    yield from _norm(spec, "q_norm", layer, queries if whole else shape.head_dim)
+    yield from _norm(spec, "q_norm", layer, queries if whole else shape.head_dim, (0, "heads") if whole else None)
     if len(own) > 1:
-        yield from _norm(spec, "k_norm", layer, keys if whole else shape.head_dim)
+        by_head = (0, KEY_HEADS) if whole else None
+        yield from _norm(spec, "k_norm", layer, keys if whole else shape.head_dim, by_head)
     yield from _distances(spec, layer)
     if spec.names.sinks is not None:
         yield Parameter(spec.names.sinks.format(layer=layer), "sinks", layer, "bias", (spec.heads,), (0, "sinks"))
@@ -259,24 +261,26 @@ def _scan_net(spec: ModelSpec, scan: ScanNet, layer: int) -> Iterator[Parameter]
     convolution, _ = scan.at(layer)
     if not scan.beside:
         yield from _norm(spec, "attention_norm", layer)
-    yield from _linear(spec, "scan_z", layer, (inner, hidden), None, SCAN, False)
-    yield from _linear(spec, "scan_x", layer, (convolution.features, hidden), None, SCAN, False)
-    yield from _router(spec, "scan_steps", layer, scan.heads, False)
+    yield from _linear(spec, "scan_z", layer, (inner, hidden), (0, "scan values"), SCAN, False)
+    yield from _linear(spec, "scan_x", layer, (convolution.features, hidden), (0, "scan inputs"), SCAN, False)
+    yield from _router(spec, "scan_steps", layer, scan.heads, False, (0, "scan heads"))
     vectors = ((names.scan_bias, "scan_steps"), (names.scan_rates, "scan_rates"), (names.scan_skips, "scan_skips"))
     for name, slot in vectors:
-        yield Parameter(str(name).format(layer=layer), slot, layer, "bias", (scan.heads,))
-    yield from _taps(spec, "scan_taps", layer, convolution.features, scan.taps, scan.bias)
+        yield Parameter(str(name).format(layer=layer), slot, layer, "bias", (scan.heads,), (0, "scan heads"))
+    yield from _taps(spec, "scan_taps", layer, convolution.features, scan.taps, scan.bias, (0, "scan inputs"))
     if scan.norms:
-        yield from _norm(spec, "scan_norm", layer, inner)
-    yield from _linear(spec, "scan_out", layer, (hidden, inner), None, ("scan_out",), False)
+        yield from _norm(spec, "scan_norm", layer, inner, (0, "scan values"))
+    yield from _linear(spec, "scan_out", layer, (hidden, inner), (1, "scan values"), ("scan_out",), False)
 
 
-def _taps(spec: ModelSpec, slot: str, layer: int, features: int, taps: int, bias: bool) -> Iterator[Parameter]:
+def _taps(
+    spec: ModelSpec, slot: str, layer: int, features: int, taps: int, bias: bool, cut: tuple[int, Unit] | None = None
+) -> Iterator[Parameter]:
     """A convolution over tokens; its bias, which has no matrix, is in a slot of its own."""
     name = str(getattr(spec.names, slot)).format(layer=layer)
-    yield Parameter(f"{name}.weight", slot, layer, "taps", (features, 1, taps))
+    yield Parameter(f"{name}.weight", slot, layer, "taps", (features, 1, taps), cut)
     if bias:
-        yield Parameter(f"{name}.bias", f"{slot}_bias", layer, "bias", (features,))
+        yield Parameter(f"{name}.bias", f"{slot}_bias", layer, "bias", (features,), cut)
 
 
 def qkv(spec: ModelSpec, layer: int) -> tuple[str, ...]:
@@ -426,13 +430,15 @@ def _linear(
         yield Parameter(f"{name}.bias", slot, layer, "bias", shape[:1], cut if cut and cut[0] == 0 else None)
 
 
-def _norm(spec: ModelSpec, slot: str, layer: int | None, width: int | None = None) -> Iterator[Parameter]:
-    """A norm's parameters; width: of its weight, or the residual stream's."""
+def _norm(
+    spec: ModelSpec, slot: str, layer: int | None, width: int | None = None, cut: tuple[int, Unit] | None = None
+) -> Iterator[Parameter]:
+    """A norm's parameters; width: of its weight, or the residual stream's. One that is cut is over all processes'."""
     template = getattr(spec.names, slot)
     if template is None:
         return
     name = str(template).format(layer=layer)
     shape = (spec.hidden_size if width is None else width,)
-    yield Parameter(f"{name}.weight", slot, layer, "norm", shape)
+    yield Parameter(f"{name}.weight", slot, layer, "norm", shape, cut)
     if spec.norm_bias:
-        yield Parameter(f"{name}.bias", slot, layer, "bias", shape)
+        yield Parameter(f"{name}.bias", slot, layer, "bias", shape, cut)

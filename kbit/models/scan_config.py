@@ -19,6 +19,9 @@ _MAX_HEADS, _MAX_DIM, _MAX_TAPS, _MAX_EXPAND = 1 << 16, 1024, 64, 64
 # The same as Python's JSON and as transformers writes it.
 _NO_LIMITS: tuple[Any, ...] = (None, [0.0, math.inf], [0.0, {"__float__": "Infinity"}])
 
+# In the configuration of one process's share of a model: of how many. Its heads are then as many times fewer.
+SHARES = "kbit_shares"
+
 # What transformers takes where a configuration says nothing.
 DEFAULTS = {
     "mamba_n_heads": 128,
@@ -58,7 +61,8 @@ def scan_of(rule: Scanned, values: ConfigValues, layers: int, hidden: int) -> Sc
     heads = values.integer("mamba_n_heads", 1, _MAX_HEADS)
     inner = _inner_width(rule, values, heads, hidden)
     value_dim = inner // heads if values.raw("mamba_d_head") == "auto" else values.integer("mamba_d_head", 1, _MAX_DIM)
-    if value_dim * heads != inner:
+    shares = values.optional_integer(SHARES, 1, _MAX_HEADS) or 1
+    if value_dim * heads * shares != inner:
         named = values.raw("mamba_d_ssm") if rule == "beside" else None
         what = "mamba_expand hidden_size" if named is None else "mamba_d_ssm"
         raise values.error("mamba_d_head", f"such that {heads} heads of it are {what}, {inner}")

@@ -11,6 +11,9 @@ So a layer needs two sums over the processes and nothing else: attention and act
     experts             every process has some features of each, so that all take the same part in every token; the
                         biases of their down projections, which are weighed before the sum, are the first process's
     delta nets          heads of keys with those of values that read them, and their features of the convolution
+    state spaces        heads of values; keys and queries are those of all heads, and whole
+
+A norm of all heads together (OLMo 2's of queries and keys, a state space's) has its mean over all processes.
 
 `kbit.models.params` declares it, tensor by tensor.
 """
@@ -29,6 +32,7 @@ from kbit.models.check import check_tensors
 from kbit.models.families import FAMILIES, spec_from_config
 from kbit.models.family import Family
 from kbit.models.params import Parameter, Unit, parameters
+from kbit.models.scan_config import SHARES
 from kbit.models.spec import ModelSpec
 
 Span = tuple[int, int]
@@ -72,6 +76,8 @@ class Share:
             return (_scaled(self.kv_heads(shape.kv_heads), shape.head_dim),)
         if unit.startswith("delta"):
             return self._of_delta(spec, unit)
+        if unit.startswith("scan"):
+            return self._of_scan(spec, unit)
         each = shape.head_dim if unit == "heads" else 1
         if spec.latent is not None and unit == "latent keys":
             each = spec.head_dim - spec.rope.dim
@@ -90,6 +96,15 @@ class Share:
             return (values,)
         keys, all_keys = _scaled(self.part(delta.key_heads), delta.key_dim), delta.key_heads * delta.key_dim
         return keys, _moved(keys, all_keys), _moved(values, 2 * all_keys)
+
+    def _of_scan(self, spec: ModelSpec, unit: Unit) -> tuple[Span, ...]:
+        scan = spec.scan
+        assert scan is not None
+        heads = self.part(scan.heads)
+        values, inner = _scaled(heads, scan.value_dim), scan.inner_width
+        if unit != "scan inputs":
+            return (heads if unit == "scan heads" else values,)
+        return values, (inner, inner + 2 * scan.groups * scan.key_dim)  # one group of keys and queries is all heads'
 
 
 def shard(source: CheckpointSource, rank: int, world: int) -> ShardedSource:
@@ -121,6 +136,8 @@ def shard(source: CheckpointSource, rank: int, world: int) -> ShardedSource:
     if spec.delta is not None:
         sizes["linear_num_key_heads"] = spec.delta.key_heads // world
         sizes["linear_num_value_heads"] = spec.delta.heads // world
+    if spec.scan is not None:
+        sizes |= {"mamba_n_heads": spec.scan.heads // world, "mamba_d_head": spec.scan.value_dim, SHARES: world}
     config = {**source.config, **sizes, **{family.keys.get(key, key): size for key, size in sizes.items()}}
     if family.shapes is not None:
         config[family.shapes.by_layer] = {
@@ -158,9 +175,10 @@ def _share(source: CheckpointSource, spec: ModelSpec, family: Family, rank: int,
     if not _heads_divide(spec, world):
         counts = [str(count) for count in range(2, spec.heads + 1) if _heads_divide(spec, count)]
         keys = " or ".join(str(count) for count in sorted({count for count, _ in spec.attention_sizes}))
-        delta = "" if spec.delta is None else f", and delta nets of {spec.delta.key_heads} heads of keys"
+        more = "" if spec.delta is None else f", and delta nets of {spec.delta.key_heads} heads of keys"
+        more += "" if spec.scan is None else f", and state spaces of {spec.scan.heads} heads"
         raise UnsupportedError(
-            f"{where}: it has {spec.heads} attention heads and {keys} key/value heads{delta}; use "
+            f"{where}: it has {spec.heads} attention heads and {keys} key/value heads{more}; use "
             + (f"{' or '.join(counts)}" if counts else "one process")
         )
     heads = Share(rank, world, _scaled((rank, rank + 1), spec.heads // world), {})
@@ -189,10 +207,9 @@ def _undivided(spec: ModelSpec) -> Iterable[tuple[bool, str]]:
     """What cannot be dealt out: whether a model has it, and what it is."""
     return (
         (
-            spec.qk_norm == "whole" and spec.names.q_norm is not None,
-            "the norms of queries and keys of {family} models are of all heads together",
+            spec.scan is not None and (spec.scan.groups > 1 or spec.scan.beside or spec.scan.norms != 1),
+            "the state spaces of {family} models, with groups or beside attention, are not dealt out among processes",
         ),
-        (spec.scan is not None, "the norms in state spaces of {family} models are of all heads together"),
         (spec.conv is not None, "the short convolutions of {family} models are not dealt out among processes"),
         (spec.encoder is not None, "{family} models, which are encoder-decoders, are not dealt out among processes"),
         (spec.distances is not None, "the scores by distance of {family} models are of all heads together"),
@@ -229,4 +246,8 @@ def _heads_divide(spec: ModelSpec, world: int) -> bool:
     counts = [count for count, _ in spec.attention_sizes]
     if spec.delta is not None and spec.delta.key_heads % world:
         return False
+    if spec.scan is not None and spec.scan.heads % world:
+        return False
+    if spec.qk_norm == "whole" and any(count % world for count in counts):
+        return False  # a norm over all heads would count twice those that several have
     return spec.heads % world == 0 and all(count % world == 0 or world % count == 0 for count in counts)

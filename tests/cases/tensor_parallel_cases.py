@@ -23,6 +23,7 @@ from kbit.checkpoint.source import TensorInfo
 from kbit.formats.quant_tensor import QuantTensor
 from kbit.host.errors import KbitError, UsageError
 from kbit.models.decoder import Decoder
+from kbit.models.families import spec_from_config
 from kbit.models.load import load_decoder
 from kbit.models.shard import shard
 
@@ -57,6 +58,9 @@ CASES: list[tuple[str, str | None]] = [
     ("gemma4-moe", "nf4-b16"),
     ("qwen3-next", None),
     ("qwen3_5", "int4-b16-asym-dq"),
+    ("bamba", "nf4-b16"),
+    ("granite-hybrid", None),
+    ("olmo2", None),
 ]
 # Whole blocks of 16 for each.
 CHANGES: dict[tuple[str, str | None], dict[str, Any]] = {
@@ -205,7 +209,10 @@ def main(folder: Path, backend: str) -> None:
         found = {"describe": mine.describe(), "failures": failures(group)}
         for case in CASES:
             part = shard(source_for(case), group.rank, group.size)
-            found[case] = {**logits(load_decoder(part, mine)), "intermediate": part.config["intermediate_size"]}
+            found[case] = {
+                **logits(load_decoder(part, mine)),
+                "intermediate": spec_from_config(part.config).intermediate_size,
+            }
         toy_family.install()
         found["toy"] = whole_logits(load_decoder(shard(toy_source(), group.rank, group.size), mine))
     torch.save(found, folder / f"{backend}-{group.rank}.pt")

@@ -189,9 +189,10 @@ def test_a_model_without_attention(build: Callable[[DictSource], Decoder]) -> No
     assert float((pieces - whole).abs().max() / whole.abs().max()) <= 1e-5
 
 
-def test_processes_do_not_share_it() -> None:
-    with pytest.raises(UnsupportedError, match="recurrent layers of qwen3_5_text models are not dealt out"):
-        shard(source_of("qwen3_5"), 0, 2)
+def test_processes_share_its_heads() -> None:
+    delta = spec_from_config(shard(source_of("qwen3_5"), 1, 2).config).delta
+    assert delta is not None
+    assert (delta.key_heads, delta.heads, delta.key_dim, delta.value_dim) == (1, 3, 12, 36)
 
 
 def test_quantized_weights_leave_what_decides_alone(published: Callable[[str], Path]) -> None:

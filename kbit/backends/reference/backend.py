@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from kbit.backends.reference.kv_cache import ReferencePages, reference_pages
 from kbit.backends.rotary import RotaryTable
+from kbit.backends.split_norm import norm_of_parts
 from kbit.formats.quant_tensor import QuantTensor
 from kbit.graph.batch import Batch, given_features
 from kbit.graph.cache import Cache, check_size, encoder_lengths
@@ -96,8 +97,10 @@ class RowOps:
     ) -> tuple[torch.Tensor, ...]:
         return tuple(self.linear(weight, x, bias) for weight, bias in zip(weights, biases, strict=True))
 
-    def norm(self, x: torch.Tensor, weight: Vector, eps: float, groups: int = 1) -> torch.Tensor:
+    def norm(self, x: torch.Tensor, weight: Vector, eps: float, groups: int = 1, parts: bool = False) -> torch.Tensor:
         of = tensor_of(weight)
+        if parts and self._group is not None:
+            return norm_of_parts(x, of, eps, self._group)
         if groups > 1:
             runs = x.view(*x.shape[:-1], groups, -1)
             return reference.rms_norm(runs, of.view(groups, -1), eps).flatten(-2)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
+from kbit.backends.split_norm import norm_of_parts
 from kbit.backends.triton.experts import GroupedExperts
 from kbit.backends.triton.kv_cache import TritonPages
 from kbit.backends.triton.states import PassStates, convolve, heads_of, recur, scan
@@ -191,7 +192,7 @@ class Replay:
             values[operation.out] = step.features
         elif isinstance(operation, Norm):
             dtype = torch.float32 if operation.out in self._exact else self._dtype
-            values[operation.out] = _normalised(values[operation.x], operation, dtype)
+            values[operation.out] = self._normalised(values[operation.x], operation, dtype)
         elif isinstance(operation, Add):
             values[operation.out] = values[operation.x].float() + values[operation.y]
         elif isinstance(operation, Multiply):
@@ -254,7 +255,7 @@ class Replay:
     def _project(self, operation: Project, values: dict[Symbol, torch.Tensor]) -> None:
         x = values[operation.x]
         if operation.norm is not None:
-            x = _normalised(x, operation.norm, self._dtype)
+            x = self._normalised(x, operation.norm, self._dtype)
         elif x.dtype != self._dtype:
             x = x.to(self._dtype)
         outs = operation.outs
@@ -280,6 +281,11 @@ class Replay:
         for weight, bias, out in zip(weights, biases, outs, strict=True):
             exact = residual is not None or out in self._exact
             values[out] = matmul(x, weight, bias, residual, out_dtype=torch.float32 if exact else None)
+
+    def _normalised(self, x: torch.Tensor, norm: Norm, dtype: torch.dtype) -> torch.Tensor:
+        if norm.parts and self._group is not None:
+            return norm_of_parts(x, triton_vector(norm.weight), norm.eps, self._group).to(dtype)
+        return _normalised(x, norm, dtype)
 
     def _sum(self, part: torch.Tensor, bias: Vector | None) -> torch.Tensor:
         """The sum of every process's part (N, K) float32, plus a bias; `part` may be overwritten."""
