@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 HELP = """\
 Type a message and press Enter.
   /reset   forget the conversation (the system message stays)
+  /bits K  go on at another width of a nested model; alone: say which there are
   /help    this text
   /exit    leave; so does Ctrl-D
 Anything else is a message, also where it begins with a slash.
@@ -97,6 +99,16 @@ def _converse(
             note("conversation forgotten")
         elif message == "/help":
             note(HELP)
+        elif message.split()[0] == "/bits" and len(message.split()) <= 2:
+            try:
+                loaded = _at_width(loaded, message.removeprefix("/bits").strip(), note)
+            except UsageError as error:
+                if not terminal:
+                    with peers.together():
+                        raise
+                note(str(error))
+                continue
+            conversation.use(loaded.decoder)
         else:
             try:
                 generation = conversation.reply(message, params, max_tokens=max_tokens, stop=stop)
@@ -120,6 +132,25 @@ def _converse(
             elif result.finish_reason == "interrupted" and (shared or not terminal):
                 # Several processes do not stop at the same token, so they cannot go on together.
                 raise typer.Exit(INTERRUPTED)
+
+
+def _at_width(loaded: LoadedModel, asked: str, note: Callable[[str], None]) -> LoadedModel:
+    """The model at the width that /bits asks for; the same, where it only asks which there are.
+
+    Raises:
+        UsageError: the model does not serve it, or it is no number.
+    """
+    from kbit.host.errors import UsageError
+
+    if not asked:
+        served = ", ".join(str(width) for width in loaded.widths)
+        note(f"{loaded.bits} of {served} bits" if served else f"{loaded.name} has one width")
+        return loaded
+    if not asked.isdecimal():
+        raise UsageError(f"/bits {asked}: write a number of bits, as in /bits 3")
+    found = loaded.at_width(int(asked))
+    note(f"{found.bits} bits; what was said before is read again at this width, with the next message")
+    return found
 
 
 def _next_message(terminal: bool, shared: bool) -> str | None:

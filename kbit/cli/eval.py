@@ -12,6 +12,7 @@ from kbit.cli.flag_groups import flag_groups
 from kbit.cli.options import (
     ENGINE,
     BackendOption,
+    BitsOption,
     ComputeOption,
     DeviceOption,
     JsonOption,
@@ -137,6 +138,7 @@ class EvalFlags:
             "--beams", metavar="N", help="Keep the N best texts. [default: as the model says]", rich_help_panel=_PAIRS
         ),
     ] = None
+    bits: BitsOption = None
     device: DeviceOption = "auto"
     backend: BackendOption = "auto"
     compute: ComputeOption = None
@@ -182,6 +184,7 @@ class EvalFlags:
             backend=self.backend,
             compute=self.compute,
             kv_bits=self.kv_bits,
+            bits=self.bits,
         )
 
     def task_request(self) -> TaskRequest:
@@ -213,6 +216,7 @@ class EvalFlags:
             backend=self.backend,
             compute=self.compute,
             kv_bits=self.kv_bits,
+            bits=self.bits,
         )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -11,6 +12,7 @@ import typer
 from kbit.cli.options import (
     DEFAULT_MODEL,
     BackendOption,
+    BitsOption,
     ComputeOption,
     DeviceOption,
     KvBitsOption,
@@ -113,6 +115,7 @@ class GenerationFlags:
         list[str] | None,
         typer.Option("--stop", metavar="TEXT", help="End before this text appears. Can be given several times."),
     ] = None
+    bits: BitsOption = None
     device: DeviceOption = "auto"
     backend: BackendOption = "auto"
     compute: ComputeOption = None
@@ -216,6 +219,7 @@ def load_to_generate(
             flags.device, backend=flags.backend, threads=flags.threads, compute=flags.compute, kv_bits=flags.kv_bits
         )
         load = peers.loader(backend, flags.threads)
+        load_whole = partial(load, bits=flags.bits)
 
         def prepare(tokenizer: Tokenizer, source: CheckpointSource) -> None:
             nonlocal speculation
@@ -223,4 +227,4 @@ def load_to_generate(
             if speculate is not None:
                 speculation = Speculation(load_drafter(speculate, model, tokenizer, load), flags.draft_limit())
 
-        return Ready(load(model, check=prepare), sampling, speculation)
+        return Ready(load_whole(model, check=prepare), sampling, speculation)

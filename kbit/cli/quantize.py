@@ -40,6 +40,7 @@ def quantize(*, flags: QuantizeFlags, json: JsonOption = False) -> None:
       kbit quantize path/to/model --plan plan.json
       kbit quantize path/to/model --format nf4-b64 --calibration my-prompts.txt
       kbit quantize path/to/model --bits 4 --method rtn
+      kbit quantize path/to/model --nested 2..8
       kbit quantize path/to/model --time-budget 10m
       kbit quantize path/to/model --bits 3 --override '*.down_proj.weight=nf4-b32' --dry-run
       kbit quantize model.gguf --method rtn --override '*=stored'

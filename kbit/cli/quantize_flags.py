@@ -74,6 +74,15 @@ class QuantizeFlags:
     double_quant: Annotated[
         bool, typer.Option("--double-quant", help="8-bit scales with one fp32 factor per 256 blocks.")
     ] = False
+    nested: Annotated[
+        str | None,
+        typer.Option(
+            "--nested",
+            metavar="2..8",
+            help="One file for several widths, each of which reads its own bytes only: kbit run --bits 3, and /bits 3 in "
+            "kbit chat.",
+        ),
+    ] = None
     format: Annotated[
         str | None,
         typer.Option("--format", help="The whole format in one string (nf4-b64-dq), instead of the flags above."),
@@ -191,6 +200,8 @@ class QuantizeFlags:
             "double_quant": self.double_quant or None,
         }
         given = {name: value for name, value in fields.items() if value is not None}
+        if self.nested is not None:
+            return self._nested(given)
         if self.format is None:
             given = {"bits": 4, **given}
             return QuantFormat(**{"dtype": default_dtype(given["bits"]), **given})
@@ -198,6 +209,23 @@ class QuantizeFlags:
             field = next(iter(given)).replace("_", " ")
             raise UsageError(f"--format {self.format}: says everything; drop the flag that gives its {field}")
         return parse_format(self.format)
+
+    def _nested(self, given: dict[str, Any]) -> Codec:
+        """The format that --nested asks for.
+
+        Raises:
+            UsageError: widths that do not exist, or flags that have no meaning beside it.
+        """
+        from kbit.formats.nested import NestedFormat, parse_widths
+
+        low, high = parse_widths(self.nested or "")
+        taken = {key: given.pop(key) for key in ("block_size", "scale_dtype") if key in given}
+        others = {"--format": self.format, "--size": self.size, "--max-kl": self.max_kl}
+        others |= {f"--{name.replace('_', '-')}": value for name, value in given.items()}
+        flag = next((flag for flag, value in others.items() if value is not None), None)
+        if flag is not None:
+            raise UsageError(f"{flag}: --nested {self.nested} has every width, and a data type of its own; drop one of the two")
+        return NestedFormat(low, high, **taken)
 
     def measures(self, method: Method) -> bool:
         """Whether the result is compared with the original."""
@@ -208,7 +236,7 @@ class QuantizeFlags:
     @property
     def names_a_type(self) -> bool:
         """Whether linear weights are to have one format that the user named."""
-        special = self.dtype or self.format or self.asymmetric or self.exponent_bits or self.float_grid
+        special = self.nested or self.dtype or self.format or self.asymmetric or self.exponent_bits or self.float_grid
         return self.uniform or bool(special)
 
     @property

@@ -21,7 +21,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from kbit.formats.codec import Array, Codec, Cut, Part, ReadRows
-from kbit.formats.quant_format import MAX_BITS, MIN_BITS, QuantFormat, default_dtype
+from kbit.formats.quant_format import MAX_BITS, MIN_BITS, MIN_BLOCK, QuantFormat, default_dtype
 from kbit.host.errors import UsageError
 
 if TYPE_CHECKING:
@@ -139,7 +139,8 @@ class NestedFormat(Codec):
     def codebook(self, columns: int) -> npt.NDArray[np.float32]:
         from kbit.formats.nested_codebooks import nested_codebook
 
-        return nested_codebook(self.low, self.bits, self.block_size or columns)
+        # (Of rows of a few weights nothing is to be gained, and of one there is no distribution.)
+        return nested_codebook(self.low, self.bits, self.block_size or max(MIN_BLOCK, columns))
 
     def levels_at(self, width: int) -> slice:
         """Where a width's codebook lies in that of all; the codes are its places."""

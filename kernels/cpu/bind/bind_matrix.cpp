@@ -34,7 +34,8 @@ void require_numbers(const Untyped& array, Number kind, std::int64_t rows, std::
 
 Weights quantized_matrix(const std::vector<Array<const std::uint8_t, 2>>& planes, int bits, std::int64_t columns,
                          std::int64_t block_size, const Untyped& scales, const std::optional<Untyped>& offsets,
-                         const std::string& scale_kind, const Array<const float, 1>& codebook, Context& context) {
+                         const std::string& scale_kind, const Array<const float, 1>& codebook, Context& context,
+                         bool apart) {
   require(bits >= 2 && bits <= 8, "bits are 2 to 8");
   require(columns >= 1 && block_size >= 0 && block_size % 16 == 0, "a block is 0 (a row) or a multiple of 16 columns");
   require(!planes.empty(), "there are no planes");
@@ -43,9 +44,18 @@ Weights quantized_matrix(const std::vector<Array<const std::uint8_t, 2>>& planes
   parts.columns = columns;
   parts.bits = bits;
   parts.block_size = block_size;
+  parts.apart = apart;
+  std::vector<unsigned> widths;
+  if (apart) {
+    require(bits >= 3, "planes are kept apart from 3 bits on");
+    widths.assign(static_cast<std::size_t>(bits - 1), 1);
+    widths[0] = 2;
+  } else {
+    for (unsigned width = 8; width > 0; width /= 2)
+      if (static_cast<unsigned>(bits) & width) widths.push_back(width);
+  }
   std::size_t used = 0;
-  for (unsigned width = 8; width > 0; width /= 2) {
-    if (!(static_cast<unsigned>(bits) & width)) continue;
+  for (const unsigned width : widths) {
     require(used < planes.size(), "a bit plane is missing");
     const auto& plane = planes[used++];
     require(static_cast<std::int64_t>(plane.shape(0)) == parts.rows &&
@@ -97,7 +107,7 @@ void bind_matrix(nb::module_& module) {
   nb::class_<MatrixStorage>(module, "Matrix", "A weight matrix (N, K) in the layout of kernels/cpu/codecs/matrix.h.")
       .def_static("quantized", &quantized_matrix, nb::arg("planes"), nb::arg("bits"), nb::arg("columns"),
                   nb::arg("block_size"), nb::arg("scales"), nb::arg("offsets").none(), nb::arg("scale_kind"),
-                  nb::arg("codebook"), nb::arg("context"))
+                  nb::arg("codebook"), nb::arg("context"), nb::arg("apart") = false)
       .def_static("dense", &dense_matrix, nb::arg("values"), nb::arg("kind"), nb::arg("context"))
       .def_prop_ro("rows", [](const MatrixStorage& m) { return m.matrix().rows; })
       .def_prop_ro("columns", [](const MatrixStorage& m) { return m.matrix().columns; })

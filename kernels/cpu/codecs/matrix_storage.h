@@ -38,6 +38,8 @@ struct QuantizedParts {
   const void* offsets;                           // the same, or null
   Number scale_kind;
   const float* codebook;                         // 2^bits
+  // Nested: planes are of 2 bits, then of 1 for each further bit, and are kept apart.
+  bool apart = false;
 };
 
 // What a prepared matrix is, apart from its arrays: enough to find them again in a file.
@@ -47,11 +49,11 @@ struct Description {
   std::int64_t block_size;  // as in QuantizedParts
   Number kind;              // of the scales as they are kept, or of dense values
   bool offsets;
+  bool apart = false;       // nested codes of 3 bits or more
 };
 
-// A prepared matrix's arrays, in this order. The codebook is there where there are codes.
-enum class ArrayOf : int { data, scales, offsets, codebook };
-constexpr int kArrays = 4;
+// A prepared matrix's arrays: data, scales, offsets, codebook (where there are codes), then the streams of further bits.
+constexpr int kPlainArrays = 4, kArrays = kPlainArrays + kFurtherBits;
 struct Bytes {
   const std::uint8_t* begin = nullptr;
   std::size_t size = 0;
@@ -92,7 +94,9 @@ class MatrixStorage {
 
   Description description_{};
   Matrix matrix_;
-  AlignedBytes data_, scales_, offsets_;
+  void take_codes(const QuantizedParts& parts, Team& team);
+
+  AlignedBytes data_, scales_, offsets_, further_[kFurtherBits];
   std::shared_ptr<const MappedFile> file_;
   std::vector<float> codebook_;
   std::vector<std::int8_t> high_, low_;

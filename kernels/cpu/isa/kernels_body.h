@@ -8,6 +8,7 @@
 #include "program/recurrence_kernel.h"
 #include "program/rows.h"
 #include "rounding/descent_kernel.h"
+#include "rounding/nested_descent_kernel.h"
 #include "rounding/rounding_kernel.h"
 #include "simd/trace.h"
 
@@ -18,6 +19,6 @@
   const Kernels kernels_##set = {#set,          ::matmul_int8,     ::matmul_bf16, ::matmul_fp32,  ::quantize_row,  \
                                  ::bfloat_row,  ::rms_norm,        ::add_row,     ::activate_row, ::soft_cap_row,  \
                                  ::decode_row,  ::gated_delta,     ::state_space, kAttentionKernels, ::round_rows,   \
-                                 ::descend_rows, ::trace};                                                         \
+                                 ::descend_rows, ::descend_nested_rows, ::trace};                                  \
   }
 #define KBIT_DEFINE_KERNELS(set) KBIT_DEFINE_KERNELS_WITH(set, matmul_int8)
