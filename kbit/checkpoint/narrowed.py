@@ -83,7 +83,8 @@ class NarrowedSource(StoredSource):
     """
 
     def __init__(self, source: CheckpointSource, bits: int) -> None:
-        assert isinstance(source, StoredSource) and isinstance(source, ReadsNarrowed)
+        assert isinstance(source, StoredSource)
+        assert isinstance(source, ReadsNarrowed)
         self.path, self.config = source.path, source.config
         self._source: StoredSource = source
         self._narrowed: ReadsNarrowed = source

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import typer
 
 from kbit.cli.flag_groups import flag_groups
-from kbit.cli.generation import GenerationFlags, load_to_generate
+from kbit.cli.generation import GenerationFlags, Ready, load_to_generate
 from kbit.cli.options import MAX_PROMPT_BYTES, show, streaming_output
 from kbit.cli.processes import Peers, processes
 from kbit.cli.run import INTERRUPTED, statistics
@@ -19,7 +19,6 @@ if TYPE_CHECKING:
     from kbit.checkpoint.source import CheckpointSource
     from kbit.engine.conversation import Conversation
     from kbit.engine.loader import LoadedModel
-    from kbit.engine.sampler import SamplingParams
     from kbit.text.tokenizer import Tokenizer
 
 HELP = """\
@@ -66,20 +65,21 @@ def chat(*, flags: GenerationFlags) -> None:
         with peers.together():
             conversation = Conversation(loaded.decoder, loaded.tokenizer, flags.model, flags.system, ready.speculation)
         with streaming_output():
-            _converse(peers, conversation, loaded, ready.sampling, flags.max_tokens, flags.stop or [])
+            _converse(peers, conversation, ready, flags.max_tokens, flags.stop or [])
 
 
 def _converse(
     peers: Peers,
     conversation: Conversation,
-    loaded: LoadedModel,
-    params: SamplingParams,
+    ready: Ready,
     max_tokens: int,
     stop: list[str],
 ) -> None:
     """Reads messages and shows answers until there are no more. Of several processes, the first does both."""
+    from kbit.engine.self_speculation import SelfDrafter
     from kbit.host.errors import UsageError
 
+    loaded, params = ready.loaded, ready.sampling
     shared = peers.group is not None
     note = _note if peers.speaks else _unsaid
     terminal = peers.decided_by_first(sys.stdin.isatty)
@@ -109,6 +109,8 @@ def _converse(
                 note(str(error))
                 continue
             conversation.use(loaded.decoder)
+            if ready.speculation is not None and isinstance(ready.speculation.drafter, SelfDrafter):
+                ready.speculation.drafter.follow(loaded)
         else:
             try:
                 generation = conversation.reply(message, params, max_tokens=max_tokens, stop=stop)

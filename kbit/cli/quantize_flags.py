@@ -79,8 +79,8 @@ class QuantizeFlags:
         typer.Option(
             "--nested",
             metavar="2..8",
-            help="One file for several widths, each of which reads its own bytes only: kbit run --bits 3, and /bits 3 in "
-            "kbit chat.",
+            help="One file for several widths, each of which reads its own bytes only: kbit run --bits 3, and "
+            "/bits 3 in kbit chat.",
         ),
     ] = None
     format: Annotated[
@@ -224,7 +224,9 @@ class QuantizeFlags:
         others |= {f"--{name.replace('_', '-')}": value for name, value in given.items()}
         flag = next((flag for flag, value in others.items() if value is not None), None)
         if flag is not None:
-            raise UsageError(f"{flag}: --nested {self.nested} has every width, and a data type of its own; drop one of the two")
+            raise UsageError(
+                f"{flag}: --nested {self.nested} has every width, and a data type of its own; drop one of the two"
+            )
         return NestedFormat(low, high, **taken)
 
     def measures(self, method: Method) -> bool:

@@ -118,7 +118,7 @@ class NestedFormat(Codec):
         return ["plane2", *(f"bit{bit}" for bit in range(3, width + 1))]
 
     def narrowed(self, width: int) -> NestedFormat:
-        """What is stored up to a width, as a format: its `parts` are some of this one's, its codebook begins this one's.
+        """What is stored up to a width, as a format: its parts are some of this one's, its codebook begins this one's.
 
         Raises:
             UsageError: the store does not serve this width.

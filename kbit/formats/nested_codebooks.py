@@ -7,6 +7,7 @@ codebooks made for those widths (absmax blocks of 64; tests/formats/test_nested.
 
 from __future__ import annotations
 
+import itertools
 from functools import lru_cache
 
 import numpy as np
@@ -34,7 +35,7 @@ def nested_codebook(low: int, high: int, block_size: int) -> npt.NDArray[np.floa
     books = []
     for width in range(low, high + 1):
         if width > low:
-            cuts = [_cut(moments, first, last) for first, last in zip(borders[:-1], borders[1:], strict=True)]
+            cuts = [_cut(moments, first, last) for first, last in itertools.pairwise(borders)]
             borders = np.sort(np.concatenate([borders, cuts]))
         mass, moment = moments.of_cells(borders)
         middle = (borders[:-1] + borders[1:]) / 2
@@ -51,8 +52,8 @@ def nested_codebook(low: int, high: int, block_size: int) -> npt.NDArray[np.floa
 def codes_of_places(width: int) -> npt.NDArray[np.int64]:
     """The code of each cell, cells counted upwards, int64 (2^width,).
 
-    The two highest bits of the place are the code's lowest two, and the place's further ones follow, each above the last:
-    so the lowest bits of a code are the code of the wider cell.
+    The two highest bits of the place are the code's lowest two, and the place's further ones follow, each above the
+    last: so the lowest bits of a code are the code of the wider cell.
     """
     place = np.arange(2**width)
     code = place >> (width - 2)

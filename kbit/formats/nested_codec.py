@@ -98,7 +98,9 @@ def encode_nearest(format: NestedFormat, read_rows: ReadRows, shape: tuple[int, 
         except KbitError as error:
             raise KbitError(f"{name}: {error}") from None
         codes = encoder.encode(normalise(x, stored["scales"].float(), None, widest))
-        pieces.append(packed(format, codes) | stored | fitted_factors(format, x, codes, stored["scales"].float(), levels))
+        pieces.append(
+            packed(format, codes) | stored | fitted_factors(format, x, codes, stored["scales"].float(), levels)
+        )
     return joined(format, shape, pieces, levels)
 
 

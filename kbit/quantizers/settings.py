@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -43,6 +44,25 @@ class Settings:
         """Plain values: of options that came later, those that are set, so that what was made before stays known."""
         later = ("static_scales", "act_order")
         return {name: value for name, value in asdict(self).items() if value or name not in later}
+
+
+@dataclass(frozen=True)
+class Nesting:
+    """How the widths of a nested file weigh against each other (`kbit.quantizers.nested`).
+
+    Attributes:
+        anchor: the width that is rounded first, and counts more than others.
+        emphasis: how much more.
+        sweeps: of coordinate descent over all widths.
+    """
+
+    anchor: int = 4
+    emphasis: float = 4.0
+    sweeps: int = 4
+
+    def weights(self, widths: Sequence[int]) -> list[float]:
+        """What a unit of each width's cost counts. A further bit divides what can be reached by four."""
+        return [4.0 ** (width - widths[0]) * (self.emphasis if width == self.anchor else 1.0) for width in widths]
 
 
 @dataclass(frozen=True)

@@ -45,7 +45,7 @@ class Pieces:
                 self.flush()
 
     def append(self, data: NDArray[np.uint8]) -> int:
-        """Writes an array at the next aligned place; where that is. 64 bytes lie between arrays, as kernels read ahead."""
+        """Writes an array at the next aligned place; where that is. 64 bytes lie between arrays: kernels read ahead."""
         self.write(b"\0" * gap(self.size))
         begin = self.size
         self.write(data.data)

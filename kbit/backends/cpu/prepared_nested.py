@@ -5,8 +5,8 @@ What lies behind the arrays of all other tensors, for each width from the narrow
     planes   of all nested matrices, one after another: those of the narrowest width, then one bit for each further one
     scales   of this width, each matrix's with its codebook
 
-so width w needs the planes up to its own, which lie in few stretches, and its own scales: as many bytes as a plain file of
-w bits has.
+so width w needs the planes up to its own, which lie in few stretches, and its own scales: as many bytes as a plain file
+of w bits has.
 """
 
 from __future__ import annotations

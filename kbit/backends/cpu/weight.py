@@ -117,7 +117,7 @@ def _nested(stored: StoredMatrix, context: Context) -> Matrix:
 
 
 def nested_matrix(matrix: StoredNested, width: int, context: Context) -> Matrix:
-    """A nested matrix at a width: planes apart from 3 bits on (kernels/cpu/codecs/matrix.h), with the width's scales."""
+    """A nested matrix at a width: planes apart from 3 bits on (kernels/cpu/codecs/matrix.h), and the width's scales."""
     format = matrix.format
     return _native.Matrix.quantized(
         matrix.planes(width),

@@ -92,7 +92,10 @@ def test_a_width_takes_the_bytes_of_a_plain_matrix(contexts: Callable[[str], _na
         StoredMatrix(
             whole.format,
             whole.shape,
-            {k: v.view(torch.uint16).numpy() if v.dtype == torch.float16 else v.numpy() for k, v in whole.stored.items()},
+            {
+                k: v.view(torch.uint16).numpy() if v.dtype == torch.float16 else v.numpy()
+                for k, v in whole.stored.items()
+            },
             whole.codebook.numpy(),
         )
     )
