@@ -83,6 +83,14 @@ class QuantizeFlags:
             "/bits 3 in kbit chat.",
         ),
     ] = None
+    anchor: Annotated[
+        int | None,
+        typer.Option(
+            "--anchor",
+            metavar="K",
+            help="The width of --nested that is to be as accurate as a file of its own.  [default: 4, or the nearest]",
+        ),
+    ] = None
     format: Annotated[
         str | None,
         typer.Option("--format", help="The whole format in one string (nf4-b64-dq), instead of the flags above."),
@@ -229,6 +237,15 @@ class QuantizeFlags:
             )
         return NestedFormat(low, high, **taken)
 
+    def _check_anchor(self) -> None:
+        from kbit.formats.nested import parse_widths
+
+        if self.nested is None:
+            raise UsageError(f"--anchor {self.anchor}: is a width of a nested file; add --nested 2..8")
+        low, high = parse_widths(self.nested)
+        if not low <= (self.anchor or 0) <= high:
+            raise UsageError(f"--anchor {self.anchor}: --nested {self.nested} has {low} to {high} bits; choose one")
+
     def measures(self, method: Method) -> bool:
         """Whether the result is compared with the original."""
         from kbit.quantizers.calibrated import CalibratedRounding
@@ -361,8 +378,10 @@ class QuantizeFlags:
             UsageError: there is none of that name, or flags for a calibration that it does not do.
         """
         from kbit.calibration.request import CalibrationRequest
+        from kbit.formats.nested import NestedFormat
         from kbit.quantizers.calibrated import CalibratedRounding
         from kbit.quantizers.methods import get_method
+        from kbit.quantizers.settings import ANCHOR, Nesting
 
         name = self.method
         if name == "auto":
@@ -379,6 +398,8 @@ class QuantizeFlags:
             if self.device != "cpu":
                 raise UsageError(f"--device {self.device}: rounds to nearest only; use --method rtn, or --device cpu")
             method = method.with_options(**self.options)
+            if isinstance(codec, NestedFormat):
+                method = method.nested(Nesting(min(max(self.anchor or ANCHOR, codec.low), codec.bits)))
             if not any(asked.values()):
                 return method
             texts = self.calibration or []
@@ -404,6 +425,8 @@ class QuantizeFlags:
         bits = self.embedding_bits
         if bits is not None and bits != 16 and not MIN_BITS <= bits <= MAX_BITS:
             raise UsageError(f"--embedding-bits {bits}: use {MIN_BITS} to {MAX_BITS}, or 16 to keep them")
+        if self.anchor is not None:
+            self._check_anchor()
         if self.device not in ("cpu", "cuda"):
             raise UsageError(f"--device {self.device}: use cpu or cuda")
         if self.device == "cuda":

@@ -4,9 +4,9 @@ The draft goes into the model's own cache, behind keys and values that the full 
 again before the check, which writes them anew. So a draft begins from what is exact, and what it leaves is overwritten.
 
 Width and length follow what was accepted. One pass over all planes costs 1, a drafted token the share of bytes that
-its width reads, a checked one a little of the full pass: that gives the tokens per cost for every width and length, at the
-acceptance measured so far. Where no draft pays, none is made, but for a short one now and then that measures again. Time
-plays no part, so the same seed gives the same text (kbit.engine.speculative).
+its width reads, a checked one a little of the full pass: that gives the tokens per cost for every width and length,
+at the acceptance measured so far. Where no draft pays, none is made, but for a short one now and then that measures
+again. Time plays no part, so the same seed gives the same text (kbit.engine.speculative).
 """
 
 from __future__ import annotations
@@ -22,8 +22,7 @@ from kbit.models.decoder import Decoder
 
 SELF = "self"
 
-# What each token that is checked adds to a pass, in shares of a pass of one token. Qwen2.5 0.5B at 8 bits on two cores of
-# Zen 5: docs/speculation.md.
+# What each token that is checked adds to a pass, in shares of a pass of one token (docs/speculation.md).
 _CHECKED = 0.12
 # Widths that are tried where none is named. Narrower ones agree too rarely, wider ones cost too much.
 _TRIED = (3, 4)
@@ -99,9 +98,9 @@ class SelfDrafter:
         tried = [bits for bits in narrower if bits in (_TRIED if self._asked is None else (self._asked,))]
         # (Where none of these is there, as of a file of 5 to 8 bits, the narrowest.)
         chosen = tried or (narrower[-1:] if self._asked is None else [])
-        read = loaded.decoder.weights.nbytes
-        self._widths = [Width(bits, self._decoder(bits).weights.nbytes / read) for bits in chosen]
-        self._since = 0
+        read = _bytes_read(loaded.decoder)
+        self._widths = [Width(bits, _bytes_read(self._decoder(bits)) / read) for bits in chosen]
+        self._since = _PAUSE  # the first text begins with a try
         self._length = 0
         self._last: tuple[Width, list[int]] | None = None
         self._cache: PromptCache | None = None
@@ -175,6 +174,12 @@ class SelfDrafter:
         if bits not in self._decoders:
             self._decoders[bits] = self._loaded.at_width(bits).decoder
         return self._decoders[bits]
+
+
+def _bytes_read(decoder: Decoder) -> int:
+    """Bytes of weights that a token reads: of an embedding that is not the head too, only a row."""
+    weights = decoder.weights
+    return weights.nbytes - (weights.embedding.nbytes if weights.head is not weights.embedding else 0)
 
 
 def asks_for_self(name: str) -> bool:

@@ -58,12 +58,12 @@ class NestedFormat(Codec):
     def __post_init__(self) -> None:
         if not MIN_BITS <= self.low <= self.bits <= MAX_BITS:
             raise UsageError(
-                f"nested widths {self.low}..{self.bits}: write the narrowest and the widest of {MIN_BITS} to {MAX_BITS}, "
-                "as in 2..8"
+                f"nested widths {self.low}..{self.bits}: write the narrowest and the widest of {MIN_BITS} to "
+                f"{MAX_BITS}, as in 2..8"
             )
-        self._of_width(self.bits)  # checks block size and scale type
+        self.plain(self.bits)  # checks block size and scale type
 
-    def _of_width(self, width: int) -> QuantFormat:
+    def plain(self, width: int) -> QuantFormat:
         """The plain format with the same blocks and scales, lloyd at a width."""
         return QuantFormat("lloyd", width, self.block_size, scale_dtype=self.scale_dtype)
 

@@ -14,8 +14,7 @@ import torch
 from kbit import _native
 from kbit.formats.blockwise import CHUNK_WEIGHTS, Encoder, block_statistics, check_finite, normalise
 from kbit.formats.planes import pack_plane_torch, unpack_plane_torch
-from kbit.formats.planes_codec import decode
-from kbit.formats.quant_format import QuantFormat
+from kbit.formats.planes_codec import decode, spread
 from kbit.formats.quant_tensor import QuantTensor
 from kbit.formats.scales import TORCH_SCALE_DTYPE, store_scales
 from kbit.host.errors import KbitError
@@ -25,11 +24,6 @@ if TYPE_CHECKING:
     from kbit.formats.nested import NestedFormat
 
 _LARGEST_FACTOR = 60000.0  # fp16's is 65504
-
-
-def plain_format(format: NestedFormat, width: int) -> QuantFormat:
-    """The planes format whose blocks, scales and number of levels a width has; its levels are others."""
-    return QuantFormat("lloyd", width, format.block_size, scale_dtype=format.scale_dtype)
 
 
 def codes_at(format: NestedFormat, stored: Mapping[str, torch.Tensor], columns: int, width: int) -> torch.Tensor:
@@ -77,7 +71,7 @@ def decode_rows(format: NestedFormat, matrix: QuantTensor, rows: slice | torch.T
     some = {name: matrix.stored[name][rows] for name in format.planes_at(width)}
     codes = codes_at(format, some, matrix.shape[1], width)
     levels = matrix.codebook[format.levels_at(width)]
-    return decode(codes, scales_at(format, matrix.stored, width, rows), None, levels, plain_format(format, width))
+    return decode(codes, scales_at(format, matrix.stored, width, rows), None, levels, format.plain(width))
 
 
 def encode_nearest(format: NestedFormat, read_rows: ReadRows, shape: tuple[int, int], name: str) -> QuantTensor:
@@ -87,7 +81,7 @@ def encode_nearest(format: NestedFormat, read_rows: ReadRows, shape: tuple[int, 
     if rows < 1 or columns < 1:
         raise KbitError(f"{name} is empty, {rows} x {columns}: there is nothing to quantize")
     levels = torch.from_numpy(format.codebook(columns).copy())
-    widest = plain_format(format, format.bits)
+    widest = format.plain(format.bits)
     encoder = Encoder.for_codebook(levels[format.levels_at(format.bits)])
     pieces: list[dict[str, torch.Tensor]] = []
     step = max(1, CHUNK_WEIGHTS // columns)
@@ -116,11 +110,12 @@ def fitted_factors(
         levels: the format's codebook.
     """
     found = {}
+    places, scale = codes.int(), spread(scales, format.plain(format.bits), x.shape[1])
     for width in reversed(format.widths):
-        plain = plain_format(format, width)
-        values = decode(codes & (2**width - 1), scales, None, levels[format.levels_at(width)], plain)
-        energy = values.square().sum(dim=1, keepdim=True)
-        factor = (x * values).sum(dim=1, keepdim=True) / energy.clamp(min=torch.finfo(torch.float32).tiny)
+        values = levels[format.levels_at(width)].index_select(0, (places & (2**width - 1)).view(-1)).view(x.shape)
+        values *= scale
+        energy = torch.linalg.vecdot(values, values)[:, None]
+        factor = torch.linalg.vecdot(x, values)[:, None] / energy.clamp(min=torch.finfo(torch.float32).tiny)
         found[f"factor{width}"] = stored_factors(torch.where(energy > 0, factor, 1.0))
     return found
 

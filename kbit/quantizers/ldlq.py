@@ -109,10 +109,12 @@ def round_with(
     *,
     name: str = "tensor",
     codebook: torch.Tensor | None = None,
+    scales: torch.Tensor | None = None,
 ) -> PlanesTensor:
     """`round_matrix` with its factors taken apart already, for who rounds one matrix to several formats.
 
-    With a codebook float32 (2^k,), in place of the format's own: codes are its places.
+    With a codebook float32 (2^k,), in place of the format's own: codes are its places. With scales (N, blocks), of the
+    type that the format stores, none are chosen.
     """
     rows, columns = weight.shape
     weight = weight.contiguous()
@@ -125,7 +127,9 @@ def round_with(
     work = _Work(
         format, (rows, columns), matrix_codebook(weight, format) if codebook is None else codebook, settings.search
     )
-    if format.double_quant or settings.static_scales:
+    if scales is not None:
+        work.fix_scales({"scales": scales})
+    elif format.double_quant or settings.static_scales:
         # Scales that share factors over many rows are fixed before the first code is, too.
         free = work.run(weight, None, None, feedback.importance_by_column, slice(0, rows))
         work.fix_scales(store_scales(free.scales, free.offsets, format))

@@ -1,11 +1,11 @@
 """Rounding a matrix to nested codes: the errors of every width made good as well as the others allow.
 
 Feedback (kbit.quantizers.ldlq) moves weights out of the cell that the next bit could refine: a code that is best at
-one width is a bad beginning for the next. So one width, the anchor, is rounded with feedback, alone; the bits below follow
-from it, those above from what it leaves. Then coordinate descent looks at all widths at once: each code in turn becomes
-the one for which the sum over widths of what their errors cost, in shares of what each width can reach, is least
-(kernels/cpu/rounding/nested_descent.h). Between sweeps every width's factor of every row is solved for exactly: the cost
-is quadratic in them.
+one width is a bad beginning for the next. So one width, the anchor, is rounded with feedback, alone; the bits below
+follow from it, those above from what it leaves. Then coordinate descent looks at all widths at once: each code in
+turn becomes the one for which the sum over widths of what their errors cost, in shares of what each width can reach,
+is least (kernels/cpu/rounding/nested_descent.h). Between sweeps every width's factor of every row is solved for
+exactly: the cost is quadratic in them.
 """
 
 from __future__ import annotations
@@ -16,12 +16,15 @@ import torch
 
 from kbit import _native
 from kbit.backends.reference.products import product, product_with_rows
+from kbit.formats.blockwise import CHUNK_WEIGHTS, Encoder, block_statistics, check_finite, normalise
 from kbit.formats.nested import NestedFormat
-from kbit.formats.nested_codec import packed, plain_format, scales_at, stored_factors
+from kbit.formats.nested_codec import packed, scales_at, stored_factors
 from kbit.formats.planes_codec import decode
 from kbit.formats.quant_tensor import QuantTensor
+from kbit.formats.scales import store_scales
+from kbit.host.errors import KbitError
 from kbit.quantizers.descent import Curvature
-from kbit.quantizers.ldlq import Feedback, round_with
+from kbit.quantizers.ldlq import SHARES, Feedback, round_with
 from kbit.quantizers.settings import Nesting, Settings
 
 # As in kbit.quantizers.descent.
@@ -44,14 +47,58 @@ def round_nested(
     Raises:
         KbitError: the matrix holds NaN or infinity, or scales that the format cannot hold.
     """
-    anchor = min(max(nesting.anchor, format.low), format.bits)
+    anchor = nesting.anchor
     levels = torch.from_numpy(format.codebook(weight.shape[1]).copy())
     own = levels[format.levels_at(anchor)]
-    rounded = round_with(weight, plain_format(format, anchor), feedback, settings, name=name, codebook=own)
-    work = _Work(weight, format, levels, rounded.stored["scales"], anchor, rounded.codes())
+    scales = _shared_scales(weight, format, levels, feedback.importance_by_column, nesting, name)
+    rounded = round_with(weight, format.plain(anchor), feedback, settings, name=name, codebook=own, scales=scales)
+    work = _Work(weight, format, levels, scales, anchor, rounded.codes())
     if feedback.curvature is not None:
         work.descend(feedback.curvature, nesting)
     return work.tensor()
+
+
+def _shared_scales(
+    weight: torch.Tensor,
+    format: NestedFormat,
+    levels: torch.Tensor,
+    importance: torch.Tensor,
+    nesting: Nesting,
+    name: str,
+) -> torch.Tensor:
+    """Scales that all widths share, (N, blocks), as they are stored.
+
+    Of some shares of what spans a block, the one with the least sum over widths of what rounding to nearest costs. Narrow
+    widths are better off where the largest weights are cut; wide ones are not.
+    """
+    count, columns = weight.shape
+    block = min(format.block_size or columns, columns)
+    widest = format.plain(format.bits)
+    encoders = {width: Encoder.for_codebook(levels[format.levels_at(width)]) for width in format.widths}
+    weights = dict(zip(sorted(format.widths), nesting.weights(sorted(format.widths)), strict=True))
+    found = []
+    step = max(1, CHUNK_WEIGHTS // columns)
+    for start in range(0, count, step):
+        x = check_finite(weight[start : start + step], start, min(start + step, count), name)
+        try:
+            span = store_scales(block_statistics(x, widest)[0], None, widest)["scales"]
+        except KbitError as error:
+            raise KbitError(f"{name}: {error}") from None
+        best, chosen = torch.full(span.shape, torch.inf), span
+        for share in SHARES:
+            scales = (span.float() * share).to(span.dtype)
+            unit = normalise(x, scales.float(), None, widest)
+            cost = torch.zeros(span.shape)
+            for width, encoder in encoders.items():
+                places = encoder.encode(unit).int().view(-1)
+                error = (levels[format.levels_at(width)].index_select(0, places).view(x.shape) - unit).square_()
+                error = torch.nn.functional.pad(error * importance, (0, -columns % block)).view(len(x), -1, block)
+                cost += weights[width] * error.sum(dim=2)
+            cost *= scales.float().square()
+            better = cost < best
+            best, chosen = torch.where(better, cost, best), torch.where(better, scales, chosen)
+        found.append(chosen)
+    return torch.cat(found)
 
 
 class _Work:
@@ -78,7 +125,7 @@ class _Work:
 
     def _continued(self, codes: torch.Tensor, anchor: int) -> torch.Tensor:
         """Codes of the widest width that begin with the anchor's: each to the nearer of the two levels below it."""
-        plain = plain_format(self.format, anchor)
+        plain = self.format.plain(anchor)
         codes = codes.clone()
         for width in range(anchor + 1, self.format.bits + 1):
             levels = self.levels[self.format.levels_at(width)]
@@ -95,7 +142,7 @@ class _Work:
         }
         levels = self.levels[self.format.levels_at(width)]
         codes = self.codes & (2**width - 1)
-        return decode(codes, scales_at(self.format, stored, width), None, levels, plain_format(self.format, width))
+        return decode(codes, scales_at(self.format, stored, width), None, levels, self.format.plain(width))
 
     def fit(self, curvature: Curvature) -> None:
         """Every width's factors to what costs least."""

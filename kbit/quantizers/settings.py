@@ -8,6 +8,8 @@ from typing import Any
 
 # Added to a factor's diagonal, in shares of its mean: the finite sample says nothing about directions it has not seen.
 INPUT_DAMPING, OUTPUT_DAMPING = 0.03, 0.2
+# Of the widths of a nested file, the one that is rounded first.
+ANCHOR = 4
 # Of coordinate descent after two-sided feedback (docs/methods.md: what they buy).
 SWEEPS = 4
 
@@ -56,7 +58,7 @@ class Nesting:
         sweeps: of coordinate descent over all widths.
     """
 
-    anchor: int = 4
+    anchor: int = ANCHOR
     emphasis: float = 4.0
     sweeps: int = 4
 
