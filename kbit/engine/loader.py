@@ -227,8 +227,6 @@ def _check(source: CheckpointSource, backend: Backend) -> ModelSpec:
     Raises:
         CheckpointError, UnsupportedError: it cannot be loaded.
     """
-    from dataclasses import replace
-
     from kbit.models import encoder_decoder
     from kbit.models.families import spec_from_config
     from kbit.models.load import check_loadable
@@ -268,6 +266,8 @@ def open_prepared(model: str, backend: Backend) -> Iterator[CheckpointSource]:
     with prepared or open_model(model) as source:
         if prepared is None and place is not None:
             prepared = _prepare(source, place, cast("NativeBackend", backend), None)
+        if prepared is not None:
+            prepared.prefetch()
         yield prepared or source
 
 

@@ -68,8 +68,8 @@ def _shared_scales(
 ) -> torch.Tensor:
     """Scales that all widths share, (N, blocks), as they are stored.
 
-    Of some shares of what spans a block, the one with the least sum over widths of what rounding to nearest costs. Narrow
-    widths are better off where the largest weights are cut; wide ones are not.
+    Of some shares of what spans a block, the one with the least sum over widths of what rounding to nearest costs.
+    Narrow widths are better off where the largest weights are cut; wide ones are not.
     """
     count, columns = weight.shape
     block = min(format.block_size or columns, columns)

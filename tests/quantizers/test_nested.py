@@ -213,6 +213,5 @@ def test_the_command_anchors_a_width(tiny_model: Path) -> None:
     ):
         bad = QuantizeFlags(str(tiny_model), **wrong)  # type: ignore[arg-type]
         with pytest.raises(UsageError, match=message):
-            bad.check()
-            bad.codec()
+            bad.check() if "anchor" in wrong else bad.codec()
     assert np.isclose(sum(Nesting(3).weights([2, 3])), 1 + 4 * Nesting(3).emphasis)
