@@ -24,6 +24,7 @@ from kbit.models.decoder import Decoder
 from kbit.models.load import load_decoder
 from kbit.models.opening import open_model
 from kbit.models.shard import shard
+from kbit.planner.models import PlanModel
 
 WIDTHS = (6, 5, 4, 3, 2)
 IDS = torch.arange(1, 12)[None]
@@ -172,3 +173,36 @@ def test_triton_refuses_it_by_name(folder: Path) -> None:
         weight = source.read_weight("model.layers.0.mlp.up_proj.weight")
     with pytest.raises(UnsupportedError, match=r"no kernel for nested2..6-b16"):
         prepare_weight(weight, "cpu")  # type: ignore[arg-type]
+
+
+def test_a_plan_offers_every_width_of_a_file(folder: Path) -> None:
+    """Memory falls with the width, by what its matrices are smaller; what does not fit yet is said to be for later."""
+    from kbit.planner.choose import make_recommendation
+    from kbit.planner.memory import predict_memory
+    from kbit.planner.models import find_models
+    from kbit.planner.types import Requirements
+
+    models, _ = find_models([str(folder)])
+    by_bits = {model.bits: model for model in models}
+    assert sorted(by_bits) == sorted(WIDTHS)  # type: ignore[type-var]
+    source = prepared(folder)
+    sizes = {}
+    for width in WIDTHS:
+        model = by_bits[width]
+        assert (model.name, model.file, model.fixed) == (f"{folder} --bits {width}", str(folder), True)
+        sizes[width] = predict_memory(model.spec, model.weights, context=16).peak
+        at_width = source.at_width(width)
+        matrices = [name for name, info in at_width.tensors.items() if len(info.shape) == 2]
+        held = sum(at_width.prepared_weight(name).nbytes for name in matrices)
+        counted = sum(part for key, part in memory_parts(model).items() if key in ("linear", "embedding", "head"))
+        assert counted == held
+    assert list(sizes.values()) == sorted(sizes.values(), reverse=True)
+    found = make_recommendation(Requirements(sizes[4] + 1, 16, kv=("fp16",)), models)
+    assert {candidate.model.bits for candidate in found.candidates} == {4, 3, 2}
+    assert any(f"{folder}: 4 bits now; the same file at 5 bits needs" in note for note in found.notes)
+
+
+def memory_parts(model: PlanModel) -> dict[str, int]:
+    from kbit.planner.memory import predict_memory
+
+    return predict_memory(model.spec, model.weights, context=16).to_dict()
