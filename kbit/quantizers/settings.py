@@ -59,8 +59,8 @@ class Nesting:
     """
 
     anchor: int = ANCHOR
-    emphasis: float = 4.0
-    sweeps: int = 4
+    emphasis: float = 16.0
+    sweeps: int = 8
 
     def weights(self, widths: Sequence[int]) -> list[float]:
         """What a unit of each width's cost counts. A further bit divides what can be reached by four."""
