@@ -11,6 +11,7 @@ import typer
 
 from kbit.cli.options import ThreadsOption
 from kbit.cli.quantities import parse_duration, parse_size
+from kbit.cli.quantize_nested import check_anchor, nested_format
 from kbit.host.errors import UsageError
 
 if TYPE_CHECKING:
@@ -209,7 +210,8 @@ class QuantizeFlags:
         }
         given = {name: value for name, value in fields.items() if value is not None}
         if self.nested is not None:
-            return self._nested(given)
+            others = {"--format": self.format, "--size": self.size, "--max-kl": self.max_kl}
+            return nested_format(self.nested, given, others)
         if self.format is None:
             given = {"bits": 4, **given}
             return QuantFormat(**{"dtype": default_dtype(given["bits"]), **given})
@@ -217,34 +219,6 @@ class QuantizeFlags:
             field = next(iter(given)).replace("_", " ")
             raise UsageError(f"--format {self.format}: says everything; drop the flag that gives its {field}")
         return parse_format(self.format)
-
-    def _nested(self, given: dict[str, Any]) -> Codec:
-        """The format that --nested asks for.
-
-        Raises:
-            UsageError: widths that do not exist, or flags that have no meaning beside it.
-        """
-        from kbit.formats.nested import NestedFormat, parse_widths
-
-        low, high = parse_widths(self.nested or "")
-        taken = {key: given.pop(key) for key in ("block_size", "scale_dtype") if key in given}
-        others = {"--format": self.format, "--size": self.size, "--max-kl": self.max_kl}
-        others |= {f"--{name.replace('_', '-')}": value for name, value in given.items()}
-        flag = next((flag for flag, value in others.items() if value is not None), None)
-        if flag is not None:
-            raise UsageError(
-                f"{flag}: --nested {self.nested} has every width, and a data type of its own; drop one of the two"
-            )
-        return NestedFormat(low, high, **taken)
-
-    def _check_anchor(self) -> None:
-        from kbit.formats.nested import parse_widths
-
-        if self.nested is None:
-            raise UsageError(f"--anchor {self.anchor}: is a width of a nested file; add --nested 2..8")
-        low, high = parse_widths(self.nested)
-        if not low <= (self.anchor or 0) <= high:
-            raise UsageError(f"--anchor {self.anchor}: --nested {self.nested} has {low} to {high} bits; choose one")
 
     def measures(self, method: Method) -> bool:
         """Whether the result is compared with the original."""
@@ -426,7 +400,7 @@ class QuantizeFlags:
         if bits is not None and bits != 16 and not MIN_BITS <= bits <= MAX_BITS:
             raise UsageError(f"--embedding-bits {bits}: use {MIN_BITS} to {MAX_BITS}, or 16 to keep them")
         if self.anchor is not None:
-            self._check_anchor()
+            check_anchor(self.anchor, self.nested)
         if self.device not in ("cpu", "cuda"):
             raise UsageError(f"--device {self.device}: use cpu or cuda")
         if self.device == "cuda":
