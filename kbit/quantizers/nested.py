@@ -91,9 +91,9 @@ def _shared_scales(
             cost = torch.zeros(span.shape)
             for width, encoder in encoders.items():
                 places = encoder.encode(unit).int().view(-1)
-                error = (levels[format.levels_at(width)].index_select(0, places).view(x.shape) - unit).square_()
-                error = torch.nn.functional.pad(error * importance, (0, -columns % block)).view(len(x), -1, block)
-                cost += weights[width] * error.sum(dim=2)
+                missed = levels[format.levels_at(width)].index_select(0, places).view(x.shape).sub_(unit).square_()
+                missed = torch.nn.functional.pad(missed * importance, (0, -columns % block)).view(len(x), -1, block)
+                cost += weights[width] * missed.sum(dim=2)
             cost *= scales.float().square()
             better = cost < best
             best, chosen = torch.where(better, cost, best), torch.where(better, scales, chosen)
