@@ -6,7 +6,7 @@ codec; what is added is which bits of a code a width reads, and its factor.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 import torch
@@ -15,7 +15,7 @@ from kbit import _native
 from kbit.formats.blockwise import CHUNK_WEIGHTS, Encoder, block_statistics, check_finite, normalise
 from kbit.formats.planes import pack_plane_torch, unpack_plane_torch
 from kbit.formats.planes_codec import decode, spread
-from kbit.formats.quant_tensor import QuantTensor
+from kbit.formats.quant_tensor import SAFETENSORS_TO_TORCH, QuantTensor
 from kbit.formats.scales import TORCH_SCALE_DTYPE, store_scales
 from kbit.host.errors import KbitError
 
@@ -83,19 +83,23 @@ def encode_nearest(format: NestedFormat, read_rows: ReadRows, shape: tuple[int, 
     levels = torch.from_numpy(format.codebook(columns).copy())
     widest = format.plain(format.bits)
     encoder = Encoder.for_codebook(levels[format.levels_at(format.bits)])
-    pieces: list[dict[str, torch.Tensor]] = []
+    whole = {
+        part: torch.empty(array.shape, dtype=SAFETENSORS_TO_TORCH[array.dtype])
+        for part, array in format.parts(rows, columns).items()
+    }
     step = max(1, CHUNK_WEIGHTS // columns)
     for start in range(0, rows, step):
-        x = check_finite(read_rows(start, min(start + step, rows)), start, min(start + step, rows), name)
+        some = slice(start, min(start + step, rows))
+        x = check_finite(read_rows(some.start, some.stop), some.start, some.stop, name)
         try:
             stored = store_scales(block_statistics(x, widest)[0], None, widest)
         except KbitError as error:
             raise KbitError(f"{name}: {error}") from None
         codes = encoder.encode(normalise(x, stored["scales"].float(), None, widest))
-        pieces.append(
-            packed(format, codes) | stored | fitted_factors(format, x, codes, stored["scales"].float(), levels)
-        )
-    return joined(format, shape, pieces, levels)
+        stored |= packed(format, codes) | fitted_factors(format, x, codes, stored["scales"].float(), levels)
+        for part, array in stored.items():
+            whole[part][some] = array
+    return QuantTensor(format, shape, whole, levels)
 
 
 def fitted_factors(
@@ -124,14 +128,6 @@ def stored_factors(factors: torch.Tensor) -> torch.Tensor:
     """Factors (R, 1) as they are stored; one that is not positive would turn a row's weights over, and becomes 1."""
     kept = torch.where((factors > 0) & torch.isfinite(factors), factors, 1.0)
     return kept.clamp(1 / _LARGEST_FACTOR, _LARGEST_FACTOR).half()
-
-
-def joined(
-    format: NestedFormat, shape: tuple[int, int], pieces: Sequence[Mapping[str, torch.Tensor]], levels: torch.Tensor
-) -> QuantTensor:
-    """A matrix of its rows' arrays."""
-    stored = {name: torch.cat([piece[name] for piece in pieces]) for name in format.parts(*shape)}
-    return QuantTensor(format, shape, stored, levels)
 
 
 def narrowed(matrix: QuantTensor, width: int) -> QuantTensor:
