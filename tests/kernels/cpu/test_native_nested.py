@@ -19,7 +19,7 @@ from kbit.formats.quant_tensor import QuantTensor
 from kbit.formats.stored import StoredMatrix
 from kbit.formats.stored_nested import StoredNested
 
-SETS = _native.instruction_sets()
+SETS = [*_native.instruction_sets(), *_native.emulated_sets()]
 WIDTHS = range(2, 9)
 BLOCKS = ("b64", "b16", "b48-bf16", "row-fp32")
 
