@@ -89,7 +89,7 @@ class QuantizeFlags:
         typer.Option(
             "--anchor",
             metavar="K",
-            help="The width of --nested that is to be as accurate as a file of its own.  [default: 4, or the nearest]",
+            help="The width of --nested that is to be the most accurate for its bits.  [default: 4, or the nearest]",
         ),
     ] = None
     format: Annotated[
