@@ -301,7 +301,19 @@ def test_load_to_first_token(benchmark: Any, field: Field, converted: Callable[.
         return float(started(field.kbit(4, threads, head=8))["first_token_seconds"])
 
     field.add("kbit", "4 bits, inside", inside, "inside")
-    run = ["-m", "kbit.cli.main", "run", FIRST_PROMPT, "--model", model, "--max-tokens", "1", "--threads", str(threads)]
+    run = [
+        "-m",
+        "kbit.cli.main",
+        "run",
+        "--raw",
+        FIRST_PROMPT,
+        "--model",
+        model,
+        "--max-tokens",
+        "1",
+        "--threads",
+        str(threads),
+    ]
     field.add("kbit", "4 bits, kbit run", lambda: process_seconds([sys.executable, *run]), "process")
 
     def llama() -> None:

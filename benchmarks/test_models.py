@@ -222,7 +222,7 @@ def test_memory(benchmark: Any, sides: Sides) -> None:
 
 def run_command(model: Path, tokens: int) -> list[object]:
     options = ["--model", model, "--max-tokens", tokens, "--threads", THREADS]
-    return [sys.executable, "-m", "kbit.cli.main", "run", TEXT, *options]
+    return [sys.executable, "-m", "kbit.cli.main", "run", "--raw", TEXT, *options]
 
 
 def tell(benchmark: Any, case: str, sides: Sides, *, unit: str = "tokens/s", **about: Any) -> None:

@@ -47,7 +47,18 @@ class Case:
 
     def run(self) -> None:
         """Once through `kbit run`."""
-        command = [sys.executable, "-m", "kbit", "run", "-", "--model", str(self.model), "--threads", str(THREADS)]
+        command = [
+            sys.executable,
+            "-m",
+            "kbit",
+            "run",
+            "--raw",
+            "-",
+            "--model",
+            str(self.model),
+            "--threads",
+            str(THREADS),
+        ]
         command += ["--kv-bits", str(self.kv_bits), "--max-tokens", str(self.tokens), "--json"]
         with tempfile.TemporaryDirectory() as elsewhere:  # the checkout's kbit/ has no compiled module
             done = subprocess.run(

@@ -20,7 +20,7 @@ MODEL = "smollm2-135m-instruct"
 COMMANDS = {
     "kbit --help": ["-m", "kbit.cli.main", "--help"],
     "kbit info MODEL": ["-m", "kbit.cli.main", "info", MODEL],
-    "kbit run, first token": ["-m", "kbit.cli.main", "run", "The capital of France is", "--max-tokens", "1"],
+    "kbit run, first token": ["-m", "kbit.cli.main", "run", "--raw", "The capital of France is", "--max-tokens", "1"],
 }
 
 

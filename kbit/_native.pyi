@@ -65,6 +65,7 @@ def descend_nested_rows(
     change: _Table,
     isa: str = "",
 ) -> None: ...
+def trellis_search(numbers: _Table, values: _Table, bits: int, strings: _Bytes, context: Context) -> None: ...
 def instruction_sets() -> list[str]: ...
 def emulated_sets() -> list[str]: ...
 
@@ -89,7 +90,21 @@ class Matrix:
         scale_kind: str,
         codebook: NDArray[np.float32],
         context: Context,
+        signs: NDArray[np.uint8] | None = None,
+        mixed: int = 0,
         apart: bool = False,
+    ) -> Matrix: ...
+    @staticmethod
+    def trellis(
+        codes: NDArray[np.uint8],
+        bits: int,
+        code: str,
+        window: int,
+        columns: int,
+        scales: NDArray[Any],
+        signs: NDArray[np.uint8],
+        mixed: int,
+        context: Context,
     ) -> Matrix: ...
     @staticmethod
     def dense(values: NDArray[Any], kind: str, context: Context) -> Matrix: ...
@@ -124,7 +139,10 @@ def map_matrix(
     kind: str,
     offsets: bool,
     begins: Sequence[int],
-    apart: bool,
+    code: str = "planes",
+    window: int = 0,
+    mixed: int = 0,
+    apart: bool = False,
 ) -> Matrix: ...
 
 class KVPages:
@@ -179,6 +197,7 @@ class Program:
         out: int,
         bias: NDArray[np.float32] | None = None,
         centred: bool = False,
+        groups: int = 1,
     ) -> None: ...
     def add(self, x: int, y: int, out: int) -> None: ...
     def multiply(self, x: int, y: int, out: int) -> None: ...

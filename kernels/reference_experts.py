@@ -22,8 +22,8 @@ def route(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Which experts every token goes to, and what their results weigh.
 
-    "softmax" and "softmax_of_chosen" choose by logits, "sigmoid" by scores (Shazeer et al. 2017; groups and the bias:
-    DeepSeek-V3, arXiv 2412.19437). Of equals the one of lower index is chosen.
+    "softmax" and "softmax_of_chosen" choose by logits, "sigmoid" by scores, as "softmax" with a bias does (Shazeer et
+    al. 2017; groups and the bias: DeepSeek-V3, arXiv 2412.19437). Of equals the one of lower index is chosen.
 
     Args:
         logits: (R, E).
@@ -46,7 +46,7 @@ def route(
     else:
         raise UnsupportedError(f"score {score!r} is not one of softmax, sigmoid, softmax_of_chosen")
     with torch.no_grad():
-        ranked = scores if score == "sigmoid" else logits
+        ranked = scores if score == "sigmoid" or (score == "softmax" and bias is not None) else logits
         ranked = ranked if bias is None else ranked + bias.float()
         if groups > 1:
             parts = ranked.view(len(ranked), groups, -1)

@@ -27,6 +27,7 @@ LAYERS = (
     ("engine",),
     ("evaluate",),
     ("scaling", "planner"),
+    ("serve",),
     ("cli", "__main__"),
 )
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}

@@ -324,7 +324,8 @@ class Passes:
         alike: list[list[str]] = []
         if self.spec.experts is not None and self.spec.has_experts(layer):
             slots = zip(*expert_slots(self.spec.experts.routing.experts), strict=True)
-            alike = [[self.names[layer, slot] for slot in place] for place in slots]
+            named = [[self.names[layer, slot] for slot in place if (layer, slot) in self.names] for place in slots]
+            alike = [names for names in named if names]
         return collected.factors(self.count * self.tokens, self.source, alike)
 
     def _step(self, steps: int) -> None:

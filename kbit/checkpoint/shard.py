@@ -6,7 +6,7 @@ their codes never decoded. Who gets which part is decided above (`kbit.models.sh
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from math import prod
 from typing import TYPE_CHECKING, Any
@@ -28,18 +28,25 @@ class ShardedSource(CheckpointSource):
     Args:
         source: the whole model.
         config: the configuration that describes the part.
-        cuts: by tensor name; what is not there comes whole.
+        cuts: by tensor name, runs of rows, or one of columns; what is not there comes whole.
         part: names the part ("1/4"), for the fingerprint.
+        zeros: vectors that are another part's, and zeros here.
     """
 
     def __init__(
-        self, source: CheckpointSource, config: Mapping[str, Any], cuts: Mapping[str, Cut], part: str = ""
+        self,
+        source: CheckpointSource,
+        config: Mapping[str, Any],
+        cuts: Mapping[str, tuple[Cut, ...]],
+        part: str = "",
+        zeros: Iterable[str] = (),
     ) -> None:
         self.path = source.path
         self.config = dict(config)
         self._source = source
         self._cuts = dict(cuts)
         self._part = part
+        self._zeros = frozenset(zeros)
         self._infos = {name: self._cut_info(info) for name, info in source.tensors.items()}
 
     @property
@@ -48,12 +55,21 @@ class ShardedSource(CheckpointSource):
         return self._infos
 
     def read_rows(self, name: str, start: int, stop: int) -> torch.Tensor:
-        cut = self._cuts.get(name)
-        if cut is None:
-            return self._source.read_rows(name, start, stop)
-        if cut.dim == 0:
-            return self._source.read_rows(name, cut.start + start, cut.start + stop)
-        return cut.of(self._source.read_rows(name, start, stop))
+        cuts = self._cuts.get(name)
+        if cuts is None:
+            rows = self._source.read_rows(name, start, stop)
+            return rows.zero_() if name in self._zeros else rows
+        if cuts[0].dim == 1:
+            return cuts[0].of(self._source.read_rows(name, start, stop))
+        import torch
+
+        parts, before = [], 0
+        for cut in cuts:
+            first, last = (min(max(at - before, 0), cut.stop - cut.start) for at in (start, stop))
+            if first < last:
+                parts.append(self._source.read_rows(name, cut.start + first, cut.start + last))
+            before += cut.stop - cut.start
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def read_weight(self, name: str) -> torch.Tensor | QuantTensor:
         """The part in the form the engine keeps.
@@ -61,15 +77,19 @@ class ShardedSource(CheckpointSource):
         Raises:
             UnsupportedError: the cut of a packed weight goes through a block or a byte.
         """
-        cut = self._cuts.get(name)
-        if cut is None:
+        cuts = self._cuts.get(name)
+        if cuts is None:
             return self._source.read_weight(name)
-        if cut.dim == 0 and stored_format(self._source.tensors[name]) is None:
+        if cuts[0].dim == 0 and stored_format(self._source.tensors[name]) is None:
             return self.read(name)  # only the rows that are wanted
         weight = self._source.read_weight(name)
         import torch
 
-        return cut.of(weight) if isinstance(weight, torch.Tensor) else weight.cut(cut, name)
+        from kbit.formats.quant_tensor import join_rows
+
+        if isinstance(weight, torch.Tensor):
+            return torch.cat([cut.of(weight) for cut in cuts], dim=cuts[0].dim)
+        return join_rows([weight.cut(cut, name) for cut in cuts])
 
     def sidecar_files(self) -> Mapping[str, bytes]:
         return self._source.sidecar_files()
@@ -80,10 +100,11 @@ class ShardedSource(CheckpointSource):
         return hashlib.sha256(f"{self._source.fingerprint()} {self._part}".encode()).hexdigest()
 
     def _cut_info(self, info: TensorInfo) -> TensorInfo:
-        cut = self._cuts.get(info.name)
-        if cut is None:
+        cuts = self._cuts.get(info.name)
+        if cuts is None:
             return info
-        shape = cut.shape(info.shape)
+        size = sum(cut.stop - cut.start for cut in cuts)
+        shape = tuple(size if dim == cuts[0].dim else old for dim, old in enumerate(info.shape))
         return replace(info, shape=shape, nbytes=-(-info.nbytes * prod(shape) // max(1, info.numel)))
 
 

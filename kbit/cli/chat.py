@@ -31,7 +31,7 @@ Anything else is a message, also where it begins with a slash.
 Ctrl-C stops an answer; what there is of it stays in the conversation."""
 
 
-@flag_groups(max_tokens=512, temperature=0.7, top_p=0.95)
+@flag_groups(max_tokens=512)
 def chat(*, flags: GenerationFlags) -> None:
     """Talk to a model, in the chat template that comes with it.
 
@@ -58,22 +58,21 @@ def chat(*, flags: GenerationFlags) -> None:
 
             require_template(tokenizer, flags.model)
 
-        ready = load_to_generate(flags, peers, check)
+        ready = load_to_generate(flags, peers, check, recommended=True)
         loaded = ready.loaded
         from kbit.engine.conversation import Conversation
 
         with peers.together():
             conversation = Conversation(loaded.decoder, loaded.tokenizer, flags.model, flags.system, ready.speculation)
         with streaming_output():
-            _converse(peers, conversation, ready, flags.max_tokens, flags.stop or [])
+            _converse(peers, conversation, ready, flags)
 
 
 def _converse(
     peers: Peers,
     conversation: Conversation,
     ready: Ready,
-    max_tokens: int,
-    stop: list[str],
+    flags: GenerationFlags,
 ) -> None:
     """Reads messages and shows answers until there are no more. Of several processes, the first does both."""
     from kbit.engine.self_speculation import SelfDrafter
@@ -113,7 +112,13 @@ def _converse(
                 ready.speculation.drafter.follow(loaded)
         else:
             try:
-                generation = conversation.reply(message, params, max_tokens=max_tokens, stop=stop)
+                generation = conversation.reply(
+                    message,
+                    params,
+                    max_tokens=flags.max_tokens,
+                    stop=flags.stop or (),
+                    stop_repetition=not flags.allow_repetition,
+                )
             except UsageError as error:
                 # Interactively the user can shorten or reset; a script cannot, and must see that it failed.
                 if not terminal:
@@ -129,8 +134,10 @@ def _converse(
                 note(statistics(result, loaded))
             if result.finish_reason == "context":
                 note("the model's context is full: /reset starts a new conversation")
+            elif result.finish_reason == "repetition":
+                note("stopped, as the answer only repeated itself; --allow-repetition lets it")
             elif result.finish_reason == "length":
-                note(f"stopped after {max_tokens} tokens; --max-tokens sets this limit")
+                note(f"stopped after {flags.max_tokens} tokens; --max-tokens sets this limit")
             elif result.finish_reason == "interrupted" and (shared or not terminal):
                 # Several processes do not stop at the same token, so they cannot go on together.
                 raise typer.Exit(INTERRUPTED)

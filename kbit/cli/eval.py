@@ -29,7 +29,6 @@ if TYPE_CHECKING:
 
     from kbit.backends.parallel import Group
     from kbit.evaluate.evaluation import Evaluation, Request
-    from kbit.evaluate.tasks.evaluation import TaskEvaluation, TaskRequest
 
 # Files of pairs of texts (`kbit.evaluate.pairs`).
 ENDINGS = (".tsv", ".jsonl")
@@ -78,7 +77,7 @@ class EvalFlags:
             "--tasks",
             metavar="NAMES",
             help="Instead of perplexity, score these (separated by commas, or all): lambada_openai, piqa, winogrande, "
-            "hellaswag, arc_easy, arc_challenge.",
+            "hellaswag, arc_easy, arc_challenge. Of an embedding model: stsb.",
             rich_help_panel=_TASKS,
         ),
     ] = None
@@ -93,7 +92,17 @@ class EvalFlags:
         typer.Option(
             "--task-data",
             metavar="DIR|hub",
-            help="Where the tasks' files are. [default: the folder KBIT_DATA names, else the hub]",
+            help="Where the tasks' files are; of stsb also a file of pairs (score, tab, text, tab, text). [default: "
+            "the folder KBIT_DATA names, else the hub]",
+            rich_help_panel=_TASKS,
+        ),
+    ] = None
+    prompt_name: Annotated[
+        str | None,
+        typer.Option(
+            "--prompt-name",
+            metavar="NAME",
+            help="Of stsb: put the model's prompt of this name before every text.",
             rich_help_panel=_TASKS,
         ),
     ] = None
@@ -160,6 +169,12 @@ class EvalFlags:
         """Flags that only encoder-decoders have."""
         return {"--task": self.task, "--from": self.source, "--to": self.target, "--beams": self.beams}
 
+    @property
+    def of_tasks(self) -> dict[str, object]:
+        """Flags that only tasks have."""
+        given = {"--limit": self.limit, "--task-data": self.task_data, "--items": self.items}
+        return {**given, "--against": self.against, "--prompt-name": self.prompt_name}
+
     def request(self) -> Request:
         """What to measure of perplexity.
 
@@ -168,8 +183,7 @@ class EvalFlags:
         """
         from kbit.evaluate.evaluation import Request
 
-        given = {"--limit": self.limit, "--task-data": self.task_data, "--items": self.items, "--against": self.against}
-        refuse(given, "goes with --tasks")
+        refuse(self.of_tasks, "goes with --tasks")
         refuse(self.of_pairs, "goes with an encoder-decoder and --data PAIRS.tsv")
         return Request(
             self.model,
@@ -178,38 +192,6 @@ class EvalFlags:
             max_tokens=self.max_tokens,
             context=self.context,
             convention="gptq" if self.convention is None else self.convention,
-            reference_backend=self.reference_backend,
-            device=self.device,
-            threads=self.threads,
-            backend=self.backend,
-            compute=self.compute,
-            kv_bits=self.kv_bits,
-            bits=self.bits,
-        )
-
-    def task_request(self) -> TaskRequest:
-        """What to ask of --tasks.
-
-        Raises:
-            UsageError: a flag was given that belongs to perplexity.
-        """
-        from kbit.evaluate.tasks.evaluation import TaskRequest
-
-        refuse(self.of_pairs, "goes with an encoder-decoder and --data PAIRS.tsv")
-        given = {"--data": self.data, "--convention": self.convention, "--max-tokens": self.max_tokens}
-        refuse(
-            given, f"goes with perplexity, not with --tasks {self.tasks}: use --task-data, --limit or another command"
-        )
-        assert self.tasks is not None
-        return TaskRequest(
-            self.model,
-            self.tasks,
-            limit=self.limit,
-            data=self.task_data,
-            reference=self.reference,
-            items=self.items,
-            against=tuple(self.against or ()),
-            context=self.context,
             reference_backend=self.reference_backend,
             device=self.device,
             threads=self.threads,
@@ -246,6 +228,9 @@ def evaluate(*, flags: EvalFlags, json: JsonOption = False) -> None:
     intervals. A few hundred items tell two widths apart only where these differ much: look at the log-likelihood of
     the right answers, which sees more.
 
+    An embedding model is asked for --tasks stsb: Spearman's correlation of the cosines of pairs of texts with people's
+    judgement of how alike they are, on the STS benchmark's test set or a file of your own.
+
     \b
     Examples:
       kbit eval smollm2-135m-instruct
@@ -256,6 +241,7 @@ def evaluate(*, flags: EvalFlags, json: JsonOption = False) -> None:
       kbit eval model.gguf --convention llamacpp --context 512
       kbit eval out/ --tasks piqa,arc_easy --limit 200 --reference smollm2-135m-instruct
       kbit eval t5-small/ --data pairs.tsv --task translation --from en --to de --beams 4
+      kbit eval minilm-q4/ --tasks stsb --reference all-MiniLM-L6-v2/
       kbit eval q4/ --tasks all --items q4.jsonl
       kbit eval q3/ --tasks all --against q4.jsonl
       torchrun --nproc-per-node 2 -m kbit eval out/ --device cuda
@@ -268,8 +254,10 @@ def evaluate(*, flags: EvalFlags, json: JsonOption = False) -> None:
             run_pairs(flags, as_json=json)
             return
     if flags.tasks is not None:
+        from kbit.cli.eval_tasks import run_tasks
+
         refuse_copies("kbit eval --tasks")
-        _evaluate_tasks(flags.task_request(), json)
+        run_tasks(flags, as_json=json)
         return
     with processes() as peers:
         with peers.together():
@@ -300,42 +288,6 @@ def refuse(flags: Mapping[str, object], why: str) -> None:
     for flag, value in flags.items():
         if value is not None:
             raise UsageError(f"{flag} {why}")
-
-
-def _evaluate_tasks(request: TaskRequest, json: bool) -> None:
-    """Score tasks and print what came out."""
-    evaluation = _run_tasks(request, quiet=json)
-    if json:
-        print_json(evaluation.to_dict())
-        return
-    from rich.console import Console
-
-    from kbit.cli.task_tables import task_tables
-
-    with streaming_output():
-        Console().print(*task_tables(evaluation), sep="\n")
-
-
-def _run_tasks(request: TaskRequest, quiet: bool) -> TaskEvaluation:
-    """The tasks, with a progress bar on stderr unless `quiet` or stderr is no terminal."""
-    from rich.console import Console
-    from rich.markup import escape
-    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
-
-    from kbit.evaluate.tasks.evaluation import evaluate_tasks
-
-    console = Console(stderr=True)
-    columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, transient=True, disable=quiet or not console.is_terminal) as bar:
-        line = bar.add_task("opening", total=None)
-
-        def on_request(task: str, done: int, total: int, accuracy: float) -> None:
-            bar.update(line, completed=done, total=total, description=f"{task}: acc {accuracy:.3f}")
-
-        def on_status(text: str) -> None:
-            bar.reset(line, total=None, description=escape(text))
-
-        return evaluate_tasks(request, on_request, on_status)
 
 
 def _run(request: Request, quiet: bool, group: Group | None) -> Evaluation:

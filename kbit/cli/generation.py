@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Annotated
 
@@ -43,47 +43,48 @@ class GenerationFlags:
     ] = None
     max_tokens: Annotated[int, typer.Option("--max-tokens", metavar="N", help="Most tokens to generate.")] = 128
     temperature: Annotated[
-        float,
+        float | None,
         typer.Option(
             "--temperature",
             metavar="T",
-            help="0 always takes the most probable token; higher is more random.",
+            help="0 always takes the most probable token; higher is more random. [default: 0; in a chat, this and the "
+            "following as the model's authors recommend]",
             rich_help_panel=_SAMPLING,
         ),
-    ] = 0.0
+    ] = None
     top_k: Annotated[
-        int,
+        int | None,
         typer.Option(
             "--top-k", metavar="K", help="Keep the K most probable tokens; 0 keeps all.", rich_help_panel=_SAMPLING
         ),
-    ] = 0
+    ] = None
     top_p: Annotated[
-        float,
+        float | None,
         typer.Option(
             "--top-p",
             metavar="P",
             help="Keep the fewest tokens whose probabilities reach P; 1 keeps all.",
             rich_help_panel=_SAMPLING,
         ),
-    ] = 1.0
+    ] = None
     min_p: Annotated[
-        float,
+        float | None,
         typer.Option(
             "--min-p",
             metavar="P",
             help="Keep tokens at least P times as probable as the best one; 0 keeps all.",
             rich_help_panel=_SAMPLING,
         ),
-    ] = 0.0
+    ] = None
     repetition_penalty: Annotated[
-        float,
+        float | None,
         typer.Option(
             "--repetition-penalty",
             metavar="R",
             help="Weaken tokens seen in prompt or answer; 1 is off, 1.1 is usual.",
             rich_help_panel=_SAMPLING,
         ),
-    ] = 1.0
+    ] = None
     presence_penalty: Annotated[
         float,
         typer.Option(
@@ -116,6 +117,10 @@ class GenerationFlags:
         typer.Option("--stop", metavar="TEXT", help="End before this text appears. Can be given several times."),
     ] = None
     bits: BitsOption = None
+    allow_repetition: Annotated[
+        bool,
+        typer.Option("--allow-repetition", help="Do not end a text that has come to only repeat itself."),
+    ] = False
     device: DeviceOption = "auto"
     backend: BackendOption = "auto"
     compute: ComputeOption = None
@@ -165,20 +170,23 @@ class GenerationFlags:
         check_draft_tokens(self.draft_tokens)
         return self.draft_tokens
 
-    def sampling(self, seed: int | None) -> SamplingParams:
+    def sampling(self, seed: int | None, base: SamplingParams | None = None) -> SamplingParams:
         """How tokens are chosen.
+
+        Args:
+            seed: of the random numbers.
+            base: what the flags do not say; None: greedy.
 
         Raises:
             UsageError: a value is out of range.
         """
         from kbit.engine.sampler import SamplingParams
 
-        return SamplingParams(
-            temperature=self.temperature,
-            top_k=self.top_k,
-            top_p=self.top_p,
-            min_p=self.min_p,
-            repetition_penalty=self.repetition_penalty,
+        names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
+        given = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+        return replace(
+            base or SamplingParams(),
+            **given,
             presence_penalty=self.presence_penalty,
             frequency_penalty=self.frequency_penalty,
             seed=seed,
@@ -195,7 +203,11 @@ class Ready:
 
 
 def load_to_generate(
-    flags: GenerationFlags, peers: Peers, check: Callable[[Tokenizer, CheckpointSource], None]
+    flags: GenerationFlags,
+    peers: Peers,
+    check: Callable[[Tokenizer, CheckpointSource], None],
+    *,
+    recommended: bool = False,
 ) -> Ready:
     """Load the model, and what drafts for it.
 
@@ -203,12 +215,14 @@ def load_to_generate(
         flags: already checked.
         peers: the processes that share the model.
         check: called with tokenizer and checkpoint before any weight is read, to refuse early what these can tell.
+        recommended: what the flags do not say of sampling is as the model's authors recommend, else greedy.
 
     Raises:
         UsageError, CheckpointError, UnsupportedError: see `kbit.engine.loader.load_model`; in every process alike.
     """
     from kbit.backends.select import select_backend
     from kbit.checkpoint.narrowed import widths_of
+    from kbit.engine.sampling_defaults import sampling_defaults
     from kbit.engine.self_speculation import SelfDrafter, asks_for_self, check_widths, draft_bits
     from kbit.engine.speculative import NGRAM, Speculation, load_drafter
 
@@ -226,8 +240,10 @@ def load_to_generate(
         load_whole = partial(load, bits=flags.bits)
 
         def prepare(tokenizer: Tokenizer, source: CheckpointSource) -> None:
-            nonlocal speculation
+            nonlocal speculation, sampling
             check(tokenizer, source)
+            if recommended:
+                sampling = flags.sampling(seed, sampling_defaults(source, model).params)
             if speculate is not None and itself:
                 check_widths(model, widths_of(source), draft_bits(speculate))
             elif speculate is not None:

@@ -31,6 +31,7 @@ _OUT_OF_MEMORY = ("not enough memory", "can't allocate memory")
 COMMANDS = {
     "run": ("kbit.cli.run", "run", ""),
     "chat": ("kbit.cli.chat", "chat", "Talk to a model in its chat template."),
+    "serve": ("kbit.cli.serve", "serve", "Serve models over HTTP, as OpenAI's API has it."),
     "embed": ("kbit.cli.embed", "embed", "Turn texts into vectors."),
     "fill": ("kbit.cli.fill", "fill", "Say which words a model puts in masked places."),
     "classify": ("kbit.cli.classify", "classify", "Label texts, pairs of texts, or words."),

@@ -26,38 +26,49 @@ INTERRUPTED = 130
 def run(
     prompt: Annotated[
         str | None,
-        typer.Argument(metavar="PROMPT", help='The text to continue; "-", or none in a pipe, reads standard input.'),
+        typer.Argument(
+            metavar="PROMPT", help='The message, or text to continue; "-", or none in a pipe, reads standard input.'
+        ),
     ] = None,
     *,
     flags: GenerationFlags,
     chat: Annotated[
-        bool, typer.Option("--chat", help="Send PROMPT as a message, in the model's chat template.")
+        bool, typer.Option("--chat", help="Insist on an answer: refuse a model that has no chat template.")
+    ] = False,
+    raw: Annotated[
+        bool, typer.Option("--raw", help="Continue PROMPT as a text, whether or not the model has a chat template.")
     ] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Continue a text, or answer a message (--chat). An encoder-decoder (FLAN-T5) reads the prompt and answers it.
+    """Answer a message, or continue a text: with --raw, and with models that have no chat template. An encoder-decoder
+    (FLAN-T5) reads the prompt and answers it.
 
     Only the generated text goes to standard output, as it appears; figures go to standard error. The same command gives
     the same text: decoding is greedy unless --temperature is set, and repeatable then with --seed.
 
     Examples:
 
-      kbit run "The capital of France is"
+      kbit run "What is the capital of France?"
 
-      kbit run --chat "Write a haiku about rivers." --temperature 0.7 --top-p 0.95 --seed 1
+      kbit run "Write a haiku about rivers." --temperature 0.7 --top-p 0.95 --seed 1
+
+      kbit run --raw "Once upon a time"
 
       kbit run - --model out/ --max-tokens 200 --json < prompt.txt
 
-      kbit run --chat "Correct the spelling: ..." --speculate ngram
+      kbit run "Correct the spelling: ..." --speculate ngram
 
       torchrun --nproc-per-node 2 -m kbit run "Once upon a time" --device cuda
     """
     with processes() as peers:
-        text = peers.decided_by_first(lambda: _question(prompt, chat, flags))
+        text = peers.decided_by_first(lambda: _question(prompt, chat, raw, flags))
         ids: list[int] = []
+        answers = chat
 
         def encode(tokenizer: Tokenizer, source: CheckpointSource) -> None:
-            ids.extend(_encode(text, chat, flags, tokenizer, source))
+            nonlocal answers
+            answers = chat or (not raw and tokenizer.chat_template is not None)
+            ids.extend(_encode(text, answers, flags, tokenizer, source))
 
         from kbit.models.check import NeedsSourceError
 
@@ -79,8 +90,9 @@ def run(
                 ready.sampling,
                 max_tokens=flags.max_tokens,
                 stop=flags.stop or (),
-                continues_prompt=not chat,
+                continues_prompt=not answers,
                 speculation=ready.speculation,
+                stop_repetition=not flags.allow_repetition,
             )
         if not peers.speaks:
             result = generation.run()
@@ -130,13 +142,15 @@ def _answer(text: str, chat: bool, flags: GenerationFlags, as_json: bool) -> Non
     answer_all(engine, [text], TextToText, as_json=as_json)
 
 
-def _question(prompt: str | None, chat: bool, flags: GenerationFlags) -> str:
+def _question(prompt: str | None, chat: bool, raw: bool, flags: GenerationFlags) -> str:
     """The prompt, once the flags that need no model are known to make sense."""
     from kbit.host.errors import UsageError
 
     flags.check()
-    if flags.system is not None and not chat:
-        raise UsageError("--system needs --chat: a text to continue has no system message")
+    if raw and chat:
+        raise UsageError("--raw and --chat: a text is continued or answered: leave one out")
+    if raw and flags.system is not None:
+        raise UsageError("--system goes with an answer: a text to continue (--raw) has no system message")
     return read_prompt(prompt)
 
 
@@ -144,6 +158,7 @@ def _encode(text: str, chat: bool, flags: GenerationFlags, tokenizer: Tokenizer,
     """The prompt's tokens, once they are known to fit the model."""
     from kbit.engine.conversation import chat_prompt
     from kbit.engine.prompt_cache import check_prompt
+    from kbit.host.errors import UsageError
     from kbit.models.families import spec_from_config
 
     if chat:
@@ -152,6 +167,8 @@ def _encode(text: str, chat: bool, flags: GenerationFlags, tokenizer: Tokenizer,
             messages.insert(0, {"role": "system", "content": flags.system})
         ids = chat_prompt(tokenizer, messages, flags.model)
     else:
+        if flags.system is not None:
+            raise UsageError(f"--system: {flags.model} has no chat template, and a text to continue no system message")
         ids = tokenizer.encode(text)
     check_prompt(ids, spec_from_config(source.config, where=f"config of {source.path}"))
     return ids
@@ -202,6 +219,8 @@ def statistics(result: GenerationResult, loaded: LoadedModel) -> str:
             parts.append(drafts.note)
     if result.finish_reason == "context":
         parts.append("the model's context is full")
+    elif result.finish_reason == "repetition":
+        parts.append("stopped, as it only repeated itself (--allow-repetition lets it)")
     elif result.finish_reason == "interrupted":
         parts.append("interrupted")
     parts.append(loaded.backend_description)

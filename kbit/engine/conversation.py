@@ -92,7 +92,13 @@ class Conversation:
             self._cache = PromptCache(decoder)
 
     def reply(
-        self, text: str, params: SamplingParams, *, max_tokens: int = 512, stop: Sequence[str] = ()
+        self,
+        text: str,
+        params: SamplingParams,
+        *,
+        max_tokens: int = 512,
+        stop: Sequence[str] = (),
+        stop_repetition: bool = False,
     ) -> Generation:
         """Starts the answer to a user's message; call `add` with both once it is over.
 
@@ -122,6 +128,7 @@ class Conversation:
             continues_prompt=False,
             prompt_cache=self._cache,
             speculation=self._speculation,
+            stop_repetition=stop_repetition,
         )
 
     def add(self, text: str, result: GenerationResult) -> None:

@@ -7,10 +7,11 @@ from dataclasses import dataclass
 from time import perf_counter
 from typing import TYPE_CHECKING, Literal
 
+from kbit.engine.answer_text import AnswerText
 from kbit.engine.prompt_cache import DecoderLike, PromptCache, check_prompt
+from kbit.engine.repetition import only_repeats
 from kbit.engine.sampler import Logits, Sampler, SamplingParams
 from kbit.engine.speculative import Speculation, SpeculationReport, SpeculativeTokens
-from kbit.engine.stop import StopMatcher
 from kbit.host.errors import UsageError
 
 if TYPE_CHECKING:
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
 # piece, and from its beginning.
 PREFILL_CHUNK = 512
 
-FinishReason = Literal["stop", "length", "context", "interrupted"]
+FinishReason = Literal["stop", "length", "context", "repetition", "interrupted"]
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,7 @@ class GenerationResult:
         text: everything that was streamed; no stop string, no special tokens.
         ids: all sampled tokens, an end-of-sequence token included.
         finish_reason: "stop" (end-of-sequence or stop token, or stop string), "length" (max_tokens), "context" (the
-            model's context is full), "interrupted" (Ctrl-C).
+            model's context is full), "repetition" (it only repeated itself), "interrupted" (Ctrl-C).
         prompt_tokens: length of the prompt.
         cached_tokens: how many of them were in the prompt cache already and took no time.
         prefill_seconds: from the start to the logits of the prompt's last token.
@@ -83,6 +84,7 @@ def generate(
     continues_prompt: bool = True,
     prompt_cache: PromptCache | None = None,
     speculation: Speculation | None = None,
+    stop_repetition: bool = False,
 ) -> Generation:
     """Starts a generation; nothing is computed until it is iterated (or `run`).
 
@@ -98,6 +100,7 @@ def generate(
             answers that stand on their own (chat).
         prompt_cache: a cache to use and leave filled, for prompts that begin like the last one.
         speculation: who drafts tokens that the model then only checks; None computes one token at a time.
+        stop_repetition: end a text that only repeats itself (`only_repeats`).
 
     Raises:
         UsageError: an empty prompt, one that leaves no room in the model's context or has tokens the model does not
@@ -114,6 +117,7 @@ def generate(
         continues_prompt=continues_prompt,
         prompt_cache=prompt_cache,
         speculation=speculation,
+        stop_repetition=stop_repetition,
     )
 
 
@@ -137,6 +141,7 @@ class Generation:
         continues_prompt: bool,
         prompt_cache: PromptCache | None,
         speculation: Speculation | None,
+        stop_repetition: bool,
     ) -> None:
         if max_tokens < 1:
             raise UsageError(f"--max-tokens {max_tokens}: expected at least 1")
@@ -148,10 +153,9 @@ class Generation:
         self._end_ids = frozenset(stop_token_ids) | tokenizer.eos_ids
         self._cache = PromptCache(decoder) if prompt_cache is None else prompt_cache
         self._sampler = Sampler(params, prompt_ids)
-        self._detokenizer = tokenizer.stream(prompt_ids if continues_prompt else ())
-        self._special = tokenizer.special_texts()
-        self._stops = StopMatcher(stop, self._special.values())
+        self._text = AnswerText(tokenizer, prompt_ids if continues_prompt else (), stop)
         self._speculation = speculation
+        self._stop_repetition = stop_repetition
         self._speculative: SpeculativeTokens | None = None
 
         self._ids: list[int] = []
@@ -210,32 +214,23 @@ class Generation:
     def _generate(self) -> Iterator[str]:
         try:
             for token in self._tokens():
-                piece = self._push(token)
+                piece = self._text.push(token)
                 if piece:
                     self._shown.append(piece)
                     yield piece
-                if self._stops.matched is not None:
+                if self._text.matched is not None:
                     self._finish_reason = "stop"
                 if self._finish_reason is not None:  # a stop string, or interrupt() while the piece was shown
                     break
         except KeyboardInterrupt:
             self._finish_reason = "interrupted"
-        rest = self._stops.push(self._detokenizer.finish())
-        if (
-            self._ids and self._ids[-1] in self._end_ids
-        ):  # not among the tokens above, but it may complete a stop string
-            rest += self._stops.push(self._special.get(self._ids[-1], ""), special=True)
-        rest += self._stops.finish()
-        if self._stops.matched is not None and self._finish_reason != "interrupted":
+        ended = bool(self._ids) and self._ids[-1] in self._end_ids
+        rest = self._text.finish(self._ids[-1] if ended else None)
+        if self._text.matched is not None and self._finish_reason != "interrupted":
             self._finish_reason = "stop"
         if rest:
             self._shown.append(rest)
             yield rest
-
-    def _push(self, token: int) -> str:
-        """The text that can be shown after one more token."""
-        piece = self._stops.push(self._detokenizer.push(token))
-        return piece + self._stops.push(self._special.get(token, ""), special=True)
 
     def _tokens(self) -> Iterator[int]:
         """Samples tokens, up to and without one that ends the generation; sets the finish reason at its end."""
@@ -268,6 +263,9 @@ class Generation:
                 return
             if len(prompt) + len(self._ids) >= self._context:
                 self._finish_reason = "context"
+                return
+            if self._stop_repetition and only_repeats(self._ids):
+                self._finish_reason = "repetition"
                 return
 
     def _source(self, logits: Logits) -> Iterator[int]:

@@ -228,15 +228,14 @@ def _check(source: CheckpointSource, backend: Backend) -> ModelSpec:
         CheckpointError, UnsupportedError: it cannot be loaded.
     """
     from kbit.models import encoder_decoder
+    from kbit.models.check import stored_spec
     from kbit.models.families import spec_from_config
     from kbit.models.load import check_loadable
-    from kbit.models.task_heads import HIDDEN
 
     published = spec_from_config(source.config, where=f"config of {source.path}")
     if published.encoder is not None:
         return encoder_decoder.check_loadable(source, backend)
-    whole = published.expected_tensors().keys() <= source.tensors.keys()
-    return check_loadable(source, backend, published if whole else replace(published, task=HIDDEN))
+    return check_loadable(source, backend, stored_spec(source, published))
 
 
 @contextmanager

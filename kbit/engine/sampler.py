@@ -3,6 +3,7 @@
 Order of operations, that of transformers (`GenerationMixin._get_logits_processor`), so that the same settings mean the
 same distribution there and here:
 
+0. logit bias, by the definition of the OpenAI API;
 1. repetition penalty (prompt and generated tokens), then frequency and presence penalty (generated tokens only);
 2. temperature;
 3. top-k, top-p, min-p, each on what the one before it left.
@@ -29,6 +30,7 @@ from typing import TYPE_CHECKING, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
+from kbit.engine.randomness import KeyedUniform
 from kbit.host.errors import KbitError, UsageError
 
 if TYPE_CHECKING:
@@ -62,6 +64,7 @@ class SamplingParams:
         presence_penalty: subtracted from the logits of tokens generated at least once; 0 is none.
         frequency_penalty: subtracted once for every time a token was generated; 0 is none.
         seed: of the random generator; None draws a fresh one.
+        logit_bias: (token, what is added to its logit before all else); a token once at most.
 
     Raises:
         UsageError: a value is out of range; the message names the command line's flag.
@@ -75,6 +78,7 @@ class SamplingParams:
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
     seed: int | None = None
+    logit_bias: tuple[tuple[int, float], ...] = ()
 
     def __post_init__(self) -> None:
         t = self.temperature
@@ -107,18 +111,25 @@ class Sampler:
     Args:
         params: how to choose.
         prompt_ids: the prompt, which the repetition penalty counts as seen.
+        choice: which of several answers to one request this is. The random number of a token then depends on the seed,
+            the choice and the token's place in the answer alone (`KeyedUniform`), however the tokens before it came
+            about. None: they come one after another, as torch's generator gives them.
 
     Attributes:
         seed: the seed in use, also when params.seed was None.
     """
 
-    def __init__(self, params: SamplingParams, prompt_ids: Iterable[int] = ()) -> None:
+    def __init__(self, params: SamplingParams, prompt_ids: Iterable[int] = (), choice: int | None = None) -> None:
         self.params = params
         self.seed = secrets.randbits(63) if params.seed is None else params.seed
         self._greedy = params.temperature == 0
-        self._penalises = bool(params.repetition_penalty != 1 or params.presence_penalty or params.frequency_penalty)
+        self._penalises = bool(
+            params.logit_bias or params.repetition_penalty != 1 or params.presence_penalty or params.frequency_penalty
+        )
         # Seeded and read as torch.Generator and torch.rand do, so that a seed gives what it gives there.
         self._generator = np.random.RandomState(self.seed & 0xFFFFFFFF)._bit_generator
+        self._keyed = None if choice is None else KeyedUniform(self.seed, choice)
+        self._position = 0  # tokens that were counted
         self._seen = set(prompt_ids)
         self._generated: Counter[int] = Counter()
 
@@ -188,6 +199,7 @@ class Sampler:
 
     def _count(self, token: int) -> None:
         self._generated[token] += 1
+        self._position += 1
         self._seen.add(token)
 
     def _scores(self, logits: Logits, pending: Sequence[int] = ()) -> tuple[Scores, int]:
@@ -201,7 +213,7 @@ class Sampler:
         if not math.isfinite(scores[best]):
             raise KbitError(
                 f"the model produced logits that are not finite (maximum {scores[best]}) after "
-                f"{self._generated.total()} tokens: the weights are damaged, or a value overflowed; "
+                f"{self._position} tokens: the weights are damaged, or a value overflowed; "
                 "`kbit info MODEL` checks the file"
             )
         return scores, best
@@ -213,6 +225,8 @@ class Sampler:
             seen, generated = seen.union(pending), generated + Counter(pending)
         scores = scores.copy()
         with np.errstate(over="ignore"):  # a penalty beyond float32 is infinite
+            if p.logit_bias:
+                scores[[token for token, _ in p.logit_bias]] += np.array([b for _, b in p.logit_bias], np.float32)
             if p.repetition_penalty != 1 and seen:
                 ids = np.fromiter(seen, np.int64, len(seen))
                 # Ids beyond the logits cannot be generated, so they need no penalty.
@@ -264,6 +278,8 @@ class Sampler:
 
     def _uniform(self) -> float:
         """A number in [0, 1) with 53 random bits."""
+        if self._keyed is not None:
+            return self._keyed.at(self._position)
         high, low = self._generator.random_raw(2).tolist()
         return float(((high << 32 | low) & ((1 << 53) - 1)) * 2.0**-53)
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterable, Iterator
+from collections.abc import Sequence as Sequence_
 from dataclasses import dataclass
 
 import numpy as np
@@ -47,22 +48,35 @@ class Scheduler:
     Args:
         pool: the pages.
         batch_tokens: most tokens of a pass, but for a sequence that must be computed whole.
+        most_running: most sequences that have pages at once.
 
     Attributes:
         pool: as given.
         preemptions: how often a running sequence lost its pages.
     """
 
-    def __init__(self, pool: PagePool, batch_tokens: int = BATCH_TOKENS) -> None:
+    def __init__(self, pool: PagePool, batch_tokens: int = BATCH_TOKENS, most_running: int = BATCH_TOKENS) -> None:
         self.pool = pool
         self._batch_tokens = batch_tokens
+        self._most_running = most_running
         self._running: list[Sequence] = []  # in the order they came in
         self._waiting: deque[Sequence] = deque()
+        self._budget = batch_tokens  # of the pass that is being made
         self.preemptions = 0
 
     def __len__(self) -> int:
         """Sequences that have not been removed."""
         return len(self._running) + len(self._waiting)
+
+    @property
+    def running(self) -> Sequence_[Sequence]:
+        """Those that came in, the first first."""
+        return self._running
+
+    @property
+    def waiting(self) -> int:
+        """How many wait to come in, or to come in again."""
+        return len(self._waiting)
 
     @property
     def pending(self) -> int:
@@ -86,22 +100,27 @@ class Scheduler:
             self._waiting.remove(sequence)
         sequence.table.release()
 
-    def next_pass(self) -> Pass | None:
+    def next_pass(self, most: int | None = None) -> Pass | None:
         """The tokens to compute next, or None where every sequence waits for its next token to be appended.
+
+        Args:
+            most: tokens of this pass, in place of `batch_tokens` if that is more. Each text that is being written gets
+                its token all the same.
 
         Raises:
             UsageError: a sequence has grown beyond what the pool holds.
         """
         chosen: list[tuple[Sequence, int]] = []
-        budget = self._batch_tokens
+        budget = self._budget = self._batch_tokens if most is None else min(most, self._batch_tokens)
         # One token each for the texts being written, then prompts: stable, so in the order they came in.
         for sequence in sorted(self._running, key=lambda each: each.pending > 1):
             if sequence in self._running:  # it may have been stopped for one before it
-                count = self._admit(sequence, budget, {id(each) for each, _ in chosen})
+                room = max(budget, 1) if sequence.pending == 1 else budget
+                count = self._admit(sequence, room, {id(each) for each, _ in chosen})
                 if count:
                     chosen.append((sequence, count))
                     budget -= count
-        while self._waiting and budget > 0:
+        while self._waiting and budget > 0 and len(self._running) < self._most_running:
             sequence = self._waiting[0]
             has_room = self._has_room(sequence)  # and maybe the beginning of it, so less is pending
             count = self._fitting(sequence, budget)
@@ -135,8 +154,8 @@ class Scheduler:
     def _fitting(self, sequence: Sequence, budget: int) -> int:
         """Tokens of a sequence that a pass with so much room left takes."""
         if sequence.whole:
-            return sequence.pending if sequence.pending <= budget or budget == self._batch_tokens else 0
-        return min(sequence.pending, budget)
+            return sequence.pending if sequence.pending <= budget or budget == self._budget else 0
+        return max(0, min(sequence.pending, budget))
 
     def _take_a_page(self, sequence: Sequence, chosen: Iterable[int]) -> bool:
         """Frees pages for a running sequence: of those that wait, the last first; else of the latest to come in."""

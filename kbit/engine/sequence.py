@@ -61,7 +61,7 @@ class Sequence:
     def find_beginning(self) -> None:
         """Takes over pages of sequences that began alike; only for one that has none of its own."""
         if not self.whole and not self.table.pages:
-            self.table.match(self._page_keys(min(self.wanted_from, len(self.ids) - 1)))
+            self.table.match(self._page_keys(min(self.wanted_from, len(self.ids) - 1)), self.ids)
 
     def computed(self, count: int) -> int:
         """Counts `count` tokens that went through the model, the cache has counted them.
@@ -73,7 +73,7 @@ class Sequence:
         answered = max(0, stop - max(self.wanted_from, stop - count))
         self.wanted_from = max(self.wanted_from, stop)
         if not self.whole and stop // PAGE > (stop - count) // PAGE:
-            self.table.publish(self._page_keys(stop))
+            self.table.publish(self._page_keys(stop), self.ids)
         return answered
 
     def _page_keys(self, length: int) -> list[bytes]:

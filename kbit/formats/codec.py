@@ -217,6 +217,10 @@ class Codec(ABC):
             cut: rows anywhere; columns at multiples of `column_unit` (or at the end), see `check_cut`.
         """
 
+    def joinable(self, stored: Mapping[str, Array], shape: tuple[int, int]) -> tuple[Codec, Mapping[str, Array]]:
+        """The same values as arrays that can be put below those of other rows of the matrix, all but "codebook"."""
+        return self, stored
+
     def check_cut(self, shape: tuple[int, int], cut: Cut, name: str = "tensor") -> None:
         """
         Raises:

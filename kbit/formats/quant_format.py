@@ -267,6 +267,20 @@ class QuantFormat(Codec):
             return 8 // min(plane_widths(self.bits))
         return self.block_size  # a multiple of 16 codes, so of whole bytes at every width
 
+    def joinable(self, stored: Mapping[str, Array], shape: tuple[int, int]) -> tuple[QuantFormat, Mapping[str, Array]]:
+        """See Codec.joinable. Double-quantized scales become float32 scales of the same values."""
+        if not self.double_quant:
+            return self, stored
+        import numpy as np
+
+        arrays: dict[str, Any] = dict(stored)
+        blocks = self.blocks_per_row(shape[1])
+        run = np.arange(shape[0] * blocks).reshape(shape[0], blocks) // SUPERBLOCK
+        for kind in ("scales", "offsets"):
+            if kind in arrays:  # 8-bit integers times float32: exact in float32, in numpy as in torch
+                arrays[kind] = arrays[kind] * arrays.pop(f"{kind}_super")[run]
+        return replace(self, double_quant=False, scale_dtype="fp32"), arrays
+
     def cut(
         self, stored: Mapping[str, Array], shape: tuple[int, int], cut: Cut
     ) -> tuple[QuantFormat, Mapping[str, Array]]:
@@ -274,16 +288,10 @@ class QuantFormat(Codec):
         own; elsewhere, since these runs go on from row to row, they become float32 scales of the same values (3 bytes
         a block more).
         """
-        import numpy as np
-
-        arrays: dict[str, Any] = dict(stored)
+        arrays: Mapping[str, Any] = dict(stored)
         format, blocks = self, self.blocks_per_row(shape[1])
         if self.double_quant and (cut.dim == 1 or cut.start * blocks % SUPERBLOCK):
-            run = np.arange(shape[0] * blocks).reshape(shape[0], blocks) // SUPERBLOCK
-            for kind in ("scales", "offsets"):
-                if kind in arrays:  # 8-bit integers times float32: exact in float32, in numpy as in torch
-                    arrays[kind] = arrays[kind] * arrays[f"{kind}_super"][run]
-            format = replace(self, double_quant=False, scale_dtype="fp32")
+            format, arrays = self.joinable(stored, shape)
         parts = {}
         for suffix in format.parts(*cut.shape(shape)):
             array = arrays[suffix]

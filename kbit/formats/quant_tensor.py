@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -115,6 +115,19 @@ class QuantTensor:
         format, stored = self.format.cut(self.stored, self.shape, cut)
         rows, columns = cut.shape(self.shape)
         return QuantTensor(format, (rows, columns), {key: a.clone() for key, a in stored.items()}, self.codebook)
+
+
+def join_rows(parts: Sequence[QuantTensor]) -> QuantTensor:
+    """Parts of one matrix, cut along its rows, one below the other, with the same values."""
+    first = parts[0]
+    if len(parts) == 1:
+        return first
+    joinable = [part.format.joinable(part.stored, part.shape) for part in parts]
+    format, stored = joinable[0]
+    keys = [key for key in stored if key != "codebook"]
+    rows = {key: torch.cat([arrays[key] for _, arrays in joinable]) for key in keys}
+    shape = (sum(part.shape[0] for part in parts), first.shape[1])
+    return QuantTensor(format, shape, {key: rows.get(key, stored[key]) for key in stored}, first.codebook)
 
 
 def from_numpy(array: NDArray[Any], dtype: str) -> torch.Tensor:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 
 from kbit.graph.operations import (
     Activate,
@@ -33,6 +33,24 @@ def fuse(operations: Sequence[Operation], result: Symbol) -> list[Operation]:
     """
     operations = _fuse_residuals(_fuse_parts(operations, result), result)
     return _fuse_activations(_fuse_norms(operations, result), result)
+
+
+def without_sums(operations: Sequence[Operation]) -> list[Operation]:
+    """The same computation of one process: a sum over processes of what is no product, and without a bias, is that."""
+    products = {out for operation in operations if isinstance(operation, Project) for out in operation.outs}
+    same: dict[Symbol, Symbol] = {}
+    kept: list[Operation] = []
+    for operation in operations:
+        if isinstance(operation, SumParts) and operation.bias is None and operation.x not in products:
+            same[operation.out] = same.get(operation.x, operation.x)
+            continue
+        changes: dict[str, Symbol] = {}
+        for field in fields(operation):
+            value = getattr(operation, field.name)
+            if isinstance(value, Symbol) and value in same:
+                changes[field.name] = same[value]
+        kept.append(replace(operation, **changes) if changes else operation)  # type: ignore[arg-type]
+    return kept
 
 
 def _fuse_parts(operations: Sequence[Operation], result: Symbol) -> list[Operation]:
@@ -94,6 +112,7 @@ def _fuse_norms(operations: Sequence[Operation], result: Symbol) -> list[Operati
     waiting: dict[Symbol, Norm] = {}
     for operation in operations:
         whole = isinstance(operation, Norm) and operation.weight.shape[0] == operation.x.width
+        whole = whole and isinstance(operation, Norm) and operation.groups == 1
         if isinstance(operation, Norm) and whole and uses[operation.out] == 1 and operation.out in reader:
             # Until its reader runs, what it is a norm of must not become a sum.
             if overwritten.get(operation.x, len(operations)) > reader[operation.out]:

@@ -36,7 +36,8 @@ class Given:
 
 @dataclass(frozen=True, eq=False)
 class Norm:
-    """out = RMS norm of x, by runs of features as wide as the weight; or, centred, its LayerNorm, perhaps biased."""
+    """out = RMS norm of x, by runs of features as wide as the weight; or, centred, its LayerNorm, perhaps biased. With
+    several groups there are so many runs in the weight, too."""
 
     x: Symbol
     weight: Vector
@@ -44,6 +45,7 @@ class Norm:
     out: Symbol
     bias: Vector | None = None
     centred: bool = False
+    groups: int = 1
 
 
 @dataclass(frozen=True, eq=False)

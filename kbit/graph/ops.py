@@ -173,8 +173,11 @@ class Ops(Protocol[X]):
     def given(self, width: int) -> X:
         """What a pass brings of its tokens in place of ids (`Batch.features`): (..., width)."""
 
-    def norm(self, x: X, weight: Vector, eps: float) -> X:
-        """RMS normalisation over runs of D features, all K or a head's: x (..., K), weight (D,) -> (..., K)."""
+    def norm(self, x: X, weight: Vector, eps: float, groups: int = 1) -> X:
+        """RMS normalisation over runs of D features, all K or a head's: x (..., K), weight (D,) -> (..., K).
+
+        Several groups: over each of so many runs, for which the weight (K,) has numbers of their own.
+        """
 
     def layer_norm(self, x: X, weight: Vector, bias: Vector | None, eps: float) -> X:
         """LayerNorm over the features, with or without a bias: x (..., K), weight (K,), bias (K,) -> (..., K)."""

@@ -88,6 +88,7 @@ class PagePool:
         self._free = list(range(store.count - 1, -1, -1))  # the next to be taken is the last
         self._keys: dict[int, bytes] = {}  # of published pages
         self._published: dict[bytes, int] = {}
+        self._contents: dict[int, bytes] = {}  # the tokens of published pages, where they were given
         self._kept: OrderedDict[int, None] = OrderedDict()  # published pages nobody uses, the oldest first
 
     @property
@@ -165,18 +166,24 @@ class PagePool:
             self._withdraw(page)
         return page
 
-    def publish(self, page: int, key: bytes) -> None:
-        """Lets a full page be found by the key of its tokens. Where the key has a page already, that one stays."""
+    def publish(self, page: int, key: bytes, tokens: bytes | None = None) -> None:
+        """Lets a full page be found by the key of its tokens, and these themselves, where they are given. Where the key
+        has a page already, that one stays."""
         if page not in self._keys and key not in self._published:
             self._keys[page] = key
             self._published[key] = page
+            if tokens is not None:
+                self._contents[page] = tokens
 
-    def find(self, key: bytes) -> int | None:
-        """The page of a key, or None."""
-        return self._published.get(key)
+    def find(self, key: bytes, tokens: bytes | None = None) -> int | None:
+        """The page of a key, or None; also where it holds other tokens than these, of the same key by chance."""
+        page = self._published.get(key)
+        known = None if page is None else self._contents.get(page)
+        return None if tokens is not None and known is not None and known != tokens else page
 
     def _withdraw(self, page: int) -> None:
         del self._published[self._keys.pop(page)]
+        self._contents.pop(page, None)
 
 
 class BlockTable:
@@ -301,11 +308,12 @@ class BlockTable:
         """Gives back all pages; the table is empty then."""
         self.truncate(0)
 
-    def match(self, keys: Sequence[bytes]) -> int:
+    def match(self, keys: Sequence[bytes], tokens: Sequence[int] | None = None) -> int:
         """Takes over published pages for the beginning of an empty sequence.
 
         Args:
             keys: of its full pages (`prefix_keys`).
+            tokens: of the sequence; they are compared with those of the pages, where they are given.
 
         Returns:
             How many tokens are in the sequence by that.
@@ -315,8 +323,8 @@ class BlockTable:
         """
         if self.pages:
             raise ValueError("only an empty sequence can begin with pages of another")
-        for key in keys:
-            page = self._pool.find(key)
+        for index, key in enumerate(keys):
+            page = self._pool.find(key, _page_tokens(tokens, index))
             if page is None:
                 break
             self.pages.append(self._pool.share(page))
@@ -327,12 +335,13 @@ class BlockTable:
         self.version += 1
         return self.length
 
-    def publish(self, keys: Sequence[bytes]) -> None:
-        """Lets other sequences find this one's full pages, and the states kept at the ends of such; `keys` as for
-        `match`."""
+    def publish(self, keys: Sequence[bytes], tokens: Sequence[int] | None = None) -> None:
+        """Lets other sequences find this one's full pages, and the states kept at the ends of such; `keys` and `tokens`
+        as for `match`."""
         full = self.length // PAGE
-        for page, key in zip(self.pages[:full], keys, strict=False):
-            self._pool.publish(page, key)
+        for index, (page, key) in enumerate(zip(self.pages[:full], keys, strict=False)):
+            if self._pool.find(key) is None:
+                self._pool.publish(page, key, _page_tokens(tokens, index))
         for length, slot in self._snapshots.items():
             if length % PAGE == 0 and 0 < length // PAGE <= len(keys):
                 self._states.publish(slot, keys[length // PAGE - 1])
@@ -370,6 +379,13 @@ class BlockTable:
             del self.pages[index:]
             self._own_from = min(self._own_from, index)
             self.version += 1
+
+
+def _page_tokens(tokens: Sequence[int] | None, index: int) -> bytes | None:
+    """The tokens of a page of a text, as bytes."""
+    if tokens is None:
+        return None
+    return np.asarray(tokens[index * PAGE : (index + 1) * PAGE], dtype=np.int64).tobytes()
 
 
 def prefix_keys(tokens: Sequence[int], known: Sequence[bytes] = ()) -> list[bytes]:

@@ -70,11 +70,13 @@ class Recorder:
         self.operations.append(Given(out))
         return out
 
-    def norm(self, x: Symbol, weight: Vector, eps: float) -> Symbol:
-        if x.width % weight.shape[0]:
+    def norm(self, x: Symbol, weight: Vector, eps: float, groups: int = 1) -> Symbol:
+        if groups > 1:
+            _expect("the weight of a norm by groups", weight.shape[0], x.width)
+        if weight.shape[0] % groups or x.width % weight.shape[0]:
             raise ValueError(f"the weight of a norm has {weight.shape[0]} features, no divisor of {x.width}")
         out = Symbol(x.width)
-        self.operations.append(Norm(x, weight, eps, out))
+        self.operations.append(Norm(x, weight, eps, out, groups=groups))
         return out
 
     def layer_norm(self, x: Symbol, weight: Vector, bias: Vector | None, eps: float) -> Symbol:

@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 from kbit.graph.experts import Experts, Mixture
 from kbit.graph.ops import Attention, Ops, Vector, Weight, X
 from kbit.models.latent import latent_heads, latent_values
-from kbit.models.mixers import convolved, scanned, together
-from kbit.models.params import CROSS_KV, SHARED, attention_inputs, expert_slots, gate_up
+from kbit.models.mixers import convolved, scaled, scanned, together
+from kbit.models.params import CROSS_KV, attention_inputs, expert_slots, gate_up, shared_inputs
 from kbit.models.spec import SQUARED, ModelSpec
 
 
@@ -61,7 +61,10 @@ def layer(
     """
     if spec.parallel:
         return _parallel(ops, spec, weights, index, x, by_distance)
-    x = attention(ops, spec, weights, index, x, by_distance)
+    if not spec.mixing or spec.mixing[index]:
+        x = attention(ops, spec, weights, index, x, by_distance)
+    if not spec.has_mlp(index):
+        return x
     if spec.encoder is not None:
         x = cross(ops, spec, weights, index, x)
     if spec.has_experts(index):
@@ -82,7 +85,10 @@ def attention(ops: Ops[X], spec: ModelSpec, weights: Weights, index: int, x: X, 
         out, inner = _recurrent(ops, spec, weights, index, normed)
         return _added(ops, spec, weights, out, "attention_post_norm", inner, x)
     seen = _attended(ops, spec, weights, index, normed, by_distance)
-    x = _added(ops, spec, weights, "o", "attention_post_norm", seen, x)
+    if spec.scan_beside is not None:
+        said = scanned(ops, spec, spec.scan_beside, weights, index, normed)
+        x = _added(ops, spec, weights, "scan_out", "attention_post_norm", said, x, spec.scan_beside.out)
+    x = _added(ops, spec, weights, "o", "attention_post_norm", seen, x, spec.multipliers.output)
     return norm(ops, spec, weights, "attention_sum_norm", x)
 
 
@@ -185,7 +191,7 @@ def _recurred(ops: Ops[X], spec: ModelSpec, weights: Weights, index: int, normed
 def mlp(ops: Ops[X], spec: ModelSpec, weights: Weights, x: X) -> X:
     """x + MLP(norm(x)), and norms of what is added and of the sum where the model has them: (..., hidden)."""
     inner = _features(ops, spec, weights, norm(ops, spec, weights, "mlp_norm", x))
-    x = _added(ops, spec, weights, "down", "mlp_post_norm", inner, x)
+    x = _added(ops, spec, weights, "down", "mlp_post_norm", inner, x, spec.multipliers.down)
     return norm(ops, spec, weights, "mlp_sum_norm", x)
 
 
@@ -196,12 +202,14 @@ def mixture(ops: Ops[X], spec: ModelSpec, weights: Weights, x: X) -> X:
     inner, router = norm(ops, spec, weights, "mlp_norm", x), weights.linear("router")
     out = _of_experts(ops, spec, weights, inner, ops.linear(router.weight, inner, router.bias))
     if experts.shared_width:
-        gate, up = together(ops, weights, SHARED, inner)
-        shared = ops.linear(weights.matrices["shared_down"], ops.activate(gate, up, spec.activation))
+        gate, *up = together(ops, weights, shared_inputs(spec), inner)
+        down = weights.linear("shared_down")
+        shared = ops.linear(down.weight, _activated(ops, spec, gate, up), down.bias)
         switch = weights.matrices.get("shared_switch")
         if switch is not None:
             shared = ops.sigmoid_gate(shared, ops.linear(switch, inner))
         out = ops.add(out, shared)
+    out = ops.sum_parts(out)
     return _to_residual(ops, spec, weights, "mlp_post_norm", out, x)
 
 
@@ -213,7 +221,7 @@ def mixture_beside(ops: Ops[X], spec: ModelSpec, weights: Weights, x: X) -> X:
     dense = norm(ops, spec, weights, "mlp_own_norm", ops.sum_parts(ops.linear(down.weight, inner), down.bias))
     routed = ops.norm(x, weights.norms["router_scale"], spec.norm_eps)
     logits = ops.scale(ops.linear(weights.matrices["router"], routed), float(spec.hidden_size**-0.5))
-    mixed = _of_experts(ops, spec, weights, norm(ops, spec, weights, "experts_norm", x), logits)
+    mixed = ops.sum_parts(_of_experts(ops, spec, weights, norm(ops, spec, weights, "experts_norm", x), logits))
     out = ops.add(dense, norm(ops, spec, weights, "experts_post_norm", mixed))
     return _to_residual(ops, spec, weights, "mlp_post_norm", out, x)
 
@@ -223,7 +231,10 @@ def _of_experts(ops: Ops[X], spec: ModelSpec, weights: Weights, inner: X, logits
     experts = spec.experts
     assert experts is not None
     slots = expert_slots(experts.routing.experts)
-    gates, ups, downs = (weights.linears(column) for column in zip(*slots, strict=True))
+    columns = list(zip(*slots, strict=True))
+    # (Without gates the square of a relu is a relu times what it is of.)
+    gates, ups, downs = (weights.linears(columns[at if spec.names.expert_gate else max(at, 1)]) for at in range(3))
+    activation = "relu" if spec.activation == SQUARED else spec.activation
     parameters = Experts(
         gates=tuple(linear.weight for linear in gates),
         ups=tuple(linear.weight for linear in ups),
@@ -234,12 +245,17 @@ def _of_experts(ops: Ops[X], spec: ModelSpec, weights: Weights, inner: X, logits
         selection_bias=weights.biases.get("selection_bias"),
         scales=weights.biases.get("expert_scales"),
     )
-    return ops.experts(inner, logits, parameters, Mixture(experts.routing, spec.activation, experts.clamp))
+    return ops.experts(inner, logits, parameters, Mixture(experts.routing, activation, experts.clamp))
 
 
 def _features(ops: Ops[X], spec: ModelSpec, weights: Weights, normed: X) -> X:
     """The MLP, but for its last linear: (..., hidden) -> (..., intermediate)."""
     gate, *up = together(ops, weights, gate_up(spec), normed)
+    return _activated(ops, spec, scaled(ops, gate, spec.multipliers.gate), up)
+
+
+def _activated(ops: Ops[X], spec: ModelSpec, gate: X, up: list[X]) -> X:
+    """act(gate) up, or act(gate) where there is no up: (..., intermediate)."""
     if spec.activation == SQUARED:
         return ops.activate(gate, gate, "relu")
     return ops.activate(gate, up[0] if up else None, spec.activation)
@@ -332,11 +348,13 @@ def _normalised(ops: Ops[X], spec: ModelSpec, weights: Weights, q: X, k: X | Non
     return q, k if of_k is None or k is None else ops.norm(k, of_k, spec.norm_eps)
 
 
-def _added(ops: Ops[X], spec: ModelSpec, weights: Weights, slot: str, post_norm: str, inner: X, x: X) -> X:
+def _added(
+    ops: Ops[X], spec: ModelSpec, weights: Weights, slot: str, post_norm: str, inner: X, x: X, factor: float = 1.0
+) -> X:
     """A block's last linear, of which every process has a part, on the residual stream: (..., hidden)."""
     linear = weights.linear(slot)
     out = ops.sum_parts(ops.linear(linear.weight, inner), linear.bias)
-    return _to_residual(ops, spec, weights, post_norm, out, x)
+    return _to_residual(ops, spec, weights, post_norm, scaled(ops, out, factor), x)
 
 
 def with_features(ops: Ops[X], spec: ModelSpec, weights: Weights, x: X, own: X) -> X:

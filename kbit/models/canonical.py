@@ -94,7 +94,7 @@ def canonical(source: CheckpointSource) -> CheckpointSource:
     """
     try:
         family = family_of(FAMILIES, source.config, f"config of {source.path}")
-        renames = bool(family.layout.prefix or family.layout.renamed)
+        renames = bool(family.layout.prefix or family.layout.renamed or family.layout.unused)
         if not family.layout.changes and not renames:
             return source
         spec = spec_from_config(source.config, where=f"config of {source.path}")
@@ -163,7 +163,7 @@ class CanonicalSource(StoredSource):
             alone = piece.stored == name and piece.places is None and not piece.run
             shape = info.shape if alone else (shapes[name][0], *info.shape[1:])
             if piece.expert is not None or piece.flat:
-                shape = shapes[name] if piece.expert is not None else (info.shape[0], math.prod(info.shape[1:]))
+                shape = shapes[name] if piece.expert is not None else _flat(info.shape, len(shapes[name]))
             elif piece.transposed and len(info.shape) == 2:
                 shape = (info.shape[1] if piece.stored == name else shapes[name][0], info.shape[0])
             made = replace(info, name=name, shape=shape)
@@ -195,6 +195,8 @@ class CanonicalSource(StoredSource):
             matrix = self._source.read_array_rows(piece.stored, 0, columns)
             return np.ascontiguousarray(matrix[:, piece.first + start : piece.first + stop].T)
         if piece.flat:
+            if len(self._infos[name].shape) == 1:
+                return self._source.read_array_rows(piece.stored, 0, 1).reshape(-1)[start:stop].copy()
             rows_read = self._source.read_array_rows(piece.stored, start, stop)
             return np.ascontiguousarray(rows_read.reshape(stop - start, -1))
         if piece.scattered and start < stop:
@@ -251,6 +253,13 @@ class CanonicalSource(StoredSource):
 
     def close(self) -> None:
         self._source.close()
+
+
+def _flat(shape: tuple[int, ...], axes: int) -> tuple[int, ...]:
+    """A published shape with one axis, the last, or with two."""
+    if axes == 1:
+        return shape[1:] if shape[:1] == (1,) else shape
+    return shape[0], math.prod(shape[1:])
 
 
 def _of_rows(whole: StoredMatrix, format: QuantFormat, places: NDArray[np.int64]) -> StoredMatrix | None:
@@ -368,7 +377,7 @@ def _pieces(source: CheckpointSource, spec: ModelSpec, layout: Layout) -> dict[s
         stored = pieces.get(p.name, _Piece(p.name)).stored
         if stored not in source.tensors:
             continue  # whoever checks the tensors says so
-        if p.slot in layout.flattened and p.name.endswith(".weight"):
+        if p.slot in layout.flattened and (p.role != "bias" or p.name.rpartition(".")[2] != "bias"):
             pieces[p.name] = _Piece(p.name, flat=True)
         if layout.transposed and p.role == "linear" and p.name not in pieces:
             pieces[p.name] = _Piece(p.name, transposed=True)

@@ -6,6 +6,7 @@ Without torch, so that planning and `kbit info` stay quick; only comparing a tie
 from __future__ import annotations
 
 from collections.abc import Collection
+from dataclasses import replace
 
 from kbit.checkpoint.compare import same_values
 from kbit.checkpoint.source import CheckpointSource
@@ -14,6 +15,7 @@ from kbit.host.errors import CheckpointError, UnsupportedError
 from kbit.models.canonical import check_canonical
 from kbit.models.config_values import shown
 from kbit.models.spec import ModelSpec
+from kbit.models.task_heads import HIDDEN
 
 
 class NeedsSourceError(UnsupportedError):
@@ -81,6 +83,16 @@ def check_tensors(
             )
 
 
+def stored_spec(source: CheckpointSource, spec: ModelSpec) -> ModelSpec:
+    """A model as it is stored: without the head on its hidden states that its configuration names, where the checkpoint
+    lacks some of it, as all-mpnet-base-v2 does."""
+    whole = spec.encoder is not None or spec.expected_tensors().keys() <= source.tensors.keys()
+    if whole:
+        return spec
+    headless = replace(spec, task=HIDDEN)
+    return headless if headless.expected_tensors().keys() <= source.tensors.keys() else spec
+
+
 def _optional(source: CheckpointSource, spec: ModelSpec) -> set[str]:
     """Tensors that an encoder-decoder may have: what is added to its logits, and copies of computed tables.
 
@@ -100,22 +112,30 @@ def _optional(source: CheckpointSource, spec: ModelSpec) -> set[str]:
     return {*found, bias}
 
 
-def check_continues(spec: ModelSpec, where: str) -> None:
+def check_continues(spec: ModelSpec, where: str, instead: str | None = None) -> None:
     """Raise where a model predicts no next token.
+
+    Args:
+        spec: what it is.
+        where: it is.
+        instead: what to do with such models, where that is not to run or measure them.
 
     Raises:
         UnsupportedError: naming the commands that run it; NeedsSourceError of an encoder-decoder.
     """
+    if instead is not None and (spec.encoder is not None or spec.task is not None):
+        raise UnsupportedError(f"{where}: a {spec.family} model does not go on with texts; {instead}")
     if spec.encoder is not None:
         raise NeedsSourceError(
             f"{where}: a {spec.family} model writes a text that belongs to another one, and goes on with none: use "
             "kbit translate, kbit summarize or kbit run, and kbit eval --data PAIRS.tsv"
         )
     if spec.task is not None:
-        commands = {"mask": "fill or embed", "sequence": "classify", "tokens": "classify", "span": "answer"}
+        embedding = "embed, and kbit eval --tasks stsb"
+        commands = {"mask": f"fill or {embedding}", "sequence": "classify", "tokens": "classify", "span": "answer"}
         raise UnsupportedError(
             f"{where}: this {spec.family} model predicts no next token, so it cannot go on with a text or be measured "
-            f"by that; use kbit {commands.get(spec.task.kind, 'embed')}"
+            f"by that; use kbit {commands.get(spec.task.kind, embedding)}"
         )
 
 

@@ -56,7 +56,12 @@ def slopes(heads: int) -> NDArray[np.float32]:
     return np.array(found, dtype=np.float32)
 
 
-def by_slope(heads: int, reach: int) -> NDArray[np.float32]:
-    """What `Ops.self_attention` adds to scores with ALiBi, for distances up to `reach`: (H (2 reach + 1),)."""
+def by_slope(heads: int, reach: int, factor: float = 1.0) -> NDArray[np.float32]:
+    """What `Ops.self_attention` adds to scores with ALiBi, for distances up to `reach`: (H (2 reach + 1),).
+
+    Args:
+        factor: on all slopes.
+    """
     distances = np.arange(-reach, reach + 1, dtype=np.float32)
-    return (slopes(heads)[:, None] * distances).reshape(-1)
+    found: NDArray[np.float32] = np.float32(factor) * slopes(heads)[:, None] * distances
+    return found.reshape(-1)

@@ -18,6 +18,9 @@ _MIN_FACTOR, _MAX_FACTOR = 1e-9, 1e9
 # Of what the best are chosen, by `topk_method`.
 _METHODS = {"greedy": "all", "group_limited_greedy": "groups"}
 
+# Keys that count shared experts.
+_SHARED_COUNTS = ("n_shared_experts", "num_shared_experts", "moe_num_shared_experts")
+
 # Bytes beyond which the matrices of a hostile configuration are not even listed.
 _MAX_MATRICES = 1 << 20
 
@@ -33,14 +36,15 @@ class ExpertRules:
         switch: the key that says whether there are any; None: there are.
         layers: which have experts: "all"; "stepped" (every `decoder_sparse_step`-th, but for `mlp_only_layers`);
             "later" (from `first_k_dense_replace` on, or what `first` names); "listed" (`mlp_layer_types` says "sparse";
-            all but the first).
+            all but the first); "typed" (`layer_types` says "moe"); "spaced" (from
+            `moe_layer_start_index` to `moe_layer_end_index`, every `moe_layer_interval`-th).
         first: with "later", the key of the first layer that has some.
         score, grouped: see `kbit.graph.experts.Routing`; grouped: `n_group` and `topk_group` are read.
         group_score: see `kbit.graph.experts.Routing`; or the key of the method, "greedy" (of all experts) or
             "group_limited_greedy" (of the groups with the best ones).
         normalise: fixed, or the key that says.
         scale: the key of the factor on the chosen experts' scores.
-        shared: key of the shared expert's width; or "n_shared_experts", of which each is as wide as an expert.
+        shared: key of the shared expert's width, or of how many there are (_SHARED_COUNTS), each as wide as an expert.
         router_bias, selection_bias, bias, beside: see `kbit.models.spec.ExpertsSpec`; the second may be the key that
             says.
         optional: a count of 0 says that there are none.
@@ -51,7 +55,7 @@ class ExpertRules:
     width: str = "moe_intermediate_size"
     chosen: str = "num_experts_per_tok"
     switch: str | None = None
-    layers: Literal["all", "stepped", "later", "listed"] = "all"
+    layers: Literal["all", "stepped", "later", "listed", "typed", "spaced"] = "all"
     first: str = "first_k_dense_replace"
     score: Literal["softmax", "sigmoid", "softmax_of_chosen"] = "softmax"
     normalise: bool | str = True
@@ -93,8 +97,8 @@ def experts_of(rules: ExpertRules, values: ConfigValues, layers: int) -> Experts
     chosen = values.integer(rules.chosen, 1, count)
     width = values.integer(rules.width, 1, _MAX_WIDTH)
     shared = 0
-    if rules.shared == "n_shared_experts":
-        shared = width * values.integer(rules.shared, 0, _MAX_EXPERTS)
+    if rules.shared in _SHARED_COUNTS:
+        shared = width * values.integer(str(rules.shared), 0, _MAX_EXPERTS)
     elif rules.shared is not None:
         shared = values.integer(rules.shared, 1, _MAX_WIDTH)
     have = _layers(rules, values, layers)
@@ -136,6 +140,15 @@ def _layers(rules: ExpertRules, values: ConfigValues, layers: int) -> tuple[bool
     if rules.layers == "later":
         first = values.integer(rules.first, 0, _MAX_LAYERS)
         return tuple(layer >= first for layer in range(layers))
+    if rules.layers == "typed":
+        return tuple(kind == "moe" for kind in values.raw("layer_types"))
+    if rules.layers == "spaced":
+        first, last, step = (
+            values.integer(f"moe_layer_{key}", low, _MAX_LAYERS)
+            for key, low in (("start_index", 0), ("end_index", -1), ("interval", 1))
+        )
+        last = layers - 1 if last == -1 else last
+        return tuple(first <= layer <= last and (layer + 1) % step == 0 for layer in range(layers))
     if rules.layers == "listed":
         return _listed(values, layers)
     if rules.layers == "all":

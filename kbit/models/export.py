@@ -15,11 +15,14 @@ import torch
 from kbit.checkpoint.source import CANONICAL, CheckpointSource
 from kbit.checkpoint.writer import DEFAULT_SHARD_BYTES, CheckpointWriter, StoredWeight
 from kbit.formats.codec import Part
-from kbit.host.errors import KbitError, UnsupportedError
-from kbit.models.check import check_tensors
+from kbit.host.errors import KbitError
+from kbit.models.check import check_tensors, stored_spec
 from kbit.models.families import FAMILIES, spec_from_config
 from kbit.models.family import Family, family_of
+from kbit.models.params import Parameter
+from kbit.models.published import Part as PublishedPart
 from kbit.models.published import PublishedTensor, StackedTensor, published_tensors
+from kbit.models.spec import ModelSpec
 
 # What values can be written as: safetensors' name, torch's type, and its name in configurations.
 DTYPES = {
@@ -74,11 +77,11 @@ def export_safetensors(
     """
     where = f"config of {source.path}"
     family, spec = family_of(FAMILIES, source.config, where), spec_from_config(source.config, where=where)
-    if spec.task is not None or spec.encoder is not None:
-        raise UnsupportedError(f"{source.path}: {spec.family} models are not exported; kbit exports decoders")
+    if spec.task is not None:  # (of a decoder, a head that is missing is missed)
+        spec = stored_spec(source, spec)
     check_tensors(source, spec)
     stored_as, _, name_of_type = DTYPES[dtype]
-    tensors = published_tensors(spec, family.layout)
+    tensors = (*published_tensors(spec, family.layout), *_beside(source, spec))
     weights = [StoredWeight(tensor.name, {tensor.name: Part(stored_as, tensor.shape)}) for tensor in tensors]
     identity = json.dumps(["export", source.fingerprint(), dtype, shard_bytes])
     plan_id = hashlib.sha256(identity.encode()).hexdigest()
@@ -93,6 +96,18 @@ def export_safetensors(
                 progress(done, total)
         writer.finish(published_config(source, family, name_of_type), source.sidecar_files(), {"exported": dtype})
         return Exported(writer.nbytes, len(tensors), relative_error(squares))
+
+
+def _beside(source: CheckpointSource, spec: ModelSpec) -> Iterator[PublishedTensor]:
+    """What an encoder-decoder may have beside its parameters, and has here: what is added to its logits, and tables of
+    positions that are computed as well."""
+    if spec.encoder is None:
+        return
+    names = [f"{stack.names.positions}.weight" for stack in (spec.encoder, spec) if stack.sinusoids is not None]
+    for name in dict.fromkeys(filter(None, (spec.names.logit_bias, *names))):
+        if name in source.tensors:
+            shape = source.tensors[name].shape
+            yield PublishedTensor(name, shape, (PublishedPart(Parameter(name, "beside", None, "rows", shape)),))
 
 
 def published_config(source: CheckpointSource, family: Family, dtype: str) -> dict[str, Any]:

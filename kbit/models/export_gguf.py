@@ -114,7 +114,7 @@ def export_gguf(
         return _copy(source, out, overwrite, progress)
     spec = spec_from_config(source.config, where=f"config of {where}")
     if spec.task is not None or spec.encoder is not None:
-        raise UnsupportedError(f"{where}: {spec.family} models are not exported; kbit exports decoders")
+        raise UnsupportedError(f"{where}: {spec.family} models are exported with --to safetensors only")
     check_tensors(source, spec)
     arch = settings.architecture_of(spec, where)
     if arch.qk_optional and spec.names.q_norm is None:

@@ -110,7 +110,7 @@ def export_compressed_tensors(
     where = f"config of {source.path}"
     family, spec = family_of(FAMILIES, source.config, where), spec_from_config(source.config, where=where)
     if spec.task is not None or spec.encoder is not None:
-        raise UnsupportedError(f"{source.path}: {spec.family} models are not exported; kbit exports decoders")
+        raise UnsupportedError(f"{source.path}: {spec.family} models are exported with --to safetensors only")
     target = None if requantize is None else Grid.parse(requantize)
     check_tensors(source, spec)
     entries = _plan(source, published_tensors(spec, family.layout), dtype, target)

@@ -6,6 +6,7 @@ import struct
 from typing import TYPE_CHECKING
 
 from kbit.models.config_values import ConfigValues
+from kbit.models.mixer_specs import Multipliers
 
 if TYPE_CHECKING:
     from kbit.models.family import Family
@@ -14,7 +15,7 @@ if TYPE_CHECKING:
 ROOT_OF_WIDTH = "sqrt(hidden_size)"
 
 # Bounds that keep multipliers, caps and their inverses finite in float32.
-_MIN_FACTOR, _MAX_FACTOR = 1e-9, 1e9
+_MIN_FACTOR, _MAX_FACTOR = FACTORS = 1e-9, 1e9
 
 
 def factor(key: str | None, values: ConfigValues) -> float:
@@ -34,6 +35,35 @@ def score_scale(family: Family, values: ConfigValues) -> float | None:
     if family.score_scale is None or isinstance(family.score_scale, float):
         return family.score_scale
     return factor(family.score_scale, values)
+
+
+def numbers(values: ConfigValues, key: str, count: int) -> tuple[float, ...]:
+    """A list of factors; where there is none, they are 1.
+
+    Raises:
+        CheckpointError: no list of so many numbers.
+    """
+    found = values.raw(key)
+    if found is None:
+        return (1.0,) * count
+    numeric = isinstance(found, list | tuple) and all(type(one) in (int, float) for one in found)
+    if not numeric or len(found) != count or not all(_MIN_FACTOR < one < _MAX_FACTOR for one in found):
+        raise values.error(key, f"a list of {count} numbers above {_MIN_FACTOR:g} and below {_MAX_FACTOR:g}")
+    return tuple(float(one) for one in found)
+
+
+def multipliers(values: ConfigValues) -> Multipliers:
+    """Falcon-H1's factors inside of layers. That on what attention reads is on what it makes, as values are made of
+    that alone; its part in scores is in `multiplied_scores`."""
+    gate, down = numbers(values, "mlp_multipliers", 2)
+    output = factor("attention_in_multiplier", values) * factor("attention_out_multiplier", values)
+    return Multipliers(output, gate, down)
+
+
+def multiplied_scores(values: ConfigValues, head_dim: int) -> float:
+    """Falcon-H1's factor on dot products: on queries and keys, as they read the same, and on keys."""
+    into = factor("attention_in_multiplier", values)
+    return float(into**2 * factor("key_multiplier", values) * head_dim**-0.5)
 
 
 def residual_multiplier(family: Family, values: ConfigValues, layers: int) -> float:

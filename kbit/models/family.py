@@ -26,17 +26,20 @@ from kbit.models.factors_config import (
     cap,
     embedding_multiplier,
     logit_multiplier,
+    multiplied_scores,
+    multipliers,
     residual_multiplier,
     root,
     score_scale,
 )
 from kbit.models.foreign_keys import FOREIGN_KEYS
-from kbit.models.latent_config import LatentRules, check_turned, latent_scale, read_latent
+from kbit.models.latent_config import Latent, LatentRules, check_turned, latent_scale, read_latent
 from kbit.models.layer_shapes import LayerShape, ShapeRules, layer_shapes
 from kbit.models.layer_types import Rotated, Windows, rotated_layers, windows_of
 from kbit.models.layout import Layout
+from kbit.models.mixer_specs import Multipliers
 from kbit.models.rope_config import DEFAULT_THETA, RopeRules, Ropes, ropes_from_config
-from kbit.models.scan_config import Scanned, scan_of
+from kbit.models.scan_config import Scanned, mixing_of, scan_of
 from kbit.models.spec import MAX_CONTEXT, SQUARED, ModelSpec, RopeSpec, Sinusoids, SoundSpec
 from kbit.models.stack_config import distances_of, names_of, with_fallbacks
 from kbit.models.task_config import position_table, read_task, token_types
@@ -104,6 +107,7 @@ class Family:
             of padding.
         sinusoids, sloped: see ModelSpec.
         distances: see ModelSpec; fixed, or the keys that say.
+        slopes_scaled: what falls with the distance is multiplied by D^-0.5, as scores are.
         even_slopes: slopes are known of a power of two heads alone.
         unnormed: see ModelSpec.
         extra_positions: rows that the table of positions has beside max_position_embeddings.
@@ -125,6 +129,7 @@ class Family:
         fallbacks: keys that say what others do not, where these are absent or null.
         shared: the key that says whether encoder and decoder have one embedding, and its name then.
         plain_up: the name of `up` where the activation's name does not begin with "gated-": then there is no gate.
+        multiplied: there are Falcon-H1's factors inside of layers (`kbit.models.factors_config`).
         key_bias, sound: see ModelSpec; sound: the key of its frames' features.
         variants: (key, value, family): what a configuration of this model_type is where a key has a value, the first
             that it has.
@@ -174,6 +179,7 @@ class Family:
     sinusoids: Sinusoids | None = None
     distances: tuple[int, int] | tuple[str, str] | None = None
     sloped: bool = False
+    slopes_scaled: bool = False
     even_slopes: bool = False
     unnormed: tuple[int, ...] = ()
     extra_positions: int = 0
@@ -184,7 +190,7 @@ class Family:
     latent: LatentRules | None = None
     depth_scale: str | None = None
     logit_width: str | None = None
-    head_bias: bool = False
+    head_bias: bool | str = False
     variants: tuple[tuple[str, object, Family], ...] = ()
     task: TaskHead | None = None
     heads: Mapping[str, TaskHead] = field(default_factory=dict)
@@ -195,6 +201,7 @@ class Family:
     fallbacks: Mapping[str, str] = field(default_factory=dict)
     shared: tuple[str, str] | None = None
     plain_up: str | None = None
+    multiplied: bool = False
     key_bias: bool = True
     sound: str | None = None
 
@@ -311,7 +318,7 @@ def _read_stack(family: Family, values: ConfigValues) -> ModelSpec:
         window_rope=ropes.window_rope,
         qk_norm=family.qk_norm,
         norm_rotated=family.norm_rotated,
-        score_scale=score_scale(family, values) if latent is None else latent_scale(latent, ropes.rope),
+        score_scale=_score_scale(family, values, latent, ropes, head_dim),
         score_cap=cap(family.score_cap, values),
         logit_cap=cap(family.logit_cap, values),
         embedding_multiplier=embedding_multiplier(family, values, hidden),
@@ -328,9 +335,10 @@ def _read_stack(family: Family, values: ConfigValues) -> ModelSpec:
         sinusoids=family.sinusoids,
         distances=distances_of(family, values),
         sloped=family.sloped,
+        slope_factor=float(head_dim**-0.5) if family.slopes_scaled else 1.0,
         unnormed=family.unnormed,
         parallel=_switch(family.parallel, values),
-        head_bias=family.head_bias,
+        head_bias=_switch(family.head_bias, values),
         task=read_task(family, values, _ACTIVATIONS, norm_bias),
         latent=None if latent is None else latent.spec,
         shapes=shapes,
@@ -339,9 +347,12 @@ def _read_stack(family: Family, values: ConfigValues) -> ModelSpec:
         layer_tokens=feature_rows,
         layer_multiplier=root(values, features) if features else 1.0,
         key_bias=family.key_bias,
+        multipliers=multipliers(values) if family.multiplied else Multipliers(),
+        mixing=mixing_of(values, layers) if family.scan == "mixed" else (),
         sound=None if family.sound is None else SoundSpec(values.integer(family.sound, 1, _MAX_WIDTH)),
     )
-    if spec.activation == SQUARED and (names.gate is not None or spec.experts is not None):
+    gated = names.gate is not None or (spec.experts is not None and names.expert_gate is not None)
+    if spec.activation == SQUARED and gated:
         raise UnsupportedError(f"{values.where}: {family.activation} {SQUARED!r} is supported for MLPs without a gate")
     return spec
 
@@ -361,7 +372,10 @@ def family_of(families: Mapping[str, Family], config: Mapping[str, Any], where: 
     if model_type is not None and not isinstance(model_type, str):
         raise CheckpointError(f"{where}: model_type is {shown(model_type)}; it should be a name")
     if not model_type and not architectures:
-        raise CheckpointError(f"{where}: model_type is missing, so the kind of model is unknown")
+        raise CheckpointError(
+            f'{where}: model_type is missing, so the kind of model is unknown: add it, for example "model_type": '
+            '"bert", and "architectures": ["BertForMaskedLM"], which old versions of transformers did not write'
+        )
     supported = f"kbit runs {', '.join(families)}"
     if not model_type:
         for family in families.values():
@@ -387,6 +401,15 @@ def _intermediate_size(family: Family, values: ConfigValues, hidden: int) -> int
         return values.integer(family.experts.width, 1, _MAX_WIDTH)  # no layer has a plain MLP
     width = values.integer(family.mlp_width, 1, _MAX_WIDTH)
     return adjusted_width(values, width) if family.adjusted else width
+
+
+def _score_scale(
+    family: Family, values: ConfigValues, latent: Latent | None, ropes: Ropes, head_dim: int
+) -> float | None:
+    """The factor on dot products; None: D^-0.5."""
+    if family.multiplied:
+        return multiplied_scores(values, head_dim)
+    return score_scale(family, values) if latent is None else latent_scale(latent, ropes.rope)
 
 
 def _switch(setting: bool | str, values: ConfigValues) -> bool:

@@ -12,7 +12,7 @@ from kbit.models.spec import MAX_CONTEXT
 Windows = Literal[
     "none", "all", "switched", "chosen", "listed", "period", "period from 0", "period, full at the end", "runs"
 ]
-Rotated = Literal["all", "listed", "windowed", "typed"]
+Rotated = Literal["all", "listed", "windowed", "slid", "typed"]
 FULL, SLIDING, LINEAR, CONV = "full_attention", "sliding_attention", "linear_attention", "conv"
 
 
@@ -69,7 +69,8 @@ def rotated_layers(rotated: Rotated, values: ConfigValues, windows: Sequence[int
 
     Args:
         rotated: "all"; "listed" (`no_rope_layers`, where 1 means that a layer *does*, or all but every
-            `no_rope_layer_interval`-th); "windowed" (those with a window, or all where none has); "typed" (all, if
+            `no_rope_layer_interval`-th); "windowed" (those with a window, or all where none has); "slid" (those
+            with a window, and no other); "typed" (all, if
             `position_embedding_type` is "rope", else none).
         values: the configuration.
         windows: of every layer.
@@ -79,7 +80,8 @@ def rotated_layers(rotated: Rotated, values: ConfigValues, windows: Sequence[int
     """
     layers = len(windows)
     turns = (True,) * layers
-    if rotated == "windowed" and values.optional_integer("sliding_window", 1, MAX_CONTEXT) is not None:
+    some = rotated == "windowed" and values.optional_integer("sliding_window", 1, MAX_CONTEXT) is not None
+    if some or rotated == "slid":
         turns = tuple(window is not None for window in windows)
     elif rotated == "typed":
         kind = values.raw("position_embedding_type")

@@ -47,8 +47,8 @@ class Layout:
         by_head: of these, each head's rows of one slot after the other, not all rows of one slot.
         not_by_head: of these nevertheless all rows of one slot after the other.
         grouped: published matrices that hold several by group, by name likewise.
-        flattened: slots of matrices that are published with further axes behind that of their inputs, which all
-            together are the canonical columns.
+        flattened: slots of tensors that are published with more axes: of a matrix the last ones are its columns, of a
+            vector the first has one place.
         transposed: matrices inside of layers are published as (inputs, outputs).
         interleaved: pairs of features that turn together lie side by side (2 i, 2 i + 1), not half of what turns apart.
         turned_last: what turns of a query's head comes after what does not.

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from math import isfinite
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from kbit.checkpoint.finite import not_finite, read_array, read_stored
 from kbit.checkpoint.source import CheckpointSource, StoredSource
@@ -174,6 +174,9 @@ class _Loader:
             else:
                 vectors = norms if parameter.role == "norm" else biases
                 vectors[parameter.slot] = self._vector(parameter.name)
+        steps = 1.0 if self.spec.scan is None else self.spec.scan.steps
+        if steps != 1.0 and "scan_steps" in biases:  # which are multiplied with them, once this is added
+            biases["scan_steps"] = _times(biases["scan_steps"], 1.0 / steps)
         return Weights(matrices, norms, biases)
 
     def _weight(self, name: str, *, lookup: bool = False) -> Weight:
@@ -205,7 +208,7 @@ class _Loader:
         """What slopes add to scores: of no tensor."""
         from kbit.models.distances import by_slope
 
-        return self._made(by_slope(self.spec.heads, self.spec.context_length))
+        return self._made(by_slope(self.spec.heads, self.spec.context_length, self.spec.slope_factor))
 
     def _ones(self, width: int) -> Vector:
         """The weight of a norm that has none."""
@@ -256,14 +259,33 @@ class _Loader:
         """A convolution's factors (features, 1, tokens) as `Ops.short_convolution` takes them: those of a token
         together."""
         source, name, features = self.source, parameter.name, parameter.shape[0]
+        factors = self._tap_factors()
         if isinstance(self.backend, PreparesStored) and isinstance(source, HoldsPrepared | StoredSource):
-            values = self._numbers(source, name)
-            vector = self.backend.prepare_array(values.reshape(features, -1).T.reshape(-1))
+            import numpy as np
+
+            values = self._numbers(source, name).reshape(features, -1)
+            values = values if factors is None else values * factors[:, None]
+            vector = self.backend.prepare_array(np.ascontiguousarray(values.T).reshape(-1))
             self._count()
             return vector
         values_read = source.read(name)
         self._check_finite(name, [values_read])
-        return self.backend.prepare_vector(values_read.reshape(features, -1).T.reshape(-1))
+        values_read = values_read.reshape(features, -1)
+        if factors is not None:
+            import torch
+
+            values_read = values_read * torch.from_numpy(factors)[:, None]
+        return self.backend.prepare_vector(values_read.T.reshape(-1))
+
+    def _tap_factors(self) -> NDArray[np.float32] | None:
+        """What the features of a convolution are multiplied with before it, which its taps may be instead: (features,),
+        or None."""
+        scan = self.spec.scan
+        if scan is None or scan.parts == (1.0, 1.0, 1.0):
+            return None
+        import numpy as np
+
+        return np.repeat(np.array(scan.parts, dtype=np.float32), scan.part_widths)
 
     def _numbers(self, source: HoldsPrepared | StoredSource, name: str) -> NDArray[np.float32]:
         """A tensor that something else is made of, in its shape."""
@@ -302,3 +324,9 @@ class _Loader:
         self.done += 1
         if self.progress is not None:
             self.progress(self.done, self.total)
+
+
+def _times(vector: Any, factor: float) -> Vector:
+    """A prepared vector times a number: backends keep arrays or tensors."""
+    product: Vector = vector * factor
+    return product

@@ -49,6 +49,11 @@ class ScanNet:
         key_dim, value_dim: features of a group's keys and queries, and of a head's values.
         taps: tokens that the convolution before it takes together.
         bias: whether the convolution has a bias.
+        beside: these layers attend, too, and what both make is added to the stream; else they do not.
+        norms: runs that the norm of what the state says has; 0: there is none.
+        activation: of the convolution.
+        gate, parts, steps, out: factors on the gate; on values, keys and queries before the convolution; on steps; and
+            on what the last linear makes.
     """
 
     layers: tuple[bool, ...]
@@ -58,6 +63,13 @@ class ScanNet:
     value_dim: int
     taps: int
     bias: bool
+    beside: bool = False
+    norms: int = 1
+    activation: str = "silu"
+    gate: float = 1.0
+    parts: tuple[float, float, float] = (1.0, 1.0, 1.0)
+    steps: float = 1.0
+    out: float = 1.0
 
     def at(self, layer: int) -> tuple[ShortConvolution, StateSpace]:
         """What a layer computes, and which states are its own."""
@@ -75,3 +87,23 @@ class ScanNet:
     def inner_width(self) -> int:
         """Features that the last linear reads."""
         return self.heads * self.value_dim
+
+    @property
+    def part_widths(self) -> tuple[int, int, int]:
+        """Features of values, keys and queries."""
+        keys = self.groups * self.key_dim
+        return self.inner_width, keys, keys
+
+
+@dataclass(frozen=True)
+class Multipliers:
+    """Factors inside of layers (Yang et al. 2022, arXiv:2203.03466).
+
+    Attributes:
+        output: on what attention's last linear makes.
+        gate, down: on what an MLP's gate makes, before its activation, and on what its last linear makes.
+    """
+
+    output: float = 1.0
+    gate: float = 1.0
+    down: float = 1.0

@@ -24,14 +24,22 @@ def scanned(ops: Ops[X], spec: ModelSpec, scan: ScanNet, weights: Weights, index
     """Mamba-2 (Dao and Gu 2024): (..., hidden) -> (..., H D_v).
 
     Values, keys and queries are convolved over a few tokens and activated before they reach the state; what it says is
-    multiplied with a gate, whose activation is a silu always, and normalised.
+    multiplied with a gate, whose activation is a silu always, and normalised. (Factors on what is convolved are in the
+    taps, and of steps in their bias, too: `kbit.models.load`.)
     """
     convolution, space = scan.at(index)
     z, x, steps = together(ops, weights, (*SCAN, "scan_steps"), normed)
+    z, steps = scaled(ops, z, scan.gate), scaled(ops, steps, scan.steps)
     x = ops.short_convolution(x, weights.biases["scan_taps"], convolution, weights.biases.get("scan_taps_bias"))
-    x = ops.activate(x, None, spec.activation)
+    x = ops.activate(x, None, scan.activation)
     out = ops.scan(x, steps, weights.biases["scan_rates"], weights.biases["scan_skips"], space)
-    return ops.norm(ops.activate(z, out, "silu"), weights.norms["scan_norm"], spec.norm_eps)
+    out = ops.activate(z, out, "silu")
+    return ops.norm(out, weights.norms["scan_norm"], spec.norm_eps, scan.norms) if scan.norms else out
+
+
+def scaled(ops: Ops[X], x: X, factor: float) -> X:
+    """factor x: (..., K)."""
+    return x if factor == 1.0 else ops.scale(x, factor)
 
 
 def together(ops: Ops[X], weights: Weights, slots: tuple[str, ...], x: X) -> tuple[X, ...]:

@@ -13,8 +13,13 @@ from typing import Literal
 from kbit.models.mixer_specs import ConvNet, ScanNet
 from kbit.models.spec import LatentSpec, ModelSpec, SoundSpec
 
-Unit = Literal["heads", "kv_heads", "features"]
+Unit = Literal[
+    "heads", "kv_heads", "features", "sinks", "latent keys", "latent values", "expert features", "shared features",
+    "delta heads", "delta values", "delta inputs",
+]  # fmt: skip
 Role = Literal["embedding", "linear", "head", "norm", "bias", "router", "rows", "table", "distances", "taps", "task"]
+
+EXPERT_FEATURES: Unit = "expert features"
 
 # What stands outside of the layers, beside embedding and head, and is prepared with them.
 OUTSIDE: tuple[Role, ...] = ("norm", "bias", "rows", "table", "router", "distances")
@@ -44,6 +49,7 @@ class Parameter:
             whose columns are cut the product is a part of a sum (`Ops.sum_parts`).
         group: slots of the linears that share its input, itself included; empty for what is no linear.
         active: the share of tokens that go through it.
+        once: it is added before a sum over processes, so one of them alone has it, and the others zeros.
     """
 
     name: str
@@ -54,6 +60,7 @@ class Parameter:
     cut: tuple[int, Unit] | None = None
     group: tuple[str, ...] = ()
     active: float = 1.0
+    once: bool = False
 
 
 def parameters(spec: ModelSpec) -> tuple[Parameter, ...]:
@@ -83,9 +90,16 @@ def own_parameters(spec: ModelSpec) -> tuple[Parameter, ...]:
         found = list(_sound(spec, spec.sound))
     found += _beside_embedding(spec)
     for layer in range(spec.layers):
-        found += _recurrent(spec, layer) if spec.recurs(layer) else _attention(spec, layer)
+        if spec.recurs(layer):
+            found += _recurrent(spec, layer)
+        elif spec.attends(layer):
+            found += _attention(spec, layer)
+        if spec.scan_beside is not None:
+            found += _scan_net(spec, spec.scan_beside, layer)
         if spec.encoder is not None:
             found += _cross(spec, layer)
+        if not spec.has_mlp(layer):
+            continue
         if spec.experts is not None and spec.experts.beside:
             found += _mlp(spec, layer)
             found += _beside_mlp(spec, layer)
@@ -171,7 +185,7 @@ def _attention(spec: ModelSpec, layer: int) -> Iterator[Parameter]:
         yield from _norm(spec, "k_norm", layer, keys if whole else shape.head_dim)
     yield from _distances(spec, layer)
     if spec.names.sinks is not None:
-        yield Parameter(spec.names.sinks.format(layer=layer), "sinks", layer, "bias", (spec.heads,), (0, "heads"))
+        yield Parameter(spec.names.sinks.format(layer=layer), "sinks", layer, "bias", (spec.heads,), (0, "sinks"))
     yield from _linear(spec, "o", layer, (hidden, queries), (1, "heads"), ("o",), spec.output_bias)
     yield from _norm(spec, "attention_post_norm", layer)
     yield from _norm(spec, "attention_sum_norm", layer)
@@ -184,16 +198,17 @@ def _delta_net(spec: ModelSpec, layer: int) -> Iterator[Parameter]:
     convolution, _ = delta.at(layer)
     values = delta.heads * delta.value_dim
     yield from _norm(spec, "attention_norm", layer)
-    yield from _linear(spec, "delta_qkv", layer, (convolution.features, hidden), None, DELTA, False)
-    yield from _linear(spec, "delta_z", layer, (values, hidden), None, DELTA, False)
-    yield from _router(spec, "delta_write", layer, delta.heads, False)
-    yield from _router(spec, "delta_decay", layer, delta.heads, False)
+    yield from _linear(spec, "delta_qkv", layer, (convolution.features, hidden), (0, "delta inputs"), DELTA, False)
+    yield from _linear(spec, "delta_z", layer, (values, hidden), (0, "delta values"), DELTA, False)
+    yield from _router(spec, "delta_write", layer, delta.heads, False, (0, "delta heads"))
+    yield from _router(spec, "delta_decay", layer, delta.heads, False, (0, "delta heads"))
     for name, slot in ((names.delta_bias, "delta_decay"), (names.delta_rates, "delta_rates")):
-        yield Parameter(str(name).format(layer=layer), slot, layer, "bias", (delta.heads,))
+        yield Parameter(str(name).format(layer=layer), slot, layer, "bias", (delta.heads,), (0, "delta heads"))
     taps = f"{str(names.delta_taps).format(layer=layer)}.weight"
-    yield Parameter(taps, "delta_taps", layer, "taps", (convolution.features, 1, delta.taps))
+    shape = (convolution.features, 1, delta.taps)
+    yield Parameter(taps, "delta_taps", layer, "taps", shape, (0, "delta inputs"))
     yield from _norm(spec, "delta_norm", layer, delta.value_dim)
-    yield from _linear(spec, "delta_out", layer, (hidden, values), None, ("delta_out",), False)
+    yield from _linear(spec, "delta_out", layer, (hidden, values), (1, "delta values"), ("delta_out",), False)
     yield from _norm(spec, "attention_post_norm", layer)
 
 
@@ -205,15 +220,15 @@ def _latent_attention(spec: ModelSpec, latent: LatentSpec, layer: int) -> Iterat
     if latent.query_rank:
         yield from _linear(spec, "q_a", layer, (latent.query_rank, hidden), None, group, spec.qkv_bias)
         yield from _norm(spec, "q_a_norm", layer, latent.query_rank)
-        yield from _linear(spec, "q", layer, (queries, latent.query_rank), None, ("q",), False)
+        yield from _linear(spec, "q", layer, (queries, latent.query_rank), (0, "heads"), ("q",), False)
     else:
-        yield from _linear(spec, "q", layer, (queries, hidden), None, group, False)
+        yield from _linear(spec, "q", layer, (queries, hidden), (0, "heads"), group, False)
     yield from _linear(spec, "kv_a", layer, (latent.rank, hidden), None, group, spec.qkv_bias)
     yield from _linear(spec, "k_shared", layer, (spec.rope.dim, hidden), None, group, spec.qkv_bias)
     yield from _norm(spec, "kv_a_norm", layer, latent.rank)
-    yield from _linear(spec, "k", layer, (own, latent.rank), None, KEYS_VALUES, False)
-    yield from _linear(spec, "v", layer, (values, latent.rank), None, KEYS_VALUES, False)
-    yield from _linear(spec, "o", layer, (hidden, values), None, ("o",), spec.output_bias)
+    yield from _linear(spec, "k", layer, (own, latent.rank), (0, "latent keys"), KEYS_VALUES, False)
+    yield from _linear(spec, "v", layer, (values, latent.rank), (0, "latent values"), KEYS_VALUES, False)
+    yield from _linear(spec, "o", layer, (hidden, values), (1, "latent values"), ("o",), spec.output_bias)
 
 
 def latent_inputs(latent: LatentSpec) -> tuple[str, str, str]:
@@ -242,7 +257,8 @@ def _scan_net(spec: ModelSpec, scan: ScanNet, layer: int) -> Iterator[Parameter]
     """What `kbit.models.mixers.scanned` reads, and the last linear."""
     hidden, inner, names = spec.hidden_size, scan.inner_width, spec.names
     convolution, _ = scan.at(layer)
-    yield from _norm(spec, "attention_norm", layer)
+    if not scan.beside:
+        yield from _norm(spec, "attention_norm", layer)
     yield from _linear(spec, "scan_z", layer, (inner, hidden), None, SCAN, False)
     yield from _linear(spec, "scan_x", layer, (convolution.features, hidden), None, SCAN, False)
     yield from _router(spec, "scan_steps", layer, scan.heads, False)
@@ -250,7 +266,8 @@ def _scan_net(spec: ModelSpec, scan: ScanNet, layer: int) -> Iterator[Parameter]
     for name, slot in vectors:
         yield Parameter(str(name).format(layer=layer), slot, layer, "bias", (scan.heads,))
     yield from _taps(spec, "scan_taps", layer, convolution.features, scan.taps, scan.bias)
-    yield from _norm(spec, "scan_norm", layer, inner)
+    if scan.norms:
+        yield from _norm(spec, "scan_norm", layer, inner)
     yield from _linear(spec, "scan_out", layer, (hidden, inner), None, ("scan_out",), False)
 
 
@@ -315,6 +332,11 @@ def gate_up(spec: ModelSpec) -> tuple[str, ...]:
     return GATE_UP if spec.names.gate is not None else ("up",)
 
 
+def shared_inputs(spec: ModelSpec) -> tuple[str, ...]:
+    """The slots of what a shared expert multiplies its input with."""
+    return SHARED if spec.names.shared_gate is not None else ("shared_up",)
+
+
 def expert_slots(experts: int) -> tuple[tuple[str, str, str], ...]:
     """The slots of every expert's gate, up and down."""
     return tuple((f"experts.{i}.gate", f"experts.{i}.up", f"experts.{i}.down") for i in range(experts))
@@ -331,19 +353,25 @@ def _experts(spec: ModelSpec, layer: int) -> Iterator[Parameter]:
     if experts.selection_bias:
         yield Parameter(str(names.selection_bias).format(layer=layer), "selection_bias", layer, "bias", (count,))
     for expert, (gate, up, down) in enumerate(expert_slots(count)):
-        for template, slot, shape, group in (
-            (names.expert_gate, gate, (width, hidden), (gate, up)),
-            (names.expert_up, up, (width, hidden), (gate, up)),
-            (names.expert_down, down, (hidden, width), (down,)),
+        for template, slot, shape, group, dim in (
+            (names.expert_gate, gate, (width, hidden), (gate, up), 0),
+            (names.expert_up, up, (width, hidden), (gate, up), 0),
+            (names.expert_down, down, (hidden, width), (down,), 1),
         ):
-            name = str(template).format(layer=layer, expert=expert)
-            yield Parameter(f"{name}.weight", slot, layer, "linear", shape, None, group, active)
+            if template is None:
+                continue
+            name, cut = str(template).format(layer=layer, expert=expert), (dim, EXPERT_FEATURES)
+            group = group if names.expert_gate is not None or slot == down else (up,)
+            yield Parameter(f"{name}.weight", slot, layer, "linear", shape, cut, group, active)
             if experts.bias:
-                yield Parameter(f"{name}.bias", slot, layer, "bias", shape[:1], active=active)
+                rows = cut if dim == 0 else None
+                yield Parameter(f"{name}.bias", slot, layer, "bias", shape[:1], rows, (), active, dim == 1)
     if shared:
-        yield from _linear(spec, "shared_gate", layer, (shared, hidden), None, SHARED, False)
-        yield from _linear(spec, "shared_up", layer, (shared, hidden), None, SHARED, False)
-        yield from _linear(spec, "shared_down", layer, (hidden, shared), None, ("shared_down",), False)
+        inputs, features = shared_inputs(spec), "shared features"
+        for slot in inputs:
+            yield from _linear(spec, slot, layer, (shared, hidden), (0, features), inputs, spec.mlp_bias)
+        down = (hidden, shared)
+        yield from _linear(spec, "shared_down", layer, down, (1, features), ("shared_down",), spec.mlp_bias)
         if names.shared_switch is not None:
             yield from _router(spec, "shared_switch", layer, 1, False)
     yield from _norm(spec, "mlp_post_norm", layer)
@@ -372,9 +400,11 @@ def _layer_end(spec: ModelSpec, layer: int) -> Iterator[Parameter]:
         yield Parameter(spec.names.layer_scale.format(layer=layer), "layer_scale", layer, "bias", (1,))
 
 
-def _router(spec: ModelSpec, slot: str, layer: int, rows: int, bias: bool) -> Iterator[Parameter]:
+def _router(
+    spec: ModelSpec, slot: str, layer: int, rows: int, bias: bool, cut: tuple[int, Unit] | None = None
+) -> Iterator[Parameter]:
     name = str(getattr(spec.names, slot)).format(layer=layer)
-    yield Parameter(f"{name}.weight", slot, layer, "router", (rows, spec.hidden_size))
+    yield Parameter(f"{name}.weight", slot, layer, "router", (rows, spec.hidden_size), cut)
     if bias:
         yield Parameter(f"{name}.bias", slot, layer, "bias", (rows,))
 

@@ -5,14 +5,20 @@
                         (`kbit.graph.ops.Ops.sum_parts`)
     all the rest        whole: embedding, head, norms (a head's queries and keys too), the biases of o and down
 
-`kbit.models.params` declares it, tensor by tensor.
-
 So a layer needs two sums over the processes and nothing else: attention and activation stay where their inputs are.
+
+    latent attention    heads, as above; what makes the latent vectors is whole
+    experts             every process has some features of each, so that all take the same part in every token; the
+                        biases of their down projections, which are weighed before the sum, are the first process's
+    delta nets          heads of keys with those of values that read them, and their features of the convolution
+
+`kbit.models.params` declares it, tensor by tensor.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
 from math import lcm
 
 from kbit.checkpoint.shard import ShardedSource, column_unit
@@ -21,8 +27,11 @@ from kbit.formats.codec import Cut
 from kbit.host.errors import UnsupportedError
 from kbit.models.check import check_tensors
 from kbit.models.families import FAMILIES, spec_from_config
-from kbit.models.params import Parameter, parameters
+from kbit.models.family import Family
+from kbit.models.params import Parameter, Unit, parameters
 from kbit.models.spec import ModelSpec
+
+Span = tuple[int, int]
 
 
 @dataclass(frozen=True)
@@ -32,35 +41,63 @@ class Share:
     Attributes:
         rank, world: its number, and how many there are.
         heads: query heads.
-        features: of an MLP as wide as the configuration says.
+        features: by unit ("features", "expert features", "shared features"), of an MLP as wide as the configuration
+            says, of an expert, and of the shared one.
     """
 
     rank: int
     world: int
-    heads: tuple[int, int]
-    features: tuple[int, int]
+    heads: Span
+    features: Mapping[Unit, Span]
 
-    def kv_heads(self, count: int) -> tuple[int, int]:
+    def part(self, count: int) -> Span:
+        """Of a number of things that all processes have as many of."""
+        return self.rank * count // self.world, (self.rank + 1) * count // self.world
+
+    def kv_heads(self, count: int) -> Span:
         """Of so many key/value heads: those that its query heads need."""
         first = self.rank * count // self.world
         return first, first + max(1, count // self.world)
 
-    def span(self, spec: ModelSpec, parameter: Parameter) -> tuple[int, int]:
-        """Its rows or columns of a parameter that is cut."""
+    def spans(self, spec: ModelSpec, parameter: Parameter) -> tuple[Span, ...]:
+        """Its rows or columns of a parameter that is cut, one run after another."""
         assert parameter.cut is not None
         assert parameter.layer is not None
         shape, unit = spec.shape(parameter.layer), parameter.cut[1]
         if unit == "features":
-            return _scaled(self.features, shape.width // spec.intermediate_size)
-        return _scaled(self.heads if unit == "heads" else self.kv_heads(shape.kv_heads), shape.head_dim)
+            return (_scaled(self.features[unit], shape.width // spec.intermediate_size),)
+        if unit in self.features:
+            return (self.features[unit],)
+        if unit == "kv_heads":
+            return (_scaled(self.kv_heads(shape.kv_heads), shape.head_dim),)
+        if unit.startswith("delta"):
+            return self._of_delta(spec, unit)
+        each = shape.head_dim if unit == "heads" else 1
+        if spec.latent is not None and unit == "latent keys":
+            each = spec.head_dim - spec.rope.dim
+        if spec.latent is not None and unit == "latent values":
+            each = spec.latent.value_dim
+        return (_scaled(self.heads, each),)
+
+    def _of_delta(self, spec: ModelSpec, unit: Unit) -> tuple[Span, ...]:
+        delta = spec.delta
+        assert delta is not None
+        heads = self.part(delta.heads)
+        values = _scaled(heads, delta.value_dim)
+        if unit == "delta heads":
+            return (heads,)
+        if unit == "delta values":
+            return (values,)
+        keys, all_keys = _scaled(self.part(delta.key_heads), delta.key_dim), delta.key_heads * delta.key_dim
+        return keys, _moved(keys, all_keys), _moved(values, 2 * all_keys)
 
 
 def shard(source: CheckpointSource, rank: int, world: int) -> ShardedSource:
     """The part of a model that process `rank` of `world` holds, as a checkpoint of its own.
 
-    Its configuration has the share's heads, key/value heads and MLP features. MLP features are dealt out in whole
-    blocks of the down projections, as evenly as that goes; heads must divide evenly. More processes than key/value
-    heads share these: each has a copy of the one its queries need.
+    Its configuration has the share's heads, key/value heads and features. Features are dealt out in whole blocks of the
+    down projections, as evenly as that goes; heads must divide evenly. More processes than key/value heads share these:
+    each has a copy of the one its queries need.
 
     Args:
         source: the whole model; stays open and is read through.
@@ -70,85 +107,126 @@ def shard(source: CheckpointSource, rank: int, world: int) -> ShardedSource:
     """
     spec = spec_from_config(source.config, where=f"config of {source.path}")
     check_tensors(source, spec, read_data=False)  # of the whole, so that complaints name its shapes
-    share = _share(source, spec, rank, world)
     family = FAMILIES[spec.family]
+    share = _share(source, spec, family, rank, world)
     sizes = {
         "num_attention_heads": _count(share.heads),
         "num_key_value_heads": _count(share.kv_heads(spec.kv_heads)),
         "head_dim": spec.head_dim,
-        "intermediate_size": _count(share.features),
+        **{key: _count(share.features[units[0]]) for key, units in _widths(spec, family).items()},
     }
+    if spec.latent is not None:
+        sizes["v_head_dim"] = spec.latent.value_dim
+        del sizes["head_dim"]  # which follows, and may stand for something else
+    if spec.delta is not None:
+        sizes["linear_num_key_heads"] = spec.delta.key_heads // world
+        sizes["linear_num_value_heads"] = spec.delta.heads // world
     config = {**source.config, **sizes, **{family.keys.get(key, key): size for key, size in sizes.items()}}
     if family.shapes is not None:
         config[family.shapes.by_layer] = {
             str(layer): {"head_dim": shape.head_dim, "num_key_value_heads": _count(share.kv_heads(shape.kv_heads))}
             for layer, shape in enumerate(spec.shapes)
         }
-    cuts = {p.name: Cut(p.cut[0], *share.span(spec, p)) for p in parameters(spec) if p.cut is not None}
-    return ShardedSource(source, config, cuts, f"{rank}/{world}")
+    cuts, others = {}, set()
+    for parameter in parameters(spec):
+        if parameter.cut is not None:
+            spans = share.spans(spec, parameter)
+            cuts[parameter.name] = tuple(Cut(parameter.cut[0], *span) for span in spans)
+        elif parameter.once and rank:
+            others.add(parameter.name)
+    return ShardedSource(source, config, cuts, f"{rank}/{world}", zeros=others)
 
 
-def _share(source: CheckpointSource, spec: ModelSpec, rank: int, world: int) -> Share:
+def _widths(spec: ModelSpec, family: Family) -> dict[str, list[Unit]]:
+    """The keys of a configuration that say how wide MLPs and experts are, and what is as wide (or a multiple)."""
+    widths: dict[str, list[Unit]] = {family.mlp_width: ["features"]}
+    if spec.experts is not None and family.experts is not None:
+        rules = family.experts
+        widths.setdefault(rules.width, []).append("expert features")
+        if spec.experts.shared_width:
+            key = rules.width if rules.shared in (None, "n_shared_experts") else str(rules.shared)
+            widths.setdefault(key, []).append("shared features")
+    return widths
+
+
+def _share(source: CheckpointSource, spec: ModelSpec, family: Family, rank: int, world: int) -> Share:
     where = f"{source.path}: cannot be split among {world} processes"
-    if world > 1 and spec.qk_norm == "whole" and spec.names.q_norm is not None:
-        raise UnsupportedError(
-            f"{where}: the norms of queries and keys of {spec.family} models are of all heads together; use one process"
-        )
-    if world > 1 and spec.latent is not None:
-        raise UnsupportedError(
-            f"{where}: the latent attention of {spec.family} models is not dealt out among processes; use one process"
-        )
-    if world > 1 and spec.experts is not None:
-        raise UnsupportedError(
-            f"{where}: the experts of {spec.family} models are not dealt out among processes; use one process"
-        )
-    if world > 1 and spec.recurrent:
-        raise UnsupportedError(
-            f"{where}: the recurrent layers of {spec.family} models are not dealt out among processes; use one process"
-        )
-    if world > 1 and spec.sloped:
-        raise UnsupportedError(
-            f"{where}: the slopes of {spec.family} models are of all heads together; use one process"
-        )
+    if world > 1:
+        for lacks, what in _undivided(spec):
+            if lacks:
+                raise UnsupportedError(f"{where}: {what.format(family=spec.family)}; use one process")
     if not _heads_divide(spec, world):
         counts = [str(count) for count in range(2, spec.heads + 1) if _heads_divide(spec, count)]
         keys = " or ".join(str(count) for count in sorted({count for count, _ in spec.attention_sizes}))
+        delta = "" if spec.delta is None else f", and delta nets of {spec.delta.key_heads} heads of keys"
         raise UnsupportedError(
-            f"{where}: it has {spec.heads} attention heads and {keys} key/value heads; use "
+            f"{where}: it has {spec.heads} attention heads and {keys} key/value heads{delta}; use "
             + (f"{' or '.join(counts)}" if counts else "one process")
         )
-    heads = spec.heads // world
-    unit = 1
-    for parameter in parameters(spec):
-        if parameter.cut is not None and parameter.cut[0] == 1:
-            assert parameter.layer is not None
-            info, columns = source.tensors[parameter.name], heads * spec.shape(parameter.layer).head_dim
-            needed = column_unit(info)
-            if parameter.cut[1] == "features":
-                unit = lcm(unit, needed)
-            elif columns % needed:
+    heads = Share(rank, world, _scaled((rank, rank + 1), spec.heads // world), {})
+    whole: dict[Unit, int] = {"features": spec.intermediate_size}
+    if spec.experts is not None:
+        whole |= {"expert features": spec.experts.width, "shared features": spec.experts.shared_width}
+    columns = [(p, p.cut[1]) for p in parameters(spec) if p.cut is not None and p.cut[0] == 1]
+    for parameter, unit in columns:
+        info, needed = source.tensors[parameter.name], column_unit(source.tensors[parameter.name])
+        for start, stop in () if unit in whole else heads.spans(spec, parameter):
+            if start % needed or (stop % needed and stop != parameter.shape[1]):
                 raise UnsupportedError(
-                    f"{where}: {info.name} has {columns} columns for each, which are no whole blocks of {needed} "
+                    f"{where}: {info.name} has {stop - start} columns for each, which are no whole blocks of {needed} "
                     f"({info.stored_as}); use fewer processes, or convert the model with a smaller block size"
                 )
-    blocks = -(-spec.intermediate_size // unit)
+    features: dict[Unit, Span] = {}
+    for units in _widths(spec, family).values():
+        own = [parameter for parameter, unit in columns if unit in units]
+        span = _dealt(source, whole[units[0]], own, rank, world, where)
+        # What is several times as wide has as many times the features.
+        features |= {unit: _scaled(span, whole[unit] // max(1, whole[units[0]])) for unit in units}
+    return replace(heads, features=features)
+
+
+def _undivided(spec: ModelSpec) -> Iterable[tuple[bool, str]]:
+    """What cannot be dealt out: whether a model has it, and what it is."""
+    return (
+        (
+            spec.qk_norm == "whole" and spec.names.q_norm is not None,
+            "the norms of queries and keys of {family} models are of all heads together",
+        ),
+        (spec.scan is not None, "the norms in state spaces of {family} models are of all heads together"),
+        (spec.conv is not None, "the short convolutions of {family} models are not dealt out among processes"),
+        (spec.encoder is not None, "{family} models, which are encoder-decoders, are not dealt out among processes"),
+        (spec.distances is not None, "the scores by distance of {family} models are of all heads together"),
+        (spec.sloped, "the slopes of {family} models are of all heads together"),
+    )
+
+
+def _dealt(source: CheckpointSource, width: int, columns: list[Parameter], rank: int, world: int, where: str) -> Span:
+    """A process's features of `width`, in whole blocks of the matrices that have them as columns."""
+    unit = lcm(1, *(column_unit(source.tensors[parameter.name]) for parameter in columns))
+    blocks = -(-width // unit)
     if blocks < world:
         raise UnsupportedError(
-            f"{where}: the {spec.intermediate_size} columns of {spec.names.down.format(layer=0)}.weight are "
-            f"{blocks} blocks of {unit}; use fewer processes, or convert the model with a smaller block size"
+            f"{where}: the {width} columns of {columns[0].name} are {blocks} blocks of {unit}; use fewer processes, or "
+            "convert the model with a smaller block size"
         )
-    first, last = (min(spec.intermediate_size, unit * (blocks * part // world)) for part in (rank, rank + 1))
-    return Share(rank, world, (rank * heads, (rank + 1) * heads), (first, last))
+    first, last = (min(width, unit * (blocks * part // world)) for part in (rank, rank + 1))
+    return first, last
 
 
-def _count(span: tuple[int, int]) -> int:
+def _count(span: Span) -> int:
     return span[1] - span[0]
 
 
-def _scaled(span: tuple[int, int], factor: int) -> tuple[int, int]:
+def _scaled(span: Span, factor: int) -> Span:
     return span[0] * factor, span[1] * factor
+
+
+def _moved(span: Span, by: int) -> Span:
+    return span[0] + by, span[1] + by
 
 
 def _heads_divide(spec: ModelSpec, world: int) -> bool:
     counts = [count for count, _ in spec.attention_sizes]
+    if spec.delta is not None and spec.delta.key_heads % world:
+        return False
     return spec.heads % world == 0 and all(count % world == 0 or world % count == 0 for count in counts)

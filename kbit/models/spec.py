@@ -10,7 +10,7 @@ from kbit.graph.experts import Clamp, Routing
 from kbit.graph.states import StateSpec
 from kbit.models.delta_net import DeltaNet
 from kbit.models.layer_shapes import LayerShape
-from kbit.models.mixer_specs import ConvNet, ScanNet
+from kbit.models.mixer_specs import ConvNet, Multipliers, ScanNet
 from kbit.models.task_heads import TaskHead
 from kbit.models.tensor_names import TensorNames
 
@@ -27,6 +27,8 @@ Sinusoids = Literal["marian", "fairseq"]
 # The square of a relu, x relu(x), as an activation of plain MLPs.
 SQUARED = "relu2"
 
+
+NO_MULTIPLIERS = Multipliers()
 
 # Attributes of a ModelSpec that say what layers have in place of attention.
 RECURRENT = ("delta", "conv", "scan")
@@ -208,6 +210,7 @@ class ModelSpec:
         distances: buckets and the largest distance of `kbit.models.distances`, where there are such tables: one for
             all layers, or one each, as `names.distances` says.
         sloped: scores fall with the distance, by a slope of each head (`kbit.models.distances`).
+        slope_factor: a factor on these slopes.
         unnormed: layers that lack the norm before attention that the others have.
         parallel: attention and MLP read the same stream, and what both make is added to it; without a norm of its own
             the MLP reads what attention's norm made.
@@ -220,6 +223,8 @@ class ModelSpec:
         layer_tokens: its rows, at least V.
         layer_multiplier: a factor on them.
         encoder: of an encoder-decoder, whose decoder this then is, the other half.
+        multipliers: factors inside of layers.
+        mixing: per layer, whether it attends or recurs, where others are an MLP alone; empty: every layer has both.
         key_bias: whether keys have the bias that queries and values have.
         sound: it reads sound; None: tokens.
     """
@@ -265,6 +270,7 @@ class ModelSpec:
     types: int = 0
     distances: tuple[int, int] | None = None
     sloped: bool = False
+    slope_factor: float = 1.0
     unnormed: tuple[int, ...] = ()
     parallel: bool = False
     head_bias: bool = False
@@ -278,6 +284,8 @@ class ModelSpec:
     encoder: ModelSpec | None = None
     key_bias: bool = True
     sound: SoundSpec | None = None
+    multipliers: Multipliers = NO_MULTIPLIERS
+    mixing: tuple[bool, ...] = ()
 
     @property
     def stacked_layers(self) -> int:
@@ -301,7 +309,20 @@ class ModelSpec:
 
     def recurs(self, layer: int) -> bool:
         """Whether a layer has something recurrent in place of attention."""
-        return any(net.layers[layer] for net in self.recurrent)
+        return self.scan_beside is None and any(net.layers[layer] for net in self.recurrent)
+
+    @property
+    def scan_beside(self) -> ScanNet | None:
+        """State spaces that all layers have beside attention."""
+        return self.scan if self.scan is not None and self.scan.beside else None
+
+    def attends(self, layer: int) -> bool:
+        """Whether a layer attends."""
+        return not self.recurs(layer) and (not self.mixing or self.mixing[layer])
+
+    def has_mlp(self, layer: int) -> bool:
+        """Whether a layer has an MLP, or experts."""
+        return not self.mixing or not self.mixing[layer]
 
     @property
     def recurrent(self) -> tuple[DeltaNet | ConvNet | ScanNet, ...]:
@@ -311,7 +332,7 @@ class ModelSpec:
     @property
     def attention_layers(self) -> tuple[int, ...]:
         """The layers that attend."""
-        return tuple(layer for layer in range(self.layers) if not self.recurs(layer))
+        return tuple(layer for layer in range(self.layers) if self.attends(layer))
 
     @property
     def states(self) -> tuple[StateSpec, ...]:
@@ -336,7 +357,7 @@ class ModelSpec:
     @property
     def inner_features(self) -> int:
         """The features inside MLPs and experts that a token has in all layers."""
-        widths = [self.shape(layer).width for layer in range(self.layers)]
+        widths = [self.shape(layer).width if self.has_mlp(layer) else 0 for layer in range(self.layers)]
         if self.experts is None:
             return sum(widths)
         each = self.experts.routing.chosen * self.experts.width + self.experts.shared_width
@@ -405,7 +426,7 @@ class ModelSpec:
 
     def cache_layer(self, layer: int) -> int:
         """Where among these the keys and values are that a layer attends to."""
-        before = sum(not self.recurs(other) for other in range(self.shape(layer).source))
+        before = sum(self.attends(other) for other in range(self.shape(layer).source))
         return min(before, self.cache_layers - 1)
 
     @property

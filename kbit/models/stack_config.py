@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from kbit.models.config_values import ConfigValues
+from kbit.models.scan_config import with_mixed_layers
 from kbit.models.tensor_names import TensorNames
 
 if TYPE_CHECKING:
@@ -24,7 +25,8 @@ def with_fallbacks(family: Family, config: Mapping[str, Any]) -> Mapping[str, An
         for key, other in family.fallbacks.items()
         if config.get(key) is None and config.get(other) is not None
     }
-    return {**config, **more}
+    found = {**config, **more}
+    return with_mixed_layers(found) if family.scan == "mixed" else found
 
 
 def names_of(family: Family, values: ConfigValues) -> TensorNames:

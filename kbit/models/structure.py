@@ -159,7 +159,11 @@ class Structure:
         for operation in self.operations:
             if isinstance(operation, Mix) and operation.mixture.clamp is None:
                 experts = operation.experts
-                for up, bias, down in zip(experts.ups, experts.up_biases, experts.downs, strict=True):
+                for gate, up, bias, down in zip(
+                    experts.gates, experts.ups, experts.up_biases, experts.downs, strict=True
+                ):
+                    if gate is up:  # which is squared
+                        continue
                     added = () if bias is None else (_vector(bias),)
                     found.append(Seam((_name(down),), _name(up), added, "product"))
         for symbol, operations in readers.items():
@@ -195,7 +199,8 @@ class Structure:
                 groups[operation.x] = groups.get(operation.x, ()) + names
             elif isinstance(operation, Mix):
                 experts = operation.experts
-                names = tuple(_name(weight) for pair in zip(experts.gates, experts.ups, strict=True) for weight in pair)
+                pairs = zip(experts.gates, experts.ups, strict=True)
+                names = tuple(dict.fromkeys(_name(weight) for pair in pairs for weight in pair))
                 groups[operation.x] = groups.get(operation.x, ()) + names
                 groups |= {Symbol(down.shape[1]): (_name(down),) for down in experts.downs}
         return list(groups.values())

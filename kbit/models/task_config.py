@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from kbit.host.errors import CheckpointError
+from kbit.host.notes import note
 from kbit.models.config_values import ConfigValues, shown
 from kbit.models.task_heads import TaskHead
 
@@ -82,11 +83,17 @@ def read_task(family: Family, values: ConfigValues, activations: Mapping[str, st
         mean = values.choice("classifier_pooling", {"cls": "cls", "mean": "mean"}) == "mean"
         task = replace(task, pooling="mean" if mean else "cls")
     labels = 2 if task.kind == "span" else len(labels_of(values.values, values.where))
+    named = values.raw("id2label")
+    if isinstance(named, Mapping) and len(named) != labels and task.kind != "span":
+        note(f"{values.where}: num_labels is {labels}, but id2label names {len(named)}: they are called LABEL_0, ...")
     return replace(task, labels=labels, problem=_problem(values, labels) if task.kind == "sequence" else "single")
 
 
 def labels_of(config: Mapping[str, Any], where: str) -> tuple[str, ...]:
     """The names of a classifier's labels, in the order of its outputs (`id2label`; LABEL_0, ... where it has none).
+
+    Where `num_labels` is another number, that counts, as in transformers: its old versions wrote the two default labels
+    beside it.
 
     Raises:
         CheckpointError: id2label does not name every label once; num_labels is senseless.
@@ -97,6 +104,9 @@ def labels_of(config: Mapping[str, Any], where: str) -> tuple[str, ...]:
         return tuple(f"LABEL_{index}" for index in range(values.integer("num_labels", 1, _MAX_LABELS)))
     if not isinstance(named, Mapping) or set(named) != {str(index) for index in range(len(named))} or not named:
         raise CheckpointError(f'{where}: id2label is {shown(named)}; it should name the labels "0", "1", ...')
+    if config.get("num_labels") not in (None, len(named)):
+        count = values.integer("num_labels", 1, _MAX_LABELS)
+        return tuple(f"LABEL_{index}" for index in range(count))
     return tuple(str(named[str(index)]) for index in range(len(named)))
 
 

@@ -32,6 +32,11 @@ from kbit.planner.shapes import KNOWN_MODELS
 from kbit.scaling.points import Point
 
 _DTYPES = {"float16": "fp16", "bfloat16": "bf16", "float32": "fp32"}
+# Of models that read whole texts: their weights are all the memory that counts, and no speed of theirs was modelled.
+_INSTEAD = (
+    "kbit plan weighs what keeps keys and values of a text: kbit quantize MODEL --bits 4 --dry-run prints what the "
+    "weights take at a width, and kbit eval what these bits cost (--tasks stsb, or --data PAIRS.tsv)"
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -193,7 +198,7 @@ def _from_checkpoint(name: str, path: Path) -> PlanModel:
 
     with open_model(str(path)) as source:
         spec = spec_from_config(source.config, where=f"config of {source.path}")
-        check_continues(spec, str(source.path))
+        check_continues(spec, str(source.path), _INSTEAD)
         missing = [tensor for tensor in spec.expected_tensors() if tensor not in source.tensors]
         if missing:
             raise KbitError(f"{source.path}: {missing[0]} is missing; download the model again")
@@ -221,7 +226,7 @@ def _from_config(path: Path, name: str | None = None) -> PlanModel:
 
     config = read_json_object(path)
     spec = spec_from_config(config, where=str(path))
-    check_continues(spec, str(path))
+    check_continues(spec, str(path), _INSTEAD)
     stored = config.get("torch_dtype", config.get("dtype"))
     dtype = _DTYPES.get(stored if isinstance(stored, str) else "", "bf16")
     weights = planned_weights(spec, dtype, embedding=dtype, head=dtype)

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from kbit.formats.codec import Codec
-from kbit.formats.quant_format import QuantFormat
+from kbit.formats.trellis import FAST_WINDOW, TrellisFormat
 from kbit.host.errors import UsageError
 from kbit.host.files import read_json_object, write_durably
 from kbit.host.progress import Progress
@@ -72,7 +72,7 @@ class Allocation:
 
 def measure_choices(
     source: CheckpointSource,
-    formats: Mapping[str, Sequence[QuantFormat]],
+    formats: Mapping[str, Sequence[Codec]],
     calibration: CalibrationFolder,
     request: CalibrationRequest,
     rounding: Settings,
@@ -118,7 +118,7 @@ def measure_choices(
 
 def known_choices(
     source: CheckpointSource,
-    formats: Mapping[str, Sequence[QuantFormat]],
+    formats: Mapping[str, Sequence[Codec]],
     calibration: CalibrationFolder,
     rounding: Settings,
 ) -> dict[str, tuple[Choice, ...]] | None:
@@ -195,8 +195,8 @@ def _gain(hull: Sequence[Choice], at: int) -> float:
 
 
 def _by_layer(
-    source: CheckpointSource, formats: Mapping[str, Sequence[QuantFormat]]
-) -> dict[int | None, dict[str, Sequence[QuantFormat]]]:
+    source: CheckpointSource, formats: Mapping[str, Sequence[Codec]]
+) -> dict[int | None, dict[str, Sequence[Codec]]]:
     """The formats of each layer's matrices; what stands outside of layers first."""
     spec = spec_from_config(source.config, where=f"config of {source.path}")
     layer_of = {p.name: p.layer for p in parameters(spec)}
@@ -205,7 +205,7 @@ def _by_layer(
 
 
 def _choices(
-    source: CheckpointSource, wanted: Mapping[str, Sequence[QuantFormat]], costs: Mapping[str, Sequence[float]]
+    source: CheckpointSource, wanted: Mapping[str, Sequence[Codec]], costs: Mapping[str, Sequence[float]]
 ) -> dict[str, tuple[Choice, ...]]:
     return {
         name: tuple(
@@ -217,7 +217,7 @@ def _choices(
 
 
 def _costs_file(
-    wanted: Mapping[str, Sequence[QuantFormat]], calibration: CalibrationFolder, rounding: Settings, layer: int | None
+    wanted: Mapping[str, Sequence[Codec]], calibration: CalibrationFolder, rounding: Settings, layer: int | None
 ) -> tuple[Path, dict[str, list[str]]]:
     """Where the costs of a layer's matrices are kept, and the formats in it by name."""
     described = {name: [str(format) for format in tried] for name, tried in wanted.items()}
@@ -228,7 +228,7 @@ def _costs_file(
 
 def _measure_layer(
     source: CheckpointSource,
-    wanted: Mapping[str, Sequence[QuantFormat]],
+    wanted: Mapping[str, Sequence[Codec]],
     calibration: CalibrationFolder,
     rounding: Settings,
     judge: LayerFactors,
@@ -239,44 +239,54 @@ def _measure_layer(
 
     from kbit.calibration.factors import ROWS_AT_ONCE
     from kbit.calibration.workers import workers
-    from kbit.quantizers.ldlq import Feedback, round_with
+    from kbit.quantizers.rounding import Rounder
 
     factors = calibration.read(judge.layer)
     weights = {name: source.read(name).float() for name in wanted}  # by this thread: a source has one place in its file
 
-    def feedback_of(name: str) -> Feedback:
-        return Feedback.of(factors[name], rounding, weights[name].shape[1])
+    rounders = {name: Rounder(factors[name], rounding, weight.shape[1]) for name, weight in weights.items()}
 
-    def cost(job: tuple[str, QuantFormat, Settings]) -> float:
+    def cost(job: tuple[str, Codec, Settings]) -> float:
         name, format, settings = job
-        weight, known = weights[name], judge.factors[name]
+        weight, known, rounder = weights[name], judge.factors[name], rounders[name]
         # Of a vocabulary some rows at a time, where neither factors nor the format join them.
-        apart = known.rows_apart and feedback[name].rows is None and not format.double_quant
+        apart = known.rows_apart and rounder.rows_apart(format)
         step, told = ROWS_AT_ONCE if apart else len(weight), 0.0
         for start in range(0, len(weight), step):
             some = weight[start : start + step]
-            error = round_with(some, format, feedback[name], settings, name=name).dequantize()
+            error = rounder.round(some, _cheap(format), settings, threads=each, name=name).dequantize()
             torch.sub(some, error, out=error)
             told += known.divergence(error, start, len(weight))
         return told
 
     # Descent saves about the same share of a matrix's cost in every format (docs/measurements.md), so one tells it.
     rough = replace(rounding, sweeps=0)
+    each = max(1, threads // len(wanted))
     samples = {name: min(tried, key=lambda format: abs(format.bits - 4)) for name, tried in wanted.items()}
     with workers(threads) as pool:
         by_size = sorted(wanted, key=lambda name: -source.tensors[name].numel)
-        feedback = dict(zip(by_size, pool.map(feedback_of, by_size), strict=True))
+        # One format of every matrix first, which takes its factors apart for the others.
         jobs = [(name, format, rough) for name in by_size for format in wanted[name]]
         if rounding.sweeps:
-            jobs = [(name, samples[name], rounding) for name in by_size] + jobs
+            swept = [name for name in by_size if not isinstance(samples[name], TrellisFormat)]
+            jobs = [(name, samples[name], rounding) for name in swept] + jobs
         costs = dict(zip(jobs, pool.map(cost, jobs), strict=True))
 
-    def after_descent(name: str, format: QuantFormat) -> float:
+    def after_descent(name: str, format: Codec) -> float:
+        if isinstance(samples[name], TrellisFormat):
+            return costs[name, format, rough]
         before = costs[name, samples[name], rough]
         share = costs[name, samples[name], rounding] / before if before > 0 else 1.0
         return costs[name, format, rough] * share
 
     return {name: [after_descent(name, format) for format in tried] for name, tried in wanted.items()}
+
+
+def _cheap(format: Codec) -> Codec:
+    """What tells a format's costs: trellises of short windows cost about a tenth more, and a fifteenth of the time."""
+    if not isinstance(format, TrellisFormat) or format.code == "int":
+        return format
+    return replace(format, window=min(format.window, max(FAST_WINDOW, 2 * format.bits)))
 
 
 def _read_costs(path: Path, described: Mapping[str, Sequence[str]]) -> dict[str, list[float]] | None:

@@ -19,6 +19,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from kbit.calibration.request import CalibrationRequest
+from kbit.formats.codec import Codec
 from kbit.formats.quant_format import QuantFormat
 from kbit.host.errors import UnsupportedError
 from kbit.models.families import spec_from_config
@@ -66,6 +67,9 @@ class ActivationAware(CalibratedRounding):
     @property
     def settings(self) -> Mapping[str, Any]:
         return {"grid": self.grid, "clips": list(CLIPS), "calibration": self.request.identity}
+
+    def refuses(self, format: Codec) -> str | None:
+        return None if isinstance(format, QuantFormat) else f"it scales inputs for formats of {QuantFormat.family} only"
 
     def apply(self, job: MethodInput) -> QuantizedSource:
         from kbit.calibration.run import calibrate
@@ -222,7 +226,7 @@ class ScaledView(CalibratedView):
         error = _nearest(weight * scale, format, name=name).dequantize() / scale - weight
         return float(((error @ inputs) * error).sum(dtype=torch.float64))
 
-    def _round(self, name: str, weight: torch.Tensor, factors: Factors | None) -> QuantTensor:
+    def _round(self, name: str, weight: torch.Tensor, factors: Factors | None, threads: int = 1) -> QuantTensor:
         format = self.formats[name]
         assert isinstance(format, QuantFormat)
         if factors is None or name in self._unclipped:

@@ -8,12 +8,13 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from copy import copy
 from dataclasses import asdict, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from kbit.calibration.request import CalibrationRequest
 from kbit.formats.codec import Codec
 from kbit.formats.nested import NestedFormat
 from kbit.formats.quant_format import QuantFormat
+from kbit.formats.trellis import TrellisFormat
 from kbit.host.errors import UsageError
 from kbit.models.families import spec_from_config
 from kbit.models.params import layer_numbers, parameters
@@ -40,9 +41,11 @@ class CalibratedRounding(Method):
     Attributes:
         rounding: how; a class's own settings, or with options (`with_options`).
         nesting: what the widths of nested formats weigh against each other.
+        mixes: whether every matrix gets a width of its own unless the user wants one for all.
     """
 
     version = 1
+    mixes: ClassVar[bool] = True
     rounding: Settings
     nesting: Nesting | None = None
 
@@ -83,7 +86,21 @@ class CalibratedRounding(Method):
     def refuses(self, format: Codec) -> str | None:
         if isinstance(format, NestedFormat):
             return None if self.rounding.feedback else "it passes no errors on, as nested widths need; use ldlq2 or rtn"
-        return None if isinstance(format, QuantFormat) else f"it finds codes for formats of {QuantFormat.family} only"
+        if isinstance(format, TrellisFormat):
+            if self.rounding.static_scales:
+                return "scales of trellis codes are chosen first in any case: drop --static-scales and --act-order"
+            return None
+        known = f"{QuantFormat.family} and {TrellisFormat.family}"
+        return None if isinstance(format, QuantFormat) else f"it finds codes for formats of {known} only"
+
+    def format(self, bits: int, fast: bool) -> Codec | None:
+        """The format of linear weights of so many bits where none is named; None: that of all methods.
+
+        Args:
+            bits: 2 to 8.
+            fast: one that takes less time to round to, where the method has such.
+        """
+        return None
 
     def memory(self, source: CheckpointSource) -> int:
         from kbit.calibration.sizes import calibration_memory
@@ -189,10 +206,12 @@ class CalibratedView(QuantizedView):
         self._ready.clear()  # of a layer that was not read to its end
         factors = self._factors(layer)
         weights = {name: self.target(name) for name in names}  # by this thread: a source has one place in its file
-        with workers(torch.get_num_threads()) as pool:
+        threads = torch.get_num_threads()
+        with workers(threads) as pool:
             # The largest first, so that the last one to end is small.
             by_size = sorted(names, key=lambda name: -self._source.tensors[name].numel)
-            rounded = pool.map(lambda name: self._round(name, weights[name], factors.get(name)), by_size)
+            each = max(1, threads // len(names))
+            rounded = pool.map(lambda name: self._round(name, weights[name], factors.get(name), each), by_size)
             self._ready.update(zip(by_size, rounded, strict=True))
 
     def _factors(self, layer: int | None) -> dict[str, Factors]:
@@ -200,15 +219,16 @@ class CalibratedView(QuantizedView):
             return {}  # without gradients nothing is known of embedding and head
         return self._calibration.read(layer)
 
-    def _round(self, name: str, weight: torch.Tensor, factors: Factors | None) -> QuantTensor:
-        from kbit.quantizers.ldlq import Feedback, round_matrix
+    def _round(self, name: str, weight: torch.Tensor, factors: Factors | None, threads: int = 1) -> QuantTensor:
+        from kbit.quantizers.rounding import Rounder
 
         format = self.formats[name]
         if isinstance(format, NestedFormat):
+            from kbit.quantizers.ldlq import Feedback
             from kbit.quantizers.nested import round_nested
 
             settings = replace(self._rounding, sweeps=self._rounding.sweeps or SWEEPS)
             feedback = Feedback.of(factors, settings, weight.shape[1])
             return round_nested(weight.float(), format, feedback, settings, self._nesting, name=name)
-        assert isinstance(format, QuantFormat)
-        return round_matrix(weight.float(), format, factors, self._rounding, name=name)
+        rounder = Rounder(factors, self._rounding, weight.shape[1])
+        return rounder.round(weight.float(), format, threads=threads, name=name)

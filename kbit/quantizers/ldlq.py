@@ -59,18 +59,15 @@ class Feedback:
             return cls(None, _importance(factors, settings, columns), None, None)
         order = torch.argsort(factors.inputs.diagonal(), stable=True) if settings.act_order else None
         ordered = factors.inputs if order is None else factors.inputs[order[:, None], order]
-        inputs, lower = _damped(ordered, settings.input_damping)
+        inputs, lower = damped(ordered, settings.input_damping)
         if order is not None:
             back = torch.argsort(order)
             inputs = inputs[back[:, None], back]
         diagonal = lower.diagonal().clone()
         outputs = rows = None
         if settings.two_sided and factors.outputs is not None and factors.outputs.dim() == 2:
-            outputs, rows = _damped(factors.outputs, settings.output_damping)
-            for start in range(0, len(rows), _ROWS):
-                block = slice(start, start + _ROWS)
-                corner = rows[block, block].clone()
-                rows[:, block] = torch.linalg.solve_triangular(corner, rows[:, block], upper=False, left=False)
+            outputs, rows = damped(factors.outputs, settings.output_damping)
+            unit_in_blocks(rows, _ROWS)
         curvature = Curvature(inputs, outputs) if settings.sweeps else None
         return cls((lower / diagonal).T.contiguous(), diagonal.square(), rows, curvature, order)
 
@@ -167,7 +164,7 @@ def _importance(factors: Factors | None, settings: Settings, columns: int) -> to
     return diagonal + floor if floor > 0 else torch.ones(columns)
 
 
-def _damped(factor: torch.Tensor, damping: float) -> tuple[torch.Tensor, torch.Tensor]:
+def damped(factor: torch.Tensor, damping: float) -> tuple[torch.Tensor, torch.Tensor]:
     """A factor in units of its mean diagonal plus damping, and its lower Cholesky factor; of zeros, the identity."""
     size = len(factor)
     mean = float(factor.diagonal().mean())
@@ -181,6 +178,14 @@ def _damped(factor: torch.Tensor, damping: float) -> tuple[torch.Tensor, torch.T
         if not int(failed):
             return damped, lower
         damping = max(10 * damping, 1e-4)  # float32 could not tell it from singular
+
+
+def unit_in_blocks(lower: torch.Tensor, size: int) -> None:
+    """Make a lower triangular matrix one whose blocks of so many rows on the diagonal are the identity, in place."""
+    for start in range(0, len(lower), size):
+        block = slice(start, start + size)
+        corner = lower[block, block].clone()
+        lower[:, block] = torch.linalg.solve_triangular(corner, lower[:, block], upper=False, left=False)
 
 
 @dataclass(frozen=True, eq=False)

@@ -9,7 +9,8 @@ from kbit.quantizers.hqq import HalfQuadratic
 from kbit.quantizers.method import Method
 from kbit.quantizers.outliers import Outliers
 from kbit.quantizers.rtn import RoundToNearest
-from kbit.quantizers.tuned import TunedTwoSided
+from kbit.quantizers.trellis import OneSidedTrellis, Trellis
+from kbit.quantizers.tuned import TunedTrellis, TunedTwoSided
 
 METHODS: dict[str, Method] = {
     method.name: method
@@ -21,6 +22,9 @@ METHODS: dict[str, Method] = {
         Gptq(),
         TwoSided(),
         TunedTwoSided(),
+        Trellis(),
+        TunedTrellis(),
+        OneSidedTrellis(),
         Outliers(),
     )
 }

@@ -7,7 +7,9 @@ from dataclasses import dataclass, replace
 
 from kbit.calibration.run import calibrate
 from kbit.checkpoint.source import CheckpointSource
+from kbit.formats.codec import Codec
 from kbit.formats.quant_format import QuantFormat
+from kbit.formats.trellis import TrellisFormat
 from kbit.host.errors import UnsupportedError, UsageError
 from kbit.host.progress import Progress
 from kbit.quantizers.allocate import (
@@ -103,14 +105,14 @@ def predicted_costs(
         progress: told of the work: what, steps done, steps in all.
     """
     costs: dict[str, float] = {}
-    formats: dict[str, tuple[QuantFormat]] = {}
+    formats: dict[str, tuple[Codec]] = {}
     for tensor in plan.tensors:
         name = tensor.source.name
         if tensor.as_stored:
             costs[name] = 0.0
         elif name in known and known[name].format == tensor.format:
             costs[name] = known[name].cost
-        elif isinstance(tensor.format, QuantFormat) and tensor.role != "table":
+        elif isinstance(tensor.format, QuantFormat | TrellisFormat) and tensor.role != "table":
             formats[name] = (tensor.format,)
     if formats:
         calibration = calibrate(source, method.request, progress=progress)
@@ -119,7 +121,7 @@ def predicted_costs(
     return costs
 
 
-def _formats_to_try(plan: Plan, fixed: Collection[str]) -> dict[str, tuple[QuantFormat, ...]]:
+def _formats_to_try(plan: Plan, fixed: Collection[str]) -> dict[str, tuple[Codec, ...]]:
     """Of the matrices that are not fixed, by name. What rounding a table costs is not known: it stays as planned."""
     return {
         tensor.source.name: _worth_trying(tensor, _candidates(tensor.format, tensor.role))
@@ -147,7 +149,7 @@ def _solve(plan: Plan, budget: Budget, choices: Mapping[str, Sequence[Choice]]) 
     return replace(found, half_bit_more=allocate(choices, found.nbytes + weights // 16).cost)
 
 
-def _worth_trying(tensor: TensorPlan, candidates: tuple[QuantFormat, ...]) -> tuple[QuantFormat, ...]:
+def _worth_trying(tensor: TensorPlan, candidates: tuple[Codec, ...]) -> tuple[Codec, ...]:
     """Of several formats those that take less than the matrix as it is stored, which costs nothing; at least one."""
     limit = min((choice.nbytes for choice in _as_stored(tensor)), default=None)
     if limit is None:
@@ -161,11 +163,14 @@ def _as_stored(tensor: TensorPlan) -> tuple[Choice, ...]:
     return () if format is None else (Choice(STORED, format.nbytes(*tensor.source.shape), 0.0),)
 
 
-def _candidates(format: object, role: str) -> tuple[QuantFormat, ...]:
-    """Formats to try: the default data type of every width in the planned blocks; at 3 and 4 bits, two."""
+def _candidates(format: object, role: str) -> tuple[Codec, ...]:
+    """Formats to try: the default data type of every width in the planned blocks; at 3 and 4 bits, two. Or
+    trellises."""
+    if isinstance(format, TrellisFormat):
+        return tuple(format.with_bits(bits) for bits in LINEAR_WIDTHS)
     if not isinstance(format, QuantFormat):
-        raise UnsupportedError(f"{format}: widths can be mixed for formats of {QuantFormat.family} only")
-    found: dict[QuantFormat, None] = {}
+        raise UnsupportedError(f"{format}: widths can be mixed for formats of planes and trellis only")
+    found: dict[Codec, None] = {}
     for width in LINEAR_WIDTHS if role == "linear" else OUTSIDE_WIDTHS:
         for dtype in ("lloyd", "nf") if width in (3, 4) else ("int",) if width == 8 else ("lloyd",):
             found[QuantFormat(
@@ -176,8 +181,9 @@ def _candidates(format: object, role: str) -> tuple[QuantFormat, ...]:
 
 def _bytes_at(format: object, shape: tuple[int, ...], bits: float) -> float:
     """Bytes of a matrix at a width that may lie between two."""
-    assert isinstance(format, QuantFormat)
+    assert isinstance(format, QuantFormat | TrellisFormat)
+    at_width = format.with_bits if isinstance(format, TrellisFormat) else format.at_width
     low = int(bits)
-    below = format.at_width(low).nbytes(shape[0], shape[1])
-    above = below if low == bits else format.at_width(low + 1).nbytes(shape[0], shape[1])
+    below = at_width(low).nbytes(shape[0], shape[1])
+    above = below if low == bits else at_width(low + 1).nbytes(shape[0], shape[1])
     return below + (bits - low) * (above - below)

@@ -20,6 +20,7 @@ from kbit.checkpoint.writer import DEFAULT_SHARD_BYTES, StoredWeight, partial_fo
 from kbit.formats.codec import Codec, Part
 from kbit.formats.quant_format import LEVELS, QuantFormat
 from kbit.formats.registry import parse_format
+from kbit.formats.trellis import TrellisFormat
 from kbit.host.errors import KbitError, UnsupportedError, UsageError
 from kbit.quantizers.method import Method
 from kbit.quantizers.roles import roles_of
@@ -230,6 +231,11 @@ def _tensor_plan(info: TensorInfo, target: Codec | str, role: str, method: Metho
         raise UsageError(f"{info.name} has shape {info.shape}: only matrices can be quantized; narrow the pattern")
     if isinstance(target, QuantFormat) and target.dtype == LEVELS:
         raise UsageError(f'{info.name}: nothing is rounded to {target}; "stored" keeps what is quantized as it is')
+    if isinstance(target, TrellisFormat) and role in ("embedding", "table"):
+        raise UsageError(
+            f"{info.name}: rows of a trellis are not looked up one by one; give it another format, such as "
+            f"--override '{info.name}=int8-b64'"
+        )
     return TensorPlan(info, target, keep_as, role)
 
 

@@ -26,7 +26,7 @@ from kbit.calibration.workers import workers
 from kbit.checkpoint.source import CheckpointSource
 from kbit.formats.quant_format import QuantFormat
 from kbit.formats.quant_tensor import QuantTensor
-from kbit.formats.scales import TORCH_SCALE_DTYPE
+from kbit.formats.trellis import TrellisFormat
 from kbit.graph.ops import Vector, Weight
 from kbit.host.progress import Progress
 from kbit.models.decoder import DecoderDefinition
@@ -37,19 +37,19 @@ from kbit.quantizers.settings import Tuning
 
 def can_scale(matrix: QuantTensor) -> bool:
     """Whether its rows have scales of their own."""
-    return isinstance(matrix.format, QuantFormat) and not matrix.format.double_quant
+    format = matrix.format
+    return isinstance(format, TrellisFormat) or (isinstance(format, QuantFormat) and not format.double_quant)
 
 
 def scale_rows(matrix: QuantTensor, factors: torch.Tensor | None) -> QuantTensor:
     """The matrix with each row's scales (and offsets) times a factor (N,), rounded to what its format stores."""
     if factors is None:
         return matrix
-    assert isinstance(matrix.format, QuantFormat)
-    kind = TORCH_SCALE_DTYPE[matrix.format.scale_dtype]
+    assert can_scale(matrix)
     stored = dict(matrix.stored)
     for name in ("scales", "offsets"):
         if name in stored:
-            stored[name] = (stored[name].float() * factors[:, None]).to(kind)
+            stored[name] = (stored[name].float() * factors[:, None]).to(stored[name].dtype)
     return replace(matrix, stored=stored)
 
 

@@ -6,12 +6,14 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
+from kbit.formats.codec import Codec
 from kbit.models.families import spec_from_config
 from kbit.models.params import parameters
 from kbit.quantizers.calibrated import TwoSided
 from kbit.quantizers.method import MethodInput, QuantizedSource
 from kbit.quantizers.rtn import QuantizedView
 from kbit.quantizers.settings import Tuning
+from kbit.quantizers.trellis import Trellis
 
 if TYPE_CHECKING:
     import torch
@@ -74,6 +76,17 @@ class TunedTwoSided(TwoSided):
             factors = {}
         write_durably(kept, save(factors))
         return factors
+
+
+class TunedTrellis(TunedTwoSided):
+    """Trellis codes, and rows tuned."""
+
+    name = "trellis-tuned"
+    about = "trellis, then the scales of all rows tuned against the original, kept if that helps: much slower"
+    version = 1
+
+    def format(self, bits: int, fast: bool) -> Codec:
+        return Trellis().format(bits, fast)
 
 
 class _AtHand(QuantizedView):

@@ -128,6 +128,13 @@ class PieceTokenizer:
     def no_truncation(self) -> None:
         """There is none."""
 
+    def to_str(self) -> str:
+        """
+        Raises:
+            UnsupportedError: there is no tokenizer.json that says what this does.
+        """
+        raise UnsupportedError("this model's tokenizer has no tokenizer.json, which other programs would need")
+
     def no_padding(self) -> None:
         """There is none."""
 

@@ -103,6 +103,10 @@ class TableTokenizer:
     def no_padding(self) -> None:
         """There is none."""
 
+    def to_str(self) -> str:
+        """The whole tokenizer.json."""
+        return self._load().to_str()
+
     def _load_whole(self) -> None:
         whole = self._load()
         whole.no_truncation()

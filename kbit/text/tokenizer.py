@@ -132,6 +132,10 @@ class Tokenizer:
         """The id of a token written as the vocabulary has it ("<|endoftext|>"), or None."""
         return self._backend.token_to_id(token)
 
+    def token_name(self, token: int) -> str | None:
+        """A token as the vocabulary has it, or None."""
+        return self._backend.id_to_token(token)
+
     def tokens(self) -> dict[str, int]:
         """Every token as the vocabulary has it, added ones included, with its id."""
         return self._backend.get_vocab(with_added_tokens=True)
@@ -139,6 +143,14 @@ class Tokenizer:
     def special_texts(self) -> dict[int, str]:
         """How the special tokens, which texts are shown without, are written, by id."""
         return {index: self._backend.id_to_token(index) or "" for index in self._skip_ids}
+
+    def library_json(self) -> str:
+        """The tokenizer.json of all this, for other programs that have the `tokenizers` library.
+
+        Raises:
+            UnsupportedError: the tokenizer is not one of the library's.
+        """
+        return self._backend.to_str()
 
     @property
     def chat_template(self) -> str | None:

@@ -3,6 +3,7 @@
     torch.ops.kbit.matmul           gated_matmul      embed
     torch.ops.kbit.rms_norm         add_rms_norm      layer_norm      activate      softcap
     torch.ops.kbit.kv_append        attention_decode  attention_prefill_paged
+    torch.ops.kbit.gated_delta      state_space       short_convolution
     torch.ops.kbit.dequantize_planes
 
 Importing this module registers them, each with a fake implementation that knows shapes and types only. They compute
@@ -30,6 +31,9 @@ from kbit.kernels.triton.attention import softcap as _softcap
 from kbit.kernels.triton.codecs import dequantize as _dequantize
 from kbit.kernels.triton.codecs.layout import TritonWeight
 from kbit.kernels.triton.product import matmul as _matmul
+from kbit.kernels.triton.recurrent import convolution as _convolution
+from kbit.kernels.triton.recurrent import recurrence as _recurrence
+from kbit.kernels.triton.recurrent.sizes import RecurrentHeads, Sequences
 from kbit.kernels.triton.rows import activate as _activate
 from kbit.kernels.triton.rows import embed as _embed
 from kbit.kernels.triton.rows import norm as _norm
@@ -37,8 +41,8 @@ from kbit.kernels.triton.target import active
 
 F = TypeVar("F", bound=Callable[..., Any])
 
-_PARTS = ("scales", "scales_super", "offsets", "offsets_super", "table", "table8", "dense")
-_FIXED = ("format", "shape", "padded", "kind", "zero", "multiplier", "lift", "bits", "block_size")
+_PARTS = ("scales", "scales_super", "offsets", "offsets_super", "table", "table8", "dense", "rotation")
+_FIXED = ("format", "shape", "padded", "kind", "zero", "multiplier", "lift", "bits", "block_size", "mixed", "window")
 _FIXED_ROUNDED = ("activations", "multiplier8")
 
 
@@ -280,6 +284,78 @@ def attention_prefill_paged(
 @attention_prefill_paged.register_fake
 def _(q, *others, **options):
     return q.new_empty(q.shape)
+
+
+@torch.library.custom_op("kbit::gated_delta", mutates_args=("states",))
+@_where_its_tensors_are
+def gated_delta(
+    x: torch.Tensor,
+    decay: torch.Tensor,
+    write: torch.Tensor,
+    log_rates: torch.Tensor,
+    states: torch.Tensor,
+    bounds: torch.Tensor,
+    before: torch.Tensor,
+    after: torch.Tensor,
+    longest: int,
+    key_heads: int,
+    out_dtype: torch.dtype | None = None,
+) -> torch.Tensor:
+    heads = RecurrentHeads(key_heads, *states.shape[1:])
+    sequences = Sequences(bounds, before, after, longest)
+    return _recurrence.gated_delta(x, decay, write, log_rates, states, sequences, heads, out_dtype=out_dtype)
+
+
+@gated_delta.register_fake
+def _(x, decay, write, log_rates, states, bounds, before, after, longest, key_heads, out_dtype=None):
+    return x.new_empty((x.shape[0], states.shape[1] * states.shape[3]), dtype=out_dtype or x.dtype)
+
+
+@torch.library.custom_op("kbit::state_space", mutates_args=("states",))
+@_where_its_tensors_are
+def state_space(
+    x: torch.Tensor,
+    steps: torch.Tensor,
+    log_rates: torch.Tensor,
+    skips: torch.Tensor,
+    states: torch.Tensor,
+    bounds: torch.Tensor,
+    before: torch.Tensor,
+    after: torch.Tensor,
+    longest: int,
+    key_heads: int,
+    out_dtype: torch.dtype | None = None,
+) -> torch.Tensor:
+    heads = RecurrentHeads(key_heads, *states.shape[1:])
+    sequences = Sequences(bounds, before, after, longest)
+    return _recurrence.state_space(x, steps, log_rates, skips, states, sequences, heads, out_dtype=out_dtype)
+
+
+@state_space.register_fake
+def _(x, steps, log_rates, skips, states, bounds, before, after, longest, key_heads, out_dtype=None):
+    return x.new_empty((x.shape[0], states.shape[1] * states.shape[3]), dtype=out_dtype or x.dtype)
+
+
+@torch.library.custom_op("kbit::short_convolution", mutates_args=("states",))
+@_where_its_tensors_are
+def short_convolution(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    states: torch.Tensor,
+    bounds: torch.Tensor,
+    before: torch.Tensor,
+    after: torch.Tensor,
+    longest: int,
+    out_dtype: torch.dtype | None = None,
+) -> torch.Tensor:
+    sequences = Sequences(bounds, before, after, longest)
+    return _convolution.short_convolution(x, weight, bias, states, sequences, states.shape[1] + 1, out_dtype)
+
+
+@short_convolution.register_fake
+def _(x, weight, bias, states, bounds, before, after, longest, out_dtype=None):
+    return x.new_empty(x.shape, dtype=out_dtype or x.dtype)
 
 
 @torch.library.custom_op("kbit::dequantize_planes", mutates_args=())

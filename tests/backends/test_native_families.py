@@ -27,6 +27,8 @@ FAMILIES += ["phi", "nemotron"]
 FAMILIES += ["lfm2-biases", "lfm2-moe"]
 # Mamba-2, with and without a bias of its convolution.
 FAMILIES += ["bamba", "granite-hybrid-moe"]
+# Beside attention, with factors; with norms by group; layers that are one thing each, experts without gates.
+FAMILIES += ["falcon-h1", "falcon-h1-norm", "nemotron-h-moe"]
 
 
 def wide(name: str) -> DictSource:

@@ -23,14 +23,15 @@ from gguf_model_cases import Model
 from native_cases import assert_close
 from tensor_parallel_cases import (
     CASES,
-    TRITON_CASE,
-    TRITON_CHANGES,
+    TRITON_CASES,
     WORLD,
     few_logits,
     logits,
     run_all,
+    source_for,
     source_of,
     toy_source,
+    triton_source,
     whole_logits,
 )
 
@@ -195,10 +196,44 @@ class TestShares:
             shard(source_of("olmo2", None), 0, 2)
         assert shard(source_of("olmo2", None), 0, 1).config["num_attention_heads"] == 6
 
-    def test_experts(self) -> None:
-        with pytest.raises(UnsupportedError, match="experts of mixtral models are not dealt out.*use one process"):
-            shard(source_of("mixtral", None), 0, 2)
-        assert shard(source_of("mixtral", None), 0, 1).config["num_attention_heads"] == 6
+    @pytest.mark.parametrize(
+        ("name", "message"),
+        [
+            ("bamba", "the norms in state spaces of bamba models are of all heads together; use one process"),
+            ("lfm2", "the short convolutions of lfm2 models are not dealt out among processes; use one process"),
+            ("qwen3_5", "2 key/value heads, and delta nets of 2 heads of keys; use 2$"),
+        ],
+    )
+    def test_layers_that_are_not_dealt_out(self, name: str, message: str) -> None:
+        world = 3 if name == "qwen3_5" else 2
+        with pytest.raises(UnsupportedError, match=f"cannot be split among {world} processes: .*{message}"):
+            shard(source_of(name, None), 0, world)
+        assert shard(source_of(name, None), 0, 1).config["num_attention_heads"] == 6
+
+    def test_a_bias_that_is_added_before_the_sum_is_the_first_process_s(self) -> None:
+        source = source_of("gpt-oss", None)
+        first, second = (shard(source, rank, 2) for rank in range(2))
+        name = "model.layers.0.mlp.experts.1.down_proj.bias"
+        assert torch.equal(first.read(name), source.read(name))
+        assert not second.read(name).any()
+        gate = "model.layers.0.mlp.experts.1.gate_proj.bias"
+        assert torch.equal(torch.cat([first.read(gate), second.read(gate)]), source.read(gate))
+
+    @pytest.mark.parametrize("format", [None, "nf4-b16", "int4-b16-asym-dq", "lloyd3-row"])
+    def test_queries_keys_and_values_of_delta_nets(self, format: str | None) -> None:
+        """Three runs of rows of one matrix, put together, with the values of the whole."""
+        source = source_of("qwen3_5", format, linear_value_head_dim=32)
+        parts = [shard(source, rank, 2) for rank in range(2)]
+        name, sizes = "model.layers.0.linear_attn.in_proj_qkv.weight", [12, 12, 96]
+        whole = source.read(name).split([2 * size for size in sizes])
+        for rank, part in enumerate(parts):
+            weight = part.read_weight(name)
+            values = weight.dequantize() if isinstance(weight, QuantTensor) else weight
+            if isinstance(weight, QuantTensor):
+                QuantTensor.checked("part", weight.format, weight.shape, weight.stored, weight.codebook)
+            expected = torch.cat([x[rank * size : (rank + 1) * size] for x, size in zip(whole, sizes, strict=True)])
+            assert torch.equal(values, expected)
+            assert torch.equal(part.read_rows(name, 5, 40), expected[5:40])
 
     def test_an_mlp_of_too_few_blocks(self) -> None:
         tensors = source_of("llama", None, num_attention_heads=2)
@@ -234,7 +269,7 @@ class TestTwoProcesses:
     @pytest.mark.parametrize("case", CASES, ids=str)
     def test_logits_are_those_of_one(self, together: list[dict[Any, Any]], case: tuple[str, str | None]) -> None:
         """To rounding: sums are formed in another order. And the same in both, to the bit."""
-        expected = logits(load_decoder(source_of(*case), ReferenceBackend()))
+        expected = logits(load_decoder(source_for(case), ReferenceBackend()))
         for name, values in expected.items():
             assert_close(together[0][case][name], values)
             assert torch.equal(together[0][case][name], together[1][case][name])
@@ -274,10 +309,11 @@ class TestTwoProcesses:
         from half_precision_cases import assert_close as assert_close_in_half_precision
 
         found = two_processes(tmp_path, "triton")
-        source = source_of(*TRITON_CASE, **TRITON_CHANGES)
-        for name, values in few_logits(load_decoder(source, ReferenceBackend())).items():
-            assert_close_in_half_precision(found[0][name], values, source)
-            assert torch.equal(found[0][name], found[1][name])
+        for case in TRITON_CASES:
+            source = triton_source(case)
+            for name, values in few_logits(load_decoder(source, ReferenceBackend())).items():
+                assert_close_in_half_precision(found[0][case][name], values, source)
+                assert torch.equal(found[0][case][name], found[1][case][name])
 
 
 @pytest.fixture(scope="module")

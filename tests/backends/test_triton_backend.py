@@ -12,6 +12,9 @@ from native_cases import random_ids
 from triton_cases import assert_within, product_bound
 from triton_model_cases import on, reference, source_of
 
+from kbit.formats.blockwise import quantize_blockwise
+from kbit.formats.quant_format import QuantFormat
+from kbit.formats.quant_tensor import QuantTensor
 from kbit.host.errors import UnsupportedError, UsageError
 from kbit.kernels import reference as reference_ops
 from kbit.models.load import load_decoder
@@ -66,8 +69,24 @@ def test_experts(device: str, name: str) -> None:
         assert_close(ours.forward(part, caches[0]), theirs.forward(part, caches[1]), source)
 
 
+def test_experts_of_mixed_formats(device: str) -> None:
+    """By matrix and by expert; of quantile formats each has a table of its own."""
+    formats = ["nf4-b16", "int3-b16", "quantile4-b16"]
+    source = source_of("qwen2-moe", "nf4-b16")
+    tensors = dict(source.data)
+    for index, name in enumerate(sorted(name for name in tensors if ".experts." in name)):
+        whole = tensors[name]
+        assert isinstance(whole, QuantTensor)
+        tensors[name] = quantize_blockwise(whole.dequantize(), QuantFormat.parse(formats[index % 7 % 3]))
+    source = DictSource(source.config, tensors)
+    ours, theirs = on(device, source), reference(source)
+    caches = ours.new_cache(2, 20), theirs.new_cache(2, 20)
+    for part in random_ids(2, 9).split([8, 1], dim=1):
+        assert_close(ours.forward(part, caches[0]), theirs.forward(part, caches[1]), source)
+
+
 def test_experts_that_have_no_kernel(device: str) -> None:
-    with pytest.raises(UnsupportedError, match="experts of one quantized format alone.*use --device cpu"):
+    with pytest.raises(UnsupportedError, match="quantized experts alone.*use --device cpu"):
         on(device, source_of("qwen3-moe"))
 
 

@@ -20,6 +20,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 # A delta net with experts, and without; a state space with a gate and factors, with biases; convolutions alone.
 FAMILIES = {"qwen3-next": "nf4-b16", "qwen3_5-biases": None, "granite-hybrid": "nf4-b16", "bamba": None, "lfm2": None}
+FAMILIES |= {"falcon-h1": None, "falcon-h1-norm": "nf4-b16"}
 
 
 @pytest.mark.parametrize("name", FAMILIES)

@@ -119,6 +119,9 @@ CASES: dict[str, tuple[str, dict[str, str], dict[str, Any]]] = {
     "olmoe": ("olmoe", BOTH, {}),
     "glm4-moe": ("glm4moe", {**BOTH, "post_attention_layernorm": "post_attention_norm"}, {}),
     "minimax-m2": ("minimax-m2", BOTH, {}),
+    "dots1": ("dots1", BOTH, {"sliding_window": None, "layer_types": None}),
+    "cohere": ("command-r", BOTH, {}),
+    "cohere2": ("cohere2", BOTH, {"layer_types": None, "num_hidden_layers": 5}),
     "deepseek-v2": ("deepseek2", BOTH, {"attention_bias": False}),
     "deepseek-v2-lite": ("deepseek2", BOTH, {"rope_parameters": _DEEPSEEK_YARN}),
     "deepseek-v3": ("deepseek2", BOTH, {"attention_bias": False, "rope_parameters": _DEEPSEEK_YARN}),
@@ -222,9 +225,13 @@ def keys_of(case: str, folder: Path) -> dict[str, Any]:
         "feed_forward_length": config.get("intermediate_size"),
         "attention.head_count": config["num_attention_heads"],
         "attention.head_count_kv": config["num_key_value_heads"],
-        "attention.layer_norm_rms_epsilon": float(config["rms_norm_eps"]),
         "rope.freq_base": float(rope["rope_theta"]),
     }
+    if "layer_norm_eps" in config:
+        keys["attention.layer_norm_epsilon"] = float(config["layer_norm_eps"])
+        keys["logit_scale"] = float(config["logit_scale"])
+    else:
+        keys["attention.layer_norm_rms_epsilon"] = float(config["rms_norm_eps"])
     if arch == "deepseek2":
         keys |= _latent_keys(config)
     if arch == "qwen35moe":  # the converter finds no width of an MLP
@@ -325,14 +332,14 @@ def _expert_keys(arch: str, config: dict[str, Any]) -> dict[str, Any]:
         keys["expert_feed_forward_length"] = width
     if arch in ("qwen2moe", *WITH_DELTA_NETS):
         keys["expert_shared_feed_forward_length"] = config["shared_expert_intermediate_size"]
-    if arch in ("glm4moe", "minimax-m2") or config["model_type"] == "deepseek_v3":
+    if arch in ("glm4moe", "minimax-m2", "dots1") or config["model_type"] == "deepseek_v3":
         keys["expert_gating_func"] = 2
     if arch == "deepseek2":
         keys["expert_weights_scale"] = float(config["routed_scaling_factor"])
         keys["expert_group_count"], keys["expert_group_used_count"] = config["n_group"], config["topk_group"]
         if config["norm_topk_prob"]:
             keys["expert_weights_norm"] = True
-    if arch == "glm4moe":
+    if arch in ("glm4moe", "dots1"):
         keys |= {
             "expert_shared_count": config["n_shared_experts"],
             "leading_dense_block_count": config["first_k_dense_replace"],

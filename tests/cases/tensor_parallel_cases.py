@@ -51,9 +51,21 @@ CASES: list[tuple[str, str | None]] = [
     ("cohere", "int8-b16"),
     ("gemma4-dense", "nf4-b16"),
     ("gemma4-e", None),
+    ("gpt-oss", None),
+    ("qwen2-moe", None),
+    ("deepseek-v3", None),
+    ("gemma4-moe", "nf4-b16"),
+    ("qwen3-next", None),
+    ("qwen3_5", "int4-b16-asym-dq"),
 ]
-# One layer has both sums; Triton's interpreter takes seconds for it.
-TRITON_CASE, TRITON_CHANGES = ("llama-biases", "nf4-b16"), {"num_hidden_layers": 1}
+# Whole blocks of 16 for each.
+CHANGES: dict[tuple[str, str | None], dict[str, Any]] = {
+    ("gemma4-moe", "nf4-b16"): {"num_global_key_value_heads": 2},
+    ("qwen3_5", "int4-b16-asym-dq"): {"linear_value_head_dim": 32},
+}
+# One layer has both sums; Triton's interpreter takes seconds for it. The second has a delta net and experts.
+TRITON_CASES: list[tuple[str, str | None]] = [("llama-biases", "nf4-b16"), ("qwen3-next", "nf4-b16")]
+TRITON_CHANGES: dict[str, Any] = {"num_hidden_layers": 1, "decoder_sparse_step": 1, "linear_value_head_dim": 32}
 
 
 class PackedSource(DictSource):
@@ -73,6 +85,19 @@ def source_of(name: str, format: str | None, **changes: Any) -> PackedSource:
     config = {**tiny_config(name), "head_dim": 16, **changes}
     tensors = tame_tensors(config)
     return PackedSource(config, tensors if format is None else quantized(tensors, format))
+
+
+def source_for(case: tuple[str, str | None]) -> PackedSource:
+    """That of one of CASES."""
+    return source_of(*case, **CHANGES.get(case, {}))
+
+
+def triton_source(case: tuple[str, str | None]) -> PackedSource:
+    """That of one of TRITON_CASES."""
+    changes = dict(TRITON_CHANGES)
+    if case[0] == "qwen3-next":
+        changes["layer_types"] = ["linear_attention"]
+    return source_of(*case, **changes)
 
 
 def ragged_ids() -> tuple[torch.Tensor, torch.Tensor]:
@@ -171,15 +196,15 @@ def main(folder: Path, backend: str) -> None:
         from kbit.backends.triton.backend import TritonBackend
 
         mine = split(TritonBackend("cuda" if ON_GPU else "cpu"), group)
-        part = shard(source_of(*TRITON_CASE, **TRITON_CHANGES), group.rank, group.size)
-        found = few_logits(load_decoder(part, mine))
+        for case in TRITON_CASES:
+            found[case] = few_logits(load_decoder(shard(triton_source(case), group.rank, group.size), mine))
     else:
         from kbit.backends.reference.backend import ReferenceBackend
 
         mine = split(ReferenceBackend(), group)
         found = {"describe": mine.describe(), "failures": failures(group)}
         for case in CASES:
-            part = shard(source_of(*case), group.rank, group.size)
+            part = shard(source_for(case), group.rank, group.size)
             found[case] = {**logits(load_decoder(part, mine)), "intermediate": part.config["intermediate_size"]}
         toy_family.install()
         found["toy"] = whole_logits(load_decoder(shard(toy_source(), group.rank, group.size), mine))

@@ -178,9 +178,25 @@ def test_mistakes_are_named(kbit: Run, folders: dict[str, str], arguments: list[
 def test_other_commands_name_encoders(kbit: Run, folders: dict[str, str], tmp_path: Path) -> None:
     text = tmp_path / "text.txt"
     text.write_text("the cat sat on the mat .\n" * 50)
+    for command, said in (
+        (
+            ["scale", folders["fill"], "--bits", "4", "--data", str(text), "-o", str(tmp_path / "study")],
+            "compare by kbit eval",
+        ),
+        (
+            ["plan", folders["fill"], "--memory", "1GiB"],
+            "kbit quantize MODEL --bits 4 --dry-run prints what the weights",
+        ),
+    ):
+        code, _, err = kbit(*command)
+        assert code == 1
+        assert "does not go on with texts" in err
+        assert said in err
+    code, out, err = kbit("quantize", folders["fill"], "--bits", "4", "--dry-run")
+    assert code == 0, err
+    assert "bits per weight" in out + err
     for command in (
         ["eval", folders["fill"], "--data", str(text)],
-        ["scale", folders["fill"], "--bits", "4", "--data", str(text), "-o", str(tmp_path / "study")],
         ["calibrate", folders["fill"]],
         ["quantize", folders["fill"], "--method", "ldlq2", "-o", str(tmp_path / "out")],
         ["quantize", folders["fill"], "--method", "gptq", "-o", str(tmp_path / "out")],

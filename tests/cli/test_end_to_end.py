@@ -36,7 +36,7 @@ def json_of(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> Any:
 
 @pytest.mark.parametrize("bits", [8, 5, 4])
 def test_the_capital_of_france(converted: Callable[[int], Path], bits: int, capsys: pytest.CaptureFixture[str]) -> None:
-    arguments = ["run", "The capital of France is", "--model", str(converted(bits)), "--max-tokens", "12"]
+    arguments = ["run", "--raw", "The capital of France is", "--model", str(converted(bits)), "--max-tokens", "12"]
     result = json_of(arguments, capsys)
     assert result["text"].startswith(" Paris")
     assert result["prompt_tokens"] == 5

@@ -24,7 +24,8 @@ def json_of(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> Any:
 
 @pytest.mark.parametrize(
     "name",
-    ["gemma3", "phi3", "qwen2-moe", "gpt-oss", "deepseek-v2-lite", "gemma4-e", "qwen3_5", "lfm2", "granite-hybrid-moe"],
+    ["gemma3", "phi3", "qwen2-moe", "gpt-oss", "deepseek-v2-lite", "gemma4-e", "qwen3_5", "lfm2", "granite-hybrid-moe"]
+    + ["falcon-h1-norm", "nemotron-h-moe"],
 )
 def test_quantize_info_run_eval(
     tmp_path: Path, published: Callable[[str], Path], name: str, capsys: pytest.CaptureFixture[str]

@@ -76,7 +76,9 @@ class TestCommands:
             (("x", "--max-tokens", "0"), "--max-tokens 0: expected at least 1"),
             (("x", "--threads", "0"), "--threads 0: expected at least 1"),
             (("x", "--stop", ""), "--stop '': a stop string needs"),
-            (("x", "--system", "s"), "--system needs --chat"),
+            (("x", "--system", "s"), "has no chat template, and a text to continue no system message"),
+            (("x", "--raw", "--system", "s"), "--system goes with an answer"),
+            (("x", "--raw", "--chat"), "--raw and --chat: a text is continued or answered"),
             (("x", "--chat"), "no chat template; `kbit run` without --chat"),
             (("word " * 300,), "tokens and the model's context is 256, answer included: shorten"),
             (("x", "--device", "abacus"), "--device abacus"),
@@ -138,6 +140,10 @@ class TestCommands:
         assert "conversation forgotten" in stderr
         assert stderr.count("stopped after 6 tokens") == 3
         report = json.loads(in_process(["run", "Hello there", "--chat", *flags, "--json"], monkeypatch)[1])
+        by_default = json.loads(in_process(["run", "Hello there", *flags, "--json"], monkeypatch)[1])
+        assert (by_default["text"], by_default["prompt_tokens"]) == (report["text"], report["prompt_tokens"])
+        raw = ["run", "Hello there", "--raw", "-m", str(folder), "--max-tokens", "2", "--json"]
+        assert json.loads(in_process(raw, monkeypatch)[1])["prompt_tokens"] < report["prompt_tokens"]
         answer = report["text"] + "\n"
         # The answer to a first message is that of `kbit run --chat`; after /reset nothing earlier is left.
         assert stdout.startswith(answer)

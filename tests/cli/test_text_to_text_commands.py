@@ -200,7 +200,7 @@ def test_remedies_work(kbit: Run, folders: dict[str, str]) -> None:
         (["chat", "--model", "{t5}"], "use kbit translate, kbit summarize or kbit run"),
         (["eval", "{t5}"], "kbit eval --data PAIRS.tsv"),
         (["eval", "{t5}", "--data", "none.tsv"], "none.tsv: cannot be read"),
-        (["plan", "{t5}", "--memory", "1GiB"], "use kbit translate"),
+        (["plan", "{t5}", "--memory", "1GiB"], "--dry-run prints what the weights take"),
         (["export", "{t5}", "-o", "x"], "kbit exports decoders"),
         (["export", "{t5}", "-o", "x", "--to", "compressed-tensors"], "kbit exports decoders"),
         (["export", "{t5}", "-o", "x.gguf", "--to", "gguf"], "kbit exports decoders"),

@@ -269,3 +269,11 @@ class TestInterrupt:
         generation = start("abc")
         assert next(generation) == "a"
         assert (generation.result.text, generation.result.finish_reason) == ("a", "interrupted")
+
+
+def test_a_text_that_only_repeats_itself_is_ended() -> None:
+    generation = start("ab" * 200, max_tokens=300, stop_repetition=True)
+    result = generation.run()
+    assert result.finish_reason == "repetition"
+    assert result.text == "ab" * 48
+    assert start("ab" * 200, max_tokens=300).run().finish_reason == "length"

@@ -21,7 +21,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 PROMPT = [65, 66, 69, 67, 67, 69, 66, 65, 66]  # whose greedy answer goes on
 
 
-@pytest.fixture(scope="module", params=["qwen3_5", "lfm2", "bamba"])
+@pytest.fixture(scope="module", params=["qwen3_5", "lfm2", "bamba", "falcon-h1"])
 def model(request: pytest.FixtureRequest, published: Callable[[str], Path]) -> LoadedModel:
     return load_model(str(published(request.param)), threads=1, compute="fp32")
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from kbit.checkpoint.readers.hf_folder import to_float32
+from kbit.checkpoint.readers.floats import to_float32
 from kbit.formats.blockwise import quantize_blockwise
 from kbit.formats.planes import pack
 from kbit.formats.quant_format import QuantFormat

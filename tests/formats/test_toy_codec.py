@@ -136,11 +136,10 @@ def test_one_of_two_processes_gets_its_share(folder: Path) -> None:
 
 
 def test_backends_without_its_kernels_refuse_it_by_name(folder: Path, weights: torch.Tensor) -> None:
-    message = "the {} backend has no kernel for bitwise{}: its kernels read {}, not bitwise; use --backend reference"
-    with (
-        open_model(str(folder)) as source,
-        pytest.raises(UnsupportedError, match=message.format("native", "8", "planes, nested")),
-    ):
+    message = (
+        "the {} backend has no kernel for bitwise{}: its kernels read planes.*, not bitwise; use --backend reference"
+    )
+    with open_model(str(folder)) as source, pytest.raises(UnsupportedError, match=message.format("native", "8")):
         load_decoder(source, NativeBackend(1))
     pytest.importorskip("triton")
     from kbit.kernels.triton.codecs.layout import prepare_weight

@@ -149,6 +149,23 @@ def test_published_pages_wait_until_they_are_needed() -> None:
         third.match(keys)
 
 
+def test_a_key_that_two_texts_have_by_chance_is_no_match() -> None:
+    memory = Memory(8)
+    pool = PagePool(memory)
+    table = BlockTable(pool)
+    text = list(range(2 * PAGE))
+    write(memory, table, text)
+    keys = prefix_keys(text)
+    table.publish(keys, text)
+    table.release()
+    same, other = BlockTable(pool), BlockTable(pool)
+    assert other.match(keys, [*text[:-1], 5]) == PAGE
+    assert other.pages == [pool.find(keys[0])]
+    assert same.match(keys, text) == 2 * PAGE
+    other.release()
+    assert other.match(keys, [5, *text[1:]]) == 0
+
+
 def test_no_page_is_taken_where_not_all_can_be() -> None:
     pool = PagePool(Memory(3))
     table = BlockTable(pool)

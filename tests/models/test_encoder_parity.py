@@ -10,6 +10,7 @@ import encoder_cases as cases
 import numpy as np
 import pytest
 import torch
+import transformers
 from encoder_cases import assert_near
 from safetensors.torch import load_file, save_file
 
@@ -21,6 +22,7 @@ from kbit.graph.ops import Backend
 from kbit.host.errors import CheckpointError, KbitError, UnsupportedError, UsageError
 from kbit.models.families import FAMILIES, spec_from_config
 from kbit.models.opening import open_model
+from kbit.models.task_config import labels_of
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -223,6 +225,20 @@ def test_keys_that_would_make_another_model_are_refused(tmp_path: Path) -> None:
             config.pop("id2label", None)
         with pytest.raises(KbitError, match=f"config.json: {'RoPE scaling' if key == 'rope_scaling' else key}"):
             spec_from_config(json.loads(json.dumps(config)))
+
+
+def test_more_labels_than_names() -> None:
+    """transformers 2 wrote num_labels beside the two default names; what counts is the number, as it is today."""
+    config = cases.model_of("Bert").config.to_dict()
+    config.update({"architectures": ["BertForSequenceClassification"], "num_labels": 50})
+    config["id2label"] = {"0": "LABEL_0", "1": "LABEL_1"}
+    with pytest.warns(match="num_labels is 50, but id2label names 2: they are called LABEL_0"):
+        spec = spec_from_config(json.loads(json.dumps(config)))
+    assert spec.task is not None
+    assert spec.task.labels == 50
+    labels = labels_of(config, "here")
+    assert (len(labels), labels[49]) == (50, "LABEL_49")
+    assert transformers.BertConfig(**config).num_labels == 50
 
 
 def test_configurations_of_the_hub(tmp_path: Path) -> None:

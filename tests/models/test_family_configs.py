@@ -41,6 +41,10 @@ HEADS |= {
 LATENT = ("deepseek_v3", "glm4_moe_lite", "mistral4", "minicpm3", "youtu")
 HEADS |= {family: {"num_key_value_heads": 32} for family in LATENT}
 HEADS |= {"deepseek_v2": {"num_experts_per_tok": 6}}
+HEADS |= {
+    "helium": {"num_key_value_heads": 32},
+    "dots1": {"n_routed_experts": 4, "num_experts_per_tok": 2, "n_shared_experts": 1},
+}
 # Model types that transformers does not have: DeepSeek-V3 under another name.
 UNKNOWN = ("kimi_k2",)
 # Key/value heads of models without such a key.

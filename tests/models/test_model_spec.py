@@ -238,7 +238,7 @@ def test_unsupported_models_say_what_is_supported(changes: dict[str, Any], names
 
 def test_no_model_type_at_all() -> None:
     config = {key: value for key, value in LLAMA.items() if key not in ("model_type", "architectures")}
-    with pytest.raises(CheckpointError, match="model_type is missing"):
+    with pytest.raises(CheckpointError, match='model_type is missing.*add it, for example "model_type": "bert"'):
         spec_from_config(config)
 
 

@@ -81,12 +81,35 @@ def qwen3_5() -> Any:
     return transformers.Qwen3_5Config(text_config=text, vision_config=vision)
 
 
+def kimi_k25() -> Any:
+    text = {**TEXT, "model_type": "deepseek_v3", "num_hidden_layers": 2, "num_key_value_heads": 4, "kv_lora_rank": 16}
+    text |= {
+        "q_lora_rank": 24,
+        "qk_nope_head_dim": 8,
+        "qk_rope_head_dim": 4,
+        "v_head_dim": 8,
+        "first_k_dense_replace": 1,
+    }
+    text |= {
+        "n_routed_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 16,
+        "n_group": 1,
+        "topk_group": 1,
+    }
+    vision = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    whole = {"projection_hidden_size": 32, "image_token_id": 1, "video_token_id": 2, "tie_word_embeddings": False}
+    tokens = {"vision_start_token_id": 3, "vision_end_token_id": 4}
+    return transformers.Kimi_K25Config(text_config=text, vision_config=vision, **whole, **tokens)
+
+
 WHOLES: dict[str, tuple[Callable[[], Any], str]] = {
     "gemma3": (gemma3, "Gemma3ForConditionalGeneration"),
     "gemma4": (gemma4, "Gemma4ForConditionalGeneration"),
     "mistral3": (mistral3, "Mistral3ForConditionalGeneration"),
     "llava": (llava, "LlavaForConditionalGeneration"),
     "qwen3_5": (qwen3_5, "Qwen3_5ForConditionalGeneration"),
+    "kimi_k25": (kimi_k25, "Kimi_K25ForConditionalGeneration"),
 }
 
 

@@ -1,4 +1,4 @@
-"""The correlation that tools/sts_accuracy.py prints, and the tool from a model to its table."""
+"""tools/sts_accuracy.py, from a model to its table."""
 
 from __future__ import annotations
 
@@ -6,18 +6,10 @@ import sys
 from pathlib import Path
 
 import encoder_cases as cases
-import numpy as np
 import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tools"))
 import sts_accuracy
-
-
-def test_spearman_is_scipys() -> None:
-    stats = pytest.importorskip("scipy.stats")
-    generator = np.random.default_rng(3)
-    for values in (generator.normal(size=(2, 50)), generator.integers(0, 5, (2, 200)).astype(float)):
-        assert sts_accuracy.spearman(*values) == pytest.approx(stats.spearmanr(*values).statistic, abs=1e-12)
 
 
 def test_a_table_of_a_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -165,7 +165,7 @@ def _plan(source: CheckpointSource, format_name: str, method: Method) -> Plan:
     if not isinstance(method, CalibratedRounding):
         raise UsageError(f"{method.name} does not weigh widths: {format_name} passed over")
     bits = float(format_name.removeprefix(_MIXED))
-    plain = make_plan(source, parse_format("nf4-b64"), method=method)
+    plain = make_plan(source, method.format(4, fast=False) or parse_format("nf4-b64"), method=method)
     linear = sum(tensor.source.numel for tensor in plain.tensors if tensor.role == "linear")
     kept = sum(tensor.nbytes for tensor in plain.tensors if tensor.role != "linear")
     found = mixed_formats(source, plain, method, Budget(nbytes=int(linear * bits / 8) + kept), ())

@@ -19,6 +19,7 @@ from kbit.kernels.triton.product.gemm import gemm
 from kbit.kernels.triton.product.gemm_rounded import gemm_rounded
 from kbit.kernels.triton.product.gemv import gemv, problem_of
 from kbit.kernels.triton.product.rounded import FP8_ARCHES, segment_of
+from kbit.kernels.triton.product.trellis import trellis_product
 from triton_lint.cases import Case, Gate
 from triton_lint.chips import TARGETS
 from triton_lint.driver import Launch
@@ -123,6 +124,28 @@ def _rounded(kind: str, text: str, tokens: int, *, size: int = 4096, quick: bool
     )
 
 
+def _trellis(text: str, tokens: int, *, size: int = 4096, quick: bool = False) -> Case:
+    """Gated where it matters: no spills, tensor cores."""
+    weight = meta_weight(text, (size, size), torch.float16)
+    x = torch.empty(tokens, size, dtype=torch.float16, device="meta")
+
+    def work(launch: Launch, config: Any) -> Work | None:
+        if launch.kernel != "trellis_kernel":
+            return None
+        steps = weight.padded[0] // ROW_TILE * -(-tokens // 64) * (size // 64)
+        return Work(bytes=_bytes(weight, tokens), units=size * size, flops=2 * tokens * size * size, steps=steps)
+
+    mma = {"sm_80": "HMMA", "sm_90": "HMMA", "gfx942": "v_mfma_f32"}
+    return Case(
+        f"trellis/{text}/{tokens}x{size}x{size}",
+        launch=lambda arch, config: trellis_product(x, weight),
+        work=work,
+        gates={arch: Gate(mma=(name,)) for arch, name in mma.items()},
+        gated="trellis_kernel",
+        quick=quick,
+    )
+
+
 def cases() -> list[Case]:
     """All products. Gates are for sm_90: the widths' budgets, no shuffle, 128-bit loads, tensor cores. Products with
     activations in 8 bits have theirs for every target."""
@@ -154,6 +177,10 @@ def cases() -> list[Case]:
         _gemm("nf4-b64", 256, gate=Gate(load_bits=128, mma=("HGMMA",), tensor_share=0.7, shuffles=0)),
         _gemm("nf3-b64", 256),
         _gemm("int8-b64", 256),
+        _trellis("trellis2", 1, quick=True),
+        _trellis("trellis3", 1),
+        _trellis("trellis4", 1),
+        _trellis("trellis3", 64),
         _rounded("int8", "int4-b64", 256),
         _rounded("int8", "int4-b64", 1024),
         _rounded("int8", "int4-b128", 256, quick=True),

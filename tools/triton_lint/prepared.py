@@ -6,10 +6,10 @@ from dataclasses import replace
 
 import torch
 
-from kbit.formats.blockwise import quantize_blockwise
 from kbit.formats.planes_codec import PlanesTensor
 from kbit.formats.quant_format import QuantFormat
 from kbit.formats.quant_tensor import SAFETENSORS_TO_TORCH
+from kbit.formats.registry import parse_format
 from kbit.kernels.triton.codecs.layout import TritonWeight, prepare_weight
 from kbit.kernels.triton.product.rounded import with_activations
 
@@ -39,17 +39,18 @@ def meta_weight(text: str, shape: tuple[int, int], dtype: torch.dtype, activatio
     rows, columns = shape
     if rows % 256 or columns % 256:
         raise ValueError(f"{rows} x {columns}: sizes must be multiples of 256")
-    quant_format = QuantFormat.parse(text)
+    codec = parse_format(text)
     # What does not grow with the rows (kind, table, factors of levels) is that of 16 real rows of the same length.
     sample = torch.randn(16, columns, generator=torch.Generator().manual_seed(0))
-    real = prepare_weight(quantize_blockwise(sample, quant_format), "cpu", dtype)
+    real = prepare_weight(codec.encode(lambda start, stop: sample[start:stop], (16, columns)), "cpu", dtype)
     if activations:
         real = with_activations(real, activations)
 
     def grown(tensor: torch.Tensor | None) -> torch.Tensor | None:
         if tensor is None:
             return None
-        return torch.empty((rows // 16, *tensor.shape[1:]), dtype=tensor.dtype, device="meta")
+        grows = rows // 16 * len(tensor)  # of row tiles one, of rows 16
+        return torch.empty((grows, *tensor.shape[1:]), dtype=tensor.dtype, device="meta")
 
     def empty(tensor: torch.Tensor | None) -> torch.Tensor | None:
         return None if tensor is None else torch.empty_like(tensor, device="meta")
@@ -65,4 +66,5 @@ def meta_weight(text: str, shape: tuple[int, int], dtype: torch.dtype, activatio
         offsets_super=empty(real.offsets_super),
         table=empty(real.table),
         table8=empty(real.table8),
+        rotation=empty(real.rotation),
     )

@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kbit.backends.cpu.weight import native_matrix, native_vector
-from kbit.graph.fuse import fuse
+from kbit.graph.fuse import fuse, without_sums
 from kbit.graph.operations import (
     Activate,
     Add,
@@ -101,7 +101,7 @@ def place(operations: Sequence[Operation], result: Symbol) -> Placement:
 
 def lower_body(program: Program, operations: Sequence[Operation], result: Symbol) -> None:
     """Writes a recorded body into a program: token ids -> hidden states."""
-    operations = fuse(operations, result)
+    operations = fuse(without_sums(operations), result)
     placement = place(operations, result)
     numbers = [program.buffer(width) for width in placement.widths]
     at = {symbol: numbers[index] for symbol, index in placement.buffers.items()}
@@ -146,7 +146,7 @@ def _emit(program: Program, operation: Operation, at: dict[Symbol, int]) -> None
     elif isinstance(operation, Norm):
         weight, eps, bias, centred = _norm(operation)
         assert weight is not None
-        program.norm(at[operation.x], weight, eps, at[operation.out], bias, centred)
+        program.norm(at[operation.x], weight, eps, at[operation.out], bias, centred, operation.groups)
     elif isinstance(operation, Add):
         program.add(at[operation.x], at[operation.y], at[operation.out])
     elif isinstance(operation, Multiply):

@@ -11,9 +11,11 @@ from numpy.typing import NDArray
 
 from kbit import _native
 from kbit.formats.codec import no_kernel
+from kbit.formats.quant_format import plane_widths
 from kbit.formats.stored import AnyStored, DenseMatrix, StoredMatrix
 from kbit.formats.stored_nested import StoredNested
 from kbit.formats.stored_planes import StoredPlanes
+from kbit.formats.trellis import TrellisFormat, integer_codes
 from kbit.graph.ops import Vector, Weight
 
 if TYPE_CHECKING:
@@ -133,8 +135,35 @@ def nested_matrix(matrix: StoredNested, width: int, context: Context) -> Matrix:
     )
 
 
+def _trellis(stored: StoredMatrix, context: Context) -> Matrix:
+    """Tiles, scales of rows and signs (kernels/cpu/codecs/matrix.h); integers as bit planes of rotated columns."""
+    format, columns = stored.format, stored.shape[1]
+    assert isinstance(format, TrellisFormat)
+    parts, mixed = stored.parts, format.columns_mixed(columns)
+    if format.code != "int":
+        return _native.Matrix.trellis(
+            parts["codes"], format.bits, format.code, format.window, columns, parts["scales"], parts["signs"], mixed,
+            context,
+        )  # fmt: skip
+    codes, planes, shift = integer_codes(parts["codes"], format.bits, stored.shape[0]), [], 0
+    for width in plane_widths(format.bits):
+        plane = np.empty((len(codes), -(-codes.shape[1] * width // 8)), dtype=np.uint8)
+        _native.pack_plane(codes, width, shift, plane)
+        planes.append(plane)
+        shift += width
+    levels = np.arange(1 << format.bits, dtype=np.float32) - np.float32(1 << format.bits - 1)
+    return _native.Matrix.quantized(
+        planes, format.bits, columns, 0, parts["scales"], None, "fp16", levels * np.float32(format.step), context,
+        parts["signs"], mixed,
+    )  # fmt: skip
+
+
 # How a matrix of each codec gets into the native layout, by family.
-_CODECS: dict[str, Callable[[StoredMatrix, Context], Matrix]] = {"planes": _planes, "nested": _nested}
+_CODECS: dict[str, Callable[[StoredMatrix, Context], Matrix]] = {
+    "planes": _planes,
+    "trellis": _trellis,
+    "nested": _nested,
+}
 
 
 def _bits(values: torch.Tensor) -> NDArray[Any]:

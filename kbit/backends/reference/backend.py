@@ -96,8 +96,11 @@ class RowOps:
     ) -> tuple[torch.Tensor, ...]:
         return tuple(self.linear(weight, x, bias) for weight, bias in zip(weights, biases, strict=True))
 
-    def norm(self, x: torch.Tensor, weight: Vector, eps: float) -> torch.Tensor:
+    def norm(self, x: torch.Tensor, weight: Vector, eps: float, groups: int = 1) -> torch.Tensor:
         of = tensor_of(weight)
+        if groups > 1:
+            runs = x.view(*x.shape[:-1], groups, -1)
+            return reference.rms_norm(runs, of.view(groups, -1), eps).flatten(-2)
         if len(of) == x.shape[-1]:
             return reference.rms_norm(x, of, eps)
         return reference.rms_norm(x.view(*x.shape[:-1], -1, len(of)), of, eps).flatten(-2)
@@ -114,6 +117,8 @@ class RowOps:
     def experts(self, x: torch.Tensor, logits: torch.Tensor, experts: Experts, mixture: Mixture) -> torch.Tensor:
         routing, clamp = mixture.routing, mixture.clamp
         bias = None if experts.selection_bias is None else tensor_of(experts.selection_bias)
+        if self._group is not None:  # one choice for all: sums that differ in a last bit may choose others
+            logits = self._group.from_first(logits)
         chosen, weights = reference_experts.route(
             logits.reshape(-1, routing.experts),
             bias,
@@ -130,7 +135,8 @@ class RowOps:
 
         def compute(expert: int, rows: torch.Tensor) -> torch.Tensor:
             gate = self.linear(experts.gates[expert], rows, experts.gate_biases[expert])
-            up = self.linear(experts.ups[expert], rows, experts.up_biases[expert])
+            single = experts.ups[expert] is experts.gates[expert]  # (one product, and one gradient)
+            up = gate if single else self.linear(experts.ups[expert], rows, experts.up_biases[expert])
             if clamp is None:
                 inner = reference.activate(gate, up, mixture.activation)
             else:

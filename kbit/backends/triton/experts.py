@@ -1,4 +1,4 @@
-"""Mixtures of experts on the Triton kernels: a layer's experts stacked, and their products grouped by expert."""
+"""Mixtures of experts on the Triton kernels: a layer's experts stacked by format, their products grouped by expert."""
 
 from __future__ import annotations
 
@@ -13,7 +13,14 @@ from kbit.graph.ops import Vector, Weight
 from kbit.host.errors import UnsupportedError
 from kbit.kernels import reference_experts
 from kbit.kernels.triton.codecs.layout import TritonWeight
-from kbit.kernels.triton.product.grouped import group_tokens, grouped_config, grouped_matmul, stack_experts
+from kbit.kernels.triton.product.grouped import (
+    Groups,
+    group_tokens,
+    grouped_config,
+    grouped_matmul,
+    same_format,
+    stack_experts,
+)
 from kbit.kernels.triton.rows.activate import activate
 
 
@@ -24,7 +31,7 @@ class GroupedExperts:
         operation: as recorded. Its weights become views of stacked ones, so that nothing is held twice.
 
     Raises:
-        UnsupportedError: experts that are not quantized, or not all in one format: the kernel multiplies stacks.
+        UnsupportedError: experts that are not quantized: the kernel multiplies stacks of codes.
     """
 
     def __init__(self, operation: Mix) -> None:
@@ -32,12 +39,11 @@ class GroupedExperts:
         self._mixture = operation.mixture
         try:
             self._gates, self._ups, self._downs = (
-                _stacked(weights) for weights in (experts.gates, experts.ups, experts.downs)
+                _Stacks(weights) for weights in (experts.gates, experts.ups, experts.downs)
             )
         except UnsupportedError as error:
             raise UnsupportedError(
-                f"the triton backend runs experts of one quantized format alone ({error}); convert the model with one "
-                "format for all experts, or use --device cpu"
+                f"the triton backend runs quantized experts alone ({error}); quantize them, or use --device cpu"
             ) from None
         biases = (experts.gate_biases, experts.up_biases, experts.down_biases)
         self._gate_bias, self._up_bias, self._down_bias = (_biases(vectors) for vectors in biases)
@@ -62,22 +68,91 @@ class GroupedExperts:
         if self._scales is not None:
             weights = weights * self._scales[chosen]
         of_entries = chosen.reshape(-1)
-        tile = grouped_config(self._gates, len(of_entries), routing.experts).tokens
-        groups = group_tokens(chosen, routing.experts, tile)
+        tile = grouped_config(self._gates.stacks[0], len(of_entries), routing.experts).tokens
+        entries = _Entries(chosen, tile)
         plain = clamp is None and self._gate_bias is None and self._up_bias is None
-        gate = grouped_matmul(x, self._gates, groups)
+        gate = self._gates.product(x, entries)
         if plain:
-            inner = grouped_matmul(x, self._ups, groups, gate=gate, kind=self._mixture.activation)
+            inner = self._ups.product(x, entries, gate=gate, kind=self._mixture.activation)
         else:
-            up = _with_bias(grouped_matmul(x, self._ups, groups), self._up_bias, of_entries)
+            up = _with_bias(self._ups.product(x, entries), self._up_bias, of_entries)
             gate = _with_bias(gate, self._gate_bias, of_entries)
             if clamp is None:
                 inner = activate(gate, up, self._mixture.activation, out_dtype=x.dtype)
             else:
                 inner = reference_experts.clamped_gate(gate, up, clamp.alpha, clamp.limit).to(x.dtype)
-        out = grouped_matmul(inner, self._downs, groups, torch.float32, per_entry=True)
+        out = self._downs.product(inner, entries, torch.float32, per_entry=True)
         out = _with_bias(out, self._down_bias, of_entries)
         return (out.view(*chosen.shape, -1) * weights[..., None]).sum(dim=1)
+
+
+class _Stacks:
+    """One matrix of every expert: those of one format together, of which they become views.
+
+    Raises:
+        UnsupportedError: a matrix that is not quantized.
+    """
+
+    def __init__(self, weights: Sequence[Weight]) -> None:
+        parts = [triton_weight(weight) for weight in weights]
+        alike: list[list[int]] = []
+        for index, part in enumerate(parts):
+            if part.dense is not None:
+                raise UnsupportedError(f"expert {index} is {part.format}")
+            members = next((members for members in alike if same_format(parts[members[0]], part)), None)
+            if members is None:
+                alike.append([index])
+            else:
+                members.append(index)
+        self.stacks = [_stacked([weights[index] for index in members]) for members in alike]
+        self._members = [tuple(members) for members in alike]
+        self._places: list[torch.Tensor] = []  # of each expert in a stack, or -1
+        for members in alike:
+            place = torch.full((len(parts),), -1, dtype=torch.int64)
+            place[members] = torch.arange(len(members))
+            self._places.append(place.to(parts[0].planes[0].device))
+
+    def product(
+        self,
+        x: torch.Tensor,
+        entries: _Entries,
+        out_dtype: torch.dtype | None = None,
+        *,
+        per_entry: bool = False,
+        gate: torch.Tensor | None = None,
+        kind: str = "",
+    ) -> torch.Tensor:
+        """Each entry's row of x by its expert's matrix: (T TOP, N). Every stack writes the rows of its own experts.
+
+        Args:
+            entries: which experts.
+            x, out_dtype, per_entry, gate, kind: as for grouped_matmul.
+        """
+        shape = (entries.chosen.numel(), self.stacks[0].shape[0])
+        out = torch.empty(shape, dtype=out_dtype or x.dtype, device=x.device)
+        for stack, members, place in zip(self.stacks, self._members, self._places, strict=True):
+            groups = entries.of(members, place)
+            grouped_matmul(x, stack, groups, per_entry=per_entry, gate=gate, kind=kind, out=out)
+        return out
+
+
+class _Entries:
+    """The tokens of a pass by expert.
+
+    Attributes:
+        chosen: experts (T, TOP).
+        tile: entries of a tile.
+    """
+
+    def __init__(self, chosen: torch.Tensor, tile: int) -> None:
+        self.chosen, self.tile = chosen, tile
+        self._sorted: dict[tuple[int, ...], Groups] = {}
+
+    def of(self, members: tuple[int, ...], place: torch.Tensor) -> Groups:
+        """Those of some experts, whose places in their stack are given; sorted once for stacks of the same experts."""
+        if members not in self._sorted:
+            self._sorted[members] = group_tokens(place[self.chosen], len(members), self.tile)
+        return self._sorted[members]
 
 
 def _stacked(weights: Sequence[Weight]) -> TritonWeight:

@@ -220,7 +220,10 @@ class Replay:
             values[operation.out] = torch.sigmoid(values[operation.gate].float()) * values[operation.x]
         elif isinstance(operation, Mix):
             x = values[operation.x].to(self._dtype)
-            values[operation.out] = self._experts[operation](x, values[operation.logits])
+            logits = values[operation.logits]
+            if self._group is not None:  # one choice for all: sums that differ in a last bit may choose others
+                logits = self._group.from_first(logits)
+            values[operation.out] = self._experts[operation](x, logits)
         elif isinstance(operation, Attend):
             assert step is not None
             values[operation.out] = self._attend(operation, values, step)
@@ -360,6 +363,10 @@ def _places(operation: Embed, step: Pass | None) -> torch.Tensor:
 def _normalised(x: torch.Tensor, norm: Norm, dtype: torch.dtype) -> torch.Tensor:
     """RMS norm, of runs of features as wide as its weight, or LayerNorm of x (N, K), in `dtype`."""
     weight = triton_vector(norm.weight)
+    if norm.groups > 1:
+        runs = x.reshape(len(x), norm.groups, -1)
+        same = torch.ones_like(weight[: runs.shape[-1]])
+        return (rms_norm(runs, same, norm.eps, out_dtype=torch.float32)[0].view(x.shape) * weight).to(dtype)
     if len(weight) < x.shape[1]:
         return rms_norm(x.reshape(len(x), -1, len(weight)), weight, norm.eps, out_dtype=dtype)[0].view(x.shape)
     if norm.centred:

@@ -81,7 +81,7 @@ def merge(weights: tuple[Weight, ...]) -> TritonWeight | None:
     matrices = [_matrix(weight) for weight in weights]
     parts = [matrix.data for matrix in matrices]
     first = parts[0]
-    if len(parts) == 1 or first.scales_super is not None or first.dense is not None or first.scales is None:
+    if len(parts) == 1 or first.scales_super is not None or first.dense is not None or first.rotation is not None:
         return None
     for part in parts:
         alike = (part.format, part.kind, part.multiplier, part.shape[1], part.dtype) == (

@@ -9,10 +9,10 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from kbit.checkpoint.gguf import configure, gemma4
+from kbit.checkpoint.gguf import configure, gemma4, hybrids
 from kbit.checkpoint.gguf.delta_nets import DeltaTensors
 from kbit.checkpoint.gguf.experts import SIGMOID, SOFTMAX_OF_CHOSEN, ExpertTensors
-from kbit.checkpoint.gguf.names import MLP_BIASES, Architecture
+from kbit.checkpoint.gguf.names import LAYER_NORM_EPSILON, MLP_BIASES, Architecture
 from kbit.checkpoint.source import CANONICAL
 
 _GELU = "gelu_pytorch_tanh"
@@ -27,6 +27,17 @@ _MLP_NORM_AFTER_ATTENTION = {"attn_norm": "input_layernorm", "post_attention_nor
 _POST_NORMS = {"post_attention_norm": "post_attention_layernorm", "post_ffw_norm": "post_feedforward_layernorm"}
 _WINDOWED = frozenset({"attention.sliding_window_pattern", "rope.freq_base_swa"})
 
+
+# Of which attention and MLP, side by side, both read what it makes.
+_ONE_NORM = {"attn_norm": "input_layernorm"}
+_LFM2_NORMS = {"attn_norm": "operator_norm", "ffn_norm": "ffn_norm"}
+_LFM2_QK_NORMS = ("self_attn.q_layernorm", "self_attn.k_layernorm")
+_GRANITE_NUMBERS = {
+    "attention.scale": "attention_multiplier",
+    "embedding_scale": "embedding_multiplier",
+    "residual_scale": "residual_multiplier",
+    "logit_scale": "logits_scaling",
+}
 
 _DEEPSEEK_EXPERTS = ExpertTensors(
     count="n_routed_experts",
@@ -195,6 +206,113 @@ ARCHITECTURES = {
             delta=DeltaTensors(tiled=True, together=False),
             configure=configure.no_window,
         ),
+        Architecture(
+            "lfm2",
+            "lfm2",
+            "Lfm2ForCausalLM",
+            norms=_LFM2_NORMS,
+            qk_norm="head",
+            qk_names=_LFM2_QK_NORMS,
+            keys=hybrids.LFM2_KEYS,
+            outside=hybrids.LFM2_OUTSIDE,
+            linears=hybrids.LFM2_LINEARS,
+            final_norm="token_embd_norm.weight",
+            configure=hybrids.lfm2,
+            special=hybrids.LFM2,
+        ),
+        Architecture(
+            "lfm2moe",
+            "lfm2_moe",
+            "Lfm2MoeForCausalLM",
+            norms=_LFM2_NORMS,
+            qk_norm="head",
+            qk_names=_LFM2_QK_NORMS,
+            keys=hybrids.LFM2_KEYS,
+            outside=hybrids.LFM2_OUTSIDE,
+            linears=hybrids.LFM2_LINEARS,
+            final_norm="token_embd_norm.weight",
+            experts=ExpertTensors(
+                block="feed_forward",
+                names=("w1", "w3", "w2"),
+                selection_bias="feed_forward.expert_bias",
+                scores=SIGMOID,
+                entry="norm_topk_prob",
+                scaled=True,
+                leading=True,
+            ),
+            configure=hybrids.lfm2,
+            special=hybrids.LFM2,
+        ),
+        Architecture(
+            "granitehybrid",
+            "granitemoehybrid",
+            "GraniteMoeHybridForCausalLM",
+            interleaved=True,
+            keys=hybrids.SCAN_KEYS,
+            linears=hybrids.GRANITE_LINEARS,
+            numbers=_GRANITE_NUMBERS,
+            experts=ExpertTensors(
+                count="num_local_experts",
+                width=hybrids.EXPERT_WIDTH,
+                block="block_sparse_moe",
+                router="router.layer",
+                optional=True,
+            ),
+            configure=hybrids.granite,
+            special=hybrids.STATE_SPACES,
+        ),
+        Architecture(
+            "falcon-h1",
+            "falcon_h1",
+            "FalconH1ForCausalLM",
+            norms=_ONE_NORM,  # (another one has a name of its own)
+            keys=hybrids.SCAN_KEYS,
+            outside=hybrids.FALCON_OUTSIDE,
+            linears=hybrids.FALCON_LINEARS,
+            configure=hybrids.falcon,
+            special=hybrids.STATE_SPACES,
+        ),
+        Architecture(
+            "command-r",
+            "cohere",
+            "CohereForCausalLM",
+            interleaved=True,
+            norms=_ONE_NORM,
+            epsilon=LAYER_NORM_EPSILON,
+            numbers={"logit_scale": "logit_scale"},
+            constants={CANONICAL: True},
+            configure=configure.no_window,
+        ),
+        Architecture(
+            "cohere2",
+            "cohere2",
+            "Cohere2ForCausalLM",
+            interleaved=True,
+            norms=_ONE_NORM,
+            epsilon=LAYER_NORM_EPSILON,
+            keys=_WINDOWED,
+            numbers={"logit_scale": "logit_scale"},
+            constants={CANONICAL: True},
+            configure=configure.cohere2,
+        ),
+        Architecture(
+            "dots1",
+            "dots1",
+            "Dots1ForCausalLM",
+            qk_norm="head",
+            experts=ExpertTensors(
+                count="n_routed_experts",
+                selection_bias="mlp.gate.e_score_correction_bias",
+                shared="mlp.shared_experts",
+                scores=SIGMOID,
+                normalises=False,
+                entry="norm_topk_prob",
+                scaled=True,
+                grouped=True,
+                leading=True,
+            ),
+            configure=configure.dots1,
+        ),
         Architecture("qwen2", "qwen2", "Qwen2ForCausalLM", biases=("attn_q", "attn_k", "attn_v")),
         Architecture("qwen3", "qwen3", "Qwen3ForCausalLM", qk_norm="head", configure=configure.no_window),
         Architecture(
@@ -256,12 +374,7 @@ ARCHITECTURES = {
             "GraniteForCausalLM",
             interleaved=True,
             biases=None,
-            numbers={
-                "attention.scale": "attention_multiplier",
-                "embedding_scale": "embedding_multiplier",
-                "residual_scale": "residual_multiplier",
-                "logit_scale": "logits_scaling",
-            },
+            numbers=_GRANITE_NUMBERS,
             configure=configure.granite,
         ),
         Architecture(

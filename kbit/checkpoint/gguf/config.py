@@ -119,9 +119,10 @@ def config_from_header(
         if heads % count:
             header.fail(f"{arch.name}.attention.head_count {heads} is not a multiple of head_count_kv {count}")
     context = reader.size("context_length")
-    eps = reader.real("attention.layer_norm_rms_epsilon")
+    epsilon, eps_entry = arch.epsilon
+    eps = reader.real(epsilon)
     if not 0 < eps < 1:
-        header.fail(f"metadata key '{arch.name}.attention.layer_norm_rms_epsilon' is {eps}, expected 0 to 1")
+        header.fail(f"metadata key '{arch.name}.{epsilon}' is {eps}, expected 0 to 1")
     theta = reader.real("rope.freq_base", 10000.0)
     if not 1 < theta < 1e30:
         header.fail(f"metadata key '{arch.name}.rope.freq_base' is {theta}, expected a number above 1")
@@ -164,7 +165,7 @@ def config_from_header(
         "num_key_value_heads": kv_heads,
         "head_dim": head_dim,
         "hidden_act": "silu",
-        "rms_norm_eps": eps,
+        eps_entry: eps,
         "rope_theta": theta,
         "rope_scaling": scaling,
         "max_position_embeddings": context,
@@ -296,7 +297,7 @@ def _check_tensors(
         lacking = arch.special.absent(reader, layers, tensors)
         absent = {f"blk.{layer}.{part}.weight" for layer, parts in enumerate(lacking) for part in parts}
         more = arch.special.more(reader, dims, layers, tensors)
-    for shapes in [dims.expected_global(tied), *of_layers, more]:
+    for shapes in [dims.expected_global(tied, arch.final_norm), *of_layers, more]:
         for name, shape in shapes.items():
             tensor = tensors.get(name)
             if tensor is None and name in absent:

@@ -141,3 +141,17 @@ def no_window(keys: Keys, config: dict[str, Any]) -> None:
         raise UnsupportedError(
             f"{keys.header.path}: metadata key '{keys.arch}.attention.sliding_window' is not supported"
         )
+
+
+def dots1(keys: Keys, config: dict[str, Any]) -> None:
+    """(The converter writes no window, and llama.cpp has none.)"""
+    no_window(keys, config)
+    config["sliding_window"] = None
+
+
+def cohere2(keys: Keys, config: dict[str, Any]) -> None:
+    """Every fourth layer has no window; llama.cpp knows that of all files without a pattern."""
+    _same_rope(keys, config)
+    config["sliding_window"] = keys.size("attention.sliding_window")
+    if not _pattern(keys, config):
+        config["sliding_window_pattern"] = 4

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from kbit.checkpoint.gguf.metadata import GGUFTensor
 from kbit.checkpoint.gguf.names import Dimensions, LayerSizes, Special
+from kbit.checkpoint.gguf.orders import Piece
 from kbit.host.errors import UnsupportedError
 
 if TYPE_CHECKING:
@@ -129,10 +130,10 @@ def _more(keys: Keys, dims: Dimensions, layers: int, tensors: Mapping[str, GGUFT
     return shapes
 
 
-def _located(name: str, tensor: GGUFTensor, config: Mapping[str, Any]) -> list[tuple[str, GGUFTensor]] | None:
+def _located(name: str, tensor: GGUFTensor, config: Mapping[str, Any]) -> list[Piece] | None:
     """The canonical tensors that a tensor holds, each as the part of it that it is; None where it is like others'."""
     if name in _GLOBAL:
-        return [(_GLOBAL[name], tensor)]
+        return [Piece(_GLOBAL[name], tensor)]
     match = _BLOCK.fullmatch(name)
     if match is None:
         return None
@@ -142,7 +143,7 @@ def _located(name: str, tensor: GGUFTensor, config: Mapping[str, Any]) -> list[t
         first = int(config["num_hidden_layers"]) - int(config["num_kv_shared_layers"])
         return [] if int(layer) >= first else None
     if f"{part}.{kind}" in _PARTS:
-        return [(prefix + _PARTS[f"{part}.{kind}"], tensor)]
+        return [Piece(prefix + _PARTS[f"{part}.{kind}"], tensor)]
     if part not in _STACKS:
         return None
     found, modules = [], _STACKS[part]
@@ -152,7 +153,7 @@ def _located(name: str, tensor: GGUFTensor, config: Mapping[str, Any]) -> list[t
         for at, module in enumerate(modules):
             place = tensor.offset + (expert * len(modules) + at) * size
             piece = replace(tensor, shape=(rows // len(modules), columns), offset=place, nbytes=size)
-            found.append((f"{prefix}experts.{expert}.{module}.weight", piece))
+            found.append(Piece(f"{prefix}experts.{expert}.{module}.weight", piece))
     return found
 
 

@@ -145,6 +145,7 @@ class Keys:
             more = frozenset() if self.architecture.experts is None else EXPERT_KEYS
             more |= frozenset() if self.architecture.delta is None else DELTA_KEYS
             known = _KNOWN_KEYS | self.architecture.keys | self.architecture.numbers.keys() | more
+            known |= {self.architecture.epsilon[0]}
             known |= LATENT_KEYS if self.architecture.latent else frozenset()
             if name != key and name not in known:
                 raise UnsupportedError(

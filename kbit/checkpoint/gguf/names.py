@@ -19,6 +19,7 @@ from kbit.checkpoint.gguf.experts import ExpertTensors
 if TYPE_CHECKING:
     from kbit.checkpoint.gguf.keys import Keys
     from kbit.checkpoint.gguf.metadata import GGUFTensor
+    from kbit.checkpoint.gguf.orders import Piece
 
 ROPE_FREQS = "rope_freqs.weight"
 ROPE_FACTORS = ("rope_factors_short.weight", "rope_factors_long.weight")
@@ -44,6 +45,9 @@ _LINEARS = {
 
 _BLOCK = re.compile(r"blk\.(0|[1-9][0-9]{0,5})\.([a-z_]+)\.(weight|bias)")
 
+
+RMS_EPSILON = ("attention.layer_norm_rms_epsilon", "rms_norm_eps")
+LAYER_NORM_EPSILON = ("attention.layer_norm_epsilon", "layer_norm_eps")
 
 ATTENTION_BIASES = ("attn_q", "attn_k", "attn_v", "attn_output")
 MLP_BIASES = ("ffn_gate", "ffn_up", "ffn_down")
@@ -73,7 +77,7 @@ class Special:
     sizes: Callable[[Keys, int], LayerSizes]
     absent: Callable[[Keys, int, Mapping[str, GGUFTensor]], list[frozenset[str]]]
     more: Callable[[Keys, Dimensions, int, Mapping[str, GGUFTensor]], dict[str, tuple[int, ...]]]
-    located: Callable[[str, GGUFTensor, Mapping[str, Any]], list[tuple[str, GGUFTensor]] | None]
+    located: Callable[[str, GGUFTensor, Mapping[str, Any]], list[Piece] | None]
 
 
 @dataclass(frozen=True)
@@ -107,6 +111,8 @@ class Architecture:
         outside, linears: canonical names of tensors outside of layers, and of a layer's matrices by part.
         encoder: its tokens see the whole text (`kbit.checkpoint.gguf.encoders`); its norms have biases.
         configure: what else belongs into the configuration.
+        epsilon: metadata key of the norms' epsilon, and its entry of the configuration.
+        final_norm: the last norm's name in the file.
         special: what it has that no other architecture has; None: nothing.
     """
 
@@ -133,6 +139,8 @@ class Architecture:
     latent: bool = False
     sigmoid: tuple[str, str, ExpertTensors] | None = None
     configure: Callable[[Keys, dict[str, Any]], None] | None = None
+    epsilon: tuple[str, str] = RMS_EPSILON
+    final_norm: str = "output_norm.weight"
     special: Special | None = None
     layer: str = "model.layers"
     outside: Mapping[str, str] = field(default_factory=lambda: _GLOBAL)
@@ -221,12 +229,9 @@ class Dimensions:
                 shapes[f"blk.{layer}.{part}.bias"] = shape[:1]
         return shapes
 
-    def expected_global(self, tied: bool) -> dict[str, tuple[int, ...]]:
+    def expected_global(self, tied: bool, norm: str = "output_norm.weight") -> dict[str, tuple[int, ...]]:
         """The tensors outside the layers by GGUF name, with their shapes."""
-        shapes: dict[str, tuple[int, ...]] = {
-            "token_embd.weight": (self.vocab, self.hidden),
-            "output_norm.weight": (self.hidden,),
-        }
+        shapes: dict[str, tuple[int, ...]] = {"token_embd.weight": (self.vocab, self.hidden), norm: (self.hidden,)}
         if not tied:
             shapes["output.weight"] = (self.vocab, self.hidden)
         return shapes

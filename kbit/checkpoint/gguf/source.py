@@ -211,7 +211,7 @@ def _pieces_of(arch: Architecture, config: Mapping[str, Any], name: str, tensor:
         return []
     special = None if arch.special is None else arch.special.located(name, tensor, config)
     if special is not None:
-        return [Piece(each, part) for each, part in special]
+        return special
     of_experts = [] if arch.experts is None else expert_rows(arch.experts, name, tensor)
     if of_experts:
         return [Piece(each, part) for each, part in of_experts]

@@ -9,16 +9,16 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 from collections.abc import Mapping
-from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from kbit.checkpoint.compare import same_values
 from kbit.checkpoint.foreign import adapter_hint, is_packed, quantizer_of, refuse_folder, refuse_method, refuse_pointers
 from kbit.checkpoint.readers import mxfp4
+from kbit.checkpoint.readers.floats import fp8_block_size, to_float32
 from kbit.checkpoint.readers.safetensors_file import SafetensorsFile, StoredTensor
+from kbit.checkpoint.readers.shard_files import parts_of_one, read_weight_map
 from kbit.checkpoint.source import StoredSource, TensorInfo
 from kbit.host.errors import CheckpointError, UnsupportedError
 from kbit.host.files import MAX_TEXT_BYTES, read_json_object
@@ -61,7 +61,6 @@ _WRAPPERS = ("base_model.model.", "_orig_mod.", "module.", "_fsdp_wrapped_module
 # A head of its own, and what it may be tied to.
 _HEAD = "lm_head.weight"
 _EMBEDDINGS = ("embed_tokens.weight", "shared.weight", "wte.weight", "word_embeddings.weight", "embed_in.weight")
-_SHARD = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.safetensors")
 _FLOATS = ("F64", "F32", "F16", "BF16", *_FP8)
 
 
@@ -102,7 +101,7 @@ class HFFolder(StoredSource):
         else:
             self.config.pop("quantization_config", None)
         fp8 = not self._unpacks and self.config.get("quantization_config") is not None
-        self._fp8_block = _fp8_block_size(path, self.config) if fp8 else (128, 128)
+        self._fp8_block = fp8_block_size(path, self.config) if fp8 else (128, 128)
         self._needs_scales = fp8
         self._files: dict[str, SafetensorsFile] = {}
         try:
@@ -129,7 +128,7 @@ class HFFolder(StoredSource):
         if not index_path.is_file():
             return self._locate_without_index()
         try:
-            weight_map = _read_weight_map(index_path)
+            weight_map = read_weight_map(index_path)
         except CheckpointError as error:
             if not whole.is_file():
                 raise
@@ -161,7 +160,7 @@ class HFFolder(StoredSource):
         if "model.safetensors" in shards:
             shards = ["model.safetensors"]
         elif len(shards) > 1:
-            parts = _parts_of_one(shards)
+            parts = parts_of_one(shards)
             if parts is None:
                 raise CheckpointError(f"{self.path}: {len(shards)} safetensors files but no {INDEX_NAME}")
             note(f"{self.path}: there is no {INDEX_NAME}; {parts[0]} to {parts[-1]} are used")
@@ -354,42 +353,6 @@ class HFFolder(StoredSource):
             file.close()
 
 
-def to_float32(values: NDArray[Any], dtype: str) -> NDArray[np.float32]:
-    """Stored numbers as float32: exact, but for F64, which is rounded.
-
-    Args:
-        values: as `SafetensorsFile.read_array` gives them.
-        dtype: their safetensors name.
-    """
-    import numpy as np
-
-    from kbit.formats.stored import KINDS, widened
-
-    if dtype in KINDS:
-        return widened(values, KINDS[dtype])
-    if dtype == "F8_E5M2":  # the upper half of an fp16 number
-        return widened(values.astype(np.uint16) << np.uint16(8), "fp16")
-    if dtype == "F8_E4M3":
-        found: NDArray[np.float32] = _e4m3_values()[values]
-        return found
-    with np.errstate(over="ignore"):  # what float32 cannot hold becomes infinite, which those who load refuse
-        return values.astype(np.float32)
-
-
-@lru_cache(maxsize=1)
-def _e4m3_values() -> NDArray[np.float32]:
-    """The number behind every code of OCP's E4M3 (FN: no infinity, NaN where all other bits are set): (256,)."""
-    import numpy as np
-
-    codes = np.arange(256)
-    exponent, mantissa = codes >> 3 & 15, codes & 7
-    normal = np.ldexp(1.0 + mantissa / 8, exponent - 7)
-    values = np.where(exponent == 0, np.ldexp(mantissa / 8, -6), normal)
-    values[codes & 127 == 127] = np.nan
-    signed: NDArray[np.float32] = np.where(codes & 128, -values, values).astype(np.float32)
-    return signed
-
-
 def _read_bytes(path: Path) -> bytes:
     try:
         if path.stat().st_size > MAX_TEXT_BYTES:
@@ -408,42 +371,3 @@ def _elsewhere(path: Path) -> str:
     configs = [*path.glob("*/config.json"), *path.glob("snapshots/*/config.json")]
     found = sorted(config.parent for config in configs)
     return f" (but there is one in {found[-1]})" if found else ""
-
-
-def _parts_of_one(names: list[str]) -> list[str] | None:
-    """The shards of one model by their common name, if all of them are there and nothing else is."""
-    found = [_SHARD.fullmatch(name) for name in names]
-    if not all(found):
-        return None
-    kinds = {(match[1], match[3]) for match in found if match}
-    if len(kinds) != 1:
-        return None
-    stem, count = kinds.pop()
-    expected = [f"{stem}-{part:05d}-of-{count}.safetensors" for part in range(1, int(count) + 1)]
-    return names if names == expected else None
-
-
-def _read_weight_map(path: Path) -> dict[str, str]:
-    """An index: the name of the file of every tensor.
-
-    Raises:
-        CheckpointError: it is none.
-    """
-    weight_map = read_json_object(path).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise CheckpointError(f"{path}: no weight_map object in it; download it again")
-    for name, shard in weight_map.items():
-        if not isinstance(shard, str) or Path(shard).name != shard:
-            raise CheckpointError(f"{path}: {name} points to {shard!r}, which is not a plain file name")
-    return weight_map
-
-
-def _fp8_block_size(path: Path, config: Mapping[str, Any]) -> tuple[int, int]:
-    """Rows and columns per fp8 scale."""
-    quantization = config.get("quantization_config")
-    if quantization is None:
-        return 128, 128
-    block = quantization.get("weight_block_size") or [128, 128]
-    if not (isinstance(block, list) and len(block) == 2 and all(type(size) is int and size > 0 for size in block)):
-        raise CheckpointError(f"{path}/config.json: weight_block_size {block!r} is not a pair of positive numbers")
-    return block[0], block[1]

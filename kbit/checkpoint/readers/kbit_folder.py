@@ -18,7 +18,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kbit.checkpoint.readers.hf_folder import INDEX_NAME, HFFolder, to_float32
+from kbit.checkpoint.readers.floats import to_float32
+from kbit.checkpoint.readers.hf_folder import INDEX_NAME, HFFolder
 from kbit.checkpoint.source import TensorInfo
 from kbit.checkpoint.verified import VerifiedFiles
 from kbit.formats.codec import Codec

@@ -1,6 +1,7 @@
 """Falcon: attention and MLP stand side by side, after one norm with one key/value head (7B), or after two (40B, 180B).
 
-Of the larger models queries, keys and values are in one matrix by key/value head. RW, with slopes, is another.
+Of the larger models queries, keys and values are in one matrix by key/value head. RW is BLOOM without a norm of the
+embedding: scores fall with the distance before they are scaled, attention and MLP come one after another.
 """
 
 from dataclasses import replace
@@ -59,4 +60,18 @@ _LARGE = replace(
     ignored=("multi_query", "parallel_attn"),  # as they may be, these are not read
 )
 
-FAMILY = replace(_SMALL, variants=(("new_decoder_architecture", True, _LARGE),))
+_SLOPED = replace(
+    _SMALL,
+    defaults={**_SMALL.defaults, "num_key_value_heads": None},
+    keys={**_SMALL.keys, "num_key_value_heads": "num_kv_heads"},
+    names=replace(_SMALL.names, mlp_norm=f"{_LAYER}.post_attention_layernorm"),
+    parallel=False,
+    sloped=True,
+    slopes_scaled=True,
+    even_slopes=True,
+    layout=Layout(fused={f"{_LAYER}.self_attention.query_key_value": QKV}, by_head=True),
+    fixed={"multi_query": (False,), "new_decoder_architecture": (False,), "parallel_attn": (False,)},
+    ignored=("alibi",),
+)
+
+FAMILY = replace(_SMALL, variants=(("new_decoder_architecture", True, _LARGE), ("alibi", True, _SLOPED)))

@@ -28,6 +28,10 @@ from kbit.text.windows import Convention, Windows, choose_context, make_windows
 
 # What decides how a text becomes tokens.
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
+_INSTEAD = (
+    "kbit scale measures by predictions of the next token: quantize it at each width, and compare by kbit eval "
+    "(--tasks stsb of embeddings, --data PAIRS.tsv of translations and summaries)"
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -100,7 +104,7 @@ def find_subjects(
             sources.append(open_model(model))
         specs = [spec_from_config(source.config, where=f"config of {source.path}") for source in sources]
         for spec, source in zip(specs, sources, strict=True):
-            check_continues(spec, str(source.path))
+            check_continues(spec, str(source.path), _INSTEAD)
         length = choose_context(convention, context, min(spec.longest_in_pieces for spec in specs))
         subjects: list[Subject] = []
         seen: dict[tuple[bytes, ...], tuple[Windows, int]] = {}

@@ -17,6 +17,12 @@ class Program;
 // "fp16", "bf16", "fp32" or "fp32-steps". Throws std::invalid_argument for another name.
 Number number_named(const std::string& name);
 
+// "planes", "sum2" or "sum4". Throws std::invalid_argument for another name.
+Code code_named(const std::string& name);
+// Throw std::invalid_argument for what no trellis and no rotation is.
+void require_trellis(Code code, int bits, int window);
+void require_mixed(std::int64_t mixed, std::int64_t columns);
+
 using BlockTables = nanobind::ndarray<const std::int32_t, nanobind::ndim<2>, nanobind::c_contig, nanobind::device::cpu>;
 
 // Checks that every token's sequence has pages for it and for all tokens before it. Throws std::invalid_argument.
@@ -32,5 +38,6 @@ void bind_mapped(nanobind::module_& module);
 void bind_rounding(nanobind::module_& module);
 void bind_text(nanobind::module_& module);
 void bind_levels(nanobind::module_& module);
+void bind_trellis(nanobind::module_& module);
 
 }  // namespace kbit

@@ -20,6 +20,7 @@ namespace {
 
 using ByteView = nb::ndarray<nb::numpy, const std::uint8_t, nb::ndim<1>, nb::c_contig>;
 
+constexpr const char* kCodeNames[] = {"planes", "sum2", "sum4"};
 constexpr const char* kNumberNames[] = {"fp16", "bf16", "fp32", "fp32-steps"};
 
 // A view that keeps `owner` alive.
@@ -32,7 +33,8 @@ template <typename Owner> ByteView view_of(const std::uint8_t* begin, std::size_
 
 std::shared_ptr<MatrixStorage> map_matrix(std::shared_ptr<MappedFile> file, std::int64_t rows, std::int64_t columns,
                                           int bits, std::int64_t block_size, const std::string& kind, bool offsets,
-                                          const std::vector<std::uint64_t>& begins, bool apart) {
+                                          const std::vector<std::uint64_t>& begins, const std::string& code,
+                                          int window, std::int64_t mixed, bool apart) {
   constexpr std::int64_t kMost = std::int64_t{1} << 40;
   if (rows < 1 || columns < 1 || rows > kMost / columns || (bits != 0 && (bits < 2 || bits > 8)) || block_size < 0 ||
       block_size % 16 || (apart && bits < 3) ||
@@ -41,11 +43,37 @@ std::shared_ptr<MatrixStorage> map_matrix(std::shared_ptr<MappedFile> file, std:
   }
   std::array<std::uint64_t, kArrays> places{};
   std::copy(begins.begin(), begins.end(), places.begin());
-  return MatrixStorage::mapped({rows, columns, bits, block_size, number_named(kind), offsets, apart}, std::move(file),
-                               places);
+  const Code what = code_named(code);
+  if (what != Code::planes && (kind != "fp16" || offsets || block_size != 0 || apart)) {
+    throw std::invalid_argument("a trellis has one fp16 scale a row");
+  }
+  require_trellis(what, bits, window);
+  require_mixed(mixed, columns);
+  return MatrixStorage::mapped({rows, columns, bits, block_size, number_named(kind), offsets, what, window, mixed, apart},
+                               std::move(file), places);
 }
 
 }  // namespace
+
+Code code_named(const std::string& name) {
+  for (int i = 0; i < 3; ++i)
+    if (name == kCodeNames[i]) return static_cast<Code>(i);
+  throw std::invalid_argument("a code is planes, sum2 or sum4");
+}
+
+void require_trellis(Code code, int bits, int window) {
+  if (code == Code::planes) return;
+  if (bits < 2 || bits > (code == Code::sum2 ? 2 : 6) || window < 8 || window > 16) {
+    throw std::invalid_argument("a trellis has 2 to 6 bits (sum2: 2) and windows of 8 to 16");
+  }
+}
+
+void require_mixed(std::int64_t mixed, std::int64_t columns) {
+  if (mixed == 0) return;
+  if (mixed < 16 || (mixed & (mixed - 1)) || (columns + 15) / 16 * 16 % mixed) {
+    throw std::invalid_argument("mixed columns are a power of two from 16 on that divides a row of whole tiles");
+  }
+}
 
 Number number_named(const std::string& name) {
   for (int i = 0; i < 4; ++i)
@@ -97,6 +125,9 @@ void bind_mapped(nb::module_& module) {
                found["kind"] = kNumberNames[static_cast<int>(d.kind)];
                found["offsets"] = d.offsets;
                found["apart"] = d.apart;
+               found["code"] = kCodeNames[static_cast<int>(d.code)];
+               found["window"] = d.window;
+               found["mixed"] = d.mixed;
                return found;
              },
              nb::arg("matrix"), "What map_matrix wants to know of a prepared matrix.");
@@ -113,8 +144,8 @@ void bind_mapped(nb::module_& module) {
              },
              nb::arg("matrix"), "A prepared matrix's arrays, not copied; empty ones where it has none.");
   module.def("map_matrix", &map_matrix, nb::arg("file"), nb::arg("rows"), nb::arg("columns"), nb::arg("bits"),
-             nb::arg("block_size"), nb::arg("kind"), nb::arg("offsets"), nb::arg("begins"),
-             nb::arg("apart"),
+             nb::arg("block_size"), nb::arg("kind"), nb::arg("offsets"), nb::arg("begins"), nb::arg("code") = "planes",
+             nb::arg("window") = 0, nb::arg("mixed") = 0, nb::arg("apart") = false,
              "A matrix whose arrays lie in a file, each from one of `begins` on.");
 }
 

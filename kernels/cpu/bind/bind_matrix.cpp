@@ -32,10 +32,16 @@ void require_numbers(const Untyped& array, Number kind, std::int64_t rows, std::
           "an array has the wrong shape");
 }
 
+void require_signs(const std::optional<Array<const std::uint8_t, 1>>& signs, std::int64_t mixed, std::int64_t columns) {
+  require_mixed(mixed, columns);
+  require(signs.has_value() == (mixed > 0), "rotated columns have signs");
+  require(!signs || static_cast<std::int64_t>(signs->shape(0)) == (columns + 15) / 16 * 2, "there is a sign for each column");
+}
+
 Weights quantized_matrix(const std::vector<Array<const std::uint8_t, 2>>& planes, int bits, std::int64_t columns,
                          std::int64_t block_size, const Untyped& scales, const std::optional<Untyped>& offsets,
                          const std::string& scale_kind, const Array<const float, 1>& codebook, Context& context,
-                         bool apart) {
+                         const std::optional<Array<const std::uint8_t, 1>>& signs, std::int64_t mixed, bool apart) {
   require(bits >= 2 && bits <= 8, "bits are 2 to 8");
   require(columns >= 1 && block_size >= 0 && block_size % 16 == 0, "a block is 0 (a row) or a multiple of 16 columns");
   require(!planes.empty(), "there are no planes");
@@ -54,12 +60,14 @@ Weights quantized_matrix(const std::vector<Array<const std::uint8_t, 2>>& planes
     for (unsigned width = 8; width > 0; width /= 2)
       if (static_cast<unsigned>(bits) & width) widths.push_back(width);
   }
+  require_signs(signs, mixed, columns);
+  const auto coded = static_cast<std::size_t>(coded_columns(columns, mixed));
   std::size_t used = 0;
   for (const unsigned width : widths) {
     require(used < planes.size(), "a bit plane is missing");
     const auto& plane = planes[used++];
     require(static_cast<std::int64_t>(plane.shape(0)) == parts.rows &&
-                plane.shape(1) == plane_row_bytes(static_cast<std::size_t>(columns), width),
+                plane.shape(1) == plane_row_bytes(coded, width),
             "a bit plane has the wrong shape");
     parts.planes.push_back(plane.data());
   }
@@ -74,8 +82,34 @@ Weights quantized_matrix(const std::vector<Array<const std::uint8_t, 2>>& planes
   }
   require(codebook.shape(0) == (std::size_t{1} << bits), "a codebook has 2^bits values");
   parts.codebook = codebook.data();
+  parts.mixed = mixed;
+  parts.signs = signs ? signs->data() : nullptr;
   nb::gil_scoped_release release;
   return MatrixStorage::quantized(parts, *context.team);
+}
+
+Weights trellis_matrix(const Array<const std::uint8_t, 3>& codes, int bits, const std::string& code, int window,
+                       std::int64_t columns, const Array<const std::uint16_t, 2>& scales,
+                       const Array<const std::uint8_t, 1>& signs, std::int64_t mixed, Context& context) {
+  TrellisParts parts{};
+  parts.rows = static_cast<std::int64_t>(scales.shape(0));
+  parts.columns = columns;
+  parts.bits = bits;
+  parts.code = code_named(code);
+  parts.window = window;
+  require(parts.code != Code::planes && parts.rows >= 1 && columns >= 1 && mixed > 0, "a trellis has rows, and is rotated");
+  require_trellis(parts.code, bits, window);
+  require_signs(signs, mixed, columns);
+  require(scales.shape(1) == 1, "a trellis has one scale a row");
+  require(static_cast<std::int64_t>(codes.shape(0)) == (parts.rows + 15) / 16 &&
+              static_cast<std::int64_t>(codes.shape(1)) == (columns + 15) / 16 && codes.shape(2) == std::size_t(32 * bits),
+          "codes must have shape (rows / 16, columns / 16, 32 bits)");
+  parts.codes = codes.data();
+  parts.scales = scales.data();
+  parts.mixed = mixed;
+  parts.signs = signs.data();
+  nb::gil_scoped_release release;
+  return MatrixStorage::trellis(parts, *context.team);
 }
 
 Weights dense_matrix(const Untyped& values, const std::string& kind, Context& context) {
@@ -107,7 +141,10 @@ void bind_matrix(nb::module_& module) {
   nb::class_<MatrixStorage>(module, "Matrix", "A weight matrix (N, K) in the layout of kernels/cpu/codecs/matrix.h.")
       .def_static("quantized", &quantized_matrix, nb::arg("planes"), nb::arg("bits"), nb::arg("columns"),
                   nb::arg("block_size"), nb::arg("scales"), nb::arg("offsets").none(), nb::arg("scale_kind"),
-                  nb::arg("codebook"), nb::arg("context"), nb::arg("apart") = false)
+                  nb::arg("codebook"), nb::arg("context"), nb::arg("signs") = nb::none(), nb::arg("mixed") = 0,
+                  nb::arg("apart") = false)
+      .def_static("trellis", &trellis_matrix, nb::arg("codes"), nb::arg("bits"), nb::arg("code"), nb::arg("window"),
+                  nb::arg("columns"), nb::arg("scales"), nb::arg("signs"), nb::arg("mixed"), nb::arg("context"))
       .def_static("dense", &dense_matrix, nb::arg("values"), nb::arg("kind"), nb::arg("context"))
       .def_prop_ro("rows", [](const MatrixStorage& m) { return m.matrix().rows; })
       .def_prop_ro("columns", [](const MatrixStorage& m) { return m.matrix().columns; })

@@ -147,16 +147,25 @@ void bind_program(nb::module_& module) {
            nb::arg("norm_bias") = nb::none(), nb::arg("centred") = false)
       .def("norm",
            [](Program& p, int x, const Vector& weight, float eps, int out, const std::optional<Vector>& bias,
-              bool centred) {
-             const auto width = static_cast<std::int64_t>(weight.shape(0));
+              bool centred, int groups) {
+             require(groups >= 1 && weight.shape(0) % static_cast<std::size_t>(groups) == 0 &&
+                         (groups == 1 || (!centred && static_cast<std::int64_t>(weight.shape(0)) == p.buffer_width(x))),
+                     "the groups of a norm do not fit its buffer");
+             const auto width = static_cast<std::int64_t>(weight.shape(0)) / groups;
              const bool runs = width > 0 && width < p.buffer_width(x);
              require(p.buffer_width(x) == p.buffer_width(out) && width > 0 && p.buffer_width(x) % width == 0 &&
                          (!runs || (out != x && (width + 64) * 4 <= kMatmulScratch)),
                      "the norm does not fit its buffers");
-             p.append(NormInstruction{x, norm_of(weight, eps, bias, centred), out});
+             const Norm whole = norm_of(weight, eps, bias, centred);
+             std::vector<Norm> norms(static_cast<std::size_t>(groups), whole);
+             for (int g = 0; groups > 1 && g < groups; ++g) {
+               const auto first = whole.weight.begin() + g * width;
+               norms[static_cast<std::size_t>(g)].weight.assign(first, first + width);
+             }
+             p.append(NormInstruction{x, std::move(norms), out});
            },
            nb::arg("x"), nb::arg("weight"), nb::arg("eps"), nb::arg("out"), nb::arg("bias") = nb::none(),
-           nb::arg("centred") = false)
+           nb::arg("centred") = false, nb::arg("groups") = 1)
       .def("add",
            [](Program& p, int x, int y, int out) {
              require(p.buffer_width(x) == p.buffer_width(out) && p.buffer_width(y) == p.buffer_width(out) && out != y,

@@ -56,4 +56,5 @@ NB_MODULE(_native, module) {
   kbit::bind_rounding(module);
   kbit::bind_text(module);
   kbit::bind_levels(module);
+  kbit::bind_trellis(module);
 }

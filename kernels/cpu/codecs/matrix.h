@@ -31,6 +31,12 @@
 //     group of 256 columns of a panel:   16 fp32 sizes | 16 int8 steps of its first block | of the second | ..
 //
 // Columns beyond K and rows beyond N are code 0 with scale 0, so they add nothing.
+//
+// Trellises (kbit/formats/trellis.py) are kept tile by tile of 16 columns, 32 * bits bytes each. A row has `bits` words of
+// 16 bits; two words of all rows are a vector (the earlier one in a lane's upper half), the last of an odd number half a
+// one. Their scales are fp16, one a row. Values of x beyond K are 0 there.
+//
+// Where columns are rotated (mixed > 0), so must x be: rotation[k] x[k], then Hadamard matrices over `mixed` columns each.
 #pragma once
 
 #include <cstddef>
@@ -43,6 +49,9 @@ constexpr int kTileColumns = 64;  // columns of a tile
 constexpr int kStepColumns = 256;  // columns of a group of stepped scales
 constexpr int kTileWeights = kPanelRows * kTileColumns;
 constexpr int kFurtherBits = 6;  // beyond two
+
+// What codes stand for: values of a codebook, or (trellises) sums of the bytes of a product, of two bytes or of four.
+enum class Code : std::uint8_t { planes, sum2, sum4 };
 
 // How numbers are stored: in 16 or 32 bits each or, scales only, as steps.
 enum class Number : std::uint8_t { half, bfloat, single, steps };
@@ -83,6 +92,10 @@ struct Matrix {
   const std::int8_t* low = nullptr;
   float level_scale = 1.0f;
   bool two_digits = false;
+  Code code = Code::planes;
+  std::int32_t window_mask = 0;         // of a trellis: 2^L - 1
+  std::int64_t mixed = 0;               // columns that one Hadamard matrix mixes, a power of two; 0: not rotated
+  const float* rotation = nullptr;      // (K up to the next multiple of 16): a sign / sqrt(mixed)
   bool direct = false;                  // 8 bits, and level = code - 128: no lookup needed
   bool plain = false;                   // up to 7 bits, and level = code - zero: no lookup either
   std::int32_t zero = 0;

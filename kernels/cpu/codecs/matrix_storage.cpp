@@ -6,6 +6,7 @@
 #include <cstring>
 #include <new>
 #include <numeric>
+#include <span>
 #include <stdexcept>
 
 #include "codecs/bitplanes.h"
@@ -57,6 +58,9 @@ void MatrixStorage::lay_out(const Description& what) {
   m.block = what.block_size ? what.block_size : m.tiles * kTileColumns;
   m.blocks = what.block_size ? (what.columns + what.block_size - 1) / what.block_size : 1;
   m.segment = integer_segment(what.block_size);
+  m.code = what.code;
+  m.window_mask = (std::int32_t{1} << what.window) - 1;
+  m.mixed = what.mixed;
   if (what.kind == Number::steps) {
     const std::int64_t per_group = kStepColumns / m.block;
     m.group_shift = m.block == 16 ? 4 : 3;
@@ -73,10 +77,16 @@ std::array<std::size_t, kArrays> MatrixStorage::sizes() const {
   const std::size_t scales = static_cast<std::size_t>(steps ? m.panels * m.groups * m.group_bytes
                                                             : m.panels * m.blocks * kPanelRows * number);
   const auto plane = [&m](int bits) { return static_cast<std::size_t>(m.panels * m.tiles * kTileWeights / 8 * bits); };
-  std::array<std::size_t, kArrays> found{plane(m.apart ? 2 : m.bits), scales, description_.offsets ? scales : 0,
-                                         sizeof(float) << m.bits};
+  std::array<std::size_t, kArrays> found{
+      m.apart ? plane(2) : static_cast<std::size_t>(m.panels * m.panel_bytes()), scales,
+      description_.offsets ? scales : 0,
+      sizeof(float) * (codebook_size() + (m.mixed ? static_cast<std::size_t>((m.columns + 15) / 16 * 16) : 0))};
   for (int i = 0; m.apart && i < m.bits - 2; ++i) found[static_cast<std::size_t>(kPlainArrays + i)] = plane(1);
   return found;
+}
+
+std::size_t MatrixStorage::codebook_size() const {
+  return matrix_.bits && matrix_.code == Code::planes ? std::size_t{1} << matrix_.bits : 0;
 }
 
 std::size_t MatrixStorage::nbytes() const {
@@ -124,9 +134,9 @@ std::shared_ptr<MatrixStorage> MatrixStorage::mapped(const Description& what, st
     m.scales = begins[1];
     m.offsets = begins[2];
     std::copy(begins + kPlainArrays, begins + kArrays, m.further);
-    storage->codebook_.resize(std::size_t{1} << m.bits);
-    std::memcpy(storage->codebook_.data(), begins[3], bytes[3]);
-    storage->choose_levels();
+    storage->codebook_.resize(bytes[3] / sizeof(float));
+    if (bytes[3] > 0) std::memcpy(storage->codebook_.data(), begins[3], bytes[3]);
+    storage->point_at_codebook();
   }
   storage->file_ = std::move(file);
   return storage;
@@ -135,7 +145,7 @@ std::shared_ptr<MatrixStorage> MatrixStorage::mapped(const Description& what, st
 std::shared_ptr<MatrixStorage> MatrixStorage::quantized(const QuantizedParts& parts, Team& team) {
   auto storage = std::make_shared<MatrixStorage>();
   storage->lay_out({parts.rows, parts.columns, parts.bits, parts.block_size, parts.scale_kind, parts.offsets != nullptr,
-                    parts.apart});
+                    Code::planes, 0, parts.mixed, parts.apart});
   Matrix& m = storage->matrix_;
   const auto bytes = storage->sizes();
   storage->data_ = AlignedBytes(bytes[0]);
@@ -148,7 +158,8 @@ std::shared_ptr<MatrixStorage> MatrixStorage::quantized(const QuantizedParts& pa
   m.scales = storage->scales_.data();
   m.offsets = parts.offsets ? storage->offsets_.data() : nullptr;
   storage->codebook_.assign(parts.codebook, parts.codebook + (std::size_t{1} << m.bits));
-  storage->choose_levels();
+  storage->take_rotation(parts.signs);
+  storage->point_at_codebook();
   storage->take_codes(parts, team);
   return storage;
 }
@@ -156,6 +167,7 @@ std::shared_ptr<MatrixStorage> MatrixStorage::quantized(const QuantizedParts& pa
 // Codes from planes of whole rows to those of tiles.
 void MatrixStorage::take_codes(const QuantizedParts& parts, Team& team) {
   const Matrix& m = matrix_;
+  const auto coded = static_cast<std::size_t>(coded_columns(m.columns, m.mixed));
   struct Plane {
     int width;
     std::uint8_t* target;            // of the first tile
@@ -182,9 +194,9 @@ void MatrixStorage::take_codes(const QuantizedParts& parts, Team& team) {
         for (std::size_t i = 0; i < planes.size(); ++i) {
           const Plane& to = planes[i];
           const unsigned width = static_cast<unsigned>(to.width);
-          const std::size_t row_bytes = plane_row_bytes(static_cast<std::size_t>(m.columns), width);
-          unpack_plane(parts.planes[i] + static_cast<std::size_t>(row) * row_bytes, 1, static_cast<std::size_t>(m.columns),
-                       width, 0, true, row_codes.data());
+          const std::size_t row_bytes = plane_row_bytes(coded, width);
+          unpack_plane(parts.planes[i] + static_cast<std::size_t>(row) * row_bytes, 1, coded, width, 0, true,
+                       row_codes.data());
           // Four codes at a time: the 32-bit word that belongs to this row in a quad's vector.
           const int fields = 8 / to.width;
           for (std::int64_t tile = 0; tile < m.tiles; ++tile) {
@@ -271,14 +283,60 @@ bool MatrixStorage::take_steps(const QuantizedParts& parts, Team& team) {
   return false;
 }
 
+// Appends the rotation to the codebook: signs over the square root of what is mixed.
+void MatrixStorage::take_rotation(const std::uint8_t* signs) {
+  if (matrix_.mixed == 0) return;
+  const float size = 1.0f / std::sqrt(static_cast<float>(matrix_.mixed));
+  for (std::int64_t k = 0; k < (matrix_.columns + 15) / 16 * 16; ++k)
+    codebook_.push_back(signs[k / 8] >> (k % 8) & 1 ? -size : size);
+}
+
+void MatrixStorage::point_at_codebook() {
+  matrix_.codebook = codebook_.data();
+  if (matrix_.mixed) matrix_.rotation = codebook_.data() + codebook_size();
+  if (matrix_.code == Code::planes) choose_levels();
+}
+
+std::shared_ptr<MatrixStorage> MatrixStorage::trellis(const TrellisParts& parts, Team& team) {
+  auto storage = std::make_shared<MatrixStorage>();
+  storage->lay_out({parts.rows, parts.columns, parts.bits, 0, Number::half, false, parts.code, parts.window, parts.mixed});
+  Matrix& m = storage->matrix_;
+  storage->data_ = AlignedBytes(storage->sizes()[0]);
+  storage->scales_ = AlignedBytes(storage->sizes()[1]);
+  m.codes = storage->data_.data();
+  m.scales = storage->scales_.data();
+  std::memcpy(storage->scales_.data(), parts.scales, static_cast<std::size_t>(parts.rows) * 2);
+  storage->take_rotation(parts.signs);
+  storage->point_at_codebook();
+  const std::int64_t tiles = (parts.columns + 15) / 16, tile_bytes = 32 * parts.bits;
+  std::uint8_t* codes = storage->data_.data();
+  team.run([&](Worker& worker) {
+    worker.for_each(m.panels, 1, [&](std::int64_t panel, std::int64_t) {
+      for (std::int64_t tile = 0; tile < tiles; ++tile) {
+        const std::uint8_t* from = parts.codes + (panel * tiles + tile) * tile_bytes;
+        std::uint8_t* to = codes + panel * m.panel_bytes() + tile * tile_bytes;
+        for (int row = 0; row < kPanelRows; ++row) {
+          for (int word = 0; word < parts.bits; ++word) {
+            const std::uint8_t* high = from + 2 * (row * parts.bits + word);
+            const std::uint16_t value = static_cast<std::uint16_t>(high[0] << 8 | high[1]);
+            const bool half = parts.bits % 2 && word == parts.bits - 1;
+            std::memcpy(to + word / 2 * 64 + (half ? 2 * row : 4 * row + (word % 2 ? 0 : 2)), &value, 2);
+          }
+        }
+      }
+    });
+  });
+  return storage;
+}
+
 // Finds integers for the codebook's levels. Where all levels are whole steps of one size (the integer types) the result
 // is exact; otherwise the scale with the least squared rounding error is taken.
 void MatrixStorage::choose_levels() {
   Matrix& m = matrix_;
-  const std::size_t count = codebook_.size();
-  m.codebook = codebook_.data();
+  const std::size_t count = codebook_size();
+  const std::span<const float> levels(codebook_.data(), count);
   float peak = 0.0f;
-  for (float level : codebook_) peak = std::max(peak, std::fabs(level));
+  for (float level : levels) peak = std::max(peak, std::fabs(level));
   high_.assign(count, 0);
   low_.assign(count, 0);
   m.high = high_.data();
@@ -289,7 +347,7 @@ void MatrixStorage::choose_levels() {
   for (int steps = 1; steps <= 128; ++steps) {  // whole steps of peak / steps
     double error = 0.0;
     bool fits = true;
-    for (float level : codebook_) {
+    for (float level : levels) {
       const double scaled = static_cast<double>(level) / peak * steps;
       fits = fits && std::round(scaled) <= 127.0;
       error += (scaled - std::round(scaled)) * (scaled - std::round(scaled));

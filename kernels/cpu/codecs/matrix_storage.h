@@ -33,13 +33,32 @@ struct QuantizedParts {
   std::int64_t rows, columns;
   int bits;
   std::int64_t block_size;                       // columns per scale; 0: one scale per row
-  std::vector<const std::uint8_t*> planes;       // (rows, ceil(columns * width / 8)) each, widest first
+  std::vector<const std::uint8_t*> planes;       // (rows, ceil(coded_columns * width / 8)), widest first
   const void* scales;                            // (rows, blocks)
   const void* offsets;                           // the same, or null
   Number scale_kind;
   const float* codebook;                         // 2^bits
   // Nested: planes are of 2 bits, then of 1 for each further bit, and are kept apart.
   bool apart = false;
+  std::int64_t mixed = 0;                        // of rotated columns (Matrix::mixed)
+  const std::uint8_t* signs = nullptr;           // a bit a column, in whole bytes for every 16 columns
+};
+
+// Columns that have codes: where they are rotated, those of whole tiles of 16.
+constexpr std::int64_t coded_columns(std::int64_t columns, std::int64_t mixed) {
+  return mixed ? (columns + 15) / 16 * 16 : columns;
+}
+
+// The same of a trellis.
+struct TrellisParts {
+  std::int64_t rows, columns;
+  int bits;
+  Code code;
+  int window;
+  const std::uint8_t* codes;   // (row tiles, column tiles, 32 bits)
+  const std::uint16_t* scales; // (rows), fp16
+  std::int64_t mixed;
+  const std::uint8_t* signs;
 };
 
 // What a prepared matrix is, apart from its arrays: enough to find them again in a file.
@@ -49,10 +68,14 @@ struct Description {
   std::int64_t block_size;  // as in QuantizedParts
   Number kind;              // of the scales as they are kept, or of dense values
   bool offsets;
+  Code code = Code::planes;
+  int window = 0;           // of a trellis
+  std::int64_t mixed = 0;   // columns that one Hadamard matrix mixes; 0: not rotated
   bool apart = false;       // nested codes of 3 bits or more
 };
 
-// A prepared matrix's arrays: data, scales, offsets, codebook (where there are codes), then the streams of further bits.
+// A prepared matrix's arrays: data, scales, offsets, codebook (where there are codes of one, with the rotation behind it), then
+// the streams of further bits.
 constexpr int kPlainArrays = 4, kArrays = kPlainArrays + kFurtherBits;
 struct Bytes {
   const std::uint8_t* begin = nullptr;
@@ -65,6 +88,7 @@ int integer_segment(std::int64_t block);
 class MatrixStorage {
  public:
   static std::shared_ptr<MatrixStorage> quantized(const QuantizedParts& parts, Team& team);
+  static std::shared_ptr<MatrixStorage> trellis(const TrellisParts& parts, Team& team);
   // values: (rows, columns) row-major, in `kind`.
   static std::shared_ptr<MatrixStorage> dense(const void* values, std::int64_t rows, std::int64_t columns, Number kind,
                                               Team& team);
@@ -88,7 +112,10 @@ class MatrixStorage {
   void lay_out(const Description& what);
   // Bytes each array has.
   std::array<std::size_t, kArrays> sizes() const;
+  std::size_t codebook_size() const;  // floats
   void choose_levels();
+  void take_rotation(const std::uint8_t* signs);
+  void point_at_codebook();
   void take_numbers(const QuantizedParts& parts, Team& team);
   bool take_steps(const QuantizedParts& parts, Team& team);
 

@@ -66,7 +66,7 @@ std::vector<std::string> detect() {
   if (!zmm || !all_bits(extended.b, {16, 17, 30, 31}) || !all_bits(extended.c, {11})) return names;  // F DQ BW VL; VNNI
   names.push_back("avx512vnni");
   const bool more = extended.a >= 1 && all_bits(Cpuid(7, 1).a, {5});  // BF16
-  if (!more || !all_bits(extended.c, {1})) return names;             // VBMI
+  if (!more || !all_bits(extended.c, {1, 6})) return names;          // VBMI, VBMI2
   names.push_back("avx512bf16");
 #if defined(KBIT_HAS_AMX)
   const bool tiles = all_bits(states, {17, 18}) && all_bits(extended.d, {22, 24, 25});  // BF16, TILE, INT8

@@ -7,7 +7,7 @@
 namespace kbit {
 
 // The names of the sets that are compiled in and that this machine and its operating system offer, best last:
-//   x86-64   scalar, avx2 (with FMA and F16C), avx512vnni (F, BW, DQ, VL, VNNI), avx512bf16 (and VBMI, BF16),
+//   x86-64   scalar, avx2 (with FMA and F16C), avx512vnni (F, BW, DQ, VL, VNNI), avx512bf16 (and VBMI, VBMI2, BF16),
 //            amx (and AMX-TILE, INT8, BF16)
 //   AArch64  scalar, neon (with the dot product), i8mm
 //   others   scalar

@@ -10,6 +10,7 @@
 #include "rounding/descent.h"
 #include "rounding/nested_descent.h"
 #include "rounding/rounding.h"
+#include "rounding/trellis.h"
 
 namespace kbit {
 
@@ -34,10 +35,12 @@ struct MatmulTask {
   std::int64_t row_begin, row_end, panel_begin, panel_end;
   float* out;               // of row_begin and panel_begin
   std::int64_t out_stride;  // floats
-  std::uint8_t* scratch;    // kMatmulScratch bytes, 64-byte aligned, of this thread's own
+  std::uint8_t* scratch;    // kMatmulScratch + kTrellisScratch bytes, 64-byte aligned, of this thread's own
 };
 
 constexpr std::int64_t kMatmulScratch = 256 << 10;
+// More of it, for rows of x as trellises are multiplied with them.
+constexpr std::int64_t kTrellisScratch = 128 << 10;
 // Up to so many rows of x, the int8 kernels of every set leave it alone.
 constexpr int kRowsWithoutScratch = 4;
 
@@ -47,10 +50,13 @@ struct Kernels {
   void (*matmul_int8)(const MatmulTask&);
   void (*matmul_bf16)(const MatmulTask&);  // null where the set has no bf16 dot product: compute bf16 is refused there
   void (*matmul_fp32)(const MatmulTask&);
+  void (*matmul_trellis)(const MatmulTask&);  // matmul_int8 of trellises
 
   // One row of x (K) to int8, by segments: codes (padded with zeros to a multiple of 64), scales, sums of codes.
   void (*quantize_row)(const float* x, std::int64_t columns, int segment, std::int8_t* codes, float* scales,
                        std::int32_t* sums);
+  // One row of x (K), its columns rotated as a matrix's are; out is padded with zeros to a multiple of 64.
+  void (*rotate_row)(const Matrix& w, const float* x, float* out);
   // One row of x rounded to bfloat16.
   void (*bfloat_row)(const float* x, std::int64_t columns, std::uint16_t* out);
   // out = weight * x / sqrt(mean(x^2) + eps); out is padded with zeros to a multiple of 64.
@@ -67,6 +73,7 @@ struct Kernels {
   void (*round_rows)(const RoundTask&);      // up to 16 rows of weights to codes and scales
   void (*descend_rows)(const DescentTask&);  // better codes and scales for up to 16 rows
   void (*descend_nested_rows)(const NestedDescentTask&);  // better nested codes for up to 16 rows
+  void (*trellis_search)(const TrellisTask&);  // the best string of a tile
   std::int64_t (*trace)(const std::uint8_t* in, std::int64_t in_bytes, std::uint8_t* out, std::int64_t out_bytes);
 };
 

@@ -3,6 +3,7 @@
 // order, a stretch of columns at a time.
 #pragma once
 
+#include "codecs/unpack_trellis.h"
 #include "matmul/matmul.h"
 
 namespace {
@@ -11,6 +12,7 @@ namespace {
 constexpr int64_t kFloatColumns = 256;
 
 void expand_floats(const Matrix& w, int64_t panel, int64_t begin, int64_t end, float* out) {
+  if (w.code != Code::planes) return expand_trellis_floats(w, panel, begin, end, out);
   switch (w.bits) {
     case 2: return expand_floats<2>(w, panel, begin, end, out);
     case 3: return expand_floats<3>(w, panel, begin, end, out);

@@ -27,6 +27,24 @@ int Program::buffer(std::int64_t width) {
   return static_cast<int>(buffers_.size()) - 1;
 }
 
+namespace {
+
+// Products of one x take it in one rotation.
+void check_rotation(const MatmulInstruction& m) {
+  const Matrix* first = nullptr;
+  for (const Weights& weights : m.weights) {
+    const Matrix& w = weights->matrix();
+    if (!w.mixed) continue;
+    if (!first) first = &w;
+    const auto count = static_cast<std::size_t>((w.columns + 15) / 16 * 16);
+    if (w.mixed != first->mixed || !std::equal(w.rotation, w.rotation + count, first->rotation)) {
+      throw std::invalid_argument("matrices of one input are rotated in different ways: give them one trellis format (-h)");
+    }
+  }
+}
+
+}  // namespace
+
 void Program::check(const MatmulInstruction& m) const {
   const std::size_t count = m.weights.size();
   const bool gated = m.activation != Activation::none && count == 2;
@@ -46,6 +64,7 @@ void Program::check(const MatmulInstruction& m) const {
   if (!m.norm.empty() && m.norm.width() != buffer_width(m.x)) {
     throw std::invalid_argument("a norm does not fit its input buffer");
   }
+  check_rotation(m);
 }
 
 void Program::append(Instruction instruction) {
@@ -54,11 +73,13 @@ void Program::append(Instruction instruction) {
     for (const Weights& weights : m->weights) note_file(weights);
     widest_input_ = std::max(widest_input_, padded(buffer_width(m->x)));
   } else if (const auto* e = std::get_if<EmbedInstruction>(&instruction)) {
+    if (e->weights->matrix().mixed) throw std::invalid_argument("rows of a rotated matrix are not looked up");
     note_file(e->weights);
   } else if (auto* a = std::get_if<AttendInstruction>(&instruction)) {
     a->plan = plan_of(*a);
   } else if (auto* x = std::get_if<ExpertsInstruction>(&instruction)) {
     check(*x);
+    for (const auto* all : {&x->all_inner, &x->all_down}) check_rotation(*all);
     for (const auto* products : {&x->inner, &x->down}) {
       for (const MatmulInstruction& product : *products)
         for (const Weights& weights : product.weights) note_file(weights);
@@ -97,7 +118,8 @@ std::size_t Program::nbytes() const {
   total += expert_inner_.size() + expert_outer_.size();
   auto inputs = [](const Inputs& in) {
     std::size_t bytes = in.floats.size() + in.bfloats.size() + in.rest.size();
-    for (int slot = 0; slot < 3; ++slot) bytes += in.main[slot].size() + in.fine[slot].size();
+    bytes += in.rotated.size() + in.rotated_bfloats.size();
+    for (int slot = 0; slot < kForms; ++slot) bytes += in.main[slot].size() + in.fine[slot].size();
     return bytes;
   };
   total += inputs(*shared_);
@@ -110,28 +132,28 @@ std::size_t Program::nbytes() const {
 void Program::reserve(std::int64_t rows) {
   if (rows <= capacity_) return;
   const bool bfloats = compute_ == Compute::bf16;
-  bool used[3] = {false, false, false};
+  bool used[kForms] = {};
   std::int64_t most_rows = rows, most_numbers = rows * widest_input_;
   for (const Instruction& instruction : instructions_) {
     if (const auto* m = std::get_if<MatmulInstruction>(&instruction)) {
-      mark_segments(*m, used);
+      mark_forms(*m, used);
     } else if (const auto* x = std::get_if<ExpertsInstruction>(&instruction)) {
-      mark_segments(x->all_inner, used);
-      mark_segments(x->all_down, used);
+      mark_forms(x->all_inner, used);
+      mark_forms(x->all_down, used);
       const std::int64_t pairs = rows * x->routing.chosen;
       most_rows = std::max(most_rows, pairs);
       for (const MatmulInstruction* all : {&x->all_inner, &x->all_down})
         most_numbers = std::max(most_numbers, pairs * padded(all->weights[0]->matrix().columns));
     }
   }
-  if (head_) mark_segments(*head_, used);
-  if (compute_ != Compute::int8) std::fill(used, used + 3, false);
+  if (head_) mark_forms(*head_, used);
+  const bool int8 = compute_ == Compute::int8;
   for (Buffer& buffer : buffers_) buffer.memory = AlignedBytes(static_cast<std::size_t>(rows * buffer.stride) * 4);
-  shared_->reserve(most_rows, most_numbers, used, bfloats);
+  shared_->reserve(most_rows, most_numbers, used, int8, bfloats);
   if (mixtures_ > 0) reserve_experts(rows);
   const std::int64_t widest = std::max<std::int64_t>(1, widest_input_);  // 0 without a product
   const std::int64_t few = std::max<std::int64_t>(1, std::min(rows, kRedundantInput / widest));
-  for (auto& scratch : scratch_) scratch->inputs->reserve(few, few * widest_input_, used, bfloats);
+  for (auto& scratch : scratch_) scratch->inputs->reserve(few, few * widest_input_, used, int8, bfloats);
   capacity_ = rows;
 }
 

@@ -50,7 +50,8 @@ struct MatmulInstruction {
 enum class Rows { tokens, positions, types };
 struct EmbedInstruction { Weights weights; int out; Rows of = Rows::tokens; int first = 0; };
 struct GivenInstruction { int out; };  // what the pass brings of its rows
-struct NormInstruction { int x; Norm norm; int out; };  // of each run of features as wide as the norm
+// Of each run of features as wide as the norm; or, with several, of each run by a norm of its own.
+struct NormInstruction { int x; std::vector<Norm> norms; int out; };
 // out = factor x, or, where there is a cap, cap tanh(x / cap).
 struct MapInstruction { int x, out; float factor = 1.0f, cap = 0.0f; };
 // Heads turned by columns [first, first + half) of the rotary tables.

@@ -63,6 +63,12 @@ void route_row(const Routing& routing, const std::vector<float>& bias, const std
     ranked[e] = static_cast<float>(scores[e]) + (bias.empty() ? 0.0f : bias[static_cast<std::size_t>(e)]);
     flags[e] = 1;
   }
+  if (routing.score == Score::softmax && !bias.empty()) {  // which is added to shares, not to logits
+    double sum = 0.0;
+    for (int e = 0; e < experts; ++e) sum += std::exp(scores[e] - largest);
+    for (int e = 0; e < experts; ++e)
+      ranked[e] = static_cast<float>(std::exp(scores[e] - largest) / sum) + bias[static_cast<std::size_t>(e)];
+  }
   if (routing.groups > 1) {
     const int size = experts / routing.groups;
     for (int g = 0; g < routing.groups; ++g) {

@@ -31,8 +31,10 @@ void Program::prepare_rows(const MatmulInstruction& m, Inputs& inputs, const flo
                            const std::int64_t* row_index, std::int64_t begin, std::int64_t end) const {
   const Kernels& kernels = *context_->kernels;
   const std::int64_t columns = m.weights[0]->matrix().columns, width = padded(columns);
-  bool used[3] = {false, false, false};
-  if (compute_ == Compute::int8) mark_segments(m, used);
+  bool used[kForms] = {};
+  mark_forms(m, used);
+  const bool int8 = compute_ == Compute::int8, bf16 = compute_ == Compute::bf16;
+  const auto rotated_weight = std::find_if(m.weights.begin(), m.weights.end(), [](const Weights& w) { return w->matrix().mixed; });
   for (std::int64_t row = begin; row < end; ++row) {
     const float* source = x + (row_index ? row_index[row] : row) * x_stride;
     float* floats = reinterpret_cast<float*>(inputs.floats.data()) + row * width;
@@ -42,26 +44,34 @@ void Program::prepare_rows(const MatmulInstruction& m, Inputs& inputs, const flo
     } else if (row_index) {
       std::memcpy(floats, source, static_cast<std::size_t>(width) * 4);
     }
-    for (int slot = 0; slot < 3; ++slot)
-      if (used[slot]) round_row(inputs, slot, source, columns, row);
-    if (compute_ == Compute::bf16) {
-      kernels.bfloat_row(source, width, reinterpret_cast<std::uint16_t*>(inputs.bfloats.data()) + row * width);
-    }
+    for (int slot = 0; slot < kRotated; ++slot)
+      if (int8 && used[slot]) round_row(inputs, slot, source, columns, row);
+    const auto bfloats = [&](const float* from, const AlignedBytes& to) {
+      kernels.bfloat_row(from, width, reinterpret_cast<std::uint16_t*>(to.data()) + row * width);
+    };
+    if (bf16) bfloats(source, inputs.bfloats);
+    if (!used[kRotated]) continue;
+    float* rotated = reinterpret_cast<float*>(inputs.rotated.data()) + row * width;
+    kernels.rotate_row((*rotated_weight)->matrix(), source, rotated);
+    if (int8) round_row(inputs, kRotated, rotated, (columns + 15) / 16 * 16, row);
+    if (bf16) bfloats(rotated, inputs.rotated_bfloats);
   }
   const bool in_place = m.norm.empty() && row_index == nullptr;
   const auto view = [&](const Inputs::Rounded& rounded, int slot) {
     MatmulInput v;
-    v.x = in_place ? x : reinterpret_cast<const float*>(inputs.floats.data());
-    v.x_stride = in_place ? x_stride : width;
-    const bool bf16 = compute_ == Compute::bf16;
-    v.codes = reinterpret_cast<const std::int8_t*>(bf16 ? inputs.bfloats.data() : rounded.codes.data());
+    const bool rotated = slot == kRotated;
+    v.x = rotated ? reinterpret_cast<const float*>(inputs.rotated.data())
+          : in_place ? x : reinterpret_cast<const float*>(inputs.floats.data());
+    v.x_stride = in_place && !rotated ? x_stride : width;
+    const AlignedBytes& bfloats = rotated ? inputs.rotated_bfloats : inputs.bfloats;
+    v.codes = reinterpret_cast<const std::int8_t*>(bf16 ? bfloats.data() : rounded.codes.data());
     v.codes_stride = bf16 ? 2 * width : width;
     v.scales = reinterpret_cast<const float*>(rounded.scales.data());
     v.sums = reinterpret_cast<const std::int32_t*>(rounded.sums.data());
-    v.segments_stride = width / (64 >> slot);
+    v.segments_stride = width / segment_of(slot);
     return v;
   };
-  for (int slot = 0; slot < 3; ++slot) {
+  for (int slot = 0; slot < kForms; ++slot) {
     inputs.view[slot] = view(inputs.main[slot], slot);
     inputs.fine_view[slot] = view(inputs.fine[slot], slot);
   }
@@ -70,7 +80,7 @@ void Program::prepare_rows(const MatmulInstruction& m, Inputs& inputs, const flo
 // One row to int8; and what that leaves of it too, where it has a spike.
 void Program::round_row(Inputs& inputs, int slot, const float* source, std::int64_t columns, std::int64_t row) const {
   const Kernels& kernels = *context_->kernels;
-  const int segment = 64 >> slot;
+  const int segment = segment_of(slot);
   const std::int64_t width = padded(columns), segments = width / segment;
   const auto round = [&](Inputs::Rounded& to, const float* from) {
     kernels.quantize_row(from, columns, segment, reinterpret_cast<std::int8_t*>(to.codes.data()) + row * width,
@@ -90,17 +100,18 @@ void Program::round_row(Inputs& inputs, int slot, const float* source, std::int6
   float* rest = reinterpret_cast<float*>(inputs.rest.data()) + row * width;
   const std::int8_t* codes = reinterpret_cast<const std::int8_t*>(inputs.main[slot].codes.data()) + row * width;
   for (std::int64_t k = 0; k < columns; ++k) rest[k] = source[k] - static_cast<float>(codes[k]) * scales[k / segment];
+  std::fill(rest + columns, rest + width, 0.0f);
   round(inputs.fine[slot], rest);
 }
 
 void Program::run_kernel(const Inputs& inputs, MatmulTask& task, float* staging) const {
   const Kernels& kernels = *context_->kernels;
   const Matrix& w = *task.w;
-  const int slot = segment_slot(w.bits ? w.segment : 64);
+  const int slot = form_of(w);
   task.x = inputs.view[slot];
   if (compute_ == Compute::bf16) return kernels.matmul_bf16(task);
   if (compute_ != Compute::int8 || w.bits == 0) return kernels.matmul_fp32(task);
-  kernels.matmul_int8(task);
+  (w.code == Code::planes ? kernels.matmul_int8 : kernels.matmul_trellis)(task);
   std::int64_t spiky[kSpikesTogether], count = 0;
   for (std::int64_t row = task.row_begin; row < task.row_end; ++row) {
     if (!inputs.spiky[slot][static_cast<std::size_t>(row)]) continue;
@@ -144,7 +155,7 @@ void Program::add_spikes(const MatmulInput& fine, const MatmulTask& task, const 
     part.row_begin = 0;
     part.row_end = count;
   }
-  context_->kernels->matmul_int8(part);
+  (task.w->code == Code::planes ? context_->kernels->matmul_int8 : context_->kernels->matmul_trellis)(part);
   for (std::int64_t i = 0; i < count; ++i)
     context_->kernels->add(staging + i * width, task.out + (rows[i] - task.row_begin) * task.out_stride, width);
 }

@@ -40,11 +40,12 @@ void Norm::apply(const Kernels& kernels, const float* x, float* out) const {
 void Program::norm(Worker& worker, const NormInstruction& n, std::int64_t rows) {
   const Kernels& kernels = *context_->kernels;
   const Buffer &x = buffers_[static_cast<std::size_t>(n.x)], &out = buffers_[static_cast<std::size_t>(n.out)];
-  const std::int64_t width = n.norm.width(), runs = x.width / width;
+  const std::int64_t width = n.norms[0].width(), runs = x.width / width;
+  const auto count = static_cast<std::int64_t>(n.norms.size());
   if (runs == 1) {
     return worker.for_each(rows, 4, [&](std::int64_t begin, std::int64_t end) {
       for (std::int64_t r = begin; r < end; ++r)
-        n.norm.apply(kernels, x.data() + r * x.stride, out.data() + r * out.stride);
+        n.norms[0].apply(kernels, x.data() + r * x.stride, out.data() + r * out.stride);
     });
   }
   // By way of scratch: what a norm writes is padded, and would reach into the next run, or the next row.
@@ -52,7 +53,8 @@ void Program::norm(Worker& worker, const NormInstruction& n, std::int64_t rows) 
   worker.for_each(rows * runs, 8, [&](std::int64_t begin, std::int64_t end) {
     for (std::int64_t i = begin; i < end; ++i) {
       const std::int64_t row = i / runs, first = i % runs * width;
-      n.norm.apply(kernels, x.data() + row * x.stride + first, scratch);
+      const Norm& norm = n.norms[static_cast<std::size_t>(count == 1 ? 0 : i % runs)];
+      norm.apply(kernels, x.data() + row * x.stride + first, scratch);
       std::memcpy(out.data() + row * out.stride + first, scratch, static_cast<std::size_t>(width) * 4);
     }
   });

@@ -22,13 +22,20 @@ constexpr std::int64_t kConvolved = 256;
 // Columns in whole tiles.
 constexpr std::int64_t padded(std::int64_t columns) { return (columns + kTileColumns - 1) / kTileColumns * kTileColumns; }
 
-// Where things of a segment of 64, 32 or 16 columns are kept.
-inline int segment_slot(int segment) { return segment == 64 ? 0 : segment == 32 ? 1 : 2; }
+// The forms that x is kept in: with segments of 64, 32 and 16 columns; and rotated, with segments of 64.
+constexpr int kForms = 4, kRotated = 3;
+inline int segment_of(int form) { return form == kRotated ? 64 : 64 >> form; }
 
-// Marks the segments in which an int8 matmul wants its input.
-inline void mark_segments(const MatmulInstruction& m, bool used[3]) {
+// The form that a matrix wants.
+inline int form_of(const Matrix& w) {
+  if (w.mixed) return kRotated;
+  return w.bits == 0 || w.segment == 64 ? 0 : w.segment == 32 ? 1 : 2;
+}
+
+// Marks the forms in which a matmul with codes wants its input.
+inline void mark_forms(const MatmulInstruction& m, bool used[kForms]) {
   for (const Weights& w : m.weights)
-    if (w->matrix().bits) used[segment_slot(w->matrix().segment)] = true;
+    if (w->matrix().bits) used[form_of(w->matrix())] = true;
 }
 
 struct Program::Inputs {
@@ -43,20 +50,24 @@ struct Program::Inputs {
     std::size_t size() const { return codes.size() + scales.size() + sums.size(); }
   };
   std::int64_t rows = 0;
-  AlignedBytes floats, bfloats, rest;
-  Rounded main[3], fine[3];
-  std::vector<std::uint8_t> spiky[3];  // per row: `fine` counts
-  MatmulInput view[3], fine_view[3];
+  AlignedBytes floats, bfloats, rest, rotated, rotated_bfloats;
+  Rounded main[kForms], fine[kForms];
+  std::vector<std::uint8_t> spiky[kForms];  // per row: `fine` counts
+  MatmulInput view[kForms], fine_view[kForms];
 
   // Memory for this many rows, which are so many numbers in all, in the forms that are used.
-  void reserve(std::int64_t new_rows, std::int64_t numbers, const bool used[3], bool use_bfloats) {
+  void reserve(std::int64_t new_rows, std::int64_t numbers, const bool used[kForms], bool int8, bool use_bfloats) {
     rows = new_rows;
     const auto count = static_cast<std::size_t>(numbers);
     floats = AlignedBytes(count * 4);
-    for (int slot = 0; slot < 3; ++slot) {
-      if (!used[slot]) continue;
-      main[slot].reserve(count, static_cast<std::size_t>(64 >> slot));
-      fine[slot].reserve(count, static_cast<std::size_t>(64 >> slot));
+    if (used[kRotated]) {
+      rotated = AlignedBytes(count * 4);
+      if (use_bfloats) rotated_bfloats = AlignedBytes(count * 2);
+    }
+    for (int slot = 0; slot < kForms; ++slot) {
+      if (!used[slot] || !int8) continue;
+      main[slot].reserve(count, static_cast<std::size_t>(segment_of(slot)));
+      fine[slot].reserve(count, static_cast<std::size_t>(segment_of(slot)));
       spiky[slot].assign(static_cast<std::size_t>(rows), 0);
       rest = AlignedBytes(count * 4);
     }
@@ -65,7 +76,7 @@ struct Program::Inputs {
 };
 
 struct Program::Scratch {
-  AlignedBytes kernel{static_cast<std::size_t>(kMatmulScratch)};
+  AlignedBytes kernel{static_cast<std::size_t>(kMatmulScratch + kTrellisScratch)};
   AlignedBytes first{kStaging * 4}, second{kStaging * 4}, third{kStaging * 4};
   std::unique_ptr<Inputs> inputs = std::make_unique<Inputs>();
 };

@@ -131,6 +131,33 @@ inline float scale_at(const Matrix& w, const void* p, int64_t panel, int64_t blo
   return lanes[lane];
 }
 
+// Columns k times rotation[k], then, in each stretch of w.mixed of them, sums and differences of the two halves, of their
+// halves, and so on: the Hadamard transform. Those of 16 neighbours stay in a vector.
+void rotate_row(const Matrix& w, const float* x, float* out) {
+  const int64_t columns = (w.columns + 15) / 16 * 16;
+  alignas(64) float signs[4][16];
+  for (int i = 0; i < 16; ++i)
+    for (int bit = 0; bit < 4; ++bit) signs[bit][i] = i >> bit & 1 ? -1.0f : 1.0f;
+  const Floats one = load(signs[0]), two = load(signs[1]), four = load(signs[2]), eight = load(signs[3]);
+  for (int64_t k = 0; k < columns; k += 16) {
+    Floats v = mul(load(x + k), load(w.rotation + k));
+    v = fma(v, one, swap_lanes<1>(v));
+    v = fma(v, two, swap_lanes<2>(v));
+    v = fma(v, four, swap_lanes<4>(v));
+    store(out + k, fma(v, eight, swap_lanes<8>(v)));
+  }
+  for (int64_t half = 16; half < w.mixed; half *= 2) {
+    for (int64_t first = 0; first < columns; first += 2 * half) {
+      for (int64_t k = first; k < first + half; k += 16) {
+        const Floats a = load(out + k), b = load(out + k + half);
+        store(out + k, add(a, b));
+        store(out + k + half, sub(a, b));
+      }
+    }
+  }
+  for (int64_t k = columns; k < padded(columns); ++k) out[k] = 0.0f;
+}
+
 void decode_row(const Matrix& w, int64_t row, float* out) {
   const int64_t panel = row / 16, lane = row % 16;
   for (int64_t k = 0; k < w.columns; ++k) {

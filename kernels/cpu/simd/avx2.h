@@ -120,6 +120,15 @@ inline Ints load_i8(const int8_t* p) {
   const __m128i v = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
   return {_mm256_cvtepi8_epi32(v), _mm256_cvtepi8_epi32(_mm_unpackhi_epi64(v, v))};
 }
+inline Ints multiply(Ints a, int32_t factor) {
+  const __m256i f = _mm256_set1_epi32(factor);
+  return {_mm256_mullo_epi32(a.lo, f), _mm256_mullo_epi32(a.hi, f)};
+}
+inline Ints previous_lane(Ints a) {  // each half moved on by one lane, its first from the other half
+  const __m256i on = _mm256_setr_epi32(7, 0, 1, 2, 3, 4, 5, 6);
+  const __m256i lo = _mm256_permutevar8x32_epi32(a.lo, on), hi = _mm256_permutevar8x32_epi32(a.hi, on);
+  return {_mm256_blend_epi32(lo, hi, 1), _mm256_blend_epi32(hi, lo, 1)};
+}
 inline Ints as_ints(Bytes a) { return {a.lo, a.hi}; }
 inline Bytes as_bytes(Ints a) { return {a.lo, a.hi}; }
 
@@ -151,6 +160,66 @@ inline Ints add(Ints sum, Pairs pairs) {
   const __m256i one = _mm256_set1_epi16(1);
   return {_mm256_add_epi32(sum.lo, _mm256_madd_epi16(pairs.lo, one)),
           _mm256_add_epi32(sum.hi, _mm256_madd_epi16(pairs.hi, one))};
+}
+
+// ---------------------------------------------------------------------------------------------------- words
+
+struct Words { __m256i lo, hi; };
+
+inline Words load_words(const uint16_t* p) { return {load256(p), load256(p + 16)}; }
+inline void store_words(uint16_t* p, Words a) { store256(p, a.lo), store256(p + 16, a.hi); }
+inline Words broadcast_word(uint16_t v) { return {_mm256_set1_epi16(short(v)), _mm256_set1_epi16(short(v))}; }
+inline Words add_saturated(Words a, Words b) { return {_mm256_adds_epu16(a.lo, b.lo), _mm256_adds_epu16(a.hi, b.hi)}; }
+inline Words sub_saturated(Words a, Words b) { return {_mm256_subs_epu16(a.lo, b.lo), _mm256_subs_epu16(a.hi, b.hi)}; }
+inline Words min(Words a, Words b) { return {_mm256_min_epu16(a.lo, b.lo), _mm256_min_epu16(a.hi, b.hi)}; }
+inline Words distance(Words a, Words b) {
+  return {_mm256_abs_epi16(_mm256_subs_epi16(a.lo, b.lo)), _mm256_abs_epi16(_mm256_subs_epi16(a.hi, b.hi))};
+}
+inline Words high_square(Words a) { return {_mm256_mulhi_epu16(a.lo, a.lo), _mm256_mulhi_epu16(a.hi, a.hi)}; }
+template <int Shift> inline Words spread(const uint16_t* p) {
+  if constexpr (Shift >= 5) return broadcast_word(*p);
+  if constexpr (Shift <= 1) {
+    alignas(32) uint16_t lanes[32];
+    for (int i = 0; i < 32; ++i) lanes[i] = p[i >> Shift];
+    return load_words(lanes);
+  }
+  // Up to eight numbers, in both halves of both registers; a byte shuffle picks lane i's bytes 2 (i >> Shift) and next.
+  alignas(32) static constexpr struct Lanes {
+    uint8_t at[64];
+    constexpr Lanes() : at() { for (int i = 0; i < 64; ++i) at[i] = uint8_t(2 * (i / 2 >> Shift) + i % 2); }
+  } lanes;
+  const __m256i few = _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+  return {_mm256_shuffle_epi8(few, load256(lanes.at)), _mm256_shuffle_epi8(few, load256(lanes.at + 32))};
+}
+inline Words and_words(Words a, Words b) { return {_mm256_and_si256(a.lo, b.lo), _mm256_and_si256(a.hi, b.hi)}; }
+inline Words multiply(Words a, uint16_t factor) {
+  const __m256i f = _mm256_set1_epi16(short(factor));
+  return {_mm256_mullo_epi16(a.lo, f), _mm256_mullo_epi16(a.hi, f)};
+}
+template <int N> inline Words funnel(Words high, Words low) {
+  if constexpr (N == 16) return low;
+  return {_mm256_or_si256(_mm256_slli_epi16(high.lo, N), _mm256_srli_epi16(low.lo, 16 - N)),
+          _mm256_or_si256(_mm256_slli_epi16(high.hi, N), _mm256_srli_epi16(low.hi, 16 - N))};
+}
+inline Words as_words(Ints a) { return {a.lo, a.hi}; }
+inline Bytes as_bytes(Words a) { return {a.lo, a.hi}; }
+struct Least { Words value, which; };
+inline void keep_less(Least& least, Words value, int which) {  // where the old one is the minimum, it stays
+  const Words next = min(least.value, value);
+  const __m256i w = _mm256_set1_epi16(short(which));
+  least.which.lo = _mm256_blendv_epi8(w, least.which.lo, _mm256_cmpeq_epi16(next.lo, least.value.lo));
+  least.which.hi = _mm256_blendv_epi8(w, least.which.hi, _mm256_cmpeq_epi16(next.hi, least.value.hi));
+  least.value = next;
+}
+inline void store_low_bytes(uint8_t* p, Words a) {  // packing works within 128-bit lanes: quarters 0 2 1 3
+  const __m256i byte = _mm256_set1_epi16(0xff);
+  const __m256i packed = _mm256_packus_epi16(_mm256_and_si256(a.lo, byte), _mm256_and_si256(a.hi, byte));
+  store256(p, _mm256_permute4x64_epi64(packed, 0xd8));
+}
+inline uint16_t reduce_min(Words a) {
+  const __m256i half = _mm256_min_epu16(a.lo, a.hi);
+  const __m128i eight = _mm_min_epu16(_mm256_castsi256_si128(half), _mm256_extracti128_si256(half, 1));
+  return uint16_t(_mm_cvtsi128_si32(_mm_minpos_epu16(eight)));
 }
 
 // ---------------------------------------------------------------------------------------------------- floats
@@ -191,6 +260,13 @@ inline float reduce_max(Floats a) {
   const __m128 four = _mm_max_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
   const __m128 two = _mm_max_ps(four, _mm_movehl_ps(four, four));
   return _mm_cvtss_f32(_mm_max_ss(two, _mm_movehdup_ps(two)));
+}
+
+template <int N> inline Floats swap_lanes(Floats a) {
+  if constexpr (N == 1) return {_mm256_permute_ps(a.lo, 0xb1), _mm256_permute_ps(a.hi, 0xb1)};
+  if constexpr (N == 2) return {_mm256_permute_ps(a.lo, 0x4e), _mm256_permute_ps(a.hi, 0x4e)};
+  if constexpr (N == 4) return {_mm256_permute2f128_ps(a.lo, a.lo, 1), _mm256_permute2f128_ps(a.hi, a.hi, 1)};
+  return {a.hi, a.lo};
 }
 
 // All ones in the lanes first .. first + 7 that are below n.

@@ -122,6 +122,8 @@ inline Ints load_u16(const uint16_t* p) {
 inline Ints load_i8(const int8_t* p) {
   return {_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)))};
 }
+inline Ints multiply(Ints a, int32_t factor) { return {_mm512_mullo_epi32(a.v, _mm512_set1_epi32(factor))}; }
+inline Ints previous_lane(Ints a) { return {_mm512_alignr_epi32(a.v, a.v, 15)}; }
 inline Ints as_ints(Bytes a) { return {a.v}; }
 inline Bytes as_bytes(Ints a) { return {a.v}; }
 
@@ -137,6 +139,56 @@ struct Pairs { Ints sums; };
 inline Pairs no_pairs() { return {broadcast(0)}; }
 inline Pairs dot4(Pairs sum, Bytes codes, const int8_t* x) { return {dot4(sum.sums, codes, x)}; }
 inline Ints add(Ints sum, Pairs pairs) { return add(sum, pairs.sums); }
+
+// ---------------------------------------------------------------------------------------------------- words
+
+struct Words { __m512i v; };
+
+inline Words load_words(const uint16_t* p) { return {_mm512_loadu_si512(p)}; }
+inline void store_words(uint16_t* p, Words a) { _mm512_storeu_si512(p, a.v); }
+inline Words broadcast_word(uint16_t v) { return {_mm512_set1_epi16(short(v))}; }
+inline Words add_saturated(Words a, Words b) { return {_mm512_adds_epu16(a.v, b.v)}; }
+inline Words sub_saturated(Words a, Words b) { return {_mm512_subs_epu16(a.v, b.v)}; }
+inline Words min(Words a, Words b) { return {_mm512_min_epu16(a.v, b.v)}; }
+inline Words distance(Words a, Words b) { return {_mm512_abs_epi16(_mm512_subs_epi16(a.v, b.v))}; }
+inline Words high_square(Words a) { return {_mm512_mulhi_epu16(a.v, a.v)}; }
+template <int Shift> inline Words spread(const uint16_t* p) {
+  alignas(64) static constexpr struct Lanes {
+    uint16_t at[32];
+    constexpr Lanes() : at() { for (int i = 0; i < 32; ++i) at[i] = uint16_t(i >> Shift); }
+  } lanes;
+  if constexpr (Shift >= 5) return {_mm512_set1_epi16(short(*p))};
+  // Two to sixteen numbers, which lie in the first 32 bytes.
+  const __m512i few = Shift >= 2 ? _mm512_castsi128_si512(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)))
+                                 : _mm512_castsi256_si512(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+  return {_mm512_permutexvar_epi16(_mm512_load_si512(lanes.at), few)};
+}
+inline Words and_words(Words a, Words b) { return {_mm512_and_si512(a.v, b.v)}; }
+inline Words multiply(Words a, uint16_t factor) { return {_mm512_mullo_epi16(a.v, _mm512_set1_epi16(short(factor)))}; }
+template <int N> inline Words funnel(Words high, Words low) {
+  if constexpr (N == 16) return low;
+#ifdef __AVX512VBMI2__
+  return {_mm512_shldi_epi16(high.v, low.v, N)};
+#else
+  return {_mm512_or_si512(_mm512_slli_epi16(high.v, N), _mm512_srli_epi16(low.v, 16 - N))};
+#endif
+}
+inline Words as_words(Ints a) { return {a.v}; }
+inline Bytes as_bytes(Words a) { return {a.v}; }
+struct Least { Words value, which; };
+inline void keep_less(Least& least, Words value, int which) {
+  const __mmask32 less = _mm512_cmplt_epu16_mask(value.v, least.value.v);
+  least.value.v = _mm512_min_epu16(value.v, least.value.v);
+  least.which.v = _mm512_mask_mov_epi16(least.which.v, less, _mm512_set1_epi16(short(which)));
+}
+inline void store_low_bytes(uint8_t* p, Words a) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi16_epi8(a.v));
+}
+inline uint16_t reduce_min(Words a) {
+  const __m256i half = _mm256_min_epu16(_mm512_castsi512_si256(a.v), _mm512_extracti64x4_epi64(a.v, 1));
+  const __m128i eight = _mm_min_epu16(_mm256_castsi256_si128(half), _mm256_extracti128_si256(half, 1));
+  return uint16_t(_mm_cvtsi128_si32(_mm_minpos_epu16(eight)));
+}
 
 // ---------------------------------------------------------------------------------------------------- floats
 
@@ -179,6 +231,12 @@ inline float reduce_max(Floats a) {
   const __m128 four = _mm_max_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
   const __m128 two = _mm_max_ps(four, _mm_movehl_ps(four, four));
   return _mm_cvtss_f32(_mm_max_ss(two, _mm_movehdup_ps(two)));
+}
+
+template <int N> inline Floats swap_lanes(Floats a) {
+  if constexpr (N == 1) return {_mm512_permute_ps(a.v, 0xb1)};
+  if constexpr (N == 2) return {_mm512_permute_ps(a.v, 0x4e)};
+  return {_mm512_shuffle_f32x4(a.v, a.v, N == 4 ? 0xb1 : 0x4e)};
 }
 
 inline Floats load_first(const float* p, int n) {

@@ -120,6 +120,14 @@ inline Ints load_u8(const uint8_t* p) {
   return {{vreinterpretq_s32_u32(vmovl_u16(vget_low_u16(a))), vreinterpretq_s32_u32(vmovl_high_u16(a)),
            vreinterpretq_s32_u32(vmovl_u16(vget_low_u16(b))), vreinterpretq_s32_u32(vmovl_high_u16(b))}};
 }
+inline Ints multiply(Ints a, int32_t factor) {
+  for (int i = 0; i < 4; ++i) a.q[i] = vmulq_n_s32(a.q[i], factor);
+  return a;
+}
+inline Ints previous_lane(Ints a) {
+  return {{vextq_s32(a.q[3], a.q[0], 3), vextq_s32(a.q[0], a.q[1], 3), vextq_s32(a.q[1], a.q[2], 3),
+           vextq_s32(a.q[2], a.q[3], 3)}};
+}
 inline Ints as_ints(Bytes a) { Ints r; for (int i = 0; i < 4; ++i) r.q[i] = vreinterpretq_s32_u8(a.q[i]); return r; }
 inline Bytes as_bytes(Ints a) { Bytes r; for (int i = 0; i < 4; ++i) r.q[i] = vreinterpretq_u8_s32(a.q[i]); return r; }
 
@@ -137,6 +145,78 @@ struct Pairs { Ints sums; };
 inline Pairs no_pairs() { return {broadcast(0)}; }
 inline Pairs dot4(Pairs sum, Bytes codes, const int8_t* x) { return {dot4(sum.sums, codes, x)}; }
 inline Ints add(Ints sum, Pairs pairs) { return add(sum, pairs.sums); }
+
+// ---------------------------------------------------------------------------------------------------- words
+
+struct Words { uint16x8_t q[4]; };
+
+inline Words load_words(const uint16_t* p) {
+  return {{vld1q_u16(p), vld1q_u16(p + 8), vld1q_u16(p + 16), vld1q_u16(p + 24)}};
+}
+inline void store_words(uint16_t* p, Words a) { for (int i = 0; i < 4; ++i) vst1q_u16(p + 8 * i, a.q[i]); }
+inline Words broadcast_word(uint16_t v) { const uint16x8_t q = vdupq_n_u16(v); return {{q, q, q, q}}; }
+inline Words add_saturated(Words a, Words b) {
+  for (int i = 0; i < 4; ++i) a.q[i] = vqaddq_u16(a.q[i], b.q[i]);
+  return a;
+}
+inline Words sub_saturated(Words a, Words b) {
+  for (int i = 0; i < 4; ++i) a.q[i] = vqsubq_u16(a.q[i], b.q[i]);
+  return a;
+}
+inline Words min(Words a, Words b) { for (int i = 0; i < 4; ++i) a.q[i] = vminq_u16(a.q[i], b.q[i]); return a; }
+inline Words distance(Words a, Words b) {
+  for (int i = 0; i < 4; ++i) {
+    const int16x8_t d = vqsubq_s16(vreinterpretq_s16_u16(a.q[i]), vreinterpretq_s16_u16(b.q[i]));
+    a.q[i] = vreinterpretq_u16_s16(vabsq_s16(d));
+  }
+  return a;
+}
+inline Words high_square(Words a) {
+  for (int i = 0; i < 4; ++i) {
+    const uint32x4_t low = vmull_u16(vget_low_u16(a.q[i]), vget_low_u16(a.q[i])), high = vmull_high_u16(a.q[i], a.q[i]);
+    a.q[i] = vuzp2q_u16(vreinterpretq_u16_u32(low), vreinterpretq_u16_u32(high));
+  }
+  return a;
+}
+template <int Shift> inline Words spread(const uint16_t* p) {
+  if constexpr (Shift >= 5) return broadcast_word(*p);
+  uint16_t lanes[32];
+  for (int i = 0; i < 32; ++i) lanes[i] = p[i >> Shift];
+  return load_words(lanes);
+}
+inline Words and_words(Words a, Words b) { for (int i = 0; i < 4; ++i) a.q[i] = vandq_u16(a.q[i], b.q[i]); return a; }
+inline Words multiply(Words a, uint16_t factor) {
+  for (int i = 0; i < 4; ++i) a.q[i] = vmulq_n_u16(a.q[i], factor);
+  return a;
+}
+template <int N> inline Words funnel(Words high, Words low) {
+  if constexpr (N == 16) return low;
+  else {
+    for (int i = 0; i < 4; ++i) low.q[i] = vorrq_u16(vshlq_n_u16(high.q[i], N), vshrq_n_u16(low.q[i], 16 - N));
+    return low;
+  }
+}
+inline Words as_words(Ints a) {
+  Words r;
+  for (int i = 0; i < 4; ++i) r.q[i] = vreinterpretq_u16_s32(a.q[i]);
+  return r;
+}
+inline Bytes as_bytes(Words a) { Bytes r; for (int i = 0; i < 4; ++i) r.q[i] = vreinterpretq_u8_u16(a.q[i]); return r; }
+struct Least { Words value, which; };
+inline void keep_less(Least& least, Words value, int which) {
+  const uint16x8_t w = vdupq_n_u16(uint16_t(which));
+  for (int i = 0; i < 4; ++i) {
+    const uint16x8_t less = vcltq_u16(value.q[i], least.value.q[i]);
+    least.value.q[i] = vminq_u16(value.q[i], least.value.q[i]);
+    least.which.q[i] = vbslq_u16(less, w, least.which.q[i]);
+  }
+}
+inline void store_low_bytes(uint8_t* p, Words a) {
+  for (int i = 0; i < 4; ++i) vst1_u8(p + 8 * i, vmovn_u16(a.q[i]));
+}
+inline uint16_t reduce_min(Words a) {
+  return vminvq_u16(vminq_u16(vminq_u16(a.q[0], a.q[1]), vminq_u16(a.q[2], a.q[3])));
+}
 
 // ---------------------------------------------------------------------------------------------------- floats
 
@@ -181,6 +261,13 @@ inline float reduce_max(Floats a) {
   const float32x4_t two = larger(four, vextq_f32(four, four, 2));
   const float first = vgetq_lane_f32(two, 0), second = vgetq_lane_f32(two, 1);
   return first > second ? first : second;
+}
+
+template <int N> inline Floats swap_lanes(Floats a) {
+  if constexpr (N == 4) return {{a.q[1], a.q[0], a.q[3], a.q[2]}};
+  if constexpr (N == 8) return {{a.q[2], a.q[3], a.q[0], a.q[1]}};
+  for (int i = 0; i < 4; ++i) a.q[i] = N == 1 ? vrev64q_f32(a.q[i]) : vextq_f32(a.q[i], a.q[i], 2);
+  return a;
 }
 
 inline Floats load_first(const float* p, int n) {

@@ -86,6 +86,16 @@ template <int N> inline Ints shift_left(Ints a) {
 inline Ints load_u8(const uint8_t* p) { Ints r; for (int i = 0; i < 16; ++i) r.at[i] = p[i]; return r; }  // 16 bytes
 inline Ints load_u16(const uint16_t* p) { Ints r; for (int i = 0; i < 16; ++i) r.at[i] = p[i]; return r; }
 inline Ints load_i8(const int8_t* p) { Ints r; for (int i = 0; i < 16; ++i) r.at[i] = p[i]; return r; }  // 16 bytes
+inline Ints multiply(Ints a, int32_t factor) {  // the lower 32 bits
+  for (int i = 0; i < 16; ++i) a.at[i] = int32_t(uint32_t(a.at[i]) * uint32_t(factor));
+  return a;
+}
+inline Ints previous_lane(Ints a) {  // lane i has what lane i - 1 had, the first what the last had
+  const int32_t last = a.at[15];
+  for (int i = 15; i > 0; --i) a.at[i] = a.at[i - 1];
+  a.at[0] = last;
+  return a;
+}
 inline Ints as_ints(Bytes a) { Ints r; memcpy(r.at, a.at, 64); return r; }
 inline Bytes as_bytes(Ints a) { Bytes r; memcpy(r.at, a.at, 64); return r; }
 
@@ -105,6 +115,72 @@ struct Pairs { Ints sums; };
 inline Pairs no_pairs() { return {broadcast(0)}; }
 inline Pairs dot4(Pairs sum, Bytes codes, const int8_t* x) { return {dot4(sum.sums, codes, x)}; }
 inline Ints add(Ints sum, Pairs pairs) { return add(sum, pairs.sums); }
+
+// ---------------------------------------------------------------------------------------------------- words
+
+// 32 unsigned 16-bit numbers.
+struct Words { uint16_t at[32]; };
+
+inline Words load_words(const uint16_t* p) { Words r; memcpy(r.at, p, 64); return r; }  // any alignment
+inline void store_words(uint16_t* p, Words a) { memcpy(p, a.at, 64); }
+inline Words broadcast_word(uint16_t v) { Words r; for (int i = 0; i < 32; ++i) r.at[i] = v; return r; }
+inline Words add_saturated(Words a, Words b) {
+  for (int i = 0; i < 32; ++i) a.at[i] = uint16_t(a.at[i] + b.at[i] > 65535 ? 65535 : a.at[i] + b.at[i]);
+  return a;
+}
+inline Words sub_saturated(Words a, Words b) {
+  for (int i = 0; i < 32; ++i) a.at[i] = uint16_t(a.at[i] < b.at[i] ? 0 : a.at[i] - b.at[i]);
+  return a;
+}
+inline Words min(Words a, Words b) {
+  for (int i = 0; i < 32; ++i) a.at[i] = a.at[i] < b.at[i] ? a.at[i] : b.at[i];
+  return a;
+}
+// |a - b| of signed numbers, at most 32768: the difference saturates.
+inline Words distance(Words a, Words b) {
+  for (int i = 0; i < 32; ++i) {
+    const int d = int16_t(a.at[i]) - int16_t(b.at[i]);
+    a.at[i] = uint16_t(d > 32767 ? 32767 : d < -32768 ? 32768 : d < 0 ? -d : d);
+  }
+  return a;
+}
+inline Words high_square(Words a) {  // the upper 16 bits of a a
+  for (int i = 0; i < 32; ++i) a.at[i] = uint16_t(uint32_t(a.at[i]) * a.at[i] >> 16);
+  return a;
+}
+// p[lane >> Shift]: 32 >> Shift numbers (at least one), each 2^Shift times. 16 bytes may be read.
+template <int Shift> inline Words spread(const uint16_t* p) {
+  Words r;
+  for (int i = 0; i < 32; ++i) r.at[i] = p[i >> Shift];
+  return r;
+}
+// The least of several numbers in every lane, and the first that was so small.
+inline Words and_words(Words a, Words b) { for (int i = 0; i < 32; ++i) a.at[i] &= b.at[i]; return a; }
+inline Words multiply(Words a, uint16_t factor) {  // the lower 16 bits
+  for (int i = 0; i < 32; ++i) a.at[i] = uint16_t(uint32_t(a.at[i]) * factor);
+  return a;
+}
+// The upper half of (high, low) shifted left by N, 1 to 16.
+template <int N> inline Words funnel(Words high, Words low) {
+  for (int i = 0; i < 32; ++i) low.at[i] = uint16_t((uint32_t(high.at[i]) << 16 | low.at[i]) >> (16 - N));
+  return low;
+}
+inline Words as_words(Ints a) { Words r; memcpy(r.at, a.at, 64); return r; }  // the lower half of a lane first
+inline Bytes as_bytes(Words a) { Bytes r; memcpy(r.at, a.at, 64); return r; }
+struct Least { Words value, which; };
+inline void keep_less(Least& least, Words value, int which) {
+  for (int i = 0; i < 32; ++i) {
+    if (value.at[i] >= least.value.at[i]) continue;
+    least.value.at[i] = value.at[i];
+    least.which.at[i] = uint16_t(which);
+  }
+}
+inline void store_low_bytes(uint8_t* p, Words a) { for (int i = 0; i < 32; ++i) p[i] = uint8_t(a.at[i]); }
+inline uint16_t reduce_min(Words a) {
+  uint16_t least = a.at[0];
+  for (int i = 1; i < 32; ++i) least = a.at[i] < least ? a.at[i] : least;
+  return least;
+}
 
 // ---------------------------------------------------------------------------------------------------- floats
 
@@ -143,6 +219,13 @@ inline float reduce_max(Floats a) {
   for (int n = 8; n > 0; n /= 2)
     for (int i = 0; i < n; ++i) a.at[i] = a.at[i] > a.at[i + n] ? a.at[i] : a.at[i + n];
   return a.at[0];
+}
+
+// Lane i has what lane i ^ N had; N is 1, 2, 4 or 8.
+template <int N> inline Floats swap_lanes(Floats a) {
+  Floats r;
+  for (int i = 0; i < 16; ++i) r.at[i] = a.at[i ^ N];
+  return r;
 }
 
 // The first n lanes (0 <= n <= 16); the others are zero, and are not read or written.

@@ -19,6 +19,7 @@ enum class Tag : uint16_t {
   kAsInts, kDot4, kZero, kBroadcastFloat, kLoad, kAdd, kSub, kMul, kDiv, kFma, kMax, kMin, kAbs,           // 18 .. 30
   kToFloat, kRoundToInt, kReduceAdd, kReduceMax, kLoadFirst, kStoreFirst, kLoadHalf, kStoreHalf,           // 31 .. 38
   kLoadBfloat, kFloatLookup, kStoreLowBytes, kXorBytes, kHalfToFloat, kFloatToHalf, kLoadI8, kDot4Pairs,   // 39 .. 46
+  kMultiply, kPreviousLane, kSwapLanes, kWords, kFunnel, kSpread, kLeast, kStoreLowWords, kReduceMin,      // 47 .. 55
 };
 
 // Writes while there is room, and counts always.
@@ -43,6 +44,11 @@ struct Trace {
   void put(Tag tag, Ints a) {
     int32_t at[16];
     store_ints(at, a);
+    section(tag, at, 64);
+  }
+  void put(Tag tag, Words a) {
+    uint16_t at[32];
+    store_words(at, a);
     section(tag, at, 64);
   }
   void put(Tag tag, Floats a) {
@@ -101,6 +107,49 @@ inline void trace_bytes(Trace& t, const uint8_t* a, const uint8_t* b, const uint
   uint8_t entries[256];  // every one different from its neighbours and from those 64 further on
   for (int i = 0; i < 256; ++i) entries[i] = uint8_t((b[i % 64] ^ c[(i / 4) % 64]) + 37 * i + i / 64);
   trace_lookup<4>(t, entries, va);
+}
+
+template <int N> inline void trace_funnel(Trace& t, Words a, Words b) {
+  t.put(Tag::kFunnel, funnel<N>(a, b));
+  if constexpr (N < 16) trace_funnel<N + 1>(t, a, b);
+}
+
+template <int Shift> inline void trace_spread(Trace& t, const uint16_t* p) {
+  t.put(Tag::kSpread, spread<Shift>(p));
+  if constexpr (Shift < 6) trace_spread<Shift + 1>(t, p);
+}
+
+inline void trace_words(Trace& t, const uint8_t* a, const uint8_t* b, const uint8_t* c) {
+  uint16_t of_a[32], of_b[32], of_c[32];
+  memcpy(of_a, a, 64), memcpy(of_b, b, 64), memcpy(of_c, c, 64);
+  const Words va = load_words(of_a), vb = load_words(of_b), vc = load_words(of_c);
+  const Words several[] = {add_saturated(va, vb), sub_saturated(va, vb), min(va, vb), distance(va, vb), high_square(va),
+                           and_words(va, vb), multiply(va, of_b[0]), broadcast_word(of_c[0])};
+  for (const Words& v : several) t.put(Tag::kWords, v);
+  const Ints ints = as_ints(load_bytes(a));
+  t.put(Tag::kWords, as_words(ints));
+  t.put(Tag::kWords, as_bytes(va));
+  t.put(Tag::kMultiply, multiply(ints, int32_t(0x83DCD12Du)));
+  t.put(Tag::kPreviousLane, previous_lane(ints));
+  trace_funnel<1>(t, va, vb);
+  trace_spread<1>(t, of_a);
+  Least least{va, broadcast_word(0)};
+  keep_less(least, vb, 1);
+  keep_less(least, vc, 2);
+  t.put(Tag::kLeast, least.value);
+  t.put(Tag::kLeast, least.which);
+  uint8_t low[32];
+  store_low_bytes(low, va);
+  t.section(Tag::kStoreLowWords, low, 32);
+  const uint16_t least_word = reduce_min(va);
+  t.section(Tag::kReduceMin, &least_word, 2);
+  float floats[16];
+  for (int i = 0; i < 16; ++i) floats[i] = float(of_a[i]);
+  const Floats f = load(floats);
+  t.put(Tag::kSwapLanes, swap_lanes<1>(f));
+  t.put(Tag::kSwapLanes, swap_lanes<2>(f));
+  t.put(Tag::kSwapLanes, swap_lanes<4>(f));
+  t.put(Tag::kSwapLanes, swap_lanes<8>(f));
 }
 
 inline void trace_ints(Trace& t, const uint8_t* a, const uint8_t* b, const uint8_t* c) {
@@ -207,6 +256,7 @@ int64_t trace(const uint8_t* in, int64_t in_bytes, uint8_t* out, int64_t out_byt
     prefetch(in + 192);
     trace_bytes(t, record, record + 64, record + 128);
     trace_ints(t, record, record + 64, record + 128);
+    trace_words(t, record, record + 64, record + 128);
     trace_floats(t, record, record + 64, record + 128);
     trace_conversions(t, record, record, record + 64);
   }

@@ -33,6 +33,8 @@ from kbit.formats.codec import no_kernel
 from kbit.formats.planes_codec import PlanesTensor
 from kbit.formats.quant_format import SUPERBLOCK, QuantFormat, plane_widths
 from kbit.formats.quant_tensor import QuantTensor
+from kbit.formats.rotation import sign_values
+from kbit.formats.trellis import TrellisFormat
 from kbit.host.errors import UnsupportedError
 from kbit.kernels.triton.codecs.sizes import ROW_TILE as ROW_TILE
 from kbit.kernels.triton.codecs.sizes import columns_multiple as columns_multiple
@@ -67,6 +69,10 @@ class TritonWeight:
             "" for not at all.
         table8: with activations, the table in their type, or None for "int".
         multiplier8: the multiplier that goes with it.
+        rotation: of a trellis (kind "trellis-sum2", "trellis-sum4" or "trellis-int", whose one plane is as
+            kbit.kernels.triton.codecs.trellis says): float32 (K',), a sign / sqrt(mixed); else None.
+        mixed: columns that one Hadamard matrix mixes.
+        window: bits of a window.
     """
 
     format: str
@@ -89,6 +95,9 @@ class TritonWeight:
     activations: str = ""
     table8: torch.Tensor | None = None
     multiplier8: float = 1.0
+    rotation: torch.Tensor | None = None
+    mixed: int = 0
+    window: int = 0
 
     @property
     def blocks(self) -> int:
@@ -111,7 +120,7 @@ class TritonWeight:
 
     def _tensors(self) -> list[torch.Tensor]:
         several = (self.dense, *self.planes, self.scales, self.scales_super, self.offsets, self.offsets_super)
-        return [tensor for tensor in (*several, self.table, self.table8) if tensor is not None]
+        return [tensor for tensor in (*several, self.table, self.table8, self.rotation) if tensor is not None]
 
 
 def prepare_weight(
@@ -174,8 +183,35 @@ def _planes(matrix: QuantTensor, device: torch.device | str, dtype: torch.dtype)
     )
 
 
+def _trellis(matrix: QuantTensor, device: torch.device | str, dtype: torch.dtype) -> TritonWeight:
+    format, (rows, columns) = matrix.format, matrix.shape
+    assert isinstance(format, TrellisFormat)
+    codes, mixed = matrix.stored["codes"], format.columns_mixed(columns)
+    pairs = codes.view(*codes.shape[:2], -1, 2).int()
+    words = (pairs[..., 0] << 8) | pairs[..., 1]
+    scales = torch.nn.functional.pad(matrix.stored["scales"].flatten(), (0, -rows % ROW_TILE))
+    rotation = sign_values(matrix.stored["signs"]) / math.sqrt(mixed)
+    return TritonWeight(
+        str(format),
+        (rows, columns),
+        (len(scales), len(rotation)),
+        dtype,
+        planes=(torch.where(words >= 2**15, words - 2**16, words).to(torch.int16).contiguous().to(device),),
+        scales=scales.to(device),
+        kind=f"trellis-{format.code}",
+        multiplier=format.step,
+        bits=format.bits,
+        rotation=rotation.to(device),
+        mixed=mixed,
+        window=format.window,
+    )
+
+
 # How a matrix of each codec gets into the layout of its kernels, by family.
-CODECS: dict[str, Callable[[QuantTensor, torch.device | str, torch.dtype], TritonWeight]] = {"planes": _planes}
+CODECS: dict[str, Callable[[QuantTensor, torch.device | str, torch.dtype], TritonWeight]] = {
+    "planes": _planes,
+    "trellis": _trellis,
+}
 
 
 def pack_plane(codes: torch.Tensor, width: int, shift: int, widest: int, *, adjacent: bool) -> torch.Tensor:

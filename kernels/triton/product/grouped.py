@@ -42,10 +42,20 @@ class Groups:
     entries: int
 
 
+def same_format(one: TritonWeight, other: TritonWeight) -> bool:
+    """Whether two weights differ in their codes and scales alone. (Quantile formats have a table for each tensor.)"""
+    for name in ("format", "shape", "dtype", "kind", "zero", "multiplier"):
+        if getattr(one, name) != getattr(other, name):
+            return False
+    if one.table is None or other.table is None:
+        return one.table is other.table
+    return torch.equal(one.table, other.table)
+
+
 def stack_experts(weights: Sequence[TritonWeight]) -> TritonWeight:
     """Several prepared weights of one format and shape, one after the other, for grouped_matmul.
 
-    The result's shape is one expert's. Formats whose tensors have tables of their own (quantile) cannot be stacked.
+    The result's shape is one expert's.
 
     Raises:
         UnsupportedError: the weights differ in more than their values.
@@ -53,15 +63,13 @@ def stack_experts(weights: Sequence[TritonWeight]) -> TritonWeight:
     if not weights:
         raise UnsupportedError("there are no experts to stack")
     first = weights[0]
+    if first.rotation is not None:
+        raise UnsupportedError(
+            f"the Triton kernels multiply no experts in {first.format}; convert them to another format"
+        )
     for weight in weights:
-        if weight.dense is not None or (weight.format, weight.shape, weight.dtype) != (
-            first.format,
-            first.shape,
-            first.dtype,
-        ):
+        if weight.dense is not None or not same_format(first, weight):
             raise UnsupportedError(f"experts {first.format} {first.shape} and {weight.format} {weight.shape} differ")
-        if first.table is not None and (weight.table is None or not torch.equal(first.table, weight.table)):
-            raise UnsupportedError(f"experts in {first.format} have a table each: choose a format with a common one")
 
     def join(name: str, *, stack: bool = False) -> torch.Tensor | None:
         parts = [getattr(weight, name) for weight in weights]
@@ -93,25 +101,28 @@ def group_tokens(experts: torch.Tensor, count: int, tile: int) -> Groups:
     """Sort the entries of a routing by expert, without waiting for the host.
 
     Args:
-        experts: int (T, TOP), each in [0, count).
+        experts: int (T, TOP), each in [0, count), or negative: an entry that is left out.
         count: E.
         tile: entries of a tile.
     """
     top = experts.shape[1]
     flat = experts.reshape(-1).long()
+    flat = torch.where(flat < 0, count, flat)  # an expert more, which has no tiles
     entries = flat.numel()
-    sizes = torch.zeros(count, dtype=torch.int64, device=flat.device).scatter_add_(0, flat, torch.ones_like(flat))
+    sizes = torch.zeros(count + 1, dtype=torch.int64, device=flat.device).scatter_add_(0, flat, torch.ones_like(flat))
     tiles = (sizes + tile - 1) // tile
+    tiles[count] = 0
     ends = tiles.cumsum(0)
     most = min(entries, entries // tile + count)  # full tiles, and one that is not full for each expert
     sorted_entries = torch.argsort(flat, stable=True)
     owner = flat[sorted_entries]
     rank = torch.arange(entries, device=flat.device) - (sizes.cumsum(0) - sizes)[owner]  # within its expert
-    order = torch.full((most * tile,), entries, dtype=torch.int32, device=flat.device)
-    order[(ends - tiles)[owner] * tile + rank] = sorted_entries.int()
+    order = torch.full((most * tile + 1,), entries, dtype=torch.int32, device=flat.device)
+    place = (ends - tiles)[owner] * tile + rank
+    order[torch.where(owner == count, most * tile, place)] = sorted_entries.int()  # the last is for those left out
     index = torch.arange(most, device=flat.device)
-    owners = torch.searchsorted(ends, index, right=True)
-    return Groups(order, torch.where(index < ends[-1], owners, -1).int(), tile, top, entries)
+    owners = torch.searchsorted(ends[:-1], index, right=True)
+    return Groups(order[:-1], torch.where(index < ends[-1], owners, -1).int(), tile, top, entries)
 
 
 def grouped_config(weight: TritonWeight, entries: int, count: int) -> GemmConfig:
@@ -131,6 +142,7 @@ def grouped_matmul(
     per_entry: bool = False,
     gate: torch.Tensor | None = None,
     kind: str = "",
+    out: torch.Tensor | None = None,
     config: GemmConfig | None = None,
 ) -> torch.Tensor:
     """Each entry's row of x times its expert's matrix; with `gate`, act(gate) times that.
@@ -143,6 +155,7 @@ def grouped_matmul(
         per_entry: see x.
         gate: (T TOP, N) or None: the gate's product, before its activation.
         kind: the activation.
+        out: contiguous (T TOP, N), where the result goes; entries that are left out keep what is there.
         config: block sizes; chosen for the GPU by default, but with tiles of groups.tile entries.
 
     Returns:
@@ -164,7 +177,10 @@ def grouped_matmul(
         config = GemmConfig(chosen.tiles, groups.tile, chosen.columns, 1, chosen.warps, chosen.stages)
     if config.split != 1 or config.tokens != groups.tile:
         raise UnsupportedError(f"{config} does not fit tiles of {groups.tile} entries: one split, as many tokens")
-    out = torch.empty((groups.entries, rows), dtype=out_dtype or x.dtype, device=x.device)
+    if out is None:
+        out = torch.empty((groups.entries, rows), dtype=out_dtype or x.dtype, device=x.device)
+    elif out.shape != (groups.entries, rows) or not out.is_contiguous():
+        raise UnsupportedError(f"out: contiguous ({groups.entries}, {rows}) wanted, not {tuple(out.shape)}")
     if groups.entries > (most := tokens_per_launch(config, x, gate, out)):
         raise UnsupportedError(f"grouped_matmul takes at most {most} entries of such a product, not {groups.entries}")
     token_tiles = triton.cdiv(len(groups.order), groups.tile)

@@ -1,9 +1,10 @@
 """Products with prepared weights: which kernel runs how many tokens.
 
 Up to 4 tokens gemv, from 5 gemm (up to 8 tokens either kernel does; from 5 on the activations that every 16 rows read
-again outweigh the codes). A weight that `rounded.with_activations` marked runs gemm_rounded with more than
-ROUNDED_TOKENS tokens. A float weight runs torch.matmul, which is cuBLAS or rocBLAS on a GPU: there is nothing to
-decode. `describe` says which it is, for `kbit info`.
+again outweigh the codes). A trellis has a kernel of its own (`trellis`) for any number. A weight that
+`rounded.with_activations` marked runs gemm_rounded with more than ROUNDED_TOKENS tokens. A float weight runs
+torch.matmul, which is cuBLAS or rocBLAS on a GPU: there is nothing to decode. `describe` says which it is, for `kbit
+info`.
 """
 
 from __future__ import annotations
@@ -17,12 +18,16 @@ from kbit.kernels.triton.product.gemm import gemm
 from kbit.kernels.triton.product.gemv import GATES, gemv
 from kbit.kernels.triton.product.limits import GEMV_TOKENS, ROUNDED_TOKENS
 from kbit.kernels.triton.product.rounded import RoundedTokens, tokens_layout
+from kbit.kernels.triton.product.trellis import trellis_product
 
 
 def describe(weight: TritonWeight, tokens: int) -> str:
-    """The kernel that multiplies `tokens` rows with a weight: "torch.matmul", "gemv", "gemm", "gemm_int8" or so."""
+    """The kernel that multiplies `tokens` rows with a weight: "torch.matmul", "gemv", "gemm", "trellis", "gemm_int8"
+    or so."""
     if weight.dense is not None:
         return "torch.matmul"
+    if weight.rotation is not None:
+        return "trellis"
     if _rounds(weight, tokens):
         return f"gemm_{weight.activations}"
     return "gemv" if tokens <= GEMV_TOKENS else "gemm"
@@ -54,6 +59,8 @@ def matmul(
         return _dense(x, weight.dense, bias, residual, out_dtype or x.dtype)
     if x.ndim == 2 and x.shape[0] == 0:
         return x.new_empty((0, weight.shape[0]), dtype=out_dtype or x.dtype)
+    if weight.rotation is not None:
+        return trellis_product(x, weight, bias, residual, out_dtype)
     if x.ndim == 2 and x.shape[0] <= GEMV_TOKENS:
         return gemv(x, weight, bias, residual, out_dtype)
     return _many(x, weight, bias, residual, out_dtype)
@@ -83,6 +90,12 @@ def gated_matmul(
         raise UnsupportedError(f"gate is {gate.shape}, up is {up.shape}: not alike")
     if x.ndim == 2 and x.shape[0] == 0:
         return x.new_empty((0, up.shape[0]), dtype=out_dtype or x.dtype)
+    if gate.rotation is not None or up.rotation is not None:
+        gates = matmul(x, gate, out_dtype=torch.float32)
+        if up.rotation is not None:
+            return trellis_product(x, up, out_dtype=out_dtype, gate=gates, kind=kind)
+        product = _activated(gates, kind) * matmul(x, up, out_dtype=torch.float32)
+        return product.to(out_dtype or x.dtype)
     alike = (gate.format, gate.kind) == (up.format, up.kind)
     if alike and gate.dense is None and x.ndim == 2 and x.shape[0] <= GEMV_TOKENS:
         return gemv(x, gate, out_dtype=out_dtype, up=up, kind=kind)

@@ -31,7 +31,7 @@ TAGS = {
     "load_i8": 45,
     "dot4_pairs": 46,
 }
-LAST_TAG = 46
+LAST_TAG = 55
 
 
 def trace(isa: str, data: Array) -> bytes:

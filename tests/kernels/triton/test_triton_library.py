@@ -97,6 +97,24 @@ def test_attention(device: str) -> None:
     torch.library.opcheck(library.attention_prefill_paged, every, test_utils=TESTS)
 
 
+@pytest.mark.parametrize("longest", [3, 20])
+def test_recurrent_layers(device: str, longest: int) -> None:
+    """Tokens one after another, and in chunks."""
+    states, x = torch.zeros(4, 2, 16, 16, device=device), half(device, 1 + longest, 96)
+    gates, rates = half(device, 1 + longest, 2).float(), half(device, 2).float()
+    bounds, before, after = (
+        torch.tensor(values, dtype=torch.int32, device=device) for values in ([0, 1, 1 + longest], [-1, 2], [1, 3])
+    )
+    slots = (bounds, before, after, longest)
+    torch.library.opcheck(library.gated_delta, (x, gates, gates, rates, states, *slots, 2), test_utils=TESTS)
+    torch.library.opcheck(
+        library.state_space, (x, gates, rates, rates, states, *slots, 2, torch.float32), test_utils=TESTS
+    )
+    inputs = torch.zeros(4, 2, 96, device=device)
+    arguments = (x, half(device, 3 * 96), half(device, 96), inputs, *slots)
+    torch.library.opcheck(library.short_convolution, arguments, test_utils=TESTS)
+
+
 def test_dequantize(device: str) -> None:
     values = torch.randn(7, 48, generator=torch.Generator().manual_seed(0))
     tensor = quantize_blockwise(values, QuantFormat.parse("int3-b16-asym")).to(device)

@@ -1,0 +1,194 @@
+"""`kbit serve`: models over HTTP, as OpenAI's API has it."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from kbit.cli.flag_groups import flag_groups
+from kbit.cli.options import (
+    DEFAULT_MODEL,
+    BackendOption,
+    ComputeOption,
+    DeviceOption,
+    KvBitsOption,
+    ThreadsOption,
+)
+
+if TYPE_CHECKING:
+    from kbit.serve.models import Models
+
+_ACCESS, _LIMITS = "Access", "Limits"
+
+
+@dataclass(frozen=True)
+class AccessFlags:
+    """Where the server listens, and who may use it."""
+
+    host: Annotated[
+        str, typer.Option("--host", metavar="ADDRESS", help="Address to listen on.", rich_help_panel=_ACCESS)
+    ] = "127.0.0.1"
+    port: Annotated[
+        int, typer.Option("--port", metavar="N", help="Port; 0 takes a free one.", rich_help_panel=_ACCESS)
+    ] = 8080
+    api_key: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--api-key",
+            metavar="KEY",
+            help="A key that clients must send; several may be given. [default: KBIT_API_KEY, or none]",
+            rich_help_panel=_ACCESS,
+        ),
+    ] = None
+    cors_origin: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--cors-origin",
+            metavar="ORIGIN",
+            help="Web pages of this origin may use the server (http://localhost:3000). [default: none]",
+            rich_help_panel=_ACCESS,
+        ),
+    ] = None
+    tls_cert: Annotated[
+        str | None,
+        typer.Option("--tls-cert", metavar="FILE", help="Certificate, for HTTPS.", rich_help_panel=_ACCESS),
+    ] = None
+    tls_key: Annotated[
+        str | None, typer.Option("--tls-key", metavar="FILE", help="Its private key.", rich_help_panel=_ACCESS)
+    ] = None
+    any_model: Annotated[
+        bool,
+        typer.Option(
+            "--any-model", help="Requests for a model of another name get the first one.", rich_help_panel=_ACCESS
+        ),
+    ] = False
+
+
+@dataclass(frozen=True)
+class LimitFlags:
+    """How much of everything."""
+
+    context: Annotated[
+        int | None,
+        typer.Option(
+            "--context",
+            metavar="N",
+            help="Most tokens of a prompt and its answer. [default: the model's, or what the cache holds]",
+            rich_help_panel=_LIMITS,
+        ),
+    ] = None
+    cache_size: Annotated[
+        str | None,
+        typer.Option(
+            "--cache-size",
+            metavar="SIZE",
+            help="Memory for keys and values of each model (2GiB). [default: for 32768 tokens or one whole context, "
+            "at most a quarter of what is free]",
+            rich_help_panel=_LIMITS,
+        ),
+    ] = None
+    parallel: Annotated[
+        int,
+        typer.Option("--parallel", metavar="N", help="Most answers that are written at once.", rich_help_panel=_LIMITS),
+    ] = 64
+    queue: Annotated[
+        int,
+        typer.Option("--queue", metavar="N", help="Most requests that wait; others get 429.", rich_help_panel=_LIMITS),
+    ] = 256
+    max_body: Annotated[
+        str,
+        typer.Option("--max-body", metavar="SIZE", help="Largest body of a request.", rich_help_panel=_LIMITS),
+    ] = "32MiB"
+
+
+@flag_groups()
+def serve(
+    models: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[MODEL]...",
+            help="What to serve: as --model elsewhere, NAME=MODEL to name it, MODEL:3 to round it to 3 bits. "
+            f"[default: {DEFAULT_MODEL}]",
+        ),
+    ] = None,
+    *,
+    access: AccessFlags,
+    limits: LimitFlags,
+    device: DeviceOption = "auto",
+    backend: BackendOption = "auto",
+    compute: ComputeOption = None,
+    kv_bits: KvBitsOption = None,
+    threads: ThreadsOption = None,
+) -> None:
+    """Serve models over HTTP: OpenAI's completions, chats and embeddings, and a page to chat at /.
+
+    The first model loads at once, others when they are first asked for. The same request gives the same answer, alone
+    or under load, where it has a seed or temperature 0. Ctrl-C ends what is under way first; a second one does not.
+
+    Examples:
+
+      kbit serve
+
+      kbit serve out/ --port 9000 --api-key secret
+
+      kbit serve smollm2=smollm2-135m-instruct smollm2:3=smollm2-135m-instruct:3
+    """
+    from kbit.host.errors import UsageError
+
+    if not 0 <= access.port < 1 << 16:
+        raise UsageError(f"--port {access.port}: expected a number from 0 to 65535")
+    for flag, value in (("--parallel", limits.parallel), ("--queue", limits.queue)):
+        if value < 1:
+            raise UsageError(f"{flag} {value}: expected at least 1")
+    if (access.tls_cert is None) != (access.tls_key is None):
+        raise UsageError("--tls-cert and --tls-key belong together: give both, or neither")
+    try:
+        import fastapi  # noqa: F401
+        import llguidance  # noqa: F401
+        import uvicorn  # noqa: F401
+    except ModuleNotFoundError as error:
+        raise UsageError(f"kbit serve needs {error.name}: pip install 'kbit[serve]'") from None
+    from kbit.serve.app import ServeOptions, make_app
+    from kbit.serve.models import served_name
+
+    named = [served_name(model) for model in models or [DEFAULT_MODEL]]
+    served = _models(named, access, limits, device, backend, compute, kv_bits, threads)
+    keys = access.api_key or [key for key in [os.environ.get("KBIT_API_KEY")] if key]
+    if any(not key.strip() for key in keys):
+        raise UsageError("--api-key '': a key needs at least one character")
+    from kbit.serve.access import LOOPBACK
+    from kbit.serve.run import listen, run
+
+    options = ServeOptions(
+        keys=keys,
+        hosts=LOOPBACK if access.host in LOOPBACK else None,
+        origins=access.cors_origin or (),
+        most_bytes=_bytes("--max-body", limits.max_body),
+        most_requests=limits.queue,
+    )
+    sockets = listen(access.host, access.port)
+    run(make_app(served, options), served, sockets, tls=(access.tls_cert, access.tls_key), keyed=bool(keys))
+
+
+def _models(named: list[tuple[str, str]], access: AccessFlags, limits: LimitFlags, *engine: Any) -> Models:
+    from kbit.backends.select import select_backend
+    from kbit.serve.models import ModelOptions, Models
+
+    device, backend, compute, kv_bits, threads = engine
+    chosen = select_backend(device, backend=backend, threads=threads, compute=compute, kv_bits=kv_bits)
+    cache = None if limits.cache_size is None else _bytes("--cache-size", limits.cache_size)
+    options = ModelOptions(chosen, limits.context, cache, limits.parallel)
+    return Models(named, options, any_name=access.any_model)
+
+
+def _bytes(flag: str, text: str) -> int:
+    from kbit.cli.quantities import parse_size
+    from kbit.host.errors import UsageError
+
+    size = parse_size(text)
+    if size is None:
+        raise UsageError(f"{flag} {text}: expected a size, for example 64MiB or 2GB")
+    return size

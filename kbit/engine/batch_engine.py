@@ -1,0 +1,378 @@
+"""Many requests to one model at once: each step is one pass over tokens of any of them.
+
+A request is a sequence of tokens, some of them computed; there are no phases. Each step takes the next token of every
+answer in the making, and pieces of prompts as far as they fit into the time that a step may take, so that a long prompt
+does not hold the others up and a cancelled request is gone within a step.
+
+What a request is answered depends on nothing but the request, where results of the kernels do not depend on the batch
+(the native ones): its random numbers are keyed by its seed, the choice and the token's place (`KeyedUniform`), and
+pages of the cache hold the same bits whoever computed them, and however often.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from time import perf_counter
+from typing import TYPE_CHECKING, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kbit.engine.answers import Choice, Done, Event, Failed, Piece, PromptScored, Request, TokenInfo, Usage
+from kbit.engine.logprobs import token_infos
+from kbit.engine.prompt_cache import DecoderSpec, check_prompt
+from kbit.engine.scheduler import BATCH_TOKENS, Pass, Scheduler
+from kbit.engine.sequence import Sequence
+from kbit.graph.batch import Batch
+from kbit.graph.cache import Cache
+from kbit.graph.pages import PAGE, PagePool
+from kbit.host.errors import KbitError, UsageError
+
+if TYPE_CHECKING:
+    from kbit.graph.ops import Array
+    from kbit.text.tokenizer import Tokenizer
+
+# How long a step may take while answers are being written, and while only prompts are read: the latter bounds how
+# long a cancelled request holds its seat.
+STEP_SECONDS, PROMPT_STEP_SECONDS = 0.050, 0.500
+_FEWEST_ROWS = 16
+_MEMORY = 0.8  # of the measured speed that a new measurement leaves in place
+
+
+class BatchDecoder(Protocol):
+    """A model that runs batches: `kbit.models.decoder.Decoder` or the like."""
+
+    @property
+    def spec(self) -> DecoderSpec:
+        """Its sizes."""
+
+    def run(self, batch: Batch, cache: Cache) -> Array:
+        """The logits (L, V) of the tokens that are wanted; the tokens are in the cache afterwards."""
+
+
+class TooLongError(UsageError):
+    """A prompt that the context has no room for.
+
+    Attributes:
+        tokens, context: the length of both.
+    """
+
+    def __init__(self, tokens: int, context: int) -> None:
+        super().__init__(
+            f"the prompt has {tokens} tokens and the context is {context}, answer included: shorten the prompt"
+        )
+        self.tokens, self.context = tokens, context
+
+
+class Live:
+    """A request that an engine works on.
+
+    Args:
+        request: what to generate.
+        tokenizer: the model's.
+
+    Attributes:
+        request: as given.
+        choices: its answers, of which all but the first begin when the prompt has been read.
+        arrived, begun, first_token: when it came, when its first token went through the model, and when the first of
+            its answer was chosen, by the clock `time.perf_counter`; None: not yet.
+        cached: tokens of the prompt that were in the cache.
+        scored: what is known of the prompt's tokens so far.
+
+    Raises:
+        UsageError: a stop string is empty.
+    """
+
+    def __init__(self, request: Request, tokenizer: Tokenizer) -> None:
+        self.request = request
+        self.choices = [Choice(request, index, tokenizer) for index in range(max(1, request.choices))]
+        self.arrived = perf_counter()
+        self.begun: float | None = None
+        self.first_token: float | None = None
+        self.cached = 0
+        self.scored: list[TokenInfo] = [TokenInfo(request.prompt[0])]
+
+    @property
+    def usage(self) -> Usage:
+        """What it took so far."""
+        now = perf_counter()
+        return Usage(
+            prompt_tokens=len(self.request.prompt),
+            cached_tokens=self.cached,
+            completion_tokens=sum(len(choice.ids) for choice in self.choices),
+            queue_seconds=(self.begun or now) - self.arrived,
+            first_token_seconds=None if self.first_token is None else self.first_token - self.arrived,
+            seconds=now - self.arrived,
+        )
+
+
+@dataclass
+class Counters:
+    """What an engine has done since it started.
+
+    Attributes:
+        steps: passes.
+        prompt_tokens, cached_tokens: of the requests that have begun; the latter are part of the former.
+        computed_tokens: that went through the model, those computed again included.
+        generated_tokens: that were chosen.
+        step_seconds: in passes.
+    """
+
+    steps: int = 0
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    computed_tokens: int = 0
+    generated_tokens: int = 0
+    step_seconds: float = 0.0
+
+
+class BatchEngine:
+    """The requests to one model.
+
+    Not for several threads at once: see `kbit.engine.engine_thread`.
+
+    Args:
+        decoder: the model.
+        tokenizer: its tokenizer.
+        pool: pages for its keys and values. The prefix cache lives in those that are free.
+        context: tokens that a prompt and its answer may have together; None: as many as the model and the pool allow.
+        seats: most sequences that are computed at once.
+        step_seconds: how long a step may take while answers are being written.
+
+    Attributes:
+        tokenizer, pool, context, counters: as given, and what was done.
+
+    Raises:
+        UsageError: a context that the model or the pool does not have.
+    """
+
+    def __init__(
+        self,
+        decoder: BatchDecoder,
+        tokenizer: Tokenizer,
+        pool: PagePool,
+        *,
+        context: int | None = None,
+        seats: int = 64,
+        step_seconds: float = STEP_SECONDS,
+    ) -> None:
+        self._decoder = decoder
+        self.tokenizer = tokenizer
+        self.pool = pool
+        self.context = _context(decoder.spec, pool, context)
+        self.counters = Counters()
+        self._scheduler = Scheduler(pool, BATCH_TOKENS, seats)
+        self._step_seconds = step_seconds
+        self._rows_per_second = 0.0  # not measured yet
+        self._owners: dict[Sequence, tuple[Live, Choice]] = {}
+        self._live: dict[Live, None] = {}
+
+    def __len__(self) -> int:
+        """Requests that are not finished."""
+        return len(self._live)
+
+    def has(self, live: Live) -> bool:
+        """Whether a request is not finished."""
+        return live in self._live
+
+    @property
+    def running(self) -> int:
+        """Sequences that have pages."""
+        return len(self._scheduler.running)
+
+    @property
+    def waiting(self) -> int:
+        """Sequences that wait for pages or a seat."""
+        return self._scheduler.waiting
+
+    @property
+    def preemptions(self) -> int:
+        """How often a sequence lost its pages to another."""
+        return self._scheduler.preemptions
+
+    def check(self, request: Request) -> None:
+        """
+        Raises:
+            UsageError: the request has no tokens, or such as the model does not know.
+            TooLongError: it leaves no room for an answer.
+        """
+        if len(request.prompt) + min(1, request.max_tokens) > self.context:
+            raise TooLongError(len(request.prompt), self.context)
+        check_prompt(request.prompt, self._decoder.spec)
+
+    def add(self, live: Live) -> None:
+        """Takes a request in.
+
+        Raises:
+            UsageError: see `check`.
+        """
+        self.check(live.request)
+        request, choice = live.request, live.choices[0]
+        first = len(request.prompt) - 1 if request.prompt_logprobs is None else 0
+        choice.sequence = Sequence(self.pool, request.prompt, wanted_from=first)
+        self._scheduler.add(choice.sequence)
+        self._owners[choice.sequence] = live, choice
+        self._live[live] = None
+
+    def cancel(self, live: Live) -> None:
+        """Lets go of a request and what it holds; nothing happens where it is finished."""
+        if live not in self._live:
+            return
+        for choice in live.choices:
+            if choice.finish is None:
+                choice.finish = "cancelled"
+                self._release(choice)
+        del self._live[live]
+
+    def cancel_all(self) -> list[Live]:
+        """Lets go of all requests, and returns them."""
+        live = list(self._live)
+        for each in live:
+            self.cancel(each)
+        return live
+
+    def step(self) -> list[tuple[Live, list[Event]]]:
+        """One pass, and what came of it, by request. Nothing where there is nothing to do.
+
+        A request whose logits are no numbers fails alone; where the pass fails, all that were in it do.
+        """
+        events: dict[Live, list[Event]] = {}
+        work = self._scheduler.next_pass(self._rows())
+        if work is None:
+            return []
+        self._begin(work)
+        start = perf_counter()
+        try:
+            logits = np.asarray(self._decoder.run(work.batch, work.cache))
+        except Exception as error:
+            for sequence in work.sequences:
+                live, _ = self._owners.get(sequence, (None, None))
+                if live is not None:
+                    events[live] = [Failed(error)]
+                    self.cancel(live)
+            return list(events.items())
+        self._measure(len(work.batch), perf_counter() - start)
+        for sequence, rows in list(self._scheduler.complete(work)):
+            if sequence not in self._owners:  # of a request that failed in this very step
+                continue
+            live, choice = self._owners[sequence]
+            try:
+                events.setdefault(live, []).extend(self._answered(live, choice, sequence, logits[rows]))
+            except KbitError as error:
+                events[live] = [Failed(error)]
+                self.cancel(live)
+        return list(events.items())
+
+    def _answered(self, live: Live, choice: Choice, sequence: Sequence, logits: NDArray[np.float32]) -> Iterator[Event]:
+        """Results (n, V) of a sequence's last n computed positions."""
+        request = live.request
+        if request.prompt_logprobs is not None and len(live.scored) < len(request.prompt):
+            done = len(live.scored)
+            targets = request.prompt[done : done + len(logits)]
+            live.scored += token_infos(logits[: len(targets)], targets, request.prompt_logprobs)
+            if len(live.scored) == len(request.prompt):
+                yield PromptScored(tuple(live.scored))
+        elif request.prompt_logprobs is not None and len(request.prompt) == 1 and not choice.ids:
+            yield PromptScored(tuple(live.scored))
+        if sequence.pending:
+            return
+        row = logits[-1]
+        if choice.index or choice.ids or len(live.choices) == 1:
+            piece = self._choose(live, choice, row)
+            self._go_on(choice)
+            yield piece
+        else:
+            # The prompt has been read: the other choices go on from its pages.
+            pieces = [self._choose(live, each, row) for each in live.choices]
+            for other in live.choices[1:]:
+                if other.finish is None:
+                    ids = [*request.prompt, *other.ids]
+                    other.sequence = Sequence(self.pool, ids, table=sequence.table.fork())
+                    self._scheduler.add(other.sequence)
+                    self._owners[other.sequence] = live, other
+            self._go_on(choice)
+            yield from pieces
+        if all(each.finish is not None for each in live.choices):
+            del self._live[live]
+            yield Done(live.usage)
+
+    def _go_on(self, choice: Choice) -> None:
+        """After a token of a choice that has a sequence: computes it next, or lets go of the sequence."""
+        if choice.finish is None:
+            assert choice.sequence is not None
+            choice.sequence.append(choice.ids[-1])
+        else:
+            self._release(choice)
+
+    def _choose(self, live: Live, choice: Choice, row: NDArray[np.float32]) -> Piece:
+        """Draws a choice's next token from logits (V,)."""
+        request = live.request
+        if request.max_tokens == 0:
+            return choice.cut("length")
+        scores = row if choice.constraint is None else _masked(row, choice.constraint.mask())
+        token = choice.sampler.sample(scores)
+        if choice.constraint is not None:
+            choice.constraint.accept(token)
+        info = TokenInfo(token)
+        if request.logprobs is not None:
+            (info,) = token_infos(row[None], [token], request.logprobs)
+        if live.first_token is None:
+            live.first_token = perf_counter()
+        self.counters.generated_tokens += 1
+        return choice.take(token, info, self.context - len(request.prompt) - len(choice.ids) - 1)
+
+    def _begin(self, work: Pass) -> None:
+        """Notes which requests begin with a pass, and what of their prompts was in the cache."""
+        for sequence, start in zip(work.sequences, work.batch.starts.tolist(), strict=True):
+            live, _ = self._owners[sequence]
+            if live.begun is None:
+                live.begun, live.cached = perf_counter(), start
+                self.counters.prompt_tokens += len(live.request.prompt)
+                self.counters.cached_tokens += start
+
+    def _release(self, choice: Choice) -> None:
+        if choice.sequence is not None:
+            self._scheduler.remove(choice.sequence)
+            del self._owners[choice.sequence]
+            choice.sequence = None
+
+    def _rows(self) -> int:
+        """Tokens of the next pass."""
+        if not self._rows_per_second:
+            return PAGE
+        writing = any(sequence.pending == 1 for sequence in self._scheduler.running)
+        seconds = self._step_seconds if writing else PROMPT_STEP_SECONDS
+        return int(min(max(seconds * self._rows_per_second, _FEWEST_ROWS), BATCH_TOKENS))
+
+    def _measure(self, rows: int, seconds: float) -> None:
+        self.counters.steps += 1
+        self.counters.computed_tokens += rows
+        self.counters.step_seconds += seconds
+        if rows >= _FEWEST_ROWS:  # a pass over few rows takes as long as its weights, and says nothing about more
+            speed = rows / max(seconds, 1e-6)
+            old = self._rows_per_second
+            self._rows_per_second = speed if not old else _MEMORY * old + (1 - _MEMORY) * speed
+
+
+def _masked(row: NDArray[np.float32], allowed: NDArray[np.bool_]) -> NDArray[np.float32]:
+    """Logits (V,) with minus infinity where a token is not allowed; what the mask does not reach is not."""
+    masked = np.full_like(row, -np.inf)
+    size = min(row.size, allowed.size)
+    np.copyto(masked[:size], row[:size], where=allowed[:size])
+    return masked
+
+
+def _context(spec: DecoderSpec, pool: PagePool, asked: int | None) -> int:
+    """Tokens of a text at most: as many as go through the model in pieces, with keys that stay as they are."""
+    model = min(spec.max_positions, spec.longest_in_pieces)
+    if spec.begins_anew_beyond is not None:
+        model = min(model, spec.begins_anew_beyond)
+    room = pool.count * PAGE
+    if asked is None:
+        return min(model, room)
+    if not 2 <= asked <= min(model, room):
+        raise UsageError(
+            f"a context of {asked} tokens: the model serves texts of 2 to {model}, and the cache holds {room}"
+        )
+    return asked

@@ -1,0 +1,135 @@
+"""POST /v1/chat/completions: answers in a conversation."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Sequence
+from contextlib import aclosing
+from typing import Any
+
+from fastapi import APIRouter
+from starlette.requests import Request as HttpRequest
+from starlette.responses import JSONResponse, Response
+
+from kbit.engine.answers import Done, Piece, TokenInfo
+from kbit.serve.bridge import collect, while_connected
+from kbit.serve.conversation import Prepared, prepare_chat
+from kbit.serve.message_parser import Called, Part, Said
+from kbit.serve.models import ServedModel
+from kbit.serve.schemas import ChatBody
+from kbit.serve.sse import EventStream, started
+from kbit.serve.state import Server, finish_reason, head, new_id, server_of, timings, usage_dict
+from kbit.serve.token_text import token_bytes, token_text
+
+router = APIRouter()
+
+
+@router.post("/v1/chat/completions")
+async def chat_completions(body: ChatBody, http: HttpRequest) -> Response:
+    """Answers a conversation."""
+    server = server_of(http)
+    model = await server.models.ready(body.model)
+    prepared = await asyncio.to_thread(prepare_chat, body, model)
+    model.generating().check(prepared.request)
+    if body.stream:
+        return EventStream(await started(_stream(server, model, body, prepared)))
+    work = collect(server.run(model, prepared.request), prepared.request.choices)
+    answer = await while_connected(http, work)
+    choices = []
+    for index, whole in enumerate(answer.choices):
+        message, calls = message_of(prepared, whole.text)
+        choices.append(
+            {
+                "index": index,
+                "message": message,
+                "logprobs": _logprobs(model, whole.tokens) if body.logprobs else None,
+                "finish_reason": "tool_calls" if calls and whole.finish == "stop" else finish_reason(whole.finish),
+            }
+        )
+    return JSONResponse(
+        {
+            **head("chatcmpl-", "chat.completion", model),
+            "choices": choices,
+            "usage": usage_dict([answer.usage]),
+            "timings": timings([answer.usage]),
+        }
+    )
+
+
+def message_of(prepared: Prepared, text: str) -> tuple[dict[str, Any], list[Called]]:
+    """(the message that a text is, the calls in it)."""
+    parser = prepared.parser()
+    parts = [*parser.push(text), *parser.finish()]
+    said = "".join(part.text for part in parts if isinstance(part, Said) and not part.thought)
+    thought = "".join(part.text for part in parts if isinstance(part, Said) and part.thought)
+    calls = [part for part in parts if isinstance(part, Called)]
+    message: dict[str, Any] = {"role": "assistant", "content": said or (None if calls else ""), "refusal": None}
+    if thought:
+        message["reasoning_content"] = thought.strip("\n")
+    if calls:
+        message["tool_calls"] = [call_dict(call) for call in calls]
+    return message, calls
+
+
+def call_dict(call: Called, index: int | None = None) -> dict[str, Any]:
+    """A call as the API has it."""
+    numbered = {} if index is None else {"index": index}
+    function = {"name": call.name, "arguments": call.arguments}
+    return {**numbered, "id": new_id("call_"), "type": "function", "function": function}
+
+
+async def _stream(
+    server: Server, model: ServedModel, body: ChatBody, prepared: Prepared
+) -> AsyncIterator[dict[str, Any]]:
+    first = head("chatcmpl-", "chat.completion.chunk", model)
+    with_usage = bool(body.stream_options and body.stream_options.include_usage)
+    extra: dict[str, Any] = {"usage": None} if with_usage else {}
+    parsers = [prepared.parser() for _ in range(prepared.request.choices)]
+    calls = [0] * len(parsers)
+    begun: set[int] = set()
+
+    def chunk(index: int, delta: dict[str, Any], finish: str | None = None, logprobs: Any = None) -> dict[str, Any]:
+        choice = {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": finish}
+        return {**first, **extra, "choices": [choice]}
+
+    async with aclosing(server.run(model, prepared.request)) as events:  # type: ignore[type-var]
+        async for event in events:
+            if isinstance(event, Piece):
+                index = event.choice
+                if index not in begun:
+                    begun.add(index)
+                    yield chunk(index, {"role": "assistant", "content": ""})
+                parts = parsers[index].push(event.text)
+                if event.finish is not None:
+                    parts += parsers[index].finish()
+                logprobs = _logprobs(model, event.tokens) if body.logprobs and event.tokens else None
+                for part in parts:
+                    delta = _delta(part, calls[index])
+                    calls[index] += isinstance(part, Called)
+                    yield chunk(index, delta, logprobs=logprobs)
+                    logprobs = None
+                if logprobs is not None:
+                    yield chunk(index, {}, logprobs=logprobs)
+                if event.finish is not None:
+                    called = calls[index] and event.finish == "stop"
+                    yield chunk(index, {}, "tool_calls" if called else finish_reason(event.finish))
+            elif isinstance(event, Done) and with_usage:
+                yield {**first, "choices": [], "usage": usage_dict([event.usage]), "timings": timings([event.usage])}
+
+
+def _delta(part: Part, calls: int) -> dict[str, Any]:
+    if isinstance(part, Called):
+        return {"tool_calls": [call_dict(part, calls)]}
+    return {"reasoning_content": part.text} if part.thought else {"content": part.text}
+
+
+def _logprobs(model: ServedModel, tokens: Sequence[TokenInfo]) -> dict[str, Any]:
+    def each(token: int, logprob: float | None) -> dict[str, Any]:
+        data = token_bytes(model.tokenizer, token)
+        return {"token": token_text(model.tokenizer, token), "logprob": logprob, "bytes": list(data)}
+
+    content = [
+        {**each(info.id, info.logprob), "top_logprobs": [each(token, value) for token, value in info.top]}
+        for info in tokens
+    ]
+    return {"content": content, "refusal": None}

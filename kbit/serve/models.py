@@ -1,0 +1,298 @@
+"""The models that are served: by name, loaded when they are first asked for."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from hashlib import blake2b
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from kbit.engine.batch_engine import BatchEngine
+from kbit.engine.sampling_defaults import SamplingDefaults, sampling_defaults
+from kbit.graph.pages import PAGE, pages_for
+from kbit.host.errors import KbitError, UsageError
+from kbit.serve.errors import ApiError
+
+if TYPE_CHECKING:
+    from kbit.checkpoint.source import CheckpointSource
+    from kbit.engine.embed import Embedder
+    from kbit.engine.loader import LoadedModel
+    from kbit.graph.ops import Backend
+    from kbit.serve.grammar import GrammarCompiler
+    from kbit.text.tokenizer import Tokenizer
+
+State = Literal["unloaded", "loading", "ready", "failed"]
+
+# Tokens of the KV cache, all requests together, where no flag says: for several texts of this length, or one of the
+# model's context; and never more than a part of the memory that is free.
+_CACHE_TOKENS = 32768
+_CACHE_SHARE = 4
+_WIDTH = re.compile(r"(.+):([2-8])")
+
+
+@dataclass(frozen=True)
+class ModelOptions:
+    """How models are run.
+
+    Attributes:
+        backend: who computes, for all of them.
+        context: tokens of a prompt and its answer at most; None: what model and cache allow.
+        cache_bytes: memory for keys and values of each model; None: see above.
+        seats: sequences that are computed at once.
+    """
+
+    backend: Backend
+    context: int | None = None
+    cache_bytes: int | None = None
+    seats: int = 64
+
+
+@dataclass(eq=False)
+class ServedModel:
+    """A model, loaded or not.
+
+    Attributes:
+        name: what clients call it.
+        path: what `load_model` is given.
+        bits: of weights it is rounded to when it is loaded; None: it stays as it is.
+        created: when it was registered, in seconds since 1970.
+        state: how far it is.
+        error: why it could not be loaded.
+        loaded, engine, defaults, grammars: of a model that generates.
+        embedder: of one that makes vectors.
+        fingerprint: a short name for all that its answers depend on besides requests: files, backend, kbit's version.
+        lock: held while it is loaded, and while it makes vectors.
+    """
+
+    name: str
+    path: str
+    bits: int | None = None
+    created: int = field(default_factory=lambda: int(time.time()))
+    state: State = "unloaded"
+    error: Exception | None = None
+    loaded: LoadedModel | None = None
+    engine: BatchEngine | None = None
+    defaults: SamplingDefaults | None = None
+    grammars: GrammarCompiler | None = None
+    embedder: Embedder | None = None
+    fingerprint: str = ""
+    lock: asyncio.Lock = field(default_factory=asyncio.Lock)
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """Its tokenizer.
+
+        Raises:
+            ApiError: it has none of this kind.
+        """
+        self.generating()
+        assert self.loaded is not None
+        return self.loaded.tokenizer
+
+    def generating(self) -> BatchEngine:
+        """Its engine.
+
+        Raises:
+            ApiError: it does not generate text.
+        """
+        if self.engine is None:
+            raise ApiError(
+                400,
+                f"the model {self.name} makes vectors, not text: use /v1/embeddings",
+                param="model",
+                code="wrong_model",
+            )
+        return self.engine
+
+    def embedding(self) -> Embedder:
+        """What makes its vectors.
+
+        Raises:
+            ApiError: it makes none.
+        """
+        if self.embedder is None:
+            raise ApiError(
+                400,
+                f"the model {self.name} is no embedding model: serve an encoder, such as all-MiniLM-L6-v2",
+                param="model",
+                code="wrong_model",
+            )
+        return self.embedder
+
+
+class Models:
+    """All models of a server.
+
+    Args:
+        named: (name, model as a user writes it) pairs, the first of which answers where no model is named.
+        options: how they are run.
+        any_name: a name that none has stands for the first.
+
+    Attributes:
+        options: as given.
+        progress: of the model that is being loaded: tensors done, tensors in all.
+
+    Raises:
+        UsageError: none, or two of one name.
+    """
+
+    def __init__(self, named: Sequence[tuple[str, str]], options: ModelOptions, *, any_name: bool = False) -> None:
+        self.options = options
+        self.progress = (0, 0)
+        self._any_name = any_name
+        self._models: dict[str, ServedModel] = {}
+        for name, path in named:
+            if name in self._models:
+                raise UsageError(f"{name}: two models have this name: write NAME=MODEL for one of them")
+            width = _WIDTH.fullmatch(path)
+            self._models[name] = ServedModel(name, width[1], int(width[2])) if width else ServedModel(name, path)
+        if not self._models:
+            raise UsageError("there is no model to serve: name one")
+
+    def __iter__(self) -> Iterator[ServedModel]:
+        return iter(self._models.values())
+
+    @property
+    def first(self) -> ServedModel:
+        """The one that answers where none is named."""
+        return next(iter(self._models.values()))
+
+    def named(self, name: str | None) -> ServedModel:
+        """The model of a name, loaded or not.
+
+        Raises:
+            ApiError: there is none.
+        """
+        if not name:
+            return self.first
+        found = self._models.get(name)
+        if found is None and self._any_name:
+            return self.first
+        if found is None:
+            known = ", ".join(self._models)
+            raise ApiError(
+                404, f"there is no model {name[:200]!r}: this server has {known}", param="model", code="model_not_found"
+            )
+        return found
+
+    async def ready(self, name: str | None) -> ServedModel:
+        """The model of a name, which is loaded if need be.
+
+        Raises:
+            ApiError: there is none.
+            KbitError: it cannot be loaded.
+        """
+        model = self.named(name)
+        async with model.lock:
+            if model.state == "failed" and model.error is not None:
+                raise model.error
+            if model.state != "ready":
+                model.state = "loading"
+                try:
+                    await asyncio.to_thread(load, model, self.options, self._told)
+                except KbitError as error:
+                    model.state, model.error = "failed", error
+                    raise
+                except BaseException:
+                    model.state = "unloaded"
+                    raise
+                model.state = "ready"
+        return model
+
+    def _told(self, done: int, total: int) -> None:
+        self.progress = done, total
+
+
+def load(model: ServedModel, options: ModelOptions, progress: Callable[[int, int], None] | None = None) -> None:
+    """Loads a model. Not on the event loop: it takes a while.
+
+    Args:
+        model: which.
+        options: how.
+        progress: see `load_model`.
+
+    Raises:
+        KbitError: it cannot be.
+    """
+    from kbit.models.families import spec_from_config
+    from kbit.models.opening import open_model
+
+    path = model.path if model.bits is None else str(_rounded(model.path, model.bits))
+    with open_model(path) as source:
+        model.fingerprint = _fingerprint(source, options)
+        spec = spec_from_config(source.config, where=f"config of {source.path}")
+        if not spec.continues_text and spec.encoder is None:
+            from kbit.engine.embed import Embedder
+
+            model.embedder = Embedder(source, options.backend)
+            return
+    from kbit.engine.loader import load_model
+
+    def note(tokenizer: Tokenizer, source: CheckpointSource) -> None:
+        model.defaults = sampling_defaults(source, model.path)
+
+    loaded = load_model(path, backend=options.backend, check=note, progress=progress)
+    decoder = loaded.decoder
+    pool = decoder.new_pool(1, 2)
+    pool.ensure(_pages(decoder.spec.max_positions, pool.store.page_bytes, options))
+    from kbit.serve.grammar import GrammarCompiler
+
+    model.loaded = loaded
+    model.grammars = GrammarCompiler(loaded.tokenizer, decoder.spec.vocab_size)
+    model.engine = BatchEngine(decoder, loaded.tokenizer, pool, context=options.context, seats=options.seats)
+
+
+def _fingerprint(source: CheckpointSource, options: ModelOptions) -> str:
+    from kbit import __version__
+
+    words = [__version__, options.backend.name, options.backend.describe(), source.fingerprint()]
+    return blake2b("\n".join(words).encode(), digest_size=6).hexdigest()
+
+
+def _pages(context: int, page_bytes: int, options: ModelOptions) -> int:
+    """Pages of a model's cache.
+
+    Raises:
+        UsageError: the memory that was named holds none.
+    """
+    from kbit.planner.machine import memory_bytes
+
+    if options.cache_bytes is not None:
+        pages = options.cache_bytes // page_bytes
+        if pages < 1:
+            raise UsageError(
+                f"--cache-size {options.cache_bytes} bytes: {PAGE} tokens of this model take {page_bytes}: give more"
+            )
+        return pages
+    free = memory_bytes()
+    most = pages_for(max(_CACHE_TOKENS, min(context, 4 * _CACHE_TOKENS)))
+    return most if free is None else max(1, min(most, free // _CACHE_SHARE // page_bytes))
+
+
+def _rounded(path: str, bits: int) -> Path:
+    """The folder of a model whose weights are rounded to so many bits (nf, blocks of 64), made if need be."""
+    from kbit.serve.widths import rounded
+
+    return rounded(path, bits)
+
+
+def served_name(model: str) -> tuple[str, str]:
+    """(name, model) of an argument: NAME=MODEL, or a MODEL whose name is the last part of it.
+
+    Raises:
+        UsageError: one of them is empty.
+    """
+    name, equals, path = model.partition("=")
+    if equals and re.fullmatch(r"[\w.:-]+", name):
+        if not path:
+            raise UsageError(f"{model}: there is no model after the =")
+        return name, path
+    last = re.split(r"[/\\]", model.rstrip("/\\"))[-1]
+    name = last.removesuffix(".gguf")
+    if not name.strip(". "):
+        raise UsageError(f"{model}: a name for clients does not show in this: write NAME=MODEL")
+    return name, model

@@ -1,0 +1,102 @@
+"""What the routes of a server share."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import AsyncIterator
+from contextlib import aclosing
+from dataclasses import dataclass
+from time import time
+from typing import Any, cast
+
+from starlette.requests import Request as HttpRequest
+
+from kbit.engine.answers import Done, Event, Finish, Request, Usage
+from kbit.engine.engine_thread import QueueFullError
+from kbit.serve.bridge import Bridge
+from kbit.serve.metrics import Metrics
+from kbit.serve.models import Models, ServedModel
+
+# An engine that has work and ends no step for so long is not well.
+STALLED_SECONDS = 30.0
+
+
+@dataclass(eq=False)
+class Server:
+    """A server's parts.
+
+    Attributes:
+        models, bridge, metrics: its own.
+        started: when, in seconds since 1970.
+    """
+
+    models: Models
+    bridge: Bridge
+    metrics: Metrics
+    started: float
+
+    async def run(self, model: ServedModel, request: Request) -> AsyncIterator[Event]:
+        """What a request is answered, which is counted.
+
+        Raises:
+            KbitError: it cannot be taken, or failed.
+        """
+        try:
+            async with aclosing(self.bridge.events(model.generating(), request)) as events:  # type: ignore[type-var]
+                async for event in events:
+                    if isinstance(event, Done):
+                        self.metrics.answered(model.name, event.usage)
+                    yield event
+        except QueueFullError:
+            self.metrics.refused()
+            raise
+
+
+def server_of(http: HttpRequest) -> Server:
+    """The server that an HTTP request came to."""
+    return cast(Server, http.app.state.server)
+
+
+def new_id(prefix: str) -> str:
+    """A name for an answer."""
+    return f"{prefix}{secrets.token_hex(12)}"
+
+
+def head(prefix: str, kind: str, model: ServedModel) -> dict[str, Any]:
+    """How an answer begins."""
+    return {
+        "id": new_id(prefix),
+        "object": kind,
+        "created": int(time()),
+        "model": model.name,
+        "system_fingerprint": f"kbit-{model.fingerprint}",
+    }
+
+
+def finish_reason(finish: Finish | None) -> str | None:
+    """OpenAI's word for why an answer ended."""
+    return finish if finish in (None, "stop") else "length"
+
+
+def usage_dict(usages: list[Usage | None]) -> dict[str, Any]:
+    """Tokens of some requests, as OpenAI counts them."""
+    known = [usage for usage in usages if usage is not None]
+    prompt = sum(usage.prompt_tokens for usage in known)
+    completion = sum(usage.completion_tokens for usage in known)
+    return {
+        "prompt_tokens": prompt,
+        "completion_tokens": completion,
+        "total_tokens": prompt + completion,
+        "prompt_tokens_details": {"cached_tokens": sum(usage.cached_tokens for usage in known)},
+    }
+
+
+def timings(usages: list[Usage | None]) -> dict[str, Any]:
+    """What some requests took, for people who tune."""
+    known = [usage for usage in usages if usage is not None]
+    firsts = [usage.first_token_seconds for usage in known if usage.first_token_seconds is not None]
+    return {
+        "queue_ms": max((usage.queue_seconds for usage in known), default=0.0) * 1e3,
+        "first_token_ms": min(firsts) * 1e3 if firsts else None,
+        "total_ms": max((usage.seconds for usage in known), default=0.0) * 1e3,
+    }

@@ -1,0 +1,32 @@
+"""Widths as models: MODEL:3 is MODEL, its linear layers rounded to 3 bits when it is first asked for."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from kbit.host.cache_folder import cache_dir
+
+
+def rounded(model: str, bits: int) -> Path:
+    """The folder of a model rounded to nearest, `nf` in blocks of 64, made where it is not there yet.
+
+    A conversion that was interrupted goes on; one by another plan, or of another file, has another folder.
+
+    Raises:
+        KbitError: the model cannot be opened or quantized, or there is no room.
+    """
+    from filelock import FileLock
+
+    from kbit.formats.quant_format import QuantFormat
+    from kbit.models.opening import open_model
+    from kbit.quantizers.convert import convert
+    from kbit.quantizers.plan import make_plan
+
+    with open_model(model) as source:
+        plan = make_plan(source, QuantFormat.parse(f"nf{bits}-b64"))
+        folder = cache_dir() / "widths"
+        folder.mkdir(parents=True, exist_ok=True)
+        out = folder / f"{source.path.stem[:40]}-{bits}-{plan.plan_id[:16]}"
+        with FileLock(f"{out}.lock"):
+            convert(source, plan, out)
+    return out

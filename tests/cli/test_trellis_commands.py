@@ -1,0 +1,108 @@
+"""kbit quantize with trellis codes, and what runs them: from a real model to the same text on every backend."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from error_cases import run_command
+
+from kbit.backends.select import select_backend
+from kbit.checkpoint.resolve import open_model
+from kbit.models.load import load_decoder
+
+
+@pytest.fixture(autouse=True)
+def folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("KBIT_CALIBRATION", str(tmp_path / "calibration"))
+    monkeypatch.setenv("KBIT_PREPARED", str(tmp_path / "prepared"))
+
+
+def formats_of(folder: Path) -> dict[str, str]:
+    tensors = json.loads((folder / "config.json").read_text())["quantization_config"]["tensors"]
+    return {name: tensor["format"] for name, tensor in tensors.items()}
+
+
+def test_a_real_model_is_quantized_and_runs(tmp_path: Path, data_dir: Path) -> None:
+    """novels-0.7m at 3 bits: nearer to the original than rounding to nearest with a quarter of a bit more."""
+    model = data_dir / "models" / "novels-0.7m"
+    if not model.exists():
+        pytest.skip(f"{model} is not there")
+    kl = {}
+    for name, words in {
+        "trellis": ["--method", "trellis", "--bits", "3", "--uniform", "--fast", "--calibration-tokens", "2048"],
+        "rtn": ["--method", "rtn", "--format", "nf3-b64", "--embedding-bits", "6"],
+    }.items():
+        out = tmp_path / name
+        code, said, _ = run_command(["quantize", str(model), *words, "--no-measure", "-o", str(out)])
+        assert code == 0, said
+        code, said, _ = run_command(
+            ["eval", str(out), "--reference", str(model), "--data", "Doyle_Hound_1902.txt", "--max-tokens", "2048",
+             "--context", "256", "--json"]
+        )  # fmt: skip
+        assert code == 0, said
+        kl[name] = json.loads(said)["comparison"]["kl_mean"]
+    assert kl["trellis"] < 0.5 * kl["rtn"]
+    assert set(formats_of(tmp_path / "trellis").values()) == {"trellis3-l12", "lloyd6-b64"}
+    # Twice: weights are prepared, then mapped as they were.
+    words = ["run", "It was a dark", "--model", str(tmp_path / "trellis"), "--max-tokens", "12", "--json"]
+    first, again = (json.loads(run_command(words)[1])["text"] for _ in range(2))
+    assert first == again
+    code, said, _ = run_command(["info", str(tmp_path / "trellis")])
+    assert code == 0
+    assert "trellis3-l12" in said
+
+
+@pytest.mark.parametrize("format", ["trellis2", "trellis5-h32", "trellis8"])
+def test_backends_agree(tmp_path: Path, tiny_model: Path, format: str) -> None:
+    out = tmp_path / "out"
+    code, said, _ = run_command(["quantize", str(tiny_model), "--method", "rtn", "--format", format, "-o", str(out)])
+    assert code == 0, said
+    ids = torch.tensor([[5, 7, 11, 200, 3, 42]])
+    logits = []
+    with open_model(str(out)) as source:
+        for options in ({"backend": "reference"}, {"compute": "fp32"}):
+            decoder = load_decoder(source, select_backend("cpu", **options))  # type: ignore[arg-type]
+            logits.append(decoder.forward(ids, decoder.new_cache(1, 8)))
+    assert torch.allclose(logits[0], logits[1], atol=2e-4 * float(logits[0].abs().max()))
+
+
+def test_widths_are_mixed_within_a_budget(tmp_path: Path, tiny_model: Path) -> None:
+    out = tmp_path / "out"
+    words = [
+        "quantize",
+        str(tiny_model),
+        "--method",
+        "trellis",
+        "--bits",
+        "3.5",
+        "--calibration-tokens",
+        "256",
+        "--fast",
+    ]
+    code, said, _ = run_command([*words, "--no-measure", "-o", str(out)])
+    assert code == 0, said
+    formats = formats_of(out)
+    linear = {name: format for name, format in formats.items() if "proj" in name}
+    assert all(format.startswith("trellis") for format in linear.values())
+    assert len(set(linear.values())) > 1
+    assert not any(format.startswith("trellis") for name, format in formats.items() if "embed" in name)
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--method", "trellis", "--bits", "3", "--dtype", "nf"], "has a format of its own: drop the flag that gives"),
+        (["--method", "rtn", "--bits", "3", "--fast"], "--fast: is for --method trellis"),
+        (["--method", "trellis", "--bits", "3", "--static-scales"], "drop --static-scales"),
+        (["--method", "awq", "--format", "trellis3"], "formats of planes only"),
+        (["--method", "rtn", "--bits", "4", "--override", "*embed_tokens*=trellis4"], "not looked up one by one"),
+        (["--method", "rtn", "--format", "trellis3-sum2"], "write trellis3"),
+    ],
+)
+def test_what_cannot_be_is_said(tmp_path: Path, tiny_model: Path, words: list[str], said: str) -> None:
+    code, _, err = run_command(["quantize", str(tiny_model), *words, "-o", str(tmp_path / "out")])
+    assert code == 2
+    assert said in err
