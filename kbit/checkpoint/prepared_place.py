@@ -14,7 +14,7 @@ from kbit.host.errors import KbitError
 
 # Of the file, of the layout of kernels/cpu/codecs/matrix.h and of what is in its token table: with another number the
 # file has another name.
-VERSION = 3
+VERSION = 4
 
 ENDING = ".kbit"
 # A folder's files whose change may change the model: everything kbit reads of one.

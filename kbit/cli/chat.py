@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
 import typer
 
 from kbit.cli.flag_groups import flag_groups
-from kbit.cli.generation import GenerationFlags, load_to_generate
+from kbit.cli.generation import GenerationFlags, Ready, load_to_generate
 from kbit.cli.options import MAX_PROMPT_BYTES, show, streaming_output
 from kbit.cli.processes import Peers, processes
 from kbit.cli.run import INTERRUPTED, statistics
@@ -18,12 +19,12 @@ if TYPE_CHECKING:
     from kbit.checkpoint.source import CheckpointSource
     from kbit.engine.conversation import Conversation
     from kbit.engine.loader import LoadedModel
-    from kbit.engine.sampler import SamplingParams
     from kbit.text.tokenizer import Tokenizer
 
 HELP = """\
 Type a message and press Enter.
   /reset   forget the conversation (the system message stays)
+  /bits K  go on at another width of a nested model; alone: say which there are
   /help    this text
   /exit    leave; so does Ctrl-D
 Anything else is a message, also where it begins with a slash.
@@ -64,19 +65,20 @@ def chat(*, flags: GenerationFlags) -> None:
         with peers.together():
             conversation = Conversation(loaded.decoder, loaded.tokenizer, flags.model, flags.system, ready.speculation)
         with streaming_output():
-            _converse(peers, conversation, loaded, ready.sampling, flags)
+            _converse(peers, conversation, ready, flags)
 
 
 def _converse(
     peers: Peers,
     conversation: Conversation,
-    loaded: LoadedModel,
-    params: SamplingParams,
+    ready: Ready,
     flags: GenerationFlags,
 ) -> None:
     """Reads messages and shows answers until there are no more. Of several processes, the first does both."""
+    from kbit.engine.self_speculation import SelfDrafter
     from kbit.host.errors import UsageError
 
+    loaded, params = ready.loaded, ready.sampling
     shared = peers.group is not None
     note = _note if peers.speaks else _unsaid
     terminal = peers.decided_by_first(sys.stdin.isatty)
@@ -96,6 +98,18 @@ def _converse(
             note("conversation forgotten")
         elif message == "/help":
             note(HELP)
+        elif message.split()[0] == "/bits" and len(message.split()) <= 2:
+            try:
+                loaded = _at_width(loaded, message.removeprefix("/bits").strip(), note)
+            except UsageError as error:
+                if not terminal:
+                    with peers.together():
+                        raise
+                note(str(error))
+                continue
+            conversation.use(loaded.decoder)
+            if ready.speculation is not None and isinstance(ready.speculation.drafter, SelfDrafter):
+                ready.speculation.drafter.follow(loaded)
         else:
             try:
                 generation = conversation.reply(
@@ -127,6 +141,25 @@ def _converse(
             elif result.finish_reason == "interrupted" and (shared or not terminal):
                 # Several processes do not stop at the same token, so they cannot go on together.
                 raise typer.Exit(INTERRUPTED)
+
+
+def _at_width(loaded: LoadedModel, asked: str, note: Callable[[str], None]) -> LoadedModel:
+    """The model at the width that /bits asks for; the same, where it only asks which there are.
+
+    Raises:
+        UsageError: the model does not serve it, or it is no number.
+    """
+    from kbit.host.errors import UsageError
+
+    if not asked:
+        served = ", ".join(str(width) for width in loaded.widths)
+        note(f"{loaded.bits} of {served} bits" if served else f"{loaded.name} has one width")
+        return loaded
+    if not asked.isdecimal():
+        raise UsageError(f"/bits {asked}: write a number of bits, as in /bits 3")
+    found = loaded.at_width(int(asked))
+    note(f"{found.bits} bits; what was said before is read again at this width, with the next message")
+    return found
 
 
 def _next_message(terminal: bool, shared: bool) -> str | None:

@@ -12,6 +12,7 @@ from kbit.cli.flag_groups import flag_groups
 from kbit.cli.options import (
     ENGINE,
     BackendOption,
+    BitsOption,
     ComputeOption,
     DeviceOption,
     JsonOption,
@@ -146,6 +147,7 @@ class EvalFlags:
             "--beams", metavar="N", help="Keep the N best texts. [default: as the model says]", rich_help_panel=_PAIRS
         ),
     ] = None
+    bits: BitsOption = None
     device: DeviceOption = "auto"
     backend: BackendOption = "auto"
     compute: ComputeOption = None
@@ -196,6 +198,7 @@ class EvalFlags:
             backend=self.backend,
             compute=self.compute,
             kv_bits=self.kv_bits,
+            bits=self.bits,
         )
 
 

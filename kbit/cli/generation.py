@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -11,6 +12,7 @@ import typer
 from kbit.cli.options import (
     DEFAULT_MODEL,
     BackendOption,
+    BitsOption,
     ComputeOption,
     DeviceOption,
     KvBitsOption,
@@ -114,6 +116,7 @@ class GenerationFlags:
         list[str] | None,
         typer.Option("--stop", metavar="TEXT", help="End before this text appears. Can be given several times."),
     ] = None
+    bits: BitsOption = None
     allow_repetition: Annotated[
         bool,
         typer.Option("--allow-repetition", help="Do not end a text that has come to only repeat itself."),
@@ -127,9 +130,10 @@ class GenerationFlags:
         str | None,
         typer.Option(
             "--speculate",
-            metavar="ngram|MODEL",
+            metavar="ngram|self[:K]|MODEL",
             help="Guess tokens and check several at once, for the same text sooner: from what the text repeats "
-            "(ngram), or with a smaller MODEL of the same vocabulary.",
+            "(ngram), with the low planes of a nested model itself (self, or self:3 for 3 bits), or with a smaller "
+            "MODEL of the same vocabulary.",
         ),
     ] = None
     draft_tokens: Annotated[
@@ -217,27 +221,35 @@ def load_to_generate(
         UsageError, CheckpointError, UnsupportedError: see `kbit.engine.loader.load_model`; in every process alike.
     """
     from kbit.backends.select import select_backend
+    from kbit.checkpoint.narrowed import widths_of
     from kbit.engine.sampling_defaults import sampling_defaults
+    from kbit.engine.self_speculation import SelfDrafter, asks_for_self, check_widths, draft_bits
     from kbit.engine.speculative import NGRAM, Speculation, load_drafter
 
     model, speculate = flags.model, flags.speculate
     speculation: Speculation | None = None
     seed = peers.seed(flags.seed)
-    peers.fetch([name for name in (model, speculate) if name not in (None, NGRAM)])
+    itself = speculate is not None and asks_for_self(speculate)
+    peers.fetch([name for name in (model, None if itself else speculate) if name not in (None, NGRAM)])
     with peers.together():
         sampling = flags.sampling(seed)
         backend = select_backend(
             flags.device, backend=flags.backend, threads=flags.threads, compute=flags.compute, kv_bits=flags.kv_bits
         )
         load = peers.loader(backend, flags.threads)
+        load_whole = partial(load, bits=flags.bits)
 
         def prepare(tokenizer: Tokenizer, source: CheckpointSource) -> None:
             nonlocal speculation, sampling
             check(tokenizer, source)
             if recommended:
                 sampling = flags.sampling(seed, sampling_defaults(source, model).params)
-            if speculate is not None:
+            if speculate is not None and itself:
+                check_widths(model, widths_of(source), draft_bits(speculate))
+            elif speculate is not None:
                 speculation = Speculation(load_drafter(speculate, model, tokenizer, load), flags.draft_limit())
 
-        loaded = load(model, check=prepare)
+        loaded = load_whole(model, check=prepare)
+        if speculate is not None and itself:
+            speculation = Speculation(SelfDrafter(loaded, draft_bits(speculate)), flags.draft_limit())
         return Ready(loaded, sampling, speculation)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -39,6 +40,7 @@ def machine_summary() -> dict[str, Any]:
 def summarise(source: CheckpointSource) -> dict[str, Any]:
     """Everything `kbit info` knows, as plain values."""
     from kbit.backends.gpu import gpu_kernels, gpu_summary
+    from kbit.checkpoint.narrowed import widths_of
     from kbit.checkpoint.surplus import harmless
     from kbit.host.cpu import instruction_set
     from kbit.quantizers.roles import roles_of
@@ -77,6 +79,7 @@ def summarise(source: CheckpointSource) -> dict[str, Any]:
         "file_bytes": sum(file.stat().st_size for file in files),
         "files": sorted(file.name for file in files),
         "formats": _by_format(infos),
+        "widths": _ladder(infos, inner, widths_of(source)),
         "packed": _packed(infos),
         "prepared_bytes": _prepared_bytes(source.path),
         "runs_on": {
@@ -191,6 +194,25 @@ def _by_format(infos: list[Any]) -> dict[str, dict[str, int]]:
     return {key: {"tensors": count[key], "parameters": numel[key], "bytes": nbytes[key]} for key in count}
 
 
+def _ladder(infos: list[Any], inner: list[Any], widths: Sequence[int]) -> list[dict[str, Any]]:
+    """What a nested model reads at each of its widths, widest first; nothing of one that has a single width."""
+    from kbit.checkpoint.narrowed import narrowed_info
+
+    found = []
+    for width in widths:
+        narrower = [narrowed_info(info, width) for info in infos]
+        within = [narrowed_info(info, width) for info in inner]
+        found.append(
+            {
+                "bits": width,
+                "bytes": sum(info.nbytes for info in narrower),
+                "bits_per_weight": _bits(narrower),
+                "bits_per_weight_without_embeddings": _bits(within),
+            }
+        )
+    return found
+
+
 def _packed(infos: list[Any]) -> dict[str, dict[str, int]]:
     """How tensors are held that another quantizer has packed: by its format and by how kbit holds them, how many."""
     held: dict[str, Counter[str]] = {}
@@ -299,6 +321,11 @@ def print_model(summary: dict[str, Any], list_tensors: bool) -> None:
     for key, row in summary["formats"].items():
         share = 8 * row["bytes"] / row["parameters"] if row["parameters"] else 0.0
         typer.echo(f"{key:<30}{row['tensors']:>8}{row['parameters']:>16,}{size(row['bytes']):>12}{share:>13.3f}")
+    if summary["widths"]:
+        typer.echo(f"\n{'width (--bits)':<30}{'read':>8}{'bits/weight':>16}{'without embeddings and head':>29}")
+        for row in summary["widths"]:
+            inside = row["bits_per_weight_without_embeddings"]
+            typer.echo(f"{row['bits']:<30}{size(row['bytes']):>8}{bits(row['bits_per_weight']):>16}{bits(inside):>29}")
     if list_tensors:
         typer.echo("")
         for name, row in summary["tensors"].items():

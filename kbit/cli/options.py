@@ -30,6 +30,15 @@ def _check_threads(threads: int | None) -> int | None:
     return threads
 
 
+BitsOption = Annotated[
+    int | None,
+    typer.Option(
+        "--bits",
+        metavar="K",
+        help="Width to run a nested model at (kbit quantize --nested): only its bytes are read. [default: the widest]",
+        rich_help_panel=ENGINE,
+    ),
+]
 DeviceOption = Annotated[
     str,
     typer.Option(

@@ -40,6 +40,7 @@ def quantize(*, flags: QuantizeFlags, json: JsonOption = False) -> None:
       kbit quantize path/to/model --plan plan.json
       kbit quantize path/to/model --format nf4-b64 --calibration my-prompts.txt
       kbit quantize path/to/model --bits 4 --method rtn
+      kbit quantize path/to/model --nested 2..8
       kbit quantize path/to/model --time-budget 10m
       kbit quantize path/to/model --bits 3 --override '*.down_proj.weight=nf4-b32' --dry-run
       kbit quantize model.gguf --method rtn --override '*=stored'
@@ -50,6 +51,7 @@ def quantize(*, flags: QuantizeFlags, json: JsonOption = False) -> None:
     from kbit.cli.quantize_view import facts_of, note_plan, note_quantized_source, print_plan, print_result
     from kbit.models.families import spec_from_config
     from kbit.models.opening import open_model
+    from kbit.quantizers.calibrated import CalibratedRounding
     from kbit.quantizers.plan import check_disk
     from kbit.quantizers.plan_file import read_plan_file, write_plan_file
 
@@ -103,8 +105,8 @@ def quantize(*, flags: QuantizeFlags, json: JsonOption = False) -> None:
         if allocation is not None and not finished:
             note_plan(plan, costs)
         facts.update(_convert(source, plan, out, flags))
-    if measures and not facts["already_complete"]:
-        facts["measured"] = _measure(flags, out)
+    if measures and isinstance(method, CalibratedRounding) and not facts["already_complete"]:
+        facts["measured"] = _measure(flags, out, None if method.nesting is None else method.nesting.anchor)
     if json:
         print_json(facts)
     else:
@@ -209,18 +211,19 @@ def _convert(source: CheckpointSource, plan: Plan, out: Path, flags: QuantizeFla
     }
 
 
-def _measure(flags: QuantizeFlags, out: Path) -> dict[str, Any]:
-    """How far the result is from the original, as the engine runs it."""
+def _measure(flags: QuantizeFlags, out: Path, bits: int | None) -> dict[str, Any]:
+    """How far the result is from the original, as the engine runs it; of a nested one, at one width."""
     from kbit.evaluate.evaluation import Request, evaluate_model
 
     request = Request(
         model=str(out), reference=flags.model, data="sampled", max_tokens=MEASURED_TOKENS, threads=flags.threads,
-        reference_backend="native-fp32",
+        reference_backend="native-fp32", bits=bits,
     )  # fmt: skip
     with progress_bars() as progress:
         found = evaluate_model(request, lambda done, total, _: progress("measuring", done, total))
     assert found.comparison is not None
     return {
+        "bits": bits,
         "tokens": found.comparison.kl.size,
         "kl_mean": found.comparison.kl_mean,
         "kl_stderr": found.comparison.kl_stderr,

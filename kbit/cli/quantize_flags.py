@@ -11,6 +11,7 @@ import typer
 
 from kbit.cli.options import ThreadsOption
 from kbit.cli.quantities import parse_duration, parse_size
+from kbit.cli.quantize_nested import check_anchor, nested_format
 from kbit.host.errors import UsageError
 
 if TYPE_CHECKING:
@@ -74,6 +75,23 @@ class QuantizeFlags:
     double_quant: Annotated[
         bool, typer.Option("--double-quant", help="8-bit scales with one fp32 factor per 256 blocks.")
     ] = False
+    nested: Annotated[
+        str | None,
+        typer.Option(
+            "--nested",
+            metavar="2..8",
+            help="One file for several widths, each of which reads its own bytes only: kbit run --bits 3, and "
+            "/bits 3 in kbit chat.",
+        ),
+    ] = None
+    anchor: Annotated[
+        int | None,
+        typer.Option(
+            "--anchor",
+            metavar="K",
+            help="The width of --nested that is to be the most accurate for its bits.  [default: 4, or the nearest]",
+        ),
+    ] = None
     format: Annotated[
         str | None,
         typer.Option("--format", help="The whole format in one string (nf4-b64-dq), instead of the flags above."),
@@ -196,6 +214,9 @@ class QuantizeFlags:
             "double_quant": self.double_quant or None,
         }
         given = {name: value for name, value in fields.items() if value is not None}
+        if self.nested is not None:
+            others = {"--format": self.format, "--size": self.size, "--max-kl": self.max_kl}
+            return nested_format(self.nested, given, others)
         own = self._format_of_method(int(given.get("bits", 4)))
         if own is not None:
             other = next((name.replace("_", " ") for name in given if name != "bits"), None)
@@ -233,7 +254,7 @@ class QuantizeFlags:
     @property
     def names_a_type(self) -> bool:
         """Whether linear weights are to have one format that the user named."""
-        special = self.dtype or self.format or self.asymmetric or self.exponent_bits or self.float_grid
+        special = self.nested or self.dtype or self.format or self.asymmetric or self.exponent_bits or self.float_grid
         return self.uniform or bool(special)
 
     @property
@@ -357,8 +378,10 @@ class QuantizeFlags:
             UsageError: there is none of that name, or flags for a calibration that it does not do.
         """
         from kbit.calibration.request import CalibrationRequest
+        from kbit.formats.nested import NestedFormat
         from kbit.quantizers.calibrated import CalibratedRounding
         from kbit.quantizers.methods import get_method
+        from kbit.quantizers.settings import ANCHOR, Nesting
 
         name = self.method
         if name == "auto":
@@ -375,6 +398,8 @@ class QuantizeFlags:
             if self.device != "cpu":
                 raise UsageError(f"--device {self.device}: rounds to nearest only; use --method rtn, or --device cpu")
             method = method.with_options(**self.options)
+            if isinstance(codec, NestedFormat):
+                method = method.nested(Nesting(min(max(self.anchor or ANCHOR, codec.low), codec.bits)))
             if not any(asked.values()):
                 return method
             texts = self.calibration or []
@@ -400,6 +425,8 @@ class QuantizeFlags:
         bits = self.embedding_bits
         if bits is not None and bits != 16 and not MIN_BITS <= bits <= MAX_BITS:
             raise UsageError(f"--embedding-bits {bits}: use {MIN_BITS} to {MAX_BITS}, or 16 to keep them")
+        if self.anchor is not None:
+            check_anchor(self.anchor, self.nested)
         if self.device not in ("cpu", "cuda"):
             raise UsageError(f"--device {self.device}: use cpu or cuda")
         if self.device == "cuda":

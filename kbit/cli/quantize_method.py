@@ -62,6 +62,7 @@ def following(flags: QuantizeFlags, asked: PlanFile) -> QuantizeFlags:
         "--scale-dtype": flags.scale_dtype,
         "--double-quant": flags.double_quant,
         "--format": flags.format,
+        "--nested": flags.nested,
         "--embedding-bits": flags.embedding_bits,
         "--override": flags.override,
     }

@@ -116,8 +116,9 @@ def print_result(facts: dict[str, Any], out: Path) -> None:
     said = []
     if measured is not None:
         interval = "" if measured["kl_stderr"] is None else f" +- {1.96 * measured['kl_stderr']:.2g}"
+        at = "" if measured["bits"] is None else f"at {measured['bits']} bits "
         said.append(
-            f"KL divergence from the original {measured['kl_mean']:.3g}{interval} nats per token on "
+            f"{at}KL divergence from the original {measured['kl_mean']:.3g}{interval} nats per token on "
             f"{measured['tokens']:,} tokens that it wrote"
         )
     if predicted:

@@ -81,6 +81,16 @@ class Conversation:
         """Forgets everything but the system message."""
         self._messages = list(self._system)
 
+    def use(self, decoder: DecoderLike) -> None:
+        """Goes on with another width of the model.
+
+        Its keys and values are others, so the conversation goes through it once, with the next message: every answer is
+        then the one that this width would have given from the beginning.
+        """
+        if decoder is not self._decoder:
+            self._decoder = decoder
+            self._cache = PromptCache(decoder)
+
     def reply(
         self,
         text: str,

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING, cast
 
+from kbit.checkpoint.narrowed import narrow_check, widths_of
 from kbit.models.decoder import Decoder
 from kbit.text.tokenizer import Tokenizer
 
@@ -31,6 +32,9 @@ class LoadedModel:
         tokenizer: its tokenizer.
         load_seconds: from opening the checkpoint to the last prepared weight, a download not included.
         prepared: the file of prepared weights that it runs on, mapped; None: they were prepared in memory.
+        widths: of a nested model, the widths it serves, widest first; else none.
+        bits: the one it runs at.
+        load_width: makes the decoder of another; None where there is no other.
     """
 
     name: str
@@ -38,6 +42,9 @@ class LoadedModel:
     tokenizer: Tokenizer
     load_seconds: float
     prepared: Path | None = None
+    widths: tuple[int, ...] = ()
+    bits: int | None = None
+    load_width: Callable[[int], Decoder] | None = None
 
     @property
     def backend_name(self) -> str:
@@ -49,6 +56,20 @@ class LoadedModel:
         """What computes, and how, for people."""
         return self.decoder.backend.describe()
 
+    def at_width(self, bits: int) -> LoadedModel:
+        """The same model at another width, on the same backend, whose caches serve both. Where prepared weights are
+        mapped, both share their memory.
+
+        Raises:
+            UsageError: it does not serve this width.
+        """
+        narrow_check(self.name, self.widths, bits)
+        if bits == self.bits or self.load_width is None:
+            return self
+        start = perf_counter()
+        decoder = self.load_width(bits)
+        return replace(self, decoder=decoder, bits=bits, load_seconds=perf_counter() - start)
+
 
 def load_model(
     model: str,
@@ -58,6 +79,7 @@ def load_model(
     backend: str | Backend = "auto",
     compute: str | None = None,
     kv_bits: int | str | None = None,
+    bits: int | None = None,
     group: Group | None = None,
     check: Callable[[Tokenizer, CheckpointSource], object] | None = None,
     progress: Callable[[int, int], None] | None = None,
@@ -71,6 +93,7 @@ def load_model(
             core and leaves torch's.
         backend, compute, kv_bits: who computes and how, see `kbit.backends.select.select_backend`. Or a backend there
             is already, which then says all of it: models that take turns should share one, and with it its threads.
+        bits: the width to run a nested model at (`kbit quantize --nested`); None: its widest.
         group: processes among which the model is split (`kbit.backends.parallel`), this one among them. Each loads
             its share; all must then ask for the same tokens. A backend that is given must be of this group.
         check: called with tokenizer and checkpoint before any weight is read, to refuse early what these can tell.
@@ -92,7 +115,7 @@ def load_model(
     elif getattr(backend, "group", None) is not group:
         raise ValueError(f"the {backend.name} backend was not made for this group of processes")
     if backend.name == "native":
-        return _load_native(model, cast("NativeBackend", backend), check, progress)
+        return _load_native(model, cast("NativeBackend", backend), bits, check, progress)
     from kbit.models.check import check_continues
     from kbit.models.families import spec_from_config
     from kbit.models.load import load_decoder
@@ -101,7 +124,12 @@ def load_model(
 
     set_threads(threads)
     prefer_tuned(backend)
-    with open_model(model) as source:
+
+    def load_width(width: int) -> Decoder:
+        with open_model(model, width) as narrower:
+            return load_decoder(narrower if group is None else shard(narrower, group.rank, group.size), backend)
+
+    with open_model(model, bits) as source:
         start = perf_counter()
         # Before the weights, not beside them: the library holds Python's lock while it parses (SmolLM2's: 0.1 s). A
         # thread that reads weights while others are prepared gains nothing either: most are small, so the threads
@@ -112,12 +140,21 @@ def load_model(
             check(tokenizer, source)
         part = source if group is None else shard(source, group.rank, group.size)
         decoder = load_decoder(part, backend, progress=progress)
-        return LoadedModel(model, decoder, tokenizer, perf_counter() - start)
+        widths = widths_of(source)
+        # (What was narrowed serves what lies below only: the widest is asked of the whole.)
+        if bits is not None:
+            with open_model(model) as whole:
+                widths = widths_of(whole)
+        return LoadedModel(
+            model, decoder, tokenizer, perf_counter() - start,
+            widths=widths, bits=bits or max(widths, default=None), load_width=load_width if widths else None,
+        )  # fmt: skip
 
 
 def _load_native(
     model: str,
     backend: NativeBackend,
+    bits: int | None,
     check: Callable[[Tokenizer, CheckpointSource], object] | None,
     progress: Callable[[int, int], None] | None,
 ) -> LoadedModel:
@@ -132,16 +169,36 @@ def _load_native(
     place = locate(model)
     start = perf_counter()
     prepared = None if place is None else find(place, open_model)
+
+    def load_width(width: int) -> Decoder:
+        if prepared is not None:
+            narrower = prepared.at_width(width)
+            narrower.prefetch()
+            return load_decoder(narrower, backend)
+        with open_model(model, width) as read:
+            return load_decoder(read, backend)
+
     with prepared or open_model(model) as source:
+        widths = widths_of(source)
+        if bits is not None:
+            narrow_check(model, widths, bits)
         check_continues(spec_from_config(source.config, where=f"config of {source.path}"), str(source.path))
         tokenizer = Tokenizer.from_source(source)
         if check is not None:
             check(tokenizer, source)
         if prepared is None and place is not None:
             prepared = _prepare(source, place, backend, progress)
-        decoder = load_decoder(prepared or source, backend, progress=None if prepared else progress)
+        if bits is None or bits == max(widths):
+            if prepared is not None:
+                prepared.prefetch()
+            decoder = load_decoder(prepared or source, backend, progress=None if prepared else progress)
+        else:
+            decoder = load_width(bits)
         file = None if prepared is None else prepared.prepared
-        return LoadedModel(model, decoder, tokenizer, perf_counter() - start, file)
+        return LoadedModel(
+            model, decoder, tokenizer, perf_counter() - start, file,
+            widths, bits or max(widths, default=None), load_width if widths else None,
+        )  # fmt: skip
 
 
 def _prepare(
@@ -208,6 +265,8 @@ def open_prepared(model: str, backend: Backend) -> Iterator[CheckpointSource]:
     with prepared or open_model(model) as source:
         if prepared is None and place is not None:
             prepared = _prepare(source, place, cast("NativeBackend", backend), None)
+        if prepared is not None:
+            prepared.prefetch()
         yield prepared or source
 
 

@@ -124,6 +124,21 @@ class PromptCache:
             del self._ids[length:]
             self._go_back(self._cache, length)
 
+    @contextmanager
+    def drafted_by(self, decoder: DecoderLike) -> Iterator[PromptCache]:
+        """Within it tokens go through another width of the same model. They are taken out again at its end.
+
+        Args:
+            decoder: with caches of the same kind, on the same backend.
+        """
+        length, own = len(self._ids), self._decoder
+        self._decoder = decoder
+        try:
+            yield self
+        finally:
+            self._decoder = own
+            self.truncate(length)
+
     def keep(self, *, draft: bool = False) -> None:
         """Makes it cheap to come back to here: keeps the states of a recurrent model, and lets go of the oldest.
 

@@ -5,14 +5,15 @@ either way, so each guess that holds is a token almost for free. Nothing is lost
 for token, a sampled one has the same distribution (`Sampler.verify` has the rule and its sources), because every token
 is decided by the model's own logits, in order, with the penalties as they are at that token.
 
-Drafters are prompt lookup (kbit.engine.ngram) and a smaller model with the same vocabulary.
+Drafters are prompt lookup (kbit.engine.ngram), a smaller model with the same vocabulary, and the model itself at fewer
+bits (kbit.engine.self_speculation).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 from kbit.engine.ngram import NgramDrafter
 from kbit.engine.prompt_cache import DecoderLike, PromptCache
@@ -62,6 +63,14 @@ class Drafter(Protocol):
             most: how many to make; text and draft together are no longer than `context`.
             sampler: the generation's, which knows how tokens are chosen.
         """
+
+
+@runtime_checkable
+class SharesCache(Protocol):
+    """A drafter that drafts in the model's own cache, and chooses itself how much (kbit.engine.self_speculation)."""
+
+    def attach(self, cache: PromptCache) -> None:
+        """The cache of the next text; comes before `start`."""
 
 
 @dataclass(frozen=True)
@@ -150,6 +159,9 @@ class SpeculativeTokens:
             self._limit, self._reason = self._drafter.context, "the draft model's context ends there"
         self._passes = self._drafted = self._accepted = 0
         self._note: str | None = None
+        self._steers = isinstance(self._drafter, SharesCache)
+        if isinstance(self._drafter, SharesCache):
+            self._drafter.attach(cache)
         self._drafter.start(prompt_ids, room=room, end_ids=end_ids, vocab_size=vocab_size)
 
     @property
@@ -194,7 +206,7 @@ class SpeculativeTokens:
 
     def _guesses(self) -> list[Guess]:
         # A pass gives one token more than the draft has.
-        most = min(self._length, self._end - len(self._text) - 1)
+        most = min(self._most if self._steers else self._length, self._end - len(self._text) - 1)
         if most > self._limit - len(self._text):
             most = self._limit - len(self._text)
             self._note = f"no drafts beyond {self._limit} tokens: {self._reason}"

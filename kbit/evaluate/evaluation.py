@@ -178,7 +178,7 @@ def evaluate_model(
     with ExitStack() as stack:
         with nullcontext() if group is None else group.together():
             backend, reference_backend = _backends(request, group)
-            source = stack.enter_context(open_model(request.model))
+            source = stack.enter_context(open_model(request.model, request.bits))
             other = None if request.reference is None else stack.enter_context(open_model(request.reference))
             for each in filter(None, (source, other)):  # before a text is fetched or sampled
                 check_continues(spec_from_config(each.config, where=f"config of {each.path}"), str(each.path))

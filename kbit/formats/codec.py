@@ -133,6 +133,16 @@ class Codec(ABC):
             raise UsageError(f"{self} serves {served} bits, not {width}")
         return self.parts(rows, columns)
 
+    def narrowed(self, width: int) -> Codec:
+        """What is stored up to one of `widths`, as a format: its parts are some of this one's, and its codebook the
+        beginning of this one's.
+
+        Raises:
+            UsageError: the store does not serve this width.
+        """
+        self.parts_read(1, 1, width)
+        return self
+
     def nbytes(self, rows: int, columns: int, width: int | None = None) -> int:
         """Bytes stored for a (rows, columns) matrix, everything counted; with a width, bytes read at that width."""
         parts = self.parts(rows, columns) if width is None else self.parts_read(rows, columns, width)

@@ -14,6 +14,7 @@ that is where its gain at 2 and 3 bits comes from (relative squared error .118 a
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
@@ -56,6 +57,40 @@ def _weights(block_size: int) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.f
     return edges, body, float((density * m**2).sum()) / block_size
 
 
+@dataclass(frozen=True, eq=False)
+class Moments:
+    """Mass and first moment of the magnitudes of a block's weights, as the squared error counts them.
+
+    Attributes:
+        edges: of a grid on [0, 1].
+        mass, moment: of what lies below each edge; in between piecewise linear, so that borders of cells may move by
+            less than a cell of the grid.
+        atom: the mass at 1.
+    """
+
+    edges: npt.NDArray[np.float64]
+    mass: npt.NDArray[np.float64]
+    moment: npt.NDArray[np.float64]
+    atom: float
+
+    @classmethod
+    def of(cls, block_size: int) -> Moments:
+        """For blocks of so many weights."""
+        edges, weight, atom = _weights(block_size)
+        centre = (edges[1:] + edges[:-1]) / 2
+        mass, moment = (np.concatenate([[0.0], np.cumsum(values)]) for values in (weight, weight * centre))
+        return cls(edges, mass, moment, atom)
+
+    def of_cells(self, borders: npt.NDArray[np.float64]) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
+        """Mass and first moment of each cell between ascending borders; that which ends at 1 has the atom."""
+        mass = np.diff(np.interp(borders, self.edges, self.mass))
+        moment = np.diff(np.interp(borders, self.edges, self.moment))
+        if borders[-1] == 1.0:
+            mass[-1] += self.atom
+            moment[-1] += self.atom
+        return mass, moment
+
+
 @lru_cache(maxsize=64)
 def lloyd_codebook(bits: int, block_size: int) -> npt.NDArray[np.float32]:
     """The codebook of 2^bits levels that minimises the squared error of absmax-scaled normal blocks.
@@ -68,20 +103,13 @@ def lloyd_codebook(bits: int, block_size: int) -> npt.NDArray[np.float32]:
         float32 (2^bits,), ascending and symmetric.
     """
     levels = 2 ** (bits - 1)
-    edges, weight, atom = _weights(block_size)
-    centre = (edges[1:] + edges[:-1]) / 2
-    # Mass and first moment below t, piecewise linear: cell borders may then move by less than a grid cell.
-    mass = np.concatenate([[0.0], np.cumsum(weight)])
-    moment = np.concatenate([[0.0], np.cumsum(weight * centre)])
+    moments = Moments.of(block_size)
     # Start from equal shares of weight^(1/3), the asymptotically optimal density (Panter and Dite, 1951).
-    share = np.concatenate([[0.0], np.cumsum(np.cbrt(weight))])
-    magnitudes = np.interp((np.arange(levels) + 0.5) / levels * share[-1], share, edges)
+    share = np.concatenate([[0.0], np.cumsum(np.cbrt(np.diff(moments.mass)))])
+    magnitudes = np.interp((np.arange(levels) + 0.5) / levels * share[-1], share, moments.edges)
     for _ in range(_MAX_ITERATIONS):
         borders = np.concatenate([[0.0], (magnitudes[:-1] + magnitudes[1:]) / 2, [1.0]])
-        cell_mass = np.diff(np.interp(borders, edges, mass))
-        cell_moment = np.diff(np.interp(borders, edges, moment))
-        cell_mass[-1] += atom
-        cell_moment[-1] += atom
+        cell_mass, cell_moment = moments.of_cells(borders)
         updated = cell_moment / cell_mass
         if np.max(np.abs(updated - magnitudes)) < _TOLERANCE:
             break

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from kbit.formats.codec import Codec
+from kbit.formats.nested import NestedFormat
 from kbit.formats.quant_format import QuantFormat
 from kbit.formats.trellis import TrellisFormat
 
 # By family. The first that claims a format's string reads it; what none claims goes to the planes codec.
-CODECS: dict[str, type[Codec]] = {codec.family: codec for codec in (QuantFormat, TrellisFormat)}
+CODECS: dict[str, type[Codec]] = {codec.family: codec for codec in (QuantFormat, TrellisFormat, NestedFormat)}
 
 
 def parse_format(text: str) -> Codec:

@@ -3,16 +3,26 @@
 from __future__ import annotations
 
 from kbit.checkpoint import resolve
+from kbit.checkpoint.narrowed import narrowed
 from kbit.checkpoint.source import CheckpointSource
 from kbit.models.canonical import canonical
 from kbit.models.wrapped import unwrapped
 
 
-def open_model(model: str) -> CheckpointSource:
-    """`kbit.checkpoint.resolve.open_model`: of several parts the language model, as canonical tensors."""
+def open_model(model: str, bits: int | None = None) -> CheckpointSource:
+    """`kbit.checkpoint.resolve.open_model`: of several parts the language model, as canonical tensors.
+
+    Args:
+        model: as a user names it.
+        bits: the width to read a nested model at; None: the widest.
+
+    Raises:
+        UsageError: the model does not serve this width.
+    """
     source = resolve.open_model(model)
     try:
-        return canonical(unwrapped(source))
+        opened = canonical(unwrapped(source))
+        return opened if bits is None else narrowed(opened, bits)
     except BaseException:
         source.close()
         raise

@@ -10,7 +10,7 @@ What fewer bits in the cache cost is in no table of points: the widest cache tha
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -103,7 +103,7 @@ def make_recommendation(
         tuple(rejected),
         constant,
         machine,
-        (*notes, *_notes(request, chosen, machine, laws)),
+        (*notes, *_ladders(models, chosen, dict(rejected)), *_notes(request, chosen, machine, laws)),
     )
 
 
@@ -314,6 +314,23 @@ def _order(candidate: Candidate) -> tuple[Any, ...]:
         return (0, quality.per_byte, candidate.memory.peak)
     bits = 16 if candidate.format is None else candidate.format.bits
     return (1, bits < RULE_BITS, -candidate.model.total_parameters, -bits, candidate.memory.peak)
+
+
+def _ladders(models: Sequence[PlanModel], chosen: Sequence[Candidate], rejected: Mapping[str, str]) -> list[str]:
+    """Of every nested file that fits at some width but not at all: the widest for now, and what the next one needs."""
+    notes = []
+    names = {candidate.model.name for candidate in chosen}
+    for file in dict.fromkeys(model.file for model in models if model.file is not None):
+        widths = sorted((model for model in models if model.file == file), key=lambda model: model.bits or 0)
+        now = [model for model in widths if model.name in names]
+        later = [model for model in widths if now and (model.bits or 0) > (now[-1].bits or 0)]
+        if later:
+            why = rejected.get(later[0].name, "does not suit")
+            notes.append(
+                f"{file}: {now[-1].bits} bits now; the same file at {later[0].bits} bits {why} "
+                f"(kbit run --model {file} --bits {later[0].bits}, or /bits {later[0].bits} in kbit chat)"
+            )
+    return notes
 
 
 def _notes(

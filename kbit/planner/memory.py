@@ -27,6 +27,7 @@ from kbit.backends.cpu.runner import PASS_ROWS
 from kbit.backends.rotary import FIRST_POSITIONS
 from kbit.checkpoint.source import CheckpointSource
 from kbit.engine.prompt_cache import kept_states
+from kbit.formats.nested import NestedFormat
 from kbit.formats.quant_format import QuantFormat
 from kbit.formats.registry import parse_format
 from kbit.graph.pages import pages_for
@@ -69,6 +70,7 @@ class Weight:
         kept: a format, or one of DENSE_BYTES.
         steps: its scales are fp32 products of a step and a size, which the CPU engine keeps apart (GGUF's K types).
         active: the share of tokens that go through it, less than 1 of an expert's.
+        nested: it is kept at several widths, `kept` being that of the widest.
     """
 
     name: str
@@ -78,6 +80,7 @@ class Weight:
     kept: QuantFormat | str
     steps: bool = False
     active: float = 1.0
+    nested: bool = False
 
     @property
     def numel(self) -> int:
@@ -175,13 +178,24 @@ def stored_weights(source: CheckpointSource, spec: ModelSpec) -> tuple[Weight, .
     block_types = _packed_gguf_types()
     for planned in planned_weights(spec, "fp16"):
         kept: QuantFormat | str = "fp32"
-        steps = False
+        steps = nested = False
         if planned.role != "other":
             stored = source.tensors[planned.name].stored_as
             kept = _DENSE_OF.get(stored) or block_types.get(stored) or _format_of(stored) or "fp32"
+            nested = NestedFormat.claims(stored)
             steps = stored in block_types and block_types[stored].scale_dtype == "fp32"
-        weights.append(replace(planned, kept=kept, steps=steps))
+        weights.append(replace(planned, kept=kept, steps=steps, nested=nested))
     return tuple(weights)
+
+
+def narrowed_weights(weights: Sequence[Weight], width: int) -> tuple[Weight, ...]:
+    """A nested model's tensors at a width: each takes what a plain format with the same blocks does."""
+    return tuple(
+        weight
+        if isinstance(weight.kept, str) or not weight.nested
+        else replace(weight, kept=replace(weight.kept, bits=width))
+        for weight in weights
+    )
 
 
 def predict_memory(
@@ -431,6 +445,8 @@ def _format_of(stored: str) -> QuantFormat | None:
         format = parse_format(stored)
     except UsageError:
         return None
+    if isinstance(format, NestedFormat):
+        return format.plain(format.bits)
     if not isinstance(format, QuantFormat):
         raise UnsupportedError(f"kbit plan knows the sizes of planes formats, not of {format} (codec {format.family})")
     return format

@@ -14,12 +14,20 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from kbit.checkpoint.narrowed import widths_of
 from kbit.formats.quant_format import QuantFormat
 from kbit.host.errors import KbitError, UsageError
 from kbit.models.check import check_continues
 from kbit.models.families import spec_from_config
 from kbit.models.spec import ModelSpec
-from kbit.planner.memory import Weight, active_parameters, parameters, planned_weights, stored_weights
+from kbit.planner.memory import (
+    Weight,
+    active_parameters,
+    narrowed_weights,
+    parameters,
+    planned_weights,
+    stored_weights,
+)
 from kbit.planner.shapes import KNOWN_MODELS
 from kbit.scaling.points import Point
 
@@ -46,6 +54,8 @@ class PlanModel:
         measured: its name among the measured points, or None.
         tokenizer: digest of its tokenizer (as in Point.tokenizer), or None where there is none to look at.
         training_tokens: D, where its folder says.
+        widths: of a nested model, those it serves, widest first.
+        file, bits: of a nested model at one width, what the user called it, and the width.
     """
 
     name: str
@@ -58,6 +68,9 @@ class PlanModel:
     measured: str | None = None
     tokenizer: str | None = None
     training_tokens: int | None = None
+    widths: tuple[int, ...] = ()
+    file: str | None = None
+    bits: int | None = None
 
     @property
     def linear_parameters(self) -> int:
@@ -106,7 +119,7 @@ def find_models(names: Sequence[str], points: Iterable[Point] = ()) -> tuple[lis
     """
     points = list(points)
     if names:
-        found = [_named(name) for name in dict.fromkeys(names)]
+        found = [at for name in dict.fromkeys(names) for at in _at_widths(_named(name))]
         notes: list[str] = []
     else:
         found, notes = _at_hand()
@@ -147,6 +160,22 @@ def _named(name: str) -> PlanModel:
     )
 
 
+def _at_widths(model: PlanModel) -> list[PlanModel]:
+    """A nested model at each width that it serves; any other as it is."""
+    if not model.widths:
+        return [model]
+    return [
+        replace(
+            model,
+            name=f"{model.name} --bits {width}",
+            weights=narrowed_weights(model.weights, width),
+            file=model.name,
+            bits=width,
+        )
+        for width in model.widths
+    ]
+
+
 def _at_hand() -> tuple[list[PlanModel], list[str]]:
     """Models in kbit's cache and the hub's, and the built-in shapes."""
     from kbit.checkpoint.pull import CATALOGUE, cached_path
@@ -173,7 +202,7 @@ def _from_checkpoint(name: str, path: Path) -> PlanModel:
         missing = [tensor for tensor in spec.expected_tensors() if tensor not in source.tensors]
         if missing:
             raise KbitError(f"{source.path}: {missing[0]} is missing; download the model again")
-        weights = stored_weights(source, spec)
+        weights, widths = stored_weights(source, spec), widths_of(source)
         section = source.config.get("quantization_config")
         fixed = isinstance(section, dict) and section.get("quant_method") == "kbit"
         gguf = source.path.suffix == ".gguf"
@@ -188,6 +217,7 @@ def _from_checkpoint(name: str, path: Path) -> PlanModel:
         fixed=fixed,
         tokenizer=None if tokenizer is None else hashlib.sha256(tokenizer).hexdigest(),
         training_tokens=None if gguf else _training_tokens(path),
+        widths=widths,
     )
 
 

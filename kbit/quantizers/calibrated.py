@@ -7,11 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from copy import copy
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from kbit.calibration.request import CalibrationRequest
 from kbit.formats.codec import Codec
+from kbit.formats.nested import NestedFormat
 from kbit.formats.quant_format import QuantFormat
 from kbit.formats.trellis import TrellisFormat
 from kbit.host.errors import UsageError
@@ -19,7 +20,7 @@ from kbit.models.families import spec_from_config
 from kbit.models.params import layer_numbers, parameters
 from kbit.quantizers.method import Method, MethodInput, QuantizedSource
 from kbit.quantizers.rtn import QuantizedView
-from kbit.quantizers.settings import SWEEPS, Settings
+from kbit.quantizers.settings import SWEEPS, Nesting, Settings
 
 if TYPE_CHECKING:
     import torch
@@ -39,12 +40,14 @@ class CalibratedRounding(Method):
 
     Attributes:
         rounding: how; a class's own settings, or with options (`with_options`).
+        nesting: what the widths of nested formats weigh against each other.
         mixes: whether every matrix gets a width of its own unless the user wants one for all.
     """
 
     version = 1
     mixes: ClassVar[bool] = True
     rounding: Settings
+    nesting: Nesting | None = None
 
     def __init__(self, request: CalibrationRequest | None = None) -> None:
         self.request = request or CalibrationRequest()
@@ -69,11 +72,20 @@ class CalibratedRounding(Method):
         made.rounding = replace(self.rounding, static_scales=True, act_order=act_order)
         return made
 
+    def nested(self, nesting: Nesting) -> CalibratedRounding:
+        """The method for nested formats."""
+        made = copy(self)
+        made.nesting = nesting
+        return made
+
     @property
     def settings(self) -> Mapping[str, Any]:
-        return {**self.rounding.identity, "calibration": self.request.identity}
+        nesting = {} if self.nesting is None else {"nesting": asdict(self.nesting)}
+        return {**self.rounding.identity, **nesting, "calibration": self.request.identity}
 
     def refuses(self, format: Codec) -> str | None:
+        if isinstance(format, NestedFormat):
+            return None if self.rounding.feedback else "it passes no errors on, as nested widths need; use ldlq2 or rtn"
         if isinstance(format, TrellisFormat):
             if self.rounding.static_scales:
                 return "scales of trellis codes are chosen first in any case: drop --static-scales and --act-order"
@@ -106,7 +118,7 @@ class CalibratedRounding(Method):
         from kbit.calibration.run import calibrate
 
         calibration = calibrate(job.source, self.request, progress=job.progress)
-        return CalibratedView(job.source, job.plan, calibration, self.rounding, job.read)
+        return CalibratedView(job.source, job.plan, calibration, self.rounding, job.read, self.nesting)
 
 
 class ScaleSearch(CalibratedRounding):
@@ -145,6 +157,7 @@ class CalibratedView(QuantizedView):
         source, plan, read: as for QuantizedView.
         calibration: of the source.
         rounding: how.
+        nesting: of nested formats.
     """
 
     def __init__(
@@ -154,11 +167,12 @@ class CalibratedView(QuantizedView):
         calibration: CalibrationFolder,
         rounding: Settings,
         read: Callable[[str], torch.Tensor] | None = None,
+        nesting: Nesting | None = None,
     ) -> None:
         from kbit.calibration.collected import LEAST_TOKENS
 
         super().__init__(source, plan, read)
-        self._calibration, self._rounding = calibration, rounding
+        self._calibration, self._rounding, self._nesting = calibration, rounding, nesting or Nesting()
         spec = spec_from_config(source.config, where=f"config of {source.path}")
         self._layers = layer_numbers(spec)
         self._tables = {p.name for p in parameters(spec) if p.role == "table"}
@@ -208,5 +222,13 @@ class CalibratedView(QuantizedView):
     def _round(self, name: str, weight: torch.Tensor, factors: Factors | None, threads: int = 1) -> QuantTensor:
         from kbit.quantizers.rounding import Rounder
 
+        format = self.formats[name]
+        if isinstance(format, NestedFormat):
+            from kbit.quantizers.ldlq import Feedback
+            from kbit.quantizers.nested import round_nested
+
+            settings = replace(self._rounding, sweeps=self._rounding.sweeps or SWEEPS)
+            feedback = Feedback.of(factors, settings, weight.shape[1])
+            return round_nested(weight.float(), format, feedback, settings, self._nesting, name=name)
         rounder = Rounder(factors, self._rounding, weight.shape[1])
-        return rounder.round(weight.float(), self.formats[name], threads=threads, name=name)
+        return rounder.round(weight.float(), format, threads=threads, name=name)

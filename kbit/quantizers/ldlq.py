@@ -99,9 +99,20 @@ def round_matrix(
 
 
 def round_with(
-    weight: torch.Tensor, format: QuantFormat, feedback: Feedback, settings: Settings, *, name: str = "tensor"
+    weight: torch.Tensor,
+    format: QuantFormat,
+    feedback: Feedback,
+    settings: Settings,
+    *,
+    name: str = "tensor",
+    codebook: torch.Tensor | None = None,
+    scales: torch.Tensor | None = None,
 ) -> PlanesTensor:
-    """`round_matrix` with its factors taken apart already, for who rounds one matrix to several formats."""
+    """`round_matrix` with its factors taken apart already, for who rounds one matrix to several formats.
+
+    With a codebook float32 (2^k,), in place of the format's own: codes are its places. With scales (N, blocks), of the
+    type that the format stores, none are chosen.
+    """
     rows, columns = weight.shape
     weight = weight.contiguous()
     check_finite(weight, 0, rows, name)
@@ -110,8 +121,12 @@ def round_with(
             store_scales(*block_statistics(weight[start : start + ROWS_AT_ONCE], format), format)
     except KbitError as error:
         raise KbitError(f"{name}: {error}") from None
-    work = _Work(format, (rows, columns), matrix_codebook(weight, format), settings.search)
-    if format.double_quant or settings.static_scales:
+    work = _Work(
+        format, (rows, columns), matrix_codebook(weight, format) if codebook is None else codebook, settings.search
+    )
+    if scales is not None:
+        work.fix_scales({"scales": scales})
+    elif format.double_quant or settings.static_scales:
         # Scales that share factors over many rows are fixed before the first code is, too.
         free = work.run(weight, None, None, feedback.importance_by_column, slice(0, rows))
         work.fix_scales(store_scales(free.scales, free.offsets, format))

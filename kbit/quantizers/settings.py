@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 # Added to a factor's diagonal, in shares of its mean: the finite sample says nothing about directions it has not seen.
 INPUT_DAMPING, OUTPUT_DAMPING = 0.03, 0.2
+# Of the widths of a nested file, the one that is rounded first.
+ANCHOR = 4
 # Of coordinate descent after two-sided feedback (docs/methods.md: what they buy).
 SWEEPS = 4
 
@@ -43,6 +46,25 @@ class Settings:
         """Plain values: of options that came later, those that are set, so that what was made before stays known."""
         later = ("static_scales", "act_order")
         return {name: value for name, value in asdict(self).items() if value or name not in later}
+
+
+@dataclass(frozen=True)
+class Nesting:
+    """How the widths of a nested file weigh against each other (`kbit.quantizers.nested`).
+
+    Attributes:
+        anchor: the width that is rounded first, and counts more than others.
+        emphasis: how much more.
+        sweeps: of coordinate descent over all widths.
+    """
+
+    anchor: int = ANCHOR
+    emphasis: float = 16.0
+    sweeps: int = 8
+
+    def weights(self, widths: Sequence[int]) -> list[float]:
+        """What a unit of each width's cost counts. A further bit divides what can be reached by four."""
+        return [4.0 ** (width - widths[0]) * (self.emphasis if width == self.anchor else 1.0) for width in widths]
 
 
 @dataclass(frozen=True)

@@ -22,25 +22,25 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class NestedBits(Codec):
-    """The format "nested<k>", k from 2 to 8. Parts: first (of the code's bits), .., eighth at most; scale."""
+    """The format "bitwise<k>", k from 2 to 8. Parts: first (of the code's bits), .., eighth at most; scale."""
 
-    family: ClassVar[str] = "nested"
+    family: ClassVar[str] = "bitwise"
 
     bits: int = 4
 
     @classmethod
     def claims(cls, text: str) -> bool:
-        return text.startswith("nested")
+        return text.startswith("bitwise")
 
     @classmethod
     def parse(cls, text: str) -> NestedBits:
-        found = re.fullmatch(r"nested([2-8])", text)
+        found = re.fullmatch(r"bitwise([2-8])", text)
         if found is None:
-            raise UsageError(f"{text!r} is not a format: write nested2 to nested8")
+            raise UsageError(f"{text!r} is not a format: write bitwise2 to bitwise8")
         return cls(int(found[1]))
 
     def __str__(self) -> str:
-        return f"nested{self.bits}"
+        return f"bitwise{self.bits}"
 
     def at_width(self, bits: int) -> NestedBits:
         return NestedBits(bits)

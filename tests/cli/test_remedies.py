@@ -188,6 +188,25 @@ CASES: dict[str, tuple[Callable[[Path], object] | None, Case]] = {
     "no chat template": (
         None, Case("run Hi -m {good} --chat --max-tokens 2", r"`kbit run` without (--chat)", "run Hi -m {good} --max-tokens 2")
     ),
+    "a width of a model that has one": (
+        None,
+        Case(
+            "run Hi -m {good} --bits 3 --max-tokens 2",
+            r"drop (--bits), or make .* with kbit quantize (--nested 2..8)",
+            "quantize {good} {1}" + RTN,
+        ),
+    ),
+    "a draft of a model that has one width": (
+        None,
+        Case(
+            "run Hi -m {good} --speculate self --max-tokens 2",
+            r"or use (--speculate ngram)",
+            "run Hi -m {good} {0} --max-tokens 2",
+        ),
+    ),
+    "an anchor without widths": (
+        None, Case("quantize {good} --anchor 5 --dry-run -o {out}", r"add (--nested 2..8)")
+    ),
     "no picture": (None, Case("info {good} --bits 3", r"give (--plot) FILE", "info {good} --bits 3 {0} {picture.svg}")),
     "a pattern without a tensor": (
         None,

@@ -40,9 +40,9 @@ def weights() -> torch.Tensor:
 
 @pytest.fixture(scope="module")
 def folder(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The tiny model as `kbit quantize --format nested5` leaves it, head and embedding at 8 bits."""
-    out = tmp_path_factory.mktemp("toy") / "nested"
-    arguments = ["quantize", str(tiny_model), "--format", "nested5", "--embedding-bits", "8", "-o", str(out)]
+    """The tiny model as `kbit quantize --format bitwise5` leaves it, head and embedding at 8 bits."""
+    out = tmp_path_factory.mktemp("toy") / "bitwise"
+    arguments = ["quantize", str(tiny_model), "--format", "bitwise5", "--embedding-bits", "8", "-o", str(out)]
     result = CliRunner().invoke(build([]), arguments)
     assert result.exit_code == 0, result.output
     return out
@@ -53,10 +53,10 @@ def encode(x: torch.Tensor, bits: int) -> QuantTensor:
 
 
 def test_the_registry_reads_its_strings_and_leaves_the_others_theirs() -> None:
-    assert parse_format("nested3") == NestedBits(3)
+    assert parse_format("bitwise3") == NestedBits(3)
     assert str(parse_format("nf4-b64")) == "nf4-b64"
-    with pytest.raises(UsageError, match=r"'nested9' is not a format: write nested2 to nested8"):
-        parse_format("nested9")
+    with pytest.raises(UsageError, match=r"'bitwise9' is not a format: write bitwise2 to bitwise8"):
+        parse_format("bitwise9")
     with pytest.raises(UsageError, match="data type 'netsed' is unknown"):
         parse_format("netsed4")
 
@@ -70,7 +70,7 @@ def test_one_store_serves_several_widths(weights: torch.Tensor) -> None:
         assert whole.format.nbytes(*SHAPE, width) == NestedBits(width).nbytes(*SHAPE)
         assert torch.equal(whole.dequantize(width=width), encode(weights, width).dequantize())
         assert (whole.dequantize(width=width) - weights).abs().max() <= weights.abs().max() / 2 ** (width - 1)
-    with pytest.raises(UsageError, match="nested8 serves 8, 7, 6, 5, 4, 3, 2 bits, not 9"):
+    with pytest.raises(UsageError, match="bitwise8 serves 8, 7, 6, 5, 4, 3, 2 bits, not 9"):
         whole.dequantize(width=9)
 
 
@@ -86,14 +86,14 @@ def test_parts_have_the_values_of_the_whole(weights: torch.Tensor) -> None:
     for cut in (Cut(0, 0, 5), Cut(0, 5, 12), Cut(1, 0, 16), Cut(1, 16, 44)):
         part = whole.cut(cut)
         assert torch.equal(part.dequantize(), cut.of(whole.dequantize()))
-    with pytest.raises(UnsupportedError, match=r"^o: columns 0 to 12 of 44 are no whole blocks of 8 \(nested3\)"):
+    with pytest.raises(UnsupportedError, match=r"^o: columns 0 to 12 of 44 are no whole blocks of 8 \(bitwise3\)"):
         whole.cut(Cut(1, 0, 12), "o")
 
 
 def test_a_folder_holds_it_and_reads_it_back(folder: Path, tiny_model: Path) -> None:
     with open_model(str(folder)) as source, open_model(str(tiny_model)) as original:
         stored_as = {name: info.stored_as for name, info in source.tensors.items()}
-        assert {"nested5", "nested8", "F16"} == set(stored_as.values())
+        assert {"bitwise5", "bitwise8", "F16"} == set(stored_as.values())
         for name, text in stored_as.items():
             weight = source.read_weight(name)
             if text == "F16":
@@ -109,9 +109,9 @@ def test_a_folder_holds_it_and_reads_it_back(folder: Path, tiny_model: Path) -> 
 def test_info_and_the_manifest_know_it(folder: Path) -> None:
     result = CliRunner().invoke(build([]), ["info", str(folder), "--json"])
     assert result.exit_code == 0, result.output
-    assert "nested5" in result.output
+    assert "bitwise5" in result.output
     config = json.loads((folder / "config.json").read_text())["quantization_config"]
-    assert (config["format"], config["bits"], config["codebooks"]) == ("nested5", 5, {})
+    assert (config["format"], config["bits"], config["codebooks"]) == ("bitwise5", 5, {})
 
 
 def test_the_reference_runs_it(folder: Path) -> None:
@@ -137,28 +137,28 @@ def test_one_of_two_processes_gets_its_share(folder: Path) -> None:
 
 def test_backends_without_its_kernels_refuse_it_by_name(folder: Path, weights: torch.Tensor) -> None:
     message = (
-        "the {} backend has no kernel for nested{}: its kernels read planes.*, not nested; use --backend reference"
+        "the {} backend has no kernel for bitwise{}: its kernels read planes.*, not bitwise; use --backend reference"
     )
     with open_model(str(folder)) as source, pytest.raises(UnsupportedError, match=message.format("native", "8")):
         load_decoder(source, NativeBackend(1))
     pytest.importorskip("triton")
     from kbit.kernels.triton.codecs.layout import prepare_weight
 
-    with pytest.raises(UnsupportedError, match=message.format("triton", "4")):
+    with pytest.raises(UnsupportedError, match=message.format("triton", "4", "planes")):
         prepare_weight(encode(weights, 4), "cpu")
 
 
 def test_a_command_refuses_it_by_name(folder: Path) -> None:
     result = CliRunner().invoke(build([]), ["run", "once", "--model", str(folder), "--max-tokens", "1"])
     assert isinstance(result.exception, (KbitError, SystemExit))
-    assert "no kernel for nested8" in result.output + str(result.exception)
+    assert "no kernel for bitwise8" in result.output + str(result.exception)
 
 
 def test_a_damaged_part_is_named(folder: Path, tmp_path: Path) -> None:
     copy = tmp_path / "copy"
     shutil.copytree(folder, copy)
     config = json.loads((copy / "config.json").read_text())
-    config["quantization_config"]["tensors"]["model.layers.0.mlp.down_proj.weight"]["format"] = "nested6"
+    config["quantization_config"]["tensors"]["model.layers.0.mlp.down_proj.weight"]["format"] = "bitwise6"
     (copy / "config.json").write_text(json.dumps(config))
     with pytest.raises(KbitError, match=r"config\.json: changed since it was written"):
         open_model(str(copy))

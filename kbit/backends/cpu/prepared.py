@@ -24,6 +24,7 @@ import os
 import shutil
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
+from copy import copy
 from io import RawIOBase
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -31,10 +32,15 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import numpy as np
 
 from kbit import _native
+from kbit.backends.cpu.pieces import Pieces, write_all
+from kbit.backends.cpu.prepared_nested import Sections, nested_matrices, stretches_read
 from kbit.backends.cpu.weight import NativeWeight, prepare_stored
 from kbit.checkpoint.finite import read_array, read_stored
+from kbit.checkpoint.narrowed import narrow_check, narrowed, narrowed_info, widths_of
 from kbit.checkpoint.prepared_place import ENDING, prepared_path, prepared_prefix
 from kbit.checkpoint.source import CheckpointSource, StoredSource, TensorInfo
+from kbit.formats.stored import StoredMatrix
+from kbit.formats.stored_nested import StoredNested
 from kbit.host.errors import CheckpointError
 from kbit.host.files import fsync_folder
 from kbit.text.added_tokens import add_tokens_of_files
@@ -50,10 +56,6 @@ Opener: TypeAlias = Callable[[str], CheckpointSource]
 
 _MAGIC = b"kbitprep"
 _HEAD_BYTES = 4096
-_ALIGN = 64
-# Written at once, from multiples of it on: what Linux then holds in huge pages, which all that map the file share.
-# Decoding on one thread is a sixth faster with them (docs/measurements.md).
-_PIECE_BYTES = 8 << 20
 # Room that is left on the disk beside a prepared file.
 _SPARE_BYTES = 1 << 30
 
@@ -77,7 +79,6 @@ class PreparedSource(CheckpointSource):
         self.prepared = file
         self._opener = opener
         self._map = _native.MappedFile(str(file))
-        self._map.prefetch()  # where the disk must be read, all of it at its speed, and not page by page
         try:
             index = _read_index(self._map)
             self.path = Path(index["path"])
@@ -91,16 +92,40 @@ class PreparedSource(CheckpointSource):
             self._files = {str(name): place for name, place in index["files"].items()}
             self._table: list[int] | None = index["token_table"]
             self._fingerprint = str(index["fingerprint"])
+            self._nested: dict[str, dict[str, dict[str, Any]]] = index["nested"]
+            self._stretches, self._common = index["stretches"], int(index["common"])
         except (KeyError, TypeError, ValueError) as error:
             raise self._damaged(error) from None
         self._original: CheckpointSource | None = None
+        self._bits: int | None = None  # of nested matrices; None: the widest
+        self._map.prefetch(0, self._common)  # where the disk must be read, all of it at its speed, and not page by page
+
+    def at_width(self, bits: int) -> PreparedSource:
+        """The same file at a width of its nested matrices; it is mapped once.
+
+        Raises:
+            UsageError: the checkpoint does not serve this width.
+        """
+        narrow_check(str(self.path), widths_of(self), bits)
+        other = copy(self)
+        other._original, other._bits = None, bits
+        return other
+
+    def prefetch(self) -> None:
+        """Asks the system to read nested matrices ahead, as far as the width needs them."""
+        try:
+            widths = [int(width) for width in self._stretches["planes"]]
+            for begin, end in stretches_read(self._stretches, self._bits or max(widths)) if widths else ():
+                self._map.prefetch(begin, end)
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
+            raise self._damaged(error) from None
 
     def _damaged(self, why: object) -> CheckpointError:
         return CheckpointError(f"{self.prepared}: the prepared weights are damaged ({why}); remove the file")
 
     @property
     def tensors(self) -> Mapping[str, TensorInfo]:
-        return self._infos
+        return self._infos if self._bits is None else {n: narrowed_info(i, self._bits) for n, i in self._infos.items()}
 
     def prepared_weight(self, name: str) -> NativeWeight:
         """A matrix in the mapped file.
@@ -109,7 +134,12 @@ class PreparedSource(CheckpointSource):
             CheckpointError: the file's index says what cannot be.
         """
         try:
-            return NativeWeight(_native.map_matrix(self._map, **self._matrices[name]))
+            if name in self._nested:
+                served = self._nested[name]
+                place = served[str(self._bits or max(int(width) for width in served))]
+            else:
+                place = self._matrices[name]
+            return NativeWeight(_native.map_matrix(self._map, **place))
         except (KeyError, TypeError, ValueError, OverflowError) as error:
             raise self._damaged(f"{name}: {error}") from None
 
@@ -160,6 +190,8 @@ class PreparedSource(CheckpointSource):
 
         if self._original is None:
             self._original = (self._opener or open_model)(str(self.path))
+            if self._bits is not None:
+                self._original = narrowed(self._original, self._bits)
         return self._original
 
 
@@ -262,17 +294,17 @@ def _write(
     partial = path.with_suffix(".part")
     try:
         with partial.open("wb", buffering=0) as file:
-            pieces = _Pieces(file)
+            pieces = Pieces(file)
             pieces.write(b"\0" * _HEAD_BYTES)
-            index = _write_arrays(pieces, source, names, numbers, context, progress)
+            index = _write_arrays(file, pieces, source, names, numbers, context, progress)
             index["path"] = str(checkpoint.resolve())
             data = json.dumps(index).encode()
-            begin = pieces.size
-            pieces.write(data)
-            pieces.flush()
+            begin = index["end"]
+            file.seek(begin)
+            write_all(file, memoryview(data))
             file.seek(0)
             head = _MAGIC + begin.to_bytes(8, "little") + len(data).to_bytes(8, "little")
-            _write_all(file, memoryview(head + hashlib.sha256(data).digest()))
+            write_all(file, memoryview(head + hashlib.sha256(data).digest()))
             os.fsync(file.fileno())
         os.replace(partial, path)
         fsync_folder(path.parent)
@@ -281,44 +313,9 @@ def _write(
         raise
 
 
-class _Pieces:
-    """Appends to a file, `_PIECE_BYTES` at a time.
-
-    Attributes:
-        size: bytes so far.
-    """
-
-    def __init__(self, file: RawIOBase) -> None:
-        self._file = file
-        self._piece = bytearray(_PIECE_BYTES)
-        self._used = 0
-        self.size = 0
-
-    def write(self, data: bytes | memoryview) -> None:
-        rest = memoryview(data)
-        self.size += len(rest)
-        while len(rest):
-            taken = min(len(rest), _PIECE_BYTES - self._used)
-            self._piece[self._used : self._used + taken] = rest[:taken]
-            self._used += taken
-            rest = rest[taken:]
-            if self._used == _PIECE_BYTES:
-                self.flush()
-
-    def flush(self) -> None:
-        _write_all(self._file, memoryview(self._piece)[: self._used])
-        self._used = 0
-
-
-def _write_all(file: RawIOBase, data: memoryview) -> None:
-    while len(data):
-        written = file.write(data)
-        assert written is not None  # a file that blocks
-        data = data[written:]
-
-
 def _write_arrays(
-    file: _Pieces,
+    raw: RawIOBase,
+    file: Pieces,
     source: StoredSource,
     names: Mapping[str, tuple[int, ...]],
     numbers: Collection[str],
@@ -327,14 +324,16 @@ def _write_arrays(
 ) -> dict[str, Any]:
     matrices: dict[str, Any] = {}
     vectors: dict[str, list[int]] = {}
-    for done, (name, shape) in enumerate(names.items(), start=1):
+    nested = nested_matrices(source, names)
+    plain = {name: shape for name, shape in names.items() if name not in nested}
+    for done, (name, shape) in enumerate(plain.items(), start=1):
         if len(shape) == 2 and name not in numbers:
             matrix = prepare_stored(read_stored(source, name), context).matrix
-            begins = [_append(file, array) for array in _native.matrix_arrays(matrix)]
+            begins = [file.append(array) for array in _native.matrix_arrays(matrix)]
             matrices[name] = {**_native.describe_matrix(matrix), "begins": begins}
         else:
             vector = np.ascontiguousarray(read_array(source, name)).reshape(-1)
-            begin = _append(file, vector.view(np.uint8))
+            begin = file.append(vector.view(np.uint8))
             vectors[name] = [begin, begin + vector.nbytes]
         if progress is not None:
             progress(done, len(names))
@@ -342,28 +341,35 @@ def _write_arrays(
     table = None
     if "tokenizer.json" in files:
         table = build_table(files["tokenizer.json"], lambda full: add_tokens_of_files(full, files, str(source.path)))
+    placed = {name: _place(file, data) for name, data in files.items()}
+    token_table = None if table is None else _place(file, table)
+    file.flush()
+    sections = Sections(raw, file.size, nested)
+    for done, name in enumerate(nested, start=len(plain) + 1):
+        stored = read_stored(source, name)
+        assert isinstance(stored, StoredMatrix)
+        sections.write(name, StoredNested.of(stored), context)
+        if progress is not None:
+            progress(done, len(names))
+    sections.finish()
     return {
         "config": source.config,
         "fingerprint": source.fingerprint(),
         "tensors": [[i.name, i.shape, i.stored_as, i.nbytes, str(i.file)] for i in source.tensors.values()],
         "matrices": matrices,
         "vectors": vectors,
-        "files": {name: _place(file, data) for name, data in files.items()},
-        "token_table": None if table is None else _place(file, table),
+        "nested": sections.places,
+        "stretches": sections.stretches,
+        "common": file.size,
+        "end": sections.end,
+        "files": placed,
+        "token_table": token_table,
     }
 
 
-def _place(file: _Pieces, data: bytes) -> list[int]:
-    begin = _append(file, np.frombuffer(data, dtype=np.uint8))
+def _place(file: Pieces, data: bytes) -> list[int]:
+    begin = file.append(np.frombuffer(data, dtype=np.uint8))
     return [begin, begin + len(data)]
-
-
-def _append(file: _Pieces, data: NDArray[np.uint8]) -> int:
-    """Writes an array at the next aligned place; where that is. 64 bytes lie between arrays, as kernels read ahead."""
-    file.write(b"\0" * (-file.size % _ALIGN + _ALIGN))
-    begin = file.size
-    file.write(data.data)
-    return begin
 
 
 def _read_index(file: _native.MappedFile) -> dict[str, Any]:

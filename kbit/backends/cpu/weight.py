@@ -13,6 +13,7 @@ from kbit import _native
 from kbit.formats.codec import no_kernel
 from kbit.formats.quant_format import plane_widths
 from kbit.formats.stored import AnyStored, DenseMatrix, StoredMatrix
+from kbit.formats.stored_nested import StoredNested
 from kbit.formats.stored_planes import StoredPlanes
 from kbit.formats.trellis import TrellisFormat, integer_codes
 from kbit.graph.ops import Vector, Weight
@@ -112,6 +113,28 @@ def _planes(stored: StoredMatrix, context: Context) -> Matrix:
     )
 
 
+def _nested(stored: StoredMatrix, context: Context) -> Matrix:
+    """The widest width of a nested matrix."""
+    return nested_matrix(StoredNested.of(stored), stored.format.bits, context)
+
+
+def nested_matrix(matrix: StoredNested, width: int, context: Context) -> Matrix:
+    """A nested matrix at a width: planes apart from 3 bits on (kernels/cpu/codecs/matrix.h), and the width's scales."""
+    format = matrix.format
+    return _native.Matrix.quantized(
+        matrix.planes(width),
+        width,
+        matrix.shape[1],
+        format.block_size,
+        matrix.kernel_scales(width),
+        None,
+        format.scale_dtype,
+        np.ascontiguousarray(matrix.levels(width)),
+        context,
+        apart=width > 2,
+    )
+
+
 def _trellis(stored: StoredMatrix, context: Context) -> Matrix:
     """Tiles, scales of rows and signs (kernels/cpu/codecs/matrix.h); integers as bit planes of rotated columns."""
     format, columns = stored.format, stored.shape[1]
@@ -136,7 +159,11 @@ def _trellis(stored: StoredMatrix, context: Context) -> Matrix:
 
 
 # How a matrix of each codec gets into the native layout, by family.
-_CODECS: dict[str, Callable[[StoredMatrix, Context], Matrix]] = {"planes": _planes, "trellis": _trellis}
+_CODECS: dict[str, Callable[[StoredMatrix, Context], Matrix]] = {
+    "planes": _planes,
+    "trellis": _trellis,
+    "nested": _nested,
+}
 
 
 def _bits(values: torch.Tensor) -> NDArray[Any]:

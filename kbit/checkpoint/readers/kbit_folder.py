@@ -190,23 +190,32 @@ class KbitFolder(HFFolder):
         """A packed weight, its checksums verified."""
         return self._read_packed(name).tensor()
 
-    def _read_packed(self, name: str) -> StoredMatrix:
+    def read_narrowed(self, name: str, width: int) -> StoredMatrix:
+        """What is stored of a packed weight up to a width, and no more, as a matrix of that format (`Codec.narrowed`).
+
+        Raises:
+            UsageError: the weight's format does not serve this width.
+        """
+        return self._read_packed(name, width)
+
+    def _read_packed(self, name: str, width: int | None = None) -> StoredMatrix:
         import numpy as np
 
         from kbit.formats.stored import StoredMatrix
 
-        format, shape = self._quantized[name]
+        stored_format, shape = self._quantized[name]
+        format = stored_format if width is None else stored_format.narrowed(width)
         parts = {suffix: self._read_checked(f"{name}.{suffix}") for suffix in format.parts(*shape)}
-        key = format.codebook_key(shape[1])
+        key = stored_format.codebook_key(shape[1])
         if "codebook" in parts:
             codebook = parts["codebook"]
         elif key is None:
             codebook = format.codebook(shape[1])
         else:
-            values, size = self._codebooks.get(key), format.codebook_size
+            values, size = self._codebooks.get(key), stored_format.codebook_size
             if values is None or len(values) != size:
-                raise CheckpointError(f"{self.path}/config.json: no codebook of {size} values for {format}")
-            codebook = np.array(values, dtype=np.float32)
+                raise CheckpointError(f"{self.path}/config.json: no codebook of {size} values for {stored_format}")
+            codebook = np.array(values[: format.codebook_size], dtype=np.float32)
         return StoredMatrix.checked(name, format, shape, parts, codebook)
 
     def verify(self) -> int:

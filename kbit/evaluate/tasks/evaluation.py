@@ -143,10 +143,10 @@ def evaluate_tasks(
     for path, records in others:
         _pairs_exist(path, records, data)
     started = time.perf_counter()
-    results, resumed = _score(request, request.model, backend, data, request.items, progress, say)
+    results, resumed = _score(request, request.model, request.bits, backend, data, request.items, progress, say)
     reference: dict[str, TaskResult] = {}
     if request.reference is not None:
-        reference, _ = _score(request, request.reference, reference_backend, data, None, progress, say)
+        reference, _ = _score(request, request.reference, None, reference_backend, data, None, progress, say)
         rows = [record for result in reference.values() for record in result.records]
         others.insert(0, (request.reference, rows))
     seconds = time.perf_counter() - started
@@ -198,6 +198,7 @@ def compare_results(
 def _score(
     request: TaskRequest,
     model: str,
+    bits: int | None,
     backend: Backend,
     data: Sequence[TaskItems],
     items: str | None,
@@ -206,7 +207,7 @@ def _score(
 ) -> tuple[dict[str, TaskResult], int]:
     """One model on all items, and how many of them the file of --items had already."""
     with ExitStack() as stack:
-        with open_model(model) as source:
+        with open_model(model, bits) as source:
             spec = spec_from_config(source.config, where=f"config of {source.path}")
             length = choose_length(spec, request.context)
             how = [source.fingerprint(), backend.name, request.compute, request.kv_bits, length]
@@ -217,7 +218,7 @@ def _score(
         scorer = None
         if known != wanted:
             say(f"loading {model}")
-            loaded = load_model(model, backend=backend)
+            loaded = load_model(model, backend=backend, bits=bits)
             scorer = Scorer(loaded.decoder, loaded.tokenizer, length)
             say("tokenising")
         return score_items(scorer, data, run, model, keep, progress), len(known)

@@ -6,6 +6,7 @@
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
+#include <algorithm>
 #include <stdexcept>
 
 #include "bind/bind.h"
@@ -32,21 +33,24 @@ template <typename Owner> ByteView view_of(const std::uint8_t* begin, std::size_
 
 std::shared_ptr<MatrixStorage> map_matrix(std::shared_ptr<MappedFile> file, std::int64_t rows, std::int64_t columns,
                                           int bits, std::int64_t block_size, const std::string& kind, bool offsets,
-                                          const std::array<std::uint64_t, kArrays>& begins, const std::string& code,
-                                          int window, std::int64_t mixed) {
+                                          const std::vector<std::uint64_t>& begins, const std::string& code,
+                                          int window, std::int64_t mixed, bool apart) {
   constexpr std::int64_t kMost = std::int64_t{1} << 40;
   if (rows < 1 || columns < 1 || rows > kMost / columns || (bits != 0 && (bits < 2 || bits > 8)) || block_size < 0 ||
-      block_size % 16) {
+      block_size % 16 || (apart && bits < 3) ||
+      begins.size() != static_cast<std::size_t>(kPlainArrays + (apart ? bits - 2 : 0))) {
     throw std::invalid_argument("a prepared matrix cannot have this shape and width");
   }
+  std::array<std::uint64_t, kArrays> places{};
+  std::copy(begins.begin(), begins.end(), places.begin());
   const Code what = code_named(code);
-  if (what != Code::planes && (kind != "fp16" || offsets || block_size != 0)) {
+  if (what != Code::planes && (kind != "fp16" || offsets || block_size != 0 || apart)) {
     throw std::invalid_argument("a trellis has one fp16 scale a row");
   }
   require_trellis(what, bits, window);
   require_mixed(mixed, columns);
-  return MatrixStorage::mapped({rows, columns, bits, block_size, number_named(kind), offsets, what, window, mixed},
-                               std::move(file), begins);
+  return MatrixStorage::mapped({rows, columns, bits, block_size, number_named(kind), offsets, what, window, mixed, apart},
+                               std::move(file), places);
 }
 
 }  // namespace
@@ -100,7 +104,8 @@ void bind_mapped(nb::module_& module) {
       .def_prop_ro("path", &MappedFile::path)
       .def("__len__", &MappedFile::size)
       .def("check", &MappedFile::check, "Raise CheckpointError where the file is no longer what was opened.")
-      .def("prefetch", &MappedFile::prefetch, "Ask the system to read all of it ahead.")
+      .def("prefetch", &MappedFile::prefetch, nb::arg("begin"), nb::arg("end"),
+           "Ask the system to read bytes [begin, end) ahead.")
       .def("bytes",
            [](std::shared_ptr<MappedFile> file, std::uint64_t begin, std::uint64_t end) {
              if (begin > end || end > file->size()) throw std::invalid_argument("these bytes lie outside the file");
@@ -119,6 +124,7 @@ void bind_mapped(nb::module_& module) {
                found["block_size"] = d.block_size;
                found["kind"] = kNumberNames[static_cast<int>(d.kind)];
                found["offsets"] = d.offsets;
+               found["apart"] = d.apart;
                found["code"] = kCodeNames[static_cast<int>(d.code)];
                found["window"] = d.window;
                found["mixed"] = d.mixed;
@@ -128,13 +134,18 @@ void bind_mapped(nb::module_& module) {
   module.def("matrix_arrays",
              [](std::shared_ptr<MatrixStorage> matrix) {
                nb::list found;
-               for (const Bytes& bytes : matrix->arrays()) found.append(view_of(bytes.begin, bytes.size, matrix));
+               const Matrix& m = matrix->matrix();
+               const auto arrays = matrix->arrays();
+               for (int i = 0; i < kPlainArrays + (m.apart ? m.bits - 2 : 0); ++i) {
+                 const Bytes& bytes = arrays[static_cast<std::size_t>(i)];
+                 found.append(view_of(bytes.begin, bytes.size, matrix));
+               }
                return found;
              },
              nb::arg("matrix"), "A prepared matrix's arrays, not copied; empty ones where it has none.");
   module.def("map_matrix", &map_matrix, nb::arg("file"), nb::arg("rows"), nb::arg("columns"), nb::arg("bits"),
              nb::arg("block_size"), nb::arg("kind"), nb::arg("offsets"), nb::arg("begins"), nb::arg("code") = "planes",
-             nb::arg("window") = 0, nb::arg("mixed") = 0,
+             nb::arg("window") = 0, nb::arg("mixed") = 0, nb::arg("apart") = false,
              "A matrix whose arrays lie in a file, each from one of `begins` on.");
 }
 

@@ -41,7 +41,7 @@ void require_signs(const std::optional<Array<const std::uint8_t, 1>>& signs, std
 Weights quantized_matrix(const std::vector<Array<const std::uint8_t, 2>>& planes, int bits, std::int64_t columns,
                          std::int64_t block_size, const Untyped& scales, const std::optional<Untyped>& offsets,
                          const std::string& scale_kind, const Array<const float, 1>& codebook, Context& context,
-                         const std::optional<Array<const std::uint8_t, 1>>& signs, std::int64_t mixed) {
+                         const std::optional<Array<const std::uint8_t, 1>>& signs, std::int64_t mixed, bool apart) {
   require(bits >= 2 && bits <= 8, "bits are 2 to 8");
   require(columns >= 1 && block_size >= 0 && block_size % 16 == 0, "a block is 0 (a row) or a multiple of 16 columns");
   require(!planes.empty(), "there are no planes");
@@ -50,11 +50,20 @@ Weights quantized_matrix(const std::vector<Array<const std::uint8_t, 2>>& planes
   parts.columns = columns;
   parts.bits = bits;
   parts.block_size = block_size;
+  parts.apart = apart;
+  std::vector<unsigned> widths;
+  if (apart) {
+    require(bits >= 3, "planes are kept apart from 3 bits on");
+    widths.assign(static_cast<std::size_t>(bits - 1), 1);
+    widths[0] = 2;
+  } else {
+    for (unsigned width = 8; width > 0; width /= 2)
+      if (static_cast<unsigned>(bits) & width) widths.push_back(width);
+  }
   require_signs(signs, mixed, columns);
   const auto coded = static_cast<std::size_t>(coded_columns(columns, mixed));
   std::size_t used = 0;
-  for (unsigned width = 8; width > 0; width /= 2) {
-    if (!(static_cast<unsigned>(bits) & width)) continue;
+  for (const unsigned width : widths) {
     require(used < planes.size(), "a bit plane is missing");
     const auto& plane = planes[used++];
     require(static_cast<std::int64_t>(plane.shape(0)) == parts.rows &&
@@ -132,7 +141,8 @@ void bind_matrix(nb::module_& module) {
   nb::class_<MatrixStorage>(module, "Matrix", "A weight matrix (N, K) in the layout of kernels/cpu/codecs/matrix.h.")
       .def_static("quantized", &quantized_matrix, nb::arg("planes"), nb::arg("bits"), nb::arg("columns"),
                   nb::arg("block_size"), nb::arg("scales"), nb::arg("offsets").none(), nb::arg("scale_kind"),
-                  nb::arg("codebook"), nb::arg("context"), nb::arg("signs") = nb::none(), nb::arg("mixed") = 0)
+                  nb::arg("codebook"), nb::arg("context"), nb::arg("signs") = nb::none(), nb::arg("mixed") = 0,
+                  nb::arg("apart") = false)
       .def_static("trellis", &trellis_matrix, nb::arg("codes"), nb::arg("bits"), nb::arg("code"), nb::arg("window"),
                   nb::arg("columns"), nb::arg("scales"), nb::arg("signs"), nb::arg("mixed"), nb::arg("context"))
       .def_static("dense", &dense_matrix, nb::arg("values"), nb::arg("kind"), nb::arg("context"))

@@ -3,6 +3,7 @@
 #include <nanobind/ndarray.h>
 #include <nanobind/stl/optional.h>
 #include <nanobind/stl/string.h>
+#include <nanobind/stl/vector.h>
 
 #include <algorithm>
 #include <cmath>
@@ -17,6 +18,7 @@
 #include "isa/isa.h"
 #include "isa/kernel_table.h"
 #include "rounding/descent.h"
+#include "rounding/nested_descent.h"
 #include "rounding/rounding.h"
 
 namespace nb = nanobind;
@@ -30,6 +32,8 @@ using Vector = Levels;
 using BlocksOf = nb::ndarray<const std::int32_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 using Table = nb::ndarray<const float, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
 using TableOut = nb::ndarray<float, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
+using Planes = nb::ndarray<const float, nb::ndim<3>, nb::c_contig, nb::device::cpu>;
+using PlanesOut = nb::ndarray<float, nb::ndim<3>, nb::c_contig, nb::device::cpu>;
 using CodesOut = nb::ndarray<std::uint8_t, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
 
 ScaleType scale_type_named(const std::string& name) {
@@ -159,9 +163,70 @@ void descend_rows(Table slopes, Table inputs, Table outputs, Levels levels, Leve
   kernels->descend_rows(task);
 }
 
+void descend_nested_rows(Planes slopes, Table inputs, Table outputs, const std::vector<Levels>& levels,
+                         const std::vector<float>& weights, std::int64_t block, Planes scales, CodesOut codes,
+                         PlanesOut change, const std::string& isa) {
+  const std::size_t widths = levels.size();
+  if (widths < 1 || widths > kMostWidths || weights.size() != widths) throw std::invalid_argument("1 to 7 widths, a weight each");
+  const std::int64_t rows = std::int64_t(codes.shape(0)), columns = std::int64_t(codes.shape(1));
+  if (rows < 1 || rows > kRoundedRows || columns < 1) throw std::invalid_argument("1 to 16 rows at once");
+  if (block < 1) throw std::invalid_argument("a block has at least one column");
+  const std::int64_t blocks = (columns + block - 1) / block;
+  const auto of_widths = [&](const auto& array, std::int64_t wide, const char* what) {
+    if (array.shape(0) != widths || std::int64_t(array.shape(1)) != rows || std::int64_t(array.shape(2)) != wide)
+      throw std::invalid_argument(std::string(what) + " has the wrong shape");
+  };
+  of_widths(slopes, columns, "slopes");
+  of_widths(change, columns, "change");
+  of_widths(scales, blocks, "scales");
+  require(inputs, columns, columns, "inputs");
+  require(outputs, rows, rows, "outputs");
+  NestedDescentTask task = {};
+  task.widths = static_cast<int>(widths);
+  const Scratch padded = make_scratch(kMostWidths * 256);  // codes are looked at 16 at a time
+  std::fill(padded.get(), padded.get() + kMostWidths * 256, 0.0f);
+  for (std::size_t p = 0; p < widths; ++p) {
+    const std::size_t count = levels[p].shape(0);
+    int bits = 2;
+    while (bits < 8 && (std::size_t{1} << bits) < count) ++bits;
+    if (count != std::size_t{1} << bits || (p > 0 && bits <= task.bits[p - 1]))
+      throw std::invalid_argument("levels are 2^bits, of 2 to 8 bits, ascending");
+    for (std::size_t i = 0; i < count; ++i) {
+      if (!std::isfinite(levels[p].data()[i])) throw std::invalid_argument("levels must be finite");
+    }
+    std::copy(levels[p].data(), levels[p].data() + count, padded.get() + p * 256);
+    task.bits[p] = bits;
+    task.weights[p] = weights[p];
+    task.levels[p] = padded.get() + p * 256;
+  }
+  for (std::int64_t i = 0; i < rows * columns; ++i) {
+    if (codes.data()[i] >> task.bits[widths - 1]) throw std::invalid_argument("there is no such code");
+  }
+  task.rows = rows;
+  task.columns = columns;
+  task.block = block;
+  task.slope_stride = rows * columns;
+  task.slopes = slopes.data();
+  task.inputs = inputs.data();
+  task.outputs = outputs.data();
+  task.scale_stride = rows * blocks;
+  task.scales = scales.data();
+  task.codes = codes.data();
+  task.change = change.data();
+  const Scratch scratch = make_scratch(nested_descent_scratch(columns, task.widths));
+  task.scratch = scratch.get();
+  const Kernels* kernels = find_kernels(choose_instruction_set(isa).c_str());
+  nb::gil_scoped_release release;
+  kernels->descend_nested_rows(task);
+}
+
 }  // namespace
 
 void bind_rounding(nb::module_& module) {
+  module.def("descend_nested_rows", &descend_nested_rows, nb::arg("slopes"), nb::arg("inputs"), nb::arg("outputs"),
+             nb::arg("levels"), nb::arg("weights"), nb::arg("block"), nb::arg("scales"), nb::arg("codes"), nb::arg("change"),
+             nb::arg("isa") = "",
+             "Better nested codes for up to 16 rows, all widths together; kernels/cpu/rounding/nested_descent.h.");
   module.def("round_matrix", &round_matrix, nb::arg("weights").noconvert(), nb::arg("correction").noconvert().none(),
              nb::arg("feedback").noconvert().none(), nb::arg("importance").noconvert(), nb::arg("levels").noconvert(),
              nb::arg("codes_of_levels").noconvert(), nb::arg("block"), nb::arg("scale_type"), nb::arg("asymmetric"),

@@ -39,7 +39,7 @@ MappedFile::MappedFile(std::string path) : path_(std::move(path)) {
 }
 MappedFile::~MappedFile() { _aligned_free(data_); }
 void MappedFile::check() const {}
-void MappedFile::prefetch() const {}
+void MappedFile::prefetch(std::size_t, std::size_t) const {}
 
 #else
 
@@ -152,7 +152,11 @@ void MappedFile::check() const {
   }
 }
 
-void MappedFile::prefetch() const { madvise(data_, size_, MADV_WILLNEED); }
+void MappedFile::prefetch(std::size_t begin, std::size_t end) const {
+  end = end < size_ ? end : size_;
+  begin = begin / page_bytes * page_bytes;
+  if (begin < end) madvise(data_ + begin, end - begin, MADV_WILLNEED);
+}
 
 #endif
 

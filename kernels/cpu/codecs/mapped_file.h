@@ -33,8 +33,8 @@ class MappedFile {
 
   // Throws FileChanged. Costs one system call, so it may follow every pass.
   void check() const;
-  // Asks the system to read the whole file ahead.
-  void prefetch() const;
+  // Asks the system to read bytes [begin, end) ahead.
+  void prefetch(std::size_t begin, std::size_t end) const;
 
  private:
   struct Identity;

@@ -19,6 +19,11 @@
 // Half a tile is the least that fills a vector of one bit, and what the kernels decode at a time: whatever the width, they
 // read memory from front to back, which is what its hardware prefetchers are made for.
 //
+// Nested codes (formats/nested.py) keep their planes apart, so that fewer bits are fewer bytes: `codes` is a stream of 2-bit
+// codes as above, and each further bit has a stream of its own, of a plane of one bit:
+//
+//     stream of one bit:   [panel][tile][half] vector of 64 bytes        bit f of every byte = that bit of quad f
+//
 // Scales, and offsets where the format has them, lie beside: 16 per panel and block, in the order they are used.
 // Where blocks of 16 or 32 columns share one fp32 number per 256 columns, as GGUF's K types do (scale = step * size with
 // an integer step), they are kept so (Number::steps), which takes a quarter of fp32's bytes:
@@ -43,6 +48,7 @@ constexpr int kPanelRows = 16;    // rows of a panel
 constexpr int kTileColumns = 64;  // columns of a tile
 constexpr int kStepColumns = 256;  // columns of a group of stepped scales
 constexpr int kTileWeights = kPanelRows * kTileColumns;
+constexpr int kFurtherBits = 6;  // beyond two
 
 // What codes stand for: values of a codebook, or (trellises) sums of the bytes of a product, of two bytes or of four.
 enum class Code : std::uint8_t { planes, sum2, sum4 };
@@ -65,7 +71,9 @@ struct Matrix {
   Number value_kind = Number::single;
 
   // Quantized.
-  const std::uint8_t* codes = nullptr;  // [panel][tile][128 * bits bytes], 64-byte aligned
+  const std::uint8_t* codes = nullptr;  // [panel][tile][128 * bits bytes], 64-byte aligned; apart: [panel][tile][256]
+  bool apart = false;                   // bits 3 and up have streams of their own
+  const std::uint8_t* further[kFurtherBits] = {};  // [panel][tile][128], of code bits 2, 3, ..
   const void* scales = nullptr;         // [panel][block][16 rows]
   const void* offsets = nullptr;        // the same, or null
   Number scale_kind = Number::half;
@@ -92,6 +100,7 @@ struct Matrix {
   bool plain = false;                   // up to 7 bits, and level = code - zero: no lookup either
   std::int32_t zero = 0;
 
+  // Of all bits of a code, wherever they lie.
   std::int64_t tile_bytes() const { return kTileWeights / 8 * bits; }
   std::int64_t panel_bytes() const { return tiles * tile_bytes(); }
 };

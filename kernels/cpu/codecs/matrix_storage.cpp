@@ -5,6 +5,7 @@
 #include <cmath>
 #include <cstring>
 #include <new>
+#include <numeric>
 #include <span>
 #include <stdexcept>
 
@@ -48,6 +49,7 @@ void MatrixStorage::lay_out(const Description& what) {
   m.panels = (what.rows + kPanelRows - 1) / kPanelRows;
   m.tiles = (what.columns + kTileColumns - 1) / kTileColumns;
   m.bits = what.bits;
+  m.apart = what.apart;
   if (what.bits == 0) {
     m.value_kind = what.kind;
     return;
@@ -70,12 +72,17 @@ void MatrixStorage::lay_out(const Description& what) {
 std::array<std::size_t, kArrays> MatrixStorage::sizes() const {
   const Matrix& m = matrix_;
   const std::int64_t number = bytes_of(description_.kind);
-  if (m.bits == 0) return {static_cast<std::size_t>(m.panels * m.tiles * kTileWeights * number), 0, 0, 0};
+  if (m.bits == 0) return {static_cast<std::size_t>(m.panels * m.tiles * kTileWeights * number)};
   const bool steps = description_.kind == Number::steps;
   const std::size_t scales = static_cast<std::size_t>(steps ? m.panels * m.groups * m.group_bytes
                                                             : m.panels * m.blocks * kPanelRows * number);
-  return {static_cast<std::size_t>(m.panels * m.panel_bytes()), scales, description_.offsets ? scales : 0,
-          sizeof(float) * (codebook_size() + (m.mixed ? static_cast<std::size_t>((m.columns + 15) / 16 * 16) : 0))};
+  const auto plane = [&m](int bits) { return static_cast<std::size_t>(m.panels * m.tiles * kTileWeights / 8 * bits); };
+  std::array<std::size_t, kArrays> found{
+      m.apart ? plane(2) : static_cast<std::size_t>(m.panels * m.panel_bytes()), scales,
+      description_.offsets ? scales : 0,
+      sizeof(float) * (codebook_size() + (m.mixed ? static_cast<std::size_t>((m.columns + 15) / 16 * 16) : 0))};
+  for (int i = 0; m.apart && i < m.bits - 2; ++i) found[static_cast<std::size_t>(kPlainArrays + i)] = plane(1);
+  return found;
 }
 
 std::size_t MatrixStorage::codebook_size() const {
@@ -84,7 +91,7 @@ std::size_t MatrixStorage::codebook_size() const {
 
 std::size_t MatrixStorage::nbytes() const {
   const auto bytes = sizes();
-  return bytes[0] + bytes[1] + bytes[2];
+  return std::accumulate(bytes.begin(), bytes.end(), std::size_t{0}) - bytes[3];
 }
 
 std::size_t MatrixStorage::size_of(const Description& what) {
@@ -96,6 +103,7 @@ std::size_t MatrixStorage::size_of(const Description& what) {
 std::array<Bytes, kArrays> MatrixStorage::arrays() const {
   const Matrix& m = matrix_;
   const void* begins[kArrays] = {m.bits ? m.codes : m.values, m.scales, m.offsets, m.codebook};
+  std::copy(m.further, m.further + kFurtherBits, begins + kPlainArrays);
   const auto bytes = sizes();
   std::array<Bytes, kArrays> found;
   for (std::size_t i = 0; i < kArrays; ++i) found[i] = {static_cast<const std::uint8_t*>(begins[i]), bytes[i]};
@@ -125,6 +133,7 @@ std::shared_ptr<MatrixStorage> MatrixStorage::mapped(const Description& what, st
     m.codes = begins[0];
     m.scales = begins[1];
     m.offsets = begins[2];
+    std::copy(begins + kPlainArrays, begins + kArrays, m.further);
     storage->codebook_.resize(bytes[3] / sizeof(float));
     if (bytes[3] > 0) std::memcpy(storage->codebook_.data(), begins[3], bytes[3]);
     storage->point_at_codebook();
@@ -136,50 +145,75 @@ std::shared_ptr<MatrixStorage> MatrixStorage::mapped(const Description& what, st
 std::shared_ptr<MatrixStorage> MatrixStorage::quantized(const QuantizedParts& parts, Team& team) {
   auto storage = std::make_shared<MatrixStorage>();
   storage->lay_out({parts.rows, parts.columns, parts.bits, parts.block_size, parts.scale_kind, parts.offsets != nullptr,
-                    Code::planes, 0, parts.mixed});
+                    Code::planes, 0, parts.mixed, parts.apart});
   Matrix& m = storage->matrix_;
-  storage->data_ = AlignedBytes(storage->sizes()[0]);
+  const auto bytes = storage->sizes();
+  storage->data_ = AlignedBytes(bytes[0]);
   m.codes = storage->data_.data();
+  for (int i = 0; parts.apart && i < parts.bits - 2; ++i) {
+    storage->further_[i] = AlignedBytes(bytes[static_cast<std::size_t>(kPlainArrays + i)]);
+    m.further[i] = storage->further_[i].data();
+  }
   if (!storage->take_steps(parts, team)) storage->take_numbers(parts, team);
   m.scales = storage->scales_.data();
   m.offsets = parts.offsets ? storage->offsets_.data() : nullptr;
   storage->codebook_.assign(parts.codebook, parts.codebook + (std::size_t{1} << m.bits));
   storage->take_rotation(parts.signs);
   storage->point_at_codebook();
+  storage->take_codes(parts, team);
+  return storage;
+}
 
-  std::uint8_t* codes = storage->data_.data();
+// Codes from planes of whole rows to those of tiles.
+void MatrixStorage::take_codes(const QuantizedParts& parts, Team& team) {
+  const Matrix& m = matrix_;
   const auto coded = static_cast<std::size_t>(coded_columns(m.columns, m.mixed));
+  struct Plane {
+    int width;
+    std::uint8_t* target;            // of the first tile
+    std::int64_t tile_bytes, at;     // of all that lies together there; of this plane in half a tile
+  };
+  std::vector<Plane> planes;
+  if (m.apart) {
+    planes.push_back({2, data_.data(), kTileWeights / 4, 0});
+    for (int i = 0; i < m.bits - 2; ++i) planes.push_back({1, further_[i].data(), kTileWeights / 8, 0});
+  } else {
+    std::int64_t at = 0;
+    for (int width = 8; width > 0; width /= 2) {
+      if (!(m.bits & width)) continue;
+      planes.push_back({width, data_.data(), m.tile_bytes(), at});
+      at += kTileWeights / 16 * width;
+    }
+  }
   team.run([&](Worker& worker) {
     // One row's codes as bytes, padded to whole tiles.
     std::vector<std::uint8_t> row_codes(static_cast<std::size_t>(m.tiles * kTileColumns));
     worker.for_each(m.panels, 4, [&](std::int64_t begin, std::int64_t end) {
       for (std::int64_t row = begin * kPanelRows; row < std::min(end * kPanelRows, m.rows); ++row) {
         const std::int64_t panel = row / kPanelRows, lane = row % kPanelRows;
-        std::int64_t plane_at = 0;  // of this width's plane in half a tile
-        for (std::size_t i = 0, width = 8; width > 0; width /= 2) {
-          if (!(static_cast<unsigned>(m.bits) & width)) continue;
-          const std::size_t row_bytes = plane_row_bytes(coded, static_cast<unsigned>(width));
-          unpack_plane(parts.planes[i++] + static_cast<std::size_t>(row) * row_bytes, 1, coded,
-                       static_cast<unsigned>(width), 0, true, row_codes.data());
+        for (std::size_t i = 0; i < planes.size(); ++i) {
+          const Plane& to = planes[i];
+          const unsigned width = static_cast<unsigned>(to.width);
+          const std::size_t row_bytes = plane_row_bytes(coded, width);
+          unpack_plane(parts.planes[i] + static_cast<std::size_t>(row) * row_bytes, 1, coded, width, 0, true,
+                       row_codes.data());
           // Four codes at a time: the 32-bit word that belongs to this row in a quad's vector.
-          const int fields = 8 / static_cast<int>(width);
+          const int fields = 8 / to.width;
           for (std::int64_t tile = 0; tile < m.tiles; ++tile) {
-            std::uint8_t* plane = codes + panel * m.panel_bytes() + tile * m.tile_bytes() + plane_at;
+            std::uint8_t* plane = to.target + (panel * m.tiles + tile) * to.tile_bytes + to.at;
             for (int quad = 0; quad < kTileColumns / 4; ++quad) {
               std::uint32_t four, word;
               std::memcpy(&four, row_codes.data() + tile * kTileColumns + quad * 4, 4);
-              std::uint8_t* at = plane + quad / 8 * m.tile_bytes() / 2 + quad % 8 / fields * 64 + lane * 4;
+              std::uint8_t* at = plane + quad / 8 * to.tile_bytes / 2 + quad % 8 / fields * 64 + lane * 4;
               std::memcpy(&word, at, 4);
-              word |= four << (quad % fields * static_cast<int>(width));
+              word |= four << (quad % fields * to.width);
               std::memcpy(at, &word, 4);
             }
           }
-          plane_at += kTileWeights / 16 * static_cast<std::int64_t>(width);
         }
       }
     });
   });
-  return storage;
 }
 
 // Scales and offsets as the numbers they are.

@@ -38,6 +38,8 @@ struct QuantizedParts {
   const void* offsets;                           // the same, or null
   Number scale_kind;
   const float* codebook;                         // 2^bits
+  // Nested: planes are of 2 bits, then of 1 for each further bit, and are kept apart.
+  bool apart = false;
   std::int64_t mixed = 0;                        // of rotated columns (Matrix::mixed)
   const std::uint8_t* signs = nullptr;           // a bit a column, in whole bytes for every 16 columns
 };
@@ -69,11 +71,12 @@ struct Description {
   Code code = Code::planes;
   int window = 0;           // of a trellis
   std::int64_t mixed = 0;   // columns that one Hadamard matrix mixes; 0: not rotated
+  bool apart = false;       // nested codes of 3 bits or more
 };
 
-// A prepared matrix's arrays, in this order. The codebook is there where there are codes of one, with the rotation behind it.
-enum class ArrayOf : int { data, scales, offsets, codebook };
-constexpr int kArrays = 4;
+// A prepared matrix's arrays: data, scales, offsets, codebook (where there are codes of one, with the rotation behind it), then
+// the streams of further bits.
+constexpr int kPlainArrays = 4, kArrays = kPlainArrays + kFurtherBits;
 struct Bytes {
   const std::uint8_t* begin = nullptr;
   std::size_t size = 0;
@@ -118,7 +121,9 @@ class MatrixStorage {
 
   Description description_{};
   Matrix matrix_;
-  AlignedBytes data_, scales_, offsets_;
+  void take_codes(const QuantizedParts& parts, Team& team);
+
+  AlignedBytes data_, scales_, offsets_, further_[kFurtherBits];
   std::shared_ptr<const MappedFile> file_;
   std::vector<float> codebook_;
   std::vector<std::int8_t> high_, low_;

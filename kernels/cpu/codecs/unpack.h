@@ -35,6 +35,56 @@ template <int Bits, int Q> __attribute__((always_inline)) inline Bytes quad_code
   }
 }
 
+// The codes of a tile where all planes of a half lie together.
+template <int Bits> struct PackedTile {
+  static constexpr int kBits = Bits, kStreams = 1, kLines = 2 * Bits;
+  const uint8_t* at;
+
+  PackedTile(const Matrix& w, int64_t panel, int64_t tile) : at(w.codes + (panel * w.tiles + tile) * (128 * Bits)) {}
+  void next() { at += 128 * Bits; }
+  // The cache lines of a tile; those of streams come first.
+  const uint8_t* line(int i) const { return at + 64 * i; }
+  template <int Q> __attribute__((always_inline)) Bytes quad(int half) const { return quad_codes<Bits, Q>(at, half); }
+};
+
+// The same where every bit from the third on has a stream of its own.
+template <int Bits> struct ApartTile {
+  static_assert(Bits >= 3);
+  static constexpr int kBits = Bits, kFurther = Bits - 2, kStreams = kFurther + 1, kLines = 2 * Bits;
+  const uint8_t* two;
+  const uint8_t* one[kFurther];
+
+  ApartTile(const Matrix& w, int64_t panel, int64_t tile) : two(w.codes + (panel * w.tiles + tile) * 256) {
+    for (int i = 0; i < kFurther; ++i) one[i] = w.further[i] + (panel * w.tiles + tile) * 128;
+  }
+  void next() {
+    two += 256;
+    for (int i = 0; i < kFurther; ++i) one[i] += 128;
+  }
+  const uint8_t* line(int i) const {
+    if (i < kStreams) return i == 0 ? two : one[i - 1];
+    if (i < kStreams + kFurther) return one[i - kStreams] + 64;
+    return two + 64 * (i - kStreams - kFurther + 1);
+  }
+  template <int Q> __attribute__((always_inline)) Bytes quad(int half) const {
+    Bytes code = quad_codes<2, Q>(two, half);
+    repeat<kFurther>([&]<int I>() __attribute__((always_inline)) {
+      code = select_bits(uint8_t((4 << I) - 1), code, shift<Q - 2 - I>(load_bytes(one[I] + 64 * half)));
+    });
+    return code;
+  }
+};
+
+// Calls with a tile's type: function(TileOf<Tile>{}).
+template <typename Tile> struct TileOf { using type = Tile; };
+
+template <int Bits, typename Function> inline void with_tile(const Matrix& w, Function&& function) {
+  if constexpr (Bits > 2) {
+    if (w.apart) return function(TileOf<ApartTile<Bits>>{});
+  }
+  function(TileOf<PackedTile<Bits>>{});
+}
+
 // Level c of a code c: what is taken off all levels, w.zero, is taken off the sums instead.
 template <int Bits> struct PlainLevels {
   static constexpr bool kPlain = true;
@@ -127,60 +177,68 @@ struct BlockWalk {
 
 // ------------------------------------------------------------------------- whole tiles, for the buffered matmul
 
-template <int Bits, typename Decoder>
-inline void expand_levels(const uint8_t* tile, int64_t tiles, const Decoder& decoder, uint8_t* out) {
-  for (; tiles > 0; --tiles, tile += 128 * Bits) {
+template <typename Tile, typename Decoder>
+inline void expand_levels(Tile tile, int64_t tiles, const Decoder& decoder, uint8_t* out) {
+  for (; tiles > 0; --tiles, tile.next()) {
     for (int half = 0; half < 2; ++half, out += 512) {
       repeat<8>([&]<int Q>() __attribute__((always_inline)) {
-        store_bytes(out + 64 * Q, decoder.of(quad_codes<Bits, Q>(tile, half)));
+        store_bytes(out + 64 * Q, decoder.of(tile.template quad<Q>(half)));
       });
     }
   }
 }
 
+template <int Bits>
+inline void expand_levels(const Matrix& w, int64_t panel, int64_t begin, int64_t end, const int8_t* digits, uint8_t* out) {
+  with_tile<Bits>(w, [&]<typename Tile>(TileOf<Tile>) {
+    expand_levels(Tile(w, panel, begin), end - begin, Levels<Bits>(digits), out);
+  });
+}
+
 // Levels of tiles [begin, end) of a panel: 1024 bytes a tile, quad after quad. `digits` is w.high or w.low.
 void expand_levels(const Matrix& w, int64_t panel, int64_t begin, int64_t end, const int8_t* digits, uint8_t* out) {
-  const uint8_t* tile = w.codes + panel * w.panel_bytes() + begin * w.tile_bytes();
-  const int64_t tiles = end - begin;
   switch (w.bits) {
-    case 2: return expand_levels<2>(tile, tiles, Levels<2>(digits), out);
-    case 3: return expand_levels<3>(tile, tiles, Levels<3>(digits), out);
-    case 4: return expand_levels<4>(tile, tiles, Levels<4>(digits), out);
-    case 5: return expand_levels<5>(tile, tiles, Levels<5>(digits), out);
-    case 6: return expand_levels<6>(tile, tiles, Levels<6>(digits), out);
-    case 7: return expand_levels<7>(tile, tiles, Levels<7>(digits), out);
+    case 2: return expand_levels<2>(w, panel, begin, end, digits, out);
+    case 3: return expand_levels<3>(w, panel, begin, end, digits, out);
+    case 4: return expand_levels<4>(w, panel, begin, end, digits, out);
+    case 5: return expand_levels<5>(w, panel, begin, end, digits, out);
+    case 6: return expand_levels<6>(w, panel, begin, end, digits, out);
+    case 7: return expand_levels<7>(w, panel, begin, end, digits, out);
     case 8:
-      if (w.direct) return expand_levels<8>(tile, tiles, DirectLevels(digits), out);
-      return expand_levels<8>(tile, tiles, Levels<8>(digits), out);
+      if (w.direct) return expand_levels(PackedTile<8>(w, panel, begin), end - begin, DirectLevels(digits), out);
+      return expand_levels<8>(w, panel, begin, end, digits, out);
   }
 }
 
 // The codes themselves, for plain levels.
+template <int Bits> inline void expand_codes(const Matrix& w, int64_t panel, int64_t begin, int64_t end, uint8_t* out) {
+  expand_levels(PackedTile<Bits>(w, panel, begin), end - begin, PlainLevels<Bits>(nullptr), out);
+}
+
 void expand_codes(const Matrix& w, int64_t panel, int64_t begin, int64_t end, uint8_t* out) {
-  const uint8_t* tile = w.codes + panel * w.panel_bytes() + begin * w.tile_bytes();
-  const int64_t tiles = end - begin;
   switch (w.bits) {
-    case 2: return expand_levels<2>(tile, tiles, PlainLevels<2>(nullptr), out);
-    case 3: return expand_levels<3>(tile, tiles, PlainLevels<3>(nullptr), out);
-    case 4: return expand_levels<4>(tile, tiles, PlainLevels<4>(nullptr), out);
-    case 5: return expand_levels<5>(tile, tiles, PlainLevels<5>(nullptr), out);
-    case 6: return expand_levels<6>(tile, tiles, PlainLevels<6>(nullptr), out);
-    case 7: return expand_levels<7>(tile, tiles, PlainLevels<7>(nullptr), out);
+    case 2: return expand_codes<2>(w, panel, begin, end, out);
+    case 3: return expand_codes<3>(w, panel, begin, end, out);
+    case 4: return expand_codes<4>(w, panel, begin, end, out);
+    case 5: return expand_codes<5>(w, panel, begin, end, out);
+    case 6: return expand_codes<6>(w, panel, begin, end, out);
+    case 7: return expand_codes<7>(w, panel, begin, end, out);
   }
 }
 
 // Weights of tiles [begin, end) of a panel as floats, [column][16 rows]: codebook * scale (+ offset), each rounded, as
 // formats/quant_tensor.py defines them.
-template <int Bits>
-inline void expand_floats(const Matrix& w, int64_t panel, int64_t begin, int64_t end, float* out) {
-  const uint8_t* tile = w.codes + panel * w.panel_bytes() + begin * (128 * Bits);
+template <typename Tile>
+inline void expand_floats(Tile tile, const Matrix& w, int64_t panel, int64_t begin, int64_t end, float* out) {
+  constexpr int Bits = Tile::kBits;
   const int quads = w.segment / 4;
   BlockWalk walk(w, begin * kbit::kTileColumns);
   alignas(64) uint8_t codes[1024];
-  for (int64_t t = begin; t < end; ++t, tile += 128 * Bits) {
+  for (int64_t t = begin; t < end; ++t, tile.next()) {
     for (int half = 0; half < 2; ++half) {
       repeat<8>([&]<int Q>() __attribute__((always_inline)) {
-        store_bytes(codes + half * 512 + 64 * Q, and_bits(quad_codes<Bits, Q>(tile, half), uint8_t((1 << Bits) - 1)));
+        const Bytes code = tile.template quad<Q>(half);
+        store_bytes(codes + half * 512 + 64 * Q, and_bits(code, uint8_t((1 << Bits) - 1)));
       });
     }
     for (int first = 0; first < 16; first += quads) {
@@ -199,6 +257,11 @@ inline void expand_floats(const Matrix& w, int64_t panel, int64_t begin, int64_t
       }
     }
   }
+}
+
+template <int Bits>
+inline void expand_floats(const Matrix& w, int64_t panel, int64_t begin, int64_t end, float* out) {
+  with_tile<Bits>(w, [&]<typename Tile>(TileOf<Tile>) { expand_floats(Tile(w, panel, begin), w, panel, begin, end, out); });
 }
 
 }  // namespace

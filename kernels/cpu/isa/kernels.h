@@ -8,6 +8,7 @@
 #include "codecs/matrix.h"
 #include "program/recurrence.h"
 #include "rounding/descent.h"
+#include "rounding/nested_descent.h"
 #include "rounding/rounding.h"
 #include "rounding/trellis.h"
 
@@ -71,6 +72,7 @@ struct Kernels {
   AttentionKernels attention;
   void (*round_rows)(const RoundTask&);      // up to 16 rows of weights to codes and scales
   void (*descend_rows)(const DescentTask&);  // better codes and scales for up to 16 rows
+  void (*descend_nested_rows)(const NestedDescentTask&);  // better nested codes for up to 16 rows
   void (*trellis_search)(const TrellisTask&);  // the best string of a tile
   std::int64_t (*trace)(const std::uint8_t* in, std::int64_t in_bytes, std::uint8_t* out, std::int64_t out_bytes);
 };

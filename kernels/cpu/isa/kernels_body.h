@@ -9,6 +9,7 @@
 #include "program/recurrence_kernel.h"
 #include "program/rows.h"
 #include "rounding/descent_kernel.h"
+#include "rounding/nested_descent_kernel.h"
 #include "rounding/rounding_kernel.h"
 #include "rounding/trellis_kernel.h"
 #include "simd/trace.h"
@@ -20,6 +21,7 @@
   const Kernels kernels_##set = {#set,         ::matmul_int8,   ::matmul_bf16,     ::matmul_fp32,      ::matmul_trellis_int8, \
                                  ::quantize_row, ::rotate_row,  ::bfloat_row,      ::rms_norm,         ::add_row,      \
                                  ::activate_row, ::soft_cap_row, ::decode_row,     ::gated_delta,      ::state_space,  \
-                                 kAttentionKernels, ::round_rows, ::descend_rows,  ::trellis_search,   ::trace};       \
+                                 kAttentionKernels, ::round_rows, ::descend_rows,  ::descend_nested_rows,              \
+                                 ::trellis_search, ::trace};                                                           \
   }
 #define KBIT_DEFINE_KERNELS(set) KBIT_DEFINE_KERNELS_WITH(set, matmul_int8)

@@ -47,15 +47,15 @@ template <int kMost, typename Function> inline void for_row_tiles(int64_t begin,
 
 // ----------------------------------------------------------------------------------------------- int8, direct
 
-template <int Bits, typename Decoder, bool kTwoDigits, int kRows>
+template <typename Tile, typename Decoder, bool kTwoDigits, int kRows>
 void int8_direct_rows(const MatmulTask& task, int64_t row) {
+  constexpr int Bits = Tile::kBits;
   const Matrix& w = *task.w;
   const Decoder high(w.high), low(kTwoDigits ? w.low : w.high);
   constexpr bool kInPairs = Decoder::kPlain && kPairs;
   // Independent sums, so that a dot product need not wait for the one before (4 cycles). Integers: the same result. Codes
   // of up to 3 bits are slowed by the additions that join them.
   constexpr int kChains = kInPairs || Bits <= 3 || kRows > 2 ? 1 : 4 / kRows;
-  const int64_t tile_bytes = 128 * Bits;
   const int32_t bias = Decoder::kPlain ? w.zero : kLevelBias;
   const int last_quarter = w.segment / 16 - 1;  // of a segment: 0, 1 or 3
   const int8_t* codes[kRows];
@@ -68,19 +68,19 @@ void int8_direct_rows(const MatmulTask& task, int64_t row) {
   }
   const float inverse = 1.0f / w.level_scale;
   for (int64_t panel = task.panel_begin; panel < task.panel_end; ++panel) {
-    const uint8_t* tile = w.codes + panel * w.panel_bytes();
+    Tile tile(w, panel, 0);
     BlockWalk walk(w, 0);
     const PanelScales scale_of(w, w.scales, panel), offset_of(w, w.offsets ? w.offsets : w.scales, panel);
     Floats total[kRows];
     Ints dot[kRows][kChains], fine[kRows][kChains];
     for (int r = 0; r < kRows; ++r) total[r] = zero();
     int64_t segment = 0;
-    for (int64_t t = 0; t < w.tiles; ++t, tile += tile_bytes) {
+    for (int64_t t = 0; t < w.tiles; ++t, tile.next()) {
       // Not a function of its own: GCC 12 takes one that only prefetches for one that does nothing.
       if constexpr (Bits <= kPrefetchedBits) {
-        for (int line = 0; line < 2 * Bits; ++line) prefetch(tile + kPrefetchBytes + 64 * line);
+        for (int line = 0; line < Tile::kLines; ++line) prefetch(tile.line(line) + kPrefetchBytes);
       } else {
-        prefetch_second(tile + kPrefetchBytes);
+        for (int stream = 0; stream < Tile::kStreams; ++stream) prefetch_second(tile.line(stream) + kPrefetchBytes);
       }
       for (int half = 0; half < 2; ++half) {
         repeat<2>([&]<int kQuarter>() __attribute__((always_inline)) {  // 16 columns, the least that a segment has
@@ -94,7 +94,7 @@ void int8_direct_rows(const MatmulTask& task, int64_t row) {
           Pairs pairs[kRows];
           repeat<4>([&]<int kQuad>() __attribute__((always_inline)) {
             constexpr int Q = 4 * kQuarter + kQuad;
-            const Bytes code = quad_codes<Bits, Q>(tile, half);
+            const Bytes code = tile.template quad<Q>(half);
             const Bytes level = high.of(code);
             if constexpr (kInPairs) {
               constexpr int kChain = pair_chain(Bits);
@@ -141,9 +141,9 @@ void int8_direct_rows(const MatmulTask& task, int64_t row) {
   }
 }
 
-template <int Bits, typename Decoder, bool kTwoDigits> void int8_direct(const MatmulTask& task) {
+template <typename Tile, typename Decoder, bool kTwoDigits> void int8_direct(const MatmulTask& task) {
   for_row_tiles<kDirectRows>(task.row_begin, task.row_end, [&](auto size, int64_t row) {
-    int8_direct_rows<Bits, Decoder, kTwoDigits, decltype(size)::value>(task, row);
+    int8_direct_rows<Tile, Decoder, kTwoDigits, decltype(size)::value>(task, row);
   });
 }
 
@@ -292,15 +292,17 @@ void int8_buffered(const MatmulTask& task) {
 }
 
 template <int Bits> void int8_direct(const MatmulTask& task) {
-  if constexpr (Bits >= 6) {
-    if (task.w->two_digits) return int8_direct<Bits, Levels<Bits>, true>(task);
-  }
   if constexpr (Bits < 8) {
-    if (task.w->plain) return int8_direct<Bits, PlainLevels<Bits>, false>(task);
+    if (task.w->plain) return int8_direct<PackedTile<Bits>, PlainLevels<Bits>, false>(task);
   } else {
-    if (task.w->direct) return int8_direct<Bits, DirectLevels, false>(task);
+    if (task.w->direct) return int8_direct<PackedTile<Bits>, DirectLevels, false>(task);
   }
-  int8_direct<Bits, Levels<Bits>, false>(task);
+  with_tile<Bits>(*task.w, [&]<typename Tile>(TileOf<Tile>) {
+    if constexpr (Bits >= 6) {
+      if (task.w->two_digits) return int8_direct<Tile, Levels<Bits>, true>(task);
+    }
+    int8_direct<Tile, Levels<Bits>, false>(task);
+  });
 }
 
 [[maybe_unused]] void matmul_int8(const MatmulTask& task) {

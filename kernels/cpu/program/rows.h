@@ -94,8 +94,14 @@ void soft_cap_row(float* x, int64_t count, float cap) {
 
 // The code of (row, column) from the bit planes; for lookups of single rows.
 inline int code_at(const Matrix& w, int64_t row, int64_t column) {
-  const uint8_t* plane = w.codes + row / 16 * w.panel_bytes() + column / 32 * (w.tile_bytes() / 2);
   const int64_t quad = column % 32 / 4, byte = row % 16 * 4 + column % 4;
+  if (w.apart) {
+    const int64_t half = row / 16 * w.tiles * 2 + column / 32;
+    int found = w.codes[half * 128 + quad / 4 * 64 + byte] >> (quad % 4 * 2) & 3;
+    for (int bit = 2; bit < w.bits; ++bit) found |= (w.further[bit - 2][half * 64 + byte] >> quad & 1) << bit;
+    return found;
+  }
+  const uint8_t* plane = w.codes + row / 16 * w.panel_bytes() + column / 32 * (w.tile_bytes() / 2);
   int code = 0, position = 0;
   for (int width = 8; width > 0; width /= 2) {
     if (!(w.bits & width)) continue;

@@ -15,7 +15,7 @@ using kbit::DescentTask;
 struct Rows {
   alignas(64) float at[kRoundLanes][kRoundLanes];
 
-  explicit Rows(const DescentTask& t) {
+  template <typename Task> explicit Rows(const Task& t) {
     for (int r = 0; r < kRoundLanes; ++r) {
       for (int m = 0; m < kRoundLanes; ++m) at[r][m] = r < t.rows && m < t.rows ? t.outputs[r * t.rows + m] : 0.0f;
     }

@@ -1,0 +1,47 @@
+"""What --nested and --anchor of `kbit quantize` ask for."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from kbit.host.errors import UsageError
+
+if TYPE_CHECKING:
+    from kbit.formats.codec import Codec
+
+
+def nested_format(nested: str, fields: Mapping[str, Any], others: Mapping[str, object]) -> Codec:
+    """The format that --nested asks for.
+
+    Args:
+        nested: its value, "2..8".
+        fields: of a format, those that were given, by name.
+        others: flags that have no meaning beside it.
+
+    Raises:
+        UsageError: widths that do not exist, or flags that have no meaning beside them.
+    """
+    from kbit.formats.nested import NestedFormat, parse_widths
+
+    low, high = parse_widths(nested)
+    taken = {key: fields[key] for key in ("block_size", "scale_dtype") if key in fields}
+    left = {f"--{name.replace('_', '-')}": value for name, value in fields.items() if name not in taken}
+    flag = next((flag for flag, value in (*others.items(), *left.items()) if value is not None), None)
+    if flag is not None:
+        raise UsageError(f"{flag}: --nested {nested} has every width, and a data type of its own; drop one of the two")
+    return NestedFormat(low, high, **taken)
+
+
+def check_anchor(anchor: int, nested: str | None) -> None:
+    """
+    Raises:
+        UsageError: --anchor is none of the widths of --nested.
+    """
+    from kbit.formats.nested import parse_widths
+
+    if nested is None:
+        raise UsageError(f"--anchor {anchor}: is a width of a nested file; add --nested 2..8")
+    low, high = parse_widths(nested)
+    if not low <= anchor <= high:
+        raise UsageError(f"--anchor {anchor}: --nested {nested} has {low} to {high} bits; choose one")

@@ -1,0 +1,224 @@
+"""Rounding a matrix to nested codes: the errors of every width made good as well as the others allow.
+
+Feedback (kbit.quantizers.ldlq) moves weights out of the cell that the next bit could refine: a code that is best at
+one width is a bad beginning for the next. So one width, the anchor, is rounded with feedback, alone; the bits below
+follow from it, those above from what it leaves. Then coordinate descent looks at all widths at once: each code in
+turn becomes the one for which the sum over widths of what their errors cost, in shares of what each width can reach,
+is least (kernels/cpu/rounding/nested_descent.h). Between sweeps every width's factor of every row is solved for
+exactly: the cost is quadratic in them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+
+from kbit import _native
+from kbit.backends.reference.products import product, product_with_rows
+from kbit.formats.blockwise import CHUNK_WEIGHTS, Encoder, block_statistics, check_finite, normalise
+from kbit.formats.nested import NestedFormat
+from kbit.formats.nested_codec import packed, scales_at, stored_factors
+from kbit.formats.planes_codec import decode
+from kbit.formats.quant_tensor import QuantTensor
+from kbit.formats.scales import store_scales
+from kbit.host.errors import KbitError
+from kbit.quantizers.descent import Curvature
+from kbit.quantizers.ldlq import SHARES, Feedback, round_with
+from kbit.quantizers.settings import Nesting, Settings
+
+# As in kbit.quantizers.descent.
+_ROWS, _TOGETHER = 16, 64
+
+
+def round_nested(
+    weight: torch.Tensor, format: NestedFormat, feedback: Feedback, settings: Settings, nesting: Nesting, *, name: str
+) -> QuantTensor:
+    """A matrix in a nested format.
+
+    Args:
+        weight: float32 (N, K).
+        format: all widths.
+        feedback: how its errors are passed on.
+        settings: how the anchor is rounded.
+        nesting: what the widths weigh against each other.
+        name: what to call the matrix in errors.
+
+    Raises:
+        KbitError: the matrix holds NaN or infinity, or scales that the format cannot hold.
+    """
+    anchor = nesting.anchor
+    levels = torch.from_numpy(format.codebook(weight.shape[1]).copy())
+    own = levels[format.levels_at(anchor)]
+    scales = _shared_scales(weight, format, levels, feedback.importance_by_column, nesting, name)
+    rounded = round_with(weight, format.plain(anchor), feedback, settings, name=name, codebook=own, scales=scales)
+    work = _Work(weight, format, levels, scales, anchor, rounded.codes())
+    if feedback.curvature is not None:
+        work.descend(feedback.curvature, nesting)
+    return work.tensor()
+
+
+def _shared_scales(
+    weight: torch.Tensor,
+    format: NestedFormat,
+    levels: torch.Tensor,
+    importance: torch.Tensor,
+    nesting: Nesting,
+    name: str,
+) -> torch.Tensor:
+    """Scales that all widths share, (N, blocks), as they are stored.
+
+    Of some shares of what spans a block, the one with the least sum over widths of what rounding to nearest costs.
+    Narrow widths are better off where the largest weights are cut; wide ones are not.
+    """
+    count, columns = weight.shape
+    block = min(format.block_size or columns, columns)
+    widest = format.plain(format.bits)
+    encoders = {width: Encoder.for_codebook(levels[format.levels_at(width)]) for width in format.widths}
+    weights = dict(zip(sorted(format.widths), nesting.weights(sorted(format.widths)), strict=True))
+    found = []
+    step = max(1, CHUNK_WEIGHTS // columns)
+    for start in range(0, count, step):
+        x = check_finite(weight[start : start + step], start, min(start + step, count), name)
+        try:
+            span = store_scales(block_statistics(x, widest)[0], None, widest)["scales"]
+        except KbitError as error:
+            raise KbitError(f"{name}: {error}") from None
+        best, chosen = torch.full(span.shape, torch.inf), span
+        for share in SHARES:
+            scales = (span.float() * share).to(span.dtype)
+            unit = normalise(x, scales.float(), None, widest)
+            cost = torch.zeros(span.shape)
+            for width, encoder in encoders.items():
+                places = encoder.encode(unit).int().view(-1)
+                missed = levels[format.levels_at(width)].index_select(0, places).view(x.shape).sub_(unit).square_()
+                missed = torch.nn.functional.pad(missed * importance, (0, -columns % block)).view(len(x), -1, block)
+                cost += weights[width] * missed.sum(dim=2)
+            cost *= scales.float().square()
+            better = cost < best
+            best, chosen = torch.where(better, cost, best), torch.where(better, scales, chosen)
+        found.append(chosen)
+    return torch.cat(found)
+
+
+class _Work:
+    """A matrix's codes, scales and factors while they are found.
+
+    Attributes:
+        codes: of the widest width, uint8 (N, K).
+        factors: float32 (N, 1) of every width, as they are stored.
+    """
+
+    def __init__(
+        self,
+        weight: torch.Tensor,
+        format: NestedFormat,
+        levels: torch.Tensor,
+        scales: torch.Tensor,
+        anchor: int,
+        codes: torch.Tensor,
+    ) -> None:
+        self.weight, self.format, self.levels = weight, format, levels
+        self.scales = scales
+        self.codes = self._continued(codes, anchor)
+        self.factors = {width: torch.ones(len(weight), 1, dtype=torch.float16) for width in format.widths}
+
+    def _continued(self, codes: torch.Tensor, anchor: int) -> torch.Tensor:
+        """Codes of the widest width that begin with the anchor's: each to the nearer of the two levels below it."""
+        plain = self.format.plain(anchor)
+        codes = codes.clone()
+        for width in range(anchor + 1, self.format.bits + 1):
+            levels = self.levels[self.format.levels_at(width)]
+            further = codes | (1 << (width - 1))
+            near, far = (decode(some, self.scales.float(), None, levels, plain) for some in (codes, further))
+            codes = torch.where((far - self.weight).abs() < (near - self.weight).abs(), further, codes)
+        return codes
+
+    def values(self, width: int, factor: bool = True) -> torch.Tensor:
+        """What the codes stand for at a width, (N, K), with its factor or without."""
+        stored: Mapping[str, torch.Tensor] = {
+            "scales": self.scales,
+            f"factor{width}": self.factors[width] if factor else torch.ones_like(self.factors[width]),
+        }
+        levels = self.levels[self.format.levels_at(width)]
+        codes = self.codes & (2**width - 1)
+        return decode(codes, scales_at(self.format, stored, width), None, levels, self.format.plain(width))
+
+    def fit(self, curvature: Curvature) -> None:
+        """Every width's factors to what costs least."""
+        for width in self.format.widths:
+            self.factors[width] = stored_factors(_best_factors(self.weight, self.values(width, False), curvature))
+
+    def descend(self, curvature: Curvature, nesting: Nesting) -> None:
+        """Sweeps over all codes, with factors fitted before each and at the end."""
+        for _sweep in range(nesting.sweeps):
+            self.fit(curvature)
+            if not self._sweep(curvature, nesting):
+                break
+        self.fit(curvature)
+
+    def _sweep(self, curvature: Curvature, nesting: Nesting) -> bool:
+        """One pass over all codes; whether any changed."""
+        count, columns = self.weight.shape
+        inputs, outputs = curvature.inputs, curvature.outputs
+        widths = sorted(self.format.widths)
+        weights = nesting.weights(widths)
+        levels = [self.levels[self.format.levels_at(width)].contiguous() for width in widths]
+        stored = {"scales": self.scales} | {f"factor{width}": self.factors[width] for width in widths}
+        scales = torch.stack([scales_at(self.format, stored, width) for width in widths])
+        firsts = []
+        for width in widths:
+            slope = product_with_rows(self.weight - self.values(width), inputs)
+            firsts.append(slope if outputs is None else product(outputs, slope))
+        first = torch.stack(firsts)
+        heard = torch.zeros_like(first)
+        before = self.codes.clone()
+        alone = torch.eye(_ROWS)
+        for start in reversed(range(0, count, _TOGETHER)):
+            group = slice(start, min(start + _TOGETHER, count))
+            slopes = first[:, group].clone()
+            for index in range(len(widths)):
+                slopes[index] -= heard[index, group] if outputs is None else product(outputs[group], heard[index])
+            for begin in reversed(range(0, group.stop - start, _ROWS)):
+                within = slice(begin, min(begin + _ROWS, group.stop - start))
+                rows = slice(start + within.start, start + within.stop)
+                size = rows.stop - rows.start
+                among = (alone[:size, :size] if outputs is None else outputs[rows, rows]).contiguous()
+                change = torch.empty(len(widths), size, columns)
+                _native.descend_nested_rows(
+                    slopes[:, within].contiguous(), inputs, among, levels, weights, self.format.block_size or columns,
+                    scales[:, rows].contiguous(), self.codes[rows], change,
+                )  # fmt: skip
+                told = product_with_rows(change.view(-1, columns), inputs).view(change.shape)
+                heard[:, rows] += told
+                if outputs is not None and begin:
+                    for index in range(len(widths)):
+                        slopes[index, :begin] -= product(outputs[start : start + begin, rows], told[index])
+        return not torch.equal(before, self.codes)
+
+    def tensor(self) -> QuantTensor:
+        format, shape = self.format, (self.weight.shape[0], self.weight.shape[1])
+        stored = {**packed(format, self.codes), "scales": self.scales}
+        stored |= {f"factor{width}": factor for width, factor in self.factors.items()}
+        return QuantTensor(format, shape, {name: stored[name] for name in format.parts(*shape)}, self.levels)
+
+
+def _best_factors(weight: torch.Tensor, values: torch.Tensor, curvature: Curvature) -> torch.Tensor:
+    """The factor of every row under which tr(H_O E H_I E') of E = weight - factor * values is least, (N, 1).
+
+    With both factors of the Fisher information rows know of each other: (H_O o V H_I V') f = diag(H_O W H_I V').
+    """
+    heard = product_with_rows(values, curvature.inputs)  # (N, K)
+    if curvature.outputs is None:
+        energy = (heard * values).sum(dim=1)
+        return ((weight * heard).sum(dim=1) / torch.where(energy > 0, energy, 1.0))[:, None]
+    system = curvature.outputs * product_with_rows(heard, values)
+    wanted = (product(curvature.outputs, weight) * heard).sum(dim=1)
+    mean = float(system.diagonal().mean())
+    if not mean > 0:
+        return torch.ones(len(weight), 1)
+    system.diagonal().add_(1e-6 * mean)  # rows of zeros
+    lower, failed = torch.linalg.cholesky_ex(system)
+    if int(failed):
+        return torch.ones(len(weight), 1)
+    return torch.cholesky_solve(wanted[:, None], lower)
