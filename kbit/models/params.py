@@ -7,7 +7,7 @@ and where it goes, how a model is cut among processes, which matrices a measurem
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from kbit.models.mixer_specs import ConvNet, ScanNet
@@ -364,18 +364,19 @@ def _experts(spec: ModelSpec, layer: int) -> Iterator[Parameter]:
         ):
             if template is None:
                 continue
-            name, cut = str(template).format(layer=layer, expert=expert), (dim, EXPERT_FEATURES)
+            name, own = str(template).format(layer=layer, expert=expert), (dim, EXPERT_FEATURES)
             group = group if names.expert_gate is not None or slot == down else (up,)
-            yield Parameter(f"{name}.weight", slot, layer, "linear", shape, cut, group, active)
+            yield Parameter(f"{name}.weight", slot, layer, "linear", shape, own, group, active)
             if experts.bias:
-                rows = cut if dim == 0 else None
+                rows = own if dim == 0 else None
                 yield Parameter(f"{name}.bias", slot, layer, "bias", shape[:1], rows, (), active, dim == 1)
     if shared:
-        inputs, features = shared_inputs(spec), "shared features"
+        inputs, columns = shared_inputs(spec), (hidden, shared)
         for slot in inputs:
-            yield from _linear(spec, slot, layer, (shared, hidden), (0, features), inputs, spec.mlp_bias)
-        down = (hidden, shared)
-        yield from _linear(spec, "shared_down", layer, down, (1, features), ("shared_down",), spec.mlp_bias)
+            yield from _linear(spec, slot, layer, (shared, hidden), (0, "shared features"), inputs, spec.mlp_bias)
+        cut: tuple[int, Unit] = (1, "shared features")
+        for parameter in _linear(spec, "shared_down", layer, columns, cut, ("shared_down",), spec.mlp_bias):
+            yield replace(parameter, once=parameter.role == "bias")  # added before the sum
         if names.shared_switch is not None:
             yield from _router(spec, "shared_switch", layer, 1, False)
     yield from _norm(spec, "mlp_post_norm", layer)
