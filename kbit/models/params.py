@@ -7,7 +7,7 @@ and where it goes, how a model is cut among processes, which matrices a measurem
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from kbit.models.mixer_specs import ConvNet, ScanNet
@@ -364,11 +364,11 @@ def _experts(spec: ModelSpec, layer: int) -> Iterator[Parameter]:
         ):
             if template is None:
                 continue
-            name, cut = str(template).format(layer=layer, expert=expert), (dim, EXPERT_FEATURES)
+            name, own = str(template).format(layer=layer, expert=expert), (dim, EXPERT_FEATURES)
             group = group if names.expert_gate is not None or slot == down else (up,)
-            yield Parameter(f"{name}.weight", slot, layer, "linear", shape, cut, group, active)
+            yield Parameter(f"{name}.weight", slot, layer, "linear", shape, own, group, active)
             if experts.bias:
-                rows = cut if dim == 0 else None
+                rows = own if dim == 0 else None
                 yield Parameter(f"{name}.bias", slot, layer, "bias", shape[:1], rows, (), active, dim == 1)
     if shared:
         inputs = shared_inputs(spec)
