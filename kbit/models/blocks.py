@@ -206,12 +206,13 @@ def mixture(ops: Ops[X], spec: ModelSpec, weights: Weights, x: X) -> X:
         down = weights.linear("shared_down")
         shared = ops.linear(down.weight, _activated(ops, spec, gate, up))
         if down.bias is not None:  # which is added once, whoever shares the model
-            out = ops.add(ops.sum_parts(out), ops.sum_parts(shared, down.bias))
-            return _to_residual(ops, spec, weights, "mlp_post_norm", out, x)
+            out, shared = ops.sum_parts(out), ops.sum_parts(shared, down.bias)
         switch = weights.matrices.get("shared_switch")
         if switch is not None:
             shared = ops.sigmoid_gate(shared, ops.linear(switch, inner))
         out = ops.add(out, shared)
+        if down.bias is not None:
+            return _to_residual(ops, spec, weights, "mlp_post_norm", out, x)
     out = ops.sum_parts(out)
     return _to_residual(ops, spec, weights, "mlp_post_norm", out, x)
 

@@ -7,7 +7,7 @@ and where it goes, how a model is cut among processes, which matrices a measurem
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal
 
 from kbit.models.mixer_specs import ConvNet, ScanNet
