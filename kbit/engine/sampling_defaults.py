@@ -9,6 +9,7 @@ from typing import Any
 from kbit.checkpoint.source import CheckpointSource
 from kbit.engine.sampler import SamplingParams
 from kbit.host.errors import UsageError
+from kbit.host.notes import note
 from kbit.text.added_tokens import read_json
 
 # llama.cpp's, which people know, but for its temperature of 0.8.
@@ -51,8 +52,8 @@ def sampling_defaults(source: CheckpointSource, name: str) -> SamplingDefaults:
     if given.get("do_sample") is True or any(given.get(key) is not None for key in ("temperature", "top_p", "top_k")):
         try:
             return SamplingDefaults(_from_config(given), "generation_config.json")
-        except (UsageError, TypeError, ValueError):
-            pass  # values that sample nothing sensible: they were never tried
+        except (UsageError, TypeError, ValueError) as error:
+            note(f"{where}: generation_config.json says how to sample, but {error}; it is left out")
     words = f"{name} {source.path.name}".lower()
     for part, params in _RECOMMENDED.items():
         if part in words:

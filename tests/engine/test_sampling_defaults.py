@@ -11,6 +11,7 @@ import pytest
 
 from kbit.engine.sampler import SamplingParams
 from kbit.engine.sampling_defaults import USUAL, sampling_defaults
+from kbit.host.notes import KbitNote
 from kbit.models.opening import open_model
 
 
@@ -44,3 +45,15 @@ def test_listed_models_have_their_authors(tiny_model: Path, tmp_path: Path) -> N
         found = sampling_defaults(source, str(folder))
     assert (found.params.temperature, found.params.top_p) == (0.2, 0.9)
     assert str(found) == "temperature 0.2, top-p 0.9 (recommended by the model's authors)"
+
+
+@pytest.mark.parametrize("config", [{"temperature": -1.0, "top_p": 0.9}, {"top_p": "much"}])
+def test_senseless_settings_are_left_out_and_said(tiny_model: Path, tmp_path: Path, config: dict[str, Any]) -> None:
+    folder = shutil.copytree(tiny_model, tmp_path / "model")
+    (folder / "generation_config.json").write_text(json.dumps(config))
+    with (
+        open_model(str(folder)) as source,
+        pytest.warns(KbitNote, match="generation_config.json says how to sample, but"),
+    ):
+        found = sampling_defaults(source, "model")
+    assert found.params == USUAL
