@@ -77,7 +77,7 @@ def metadata(spec: ModelSpec, arch: Architecture) -> dict[str, Value]:
         "attention.head_count_kv": spec.kv_heads,
         "attention.key_length": spec.head_dim,
         "attention.value_length": spec.head_dim,
-        "attention.layer_norm_rms_epsilon": spec.norm_eps,
+        arch.epsilon[0]: spec.norm_eps,
         "vocab_size": spec.vocab_size,
         "rope.dimension_count": rope.dim,
         "rope.freq_base": rope.theta,
@@ -92,13 +92,14 @@ def metadata(spec: ModelSpec, arch: Architecture) -> dict[str, Value]:
     if spec.window_rope is not None:
         keys["rope.freq_base_swa"] = spec.window_rope.theta
     keys |= _rope(rope)
+    divided = arch.numbers.get("logit_scale") == "logits_scaling"  # Granite's
     own: dict[str, float | None] = {
         "attn_logit_softcapping": spec.score_cap,
         "final_logit_softcapping": spec.logit_cap,
         "attention.scale": spec.score_scale,
         "embedding_scale": spec.embedding_multiplier,
         "residual_scale": spec.residual_multiplier,
-        "logit_scale": 1 / spec.logit_multiplier,
+        "logit_scale": 1 / spec.logit_multiplier if divided else spec.logit_multiplier,
     }
     keys |= {key: own[key] for key in arch.numbers}
     if spec.query_temperature is not None:

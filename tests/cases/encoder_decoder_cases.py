@@ -66,13 +66,17 @@ _UNTIED = ("flan-t5", "mt5")
 
 
 def model_of(name: str, seed: int = 0, **changes: Any) -> Any:
-    """A model with weights that make differences large: norms and biases are random, too; computed tables are not."""
-    prefix, values = MODELS[name]
+    """One of MODELS with weights that make differences large."""
+    return made(*MODELS[name], seed=seed, untied=name in _UNTIED, **changes)
+
+
+def made(prefix: str, values: dict[str, Any], *, seed: int, untied: bool = False, **changes: Any) -> Any:
+    """A model of transformers' classes of this name: norms and biases are random, too; computed tables are not."""
     config = getattr(transformers, f"{prefix}Config")(**{**values, "init_std": 0.3, **changes})
     torch.manual_seed(seed)
     kind = "MarianMTModel" if prefix == "Marian" else f"{prefix}ForConditionalGeneration"
     model = getattr(transformers, kind)(config).eval()
-    if name in _UNTIED:
+    if untied:
         model.lm_head.weight = torch.nn.Parameter(torch.randn_like(model.lm_head.weight))
     with torch.no_grad():
         for parameter in model.parameters():

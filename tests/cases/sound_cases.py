@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from encoder_decoder_cases import MODELS, VOCABULARY, model_of, save_tokenizer
+from encoder_decoder_cases import VOCABULARY, made, save_tokenizer
 from numpy.typing import NDArray
 
 Floats = NDArray[np.float32]
@@ -49,12 +49,10 @@ GENERATION = {
     "task_to_id": {"transcribe": TRANSCRIBE, "translate": TRANSLATE},
 }
 
-MODELS["whisper"] = ("Whisper", CONFIG)
-
 
 def whisper(seed: int = 0, **changes: Any) -> Any:
     """A model with weights that make differences large."""
-    return model_of("whisper", seed, **changes)
+    return made("Whisper", CONFIG, seed=seed, **changes)
 
 
 def saved_whisper(model: Any, folder: Path, generation: dict[str, Any] | None = None) -> Path:

@@ -164,7 +164,7 @@ CASES: dict[str, Case] = {
     "threads beyond reason, chat": Case("chat -m {good} --threads 3000000000", 2, ("at most 1024",)),
     "device": Case(R + "--device tpu", 2, ("--device tpu", "auto, cpu, cuda")),
     "device without a backend": Case(R + "--device cuda", 1, ("--device cuda", "use --device cpu")),
-    "system without chat": Case(R + "--system Hi", 2, ("--system needs --chat",)),
+    "system without chat": Case(R + "--system Hi", 2, ("--system", "has no chat template")),
     "chat without a template": Case(R + "--chat", 2, ("chat template",)),
     # Flags of eval
     "data missing": Case("eval {good} --data {new}.txt", 2, ("new.txt", "no such file", "wikitext2")),

@@ -39,7 +39,7 @@ void bind_sizes(nb::module_& module) {
   module.attr("TILE_COLUMNS") = kTileColumns;
   module.attr("ATTENTION_CHUNK") = kChunk;
   module.attr("REDUNDANT_INPUT") = kRedundantInput;
-  module.attr("THREAD_SCRATCH_BYTES") = kMatmulScratch + 3 * 4 * kStaging;
+  module.attr("THREAD_SCRATCH_BYTES") = kMatmulScratch + kTrellisScratch + 3 * 4 * kStaging;
 }
 
 }  // namespace kbit
