@@ -76,8 +76,9 @@ class Case:
         """Once from the shapes and this machine's rates."""
         from kbit.models.families import spec_from_config
         from kbit.models.opening import open_model
-        from kbit.planner.memory import predict_memory, stored_weights
+        from kbit.planner.memory import predict_memory
         from kbit.planner.speed import needed_attention, needed_kernels, predict_speed, prompt_seconds
+        from kbit.planner.weights import stored_weights
 
         with open_model(str(self.model)) as source:
             spec = spec_from_config(source.config)

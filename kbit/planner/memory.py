@@ -17,29 +17,22 @@ exceed all the rest. The interpreter, torch and the libraries come on top: a con
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 from math import ceil
 
 from kbit import _native
 from kbit.backends.cpu.runner import PASS_ROWS
 from kbit.backends.rotary import FIRST_POSITIONS
-from kbit.checkpoint.source import CheckpointSource
 from kbit.engine.prompt_cache import kept_states
-from kbit.formats.nested import NestedFormat
 from kbit.formats.quant_format import QuantFormat
-from kbit.formats.registry import parse_format
 from kbit.graph.pages import pages_for
 from kbit.host.errors import UnsupportedError, UsageError
-from kbit.models.params import parameters as declared
 from kbit.models.params import weightless_norms
 from kbit.models.spec import ModelSpec
+from kbit.planner.weights import DENSE_BYTES, Weight
 
-# Bytes of a number of the types that weights are kept in without being quantized.
-DENSE_BYTES = {"fp16": 2, "bf16": 2, "fp32": 4}
-# How files name these types; everything else that is not a k-bit format becomes float32 (kbit.models.load).
-_DENSE_OF = {"F16": "fp16", "BF16": "bf16"}
 KV_KINDS = ("fp32", "fp16", "8", "4", "3", "2")
 
 # Fraction of rows that a layer's int8 products multiply a second time (kSpike of the CPU's products).
@@ -56,43 +49,6 @@ _GGUF_TOKEN_BYTES = 390
 _TOKENIZER_REUSED, _GGUF_REUSED, _SMALL_TOKENIZER = 0.477, 0.33, 2e6
 # Allocations below this come from the heap, which keeps what was freed (glibc's M_MMAP_THRESHOLD_MAX).
 _HEAP_LIMIT = 32 << 20
-
-
-@dataclass(frozen=True)
-class Weight:
-    """One tensor of a model and what it is kept in.
-
-    Attributes:
-        name: its name in a checkpoint.
-        role: "linear", "embedding", "table" (tokens are looked up in it, too), "head", "router" (small, and stays as it
-            is) or "other" (norms, biases).
-        rows, columns: shape; a vector has one row.
-        kept: a format, or one of DENSE_BYTES.
-        steps: its scales are fp32 products of a step and a size, which the CPU engine keeps apart (GGUF's K types).
-        active: the share of tokens that go through it, less than 1 of an expert's.
-        nested: it is kept at several widths, `kept` being that of the widest.
-    """
-
-    name: str
-    role: str
-    rows: int
-    columns: int
-    kept: QuantFormat | str
-    steps: bool = False
-    active: float = 1.0
-    nested: bool = False
-
-    @property
-    def numel(self) -> int:
-        """Number of weights."""
-        return self.rows * self.columns
-
-    @property
-    def stored_bytes(self) -> int:
-        """Bytes in a file."""
-        if isinstance(self.kept, QuantFormat):
-            return self.kept.nbytes(self.rows, self.columns)
-        return self.numel * DENSE_BYTES[self.kept]
 
 
 @dataclass(frozen=True)
@@ -137,65 +93,6 @@ class MemoryUse:
         """For JSON."""
         parts = ("linear", "embedding", "head", "vectors", "cache", "workspace", "tokenizer", "loading")
         return {**{part: getattr(self, part) for part in parts}, "running": self.running, "peak": self.peak}
-
-
-def planned_weights(
-    spec: ModelSpec,
-    linear: QuantFormat | str,
-    *,
-    embedding: QuantFormat | str = "fp16",
-    head: QuantFormat | str = "fp16",
-) -> tuple[Weight, ...]:
-    """Every tensor of a model, as `kbit quantize` would keep it.
-
-    Args:
-        spec: the model.
-        linear: what matrices inside layers become.
-        embedding, head: likewise; `head` does not matter where it is tied.
-
-    Raises:
-        UsageError: a type that is neither a format nor one of DENSE_BYTES.
-    """
-    for kept in (linear, embedding, head):
-        if isinstance(kept, str) and kept not in DENSE_BYTES:
-            raise UsageError(f"weights kept as {kept!r}: use a format such as nf4-b64, or {', '.join(DENSE_BYTES)}")
-    kinds = {"linear": linear, "embedding": embedding, "table": embedding, "head": head, "router": "fp16"}
-    weights = []
-    for p in declared(spec):
-        if len(p.shape) == 1:
-            weights.append(Weight(p.name, "other", 1, p.shape[0], "fp32", active=p.active))
-        elif p.role == "taps":
-            weights.append(Weight(p.name, "other", p.shape[0], p.shape[2], "fp32", active=p.active))
-        else:
-            role = p.role if p.role in kinds else "router"  # tables of positions and the like
-            weights.append(Weight(p.name, role, p.shape[0], p.shape[1], kinds[role], active=p.active))
-    return tuple(weights)
-
-
-def stored_weights(source: CheckpointSource, spec: ModelSpec) -> tuple[Weight, ...]:
-    """Every tensor of a checkpoint as it is loaded: k-bit formats packed, 16-bit floats as they are, others as fp32."""
-    weights = []
-    block_types = _packed_gguf_types()
-    for planned in planned_weights(spec, "fp16"):
-        kept: QuantFormat | str = "fp32"
-        steps = nested = False
-        if planned.role != "other":
-            stored = source.tensors[planned.name].stored_as
-            kept = _DENSE_OF.get(stored) or block_types.get(stored) or _format_of(stored) or "fp32"
-            nested = NestedFormat.claims(stored)
-            steps = stored in block_types and block_types[stored].scale_dtype == "fp32"
-        weights.append(replace(planned, kept=kept, steps=steps, nested=nested))
-    return tuple(weights)
-
-
-def narrowed_weights(weights: Sequence[Weight], width: int) -> tuple[Weight, ...]:
-    """A nested model's tensors at a width: each takes what a plain format with the same blocks does."""
-    return tuple(
-        weight
-        if isinstance(weight.kept, str) or not weight.nested
-        else replace(weight, kept=replace(weight.kept, bits=width))
-        for weight in weights
-    )
 
 
 def predict_memory(
@@ -374,21 +271,6 @@ def tokenizer_bytes(vocabulary: int) -> int:
     return _TOKEN_BYTES * vocabulary + _SLOT_BYTES * slots
 
 
-def parameters(weights: Iterable[Weight], *roles: str) -> int:
-    """Number of weights of these roles, or of all."""
-    return sum(weight.numel for weight in weights if not roles or weight.role in roles)
-
-
-def active_parameters(weights: Iterable[Weight]) -> int:
-    """Number of weights that a token goes through: of experts, those that it chooses."""
-    return round(sum(weight.active * weight.numel for weight in weights))
-
-
-def stored_bits(weights: Iterable[Weight], *roles: str) -> int:
-    """Bits in files of the tensors of these roles, or of all."""
-    return 8 * sum(weight.stored_bytes for weight in weights if not roles or weight.role in roles)
-
-
 def _passing_bytes(weight: Weight, size: int, backend: str) -> int:
     """Most bytes that a tensor takes while it is made ready (kbit.models.load), its final `size` included."""
     if backend != "native":  # on the GPU: codes are unpacked to bytes, twice, before they are sorted
@@ -432,24 +314,6 @@ def _rotary_bytes(spec: ModelSpec, context: int) -> int:
         positions *= 2
     tables = sum(rope.dim for rope in spec.ropes) * (1 if spec.query_temperature is None else 2)
     return 4 * tables * positions
-
-
-def _packed_gguf_types() -> Mapping[str, QuantFormat]:
-    from kbit.checkpoint.gguf.blocks import BLOCK_TYPES
-
-    return {name: block_type.format for name, block_type in BLOCK_TYPES.items()}
-
-
-def _format_of(stored: str) -> QuantFormat | None:
-    try:
-        format = parse_format(stored)
-    except UsageError:
-        return None
-    if isinstance(format, NestedFormat):
-        return format.plain(format.bits)
-    if not isinstance(format, QuantFormat):
-        raise UnsupportedError(f"kbit plan knows the sizes of planes formats, not of {format} (codec {format.family})")
-    return format
 
 
 def _up(value: int, multiple: int) -> int:

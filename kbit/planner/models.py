@@ -20,7 +20,8 @@ from kbit.host.errors import KbitError, UsageError
 from kbit.models.check import check_continues
 from kbit.models.families import spec_from_config
 from kbit.models.spec import ModelSpec
-from kbit.planner.memory import (
+from kbit.planner.shapes import KNOWN_MODELS
+from kbit.planner.weights import (
     Weight,
     active_parameters,
     narrowed_weights,
@@ -28,7 +29,6 @@ from kbit.planner.memory import (
     planned_weights,
     stored_weights,
 )
-from kbit.planner.shapes import KNOWN_MODELS
 from kbit.scaling.points import Point
 
 _DTYPES = {"float16": "fp16", "bfloat16": "bf16", "float32": "fp32"}

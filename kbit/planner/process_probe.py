@@ -16,7 +16,8 @@ from typing import Any
 
 from kbit.host.errors import KbitError
 from kbit.models.families import spec_from_config
-from kbit.planner.memory import planned_weights, predict_memory
+from kbit.planner.memory import predict_memory
+from kbit.planner.weights import planned_weights
 
 PROMPT, TOKENS = 600, 200
 _SHORT = 16  # tokens of the prompt that shows what any prompt costs

@@ -20,7 +20,8 @@ from kbit.host.errors import KbitError
 from kbit.models.spec import ModelSpec
 from kbit.planner.kernel_timing import AttentionRate, KernelRate, kernel_key
 from kbit.planner.machine import MachineSpeed, attention_key
-from kbit.planner.memory import Weight, page_bytes, prepared_bytes
+from kbit.planner.memory import page_bytes, prepared_bytes
+from kbit.planner.weights import Weight
 
 # What predictions are off by, as a fraction (benchmarks/test_plan.py prints it).
 TYPICAL_ERROR = 0.15

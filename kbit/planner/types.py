@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING, Any
 
 from kbit.formats.quant_format import QuantFormat
 from kbit.host.errors import UsageError
-from kbit.planner.memory import MemoryUse, Weight, stored_bits
+from kbit.planner.memory import MemoryUse
 from kbit.planner.models import PlanModel
 from kbit.planner.quality import Quality, Standing
+from kbit.planner.weights import Weight, stored_bits
 from kbit.scaling.points import ORIGINAL
 
 if TYPE_CHECKING:

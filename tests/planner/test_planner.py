@@ -23,11 +23,11 @@ from kbit.models.families import spec_from_config
 from kbit.planner.choose import make_recommendation
 from kbit.planner.kernel_timing import AttentionRate, KernelRate, Overheads
 from kbit.planner.machine import MachineSpeed, attention_key
-from kbit.planner.memory import parameters, planned_weights
 from kbit.planner.models import PlanModel, find_models
 from kbit.planner.quality import Quality, compare
 from kbit.planner.shapes import KNOWN_GPUS, KNOWN_MODELS
 from kbit.planner.types import Recommendation, Requirements
+from kbit.planner.weights import parameters, planned_weights
 from kbit.scaling.laws.fit import fit_laws
 from kbit.scaling.points import ORIGINAL, append_points
 

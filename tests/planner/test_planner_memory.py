@@ -26,20 +26,10 @@ from kbit.kernels.triton.codecs.layout import prepare_weight
 from kbit.models.families import spec_from_config
 from kbit.models.load import load_decoder
 from kbit.models.opening import open_model as open_canonical
-from kbit.planner.memory import (
-    Weight,
-    cache_bytes,
-    parameters,
-    planned_weights,
-    predict_memory,
-    prepared_bytes,
-    program_bytes,
-    stored_bits,
-    stored_weights,
-    tokenizer_bytes,
-)
+from kbit.planner.memory import cache_bytes, predict_memory, prepared_bytes, program_bytes, tokenizer_bytes
 from kbit.planner.models import find_models
 from kbit.planner.process_probe import probe
+from kbit.planner.weights import Weight, parameters, planned_weights, stored_bits, stored_weights
 
 FORMATS = [
     *(f"int{bits}-b64" for bits in range(2, 9)),

@@ -20,7 +20,7 @@ from kbit.planner import machine as machine_module
 from kbit.planner import process_probe
 from kbit.planner.kernel_timing import AttentionRate, KernelRate, Overheads, Timer, kernel_key
 from kbit.planner.machine import MachineSpeed, attention_key, describe_machine, machine_speed
-from kbit.planner.memory import planned_weights, prepared_bytes
+from kbit.planner.memory import prepared_bytes
 from kbit.planner.process_probe import Probe, probe
 from kbit.planner.speed import (
     bytes_per_token,
@@ -29,6 +29,7 @@ from kbit.planner.speed import (
     predict_speed,
     prompt_seconds,
 )
+from kbit.planner.weights import planned_weights
 
 CONFIG = {
     "model_type": "llama",

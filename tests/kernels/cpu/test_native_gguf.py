@@ -15,7 +15,8 @@ from kbit.formats.quant_format import plane_widths
 from kbit.formats.stored import StoredMatrix
 from kbit.formats.stored_planes import pack_codes
 from kbit.graph.pages import pages_for
-from kbit.planner.memory import Weight, prepared_bytes
+from kbit.planner.memory import prepared_bytes
+from kbit.planner.weights import Weight
 
 TYPES = {t.name: t for t in GGML_TYPES.values() if t.name in BLOCK_TYPES}
 STEPPED = sorted(name for name, block_type in BLOCK_TYPES.items() if block_type.format.scale_dtype == "fp32")
