@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import signal
 import socket
 import sys
+from contextlib import suppress
 from typing import Any
 
 import uvicorn
@@ -40,19 +43,22 @@ class _Quiet(uvicorn.Server):
     def __init__(self, config: uvicorn.Config, app: FastAPI) -> None:
         super().__init__(config)
         self._app = app
+        self._asked = 0
 
     def handle_exit(self, sig: int, frame: Any) -> None:
+        # The second one may come while the first is being handled: what is asked for is counted, and said without
+        # Python's buffers, which do not take a writer inside a writer.
+        self._asked += 1
+        if self._asked > 1:
+            _say_at_once("kbit: quitting")
+            os._exit(128 + signal.SIGINT)  # nothing is being written that could be left half done
         server: Server | None = getattr(self._app.state, "server", None)
         active = 0 if server is None else server.bridge.thread.active
         if server is not None:
             server.bridge.thread.refuse()
-        if self.should_exit:
-            _say("kbit: quitting")
-        elif active:
-            _say(f"kbit: finishing {active} request{'s' if active != 1 else ''}; Ctrl-C again quits")
+        if active:
+            _say_at_once(f"kbit: finishing {active} request{'s' if active != 1 else ''}; Ctrl-C again quits")
         super().handle_exit(sig, frame)
-        if self.force_exit and server is not None:
-            server.bridge.thread.stop(drain=False, timeout=0)
 
 
 def run(
@@ -101,11 +107,8 @@ def run(
         finally:
             told.cancel()
 
-    try:
+    with suppress(KeyboardInterrupt):  # which uvicorn raises again once it has drained
         asyncio.run(serve())
-    except KeyboardInterrupt:  # uvicorn raises the signal again once it has drained
-        if server.force_exit:
-            raise
     if models.first.state == "failed":
         raise models.first.error or KbitError(f"{models.first.name} could not be loaded")
 
@@ -141,3 +144,9 @@ def _facts(model: ServedModel) -> list[str]:
 def _say(line: str) -> None:
     sys.stderr.write(f"{line}\n")
     sys.stderr.flush()
+
+
+def _say_at_once(line: str) -> None:
+    """From within a signal's handler."""
+    with suppress(OSError, ValueError):  # who is gone need not hear it
+        os.write(sys.stderr.fileno(), f"{line}\n".encode())
