@@ -58,8 +58,9 @@ def test_who_leaves_frees_the_seat_and_an_end_is_orderly(novels_folder: str) -> 
             next(response.iter_lines())
         # (How soon depends on the machine: tests/engine/test_engine_thread.py has a cancel felt within a step.)
         until_idle(address)
+        soon = httpx.Timeout(PATIENCE, read=0.01)
         with pytest.raises(httpx.ReadTimeout):
-            httpx.post(f"{address}/v1/completions", json={**long, "stream": False}, timeout=0.01)
+            httpx.post(f"{address}/v1/completions", json={**long, "stream": False}, timeout=soon)
         until_idle(address)
         # A text under way is finished after Ctrl-C; a new one is refused or not even connected.
         with httpx.stream("POST", f"{address}/v1/completions", json={**long, "n": 8}, timeout=PATIENCE) as response:
