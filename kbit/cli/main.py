@@ -47,6 +47,8 @@ COMMANDS = {
     "plan": ("kbit.cli.plan", "plan", "Choose model, width and KV width for a memory and a speed."),
     "export": ("kbit.cli.export", "export", "Write a model for other programs."),
     "info": ("kbit.cli.info", "info", "Show a model's size and bits per weight."),
+    "list": ("kbit.cli.list_models", "list_models", "List the models on this machine."),
+    "rm": ("kbit.cli.remove", "remove", "Remove models from this machine."),
     "pull": ("kbit.cli.pull", "pull", "Fetch a model into the cache."),
     "tune": ("kbit.cli.tune", "tune", "Time the GPU kernels' configurations and keep the fastest."),
 }
