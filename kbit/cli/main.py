@@ -50,6 +50,7 @@ COMMANDS = {
     "list": ("kbit.cli.list_models", "list_models", "List the models on this machine."),
     "rm": ("kbit.cli.remove", "remove", "Remove models from this machine."),
     "pull": ("kbit.cli.pull", "pull", "Fetch a model into the cache."),
+    "bench": ("kbit.cli.bench", "bench", "Time a model: loading, prompts, decoding."),
     "tune": ("kbit.cli.tune", "tune", "Time the GPU kernels' configurations and keep the fastest."),
 }
 
