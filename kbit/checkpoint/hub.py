@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import glob
 import re
-from collections.abc import Callable, Iterator
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from fnmatch import fnmatch
 from pathlib import Path
 
 from kbit.host.errors import KbitError, UsageError, one_line
@@ -16,6 +17,7 @@ _PART = re.compile(r"(.*-)(\d{5})(-of-(\d{5})\.gguf)")
 # Not wanted of a repository. The hub's patterns match across "/", so "*.safetensors" alone would also fetch original/,
 # onnx/ and the like; consolidated.*.safetensors are the same weights once more, in Mistral's own format.
 _NOT_FROM_HUB = ["*/*", "consolidated*"]
+_FACTS_SECONDS = 5.0
 # Whose errors huggingface_hub lets through when there is no connection; their types changed between releases.
 _HTTP_LIBRARIES = ("httpx", "httpx2", "httpcore", "httpcore2", "requests", "urllib3")
 
@@ -135,6 +137,47 @@ def _fetched_gguf(repository: str, file: str) -> Path:
     if missing:
         raise UsageError(f"{repository}:{file}: there is no {missing[0]} in this repository")
     return folder / parts[0]
+
+
+@dataclass(frozen=True)
+class HubFacts:
+    """What the hub says of a model: bytes of its weight files, its licence, and whether its terms must be accepted."""
+
+    nbytes: int
+    licence: str | None
+    gated: bool
+
+
+def hub_facts(repositories: Sequence[str]) -> dict[str, HubFacts]:
+    """What the hub says of models now; those that it does not know are left out.
+
+    Raises:
+        KbitError: it cannot be asked.
+    """
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled, RepositoryNotFoundError
+
+    api, found = HfApi(), {}
+    for repository in repositories:
+        try:
+            info = api.model_info(repository, files_metadata=True, timeout=_FACTS_SECONDS)
+        except RepositoryNotFoundError:
+            continue
+        except (OfflineModeIsEnabled, HfHubHTTPError, OSError) as error:
+            raise KbitError(_first_line(error)) from None
+        except Exception as error:
+            if type(error).__module__.split(".")[0] not in _HTTP_LIBRARIES:
+                raise
+            raise KbitError(type(error).__name__) from None
+        files = {file.rfilename: file.size or 0 for file in info.siblings or []}
+        weights = [name for name in files if fnmatch(name, "*.safetensors") and not _unwanted(name)]
+        licence = next((tag.removeprefix("license:") for tag in info.tags or [] if tag.startswith("license:")), None)
+        found[repository] = HubFacts(sum(files[name] for name in weights), licence, bool(info.gated))
+    return found
+
+
+def _unwanted(name: str) -> bool:
+    return any(fnmatch(name, pattern) for pattern in _NOT_FROM_HUB)
 
 
 def cached_models() -> Iterator[tuple[str, Path]]:
