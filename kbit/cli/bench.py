@@ -78,7 +78,7 @@ def bench(
     cases += [Case("decode", tokens, at) for tokens in _numbers("--generate", generate, 0) if tokens for at in depths]
     if not cases:
         raise UsageError("--prompt 0 --generate 0: there is nothing to time")
-    counts = [None] if threads is None else list(_numbers("--threads", threads, 1))
+    counts: list[int | None] = [None] if threads is None else list(_numbers("--threads", threads, 1))
     _check_threads(counts)
 
     def load(count: int | None, check: Any) -> LoadedModel:

@@ -132,7 +132,7 @@ def _compared(before: dict[str, Any], after: dict[str, Any]) -> dict[str, Any]:
     """What is shown: the figures of the second moment, and rates since the first."""
     samples, seconds = after["samples"], after["time"] - before["time"]
 
-    def value(name: str, model: str = "", of: dict[Any, float] = samples) -> float:
+    def value(name: str, model: str = "", of: dict[tuple[str, str], float] = samples) -> float:
         return of.get((f"kbit:{name}", model), 0.0)
 
     def rate(name: str, model: str) -> float:

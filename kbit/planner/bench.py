@@ -131,7 +131,9 @@ def bench(
         )
 
     total, done = len(threads) * len(cases) * repeats, 0
-    before, loads, timed = prepared(), [], []
+    before = prepared()
+    loads: list[float] = []
+    timed: list[Timed] = []
     prepared_seconds = None
     for count in threads:
         loaded = load(count, look)
