@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
 
     from kbit.formats.quant_format import QuantFormat
+    from kbit.formats.trellis import TrellisFormat
     from kbit.planner.machine import MachineSpeed
     from kbit.planner.shapes import KnownGpu
     from kbit.planner.types import Recommendation, Requirements
@@ -65,7 +66,9 @@ class PlanFlags:
     ] = "16,8,4"
     format: Annotated[
         list[str] | None,
-        typer.Option("--format", metavar="FORMAT", help="Try this format (nf4-b64) and no other; repeatable."),
+        typer.Option(
+            "--format", metavar="FORMAT", help="Try this format (nf4-b64, trellis3) and no other; repeatable."
+        ),
     ] = None
     embedding_bits: Annotated[
         int | None, typer.Option("--embedding-bits", metavar="N", help="Quantize embeddings and head too, to N bits.")
@@ -153,10 +156,12 @@ def parse_size(flag: str, text: str) -> int:
 
 def _request(flags: PlanFlags) -> Requirements:
     """The flags, checked."""
-    from kbit.formats.quant_format import MAX_BITS, MIN_BITS, QuantFormat
+    from kbit.formats.quant_format import MAX_BITS, MIN_BITS
+    from kbit.formats.registry import parse_format
     from kbit.host.cpu import default_threads
     from kbit.planner.machine import memory_bytes
     from kbit.planner.types import Requirements
+    from kbit.planner.weights import known_format
 
     gpu = None if flags.device == "cpu" else _gpu(flags.device)
     if flags.compute not in ("int8", "bf16", "fp32"):
@@ -177,9 +182,9 @@ def _request(flags: PlanFlags) -> Requirements:
         limit = memory_bytes()
     if limit is None:
         raise UsageError("--memory is missing: say what the process may take, for example --memory 6GiB")
-    parsed: tuple[QuantFormat, ...] | None = None
+    parsed: tuple[QuantFormat | TrellisFormat, ...] | None = None
     if flags.format:
-        parsed = tuple(dict.fromkeys(QuantFormat.parse(text) for text in flags.format))
+        parsed = tuple(dict.fromkeys(known_format(parse_format(text)) for text in flags.format))
     kinds = {32: "fp32", 16: "fp16", 8: "8", 4: "4", 3: "3", 2: "2"}
     widths = sorted(set(_numbers("--kv-bits", flags.kv_bits, 2, 32)), reverse=True)
     unknown = [width for width in widths if width not in kinds]

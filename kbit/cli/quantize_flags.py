@@ -399,7 +399,7 @@ class QuantizeFlags:
                 raise UsageError(f"--device {self.device}: rounds to nearest only; use --method rtn, or --device cpu")
             method = method.with_options(**self.options)
             if isinstance(codec, NestedFormat):
-                method = method.nested(Nesting(min(max(self.anchor or ANCHOR, codec.low), codec.bits)))
+                method = method.nested(Nesting.of(codec.low, codec.bits, self.anchor or ANCHOR))
             if not any(asked.values()):
                 return method
             texts = self.calibration or []

@@ -16,11 +16,14 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from kbit.formats.quant_format import QuantFormat, default_dtype
+from kbit.formats.registry import parse_format
+from kbit.formats.trellis import TrellisFormat
 from kbit.host.errors import KbitError, UnsupportedError, UsageError
 from kbit.planner.memory import predict_memory
 from kbit.planner.models import PlanModel
 from kbit.planner.quality import Quality, compare, judge
 from kbit.planner.types import Candidate, Recommendation, Requirements
+from kbit.planner.weights import known_format
 from kbit.quantizers.methods import METHODS
 from kbit.scaling.points import ORIGINAL, Point
 
@@ -155,21 +158,29 @@ def _fitting(
     return found, why
 
 
-def _formats(request: Requirements, model: PlanModel, points: Sequence[Point]) -> list[tuple[str, QuantFormat | None]]:
+def _formats(
+    request: Requirements, model: PlanModel, points: Sequence[Point]
+) -> list[tuple[str, QuantFormat | TrellisFormat | None]]:
     """(method, format) to try: the model as it is, what was measured of it, and a default format for each width."""
-    tried: dict[tuple[str, QuantFormat | None], None] = {}
+    tried: dict[tuple[str, QuantFormat | TrellisFormat | None], None] = {}
     if request.formats is None:
         tried[ORIGINAL, None] = None
     if not model.fixed:
         if request.formats is not None:
-            tried.update(dict.fromkeys(("rtn", format) for format in request.formats))
+            tried.update(dict.fromkeys((_usual_method(format), format) for format in request.formats))
         else:
             for point in points:
                 if point.model == model.measured and point.bits in request.bits and _runs(point):
-                    with suppress(UsageError):  # a row that another version wrote; it has no law either
-                        tried[point.method, QuantFormat.parse(point.format)] = None
+                    # Not a row that another version wrote, which has no law either, or of a nested file's width.
+                    with suppress(UsageError, UnsupportedError):
+                        tried[point.method, known_format(parse_format(point.format))] = None
             tried.update(dict.fromkeys(("rtn", QuantFormat(default_dtype(bits), bits)) for bits in request.bits))
     return list(tried)
+
+
+def _usual_method(format: QuantFormat | TrellisFormat) -> str:
+    """How a format is made where nobody says: `kbit quantize --method`."""
+    return "trellis" if isinstance(format, TrellisFormat) else "rtn"
 
 
 def _runs(point: Point) -> bool:
@@ -214,12 +225,13 @@ def _best_of_widths(fits: list[list[Candidate]]) -> list[list[Candidate]]:
     kept = list(best.values())
     unjudged = all(options[0].known_quality is None for options in kept)
     if unjudged:  # nothing tells two formats of a width apart: the default
-        first: dict[int, list[Candidate]] = {}
+        first: dict[tuple[int, str], list[Candidate]] = {}
         for options in kept:
             format = options[0].format
-            bits = 16 if format is None else format.bits
-            if bits not in first or (format is not None and format.dtype == default_dtype(bits)):
-                first[bits] = options
+            bits, codec = (16, "") if format is None else (format.bits, format.family)
+            default = isinstance(format, QuantFormat) and format.dtype == default_dtype(bits)
+            if (bits, codec) not in first or default:
+                first[bits, codec] = options
         kept = list(first.values())
     return kept
 

@@ -11,7 +11,7 @@ Times are medians. No torch.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
 from time import perf_counter
@@ -21,8 +21,11 @@ from numpy.typing import NDArray
 
 from kbit import _native
 from kbit.backends.cpu.runner import PASS_ROWS, record
-from kbit.backends.cpu.weight import NativeWeight
+from kbit.backends.cpu.weight import NativeWeight, prepare_stored
 from kbit.formats.quant_format import QuantFormat, plane_widths
+from kbit.formats.registry import parse_format
+from kbit.formats.stored import StoredMatrix
+from kbit.formats.trellis import TrellisFormat
 from kbit.graph.pages import pages_for
 from kbit.models.decoder import DecoderDefinition
 from kbit.models.families import spec_from_config
@@ -107,14 +110,17 @@ class Overheads:
     prompt: float
 
 
-def kernel_key(format: QuantFormat | str) -> str:
-    """Formats with the same key run the same instructions: the data type counts only where it needs two digits.
+def kernel_key(format: QuantFormat | TrellisFormat | str) -> str:
+    """Formats with the same key run the same instructions: the data type counts only where it needs two digits, and of
+    a trellis not the window.
 
     A codebook that int8 does not hold well is multiplied in two digits (kernels/cpu/codecs/matrix_storage.cpp), and
     int8 itself needs no lookup.
     """
     if isinstance(format, str):
         return format
+    if isinstance(format, TrellisFormat):
+        return str(replace(format, window=0))
     scales = "fp32" if format.double_quant else format.scale_dtype
     tail = ("-asym" if format.asymmetric else "") + ("" if scales == "fp16" else f"-{scales}")
     block = f"b{format.block_size}" if format.block_size else "row"
@@ -349,7 +355,7 @@ def _passes(
 
 
 def _matrix(
-    format: QuantFormat | str, context: _native.Context, rows: int = ROWS, columns: int = COLUMNS
+    format: QuantFormat | TrellisFormat | str, context: _native.Context, rows: int = ROWS, columns: int = COLUMNS
 ) -> _native.Matrix:
     """A matrix of random codes."""
     generator = np.random.default_rng(rows + columns)
@@ -358,6 +364,13 @@ def _matrix(
             return _native.Matrix.dense(generator.standard_normal((rows, columns), dtype=np.float32), format, context)
         halves = generator.standard_normal((rows, columns), dtype=np.float32).astype(np.float16).view(np.uint16)
         return _native.Matrix.dense(halves, format, context)
+    if isinstance(format, TrellisFormat):
+        parts = format.parts(rows, columns)
+        bytes_of = {name: generator.integers(0, 256, parts[name].shape, dtype=np.uint8) for name in ("codes", "signs")}
+        scales = np.full(parts["scales"].shape, np.float16(0.01).view(np.uint16))
+        return prepare_stored(
+            StoredMatrix(format, (rows, columns), {**bytes_of, "scales": scales}, np.zeros(0, np.float32)), context
+        ).matrix
     from kbit.formats.codebooks import codebook
 
     planes = [
@@ -375,8 +388,12 @@ def _matrix(
     )
 
 
-def _parse(key: str) -> QuantFormat | str:
-    return key if key in ("fp16", "bf16", "fp32") else QuantFormat.parse(key)
+def _parse(key: str) -> QuantFormat | TrellisFormat | str:
+    if key in ("fp16", "bf16", "fp32"):
+        return key
+    format = parse_format(key)
+    assert isinstance(format, QuantFormat | TrellisFormat)
+    return format
 
 
 def _cache_bytes(root: Path = Path("/sys/devices/system/cpu/cpu0/cache")) -> int:

@@ -27,6 +27,7 @@ from kbit.backends.cpu.runner import PASS_ROWS
 from kbit.backends.rotary import FIRST_POSITIONS
 from kbit.engine.prompt_cache import kept_states
 from kbit.formats.quant_format import QuantFormat
+from kbit.formats.trellis import TrellisFormat
 from kbit.graph.pages import pages_for
 from kbit.host.errors import UnsupportedError, UsageError
 from kbit.models.params import weightless_norms
@@ -179,11 +180,15 @@ def prepared_bytes(weight: Weight, backend: str = "native") -> int:
     if backend != "native":
         if isinstance(kept, str):
             return 2 * weight.numel
-        from kbit.kernels.triton.codecs.sizes import planes_bytes
+        from kbit.kernels.triton.codecs.sizes import planes_bytes, trellis_bytes
 
+        if isinstance(kept, TrellisFormat):
+            return trellis_bytes(kept, weight.rows, weight.columns)
         return planes_bytes(kept, weight.rows, weight.columns)
     if isinstance(kept, str):
         return _native.matrix_bytes(weight.rows, weight.columns, 0, 0, kept, False)
+    if isinstance(kept, TrellisFormat):
+        return _native.matrix_bytes(weight.rows, weight.columns, kept.bits, 0, "fp16", False)
     # Factors of double-quantized scales are multiplied in at load; K types keep steps of a number for 256 columns.
     scales = "fp32" if kept.double_quant else kept.scale_dtype
     kind = "fp32-steps" if weight.steps else scales
@@ -240,11 +245,14 @@ def program_bytes(
         buffers += 4 * pairs * (inside + outside)
     multiplied = [w.kept for w in weights if w.role != "table" and (w.role != "embedding" or spec.tied_embeddings)]
     blocks = {kept.block_size for kept in multiplied if isinstance(kept, QuantFormat)}
-    segments = {_native.matrix_segment(block) for block in blocks} if compute == "int8" else set()
+    segments = [*{_native.matrix_segment(block) for block in blocks}] if compute == "int8" else []
+    rotated = any(isinstance(kept, TrellisFormat) for kept in multiplied)
+    if rotated and compute == "int8":
+        segments.append(_native.matrix_segment(0))
 
     def inputs(count: int, floats: float, second: float) -> float:
         """Rows of x made ready: `count` numbers; `floats` and `second` of them in float32, and rounded once more."""
-        total = 4 * floats + (2 * count if compute == "bf16" else 0)
+        total = (4 * floats + (2 * count if compute == "bf16" else 0)) * (2 if rotated else 1)
         if segments:
             total += 4 * second
         for segment in segments:
@@ -274,7 +282,7 @@ def tokenizer_bytes(vocabulary: int) -> int:
 def _passing_bytes(weight: Weight, size: int, backend: str) -> int:
     """Most bytes that a tensor takes while it is made ready (kbit.models.load), its final `size` included."""
     if backend != "native":  # on the GPU: codes are unpacked to bytes, twice, before they are sorted
-        return size + (weight.stored_bytes + 2 * weight.numel if isinstance(weight.kept, QuantFormat) else 0)
+        return size + (0 if isinstance(weight.kept, str) else weight.stored_bytes + 2 * weight.numel)
     copies = weight.stored_bytes
     if isinstance(weight.kept, str) and DENSE_BYTES[weight.kept] == 2:
         copies += 4 * weight.numel  # read as float32, then rounded to what it was

@@ -16,6 +16,7 @@ from typing import Any
 
 from kbit.checkpoint.narrowed import widths_of
 from kbit.formats.quant_format import QuantFormat
+from kbit.formats.trellis import TrellisFormat
 from kbit.host.errors import KbitError, UsageError
 from kbit.models.check import check_continues
 from kbit.models.families import spec_from_config
@@ -87,7 +88,7 @@ class PlanModel:
         """Those that a token goes through: of experts, the chosen ones."""
         return active_parameters(self.weights)
 
-    def in_format(self, format: QuantFormat | None, embedding_bits: int | None) -> tuple[Weight, ...]:
+    def in_format(self, format: QuantFormat | TrellisFormat | None, embedding_bits: int | None) -> tuple[Weight, ...]:
         """Its tensors in a format, as `kbit quantize` would write them; as they are for None.
 
         Args:
@@ -97,8 +98,9 @@ class PlanModel:
         if format is None:
             return self.weights
         kept: QuantFormat | str = self.dtype
-        if embedding_bits not in (None, 16):
-            kept = format.at_width(embedding_bits)
+        if embedding_bits is not None and embedding_bits != 16:
+            like = format if isinstance(format, QuantFormat) else QuantFormat()
+            kept = like.at_width(embedding_bits)
         return planned_weights(self.spec, format, embedding=kept, head=kept)
 
 

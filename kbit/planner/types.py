@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from kbit.formats.quant_format import QuantFormat
+from kbit.formats.trellis import TrellisFormat
 from kbit.host.errors import UsageError
 from kbit.planner.memory import MemoryUse
 from kbit.planner.models import PlanModel
@@ -45,7 +46,7 @@ class Requirements:
     bits: tuple[int, ...] = (2, 3, 4, 5, 6, 7, 8)
     kv: tuple[str, ...] = ("fp16", "8", "4")
     embedding_bits: int | None = None
-    formats: tuple[QuantFormat, ...] | None = None
+    formats: tuple[QuantFormat | TrellisFormat, ...] | None = None
     threads: int = 1
     compute: str = "int8"
     gpu: KnownGpu | None = None
@@ -83,7 +84,7 @@ class Candidate:
     """
 
     model: PlanModel
-    format: QuantFormat | None
+    format: QuantFormat | TrellisFormat | None
     method: str
     kv: str
     weights: tuple[Weight, ...]

@@ -4,15 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import TypeAlias
 
 from kbit.checkpoint.source import CheckpointSource
+from kbit.formats.codec import Codec
 from kbit.formats.nested import NestedFormat
 from kbit.formats.quant_format import QuantFormat
 from kbit.formats.registry import parse_format
+from kbit.formats.trellis import TrellisFormat
 from kbit.host.errors import UnsupportedError, UsageError
 from kbit.models.params import parameters as declared
 from kbit.models.spec import ModelSpec
 
+# What a matrix is kept in: a format whose kernels are known here, or one of DENSE_BYTES.
+Kept: TypeAlias = QuantFormat | TrellisFormat | str
 # Bytes of a number of the types that weights are kept in without being quantized.
 DENSE_BYTES = {"fp16": 2, "bf16": 2, "fp32": 4}
 # How files name these types; everything else that is not a k-bit format becomes float32 (kbit.models.load).
@@ -38,7 +43,7 @@ class Weight:
     role: str
     rows: int
     columns: int
-    kept: QuantFormat | str
+    kept: Kept
     steps: bool = False
     active: float = 1.0
     nested: bool = False
@@ -51,17 +56,17 @@ class Weight:
     @property
     def stored_bytes(self) -> int:
         """Bytes in a file."""
-        if isinstance(self.kept, QuantFormat):
-            return self.kept.nbytes(self.rows, self.columns)
-        return self.numel * DENSE_BYTES[self.kept]
+        if isinstance(self.kept, str):
+            return self.numel * DENSE_BYTES[self.kept]
+        return self.kept.nbytes(self.rows, self.columns)
 
 
 def planned_weights(
     spec: ModelSpec,
-    linear: QuantFormat | str,
+    linear: Kept,
     *,
-    embedding: QuantFormat | str = "fp16",
-    head: QuantFormat | str = "fp16",
+    embedding: Kept = "fp16",
+    head: Kept = "fp16",
 ) -> tuple[Weight, ...]:
     """Every tensor of a model, as `kbit quantize` would keep it.
 
@@ -94,7 +99,7 @@ def stored_weights(source: CheckpointSource, spec: ModelSpec) -> tuple[Weight, .
     weights = []
     block_types = _packed_gguf_types()
     for planned in planned_weights(spec, "fp16"):
-        kept: QuantFormat | str = "fp32"
+        kept: Kept = "fp32"
         steps = nested = False
         if planned.role != "other":
             stored = source.tensors[planned.name].stored_as
@@ -109,7 +114,7 @@ def narrowed_weights(weights: Sequence[Weight], width: int) -> tuple[Weight, ...
     """A nested model's tensors at a width: each takes what a plain format with the same blocks does."""
     return tuple(
         weight
-        if isinstance(weight.kept, str) or not weight.nested
+        if not (weight.nested and isinstance(weight.kept, QuantFormat))
         else replace(weight, kept=replace(weight.kept, bits=width))
         for weight in weights
     )
@@ -136,13 +141,24 @@ def _packed_gguf_types() -> Mapping[str, QuantFormat]:
     return {name: block_type.format for name, block_type in BLOCK_TYPES.items()}
 
 
-def _format_of(stored: str) -> QuantFormat | None:
+def _format_of(stored: str) -> QuantFormat | TrellisFormat | None:
     try:
         format = parse_format(stored)
     except UsageError:
         return None
     if isinstance(format, NestedFormat):
         return format.plain(format.bits)
-    if not isinstance(format, QuantFormat):
-        raise UnsupportedError(f"kbit plan knows the sizes of planes formats, not of {format} (codec {format.family})")
+    return known_format(format)
+
+
+def known_format(format: Codec) -> QuantFormat | TrellisFormat:
+    """A format whose sizes and kernels are known here.
+
+    Raises:
+        UnsupportedError: it is of another codec.
+    """
+    if not isinstance(format, QuantFormat | TrellisFormat):
+        raise UnsupportedError(
+            f"kbit plan knows the sizes of planes and trellis formats, not of {format} (codec {format.family})"
+        )
     return format

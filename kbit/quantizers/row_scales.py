@@ -1,9 +1,10 @@
-"""Tuning after rounding: the scales of every row against the KL divergence from the original.
+"""Tuning after rounding: the scales of every row, and the weights of norms, against the divergence from the original.
 
 Rounding goes by the second moment of the gradients, matrix by matrix; what errors of several matrices do together, and
-what is not quadratic, only the model itself can tell. So codes stay and every row's scales get one factor, found by
-Adam on text of the calibration (as DWQ of mlx-lm does for all scales; docs/methods.md says what it buys). The result is
-taken only if it diverges less on text that neither has seen.
+what is not quadratic, only the model itself can tell. So codes stay; every row's scales get one factor, and so does
+every weight of a norm, which is a factor for the columns of the matrices behind it and takes no further bytes. They are
+found by Adam on text of the calibration (as DWQ of mlx-lm does for all scales; docs/methods.md says what it buys). The
+result is taken only if it diverges less on text that neither has seen.
 
 Every sequence is worked through by one thread and sums are formed in a fixed order: the result does not depend on the
 number of threads.
@@ -62,7 +63,7 @@ def tune_rows(
     *,
     progress: Progress | None = None,
 ) -> dict[str, torch.Tensor]:
-    """Factors for the rows of the linear matrices among some, by name, float32 (N,).
+    """Factors for the rows of the linear matrices among some, and for the weights of norms, by name, float32 (N,).
 
     Holds the original as it is stored, and the quantized model in float32.
 
@@ -76,13 +77,11 @@ def tune_rows(
     """
     with workers(torch.get_num_threads()) as pool:
         pair = _Pair(source, quantized, pool)
-        factors = {
-            name: torch.ones(matrices[name].shape[0])
-            for name in pair.places
-            if name in matrices and can_scale(matrices[name])
-        }
-        if not factors:
+        scaled = [name for name in pair.places if name in matrices and can_scale(matrices[name])]
+        if not scaled:
             return {}
+        sizes = {name: matrices[name].shape[0] for name in scaled} | pair.norms
+        factors = {name: torch.ones(size) for name, size in sizes.items()}
         optimizer = torch.optim.Adam(list(factors.values()), lr=tuning.rate, betas=(0.9, 0.95))
         for step in range(tuning.steps):
             batch = np.take(text, range(step * tuning.batch, (step + 1) * tuning.batch), axis=0, mode="wrap")
@@ -106,18 +105,22 @@ class _Pair:
     """A model beside its original.
 
     Attributes:
-        places: of the linear matrices inside the layers, by name: what operations know them by.
+        places: of the linear matrices inside the layers and of norms, by name: what operations know them by.
+        norms: how many weights each has, by name.
     """
 
     def __init__(self, source: CheckpointSource, quantized: CheckpointSource, pool: ThreadPoolExecutor) -> None:
         original, model = load_decoder(source, KeepingBackend()), load_decoder(quantized, ReferenceBackend())
         self._original = DecoderDefinition(original.spec, original.weights)
         self._model = DecoderDefinition(model.spec, model.weights)
-        self.places = {
-            p.name: id(model.weights.layers[p.layer].matrices[p.slot])
-            for p in parameters(model.spec)
-            if p.role == "linear" and p.layer is not None
-        }
+        self.places, self.norms = {}, {}
+        for p in parameters(model.spec):
+            held = model.weights.final if p.layer is None else model.weights.layers[p.layer]
+            if p.role == "linear" and p.layer is not None:
+                self.places[p.name] = id(held.matrices[p.slot])
+            elif p.role == "norm":
+                self.places[p.name] = id(held.norms[p.slot])
+                self.norms[p.name] = p.shape[0]
         self._pool = pool
 
     def divergence(self, text: NDArray[np.int64]) -> float:
@@ -159,7 +162,7 @@ def _logits(definition: DecoderDefinition, ids: torch.Tensor, factors: Mapping[i
 
 
 class _ScaledOps(GradientOps):
-    """Products whose rows have factors, with gradients to these."""
+    """Products and norms whose rows have factors, with gradients to these."""
 
     def __init__(self, definition: DecoderDefinition, tokens: int, factors: Mapping[int, torch.Tensor]) -> None:
         super().__init__(definition, tokens)
@@ -170,6 +173,16 @@ class _ScaledOps(GradientOps):
         factor = self._factors.get(id(weight))
         out = out if factor is None else out * factor
         return out if bias is None else out + tensor_of(bias)
+
+    def norm(self, x: torch.Tensor, weight: Vector, eps: float, groups: int = 1, parts: bool = False) -> torch.Tensor:
+        return super().norm(x, self._scaled(weight), eps, groups, parts)
+
+    def layer_norm(self, x: torch.Tensor, weight: Vector, bias: Vector | None, eps: float) -> torch.Tensor:
+        return super().layer_norm(x, self._scaled(weight), bias, eps)
+
+    def _scaled(self, weight: Vector) -> Vector:
+        factor = self._factors.get(id(weight))
+        return weight if factor is None else tensor_of(weight) * factor
 
     def logits(self, weight: Weight, x: torch.Tensor, bias: Vector | None = None) -> torch.Tensor:
         return torch.nn.functional.linear(x, dense(weight), None if bias is None else tensor_of(bias))

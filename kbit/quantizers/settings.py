@@ -62,6 +62,11 @@ class Nesting:
     emphasis: float = 16.0
     sweeps: int = 8
 
+    @classmethod
+    def of(cls, low: int, high: int, anchor: int = ANCHOR) -> Nesting:
+        """For these widths, the nearest of them to what is wanted the anchor."""
+        return cls(min(max(anchor, low), high))
+
     def weights(self, widths: Sequence[int]) -> list[float]:
         """What a unit of each width's cost counts. A further bit divides what can be reached by four."""
         return [4.0 ** (width - widths[0]) * (self.emphasis if width == self.anchor else 1.0) for width in widths]

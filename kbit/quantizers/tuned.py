@@ -1,8 +1,8 @@
-"""Rounding with a calibration, and then the scales of rows tuned against the original."""
+"""Rounding with a calibration, and then the scales of rows and the weights of norms tuned against the original."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
@@ -21,15 +21,14 @@ if TYPE_CHECKING:
     from kbit.calibration.store import CalibrationFolder
     from kbit.checkpoint.source import CheckpointSource
     from kbit.formats.quant_tensor import QuantTensor
-    from kbit.quantizers.plan import Plan
 
 
 class TunedTwoSided(TwoSided):
-    """Two-sided LDLQ, and rows tuned (kbit.quantizers.row_scales)."""
+    """Two-sided LDLQ, rows and norms tuned (kbit.quantizers.row_scales)."""
 
     name = "ldlq2-tuned"
-    about = "ldlq2, then the scales of all rows tuned against the original, kept if that helps: much slower"
-    version = 2
+    about = "ldlq2, then row scales and norms tuned against the original, kept if that helps: much slower"
+    version = 3
     tuning = Tuning()
 
     @property
@@ -43,35 +42,31 @@ class TunedTwoSided(TwoSided):
 
     def apply(self, job: MethodInput) -> QuantizedSource:
         from kbit.calibration.run import calibrate
-        from kbit.quantizers.row_scales import scale_rows
 
         rounded = super().apply(job)
         assert isinstance(rounded, QuantizedView)
         # In the source's order, which is that of layers: a layer's matrices are rounded together.
         matrices = {name: rounded.read_quantized(name) for name in job.source.tensors if name in rounded.formats}
-        factors = self._factors(job, matrices, calibrate(job.source, self.request))
-        scaled = {name: scale_rows(matrix, factors.get(name)) for name, matrix in matrices.items()}
-        return _AtHand(job.source, job.plan, scaled, job.read)
+        return _AtHand(job, matrices, self._factors(job, matrices, calibrate(job.source, self.request)))
 
     def _factors(
         self, job: MethodInput, matrices: Mapping[str, QuantTensor], calibration: CalibrationFolder
     ) -> Mapping[str, torch.Tensor]:
-        """Of rows, by name; none where they do not help. Kept beside the calibration, for a run that is continued."""
+        """Of rows and norms, by name; none where they do not help. Kept beside the calibration, for a run that goes on."""
         from safetensors.torch import load, save
 
         from kbit.calibration.held_out import held_out_tokens
         from kbit.host.files import write_durably
-        from kbit.quantizers.row_scales import divergence, scale_rows, tune_rows
+        from kbit.quantizers.row_scales import divergence, tune_rows
 
         kept = calibration.path / f"rows-{job.plan.plan_id[:24]}.safetensors"
         if kept.exists():
             return load(kept.read_bytes())
         text, held_out = calibration.ids(), held_out_tokens(job.source, self.request)
         assert text is not None
-        plain = _AtHand(job.source, job.plan, matrices, job.read)
+        plain = _AtHand(job, matrices, {})
         factors = tune_rows(job.source, plain, matrices, text, self.tuning, progress=job.progress)
-        scaled = {name: scale_rows(matrix, factors.get(name)) for name, matrix in matrices.items()}
-        tuned = _AtHand(job.source, job.plan, scaled, job.read)
+        tuned = _AtHand(job, matrices, factors)
         if divergence(job.source, tuned, held_out) >= divergence(job.source, plain, held_out):
             factors = {}
         write_durably(kept, save(factors))
@@ -79,28 +74,40 @@ class TunedTwoSided(TwoSided):
 
 
 class TunedTrellis(TunedTwoSided):
-    """Trellis codes, and rows tuned."""
+    """Trellis codes, rows and norms tuned."""
 
     name = "trellis-tuned"
-    about = "trellis, then the scales of all rows tuned against the original, kept if that helps: much slower"
-    version = 1
+    about = "trellis, then row scales and norms tuned against the original, kept if that helps: much slower"
+    version = 2
 
     def format(self, bits: int, fast: bool) -> Codec:
         return Trellis().format(bits, fast)
 
 
 class _AtHand(QuantizedView):
-    """A source whose planned weights are in memory."""
+    """A source whose planned weights are in memory, with their rows scaled, and whose norms' weights are, too."""
 
     def __init__(
-        self,
-        source: CheckpointSource,
-        plan: Plan,
-        matrices: Mapping[str, QuantTensor],
-        read: Callable[[str], torch.Tensor] | None,
+        self, job: MethodInput, matrices: Mapping[str, QuantTensor], factors: Mapping[str, torch.Tensor]
     ) -> None:
-        super().__init__(source, plan, read)
-        self._matrices = matrices
+        from kbit.quantizers.row_scales import scale_rows
+
+        super().__init__(job.source, job.plan, job.read)
+        self._matrices = {name: scale_rows(matrix, factors.get(name)) for name, matrix in matrices.items()}
+        self._norms = {name: factor for name, factor in factors.items() if name not in matrices}
+        self._kept_as = {tensor.source.name: tensor.keep_as for tensor in job.plan.tensors}
 
     def read_quantized(self, name: str) -> QuantTensor:
         return self._matrices[name]
+
+    def read_rows(self, name: str, start: int, stop: int) -> torch.Tensor:
+        return self.read(name)[start:stop] if name in self._norms else super().read_rows(name, start, stop)
+
+    def target(self, name: str) -> torch.Tensor:
+        values = super().target(name)
+        if name not in self._norms:
+            return values
+        from kbit.formats.quant_tensor import SAFETENSORS_TO_TORCH
+
+        dtype = SAFETENSORS_TO_TORCH[self._kept_as[name]]
+        return (values.float() * self._norms[name]).to(dtype).float()

@@ -314,6 +314,8 @@ def _exponent_bits(point: Point) -> int | None:
     """Of a float on OCP's grid, whose exponents differ in nothing else."""
     from kbit.formats.quant_format import QuantFormat
 
+    if not point.dtype.startswith("float"):
+        return None
     format = QuantFormat.parse(point.format)
     return format.exponent_bits if format.dtype == "float" and format.grid == "ocp" else None
 

@@ -20,6 +20,8 @@ from kbit.backends.cpu.weight import prepare
 from kbit.checkpoint.resolve import open_model
 from kbit.formats.blockwise import quantize_blockwise
 from kbit.formats.quant_format import QuantFormat
+from kbit.formats.registry import parse_format
+from kbit.formats.trellis import TrellisFormat
 from kbit.host.errors import UnsupportedError, UsageError
 from kbit.kernels.triton.attention.kv_layout import KVFormat, pages_for
 from kbit.kernels.triton.codecs.layout import prepare_weight
@@ -30,6 +32,8 @@ from kbit.planner.memory import cache_bytes, predict_memory, prepared_bytes, pro
 from kbit.planner.models import find_models
 from kbit.planner.process_probe import probe
 from kbit.planner.weights import Weight, parameters, planned_weights, stored_bits, stored_weights
+from kbit.quantizers.convert import convert
+from kbit.quantizers.plan import make_plan
 
 FORMATS = [
     *(f"int{bits}-b64" for bits in range(2, 9)),
@@ -60,6 +64,20 @@ def test_prepared_weights(text: str, shape: tuple[int, int]) -> None:
     table = 0 if uploaded.table is None else uploaded.table.numel() * uploaded.table.element_size()
     # A superblock's factors are padded to whole rows, which may take one more.
     assert 0 <= uploaded.nbytes - table - prepared_bytes(weight, "triton") <= 16
+
+
+@pytest.mark.parametrize("text", ["trellis2-l10", "trellis3-l10", "trellis5-l10-h32", "trellis7", "trellis8"])
+@pytest.mark.parametrize("shape", [(48, 64), (50, 136)], ids=str)
+def test_prepared_trellises(text: str, shape: tuple[int, int]) -> None:
+    """To the byte; a GPU reads scales of whole tiles, which the CPU's tiles of 64 columns outweigh."""
+    format = parse_format(text)
+    assert isinstance(format, TrellisFormat)
+    weights = torch.randn(shape, generator=torch.Generator().manual_seed(3))
+    matrix = format.encode(lambda start, stop: weights[start:stop], shape)
+    weight = Weight("w", "linear", *shape, format)
+    assert prepared_bytes(weight) == prepare(matrix, _native.Context("scalar", 1)).nbytes
+    assert weight.stored_bytes == format.nbytes(*shape) == matrix.nbytes
+    assert prepared_bytes(weight, "triton") == prepare_weight(matrix, "cpu", torch.float16).nbytes
 
 
 @pytest.mark.parametrize(
@@ -136,6 +154,24 @@ def test_programs(
     assert 0 < program_bytes(spec, weights, rows, compute, 2, resident=True) <= native
     use = predict_memory(spec, weights, context=rows, compute=compute, threads=2)
     assert use.weights == decoder.weights.nbytes
+
+
+@pytest.mark.parametrize("compute", ["int8", "fp32"])
+@pytest.mark.parametrize("tied", [True, False])
+def test_programs_of_trellises(tmp_path: Path, write_model: Callable[..., Path], tied: bool, compute: str) -> None:
+    """Inputs are kept twice, as they are and rotated; of a model that `kbit quantize` wrote."""
+    folder = write_model(tmp_path / "model", **{**LLAMA, "num_hidden_layers": 1, "tie_word_embeddings": tied})
+    with open_model(str(folder)) as source:
+        convert(source, make_plan(source, parse_format("trellis3-l10"), embedding_bits=8), tmp_path / "out")
+    with open_canonical(str(tmp_path / "out")) as source:
+        spec = spec_from_config(source.config)
+        weights = stored_weights(source, spec)
+        decoder = load_decoder(source, NativeBackend(2, compute=compute, isa="scalar"))
+    decoder.extend([1] * 40, decoder.new_cache(1, 40))
+    native = decoder._runner._program.nbytes  # type: ignore[attr-defined]
+    assert program_bytes(spec, weights, 40, compute, 2) == native
+    assert 0 < program_bytes(spec, weights, 40, compute, 2, resident=True) <= native
+    assert predict_memory(spec, weights, context=40, compute=compute).weights == decoder.weights.nbytes
 
 
 @pytest.mark.parametrize("rows", [1, 40])

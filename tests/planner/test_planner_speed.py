@@ -14,6 +14,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kbit.formats.quant_format import QuantFormat
+from kbit.formats.registry import parse_format
+from kbit.formats.trellis import TrellisFormat
 from kbit.host.errors import KbitError
 from kbit.models.families import spec_from_config
 from kbit.planner import machine as machine_module
@@ -71,23 +73,27 @@ def test_formats_that_run_the_same_instructions() -> None:
     assert kernel_key(QuantFormat.parse("int3-row-bf16")) == "int3-row-bf16"
     assert kernel_key(QuantFormat.parse("int4-b32-asym")) == "int4-b32-asym"
     assert kernel_key("fp16") == "fp16"
+    assert kernel_key(TrellisFormat.parse("trellis2-sum4-l12")) == "trellis2-sum4"
+    assert kernel_key(TrellisFormat.parse("trellis8-h128")) == "trellis8-h128"
     for text in ("nf4-b64", "quantile8-b128", "nf4-b64-dq", "int3-row-bf16", "int4-b32-asym"):
         key = kernel_key(QuantFormat.parse(text))
         assert kernel_key(QuantFormat.parse(key)) == key
 
 
-@pytest.mark.parametrize("key", ["int2-b64", "nf7-b32", "int8-row-asym", "int5-b128-fp32", "fp16", "bf16", "fp32"])
+@pytest.mark.parametrize(
+    "key", ["int2-b64", "nf7-b32", "int8-row-asym", "int5-b128-fp32", "trellis3", "fp16", "bf16", "fp32"]
+)
 def test_products_are_timed(key: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("kbit.planner.kernel_timing.SECONDS", 0.0)
     monkeypatch.setattr("kbit.planner.kernel_timing.CACHED_BYTES", 1 << 20)
     rate = Timer(2, "int8", memory_bytes=6 << 20).kernel(key)
     assert all(math.isfinite(value) and value >= 0 for value in asdict(rate).values())
     assert rate.memory >= rate.cached > 0 < rate.prompt
-    format = key if key in ("fp16", "bf16", "fp32") else QuantFormat.parse(key)
-    if isinstance(format, QuantFormat):
-        assert rate.nbytes * 8 >= format.bits
+    dense = {"fp16": 2, "bf16": 2, "fp32": 4}
+    if key in dense:
+        assert rate.nbytes == dense[key]
     else:
-        assert rate.nbytes == {"fp16": 2, "bf16": 2, "fp32": 4}[key]
+        assert rate.nbytes * 8 >= parse_format(key).bits
 
 
 @pytest.mark.parametrize(("kind", "dim", "group"), [("fp16", 64, 1), ("4", 64, 3), ("3", 80, 2), ("fp32", 24, 4)])

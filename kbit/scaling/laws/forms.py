@@ -32,8 +32,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from kbit.formats.quant_format import QuantFormat
+from kbit.formats.registry import parse_format
+from kbit.formats.trellis import TrellisFormat
 from kbit.host.errors import UsageError
-from kbit.scaling.laws.gaussian import Rounding, gaussian_rounding, noise_share
+from kbit.scaling.laws.gaussian import ROW, Rounding, gaussian_rounding, noise_share
 from kbit.scaling.points import ORIGINAL, Point
 from kbit.scaling.sweep.grid import dtype_label
 
@@ -114,19 +116,21 @@ def target(format: str, method: str, weight_error: float | None = None, expected
     Raises:
         UsageError: not a format string.
     """
-    parsed = QuantFormat.parse(format)
+    parsed = parse_format(format)
+    if not isinstance(parsed, QuantFormat | TrellisFormat):
+        raise UsageError(f"{format}: no law has an answer for a file of several widths: measure it, by kbit scale")
     name, dtype = str(parsed), dtype_label(parsed)
-    rounding = gaussian_rounding(name)
+    rounding = _rounding(name)
     return Target(
         name,
         method,
         dtype,
         parsed.bits,
-        rounding.bits_per_weight,
+        rounding.bits_per_weight if rounding else parsed.bits_per_weight(ROW, ROW),
         weight_error,
         _noise(weight_error, rounding),
-        rounding.error,
-        rounding.noise,
+        rounding.error if rounding else None,
+        rounding.noise if rounding else None,
         expected_kl,
     )
 

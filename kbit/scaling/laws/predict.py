@@ -15,6 +15,7 @@ import numpy as np
 
 from kbit.evaluate.statistics import SEED
 from kbit.formats.quant_format import QuantFormat
+from kbit.formats.registry import parse_format
 from kbit.host.errors import KbitError, UsageError
 from kbit.scaling.laws.bootstrap import Array, interval
 from kbit.scaling.laws.fit import Laws, MethodLaws, SuiteLaws
@@ -104,7 +105,7 @@ def predict(laws: Laws, query: Query) -> Prediction:
     """
     own = _choose(laws, query)
     model = own.suite.model(query.model) if query.model is not None else None
-    format = ORIGINAL if query.format == ORIGINAL else str(QuantFormat.parse(query.format))
+    format = _known_name(own, query.format)
     if model is not None:
         method = ORIGINAL if format == ORIGINAL else query.method
         for index, point in enumerate(own.suite.points):
@@ -136,6 +137,16 @@ def predict(laws: Laws, query: Query) -> Prediction:
     delta = methods.loss_per_kl * kl
     delta[1:] += methods.scatter * np.sqrt(kl[1:]) * generator.standard_normal(len(kl) - 1)
     return _prediction(own, loss, delta, kl, form, extrapolated)
+
+
+def _known_name(own: SuiteLaws, format: str) -> str:
+    """A format as points call it: as it was measured, or as its codec writes it.
+
+    Raises:
+        UsageError: it is none.
+    """
+    measured = any(point.format == format for point in own.suite.points)
+    return format if measured or format == ORIGINAL else str(parse_format(format))
 
 
 def _choose(laws: Laws, query: Query) -> SuiteLaws:
@@ -271,7 +282,8 @@ def _mark(own: SuiteLaws, wanted: Target, method: str, format: str, extrapolated
         extrapolated.append(f"{format} shifts the mean of the weights, which its error does not show")
     elif wanted.region == "far":
         extrapolated.append(f"{format} rounds more coarsely than the laws hold for")
-    if wanted.error is None and QuantFormat.parse(format).block_size == 0:
+    parsed = parse_format(format)
+    if wanted.error is None and isinstance(parsed, QuantFormat) and parsed.block_size == 0:
         extrapolated.append(f"{format}: its error depends on the length of the rows, which is taken to be {ROW}")
     widths = [point.bits for point in points]
     if not min(widths) <= wanted.bits <= max(widths):

@@ -1,7 +1,10 @@
 """The configurations of a sweep: widths x data types x block sizes x methods, less what does not exist.
 
 A data type is named as in a format string without its width and blocks: "nf", "int", "int-asym", "float-paper",
-"nf-dq" (double-quantized scales). "float-e3" is a float with three exponent bits at every width. Imports no torch.
+"nf-dq" (double-quantized scales). "float-e3" is a float with three exponent bits at every width. "trellis",
+"trellis-sum4-l12" are trellis codes, which have no blocks; methods that are named after them have no other data type.
+"nested" is one store of all the widths, from the narrowest to the widest, and a configuration for each. Imports no
+torch.
 """
 
 from __future__ import annotations
@@ -10,14 +13,21 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import product
-from typing import TypeVar
+from typing import TypeAlias, TypeVar
 
+from kbit.formats.nested import NestedFormat
 from kbit.formats.quant_format import MAX_BITS, MIN_BITS, QuantFormat
+from kbit.formats.trellis import TrellisFormat
 from kbit.host.errors import UsageError
+from kbit.quantizers.calibrated import CalibratedRounding
 from kbit.quantizers.methods import get_method
 from kbit.scaling.points import ORIGINAL
 
 T = TypeVar("T")
+AnyFormat: TypeAlias = QuantFormat | TrellisFormat | NestedFormat
+
+# Data types that are stores of several widths.
+NESTED = "nested"
 
 _RANGE = re.compile(r"(\d+)\.\.(\d+)")
 _EXPONENT = re.compile(r"e(\d+)")
@@ -30,17 +40,35 @@ class Cell:
     Attributes:
         method: a name of kbit.quantizers.methods, or ORIGINAL.
         format: None for the model as it is.
+        width: of a nested format, the one that is read.
     """
 
     method: str
-    format: QuantFormat | None
+    format: AnyFormat | None
+    width: int | None = None
+
+    @property
+    def format_name(self) -> str:
+        """The format as a string, at a width of it ("nested2..8-b64@3"), or ORIGINAL."""
+        if self.format is None:
+            return ORIGINAL
+        return str(self.format) if self.width is None else f"{self.format}@{self.width}"
 
     @property
     def label(self) -> str:
-        """The format as a string, or ORIGINAL; the method too unless it is rounding to nearest."""
-        if self.format is None:
-            return ORIGINAL
-        return str(self.format) if self.method == "rtn" else f"{self.format} {self.method}"
+        """`format_name`; the method too unless it is rounding to nearest."""
+        return self.format_name if self.method in ("rtn", ORIGINAL) else f"{self.format_name} {self.method}"
+
+    @property
+    def bits(self) -> int:
+        """Of a code; not of the model as it is."""
+        assert self.format is not None
+        return self.width or self.format.bits
+
+    @property
+    def block_size(self) -> int:
+        """Weights that share a scale; 0 for one scale per row, and for the model as it is."""
+        return self.format.block_size if isinstance(self.format, QuantFormat | NestedFormat) else 0
 
 
 @dataclass(frozen=True)
@@ -93,9 +121,9 @@ def expand(
     reasons: dict[tuple[str, object], str] = {}  # why a value's first impossible combination is impossible
     for method, width, dtype, block in product(methods, sorted(bits, reverse=True), dtypes, block_sizes):
         values: list[tuple[str, object]] = list(zip(axes, (width, dtype, block, method), strict=True))
-        found = _format_or_reason(method, width, dtype, block)
-        if isinstance(found, QuantFormat):
-            cells[Cell(method, found)] = None
+        found = _format_or_reason(method, width, dtype, block, bits)
+        if not isinstance(found, str):
+            cells[Cell(method, found, width if isinstance(found, NestedFormat) else None)] = None
             used.update(values)
             continue
         blocks = f"blocks of {block}" if block else "one scale per row"
@@ -106,25 +134,42 @@ def expand(
         for value in axes[flag]:
             if (flag, value) not in used:
                 raise UsageError(f"{flag} {value}: {reasons[flag, value]}")
-    return list(cells), list(left_out)
+    # A store's widths one after another: whoever has rounded it reads all of them.
+    ladders = sorted((c for c in cells if c.width is not None), key=lambda cell: (cell.method, str(cell.format)))
+    return [*(cell for cell in cells if cell.width is None), *ladders], list(left_out)
 
 
-def _format_or_reason(method: str, bits: int, dtype: str, block_size: int) -> QuantFormat | str:
+def _format_or_reason(method: str, bits: int, dtype: str, block_size: int, widths: Sequence[int]) -> AnyFormat | str:
     chosen = get_method(method)
+    own = chosen.format(bits, fast=False) if isinstance(chosen, CalibratedRounding) else None
+    if isinstance(own, TrellisFormat) and not TrellisFormat.claims(dtype):
+        return own
     try:
-        format = make_format(dtype, bits, block_size)
+        format = make_format(dtype, bits, block_size, widths)
     except UsageError as error:
         return str(error)
     return chosen.refuses(format) or format
 
 
-def make_format(dtype: str, bits: int, block_size: int) -> QuantFormat:
+def make_format(dtype: str, bits: int, block_size: int, widths: Sequence[int] = ()) -> AnyFormat:
     """The format of a data type's name at a width and a block size.
+
+    Args:
+        dtype: see above.
+        bits: the width.
+        block_size: weights that share a scale; 0 for one scale per row; trellises have none.
+        widths: all of them, for one store; none: the one.
 
     Raises:
         UsageError: there is none.
     """
     base, *flags = dtype.strip().lower().split("-")
+    if base == TrellisFormat.family:
+        return TrellisFormat.parse("-".join([f"{base}{bits}", *flags]))
+    if base == NESTED:
+        low, high = min((bits, *widths)), max((bits, *widths))
+        blocks = f"b{block_size}" if block_size else "row"
+        return NestedFormat.parse("-".join([f"{base}{low}..{high}", blocks, *flags]))
     split = [match for match in map(_EXPONENT.fullmatch, flags) if match]
     text = f"{base}{bits}"
     if split:
@@ -139,8 +184,12 @@ def make_format(dtype: str, bits: int, block_size: int) -> QuantFormat:
     return QuantFormat.parse("-".join([text, *flags]))
 
 
-def dtype_label(format: QuantFormat) -> str:
+def dtype_label(format: AnyFormat) -> str:
     """The name under which a format's data type stands in a table: what `make_format` takes."""
+    if isinstance(format, TrellisFormat):
+        return str(format).replace(str(format.bits), "", 1)
+    if isinstance(format, NestedFormat):
+        return NESTED if format.scale_dtype == "fp16" else f"{NESTED}-{format.scale_dtype}"
     parts = [format.dtype]
     if format.dtype == "float" and format.exponent_bits != min(2, format.bits - 1):
         parts.append(f"e{format.exponent_bits}")

@@ -16,11 +16,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from kbit.checkpoint.source import CheckpointSource
-from kbit.quantizers.method import MethodInput
+from kbit.formats.nested import NestedFormat
+from kbit.quantizers.calibrated import CalibratedRounding
+from kbit.quantizers.method import MethodInput, QuantizedSource
 from kbit.quantizers.methods import get_method
 from kbit.quantizers.plan import Plan, make_plan
+from kbit.quantizers.settings import Nesting
 from kbit.scaling.points import ORIGINAL, Point
 from kbit.scaling.sweep.grid import Cell, dtype_label
+from kbit.scaling.sweep.ladder import AtHand, AtWidth, stored_as
 from kbit.scaling.sweep.metered import Delegating, MeteredSource
 from kbit.scaling.sweep.subject import Subject
 
@@ -119,6 +123,20 @@ def plan_cell(source: CheckpointSource, cell: Cell, arithmetic: Arithmetic) -> P
     return make_plan(source, cell.format, embedding_bits=arithmetic.embedding_bits)
 
 
+def planned_bits(plan: Plan, cell: Cell, *roles: str) -> int:
+    """Bits that tensors take in a cell's format, of these roles or of all: of a nested one, what its width reads."""
+    total = 0
+    for tensor in plan.tensors:
+        if roles and tensor.role not in roles:
+            continue
+        if isinstance(tensor.format, NestedFormat):
+            rows, columns = tensor.source.shape
+            total += tensor.format.nbytes(rows, columns, cell.width)
+        else:
+            total += tensor.nbytes
+    return 8 * total
+
+
 def measure(task: Task, on_window: OnWindow | None = None) -> Point:
     """Measure a point.
 
@@ -144,8 +162,8 @@ def measure(task: Task, on_window: OnWindow | None = None) -> Point:
     planned = [tensor for tensor in plan.tensors if tensor.format is not None]
     linear = frozenset(tensor.source.name for tensor in planned if tensor.role == "linear")
     started = time.perf_counter()
-    quantized = get_method(cell.method).apply(MethodInput(model.source, plan, model.read))
-    formats = {tensor.source.name: str(tensor.format) for tensor in planned}
+    quantized = model.quantized(cell, plan)
+    formats = {tensor.source.name: stored_as(tensor.format, cell.width) for tensor in planned}
     diagonal = _diagonal(task.logits)
     metered = MeteredSource(quantized, formats, linear, time.perf_counter() - started, diagonal)
     decoder = load_decoder(metered, model.backend)
@@ -154,11 +172,10 @@ def measure(task: Task, on_window: OnWindow | None = None) -> Point:
     seconds = time.perf_counter() - started
     point = _point(task, model.backend.describe(), comparison.model.nll, comparison.kl, comparison.top1_agreement)
     extra = {tensor.source.name: quantized.extra_bits(tensor.source.name) for tensor in planned}
-    in_linear = 8 * sum(tensor.nbytes for tensor in plan.tensors if tensor.role == "linear")
     return replace(
         point,
-        linear_bits=in_linear + sum(extra[name] for name in linear),
-        total_bits=8 * plan.bytes_after + sum(extra.values()),
+        linear_bits=planned_bits(plan, cell, "linear") + sum(extra[name] for name in linear),
+        total_bits=planned_bits(plan, cell) + sum(extra.values()),
         weight_error=metered.error,
         weight_gain=metered.gain,
         expected_kl=metered.expected_kl,
@@ -223,7 +240,7 @@ def _point(task: Task, backend: str, nll: object, kl: object, top1: float) -> Po
 
     from kbit.evaluate.statistics import cluster
 
-    subject, format = task.subject, task.cell.format
+    subject, cell, format = task.subject, task.cell, task.cell.format
     losses, divergences = np.asarray(nll), np.asarray(kl)
     by_loss, by_kl = cluster(losses), cluster(divergences)
     return Point(
@@ -231,11 +248,11 @@ def _point(task: Task, backend: str, nll: object, kl: object, top1: float) -> Po
         model=subject.name,
         model_id=subject.content,
         tokenizer=subject.tokenizer,
-        method=task.cell.method,
-        format=ORIGINAL if format is None else str(format),
+        method=cell.method,
+        format=cell.format_name,
         dtype=ORIGINAL if format is None else dtype_label(format),
-        bits=round(subject.linear_bits / subject.linear_parameters) if format is None else format.bits,
-        block_size=0 if format is None else format.block_size,
+        bits=round(subject.linear_bits / subject.linear_parameters) if format is None else cell.bits,
+        block_size=cell.block_size,
         linear_parameters=subject.linear_parameters,
         parameters=subject.parameters,
         linear_bits=subject.linear_bits,
@@ -268,6 +285,7 @@ class _Model(Delegating):
         super().__init__(source)
         self.subject, self.backend, self._keep = subject, backend, keep
         self._weights: dict[str, torch.Tensor] = {}
+        self._ladder: tuple[Cell, str, QuantizedSource] | None = None
 
     def read(self, name: str) -> torch.Tensor:
         if not self._keep:
@@ -278,6 +296,21 @@ class _Model(Delegating):
 
     def read_weight(self, name: str) -> torch.Tensor | QuantTensor:
         return self.read(name)
+
+    def quantized(self, cell: Cell, plan: Plan) -> QuantizedSource:
+        """The model in a cell's format. Of a nested one, which is rounded for all widths together, the last is kept."""
+        whole, width = replace(cell, width=None), cell.width
+        if width is not None and self._ladder is not None and self._ladder[:2] == (whole, plan.plan_id):
+            return AtWidth(self._ladder[2], width)
+        self._ladder = None
+        method = get_method(cell.method)
+        if isinstance(cell.format, NestedFormat) and isinstance(method, CalibratedRounding):
+            method = method.nested(Nesting.of(cell.format.low, cell.format.bits))
+        made = method.apply(MethodInput(self.source, plan, self.read))
+        if width is None:
+            return made
+        self._ladder = (whole, plan.plan_id, AtHand(made))
+        return AtWidth(self._ladder[2], width)
 
 
 def _compact(weight: torch.Tensor, stored_as: str) -> torch.Tensor:

@@ -18,7 +18,7 @@ from kbit.host.files import read_json_object
 from kbit.models.opening import open_model
 from kbit.scaling.points import Point, read_points
 from kbit.scaling.sweep.grid import BASELINE, Cell, LeftOut, expand
-from kbit.scaling.sweep.measure import MEASURE_VERSION, Arithmetic, plan_cell, point_key
+from kbit.scaling.sweep.measure import MEASURE_VERSION, Arithmetic, plan_cell, planned_bits, point_key
 from kbit.scaling.sweep.resources import Jobs, Rates, choose_jobs, guess_seconds
 from kbit.scaling.sweep.store import PointStore
 from kbit.scaling.sweep.subject import Subject, find_subjects, text_name
@@ -162,7 +162,7 @@ def plan_sweep(request: SweepRequest, status: Callable[[str], None] = lambda _: 
                 known = table.get(key) or (store.get(key) if store else None)
                 if known is not None:  # the same content may have had another name then
                     known = replace(known, model=subject.name, data=text_name(text))
-                bits = subject.total_bits if plan is None else 8 * plan.bytes_after
+                bits = subject.total_bits if plan is None else planned_bits(plan, cell)
                 points.append(Planned(key, subject, cell, bits, known))
     missing = sum(point.known is None for point in points)
     jobs = choose_jobs(subjects, missing, request.jobs, request.threads)

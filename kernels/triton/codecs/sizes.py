@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from kbit.formats.quant_format import SUPERBLOCK, QuantFormat, plane_widths
+from kbit.formats.trellis import TILE, TrellisFormat
 
 ROW_TILE = 16  # rows of one mma.m16n8k16
 _SCALE_BYTES = {"fp16": 2, "bf16": 2, "fp32": 4}
@@ -26,6 +27,12 @@ def planes_bytes(format: QuantFormat, rows: int, columns: int) -> int:
     if format.double_quant:
         scales += 4 * -(-numbers // SUPERBLOCK)
     return rows * columns * format.bits // 8 + scales * (2 if format.asymmetric else 1)
+
+
+def trellis_bytes(format: TrellisFormat, rows: int, columns: int) -> int:
+    """Bytes of a prepared trellis: its tiles, fp16 scales of rows, and a float32 for every rotated column."""
+    rows, columns = _up(rows, TILE), _up(columns, TILE)
+    return rows * columns * format.bits // 8 + 2 * rows + 4 * columns
 
 
 def _up(value: int, multiple: int) -> int:
