@@ -1,13 +1,66 @@
 """kbit: k-bit quantized inference. Convert, run and measure language models at 2 to 8 bits per weight.
 
-Importing this package imports nothing else: no torch, no GPU. docs/structure.md says what is in which folder.
+Importing this package imports nothing else, no torch, no GPU: what it offers is imported when it is first asked for.
+docs/python.md shows how to use it, docs/structure.md says what is in which folder.
 """
 
 import os
 import sys
+from importlib import import_module
 from importlib.machinery import EXTENSION_SUFFIXES
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from kbit.api.calls import AsyncStream, Stream
+    from kbit.api.model import Model, load
+    from kbit.api.quantize import Quantized, quantize
+    from kbit.api.results import Completion, Settings, Token
+    from kbit.host.errors import CheckpointError, KbitError, UnsupportedError, UsageError
 
 __version__ = "0.1.0"
+
+# The names of the package, and where they are.
+_OFFERED = {
+    "AsyncStream": "kbit.api.calls",
+    "CheckpointError": "kbit.host.errors",
+    "Completion": "kbit.api.results",
+    "KbitError": "kbit.host.errors",
+    "Model": "kbit.api.model",
+    "Quantized": "kbit.api.quantize",
+    "Settings": "kbit.api.results",
+    "Stream": "kbit.api.calls",
+    "Token": "kbit.api.results",
+    "UnsupportedError": "kbit.host.errors",
+    "UsageError": "kbit.host.errors",
+    "load": "kbit.api.model",
+    "quantize": "kbit.api.quantize",
+}
+__all__ = [
+    "AsyncStream",
+    "CheckpointError",
+    "Completion",
+    "KbitError",
+    "Model",
+    "Quantized",
+    "Settings",
+    "Stream",
+    "Token",
+    "UnsupportedError",
+    "UsageError",
+    "load",
+    "quantize",
+]
+
+
+def __getattr__(name: str) -> object:
+    if name not in _OFFERED:
+        raise AttributeError(f"module 'kbit' has no attribute {name!r}")
+    found = globals()[name] = getattr(import_module(_OFFERED[name]), name)
+    return found
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_OFFERED})
 
 
 def _is_compiled(folder: str) -> bool:

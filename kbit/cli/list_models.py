@@ -79,7 +79,7 @@ def _print(models: list[dict[str, Any]]) -> None:
     from time import time
 
     from kbit.cli.output import printable, size
-    from kbit.cli.quantities import ago
+    from kbit.host.quantities import ago
 
     rows = [("model", "family", "parameters", "bits", "size", "prepared", "last used", "where")]
     for model in models:

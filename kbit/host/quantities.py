@@ -42,3 +42,11 @@ def ago(seconds: float) -> str:
         if count:
             return f"{count} {unit}{'s' if count > 1 else ''} ago"
     return "now"
+def size(nbytes: float) -> str:
+    """Bytes for people: "512 B", "98.4 MB", "4.07 GB" (decimal units, three digits)."""
+    for unit in ("B", "kB", "MB", "GB", "TB"):
+        if abs(nbytes) < 999.5 or unit == "TB":
+            digits = 0 if unit == "B" else max(0, 2 - len(str(int(abs(nbytes)))) + 1)
+            return f"{nbytes:.{digits}f} {unit}"
+        nbytes /= 1000
+    raise AssertionError
