@@ -1,7 +1,7 @@
 """Bits of codes as one plane of bytes and back, in the host's memory: compiled, or in numpy where kbit is not compiled.
 
-A source tree carried to a machine with a GPU runs on torch and Triton alone (`kbit/__init__.py`). The bytes are the same
-either way; kbit.formats.planes has the layout.
+A source tree carried to a machine with a GPU runs on torch and Triton alone (`kbit/__init__.py`). The bytes are the
+same either way; kbit.formats.planes has the layout.
 """
 
 from __future__ import annotations
