@@ -42,6 +42,8 @@ def ago(seconds: float) -> str:
         if count:
             return f"{count} {unit}{'s' if count > 1 else ''} ago"
     return "now"
+
+
 def size(nbytes: float) -> str:
     """Bytes for people: "512 B", "98.4 MB", "4.07 GB" (decimal units, three digits)."""
     for unit in ("B", "kB", "MB", "GB", "TB"):

@@ -1,5 +1,5 @@
-"""Readers of the same tiny models: kbit of the folder, kbit of the GGUF file, and llama.cpp of the GGUF file; and llama.cpp
-of the file that kbit exports of the folder.
+"""Readers of the same tiny models: kbit of the folder, kbit of the GGUF file, and llama.cpp of the GGUF file; and
+llama.cpp of the file that kbit exports of the folder.
 
     python tools/judges/gguf_families.py                       # every case of tests/cases/decoder_cases.py: minutes
     python tools/judges/gguf_families.py qwen3 gemma3 -v       # some
