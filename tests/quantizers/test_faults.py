@@ -79,7 +79,7 @@ def test_killed_while_calibrating_and_converting(
     recorder.run(lambda: found.append(convert(watched)))
     images = recorder.killed()
     assert len(images) > 20
-    for index, tree in enumerate(some(images, 4, most_of_all=24)):
+    for index, tree in enumerate(some(images, 4, most_of_all=10)):
         root = tmp_path / str(index)
         put(tree, root)
         assert convert(root) == found[0]
