@@ -136,7 +136,8 @@ class GGUFSource(StoredSource):
         from kbit.formats.stored import KINDS, DenseMatrix, narrowed
 
         located = self._located.get(name)
-        if located is None or located.transposed or located.tensor.type.name not in BLOCK_TYPES:
+        plain = located is None or located.transposed or len(located.shape) != 2
+        if located is None or plain or located.tensor.type.name not in BLOCK_TYPES:
             values = self.read_array(name)
             kind = KINDS.get(self._infos[name].stored_as, "fp32")
             return DenseMatrix(narrowed(values, kind), kind)
