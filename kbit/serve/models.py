@@ -8,7 +8,6 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from hashlib import blake2b
-from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from kbit.engine.batch_engine import BatchEngine
@@ -58,7 +57,7 @@ class ServedModel:
     Attributes:
         name: what clients call it.
         path: what `load_model` is given.
-        bits: of weights it is rounded to when it is loaded; None: it stays as it is.
+        bits: of weights it is read at or rounded to when it is loaded; None: it stays as it is.
         created: when it was registered, in seconds since 1970.
         state: how far it is.
         error: why it could not be loaded.
@@ -221,8 +220,8 @@ def load(model: ServedModel, options: ModelOptions, progress: Callable[[int, int
     from kbit.models.families import spec_from_config
     from kbit.models.opening import open_model
 
-    path = model.path if model.bits is None else str(_rounded(model.path, model.bits))
-    with open_model(path) as source:
+    path, bits = (model.path, None) if model.bits is None else _at_width(model.path, model.bits)
+    with open_model(path, bits) as source:
         model.fingerprint = _fingerprint(source, options)
         spec = spec_from_config(source.config, where=f"config of {source.path}")
         if not spec.continues_text and spec.encoder is None:
@@ -235,7 +234,7 @@ def load(model: ServedModel, options: ModelOptions, progress: Callable[[int, int
     def note(tokenizer: Tokenizer, source: CheckpointSource) -> None:
         model.defaults = sampling_defaults(source, model.path)
 
-    loaded = load_model(path, backend=options.backend, check=note, progress=progress)
+    loaded = load_model(path, backend=options.backend, bits=bits, check=note, progress=progress)
     decoder = loaded.decoder
     pool = decoder.new_pool(1, 2)
     pool.ensure(_pages(decoder.spec.max_positions, pool.store.page_bytes, options))
@@ -273,11 +272,11 @@ def _pages(context: int, page_bytes: int, options: ModelOptions) -> int:
     return most if free is None else max(1, min(most, free // _CACHE_SHARE // page_bytes))
 
 
-def _rounded(path: str, bits: int) -> Path:
-    """The folder of a model whose weights are rounded to so many bits (nf, blocks of 64), made if need be."""
-    from kbit.serve.widths import rounded
+def _at_width(path: str, bits: int) -> tuple[str, int | None]:
+    """A model at so many bits: what to load, and at which of its widths."""
+    from kbit.serve.widths import at_width
 
-    return rounded(path, bits)
+    return at_width(path, bits)
 
 
 def served_name(model: str) -> tuple[str, str]:
