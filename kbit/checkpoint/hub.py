@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import glob
 import re
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from fnmatch import fnmatch
 from pathlib import Path
 
 from kbit.host.errors import KbitError, UsageError, one_line
@@ -14,6 +17,7 @@ _PART = re.compile(r"(.*-)(\d{5})(-of-(\d{5})\.gguf)")
 # Not wanted of a repository. The hub's patterns match across "/", so "*.safetensors" alone would also fetch original/,
 # onnx/ and the like; consolidated.*.safetensors are the same weights once more, in Mistral's own format.
 _NOT_FROM_HUB = ["*/*", "consolidated*"]
+_FACTS_SECONDS = 5.0
 # Whose errors huggingface_hub lets through when there is no connection; their types changed between releases.
 _HTTP_LIBRARIES = ("httpx", "httpx2", "httpcore", "httpcore2", "requests", "urllib3")
 
@@ -135,26 +139,126 @@ def _fetched_gguf(repository: str, file: str) -> Path:
     return folder / parts[0]
 
 
-def _cached(model: str) -> Path | None:
-    """What the hub's cache holds of a model, if that is a model: of revision main, or else of the newest."""
+@dataclass(frozen=True)
+class HubFacts:
+    """What the hub says of a model: bytes of its weight files, its licence, and whether its terms must be accepted."""
+
+    nbytes: int
+    licence: str | None
+    gated: bool
+
+
+def hub_facts(repositories: Sequence[str]) -> dict[str, HubFacts]:
+    """What the hub says of models now; those that it does not know are left out.
+
+    Raises:
+        KbitError: it cannot be asked.
+    """
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled, RepositoryNotFoundError
+
+    api, found = HfApi(), {}
+    for repository in repositories:
+        try:
+            info = api.model_info(repository, files_metadata=True, timeout=_FACTS_SECONDS)
+        except RepositoryNotFoundError:
+            continue
+        except (OfflineModeIsEnabled, HfHubHTTPError, OSError) as error:
+            raise KbitError(_first_line(error)) from None
+        except Exception as error:
+            if type(error).__module__.split(".")[0] not in _HTTP_LIBRARIES:
+                raise
+            raise KbitError(type(error).__name__) from None
+        files = {file.rfilename: file.size or 0 for file in info.siblings or []}
+        weights = [name for name in files if fnmatch(name, "*.safetensors") and not _unwanted(name)]
+        licence = next((tag.removeprefix("license:") for tag in info.tags or [] if tag.startswith("license:")), None)
+        found[repository] = HubFacts(sum(files[name] for name in weights), licence, bool(info.gated))
+    return found
+
+
+def _unwanted(name: str) -> bool:
+    return any(fnmatch(name, pattern) for pattern in _NOT_FROM_HUB)
+
+
+def cached_models() -> Iterator[tuple[str, Path]]:
+    """(name as commands take it, folder or .gguf file) of all models in the hub's cache."""
     from huggingface_hub import constants
 
-    repository, _, file = model.partition(":")
+    for storage in sorted(Path(constants.HF_HUB_CACHE).glob("models--*--*")):
+        repository = storage.name.removeprefix("models--").replace("--", "/", 1)
+        for folder in _snapshots(repository):
+            if holds_safetensors(folder):
+                yield repository, folder
+                break
+            names = gguf_models(_ggufs(folder))
+            if names:
+                for name in names:
+                    yield repository if len(names) == 1 else f"{repository}:{name}", folder / name
+                break
+
+
+def cache_of(repository: str) -> tuple[list[Path], Callable[[], int]] | None:
+    """What the hub's cache holds of a repository: its files, and a function that removes it all and says how many bytes
+    that freed; None where it holds nothing.
+
+    Args:
+        repository: "org/name", of a model.
+    """
+    from huggingface_hub import CacheNotFound, scan_cache_dir
+
+    try:
+        cache = scan_cache_dir()
+    except CacheNotFound:
+        return None
+    found = next((r for r in cache.repos if (r.repo_type, r.repo_id) == ("model", repository)), None)
+    if found is None:
+        return None
+    files = sorted({file.blob_path for revision in found.revisions for file in revision.files})
+
+    def remove() -> int:
+        # Of this repository alone: a copy of it may have revisions of the same hash.
+        only = replace(cache, repos=frozenset({found}))
+        strategy = only.delete_revisions(*(revision.commit_hash for revision in found.revisions))
+        strategy.execute()
+        return int(strategy.expected_freed_size)
+
+    return files, remove
+
+
+def _snapshots(repository: str) -> list[Path]:
+    """What the hub's cache holds of a repository: the folder of revision main first, then the newest."""
+    from huggingface_hub import constants
+
     storage = Path(constants.HF_HUB_CACHE) / f"models--{repository.replace('/', '--')}"
     try:
         snapshots = sorted((storage / "snapshots").iterdir(), key=lambda path: path.stat().st_mtime, reverse=True)
         main = (storage / "refs" / "main").read_text(encoding="utf-8").strip() if snapshots else ""
     except (OSError, UnicodeDecodeError):
-        return None
-    for folder in sorted(snapshots, key=lambda path: path.name != main):
+        return []
+    return sorted(snapshots, key=lambda path: path.name != main)
+
+
+def holds_safetensors(folder: Path) -> bool:
+    """Whether a folder holds a configuration and weights in safetensors files."""
+    return (folder / "config.json").is_file() and any(folder.glob("*.safetensors"))
+
+
+def _ggufs(folder: Path) -> list[str]:
+    return [path.relative_to(folder).as_posix() for path in folder.rglob("*.gguf")]
+
+
+def _cached(model: str) -> Path | None:
+    """What the hub's cache holds of a model, if that is a model: of revision main, or else of the newest."""
+    repository, _, file = model.partition(":")
+    for folder in _snapshots(repository):
         if file:
             parts = gguf_parts(file)
             if all((folder / part).is_file() for part in parts):
                 return folder / parts[0]
             continue
-        if (folder / "config.json").is_file() and any(folder.glob("*.safetensors")):
+        if holds_safetensors(folder):
             return folder
-        names = [path.relative_to(folder).as_posix() for path in folder.rglob("*.gguf")]
+        names = _ggufs(folder)
         if names:
             only = only_gguf(model, names, ":")
             if all((folder / part).is_file() for part in gguf_parts(only)):

@@ -17,6 +17,7 @@ from kbit.host.errors import KbitError
 VERSION = 4
 
 ENDING = ".kbit"
+_USED = ".used"
 # A folder's files whose change may change the model: everything kbit reads of one.
 _FOLDER_PATTERNS = ("*.safetensors", "*.json", "*.jinja", "*.gguf", "*.model", "*.spm", "*.txt")
 # The same of the folders of sentence-transformers' modules (`kbit.checkpoint.readers.hf_folder`).
@@ -45,7 +46,7 @@ def prepared_path(checkpoint: Path) -> Path | None:
         return None
     path = checkpoint.resolve()
     try:
-        states = [[str(file), *_state(file)] for file in _files_of(path)]
+        states = [[str(file), *_state(file)] for file in files_of(path)]
     except OSError:
         return None  # it cannot be opened either, and who opens it says so
     state = hashlib.sha256(json.dumps([VERSION, states]).encode()).hexdigest()
@@ -62,7 +63,7 @@ def _state(file: Path) -> list[int]:
     return [status.st_size, status.st_mtime_ns, status.st_ino]
 
 
-def _files_of(path: Path) -> Iterator[Path]:
+def files_of(path: Path) -> Iterator[Path]:
     """The files that a checkpoint consists of. Of a split .gguf file all parts are there by their common name."""
     if path.is_dir():
         patterns = (*_FOLDER_PATTERNS, *(_MODULE_PATTERNS if (path / "modules.json").is_file() else ()))
@@ -72,6 +73,21 @@ def _files_of(path: Path) -> Iterator[Path]:
 
     for name in gguf_parts(path.name):
         yield path.with_name(name)
+
+
+def mark_used(prepared: Path) -> None:
+    """Notes that prepared weights are being used. (The time is that of a file of its own: their file must not change
+    while others use it, and the system changes access times as it likes.)"""
+    with suppress(OSError):  # a folder of somebody else's
+        prepared.with_suffix(_USED).touch()
+
+
+def last_used(prepared: Path) -> float | None:
+    """When prepared weights were last used, in seconds since 1970, if that is known."""
+    try:
+        return prepared.with_suffix(_USED).stat().st_mtime
+    except OSError:
+        return None
 
 
 def forget(checkpoint: Path) -> int:

@@ -32,6 +32,7 @@ COMMANDS = {
     "run": ("kbit.cli.run", "run", ""),
     "chat": ("kbit.cli.chat", "chat", "Talk to a model in its chat template."),
     "serve": ("kbit.cli.serve", "serve", "Serve models over HTTP, as OpenAI's API has it."),
+    "top": ("kbit.cli.top", "top", "Watch what a running server does."),
     "embed": ("kbit.cli.embed", "embed", "Turn texts into vectors."),
     "fill": ("kbit.cli.fill", "fill", "Say which words a model puts in masked places."),
     "classify": ("kbit.cli.classify", "classify", "Label texts, pairs of texts, or words."),
@@ -47,7 +48,11 @@ COMMANDS = {
     "plan": ("kbit.cli.plan", "plan", "Choose model, width and KV width for a memory and a speed."),
     "export": ("kbit.cli.export", "export", "Write a model for other programs."),
     "info": ("kbit.cli.info", "info", "Show a model's size and bits per weight."),
+    "list": ("kbit.cli.list_models", "list_models", "List the models on this machine."),
+    "rm": ("kbit.cli.remove", "remove", "Remove models from this machine."),
     "pull": ("kbit.cli.pull", "pull", "Fetch a model into the cache."),
+    "bench": ("kbit.cli.bench", "bench", "Time a model: loading, prompts, decoding."),
+    "completion": ("kbit.cli.completion", "completion", "Print a script for a shell's completion."),
     "tune": ("kbit.cli.tune", "tune", "Time the GPU kernels' configurations and keep the fastest."),
 }
 

@@ -9,6 +9,7 @@ from typing import Any
 import typer
 
 from kbit.host.json_values import finite
+from kbit.host.quantities import size as size
 
 
 def print_json(value: Mapping[str, Any]) -> None:
@@ -20,13 +21,3 @@ def print_json(value: Mapping[str, Any]) -> None:
 def printable(value: object) -> str:
     """A value from a file as text that cannot disturb a terminal."""
     return "".join(char if char.isprintable() else "?" for char in str(value))
-
-
-def size(nbytes: float) -> str:
-    """Bytes for people: "512 B", "98.4 MB", "4.07 GB" (decimal units, three digits)."""
-    for unit in ("B", "kB", "MB", "GB", "TB"):
-        if abs(nbytes) < 999.5 or unit == "TB":
-            digits = 0 if unit == "B" else max(0, 2 - len(str(int(abs(nbytes)))) + 1)
-            return f"{nbytes:.{digits}f} {unit}"
-        nbytes /= 1000
-    raise AssertionError

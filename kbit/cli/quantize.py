@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,7 +11,7 @@ import typer
 from kbit.cli.flag_groups import flag_groups
 from kbit.cli.options import JsonOption
 from kbit.cli.progress import progress_bars
-from kbit.cli.quantize_flags import MEASURED_TOKENS, QuantizeFlags
+from kbit.cli.quantize_flags import QuantizeFlags
 
 if TYPE_CHECKING:
     from kbit.checkpoint.source import CheckpointSource
@@ -47,11 +48,13 @@ def quantize(*, flags: QuantizeFlags, json: JsonOption = False) -> None:
     """
     from kbit.checkpoint.output_folder import check_output_folder, finished_plan
     from kbit.cli.output import print_json
-    from kbit.cli.quantize_method import following, for_encoder, within_memory, within_time
     from kbit.cli.quantize_view import facts_of, note_plan, note_quantized_source, print_plan, print_result
+    from kbit.evaluate.measured import measure
     from kbit.models.families import spec_from_config
     from kbit.models.opening import open_model
     from kbit.quantizers.calibrated import CalibratedRounding
+    from kbit.quantizers.check import check_runnable
+    from kbit.quantizers.choose import following, for_encoder, within_memory, within_time
     from kbit.quantizers.plan import check_disk
     from kbit.quantizers.plan_file import read_plan_file, write_plan_file
 
@@ -63,7 +66,7 @@ def quantize(*, flags: QuantizeFlags, json: JsonOption = False) -> None:
     method = flags.chosen_method(codec)
     flags.mixes_widths(method)  # mistakes are said before the model is opened
     with open_model(flags.model) as source:
-        _check_runnable(source)
+        check_runnable(source)
         # (An encoder predicts no tokens that could be compared.)
         measures = flags.measures(method) and spec_from_config(source.config).continues_text
         if (plainer := for_encoder(source, flags)) is not flags:
@@ -106,38 +109,12 @@ def quantize(*, flags: QuantizeFlags, json: JsonOption = False) -> None:
             note_plan(plan, costs)
         facts.update(_convert(source, plan, out, flags))
     if measures and isinstance(method, CalibratedRounding) and not facts["already_complete"]:
-        facts["measured"] = _measure(flags, out, None if method.nesting is None else method.nesting.anchor)
+        with progress_bars() as progress:
+            facts["measured"] = asdict(measure(flags, method, out, progress))
     if json:
         print_json(facts)
     else:
         print_result(facts, out)
-
-
-def _check_runnable(source: CheckpointSource) -> None:
-    """Refuse now what kbit could not run after the conversion."""
-    from kbit.models.check import check_tensors
-    from kbit.models.families import spec_from_config
-
-    spec = spec_from_config(source.config, where=f"config of {source.path}")
-    check_tensors(source, spec)
-    _check_tokenizer(source, spec.vocab_size)
-
-
-def _check_tokenizer(source: CheckpointSource, vocabulary: int) -> None:
-    """The files that are copied: refuse those that no run could read, and tell what is odd about others."""
-    from kbit.host.notes import note
-    from kbit.text.tokenizer import Tokenizer
-
-    files = source.sidecar_files()
-    if "tokenizer.json" not in files:
-        note(f"{source.path}: there is no tokenizer.json, so kbit can convert this model, but not run it on text")
-        return
-    tokens = Tokenizer.from_source(source, files).vocab_size
-    if tokens > vocabulary:
-        note(
-            f"{source.path}: the tokenizer has {tokens:,} tokens, the model {vocabulary:,}: a text with one of the "
-            "others will be refused"
-        )
 
 
 def _allocate(source: CheckpointSource, plan: Plan, method: Method, flags: QuantizeFlags) -> Allocation | None:
@@ -208,26 +185,6 @@ def _convert(source: CheckpointSource, plan: Plan, out: Path, flags: QuantizeFla
         "resumed_tensors": done.resumed,
         "notes": list(done.notes),
         "already_complete": done.already_complete,
-    }
-
-
-def _measure(flags: QuantizeFlags, out: Path, bits: int | None) -> dict[str, Any]:
-    """How far the result is from the original, as the engine runs it; of a nested one, at one width."""
-    from kbit.evaluate.evaluation import Request, evaluate_model
-
-    request = Request(
-        model=str(out), reference=flags.model, data="sampled", max_tokens=MEASURED_TOKENS, threads=flags.threads,
-        reference_backend="native-fp32", bits=bits,
-    )  # fmt: skip
-    with progress_bars() as progress:
-        found = evaluate_model(request, lambda done, total, _: progress("measuring", done, total))
-    assert found.comparison is not None
-    return {
-        "bits": bits,
-        "tokens": found.comparison.kl.size,
-        "kl_mean": found.comparison.kl_mean,
-        "kl_stderr": found.comparison.kl_stderr,
-        "top1_agreement": found.comparison.top1_agreement,
     }
 
 

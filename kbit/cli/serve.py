@@ -185,8 +185,8 @@ def _models(named: list[tuple[str, str]], access: AccessFlags, limits: LimitFlag
 
 
 def _bytes(flag: str, text: str) -> int:
-    from kbit.cli.quantities import parse_size
     from kbit.host.errors import UsageError
+    from kbit.host.quantities import parse_size
 
     size = parse_size(text)
     if size is None:

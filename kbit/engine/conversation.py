@@ -77,6 +77,37 @@ class Conversation:
         self._turns = 0
         require_template(tokenizer, model)
 
+    @property
+    def messages(self) -> list[Message]:
+        """All that was said, the system message first."""
+        return list(self._messages)
+
+    @property
+    def system(self) -> str | None:
+        """Text of the system message, or None where there is none but the template's own."""
+        return self._system[0]["content"] if self._system else None
+
+    def instruct(self, system: str | None) -> None:
+        """Gives it another system message, or none; what was said stays, and is read again below it."""
+        said = self._messages[len(self._system) :]
+        self._system = [] if system is None else [{"role": "system", "content": system}]
+        self._messages = [*self._system, *said]
+
+    def hand_over(
+        self, decoder: DecoderLike, tokenizer: Tokenizer, model: str, speculation: Speculation | None = None
+    ) -> None:
+        """Goes on with another model, which reads all that was said with the next message.
+
+        Args:
+            decoder, tokenizer, model, speculation: as when it was made.
+
+        Raises:
+            UsageError: the model has no chat template; the conversation is unchanged.
+        """
+        require_template(tokenizer, model)
+        self._tokenizer, self._model, self._speculation = tokenizer, model, speculation
+        self.use(decoder)
+
     def reset(self) -> None:
         """Forgets everything but the system message."""
         self._messages = list(self._system)

@@ -152,7 +152,7 @@ class Generation:
         self._max_tokens = max_tokens
         self._end_ids = frozenset(stop_token_ids) | tokenizer.eos_ids
         self._cache = PromptCache(decoder) if prompt_cache is None else prompt_cache
-        self._sampler = Sampler(params, prompt_ids)
+        self._sampler = Sampler(params, prompt_ids, choice=0)  # as the batch engine's, so a seed gives the same there
         self._text = AnswerText(tokenizer, prompt_ids if continues_prompt else (), stop)
         self._speculation = speculation
         self._stop_repetition = stop_repetition

@@ -10,6 +10,7 @@ from time import perf_counter
 from typing import TYPE_CHECKING, cast
 
 from kbit.checkpoint.narrowed import narrow_check, widths_of
+from kbit.checkpoint.prepared_place import mark_used
 from kbit.models.decoder import Decoder
 from kbit.text.tokenizer import Tokenizer
 
@@ -195,6 +196,8 @@ def _load_native(
         else:
             decoder = load_width(bits)
         file = None if prepared is None else prepared.prepared
+        if file is not None:
+            mark_used(file)
         return LoadedModel(
             model, decoder, tokenizer, perf_counter() - start, file,
             widths, bits or max(widths, default=None), load_width if widths else None,
@@ -266,6 +269,7 @@ def open_prepared(model: str, backend: Backend) -> Iterator[CheckpointSource]:
         if prepared is None and place is not None:
             prepared = _prepare(source, place, cast("NativeBackend", backend), None)
         if prepared is not None:
+            mark_used(prepared.prepared)
             prepared.prefetch()
         yield prepared or source
 

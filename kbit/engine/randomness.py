@@ -6,8 +6,8 @@ import numpy as np
 
 
 class KeyedUniform:
-    """Uniform numbers by (seed, choice, position): Philox 4x64 with ten rounds (Salmon et al. 2011, "Parallel random
-    numbers: as easy as 1, 2, 3"), whose key is the seed and the choice and whose counter is the position.
+    """Uniform numbers by (seed, choice, position, use): Philox 4x64 with ten rounds (Salmon et al. 2011, "Parallel
+    random numbers: as easy as 1, 2, 3"), whose key is the seed and the choice, and whose counter the position and use.
 
     So a token's number is the same whatever ran beside it, and whether or not it was computed before.
 
@@ -19,8 +19,8 @@ class KeyedUniform:
         self._philox = np.random.Philox(key=np.array([seed, choice], dtype=np.uint64))
         self._state = self._philox.state
 
-    def at(self, position: int) -> float:
-        """The number in [0, 1) of a position, with 53 random bits."""
-        self._state["state"]["counter"][:] = (position, 0, 0, 0)
+    def at(self, position: int, use: int = 0) -> float:
+        """The number in [0, 1) of a position, with 53 random bits; another one for each use (from 0 to 2**64 - 1)."""
+        self._state["state"]["counter"][:] = (position, use, 0, 0)
         self._philox.state = self._state
         return (int(self._philox.random_raw()) >> 11) * 2.0**-53

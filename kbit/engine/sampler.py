@@ -40,6 +40,9 @@ if TYPE_CHECKING:
 MIN_TEMPERATURE = 1e-6
 # Tokens that are drawn from at a time, see Sampler._draw.
 _BLOCK = 256
+# What random numbers beside those that draw tokens are for: each use of a place has its own (`KeyedUniform.at`), as
+# guesses, their acceptance and what is drawn instead must not depend on one another.
+_PROPOSING, _ACCEPTING = 1, 2
 
 Scores = npt.NDArray[np.float32]
 # (V,): a tensor on any device, or an array, which saves the calls into torch that cost the most per token.
@@ -161,7 +164,7 @@ class Sampler:
         if self._greedy:
             return best, None
         probabilities = _probabilities(*self._weights(scores, best), scores.size)
-        return self._draw(None, probabilities), probabilities
+        return self._draw(None, probabilities, _PROPOSING, len(pending)), probabilities
 
     def verify(self, logits: Logits, drafted: int, proposal: Probabilities | None) -> int:
         """The next token, given a guess at it: distributed as if `sample` had drawn it, equal to the guess if possible.
@@ -185,7 +188,7 @@ class Sampler:
         scores, best = self._scores(logits)
         target = _probabilities(*self._weights(scores, best), scores.size)
         # Strictly below: a token of probability 0 is never taken, also when the uniform number is 0.
-        if self._uniform() * proposal[drafted] < target[drafted]:
+        if self._uniform(_ACCEPTING) * proposal[drafted] < target[drafted]:
             token = drafted
         else:
             residual = target.copy()
@@ -260,12 +263,12 @@ class Sampler:
             scores, candidates = scores[kept], kept if candidates is None else candidates[kept]
         return candidates, np.exp(scores)
 
-    def _draw(self, candidates: Indices | None, weights: npt.NDArray[np.floating]) -> int:
+    def _draw(self, candidates: Indices | None, weights: npt.NDArray[np.floating], use: int = 0, ahead: int = 0) -> int:
         """One of the candidates (n,), None for 0 to n - 1, with probabilities proportional to their weights (n,)."""
         # Inverse transform sampling in float64, in two levels: a running sum over all would take eight times as long.
         # The first of whatever has a running sum above u (times the total) never has probability zero.
         sums = np.add.reduceat(weights, np.arange(0, weights.size, _BLOCK), dtype=np.float64).cumsum()
-        target = self._uniform() * sums[-1]  # below sums[-1], as u < 1
+        target = self._uniform(use, ahead) * sums[-1]  # below sums[-1], as u < 1
         block = int(sums.searchsorted(target, side="right"))
         inside = weights[block * _BLOCK : (block + 1) * _BLOCK].cumsum(dtype=np.float64)
         if block:
@@ -276,10 +279,10 @@ class Sampler:
         index += block * _BLOCK
         return index if candidates is None else int(candidates[index])
 
-    def _uniform(self) -> float:
-        """A number in [0, 1) with 53 random bits."""
+    def _uniform(self, use: int = 0, ahead: int = 0) -> float:
+        """A number in [0, 1) with 53 random bits, for a use of the token that comes after so many drafted ones."""
         if self._keyed is not None:
-            return self._keyed.at(self._position)
+            return self._keyed.at(self._position + ahead, use)
         high, low = self._generator.random_raw(2).tolist()
         return float(((high << 32 | low) & ((1 << 53) - 1)) * 2.0**-53)
 

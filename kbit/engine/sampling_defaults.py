@@ -52,7 +52,7 @@ def sampling_defaults(source: CheckpointSource, name: str) -> SamplingDefaults:
     if given.get("do_sample") is True or any(given.get(key) is not None for key in ("temperature", "top_p", "top_k")):
         try:
             return SamplingDefaults(_from_config(given), "generation_config.json")
-        except (UsageError, TypeError, ValueError) as error:
+        except (UsageError, TypeError, ValueError, OverflowError) as error:
             note(f"{where}: generation_config.json says how to sample, but {error}; it is left out")
     words = f"{name} {source.path.name}".lower()
     for part, params in _RECOMMENDED.items():

@@ -163,7 +163,8 @@ def _forced(
 ) -> tuple[str | None, str | None]:
     """Language and task as older files have them: tokens by their place."""
     pairs = given.get("forced_decoder_ids")
-    tokens = {pair[1] for pair in pairs if isinstance(pair, list) and len(pair) == 2} if pairs else set()
+    pairs = pairs if isinstance(pairs, list) else []
+    tokens = {pair[1] for pair in pairs if isinstance(pair, list) and len(pair) == 2 and type(pair[1]) is int}
     language = next((code for code, token in languages.items() if token in tokens), None)
     return language, next((task for task, token in tasks.items() if token in tokens), None)
 

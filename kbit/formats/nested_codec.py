@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from kbit import _native
 from kbit.formats.blockwise import CHUNK_WEIGHTS, Encoder, block_statistics, check_finite, normalise
+from kbit.formats.plane_codes import pack_plane, unpack_plane
 from kbit.formats.planes import pack_plane_torch, unpack_plane_torch
 from kbit.formats.planes_codec import decode, spread
 from kbit.formats.quant_tensor import SAFETENSORS_TO_TORCH, QuantTensor
@@ -34,7 +34,7 @@ def codes_at(format: NestedFormat, stored: Mapping[str, torch.Tensor], columns: 
     for plane in planes:
         bits = 1 if shift else 2
         if codes.device.type == "cpu":
-            _native.unpack_plane(plane.contiguous(), bits, shift, shift == 0, codes)
+            unpack_plane(plane.contiguous(), bits, shift, shift == 0, codes)
         else:
             part = unpack_plane_torch(plane, bits, shift, columns)
             codes = codes | part if shift else part
@@ -49,7 +49,7 @@ def packed(format: NestedFormat, codes: torch.Tensor) -> dict[str, torch.Tensor]
         bits = 1 if shift else 2
         if codes.device.type == "cpu":
             plane = torch.empty((codes.shape[0], -(-codes.shape[1] * bits // 8)), dtype=torch.uint8)
-            _native.pack_plane(codes.contiguous(), bits, shift, plane)
+            pack_plane(codes.contiguous(), bits, shift, plane)
         else:
             plane = pack_plane_torch(codes, bits, shift)
         planes[name] = plane

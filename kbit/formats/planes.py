@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 import torch
 
-from kbit import _native
+from kbit.formats.plane_codes import pack_plane, unpack_plane
 from kbit.formats.quant_format import plane_widths
 
 
@@ -23,7 +23,7 @@ def pack(codes: torch.Tensor, bits: int) -> tuple[torch.Tensor, ...]:
         if codes.device.type == "cpu":
             rows, columns = codes.shape
             plane = torch.empty((rows, -(-columns * width // 8)), dtype=torch.uint8)
-            _native.pack_plane(codes.contiguous(), width, shift, plane)
+            pack_plane(codes.contiguous(), width, shift, plane)
         else:
             plane = pack_plane_torch(codes, width, shift)
         planes.append(plane)
@@ -38,7 +38,7 @@ def unpack(planes: Sequence[torch.Tensor], bits: int, columns: int) -> torch.Ten
     shift = 0
     for width, plane in zip(plane_widths(bits), planes, strict=True):
         if codes.device.type == "cpu":
-            _native.unpack_plane(plane.contiguous(), width, shift, shift == 0, codes)
+            unpack_plane(plane.contiguous(), width, shift, shift == 0, codes)
         else:
             part = unpack_plane_torch(plane, width, shift, columns)
             codes = part if shift == 0 else codes | part

@@ -38,11 +38,11 @@ class StoredPlanes(StoredMatrix):
 
     def codes(self) -> NDArray[np.uint8]:
         """All codes (N, K)."""
-        from kbit import _native
+        from kbit.formats.plane_codes import unpack_plane
 
         codes, shift = np.empty(self.shape, dtype=np.uint8), 0
         for width, plane in zip(plane_widths(self.format.bits), self.planes, strict=True):
-            _native.unpack_plane(np.ascontiguousarray(plane), width, shift, shift == 0, codes)
+            unpack_plane(np.ascontiguousarray(plane), width, shift, shift == 0, codes)
             shift += width
         return codes
 
@@ -95,12 +95,12 @@ class RowsPacker:
 
 def pack_codes(codes: NDArray[np.uint8], bits: int) -> list[NDArray[np.uint8]]:
     """Codes (N, K), each below 2^bits, as bit planes (N, ceil(K * width / 8)), widest first; see formats.planes."""
-    from kbit import _native
+    from kbit.formats.plane_codes import pack_plane
 
     planes, shift = [], 0
     for width in plane_widths(bits):
         plane = np.empty((codes.shape[0], -(-codes.shape[1] * width // 8)), dtype=np.uint8)
-        _native.pack_plane(codes, width, shift, plane)
+        pack_plane(codes, width, shift, plane)
         planes.append(plane)
         shift += width
     return planes

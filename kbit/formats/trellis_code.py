@@ -16,9 +16,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from kbit import _native
-
 if TYPE_CHECKING:
+    from kbit import _native
     from kbit.formats.trellis import TrellisFormat
 
 TILE = 16
@@ -100,6 +99,8 @@ def search(format: TrellisFormat, tiles: torch.Tensor, threads: int) -> torch.Te
         string = ((codes[:, :, None] >> places) & 1).view(len(tiles), -1, 8)
         weights = 2 ** torch.arange(7, -1, -1, dtype=torch.int32)
         return (string * weights).sum(dim=-1).to(torch.uint8)
+    from kbit import _native
+
     _native.trellis_search(tiles.contiguous(), _values(format), format.bits, found, _context(threads))
     return found
 
@@ -119,4 +120,6 @@ def _values(format: TrellisFormat) -> torch.Tensor:
 
 @lru_cache(maxsize=4)
 def _context(threads: int) -> _native.Context:
+    from kbit import _native
+
     return _native.Context(threads=threads)

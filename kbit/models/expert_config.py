@@ -165,7 +165,7 @@ def _listed(values: ConfigValues, layers: int) -> tuple[bool, ...]:
     kinds, dense = values.raw("mlp_layer_types"), values.optional_integer("first_k_dense_replace", 0, _MAX_LAYERS)
     if kinds is None:
         kinds = ["dense"] + ["sparse"] * (layers - 1)
-    if not isinstance(kinds, list) or len(kinds) != layers or not set(kinds) <= {"dense", "sparse"}:
+    if not isinstance(kinds, list) or len(kinds) != layers or any(kind not in ("dense", "sparse") for kind in kinds):
         raise values.error("mlp_layer_types", f'a list of {layers} names, "dense" or "sparse"')
     if dense is not None and kinds != ["dense" if layer < dense else "sparse" for layer in range(layers)]:
         raise values.error("first_k_dense_replace", f"as mlp_layer_types says, which is {shown(kinds)}")

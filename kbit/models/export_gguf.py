@@ -14,7 +14,7 @@ from kbit.checkpoint.gguf.blocks_out import ROUNDED, Form, decoded, encode, form
 from kbit.checkpoint.gguf.config import expected_of_layer
 from kbit.checkpoint.gguf.experts import expert_rows
 from kbit.checkpoint.gguf.metadata import GGUFTensor
-from kbit.checkpoint.gguf.names import ATTENTION_BIASES, MLP_BIASES, Architecture, Dimensions, canonical_names, part_of
+from kbit.checkpoint.gguf.names import Architecture, Dimensions, canonical_names, part_of
 from kbit.checkpoint.gguf.source import GGUFSource
 from kbit.checkpoint.gguf.types import GGML_TYPES
 from kbit.checkpoint.gguf.writing import GGUFWriter, NewTensor, check_output_file
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 _KINDS = {"fp32": "F32", "fp16": "F16", "bf16": "BF16"}
 _FLOATS = {name: kind for kind, name in _KINDS.items()}
 # What llama.cpp multiplies in float32.
-_ALWAYS_F32 = ("ffn_gate_inp", "ffn_gate_inp_shexp")
+_ALWAYS_F32 = ("ffn_gate_inp", "ffn_gate_inp_shexp", "position_embd")
 # general.file_type (llama.h, llama_ftype) by the type of most matrices; 1024: guessed from tensors.
 _FILE_TYPES = {"F32": 0, "F16": 1, "Q4_0": 2, "Q4_1": 3, "Q8_0": 7, "Q5_0": 8, "Q5_1": 9, "BF16": 32, "MXFP4": 38}
 _MOST_NAMED = 3
@@ -187,13 +187,9 @@ def _entries(spec: ModelSpec, arch: Architecture, where: str) -> Iterator[_Entry
     dims = Dimensions(
         spec.hidden_size, spec.intermediate_size, spec.heads, spec.kv_heads, spec.head_dim, spec.vocab_size
     )
-    biases = (
-        *(ATTENTION_BIASES[:3] if spec.qkv_bias else ()),
-        *(ATTENTION_BIASES[3:] if spec.output_bias else ()),
-        *(MLP_BIASES if spec.mlp_bias else ()),
-    )
+    biases = settings.bias_parts(spec)
     experts = _expert_sizes(spec, arch, where)
-    shapes = dims.expected_global(spec.tied_embeddings)
+    shapes = dims.expected_global(arch, spec.tied_embeddings, spec.position_rows)
     for layer in range(spec.layers):
         shapes |= expected_of_layer(arch, dims, layer, biases, experts)
     declared = spec.expected_tensors()
@@ -225,8 +221,9 @@ def _expert_sizes(spec: ModelSpec, arch: Architecture, where: str) -> dict[str, 
             "safetensors"
         )
     found = {tensors.count: experts.routing.experts, tensors.width: experts.width, "first_k_dense_replace": dense}
-    shared = "shared_expert_intermediate_size" if tensors.switch is not None else "n_shared_experts"
-    return {**found, shared: experts.shared_width // (1 if tensors.switch is not None else experts.width)}
+    if tensors.shared_width is not None or tensors.switch is not None:
+        return {**found, tensors.shared_width or "shared_expert_intermediate_size": experts.shared_width}
+    return {**found, "n_shared_experts": experts.shared_width // experts.width}
 
 
 def _typed(entry: _Entry, source: StoredSource, dtype: str | None, requantize: str | None) -> _Entry | NotOnGrid:

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 from kbit.checkpoint.gguf.architectures import ARCHITECTURES
 from kbit.checkpoint.gguf.experts import SIGMOID
-from kbit.checkpoint.gguf.names import ROPE_FACTORS, ROPE_FREQS, Architecture
+from kbit.checkpoint.gguf.names import ATTENTION_BIASES, MLP_BIASES, QKV, ROPE_FACTORS, ROPE_FREQS, Architecture
+from kbit.checkpoint.gguf.older import FALCON_LAYOUT, MOST_BIAS, large_falcon
 from kbit.checkpoint.gguf.rope import llama3_divisors
 from kbit.host.errors import UnsupportedError
 from kbit.host.notes import note
@@ -24,13 +25,14 @@ if TYPE_CHECKING:
 
 _INSTEAD = "export plain floats with --to safetensors"
 # Families that are written as another's architecture.
-_ALIASES = {"mistral": "llama", "mixtral": "llama", "olmo3": "olmo2"}
+_ALIASES = {"mistral": "llama", "mixtral": "llama", "olmo3": "olmo2", "granitemoeshared": "granitemoe"}
 # Architectures to which llama.cpp gives windows in all layers or a pattern from the file; the others have their own.
 _PATTERNS = ("olmo2", "exaone4")
 # Whose windows llama.cpp does not have, or not in models of other sizes.
 _NO_WINDOWS: dict[str, Callable[[ModelSpec], bool]] = {
     "llama": lambda spec: True,
     "phi3": lambda spec: True,
+    "starcoder2": lambda spec: True,
     "exaone4": lambda spec: spec.layers != 64,
 }
 # A difference of two float32 numbers that mean the same decimal, with room for a formula's rounding.
@@ -60,9 +62,28 @@ def architecture_of(spec: ModelSpec, where: str) -> Architecture:
         raise UnsupportedError(
             f"{where}: llama.cpp has no sliding windows for its {arch.name} architecture as this model has; {_INSTEAD}"
         )
+    if arch.own_head and spec.tied_embeddings:
+        raise UnsupportedError(f"{where}: llama.cpp reads no {arch.name} model whose head is its embedding; {_INSTEAD}")
+    if arch.biases is not None and set(bias_parts(spec)) & set(arch.linears) != set(arch.biases):
+        have = "have biases" if arch.biases else "have none"
+        raise UnsupportedError(
+            f"{where}: matrices of this model have biases, or none, where GGUF files of the {arch.name} architecture "
+            f"{have}; {_INSTEAD}"
+        )
+    if arch.name == "falcon" and spec.names.mlp_norm is not None:
+        arch = large_falcon(arch)
     if spec.rope.kind == "longrope" and not arch.scaled and not _divides_alone(spec.rope):
         raise UnsupportedError(f"{where}: kbit writes no LongRoPE for llama.cpp's {arch.name} architecture; {_INSTEAD}")
     return arch
+
+
+def bias_parts(spec: ModelSpec) -> tuple[str, ...]:
+    """The parts of a layer that have biases."""
+    return (
+        *(QKV if spec.qkv_bias else ()),
+        *(ATTENTION_BIASES[3:] if spec.output_bias else ()),
+        *(MLP_BIASES if spec.mlp_bias else ()),
+    )
 
 
 def metadata(spec: ModelSpec, arch: Architecture) -> dict[str, Value]:
@@ -70,7 +91,7 @@ def metadata(spec: ModelSpec, arch: Architecture) -> dict[str, Value]:
     rope = spec.rope
     keys: dict[str, Value | None] = {
         "block_count": spec.layers,
-        "context_length": rope.max_positions,
+        "context_length": spec.position_rows or rope.max_positions,
         "embedding_length": spec.hidden_size,
         "feed_forward_length": spec.intermediate_size,
         "attention.head_count": spec.heads,
@@ -79,9 +100,15 @@ def metadata(spec: ModelSpec, arch: Architecture) -> dict[str, Value]:
         "attention.value_length": spec.head_dim,
         arch.epsilon[0]: spec.norm_eps,
         "vocab_size": spec.vocab_size,
-        "rope.dimension_count": rope.dim,
-        "rope.freq_base": rope.theta,
     }
+    if arch.positions == "turned":
+        keys |= {"rope.dimension_count": rope.dim, "rope.freq_base": rope.theta, **_rope(rope)}
+    if "use_parallel_residual" in arch.keys:
+        keys["use_parallel_residual"] = spec.parallel
+    if "attention.max_alibi_bias" in arch.keys:
+        keys["attention.max_alibi_bias"] = MOST_BIAS
+    if arch.layout == FALCON_LAYOUT:
+        keys["tensor_data_layout"] = arch.layout
     windows = {window for window in spec.windows if window is not None}
     if windows:
         keys["attention.sliding_window"] = max(windows)
@@ -91,7 +118,6 @@ def metadata(spec: ModelSpec, arch: Architecture) -> dict[str, Value]:
         keys["attention.sliding_window"] = 0
     if spec.window_rope is not None:
         keys["rope.freq_base_swa"] = spec.window_rope.theta
-    keys |= _rope(rope)
     divided = arch.numbers.get("logit_scale") == "logits_scaling"  # Granite's
     own: dict[str, float | None] = {
         "attn_logit_softcapping": spec.score_cap,
@@ -155,11 +181,11 @@ def _experts(spec: ModelSpec, arch: Architecture) -> dict[str, Value | None]:
         return {}
     routing = experts.routing
     found: dict[str, Value | None] = {"expert_count": routing.experts, "expert_used_count": routing.chosen}
-    if arch.name not in ("llama", "olmoe"):
+    if arch.name not in ("llama", "olmoe", "granitemoe"):
         found["expert_feed_forward_length"] = experts.width
-    if tensors.switch is not None:
+    if tensors.switch is not None or (tensors.shared_width is not None and experts.shared_width):
         found["expert_shared_feed_forward_length"] = experts.shared_width
-    elif tensors.shared is not None:
+    elif tensors.shared is not None and tensors.shared_width is None:
         found["expert_shared_count"] = experts.shared_width // experts.width
     if tensors.scores == SIGMOID:
         found["expert_gating_func"] = SIGMOID

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 SCHEMA = 1
 # Other work while measuring, in processors' worth, from which on the figures are called disturbed.
-_BUSY = 0.3
+BUSY = 0.3
 
 Progress = Callable[[str], object]
 _Rate = TypeVar("_Rate")
@@ -63,7 +63,7 @@ class MachineSpeed:
     @property
     def disturbed(self) -> bool:
         """Whether so much else ran during the measurement that it is not to be trusted."""
-        return self.busy is not None and self.busy > _BUSY
+        return self.busy is not None and self.busy > BUSY
 
     def memory_share(self, nbytes: float) -> float:
         """Share of what is read that comes from memory, where each token reads so many bytes: 0 to 1."""
@@ -167,7 +167,7 @@ def machine_speed(
         return known
     say = progress or (lambda line: None)
     timer = _timer(threads, compute)
-    busy = _other_work()
+    busy = other_work()
     if known is None:
         from kbit.planner.process_probe import probe
 
@@ -219,7 +219,7 @@ def _cpu_name() -> str:
     return platform.processor() or platform.machine()
 
 
-def _other_work() -> float | None:
+def other_work() -> float | None:
     """How many processors other processes keep busy, by a look of a fifth of a second at the system's counters."""
     from time import perf_counter, sleep
 

@@ -161,7 +161,7 @@ class _Work:
     def descend(self, curvature: Curvature, nesting: Nesting, limits: Mapping[int, float]) -> None:
         """Sweeps over all codes, with factors fitted before each and at the end.
 
-        A width that costs more than its limit gets a larger weight before the next sweep.
+        From half of them on, a width that costs more than its limit gets a larger weight before the next one.
         """
         widths = sorted(self.format.widths)
         weights = dict(zip(widths, nesting.weights(widths), strict=True))
@@ -170,8 +170,9 @@ class _Work:
             over = {width: self.cost(width, curvature) / limit for width, limit in limits.items()}
             if sweep >= nesting.sweeps and max(over.values(), default=0.0) <= 1:
                 break
-            for width, share in over.items():
-                weights[width] *= min(max(share / nesting.margin, 1.0) ** 2, nesting.step)
+            if 2 * sweep >= nesting.sweeps:  # the first ones show what the rest will be like
+                for width, share in over.items():
+                    weights[width] *= min(max(share / nesting.margin, 1.0) ** 2, nesting.step)
             if not self._sweep(curvature, list(weights.values())) and max(over.values(), default=0.0) <= 1:
                 break
         self.fit(curvature)

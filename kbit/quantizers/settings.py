@@ -68,8 +68,8 @@ class Nesting:
     sweeps: int = 8
     most_sweeps: int = 24
     reach: int = 2
-    margin: float = 0.95
-    step: float = 2.0
+    margin: float = 0.98
+    step: float = 1.5
 
     @classmethod
     def of(cls, low: int, high: int, anchor: int = ANCHOR) -> Nesting:

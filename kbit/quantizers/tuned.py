@@ -52,7 +52,7 @@ class TunedTwoSided(TwoSided):
     def _factors(
         self, job: MethodInput, matrices: Mapping[str, QuantTensor], calibration: CalibrationFolder
     ) -> Mapping[str, torch.Tensor]:
-        """Of rows and norms, by name; none where they do not help. Kept beside the calibration, for the next run."""
+        """Of rows and norms, by name; none where they do not help. Kept beside the calibration, for a later run."""
         from safetensors.torch import load, save
 
         from kbit.calibration.held_out import held_out_tokens

@@ -17,7 +17,7 @@ from kbit.serve.errors import ApiError, bad_request
 from kbit.serve.models import ServedModel
 from kbit.serve.schemas import DetokenizeBody, EmbeddingBody, TokenizeBody
 from kbit.serve.state import STALLED_SECONDS, server_of
-from kbit.serve.token_text import token_text
+from kbit.text.token_text import token_text
 
 router = APIRouter()
 _MOST_TEXTS = 2048

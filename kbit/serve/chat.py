@@ -19,7 +19,7 @@ from kbit.serve.models import ServedModel
 from kbit.serve.schemas import ChatBody
 from kbit.serve.sse import EventStream, started
 from kbit.serve.state import Server, finish_reason, head, new_id, server_of, timings, usage_dict
-from kbit.serve.token_text import token_bytes, token_text
+from kbit.text.token_text import token_bytes, token_text
 
 router = APIRouter()
 

@@ -20,7 +20,7 @@ from kbit.serve.requests import request_of
 from kbit.serve.schemas import CompletionBody
 from kbit.serve.sse import EventStream, started
 from kbit.serve.state import Server, finish_reason, head, server_of, timings, usage_dict
-from kbit.serve.token_text import offsets, token_text
+from kbit.text.token_text import offsets, token_text
 
 router = APIRouter()
 _DEFAULT_TOKENS = 16  # OpenAI's

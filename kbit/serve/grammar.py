@@ -109,11 +109,17 @@ class GrammarCompiler:
 
         with self._lock:
             if self._tokens is None:
-                ends = sorted(self._tokenizer.eos_ids)
+                # (A configuration may name ids that no token has.)
+                ends = [end for end in sorted(self._tokenizer.eos_ids) if self._tokenizer.token_name(end) is not None]
                 if not ends:
                     raise UnsupportedError("this model has no end-of-sequence token, which structured output needs")
                 width = max(self._vocabulary, self._tokenizer.vocab_size)
-                self._tokens = llguidance.LLTokenizer(self._tokenizer.library_json(), n_vocab=width, eos_token=ends)
+                try:
+                    self._tokens = llguidance.LLTokenizer(self._tokenizer.library_json(), n_vocab=width, eos_token=ends)
+                except ValueError as error:
+                    raise UnsupportedError(
+                        f"this model's tokenizer is none that structured output works with: {one_line(error)}"
+                    ) from None
         return llguidance.LLMatcher(self._tokens, grammar, log_level=0)
 
 

@@ -10,9 +10,9 @@ from dataclasses import dataclass, field
 from hashlib import blake2b
 from typing import TYPE_CHECKING, Literal
 
+from kbit.api.batching import batch_engine
 from kbit.engine.batch_engine import BatchEngine
 from kbit.engine.sampling_defaults import SamplingDefaults, sampling_defaults
-from kbit.graph.pages import PAGE, pages_for
 from kbit.host.errors import KbitError, UsageError
 from kbit.serve.errors import ApiError
 
@@ -26,10 +26,6 @@ if TYPE_CHECKING:
 
 State = Literal["unloaded", "loading", "ready", "failed"]
 
-# Tokens of the KV cache, all requests together, where no flag says: for several texts of this length, or one of the
-# model's context; and never more than a part of the memory that is free.
-_CACHE_TOKENS = 32768
-_CACHE_SHARE = 4
 _WIDTH = re.compile(r"(.+):([2-8])")
 
 
@@ -235,14 +231,11 @@ def load(model: ServedModel, options: ModelOptions, progress: Callable[[int, int
         model.defaults = sampling_defaults(source, model.path)
 
     loaded = load_model(path, backend=options.backend, bits=bits, check=note, progress=progress)
-    decoder = loaded.decoder
-    pool = decoder.new_pool(1, 2)
-    pool.ensure(_pages(decoder.spec.max_positions, pool.store.page_bytes, options))
     from kbit.serve.grammar import GrammarCompiler
 
     model.loaded = loaded
-    model.grammars = GrammarCompiler(loaded.tokenizer, decoder.spec.vocab_size)
-    model.engine = BatchEngine(decoder, loaded.tokenizer, pool, context=options.context, seats=options.seats)
+    model.grammars = GrammarCompiler(loaded.tokenizer, loaded.decoder.spec.vocab_size)
+    model.engine = batch_engine(loaded, context=options.context, cache_bytes=options.cache_bytes, seats=options.seats)
 
 
 def _fingerprint(source: CheckpointSource, options: ModelOptions) -> str:
@@ -252,29 +245,9 @@ def _fingerprint(source: CheckpointSource, options: ModelOptions) -> str:
     return blake2b("\n".join(words).encode(), digest_size=6).hexdigest()
 
 
-def _pages(context: int, page_bytes: int, options: ModelOptions) -> int:
-    """Pages of a model's cache.
-
-    Raises:
-        UsageError: the memory that was named holds none.
-    """
-    from kbit.planner.machine import memory_bytes
-
-    if options.cache_bytes is not None:
-        pages = options.cache_bytes // page_bytes
-        if pages < 1:
-            raise UsageError(
-                f"--cache-size {options.cache_bytes} bytes: {PAGE} tokens of this model take {page_bytes}: give more"
-            )
-        return pages
-    free = memory_bytes()
-    most = pages_for(max(_CACHE_TOKENS, min(context, 4 * _CACHE_TOKENS)))
-    return most if free is None else max(1, min(most, free // _CACHE_SHARE // page_bytes))
-
-
 def _at_width(path: str, bits: int) -> tuple[str, int | None]:
     """A model at so many bits: what to load, and at which of its widths."""
-    from kbit.serve.widths import at_width
+    from kbit.quantizers.widths import at_width
 
     return at_width(path, bits)
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Protocol
 
 from kbit.host.errors import CheckpointError, one_line
@@ -38,6 +39,23 @@ class TokenizerBackend(Protocol):
 LoadBackend = Callable[[], "tokenizers.Tokenizer"]
 
 
+@contextmanager
+def library_errors(what: str, remedy: str = "; download it again") -> Iterator[None]:
+    """Makes a CheckpointError of whatever the library raises: "{what}: {its words}{remedy}".
+
+    It raises plain Exception for everything that it does not like, and a panic of its Rust code (an inconsistent
+    vocabulary, for example) is no subclass of Exception.
+    """
+    try:
+        yield
+    except Exception as error:
+        raise CheckpointError(f"{what}: {one_line(error)}{remedy}") from None
+    except BaseException as error:
+        if type(error).__name__ != "PanicException":
+            raise
+        raise CheckpointError(f"{what}: {one_line(error)}{remedy}") from None
+
+
 def load_backend(data: bytes, name: str) -> tokenizers.Tokenizer:
     """The library's tokenizer of a tokenizer.json.
 
@@ -46,12 +64,5 @@ def load_backend(data: bytes, name: str) -> tokenizers.Tokenizer:
     """
     import tokenizers
 
-    try:
+    with library_errors(f"{name} is not a tokenizer, or is inconsistent"):
         return tokenizers.Tokenizer.from_buffer(data)
-    except Exception as error:  # the library raises plain Exception for everything it does not like
-        raise CheckpointError(f"{name} is not a tokenizer ({one_line(error)}); download it again") from None
-    except BaseException as error:
-        # A panic in the library's Rust code (an inconsistent vocabulary, for example) is no subclass of Exception.
-        if type(error).__name__ != "PanicException":
-            raise
-        raise CheckpointError(f"{name} is inconsistent ({one_line(error)}); download it again") from None

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from kbit.checkpoint.source import CheckpointSource
-from kbit.host.errors import CheckpointError, UnsupportedError, UsageError, one_line
+from kbit.host.errors import UnsupportedError, UsageError
 from kbit.text.added_tokens import add_tokens_of_files, token_settings
-from kbit.text.backend import load_backend
+from kbit.text.backend import library_errors, load_backend
 from kbit.text.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -115,10 +115,8 @@ class TextEncoder:
                 raise UsageError(
                     f"the text is not valid Unicode at character {error.start}: pass it as UTF-8"
                 ) from None
-        try:
+        with library_errors(f"{self._where} cannot encode this text", remedy=""):
             found = self._library.encode(text, pair)
-        except Exception as error:  # the library's only exception type
-            raise CheckpointError(f"{self._where} cannot encode this text: {one_line(error)}") from None
         pieces = [found, *found.overflowing]
         return [_encoded(piece, whole=len(pieces) == 1, typed=self._typed) for piece in pieces]
 

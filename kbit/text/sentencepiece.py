@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from kbit.host.errors import CheckpointError, UnsupportedError
+from kbit.text.backend import library_errors
 
 if TYPE_CHECKING:
     import tokenizers
@@ -33,6 +34,7 @@ class SentencePieceModel:
     """What a file holds.
 
     Attributes:
+        where: its name, for errors.
         pieces: texts and scores, by id.
         unseen: ids of pieces that no text is made of (unknown, control).
         whole: texts of pieces that are never taken apart (user-defined).
@@ -42,6 +44,7 @@ class SentencePieceModel:
         prefix: a space stands before every text.
     """
 
+    where: str
     pieces: Sequence[tuple[str, float]]
     unseen: frozenset[int]
     whole: Sequence[str]
@@ -92,7 +95,11 @@ class SentencePieceModel:
         if not 0 <= unknown < len(pieces):
             raise CheckpointError(f"{where}: the unknown piece has id {unknown} of {len(pieces)}; download it again")
         charsmap = normalizer.get(_CHARSMAP, b"")
+        # (The library takes as much memory as the first number says.)
+        if charsmap and (not isinstance(charsmap, bytes) or int.from_bytes(charsmap[:4], "little") > len(charsmap) - 4):
+            raise CheckpointError(f"{where}: its map of characters is damaged; download it again")
         return cls(
+            where,
             pieces,
             frozenset(unseen),
             whole,
@@ -103,7 +110,15 @@ class SentencePieceModel:
         )
 
     def tokenizer(self) -> tokenizers.Tokenizer:
-        """The same as a tokenizer of the library, whose tokens are pieces, and texts where there is no piece."""
+        """The same as a tokenizer of the library, whose tokens are pieces, and texts where there is no piece.
+
+        Raises:
+            CheckpointError: the library does not like the pieces.
+        """
+        with library_errors(f"{self.where} is no sound SentencePiece model"):
+            return self._made()
+
+    def _made(self) -> tokenizers.Tokenizer:
         from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_tokenizers
 
         # What no text is made of gets a name that no text has.
@@ -138,14 +153,19 @@ def t5_tokenizer(data: bytes, extra: int, where: str) -> tokenizers.Tokenizer:
     Raises:
         CheckpointError, UnsupportedError: see `SentencePieceModel.parse`; it is not T5's.
     """
-    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
-
     model = SentencePieceModel.parse(data, where)
     special = [text for text, _ in model.pieces[:3]]
     if model.kind != _UNIGRAM or special != ["<pad>", "</s>", "<unk>"] or model.unknown != 2:
         raise UnsupportedError(
             f"{where} is not T5's: its first pieces are {special}; convert it once to tokenizer.json"
         )
+    with library_errors(f"{where} is no sound SentencePiece model"):
+        return _t5(model, special, extra)
+
+
+def _t5(model: SentencePieceModel, special: Sequence[str], extra: int) -> tokenizers.Tokenizer:
+    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+
     names = [f"<extra_id_{index}>" for index in reversed(range(extra))]
     made = Tokenizer(models.Unigram([*model.pieces, *((name, 0.0) for name in names)], 2, byte_fallback=False))
     if model.charsmap:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from kbit.checkpoint.readers.hf_folder import SENTENCEPIECE_NAMES
 from kbit.host.errors import CheckpointError, UnsupportedError, UsageError, one_line
 from kbit.text.added_tokens import add_tokens_of_files, read_json, token_settings, token_strings
-from kbit.text.backend import TokenizerBackend, load_backend
+from kbit.text.backend import TokenizerBackend, library_errors, load_backend
 from kbit.text.detokenizer import DetokenizerStream
 from kbit.text.piece_tokenizer import PieceTokenizer, has_pieces
 from kbit.text.sentencepiece import t5_tokenizer
@@ -181,10 +181,8 @@ class Tokenizer:
             raise UsageError(
                 f"the text is not valid Unicode at character {error.start} ({text[error.start]!r}): pass it as UTF-8"
             ) from None
-        try:
+        with library_errors("tokenizer.json cannot encode this text", remedy=""):
             return self._backend.encode(text, add_special_tokens=add_special_tokens).ids
-        except Exception as error:  # the library's only exception type
-            raise CheckpointError(f"tokenizer.json cannot encode this text: {one_line(error)}") from None
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """Text of token ids; ids outside the vocabulary give nothing, invalid bytes give U+FFFD."""

@@ -90,10 +90,10 @@ def test_one_file_serves_every_command(tmp_path: Path, folder: Path) -> None:
     model = encoder_cases.saved(encoder_cases.model_of("Bert", "ForMaskedLM"), tmp_path / "m")
     with open_prepared(str(model), backend()) as source:
         Embedder(source, backend())
-    files = sorted(folder.iterdir())
+    files = sorted(folder.glob("*.kbit"))
     assert len(files) == 1
     equal(runs(model, *HEADS["ForMaskedLM"]))
-    assert sorted(folder.iterdir()) == files
+    assert sorted(folder.glob("*.kbit")) == files
 
 
 def test_what_embed_prepares_of_a_decoder_continues_texts(tmp_path: Path, tiny_model: Path) -> None:

@@ -8,6 +8,7 @@ SLIDING, FULL = "sliding_attention", "full_attention"
 EXPERTS = {"moe_intermediate_size": 24, "num_experts_per_tok": 2, "n_routed_experts": 6, "n_shared_experts": 2}
 
 MODEL_TYPES = {"InternLM3": "internlm3", "SolarOpen": "solar_open", "Ernie4_5_Moe": "ernie4_5_moe"}
+MODEL_TYPES |= {"GraniteMoeShared": "granitemoeshared"}
 
 # Llama's class, with its own configuration.
 CLASSES = {"InternLM3": "LlamaForCausalLM"}
@@ -55,6 +56,10 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
             "moe_layer_end_index": 3,
             "moe_layer_interval": 2,
         },
+    ),
+    "granitemoe-shared": (
+        "GraniteMoeShared",
+        {"num_local_experts": 5, "shared_intermediate_size": 40, "attention_multiplier": 0.5, "logits_scaling": 4.0},
     ),
     "afmoe": (
         "Afmoe",

@@ -1,9 +1,13 @@
-"""A server in this process over a small real model, for tests."""
+"""A server over a small real model, for tests: in this process, or in one of its own."""
 
 from __future__ import annotations
 
 import json
+import os
+import re
 import shutil
+import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,6 +18,8 @@ from starlette.testclient import TestClient
 from kbit.backends.select import select_backend
 from kbit.serve.app import ServeOptions, make_app
 from kbit.serve.models import ModelOptions, Models
+
+PATIENCE = 120.0  # against hanging only
 
 TEMPLATE = (
     "{% if tools %}{{ 'call with <tool_call>: ' + tools[0].function.name + '\n' }}{% endif %}"
@@ -67,3 +73,23 @@ def error_of(response: Any, status: int) -> dict[str, Any]:
     assert {"message", "type", "param", "code"} <= error.keys()
     assert "\n" not in error["message"]
     return dict(error)
+
+
+@contextmanager
+def server(*arguments: str) -> Iterator[tuple[subprocess.Popen[str], str, list[str]]]:
+    """(process, address, what it said at the start)."""
+    command = [sys.executable, "-m", "kbit", "serve", *arguments, "--port", "0", "--threads", "1"]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env={**os.environ})
+    assert process.stderr is not None
+    said = []
+    try:
+        while not said or "OPENAI_BASE_URL" not in said[-1]:
+            said.append(process.stderr.readline())
+            assert said[-1], "".join(said)
+        found = re.search(r" at (http://\S+)", said[0])
+        assert found is not None
+        yield process, found[1], said
+    finally:
+        process.kill()
+        process.wait()
+        process.stderr.close()

@@ -1,4 +1,4 @@
-"""Repairs of Triton's interpreter (TRITON_INTERPRET=1, triton 3.7.1 and 3.9.0), for tests.
+"""Repairs of Triton's interpreter (TRITON_INTERPRET=1, triton 3.6.0, 3.7.1 and 3.9.0), for tests.
 
 The interpreter keeps bfloat16 as unsigned 16-bit integers and hands these to numpy: products, sums, comparisons and
 conversions of bfloat16 come out wrong without a word. `install` makes it convert to float32, compute, and round to
@@ -52,6 +52,8 @@ def install() -> None:
     _repair_arithmetic()
     _repair_dot()
     _repair_reductions()
+    _repair_bounds()
+    _repair_masks()
     _patch_once_per_launch()
     triton_interpreter_speed.remember()
     builder = interpreter.interpreter_builder
@@ -152,6 +154,35 @@ def _repair_reductions() -> None:
             return apply(self, values)
 
         kind.apply_impl = checked
+
+
+def _repair_bounds() -> None:
+    """A loop's bound is an array of one number, which numpy 2.4 no longer makes an int of (triton 3.6 asks it to)."""
+    patch = interpreter._patch_lang_tensor
+
+    def patch_tensor(tensor: Any, scope: Any) -> None:
+        patch(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.squeeze()))
+
+    interpreter._patch_lang_tensor = patch_tensor
+
+
+def _repair_masks() -> None:
+    """A comparison of scalars, spread over a block, carries the type of what was compared: masks are made boolean again
+    (triton 3.9 takes no others)."""
+    builder, handle = interpreter.InterpreterBuilder, interpreter.TensorHandle
+    load, store = builder.create_masked_load, builder.create_masked_store
+
+    def boolean(mask: Any) -> Any:
+        return mask if mask.data.dtype == np.bool_ else handle(mask.data.astype(np.bool_), tl.int1)
+
+    def masked_load(self: Any, pointers: Any, mask: Any, *others: Any) -> Any:
+        return load(self, pointers, boolean(mask), *others)
+
+    def masked_store(self: Any, pointers: Any, value: Any, mask: Any, *others: Any) -> Any:
+        return store(self, pointers, value, boolean(mask), *others)
+
+    builder.create_masked_load, builder.create_masked_store = masked_load, masked_store
 
 
 def _patch_once_per_launch() -> None:

@@ -238,7 +238,7 @@ def test_the_method_of_encoders_is_said(kbit: Run, folders: dict[str, str], tmp_
     code, out, err = kbit("quantize", folders["fill"], "-o", str(tmp_path / "out"), "--block-size", "16")
     assert code == 0
     assert "method rtn" in out
-    assert err.startswith("note: an encoder writes no text to calibrate on: method rtn")
+    assert err.startswith("kbit: note: an encoder writes no text to calibrate on: method rtn")
     code, out, _ = kbit("info", str(tmp_path / "out"))
     assert (code, "BertForMaskedLM" in out) == (0, True)
     assert len(report(kbit, "fill", "[MASK]", "--model", str(tmp_path / "out"))["masked"][0]) == 5

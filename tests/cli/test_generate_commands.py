@@ -136,7 +136,7 @@ class TestCommands:
         flags = ["-m", str(folder), "--system", "S", "--temperature", "0", "--max-tokens", "6"]
         code, stdout, stderr = in_process(["chat", *flags], monkeypatch, lines.encode())
         assert code == 0
-        assert "/reset   forget the conversation" in stderr
+        assert "/reset        forget the conversation" in stderr
         assert "conversation forgotten" in stderr
         assert stderr.count("stopped after 6 tokens") == 3
         report = json.loads(in_process(["run", "Hello there", "--chat", *flags, "--json"], monkeypatch)[1])
@@ -152,7 +152,7 @@ class TestCommands:
         code, _, stderr = in_process(["chat", *flags], monkeypatch, b"ab\xff\n")
         assert (code, "a message from standard input is not UTF-8 at byte 2" in stderr) == (2, True)
         with monkeypatch.context() as patch:  # endless lines are not read to their end, which never comes
-            patch.setattr("kbit.cli.chat.MAX_PROMPT_BYTES", 1 << 20)
+            patch.setattr("kbit.cli.chat_input.MAX_PROMPT_BYTES", 1 << 20)
             code, _, stderr = in_process(["chat", *flags], patch, b"x" * ((1 << 20) + 1))
             assert (code, "a message from standard input is longer than 1 MiB" in stderr) == (2, True)
         # A message that does not fit ends a script with a usage error.

@@ -196,7 +196,7 @@ class TestDraws:
     @pytest.mark.parametrize(("u", "expected"), [(0.0, 1), (1 - 2**-53, 3)])
     def test_ends_of_the_unit_interval(self, u: float, expected: int, monkeypatch: pytest.MonkeyPatch) -> None:
         """The smallest and largest uniform numbers there are: neither picks an impossible token."""
-        monkeypatch.setattr(Sampler, "_uniform", lambda self: u)
+        monkeypatch.setattr(Sampler, "_uniform", lambda self, *_: u)
         logits = torch.tensor([-math.inf, 0.3, 0.1, -0.2, -math.inf])
         assert Sampler(SamplingParams(1.0, seed=0)).sample(logits) == expected
 
@@ -212,7 +212,7 @@ class TestDraws:
         expected = np.repeat(np.arange(size), weights.astype(int))
         for unit in range(total):
             for u in (unit / total, (unit + 0.5) / total):
-                monkeypatch.setattr(sampler, "_uniform", lambda u=u: u)
+                monkeypatch.setattr(sampler, "_uniform", lambda *_, u=u: u)
                 # u * total may round to just below a whole number.
                 assert sampler._draw(None, weights) == expected[math.floor(u * total)]
 

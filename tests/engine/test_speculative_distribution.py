@@ -138,7 +138,7 @@ def sampled(params: dict[str, Any], draft_tokens: int, count: int = TEXTS) -> tu
         run = SpeculativeTokens(
             speculation,
             cache,
-            Sampler(SamplingParams(**params, seed=seed), PROMPT),
+            Sampler(SamplingParams(**params, seed=seed), PROMPT, choice=0),
             PROMPT,
             room=LENGTH,
             end_ids=(),

@@ -1,4 +1,4 @@
-"""Bit planes: the compiled routines, the torch ones and a loop over single bits agree, and round trips lose nothing."""
+"""Bit planes: the compiled routines, those of torch and numpy, and a loop over single bits agree, and round trips lose nothing."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kbit import _native
+from kbit.formats.plane_codes import pack_plane_numpy, unpack_plane_numpy
 from kbit.formats.planes import pack, pack_plane_torch, unpack, unpack_plane_torch
 from kbit.formats.quant_format import plane_widths
 
@@ -38,7 +39,7 @@ shapes = st.tuples(st.integers(1, 5), st.integers(1, 70))
 
 @given(st.sampled_from(BITS), shapes, st.integers(0, 2**32))
 @settings(deadline=None)
-def test_native_torch_and_bit_loop_pack_alike(bits: int, shape: tuple[int, int], seed: int) -> None:
+def test_native_torch_numpy_and_bit_loop_pack_alike(bits: int, shape: tuple[int, int], seed: int) -> None:
     codes = random_codes(*shape, bits, seed)
     planes = pack(codes, bits)
     shift = 0
@@ -47,6 +48,9 @@ def test_native_torch_and_bit_loop_pack_alike(bits: int, shape: tuple[int, int],
         assert plane.dtype == torch.uint8
         assert plane.tolist() == expected
         assert pack_plane_torch(codes, width, shift).tolist() == expected
+        ours = torch.full_like(plane, 0xFF)
+        pack_plane_numpy(codes, width, shift, ours)
+        assert torch.equal(ours, plane)
         shift += width
 
 
@@ -56,11 +60,13 @@ def test_round_trip(bits: int, shape: tuple[int, int], seed: int) -> None:
     codes = random_codes(*shape, bits, seed)
     planes = pack(codes, bits)
     assert torch.equal(unpack(planes, bits, shape[1]), codes)
-    shift, together = 0, torch.zeros_like(codes)
+    shift, together, ours = 0, torch.zeros_like(codes), torch.full_like(codes, 0xFF)
     for width, plane in zip(plane_widths(bits), planes, strict=True):
+        unpack_plane_numpy(plane, width, shift, shift == 0, ours)
         together |= unpack_plane_torch(plane, width, shift, shape[1])
         shift += width
     assert torch.equal(together, codes)
+    assert torch.equal(ours, codes)
 
 
 @pytest.mark.parametrize("bits", BITS)
@@ -114,6 +120,9 @@ def test_empty_matrices() -> None:
     for shape in ((0, 5), (5, 0), (0, 0)):
         codes = torch.zeros(shape, dtype=torch.uint8)
         assert unpack(pack(codes, 3), 3, shape[1]).shape == shape
+        plane = torch.empty((shape[0], -(-shape[1] // 4)), dtype=torch.uint8)
+        pack_plane_numpy(codes, 2, 0, plane)
+        unpack_plane_numpy(plane, 2, 0, True, codes)
 
 
 @pytest.mark.parametrize("bits", BITS)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import gguf
+import gguf_older_cases as older
 import numpy as np
 import pytest
 import torch
@@ -114,6 +115,28 @@ def test_tensors_and_keys_are_those_of_llama_cpps_converter(tmp_path: Path, case
         assert found_value == (pytest.approx(value, rel=1e-6) if isinstance(value, float) else value), key
 
 
+@pytest.mark.parametrize("case", older.CASES)
+def test_older_families_are_written_as_llama_cpps_converter_does(tmp_path: Path, case: str) -> None:
+    """As `gguf_older_cases` has them; they are read back as the same tensors."""
+    arch, changes = older.CASES[case]
+    saved_model(case, tmp_path / "m", **{"max_position_embeddings": 64, **changes})
+    export(tmp_path / "m", tmp_path / "m.gguf")
+    found, expected = stored(tmp_path / "m.gguf"), older.tensors_of(arch, tmp_path / "m")
+    assert found.keys() == expected.keys()
+    for name, values in expected.items():
+        assert found[name] == ("F32", values.astype("<f4").tobytes()), name
+    header = read_header(tmp_path / "m.gguf")
+    for key, value in older.keys_of(arch, tmp_path / "m").items():
+        if (key, value) == ("rope.scaling.type", "none"):
+            continue
+        found_value = header.value(f"{arch}.{key}")
+        assert found_value == (pytest.approx(value, rel=1e-6) if isinstance(value, float) else value), key
+    with open_model(str(tmp_path / "m.gguf")) as file, open_model(str(tmp_path / "m")) as folder:
+        assert file.tensors.keys() == folder.tensors.keys()
+        for name in file.tensors:
+            assert torch.equal(file.read(name), folder.read(name)), name
+
+
 def test_factors_that_are_the_same_for_all_texts_are_a_tensor_of_any_architecture(tmp_path: Path) -> None:
     """As llama3's are, and read back."""
     factors = [1.5, 2.0, 3.0, 7.5]
@@ -138,7 +161,13 @@ def test_factors_that_are_the_same_for_all_texts_are_a_tensor_of_any_architectur
         ("llama-longrope", {}, "kbit writes no LongRoPE for llama.cpp's llama architecture"),
         ("llama-dynamic", {}, "llama architecture cannot say that rope.kind is dynamic"),
         ("qwen3-moe", {"norm_topk_prob": False}, "qwen3moe architecture cannot say that experts.routing.normalise is False"),
-        ("gpt_neox", {}, "kbit writes no GGUF file of a gpt_neox model, but of .*qwen3"),
+        ("gpt_neo", {}, "kbit writes no GGUF file of a gpt_neo model, but of .*qwen3"),
+        ("gpt_neox", {"tie_word_embeddings": True}, "llama.cpp reads no gptneox model whose head is its embedding"),
+        ("gpt_neox-sequential", {}, "have biases, or none, where GGUF files of the gptneox architecture have biases"),
+        ("falcon", {"bias": True}, "have biases, or none, where GGUF files of the falcon architecture have none"),
+        ("falcon-rw", {}, "have biases, or none, where GGUF files of the falcon architecture have none"),
+        ("gpt_neox", {"hidden_act": "gelu_new"}, "gptneox architecture cannot say that activation is gelu_tanh"),
+        ("starcoder2", {}, "no sliding windows for its starcoder2 architecture"),
     ],
 )  # fmt: skip
 def test_what_the_architecture_cannot_say(tmp_path: Path, case: str, changes: dict[str, Any], message: str) -> None:

@@ -226,7 +226,7 @@ def timer(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[FakeTimer
     monkeypatch.setenv("KBIT_CACHE", str(tmp_path))
     monkeypatch.setattr(machine_module, "_timer", lambda threads, compute: fake)
     monkeypatch.setattr(process_probe, "probe", lambda threads, compute: Probe(123_000_000, 1e-5, 1e-3))
-    monkeypatch.setattr(machine_module, "_other_work", lambda: 0.0)
+    monkeypatch.setattr(machine_module, "other_work", lambda: 0.0)
     return fake
 
 
@@ -256,9 +256,9 @@ def test_a_damaged_file_is_measured_again(timer: FakeTimer, tmp_path: Path, dama
 
 def test_a_busy_machine_is_remembered(timer: FakeTimer, monkeypatch: pytest.MonkeyPatch) -> None:
     assert not machine_speed(["fp16"], (), threads=1).disturbed
-    monkeypatch.setattr(machine_module, "_other_work", lambda: 1.7)
+    monkeypatch.setattr(machine_module, "other_work", lambda: 1.7)
     assert machine_speed(["int4-b64"], (), threads=1).disturbed
-    monkeypatch.setattr(machine_module, "_other_work", lambda: None)
+    monkeypatch.setattr(machine_module, "other_work", lambda: None)
     assert machine_speed(["int5-b64"], (), threads=1).disturbed  # of some of what is kept it still holds
     assert machine_speed(["int5-b64"], (), threads=1, remeasure=True).busy is None
 

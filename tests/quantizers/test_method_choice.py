@@ -11,7 +11,7 @@ from error_cases import run_command
 
 from kbit.calibration.request import CalibrationRequest
 from kbit.checkpoint.resolve import open_model
-from kbit.cli.quantities import parse_duration
+from kbit.host.quantities import parse_duration
 from kbit.quantizers.calibrated import Gptq, TwoSided
 from kbit.quantizers.estimate import Rates, Steps, estimate, measure_rates
 from kbit.quantizers.plan import BASE_BYTES

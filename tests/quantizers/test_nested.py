@@ -226,12 +226,12 @@ def test_arguments_that_do_not_fit_are_refused() -> None:
 
 
 def test_the_command_anchors_a_width(tiny_model: Path) -> None:
-    from kbit.cli.quantize_flags import QuantizeFlags
+    from kbit.quantizers.request import QuantizeRequest
 
-    flags = QuantizeFlags(str(tiny_model), nested="2..6", anchor=5)
+    flags = QuantizeRequest(str(tiny_model), nested="2..6", anchor=5)
     flags.check()
     assert flags.chosen_method(flags.codec()).settings["nesting"]["anchor"] == 5
-    high = QuantizeFlags(str(tiny_model), nested="5..8")
+    high = QuantizeRequest(str(tiny_model), nested="5..8")
     assert high.chosen_method(high.codec()).settings["nesting"]["anchor"] == 5  # 4 is not there
     for wrong, message in (
         ({"anchor": 5}, "add --nested 2..8"),
@@ -240,7 +240,7 @@ def test_the_command_anchors_a_width(tiny_model: Path) -> None:
         ({"nested": "2..4", "dtype": "nf"}, "--dtype: --nested 2..4 has every width"),
         ({"nested": "2..4", "size": "80MB"}, "--size: --nested 2..4 has every width"),
     ):
-        bad = QuantizeFlags(str(tiny_model), **wrong)  # type: ignore[arg-type]
+        bad = QuantizeRequest(str(tiny_model), **wrong)  # type: ignore[arg-type]
         with pytest.raises(UsageError, match=message):
             bad.check() if "anchor" in wrong else bad.codec()
     assert np.isclose(sum(Nesting(3).weights([2, 3])), 1 + 4 * Nesting(3).emphasis)

@@ -3,40 +3,16 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import httpx
 import pytest
-
-PATIENCE = 120.0  # against hanging only
-
-
-@contextmanager
-def server(*arguments: str) -> Iterator[tuple[subprocess.Popen[str], str, list[str]]]:
-    """(process, address, what it said at the start)."""
-    command = [sys.executable, "-m", "kbit", "serve", *arguments, "--port", "0", "--threads", "1"]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env={**os.environ})
-    assert process.stderr is not None
-    said = []
-    try:
-        while not said or "OPENAI_BASE_URL" not in said[-1]:
-            said.append(process.stderr.readline())
-            assert said[-1], "".join(said)
-        found = re.search(r" at (http://\S+)", said[0])
-        assert found is not None
-        yield process, found[1], said
-    finally:
-        process.kill()
-        process.wait()
-        process.stderr.close()
+from serve_cases import PATIENCE, server
 
 
 def until_idle(address: str) -> None:

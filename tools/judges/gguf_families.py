@@ -1,4 +1,5 @@
-"""Three readers of the same tiny models: kbit of the folder, kbit of the GGUF file, and llama.cpp of the GGUF file.
+"""Readers of the same tiny models: kbit of the folder, kbit of the GGUF file, and llama.cpp of the GGUF file; and
+llama.cpp of the file that kbit exports of the folder.
 
     python tools/judges/gguf_families.py                       # every case of tests/cases/decoder_cases.py: minutes
     python tools/judges/gguf_families.py qwen3 gemma3 -v       # some
@@ -20,7 +21,7 @@ import json
 import subprocess
 import sys
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -61,11 +62,13 @@ class Verdict:
     Attributes:
         file: kbit of the GGUF file from kbit of the folder.
         llama: llama.cpp from kbit, both of the GGUF file.
+        export: llama.cpp of the file that kbit exports from kbit of the folder.
     """
 
     case: str
     file: float | None = None
     llama: float | None = None
+    export: float | None = None
     why: str = ""
 
     @property
@@ -76,13 +79,13 @@ class Verdict:
     @property
     def bad(self) -> bool:
         """Whether the two programs read the file differently."""
-        return self.case not in LLAMA_DIFFERS and (self.llama or 0.0) > LLAMA_LIMIT
+        return self.case not in LLAMA_DIFFERS and max(self.llama or 0.0, self.export or 0.0) > LLAMA_LIMIT
 
     def line(self, verbose: bool) -> str:
-        shown = ["-" if value is None else f"{value:.1e}" for value in (self.file, self.llama)]
+        shown = ["-" if value is None else f"{value:.1e}" for value in (self.file, self.llama, self.export)]
         known = f"  {LLAMA_DIFFERS[self.case]}" if self.case in LLAMA_DIFFERS else ""
         remark = "  DIFFER" if self.bad else "  not in the file" if self.lost else known
-        text = f"{self.case:<28}{shown[0]:>12}{shown[1]:>12}{remark}"
+        text = f"{self.case:<28}{shown[0]:>12}{shown[1]:>12}{shown[2]:>12}{remark}"
         return f"{text}  {self.why}" if verbose and self.why else text
 
 
@@ -91,11 +94,12 @@ def judge(case: str, folder: Path, source: Path, llama_python: Path | None) -> V
     import torch
     from decoder_cases import saved_model
     from gguf_family_cases import CASES as SAYABLE
+    from gguf_older_cases import CASES as OLDER
 
     from kbit.host.errors import KbitError
 
     # With what a GGUF file has no key for at the value that llama.cpp assumes.
-    changes = SAYABLE[case][2] if case in SAYABLE else {}
+    changes = SAYABLE[case][2] if case in SAYABLE else OLDER[case][1] if case in OLDER else {}
     try:
         model = saved_model(case, folder / "model", **{"max_position_embeddings": 64, **changes})
     except (AttributeError, TypeError, ValueError) as error:
@@ -112,14 +116,45 @@ def judge(case: str, folder: Path, source: Path, llama_python: Path | None) -> V
         ours = kbit_log_probabilities(file, ids)
     except KbitError as error:
         return Verdict(case, why=f"kbit: {error}")
-    lost = float(np.abs(kbit_log_probabilities(folder / "model", ids) - ours).max())
+    original = kbit_log_probabilities(folder / "model", ids)
+    lost = float(np.abs(original - ours).max())
     if llama_python is None:
         return Verdict(case, lost)
     try:
         theirs = llama_log_probabilities(llama_python, file, ids)
     except PeerError as error:
         return Verdict(case, lost, why=f"llama.cpp: {_last_line(str(error))}")
-    return Verdict(case, lost, float(np.abs(theirs - ours).max()))
+    verdict = Verdict(case, lost, float(np.abs(theirs - ours).max()))
+    try:
+        exported(folder / "model", file, folder / "ours.gguf")
+        theirs = llama_log_probabilities(llama_python, folder / "ours.gguf", ids)
+    except (KbitError, PeerError) as error:
+        return replace(verdict, why=f"export: {_last_line(str(error))}")
+    return replace(verdict, export=float(np.abs(theirs - original).max()))
+
+
+def exported(model: Path, converted: Path, out: Path) -> None:
+    """A folder as kbit exports it, with the words of the converter's file.
+
+    Raises:
+        KbitError: kbit does not write it.
+    """
+    from kbit.checkpoint.gguf.source import GGUFSource
+    from kbit.checkpoint.gguf.writing import GGUFWriter, NewTensor
+    from kbit.models.export_gguf import export_gguf
+    from kbit.models.opening import open_model
+
+    (model / "tokenizer.json").unlink()
+    bare = out.with_name("bare.gguf")
+    with open_model(str(model)) as source:
+        export_gguf(source, bare)
+    with GGUFSource(bare) as ours, GGUFSource(converted) as theirs:
+        words = {key: value for key, value in theirs.stored_metadata().items() if key.startswith("tokenizer.")}
+        tensors = [NewTensor(each.name, each.shape, each.type.name) for each in ours.stored_tensors()]
+        with GGUFWriter(out, {**ours.stored_metadata(), **words}, tensors, overwrite=True) as writer:
+            for tensor in tensors:
+                writer.write(tensor.name, ours.stored_bytes(tensor.name))
+            writer.finish()
 
 
 def kbit_log_probabilities(path: Path, ids: list[int]) -> Logs:
@@ -175,7 +210,7 @@ def main() -> int:
     except (OSError, PeerError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    print(f"{'largest difference':<28}{'from folder':>12}{'llama.cpp':>12}")
+    print(f"{'largest difference':<28}{'from folder':>12}{'llama.cpp':>12}{'exported':>12}")
     differ = 0
     for case in arguments.cases or CASES:
         with tempfile.TemporaryDirectory() as folder:

@@ -34,11 +34,23 @@ def main() -> None:
     def without_tokenizer(*arguments: Any, **options: Any) -> Any:
         found = find(*arguments, **options)
         found.set_vocab = words_only
+        settings = found.set_gguf_parameters
+
+        def with_share(model: Any) -> None:
+            # GPT-NeoX's share of a head that turns, which transformers calls otherwise now.
+            model.hparams.setdefault("rotary_pct", model.rope_parameters.get("partial_rotary_factor", 1.0))
+            settings(model)
+
+        found.set_gguf_parameters = with_share
         return found
 
-    # Gemma's converter counts the words that there are.
+    # Gemma's converter counts the words that there are; MPT's knows what the models' own code was called.
     folder = Path(sys.argv[1])
-    count = json.loads((folder / "config.json").read_text())["vocab_size"]
+    config = json.loads((folder / "config.json").read_text())
+    count = config["vocab_size"]
+    if config["architectures"] == ["MptForCausalLM"]:
+        config["architectures"] = ["MPTForCausalLM"]
+    (folder / "config.json").write_text(json.dumps(config))
     words = {"model": {"vocab": {f"<{index}>": index for index in range(count)}}, "added_tokens": []}
     (folder / "tokenizer.json").write_text(json.dumps(words))
 

@@ -275,8 +275,10 @@ def _remove_orphans(folder: Path) -> None:
     """Removes what was prepared of checkpoints that are no longer there."""
     for file in folder.glob(f"*{ENDING}"):
         with suppress(OSError, CheckpointError):
-            if not PreparedSource(file).path.exists():
-                file.unlink()
+            source = PreparedSource(file).path
+            if not source.exists():
+                for leftover in folder.glob(f"{file.stem}.*"):
+                    leftover.unlink()
 
 
 def _write(

@@ -26,6 +26,7 @@ from kbit.checkpoint.gguf.names import (
     LayerSizes,
     canonical_names,
     layer_of,
+    with_fused,
 )
 from kbit.checkpoint.gguf.rope import rope_scaling
 from kbit.host.errors import CheckpointError, UnsupportedError
@@ -54,7 +55,9 @@ def architecture_of(header: GGUFHeader) -> Architecture:
     if arch.sigmoid is not None and header.integer(f"{name}.expert_gating_func") == SIGMOID:
         model_type, hf_class, experts = arch.sigmoid
         return replace(arch, model_type=model_type, hf_class=hf_class, experts=experts)
-    return arch
+    if arch.variant is not None:
+        arch = arch.variant(header, arch)
+    return with_fused(arch, header.tensors)
 
 
 def config_from_header(
@@ -144,9 +147,9 @@ def config_from_header(
     biases = reader.biases = _biases(header, arch, tensors)
     experts = {} if arch.experts is None else expert_config(reader, arch.experts)
     delta = {} if arch.delta is None else delta_config(reader, layers)
-    _check_tensors(reader, tensors, each, biases, tied, {**experts, **latent, **delta})
+    _check_tensors(reader, tensors, each, biases, tied, context, {**experts, **latent, **delta})
     reader.divisors, reader.tensors = rope_divisors, frozenset(tensors)
-    if arch.special is not None:
+    if arch.special is not None or arch.positions != "turned":
         scaling = None
     elif rope_factors is None:
         scaling = rope_scaling(
@@ -172,7 +175,7 @@ def config_from_header(
         "vocab_size": vocab,
         "tie_word_embeddings": tied,
         "attention_bias": "attn_q" in biases,
-        "mlp_bias": "ffn_gate" in biases,
+        "mlp_bias": "ffn_up" in biases,
         **experts,
         **latent,
         **delta,
@@ -180,6 +183,8 @@ def config_from_header(
     }
     if arch.qk_optional:
         config["use_qk_norm"] = arch.qk_norm is not None
+    if arch.positions != "turned":
+        del config["rope_theta"], config["rope_scaling"]
     if arch.partial:
         config["partial_rotary_factor"] = rotated / head_dim
     for key, entry in arch.numbers.items():
@@ -227,7 +232,7 @@ def _head_dim(reader: Keys, hidden: int, heads: int) -> tuple[int, int]:
     if f"{arch}.attention.key_length" not in header and hidden % heads:
         header.fail(f"{arch}.embedding_length {hidden} is not a multiple of attention.head_count {heads}")
     head_dim = reader.size("attention.key_length", hidden // heads if hidden >= heads else 1)
-    if head_dim % 2:
+    if head_dim % 2 and reader.architecture.positions == "turned":
         header.fail(f"the head size {head_dim} is odd, RoPE needs pairs")
     rotated = reader.size("rope.dimension_count", head_dim)
     equal = {"attention.value_length": reader.size("attention.value_length", head_dim)}
@@ -264,8 +269,9 @@ def _biases(header: GGUFHeader, arch: Architecture, tensors: dict[str, GGUFTenso
     if arch.biases is not None:
         return arch.biases
     found: tuple[str, ...] = ()
+    wholes = {part: whole for whole, parts in arch.fused.items() for part in parts}
     for group in arch.bias_groups:
-        present = tuple(part for part in group if f"blk.0.{part}.bias" in tensors)
+        present = tuple(part for part in group if f"blk.0.{wholes.get(part, part)}.bias" in tensors)
         if present and present != group:
             raise UnsupportedError(
                 f"{header.path}: layer 0 has biases for {', '.join(present)} only; such a model has them for all of "
@@ -281,12 +287,14 @@ def _check_tensors(
     each: list[Dimensions],
     biases: tuple[str, ...],
     tied: bool,
+    context: int,
     described: Mapping[str, Any],
 ) -> None:
     """Every expected tensor is there with its shape, and nothing else is.
 
     Args:
         each: the sizes of every layer.
+        context: rows of a table of positions.
     """
     header, arch, layers, dims = reader.header, reader.architecture, len(each), each[0]
     known = {ROPE_FREQS, *(ROPE_FACTORS if arch.scaled else ())}
@@ -297,7 +305,7 @@ def _check_tensors(
         lacking = arch.special.absent(reader, layers, tensors)
         absent = {f"blk.{layer}.{part}.weight" for layer, parts in enumerate(lacking) for part in parts}
         more = arch.special.more(reader, dims, layers, tensors)
-    for shapes in [dims.expected_global(tied, arch.final_norm), *of_layers, more]:
+    for shapes in [dims.expected_global(arch, tied, context), *of_layers, more]:
         for name, shape in shapes.items():
             tensor = tensors.get(name)
             if tensor is None and name in absent:

@@ -44,6 +44,8 @@ class ExpertTensors:
         router: there.
         selection_bias: canonical name in a layer of what is added where experts are chosen.
         shared: canonical place of the shared expert in a layer.
+        shared_down: the name of its matrix back, there.
+        shared_width: the configuration's name for its features where the file has their number; 0: there is none.
         switch: that of the gate on it.
         biases: whether experts and router have biases.
         scores: the value of expert_gating_func.
@@ -61,6 +63,8 @@ class ExpertTensors:
     router: str = "gate"
     selection_bias: str | None = None
     shared: str | None = None
+    shared_down: str = "down_proj"
+    shared_width: str | None = None
     switch: str | None = None
     biases: bool = False
     scores: int = SOFTMAX
@@ -111,7 +115,9 @@ def expert_config(keys: Keys, experts: ExpertTensors) -> dict[str, Any]:
         config["first_k_dense_replace"] = leading
     elif leading:
         raise UnsupportedError(f"{keys.header.path}: '{keys.arch}.leading_dense_block_count' {leading} {_NO_NUMBER}")
-    if experts.switch is not None:
+    if experts.shared_width is not None:
+        config[experts.shared_width] = keys.count("expert_shared_feed_forward_length")
+    elif experts.switch is not None:
         config["shared_expert_intermediate_size"] = keys.size("expert_shared_feed_forward_length")
     elif experts.shared is not None:
         config["n_shared_experts"] = keys.count("expert_shared_count")
@@ -143,7 +149,8 @@ def expected_experts(
         shapes[f"{prefix}ffn_gate_inp.bias"] = (count,)
     if experts.selection_bias is not None:
         shapes[f"{prefix}exp_probs_b.bias"] = (count,)
-    shared = config.get("shared_expert_intermediate_size", width * config.get("n_shared_experts", 0))
+    entry = experts.shared_width or "shared_expert_intermediate_size"
+    shared = config.get(entry, width * config.get("n_shared_experts", 0))
     if experts.shared is not None and shared:
         for part in _SHARED:
             shapes[f"{prefix}{part}.weight"] = (hidden, shared) if "down" in part else (shared, hidden)
@@ -183,5 +190,6 @@ def expert_rows(experts: ExpertTensors, name: str, tensor: GGUFTensor) -> list[t
     if part == "ffn_gate_inp_shexp" and experts.switch is not None:
         return [(f"{prefix}{experts.switch}.{kind}", as_row(name, tensor))]
     if part in _SHARED and experts.shared is not None:
-        return [(f"{prefix}{experts.shared}.{_SHARED[part]}.{kind}", tensor)]
+        module = experts.shared_down if part == "ffn_down_shexp" else _SHARED[part]
+        return [(f"{prefix}{experts.shared}.{module}.{kind}", tensor)]
     return []

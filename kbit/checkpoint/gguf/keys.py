@@ -159,5 +159,5 @@ class Keys:
                     "support for this architecture"
                 )
         layout = self.header.string(prefix + "tensor_data_layout")
-        if layout not in (None, "Meta AI original pth"):
+        if layout not in (None, self.architecture.layout):
             raise UnsupportedError(f"{self.header.path}: tensor_data_layout {quoted(layout)} is not supported")

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from kbit.checkpoint.gguf.delta_nets import DeltaTensors
@@ -18,7 +18,7 @@ from kbit.checkpoint.gguf.experts import ExpertTensors
 
 if TYPE_CHECKING:
     from kbit.checkpoint.gguf.keys import Keys
-    from kbit.checkpoint.gguf.metadata import GGUFTensor
+    from kbit.checkpoint.gguf.metadata import GGUFHeader, GGUFTensor
     from kbit.checkpoint.gguf.orders import Piece
 
 ROPE_FREQS = "rope_freqs.weight"
@@ -32,6 +32,25 @@ _GLOBAL = {
 
 # Norms of a layer, where an architecture says nothing else.
 PRE_NORMS = {"attn_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm"}
+# What several architectures have instead.
+NORMS_AROUND = {
+    "attn_norm": "input_layernorm",
+    "post_attention_norm": "post_attention_layernorm",
+    "ffn_norm": "pre_feedforward_layernorm",
+    "post_ffw_norm": "post_feedforward_layernorm",
+}
+MLP_NORM_AFTER_ATTENTION = {"attn_norm": "input_layernorm", "post_attention_norm": "post_attention_layernorm"}
+POST_NORMS = {"post_attention_norm": "post_attention_layernorm", "post_ffw_norm": "post_feedforward_layernorm"}
+# Of which attention and MLP, side by side, both read what it makes.
+ONE_NORM = {"attn_norm": "input_layernorm"}
+WINDOW_KEYS = frozenset({"attention.sliding_window_pattern", "rope.freq_base_swa"})
+GRANITE_NUMBERS = {
+    "attention.scale": "attention_multiplier",
+    "embedding_scale": "embedding_multiplier",
+    "residual_scale": "residual_multiplier",
+    "logit_scale": "logits_scaling",
+}
+GELU = "gelu_pytorch_tanh"
 
 _LINEARS = {
     "attn_q": "self_attn.q_proj",
@@ -43,13 +62,14 @@ _LINEARS = {
     "ffn_down": "mlp.down_proj",
 }
 
-_BLOCK = re.compile(r"blk\.(0|[1-9][0-9]{0,5})\.([a-z_]+)\.(weight|bias)")
+_BLOCK = re.compile(r"blk\.(0|[1-9][0-9]{0,5})\.([a-z_]+[0-9]?)\.(weight|bias)")
 
 
 RMS_EPSILON = ("attention.layer_norm_rms_epsilon", "rms_norm_eps")
 LAYER_NORM_EPSILON = ("attention.layer_norm_epsilon", "layer_norm_eps")
 
-ATTENTION_BIASES = ("attn_q", "attn_k", "attn_v", "attn_output")
+QKV = ("attn_q", "attn_k", "attn_v")
+ATTENTION_BIASES = (*QKV, "attn_output")
 MLP_BIASES = ("ffn_gate", "ffn_up", "ffn_down")
 
 
@@ -112,7 +132,11 @@ class Architecture:
         encoder: its tokens see the whole text (`kbit.checkpoint.gguf.encoders`); its norms have biases.
         configure: what else belongs into the configuration.
         epsilon: metadata key of the norms' epsilon, and its entry of the configuration.
-        final_norm: the last norm's name in the file.
+        norm_bias: norms have biases.
+        own_head: llama.cpp reads no file of it without a head.
+        positions: how a token's place is known: by what turns, a table (in `outside`), or slopes of scores.
+        layout: the values of tensor_data_layout that it has.
+        variant: what it is by the tensors that there are, of one whose files are of several kinds.
         special: what it has that no other architecture has; None: nothing.
     """
 
@@ -140,7 +164,11 @@ class Architecture:
     sigmoid: tuple[str, str, ExpertTensors] | None = None
     configure: Callable[[Keys, dict[str, Any]], None] | None = None
     epsilon: tuple[str, str] = RMS_EPSILON
-    final_norm: str = "output_norm.weight"
+    norm_bias: bool = False
+    own_head: bool = False
+    positions: Literal["turned", "table", "slopes"] = "turned"
+    layout: str | None = "Meta AI original pth"
+    variant: Callable[[GGUFHeader, Architecture], Architecture] | None = None
     special: Special | None = None
     layer: str = "model.layers"
     outside: Mapping[str, str] = field(default_factory=lambda: _GLOBAL)
@@ -155,6 +183,15 @@ class Architecture:
         return found
 
 
+def with_fused(arch: Architecture, tensors: Mapping[str, object]) -> Architecture:
+    """An architecture as a file has it in which queries, keys and values are in one tensor (`--fuse-qkv` of llama.cpp's
+    converter, and older files), where the others have three."""
+    plain = arch.special is None and not arch.latent and arch.delta is None and not arch.encoder
+    if not plain or "attn_qkv" in arch.fused or "blk.0.attn_qkv.weight" not in tensors:
+        return arch
+    return replace(arch, fused={**arch.fused, "attn_qkv": QKV})
+
+
 def canonical_names(arch: Architecture, gguf_name: str) -> list[str]:
     """The canonical tensors that a GGUF tensor holds, in the order of its rows; none where its name means nothing."""
     if gguf_name in arch.outside:
@@ -167,7 +204,7 @@ def canonical_names(arch: Architecture, gguf_name: str) -> list[str]:
         return [f"model.layers.{layer}.self_attn.sinks"]
     modules = arch.modules()
     parts = arch.fused.get(part, (part,))
-    no_bias = kind == "bias" and not arch.encoder
+    no_bias = kind == "bias" and not (arch.encoder or arch.norm_bias)
     if any(each not in modules or (no_bias and each.endswith("_norm")) for each in parts):
         return []
     return [f"{arch.layer}.{layer}.{modules[each]}.{kind}" for each in parts]
@@ -210,14 +247,17 @@ class Dimensions:
 
     def expected(self, arch: Architecture, layer: int, biases: tuple[str, ...]) -> dict[str, tuple[int, ...]]:
         """Every tensor of one layer by GGUF name, with its shape (outermost dimension first)."""
-        shapes: dict[str, tuple[int, ...]] = {f"blk.{layer}.{part}.weight": (self.hidden,) for part in arch.norms}
+        kinds = ("weight", "bias") if arch.norm_bias else ("weight",)
+        shapes: dict[str, tuple[int, ...]] = {
+            f"blk.{layer}.{part}.{kind}": (self.hidden,) for part in arch.norms for kind in kinds
+        }
         if arch.qk_norm is not None:
             for part, heads in (("attn_q_norm", self.heads), ("attn_k_norm", self.kv_heads)):
                 width = self.head_dim * (heads if arch.qk_norm == "whole" else 1)
                 shapes[f"blk.{layer}.{part}.weight"] = (width,)
         if arch.sinks:
             shapes[f"blk.{layer}.attn_sinks.weight"] = (self.heads,)
-        linears = self.layer_shapes()
+        linears = {part: shape for part, shape in self.layer_shapes().items() if part in arch.linears}
         for whole, parts in arch.fused.items():
             rows, columns = sum(linears[part][0] for part in parts), linears[parts[0]][1]
             for part in parts:
@@ -225,13 +265,25 @@ class Dimensions:
             linears[whole] = (rows, columns)
         for part, shape in linears.items():
             shapes[f"blk.{layer}.{part}.weight"] = shape
-            if part in biases:
+            if arch.fused.get(part, (part,))[0] in biases:
                 shapes[f"blk.{layer}.{part}.bias"] = shape[:1]
         return shapes
 
-    def expected_global(self, tied: bool, norm: str = "output_norm.weight") -> dict[str, tuple[int, ...]]:
-        """The tensors outside the layers by GGUF name, with their shapes."""
-        shapes: dict[str, tuple[int, ...]] = {"token_embd.weight": (self.vocab, self.hidden), norm: (self.hidden,)}
-        if not tied:
-            shapes["output.weight"] = (self.vocab, self.hidden)
+    def expected_global(self, arch: Architecture, tied: bool, context: int) -> dict[str, tuple[int, ...]]:
+        """The tensors outside the layers by GGUF name, with their shapes.
+
+        Args:
+            arch: the model's.
+            tied: there is no head.
+            context: rows of a table of positions.
+        """
+        matrices = {"token_embd.weight": self.vocab, "output.weight": self.vocab, "position_embd.weight": context}
+        shapes: dict[str, tuple[int, ...]] = {}
+        for name in arch.outside:
+            if name in matrices:
+                shapes[name] = (matrices[name], self.hidden)
+            else:
+                shapes[name] = (self.vocab if name == "output.bias" else self.hidden,)
+        if tied:
+            shapes.pop("output.weight")
         return shapes

@@ -39,7 +39,7 @@ def find(tensors: PackedTensors) -> list[PackedWeight]:
     """
     section = tensors.section
     layout = section.get("checkpoint_format", section.get("format", "gptq"))
-    if layout not in _LAYOUTS:
+    if not isinstance(layout, str) or layout not in _LAYOUTS:
         key = "checkpoint_format" if "checkpoint_format" in section else "format"
         raise tensors.refuse(key, f"of GPTQ's layouts kbit reads {' and '.join(_LAYOUTS)}")
     for key in ("is_marlin_format", "use_exllama_layout"):

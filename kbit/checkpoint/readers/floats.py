@@ -21,6 +21,11 @@ def to_float32(values: NDArray[Any], dtype: str) -> NDArray[np.float32]:
         values: as `SafetensorsFile.read_array` gives them.
         dtype: their safetensors name.
     """
+    shape, values = values.shape, values.reshape(-1)  # (numpy makes numbers of what it computes with no dimension)
+    return _widened(values, dtype).reshape(shape)
+
+
+def _widened(values: NDArray[Any], dtype: str) -> NDArray[np.float32]:
     import numpy as np
 
     from kbit.formats.stored import KINDS, widened

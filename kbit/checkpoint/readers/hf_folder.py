@@ -307,7 +307,7 @@ class HFFolder(StoredSource):
         scale = to_float32(file.read_array(scale_name), file.tensors[scale_name].dtype)
         shape = self.stored(name).shape
         if scale.size == 1:
-            return values * scale.reshape(())
+            return np.asarray(values * scale.reshape(()))  # (a number, where there is no dimension)
         if len(shape) == 2:
             rows, columns = self._fp8_block
             if scale.shape == (-(-shape[0] // rows), -(-shape[1] // columns)):

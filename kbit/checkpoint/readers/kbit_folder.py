@@ -104,7 +104,7 @@ class KbitFolder(HFFolder):
             raise CheckpointError(f"{path}: no checksum of config.json; copy it again")
         for name in manifest["files"]:
             file = self.path / name
-            if not _inside(name) or not file.is_file():
+            if not is_inside(name) or not file.is_file():
                 raise CheckpointError(f"{file}: missing, though the manifest lists it; copy the folder again")
         for name in ("config.json", INDEX_NAME):  # the others as they are read
             if name in manifest["files"]:
@@ -234,7 +234,7 @@ class KbitFolder(HFFolder):
         super().close()
 
 
-def _inside(name: str) -> bool:
+def is_inside(name: str) -> bool:
     """Whether a name is one of a file in a folder, or in a folder of that."""
     parts = name.split("/")
     return len(parts) <= 2 and all(part not in ("", ".", "..") and Path(part).name == part for part in parts)

@@ -14,7 +14,7 @@ from kbit.models.params import GATE_UP, SCAN, SHARED
 from kbit.models.scan_config import DEFAULTS as SCAN_DEFAULTS
 from kbit.models.tensor_names import TensorNames
 
-_SHARED_MLP = f"{LAYER}.shared_mlp"
+SHARED_MLP = f"{LAYER}.shared_mlp"
 
 
 def with_scans(names: TensorNames) -> TensorNames:
@@ -56,12 +56,12 @@ FAMILY = Family(
     mlp_width="shared_intermediate_size",
     names=replace(
         with_experts(with_scans(NAMES), "block_sparse_moe", "gate_proj", "up_proj", "down_proj", router="router.layer"),
-        gate=f"{_SHARED_MLP}.gate_proj",
-        up=f"{_SHARED_MLP}.up_proj",
-        down=f"{_SHARED_MLP}.output_linear",
-        shared_gate=f"{_SHARED_MLP}.gate_proj",
-        shared_up=f"{_SHARED_MLP}.up_proj",
-        shared_down=f"{_SHARED_MLP}.output_linear",
+        gate=f"{SHARED_MLP}.gate_proj",
+        up=f"{SHARED_MLP}.up_proj",
+        down=f"{SHARED_MLP}.output_linear",
+        shared_gate=f"{SHARED_MLP}.gate_proj",
+        shared_up=f"{SHARED_MLP}.up_proj",
+        shared_down=f"{SHARED_MLP}.output_linear",
     ),
     score_scale="attention_multiplier",
     embedding_multiplier="embedding_multiplier",
@@ -77,7 +77,7 @@ FAMILY = Family(
     ),
     layout=Layout(
         # (Of the shared MLP a model has the slots of one kind alone.)
-        fused={**SCAN_FUSED, f"{_SHARED_MLP}.input_linear": (*GATE_UP, *SHARED)},
+        fused={**SCAN_FUSED, f"{SHARED_MLP}.input_linear": (*GATE_UP, *SHARED)},
         stacked={
             f"{BLOCK}.input_linear.weight": Stacked(("gate", "up")),
             f"{BLOCK}.output_linear.weight": Stacked(("down",)),

@@ -54,7 +54,10 @@ std::vector<KVHeads> heads_of(std::int64_t layers, const PerLayer& kv_heads, con
     require(!each || static_cast<std::int64_t>(each->size()) == layers, "heads are the same in all layers, or of each");
   }
   std::vector<KVHeads> found;
-  for (std::int64_t i = 0; i < layers; ++i) found.push_back({of_layer(kv_heads, i), of_layer(head_dim, i)});
+  for (std::int64_t i = 0; i < layers; ++i) {
+    found.push_back({of_layer(kv_heads, i), of_layer(head_dim, i)});
+    require(found.back().count <= 1 << 20 && found.back().dim <= 1 << 20, "a layer has at most 2^20 heads and features");
+  }
   return found;
 }
 

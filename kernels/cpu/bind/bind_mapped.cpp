@@ -9,6 +9,7 @@
 #include <algorithm>
 #include <stdexcept>
 
+#include "bind/arrays.h"
 #include "bind/bind.h"
 #include "codecs/mapped_file.h"
 #include "codecs/matrix_storage.h"
@@ -35,8 +36,8 @@ std::shared_ptr<MatrixStorage> map_matrix(std::shared_ptr<MappedFile> file, std:
                                           int bits, std::int64_t block_size, const std::string& kind, bool offsets,
                                           const std::vector<std::uint64_t>& begins, const std::string& code,
                                           int window, std::int64_t mixed, bool apart) {
-  constexpr std::int64_t kMost = std::int64_t{1} << 40;
-  if (rows < 1 || columns < 1 || rows > kMost / columns || (bits != 0 && (bits < 2 || bits > 8)) || block_size < 0 ||
+  require_sizes(rows, columns, block_size);
+  if ((bits != 0 && (bits < 2 || bits > 8)) || block_size < 0 ||
       block_size % 16 || (apart && bits < 3) ||
       begins.size() != static_cast<std::size_t>(kPlainArrays + (apart ? bits - 2 : 0))) {
     throw std::invalid_argument("a prepared matrix cannot have this shape and width");

@@ -45,6 +45,7 @@ Weights quantized_matrix(const std::vector<Array<const std::uint8_t, 2>>& planes
   require(bits >= 2 && bits <= 8, "bits are 2 to 8");
   require(columns >= 1 && block_size >= 0 && block_size % 16 == 0, "a block is 0 (a row) or a multiple of 16 columns");
   require(!planes.empty(), "there are no planes");
+  require_sizes(static_cast<std::int64_t>(planes[0].shape(0)), columns, block_size);
   QuantizedParts parts{};
   parts.rows = static_cast<std::int64_t>(planes[0].shape(0));
   parts.columns = columns;
@@ -97,7 +98,8 @@ Weights trellis_matrix(const Array<const std::uint8_t, 3>& codes, int bits, cons
   parts.bits = bits;
   parts.code = code_named(code);
   parts.window = window;
-  require(parts.code != Code::planes && parts.rows >= 1 && columns >= 1 && mixed > 0, "a trellis has rows, and is rotated");
+  require_sizes(parts.rows, columns, 0);
+  require(parts.code != Code::planes && mixed > 0, "a trellis has rows, and is rotated");
   require_trellis(parts.code, bits, window);
   require_signs(signs, mixed, columns);
   require(scales.shape(1) == 1, "a trellis has one scale a row");

@@ -74,6 +74,9 @@ void add_matmul(Program& program, int x, const std::vector<Weights>& weights,
   program.append(std::move(m));
 }
 
+// A size of a recurrence, the products of which are numbers that fit.
+bool small(int size) { return size >= 1 && size <= 1 << 20; }
+
 Score score_kind(const std::string& name) {
   if (name == "softmax") return Score::softmax;
   if (name == "sigmoid") return Score::sigmoid;
@@ -241,8 +244,9 @@ void bind_program(nb::module_& module) {
              a.shares = !k;
              if (angles) {
                a.first_angle = std::get<0>(*angles);
+               require(a.first_angle >= 0 && std::get<1>(*angles) >= a.first_angle,
+                       "columns of the rotary tables are a range");
                a.angles = std::get<1>(*angles) - a.first_angle;
-               require(a.first_angle >= 0 && a.angles >= 0, "columns of the rotary tables are a range");
              }
              a.soft_cap = soft_cap;
              a.sinks = copied(sinks);
@@ -283,7 +287,7 @@ void bind_program(nb::module_& module) {
       .def("recur",
            [](Program& p, int x, int decay, int write, const Vector& log_rates, int out, int state, int key_heads, int heads,
               int key_dim, int value_dim) {
-             require(key_heads >= 1 && heads >= 1 && heads % key_heads == 0 && key_dim >= 1 && value_dim >= 1 && state >= 0 &&
+             require(small(key_heads) && small(heads) && heads % key_heads == 0 && small(key_dim) && small(value_dim) && state >= 0 &&
                          p.buffer_width(x) == 2 * std::int64_t{key_heads} * key_dim + std::int64_t{heads} * value_dim &&
                          p.buffer_width(out) == std::int64_t{heads} * value_dim && p.buffer_width(decay) == heads &&
                          p.buffer_width(write) == heads && out != x && out != decay && out != write &&
@@ -297,7 +301,7 @@ void bind_program(nb::module_& module) {
       .def("scan",
            [](Program& p, int x, int steps, const Vector& log_rates, const Vector& skips, int out, int state, int groups,
               int heads, int key_dim, int value_dim) {
-             require(groups >= 1 && heads >= 1 && heads % groups == 0 && key_dim >= 1 && value_dim >= 1 && state >= 0 &&
+             require(small(groups) && small(heads) && heads % groups == 0 && small(key_dim) && small(value_dim) && state >= 0 &&
                          p.buffer_width(x) == 2 * std::int64_t{groups} * key_dim + std::int64_t{heads} * value_dim &&
                          p.buffer_width(out) == std::int64_t{heads} * value_dim && p.buffer_width(steps) == heads &&
                          out != x && out != steps && log_rates.shape(0) == static_cast<std::size_t>(heads) &&

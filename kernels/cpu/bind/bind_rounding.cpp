@@ -171,6 +171,7 @@ void descend_nested_rows(Planes slopes, Table inputs, Table outputs, const std::
   const std::int64_t rows = std::int64_t(codes.shape(0)), columns = std::int64_t(codes.shape(1));
   if (rows < 1 || rows > kRoundedRows || columns < 1) throw std::invalid_argument("1 to 16 rows at once");
   if (block < 1) throw std::invalid_argument("a block has at least one column");
+  block = std::min(block, columns);
   const std::int64_t blocks = (columns + block - 1) / block;
   const auto of_widths = [&](const auto& array, std::int64_t wide, const char* what) {
     if (array.shape(0) != widths || std::int64_t(array.shape(1)) != rows || std::int64_t(array.shape(2)) != wide)
@@ -223,8 +224,9 @@ void descend_nested_rows(Planes slopes, Table inputs, Table outputs, const std::
 }  // namespace
 
 void bind_rounding(nb::module_& module) {
-  module.def("descend_nested_rows", &descend_nested_rows, nb::arg("slopes"), nb::arg("inputs"), nb::arg("outputs"),
-             nb::arg("levels"), nb::arg("weights"), nb::arg("block"), nb::arg("scales"), nb::arg("codes"), nb::arg("change"),
+  module.def("descend_nested_rows", &descend_nested_rows, nb::arg("slopes").noconvert(),
+             nb::arg("inputs").noconvert(), nb::arg("outputs").noconvert(), nb::arg("levels").noconvert(), nb::arg("weights"),
+             nb::arg("block"), nb::arg("scales").noconvert(), nb::arg("codes").noconvert(), nb::arg("change").noconvert(),
              nb::arg("isa") = "",
              "Better nested codes for up to 16 rows, all widths together; kernels/cpu/rounding/nested_descent.h.");
   module.def("round_matrix", &round_matrix, nb::arg("weights").noconvert(), nb::arg("correction").noconvert().none(),

@@ -5,6 +5,7 @@
 #include <stdexcept>
 
 #include "attention/attention_kernels.h"
+#include "bind/arrays.h"
 #include "bind/bind.h"
 #include "codecs/matrix_storage.h"
 #include "program/program_scratch.h"
@@ -17,7 +18,8 @@ namespace {
 std::size_t matrix_bytes(std::int64_t rows, std::int64_t columns, int bits, std::int64_t block_size,
                          const std::string& kind, bool offsets) {
   const bool codes = bits >= 2 && bits <= 8 && block_size >= 0 && block_size % 16 == 0;
-  if (rows < 1 || columns < 1 || !(bits == 0 || codes)) throw std::invalid_argument("there is no such matrix");
+  if (!(bits == 0 || codes)) throw std::invalid_argument("there is no such matrix");
+  require_sizes(rows, columns, block_size);
   return MatrixStorage::size_of({rows, columns, bits, block_size, number_named(kind), offsets});
 }
 
@@ -32,6 +34,7 @@ void bind_sizes(nb::module_& module) {
   module.def(
       "attention_task_bytes",
       [](std::int64_t rows, std::int64_t head_dim) {
+        require(rows >= 0 && head_dim >= 0 && rows <= 1 << 24 && head_dim <= 1 << 24, "there is no such attention");
         const std::int64_t padded = (head_dim + 15) / 16 * 16;
         return 4 * task_memory(rows, head_dim, padded, padded / 16).total;
       },

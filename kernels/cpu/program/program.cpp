@@ -21,7 +21,7 @@ Program::Program(std::shared_ptr<Context> context, Compute compute) : context_(s
 Program::~Program() = default;
 
 int Program::buffer(std::int64_t width) {
-  if (width < 1) throw std::invalid_argument("a buffer needs a width of at least 1");
+  if (width < 1 || width > std::int64_t{1} << 31) throw std::invalid_argument("a buffer has a width of 1 to 2^31");
   buffers_.push_back({width, padded(width), {}});
   capacity_ = 0;
   return static_cast<int>(buffers_.size()) - 1;

@@ -23,7 +23,7 @@ Grid::Grid(std::vector<float> levels_, std::vector<std::uint8_t> codes_)
   const float half = float(cells) / 2;
   const auto cell_of = [&](float border) {
     const float place = border * half + half;
-    return place > 0 ? std::min(cells - 1, std::size_t(place)) : std::size_t{0};
+    return place >= float(cells) ? cells - 1 : place > 0 ? std::size_t(place) : std::size_t{0};
   };
   for (const float border : borders) most_in_cell = std::max(most_in_cell, ++in_cell[cell_of(border)]);
   starts.assign(cells, 0);

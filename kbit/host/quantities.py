@@ -33,3 +33,22 @@ def duration(seconds: float) -> str:
     if seconds < 99.5:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.{1 if seconds < 600 else 0}f} min" if seconds < 5970 else f"{seconds / 3600:.1f} h"
+
+
+def ago(seconds: float) -> str:
+    """How long ago something was, for people: "now", "5 minutes ago", "3 days ago"."""
+    for unit, length in (("year", 31_557_600), ("month", 2_629_800), ("day", 86400), ("hour", 3600), ("minute", 60)):
+        count = int(seconds // length)
+        if count:
+            return f"{count} {unit}{'s' if count > 1 else ''} ago"
+    return "now"
+
+
+def size(nbytes: float) -> str:
+    """Bytes for people: "512 B", "98.4 MB", "4.07 GB" (decimal units, three digits)."""
+    for unit in ("B", "kB", "MB", "GB", "TB"):
+        if abs(nbytes) < 999.5 or unit == "TB":
+            digits = 0 if unit == "B" else max(0, 2 - len(str(int(abs(nbytes)))) + 1)
+            return f"{nbytes:.{digits}f} {unit}"
+        nbytes /= 1000
+    raise AssertionError

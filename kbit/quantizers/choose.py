@@ -4,14 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
-import typer
-
-from kbit.cli.output import size
-from kbit.cli.quantities import duration
-from kbit.cli.quantize_flags import MEASURED_TOKENS, QuantizeFlags
 from kbit.host.errors import UsageError
+from kbit.host.notes import note
+from kbit.host.quantities import duration, size
+from kbit.quantizers.request import MEASURED_TOKENS, QuantizeRequest
 
 if TYPE_CHECKING:
     from kbit.checkpoint.source import CheckpointSource
@@ -20,6 +18,8 @@ if TYPE_CHECKING:
     from kbit.quantizers.estimate import Rates
     from kbit.quantizers.method import Method
     from kbit.quantizers.plan_file import PlanFile
+
+R = TypeVar("R", bound=QuantizeRequest)
 
 # Seconds that a user is told of unasked.
 _WORTH_SAYING = 60.0
@@ -43,7 +43,7 @@ class Choice(NamedTuple):
     note: str = ""
 
 
-def following(flags: QuantizeFlags, asked: PlanFile) -> QuantizeFlags:
+def following(flags: R, asked: PlanFile) -> R:
     """The flags with a plan file's method and calibration, where the flags name none themselves.
 
     Raises:
@@ -81,8 +81,8 @@ def following(flags: QuantizeFlags, asked: PlanFile) -> QuantizeFlags:
     )
 
 
-def for_encoder(source: CheckpointSource, flags: QuantizeFlags) -> QuantizeFlags:
-    """The flags with what stands in for `auto`'s method where a model predicts no next token, which stderr is told."""
+def for_encoder(source: CheckpointSource, flags: R) -> R:
+    """The flags with what stands in for `auto`'s method where a model predicts no next token, of which a note tells."""
     from kbit.models.families import spec_from_config
 
     spec = spec_from_config(source.config, where=f"config of {source.path}")
@@ -90,29 +90,25 @@ def for_encoder(source: CheckpointSource, flags: QuantizeFlags) -> QuantizeFlags
         return flags
     if spec.encoder is not None:
         if spec.encoder.sound is not None and not flags.calibration:
-            typer.echo("note: a model of sound is not calibrated: method rtn", err=True)
+            note("a model of sound is not calibrated: method rtn")
             return replace(flags, method="rtn")
         if flags.calibration:
-            typer.echo("note: an encoder-decoder is calibrated on inputs only: method gptq", err=True)
+            note("an encoder-decoder is calibrated on inputs only: method gptq")
             return replace(flags, method="gptq", inputs_only=True)
-        typer.echo(
-            "note: an encoder-decoder has no text of its own to calibrate on: method rtn (--calibration TEXT takes "
-            "gptq, on inputs only)",
-            err=True,
+        note(
+            "an encoder-decoder has no text of its own to calibrate on: method rtn (--calibration TEXT takes "
+            "gptq, on inputs only)"
         )
         return replace(flags, method="rtn")
     if flags.calibration:
-        typer.echo("note: an encoder has no gradients to weigh errors by: method gptq, on inputs only", err=True)
+        note("an encoder has no gradients to weigh errors by: method gptq, on inputs only")
         return replace(flags, method="gptq", inputs_only=True)
-    typer.echo(
-        "note: an encoder writes no text to calibrate on: method rtn (--calibration TEXT takes gptq, on inputs only)",
-        err=True,
-    )
+    note("an encoder writes no text to calibrate on: method rtn (--calibration TEXT takes gptq, on inputs only)")
     return replace(flags, method="rtn")
 
 
-def within_memory(source: CheckpointSource, method: Method, flags: QuantizeFlags) -> Method:
-    """The method, or what stands in for `auto`'s where there is no memory for gradients, which stderr is told.
+def within_memory(source: CheckpointSource, method: Method, flags: QuantizeRequest) -> Method:
+    """The method, or what stands in for `auto`'s where there is no memory for gradients, which the user is told.
 
     What is calibrated already takes no such memory.
 
@@ -133,10 +129,9 @@ def within_memory(source: CheckpointSource, method: Method, flags: QuantizeFlags
     fits = less.is_calibrated(source) or _memory(source, less) <= available
     short = f"calibrating needs about {size(needed)} of memory, and {size(available)} is available"
     if flags.method == "auto" and method.request.gradients and fits and flags.mixes is None:
-        typer.echo(
-            f"note: with gradients, {short}: measuring inputs only, for method gptq and one width, which needs about "
-            f"{size(_memory(source, less))}",
-            err=True,
+        note(
+            f"with gradients, {short}: measuring inputs only, for method gptq and one width, which needs about "
+            f"{size(_memory(source, less))}"
         )
         return less
     remedies = []
@@ -149,7 +144,7 @@ def within_memory(source: CheckpointSource, method: Method, flags: QuantizeFlags
     raise UsageError(f"method {method.name}: {short}; use {', or '.join(remedies)}")
 
 
-def within_time(source: CheckpointSource, method: Method, codec: Codec, flags: QuantizeFlags) -> Choice:
+def within_time(source: CheckpointSource, method: Method, codec: Codec, flags: QuantizeRequest) -> Choice:
     """The most accurate method that is estimated to be done in time, and whether it mixes widths.
 
     Args:
@@ -177,11 +172,11 @@ def within_time(source: CheckpointSource, method: Method, codec: Codec, flags: Q
         seconds = _seconds(source, candidate, codec, flags, mixes, rates)
         said = f"{candidate.name}{', mixed widths' if mixes else ''}"
         if budget is None:
-            note = f"method {said}: about {duration(seconds)}" if seconds >= _WORTH_SAYING else ""
-            return Choice(candidate, mixes, note)
+            told = f"method {said}: about {duration(seconds)}" if seconds >= _WORTH_SAYING else ""
+            return Choice(candidate, mixes, told)
         if seconds <= budget:
-            note = f"time budget {duration(budget)}: method {said}, about {duration(seconds)}{more}"
-            return Choice(candidate, mixes, note)
+            told = f"time budget {duration(budget)}: method {said}, about {duration(seconds)}{more}"
+            return Choice(candidate, mixes, told)
         more = f"; {said} would take about {duration(seconds)}"
         fastest = f"{said} takes about {duration(seconds)}"
     what = "" if flags.mixes is None else f", and {flags.mixes} needs it (a whole number of --bits does not)"
@@ -189,7 +184,7 @@ def within_time(source: CheckpointSource, method: Method, codec: Codec, flags: Q
 
 
 def _from_the_best(
-    source: CheckpointSource, method: Method, codec: Codec, flags: QuantizeFlags, mixed: bool
+    source: CheckpointSource, method: Method, codec: Codec, flags: QuantizeRequest, mixed: bool
 ) -> Iterator[tuple[Method, bool]]:
     """The methods to choose from, the most accurate first, each with whether it mixes widths."""
     from kbit.quantizers.calibrated import CalibratedRounding, Gptq, ScaleSearch
@@ -216,7 +211,7 @@ def _from_the_best(
 
 
 def _seconds(
-    source: CheckpointSource, method: Method, codec: Codec, flags: QuantizeFlags, mixed: bool, rates: Rates
+    source: CheckpointSource, method: Method, codec: Codec, flags: QuantizeRequest, mixed: bool, rates: Rates
 ) -> float:
     from kbit.quantizers.awq import CLIPS, ActivationAware
     from kbit.quantizers.calibrated import CalibratedRounding

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from kbit.host.cache_folder import cache_dir
+from kbit.checkpoint.local_models import widths_folder
 
 
 def at_width(model: str, bits: int) -> tuple[str, int | None]:
@@ -44,7 +44,7 @@ def rounded(model: str, bits: int) -> Path:
 
     with open_model(model) as source:
         plan = make_plan(source, QuantFormat.parse(f"nf{bits}-b64"))
-        folder = cache_dir() / "widths"
+        folder = widths_folder()
         folder.mkdir(parents=True, exist_ok=True)
         out = folder / f"{source.path.stem[:40]}-{bits}-{plan.plan_id[:16]}"
         with FileLock(f"{out}.lock"):

@@ -1,0 +1,1 @@
+"""kbit from Python: `kbit.load`, `kbit.quantize` and what they return. docs/python.md shows how."""

@@ -1,0 +1,62 @@
+#!/usr/bin/env bash
+# Builds the native module with GCC's sanitizers and runs tests with it: memory errors and what C++ leaves undefined
+# (address), or races of threads (thread).
+#
+#   tools/sanitize.sh address [PYTEST ARGUMENT..]     # ASan and UBSan; by default the tests of kernels and formats, and the fuzzer
+#   tools/sanitize.sh thread [PYTEST ARGUMENT..]      # TSan; by default the thread pool, programs and the engine
+#
+# The first build takes ten minutes on two cores. KBIT_SANITIZE_SETS: the instruction sets to build, by default those
+# that this machine runs; BUILD: where to build, by default build/sanitize-address or -thread. Needs the [test] extra,
+# GCC on Linux, and the packages nanobind, cmake and ninja.
+set -euo pipefail
+root=$(cd "$(dirname "$0")/.." && pwd)
+kind=${1:?address or thread}
+shift
+case $kind in
+  address) sanitizers="address;undefined" runtime=libasan.so ;;
+  thread) sanitizers=thread runtime=libtsan.so ;;
+  *) echo "tools/sanitize.sh: $kind is neither address nor thread" >&2; exit 2 ;;
+esac
+build=${BUILD:-$root/build/sanitize-$kind}
+sets=${KBIT_SANITIZE_SETS:-scalar}
+if [ -z "${KBIT_SANITIZE_SETS:-}" ] && [ "$(uname -m)" = x86_64 ]; then
+  if grep -qw avx2 /proc/cpuinfo; then sets="$sets;avx2"; fi
+  if grep -qw avx512_vnni /proc/cpuinfo; then sets="$sets;avx512vnni"; fi
+  if grep -qw avx512_bf16 /proc/cpuinfo; then sets="$sets;avx512bf16"; fi
+elif [ -z "${KBIT_SANITIZE_SETS:-}" ] && [ "$(uname -m)" = aarch64 ]; then
+  if grep -qw asimddp /proc/cpuinfo; then sets="$sets;neon"; fi
+  if grep -qw i8mm /proc/cpuinfo; then sets="$sets;i8mm"; fi
+fi
+mkdir -p "$build"
+cmake -S "$root" -B "$build" -G Ninja -DCMAKE_BUILD_TYPE=RelWithDebInfo -DPython_EXECUTABLE="$(command -v python)" \
+  -DKBIT_KERNEL_SETS="$sets" -DKBIT_SANITIZE="$sanitizers" >"$build/cmake.log"
+cmake --build "$build" | tail -n 1
+
+# A view of the package with that module, as tools/typecheck.sh makes one.
+view=$(mktemp -d)
+trap 'rm -rf "$view"' EXIT
+mkdir "$view/kbit"
+for path in "$root"/kbit/*; do
+  case $path in *.so | */kernels) ;; *) ln -s "$path" "$view/kbit/" ;; esac
+done
+ln -s "$root/kernels" "$view/kbit/kernels"
+ln -s "$build"/_native*.so "$view/kbit/"
+
+here=$root/tools/sanitizing
+if [ "$kind" = address ]; then
+  default=("$root"/tests/kernels/cpu "$root"/tests/formats/test_bitplanes.py "$root"/tests/formats/test_trellis.py
+    "$root"/tests/backends/test_native_parity.py "$root"/tests/backends/test_native_backend.py
+    "$root"/tests/kernels/test_level_tables.py "$root/tests/tools/test_fuzz.py" -k "not explore")
+else
+  default=("$root"/tests/kernels/cpu/test_native_same_bits.py "$root"/tests/backends/test_native_backend.py
+    "$root"/tests/engine/test_engine_thread.py "$root"/tests/engine/test_batch_engine.py)
+fi
+if [ $# -eq 0 ]; then set -- "${default[@]}"; fi
+# No leaks are looked for: Python and torch end without freeing what they have. No interceptors of exceptions that torch
+# throws are missed: libstdc++ is loaded first.
+export ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1:detect_stack_use_after_return=1:abort_on_error=1
+export UBSAN_OPTIONS=print_stacktrace=1:halt_on_error=1
+export TSAN_OPTIONS=suppressions=$here/tsan.txt:halt_on_error=1:second_deadlock_stack=1
+export LD_PRELOAD="$(gcc -print-file-name=$runtime) $(gcc -print-file-name=libstdc++.so)"
+PYTHONPATH=$view exec_tests() { python -m pytest -q -p no:cacheprovider "$@"; }
+PYTHONPATH=$view PYTHONMALLOC=malloc python -m pytest -q -p no:cacheprovider "$@"
