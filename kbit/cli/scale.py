@@ -42,7 +42,8 @@ class ScaleFlags:
             "--dtypes",
             metavar="NAMES",
             help="Data types: int, float, dynamic, quantile, nf, lloyd, with what follows the blocks in a format's "
-            "name: int-asym, float-paper, nf-dq; float-e3 has three exponent bits.",
+            "name: int-asym, float-paper, nf-dq; float-e3 has three exponent bits. trellis, trellis-l12: without "
+            "blocks. nested: one file of all these widths, and a point for each.",
             rich_help_panel=_FORMATS,
         ),
     ] = "nf,int,float"
@@ -61,7 +62,7 @@ class ScaleFlags:
             "--methods",
             metavar="NAMES",
             help="How codes are found. rtn: rounding to nearest; hqq: with offsets for small errors (-asym); outliers: "
-            "rtn with 2 % of the input features in 16 bits.",
+            "rtn with 2 % of the input features in 16 bits; trellis and its kin have formats of their own.",
             rich_help_panel=_FORMATS,
         ),
     ] = "rtn"
@@ -195,6 +196,7 @@ def scale(*, flags: ScaleFlags, json: JsonOption = False) -> None:
       kbit scale smollm2-135m-instruct --bits 3,4,5 --max-tokens 4096 -o study/
       kbit scale small/ medium/ large/ --dtypes nf,int,float --block-sizes 64,128 --data mytext.txt -o study/
       kbit scale small/ medium/ large/ --dtypes nf,int,float --block-sizes 64,128 --data mytext.txt -o study/ --dry-run
+      kbit scale small/ --bits 2..6 --dtypes nf,nested --methods ldlq2,trellis --data mytext.txt -o study/
       kbit scale small/ --dtypes int,int-asym,lloyd --block-sizes 32,64,row --methods rtn -o study/ --json
       kbit scale small/ medium/ large/ -o study/ --cluster auto --jobs 64
     """

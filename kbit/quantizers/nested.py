@@ -5,7 +5,8 @@ one width is a bad beginning for the next. So one width, the anchor, is rounded 
 follow from it, those above from what it leaves. Then coordinate descent looks at all widths at once: each code in
 turn becomes the one for which the sum over widths of what their errors cost, in shares of what each width can reach,
 is least (kernels/cpu/rounding/nested_descent.h). Between sweeps every width's factor of every row is solved for
-exactly: the cost is quadratic in them.
+exactly: the cost is quadratic in them. And no width up to two bits above the anchor is to be worse than rounding to
+nearest would be: one that costs more counts more from sweep to sweep.
 """
 
 from __future__ import annotations
@@ -16,10 +17,18 @@ import torch
 
 from kbit import _native
 from kbit.backends.reference.products import product, product_with_rows
-from kbit.formats.blockwise import CHUNK_WEIGHTS, Encoder, block_statistics, check_finite, normalise
+from kbit.formats.blockwise import (
+    CHUNK_WEIGHTS,
+    Encoder,
+    block_statistics,
+    check_finite,
+    normalise,
+    quantize_blockwise,
+)
 from kbit.formats.nested import NestedFormat
 from kbit.formats.nested_codec import packed, scales_at, stored_factors
 from kbit.formats.planes_codec import decode
+from kbit.formats.quant_format import QuantFormat
 from kbit.formats.quant_tensor import QuantTensor
 from kbit.formats.scales import store_scales
 from kbit.host.errors import KbitError
@@ -54,7 +63,7 @@ def round_nested(
     rounded = round_with(weight, format.plain(anchor), feedback, settings, name=name, codebook=own, scales=scales)
     work = _Work(weight, format, levels, scales, anchor, rounded.codes())
     if feedback.curvature is not None:
-        work.descend(feedback.curvature, nesting)
+        work.descend(feedback.curvature, nesting, _limits(weight, format, feedback.curvature, nesting))
     return work.tensor()
 
 
@@ -149,20 +158,34 @@ class _Work:
         for width in self.format.widths:
             self.factors[width] = stored_factors(_best_factors(self.weight, self.values(width, False), curvature))
 
-    def descend(self, curvature: Curvature, nesting: Nesting) -> None:
-        """Sweeps over all codes, with factors fitted before each and at the end."""
-        for _sweep in range(nesting.sweeps):
+    def descend(self, curvature: Curvature, nesting: Nesting, limits: Mapping[int, float]) -> None:
+        """Sweeps over all codes, with factors fitted before each and at the end.
+
+        From half of them on, a width that costs more than its limit gets a larger weight before the next one.
+        """
+        widths = sorted(self.format.widths)
+        weights = dict(zip(widths, nesting.weights(widths), strict=True))
+        for sweep in range(nesting.most_sweeps):
             self.fit(curvature)
-            if not self._sweep(curvature, nesting):
+            over = {width: self.cost(width, curvature) / limit for width, limit in limits.items()}
+            if sweep >= nesting.sweeps and max(over.values(), default=0.0) <= 1:
+                break
+            if 2 * sweep >= nesting.sweeps:  # the first ones show what the rest will be like
+                for width, share in over.items():
+                    weights[width] *= min(max(share / nesting.margin, 1.0) ** 2, nesting.step)
+            if not self._sweep(curvature, list(weights.values())) and max(over.values(), default=0.0) <= 1:
                 break
         self.fit(curvature)
 
-    def _sweep(self, curvature: Curvature, nesting: Nesting) -> bool:
+    def cost(self, width: int, curvature: Curvature) -> float:
+        """What a width's errors cost."""
+        return _cost(self.weight - self.values(width), curvature)
+
+    def _sweep(self, curvature: Curvature, weights: list[float]) -> bool:
         """One pass over all codes; whether any changed."""
         count, columns = self.weight.shape
         inputs, outputs = curvature.inputs, curvature.outputs
         widths = sorted(self.format.widths)
-        weights = nesting.weights(widths)
         levels = [self.levels[self.format.levels_at(width)].contiguous() for width in widths]
         stored = {"scales": self.scales} | {f"factor{width}": self.factors[width] for width in widths}
         scales = torch.stack([scales_at(self.format, stored, width) for width in widths])
@@ -201,6 +224,29 @@ class _Work:
         stored = {**packed(format, self.codes), "scales": self.scales}
         stored |= {f"factor{width}": factor for width, factor in self.factors.items()}
         return QuantTensor(format, shape, {name: stored[name] for name in format.parts(*shape)}, self.levels)
+
+
+def _limits(weight: torch.Tensor, format: NestedFormat, curvature: Curvature, nesting: Nesting) -> dict[int, float]:
+    """What widths may cost: as much as rounding to nearest in the default format of that width, in the same blocks.
+
+    Feedback gains at one width what it makes the residual wider by, which is what further bits have to refine: so far
+    above the anchor there is no store that keeps what the anchor gains and is as good as rounding (docs/methods.md).
+    """
+    limits = {}
+    for width in format.widths:
+        if width <= nesting.anchor + nesting.reach:
+            plain = format.at_width(width)
+            assert isinstance(plain, QuantFormat)
+            nearest = quantize_blockwise(weight, plain).dequantize()
+            limits[width] = max(_cost(weight - nearest, curvature), 1e-30)  # of zeros, nothing
+    return limits
+
+
+def _cost(error: torch.Tensor, curvature: Curvature) -> float:
+    """tr(H_O E H_I E')."""
+    heard = product_with_rows(error, curvature.inputs)
+    heard = heard if curvature.outputs is None else product(curvature.outputs, heard)
+    return float((heard * error).sum(dtype=torch.float64))
 
 
 def _best_factors(weight: torch.Tensor, values: torch.Tensor, curvature: Curvature) -> torch.Tensor:

@@ -55,12 +55,21 @@ class Nesting:
     Attributes:
         anchor: the width that is rounded first, and counts more than others.
         emphasis: how much more.
-        sweeps: of coordinate descent over all widths.
+        sweeps, most_sweeps: of coordinate descent over all widths; more than the first only while a width costs more
+            than rounding to nearest at that width.
+        reach: how many widths above the anchor are held to that, as are all below. Further bits refine what is left of
+            the anchor's error, which is as wide as the anchor's feedback made it.
+        margin, step: a width that costs more than this share of rounding to nearest counts more in the next sweep, by
+            the square of what it is over, at most by `step`.
     """
 
     anchor: int = ANCHOR
     emphasis: float = 16.0
     sweeps: int = 8
+    most_sweeps: int = 24
+    reach: int = 2
+    margin: float = 0.98
+    step: float = 1.5
 
     @classmethod
     def of(cls, low: int, high: int, anchor: int = ANCHOR) -> Nesting:
@@ -84,4 +93,4 @@ class Tuning:
 
     steps: int = 60
     batch: int = 8
-    rate: float = 1e-3
+    rate: float = 3e-3

@@ -1,10 +1,30 @@
-"""Widths as models: MODEL:3 is MODEL, its linear layers rounded to 3 bits when it is first asked for."""
+"""Widths as models: MODEL:3 is MODEL at 3 bits, read from a nested file or rounded when it is first asked for."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 from kbit.checkpoint.local_models import widths_folder
+
+
+def at_width(model: str, bits: int) -> tuple[str, int | None]:
+    """What `load_model` is given for a model at a width: (model, bits).
+
+    A nested model is read at the width, in memory that its widths share; another one has a folder of its own.
+
+    Raises:
+        UsageError: a nested model that does not serve this width.
+        KbitError: as `rounded`.
+    """
+    from kbit.checkpoint.narrowed import narrow_check, widths_of
+    from kbit.models.opening import open_model
+
+    with open_model(model) as source:
+        widths = widths_of(source)
+    if not widths:
+        return str(rounded(model, bits)), None
+    narrow_check(model, widths, bits)
+    return model, bits
 
 
 def rounded(model: str, bits: int) -> Path:

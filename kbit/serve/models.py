@@ -8,7 +8,6 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from hashlib import blake2b
-from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from kbit.api.batching import batch_engine
@@ -54,7 +53,7 @@ class ServedModel:
     Attributes:
         name: what clients call it.
         path: what `load_model` is given.
-        bits: of weights it is rounded to when it is loaded; None: it stays as it is.
+        bits: of weights it is read at or rounded to when it is loaded; None: it stays as it is.
         created: when it was registered, in seconds since 1970.
         state: how far it is.
         error: why it could not be loaded.
@@ -217,8 +216,8 @@ def load(model: ServedModel, options: ModelOptions, progress: Callable[[int, int
     from kbit.models.families import spec_from_config
     from kbit.models.opening import open_model
 
-    path = model.path if model.bits is None else str(_rounded(model.path, model.bits))
-    with open_model(path) as source:
+    path, bits = (model.path, None) if model.bits is None else _at_width(model.path, model.bits)
+    with open_model(path, bits) as source:
         model.fingerprint = _fingerprint(source, options)
         spec = spec_from_config(source.config, where=f"config of {source.path}")
         if not spec.continues_text and spec.encoder is None:
@@ -231,7 +230,7 @@ def load(model: ServedModel, options: ModelOptions, progress: Callable[[int, int
     def note(tokenizer: Tokenizer, source: CheckpointSource) -> None:
         model.defaults = sampling_defaults(source, model.path)
 
-    loaded = load_model(path, backend=options.backend, check=note, progress=progress)
+    loaded = load_model(path, backend=options.backend, bits=bits, check=note, progress=progress)
     from kbit.serve.grammar import GrammarCompiler
 
     model.loaded = loaded
@@ -246,11 +245,11 @@ def _fingerprint(source: CheckpointSource, options: ModelOptions) -> str:
     return blake2b("\n".join(words).encode(), digest_size=6).hexdigest()
 
 
-def _rounded(path: str, bits: int) -> Path:
-    """The folder of a model whose weights are rounded to so many bits (nf, blocks of 64), made if need be."""
-    from kbit.quantizers.widths import rounded
+def _at_width(path: str, bits: int) -> tuple[str, int | None]:
+    """A model at so many bits: what to load, and at which of its widths."""
+    from kbit.quantizers.widths import at_width
 
-    return rounded(path, bits)
+    return at_width(path, bits)
 
 
 def served_name(model: str) -> tuple[str, str]:

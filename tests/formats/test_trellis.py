@@ -10,6 +10,7 @@ from kbit.formats.codec import Cut
 from kbit.formats.registry import parse_format
 from kbit.formats.rotation import new_signs, rotate, rotate_factor, sign_values, unrotate
 from kbit.formats.trellis import TrellisFormat
+from kbit.formats.trellis_code import normal_error
 from kbit.host.errors import KbitError, UnsupportedError, UsageError
 
 FORMATS = (
@@ -123,6 +124,16 @@ def test_encoding_rounds_to_what_is_near(shape: tuple[int, int]) -> None:
         coded = parse_format(text).encode(lambda start, stop: weight[start:stop], shape)
         error = (coded.dequantize() - weight).square().mean() / weight.square().mean()
         assert float(error) < (most if weight.numel() > 200 else 3.0)
+
+
+def test_longer_windows_are_nearer_to_normal_numbers() -> None:
+    """QTIP's figures for windows of 16 bits, and a share of them (`normal_error`)."""
+    for bits, near in ((2, 0.069), (3, 0.0176), (4, 0.0045)):
+        errors = [normal_error(TrellisFormat(bits, "sum4", window)) for window in (10, 12, 16)]
+        assert errors == sorted(errors, reverse=True)
+        assert errors[2] == pytest.approx(near, rel=0.03)
+        assert errors[2] < 1.18 * 4.0**-bits
+    assert normal_error(TrellisFormat(8)) == pytest.approx(8.7e-5, rel=0.03)
 
 
 def test_what_cannot_be_encoded_is_said() -> None:

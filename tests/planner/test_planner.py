@@ -18,8 +18,10 @@ from typer.testing import CliRunner
 
 from kbit.cli.plan import parse_size, plan
 from kbit.formats.quant_format import QuantFormat
+from kbit.formats.trellis import TrellisFormat
 from kbit.host.errors import CheckpointError, KbitError, UnsupportedError, UsageError
 from kbit.models.families import spec_from_config
+from kbit.models.opening import open_model
 from kbit.planner.choose import make_recommendation
 from kbit.planner.kernel_timing import AttentionRate, KernelRate, Overheads
 from kbit.planner.machine import MachineSpeed, attention_key
@@ -28,6 +30,8 @@ from kbit.planner.quality import Quality, compare
 from kbit.planner.shapes import KNOWN_GPUS, KNOWN_MODELS
 from kbit.planner.types import Recommendation, Requirements
 from kbit.planner.weights import parameters, planned_weights
+from kbit.quantizers.convert import convert
+from kbit.quantizers.plan import make_plan
 from kbit.scaling.laws.fit import fit_laws
 from kbit.scaling.points import ORIGINAL, append_points
 
@@ -405,6 +409,37 @@ def test_the_command(sweep: Path) -> None:
     everything = CliRunner().invoke(app, [*command, "--all", "--bits", "3,4"])
     assert everything.exit_code == 0
     assert "lloyd5" not in everything.stdout
+
+
+def test_trellises_are_planned_as_formats_and_as_folders(sweep: Path, tiny_model: Path) -> None:
+    """As `kbit quantize` would make them, as it has made them, and as they were measured."""
+    small = str(sweep / "small")
+    measured = replace(next(p for p in POINTS if p.model == "small" and p.bits == 3), format="trellis3", dtype="trellis",
+                       method="trellis", key="a trellis", block_size=0)  # fmt: skip
+    append_points(sweep / "points.jsonl", [measured])
+    command = ["--points", str(sweep), "--memory", "1GB", "--context", "32", "--no-speed", "--json"]
+    formats = ["--format", "trellis3", "--format", "trellis2-sum4", "--format", "nf3-b64"]
+    result = CliRunner().invoke(app, [small, *formats, *command])
+    assert result.exit_code == 0, result.exception
+    rows = {row["format"]: row for row in json.loads(result.stdout)["choices"]}
+    assert rows.keys() == {"trellis3 trellis", "trellis2-sum4 trellis", "nf3-b64"}
+    assert rows["trellis3 trellis"]["loss"]["basis"] == "measured"
+    assert rows["trellis3 trellis"]["bits_per_weight_linear"] < rows["nf3-b64"]["bits_per_weight_linear"]
+    everything = CliRunner().invoke(app, [small, *command])
+    assert "trellis3 trellis" in [row["format"] for row in json.loads(everything.stdout)["choices"]]
+    with open_model(str(tiny_model)) as source:
+        plan = make_plan(source, TrellisFormat(3, window=10))
+        convert(source, plan, sweep / "out")
+    folder = CliRunner().invoke(app, [str(sweep / "out"), *command])
+    assert folder.exit_code == 0, folder.exception
+    answer = json.loads(folder.stdout)
+    assert answer["choices"], answer["rejected"]
+    row = answer["choices"][0]
+    linear = sum(tensor.nbytes for tensor in plan.tensors if tensor.role == "linear")
+    assert row["bits_per_weight_linear"] == 8 * linear / sum(t.source.numel for t in plan.tensors if t.role == "linear")
+    refused = CliRunner().invoke(app, [small, "--format", "nested2..8-b64", *command])
+    assert isinstance(refused.exception, UnsupportedError)
+    assert "planes and trellis formats, not of nested2..8-b64" in str(refused.exception)
 
 
 def test_hostile_names_do_no_harm(sweep: Path) -> None:

@@ -10,8 +10,10 @@ import torch
 
 from kbit import _native
 from kbit.calibration.factors import Factors
+from kbit.formats.blockwise import quantize_blockwise
 from kbit.formats.nested import NestedFormat
 from kbit.formats.nested_codec import codes_at
+from kbit.formats.quant_format import QuantFormat
 from kbit.host.errors import KbitError, UsageError
 from kbit.quantizers.calibrated import ScaleSearch, TwoSided
 from kbit.quantizers.ldlq import Feedback
@@ -151,6 +153,33 @@ def test_all_widths_are_better_than_rounding_and_the_anchor_most() -> None:
         assert all(ratio < 1 for width, ratio in ratios[anchor].items() if width <= 5), ratios
     assert ratios[3][3] < ratios[5][3]
     assert ratios[5][5] < ratios[3][5]
+
+
+@pytest.mark.parametrize("anchor", [4, 6])
+def test_no_width_up_to_two_above_the_anchor_is_worse_than_rounding(anchor: int) -> None:
+    """Inputs that say much of each other, so that feedback moves weights far; without limits it takes all there is."""
+    rows, columns = 32, 128
+    weight, _ = problem(rows, columns)
+    inputs, outputs = (0.7 ** (torch.arange(n) - torch.arange(n)[:, None]).abs().float() for n in (columns, rows))
+    factors = Factors(inputs, outputs)
+    format, settings = NestedFormat(2, 8, 64), Settings(sweeps=4)
+    feedback = Feedback.of(factors, settings, columns)
+    nearest = {
+        width: total(quantize_blockwise(weight, plain).dequantize(), weight, feedback)
+        for width in range(2, anchor + 3)
+        if isinstance(plain := format.at_width(width), QuantFormat)
+    }
+
+    def ratios(nesting: Nesting) -> dict[int, float]:
+        matrix = round_nested(weight, format, feedback, settings, nesting, name="w")
+        return {width: total(matrix.dequantize(width=width), weight, feedback) / nearest[width] for width in nearest}
+
+    held = ratios(Nesting(anchor, emphasis=300.0))
+    assert max(held.values()) <= 1.0, held
+    assert held[anchor] < 0.8
+    free = ratios(Nesting(anchor, emphasis=300.0, reach=-anchor))
+    assert max(free.values()) > 1.0
+    assert free[anchor] < held[anchor]
 
 
 def test_without_a_calibration_it_is_scales_and_cells(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Row scales tuned against the original: what changes, that it is repeatable, and that it is dropped where it harms."""
+"""Row scales and norms tuned against the original: what changes, repeatable, and dropped where it harms."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from kbit.backends.reference.backend import ReferenceBackend
 from kbit.calibration.held_out import held_out_tokens
 from kbit.calibration.request import CalibrationRequest
 from kbit.calibration.run import calibrate
+from kbit.calibration.workers import workers
 from kbit.checkpoint.resolve import open_model
 from kbit.formats.quant_format import QuantFormat
 from kbit.formats.quant_tensor import QuantTensor
@@ -79,6 +80,45 @@ def test_scales_change_and_codes_do_not(tiny_model: Path) -> None:
             assert torch.allclose(share, share.mean(dim=1, keepdim=True).expand_as(share), rtol=2e-3)  # of a row, one
             changed += int((share.mean(dim=1) - 1).abs().max() > 1e-3)
     assert changed == len(linear)
+
+
+@pytest.mark.usefixtures("taken")
+def test_norms_change_too_and_are_stored_as_they_were(tmp_path: Path, tiny_model: Path) -> None:
+    """What is evaluated is what a folder holds: every weight of a norm in its own type, times its factor."""
+    with open_model(str(tiny_model)) as source:
+        plan = plan_of(source, Short(REQUEST))
+        tuned = plan.method.apply(MethodInput(source, plan))
+        convert(source, plan, tmp_path / "out")
+        norms = [p.source for p in plan.tensors if len(p.source.shape) == 1]
+        assert norms
+        with open_model(str(tmp_path / "out")) as written:
+            for norm in norms:
+                before, after = source.read(norm.name), tuned.read(norm.name)
+                assert not torch.equal(before, after)
+                assert torch.allclose(before.float(), after.float(), rtol=0.2)
+                assert torch.equal(after, written.read(norm.name))
+                assert torch.equal(after[1:], tuned.read_rows(norm.name, 1, len(after)))
+                assert written.tensors[norm.name].stored_as == norm.stored_as
+
+
+def test_gradients_are_slopes_of_the_divergence(tiny_model: Path) -> None:
+    """Along the gradient of all factors together, rows' and norms'."""
+    with open_model(str(tiny_model)) as source, workers(1) as pool:
+        made, ids = made_by(TwoSided(REQUEST), source, "lloyd2-b32"), calibrate(source, REQUEST).ids()
+        assert ids is not None
+        pair = row_scales._Pair(source, made, pool)
+        factors = {name: torch.ones(source.tensors[name].shape[0]) for name in pair.places}
+        assert pair.norms.keys() < factors.keys()
+        slopes = pair.gradients(factors, ids[:1])
+        length = float(torch.cat(list(slopes.values())).norm())
+        assert all(float(slopes[name].norm()) > 0 for name in pair.norms)
+
+        def at(step: float) -> float:
+            moved = {pair.places[name]: 1 + step / length * slope for name, slope in slopes.items()}
+            with torch.no_grad():
+                return float(pair._divergence(torch.from_numpy(ids[:1]), moved))
+
+        assert (at(0.02) - at(-0.02)) / 0.04 == pytest.approx(length, rel=0.02)
 
 
 def made_by(method: Method, source: object, text: str = "nf3-b32") -> QuantizedSource:

@@ -10,8 +10,10 @@ from hypothesis import strategies as st
 from kbit.checkpoint.resolve import open_model
 from kbit.formats.blockwise import Encoder, quantize_blockwise
 from kbit.formats.codebooks import codebook
+from kbit.formats.nested import NestedFormat
 from kbit.formats.quant_format import DTYPES, FLOAT_GRIDS, SCALE_DTYPES, QuantFormat
 from kbit.formats.quant_tensor import QuantTensor
+from kbit.formats.trellis import TrellisFormat
 from kbit.host.errors import UsageError
 from kbit.quantizers.method import Method, MethodInput
 from kbit.quantizers.methods import METHODS, get_method
@@ -67,6 +69,33 @@ def test_a_format_comes_once() -> None:
     assert [str(cell.format) for cell in cells] == ["float4e2m1-b64"]
 
 
+def test_methods_of_trellises_have_formats_of_their_own() -> None:
+    """Whatever the data types and blocks; other methods take trellises as a data type."""
+    cells, left_out = expand([2, 8], ["nf", "int"], [64, 32], ["trellis", "trellis-plain"])
+    assert [cell.label for cell in cells] == [
+        "trellis8 trellis",
+        "trellis2 trellis",
+        "trellis8-h128 trellis-plain",
+        "trellis2-sum4-h128 trellis-plain",
+    ]
+    assert not left_out
+    assert [cell.block_size for cell in cells] == [0] * 4
+    cells, _ = expand([3], ["trellis-l12"], [64, 32], ["rtn", "trellis", "ldlq2"])
+    assert [cell.label for cell in cells] == ["trellis3-l12", "trellis3-l12 trellis", "trellis3-l12 ldlq2"]
+    with pytest.raises(UsageError, match="--methods hqq"):
+        expand([3], ["trellis"], [64], ["rtn", "hqq"])
+
+
+def test_a_store_of_all_widths_comes_last_and_width_by_width() -> None:
+    cells, left_out = expand([2, 3, 4], ["nested", "nf"], [64], ["rtn", "search", "ldlq2"])
+    store = NestedFormat(2, 4, 64)
+    ladders = [Cell(method, store, width) for method in ("ldlq2", "rtn") for width in (4, 3, 2)]
+    assert cells[-6:] == ladders
+    assert [cell.label for cell in ladders[2:4]] == ["nested2..4-b64@2 ldlq2", "nested2..4-b64@4"]
+    assert [cell.bits for cell in ladders] == [4, 3, 2, 4, 3, 2]
+    assert {str(item).split(":")[0].split(",")[0] for item in left_out} == {"search"}
+
+
 @pytest.mark.parametrize(
     ("flag", "grid"),
     [
@@ -113,6 +142,12 @@ FORMATS = st.builds(
 @given(FORMATS)
 def test_the_name_of_a_data_type_gives_the_format_back(format: QuantFormat) -> None:
     assert make_format(dtype_label(format), format.bits, format.block_size) == format
+
+
+@pytest.mark.parametrize("name", ["trellis3", "trellis2-sum4-l12", "trellis8-h128", "trellis4-l12"])
+def test_the_name_of_a_trellis_does_too(name: str) -> None:
+    format = TrellisFormat.parse(name)
+    assert make_format(dtype_label(format), format.bits, 64) == format
 
 
 def test_labels() -> None:

@@ -16,8 +16,10 @@ import pytest
 from scale_cases import Recorder, request, sweep, write_text
 
 from kbit.backends.select import select_backend
+from kbit.checkpoint.narrowed import narrowed
 from kbit.checkpoint.resolve import open_model
 from kbit.evaluate.compare import compare
+from kbit.formats.nested import NestedFormat
 from kbit.formats.quant_format import QuantFormat
 from kbit.host.errors import KbitError
 from kbit.models.load import load_decoder
@@ -138,6 +140,38 @@ class TestFigures:
         int8 = sweep(tiny_model, tmp_path / "b", text, bits=(8,), dtypes=("int",), compute="int8").points
         assert not {point.key for point in fp32} & {point.key for point in int8}
         assert all("int8 compute" in point.backend for point in int8)
+
+    def test_every_width_of_one_store(
+        self, tiny_model: Path, tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Rounded once; a row a width, with what the folder that `kbit quantize` writes has at that width."""
+        applied: list[str] = []
+        rounding = METHODS["rtn"].apply
+        monkeypatch.setattr(type(METHODS["rtn"]), "apply", lambda _, job: applied.append("") or rounding(job))
+        result = sweep(tiny_model, tmp_path / "study", text, bits=(2, 3, 5), dtypes=("nested", "trellis-l10"))
+        assert not result.failures
+        original, *rows = result.points
+        ladder = {row.bits: row for row in rows if row.dtype == "nested"}
+        assert [row.format for row in ladder.values()] == [f"nested2..5-b32@{width}" for width in (5, 3, 2)]
+        assert len(applied) == 1 + len(rows) - len(ladder)
+        trellises = {row.bits: row for row in rows if row.dtype == "trellis-l10"}
+        assert {bits: row.block_size for bits, row in trellises.items()} == {5: 0, 3: 0, 2: 0}
+        assert trellises[2].weight_error < ladder[2].weight_error  # of normal weights
+        format = NestedFormat(2, 5, 32)
+        with open_model(str(tiny_model)) as source:
+            plan = make_plan(source, format)
+            convert(source, plan, tmp_path / "out")
+            windows = make_windows(resolve_data(str(text)), Tokenizer.from_source(source), "gptq", 32, 320)
+            reference = load_decoder(source, select_backend("cpu", backend="reference"))
+            linear = [tensor.source.shape for tensor in plan.tensors if tensor.role == "linear"]
+            for width, row in ladder.items():
+                with narrowed(open_model(str(tmp_path / "out")), width) as narrow:
+                    found = compare(load_decoder(narrow, reference.backend), reference, windows)
+                assert row.kl == pytest.approx(found.kl_mean, rel=1e-3, abs=1e-6)
+                assert row.linear_bits == 8 * sum(format.nbytes(*shape, width) for shape in linear)
+                assert original.total_bits - original.linear_bits == row.total_bits - row.linear_bits
+        assert ladder[5].kl < ladder[3].kl < ladder[2].kl
+        assert read_points(tmp_path / "study" / "points.jsonl") == list(result.points)
 
     def test_a_method_with_weights_of_its_own(self, data_dir: Path, tmp_path: Path) -> None:
         """Columns kept in 16 bits: floats, not codes; fewer errors, and their bits are counted."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from kbit.formats.codec import Codec
@@ -46,14 +45,13 @@ class AtWidth(Delegating, QuantizedSource):
         self._whole, self._width = whole, width
 
     def read_weight(self, name: str) -> torch.Tensor | QuantTensor:
+        from kbit.formats.nested_codec import narrowed
         from kbit.formats.quant_tensor import QuantTensor
 
         weight = self._whole.read_weight(name)
-        if not (isinstance(weight, QuantTensor) and isinstance(weight.format, NestedFormat)):
-            return weight
-        format = weight.format.narrowed(self._width)
-        stored = {part: weight.stored[part] for part in format.parts(*weight.shape)}
-        return replace(weight, format=format, stored=stored, codebook=weight.codebook[: format.codebook_size])
+        if isinstance(weight, QuantTensor) and isinstance(weight.format, NestedFormat):
+            return narrowed(weight, self._width)
+        return weight
 
     def target(self, name: str) -> torch.Tensor:
         return self._whole.target(name)
