@@ -97,15 +97,23 @@ async def props(http: HttpRequest, model: str | None = None) -> Response:
 
 @router.get("/slots")
 async def slots(http: HttpRequest) -> Response:
-    """How much is under way, by model."""
-    server = server_of(http)
-    engines = [(model.name, model.engine) for model in server.models if model.engine is not None]
-    return JSONResponse(
-        [
-            {"model": name, "running": engine.running, "waiting": engine.waiting, "requests": len(engine)}
-            for name, engine in engines
-        ]
-    )
+    """How much is under way, and what it takes, by model that is loaded."""
+    found = []
+    for model in server_of(http).models:
+        if model.engine is not None and model.loaded is not None:
+            engine, pool = model.engine, model.engine.pool
+            found.append(
+                {
+                    "model": model.name,
+                    "running": engine.running,
+                    "waiting": engine.waiting,
+                    "requests": len(engine),
+                    "weights_bytes": model.loaded.decoder.weights.nbytes,
+                    "cache_bytes": pool.nbytes,
+                    "cache_used": 1 - pool.available / max(1, pool.count),
+                }
+            )
+    return JSONResponse(found)
 
 
 @router.post("/tokenize")
