@@ -162,10 +162,10 @@ def test_log_probabilities_are_those_of_the_raw_logits(decoder: Decoder) -> None
 
 
 def test_ties_are_named_in_order() -> None:
-    (info,) = token_infos(np.zeros((1, 10), np.float32), [7], 4)
+    (info,) = token_infos(np.zeros((1, 10), np.float32), [0], [7], 4)
     assert [token for token, _ in info.top] == [0, 1, 2, 3]
     assert info.logprob == pytest.approx(-np.log(10))
-    (info,) = token_infos(np.zeros((1, 10), np.float32), [7], 40)
+    (info,) = token_infos(np.zeros((1, 10), np.float32), [0], [7], 40)
     assert len(info.top) == 10
 
 
@@ -219,7 +219,7 @@ def test_limits_end_an_answer(decoder: Decoder) -> None:
     assert scored.usage is not None
     assert scored.usage.completion_tokens == 0
     assert len(answer(engine, Request((1,), max_tokens=1, prompt_logprobs=0)).scored) == 1
-    with pytest.raises(UsageError, match="the prompt has 50 tokens and the context is 50"):
+    with pytest.raises(UsageError, match="the prompt has 50 tokens, which exceeds the available context size of 50"):
         engine.add(Live(Request((1,) * 50), engine.tokenizer))
     with pytest.raises(UsageError, match="outside the model's vocabulary"):
         engine.add(Live(Request((1, 100000)), engine.tokenizer))
