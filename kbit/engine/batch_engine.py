@@ -165,7 +165,8 @@ class BatchEngine:
         self.counters = Counters()
         self._scheduler = Scheduler(pool, BATCH_TOKENS, seats)
         self._step_seconds = step_seconds
-        self._rows_per_second = 0.0  # not measured yet
+        self._rows_per_second = 0.0  # beyond the time that any pass takes; not measured yet
+        self._pass_seconds = 0.0
         self._owners: dict[Sequence, tuple[Live, Choice]] = {}
         self._live: dict[Live, None] = {}
 
@@ -350,16 +351,20 @@ class BatchEngine:
         """Tokens of the next pass."""
         if not self._rows_per_second:
             return PAGE
-        writing = any(sequence.pending == 1 for sequence in self._scheduler.running)
-        seconds = self._step_seconds if writing else PROMPT_STEP_SECONDS
-        return int(min(max(seconds * self._rows_per_second, _FEWEST_ROWS), BATCH_TOKENS))
+        writing = sum(sequence.pending == 1 for sequence in self._scheduler.running)
+        seconds = (self._step_seconds if writing else PROMPT_STEP_SECONDS) - self._pass_seconds
+        # However many write and however slow the machine: prompts are read, or they would wait for others' ends.
+        return int(min(max(seconds * self._rows_per_second, writing + _FEWEST_ROWS), BATCH_TOKENS))
 
     def _measure(self, rows: int, seconds: float) -> None:
         self.counters.steps += 1
         self.counters.computed_tokens += rows
         self.counters.step_seconds += seconds
-        if rows >= _FEWEST_ROWS:  # a pass over few rows takes as long as its weights, and says nothing about more
-            speed = rows / max(seconds, 1e-6)
+        if rows < _FEWEST_ROWS:  # a pass over few rows takes as long as its weights
+            old = self._pass_seconds
+            self._pass_seconds = seconds if not old else _MEMORY * old + (1 - _MEMORY) * seconds
+        else:
+            speed = rows / max(seconds - self._pass_seconds, seconds / 4, 1e-6)
             old = self._rows_per_second
             self._rows_per_second = speed if not old else _MEMORY * old + (1 - _MEMORY) * speed
 

@@ -191,7 +191,7 @@ def test_a_long_prompt_does_not_stop_the_others(decoder: Decoder) -> None:
         engine.add(live)
     engine.step()
     engine._measure = lambda rows, seconds: None  # type: ignore[method-assign]
-    engine._rows_per_second = 400.0
+    engine._rows_per_second, engine._pass_seconds = 500.0, 0.01
     long = Live(Request(tuple(range(100)) * 5, max_tokens=1), engine.tokenizer)
     engine.add(long)
     steps = 0
@@ -204,6 +204,25 @@ def test_a_long_prompt_does_not_stop_the_others(decoder: Decoder) -> None:
         assert engine.pool.count - engine.pool.available <= computed + 1 + len(writing)
         steps += 1
     assert steps == -(-500 // (20 - len(writing)))
+
+
+def test_prompts_are_read_however_many_write(decoder: Decoder) -> None:
+    """On a machine so slow that those who write take all of a step's time."""
+    engine = tiny_engine(decoder, pages=80, step_seconds=0.05)
+    writing = [Live(Request((seed,), max_tokens=200, ignore_end=True), engine.tokenizer) for seed in range(30)]
+    for live in writing:
+        engine.add(live)
+    engine._measure = lambda rows, seconds: None  # type: ignore[method-assign]
+    engine._rows_per_second, engine._pass_seconds = 1.0, 0.06
+    while any(not live.choices[0].ids for live in writing):
+        engine.step()
+    new = Live(Request(tuple(range(60)), max_tokens=1), engine.tokenizer)
+    engine.add(new)
+    steps = 0
+    while engine.has(new):
+        engine.step()
+        steps += 1
+    assert steps == -(-60 // 16)
 
 
 def test_limits_end_an_answer(decoder: Decoder) -> None:

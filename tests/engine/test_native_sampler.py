@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from native_cases import ISAS
 from numpy.typing import NDArray
 
 from kbit import _native
@@ -18,7 +19,6 @@ from kbit.engine.native_sampler import NativeSampler, sample_rows
 from kbit.engine.randomness import KeyedUniform
 from kbit.engine.sampler import Sampler, SamplingParams
 from kbit.host.errors import KbitError
-from tests.cases.native_cases import ISAS
 
 PARAMS = st.builds(
     SamplingParams,
