@@ -35,6 +35,16 @@ SETS = {
 # Prints which kernels are compiled in, whether or not this processor has them.
 COMPILED = "import json; from kbit import _native; print(json.dumps(_native.compiled_sets()))"
 
+# Writes a model of a few kilobytes into a new folder.
+TINY = """
+import sys
+from pathlib import Path
+from kbit.planner.process_probe import write_model
+folder = Path(sys.argv[1])
+folder.mkdir()
+write_model(folder)
+"""
+
 
 def build(folder: Path) -> Path:
     """The wheel of this checkout."""
@@ -55,13 +65,11 @@ def package_files() -> set[str]:
 
 
 def traces() -> Iterator[bytes]:
-    """What a wheel must not say: folders and names of this machine."""
-    for folder in (REPOSITORY, Path.home(), Path(sys.prefix), Path(tempfile.gettempdir())):
-        if len(folder.parts) > 1:
-            yield os.fsencode(f"{folder}/")
-    yield socket.gethostname().encode()
-    if getpass.getuser() not in ("root", "runner"):  # words that occur anyway
-        yield getpass.getuser().encode()
+    """What a wheel must not say: folders and names of this machine that are no common words."""
+    folders = [REPOSITORY, Path.home(), *([Path(sys.prefix)] if sys.prefix != sys.base_prefix else [])]
+    yield from (os.fsencode(f"{folder}/") for folder in folders if len(folder.parts) > 1)
+    names = (socket.gethostname(), getpass.getuser())
+    yield from (name.encode() for name in names if len(name) >= 8 and name != "localhost")
 
 
 def look_into(wheel: Path) -> list[str]:
@@ -96,7 +104,7 @@ def run(command: list[str], environment: dict[str, str], folder: Path, text: str
 def bare(folder: Path) -> tuple[Path, dict[str, str]]:
     """(Python of a new virtual environment, an environment without a compiler)."""
     run([sys.executable, "-m", "venv", str(folder / "venv")], dict(os.environ), folder)
-    keep = ("HOME", "LANG", "TMPDIR", "KBIT_DATA", "KBIT_CACHE", "PIP_", "SSL_CERT", "REQUESTS_CA", "HTTP", "http", "no_")
+    keep = ("HOME", "LANG", "TMPDIR", "KBIT_DATA", "KBIT_CACHE", "PIP_", "SSL_CERT", "REQUESTS_CA", "HTTP", "http")
     environment = {name: value for name, value in os.environ.items() if name.startswith(keep)}
     bin_folder = folder / "venv" / "bin"
     environment |= {"PATH": str(bin_folder), "CC": "no-compiler", "CXX": "no-compiler"}
@@ -113,8 +121,7 @@ def try_out(python: Path, environment: dict[str, str], folder: Path) -> None:
     info = json.loads(run([str(python), "-m", "kbit", "info", "--json"], environment, folder))
     print(f"kbit {info['kbit']}, {info['instruction_set']} on this machine")
     tiny = folder / "tiny"
-    code = "import sys; from pathlib import Path; from kbit.planner.process_probe import write_model as w; p = Path(sys.argv[1]); p.mkdir(); w(p)"
-    run([str(python), "-c", code, str(tiny)], environment, folder)
+    run([str(python), "-c", TINY, str(tiny)], environment, folder)
     models = [tiny]
     if "KBIT_DATA" in environment:
         models.append(Path(environment["KBIT_DATA"]).resolve() / "models" / "novels-2m")
