@@ -91,13 +91,13 @@ class Tokens {
   first() {
     // The first character or more that waits: its text, and of how many tokens it is.
     let bytes = [];
-    for (let count = 1; count <= Math.min(4, this.waiting.length); count++) {
+    for (let count = 1; count <= Math.min(16, this.waiting.length); count++) {
       bytes = bytes.concat(this.waiting[count - 1].bytes);
       try {
         return [new TextDecoder("utf-8", { fatal: true }).decode(new Uint8Array(bytes)), count];
       } catch { /* more of the character is in the next token */ }
     }
-    return this.waiting.length < 4 ? [null, 0] : ["", 1];
+    return this.waiting.length < 16 ? [null, 0] : ["", 1];
   }
   show(text, tokens) {
     const span = make("span", "", text), last = tokens[tokens.length - 1];
