@@ -62,7 +62,8 @@ def needed() -> list[Package]:
 
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     lists = [project["dependencies"], *project["optional-dependencies"].values()]
-    waiting = [(Requirement(text), ("",), "kbit") for texts in lists for text in texts]
+    wanted: list[str] = [text for texts in lists for text in texts]
+    waiting: list[tuple[Requirement, tuple[str, ...], str]] = [(Requirement(text), ("",), "kbit") for text in wanted]
     found: dict[str, Package] = {}
     seen = set()
     while waiting:
@@ -85,7 +86,7 @@ def needed() -> list[Package]:
 
 def _licence(distribution: metadata.Distribution) -> str:
     """What a package states: the expression, else its classifiers, else the first line of its text."""
-    about = distribution.metadata
+    about: Any = distribution.metadata  # (its type lacks `get` of a mapping)
     expression = about.get("License-Expression")
     if expression:
         return str(expression)

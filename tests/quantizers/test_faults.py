@@ -41,7 +41,7 @@ def test_power_cuts(tmp_path: Path, cuts: list[Tree], small_model: Path, undistu
     assert len(continued) > 6
 
 
-# Killed too often to be run whole each time: all methods, and more moments of each, with KBIT_FAULTS=all.
+# All methods, and more moments of each, where KBIT_FAULTS is "all": that takes minutes.
 METHODS: dict[str, list[str]] = {
     "ldlq2": ["--method", "ldlq2"],
     "rtn": ["--method", "rtn"],
