@@ -24,7 +24,7 @@ from kbit.serve.requests import request_of
 from kbit.serve.schemas import Body, RerankBody, SamplingFields
 from kbit.serve.sse import EventStream, started
 from kbit.serve.state import Server, server_of, timings
-from kbit.serve.token_text import token_bytes, token_text
+from kbit.text.token_text import token_bytes, token_text
 
 router = APIRouter()
 _MOST_PROMPTS = 256
