@@ -80,8 +80,12 @@ class Access:
             return {"type": "http.disconnect"} if refused else message
 
         async def unless_refused(message: Message) -> None:
-            if not refused:
-                await send(message)
+            if refused:
+                return
+            if message["type"] == "http.response.start":  # names as people write them: some programs compare letters
+                named = [(name.title(), value) for name, value in message.get("headers", ())]
+                message = {**message, "headers": named}
+            await send(message)
 
         await self._app(scope, counted, unless_refused)
 

@@ -109,7 +109,10 @@ async def slots(http: HttpRequest) -> Response:
             engine, pool = model.engine, model.engine.pool
             found.append(
                 {
+                    "id": len(found),
                     "model": model.name,
+                    "n_ctx": engine.context,
+                    "is_processing": len(engine) > 0,
                     "running": engine.running,
                     "waiting": engine.waiting,
                     "requests": len(engine),

@@ -315,7 +315,7 @@ async def apply_template(body: TemplateBody, http: HttpRequest) -> Response:
     """The prompt that a conversation becomes."""
     model = await server_of(http).models.ready(body.model)
     messages, more = plain_messages(body.messages), body.chat_template_kwargs
-    text = await asyncio.to_thread(render, model, messages, body.tools, more, body.add_generation_prompt)
+    text = await asyncio.to_thread(render, model, messages, body.tools or None, more, body.add_generation_prompt)
     return JSONResponse({"prompt": text})
 
 

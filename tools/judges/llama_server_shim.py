@@ -67,9 +67,10 @@ def translated(flags: list[str]) -> list[str]:
     for flag, name in (("--port", "--port"), ("--host", "--host"), ("--temp", "--temperature"), ("--seed", "--seed")):
         if flag in given:
             arguments += [name, given[flag]]
-    for flag in ("--api-key", "--reasoning"):
-        if flag in given:
-            arguments += [flag, given[flag]]
+    if "--api-key" in given:
+        arguments += ["--api-key", given["--api-key"]]
+    if "--reasoning" in given:  # llama-server's "auto" tells templates that models may think
+        arguments += ["--reasoning", "off" if given["--reasoning"] == "off" else "on"]
     if "--ctx-size" in given:
         context = int(given["--ctx-size"])
         arguments += ["--context", str(context if "--kv-unified" in on else context // seats)]

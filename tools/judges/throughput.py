@@ -79,7 +79,7 @@ async def compare(addresses: dict[str, str], flags: argparse.Namespace) -> None:
                     found[name][figure].append(value)
         for figure in found["kbit"]:
             ours, theirs = found["kbit"][figure], found["llama-server"][figure]
-            ratio = statistics.median(a / b for a, b in zip(ours, theirs, strict=True))
+            ratio = statistics.median(a / max(b, 1e-9) for a, b in zip(ours, theirs, strict=True))
             who = f"{count}, beside a prompt of {long} words" if long else str(count)
             middle = f"{statistics.median(ours):.1f} | {statistics.median(theirs):.1f}"
             print(f"| {who} | {figure} | {middle} | {ratio:.2f} |", flush=True)
