@@ -82,15 +82,20 @@ async def props(http: HttpRequest, model: str | None = None) -> Response:
     return JSONResponse(
         {
             "model_alias": found.name,
+            "model_path": found.path,
             "n_ctx": engine.context,
             "total_slots": server.models.options.seats,
             "cache_tokens": engine.pool.count * 64,
             "cache_bytes": engine.pool.nbytes,
             "weights_bytes": found.loaded.decoder.weights.nbytes,
             "backend": found.loaded.backend_description,
+            "default_generation_settings": {
+                "n_ctx": engine.context,
+                "params": {**asdict(found.defaults.params), "n_predict": found.most_tokens(None)},
+            },
             "sampling_defaults": {**asdict(found.defaults.params), "origin": found.defaults.origin},
             "chat_template": found.tokenizer.chat_template,
-            "system_fingerprint": f"kbit-{found.fingerprint}",
+            "system_fingerprint": f"build-{found.fingerprint}",
         }
     )
 
@@ -104,7 +109,10 @@ async def slots(http: HttpRequest) -> Response:
             engine, pool = model.engine, model.engine.pool
             found.append(
                 {
+                    "id": len(found),
                     "model": model.name,
+                    "n_ctx": engine.context,
+                    "is_processing": len(engine) > 0,
                     "running": engine.running,
                     "waiting": engine.waiting,
                     "requests": len(engine),

@@ -82,7 +82,7 @@ def test_it_says_what_it_serves(client: TestClient) -> None:
     (slots,) = client.get("/slots").json()
     assert slots["cache_bytes"] > 0
     assert slots["weights_bytes"] > 0
-    idle = {"model": "tiny", "running": 0, "waiting": 0, "requests": 0, "cache_used": 0}
+    idle = {"model": "tiny", "running": 0, "waiting": 0, "requests": 0, "cache_used": 0, "is_processing": False}
     assert {name: slots[name] for name in idle} == idle
 
 
