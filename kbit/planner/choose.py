@@ -190,12 +190,15 @@ def _runs(point: Point) -> bool:
 
 def _judge(laws: Laws, candidate: Candidate) -> Quality | str:
     model = candidate.model
+    method, format = ("rtn", candidate.label) if candidate.format is None else (candidate.method, str(candidate.format))
     if candidate.format is None and model.fixed:
-        return "it is k-bit already, and its loss was not measured: kbit eval"
+        if model.made is None or model.measured is None:
+            return "it is k-bit already, and its loss was not measured: kbit eval"
+        method, format = model.made
     return judge(
         laws,
-        candidate.label if candidate.format is None else str(candidate.format),
-        candidate.method if candidate.format is not None else "rtn",
+        format,
+        method,
         measured=model.measured,
         tokenizer=model.tokenizer,
         linear_parameters=model.linear_parameters,

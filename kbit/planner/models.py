@@ -15,7 +15,10 @@ from pathlib import Path
 from typing import Any
 
 from kbit.checkpoint.narrowed import widths_of
+from kbit.checkpoint.readers.kbit_folder import MANIFEST_NAME
+from kbit.formats.nested import NestedFormat
 from kbit.formats.quant_format import QuantFormat
+from kbit.formats.registry import parse_format
 from kbit.formats.trellis import TrellisFormat
 from kbit.host.errors import KbitError, UsageError
 from kbit.models.check import check_continues
@@ -30,6 +33,9 @@ from kbit.planner.weights import (
     planned_weights,
     stored_weights,
 )
+from kbit.quantizers.calibrated import CalibratedRounding
+from kbit.quantizers.methods import METHODS
+from kbit.quantizers.settings import Nesting
 from kbit.scaling.points import Point
 
 _DTYPES = {"float16": "fp16", "bfloat16": "bf16", "float32": "fp32"}
@@ -57,6 +63,8 @@ class PlanModel:
         training_tokens: D, where its folder says.
         widths: of a nested model, those it serves, widest first.
         file, bits: of a nested model at one width, what the user called it, and the width.
+        made: of what `kbit quantize` wrote in one format, with a method as it is by default: (method, format as points
+            call it).
     """
 
     name: str
@@ -72,6 +80,7 @@ class PlanModel:
     widths: tuple[int, ...] = ()
     file: str | None = None
     bits: int | None = None
+    made: tuple[str, str] | None = None
 
     @property
     def linear_parameters(self) -> int:
@@ -173,6 +182,7 @@ def _at_widths(model: PlanModel) -> list[PlanModel]:
             weights=narrowed_weights(model.weights, width),
             file=model.name,
             bits=width,
+            made=None if model.made is None else (model.made[0], f"{model.made[1]}@{width}"),
         )
         for width in model.widths
     ]
@@ -209,6 +219,7 @@ def _from_checkpoint(name: str, path: Path) -> PlanModel:
         fixed = isinstance(section, dict) and section.get("quant_method") == "kbit"
         gguf = source.path.suffix == ".gguf"
         tokenizer = source.sidecar_files().get("tokenizer.json")
+        linear = {source.tensors[weight.name].stored_as for weight in weights if weight.role == "linear"}
     embedding = weights[0].kept
     return PlanModel(
         name=name,
@@ -220,7 +231,23 @@ def _from_checkpoint(name: str, path: Path) -> PlanModel:
         tokenizer=None if tokenizer is None else hashlib.sha256(tokenizer).hexdigest(),
         training_tokens=None if gguf else _training_tokens(path),
         widths=widths,
+        made=_made(path / MANIFEST_NAME, linear) if fixed else None,
     )
+
+
+def _made(manifest: Path, formats: set[str]) -> tuple[str, str] | None:
+    """(method, format) of a folder that kbit wrote, if its linear layers have one, and the method is the usual one."""
+    from kbit.host.files import read_json_object
+
+    method = read_json_object(manifest).get("method")
+    known = METHODS.get(method["name"]) if isinstance(method, dict) and isinstance(method.get("name"), str) else None
+    if known is None or len(formats) != 1:
+        return None
+    (text,) = formats
+    format = parse_format(text)
+    if isinstance(format, NestedFormat) and isinstance(known, CalibratedRounding):
+        known = known.nested(Nesting.of(format.low, format.bits))
+    return (known.name, text) if method == known.identity else None
 
 
 def _from_config(path: Path, name: str | None = None) -> PlanModel:
@@ -252,7 +279,18 @@ def _known(name: str) -> PlanModel:
 
 
 def _recognise(model: PlanModel, points: Sequence[Point]) -> PlanModel:
-    """The model with its name among the points: one that ends alike and has as many weights in its linear layers."""
+    """The model with its name among the points: one that ends alike and has as many weights in its linear layers.
+
+    Of what `kbit quantize` wrote, the one that was measured as this one was made, if there is just one.
+    """
+    if model.fixed:
+        made_from = {
+            point.model
+            for point in points
+            if (point.method, point.format) == model.made
+            and (point.linear_parameters, point.tokenizer) == (model.linear_parameters, model.tokenizer)
+        }
+        return replace(model, measured=made_from.pop()) if len(made_from) == 1 else model
     short = Path(model.name).name or model.name
     for point in points:
         same_size = point.linear_parameters == model.linear_parameters

@@ -64,9 +64,9 @@ class Nesting:
     """
 
     anchor: int = ANCHOR
-    emphasis: float = 16.0
+    emphasis: float = 32.0
     sweeps: int = 8
-    most_sweeps: int = 24
+    most_sweeps: int = 32
     reach: int = 2
     margin: float = 0.98
     step: float = 1.5

@@ -17,6 +17,7 @@ from laws_cases import Size, measure
 from typer.testing import CliRunner
 
 from kbit.cli.plan import parse_size, plan
+from kbit.formats.nested import NestedFormat
 from kbit.formats.quant_format import QuantFormat
 from kbit.formats.trellis import TrellisFormat
 from kbit.host.errors import CheckpointError, KbitError, UnsupportedError, UsageError
@@ -440,6 +441,40 @@ def test_trellises_are_planned_as_formats_and_as_folders(sweep: Path, tiny_model
     refused = CliRunner().invoke(app, [small, "--format", "nested2..8-b64", *command])
     assert isinstance(refused.exception, UnsupportedError)
     assert "planes and trellis formats, not of nested2..8-b64" in str(refused.exception)
+
+
+def test_a_file_of_several_widths_has_the_losses_that_were_measured_of_it(sweep: Path, tiny_model: Path) -> None:
+    """`kbit scale --dtypes nested` of the model it was made from; not of a file that was made otherwise."""
+    format = NestedFormat(2, 4, 32)
+    with open_model(str(tiny_model)) as source:
+        convert(source, make_plan(source, format), sweep / "all")
+    (file,) = {model.file for model in find_models([str(sweep / "all")])[0]}
+    assert file == str(sweep / "all")
+    three = next(model for model in find_models([file])[0] if model.bits == 3)
+    rows = [
+        replace(point, model="of", model_id="of", tokenizer=three.tokenizer, linear_parameters=three.linear_parameters)
+        for point in POINTS
+        if point.model == "small"
+    ]
+    like = next(row for row in rows if row.bits == 3)
+    rows += [
+        replace(like, key=f"at {width}", format=f"{format}@{width}", dtype="nested", bits=width) for width in (2, 3)
+    ]
+    (sweep / "points.jsonl").unlink()
+    append_points(sweep / "points.jsonl", rows)
+    command = ["--points", str(sweep), "--memory", "1GB", "--context", "32", "--no-speed", "--json", file]
+
+    def losses() -> dict[str, str | None]:
+        result = CliRunner().invoke(app, command)
+        assert result.exit_code == 0, result.exception
+        choices = json.loads(result.stdout)["choices"]
+        return {row["model"].split()[-1]: row["loss"] and row["loss"]["basis"] for row in choices}
+
+    assert losses() == {"2": "measured", "3": "measured", "4": None}
+    manifest = sweep / "all" / "kbit-manifest.json"
+    made = json.loads(manifest.read_text())
+    manifest.write_text(json.dumps({**made, "method": {**made["method"], "settings": {"anchor": 7}}}))
+    assert losses() == {"2": None, "3": None, "4": None}
 
 
 def test_hostile_names_do_no_harm(sweep: Path) -> None:

@@ -12,8 +12,12 @@ from frontier.subjects import note
 from kbit.evaluate.statistics import DRAWS, SEED
 
 # What part of a peer's divergence kbit is to have with no more bits: the goals of accuracy.
-GOALS = {"IQ2_S": 0.9, "IQ3_S": 0.6, "IQ4_XS": 0.5, "Q4_K_M": 0.5, "Q5_K_M": 0.6, "Q6_K": 0.6}
+GOALS = dict.fromkeys(("IQ2_XXS", "IQ2_S", "IQ3_XXS", "IQ3_S", "IQ4_XS", "Q4_K_M"), 1 / 3) | {
+    "Q5_K_M": 0.5,
+    "Q6_K": 0.5,
+}
 _COLOURS = {"rtn": "#0072B2", "hqq": "#56B4E9", "awq": "#009E73", "gptq": "#CC79A7", "ldlq2": "#D55E00"}
+_COLOURS |= {"trellis": "#6A3D9A", "trellis-plain": "#B2A1C7", "trellis-tuned": "#E31A1C"}
 _PEERS = {PEER: "#E69F00", "GPTQModel": "#999933", "AutoRound": "#882255", "HQQ": "#6699CC", "torchao": "#117733"}
 _OTHER = "#000000"
 
@@ -62,7 +66,7 @@ def _ratios(rows: list[Row]) -> list[str]:
             lines.append(
                 f"| {peer['tool']} {peer['format']} | {peer['linear_bits']:.2f} | {best['method']} {best['format']} | "
                 f"{best['linear_bits']:.2f} | {best['kl'] / peer['kl']:.2f} ({low:.2f} to {high:.2f}) | "
-                f"{'' if goal is None else f'{goal:g}'} |"
+                f"{'' if goal is None else f'{goal:.2g}'} |"
             )
     head = [
         "| peer | its bits | kbit's best with no more | bits | KL / its KL (95 %) | goal |",
