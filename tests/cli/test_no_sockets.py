@@ -1,4 +1,4 @@
-"""Nothing is sent anywhere unasked: with sockets forbidden everything works but pull, hub ids and serve.
+"""Nothing is sent anywhere unasked: with sockets forbidden everything works but pull, hub ids, serve and its clients.
 
 In processes of their own, where any use of a socket (creating one, looking a name up) ends the process with a word:
 Python's audit hooks see all of it, whatever library asks.
@@ -67,7 +67,8 @@ def test_commands(tmp_path: Path, tiny_model: Path, text: Path) -> None:
         ["run", "Hello", "--raw", "--max-tokens", 4, "--model", out],
         ["eval", out, "--data", text, "--context", 32, "--max-tokens", 128],
         ["export", out, "-o", plain],
-        ["pull", "--list"],
+        ["list", tmp_path],
+        ["rm", out, "--yes"],
     ]
     code = FORBIDDEN + (
         "import json; from kbit.cli.main import _run\n"
