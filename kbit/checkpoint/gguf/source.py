@@ -81,9 +81,9 @@ class GGUFSource(StoredSource):
         self._located: dict[str, Located] = {}
         infos: dict[str, TensorInfo] = {}
         for name, tensor in tables.items():
-            for held in latent_rows(self.config, name, tensor) if arch.latent else ():
+            for held in latent_rows(self.config, name, tensor, halves=arch.halves) if arch.latent else ():
                 aside = held.head - held.turned
-                piece = Piece(held.name, held.tensor)
+                piece = Piece(held.name, held.tensor, held.rows)
                 at = Located(piece, owner[name], held.head, held.turned, aside, held.transposed)
                 kind = "F32" if held.transposed else held.tensor.type.name
                 nbytes = 4 * prod(at.shape) if held.transposed else held.tensor.nbytes
@@ -207,7 +207,7 @@ def _pieces_of(arch: Architecture, config: Mapping[str, Any], name: str, tensor:
     layer = re.match(r"blk\.(\d+)\.", name)
     if layer is not None and int(layer[1]) >= config["num_hidden_layers"]:
         return []
-    if arch.latent and latent_rows(config, name, tensor):
+    if arch.latent and latent_rows(config, name, tensor, halves=arch.halves):
         return []
     special = None if arch.special is None else arch.special.located(name, tensor, config)
     if special is not None:
