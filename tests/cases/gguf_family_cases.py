@@ -12,6 +12,7 @@ from typing import Any
 import gguf
 import numpy as np
 import numpy.typing as npt
+from decoder_configs import LONGROPE
 from gguf_delta_cases import ARCHITECTURES as WITH_DELTA_NETS
 from gguf_delta_cases import keys as delta_keys
 from gguf_delta_cases import tensors as delta_tensors
@@ -130,7 +131,12 @@ CASES: dict[str, tuple[str, dict[str, str], dict[str, Any]]] = {
     "minicpm3-longrope": (
         "minicpm3",
         BOTH,
-        {"original_max_position_embeddings": 64, "v_head_dim": 8, "tie_word_embeddings": True},
+        {
+            "original_max_position_embeddings": 64,
+            "v_head_dim": 8,
+            "tie_word_embeddings": True,
+            "rope_parameters": {**LONGROPE, "rope_theta": 10000.0},
+        },
     ),
     "gpt-oss": (
         "gpt-oss",
@@ -244,6 +250,7 @@ def keys_of(case: str, folder: Path) -> dict[str, Any]:
     if arch == "deepseek2":
         keys |= _latent_keys(config)
     if arch == "minicpm3":
+        del keys["rope.freq_base"]
         keys |= {
             "attention.q_lora_rank": config["q_lora_rank"],
             "attention.kv_lora_rank": config["kv_lora_rank"],

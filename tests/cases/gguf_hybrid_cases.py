@@ -25,8 +25,8 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "granite-hybrid": ("granitehybrid", {}),
     "falcon-h1": ("falcon-h1", {}),
     "falcon-h1-norm": ("falcon-h1", {"mlp_bias": False, "tie_word_embeddings": False}),
-    "nemotron-h": ("nemotron_h", {}),
-    "nemotron-h-moe": ("nemotron_h_moe", {}),
+    "nemotron-h": ("nemotron_h", {"mamba_head_dim": 16}),
+    "nemotron-h-moe": ("nemotron_h_moe", {"mamba_head_dim": 16}),
     "granite-hybrid-moe": ("granitehybrid", {"position_embedding_type": "nope", "attention_bias": False}),
 }
 _OUTSIDE = {

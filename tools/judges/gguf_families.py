@@ -49,6 +49,7 @@ LLAMA_DIFFERS = {
     "phi3-window": "llama.cpp turns Phi-3's windows off",
     "phi3-longrope": _BY_ROOM,
     "phi3-longrope-partial": _BY_ROOM,
+    "minicpm3-longrope": _BY_ROOM,
     "exaone4": "llama.cpp has windows for the 64 layers of EXAONE 4 32B only",
     "gemma4-dense": _CAPS,
     "gemma4-moe": _CAPS,

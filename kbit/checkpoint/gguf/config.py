@@ -29,6 +29,7 @@ from kbit.checkpoint.gguf.names import (
     with_fused,
 )
 from kbit.checkpoint.gguf.rope import rope_scaling
+from kbit.checkpoint.gguf.t5 import T5, t5_config
 from kbit.host.errors import CheckpointError, UnsupportedError
 
 
@@ -45,7 +46,7 @@ def architecture_of(header: GGUFHeader) -> Architecture:
     name = header.string("general.architecture")
     if name is None:
         header.fail("metadata key 'general.architecture' is missing")
-    known = {**ARCHITECTURES, **ENCODERS}
+    known = {**ARCHITECTURES, **ENCODERS, T5.name: T5}
     if name not in known:
         raise UnsupportedError(
             f"{header.path}: architecture {quoted(name)} is not supported in GGUF files; supported are "
@@ -84,6 +85,8 @@ def config_from_header(
     arch = architecture_of(header)
     if arch.encoder:
         return encoder_config(header, arch, tensors)
+    if arch is T5:
+        return t5_config(header, arch, tensors)
     reader = Keys(header, arch)
     reader.refuse_unknown()
     if "token_embd.weight" not in tensors:
