@@ -71,7 +71,8 @@ class LastFirst:
         import numpy as np
 
         head, within = np.divmod(np.arange(count), self.head)
-        return head * self.head + (within + self.head - self.last) % self.head
+        places: npt.NDArray[np.int64] = head * self.head + (within + self.head - self.last) % self.head
+        return places
 
 
 Order: TypeAlias = Runs | Tiled | LastFirst
