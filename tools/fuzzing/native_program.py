@@ -67,7 +67,7 @@ class Recorder:
         norm = self.some(wide)
         self.program.matmul(
             self.buffer(wide),
-            [self.weights(out, wide) for _ in range(count)],
+            [draw.given(self.weights(out, wide)) for _ in range(count)],
             [self.some(out) for _ in range(draw.given(count))],
             [y] if activation else [y, x][:count],
             norm,
@@ -161,7 +161,9 @@ class Recorder:
 
     def do_experts(self) -> None:
         draw, count = self.draw, 7
-        matrices = [[self.weights(*shape) for _ in range(count)] for shape in ((32, 16), (32, 16), (16, 32))]
+        matrices = [
+            [draw.given(self.weights(*shape)) for _ in range(count)] for shape in ((32, 16), (32, 16), (16, 32))
+        ]
         none: list[Any] = [None] * count
         self.program.experts(
             self.pair(16)[0],
@@ -210,7 +212,7 @@ def program(draw: Draw, context: Any, scratch: Path) -> None:
     encoder = None
     if draw.below(2):
         texts = _native.KVPages(_LAYERS, _HEADS, _DIM, "fp32", 2)
-        encoder = (texts, draw.array((2, 2), "i4", 2), draw.array((2,), "i4", 100, 1))
+        encoder = (draw.given(texts), draw.array((2, 2), "i4", 2), draw.array((2,), "i4", 100, 1))
     for _ in range(1 + draw.below(2)):
         recorder.program.run(
             draw.array((rows,), "i8", _VOCABULARY),

@@ -299,6 +299,47 @@ def pairs(draw: Draw, context: Any, scratch: Path) -> None:
     made.encode(ids, [draw.choice((0, 0, 1, None)) for _ in ids])
 
 
+def sampling(draw: Draw, context: Any, scratch: Path) -> None:
+    """Tokens drawn from logits, and their scores."""
+    rows, width, held = draw.size(4), draw.size(70), draw.size(5)
+    samplers = []
+    for _ in range(rows):
+        biased = draw.below(4)
+        sampler = _native.RowSampler(
+            draw.given(draw.choice((0.0, 1.0, 1.5, 1e6))),
+            draw.given(draw.choice((0, 1, 5, 100))),
+            draw.given(draw.choice((1.0, 0.5, 0.0))),
+            draw.given(draw.choice((-float("inf"), -2.0, 0.0))),
+            draw.given(draw.choice((1.0, 0.5))),
+            draw.given(draw.choice((1.0, 1.3))),
+            draw.given(0.0),
+            draw.given(0.5),
+            draw.array((biased,), "i8", width),
+            draw.floats(biased),
+            draw.given(draw.below(1 << 16)),
+            draw.given(0),
+        )
+        sampler.see(draw.array((draw.below(9),), "i8", width))
+        samplers.append(draw.given(sampler))
+    logits = draw.floats(held, width)
+    chosen = draw.array((rows,), "i8", held)
+    masks = [draw.array((width,), "?") if draw.below(3) == 0 else None for _ in samplers]
+    given, isa = draw.given(samplers), draw.given(context.isa)
+    best, drawn = draw.floats(rows), np.full(rows, draw.choice((0.0, 0.3, 1.0, 0.999, float("nan"))))
+    _native.sample_rows(given, logits, chosen, masks, draw.given(drawn), draw.array((rows,), "i8", width), best, isa)
+    most = draw.size(5)
+    _native.score_rows(
+        logits,
+        chosen,
+        draw.floats(rows),
+        draw.array((rows,), "f8"),
+        draw.array((rows, most), "i8", width),
+        draw.floats(rows, most),
+        isa,
+    )
+    _native.keyed_uniform(draw.given(1), draw.given(2), draw.given(3))
+
+
 CALLS: dict[str, Callable[[Draw, Any, Path], Any]] = {
     "planes": planes,
     "levels": levels,
@@ -312,5 +353,6 @@ CALLS: dict[str, Callable[[Draw, Any, Path], Any]] = {
     "sizes": sizes,
     "pairs": pairs,
     "program": program,
+    "sampling": sampling,
     "program with another matrix": program,
 }

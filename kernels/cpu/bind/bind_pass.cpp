@@ -120,6 +120,7 @@ void run(Program& program, const Array<const std::int64_t, 1>& ids, const Array<
   if (states) take_states(*states, pass);
   if (encoder) {
     const auto& [cache, texts, lengths] = *encoder;
+    require(cache != nullptr, "None is no cache of an encoder");
     pass.encoder = {cache, texts.data(), static_cast<std::int64_t>(texts.shape(1)), lengths.data()};
     require_texts(pass, texts.shape(0), lengths.shape(0));
   }

@@ -57,10 +57,16 @@ void require_heads(const Program& p, const AttendInstruction& a) {
           "the heads do not fit their buffers");
 }
 
+// Lists take None, which is no matrix.
+void require_all(const std::vector<Weights>& matrices) {
+  for (const Weights& matrix : matrices) require(matrix != nullptr, "None is no matrix");
+}
+
 void add_matmul(Program& program, int x, const std::vector<Weights>& weights,
                 const std::vector<std::optional<Vector>>& biases, const std::vector<int>& outs,
                 const std::optional<Vector>& norm, float eps, const std::optional<std::string>& activation,
                 std::optional<int> residual, const std::optional<Vector>& norm_bias, bool centred) {
+  require_all(weights);
   MatmulInstruction m;
   m.x = x;
   m.weights = weights;
@@ -95,6 +101,7 @@ void add_experts(Program& program, int x, int logits, int out, const std::vector
   require(count >= 1 && ups.size() == count && downs.size() == count && gate_biases.size() == count &&
               up_biases.size() == count && down_biases.size() == count,
           "every expert has a gate, an up and a down, and a bias or none of each");
+  for (const auto* matrices : {&gates, &ups, &downs}) require_all(*matrices);
   require(limit == 0.0f || (limit > 0.0f && alpha > 0.0f && activation == "silu"), "a clamped gate is silu's");
   ExpertsInstruction m;
   m.x = x;

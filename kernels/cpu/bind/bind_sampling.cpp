@@ -37,6 +37,10 @@ RowSampler make(double factor, std::int64_t top_k, double top_p, float min_score
                 float presence, float frequency, Rows bias_tokens, Vector biases, std::uint64_t seed,
                 std::uint64_t choice) {
   require(bias_tokens.shape(0) == biases.shape(0), "every bias has a token");
+  // So that every cut keeps the largest logit; NaN is in no range.
+  require(factor >= 0 && factor <= 1e30 && top_k >= 0 && top_p > 0 && top_p <= 1 && min_score <= 0 && typical_p > 0 &&
+              typical_p <= 1 && repetition > 0 && presence == presence && frequency == frequency,
+          "a setting of a sampler is out of range");
   SamplerSettings settings = {factor == 0, static_cast<float>(factor), top_k, top_p, min_score, typical_p, repetition,
                               presence, frequency, {}, seed, choice};
   for (std::size_t i = 0; i < biases.shape(0); ++i) {
@@ -52,8 +56,13 @@ void sample_rows(const std::vector<RowSampler*>& samplers, Logits logits, Rows r
   const std::size_t count = samplers.size();
   require(rows.shape(0) == count && uniforms.shape(0) == count && tokens.shape(0) == count && best.shape(0) == count,
           "every sampler has a row, a number, a token and a logit");
+  for (const RowSampler* sampler : samplers) require(sampler != nullptr, "None is no sampler");
   require(masks.empty() || masks.size() == count, "every sampler has a mask or None, or there are no masks");
   require_rows(logits, rows);
+  for (std::size_t i = 0; i < count; ++i) {
+    const double uniform = uniforms.data()[i];
+    require(std::isnan(uniform) || (uniform >= 0 && uniform <= 1), "a uniform number lies between 0 and 1, or is NaN");
+  }
   const Kernels& kernels = *find_kernels(choose_instruction_set(isa).c_str());
   nb::gil_scoped_release release;
   SamplingScratch scratch;
