@@ -1,7 +1,7 @@
 """Small models of the hub that are worth a try, by name: what `kbit pull --list` shows beside kbit's own catalogue.
 
-Shapes are those of `kbit.planner.shapes`. Where the hub can be asked, what it says of sizes, licences and access counts;
-this table was written where it could not be.
+Shapes are those of `kbit.planner.shapes`. Where the hub can be asked, what it says of sizes, licences and access
+counts; this table was written where it could not be.
 """
 
 from __future__ import annotations

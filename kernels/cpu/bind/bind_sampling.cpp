@@ -39,7 +39,7 @@ RowSampler make(double factor, std::int64_t top_k, double top_p, float min_score
   require(bias_tokens.shape(0) == biases.shape(0), "every bias has a token");
   // So that every cut keeps the largest logit; NaN is in no range.
   require(factor >= 0 && factor <= 1e30 && top_k >= 0 && top_p > 0 && top_p <= 1 && min_score <= 0 && typical_p > 0 &&
-              typical_p <= 1 && repetition > 0 && presence == presence && frequency == frequency,
+              typical_p <= 1 && repetition >= 0 && presence == presence && frequency == frequency,
           "a setting of a sampler is out of range");
   SamplerSettings settings = {factor == 0, static_cast<float>(factor), top_k, top_p, min_score, typical_p, repetition,
                               presence, frequency, {}, seed, choice};
