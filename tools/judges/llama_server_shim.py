@@ -11,6 +11,7 @@ when this process does.
 
 import json
 import os
+import signal
 import socket
 import sys
 import tempfile
@@ -98,7 +99,6 @@ def template(given: dict[str, str]) -> str:
 
 def fork_server(path: str) -> None:
     """Starts kbit again and again: a child for every connection, which ends with it."""
-    import signal
     import threading
 
     import uvicorn  # noqa: F401
@@ -152,7 +152,9 @@ def main() -> None:
     connection = socket.socket(socket.AF_UNIX)
     connection.connect(path)
     socket.send_fds(connection, [json.dumps(arguments).encode()], [1, 2])
-    connection.recv(1)  # the server has ended
+    # Told to end, this tells the server and waits for it: the next one wants its port.
+    signal.signal(signal.SIGTERM, lambda *_: connection.shutdown(socket.SHUT_WR))
+    connection.recv(1)  # nothing: the server has ended
     sys.exit(1)
 
 

@@ -17,8 +17,10 @@ import itertools
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections import defaultdict
+from pathlib import Path
 
 import httpx
 from load import prompt, stream
@@ -54,7 +56,7 @@ async def one(client: httpx.AsyncClient, prompts: list[str], tokens: int, long: 
     firsts = [times[1] - times[0] for times, _ in answers if len(times) > 1]
     gaps = sorted(b - a for times, _ in answers for a, b in itertools.pairwise(times[1:]))
     return {
-        "tokens/s": sum(count for _, count in answers) / seconds,
+        "tokens/s": sum(count or tokens for _, count in answers) / seconds,  # llama-server does not say how many
         "first token, slowest, ms": 1e3 * max(firsts),
         "between tokens, p99, ms": 1e3 * gaps[min(len(gaps) - 1, int(0.99 * len(gaps)))],
     }
@@ -121,14 +123,22 @@ def main() -> None:
         [*ours, "--threads", str(flags.threads), "--parallel", "64"],
         [flags.llama, "-c", LLAMA, flags.model, *numbers],
     ]
-    processes = [subprocess.Popen(each, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL) for each in commands]
-    try:
-        for address, process in zip(addresses.values(), processes, strict=True):
-            wait(address, process)
-        asyncio.run(compare(addresses, flags))
-    finally:
-        for process in processes:
-            process.kill()
+    with tempfile.TemporaryDirectory() as folder:
+        logs = [Path(folder) / name for name in addresses]
+        processes = []
+        try:
+            for command, log in zip(commands, logs, strict=True):
+                processes.append(subprocess.Popen(command, stdout=log.open("wb"), stderr=subprocess.STDOUT))
+            for address, process in zip(addresses.values(), processes, strict=True):
+                wait(address, process)
+            asyncio.run(compare(addresses, flags))
+        except httpx.HTTPError:
+            for log in logs:
+                print(f"{log.name} said:", log.read_text(errors="replace")[-2000:], sep="\n")
+            raise
+        finally:
+            for process in processes:
+                process.kill()
 
 
 if __name__ == "__main__":
