@@ -76,6 +76,15 @@ class GenerationFlags:
             rich_help_panel=_SAMPLING,
         ),
     ] = None
+    typical_p: Annotated[
+        float | None,
+        typer.Option(
+            "--typical-p",
+            metavar="P",
+            help="Keep the most typical tokens whose probabilities reach P; 1 keeps all.",
+            rich_help_panel=_SAMPLING,
+        ),
+    ] = None
     repetition_penalty: Annotated[
         float | None,
         typer.Option(
@@ -182,7 +191,7 @@ class GenerationFlags:
         """
         from kbit.engine.sampler import SamplingParams
 
-        names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
+        names = ("temperature", "top_k", "top_p", "min_p", "typical_p", "repetition_penalty")
         given = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
         return replace(
             base or SamplingParams(),

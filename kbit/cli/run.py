@@ -121,8 +121,9 @@ def _answer(text: str, chat: bool, flags: GenerationFlags, as_json: bool) -> Non
     from kbit.host.errors import UsageError
 
     usual = GenerationFlags(flags.model)
-    names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty")
-    for name in (*names, "seed", "stop", "system", "speculate"):
+    cuts = ("temperature", "top_k", "top_p", "min_p", "typical_p")
+    penalties = ("repetition_penalty", "presence_penalty", "frequency_penalty")
+    for name in (*cuts, *penalties, "seed", "stop", "system", "speculate"):
         if getattr(flags, name) not in (getattr(usual, name), []):
             raise UsageError(
                 f"--{name.replace('_', '-')}: {flags.model} is an encoder-decoder, whose texts are not sampled: leave "

@@ -43,8 +43,8 @@ def _power(x: Scores) -> Scores:
     value = np.full_like(rest, _POLYNOMIAL[0])
     for factor in _POLYNOMIAL[1:]:
         value = value * rest + factor
-    power: Scores = (shifted.view(np.int32) << np.int32(23)).view(np.float32)
-    return value * power
+    found: Scores = value * (shifted.view(np.int32) << np.int32(23)).view(np.float32)
+    return found
 
 
 def scaled(logits: Scores, best: np.float32, factor: float) -> Scores:
