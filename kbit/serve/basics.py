@@ -103,7 +103,7 @@ async def props(http: HttpRequest, model: str | None = None) -> Response:
 @router.get("/slots")
 async def slots(http: HttpRequest) -> Response:
     """How much is under way, and what it takes, by model that is loaded."""
-    found = []
+    found: list[dict[str, Any]] = []
     for model in server_of(http).models:
         if model.engine is not None and model.loaded is not None:
             engine, pool = model.engine, model.engine.pool
