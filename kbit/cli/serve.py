@@ -258,7 +258,7 @@ def _models(
 def _sampling(answers: AnswerFlags) -> dict[str, Any]:
     from kbit.engine.sampler import SamplingParams
 
-    given = {"temperature": answers.temperature, "seed": answers.seed}
+    given: dict[str, Any] = {"temperature": answers.temperature, "seed": answers.seed}
     said = {name: value for name, value in given.items() if value is not None}
     SamplingParams(**said)  # complains in the words of the flags
     return said

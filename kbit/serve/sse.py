@@ -61,6 +61,7 @@ class EventStream(Response):
         assert writer is not None
         writing_since: float | None = None
         too_slow = False
+        watch: asyncio.TimerHandle | None = None
 
         def check() -> None:
             nonlocal watch, too_slow
@@ -89,7 +90,8 @@ class EventStream(Response):
             if not too_slow:
                 raise
         finally:
-            watch.cancel()
+            if watch is not None:
+                watch.cancel()
             for task in (making, gone):
                 if not task.done():
                     task.cancel()

@@ -68,6 +68,9 @@ def _copied(source: Path, folder: Path) -> Path:
     shutil.copytree(source / "models" / "templates", folder / "models" / "templates")
     tests = folder / "tools" / "server" / "tests"
     shutil.copytree(source / "tools" / "server" / "tests", tests)
+    # Skipped there, as llama-server's answers depend on its cache.
+    completion = tests / "unit" / "test_completion.py"
+    completion.write_text(completion.read_text().replace('@pytest.mark.skip(reason="This test fails on linux', "#"))
     config = tests / "conftest.py"
     config.write_text(config.read_text().replace("ServerPreset.load_all()", "pass"))
     return tests
