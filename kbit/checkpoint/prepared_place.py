@@ -10,7 +10,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from kbit.host.cache_folder import cache_dir
-from kbit.host.errors import KbitError
+from kbit.host.errors import CheckpointError, KbitError
 
 # Of the file, of the layout of kernels/cpu/codecs/matrix.h and of what is in its token table: with another number the
 # file has another name.
@@ -46,7 +46,7 @@ def prepared_path(checkpoint: Path) -> Path | None:
         return None
     path = checkpoint.resolve()
     try:
-        states = [[str(file), *_state(file)] for file in files_of(path)]
+        states = [[str(file), *_state(file)] for file in (*files_of(path), *_files_of_base(path))]
     except OSError:
         return None  # it cannot be opened either, and who opens it says so
     state = hashlib.sha256(json.dumps([VERSION, states]).encode()).hexdigest()
@@ -88,6 +88,27 @@ def last_used(prepared: Path) -> float | None:
         return prepared.with_suffix(_USED).stat().st_mtime
     except OSError:
         return None
+
+
+def _files_of_base(path: Path) -> Iterator[Path]:
+    """Those of the model that an adapter is added to.
+
+    Raises:
+        FileNotFoundError: it is not named, or is no file here, but perhaps the hub's.
+    """
+    if not (path / "adapter_config.json").is_file():
+        return
+    from kbit.checkpoint.readers.lora_folder import base_of, is_adapter
+
+    if not is_adapter(path):
+        return
+    try:
+        base = Path(base_of(path)).resolve()
+    except CheckpointError as error:
+        raise FileNotFoundError(str(error)) from None
+    if not base.exists() or base == path:
+        raise FileNotFoundError(str(base))
+    yield from files_of(base)
 
 
 def forget(checkpoint: Path) -> int:

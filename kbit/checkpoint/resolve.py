@@ -72,6 +72,7 @@ def open_folder(path: Path) -> CheckpointSource:
     from kbit.checkpoint.packed import READERS
     from kbit.checkpoint.readers.hf_folder import HFFolder
     from kbit.checkpoint.readers.kbit_folder import KbitFolder
+    from kbit.checkpoint.readers.lora_folder import LoraFolder, is_adapter
     from kbit.host.files import read_json_object
 
     config = path / "config.json"
@@ -83,6 +84,8 @@ def open_folder(path: Path) -> CheckpointSource:
         if config.is_file():
             note(f"{path}: {gguf} is the model; config.json beside it is not used")
         return _open_file(path / gguf)
+    if is_adapter(path):
+        return LoraFolder(path, open_model)
     if not config.is_file():
         return HFFolder(path)  # says what is missing
     refuse_pointers(path, [config.name])

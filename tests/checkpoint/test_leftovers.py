@@ -136,6 +136,30 @@ def runtime_quantization(model: Path) -> None:
     edit_config(model, quantization_config={"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "_load_in_4bit": True})
 
 
+def axolotl(model: Path) -> None:
+    """A whole fine-tune's output: earlier checkpoints below, states of the trainer and of DeepSpeed, pickles beside."""
+    for steps in (500, 1000):
+        shutil.copytree(model, model / f"checkpoint-{steps}", ignore=shutil.ignore_patterns("checkpoint-*"))
+        for name in (
+            "optimizer.bin",
+            "scheduler.pt",
+            "rng_state_0.pth",
+            "zero_to_fp32.py",
+            "latest",
+            "trainer_state.json",
+        ):
+            (model / f"checkpoint-{steps}" / name).write_bytes(b"x")
+    for name in ("pytorch_model.bin", "training_args.bin", "debug.log", "README.md", "all_results.json"):
+        (model / name).write_bytes(b"x")
+    edit_config(model, use_cache=False, _name_or_path="org/base", transformers_version="4.45.0.dev0")
+
+
+def unsloth(model: Path) -> None:
+    """What unsloth writes into the configuration, and its base's name, whose weights were packed."""
+    keys = {"unsloth_fixed": True, "unsloth_version": "2025.1.5", "pad_token_id": 63, "torch_dtype": "bfloat16"}
+    edit_config(model, _name_or_path="unsloth/llama-3-8b-bnb-4bit", pretraining_tp=1, **keys)
+
+
 # What was done to the folder -> what is said about it.
 LEFTOVERS: dict[str, tuple[Callable[[Path], object], str | None]] = {
     "nothing": (lambda model: None, None),
@@ -152,6 +176,8 @@ LEFTOVERS: dict[str, tuple[Callable[[Path], object], str | None]] = {
         lambda m: [Model().write(m / f"{name}.gguf") for name in "ab"], "the model; a.gguf beside them is not used",
     ),
     "old keys": (old_keys, None),
+    "axolotl's output": (axolotl, None),
+    "unsloth's keys": (unsloth, None),
     "quantization at run time": (runtime_quantization, "bitsandbytes is named .* but the weights are plain"),
     "what AutoGPTQ leaves": (
         lambda m: (m / "quantize_config.json").write_text('{"bits": 4}'), "gptq is named .* but the weights are plain",

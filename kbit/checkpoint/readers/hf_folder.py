@@ -318,7 +318,7 @@ class HFFolder(StoredSource):
         raise UnsupportedError(f"{self.path}: {scale_name} of shape {scale.shape} does not fit {name} {shape}")
 
     def sidecar_files(self) -> Mapping[str, bytes]:
-        return {name: _read_bytes(self.path / name) for name in self._sidecar_names()}
+        return {name: read_sidecar(self.path / name) for name in self._sidecar_names()}
 
     def _sidecar_names(self) -> list[str]:
         """Those that are there, the first of them first."""
@@ -326,7 +326,7 @@ class HFFolder(StoredSource):
         if MODULES_NAME not in names:
             return names
         try:
-            modules = json.loads(_read_bytes(self.path / MODULES_NAME))
+            modules = json.loads(read_sidecar(self.path / MODULES_NAME))
             folders = [module["path"] for module in modules[:_MAX_MODULES]]
         except (ValueError, KeyError, TypeError, RecursionError):
             return names  # who reads them says what is wrong
@@ -353,7 +353,12 @@ class HFFolder(StoredSource):
             file.close()
 
 
-def _read_bytes(path: Path) -> bytes:
+def read_sidecar(path: Path) -> bytes:
+    """A file beside the weights.
+
+    Raises:
+        CheckpointError: it cannot be read, or is far too large.
+    """
     try:
         if path.stat().st_size > MAX_TEXT_BYTES:
             raise CheckpointError(f"{path}: {path.stat().st_size} bytes is too large for a tokenizer's file")
@@ -368,6 +373,13 @@ def _is_adapter(path: Path) -> bool:
 
 def _elsewhere(path: Path) -> str:
     """Where a model may be that is not in this folder: below it, as in the hub's cache and among a trainer's output."""
-    configs = [*path.glob("*/config.json"), *path.glob("snapshots/*/config.json")]
-    found = sorted(config.parent for config in configs)
-    return f" (but there is one in {found[-1]})" if found else ""
+    places = ("*/config.json", "snapshots/*/config.json", "*/adapter_config.json")
+    found = {config.parent for place in places for config in path.glob(place)}
+    newest = max(found, key=lambda folder: (_number_of(folder.name), folder.name), default=None)
+    return f" (but there is one in {newest})" if newest is not None else ""
+
+
+def _number_of(name: str) -> int:
+    """The steps of a folder such as checkpoint-1000; 0 of others."""
+    steps = name.rpartition("-")[2]
+    return int(steps) if steps.isascii() and steps.isdigit() else 0
