@@ -63,6 +63,9 @@ def _legend(result: Recommendation, shown: list[Candidate]) -> list[str]:
             lines.append(
                 f"{model.name}: {total:.3g} billion weights, of which a token goes through {active:.3g} billion"
             )
+    for model in {candidate.model.name: candidate.model for candidate in shown if candidate.model.encodes}.values():
+        tokens = model.tokens(result.request.context)
+        lines.append(f"{model.name}: an encoder; memory and tokens/s are of texts of {tokens:,} tokens, one at a time")
     if any(result.tight(candidate) for candidate in shown):
         lines.append("!: fits only if the prediction is right to 3 %")
     if any(candidate.speed is not None for candidate in shown):

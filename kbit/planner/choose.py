@@ -126,7 +126,8 @@ def _fitting(
     request: Requirements, model: PlanModel, points: Sequence[Point], constant: int
 ) -> tuple[list[list[Candidate]], str]:
     """For each format of a model, its candidates that fit, widest cache first; and why there are none."""
-    if request.context > model.spec.context_length:
+    context = model.tokens(request.context)
+    if context > model.spec.context_length:
         return [], f"its context is {model.spec.context_length} tokens"
     found = []
     least: int | None = None
@@ -134,12 +135,13 @@ def _fitting(
     for method, format in _formats(request, model, points):
         weights = model.in_format(format, request.embedding_bits)
         options = []
-        for kv in request.kv:
+        # (What encoders keep for the time of a pass is not rounded: `kbit.cli.encoders`.)
+        for kv in request.kv if not model.encodes else ("fp32" if request.backend == "native" else "fp16",):
             try:
                 memory = predict_memory(
                     model.spec,
                     weights,
-                    context=request.context,
+                    context=context,
                     kv=kv,
                     compute=request.compute,
                     threads=request.threads,
@@ -190,6 +192,8 @@ def _runs(point: Point) -> bool:
 
 def _judge(laws: Laws, candidate: Candidate) -> Quality | str:
     model = candidate.model
+    if model.encodes:
+        return "it is an encoder: kbit eval --tasks stsb"
     method, format = ("rtn", candidate.label) if candidate.format is None else (candidate.method, str(candidate.format))
     if candidate.format is None and model.fixed:
         if model.made is None or model.measured is None:
@@ -263,16 +267,15 @@ def _timed(request: Requirements, option: Candidate, machine: MachineSpeed | Non
     from kbit.planner.speed import needed_attention, needed_kernels, predict_speed
 
     spec = option.model.spec
-    if request.gpu is not None:
-        return replace(option, speed=_gpu_speed(request, option))
+    if request.gpu is not None:  # (an encoder's is not bound by the bandwidth, which is all that is known there)
+        return option if option.model.encodes else replace(option, speed=_gpu_speed(request, option))
     if machine is None or rates is None:
         return option
     if request.min_speed is not None:  # narrower caches may be needed
         machine = rates(needed_kernels(option.weights, spec.tied_embeddings), needed_attention(spec, option.kv))
+    context = option.model.tokens(request.context)
     try:
-        return replace(
-            option, speed=predict_speed(spec, option.weights, machine, context=request.context, kv=option.kv)
-        )
+        return replace(option, speed=predict_speed(spec, option.weights, machine, context=context, kv=option.kv))
     except KbitError:  # a narrower cache that nobody asked the speed of
         return option
 
@@ -359,7 +362,11 @@ def _notes(
             f"a cache of {widths} bits loses something too, which is not in the losses here: kbit eval MODEL --kv-bits "
             f"{narrow[-1]} --reference MODEL"
         )
-    if any(candidate.known_quality is None for candidate in chosen):
+    if any(candidate.model.encodes for candidate in chosen):
+        notes.append(
+            "what bits cost an encoder is not predicted: kbit eval MODEL --tasks stsb --reference MODEL measures it"
+        )
+    if any(candidate.known_quality is None and not candidate.model.encodes for candidate in chosen):
         what = "no losses were measured" if laws is None or not laws.suites else "some losses are not known"
         notes.append(
             f"{what}: such models are ordered by a rule (the largest that fits at {RULE_BITS} bits or more; Dettmers "

@@ -21,7 +21,7 @@ from kbit.formats.quant_format import QuantFormat
 from kbit.formats.registry import parse_format
 from kbit.formats.trellis import TrellisFormat
 from kbit.host.errors import KbitError, UsageError
-from kbit.models.check import check_continues
+from kbit.models.check import check_continues, stored_spec
 from kbit.models.families import spec_from_config
 from kbit.models.spec import ModelSpec
 from kbit.planner.shapes import KNOWN_MODELS
@@ -39,10 +39,10 @@ from kbit.quantizers.settings import Nesting
 from kbit.scaling.points import Point
 
 _DTYPES = {"float16": "fp16", "bfloat16": "bf16", "float32": "fp32"}
-# Of models that read whole texts: their weights are all the memory that counts, and no speed of theirs was modelled.
+# Of encoder-decoders, whose two halves and beams were not modelled.
 _INSTEAD = (
-    "kbit plan weighs what keeps keys and values of a text: kbit quantize MODEL --bits 4 --dry-run prints what the "
-    "weights take at a width, and kbit eval what these bits cost (--tasks stsb, or --data PAIRS.tsv)"
+    "kbit plan knows decoders and encoders: kbit quantize MODEL --bits 4 --dry-run prints what the weights take at a "
+    "width, and kbit eval --data PAIRS.tsv what these bits cost"
 )
 
 
@@ -81,6 +81,15 @@ class PlanModel:
     file: str | None = None
     bits: int | None = None
     made: tuple[str, str] | None = None
+
+    @property
+    def encodes(self) -> bool:
+        """Whether it reads whole texts and goes on with none."""
+        return not self.spec.continues_text
+
+    def tokens(self, context: int) -> int:
+        """Tokens of a text to plan for where `context` are asked for: an encoder's are no more than it reads."""
+        return min(context, self.spec.context_length) if self.encodes else context
 
     @property
     def linear_parameters(self) -> int:
@@ -210,7 +219,8 @@ def _from_checkpoint(name: str, path: Path) -> PlanModel:
 
     with open_model(str(path)) as source:
         spec = spec_from_config(source.config, where=f"config of {source.path}")
-        check_continues(spec, str(source.path), _INSTEAD)
+        _check_planned(spec, str(source.path))
+        spec = stored_spec(source, spec)
         missing = [tensor for tensor in spec.expected_tensors() if tensor not in source.tensors]
         if missing:
             raise KbitError(f"{source.path}: {missing[0]} is missing; download the model again")
@@ -255,7 +265,7 @@ def _from_config(path: Path, name: str | None = None) -> PlanModel:
 
     config = read_json_object(path)
     spec = spec_from_config(config, where=str(path))
-    check_continues(spec, str(path), _INSTEAD)
+    _check_planned(spec, str(path))
     stored = config.get("torch_dtype", config.get("dtype"))
     dtype = _DTYPES.get(stored if isinstance(stored, str) else "", "bf16")
     weights = planned_weights(spec, dtype, embedding=dtype, head=dtype)
@@ -269,6 +279,15 @@ def _from_config(path: Path, name: str | None = None) -> PlanModel:
         tokenizer=digest,
         training_tokens=_training_tokens(path.parent),
     )
+
+
+def _check_planned(spec: ModelSpec, where: str) -> None:
+    """
+    Raises:
+        UnsupportedError: an encoder-decoder.
+    """
+    if spec.encoder is not None:
+        check_continues(spec, where, _INSTEAD)
 
 
 def _known(name: str) -> PlanModel:

@@ -178,20 +178,10 @@ def test_mistakes_are_named(kbit: Run, folders: dict[str, str], arguments: list[
 def test_other_commands_name_encoders(kbit: Run, folders: dict[str, str], tmp_path: Path) -> None:
     text = tmp_path / "text.txt"
     text.write_text("the cat sat on the mat .\n" * 50)
-    for command, said in (
-        (
-            ["scale", folders["fill"], "--bits", "4", "--data", str(text), "-o", str(tmp_path / "study")],
-            "compare by kbit eval",
-        ),
-        (
-            ["plan", folders["fill"], "--memory", "1GiB"],
-            "kbit quantize MODEL --bits 4 --dry-run prints what the weights",
-        ),
-    ):
-        code, _, err = kbit(*command)
-        assert code == 1
-        assert "does not go on with texts" in err
-        assert said in err
+    code, _, err = kbit("scale", folders["fill"], "--bits", "4", "--data", str(text), "-o", str(tmp_path / "study"))
+    assert code == 1
+    assert "does not go on with texts" in err
+    assert "compare by kbit eval" in err
     code, out, err = kbit("quantize", folders["fill"], "--bits", "4", "--dry-run")
     assert code == 0, err
     assert "bits per weight" in out + err
@@ -204,6 +194,20 @@ def test_other_commands_name_encoders(kbit: Run, folders: dict[str, str], tmp_pa
         code, _, err = kbit(*command)
         assert code == 1
         assert "predicts no next token" in err
+
+
+def test_plan_says_what_encoders_take(kbit: Run, folders: dict[str, str]) -> None:
+    code, out, err = kbit("plan", folders["fill"], "--memory", "1GiB", "--no-speed", "--json", "--bits", "4,8")
+    assert code == 0, err
+    plan = json.loads(out)
+    assert [row["kv"] for row in plan["choices"]] == ["fp32"] * 3
+    sizes = [row["memory"]["linear"] for row in plan["choices"]]
+    assert sizes == sorted(sizes, reverse=True)
+    assert "eval MODEL --tasks stsb" in " ".join(plan["notes"])
+    code, out, err = kbit("plan", folders["fill"], "--memory", "1GiB", "--no-speed")
+    assert "an encoder; memory and tokens/s are of texts of" in out
+    code, out, err = kbit("plan", folders["fill"], "--memory", "1KB", "--no-speed", "--json")
+    assert "needs" in json.loads(out)["rejected"][0]["why"]
 
 
 @pytest.mark.parametrize("method", ["rtn", "hqq", "gptq"])
