@@ -132,6 +132,27 @@ def layer_norm(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None,
     return F.layer_norm(x.float(), x.shape[-1:], weight.float(), None if bias is None else bias.float(), eps)
 
 
+def by_heads(x: torch.Tensor, weight: torch.Tensor, heads: int, first: int, backward: bool) -> torch.Tensor:
+    """`kbit.graph.ops.Ops.by_heads`: every head's features times its own rows of a matrix.
+
+    Args:
+        x: (..., H (first + K)); backward (..., H (first + N)).
+        weight: (H N, K).
+        heads: H.
+        first: features of a head before those that are multiplied; backward, they stay.
+        backward: x_h W_h, and not x_h W_h^T.
+
+    Returns:
+        (..., H N); backward (..., H (first + K)), float32.
+    """
+    of_heads = x.float().view(*x.shape[:-1], heads, -1)
+    before, x = of_heads[..., :first], of_heads[..., first:]
+    matrices = weight.float().view(heads, -1, weight.shape[-1])
+    if not backward:
+        return torch.einsum("...hk,hnk->...hn", x, matrices).flatten(-2)
+    return torch.cat([before, torch.einsum("...hn,hnk->...hk", x, matrices)], dim=-1).flatten(-2)
+
+
 def fit_heads(x: torch.Tensor, heads: int, head_dim: int, shared: torch.Tensor | None = None) -> torch.Tensor:
     """Every head as D features: what all share, then its own, cut or followed by zeros.
 

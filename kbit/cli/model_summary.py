@@ -43,6 +43,7 @@ def summarise(source: CheckpointSource) -> dict[str, Any]:
     from kbit.checkpoint.narrowed import widths_of
     from kbit.checkpoint.surplus import harmless
     from kbit.host.cpu import instruction_set
+    from kbit.models.latent import with_latents
     from kbit.quantizers.roles import roles_of
 
     spec, reason = _runnable(source)
@@ -73,6 +74,8 @@ def summarise(source: CheckpointSource) -> dict[str, Any]:
         "experts": None if spec is None or spec.experts is None else _experts(spec.experts),
         "recurrent_layers": 0 if spec is None else spec.layers - len(spec.attention_layers),
         "state_bytes": 0 if spec is None else spec.state_bytes,
+        "cache_bytes_per_token": None if spec is None or reason is not None else _cache_bytes(spec),
+        "keeps_latents": spec is not None and with_latents(spec).keeps_latents,
         "bits_per_weight": _bits(infos),
         "bits_per_weight_without_embeddings": _bits(inner),
         "tensor_bytes": sum(info.nbytes for info in infos),
@@ -135,6 +138,14 @@ def _without_gpu_kernel(spec: ModelSpec) -> str | None:
         return f"recurrent heads with keys of {max(keys)} features"
     odd = [dim for _, dim in spec.attention_sizes if not takes_heads(dim)]
     return f"heads of {odd[0]} features" if odd else None
+
+
+def _cache_bytes(spec: ModelSpec) -> int | None:
+    """Bytes that the CPU keeps of a token of text, in 16 bits; None where nothing is kept between passes."""
+    from kbit.graph.pages import PAGE
+    from kbit.planner.memory import cache_bytes
+
+    return cache_bytes(spec, PAGE) // PAGE if spec.continues_text else None
 
 
 def _attention(spec: ModelSpec) -> list[dict[str, int]]:
@@ -296,6 +307,13 @@ def print_model(summary: dict[str, Any], list_tensors: bool) -> None:
             f"{summary['recurrent_layers']} of {summary['layers']} layers, which keep {size(summary['state_bytes'])} "
             "of a text, whatever its length"
         )
+    if summary["cache_bytes_per_token"]:
+        what = (
+            "a vector of each layer, which keys and values are made of"
+            if summary["keeps_latents"]
+            else "keys and values"
+        )
+        lines["cache"] = f"{size(summary['cache_bytes_per_token'])} a token with 16 bits (--kv-bits), {what}"
     if summary["packed"]:
         lines["quantized by"] = "; ".join(
             f"{label}: {', '.join(f'{count} {_how_held(held)}' for held, count in counts.items())}"

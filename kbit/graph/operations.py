@@ -115,6 +115,18 @@ class FitHeads:
 
 
 @dataclass(frozen=True, eq=False)
+class ByHeads:
+    """out = every head's features of x, from `first` on, times its own rows of a matrix, or by their transpose."""
+
+    x: Symbol
+    weight: Weight
+    heads: int
+    first: int
+    backward: bool
+    out: Symbol
+
+
+@dataclass(frozen=True, eq=False)
 class SumParts:
     """out = the sum of every process's x, plus a bias."""
 
@@ -262,6 +274,7 @@ Operation = (
     | Columns
     | Rotate
     | FitHeads
+    | ByHeads
     | SumParts
     | Project
     | Attend

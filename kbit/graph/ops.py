@@ -97,6 +97,7 @@ class Attention:
         positions: how the dot products know positions: "rotary" (q and k turned), or "none" (the input has them).
         angles: with "rotary", the columns [first, stop) of the pass's rotary tables that turn q and k; None: all.
         soft_cap: c, scores s become c tanh(s / c) before the mask; None: they stay.
+        latent: values are the turned keys themselves, and kept once. One key/value head then serves all heads.
     """
 
     layer: int
@@ -110,6 +111,7 @@ class Attention:
     positions: Literal["rotary", "none"] = "rotary"
     angles: tuple[int, int] | None = None
     soft_cap: float | None = None
+    latent: bool = False
 
     def __post_init__(self) -> None:
         if self.window is not None and self.mask not in ("causal", "bidirectional"):
@@ -217,6 +219,21 @@ class Ops(Protocol[X]):
             shared: (..., S), what all heads begin with, before their own.
         """
 
+    def by_heads(self, weight: Weight, x: X, heads: int, first: int, *, backward: bool) -> X:
+        """Every head's features times its own rows of a matrix, W_h (N, K) of H such: what latent attention has in
+        place of keys and values of every head.
+
+        Args:
+            weight: (H N, K).
+            x: (..., H (first + K)); backward (..., H (first + N)).
+            heads: H.
+            first: features of a head before those that are multiplied.
+            backward: with W_h and not its transpose; the first features then stay in front.
+
+        Returns:
+            (..., H N), x_h W_h^T; backward (..., H (first + K)), the first features and x_h W_h.
+        """
+
     def linear(self, weight: Weight, x: X, bias: Vector | None = None) -> X:
         """x W^T + b: x (..., K) -> (..., N)."""
 
@@ -248,7 +265,7 @@ class Ops(Protocol[X]):
             q: (..., H D).
             k: (..., H_kv D); None: keys and values are those that an earlier attention of the pass has written for the
                 same layer (`Attention.layer`).
-            v: (..., H_kv D); None with k.
+            v: (..., H_kv D); None with k; k itself where `attention.latent`.
             attention: sizes, scale, mask and window.
             key_bias: (H_kv D), what k has from its projection's bias. A cache of codes may store keys without it.
             sinks: (H,), a score of each head that stands in the softmax's sum beside those of keys, and has no value.
@@ -422,6 +439,11 @@ class Backend(Protocol):
         """A short name for reports, for example "reference"."""
 
     @property
+    def keeps_latents(self) -> bool:
+        """Whether its caches keep latent vectors in place of the keys and values made of them, where a model's sizes
+        allow it (`kbit.models.latent.compressed`)."""
+
+    @property
     def device(self) -> torch.device:
         """Where token ids and lengths live."""
 
@@ -442,10 +464,21 @@ class Backend(Protocol):
     def prepare_vector(self, vector: torch.Tensor) -> Vector:
         """A norm's weight or a bias (N,), in this backend's type and on its device."""
 
-    def new_pool(self, layers: int, kv_heads: PerLayer, head_dim: PerLayer, pages: int) -> PagePool:
-        """Pages for keys and values, all free. Layers may have different heads."""
+    def new_pool(
+        self, layers: int, kv_heads: PerLayer, head_dim: PerLayer, pages: int, *, latent: bool = False
+    ) -> PagePool:
+        """Pages for keys and values, all free. Layers may have different heads.
 
-    def new_cache(self, layers: int, batch: int, kv_heads: PerLayer, head_dim: PerLayer, capacity: int) -> Cache:
+        Args:
+            latent: keys are the values, too, and kept once (`Attention.latent`).
+
+        Raises:
+            UnsupportedError: heads, or latents, that this backend's pages cannot hold.
+        """
+
+    def new_cache(
+        self, layers: int, batch: int, kv_heads: PerLayer, head_dim: PerLayer, capacity: int, *, latent: bool = False
+    ) -> Cache:
         """An empty cache with room for `capacity` tokens per row, in a pool of its own."""
 
     def new_states(self, specs: Sequence[StateSpec], slots: int) -> PagePool:

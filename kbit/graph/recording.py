@@ -15,6 +15,7 @@ from kbit.graph.operations import (
     Activate,
     Add,
     Attend,
+    ByHeads,
     Columns,
     Convolve,
     CrossAttend,
@@ -134,6 +135,14 @@ class Recorder:
         self.operations.append(FitHeads(x, heads, out, shared))
         return out
 
+    def by_heads(self, weight: Weight, x: Symbol, heads: int, first: int, *, backward: bool) -> Symbol:
+        rows, columns = weight.shape[0] // heads, weight.shape[1]
+        _expect("the matrix of a product by heads", weight.shape[0], rows * heads)
+        _expect("the input of a product by heads", x.width, heads * (first + (rows if backward else columns)))
+        out = Symbol(heads * (first + columns if backward else rows))
+        self.operations.append(ByHeads(x, weight, heads, first, backward, out))
+        return out
+
     def linear(self, weight: Weight, x: Symbol, bias: Vector | None = None) -> Symbol:
         return self._project((weight,), x, (bias,))[0]
 
@@ -162,6 +171,8 @@ class Recorder:
     ) -> Symbol:
         check_source(attention, "self")
         _expect("queries", q.width, attention.heads * attention.head_dim)
+        if attention.latent and (k is None or v is not k):
+            raise ValueError("the values of latent attention are its keys")
         if k is None or v is None:
             self._expect_written(k, v, attention, key_bias)
         else:

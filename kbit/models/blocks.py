@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from kbit.graph.experts import Experts, Mixture
 from kbit.graph.ops import Attention, Ops, Vector, Weight, X
-from kbit.models.latent import latent_heads, latent_values
+from kbit.models.latent import latent_heads, latent_queries, latent_values
 from kbit.models.mixers import convolved, scaled, scanned, together
 from kbit.models.params import CROSS_KV, attention_inputs, expert_slots, gate_up, shared_inputs
 from kbit.models.spec import SQUARED, ModelSpec
@@ -126,7 +126,6 @@ def _parallel(ops: Ops[X], spec: ModelSpec, weights: Weights, index: int, x: X, 
 
 def _attended(ops: Ops[X], spec: ModelSpec, weights: Weights, index: int, normed: X, by_distance: Vector | None) -> X:
     """Attention, but for its last linear: (..., hidden) -> (..., H D_v)."""
-    shape = spec.shape(index)
     gate: X | None = None
     k: X | None
     v: X | None
@@ -139,17 +138,21 @@ def _attended(ops: Ops[X], spec: ModelSpec, weights: Weights, index: int, normed
     q, k, turns = _positioned(ops, spec, weights, index, q, k)
     if v is not None and "v_norm" in weights.norms:
         v = ops.norm(v, weights.norms["v_norm"], spec.norm_eps)
+    if spec.keeps_latents:
+        q = latent_queries(ops, spec, weights, q)
+    kv_heads, head_dim = spec.cache_size(index)
     described = Attention(
         layer=spec.cache_layer(index),
         heads=spec.heads,
-        kv_heads=shape.kv_heads,
-        head_dim=shape.head_dim,
+        kv_heads=kv_heads,
+        head_dim=head_dim,
         scale=spec.attention_scale,
         window=spec.windows[index],
         mask=spec.mask,
         positions="none" if turns is None else "rotary",
         angles=turns if spec.several_rotations else None,
         soft_cap=spec.score_cap,
+        latent=spec.keeps_latents,
     )
     # What a norm has scaled is no constant part of keys; and where angles depend on the length of the text, or are
     # several, a bias that turned with other angles could not be put back.
@@ -161,7 +164,7 @@ def _attended(ops: Ops[X], spec: ModelSpec, weights: Weights, index: int, normed
     key_bias = weights.biases.get("k") if constant else None
     seen = ops.self_attention(q, k, v, described, key_bias, sinks, weights.biases.get("distances", by_distance))
     seen = seen if gate is None else ops.sigmoid_gate(seen, gate)
-    return seen if spec.latent is None else latent_values(ops, spec, spec.latent, seen)
+    return seen if spec.latent is None else latent_values(ops, spec, spec.latent, weights, seen)
 
 
 def _recurrent(ops: Ops[X], spec: ModelSpec, weights: Weights, index: int, normed: X) -> tuple[str, X]:

@@ -116,7 +116,8 @@ class Decoder:
     def new_cache(self, batch: int, capacity: int) -> Cache:
         """An empty cache for `batch` sequences of at most `capacity` tokens each."""
         spec = self.spec
-        cache = self.backend.new_cache(spec.cache_layers, batch, *spec.cache_heads, capacity)
+        latent = spec.keeps_latents
+        cache = self.backend.new_cache(spec.cache_layers, batch, *spec.cache_heads, capacity, latent=latent)
         if spec.states:
             cache.pool.states = self.backend.new_states(spec.states, 2 * batch)  # before and after a pass
         return cache
@@ -129,7 +130,7 @@ class Decoder:
             sequences: of a recurrent model, sequences whose states there is to be room for, before and after a pass.
         """
         spec = self.spec
-        pool = self.backend.new_pool(spec.cache_layers, *spec.cache_heads, pages)
+        pool = self.backend.new_pool(spec.cache_layers, *spec.cache_heads, pages, latent=spec.keeps_latents)
         if spec.states:
             pool.states = self.backend.new_states(spec.states, 2 * sequences)
         return pool

@@ -15,6 +15,7 @@ from kbit.models.blocks import Weights
 from kbit.models.check import check_tensors
 from kbit.models.decoder import Decoder, DecoderWeights
 from kbit.models.families import spec_from_config
+from kbit.models.latent import compressed
 from kbit.models.params import OUTSIDE, Parameter, own_parameters, parameters, weightless_norms
 from kbit.models.spec import ModelSpec
 
@@ -70,9 +71,11 @@ def check_loadable(source: CheckpointSource, backend: Backend, spec: ModelSpec |
     spec = spec or published
     # (A head that is not wanted may be there, or, as in all-mpnet-base-v2, may not.)
     ignored = () if spec == published else (*published.expected_tensors(), f"{spec.names.head}.weight")
+    spec = compressed(spec, backend)
     read_data = not isinstance(source, HoldsPrepared)  # else compared when prepared
     check_tensors(source, spec, read_data=read_data, ignored=ignored)
-    backend.new_cache(spec.cache_layers, 1, *spec.cache_heads, 1)  # refuses now what it would refuse once all is read
+    # Refuses now what it would refuse once all is read.
+    backend.new_cache(spec.cache_layers, 1, *spec.cache_heads, 1, latent=spec.keeps_latents)
     if spec.states:
         backend.new_states(spec.states, 1)
     return spec

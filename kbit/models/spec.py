@@ -66,19 +66,22 @@ class LatentSpec:
 
     A head's queries and keys have `ModelSpec.head_dim` features. The first of them, as many as turn, are the same in
     the keys of all heads (`TensorNames.k_shared` makes them); the others, and values, are made of the latent vector.
-    The cache holds them as they are attended to, values filled up with zeros.
+    The cache holds that vector and those features, or (`expanded`) what every head attends to, keys and values, these
+    filled up with zeros.
 
     Attributes:
         rank: features of that vector, which `TensorNames.kv_a` makes.
         query_rank: of another one (`TensorNames.q_a`), of which queries are made; 0: of the residual stream.
         value_dim: features of a head's values, at most head_dim.
         eps: epsilon of both vectors' norms.
+        expanded: what the cache holds; see `kbit.models.latent.compressed`.
     """
 
     rank: int
     query_rank: int
     value_dim: int
     eps: float
+    expanded: bool = True
 
 
 @dataclass(frozen=True)
@@ -362,10 +365,29 @@ class ModelSpec:
     @property
     def cache_heads(self) -> tuple[PerLayer, PerLayer]:
         """H_kv and D of the layers whose keys and values are kept, as pools of pages take them."""
+        if self.keeps_latents:
+            return self.cache_sizes[0]
         if not self.shapes:
             return self.kv_heads, self.head_dim
         kept = self.shapes[: self.cache_layers]
         return tuple(shape.kv_heads for shape in kept), tuple(shape.head_dim for shape in kept)
+
+    @property
+    def keeps_latents(self) -> bool:
+        """Whether the cache holds latent vectors: one head of keys, which are values, too."""
+        return self.latent is not None and not self.latent.expanded
+
+    @property
+    def cache_sizes(self) -> tuple[tuple[int, int], ...]:
+        """(H_kv, D) of what is attended to, each kind once."""
+        if self.latent is None or self.latent.expanded:
+            return self.attention_sizes
+        return ((1, self.rope.dim + self.latent.rank),)
+
+    def cache_size(self, layer: int) -> tuple[int, int]:
+        """(H_kv, D) of what a layer attends to."""
+        shape = self.shape(layer)
+        return self.cache_sizes[0] if self.keeps_latents else (shape.kv_heads, shape.head_dim)
 
     @property
     def attention_sizes(self) -> tuple[tuple[int, int], ...]:

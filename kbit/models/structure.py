@@ -15,6 +15,7 @@ from kbit.graph.operations import (
     Activate,
     Add,
     Attend,
+    ByHeads,
     Columns,
     Convolve,
     CrossAttend,
@@ -116,6 +117,8 @@ class Structure:
                 continue  # of features of all layers, which nothing multiplies
             elif isinstance(operation, Norm | SumParts | Scale | SoftCap | Rotate | FitHeads | SigmoidGate):
                 made[operation.out] = made[operation.x]
+            elif isinstance(operation, ByHeads):
+                made[operation.out] = _name(operation.weight)
             elif isinstance(operation, Add | Multiply):
                 made[operation.out] = made[operation.y]
             elif isinstance(operation, Attend):

@@ -42,6 +42,8 @@ CACHED_BYTES = 4 << 20
 SECONDS, REPEATS = 0.12, 5
 _TOKENS = 1024  # slots that attention is timed with
 _ATTENTION_BYTES = 64 << 20  # the most that a cache is filled with
+# Before the cache kind of attention whose keys are its values.
+LATENT = "latent-"
 _TINY = {
     "model_type": "llama",
     "vocab_size": 16,
@@ -209,19 +211,20 @@ class Timer:
 
     def attention(self, kind: str, head_dim: int, group: int) -> AttentionRate:
         """What attention takes: cache kind, features of a head, query heads per key/value head."""
-        kv_heads = 2
-        page_bytes = _native.kv_page_bytes(1, kv_heads, head_dim, kind)
+        latent = kind.startswith(LATENT)
+        kind, kv_heads = kind.removeprefix(LATENT), 1 if latent else 2
+        page_bytes = _native.kv_page_bytes(1, kv_heads, head_dim, kind, latent)
         layer_bytes = pages_for(_TOKENS) * page_bytes
         slots = kv_heads * _TOKENS
         layers = max(2, min(self.memory_bytes, _ATTENTION_BYTES) // layer_bytes)
         times: dict[int, float] = {}
         begin = later = 0.0
         for count in (1, layers):
-            cache = _one_sequence(count, kv_heads, head_dim, kind, _TOKENS + PASS_ROWS)
-            write = self._attentions(count, kv_heads, head_dim, group, 1)
+            cache = _one_sequence(count, kv_heads, head_dim, kind, _TOKENS + PASS_ROWS, latent)
+            write = self._attentions(count, kv_heads, head_dim, group, 1, latent)
             for start in range(0, _TOKENS, PASS_ROWS):  # what was never written is a page of zeros, always in cache
                 _passes(write, PASS_ROWS, cache, start)()
-            program = self._attentions(count, kv_heads, head_dim, group, None)
+            program = self._attentions(count, kv_heads, head_dim, group, None, latent)
             full = _seconds(_passes(program, 1, cache, _TOKENS - 1))[0]
             times[count] = max(full - _seconds(_passes(program, 1, cache))[0], 0.0) / count / slots
             if count == 1:
@@ -265,7 +268,9 @@ class Timer:
         program.finish(out)
         return _Recorded(program, rows)
 
-    def _attentions(self, layers: int, kv_heads: int, dim: int, group: int, window: int | None) -> _Recorded:
+    def _attentions(
+        self, layers: int, kv_heads: int, dim: int, group: int, window: int | None, latent: bool
+    ) -> _Recorded:
         """The same attention in every layer."""
         program = _native.Program(self.context, self.compute)
         q, k, v, out = (
@@ -278,7 +283,9 @@ class Timer:
         least = _matrix(QuantFormat("int", 4), self.context, 16, dim * kv_heads)
         program.matmul(k, [least], [None], [program.buffer(16)], None, 0.0, None, None)
         for layer in range(layers):
-            program.attend(q, k, v, out, layer, kv_heads * group, kv_heads, dim, dim**-0.5, window)
+            heads = kv_heads * group
+            values = k if latent else v
+            program.attend(q, k, values, out, layer, heads, kv_heads, dim, dim**-0.5, window, latent=latent)
         program.finish(out)
         return _Recorded(program, dim * kv_heads * group)
 
@@ -317,9 +324,9 @@ class _Sequence:
     table: NDArray[np.int32]
 
 
-def _one_sequence(layers: int, kv_heads: int, head_dim: int, kind: str, tokens: int) -> _Sequence:
+def _one_sequence(layers: int, kv_heads: int, head_dim: int, kind: str, tokens: int, latent: bool = False) -> _Sequence:
     count = pages_for(tokens)
-    pages = _native.KVPages(layers, kv_heads, head_dim, kind, count)
+    pages = _native.KVPages(layers, kv_heads, head_dim, kind, count, latent)
     return _Sequence(pages, np.arange(count, dtype=np.int32)[None])
 
 

@@ -30,6 +30,7 @@ from kbit.formats.quant_format import QuantFormat
 from kbit.formats.trellis import TrellisFormat
 from kbit.graph.pages import pages_for
 from kbit.host.errors import UnsupportedError, UsageError
+from kbit.models.latent import with_latents
 from kbit.models.params import weightless_norms
 from kbit.models.spec import ModelSpec
 from kbit.planner.weights import DENSE_BYTES, Weight
@@ -147,7 +148,12 @@ def predict_memory(
         tokenizer += _GGUF_TOKEN_BYTES * spec.vocab_size
         reused += _GGUF_REUSED * _GGUF_TOKEN_BYTES * spec.vocab_size
     kept = tokenizer - int(reused)
-    rows = min((prompt or context) * batch, context * batch, PASS_ROWS)
+    # A text whose tokens all see each other goes through at once.
+    rows = (
+        context * batch
+        if spec.mask == "bidirectional"
+        else min((prompt or context) * batch, context * batch, PASS_ROWS)
+    )
     if backend == "native":
         workspace = program_bytes(spec, weights, rows, compute, threads, resident=True)
         workspace = max(workspace + _attention_bytes(spec, context, threads), leftover)
@@ -195,6 +201,11 @@ def prepared_bytes(weight: Weight, backend: str = "native") -> int:
     return _native.matrix_bytes(weight.rows, weight.columns, kept.bits, kept.block_size, kind, kept.asymmetric)
 
 
+def as_run(spec: ModelSpec, backend: str) -> ModelSpec:
+    """The model as a backend runs it: the native one keeps latent vectors where it can."""
+    return with_latents(spec) if backend == "native" else spec
+
+
 def cache_bytes(spec: ModelSpec, context: int, batch: int = 1, kv: str = "fp16", backend: str = "native") -> int:
     """Bytes of a key/value cache with room for `context` tokens in each of `batch` rows: its `nbytes`.
 
@@ -203,7 +214,8 @@ def cache_bytes(spec: ModelSpec, context: int, batch: int = 1, kv: str = "fp16",
     """
     if kv not in KV_KINDS or (kv == "fp32" and backend != "native"):
         raise UnsupportedError(f"a KV cache of {kv}: the {backend} backend has 16-bit floats and 8, 4, 3 or 2 bits")
-    uneven = next((dim for _, dim in spec.attention_sizes if dim % 16), None)
+    spec = as_run(spec, backend)
+    uneven = next((dim for _, dim in spec.cache_sizes if dim % 16), None)
     if kv.isdigit() and uneven:
         raise UnsupportedError(
             f"a KV cache of {kv} bits: heads of {uneven} features are not a multiple of 16; use 16 bits"
@@ -214,12 +226,13 @@ def cache_bytes(spec: ModelSpec, context: int, batch: int = 1, kv: str = "fp16",
 
 def page_bytes(spec: ModelSpec, layer: int, kv: str, backend: str) -> int:
     """Bytes of one layer's part of a page."""
-    shape = spec.shape(layer)
+    spec = as_run(spec, backend)
+    heads, dim = spec.cache_size(layer)
     if backend == "native":
-        return _native.kv_page_bytes(1, shape.kv_heads, shape.head_dim, kv)
+        return _native.kv_page_bytes(1, heads, dim, kv, spec.keeps_latents)
     from kbit.kernels.triton.attention.kv_layout import KVFormat
 
-    return shape.kv_heads * 2 * KVFormat(kv, shape.head_dim).page_bytes
+    return heads * 2 * KVFormat(kv, dim).page_bytes
 
 
 def program_bytes(
@@ -230,14 +243,19 @@ def program_bytes(
     Args:
         resident: only what such passes touch; memory that is never written costs nothing.
     """
+    spec = as_run(spec, "native")
     hidden, experts = spec.hidden_size, spec.experts
-    queries = spec.heads * max(dim for _, dim in spec.attention_sizes)
+    queries = spec.heads * (spec.value_dim if spec.latent is not None else max(dim for _, dim in spec.attention_sizes))
     buffers = sum(4 * rows * _up(width, _native.TILE_COLUMNS) for width in _buffer_widths(spec))
     latent = spec.latent
-    ranks = () if latent is None else (latent.rank, latent.query_rank)
+    ranks = () if latent is None else (latent.rank if latent.expanded else 0, latent.query_rank)
     recurred = max((net.inner_width for net in spec.recurrent), default=0)
     widest = _up(max(hidden, queries, recurred, *ranks, *spec.inner_widths), _native.TILE_COLUMNS)
     shared_numbers = rows * widest
+    if latent is not None and not latent.expanded:  # what attention made of latents, head by head
+        by_heads = rows * spec.heads * _up(latent.rank, _native.TILE_COLUMNS)
+        shared_numbers = max(shared_numbers, by_heads)
+        buffers += 4 * by_heads
     if experts is not None:  # rows of a token and each of its experts, ready to be multiplied, and inside the experts
         inside, outside = (_up(width, _native.TILE_COLUMNS) for width in (experts.width, hidden))
         pairs = rows * experts.routing.chosen
@@ -307,8 +325,8 @@ def _buffer_widths(spec: ModelSpec) -> tuple[int, ...]:
 
 def _attention_bytes(spec: ModelSpec, context: int, threads: int) -> int:
     """Scratch of attention and, with threads, of chunks that wait."""
-    total = 0
-    for count, dim in spec.attention_sizes:  # each has a plan, and memory, of its own
+    total, spec = 0, as_run(spec, "native")
+    for count, dim in spec.cache_sizes:  # each has a plan, and memory, of its own
         rows, padded = max(48, 16 * (spec.heads // count)), _up(dim, 16)
         waiting = 4 * spec.heads * ceil(context / _native.ATTENTION_CHUNK) * (padded + 2) if threads > 1 else 0
         total += threads * _native.attention_task_bytes(rows, dim) + waiting

@@ -18,9 +18,9 @@ from kbit.backends.cpu.runner import PASS_ROWS
 from kbit.graph.pages import PAGE
 from kbit.host.errors import KbitError
 from kbit.models.spec import ModelSpec
-from kbit.planner.kernel_timing import AttentionRate, KernelRate, kernel_key
+from kbit.planner.kernel_timing import LATENT, AttentionRate, KernelRate, kernel_key
 from kbit.planner.machine import MachineSpeed, attention_key
-from kbit.planner.memory import page_bytes, prepared_bytes
+from kbit.planner.memory import as_run, page_bytes, prepared_bytes
 from kbit.planner.weights import Weight
 
 # What predictions are off by, as a fraction (benchmarks/test_plan.py prints it).
@@ -60,7 +60,8 @@ def needed_kernels(weights: Sequence[Weight], tied: bool) -> list[str]:
 
 def needed_attention(spec: ModelSpec, kv: str) -> list[tuple[str, int, int]]:
     """The attention shapes of a model: cache kind, features of a head, query heads per key/value head."""
-    return [(kv, dim, spec.heads // count) for count, dim in spec.attention_sizes]
+    spec = as_run(spec, "native")
+    return [(_kept(spec, kv), dim, spec.heads // count) for count, dim in spec.cache_sizes]
 
 
 def predict_speed(
@@ -79,6 +80,8 @@ def predict_speed(
         KbitError: a rate that was not measured.
     """
     multiplied = _multiplied(weights, spec.tied_embeddings)
+    if not spec.continues_text:
+        return _encoding_speed(spec, multiplied, machine, context, kv)
     full, best, worst = (
         _decode_seconds(spec, multiplied, machine, kv, context, crowding)
         for crowding in (_CROWDING, _LEAST_CROWDING, _MOST_CROWDING)
@@ -94,6 +97,16 @@ def predict_speed(
         prefill=prefill,
         bytes_per_token=bytes_per_token(spec, weights, context, kv),
     )
+
+
+def _encoding_speed(
+    spec: ModelSpec, weights: Sequence[Weight], machine: MachineSpeed, tokens: int, kv: str
+) -> SpeedEstimate:
+    """What an encoder makes: tokens per second of a text of so many, whose weights are read once for all."""
+    rate = tokens / prompt_seconds(spec, weights, machine, tokens, kv)
+    error = 1 + max(TYPICAL_ERROR, max(_kernel(machine, weight).spread for weight in weights))
+    read = sum(weight.active * prepared_bytes(weight) for weight in weights)
+    return SpeedEstimate(rate, rate / error, rate * error, rate, rate, round(read / tokens))
 
 
 def prompt_seconds(spec: ModelSpec, weights: Sequence[Weight], machine: MachineSpeed, tokens: int, kv: str) -> float:
@@ -115,7 +128,9 @@ def prompt_seconds(spec: ModelSpec, weights: Sequence[Weight], machine: MachineS
     for layer, window in enumerate(spec.windows):
         rate = _attention(machine, kv, spec, layer)
         seen = step * sum(_seen(window, position + step // 2) for position in range(0, tokens, step))
-        seconds += spec.shape(layer).kv_heads * (rate.prompt * seen + rate.row * tokens)
+        if spec.mask == "bidirectional":
+            seen = tokens * _seen(None if window is None else 2 * window - 1, tokens)
+        seconds += as_run(spec, "native").cache_size(layer)[0] * (rate.prompt * seen + rate.row * tokens)
     return seconds
 
 
@@ -132,8 +147,9 @@ def _decode_seconds(
     spec: ModelSpec, weights: Sequence[Weight], machine: MachineSpeed, kv: str, context: int, crowding: float
 ) -> float:
     """Seconds of one token with `context` tokens in the cache."""
+    spec = as_run(spec, "native")
     attended = [
-        (_attention(machine, kv, spec, layer), spec.shape(layer).kv_heads * _seen(spec.windows[layer], context))
+        (_attention(machine, kv, spec, layer), spec.cache_size(layer)[0] * _seen(spec.windows[layer], context))
         for layer in spec.attention_layers
     ]
     read = sum(weight.active * prepared_bytes(weight) for weight in weights) + 2 * spec.state_bytes
@@ -149,6 +165,11 @@ def _decode_seconds(
     features = 2 * spec.layers * spec.hidden_size + queries + 2 * spec.inner_features
     seconds += over.column * (features + spec.hidden_size)
     return seconds + sum(slots * (rate.cached + share * (rate.memory - rate.cached)) for rate, slots in attended)
+
+
+def _kept(spec: ModelSpec, kv: str) -> str:
+    """The cache kind of an attention shape (`LATENT`)."""
+    return f"{LATENT}{kv}" if spec.keeps_latents else kv
 
 
 def _seen(window: int | None, context: int) -> int:
@@ -170,8 +191,9 @@ def _kernel(machine: MachineSpeed, weight: Weight) -> KernelRate:
 
 
 def _attention(machine: MachineSpeed, kv: str, spec: ModelSpec, layer: int) -> AttentionRate:
-    shape = spec.shape(layer)
-    key = attention_key(kv, shape.head_dim, spec.heads // shape.kv_heads)
+    spec = as_run(spec, "native")
+    heads, dim = spec.cache_size(layer)
+    key = attention_key(_kept(spec, kv), dim, spec.heads // heads)
     if key not in machine.attention:
         raise KbitError(f"attention {key} has not been timed on this machine")
     return machine.attention[key]

@@ -8,10 +8,11 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import encoder_cases
 import numpy as np
 import pytest
 import torch
-from decoder_cases import tiny_config
+from decoder_cases import DictSource, tame_tensors, tiny_config
 
 from kbit import _native
 from kbit.backends.cpu.backend import NativeBackend
@@ -22,9 +23,11 @@ from kbit.formats.blockwise import quantize_blockwise
 from kbit.formats.quant_format import QuantFormat
 from kbit.formats.registry import parse_format
 from kbit.formats.trellis import TrellisFormat
+from kbit.graph.batch import Batch
 from kbit.host.errors import UnsupportedError, UsageError
 from kbit.kernels.triton.attention.kv_layout import KVFormat, pages_for
 from kbit.kernels.triton.codecs.layout import prepare_weight
+from kbit.models.check import stored_spec
 from kbit.models.families import spec_from_config
 from kbit.models.load import load_decoder
 from kbit.models.opening import open_model as open_canonical
@@ -202,6 +205,43 @@ def test_programs_with_experts(published: Callable[[str], Path], name: str, comp
     assert program_bytes(spec, weights, rows, compute, 2) == native
     assert 0 < program_bytes(spec, weights, rows, compute, 2, resident=True) <= native
     assert predict_memory(spec, weights, context=rows, compute=compute).weights == decoder.weights.nbytes
+
+
+@pytest.mark.parametrize("rows", [1, 40])
+@pytest.mark.parametrize("compute", ["int8", "fp32"])
+def test_programs_with_latents(compute: str, rows: int) -> None:
+    """And their caches: one head of keys, and no values."""
+    sizes = {"kv_lora_rank": 208, "qk_nope_head_dim": 16, "qk_rope_head_dim": 16, "v_head_dim": 16}
+    config = {**tiny_config("deepseek-v2"), **sizes}
+    source = DictSource(config, tame_tensors(config))
+    spec = spec_from_config(config)
+    decoder = load_decoder(source, NativeBackend(2, compute=compute, isa="scalar"))
+    cache = decoder.new_cache(1, rows)
+    decoder.extend([1] * rows, cache)
+    weights = stored_weights(source, spec)
+    native = decoder._runner._program.nbytes  # type: ignore[attr-defined]
+    assert program_bytes(spec, weights, rows, compute, 2) == native
+    assert 0 < program_bytes(spec, weights, rows, compute, 2, resident=True) <= native
+    assert cache_bytes(spec, rows) == cache.nbytes == spec.layers * 64 * (208 + 16) * 2
+    assert cache_bytes(spec, rows, backend="triton") > cache.nbytes  # of every head
+
+
+@pytest.mark.parametrize("family", ["Bert", "ModernBert", "NomicBert"])
+def test_programs_of_encoders(tmp_path: Path, family: str) -> None:
+    """A text goes through at once, however long."""
+    folder = encoder_cases.saved(encoder_cases.model_of(family), tmp_path / "model")
+    with open_canonical(str(folder)) as source:
+        spec = stored_spec(source, spec_from_config(source.config))
+        decoder = load_decoder(source, NativeBackend(2, compute="int8", kv="fp32", isa="scalar"), spec=spec)
+        weights = stored_weights(source, spec)
+    ids = encoder_cases.ids_of(90)
+    cache = decoder.new_cache(1, 90)
+    decoder.run_hidden(Batch.of(ids, [0], "all"), cache)
+    native = decoder._runner._program.nbytes  # type: ignore[attr-defined]
+    assert program_bytes(spec, weights, 90, "int8", 2) == native
+    use = predict_memory(spec, weights, context=90, kv="fp32", threads=2)
+    assert use.cache == cache.nbytes
+    assert use.weights == decoder.weights.nbytes
 
 
 def test_weights_that_a_token_goes_through() -> None:

@@ -50,6 +50,7 @@ class NativeBackend:
     """
 
     name = "native"
+    keeps_latents = True
 
     def __init__(self, threads: int, *, compute: str = "int8", kv: str = "fp16", isa: str | None = None) -> None:
         try:
@@ -105,21 +106,30 @@ class NativeBackend:
         """`prepare_vector` without torch."""
         return np.ascontiguousarray(vector, dtype=np.float32)
 
-    def new_pool(self, layers: int, kv_heads: PerLayer, head_dim: PerLayer, pages: int) -> PagePool:
+    def new_pool(
+        self, layers: int, kv_heads: PerLayer, head_dim: PerLayer, pages: int, *, latent: bool = False
+    ) -> PagePool:
+        if latent and "," in self.kv:
+            raise UnsupportedError(
+                f"--kv-bits {self.kv}: this model's cache keeps the vectors that both keys and values are made of; "
+                "give one width"
+            )
         uneven = next((dim for dim in of_layers(head_dim, layers) if dim % 16), None)
         if not self.kv.startswith("fp") and uneven:
             raise UnsupportedError(
                 f"--kv-bits {self.kv}: this model's heads have {uneven} features, and codes need a multiple of 16; "
                 "use --kv-bits 16 or 32"
             )
-        return new_pool(layers, kv_heads, head_dim, self.kv, pages)
+        return new_pool(layers, kv_heads, head_dim, self.kv, pages, latent=latent)
 
     def new_states(self, specs: Sequence[StateSpec], slots: int) -> PagePool:
         return PagePool(StateStore(specs, slots))
 
-    def new_cache(self, layers: int, batch: int, kv_heads: PerLayer, head_dim: PerLayer, capacity: int) -> Cache:
+    def new_cache(
+        self, layers: int, batch: int, kv_heads: PerLayer, head_dim: PerLayer, capacity: int, *, latent: bool = False
+    ) -> Cache:
         check_size(batch, capacity)
-        pool = self.new_pool(layers, kv_heads, head_dim, batch * pages_for(capacity))
+        pool = self.new_pool(layers, kv_heads, head_dim, batch * pages_for(capacity), latent=latent)
         return Cache.alone(pool, batch, capacity)
 
     def bind(self, definition: Definition) -> NativeRunner:

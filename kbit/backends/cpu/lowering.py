@@ -26,6 +26,7 @@ from kbit.graph.operations import (
     Activate,
     Add,
     Attend,
+    ByHeads,
     Columns,
     Convolve,
     CrossAttend,
@@ -164,6 +165,9 @@ def _emit(program: Program, operation: Operation, at: dict[Symbol, int]) -> None
     elif isinstance(operation, FitHeads):
         shared = None if operation.shared is None else at[operation.shared]
         program.fit_heads(at[operation.x], shared, at[operation.out], operation.heads)
+    elif isinstance(operation, ByHeads):
+        matrix, out = native_matrix(operation.weight), at[operation.out]
+        program.by_heads(at[operation.x], matrix, out, operation.heads, operation.first, operation.backward)
     elif isinstance(operation, SumParts):
         raise ValueError("the sum over processes is of a product, and of one that nothing else reads")
     elif isinstance(operation, Attend):
@@ -185,6 +189,7 @@ def _emit(program: Program, operation: Operation, at: dict[Symbol, int]) -> None
             a.soft_cap or 0.0,
             _optional(operation.sinks),
             _optional(operation.by_distance),
+            a.latent,
         )
     elif isinstance(operation, StoreKeys):
         a = operation.attention

@@ -92,6 +92,9 @@ class RowOps:
     def fit_heads(self, x: torch.Tensor, heads: int, head_dim: int, shared: torch.Tensor | None = None) -> torch.Tensor:
         return reference.fit_heads(x, heads, head_dim, shared)
 
+    def by_heads(self, weight: Weight, x: torch.Tensor, heads: int, first: int, *, backward: bool) -> torch.Tensor:
+        return reference.by_heads(x, dequantized(weight), heads, first, backward)
+
     def linear_group(
         self, weights: Sequence[Weight], x: torch.Tensor, biases: Sequence[Vector | None]
     ) -> tuple[torch.Tensor, ...]:
@@ -230,7 +233,7 @@ class StepOps(RowOps):
         q = self._heads(q, attention, turned=True)
         if k is not None and v is not None:
             k, v = self._heads(k, attention, turned=True), self._heads(v, attention, turned=False)
-            self._pages.append(attention.layer, self._slots, k[0], v[0])
+            self._pages.append(attention.layer, self._slots, k[0], None if attention.latent else v[0])
         own = None if sinks is None else tensor_of(sinks)
         return self._attend(q, attention, self._pages, self._tables, self._batch.lengths, own, by_distance)
 
@@ -384,13 +387,16 @@ class ReferenceBackend:
         expand: dequantize quantized weights once, when they are prepared: fast, but 4 bytes a weight. False keeps them
             packed and dequantizes at every use: lean, and slow, since every token pays for it.
         group: the processes that share a model, if several do (`kbit.graph.ops.SplitBackend`).
+        keeps_latents: caches keep latent vectors, as other backends' do. False: the keys and values of every head,
+            which is what latent attention means.
     """
 
     name = "reference"
 
-    def __init__(self, *, expand: bool = True, group: Group | None = None) -> None:
+    def __init__(self, *, expand: bool = True, group: Group | None = None, keeps_latents: bool = False) -> None:
         self.expand = expand
         self.group = group
+        self.keeps_latents = keeps_latents
         self.device = torch.device("cpu")
 
     def describe(self) -> str:
@@ -399,7 +405,7 @@ class ReferenceBackend:
         return f"reference: torch on CPU, {torch.get_num_threads()} threads, fp32, quantized weights {held}{shared}"
 
     def split(self, group: Group) -> ReferenceBackend:
-        return ReferenceBackend(expand=self.expand, group=group)
+        return ReferenceBackend(expand=self.expand, group=group, keeps_latents=self.keeps_latents)
 
     def prepare(self, weight: torch.Tensor | QuantTensor, *, lookup: bool = False) -> ReferenceWeight:
         if isinstance(weight, QuantTensor):
@@ -409,15 +415,20 @@ class ReferenceBackend:
     def prepare_vector(self, vector: torch.Tensor) -> torch.Tensor:
         return vector.to(self.device, torch.float32).contiguous()
 
-    def new_pool(self, layers: int, kv_heads: PerLayer, head_dim: PerLayer, pages: int) -> PagePool:
-        return PagePool(ReferencePages(layers, kv_heads, head_dim, pages))
+    def new_pool(
+        self, layers: int, kv_heads: PerLayer, head_dim: PerLayer, pages: int, *, latent: bool = False
+    ) -> PagePool:
+        return PagePool(ReferencePages(layers, kv_heads, head_dim, pages, latent=latent))
 
     def new_states(self, specs: Sequence[StateSpec], slots: int) -> PagePool:
         return PagePool(StateStore(specs, slots))
 
-    def new_cache(self, layers: int, batch: int, kv_heads: PerLayer, head_dim: PerLayer, capacity: int) -> Cache:
+    def new_cache(
+        self, layers: int, batch: int, kv_heads: PerLayer, head_dim: PerLayer, capacity: int, *, latent: bool = False
+    ) -> Cache:
         check_size(batch, capacity)
-        return Cache.alone(self.new_pool(layers, kv_heads, head_dim, batch * pages_for(capacity)), batch, capacity)
+        pool = self.new_pool(layers, kv_heads, head_dim, batch * pages_for(capacity), latent=latent)
+        return Cache.alone(pool, batch, capacity)
 
     def bind(self, definition: Definition) -> ReferenceRunner:
         return ReferenceRunner(definition, self.group)
@@ -462,6 +473,12 @@ def _data(weight: Weight) -> torch.Tensor | QuantTensor:
     if not isinstance(weight, ReferenceWeight):
         raise TypeError(f"{type(weight).__name__} was prepared by another backend")
     return weight.data
+
+
+def dequantized(weight: Weight) -> torch.Tensor:
+    """A matrix that this backend prepared, as floats."""
+    data = _data(weight)
+    return data.dequantize() if isinstance(data, QuantTensor) else data
 
 
 def tensor_of(vector: Vector) -> torch.Tensor:

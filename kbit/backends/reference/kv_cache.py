@@ -15,14 +15,16 @@ class ReferencePages:
 
     Attributes:
         keys: per layer (P, H_kv, PAGE, D), rotated.
-        values: per layer (P, H_kv, PAGE, D).
+        values: per layer (P, H_kv, PAGE, D); of latents none, as keys are their values.
     """
 
-    def __init__(self, layers: int, kv_heads: PerLayer, head_dim: PerLayer, pages: int) -> None:
+    def __init__(
+        self, layers: int, kv_heads: PerLayer, head_dim: PerLayer, pages: int, *, latent: bool = False
+    ) -> None:
         heads = zip(of_layers(kv_heads, layers), of_layers(head_dim, layers), strict=True)
         shapes = [(pages, count, PAGE, dim) for count, dim in heads]
         self.keys = [torch.zeros(shape) for shape in shapes]
-        self.values = [torch.zeros(shape) for shape in shapes]
+        self.values = [] if latent else [torch.zeros(shape) for shape in shapes]
 
     @property
     def count(self) -> int:
@@ -46,17 +48,18 @@ class ReferencePages:
         for part in (*self.keys, *self.values):
             part[target] = part[source]
 
-    def append(self, layer: int, slots: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
+    def append(self, layer: int, slots: torch.Tensor, k: torch.Tensor, v: torch.Tensor | None) -> None:
         """Writes tokens into one layer.
 
         Args:
             layer: index of the layer.
             slots: int64 (R,), page * PAGE + place in the page.
             k: (R, H_kv, D), rotated.
-            v: (R, H_kv, D).
+            v: (R, H_kv, D), or None: keys are values.
         """
         self.keys[layer][slots // PAGE, :, slots % PAGE] = k
-        self.values[layer][slots // PAGE, :, slots % PAGE] = v
+        if v is not None:
+            self.values[layer][slots // PAGE, :, slots % PAGE] = v
 
     def read(self, layer: int, table: Sequence[int], length: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values of a sequence's first `length` tokens: (H_kv, length, D) each, a copy.
@@ -66,7 +69,8 @@ class ReferencePages:
         """
         used = torch.tensor(table[: pages_for(length)], dtype=torch.int64)
         keys, values = (
-            part[layer][used].transpose(0, 1).flatten(1, 2)[:, :length] for part in (self.keys, self.values)
+            part[layer][used].transpose(0, 1).flatten(1, 2)[:, :length]
+            for part in (self.keys, self.values or self.keys)
         )
         return keys, values
 

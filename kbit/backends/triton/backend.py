@@ -57,6 +57,7 @@ class TritonBackend:
     """
 
     name = "triton"
+    keeps_latents = False
 
     def __init__(
         self,
@@ -108,7 +109,11 @@ class TritonBackend:
     def prepare_vector(self, vector: torch.Tensor) -> torch.Tensor:
         return vector.to(self.device, torch.float32).contiguous()
 
-    def new_pool(self, layers: int, kv_heads: PerLayer, head_dim: PerLayer, pages: int) -> PagePool:
+    def new_pool(
+        self, layers: int, kv_heads: PerLayer, head_dim: PerLayer, pages: int, *, latent: bool = False
+    ) -> PagePool:
+        if latent:
+            raise UnsupportedError("the triton backend keeps the keys and values of every head, and no latent vectors")
         k_kind, _, v_kind = self.kv.partition(",")
         return PagePool(
             TritonPages(layers, kv_heads, head_dim, pages, k_kind=k_kind, v_kind=v_kind or k_kind, device=self.device)
@@ -117,7 +122,9 @@ class TritonBackend:
     def new_states(self, specs: Sequence[StateSpec], slots: int) -> PagePool:
         return PagePool(TritonStates(specs, slots, self.device))
 
-    def new_cache(self, layers: int, batch: int, kv_heads: PerLayer, head_dim: PerLayer, capacity: int) -> Cache:
+    def new_cache(
+        self, layers: int, batch: int, kv_heads: PerLayer, head_dim: PerLayer, capacity: int, *, latent: bool = False
+    ) -> Cache:
         check_size(batch, capacity)
         return Cache.alone(self.new_pool(layers, kv_heads, head_dim, batch * pages_for(capacity)), batch, capacity)
 

@@ -246,10 +246,11 @@ template <int R> void attend_tile(const TaskState& s, const Chunk& chunk, int64_
                  add,
                  {chunk.next_keys[0], chunk.next_keys[1]},
                  c.key_block};
+  const int64_t scale_stride = c.latent ? c.key_block : c.value_block;
   if (c.value_bits < 16) {  // the slots' scales go into the weights
     for (int b = first; b < last; ++b) {
       const uint16_t* scales = reinterpret_cast<const uint16_t*>(chunk.value_scales[b / kPageBlocks] +
-                                                                 b % kPageBlocks * c.value_block);
+                                                                 b % kPageBlocks * scale_stride);
       for (int g = 0; g < c.groups; ++g) {
         const Floats scale = load_half(scales + g * kSlots);
         for (int r = 0; r < R; ++r) {
@@ -305,11 +306,11 @@ Chunk open_chunk(const TaskState& s, const TaskMemory& memory, int64_t index, in
     chunk.keys[p] = keys;
     chunk.key_scales[p] = keys + c.key_codes;
     chunk.values[p] = values;
-    chunk.value_scales[p] = values + c.value_codes;
+    chunk.value_scales[p] = c.latent ? chunk.key_scales[p] : values + c.value_codes;
     chunk.next_keys[p] = page_at((index + 1) * kChunkPages + p);
   }
   const bool unpack_keys_too = c.key_bits < 8 || (c.key_bits == 8 && kLevelBias != 0) || (c.key_bits == 16 && !s.direct);
-  const bool unpack_values_too = c.value_bits != 32 && !s.direct;
+  const bool unpack_values_too = !c.latent && c.value_bits != 32 && !s.direct;
   if (unpack_keys_too) {
     chunk.key_stride = c.key_bits == 16 ? int64_t(64) * c.head_dim : int64_t(64) * ((c.head_dim / 4 + 7) / 8 * 8);
   }
@@ -327,6 +328,11 @@ Chunk open_chunk(const TaskState& s, const TaskMemory& memory, int64_t index, in
       unpack_values(c, static_cast<const uint8_t*>(chunk.values[p]), from, to, out + from * kSlots * c.padded);
       chunk.values[p] = out;
     }
+    if (c.latent) {
+      float* out = t.scratch + memory.values + int64_t(p) * kPage * c.padded;
+      unpack_latents(c, chunk.keys[p], chunk.key_stride, from, to, out + from * kSlots * c.padded);
+      chunk.values[p] = out;
+    }
   }
   return chunk;
 }
@@ -338,8 +344,9 @@ void attend(const AttentionTask& t) {
   const int64_t m = t.rows * group;
   const TaskMemory memory = kbit::task_memory(m, c.head_dim, c.padded, c.groups);
   float* scratch = t.scratch;
-  // One token's heads are few: its codes go straight into sums where groups are whole pairs of vectors.
-  const bool direct = t.rows == 1 && (c.key_bits >= 16 || c.group == 32);
+  // One token's heads are few: its codes go straight into sums where groups are whole pairs of vectors. (Those that share
+  // latents are many.)
+  const bool direct = t.rows == 1 && !c.latent && (c.key_bits >= 16 || c.group == 32);
   TaskState s{&t, &c, {}, direct, scratch + memory.weights, scratch + memory.scaled, scratch + memory.maxima,
               scratch + memory.sums, scratch + memory.outputs};
   s.queries = {scratch + memory.queries, reinterpret_cast<int8_t*>(scratch + memory.queries),

@@ -26,6 +26,7 @@ struct CacheView {
   int group;     // features that share a scale, and are rotated together; the padded head for floats
   int groups;
   int kv_heads;
+  bool latent;   // keys are all there is: values are the keys as they are kept, turned
   std::int64_t key_codes;    // codes (or floats) of one block of keys; its scales follow
   std::int64_t key_block;    // the whole block
   std::int64_t value_codes;
@@ -44,7 +45,7 @@ static inline std::uint8_t* values_of(const CacheView& c, std::uint8_t* keys) { 
 struct AttentionArgs {
   const float* q;  // (R, heads * D)
   const float* k;  // (R, kv_heads * D)
-  const float* v;
+  const float* v;  // not read where the cache has no values of its own
   float* out;  // (R, heads * D), none of the above
   std::int64_t q_stride, k_stride, v_stride, out_stride;  // floats per row
   std::int64_t rows;

@@ -287,6 +287,7 @@ void append(const AttentionArgs& a, const CacheView& c, int64_t first_row, int64
     }
     rotate_head(key, a, row, scratch);
     write_key(c, keys + block * c.key_block, slot, scratch, codes);
+    if (c.latent) continue;
     store(scratch + last, zero());
     copy_head(a.v + row * a.v_stride + int64_t(kv_head) * a.head_dim, a.head_dim, scratch);
     write_value(c, values + block * c.value_block, slot, scratch, codes);

@@ -3,6 +3,7 @@
 #pragma once
 
 #include "attention/attention_scores.h"
+#include "simd/transpose.h"
 
 namespace {
 
@@ -231,6 +232,36 @@ void unpack_values(const CacheView& c, const uint8_t* values, int64_t begin, int
       unpack_value_block<3>(block, c.padded, out);
     } else {
       unpack_value_block<2>(block, c.padded, out);
+    }
+  }
+}
+
+// The same of keys that are values, too: blocks [begin, end) of a page, which lie as scores want them from `keys` on,
+// `stride` bytes apart: floats (D, 16), or bytes (quads, 16, 4) that hold levels, plus kLevelBias, or codes of equal steps.
+void unpack_latents(const CacheView& c, const uint8_t* keys, int64_t stride, int64_t begin, int64_t end, float* out) {
+  const int dim = c.head_dim;
+  for (int64_t b = begin; b < end; ++b, out += kSlots * c.padded) {
+    const uint8_t* block = keys + b * stride;
+    if (c.key_bits >= 16) {
+      const float* from = reinterpret_cast<const float*>(block);
+      int d = 0;
+      for (; d + 16 <= dim; d += 16) transpose_16(from + d * kSlots, out + d, c.padded);
+      for (; d < dim; ++d) {
+        for (int slot = 0; slot < kSlots; ++slot) out[int64_t(slot) * c.padded + d] = from[d * kSlots + slot];
+      }
+      continue;
+    }
+    const bool levels = c.key_bits == 8 || c.key_bits == 4;
+    const Floats unit = broadcast(levels ? 1.0f : 2.0f);
+    const Floats offset = broadcast(levels ? float(-kLevelBias) : float(1 - (1 << c.key_bits)));
+    const bool is_signed = levels && kLevelBias == 0;
+    for (int d = 0; d < dim; d += 16) {
+      for (int slot = 0; slot < kSlots; ++slot) {
+        alignas(16) uint8_t bytes[16];
+        for (int quad = 0; quad < 4; ++quad) memcpy(bytes + 4 * quad, block + 16 * (d + 4 * quad) + 4 * slot, 4);
+        const Ints code = is_signed ? load_i8(reinterpret_cast<const int8_t*>(bytes)) : load_u8(bytes);
+        store(out + int64_t(slot) * c.padded + d, fma(to_float(code), unit, offset));
+      }
     }
   }
 }

@@ -63,8 +63,12 @@ std::int64_t key_code_bytes(std::int64_t head_dim, int bits) {
 }
 
 // Everything of a view but the pages themselves.
-CacheView describe(const std::string& kind, std::int64_t head_dim, std::int64_t kv_heads) {
+CacheView describe(const std::string& kind, const KVHeads& heads) {
   const auto [key_bits, value_bits] = bits_of(kind);
+  const std::int64_t head_dim = heads.dim, kv_heads = heads.count;
+  if (heads.latent && key_bits != value_bits) {
+    throw std::invalid_argument("a cache whose keys are its values has one width, not '" + kind + "'");
+  }
   if (kv_heads < 1 || head_dim < 1) throw std::invalid_argument("a cache needs at least 1 layer, head and feature");
   CacheView v{};
   v.key_bits = key_bits;
@@ -72,11 +76,12 @@ CacheView describe(const std::string& kind, std::int64_t head_dim, std::int64_t 
   v.head_dim = static_cast<int>(head_dim);
   v.padded = static_cast<int>(round_up(head_dim, 16));
   v.kv_heads = static_cast<int>(kv_heads);
+  v.latent = heads.latent;
   if (key_bits >= 16) {
     v.group = v.padded;
     v.groups = 1;
     v.key_codes = v.key_block = round_up(kSlots * head_dim * key_bits / 8, 64);
-    v.value_codes = v.value_block = kSlots * v.padded * value_bits / 8;
+    v.value_codes = v.value_block = heads.latent ? 0 : kSlots * v.padded * value_bits / 8;
     v.strip = kPageBlocks * (v.key_block + v.value_block);
     return v;
   }
@@ -91,6 +96,7 @@ CacheView describe(const std::string& kind, std::int64_t head_dim, std::int64_t 
   v.value_codes = round_up(head_dim * 2 * value_bits, 64);
   v.key_block = v.key_codes + scales;
   v.value_block = v.value_codes + scales;
+  if (heads.latent) v.value_codes = v.value_block = 0;
   v.strip = kPageBlocks * (v.key_block + v.value_block);
   return v;
 }
@@ -173,7 +179,7 @@ std::int64_t KVPages::page_bytes(const std::vector<KVHeads>& layers, const std::
   double total = 0;
   std::int64_t bytes = 0;
   for (const KVHeads& heads : layers) {
-    const CacheView view = describe(kind, heads.dim, heads.count);
+    const CacheView view = describe(kind, heads);
     total += static_cast<double>(heads.count) * static_cast<double>(view.strip);
     if (total > 1e18) throw std::bad_alloc();
     bytes += heads.count * view.strip;
@@ -186,7 +192,7 @@ KVPages::KVPages(const std::vector<KVHeads>& layers, const std::string& kind, st
   if (count < 1) throw std::invalid_argument("a cache needs at least 1 page, not " + std::to_string(count));
   std::int64_t offset = 0;
   for (const KVHeads& heads : layers) {
-    views_.push_back(describe(kind, heads.dim, heads.count));
+    views_.push_back(describe(kind, heads));
     views_.back().offset = offset;
     offset += heads.count * views_.back().strip;
   }
@@ -229,11 +235,12 @@ void KVPages::dequantize(std::int64_t layer, const std::int32_t* table, std::int
       const std::int64_t block = slot % kPage / kSlots;
       const int within = static_cast<int>(slot % kSlots);
       read_slot(c, strip + block * c.key_block, true, within, keys);
-      read_slot(c, values_of(c, strip) + block * c.value_block, false, within, values);
+      if (!c.latent) read_slot(c, values_of(c, strip) + block * c.value_block, false, within, values);
       if (c.key_bits < 16) {
         unrotate(c, keys);
-        unrotate(c, values);
+        if (!c.latent) unrotate(c, values);
       }
+      if (c.latent) std::copy(keys, keys + c.head_dim, values);
       keys += c.head_dim;
       values += c.head_dim;
     }

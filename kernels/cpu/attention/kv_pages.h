@@ -11,6 +11,8 @@
 //     floats  [16 slots][D up to a multiple of 16]
 //     codes   [D / 16][words][16 features]: a word (32 bits) of a lane holds consecutive slots; then scales as above
 //
+//   latent layers have keys alone, which are their values too: a strip ends where values would begin
+//
 //   codes of k bits lie in planes (3 bits: a plane of the low 2, then one of the top bit). A plane of width w keeps
 //     keys:    in bits f w .. of vector v (64 bytes), the codes of quad v (8 / w) + f: a slot owns whole bytes
 //     values:  in bits s w .. of a lane, the codes of slot s, 32 / w slots to a word (1 bit: words of 16 bits)
@@ -32,13 +34,14 @@ namespace kbit {
 // The key/value heads of a layer, and the features of each.
 struct KVHeads {
   std::int64_t count, dim;
+  bool latent = false;  // keys are values, too, and kept once
 };
 
 class KVPages {
  public:
   // kind: "fp32", "fp16", "8", "4", "3" or "2" (bits), or two of these widths, "8,4": of keys and of values. Throws
-  // std::invalid_argument: a count below 1, an unknown kind, codes with a head_dim that is not a multiple of 16. Memory
-  // is taken from the system when a token is written. layers: the heads of each.
+  // std::invalid_argument: a count below 1, an unknown kind, codes with a head_dim that is not a multiple of 16, or of two
+  // widths where keys are values. Memory is taken from the system when a token is written. layers: the heads of each.
   KVPages(const std::vector<KVHeads>& layers, const std::string& kind, std::int64_t count);
   ~KVPages();
   KVPages(const KVPages&) = delete;

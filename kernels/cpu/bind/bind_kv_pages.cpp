@@ -47,7 +47,8 @@ std::int64_t of_layer(const PerLayer& numbers, std::int64_t layer) {
 }
 
 // The heads of every layer.
-std::vector<KVHeads> heads_of(std::int64_t layers, const PerLayer& kv_heads, const PerLayer& head_dim) {
+std::vector<KVHeads> heads_of(std::int64_t layers, const PerLayer& kv_heads, const PerLayer& head_dim,
+                              bool latent) {
   require(layers >= 1 && layers <= 1 << 20, "a cache needs at least 1 layer, head and feature");
   for (const PerLayer* numbers : {&kv_heads, &head_dim}) {
     const auto* each = std::get_if<std::vector<std::int64_t>>(numbers);
@@ -55,7 +56,7 @@ std::vector<KVHeads> heads_of(std::int64_t layers, const PerLayer& kv_heads, con
   }
   std::vector<KVHeads> found;
   for (std::int64_t i = 0; i < layers; ++i) {
-    found.push_back({of_layer(kv_heads, i), of_layer(head_dim, i)});
+    found.push_back({of_layer(kv_heads, i), of_layer(head_dim, i), latent});
     require(found.back().count <= 1 << 20 && found.back().dim <= 1 << 20, "a layer has at most 2^20 heads and features");
   }
   return found;
@@ -172,11 +173,12 @@ void bind_kv_pages(nb::module_& module) {
   nb::class_<KVPages>(module, "KVPages", "Keys and values of every layer in pages; kernels/cpu/attention/kv_pages.h.")
       .def("__init__",
            [](KVPages* self, std::int64_t layers, const PerLayer& kv_heads, const PerLayer& head_dim,
-              const std::string& kind, std::int64_t count) {
-             checked([&] { new (self) KVPages(heads_of(layers, kv_heads, head_dim), kind, count); });
+              const std::string& kind, std::int64_t count, bool latent) {
+             checked([&] { new (self) KVPages(heads_of(layers, kv_heads, head_dim, latent), kind, count); });
            },
            nb::arg("layers"), nb::arg("kv_heads"), nb::arg("head_dim"), nb::arg("kind"), nb::arg("count"),
-           "kv_heads, head_dim: a number, or one for each layer.")
+           nb::arg("latent") = false,
+           "kv_heads, head_dim: a number, or one for each layer. latent: keys are the values, too, and kept once.")
       .def_prop_ro("kind", &KVPages::kind)
       .def_prop_ro("count", &KVPages::count)
       .def_prop_ro("page_bytes", [](const KVPages& pages) { return pages.page_bytes(); })
@@ -188,12 +190,13 @@ void bind_kv_pages(nb::module_& module) {
 
   module.def(
       "kv_page_bytes",
-      [](std::int64_t layers, const PerLayer& kv_heads, const PerLayer& head_dim, const std::string& kind) {
+      [](std::int64_t layers, const PerLayer& kv_heads, const PerLayer& head_dim, const std::string& kind, bool latent) {
         std::int64_t bytes = 0;
-        checked([&] { bytes = KVPages::page_bytes(heads_of(layers, kv_heads, head_dim), kind); });
+        checked([&] { bytes = KVPages::page_bytes(heads_of(layers, kv_heads, head_dim, latent), kind); });
         return bytes;
       },
-      nb::arg("layers"), nb::arg("kv_heads"), nb::arg("head_dim"), nb::arg("kind"), "Bytes of one page.");
+      nb::arg("layers"), nb::arg("kv_heads"), nb::arg("head_dim"), nb::arg("kind"), nb::arg("latent") = false,
+      "Bytes of one page.");
 
   module.def("attention", &attention_once, nb::arg("context"), nb::arg("q"), nb::arg("k"), nb::arg("v"),
              nb::arg("positions"), nb::arg("sequence"), nb::arg("cos"), nb::arg("sin"), nb::arg("pages"),

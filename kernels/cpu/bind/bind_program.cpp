@@ -220,6 +220,14 @@ void bind_program(nb::module_& module) {
              p.append(ActivateInstruction{gate, up.value_or(-1), out, activation_kind(kind)});
            },
            nb::arg("gate"), nb::arg("up").none(), nb::arg("kind"), nb::arg("out"))
+      .def("by_heads",
+           [](Program& p, int x, Weights matrix, int out, int heads, int first, bool backward) {
+             HeadsInstruction h{x, out, heads, first, backward, {}};
+             h.product.weights = {std::move(matrix)};
+             h.product.biases = {{}};
+             p.append(std::move(h));
+           },
+           nb::arg("x"), nb::arg("matrix"), nb::arg("out"), nb::arg("heads"), nb::arg("first"), nb::arg("backward"))
       .def("sigmoid_gate",
            [](Program& p, int x, int gate, int out) {
              require(p.buffer_width(x) == p.buffer_width(out) && 
@@ -237,11 +245,12 @@ void bind_program(nb::module_& module) {
            [](Program& p, int q, std::optional<int> k, std::optional<int> v, int out, int layer, int heads, int kv_heads, int head_dim, float scale,
               std::optional<int> window, bool rotary, const std::optional<Vector>& key_bias,
               const std::optional<std::tuple<int, int>>& angles, float soft_cap, const std::optional<Vector>& sinks,
-              const std::optional<Vector>& by_distance) {
-             require(k.has_value() == v.has_value() && (k || !key_bias), "keys come with values");
+              const std::optional<Vector>& by_distance, bool latent) {
+             require(k.has_value() == v.has_value() && (k || !key_bias) && (!latent || k == v), "keys come with values");
              AttendInstruction a{q, k.value_or(-1), v.value_or(-1), out, layer, heads, kv_heads, head_dim, scale,
                                  window.value_or(0), rotary, copied(key_bias)};
              a.shares = !k;
+             a.latent = latent;
              if (angles) {
                a.first_angle = std::get<0>(*angles);
                require(a.first_angle >= 0 && std::get<1>(*angles) >= a.first_angle,
@@ -268,7 +277,8 @@ void bind_program(nb::module_& module) {
            nb::arg("q"), nb::arg("k").none(), nb::arg("v").none(), nb::arg("out"), nb::arg("layer"), nb::arg("heads"),
            nb::arg("kv_heads"), nb::arg("head_dim"), nb::arg("scale"), nb::arg("window").none(),
            nb::arg("rotary") = true, nb::arg("key_bias") = nb::none(), nb::arg("angles") = nb::none(),
-           nb::arg("soft_cap") = 0.0f, nb::arg("sinks") = nb::none(), nb::arg("by_distance") = nb::none())
+           nb::arg("soft_cap") = 0.0f, nb::arg("sinks") = nb::none(), nb::arg("by_distance") = nb::none(),
+           nb::arg("latent") = false)
       .def("store_keys",
            [](Program& p, int k, int v, int layer, int heads, int kv_heads, int head_dim) {
              AttendInstruction a{-1, k, v, -1, layer, heads, kv_heads, head_dim, 1.0f, 0, false, {}};

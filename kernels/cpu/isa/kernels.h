@@ -38,6 +38,19 @@ struct MatmulTask {
   std::uint8_t* scratch;    // kMatmulScratch + kTrellisScratch bytes, 64-byte aligned, of this thread's own
 };
 
+// out[row] = x W for some rows, panels and tiles of columns: the rows of W are what is summed over here.
+struct BackwardTask {
+  const Matrix* w;
+  const float* x;           // (rows, 16 * panels), of panel_begin
+  std::int64_t x_stride;    // floats
+  std::int64_t rows, panel_begin, panel_end, tile_begin, tile_end;
+  float* out;               // (rows, K)
+  std::int64_t out_stride;  // floats
+  std::uint8_t* scratch;    // as of a MatmulTask
+};
+// Most panels of one, so that a tile of each fits the scratch memory.
+constexpr std::int64_t kBackwardPanels = 64;
+
 constexpr std::int64_t kMatmulScratch = 256 << 10;
 // More of it, for rows of x as trellises are multiplied with them.
 constexpr std::int64_t kTrellisScratch = 128 << 10;
@@ -51,6 +64,7 @@ struct Kernels {
   void (*matmul_bf16)(const MatmulTask&);  // null where the set has no bf16 dot product: compute bf16 is refused there
   void (*matmul_fp32)(const MatmulTask&);
   void (*matmul_trellis)(const MatmulTask&);  // matmul_int8 of trellises
+  void (*matmul_backward)(const BackwardTask&);
 
   // One row of x (K) to int8, by segments: codes (padded with zeros to a multiple of 64), scales, sums of codes.
   void (*quantize_row)(const float* x, std::int64_t columns, int segment, std::int8_t* codes, float* scales,

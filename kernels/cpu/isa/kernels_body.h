@@ -20,7 +20,7 @@
   namespace kbit {                                                                                                     \
   extern const Kernels kernels_##set;                                                                                  \
   const Kernels kernels_##set = {#set,         ::matmul_int8,   ::matmul_bf16,     ::matmul_fp32,      ::matmul_trellis_int8, \
-                                 ::quantize_row, ::rotate_row,  ::bfloat_row,      ::rms_norm,         ::add_row,      \
+                                 ::matmul_backward, ::quantize_row, ::rotate_row,  ::bfloat_row,      ::rms_norm,         ::add_row,      \
                                  ::activate_row, ::soft_cap_row, ::decode_row,     ::gated_delta,      ::state_space,  \
                                  kAttentionKernels, ::round_rows, ::descend_rows,  ::descend_nested_rows,              \
                                  ::trellis_search, ::block_maxima, ::block_weights, ::trace};                          \

@@ -91,6 +91,37 @@ void float_stretch(const MatmulTask& task, const void* weights, int64_t panel_st
   }
 }
 
+// Weights as floats lie with 16 rows to a vector, so a vector of sums is of one column, lane by lane over the panels in
+// ascending order, and its lanes are added last: the same roundings however many rows of x there are.
+[[maybe_unused]] void matmul_backward(const kbit::BackwardTask& t) {
+  const Matrix& w = *t.w;
+  const int64_t panels = t.panel_end - t.panel_begin;
+  const int64_t most = kbit::kBackwardPanels / panels;  // tiles of so many panels that fit
+  float* weights = reinterpret_cast<float*>(t.scratch);
+  for (int64_t tile = t.tile_begin; tile < t.tile_end; tile += most) {
+    const int64_t stop = tile + most < t.tile_end ? tile + most : t.tile_end, first = tile * 64;
+    const int64_t stride = (stop - tile) * 64 * 16;
+    for (int64_t p = 0; p < panels; ++p) expand_floats(w, t.panel_begin + p, tile, stop, weights + p * stride);
+    const int64_t columns = stop * 64 < w.columns ? stop * 64 - first : w.columns - first;
+    for (int64_t row = 0; row < t.rows; ++row) {
+      const float* x = t.x + row * t.x_stride;
+      float* out = t.out + row * t.out_stride + first;
+      for (int64_t k = 0; k < columns; k += 16) {
+        Floats sum[16];
+        for (int i = 0; i < 16; ++i) sum[i] = zero();
+        for (int64_t p = 0; p < panels; ++p) {
+          const Floats value = load(x + 16 * p);
+          const float* from = weights + p * stride + k * 16;
+          repeat<16>([&]<int I>() __attribute__((always_inline)) { sum[I] = fma(load(from + 16 * I), value, sum[I]); });
+        }
+        alignas(64) float sums[16];
+        for (int i = 0; i < 16; ++i) sums[i] = reduce_add(sum[i]);
+        store(out + k, load(sums));
+      }
+    }
+  }
+}
+
 // ------------------------------------------------------------------------------------------------------- bf16
 
 // 16 columns' worth of floats to bfloat16 (nearest, ties to even; finite input).

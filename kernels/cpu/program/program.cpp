@@ -86,6 +86,9 @@ void Program::append(Instruction instruction) {
       widest_input_ = std::max(widest_input_, padded(products->at(0).weights[0]->matrix().columns));
     }
     x->index = mixtures_++;
+  } else if (const auto* h = std::get_if<HeadsInstruction>(&instruction)) {
+    check(*h);
+    note_file(h->product.weights[0]);
   }
   instructions_.push_back(std::move(instruction));
   capacity_ = 0;
@@ -115,7 +118,7 @@ void Program::check_files() const {
 std::size_t Program::nbytes() const {
   std::size_t total = 0;
   for (const Buffer& buffer : buffers_) total += buffer.memory.size();
-  total += expert_inner_.size() + expert_outer_.size();
+  total += expert_inner_.size() + expert_outer_.size() + heads_input_.size();
   auto inputs = [](const Inputs& in) {
     std::size_t bytes = in.floats.size() + in.bfloats.size() + in.rest.size();
     bytes += in.rotated.size() + in.rotated_bfloats.size();
@@ -133,7 +136,7 @@ void Program::reserve(std::int64_t rows) {
   if (rows <= capacity_) return;
   const bool bfloats = compute_ == Compute::bf16;
   bool used[kForms] = {};
-  std::int64_t most_rows = rows, most_numbers = rows * widest_input_;
+  std::int64_t most_rows = rows, most_numbers = rows * widest_input_, by_head = 0;
   for (const Instruction& instruction : instructions_) {
     if (const auto* m = std::get_if<MatmulInstruction>(&instruction)) {
       mark_forms(*m, used);
@@ -144,8 +147,14 @@ void Program::reserve(std::int64_t rows) {
       most_rows = std::max(most_rows, pairs);
       for (const MatmulInstruction* all : {&x->all_inner, &x->all_down})
         most_numbers = std::max(most_numbers, pairs * padded(all->weights[0]->matrix().columns));
+    } else if (const auto* h = std::get_if<HeadsInstruction>(&instruction); h && !h->backward) {
+      mark_forms(h->product, used);
+      most_rows = std::max(most_rows, rows * h->heads);
+      by_head = std::max(by_head, rows * h->heads * padded(h->product.weights[0]->matrix().columns));
     }
   }
+  most_numbers = std::max(most_numbers, by_head);
+  if (by_head > 0) heads_input_ = AlignedBytes(static_cast<std::size_t>(by_head) * 4);
   if (head_) mark_forms(*head_, used);
   const bool int8 = compute_ == Compute::int8;
   for (Buffer& buffer : buffers_) buffer.memory = AlignedBytes(static_cast<std::size_t>(rows * buffer.stride) * 4);
@@ -227,7 +236,7 @@ void Program::prepare_attention(const Pass& pass) {
     if (!cache) throw std::invalid_argument("the program attends to an encoder's texts, and there are none");
     if (a->layer >= cache->layers()) throw std::invalid_argument("the cache has too few layers");
     const CacheView& view = cache->view(a->layer);
-    if (view.kv_heads != a->kv_heads || view.head_dim != a->head_dim ||
+    if (view.kv_heads != a->kv_heads || view.head_dim != a->head_dim || view.latent != a->latent ||
         (a->rotary && (2 * half > a->head_dim || a->first_angle + half > pass.table_half))) {
       throw std::invalid_argument("the cache or the rotary tables do not fit the program's heads");
     }
@@ -407,6 +416,8 @@ void Program::run(const Pass& pass) {
         fit_heads(worker, *f, pass.rows);
       } else if (const auto* x = std::get_if<ExpertsInstruction>(&instruction)) {
         mix(worker, *x, pass.rows);
+      } else if (const auto* h = std::get_if<HeadsInstruction>(&instruction)) {
+        h->backward ? multiply_heads_backward(worker, *h, pass.rows) : multiply_heads(worker, *h, pass.rows);
       } else if (const auto* l = std::get_if<GateInstruction>(&instruction)) {
         sigmoid_gate(worker, *l, pass.rows);
       } else if (const auto* s = std::get_if<AddInstruction>(&instruction)) {

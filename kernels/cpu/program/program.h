@@ -59,6 +59,13 @@ struct RotateInstruction { int x, out, head_dim, first, half; };
 // Heads made as wide as out's: what all share (-1: nothing), then their own, cut or filled with zeros.
 struct FitInstruction { int x, shared, out, heads; };
 struct AddInstruction { int x, y, out; };
+// Every head's features by its own rows of one matrix (H N, K), as many for each. Onward: its features from `first` on
+// (K) -> (N). Backward, by the transposed rows: `first` features stay, the rest (N) -> (K).
+struct HeadsInstruction {
+  int x, out, heads, first;
+  bool backward;
+  MatmulInstruction product;
+};
 struct ColumnsInstruction { int x, out, first; };  // as many columns of x, from `first` on, as out is wide
 struct MultiplyInstruction { int x, y, out; };  // feature by feature
 struct ActivateInstruction { int gate, up, out; Activation kind; };  // up: -1 for none
@@ -76,6 +83,7 @@ struct AttendInstruction {
   std::vector<float> sinks = {};     // of heads: see AttentionArgs; or empty
   std::vector<float> by_distance = {};  // (heads, 2 * reach + 1), in units of log2: see AttentionArgs; or empty
   bool shares = false;               // reads what was written in this pass, too
+  bool latent = false;               // the cache keeps keys alone, which are values, too (v is k)
   int plan = -1;                     // among the program's plans of attentions
 
   bool crosses() const { return k < 0 && !shares; }
@@ -116,7 +124,7 @@ struct ExpertsInstruction {
 using Instruction = std::variant<MatmulInstruction, EmbedInstruction, NormInstruction, AddInstruction, ActivateInstruction,
                                  AttendInstruction, RecurInstruction, ConvolveInstruction, MapInstruction,
                                  RotateInstruction, FitInstruction, MultiplyInstruction, GateInstruction, ExpertsInstruction,
-                                 ColumnsInstruction, GivenInstruction>;
+                                 ColumnsInstruction, GivenInstruction, HeadsInstruction>;
 
 // What a mixture notes of a pass: pairs of a row and an expert it goes to, sorted by expert.
 struct ExpertRows {
@@ -228,6 +236,9 @@ class Program {
                         const Inputs& inputs, bool single, float* out, std::int64_t stride);
   void mix(Worker& worker, const ExpertsInstruction& instruction, std::int64_t rows);
   void sigmoid_gate(Worker& worker, const GateInstruction& instruction, std::int64_t rows);
+  void check(const HeadsInstruction& instruction) const;
+  void multiply_heads(Worker& worker, const HeadsInstruction& instruction, std::int64_t rows);
+  void multiply_heads_backward(Worker& worker, const HeadsInstruction& instruction, std::int64_t rows);
   void matmul(Worker& worker, const MatmulInstruction& instruction, const float* x, std::int64_t x_stride,
               const std::int64_t* row_index, std::int64_t rows, float* out, std::int64_t out_stride);
   void prepare_rows(const MatmulInstruction& instruction, Inputs& inputs, const float* x, std::int64_t x_stride,
@@ -260,6 +271,7 @@ class Program {
   std::vector<std::pair<AttentionHeads, std::unique_ptr<AttentionScratch>>> plans_;
   std::vector<std::unique_ptr<ExpertRows>> expert_rows_;  // of each mixture
   AlignedBytes expert_inner_, expert_outer_;              // (pairs, features), of one mixture at a time
+  AlignedBytes heads_input_;                              // (heads * rows, K), of one product by heads at a time
   int mixtures_ = 0;
   std::vector<SequenceRows> sequences_;     // of the pass, for recurrent layers
   std::vector<std::int32_t> encoder_ends_;  // (R) last token of each row's encoder text
