@@ -33,6 +33,8 @@ if TYPE_CHECKING:
 CONFIG, WEIGHTS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 _PREFIX = "base_model.model."
 _LORA = re.compile(r"(.+)\.lora_(embedding_)?([AB])(?:\.default)?(?:\.weight)?")
+# What PEFT puts into the names of tensors that it saves whole.
+_WRAPPED = re.compile(r"\.(modules_to_save\.default|original_module|base_layer)(?=\.)")
 # What a tokenizer may begin with: where the adapter has one, that of the base is not mixed in.
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "vocab.json")
 _OF_THE_MODEL = ("generation_config.json", "preprocessor_config.json")
@@ -139,7 +141,7 @@ class LoraFolder(StoredSource):
                 name = name.removeprefix(_PREFIX)
             found = _LORA.fullmatch(name)
             if found is None:
-                replaced[name.replace(".modules_to_save.default", "").replace(".original_module", "")] = stored
+                replaced[_WRAPPED.sub("", name)] = stored
                 continue
             factors.setdefault(f"{found[1]}.weight", {})[found[3]] = stored
             if found[2]:
@@ -157,6 +159,18 @@ class LoraFolder(StoredSource):
 
     def _describe(self) -> dict[str, TensorInfo]:
         infos, file = dict(self._base.tensors), self._file
+        for name, stored in self._replaced.items():
+            tensor = file.tensors[stored]
+            head = name == _HEAD and name not in infos
+            if name not in infos and not head:
+                raise CheckpointError(f"{file.path}: {stored} is for a tensor that {self._base.path} does not have")
+            if name.endswith((*_EMBEDDINGS, _HEAD)):
+                self.config["vocab_size"] = tensor.shape[0]
+            elif infos[name].shape != tensor.shape:
+                raise CheckpointError(f"{file.path}: {stored} has another shape than {name} of {self._base.path}")
+            if head:
+                self.config["tie_word_embeddings"] = False
+            infos[name] = TensorInfo(name, tensor.shape, tensor.dtype, tensor.nbytes, file.path)
         for name, lora in self._loras.items():
             info = infos.get(name)
             if info is None:
@@ -172,18 +186,6 @@ class LoraFolder(StoredSource):
                     f"{self._base.path} is {' x '.join(map(str, info.shape))}: it is another base's"
                 )
             infos[name] = replace(info, stored_as="F32", nbytes=4 * info.numel, file=file.path, packed_as="")
-        for name, stored in self._replaced.items():
-            tensor = file.tensors[stored]
-            head = name == _HEAD and name not in infos
-            if name not in infos and not head:
-                raise CheckpointError(f"{file.path}: {stored} is for a tensor that {self._base.path} does not have")
-            if name.endswith((*_EMBEDDINGS, _HEAD)):
-                self.config["vocab_size"] = tensor.shape[0]
-            elif infos[name].shape != tensor.shape:
-                raise CheckpointError(f"{file.path}: {stored} has another shape than {name} of {self._base.path}")
-            if head:
-                self.config["tie_word_embeddings"] = False
-            infos[name] = TensorInfo(name, tensor.shape, tensor.dtype, tensor.nbytes, file.path)
         return infos
 
     @property
@@ -195,9 +197,11 @@ class LoraFolder(StoredSource):
         return to_float32(self._file.read_array(stored, start, stop), tensor.dtype)
 
     def read_array_rows(self, name: str, start: int, stop: int) -> NDArray[np.float32]:
-        if (replaced := self._replaced.get(name)) is not None:
-            return self._values(replaced, start, stop)
-        values, lora = self._base.read_array_rows(name, start, stop), self._loras.get(name)
+        replaced, lora = self._replaced.get(name), self._loras.get(name)
+        if replaced is not None:
+            values = self._values(replaced, start, stop)
+        else:
+            values = self._base.read_array_rows(name, start, stop)
         if lora is None:
             return values
         rank, rows = self._file.tensors[lora.down].shape[0], self._file.tensors[lora.up].shape[0]
@@ -211,11 +215,13 @@ class LoraFolder(StoredSource):
     def read_stored(self, name: str) -> AnyStored:
         from kbit.formats.stored import KINDS, DenseMatrix
 
-        if (replaced := self._replaced.get(name)) is not None and self._file.tensors[replaced].dtype in KINDS:
-            return DenseMatrix(self._file.read_array(replaced), KINDS[self._file.tensors[replaced].dtype])
-        if name in self._loras or name in self._replaced:
+        replaced = self._replaced.get(name)
+        if name not in self._loras and replaced is None:
+            return self._base.read_stored(name)
+        kind = None if name in self._loras or replaced is None else KINDS.get(self._file.tensors[replaced].dtype)
+        if kind is None:
             return DenseMatrix(self.read_array(name), "fp32")
-        return self._base.read_stored(name)
+        return DenseMatrix(self._file.read_array(str(replaced)), kind)
 
     def sidecar_files(self) -> Mapping[str, bytes]:
         """The adapter's, where it has a tokenizer of its own; else the base's, and what the adapter has besides."""

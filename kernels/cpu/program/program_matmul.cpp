@@ -189,8 +189,12 @@ void Program::matmul_block(const MatmulInstruction& m, const Inputs& inputs, Scr
   float* second = nullptr;
   if (gated) {
     second = reinterpret_cast<float*>(scratch.second.data());
-    multiply(m.weights[1]->matrix(), second, width);
-    add_bias(1, second, width);
+    if (m.weights[0] == m.weights[1] && m.biases[0] == m.biases[1]) {  // an expert without a gate: one product is both
+      std::memcpy(second, first, static_cast<std::size_t>((row_end - row_begin) * width) * 4);
+    } else {
+      multiply(m.weights[1]->matrix(), second, width);
+      add_bias(1, second, width);
+    }
     if (m.limit > 0.0f) {  // g sigmoid(alpha g) = silu(alpha g) / alpha
       for (std::int64_t i = 0; i < (row_end - row_begin) * width; ++i) {
         first[i] = m.alpha * std::min(first[i], m.limit);
