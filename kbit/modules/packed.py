@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import atexit
 from collections.abc import Callable
 from typing import Any
+from weakref import WeakSet
 
 import torch
 from torch import nn
 
 from kbit.formats.codec import Codec
 from kbit.formats.quant_tensor import QuantTensor
-from kbit.modules.products import Product, check_compute, product_of
+from kbit.modules.products import Product, check_compute, forget_backends, product_of
 
 CODEBOOK = "codebook"
 
@@ -59,6 +61,7 @@ class PackedMatrix(nn.Module):
             UsageError, UnsupportedError: see `kbit.modules.products`.
         """
         if compute not in self._products:
+            _prepared.add(self)
             self._products = {check_compute(compute): product_of(self.matrix, compute)}
         return self._products[compute]
 
@@ -84,3 +87,15 @@ class PackedMatrix(nn.Module):
                 self._buffers[name] = moved if moved.dtype == buffer.dtype else buffer.to(moved.device)
         self.forget()
         return self
+
+
+# What holds native objects, to let go of them before the interpreter ends: those of a model in a cycle would be called
+# leaks.
+_prepared: WeakSet[PackedMatrix] = WeakSet()
+
+
+@atexit.register
+def _let_go() -> None:
+    for each in list(_prepared):
+        each.forget()
+    forget_backends()

@@ -88,6 +88,11 @@ def _backend(threads: int, compute: str) -> NativeBackend:
     return NativeBackend(threads, compute=compute)
 
 
+def forget_backends() -> None:
+    """Lets go of the native threads; the next product starts others."""
+    _backend.cache_clear()
+
+
 class _NativeProduct:
     def __init__(self, matrix: QuantTensor, compute: str) -> None:
         self._backend = _backend(torch.get_num_threads(), compute)

@@ -68,6 +68,9 @@ class KbitLoraLinear(nn.Module, LoraLayer):  # type: ignore[misc]  # (PEFT has n
         self._whole: nn.Module | None = None  # the layer from before merging
         self.update_layer(adapter_name, r, lora_alpha=lora_alpha, config=config)
 
+    def _get_in_out_features(self, module: Any) -> tuple[int, int]:
+        return module.in_features, module.out_features
+
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Adds adapters to the weight.
 

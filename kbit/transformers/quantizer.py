@@ -38,6 +38,7 @@ class KbitHfQuantizer(HfQuantizer):  # type: ignore[misc]  # (transformers has n
     def __init__(self, quantization_config: KbitConfig, **kwargs: Any) -> None:
         super().__init__(quantization_config, **kwargs)
         self._left: set[str] = set()  # weights that are to be rounded
+        self._rounded = 0  # that were
         self._reader: _Reader | None = None
 
     def update_attn_implementation(self, config: Any) -> Any:
@@ -68,11 +69,12 @@ class KbitHfQuantizer(HfQuantizer):  # type: ignore[misc]  # (transformers has n
         if self._reader is not None:
             self._reader.load(model)
             self._reader = None
-        elif self._left:
+        elif self._rounded == 0:
             raise UsageError(
-                f"{model.config.name_or_path}: {min(self._left)} is not in the checkpoint, so there is nothing to "
-                "quantize: name its layer in modules_to_not_convert"
+                f"{model.config.name_or_path}: none of the layers to quantize is in the checkpoint: load it as its own "
+                "class"
             )
+        self._left.clear()  # layers that the checkpoint lacks, as a new head: plain, to be trained
         return model
 
     def param_needs_quantization(self, model: Any, param_name: str, **_: Any) -> bool:
@@ -89,6 +91,7 @@ class KbitHfQuantizer(HfQuantizer):  # type: ignore[misc]  # (transformers has n
         layer.requires_grad_(False)
         model.set_submodule(path, layer)
         self._left.discard(name)
+        self._rounded += 1
 
     def get_state_dict_and_metadata(self, model: Any) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
         return state_to_save(model, self.quantization_config), {}
