@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from kbit.api.quantize import Quantized, quantize
     from kbit.api.results import Completion, Settings, Token
     from kbit.host.errors import CheckpointError, KbitError, UnsupportedError, UsageError
+    from kbit.modules.convert import quantize_
 
 __version__ = "0.1.0"
 
@@ -34,6 +35,7 @@ _OFFERED = {
     "UsageError": "kbit.host.errors",
     "load": "kbit.api.model",
     "quantize": "kbit.api.quantize",
+    "quantize_": "kbit.modules.convert",
 }
 __all__ = [
     "AsyncStream",
@@ -49,6 +51,7 @@ __all__ = [
     "UsageError",
     "load",
     "quantize",
+    "quantize_",
 ]
 
 

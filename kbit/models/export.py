@@ -112,7 +112,8 @@ def _beside(source: CheckpointSource, spec: ModelSpec) -> Iterator[PublishedTens
 
 def published_config(source: CheckpointSource, family: Family, dtype: str) -> dict[str, Any]:
     """A source's configuration as the family publishes it, of plain floats in a type (its name in configurations)."""
-    config = {key: value for key, value in source.config.items() if key not in (CANONICAL, "quantization_config")}
+    ours = (CANONICAL, "quantization_config", "transformers_weights")
+    config = {key: value for key, value in source.config.items() if key not in ours}
     config.pop("torch_dtype", None)
     return {"architectures": [family.architectures[0]], **config, "dtype": dtype}
 

@@ -24,6 +24,9 @@ from kbit.quantizers.method import Encode, MethodInput, QuantizedSource
 from kbit.quantizers.plan import Plan, TensorPlan, check_disk
 from kbit.quantizers.stored import read_as_stored
 
+# transformers reads a folder of ours with `kbit.transformers` only. Without, it would warn, and run random weights: so
+# the configuration names a weight file, which transformers then refuses by that name.
+NEEDS_PLUGIN = "packed by kbit: import kbit.transformers before from_pretrained, or kbit export to plain floats"
 # The layer a tensor belongs to.
 _LAYER = re.compile(r"\blayers\.([0-9]+)\.")
 
@@ -122,7 +125,7 @@ def quantized_config(config: Mapping[str, Any], plan: Plan) -> dict[str, Any]:
         "tensors": tensors,
         "codebooks": codebooks,
     }
-    return {**config, "quantization_config": section}
+    return {**config, "transformers_weights": NEEDS_PLUGIN, "quantization_config": section}
 
 
 def on_gpu(device: torch.device | str = "cuda") -> Encode:

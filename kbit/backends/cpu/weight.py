@@ -88,9 +88,9 @@ def prepare_stored(stored: AnyStored, context: Context) -> NativeWeight:
     """
     if isinstance(stored, DenseMatrix):
         return NativeWeight(_native.Matrix.dense(stored.values, stored.kind, context))
-    make = _CODECS.get(stored.format.family)
+    make = CODECS.get(stored.format.family)
     if make is None:
-        raise no_kernel("native", stored.format, _CODECS)
+        raise no_kernel("native", stored.format, CODECS)
     return NativeWeight(make(stored, context))
 
 
@@ -159,7 +159,7 @@ def _trellis(stored: StoredMatrix, context: Context) -> Matrix:
 
 
 # How a matrix of each codec gets into the native layout, by family.
-_CODECS: dict[str, Callable[[StoredMatrix, Context], Matrix]] = {
+CODECS: dict[str, Callable[[StoredMatrix, Context], Matrix]] = {
     "planes": _planes,
     "trellis": _trellis,
     "nested": _nested,

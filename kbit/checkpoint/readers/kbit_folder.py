@@ -9,6 +9,9 @@ What is on disk (all plain Hugging Face files plus one):
 
 quantization_config holds, next to quant_method and version: `format` (the default), `tensors` (name -> format and
 shape) and `codebooks` (format -> the 2^k values; integers need none, quantile stores one per tensor).
+
+What transformers saves with `kbit.transformers` is the same but for the manifest, and is marked (WRITTEN_BY); its
+tensors are named and laid out as the family publishes them.
 """
 
 from __future__ import annotations
@@ -36,6 +39,8 @@ if TYPE_CHECKING:
 
 MANIFEST_NAME = "kbit-manifest.json"
 LAYOUT_VERSION = 1
+# Who wrote the folder, where that was not kbit itself: a key of quantization_config, and its only value.
+WRITTEN_BY, TRANSFORMERS = "written_by", "transformers"
 
 # What weights that stay unquantized are stored in.
 _KEPT_DTYPES = ("F32", "F16", "BF16")
@@ -75,6 +80,11 @@ class KbitFolder(HFFolder):
             raise CheckpointError(f"{where}: quantization_config lacks its tensors or codebooks")
         quantized = {}
         for name, entry in tensors.items():
+            if isinstance(entry, dict) and "parts" in entry:
+                raise UnsupportedError(
+                    f"{where}: {name} is several matrices in one, as transformers saves some models; kbit runs the "
+                    "folder that this was loaded from"
+                )
             try:
                 format, shape = parse_format(entry["format"]), tuple(entry["shape"])
             except (UsageError, KeyError, TypeError, AttributeError) as error:
@@ -91,6 +101,8 @@ class KbitFolder(HFFolder):
 
     def _read_manifest(self) -> dict[str, Any]:
         path = self.path / MANIFEST_NAME
+        if not path.is_file() and self.config["quantization_config"].get(WRITTEN_BY) == TRANSFORMERS:
+            return {"tensors": None, "files": {}}
         if not path.is_file():
             raise CheckpointError(f"{path}: missing, so the folder is an incomplete copy; copy it again")
         manifest = read_json_object(path)
@@ -144,9 +156,11 @@ class KbitFolder(HFFolder):
         return self._infos
 
     def _read_checked(self, stored_name: str) -> NDArray[Any]:
-        """A stored array, compared with the manifest unless it was before and the file is the same."""
-        expected = self.manifest["tensors"].get(stored_name)
+        """A stored array, compared with the manifest, if there is one; once, while the file is the same."""
         file = self._where[stored_name]
+        if self.manifest["tensors"] is None:
+            return file.read_array(stored_name)
+        expected = self.manifest["tensors"].get(stored_name)
         if expected is None:
             raise CheckpointError(f"{self.path}/{MANIFEST_NAME}: no checksum of {stored_name}; convert or copy again")
 

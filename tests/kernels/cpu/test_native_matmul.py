@@ -10,7 +10,7 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 import torch
-from matmul_cases import exact, inputs, multiply, weights
+from matmul_cases import exact, inputs, int8_bound, multiply, weights
 
 from kbit import _native
 from kbit.formats.quant_tensor import QuantTensor
@@ -49,23 +49,6 @@ def test_fp32_equals_dequantized(contexts: Callable[[str], _native.Context], isa
         # A chain of K fused multiply-adds errs by at most K/2 ulp of the sum of magnitudes.
         bound = columns * 2.0**-24 * size + 1e-30
         assert (np.abs(multiply(contexts(isa), weight, x, "fp32") - expected) <= bound).all()
-
-
-def int8_bound(weight: QuantTensor, x: torch.Tensor) -> np.ndarray:
-    """What int8 compute may differ from exact: x is rounded to 1/254 of its segment's largest value. The codebook is
-    rounded to int8 steps with the least squared error, which is at most that of 127 steps, (peak / 254)^2 per level, and
-    one level has at most all of it; from 6 bits on to 1/250 of 1/126."""
-    block = weight.format.block_size or 64
-    segment = next(s for s in (64, 32, 16) if block % s == 0)
-    columns = x.shape[1]
-    padded = torch.nn.functional.pad(x, (0, -columns % segment)).view(x.shape[0], -1, segment)
-    x_error = (padded.abs().amax(-1) / 254 * 1.001).repeat_interleave(segment, dim=1)[:, :columns].double()
-    values = weight.dequantize().double().abs()
-    bits, peak = weight.format.bits, float(weight.codebook.abs().max())
-    level_error = peak / 254 * 2 ** (bits / 2) if bits < 6 else peak / 126 / 500
-    scales = weight.scales.double().repeat_interleave(weight.format.block_size or columns, dim=1)[:, :columns]
-    w_error = scales.abs() * level_error * 1.001
-    return (x_error @ (values + w_error).T + x.double().abs() @ w_error.T).numpy()
 
 
 @pytest.mark.parametrize("format", FORMATS)
