@@ -68,6 +68,7 @@ def descend_nested_rows(
 def trellis_search(numbers: _Table, values: _Table, bits: int, strings: _Bytes, context: Context) -> None: ...
 def instruction_sets() -> list[str]: ...
 def emulated_sets() -> list[str]: ...
+def compiled_sets() -> list[str]: ...
 
 class Context:
     def __init__(self, isa: str | None = None, threads: int = 1) -> None: ...
@@ -358,3 +359,43 @@ class BytePairs:
 def fill_token_slots(texts: memoryview, ends: memoryview, slots: memoryview) -> None: ...
 def fill_merge_slots(merges: memoryview, slots: memoryview) -> None: ...
 def simd_trace(isa: str, data: NDArray[np.uint8]) -> bytes: ...
+
+class RowSampler:
+    position: int
+    def __init__(
+        self,
+        factor: float,
+        top_k: int,
+        top_p: float,
+        min_score: float,
+        typical_p: float,
+        repetition_penalty: float,
+        presence_penalty: float,
+        frequency_penalty: float,
+        bias_tokens: NDArray[np.int64],
+        biases: NDArray[np.float32],
+        seed: int,
+        choice: int,
+    ) -> None: ...
+    def see(self, ids: NDArray[np.int64]) -> None: ...
+
+def keyed_uniform(seed: int, choice: int, position: int) -> float: ...
+def sample_rows(
+    samplers: Sequence[RowSampler],
+    logits: NDArray[np.float32],
+    rows: NDArray[np.int64],
+    masks: Sequence[NDArray[np.bool_] | None],
+    uniforms: NDArray[np.float64],
+    tokens: NDArray[np.int64],
+    best: NDArray[np.float32],
+    isa: str = "",
+) -> None: ...
+def score_rows(
+    logits: NDArray[np.float32],
+    rows: NDArray[np.int64],
+    best: NDArray[np.float32],
+    totals: NDArray[np.float64],
+    ids: NDArray[np.int64],
+    values: NDArray[np.float32],
+    isa: str = "",
+) -> None: ...

@@ -21,6 +21,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
@@ -129,7 +130,7 @@ def _reproduce(name: str, path: Path) -> int:
     return 0 if finding is None else 1
 
 
-def _keep(folder: Path, name: str):  # type: ignore[no-untyped-def]
+def _keep(folder: Path, name: str) -> Callable[[Finding], Path]:
     return lambda finding: finding.save(folder, name)
 
 

@@ -17,6 +17,7 @@ import hashlib
 import json
 import os
 import shutil
+import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -35,6 +36,8 @@ from kbit.host.notes import note
 
 # Hugging Face's default. Large enough that most models have a few files, small enough to copy and retry.
 DEFAULT_SHARD_BYTES = 5_000_000_000
+# What a power cut takes of a conversion, at most. (A killed process loses nothing that it has written.)
+SYNC_SECONDS = 60.0
 _JOURNAL = "journal.jsonl"
 _REPLACED = ".replaced"
 _HASH_BLOCK = 1 << 22
@@ -118,6 +121,7 @@ class CheckpointWriter:
         self._done: dict[str, dict[str, str]] = {}
         self._files: dict[str, IO[bytes]] = {}
         self._disk_failed = False
+        self._synced = time.monotonic()
         with self._errors():
             check_output_folder(out, overwrite=overwrite)
             self.partial.parent.mkdir(parents=True, exist_ok=True)
@@ -172,6 +176,8 @@ class CheckpointWriter:
                 raise RuntimeError(f"{name}: parts {sorted(missing)} were not written")
             self._journal.write(json.dumps({"done": name, "sha256": digests}) + "\n")
             self._journal.flush()
+            if time.monotonic() - self._synced > SYNC_SECONDS:
+                self._sync()
         self._done[name] = digests
 
     def finish(
@@ -219,6 +225,15 @@ class CheckpointWriter:
             fsync_folder(self.partial)
             self._move_into_place()
         self.close()
+
+    def _sync(self) -> None:
+        """Let what is written survive a power cut: a rerun goes on from here."""
+        for file in (*self._files.values(), self._journal):
+            file.flush()
+            os.fsync(file.fileno())
+        fsync_folder(self.partial)
+        fsync_folder(self.partial.parent)
+        self._synced = time.monotonic()
 
     def close(self) -> None:
         """Release files and lock; what is written stays for a later run."""

@@ -32,6 +32,7 @@ COMMANDS = {
     "run": ("kbit.cli.run", "run", ""),
     "chat": ("kbit.cli.chat", "chat", "Talk to a model in its chat template."),
     "serve": ("kbit.cli.serve", "serve", "Serve models over HTTP, as OpenAI's API has it."),
+    "launch": ("kbit.cli.launch", "launch", "Start another program on a running server."),
     "top": ("kbit.cli.top", "top", "Watch what a running server does."),
     "embed": ("kbit.cli.embed", "embed", "Turn texts into vectors."),
     "fill": ("kbit.cli.fill", "fill", "Say which words a model puts in masked places."),

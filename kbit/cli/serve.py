@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -21,7 +22,7 @@ from kbit.cli.options import (
 if TYPE_CHECKING:
     from kbit.serve.models import Models
 
-_ACCESS, _LIMITS = "Access", "Limits"
+_ACCESS, _LIMITS, _ANSWERS = "Access", "Limits", "Answers"
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,8 @@ class AccessFlags:
         typer.Option(
             "--cors-origin",
             metavar="ORIGIN",
-            help="Web pages of this origin may use the server (http://localhost:3000). [default: none]",
+            help="Web pages of this origin may use the server: http://ui.local:3000, localhost for all of this "
+            "machine, * for any. [default: none]",
             rich_help_panel=_ACCESS,
         ),
     ] = None
@@ -104,6 +106,61 @@ class LimitFlags:
     ] = "32MiB"
 
 
+@dataclass(frozen=True)
+class AnswerFlags:
+    """What holds where a request does not say."""
+
+    temperature: Annotated[
+        float | None,
+        typer.Option(
+            "--temperature",
+            metavar="T",
+            help="0 takes the best token. [default: the model's]",
+            rich_help_panel=_ANSWERS,
+        ),
+    ] = None
+    seed: Annotated[
+        int | None,
+        typer.Option(
+            "--seed", metavar="N", help="Of the random numbers. [default: a new one]", rich_help_panel=_ANSWERS
+        ),
+    ] = None
+    max_tokens: Annotated[
+        int | None,
+        typer.Option(
+            "--max-tokens",
+            metavar="N",
+            help="Most tokens of an answer. [default: 16 for /v1/completions, else what the context holds]",
+            rich_help_panel=_ANSWERS,
+        ),
+    ] = None
+    chat_template: Annotated[
+        Path | None,
+        typer.Option(
+            "--chat-template",
+            metavar="FILE",
+            help="A Jinja file in place of the models' own.",
+            rich_help_panel=_ANSWERS,
+        ),
+    ] = None
+    reasoning: Annotated[
+        Literal["auto", "on", "off"],
+        typer.Option(
+            "--reasoning",
+            help="Whether models think before they answer, where they can; auto: as they are made.",
+            rich_help_panel=_ANSWERS,
+        ),
+    ] = "auto"
+    verbose: Annotated[
+        bool,
+        typer.Option(
+            "--verbose",
+            help="Answers to chats tell the prompt that the model was given (__verbose).",
+            rich_help_panel=_ANSWERS,
+        ),
+    ] = False
+
+
 @flag_groups()
 def serve(
     models: Annotated[
@@ -117,6 +174,7 @@ def serve(
     *,
     access: AccessFlags,
     limits: LimitFlags,
+    answers: AnswerFlags,
     device: DeviceOption = "auto",
     backend: BackendOption = "auto",
     compute: ComputeOption = None,
@@ -140,8 +198,9 @@ def serve(
 
     if not 0 <= access.port < 1 << 16:
         raise UsageError(f"--port {access.port}: expected a number from 0 to 65535")
-    for flag, value in (("--parallel", limits.parallel), ("--queue", limits.queue)):
-        if value < 1:
+    counts = (("--parallel", limits.parallel), ("--queue", limits.queue), ("--max-tokens", answers.max_tokens))
+    for flag, value in counts:
+        if value is not None and value < 1:
             raise UsageError(f"{flag} {value}: expected at least 1")
     if (access.tls_cert is None) != (access.tls_key is None):
         raise UsageError("--tls-cert and --tls-key belong together: give both, or neither")
@@ -155,7 +214,7 @@ def serve(
     from kbit.serve.models import served_name
 
     named = [served_name(model) for model in models or [DEFAULT_MODEL]]
-    served = _models(named, access, limits, device, backend, compute, kv_bits, threads)
+    served = _models(named, access, limits, answers, device, backend, compute, kv_bits, threads)
     keys = access.api_key or [key for key in [os.environ.get("KBIT_API_KEY")] if key]
     if any(not key.strip() for key in keys):
         raise UsageError("--api-key '': a key needs at least one character")
@@ -173,15 +232,46 @@ def serve(
     run(make_app(served, options), served, sockets, tls=(access.tls_cert, access.tls_key), keyed=bool(keys))
 
 
-def _models(named: list[tuple[str, str]], access: AccessFlags, limits: LimitFlags, *engine: Any) -> Models:
+def _models(
+    named: list[tuple[str, str]], access: AccessFlags, limits: LimitFlags, answers: AnswerFlags, *engine: Any
+) -> Models:
     from kbit.backends.select import select_backend
     from kbit.serve.models import ModelOptions, Models
 
     device, backend, compute, kv_bits, threads = engine
     chosen = select_backend(device, backend=backend, threads=threads, compute=compute, kv_bits=kv_bits)
     cache = None if limits.cache_size is None else _bytes("--cache-size", limits.cache_size)
-    options = ModelOptions(chosen, limits.context, cache, limits.parallel)
+    options = ModelOptions(
+        chosen,
+        limits.context,
+        cache,
+        limits.parallel,
+        sampling=_sampling(answers),
+        max_tokens=answers.max_tokens,
+        chat_template=None if answers.chat_template is None else _template(answers.chat_template),
+        reasoning=answers.reasoning,
+        verbose=answers.verbose,
+    )
     return Models(named, options, any_name=access.any_model)
+
+
+def _sampling(answers: AnswerFlags) -> dict[str, Any]:
+    from kbit.engine.sampler import SamplingParams
+
+    given = {"temperature": answers.temperature, "seed": answers.seed}
+    said = {name: value for name, value in given.items() if value is not None}
+    SamplingParams(**said)  # complains in the words of the flags
+    return said
+
+
+def _template(path: Path) -> str:
+    from kbit.host.errors import UsageError
+
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        why = getattr(error, "strerror", None) or "it is no text"
+        raise UsageError(f"--chat-template {path}: {why}: name a file with a Jinja template") from None
 
 
 def _bytes(flag: str, text: str) -> int:

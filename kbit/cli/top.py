@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import os
 import time
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from kbit.cli.options import JsonOption
+from kbit.cli.remote import DEFAULT_URL, KeyOption, server_address, server_key
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
-
-DEFAULT_URL = "http://127.0.0.1:8080"
-_PATIENCE = 10.0
 
 
 def top(
@@ -23,9 +20,7 @@ def top(
         float, typer.Option("--interval", metavar="SECONDS", help="Time between two looks, over which rates are.")
     ] = 1.0,
     once: Annotated[bool, typer.Option("--once", help="Look once, print it and end.")] = False,
-    api_key: Annotated[
-        str | None, typer.Option("--api-key", metavar="KEY", help="The server's key. [default: KBIT_API_KEY]")
-    ] = None,
+    api_key: KeyOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Watch a server: requests, tokens per second, what waits, how full the caches of keys and values are.
@@ -44,9 +39,7 @@ def top(
 
     if not 0.1 <= interval <= 3600:
         raise UsageError(f"--interval {interval:g}: expected 0.1 to 3600 seconds")
-    if not url.startswith(("http://", "https://")):
-        raise UsageError(f"{url}: expected an address such as {DEFAULT_URL}")
-    url, key = url.rstrip("/").removesuffix("/v1"), api_key or os.environ.get("KBIT_API_KEY")
+    url, key = server_address(url), server_key(api_key)
     before = _look(url, key)
     time.sleep(interval)
     after = _look(url, key)
@@ -81,6 +74,7 @@ def _look(url: str, key: str | None) -> dict[str, Any]:
     """
     from json import loads
 
+    from kbit.cli.remote import fetched
     from kbit.host.errors import KbitError, UsageError, one_line
 
     try:
@@ -89,8 +83,8 @@ def _look(url: str, key: str | None) -> dict[str, Any]:
         raise UsageError("kbit top needs prometheus_client: pip install 'kbit[serve]'") from None
     moment = time.monotonic()
     try:
-        models = loads(_fetched(f"{url}/v1/models", key))["data"]
-        families = list(text_string_to_metric_families(_fetched(f"{url}/metrics", key)))
+        models = loads(fetched(f"{url}/v1/models", key))["data"]
+        families = list(text_string_to_metric_families(fetched(f"{url}/metrics", key)))
         states = {str(model["id"]): str(model["state"]) for model in models}
     except (ValueError, KeyError, TypeError) as error:
         raise KbitError(f"{url}: does not answer as kbit serve does ({one_line(error, 100)})") from None
@@ -103,34 +97,10 @@ def _look(url: str, key: str | None) -> dict[str, Any]:
     return {"time": moment, "models": states, "samples": samples}
 
 
-def _fetched(address: str, key: str | None) -> str:
-    """
-    Raises:
-        KbitError: nobody answers, or with an error.
-    """
-    from urllib.error import HTTPError, URLError
-    from urllib.request import Request, urlopen
-
-    from kbit.host.errors import KbitError, one_line
-
-    headers = {"Authorization": f"Bearer {key}"} if key else {}
-    try:
-        with urlopen(Request(address, headers=headers), timeout=_PATIENCE) as answer:
-            text: str = answer.read().decode("utf-8")
-            return text
-    except HTTPError as error:
-        remedy = ": give its --api-key" if error.code == 401 else ""
-        raise KbitError(f"{address}: answers {error.code} {error.reason}{remedy}") from None
-    except URLError as error:
-        reason = one_line(error.reason, 100)
-        raise KbitError(f"{address}: nobody answers ({reason}): start kbit serve, or name its address") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise KbitError(f"{address}: {one_line(error, 100)}") from None
-
-
 def _compared(before: dict[str, Any], after: dict[str, Any]) -> dict[str, Any]:
     """What is shown: the figures of the second moment, and rates since the first."""
-    samples, seconds = after["samples"], after["time"] - before["time"]
+    samples: dict[tuple[str, str], float] = after["samples"]
+    seconds = float(after["time"] - before["time"])
 
     def value(name: str, model: str = "", of: dict[tuple[str, str], float] = samples) -> float:
         return of.get((f"kbit:{name}", model), 0.0)

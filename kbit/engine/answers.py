@@ -10,8 +10,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kbit.engine.answer_text import AnswerText
+from kbit.engine.native_sampler import NativeSampler
 from kbit.engine.repetition import only_repeats
-from kbit.engine.sampler import Sampler, SamplingParams
+from kbit.engine.sampler import SamplingParams
 
 if TYPE_CHECKING:
     from kbit.engine.sequence import Sequence
@@ -182,7 +183,7 @@ class Choice:
     def __init__(self, request: Request, index: int, tokenizer: Tokenizer) -> None:
         self.request = request
         self.index = index
-        self.sampler = Sampler(request.sampling, request.prompt, choice=index)
+        self.sampler = NativeSampler(request.sampling, request.prompt, choice=index)
         self.constraint = None if request.constraint is None else request.constraint()
         self.ids: list[int] = []
         self.sequence: Sequence | None = None

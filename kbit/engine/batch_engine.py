@@ -11,7 +11,6 @@ pages of the cache hold the same bits whoever computed them, and however often.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from time import perf_counter
 from typing import TYPE_CHECKING, Protocol
@@ -24,6 +23,7 @@ from kbit.engine.logprobs import token_infos
 from kbit.engine.prompt_cache import DecoderSpec, check_prompt
 from kbit.engine.scheduler import BATCH_TOKENS, Pass, Scheduler
 from kbit.engine.sequence import Sequence
+from kbit.engine.step_choice import choose_tokens
 from kbit.graph.batch import Batch
 from kbit.graph.cache import Cache
 from kbit.graph.pages import PAGE, PagePool
@@ -60,7 +60,8 @@ class TooLongError(UsageError):
 
     def __init__(self, tokens: int, context: int) -> None:
         super().__init__(
-            f"the prompt has {tokens} tokens and the context is {context}, answer included: shorten the prompt"
+            f"the prompt has {tokens} tokens, which exceeds the available context size of {context}, answer included: "
+            "shorten the prompt"
         )
         self.tokens, self.context = tokens, context
 
@@ -164,7 +165,8 @@ class BatchEngine:
         self.counters = Counters()
         self._scheduler = Scheduler(pool, BATCH_TOKENS, seats)
         self._step_seconds = step_seconds
-        self._rows_per_second = 0.0  # not measured yet
+        self._rows_per_second = 0.0  # beyond the time that any pass takes; not measured yet
+        self._pass_seconds = 0.0
         self._owners: dict[Sequence, tuple[Live, Choice]] = {}
         self._live: dict[Live, None] = {}
 
@@ -249,53 +251,69 @@ class BatchEngine:
             for sequence in work.sequences:
                 live, _ = self._owners.get(sequence, (None, None))
                 if live is not None:
-                    events[live] = [Failed(error)]
-                    self.cancel(live)
+                    self._fail(live, error, events)
             return list(events.items())
         self._measure(len(work.batch), perf_counter() - start)
-        for sequence, rows in list(self._scheduler.complete(work)):
-            if sequence not in self._owners:  # of a request that failed in this very step
-                continue
-            live, choice = self._owners[sequence]
-            try:
-                events.setdefault(live, []).extend(self._answered(live, choice, sequence, logits[rows]))
-            except KbitError as error:
-                events[live] = [Failed(error)]
-                self.cancel(live)
+        self._answer(work, np.ascontiguousarray(logits, np.float32), events)
         return list(events.items())
 
-    def _answered(self, live: Live, choice: Choice, sequence: Sequence, logits: NDArray[np.float32]) -> Iterator[Event]:
-        """Results (n, V) of a sequence's last n computed positions."""
-        request = live.request
-        if request.prompt_logprobs is not None and len(live.scored) < len(request.prompt):
-            done = len(live.scored)
-            targets = request.prompt[done : done + len(logits)]
-            live.scored += token_infos(logits[: len(targets)], targets, request.prompt_logprobs)
-            if len(live.scored) == len(request.prompt):
-                yield PromptScored(tuple(live.scored))
-        elif request.prompt_logprobs is not None and len(request.prompt) == 1 and not choice.ids:
-            yield PromptScored(tuple(live.scored))
-        if sequence.pending:
-            return
-        row = logits[-1]
-        if choice.index or choice.ids or len(live.choices) == 1:
-            piece = self._choose(live, choice, row)
-            self._go_on(choice)
-            yield piece
-        else:
-            # The prompt has been read: the other choices go on from its pages.
-            pieces = [self._choose(live, each, row) for each in live.choices]
-            for other in live.choices[1:]:
+    def _answer(self, work: Pass, logits: NDArray[np.float32], events: dict[Live, list[Event]]) -> None:
+        """What a pass's results (L, V) mean for the requests that were in it."""
+        waiting: list[tuple[Live, Sequence, list[Choice]]] = []  # those that now get a token
+        rows: list[int] = []
+        for sequence, part in list(self._scheduler.complete(work)):
+            live, choice = self._owners[sequence]
+            try:
+                self._score_prompt(live, choice, logits, part, events)
+            except KbitError as error:
+                self._fail(live, error, events)
+                continue
+            if not sequence.pending:
+                # When the prompt has been read, the other choices go on from its pages.
+                first = not choice.ids and not choice.index
+                waiting.append((live, sequence, live.choices if first else [choice]))
+                rows.append(part.stop - 1)
+        drawn = [(c, row) for (_, _, cs), row in zip(waiting, rows, strict=True) for c in cs if c.request.max_tokens]
+        found = choose_tokens([choice for choice, _ in drawn], logits, [row for _, row in drawn])
+        tokens = {choice: token for (choice, _), token in zip(drawn, found, strict=True)}
+        for live, sequence, choices in waiting:
+            if live not in self._live:  # another of its choices failed in this very step
+                continue
+            failed = next((each for c in choices if isinstance(each := tokens.get(c), KbitError)), None)
+            if failed is not None:
+                self._fail(live, failed, events)
+                continue
+            mine = events.setdefault(live, [])
+            mine += [self._take(live, each, tokens.get(each)) for each in choices]
+            for other in choices[1:]:
                 if other.finish is None:
-                    ids = [*request.prompt, *other.ids]
+                    ids = [*live.request.prompt, *other.ids]
                     other.sequence = Sequence(self.pool, ids, table=sequence.table.fork())
                     self._scheduler.add(other.sequence)
                     self._owners[other.sequence] = live, other
-            self._go_on(choice)
-            yield from pieces
-        if all(each.finish is not None for each in live.choices):
-            del self._live[live]
-            yield Done(live.usage)
+            self._go_on(choices[0])
+            if all(each.finish is not None for each in live.choices):
+                del self._live[live]
+                mine.append(Done(live.usage))
+
+    def _fail(self, live: Live, error: Exception, events: dict[Live, list[Event]]) -> None:
+        events[live] = [Failed(error)]
+        self.cancel(live)
+
+    def _score_prompt(
+        self, live: Live, choice: Choice, logits: NDArray[np.float32], rows: slice, events: dict[Live, list[Event]]
+    ) -> None:
+        """Log-probabilities of a prompt's tokens, where they were asked for, from some rows of logits (L, V)."""
+        request = live.request
+        if request.prompt_logprobs is None or choice.ids or choice.index:
+            return
+        done = len(live.scored)
+        targets = request.prompt[done : done + rows.stop - rows.start]
+        if targets:
+            places = range(rows.start, rows.start + len(targets))
+            live.scored += token_infos(logits, places, targets, request.prompt_logprobs)
+        if len(live.scored) == len(request.prompt) and (targets or len(request.prompt) == 1):
+            events.setdefault(live, []).append(PromptScored(tuple(live.scored)))
 
     def _go_on(self, choice: Choice) -> None:
         """After a token of a choice that has a sequence: computes it next, or lets go of the sequence."""
@@ -305,22 +323,14 @@ class BatchEngine:
         else:
             self._release(choice)
 
-    def _choose(self, live: Live, choice: Choice, row: NDArray[np.float32]) -> Piece:
-        """Draws a choice's next token from logits (V,)."""
-        request = live.request
-        if request.max_tokens == 0:
+    def _take(self, live: Live, choice: Choice, token: TokenInfo | KbitError | None) -> Piece:
+        """Adds a token to a choice; None: it shall have none."""
+        if not isinstance(token, TokenInfo):
             return choice.cut("length")
-        scores = row if choice.constraint is None else _masked(row, choice.constraint.mask())
-        token = choice.sampler.sample(scores)
-        if choice.constraint is not None:
-            choice.constraint.accept(token)
-        info = TokenInfo(token)
-        if request.logprobs is not None:
-            (info,) = token_infos(row[None], [token], request.logprobs)
         if live.first_token is None:
             live.first_token = perf_counter()
         self.counters.generated_tokens += 1
-        return choice.take(token, info, self.context - len(request.prompt) - len(choice.ids) - 1)
+        return choice.take(token.id, token, self.context - len(live.request.prompt) - len(choice.ids) - 1)
 
     def _begin(self, work: Pass) -> None:
         """Notes which requests begin with a pass, and what of their prompts was in the cache."""
@@ -341,26 +351,22 @@ class BatchEngine:
         """Tokens of the next pass."""
         if not self._rows_per_second:
             return PAGE
-        writing = any(sequence.pending == 1 for sequence in self._scheduler.running)
-        seconds = self._step_seconds if writing else PROMPT_STEP_SECONDS
-        return int(min(max(seconds * self._rows_per_second, _FEWEST_ROWS), BATCH_TOKENS))
+        writing = sum(sequence.pending == 1 for sequence in self._scheduler.running)
+        seconds = (self._step_seconds if writing else PROMPT_STEP_SECONDS) - self._pass_seconds
+        # However many write and however slow the machine: prompts are read, or they would wait for others' ends.
+        return int(min(max(seconds * self._rows_per_second, writing + _FEWEST_ROWS), BATCH_TOKENS))
 
     def _measure(self, rows: int, seconds: float) -> None:
         self.counters.steps += 1
         self.counters.computed_tokens += rows
         self.counters.step_seconds += seconds
-        if rows >= _FEWEST_ROWS:  # a pass over few rows takes as long as its weights, and says nothing about more
-            speed = rows / max(seconds, 1e-6)
+        if rows < _FEWEST_ROWS:  # a pass over few rows takes as long as its weights
+            old = self._pass_seconds
+            self._pass_seconds = seconds if not old else _MEMORY * old + (1 - _MEMORY) * seconds
+        else:
+            speed = rows / max(seconds - self._pass_seconds, seconds / 4, 1e-6)
             old = self._rows_per_second
             self._rows_per_second = speed if not old else _MEMORY * old + (1 - _MEMORY) * speed
-
-
-def _masked(row: NDArray[np.float32], allowed: NDArray[np.bool_]) -> NDArray[np.float32]:
-    """Logits (V,) with minus infinity where a token is not allowed; what the mask does not reach is not."""
-    masked = np.full_like(row, -np.inf)
-    size = min(row.size, allowed.size)
-    np.copyto(masked[:size], row[:size], where=allowed[:size])
-    return masked
 
 
 def _context(spec: DecoderSpec, pool: PagePool, asked: int | None) -> int:

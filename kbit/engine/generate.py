@@ -8,6 +8,7 @@ from time import perf_counter
 from typing import TYPE_CHECKING, Literal
 
 from kbit.engine.answer_text import AnswerText
+from kbit.engine.native_sampler import NativeSampler
 from kbit.engine.prompt_cache import DecoderLike, PromptCache, check_prompt
 from kbit.engine.repetition import only_repeats
 from kbit.engine.sampler import Logits, Sampler, SamplingParams
@@ -152,9 +153,10 @@ class Generation:
         self._max_tokens = max_tokens
         self._end_ids = frozenset(stop_token_ids) | tokenizer.eos_ids
         self._cache = PromptCache(decoder) if prompt_cache is None else prompt_cache
-        self._sampler = Sampler(params, prompt_ids, choice=0)  # as the batch engine's, so a seed gives the same there
         self._text = AnswerText(tokenizer, prompt_ids if continues_prompt else (), stop)
         self._speculation = speculation
+        # Of choice 0, as the batch engine's, so that a seed gives the same there.
+        self._sampler = (NativeSampler if speculation is None else Sampler)(params, prompt_ids, choice=0)
         self._stop_repetition = stop_repetition
         self._speculative: SpeculativeTokens | None = None
 
@@ -270,7 +272,7 @@ class Generation:
 
     def _source(self, logits: Logits) -> Iterator[int]:
         """Tokens for as long as they are asked for, one by one or drafted and checked; logits (V,) are the prompt's."""
-        if self._speculation is None:
+        if self._speculation is None or not isinstance(self._sampler, Sampler):
             return plain_tokens(self._cache, self._sampler, logits)
         self._speculative = SpeculativeTokens(
             self._speculation,
@@ -285,7 +287,7 @@ class Generation:
         return self._speculative.run(logits)
 
 
-def plain_tokens(cache: PromptCache, sampler: Sampler, logits: Logits) -> Iterator[int]:
+def plain_tokens(cache: PromptCache, sampler: Sampler | NativeSampler, logits: Logits) -> Iterator[int]:
     """Tokens after a prompt, each from a pass of the model over the one before it, for as long as they are asked for.
 
     Args:

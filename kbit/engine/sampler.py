@@ -6,16 +6,16 @@ same distribution there and here:
 0. logit bias, by the definition of the OpenAI API;
 1. repetition penalty (prompt and generated tokens), then frequency and presence penalty (generated tokens only);
 2. temperature;
-3. top-k, top-p, min-p, each on what the one before it left.
+3. top-k, top-p, min-p, typical, each on what the one before it left (top-k on the logits before the temperature, which
+   changes no order).
 
 Penalties come first because they change what the model says about a token, and everything after cuts a distribution.
 Temperature comes before the cuts: top-p and min-p then speak about the distribution that is drawn from. Temperature 0
 takes the largest penalised logit. transformers has no presence and frequency penalty; these follow the definition of
 the OpenAI API, which vLLM shares.
 
-Everything runs in numpy on the CPU: a token costs one pass over the logits to be chosen greedily and three or four to
-be drawn, where torch's reductions to an index take ten times as long. After the first cut only the surviving candidates
-are looked at.
+This is what choosing means, in numpy, and what speculation uses (`Sampler.propose`, `Sampler.verify`). Whoever only
+chooses uses `kbit.engine.native_sampler`, which gives the same tokens sooner.
 """
 
 from __future__ import annotations
@@ -30,6 +30,17 @@ from typing import TYPE_CHECKING, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
+from kbit.engine.cuts import (
+    Indices,
+    Scores,
+    draw,
+    exponential,
+    keep_min_p,
+    keep_top_k,
+    keep_top_p,
+    keep_typical,
+    scaled,
+)
 from kbit.engine.randomness import KeyedUniform
 from kbit.host.errors import KbitError, UsageError
 
@@ -38,16 +49,12 @@ if TYPE_CHECKING:
 
 # Below this a temperature is indistinguishable from greedy decoding, and logits divided by it can leave float32.
 MIN_TEMPERATURE = 1e-6
-# Tokens that are drawn from at a time, see Sampler._draw.
-_BLOCK = 256
 # What random numbers beside those that draw tokens are for: each use of a place has its own (`KeyedUniform.at`), as
 # guesses, their acceptance and what is drawn instead must not depend on one another.
 _PROPOSING, _ACCEPTING = 1, 2
 
-Scores = npt.NDArray[np.float32]
 # (V,): a tensor on any device, or an array, which saves the calls into torch that cost the most per token.
 Logits: TypeAlias = "torch.Tensor | Scores"
-Indices = npt.NDArray[np.int64]
 Probabilities = npt.NDArray[np.float64]
 # A token that may come next, and the distribution (V,) it was drawn from; None where it was not drawn at random.
 Guess = tuple[int, Probabilities | None]
@@ -62,6 +69,7 @@ class SamplingParams:
         top_k: keep the k most probable tokens; 0 keeps all.
         top_p: keep the smallest set of most probable tokens whose probabilities reach this sum (Holtzman et al. 2020).
         min_p: keep tokens at least this fraction as probable as the most probable one (Nguyen et al. 2024).
+        typical_p: keep the most typical tokens whose probabilities reach this sum (Meister et al. 2022).
         repetition_penalty: divides positive and multiplies negative logits of tokens seen in prompt or answer
             (Keskar et al. 2019, CTRL); 1 is none.
         presence_penalty: subtracted from the logits of tokens generated at least once; 0 is none.
@@ -82,6 +90,7 @@ class SamplingParams:
     frequency_penalty: float = 0.0
     seed: int | None = None
     logit_bias: tuple[tuple[int, float], ...] = ()
+    typical_p: float = 1.0
 
     def __post_init__(self) -> None:
         t = self.temperature
@@ -89,6 +98,7 @@ class SamplingParams:
         _require(self.top_k >= 0, "--top-k", self.top_k, "a whole number of tokens to keep, or 0 for all")
         _require(0 < self.top_p <= 1, "--top-p", self.top_p, "a probability above 0 and at most 1 (1 keeps all)")
         _require(0 <= self.min_p <= 1, "--min-p", self.min_p, "a fraction from 0 (keeps all) to 1")
+        _require(0 < self.typical_p <= 1, "--typical-p", self.typical_p, "a probability above 0, at most 1 (1 is all)")
         r = self.repetition_penalty
         _require(0 < r < math.inf, "--repetition-penalty", r, "a number above 0 (1 is none, 1.1 is usual)")
         for flag, value in (
@@ -98,6 +108,11 @@ class SamplingParams:
             _require(math.isfinite(value), flag, value, "a finite number (0 is none, up to 2 is usual)")
         if self.seed is not None:
             _require(0 <= self.seed < 2**63, "--seed", self.seed, "a whole number from 0 to 2**63 - 1")
+
+    @property
+    def inverse_temperature(self) -> float:
+        """What logits are multiplied with, a float32; 0 is greedy. However high a temperature is, -inf stays -inf."""
+        return float(np.float32(max(1 / self.temperature, 1e-30))) if self.temperature else 0.0
 
 
 def _require(good: bool, flag: str, value: float, expected: str) -> None:
@@ -129,8 +144,7 @@ class Sampler:
         self._penalises = bool(
             params.logit_bias or params.repetition_penalty != 1 or params.presence_penalty or params.frequency_penalty
         )
-        # Seeded and read as torch.Generator and torch.rand do, so that a seed gives what it gives there.
-        self._generator = np.random.RandomState(self.seed & 0xFFFFFFFF)._bit_generator
+        self._torch = TorchUniform(self.seed)
         self._keyed = None if choice is None else KeyedUniform(self.seed, choice)
         self._position = 0  # tokens that were counted
         self._seen = set(prompt_ids)
@@ -214,11 +228,7 @@ class Sampler:
         # A NaN counts as the largest: one pass answers "which is best?" and "is everything a number?".
         best = int(scores.argmax())
         if not math.isfinite(scores[best]):
-            raise KbitError(
-                f"the model produced logits that are not finite (maximum {scores[best]}) after "
-                f"{self._position} tokens: the weights are damaged, or a value overflowed; "
-                "`kbit info MODEL` checks the file"
-            )
+            raise not_finite(float(scores[best]), self._position)
         return scores, best
 
     def _penalise(self, scores: Scores, pending: Sequence[int] = ()) -> Scores:
@@ -248,43 +258,46 @@ class Sampler:
             which the largest is 1.
         """
         p = self.params
-        with np.errstate(over="ignore"):  # what is minus infinity after the division is as improbable as it gets
-            scores = scores - scores[best]
-            scores /= np.float32(p.temperature)
         candidates: Indices | None = None
         if p.top_k:
             candidates = keep_top_k(scores, p.top_k)
-            scores = scores[candidates]
-        if p.top_p < 1:
-            kept = keep_top_p(scores, p.top_p)
-            scores, candidates = scores[kept], kept if candidates is None else candidates[kept]
-        if p.min_p:
-            kept = keep_min_p(scores, p.min_p)
-            scores, candidates = scores[kept], kept if candidates is None else candidates[kept]
-        return candidates, np.exp(scores)
+        scores = scaled(scores if candidates is None else scores[candidates], scores[best], p.inverse_temperature)
+        for keep, setting, off in ((keep_top_p, p.top_p, 1), (keep_min_p, p.min_p, 0), (keep_typical, p.typical_p, 1)):
+            if setting != off:
+                kept = keep(scores, setting)
+                scores, candidates = scores[kept], kept if candidates is None else candidates[kept]
+        return candidates, exponential(scores)
 
     def _draw(self, candidates: Indices | None, weights: npt.NDArray[np.floating], use: int = 0, ahead: int = 0) -> int:
         """One of the candidates (n,), None for 0 to n - 1, with probabilities proportional to their weights (n,)."""
-        # Inverse transform sampling in float64, in two levels: a running sum over all would take eight times as long.
-        # The first of whatever has a running sum above u (times the total) never has probability zero.
-        sums = np.add.reduceat(weights, np.arange(0, weights.size, _BLOCK), dtype=np.float64).cumsum()
-        target = self._uniform(use, ahead) * sums[-1]  # below sums[-1], as u < 1
-        block = int(sums.searchsorted(target, side="right"))
-        inside = weights[block * _BLOCK : (block + 1) * _BLOCK].cumsum(dtype=np.float64)
-        if block:
-            inside += sums[block - 1]
-        index = int(inside.searchsorted(target, side="right"))
-        if index == inside.size:  # added up in another order, the block just misses the target
-            index = int(weights[block * _BLOCK : (block + 1) * _BLOCK].nonzero()[0][-1])
-        index += block * _BLOCK
+        index = draw(weights, self._uniform(use, ahead))
         return index if candidates is None else int(candidates[index])
 
     def _uniform(self, use: int = 0, ahead: int = 0) -> float:
         """A number in [0, 1) with 53 random bits, for a use of the token that comes after so many drafted ones."""
         if self._keyed is not None:
             return self._keyed.at(self._position + ahead, use)
+        return self._torch.next()
+
+
+class TorchUniform:
+    """Uniform numbers in [0, 1) with 53 random bits: those that torch.rand gives after torch.manual_seed."""
+
+    def __init__(self, seed: int) -> None:
+        self._generator = np.random.RandomState(seed & 0xFFFFFFFF)._bit_generator
+
+    def next(self) -> float:
+        """The next one."""
         high, low = self._generator.random_raw(2).tolist()
         return float(((high << 32 | low) & ((1 << 53) - 1)) * 2.0**-53)
+
+
+def not_finite(value: float, tokens: int) -> KbitError:
+    """The error of logits whose largest is `value`, after so many tokens."""
+    return KbitError(
+        f"the model produced logits that are not finite (maximum {value}) after {tokens} tokens: the weights are "
+        "damaged, or a value overflowed; `kbit info MODEL` checks the file"
+    )
 
 
 def _probabilities(candidates: Indices | None, weights: Scores, size: int) -> Probabilities:
@@ -302,46 +315,3 @@ def repetition_penalty(scores: Scores, ids: Indices, penalty: float) -> None:
     """Divides the scores (V,) at `ids` (n,) by `penalty` where positive, multiplies where negative; in place."""
     seen = scores[ids]
     scores[ids] = np.where(seen < 0, seen * np.float32(penalty), seen / np.float32(penalty))
-
-
-def keep_top_k(scores: Scores, k: int) -> Indices:
-    """Indices, ascending, of the k largest of scores (V,); ties with the k-th are kept."""
-    if k >= scores.size:
-        return np.arange(scores.size)
-    # The k-th largest of the maxima of groups is not above the k-th largest score: a cheap first cut.
-    width = max(1, min(64, scores.size // k))
-    groups = scores[: scores.size // width * width].reshape(width, -1).max(axis=0)
-    candidates = np.flatnonzero(scores >= np.partition(groups, groups.size - k)[groups.size - k])
-    values = scores[candidates]
-    kept: Indices = candidates[values >= np.partition(values, values.size - k)[values.size - k]]
-    return kept
-
-
-def keep_top_p(scores: Scores, p: float) -> Indices:
-    """Indices, ascending, of the nucleus of scores (V,): the fewest most probable tokens that together reach p.
-
-    At least one token stays. Ties are cut in sorting order.
-    """
-    largest = scores.max()
-    weights = np.exp(scores - largest if largest else scores)
-    total = float(weights.sum())
-    # Sorting is the dear part, so first cut what is improbable: the tokens above any threshold hold the nucleus if they
-    # reach p together. Those below (1 - p) / V sum to less than 1 - p, so the second threshold always works. (The most
-    # probable token stays where rounding puts a uniform distribution below its own mean.)
-    for share in (1e-3, (1 - p) / scores.size):
-        candidates = np.flatnonzero(weights >= min(1.0, share * total))
-        probabilities = weights[candidates].astype(np.float64) / total
-        if probabilities.sum() >= p:
-            break
-    order = probabilities.argsort()
-    # Of the ascending order, the longest head whose probability is at most 1 - p goes, the most probable token never.
-    gone = probabilities[order].cumsum() + max(0.0, 1 - probabilities.sum()) <= 1 - p
-    gone[-1] = False
-    kept: Indices = candidates[np.sort(order[~gone])]
-    return kept
-
-
-def keep_min_p(scores: Scores, p: float) -> Indices:
-    """Indices, ascending, of the scores (V,) at least p times as probable as the most probable."""
-    # Probability ratios are differences of logits, so no softmax is needed.
-    return np.flatnonzero(scores >= scores.max() + np.float32(math.log(p)))

@@ -1,8 +1,9 @@
 """Continuous batching: which tokens of which sequences go through the model in the next pass.
 
-Every pass takes the next token of each text that is being written and fills up with pieces of prompts, so that texts
-neither wait for each other's ends nor for long prompts. A sequence comes in when its pages are free; when a running one
-needs a page and there is none, the latest that came in gives its own back and starts again later.
+Every pass takes the next token of each text that is being written and fills up with pieces of prompts, the shortest
+first, so that texts neither wait for each other's ends nor for long prompts. A sequence comes in when its pages are
+free; when a running one needs a page and there is none, the latest that came in gives its own back and starts again
+later.
 
 What a sequence is answered does not depend on any of this where the kernels' results do not depend on the batch, as the
 native ones' do not.
@@ -25,6 +26,7 @@ from kbit.host.errors import UsageError
 
 # Tokens of a pass: as many as the native backend computes at once (kbit.backends.cpu.runner).
 BATCH_TOKENS = 512
+_OLDEST_SHARE = 4
 
 
 @dataclass(frozen=True, eq=False)
@@ -112,25 +114,51 @@ class Scheduler:
         """
         chosen: list[tuple[Sequence, int]] = []
         budget = self._budget = self._batch_tokens if most is None else min(most, self._batch_tokens)
-        # One token each for the texts being written, then prompts: stable, so in the order they came in.
-        for sequence in sorted(self._running, key=lambda each: each.pending > 1):
+        for sequence in [each for each in self._running if each.pending == 1]:
             if sequence in self._running:  # it may have been stopped for one before it
-                room = max(budget, 1) if sequence.pending == 1 else budget
-                count = self._admit(sequence, room, {id(each) for each, _ in chosen})
+                count = self._admit(sequence, max(budget, 1), {id(each) for each, _ in chosen})
                 if count:
                     chosen.append((sequence, count))
                     budget -= count
-        while self._waiting and budget > 0 and len(self._running) < self._most_running:
-            sequence = self._waiting[0]
+        parts = self._parts(budget)
+        for sequence in [each for each in self._running if each.pending > 1]:
+            part = budget if sequence.whole else min(parts.get(sequence, 0), budget)
+            if part > 0 and sequence in self._running:
+                count = self._admit(sequence, part, {id(each) for each, _ in chosen})
+                if count:
+                    chosen.append((sequence, count))
+                    budget -= count
+        for sequence in list(self._waiting):
+            if budget <= 0 or len(self._running) >= self._most_running:
+                break
+            part = budget if sequence.whole else min(parts.get(sequence, 0), budget)
+            if part <= 0:
+                continue
             has_room = self._has_room(sequence)  # and maybe the beginning of it, so less is pending
-            count = self._fitting(sequence, budget)
+            count = self._fitting(sequence, part)
             if not has_room or not count:
                 break
             self._reserve(sequence, count)
-            self._running.append(self._waiting.popleft())
+            self._waiting.remove(sequence)
+            self._running.append(sequence)
             chosen.append((sequence, count))
             budget -= count
         return self._pass(chosen) if chosen else None
+
+    def _parts(self, budget: int) -> dict[Sequence, int]:
+        """What each prompt gets of so many tokens: the shortest first, so that a long one keeps nobody waiting for its
+        end; but the oldest gets a quarter, so that none waits for ever."""
+        reading = [each for each in self._running if each.pending > 1]
+        reading += list(self._waiting)[: max(0, self._most_running - len(self._running))]
+        parts: dict[Sequence, int] = {}
+        if reading:
+            parts[reading[0]] = min(reading[0].pending, budget // _OLDEST_SHARE)
+            budget -= parts[reading[0]]
+        for sequence in sorted(reading, key=lambda each: each.pending):
+            more = min(sequence.pending - parts.get(sequence, 0), budget)
+            parts[sequence] = parts.get(sequence, 0) + more
+            budget -= more
+        return parts
 
     def complete(self, done: Pass) -> Iterator[tuple[Sequence, slice]]:
         """After a pass: the sequences that are answered, and which of the pass's results are theirs."""

@@ -151,6 +151,8 @@ class CanonicalSource(StoredSource):
         self._source = source
         self._layout = layout
         self._pieces = _pieces(source, spec, layout)
+        norms = [p for p in parameters(spec) if p.role == "norm" and p.name not in source.tensors]
+        self._ones = {p.name: p.shape for p in norms} if layout.plain_norms else {}
         self._left_out = (*_further_layers(source, spec, layout), *_keys_not_read(source, spec))
         self._infos = self._described(spec)
 
@@ -173,7 +175,8 @@ class CanonicalSource(StoredSource):
                 infos[name] = replace(made, stored_as="F32", nbytes=4 * made.numel)
             else:
                 infos[name] = replace(made, nbytes=-(-info.nbytes * made.numel // max(1, info.numel)))
-        return infos
+        ones = {name: TensorInfo(name, shape, "F32", 0, self.path) for name, shape in self._ones.items()}
+        return {**infos, **ones}
 
     @property
     def tensors(self) -> Mapping[str, TensorInfo]:
@@ -182,6 +185,8 @@ class CanonicalSource(StoredSource):
     def read_array_rows(self, name: str, start: int, stop: int) -> NDArray[np.float32]:
         import numpy as np
 
+        if name in self._ones:
+            return np.ones(stop - start, dtype=np.float32)
         piece = self._pieces.get(name)
         if piece is None:
             return self._source.read_array_rows(name, start, stop)
@@ -210,11 +215,13 @@ class CanonicalSource(StoredSource):
         return values + np.float32(piece.offset) if piece.offset else values
 
     def read_stored(self, name: str) -> AnyStored:
-        if name not in self._pieces:
+        if name not in self._pieces and name not in self._ones:
             return self._source.read_stored(name)
         from kbit.formats.quant_format import QuantFormat
         from kbit.formats.stored import KINDS, DenseMatrix, StoredMatrix, narrowed
 
+        if name in self._ones:
+            return DenseMatrix(self.read_array_rows(name, 0, self._ones[name][0]), "fp32")
         info, piece = self._infos[name], self._pieces[name]
         if piece.format is not None:
             return self._packed(name, piece)

@@ -54,6 +54,7 @@ class Layout:
         turned_last: what turns of a query's head comes after what does not.
         norm_offset: is added to the stored weight of every norm, but for
         whole_norms: norms, by slot, whose weights are stored as they multiply.
+        plain_norms: norms have no weights there: they are 1.
         stacked: published tensors that hold all experts of a layer, by whole name (with {layer}).
         more_layers: the key of how many layers there are beyond the model's own, which predict tokens further on; they
             are left out.
@@ -72,6 +73,7 @@ class Layout:
     turned_last: bool = False
     norm_offset: float = 0.0
     whole_norms: tuple[str, ...] = ()
+    plain_norms: bool = False
     stacked: Mapping[str, Stacked] = field(default_factory=dict)
     more_layers: str | None = None
     prefix: str = ""
@@ -82,5 +84,5 @@ class Layout:
     def changes(self) -> bool:
         """Whether published tensors differ from canonical ones in more than their names, which tell by themselves."""
         elsewhere = bool(self.fused) or bool(self.stacked) or self.more_layers is not None
-        elsewhere = elsewhere or bool(self.grouped) or bool(self.flattened)
+        elsewhere = elsewhere or bool(self.grouped) or bool(self.flattened) or self.plain_norms
         return elsewhere or self.transposed or self.interleaved or self.turned_last or self.norm_offset != 0.0

@@ -176,6 +176,8 @@ def published_tensors(spec: ModelSpec, layout: Layout) -> tuple[PublishedTensor 
     inside = {part.name for stack in stacks.values() for parts in stack.experts for part in parts}
     together: dict[str, list[Part]] = {}
     for parameter in parameters(spec):
+        if parameter.role == "norm" and layout.plain_norms:
+            continue
         if parameter.name in inside:
             if parameter.name in stacks:
                 together[parameter.name] = []

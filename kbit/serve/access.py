@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hmac
 import json
+import re
 from collections.abc import Collection
 from urllib.parse import urlsplit
 
@@ -21,6 +22,12 @@ LOOPBACK = ("localhost", "127.0.0.1", "::1")
 _OPEN = frozenset({"/health", "/v1/health", "/"})
 
 
+def origin_pattern(origins: Collection[str]) -> str:
+    """A regular expression of the origins that these are: "*" is any, "localhost" the pages of this machine."""
+    known = {"*": ".*", "localhost": r"https?://(localhost|127\.0\.0\.1|\[::1\])(:\d+)?"}
+    return "|".join(known.get(origin, re.escape(origin)) for origin in origins)
+
+
 class Access:
     """Refuses what must not come through.
 
@@ -28,7 +35,7 @@ class Access:
         app: what is behind it.
         keys: any of them lets a request in; none: all are let in.
         hosts: names in the Host header that are answered; None: all.
-        origins: of pages that may use the server, besides its own.
+        origins: of pages that may use the server, besides its own; see `origin_pattern`.
         most_bytes: of a request's body.
     """
 
@@ -44,7 +51,7 @@ class Access:
         self._app = app
         self._keys = [key.encode() for key in keys]
         self._hosts = hosts
-        self._origins = frozenset(origins)
+        self._origins = re.compile(origin_pattern(origins)) if origins else None
         self._most_bytes = most_bytes
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -54,6 +61,11 @@ class Access:
         headers = Headers(scope=scope)
         error = self._refusal(scope, headers)
         if error is not None:
+            if scope["method"] == "OPTIONS" and error.status == 403 and "origin" in headers:
+                # A browser asks beforehand: an answer that allows nothing is a no.
+                await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"0")]})
+                await send({"type": "http.response.body", "body": b""})
+                return
             await refuse(scope, send, error)
             return
         read, refused = 0, False
@@ -68,8 +80,12 @@ class Access:
             return {"type": "http.disconnect"} if refused else message
 
         async def unless_refused(message: Message) -> None:
-            if not refused:
-                await send(message)
+            if refused:
+                return
+            if message["type"] == "http.response.start":  # names as people write them: some programs compare letters
+                named = [(name.title(), value) for name, value in message.get("headers", ())]
+                message = {**message, "headers": named}
+            await send(message)
 
         await self._app(scope, counted, unless_refused)
 
@@ -80,7 +96,7 @@ class Access:
                 403, f"this server does not answer to the name {host[:100]!r}: use localhost, or start it with --host"
             )
         origin = headers.get("origin")
-        if origin is not None and origin not in self._origins and _name(urlsplit(origin).netloc) != host:
+        if origin is not None and not self._allowed(origin) and _name(urlsplit(origin).netloc) != host:
             return ApiError(
                 403, f"pages of {origin[:100]} may not use this server: start it with --cors-origin {origin[:100]}"
             )
@@ -94,6 +110,9 @@ class Access:
         if length.isdecimal() and int(length) > self._most_bytes:
             return self._too_large()
         return None
+
+    def _allowed(self, origin: str) -> bool:
+        return self._origins is not None and self._origins.fullmatch(origin) is not None
 
     def _too_large(self) -> ApiError:
         return ApiError(

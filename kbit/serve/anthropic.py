@@ -163,6 +163,7 @@ def _messages(body: CountBody) -> list[dict[str, Any]]:
 def _turn(role: str, blocks: list[Any], where: str) -> list[dict[str, Any]]:
     """The messages of one turn: results of tools stand before what the user says."""
     texts: list[str] = []
+    thoughts: list[str] = []
     calls: list[dict[str, Any]] = []
     results: list[dict[str, Any]] = []
     for block in blocks:
@@ -175,15 +176,27 @@ def _turn(role: str, blocks: list[Any], where: str) -> list[dict[str, Any]]:
         elif kind == "tool_result":
             content = block.get("content") or ""
             if isinstance(content, list):
-                content = "".join(str(part.get("text", "")) for part in content if part.get("type") == "text")
+                kinds = [part.get("type") if isinstance(part, dict) else None for part in content]
+                if set(kinds) - {"text"}:
+                    other = next(each for each in kinds if each != "text")
+                    raise bad_request(
+                        f"{where}.content: a result with a part of type {other!r}: this server reads text only",
+                        "messages",
+                    )
+                content = "".join(str(part.get("text", "")) for part in content)
             results.append({"role": "tool", "tool_call_id": block.get("tool_use_id"), "content": str(content)})
-        elif kind not in ("thinking", "redacted_thinking"):  # earlier thoughts are not shown to models again
+        elif kind == "thinking":  # whether it is shown to the model again is for the template to say
+            thoughts.append(str(block.get("thinking", "")))
+        elif kind != "redacted_thinking":
             raise bad_request(
                 f"{where}.content: a block of type {kind!r}: this server reads text and tools", "messages"
             )
     turn = list(results)
     if texts or calls or not results:
-        turn.append({"role": role, "content": "".join(texts), **({"tool_calls": calls} if calls else {})})
+        more: dict[str, Any] = {"tool_calls": calls} if calls else {}
+        if thoughts:
+            more["reasoning_content"] = "".join(thoughts)
+        turn.append({"role": role, "content": "".join(texts), **more})
     return turn
 
 

@@ -21,8 +21,8 @@ from starlette.responses import JSONResponse, Response
 from starlette.types import Receive, Scope, Send
 
 from kbit.host.errors import KbitError, one_line
-from kbit.serve import anthropic, basics, chat, completions, native, page, responses
-from kbit.serve.access import Access
+from kbit.serve import anthropic, basics, chat, completions, infill, native, page, responses
+from kbit.serve.access import Access, origin_pattern
 from kbit.serve.bridge import Bridge, ClientGoneError
 from kbit.serve.errors import ApiError, api_error
 from kbit.serve.metrics import Metrics
@@ -80,7 +80,7 @@ def make_app(models: Models, options: ServeOptions | None = None) -> FastAPI:
         middleware.append(
             Middleware(
                 CORSMiddleware,
-                allow_origins=list(options.origins),
+                allow_origin_regex=origin_pattern(options.origins),
                 allow_methods=["GET", "POST"],
                 allow_headers=["*"],
             )
@@ -101,7 +101,7 @@ def make_app(models: Models, options: ServeOptions | None = None) -> FastAPI:
             Exception: _told,
         },
     )
-    for routes in (basics, completions, chat, responses, anthropic, native, page):
+    for routes in (basics, completions, chat, responses, anthropic, native, infill, page):
         app.include_router(routes.router)
     return app
 

@@ -82,30 +82,46 @@ async def props(http: HttpRequest, model: str | None = None) -> Response:
     return JSONResponse(
         {
             "model_alias": found.name,
+            "model_path": found.path,
             "n_ctx": engine.context,
             "total_slots": server.models.options.seats,
             "cache_tokens": engine.pool.count * 64,
             "cache_bytes": engine.pool.nbytes,
             "weights_bytes": found.loaded.decoder.weights.nbytes,
             "backend": found.loaded.backend_description,
+            "default_generation_settings": {
+                "n_ctx": engine.context,
+                "params": {**asdict(found.defaults.params), "n_predict": found.most_tokens(None)},
+            },
             "sampling_defaults": {**asdict(found.defaults.params), "origin": found.defaults.origin},
             "chat_template": found.tokenizer.chat_template,
-            "system_fingerprint": f"kbit-{found.fingerprint}",
+            "system_fingerprint": f"build-{found.fingerprint}",
         }
     )
 
 
 @router.get("/slots")
 async def slots(http: HttpRequest) -> Response:
-    """How much is under way, by model."""
-    server = server_of(http)
-    engines = [(model.name, model.engine) for model in server.models if model.engine is not None]
-    return JSONResponse(
-        [
-            {"model": name, "running": engine.running, "waiting": engine.waiting, "requests": len(engine)}
-            for name, engine in engines
-        ]
-    )
+    """How much is under way, and what it takes, by model that is loaded."""
+    found = []
+    for model in server_of(http).models:
+        if model.engine is not None and model.loaded is not None:
+            engine, pool = model.engine, model.engine.pool
+            found.append(
+                {
+                    "id": len(found),
+                    "model": model.name,
+                    "n_ctx": engine.context,
+                    "is_processing": len(engine) > 0,
+                    "running": engine.running,
+                    "waiting": engine.waiting,
+                    "requests": len(engine),
+                    "weights_bytes": model.loaded.decoder.weights.nbytes,
+                    "cache_bytes": pool.nbytes,
+                    "cache_used": 1 - pool.available / max(1, pool.count),
+                }
+            )
+    return JSONResponse(found)
 
 
 @router.post("/tokenize")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Coroutine
+from collections.abc import AsyncIterator, Coroutine, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -115,6 +115,16 @@ async def collect(events: AsyncIterator[Event], choices: int) -> Answered:
             choice.tokens += event.tokens
             choice.finish, choice.stop = event.finish or choice.finish, event.stop
     return answered
+
+
+async def together(runs: Sequence[Coroutine[Any, Any, T]]) -> list[T]:
+    """All results in order; where one fails or this is cancelled, all are."""
+    tasks = [asyncio.ensure_future(run) for run in runs]
+    try:
+        return list(await asyncio.gather(*tasks))
+    finally:
+        for task in tasks:
+            task.cancel()
 
 
 async def while_connected(http: HttpRequest, work: Coroutine[Any, Any, T]) -> T:

@@ -25,6 +25,7 @@ router = APIRouter()
 
 
 @router.post("/v1/chat/completions")
+@router.post("/chat/completions", include_in_schema=False)
 async def chat_completions(body: ChatBody, http: HttpRequest) -> Response:
     """Answers a conversation."""
     server = server_of(http)
@@ -46,14 +47,25 @@ async def chat_completions(body: ChatBody, http: HttpRequest) -> Response:
                 "finish_reason": "tool_calls" if calls and whole.finish == "stop" else finish_reason(whole.finish),
             }
         )
-    return JSONResponse(
-        {
-            **head("chatcmpl-", "chat.completion", model),
-            "choices": choices,
-            "usage": usage_dict([answer.usage]),
-            "timings": timings([answer.usage]),
-        }
-    )
+    found = {
+        **head("chatcmpl-", "chat.completion", model),
+        "choices": choices,
+        "usage": usage_dict([answer.usage]),
+        "timings": timings([answer.usage]),
+    }
+    if body.verbose if body.verbose is not None else model.options is not None and model.options.verbose:
+        shown = model.tokenizer.decode(prepared.request.prompt, skip_special_tokens=False)
+        found["__verbose"] = {"prompt": shown, "content": [whole.text for whole in answer.choices]}
+    return JSONResponse(found)
+
+
+@router.post("/v1/chat/completions/input_tokens")
+@router.post("/chat/completions/input_tokens", include_in_schema=False)
+async def input_tokens(body: ChatBody, http: HttpRequest) -> Response:
+    """How many tokens a conversation has."""
+    model = await server_of(http).models.ready(body.model)
+    prepared = await asyncio.to_thread(prepare_chat, body, model)
+    return JSONResponse({"input_tokens": len(prepared.request.prompt)})
 
 
 def message_of(prepared: Prepared, text: str) -> tuple[dict[str, Any], list[Called]]:
@@ -98,7 +110,7 @@ async def _stream(
                 index = event.choice
                 if index not in begun:
                     begun.add(index)
-                    yield chunk(index, {"role": "assistant", "content": ""})
+                    yield chunk(index, {"role": "assistant", "content": None})
                 parts = parsers[index].push(event.text)
                 if event.finish is not None:
                     parts += parsers[index].finish()

@@ -13,7 +13,7 @@ from starlette.requests import Request as HttpRequest
 from starlette.responses import JSONResponse, Response
 
 from kbit.engine.answers import Done, Event, Piece, PromptScored, Request, TokenInfo, Usage
-from kbit.serve.bridge import collect, while_connected
+from kbit.serve.bridge import collect, together, while_connected
 from kbit.serve.errors import bad_request
 from kbit.serve.models import ServedModel
 from kbit.serve.requests import request_of
@@ -46,7 +46,7 @@ async def completions(body: CompletionBody, http: HttpRequest) -> Response:
     if body.stream:
         return EventStream(await started(_stream(server, model, body, prompts, requests)))
     runs = [collect(server.run(model, request), request.choices) for request in requests]
-    answers = await while_connected(http, _together(runs))
+    answers = await while_connected(http, together(runs))
     choices = []
     for index, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
         shown = prompt.text if body.echo else ""
@@ -76,16 +76,6 @@ async def completions(body: CompletionBody, http: HttpRequest) -> Response:
     )
 
 
-async def _together(runs: list[Any]) -> list[Any]:
-    """All results in order; where one fails or this is cancelled, all are."""
-    tasks = [asyncio.ensure_future(run) for run in runs]
-    try:
-        return list(await asyncio.gather(*tasks))
-    finally:
-        for task in tasks:
-            task.cancel()
-
-
 def _prepare(body: CompletionBody, model: ServedModel) -> tuple[list[_Prompt], list[Request]]:
     """Prompts and requests of a body. Not on the event loop: long texts take a while."""
     if body.suffix:
@@ -93,7 +83,7 @@ def _prepare(body: CompletionBody, model: ServedModel) -> tuple[list[_Prompt], l
     if body.best_of is not None and body.best_of > (body.n or 1):
         raise bad_request(f"best_of: {body.best_of} is more than n ({body.n or 1}): all answers are shown", "best_of")
     prompts = _prompts(body, model)
-    tokens = _DEFAULT_TOKENS if body.max_tokens is None else body.max_tokens
+    tokens = model.most_tokens(body.most_tokens, _DEFAULT_TOKENS)
     if tokens == 0 and not body.echo:
         raise bad_request("max_tokens: 0 generates nothing: give at least 1, or echo the prompt", "max_tokens")
     # A prompt that was not sent (the token that texts begin with) is not echoed.

@@ -13,7 +13,7 @@ from kbit.engine.conversation import require_template
 from kbit.host.errors import KbitError
 from kbit.serve.errors import bad_request
 from kbit.serve.grammar import JSON_STYLE
-from kbit.serve.message_parser import MessageParser, ToolFormat, thinks, tool_format
+from kbit.serve.message_parser import MessageParser, ToolFormat, thinks, tool_format, without_thoughts
 from kbit.serve.models import ServedModel
 from kbit.serve.requests import constraint_of, request_of
 from kbit.serve.schemas import ChatBody, Tool
@@ -65,7 +65,11 @@ def prepare_chat(body: ChatBody, model: ServedModel) -> Prepared:
         rendered_tools = None
     else:
         rendered_tools = [tool.model_dump(exclude_none=True) for tool in tools] if offered else None
-    text = render(model, messages, rendered_tools, body.chat_template_kwargs, body.add_generation_prompt)
+    messages, prefill = _continued(body, messages)
+    asks = prefill is not None or body.add_generation_prompt is not False
+    text = render(model, messages, rendered_tools, body.chat_template_kwargs, asks)
+    thinking = thinks(template) and text.rstrip().endswith("<think>")
+    text += prefill or ""
     ids = model.tokenizer.encode(text, add_special_tokens=False)
     constraint: ConstraintMaker | None = None
     if offered and choice not in ("auto", None):
@@ -73,20 +77,19 @@ def prepare_chat(body: ChatBody, model: ServedModel) -> Prepared:
             raise bad_request("tool_choice: an answer that must be a call has no other form", "response_format")
         assert form is not None
         constraint = _forced_call(model, form, [t for t in tools if choice in ("required", t.function.name)])
-    thinking = thinks(template) and text.rstrip().endswith("<think>")
     logprobs = None
     if body.logprobs:
         logprobs = body.top_logprobs or 0
     elif body.top_logprobs:
         raise bad_request("top_logprobs needs logprobs: true", "top_logprobs")
-    limit = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
+    limit = body.most_tokens if body.max_completion_tokens is None else body.max_completion_tokens
     if limit == 0:
         raise bad_request("max_completion_tokens: 0 generates nothing: give at least 1", "max_completion_tokens")
     request = request_of(
         body,
         model,
         ids,
-        max_tokens=limit or model.generating().context,
+        max_tokens=model.most_tokens(limit),
         logprobs=logprobs,
         continues_prompt=False,
         constraint=constraint,
@@ -110,8 +113,11 @@ def render(
     """
     template = require_template(model.tokenizer, model.name)
     more = {key: value for key, value in (more or {}).items() if key not in ("messages", "tools", "template")}
+    reasoning = "auto" if model.options is None else model.options.reasoning
+    if reasoning != "auto":
+        more.setdefault("enable_thinking", reasoning == "on")
     try:
-        return render_chat(
+        text = render_chat(
             template,
             messages,
             special_tokens=model.tokenizer.special_tokens,
@@ -121,6 +127,32 @@ def render(
         )
     except KbitError as error:
         raise bad_request(str(error), "messages") from None
+    if add_generation_prompt and more.get("enable_thinking") is False:
+        text += without_thoughts(template, text)
+    return text
+
+
+def _continued(body: ChatBody, messages: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], str | None]:
+    """(the messages before it, what the answer is to go on from): the last one's text, where that is the assistant's.
+
+    Raises:
+        ApiError: there is no such message, or two of them.
+    """
+    last = messages[-1]
+    goes_on = body.continue_final_message
+    if goes_on and body.add_generation_prompt:
+        raise bad_request(
+            "continue_final_message and add_generation_prompt: an answer goes on or is new: leave one out",
+            "continue_final_message",
+        )
+    written = last["role"] == "assistant" and not last.get("tool_calls")
+    if goes_on and not written:
+        raise bad_request("continue_final_message: the last message is not the assistant's", "messages")
+    if not written or goes_on is False or (goes_on is None and body.add_generation_prompt is not None):
+        return messages, None
+    if len(messages) > 1 and messages[-2]["role"] == "assistant":
+        raise bad_request("messages: two of the assistant's at the end: put them into one", "messages")
+    return (messages[:-1], last["content"]) if len(messages) > 1 else (messages, None)
 
 
 def plain_messages(messages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -67,7 +67,16 @@ def bad_request(message: str, param: str | None = None, code: str | None = None)
 
 
 # What an error that names flags of the command line calls the fields of a request.
-_FLAGS = ("temperature", "top-k", "top-p", "min-p", "repetition-penalty", "presence-penalty", "frequency-penalty")
+_FLAGS = (
+    "temperature",
+    "top-k",
+    "top-p",
+    "min-p",
+    "repetition-penalty",
+    "presence-penalty",
+    "frequency-penalty",
+    "typical-p",
+)
 
 
 def api_error(error: Exception) -> ApiError:
@@ -76,7 +85,8 @@ def api_error(error: Exception) -> ApiError:
         return error
     text = one_line(error, 1000)
     if isinstance(error, TooLongError):
-        numbers = {"n_prompt_tokens": error.tokens, "n_ctx": error.context}
+        # The name that llama.cpp's clients look for; OpenAI's is the code.
+        numbers = {"type": "exceed_context_size_error", "n_prompt_tokens": error.tokens, "n_ctx": error.context}
         return ApiError(400, text, code="context_length_exceeded", details=numbers)
     if isinstance(error, QueueFullError):
         return ApiError(429, text, code="queue_full", headers={"Retry-After": str(error.retry_after)})

@@ -65,6 +65,17 @@ def thinks(template: str) -> bool:
     return _CLOSE in template
 
 
+def without_thoughts(template: str, prompt: str) -> str:
+    """What a prompt must end with so that the answer has no thoughts, where the template did not see to it."""
+    for begin, end in ((_OPEN, _CLOSE), ("<|START_THINKING|>", "<|END_THINKING|>")):
+        if end in template:
+            if prompt.rstrip().endswith(begin):
+                return end
+            # A template that knows the switch has obeyed it.
+            return "" if "enable_thinking" in template or begin == _OPEN else begin + end
+    return ""
+
+
 class MessageParser:
     """Reads one answer.
 

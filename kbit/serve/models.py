@@ -5,10 +5,10 @@ from __future__ import annotations
 import asyncio
 import re
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from hashlib import blake2b
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from kbit.api.batching import batch_engine
 from kbit.engine.batch_engine import BatchEngine
@@ -38,12 +38,22 @@ class ModelOptions:
         context: tokens of a prompt and its answer at most; None: what model and cache allow.
         cache_bytes: memory for keys and values of each model; None: see above.
         seats: sequences that are computed at once.
+        sampling: settings of `SamplingParams`, the seed among them, where neither the request nor anything else says.
+        max_tokens: of an answer, where the request does not say; None: as the route has it.
+        chat_template: in place of the models' own.
+        reasoning: whether models think before they answer, where their templates can say so; "auto": as these do.
+        verbose: answers to chats tell the prompt that the model was given.
     """
 
     backend: Backend
     context: int | None = None
     cache_bytes: int | None = None
     seats: int = 64
+    sampling: Mapping[str, Any] = field(default_factory=dict)
+    max_tokens: int | None = None
+    chat_template: str | None = None
+    reasoning: Literal["auto", "on", "off"] = "auto"
+    verbose: bool = False
 
 
 @dataclass(eq=False)
@@ -61,6 +71,7 @@ class ServedModel:
         embedder: of one that makes vectors.
         fingerprint: a short name for all that its answers depend on besides requests: files, backend, kbit's version.
         lock: held while it is loaded, and while it makes vectors.
+        options: how it was loaded.
     """
 
     name: str
@@ -76,6 +87,15 @@ class ServedModel:
     embedder: Embedder | None = None
     fingerprint: str = ""
     lock: asyncio.Lock = field(default_factory=asyncio.Lock)
+    options: ModelOptions | None = None
+
+    def most_tokens(self, asked: int | None, usual: int | None = None) -> int:
+        """Tokens of an answer at most: as asked, else as the command line says, else as is usual, else what fits."""
+        said = None if self.options is None else self.options.max_tokens
+        for each in (asked, said, usual):
+            if each is not None:
+                return each
+        return self.generating().context
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -228,12 +248,18 @@ def load(model: ServedModel, options: ModelOptions, progress: Callable[[int, int
     from kbit.engine.loader import load_model
 
     def note(tokenizer: Tokenizer, source: CheckpointSource) -> None:
-        model.defaults = sampling_defaults(source, model.path)
+        found = sampling_defaults(source, model.path)
+        if options.sampling:
+            params = replace(found.params, **options.sampling)
+            found = SamplingDefaults(params, f"{found.origin}, and what the command line says")
+        model.defaults = found
 
     loaded = load_model(path, backend=options.backend, bits=bits, check=note, progress=progress)
+    if options.chat_template is not None:
+        loaded.tokenizer.chat_templates = {"default": options.chat_template}
     from kbit.serve.grammar import GrammarCompiler
 
-    model.loaded = loaded
+    model.loaded, model.options = loaded, options
     model.grammars = GrammarCompiler(loaded.tokenizer, loaded.decoder.spec.vocab_size)
     model.engine = batch_engine(loaded, context=options.context, cache_bytes=options.cache_bytes, seats=options.seats)
 

@@ -24,7 +24,8 @@ def sampling_of(body: SamplingFields, model: ServedModel) -> SamplingParams:
         ApiError, UsageError: a value out of range.
     """
     assert model.defaults is not None
-    base = model.defaults.params if body.temperature is None else SamplingParams(temperature=1.0)
+    defaults = model.defaults.params
+    base = defaults if body.temperature is None else SamplingParams(temperature=1.0, seed=defaults.seed)
     given = {
         name: getattr(body, name)
         for name in (
@@ -32,17 +33,21 @@ def sampling_of(body: SamplingFields, model: ServedModel) -> SamplingParams:
             "top_p",
             "top_k",
             "min_p",
+            "typical_p",
             "repetition_penalty",
             "presence_penalty",
             "frequency_penalty",
         )
         if getattr(body, name) is not None
     }
+    for name, alias in (("repetition_penalty", body.repeat_penalty), ("typical_p", body.typ_p)):
+        if alias is not None:
+            given.setdefault(name, alias)
     if given.get("top_p") == 0:  # of OpenAI's range: the most probable token
         given.update(temperature=0.0, top_p=1.0)
     if 0 < given.get("temperature", 1.0) < 1e-6:
         given["temperature"] = 0.0
-    seed = None if body.seed is None else body.seed % (1 << 63)
+    seed = defaults.seed if body.seed is None else body.seed % (1 << 63)
     return replace(base, **given, seed=seed, logit_bias=_bias(body, model))
 
 
@@ -91,7 +96,7 @@ def constraint_of(body: SamplingFields, model: ServedModel) -> ConstraintMaker |
     """
     grammars = model.grammars
     assert isinstance(grammars, GrammarCompiler)
-    asked = [name for name in ("regex", "grammar") if getattr(body, name) is not None]
+    asked = [name for name in ("regex", "grammar", "json_schema") if getattr(body, name) is not None]
     form = body.response_format or {"type": "text"}
     kind = form.get("type")
     if kind != "text":
@@ -102,11 +107,17 @@ def constraint_of(body: SamplingFields, model: ServedModel) -> ConstraintMaker |
         return grammars.regex(body.regex)
     if body.grammar is not None:
         return grammars.lark(body.grammar)
+    if body.json_schema is not None:
+        return grammars.json_schema(body.json_schema, "json_schema")
     if kind == "text":
         return None
     if kind == "json_object":
         schema = form.get("schema")
-        return grammars.json_object() if schema is None else grammars.json_schema(schema)
+        if schema is None:
+            return grammars.json_object()
+        if not isinstance(schema, (dict, bool)):
+            raise bad_request("response_format.schema: expected a JSON schema", "response_format")
+        return grammars.json_schema(schema)
     if kind == "json_schema":
         named = form.get("json_schema")
         schema = named.get("schema", True) if isinstance(named, dict) else None

@@ -72,6 +72,7 @@ class ResponsesBody(InputBody):
 
 
 @router.post("/v1/responses")
+@router.post("/responses", include_in_schema=False)
 async def responses(body: ResponsesBody, http: HttpRequest) -> Response:
     """Answers an input."""
     server = server_of(http)

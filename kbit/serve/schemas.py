@@ -55,7 +55,22 @@ class SamplingFields(Body):
     response_format: dict[str, Any] | None = None
     skip_special_tokens: bool = True
     stop_repetition: bool = False
-    user: str | None = None  # accounting
+    typical_p: float | None = None
+    # llama.cpp's names of the same.
+    repeat_penalty: float | None = None
+    typ_p: float | None = None
+    n_predict: Annotated[int, Field(ge=-1, le=1 << 31)] | None = None
+    json_schema: dict[str, Any] | bool | None = None
+    timings_per_token: bool = False
+    # Accepted, as they change no answer: accounting and hints.
+    user: str | None = None
+    cache_prompt: bool = True
+    id_slot: int | None = None
+
+    @property
+    def most_tokens(self) -> int | None:
+        """Tokens of the answer at most, by either name; None: as many as there is room for, or as is usual."""
+        return self.n_predict if self.max_tokens is None and self.n_predict != -1 else self.max_tokens
 
 
 class CompletionBody(SamplingFields):
@@ -96,7 +111,9 @@ class ChatBody(SamplingFields):
     parallel_tool_calls: bool | None = None
     reasoning_effort: str | None = None
     chat_template_kwargs: dict[str, Any] | None = None
-    add_generation_prompt: bool = True
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
+    verbose: bool | None = None
     modalities: list[str] | None = None
     # Accepted, as they change no answer: accounting and hints.
     store: bool | None = None

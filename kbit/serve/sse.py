@@ -17,7 +17,7 @@ from kbit.serve.bridge import disconnected
 from kbit.serve.errors import ApiError, api_error
 
 # A reader that takes nothing for so long is not waited for. (Small parts go on into the buffers of the network, so this
-# counts from when these are full.)
+# counts from when these are full.) Until then what it is sent is kept: its answer has an end, and others do not wait.
 _SLOWEST_SECONDS = 60.0
 
 Objects = AsyncIterator["dict[str, Any] | tuple[str, dict[str, Any]]"]
@@ -51,38 +51,67 @@ class EventStream(Response):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
-        sending = asyncio.ensure_future(self._send_all(send))
+        wake, loop = asyncio.Event(), asyncio.get_running_loop()
+        waiting: list[bytes] = []  # what is to be written; what is made meanwhile goes in one piece
+        making = asyncio.ensure_future(self._make(waiting, wake))
         gone = asyncio.ensure_future(disconnected(HttpRequest(scope, receive)))
+        for task in (making, gone):
+            task.add_done_callback(lambda _: wake.set())
+        writer = asyncio.current_task()
+        assert writer is not None
+        writing_since: float | None = None
+        too_slow = False
+
+        def check() -> None:
+            nonlocal watch, too_slow
+            if writing_since is not None and loop.time() - writing_since > _SLOWEST_SECONDS:
+                too_slow = True
+                writer.cancel()
+            watch = loop.call_later(_SLOWEST_SECONDS / 4, check)
+
+        watch = loop.call_later(_SLOWEST_SECONDS / 4, check)
         try:
-            await asyncio.wait((sending, gone), return_when=asyncio.FIRST_COMPLETED)
-            if sending.done():
-                sending.result()
+            while not gone.done():
+                await wake.wait()
+                wake.clear()
+                over = making.done()
+                if (waiting or over) and not gone.done():
+                    data = b"".join(waiting)
+                    waiting.clear()
+                    writing_since = loop.time()
+                    await send({"type": "http.response.body", "body": data, "more_body": not over})
+                    writing_since = None
+                if over:
+                    break
+        except OSError:
+            pass  # the reader has gone
+        except asyncio.CancelledError:
+            if not too_slow:
+                raise
         finally:
-            for task in (sending, gone):
+            watch.cancel()
+            for task in (making, gone):
                 if not task.done():
                     task.cancel()
                     with suppress(asyncio.CancelledError, Exception):
                         await task
+        if making.done() and not making.cancelled():
+            making.result()
 
-    async def _send_all(self, send: Send) -> None:
-        async def put(data: bytes, more: bool = True) -> None:
-            message = {"type": "http.response.body", "body": data, "more_body": more}
-            await asyncio.wait_for(send(message), _SLOWEST_SECONDS)
-
+    async def _make(self, waiting: list[bytes], wake: asyncio.Event) -> None:
+        """Encodes all objects into `waiting`, and wakes the writer up: once for all that come without a pause."""
         async with aclosing(self._objects) as objects:  # type: ignore[type-var]
             try:
                 async for each in objects:
-                    await put(_encoded(each))
-            except (OSError, asyncio.TimeoutError):
-                return  # the reader has gone, or does not read
+                    waiting.append(_encoded(each))
+                    wake.set()
             except Exception as error:
                 told = api_error(error)
                 if told.status >= 500:
                     sys.stderr.write(f"kbit: error: {told.message}\n")
-                await put(_encoded(self._failure(told)))
-            if self._end is not None:
-                await put(f"data: {self._end}\n\n".encode())
-            await put(b"", more=False)
+                waiting.append(_encoded(self._failure(told)))
+        if self._end is not None:
+            waiting.append(f"data: {self._end}\n\n".encode())
 
 
 async def started(objects: Objects) -> Objects:
@@ -103,7 +132,10 @@ async def started(objects: Objects) -> Objects:
     return all_of_them()
 
 
+_ENCODE = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
+
+
 def _encoded(each: dict[str, Any] | tuple[str, dict[str, Any]]) -> bytes:
     name, data = each if isinstance(each, tuple) else (None, each)
-    line = f"data: {json.dumps(data, ensure_ascii=False, separators=(',', ':'))}\n\n"
+    line = f"data: {_ENCODE(data)}\n\n"
     return (line if name is None else f"event: {name}\n{line}").encode("utf-8", errors="replace")

@@ -69,7 +69,7 @@ def head(prefix: str, kind: str, model: ServedModel) -> dict[str, Any]:
         "object": kind,
         "created": int(time()),
         "model": model.name,
-        "system_fingerprint": f"kbit-{model.fingerprint}",
+        "system_fingerprint": f"build-{model.fingerprint}",
     }
 
 
@@ -92,11 +92,29 @@ def usage_dict(usages: list[Usage | None]) -> dict[str, Any]:
 
 
 def timings(usages: list[Usage | None]) -> dict[str, Any]:
-    """What some requests took, for people who tune."""
+    """What some requests took, for people who tune: kbit's figures, and llama.cpp's, which many programs show.
+
+    The first token comes from the pass over the prompt's end, so the speed of generation counts those after it.
+    """
     known = [usage for usage in usages if usage is not None]
     firsts = [usage.first_token_seconds for usage in known if usage.first_token_seconds is not None]
+    cached = sum(usage.cached_tokens for usage in known)
+    read = sum(usage.prompt_tokens for usage in known) - cached
+    written = sum(usage.completion_tokens for usage in known)
+    reading = 1e3 * sum((u.first_token_seconds or u.seconds) - u.queue_seconds for u in known)
+    writing = 1e3 * sum(u.seconds - u.first_token_seconds for u in known if u.first_token_seconds is not None)
+    later = written - len(firsts)
     return {
         "queue_ms": max((usage.queue_seconds for usage in known), default=0.0) * 1e3,
         "first_token_ms": min(firsts) * 1e3 if firsts else None,
         "total_ms": max((usage.seconds for usage in known), default=0.0) * 1e3,
+        "cache_n": cached,
+        "prompt_n": read,
+        "prompt_ms": reading,
+        "prompt_per_token_ms": reading / read if read else 0.0,
+        "prompt_per_second": 1e3 * read / reading if reading > 0 else 0.0,
+        "predicted_n": written,
+        "predicted_ms": writing,
+        "predicted_per_token_ms": writing / later if later > 0 else 0.0,
+        "predicted_per_second": 1e3 * later / writing if later > 0 and writing > 0 else 0.0,
     }

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Protocol
 
-from kbit.host.errors import CheckpointError, one_line
+from kbit.host.errors import CheckpointError, KbitError, one_line
 
 if TYPE_CHECKING:
     import tokenizers
@@ -39,21 +39,36 @@ class TokenizerBackend(Protocol):
 LoadBackend = Callable[[], "tokenizers.Tokenizer"]
 
 
-@contextmanager
-def library_errors(what: str, remedy: str = "; download it again") -> Iterator[None]:
-    """Makes a CheckpointError of whatever the library raises: "{what}: {its words}{remedy}".
+def library_error(error: BaseException, what: str, remedy: str = "; download it again") -> BaseException:
+    """The CheckpointError of what the library raised, "{what}: {its words}{remedy}"; what it did not raise, as it is.
 
     It raises plain Exception for everything that it does not like, and a panic of its Rust code (an inconsistent
     vocabulary, for example) is no subclass of Exception.
     """
+    if isinstance(error, KbitError) or not (isinstance(error, Exception) or type(error).__name__ == "PanicException"):
+        return error
+    return CheckpointError(f"{what}: {one_line(error)}{remedy}")
+
+
+@contextmanager
+def library_errors(what: str, remedy: str = "; download it again") -> Iterator[None]:
+    """Raises `library_error` for what is raised."""
     try:
         yield
-    except Exception as error:
-        raise CheckpointError(f"{what}: {one_line(error)}{remedy}") from None
     except BaseException as error:
-        if type(error).__name__ != "PanicException":
-            raise
-        raise CheckpointError(f"{what}: {one_line(error)}{remedy}") from None
+        raise library_error(error, what, remedy) from None
+
+
+def decode(backend: TokenizerBackend, ids: Sequence[int], *, skip_special_tokens: bool) -> str:
+    """Text of token ids.
+
+    Raises:
+        CheckpointError: the tokenizer's decoder cannot do it.
+    """
+    try:
+        return backend.decode(ids, skip_special_tokens=skip_special_tokens)
+    except BaseException as error:
+        raise library_error(error, "tokenizer.json cannot decode these tokens", "") from None
 
 
 def load_backend(data: bytes, name: str) -> tokenizers.Tokenizer:

@@ -10,6 +10,8 @@ import re
 from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING
 
+from kbit.text.backend import decode
+
 if TYPE_CHECKING:
     from kbit.text.backend import TokenizerBackend
 
@@ -90,7 +92,7 @@ class DetokenizerStream:
         return token_id not in self._skip_ids and self._backend.id_to_token(token_id) is not None
 
     def _decode(self, ids: Sequence[int]) -> str:
-        return self._backend.decode(ids, skip_special_tokens=False) if ids else ""
+        return decode(self._backend, ids, skip_special_tokens=False) if ids else ""
 
     def _shrink(self) -> None:
         held = self._decode(self._window).endswith(REPLACEMENT)

@@ -29,7 +29,7 @@ from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
 from kbit.host.errors import CheckpointError
-from kbit.text.backend import load_backend
+from kbit.text.backend import library_errors, load_backend
 
 if TYPE_CHECKING:
     import tokenizers
@@ -87,7 +87,12 @@ def build_table(
         return None
     added = {token.content: _id(full, token.content) for token in full.get_added_tokens_decoder().values()}
     small = small_tokenizer(state, added)
-    if not _splits_alike(small, full):
+    try:
+        with library_errors("tokenizer.json"):
+            alike = _splits_alike(small, full)
+    except CheckpointError:
+        return None
+    if not alike:
         return None
     return _pack(model["vocab"], merges, small, bool(model.get("ignore_merges")))
 

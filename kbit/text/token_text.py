@@ -18,9 +18,11 @@ _BYTE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 def token_bytes(tokenizer: Tokenizer, token: int) -> bytes:
     """The bytes of a token, a part of a character possibly; b"" for an id that no token has."""
     text = tokenizer.decode([token], skip_special_tokens=False)
+    name = tokenizer.token_name(token) or ""
+    if name.startswith("▁"):  # a decoder drops the space that a text begins with: what does it add behind itself?
+        text = tokenizer.decode([token, token], skip_special_tokens=False)[len(text) :]
     if REPLACEMENT not in text:
         return text.encode("utf-8", errors="replace")
-    name = tokenizer.token_name(token) or ""
     single = _BYTE.fullmatch(name)
     if single is not None:
         return bytes([int(single[1], 16)])

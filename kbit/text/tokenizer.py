@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from kbit.checkpoint.readers.hf_folder import SENTENCEPIECE_NAMES
 from kbit.host.errors import CheckpointError, UnsupportedError, UsageError, one_line
 from kbit.text.added_tokens import add_tokens_of_files, read_json, token_settings, token_strings
-from kbit.text.backend import TokenizerBackend, library_errors, load_backend
+from kbit.text.backend import TokenizerBackend, decode, library_errors, load_backend
 from kbit.text.detokenizer import DetokenizerStream
 from kbit.text.piece_tokenizer import PieceTokenizer, has_pieces
 from kbit.text.sentencepiece import t5_tokenizer
@@ -187,7 +187,7 @@ class Tokenizer:
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """Text of token ids; ids outside the vocabulary give nothing, invalid bytes give U+FFFD."""
         known = [i for i in ids if i >= 0]
-        return self._backend.decode(known, skip_special_tokens=skip_special_tokens)
+        return decode(self._backend, known, skip_special_tokens=skip_special_tokens)
 
     def stream(self, context: Sequence[int] = (), skip_special_tokens: bool = True) -> DetokenizerStream:
         """A new incremental decoder; `context` are ids before the first pushed one (see DetokenizerStream)."""

@@ -195,7 +195,7 @@ def test_wrong_settings_are_named(model: kbit.Model, settings: Any, line: str) -
 
 
 def test_prompts_that_cannot_be_answered(model: kbit.Model, novels_folder: str) -> None:
-    with pytest.raises(kbit.UsageError, match=f"the context is {model.context}"):
+    with pytest.raises(kbit.UsageError, match=f"context size of {model.context}"):
         model.generate([PROMPT, PROMPT * model.context])
     with pytest.raises(kbit.UsageError, match="a prompt is a text, and this is a int"):
         model.generate([1, 2])  # type: ignore[list-item]

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conversion_cases import quantize
+from fault_cases import Recorder, put, some
 
 from kbit._native import Context
 from kbit.backends.cpu import prepared
@@ -70,6 +71,30 @@ def test_the_same_bits(folder: Path, model: Path, tmp_path: Path, format: str | 
     np.testing.assert_array_equal(logits(second), expected)
     names = sorted(path.name for path in folder.iterdir())
     assert names == [first.prepared.name, first.prepared.with_suffix(".used").name]  # no lock, no leftovers
+
+
+def test_dead_at_any_call(folder: Path, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Killed, or without power, while weights are prepared: the next run computes the same with what it finds."""
+    folder.mkdir()
+    recorder = Recorder(folder)
+    recorder.run(lambda: load(model))
+    expected = plain_logits(model)
+    images = [*recorder.killed(), *recorder.power_cuts()]
+    assert len(images) > 10
+    made = 0
+    for index, tree in enumerate(some(images, 16)):
+        place = tmp_path / str(index)
+        put(tree, place)
+        before = {path.name for path in place.iterdir()}
+        monkeypatch.setenv("KBIT_PREPARED", str(place))
+        loaded = load(model)
+        np.testing.assert_array_equal(logits(loaded), expected)
+        assert loaded.prepared is not None
+        made += loaded.prepared.name not in before
+        assert {path.name for path in place.iterdir()} - {loaded.prepared.with_suffix(".lock").name} == {
+            loaded.prepared.name
+        }
+    assert made
 
 
 def test_a_changed_checkpoint_is_prepared_again(folder: Path, model: Path) -> None:

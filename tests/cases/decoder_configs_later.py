@@ -14,6 +14,7 @@ MODEL_TYPES |= {"GraniteMoeShared": "granitemoeshared"}
 CLASSES = {"InternLM3": "LlamaForCausalLM"}
 
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
+    "olmo": ("Olmo", {"attention_bias": True}),
     "helium": ("Helium", {"head_dim": 8, "attention_bias": True, "mlp_bias": True}),
     "internlm3": ("InternLM3", {"head_dim": 8, "attention_bias": True, "mlp_bias": True}),
     "cohere2": ("Cohere2", {"sliding_window": 7, "layer_types": [SLIDING, FULL, SLIDING], "logit_scale": 0.5}),

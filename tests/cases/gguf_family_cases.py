@@ -12,6 +12,7 @@ from typing import Any
 import gguf
 import numpy as np
 import numpy.typing as npt
+from decoder_configs import LONGROPE
 from gguf_delta_cases import ARCHITECTURES as WITH_DELTA_NETS
 from gguf_delta_cases import keys as delta_keys
 from gguf_delta_cases import tensors as delta_tensors
@@ -126,6 +127,17 @@ CASES: dict[str, tuple[str, dict[str, str], dict[str, Any]]] = {
     "deepseek-v2-lite": ("deepseek2", BOTH, {"rope_parameters": _DEEPSEEK_YARN}),
     "deepseek-v3": ("deepseek2", BOTH, {"attention_bias": False, "rope_parameters": _DEEPSEEK_YARN}),
     "youtu": ("deepseek2", BOTH, {"attention_bias": False}),
+    "minicpm3": ("minicpm3", BOTH, {"attention_bias": False, "mlp_bias": False, "v_head_dim": 8}),
+    "minicpm3-longrope": (
+        "minicpm3",
+        BOTH,
+        {
+            "original_max_position_embeddings": 64,
+            "v_head_dim": 8,
+            "tie_word_embeddings": True,
+            "rope_parameters": {**LONGROPE, "rope_theta": 10000.0},
+        },
+    ),
     "gpt-oss": (
         "gpt-oss",
         {**BOTH, "post_attention_layernorm": "post_attention_norm"},
@@ -182,6 +194,9 @@ def tensors_of(case: str, folder: Path) -> dict[str, Array]:
             found[GLOBAL[name]] = values
             continue
         _, _, layer, *module, kind = name.split(".")
+        if module[-1] == "kv_b_proj" and arch == "minicpm3":
+            found[f"blk.{layer}.attn_kv_b.weight"] = values
+            continue
         if module[-1] == "kv_b_proj":
             # Keys transposed, head by head.
             heads_of = values.reshape(config["num_attention_heads"], -1, config["kv_lora_rank"])
@@ -234,6 +249,14 @@ def keys_of(case: str, folder: Path) -> dict[str, Any]:
         keys["attention.layer_norm_rms_epsilon"] = float(config["rms_norm_eps"])
     if arch == "deepseek2":
         keys |= _latent_keys(config)
+    if arch == "minicpm3":
+        del keys["rope.freq_base"]
+        keys |= {
+            "attention.q_lora_rank": config["q_lora_rank"],
+            "attention.kv_lora_rank": config["kv_lora_rank"],
+            "attention.key_length": config["qk_nope_head_dim"] + config["qk_rope_head_dim"],
+            "rope.dimension_count": config["qk_rope_head_dim"],
+        }
     if arch == "qwen35moe":  # the converter finds no width of an MLP
         del keys["feed_forward_length"]
     if arch in WITH_DELTA_NETS:
@@ -243,7 +266,7 @@ def keys_of(case: str, folder: Path) -> dict[str, Any]:
         else:
             keys["attention.recurrent_layers"] = [kind == "linear_attention" for kind in config["layer_types"]]
             keys["rope.dimension_sections"] = [11, 11, 10, 0]
-    if config.get("head_dim") and arch != "deepseek2":
+    if config.get("head_dim") and arch not in ("deepseek2", "minicpm3"):
         keys["attention.key_length"] = keys["attention.value_length"] = config["head_dim"]
     if "sliding_attention" in ropes:
         keys["rope.freq_base_swa"] = float(ropes["sliding_attention"]["rope_theta"])

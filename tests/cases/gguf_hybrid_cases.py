@@ -25,6 +25,8 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "granite-hybrid": ("granitehybrid", {}),
     "falcon-h1": ("falcon-h1", {}),
     "falcon-h1-norm": ("falcon-h1", {"mlp_bias": False, "tie_word_embeddings": False}),
+    "nemotron-h": ("nemotron_h", {"mamba_head_dim": 16}),
+    "nemotron-h-moe": ("nemotron_h_moe", {"mamba_head_dim": 16}),
     "granite-hybrid-moe": ("granitehybrid", {"position_embedding_type": "nope", "attention_bias": False}),
 }
 _OUTSIDE = {
@@ -69,7 +71,20 @@ _PARTS = {
     "mamba.norm.weight": "ssm_norm.weight",
     "mamba.out_proj.weight": "ssm_out.weight",
 }
-_EXPERTS = {"w1": "gate", "w3": "up", "w2": "down"}
+_EXPERTS = {"w1": "gate", "w3": "up", "w2": "down", "up_proj": "up", "down_proj": "down"}
+# Nemotron-H's, whose mixers are all called so.
+_OUTSIDE |= {"backbone.embeddings.weight": "token_embd.weight", "backbone.norm_f.weight": "output_norm.weight"}
+_PARTS |= {part.replace("mamba.", "mixer."): name for part, name in _PARTS.items() if part.startswith("mamba.")}
+_PARTS |= {part.replace("self_attn.", "mixer."): name for part, name in _PARTS.items() if "_proj" in part}
+_PARTS |= {
+    "norm.weight": "attn_norm.weight",
+    "mixer.up_proj.weight": "ffn_up.weight",
+    "mixer.down_proj.weight": "ffn_down.weight",
+    "mixer.gate.weight": "ffn_gate_inp.weight",
+    "mixer.gate.e_score_correction_bias": "exp_probs_b.bias",
+    "mixer.shared_experts.up_proj.weight": "ffn_up_shexp.weight",
+    "mixer.shared_experts.down_proj.weight": "ffn_down_shexp.weight",
+}
 
 
 def tensors_of(folder: Path) -> dict[str, Array]:
@@ -85,9 +100,11 @@ def tensors_of(folder: Path) -> dict[str, Array]:
             continue
         _, _, layer, part = name.split(".", 3)
         at = f"blk.{layer}."
-        expert = re.fullmatch(r"feed_forward\.experts\.(\d+)\.(w\d)\.weight", part)
+        expert = re.fullmatch(r"(?:feed_forward|mixer)\.experts\.(\d+)\.(\w+)\.weight", part)
         if expert:
             experts.setdefault(f"{at}ffn_{_EXPERTS[expert[2]]}_exps.weight", {})[int(expert[1])] = values
+        elif part.startswith("mixer.experts."):
+            found[f"{at}ffn_{_EXPERTS[part.split('.')[-1]]}_exps.weight"] = values
         elif part.endswith("input_linear.weight"):  # of experts, or of the MLP for all tokens
             gate, up = np.split(values, 2, axis=-2)
             end = "_exps" if part.startswith("block") else "_shexp" if config["num_local_experts"] else ""
@@ -125,12 +142,12 @@ def _multiplied(name: str, values: Array, config: dict[str, Any]) -> Array:
 def _changed(part: str, values: Array, config: dict[str, Any]) -> Array:
     if part.endswith(("conv.weight", "conv1d.weight")):
         return values.squeeze(1)
-    if part == "mamba.A_log":
+    if part.endswith(".A_log"):
         return -np.exp(values)[:, None]
-    if part == "mamba.D":
+    if part.endswith(".D"):
         return values[:, None]
-    if part == "mamba.norm.weight":
-        return values.reshape(config["mamba_n_groups"], -1)
+    if part in ("mamba.norm.weight", "mixer.norm.weight"):
+        return values.reshape(config.get("mamba_n_groups") or config["n_groups"], -1)
     if config["model_type"] == "granitemoehybrid" and part.endswith(("q_proj.weight", "k_proj.weight")):
         heads = config["num_attention_heads"] if "q_proj" in part else config["num_key_value_heads"]
         return permuted(values, heads)
@@ -142,6 +159,8 @@ def keys_of(arch: str, folder: Path) -> dict[str, Any]:
     config = json.loads((folder / "config.json").read_text())
     heads, hidden = config["num_attention_heads"], config["hidden_size"]
     attends = [kind in ("full_attention", "attention") for kind in config.get("layer_types", ())]
+    if arch.startswith("nemotron"):
+        return _nemotron_keys(arch, config)
     keys: dict[str, Any] = {
         "block_count": config["num_hidden_layers"],
         "context_length": config["max_position_embeddings"],
@@ -178,6 +197,41 @@ def keys_of(arch: str, folder: Path) -> dict[str, Any]:
         "logit_scale": float(config["logits_scaling"]),
         **_scan_keys(config),
         "rope.scaling.finetuned": False,
+    }
+
+
+def _nemotron_keys(arch: str, config: dict[str, Any]) -> dict[str, Any]:
+    kinds = config.get("layers_block_type") or config["layer_types"]
+    keys: dict[str, Any] = {
+        "block_count": len(kinds),
+        "context_length": 1 << 20,
+        "embedding_length": config["hidden_size"],
+        "feed_forward_length": [config["intermediate_size"] if kind == "mlp" else 0 for kind in kinds],
+        "attention.head_count": config["num_attention_heads"],
+        "attention.head_count_kv": [config["num_key_value_heads"] if "full" in kind else 0 for kind in kinds],
+        "attention.layer_norm_epsilon": float(config["layer_norm_epsilon"]),
+        "attention.key_length": config["head_dim"],
+        "attention.value_length": config["head_dim"],
+        "rope.scaling.finetuned": False,
+        "ssm.conv_kernel": config["conv_kernel"],
+        "ssm.state_size": config["ssm_state_size"],
+        "ssm.group_count": config["n_groups"],
+        "ssm.inner_size": config["mamba_num_heads"] * config["mamba_head_dim"],
+        "ssm.time_step_rank": config["mamba_num_heads"],
+    }
+    if arch == "nemotron_h":
+        return keys
+    keys["feed_forward_length"] = [config["moe_intermediate_size"] if kind == "moe" else 0 for kind in kinds]
+    return keys | {
+        "expert_count": config["n_routed_experts"],
+        "expert_used_count": config["num_experts_per_tok"],
+        "expert_feed_forward_length": config["moe_intermediate_size"],
+        "expert_shared_feed_forward_length": config["moe_shared_expert_intermediate_size"],
+        "expert_shared_count": config["n_shared_experts"],
+        "expert_weights_norm": config["norm_topk_prob"],
+        "expert_weights_scale": float(config["routed_scaling_factor"]),
+        "expert_group_count": config["n_group"],
+        "expert_group_used_count": config["topk_group"],
     }
 
 

@@ -33,6 +33,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "stablelm": ("stablelm", {"rope_parameters": _HALF}),
     "nemotron": ("nemotron", {"head_dim": 8}),
     "arcee": ("arcee", {"attention_bias": False}),
+    "olmo": ("olmo", {"attention_bias": False}),
     "glm": ("chatglm", {"rms_norm_eps": 1e-5, "attention_bias": True, "seq_length": 64}),
     "granitemoe": ("granitemoe", {}),
     "granitemoe-shared": ("granitemoe", {}),
@@ -118,7 +119,7 @@ def tensors_of(arch: str, folder: Path) -> dict[str, Array]:
             part = "ffn_down" if module == "c_proj" and ".mlp." in name else _PARTS.get(module, "attn_output")
             if arch == "gpt2" and kind == "weight":
                 values = values.T
-            if arch in ("arcee", "granitemoe") and part in ("attn_q", "attn_k"):
+            if arch in ("arcee", "granitemoe", "olmo") and part in ("attn_q", "attn_k"):
                 heads = config["num_attention_heads"] if part == "attn_q" else config["num_key_value_heads"]
                 values = permuted(values, heads)
             found[f"{at}{part}.{kind}"] = values
@@ -158,7 +159,8 @@ def keys_of(arch: str, folder: Path) -> dict[str, Any]:
         shared = {"starcoder": 1, "bloom": heads, "phi2": heads, "falcon": config.get("num_kv_heads")}
         keys["attention.head_count_kv"] = shared.get(arch, config.get("num_key_value_heads"))
     rms = arch in ("arcee", "chatglm", "granitemoe")
-    eps = first("rms_norm_eps") if rms else first("layer_norm_eps", "layer_norm_epsilon", "norm_epsilon", "norm_eps")
+    names = ("layer_norm_eps", "layer_norm_epsilon", "norm_epsilon", "norm_eps")
+    eps = 1e-5 if arch == "olmo" else first("rms_norm_eps") if rms else first(*names)
     keys[f"attention.layer_norm_{'rms_' if rms else ''}epsilon"] = float(eps)
     rope = config.get("rope_parameters") or {}
     turned = rope.get("partial_rotary_factor")

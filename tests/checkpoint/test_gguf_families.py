@@ -12,6 +12,7 @@ import pytest
 import torch
 from decoder_cases import saved_model
 from gguf_family_cases import CASES, keys_of, tensors_of, write
+from safetensors.numpy import load_file
 
 from kbit.backends.cpu.backend import NativeBackend
 from kbit.backends.reference.backend import ReferenceBackend
@@ -153,6 +154,22 @@ def test_layers_that_predict_further_tokens_are_left_out(tmp_path: Path) -> None
         load_decoder(source, ReferenceBackend())
 
 
+def test_latent_keys_and_values_in_one_tensor(tmp_path: Path) -> None:
+    """Files of before April 2025: the matrix as it is published, and the sizes of attention itself."""
+    saved_model("deepseek-v2", tmp_path / "folder", **CASES["deepseek-v2"][2])
+    more, sizes = dict[str, Any](), {"attention.key_length": 12, "attention.value_length": 10}
+    for name, values in load_file(tmp_path / "folder" / "model.safetensors").items():
+        if "kv_b_proj" in name:
+            more[f"blk.{name.split('.')[2]}.attn_kv_b.weight"] = values
+    gone = ("attn_k_b", "attn_v_b", "_length_mla")
+    path = edited(tmp_path, "deepseek-v2", without=gone, tensors=more, **sizes)
+    with open_model(str(path)) as source, open_model(str(tmp_path / "folder")) as folder:
+        assert source.tensors.keys() == folder.tensors.keys()
+        for name in folder.tensors:
+            assert torch.equal(source.read(name), folder.read(name)), name
+        load_decoder(source, ReferenceBackend())
+
+
 def _random_q6_k(shape: tuple[int, ...], rng: np.random.Generator) -> Any:
     """Codes and scales at random: blocks of 256 are 210 bytes, the last two a half-precision scale."""
     blocks = rng.integers(0, 256, (shape[0], shape[1] // 256, 210), dtype=np.uint8)
@@ -177,14 +194,20 @@ def _write_packed(case: str, folder: Path, path: Path, packed: dict[str, Any]) -
 
 
 def edited(
-    tmp_path: Path, case: str, *, without: str = "", tensors: Mapping[str, Any] | None = None, **keys: Any
+    tmp_path: Path,
+    case: str,
+    *,
+    without: str | tuple[str, ...] = (),
+    tensors: Mapping[str, Any] | None = None,
+    **keys: Any,
 ) -> Path:
-    """A file with other metadata, without some of it, or with more tensors."""
+    """A file with other metadata, with more tensors, or without some of either, by the end or a part of a name."""
     saved_model(case, tmp_path / "folder", **CASES[case][2])
     arch = CASES[case][0]
     writer = gguf.GGUFWriter(tmp_path / "m.gguf", arch)
     metadata = {**keys_of(case, tmp_path / "folder"), **keys}
-    metadata.pop(without, None)
+    without = (without,) if isinstance(without, str) else without
+    metadata = {key: value for key, value in metadata.items() if not key.endswith(without)}
     for key, value in metadata.items():
         name = f"{arch}.{key}"
         if isinstance(value, str):
@@ -196,7 +219,8 @@ def edited(
         else:
             (writer.add_float32 if isinstance(value, float) else writer.add_uint32)(name, value)
     for name, values in {**tensors_of(case, tmp_path / "folder"), **(tensors or {})}.items():
-        writer.add_tensor(name, values)
+        if not any(part in name for part in without):
+            writer.add_tensor(name, values)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

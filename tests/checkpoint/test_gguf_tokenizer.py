@@ -100,6 +100,7 @@ def test_pre_tokenizers_equal_transformers(pre: str, tmp_path: Path) -> None:
 PIECES: list[tuple[str, str, list[str]]] = [
     # digits alone, GPT-2 for the rest
     ("smollm", "a 123  45's", ["a", " ", "1", "2", "3", "  ", "4", "5", "'s"]),
+    ("bloom", "It's 12, (a|b) c।", ["It's", " 12", ", (", "a", "|", "b", ")", " c", "।"]),
     ("starcoder", "x=10", ["x", "=", "1", "0"]),
     ("minerva-7b", "x10 y", ["x", "1", "0", " y"]),
     # punctuation runs, GPT-2, number runs, groups of three digits

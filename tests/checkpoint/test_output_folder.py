@@ -228,6 +228,34 @@ def test_other_write_errors_name_the_folder(tmp_path: Path, small_model: Path, m
         rerun(small_model, tmp_path / "out")
 
 
+@pytest.mark.parametrize("at", range(1, 18, 4))
+def test_a_disk_that_becomes_read_only(
+    tmp_path: Path, small_model: Path, undisturbed: dict[str, bytes], monkeypatch: pytest.MonkeyPatch, at: int
+) -> None:
+    """As systems mount a file system again after an error: from the Nth file, sync or rename on nothing can be written."""
+    calls = 0
+    real: dict[str, Callable[..., Any]] = {"fsync": os.fsync, "open": Path.open, "replace": os.replace}
+
+    def failing(name: str) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            nonlocal calls
+            calls += name != "open" or "partial" in str(args[0])
+            if calls > at:
+                raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+            return real[name](*args, **kwargs)
+
+        return call
+
+    with monkeypatch.context() as patch:
+        for place, name in ((os, "fsync"), (Path, "open"), (os, "replace")):
+            patch.setattr(place, name, failing(name))
+        with pytest.raises(KbitError, match=r"cannot be written \(Read-only file system\)"):
+            rerun(small_model, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    rerun(small_model, tmp_path / "out")
+    assert files_of(tmp_path / "out") == undisturbed
+
+
 def test_an_output_below_a_file(tmp_path: Path, small_model: Path) -> None:
     (tmp_path / "file").write_text("x")
     with pytest.raises(KbitError, match="file.*: cannot be written"):

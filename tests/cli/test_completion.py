@@ -20,13 +20,15 @@ LINES = [
 ]
 
 
-@pytest.fixture
-def script(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+@pytest.fixture(scope="module")
+def script(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The script for a shell, in a folder with a folder out/."""
-    code, out, error = in_process(["completion", request.param], monkeypatch)
+    with pytest.MonkeyPatch.context() as patch:
+        code, out, error = in_process(["completion", request.param], patch)
     assert (code, error) == (0, "")
-    (tmp_path / "out").mkdir()
-    file = tmp_path / "script"
+    folder = tmp_path_factory.mktemp("completion")
+    (folder / "out").mkdir()
+    file = folder / "script"
     file.write_text(out)
     return file
 

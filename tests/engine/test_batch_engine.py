@@ -162,10 +162,10 @@ def test_log_probabilities_are_those_of_the_raw_logits(decoder: Decoder) -> None
 
 
 def test_ties_are_named_in_order() -> None:
-    (info,) = token_infos(np.zeros((1, 10), np.float32), [7], 4)
+    (info,) = token_infos(np.zeros((1, 10), np.float32), [0], [7], 4)
     assert [token for token, _ in info.top] == [0, 1, 2, 3]
     assert info.logprob == pytest.approx(-np.log(10))
-    (info,) = token_infos(np.zeros((1, 10), np.float32), [7], 40)
+    (info,) = token_infos(np.zeros((1, 10), np.float32), [0], [7], 40)
     assert len(info.top) == 10
 
 
@@ -191,7 +191,7 @@ def test_a_long_prompt_does_not_stop_the_others(decoder: Decoder) -> None:
         engine.add(live)
     engine.step()
     engine._measure = lambda rows, seconds: None  # type: ignore[method-assign]
-    engine._rows_per_second = 400.0
+    engine._rows_per_second, engine._pass_seconds = 500.0, 0.01
     long = Live(Request(tuple(range(100)) * 5, max_tokens=1), engine.tokenizer)
     engine.add(long)
     steps = 0
@@ -204,6 +204,25 @@ def test_a_long_prompt_does_not_stop_the_others(decoder: Decoder) -> None:
         assert engine.pool.count - engine.pool.available <= computed + 1 + len(writing)
         steps += 1
     assert steps == -(-500 // (20 - len(writing)))
+
+
+def test_prompts_are_read_however_many_write(decoder: Decoder) -> None:
+    """On a machine so slow that those who write take all of a step's time."""
+    engine = tiny_engine(decoder, pages=80, step_seconds=0.05)
+    writing = [Live(Request((seed,), max_tokens=200, ignore_end=True), engine.tokenizer) for seed in range(30)]
+    for live in writing:
+        engine.add(live)
+    engine._measure = lambda rows, seconds: None  # type: ignore[method-assign]
+    engine._rows_per_second, engine._pass_seconds = 1.0, 0.06
+    while any(not live.choices[0].ids for live in writing):
+        engine.step()
+    new = Live(Request(tuple(range(60)), max_tokens=1), engine.tokenizer)
+    engine.add(new)
+    steps = 0
+    while engine.has(new):
+        engine.step()
+        steps += 1
+    assert steps == -(-60 // 16)
 
 
 def test_limits_end_an_answer(decoder: Decoder) -> None:
@@ -219,7 +238,7 @@ def test_limits_end_an_answer(decoder: Decoder) -> None:
     assert scored.usage is not None
     assert scored.usage.completion_tokens == 0
     assert len(answer(engine, Request((1,), max_tokens=1, prompt_logprobs=0)).scored) == 1
-    with pytest.raises(UsageError, match="the prompt has 50 tokens and the context is 50"):
+    with pytest.raises(UsageError, match="the prompt has 50 tokens, which exceeds the available context size of 50"):
         engine.add(Live(Request((1,) * 50), engine.tokenizer))
     with pytest.raises(UsageError, match="outside the model's vocabulary"):
         engine.add(Live(Request((1, 100000)), engine.tokenizer))

@@ -12,14 +12,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kbit.engine.sampler import (
-    Sampler,
-    SamplingParams,
-    keep_min_p,
-    keep_top_k,
-    keep_top_p,
-    repetition_penalty,
-)
+from kbit.engine.cuts import exponential, keep_min_p, keep_top_k, keep_top_p, keep_typical
+from kbit.engine.sampler import Sampler, SamplingParams, repetition_penalty
 from kbit.host.errors import KbitError, UsageError
 
 V = 200
@@ -69,6 +63,14 @@ class TestAgainstTransformers:
         for seed in range(5):
             logits = random_logits(seed)
             assert torch.equal(only(logits, keep_min_p(logits.numpy(), p)), warped(logits, MinPLogitsWarper(p)))
+
+    @pytest.mark.parametrize("p", [1e-6, 0.2, 0.5, 0.95])
+    def test_typical(self, p: float) -> None:
+        from transformers import TypicalLogitsWarper
+
+        for seed in range(5):
+            logits = random_logits(seed)
+            assert torch.equal(only(logits, keep_typical(logits.numpy(), p)), warped(logits, TypicalLogitsWarper(p)))
 
     @pytest.mark.parametrize("penalty", [0.5, 1.1, 2.0])
     def test_repetition_penalty(self, penalty: float) -> None:
@@ -133,6 +135,13 @@ def assert_chi_square(counts: torch.Tensor, expected: torch.Tensor) -> None:
 
 
 class TestDraws:
+    def test_weights_are_exponentials(self) -> None:
+        scores = -np.geomspace(1e-8, 59.9, 20_001, dtype=np.float32)
+        exact = np.exp(scores.astype(np.float64))
+        bound = (3 - scores / 2) * np.finfo(np.float32).eps * exact + np.exp(-60)
+        assert (np.abs(exponential(scores) - exact) <= bound).all()
+        assert exponential(np.float32([0, -60, -1e9, -math.inf])).tolist() == [1, 0, 0, 0]
+
     @pytest.mark.parametrize("temperature", [0.5, 1.0, 1.7])
     def test_distribution(self, temperature: float) -> None:
         logits = torch.tensor([1.0, 0.0, -1.0, 2.0, -math.inf, 0.5])

@@ -144,6 +144,32 @@ def test_decodes_go_first_and_prompts_fill_up() -> None:
     assert seen == [[3, 97], [1, 99], [1, 4]]
 
 
+def test_a_short_prompt_does_not_wait_for_long_ones() -> None:
+    """Though these came before; and the first of them goes on all the while."""
+    decoder = native(source_of("llama"))
+    pool = decoder.new_pool(60)
+    scheduler = Scheduler(pool, 40)
+    long = [Sequence(pool, list(range(number, number + 500))) for number in range(2)]
+    for each in long:
+        scheduler.add(each)
+    first = scheduler.next_pass()
+    assert first is not None
+    decoder.run(first.batch, first.cache)
+    list(scheduler.complete(first))
+    short = [Sequence(pool, [number] * 20) for number in range(3)]
+    for each in short:
+        scheduler.add(each)
+    passes = []
+    for _ in range(2):
+        work = scheduler.next_pass()
+        assert work is not None
+        passes.append(dict(zip(work.sequences, work.batch.counts.tolist(), strict=True)))
+        decoder.run(work.batch, work.cache)
+        for each, _ in scheduler.complete(work):
+            scheduler.remove(each)
+    assert passes == [{long[0]: 10, short[0]: 20, short[1]: 10}, {long[0]: 10, short[1]: 10, short[2]: 20}]
+
+
 def test_what_does_not_fit_is_refused() -> None:
     pool = native(source_of("llama")).new_pool(2)
     scheduler = Scheduler(pool)

@@ -100,3 +100,9 @@ def test_kbit_info_shows_the_machine_and_needs_no_torch() -> None:
     assert found["instruction_sets"] == _native.instruction_sets()
     assert found["threads"] == default_threads()
     assert f"{found['instruction_set']} on {found['machine']}" in text
+
+
+def test_what_runs_here_is_compiled_in() -> None:
+    compiled = _native.compiled_sets()
+    assert "scalar" in compiled
+    assert {*_native.instruction_sets(), *_native.emulated_sets()} <= set(compiled)

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from kbit.checkpoint.gguf.architectures import ARCHITECTURES
 from kbit.checkpoint.gguf.encoders import ENCODERS
+from kbit.checkpoint.gguf.t5 import T5
 from kbit.models.families import FAMILIES
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "families.md"
@@ -13,5 +14,5 @@ PAGE = Path(__file__).resolve().parents[2] / "docs" / "families.md"
 
 def test_every_family_has_its_place() -> None:
     page = PAGE.read_text()
-    for name in (*FAMILIES, *ARCHITECTURES, *ENCODERS):
+    for name in (*FAMILIES, *ARCHITECTURES, *ENCODERS, T5.name):
         assert f"`{name}`" in page, name

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import re
 import threading
+from base64 import b64encode
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -77,7 +79,11 @@ def test_it_says_what_it_serves(client: TestClient) -> None:
     assert props["n_ctx"] == 64
     assert props["sampling_defaults"]["top_k"] == 40
     assert props["cache_bytes"] > 0
-    assert client.get("/slots").json() == [{"model": "tiny", "running": 0, "waiting": 0, "requests": 0}]
+    (slots,) = client.get("/slots").json()
+    assert slots["cache_bytes"] > 0
+    assert slots["weights_bytes"] > 0
+    idle = {"model": "tiny", "running": 0, "waiting": 0, "requests": 0, "cache_used": 0, "is_processing": False}
+    assert {name: slots[name] for name in idle} == idle
 
 
 def test_bodies_that_are_none(client: TestClient) -> None:
@@ -178,8 +184,19 @@ def test_the_queue_is_bounded(tiny_model: Path, monkeypatch: pytest.MonkeyPatch)
 def test_the_page_needs_nothing_from_elsewhere(client: TestClient) -> None:
     response = client.get("/")
     assert response.headers["content-type"].startswith("text/html")
-    assert "default-src 'none'" in response.headers["content-security-policy"]
-    assert "//" not in response.text.replace("<!doctype", "").split("<script>")[0]
-    assert not re.findall(r"(?:src|href)\s*=|@import|https?:", response.text)
-    for route in set(re.findall(r'fetch\("([^"]+)"', response.text)):
+    parts = re.fullmatch(r"(.*)<style>(.*)</style>(.*)<script>(.*)</script>.*", response.text, re.DOTALL)
+    assert parts is not None
+    head, style, body, script = parts.groups()
+    assert "<script" not in head + body
+    # What runs is what the policy names by its hash, and nothing else.
+    policy = dict(part.strip().split(" ", 1) for part in response.headers["content-security-policy"].split(";"))
+    for kind, content in (("script-src", script), ("style-src", style)):
+        assert policy[kind] == f"'sha256-{b64encode(sha256(content.encode()).digest()).decode()}'"
+    assert policy["default-src"] == policy["frame-ancestors"] == policy["form-action"] == "'none'"
+    assert policy["connect-src"] == "'self'"
+    assert not re.findall(r"(?:src|href|style)\s*=\s*[\"']|@import|https?:|url\(|innerHTML|eval\(", response.text)
+    assert not re.findall(r"\son\w+=", response.text)
+    routes = set(re.findall(r'(?:fetch|get)\("(/[^"]+)"', response.text))
+    assert routes == {"/v1/models", "/slots", "/v1/chat/completions"}
+    for route in routes:
         assert client.get(route).status_code in (200, 405)

@@ -67,7 +67,7 @@ def test_a_stream_says_what_an_answer_says(client: TestClient, more: dict[str, A
     assert chunks[-1]["usage"]["completion_tokens"] == whole["usage"]["completion_tokens"]
     for expected in whole["choices"]:
         mine = [c for chunk in chunks for c in chunk["choices"] if c["index"] == expected["index"]]
-        assert mine[0]["delta"] == {"role": "assistant", "content": ""}
+        assert mine[0]["delta"] == {"role": "assistant", "content": None}
         assert sum("role" in choice["delta"] for choice in mine) == 1
         assert "".join(c["delta"].get("content") or "" for c in mine) == expected["message"]["content"]
         assert mine[-1]["delta"] == {}

@@ -234,6 +234,34 @@ ESCAPES = {
     "mutation": "{{ messages.append(1) }}",
     "file": "{% include '/etc/passwd' %}",
     "import": "{% import 'os' as os %}",
+    # Published ways out of Jinja's sandbox, whatever version of it is installed.
+    "CVE-2016-10745": "{{ '{0.__class__.__base__}'.format(1) }}",
+    "CVE-2019-10906": "{{ '{a.__class__.__base__}'.format_map({'a': 1}) }}",
+    "CVE-2019-8341": "{{ config.__class__.__init__.__globals__['os'].popen('id').read() }}",
+    "CVE-2024-22195": "{{ {'a onload=x': 1} | xmlattr }}",
+    "CVE-2024-56326": "{% set f = '{0.__class__.__base__}'.format %}{{ [f] | map('call') | list }}{{ f(1) }}",
+    "CVE-2025-27516": "{{ ('{0.__class__.__base__}' | attr('format'))(1) }}",
+    "globals of cycler": "{{ cycler('a').__init__.__globals__ }}",
+    "globals of joiner": "{{ joiner.__init__.__globals__.os.system('id') }}",
+    "globals of loop": "{% for i in [1] %}{{ loop.__init__.__globals__ }}{% endfor %}",
+    "globals of a macro": "{% macro m() %}{% endmacro %}{{ m.__globals__ }}{{ m._func.__globals__ }}",
+    "code of a macro": "{% macro m() %}{% endmacro %}{{ m._func.__code__ }}",
+    "frame of a generator": "{{ ([1] | map('string')).gi_frame.f_back.f_globals }}",
+    "traceback of an undefined": "{{ nothing._undefined_exception.__init__.__globals__ }}",
+    "environment of a context": "{{ self._TemplateReference__context.environment }}",
+    "sort": "{{ messages | sort(attribute='__class__.__name__') }}{{ messages[0].__class__ }}",
+    "reject by a test": "{{ [''.__class__] | selectattr('__name__') | list }}",
+    "CVE-2025-27516, by map": (
+        "{% set f = ['{0.__class__.__base__}'] | map(attribute='format') | list %}{{ f[0](messages) }}"
+    ),
+    "str.format in a loop": "{% for f in ['{0.__init__.__globals__}'.format] %}{{ f(cycler) }}{% endfor %}",
+}
+
+# What these ask for is nothing to a template.
+UNSEEN = {
+    "map": ("{{ [1] | map(attribute='real.__class__') | list }}", "[Undefined]"),
+    "groupby": ("{{ [1] | groupby('__class__') }}", "[(Undefined, [1])]"),
+    "attribute": ("{{ messages | map(attribute='__class__') | first }}", ""),
 }
 
 EXHAUSTION = {
@@ -302,6 +330,11 @@ class TestHostile:
         with pytest.raises(CheckpointError) as caught:
             render_chat(ESCAPES[name], CONVERSATIONS["one"])
         assert "\n" not in str(caught.value)
+
+    @pytest.mark.parametrize("name", UNSEEN)
+    def test_unseen(self, name: str) -> None:
+        template, rendered = UNSEEN[name]
+        assert render_chat(template, CONVERSATIONS["one"]) == rendered
 
     @pytest.mark.parametrize("name", EXHAUSTION)
     def test_exhaustion(self, name: str) -> None:

@@ -43,7 +43,6 @@ class Described(CheckpointSource):
 class Config(JsonTarget):
     """A configuration: understood, and the tensors of the model listed."""
 
-    modules = ("kbit.models",)
     longest = 1 << 14
     values = ("llama", "gemma3_text", "deepseek_v3", "sliding_attention", "full_attention", "yarn", "silu", "sigmoid")
 
@@ -58,7 +57,6 @@ class Config(JsonTarget):
 class Generation(JsonTarget):
     """{"config": .., "generation": ..}: how texts are generated and tokens are drawn."""
 
-    modules = ("kbit.engine", "kbit.models.config_values")
     values = ("never", [[1, 2], [3]], 258)
 
     def run(self, data: bytes) -> None:

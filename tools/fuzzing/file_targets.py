@@ -18,7 +18,6 @@ _DTYPES = ("F32", "F16", "BF16", "F64", "I8", "U8", "I32", "I64", "BOOL", "F8_E4
 class Safetensors(Target):
     """A safetensors file: opened, and every tensor read."""
 
-    modules = ("kbit.checkpoint",)
     words = tuple(f'"{word}"'.encode() for word in (*_DTYPES, "dtype", "shape", "data_offsets", "__metadata__"))
 
     def run(self, data: bytes) -> None:
@@ -51,7 +50,6 @@ def mutate_safetensors(data: bytes, random: Random, words: tuple[bytes, ...] = (
 class GGUFHeaderBytes(Target):
     """A GGUF header: parsed, and every value of its metadata read."""
 
-    modules = ("kbit.checkpoint.gguf",)
     words = (b"GGUF", b"general.alignment", b"general.architecture", *(struct.pack("<I", n) for n in range(14)))
 
     def run(self, data: bytes) -> None:

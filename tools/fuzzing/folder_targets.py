@@ -26,7 +26,6 @@ class Folder(Target):
     Its inputs are a line of JSON, the files beside the weights by name, then the weights.
     """
 
-    modules = ("kbit.checkpoint",)
     longest = 1 << 17
     values: tuple[Any, ...] = ()
 

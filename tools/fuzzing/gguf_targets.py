@@ -27,7 +27,6 @@ class GGUFModel(JsonTarget):
     """A whole file: {"keys": [[name, type, value] ..], "tensors": [[name, type, dims] ..]}; opened, its configuration
     understood, its tokenizer built, its tensors read."""
 
-    modules = ("kbit.checkpoint.gguf", "kbit.models")
     longest = 1 << 15
     values = ("llama", "qwen2", "gemma3", "gpt2", "bert", "t5", "deepseek2", "token_embd.weight", "output.weight")
 
@@ -91,7 +90,6 @@ def _value(kind: Any, value: Any) -> bytes:
 class GGUFBlocks(Target):
     """Bytes as blocks of a type: what is unpacked are codes of the codebook, and values for all of them."""
 
-    modules = ("kbit.checkpoint.gguf.blocks", "kbit.checkpoint.gguf.low_blocks")
     longest = 2048
 
     def run(self, data: bytes) -> None:

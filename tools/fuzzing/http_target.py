@@ -28,7 +28,6 @@ class InternalError(Exception):
 class Http(JsonTarget):
     """{"method": .., "path": .., "headers": .., "body": ..}: a body that is a text goes as it is, others as JSON."""
 
-    modules = ("kbit.serve", "kbit.engine")
     longest = 1 << 14
     values = (
         *("tiny", "user", "assistant", "system", "tool", "json_object", "json_schema", "regex", "auto", "required"),

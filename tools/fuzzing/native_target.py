@@ -115,7 +115,7 @@ def nested_descent(draw: Draw, context: Any, scratch: Path) -> None:
         draw.floats(columns, columns),
         draw.floats(rows, rows),
         [draw.floats(1 << (first + i)) for i in range(widths)],
-        [1.0] * draw.given(widths),
+        [1.0] * (widths + draw.amiss()),
         draw.given(block),
         draw.floats(widths, rows, blocks),
         draw.array((rows, columns), "u1", 1 << (first + widths - 1)),
@@ -275,7 +275,7 @@ def pairs(draw: Draw, context: Any, scratch: Path) -> None:
     ends = np.cumsum([1 + i // 26 for i in range(tokens)]).astype("<u4")
     merges = np.array([[draw.below(tokens), draw.below(tokens), draw.below(tokens)] for _ in range(rules)], "<u4")
     if draw.amiss():
-        ends = draw.array((tokens,), "u4" if draw.below(2) else "i4")
+        ends[draw.below(tokens)] = draw.choice((0, 1 << 31, len(texts) + 1))
     if draw.amiss() and merges.size:
         merges.flat[draw.below(merges.size)] = draw.choice((tokens, 1 << 31))
     slots, merge_slots = (bytearray(4 << (draw.below(7) if draw.amiss() else 6)) for _ in range(2))

@@ -37,13 +37,11 @@ class Target(ABC):
     """One thing that reads what strangers write.
 
     Attributes:
-        modules: packages whose coverage guides the fuzzer.
         longest: bytes of an input at most.
         words: pieces of the format, which mutations put in.
         allowed: errors that are right answers to wrong input.
     """
 
-    modules: tuple[str, ...] = ("kbit",)
     longest = 4096
     words: tuple[bytes, ...] = ()
     allowed: tuple[type[BaseException], ...] = (KbitError,)

@@ -19,7 +19,6 @@ _TEXT = "Hello, 12 worlds! \u00e9\U0001f600 <|im_end|>\n\n"
 class TokenizerFiles(JsonTarget):
     """{"tokenizer.json": .., "tokenizer_config.json": .. and so on}: a text to ids and back, and the token table."""
 
-    modules = ("kbit.text",)
     longest = 1 << 15
     values = ("BPE", "Unigram", "WordPiece", "WordLevel", "ByteLevel", "Sequence", "Metaspace", "ByteFallback", "<unk>")
 
@@ -46,7 +45,6 @@ class TokenizerFiles(JsonTarget):
 class SentencePiece(Target):
     """A SentencePiece model: parsed, and a text taken apart."""
 
-    modules = ("kbit.text.sentencepiece",)
     longest = 1 << 14
 
     def run(self, data: bytes) -> None:
@@ -67,7 +65,6 @@ _TOOLS = [{"type": "function", "function": {"name": "f", "parameters": {"type": 
 class Template(Target):
     """A chat template: compiled, and a conversation rendered."""
 
-    modules = ("kbit.text.template_sandbox",)
     words = tuple(
         word.encode()
         for word in (

@@ -1,5 +1,5 @@
-"""Readers of the same tiny models: kbit of the folder, kbit of the GGUF file, and llama.cpp of the GGUF file; and
-llama.cpp of the file that kbit exports of the folder.
+"""Readers of the same tiny models: kbit of the folder, kbit of the GGUF file, and llama.cpp of the GGUF file and of the
+one that kbit exports.
 
     python tools/judges/gguf_families.py                       # every case of tests/cases/decoder_cases.py: minutes
     python tools/judges/gguf_families.py qwen3 gemma3 -v       # some
@@ -49,6 +49,7 @@ LLAMA_DIFFERS = {
     "phi3-window": "llama.cpp turns Phi-3's windows off",
     "phi3-longrope": _BY_ROOM,
     "phi3-longrope-partial": _BY_ROOM,
+    "minicpm3-longrope": _BY_ROOM,
     "exaone4": "llama.cpp has windows for the 64 layers of EXAONE 4 32B only",
     "gemma4-dense": _CAPS,
     "gemma4-moe": _CAPS,
@@ -94,12 +95,13 @@ def judge(case: str, folder: Path, source: Path, llama_python: Path | None) -> V
     import torch
     from decoder_cases import saved_model
     from gguf_family_cases import CASES as SAYABLE
+    from gguf_hybrid_cases import CASES as HYBRID
     from gguf_older_cases import CASES as OLDER
 
     from kbit.host.errors import KbitError
 
     # With what a GGUF file has no key for at the value that llama.cpp assumes.
-    changes = SAYABLE[case][2] if case in SAYABLE else OLDER[case][1] if case in OLDER else {}
+    changes = next((cases[case][-1] for cases in (SAYABLE, OLDER, HYBRID) if case in cases), {})
     try:
         model = saved_model(case, folder / "model", **{"max_position_embeddings": 64, **changes})
     except (AttributeError, TypeError, ValueError) as error:

@@ -34,6 +34,7 @@ def main() -> None:
     def without_tokenizer(*arguments: Any, **options: Any) -> Any:
         found = find(*arguments, **options)
         found.set_vocab = words_only
+        found._MLP_LAYER_TYPES = {"moe", "mlp"}  # of Nemotron-H, in transformers' words
         settings = found.set_gguf_parameters
 
         def with_share(model: Any) -> None:

@@ -32,7 +32,7 @@ async def stream(client: httpx.AsyncClient, prompt: str, tokens: int) -> tuple[l
                 each = json.loads(line[6:])
                 if each["choices"]:
                     times.append(time.perf_counter())
-                elif each.get("usage"):
+                if each.get("usage"):
                     count = each["usage"]["completion_tokens"]
     return times, count
 

@@ -15,7 +15,7 @@ from kbit.checkpoint.gguf.delta_nets import delta_config, expected_delta
 from kbit.checkpoint.gguf.encoders import ENCODERS, encoder_config
 from kbit.checkpoint.gguf.experts import SIGMOID, as_row, expected_experts, expert_config
 from kbit.checkpoint.gguf.keys import Keys
-from kbit.checkpoint.gguf.latent import latent_config, latent_shapes
+from kbit.checkpoint.gguf.latent import KEYS_APART, latent_config, latent_shapes
 from kbit.checkpoint.gguf.metadata import GGUFHeader, GGUFTensor, quoted
 from kbit.checkpoint.gguf.names import (
     ATTENTION_BIASES,
@@ -29,6 +29,7 @@ from kbit.checkpoint.gguf.names import (
     with_fused,
 )
 from kbit.checkpoint.gguf.rope import rope_scaling
+from kbit.checkpoint.gguf.t5 import T5, t5_config
 from kbit.host.errors import CheckpointError, UnsupportedError
 
 
@@ -45,7 +46,7 @@ def architecture_of(header: GGUFHeader) -> Architecture:
     name = header.string("general.architecture")
     if name is None:
         header.fail("metadata key 'general.architecture' is missing")
-    known = {**ARCHITECTURES, **ENCODERS}
+    known = {**ARCHITECTURES, **ENCODERS, T5.name: T5}
     if name not in known:
         raise UnsupportedError(
             f"{header.path}: architecture {quoted(name)} is not supported in GGUF files; supported are "
@@ -84,6 +85,8 @@ def config_from_header(
     arch = architecture_of(header)
     if arch.encoder:
         return encoder_config(header, arch, tensors)
+    if arch is T5:
+        return t5_config(header, arch, tensors)
     reader = Keys(header, arch)
     reader.refuse_unknown()
     if "token_embd.weight" not in tensors:
@@ -94,7 +97,7 @@ def config_from_header(
     layers, further = reader.size("block_count"), 0
     if layers > len(tensors):  # before anything is made for each of them
         header.fail(f"the metadata claims {layers} layers, but the file has only {len(tensors)} tensors")
-    if arch.experts is not None or arch.delta is not None:
+    if arch.experts is not None or arch.delta is not None or "nextn_predict_layers" in arch.keys:
         # Layers that predict tokens further on come last, and are counted; they are left out.
         further = reader.count("nextn_predict_layers")
         if further >= layers:
@@ -177,7 +180,7 @@ def config_from_header(
         "attention_bias": "attn_q" in biases,
         "mlp_bias": "ffn_up" in biases,
         **experts,
-        **latent,
+        **{key: value for key, value in latent.items() if key != KEYS_APART},
         **delta,
         **arch.constants,
     }
@@ -253,11 +256,12 @@ def _longrope(reader: Keys, factors: tuple[list[float], list[float]], rotated: i
     for name, values in zip(ROPE_FACTORS, factors, strict=True):
         if len(values) != rotated // 2:
             reader.header.fail(f"tensor '{name}' has {len(values)} values, expected {rotated // 2}")
+    original = reader.size("context_length") if reader.architecture.halves else None  # (MiniCPM3's files do not say)
     scaling: dict[str, Any] = {
         "rope_type": "longrope",
         "short_factor": factors[0],
         "long_factor": factors[1],
-        "original_max_position_embeddings": reader.size("rope.scaling.original_context_length"),
+        "original_max_position_embeddings": reader.size("rope.scaling.original_context_length", original),
     }
     if f"{reader.arch}.rope.scaling.attn_factor" in reader.header:
         scaling["attention_factor"] = reader.real("rope.scaling.attn_factor")

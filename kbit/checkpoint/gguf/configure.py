@@ -136,6 +136,14 @@ def deepseek2(keys: Keys, config: dict[str, Any]) -> None:
         scaling["mscale"] = scaling["mscale_all_dim"] = short_float(10.0 * scaling["mscale_all_dim"])
 
 
+def minicpm3(keys: Keys, config: dict[str, Any]) -> None:
+    """Factors that no file names: those of MiniCPM3 4B."""
+    no_window(keys, config)
+    config |= {"scale_emb": 12, "scale_depth": 1.4, "dim_model_base": 256}
+    if config["rope_scaling"] and config["rope_scaling"]["rope_type"] == "longrope":
+        config["original_max_position_embeddings"] = config["rope_scaling"].pop("original_max_position_embeddings")
+
+
 def no_window(keys: Keys, config: dict[str, Any]) -> None:
     if keys.count("attention.sliding_window"):
         raise UnsupportedError(

@@ -13,7 +13,7 @@ u64 length + UTF-8; an array is element type u32 + count u64 + elements.
 
 from __future__ import annotations
 
-import mmap
+import os
 from pathlib import Path
 from struct import Struct
 from typing import NoReturn
@@ -34,6 +34,8 @@ from kbit.host.errors import CheckpointError, UnsupportedError
 # Real headers are a few MB (the largest known vocabularies: about 20 MB); the limits only stop files made to
 # exhaust memory or time.
 MAX_HEADER_BYTES = 256 << 20
+# How much of a file is read to find the end of its header, and if that is not all of it, how much next.
+_READ_BYTES = (4 << 20, 32 << 20, MAX_HEADER_BYTES)
 MAX_KEYS = 65_536
 MAX_TENSORS = 1 << 20
 MAX_ARRAY_ITEMS = 1 << 24
@@ -57,29 +59,45 @@ def read_header(path: Path) -> GGUFHeader:
     """
     try:
         with open(path, "rb") as file:
-            size = file.seek(0, 2)
+            size = os.fstat(file.fileno()).st_size
             if size == 0:
                 raise CheckpointError(f"{path}: the file is empty; download it again")
-            # Mapped, because how long a header is shows only while reading it; the parser copies what it needs.
-            with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-                return parse_header(data, path)
+            # How long a header is shows only while it is parsed. It is not mapped: a file that shrinks meanwhile would
+            # end the process (SIGBUS).
+            for length in _READ_BYTES:
+                file.seek(0)
+                try:
+                    return _Parser(file.read(length), path, size).parse()
+                except _MoreNeeded:
+                    continue
     except OSError as error:
         raise CheckpointError(f"{path}: cannot read the file ({error.strerror or error})") from error
+    raise CheckpointError(f"{path}: the file changed while it was read; run the command again")
 
 
-def parse_header(data: bytes | mmap.mmap, path: Path) -> GGUFHeader:
-    """Parse a whole GGUF file held in `data` (bytes or a map); see read_header."""
-    return _Parser(data, path).parse()
+def parse_header(data: bytes, path: Path) -> GGUFHeader:
+    """Parse a whole GGUF file held in `data`; see read_header."""
+    return _Parser(data, path, len(data)).parse()
+
+
+class _MoreNeeded(Exception):
+    """The header goes on behind what was read of the file."""
 
 
 class _Parser:
-    """One pass over a header. `pos` is the next unread byte; every step checks it against the file's end."""
+    """One pass over a header. `pos` is the next unread byte; every step checks it against the end of what was read.
 
-    def __init__(self, data: bytes | mmap.mmap, path: Path) -> None:
+    Args:
+        data: the beginning of the file.
+        path: the file, for errors.
+        size: of the whole file.
+    """
+
+    def __init__(self, data: bytes, path: Path, size: int) -> None:
         self.data = data
         self.path = path
-        self.size = len(data)
-        self.end = min(self.size, MAX_HEADER_BYTES)
+        self.size = size
+        self.end = min(len(data), MAX_HEADER_BYTES)
         self.pos = 0
         self.items_left = MAX_ARRAY_ITEMS
 
@@ -93,6 +111,8 @@ class _Parser:
         """Step over `nbytes` and return where they start."""
         start = self.pos
         if nbytes > self.end - start:
+            if self.end < min(self.size, MAX_HEADER_BYTES):
+                raise _MoreNeeded
             if self.end < self.size:
                 self.fail(f"the header is larger than {MAX_HEADER_BYTES >> 20} MiB (at {what})")
             self.fail(
@@ -162,7 +182,7 @@ class _Parser:
         return version, n_tensors, n_keys
 
     def u32_at_4(self) -> int:
-        if self.size < 8:
+        if len(self.data) < 8:
             self.fail(f"truncated inside its header: 24 bytes needed, the file has {self.size}", "download it again")
         return int(_U32.unpack_from(self.data, 4)[0])
 

@@ -66,7 +66,8 @@ GRANITE_LINEARS = {
 _SHARED = {"ffn_gate_shexp": "gate_proj", "ffn_up_shexp": "up_proj", "ffn_down_shexp": "output_linear"}
 _OF_ATTENTION = frozenset({"attn_q", "attn_k", "attn_v", "attn_output", "attn_q_norm", "attn_k_norm"})
 _CONV = {"in_proj": "in_proj.weight", "conv": "conv.weight", "out_proj": "out_proj.weight"}
-_SSM = {
+# Of a layer with state spaces.
+SSM = {
     "ssm_in.weight": "in_proj.weight",
     "ssm_conv1d.weight": "conv1d.weight",
     "ssm_conv1d.bias": "conv1d.bias",
@@ -177,16 +178,17 @@ def _located_state_spaces(name: str, tensor: GGUFTensor, config: Mapping[str, An
         return [Piece(f"model.layers.{layer}.shared_mlp.{shared}.weight", tensor)]
     if part == "ffn_norm":  # (of Falcon-H1, whose norm the converter names so)
         return [Piece(f"model.layers.{layer}.pre_ff_layernorm.weight", tensor)]
-    if part not in _SSM:
+    if part not in SSM:
         return None
     if part == "ssm_conv1d.weight":
         tensor = replace(tensor, shape=(tensor.shape[0], 1, tensor.shape[1]))
     elif part in ("ssm_a", "ssm_d", "ssm_norm.weight"):
         tensor = replace(tensor, shape=(tensor.shape[0] * tensor.shape[1],))
-    return [Piece(f"model.layers.{layer}.mamba.{_SSM[part]}", tensor, decays=part == "ssm_a")]
+    return [Piece(f"model.layers.{layer}.mamba.{SSM[part]}", tensor, decays=part == "ssm_a")]
 
 
-def _no_scaling(keys: Keys, config: dict[str, Any]) -> None:
+def no_scaling(keys: Keys, config: dict[str, Any]) -> None:
+    """Refuses rotations that are scaled."""
     kind = keys.header.string(f"{keys.arch}.rope.scaling.type")
     if kind not in (None, "none") or keys.divisors is not None:
         raise UnsupportedError(f"{keys.header.path}: rotations that are scaled are not supported for this architecture")
@@ -195,7 +197,7 @@ def _no_scaling(keys: Keys, config: dict[str, Any]) -> None:
 
 def lfm2(keys: Keys, config: dict[str, Any]) -> None:
     """What config.json says of these models (`kbit.models.families.lfm2`)."""
-    _no_scaling(keys, config)
+    no_scaling(keys, config)
     layers = int(config["num_hidden_layers"])
     config["layer_types"] = ["full_attention" if _attends(keys.tensors, layer) else "conv" for layer in range(layers)]
     config["norm_eps"] = config.pop("rms_norm_eps")
@@ -208,7 +210,7 @@ def lfm2(keys: Keys, config: dict[str, Any]) -> None:
 
 def granite(keys: Keys, config: dict[str, Any]) -> None:
     """What config.json says of these models (`kbit.models.families.granitemoehybrid`)."""
-    _no_scaling(keys, config)
+    no_scaling(keys, config)
     if keys.header.value(f"{keys.arch}.rope.scaling.finetuned"):
         raise UnsupportedError(
             f"{keys.header.path}: '{keys.arch}.rope.scaling.finetuned' says that positions rotate (Bamba), which kbit "
@@ -231,7 +233,7 @@ def granite(keys: Keys, config: dict[str, Any]) -> None:
 
 def falcon(keys: Keys, config: dict[str, Any]) -> None:
     """What config.json says of these models (`kbit.models.families.falcon_h1`), whose factors are in the weights."""
-    _no_scaling(keys, config)
+    no_scaling(keys, config)
     config["mamba_d_ssm"] = keys.size("ssm.inner_size")
     config["mamba_rms_norm"] = "blk.0.ssm_norm.weight" in keys.tensors
     config["mamba_norm_before_gate"], config["projectors_bias"] = False, False

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from kbit.checkpoint.gguf import configure, gemma4, hybrids
+from dataclasses import replace
+
+from kbit.checkpoint.gguf import configure, gemma4, hybrids, nemotron_h
 from kbit.checkpoint.gguf.delta_nets import DeltaTensors
 from kbit.checkpoint.gguf.experts import SIGMOID, ExpertTensors
 from kbit.checkpoint.gguf.names import (
     GELU,
     GRANITE_NUMBERS,
+    LAYER_NORM_EPSILON,
     MLP_NORM_AFTER_ATTENTION,
     NORMS_AROUND,
     ONE_NORM,
@@ -18,6 +21,20 @@ from kbit.checkpoint.source import CANONICAL
 _LFM2_NORMS = {"attn_norm": "operator_norm", "ffn_norm": "ffn_norm"}
 _LFM2_QK_NORMS = ("self_attn.q_layernorm", "self_attn.k_layernorm")
 _GATED_EXPERTS = ExpertTensors(shared="mlp.shared_expert", switch="mlp.shared_expert_gate", entry="norm_topk_prob")
+
+_NEMOTRON_H = Architecture(
+    "nemotron_h",
+    "nemotron_h",
+    "NemotronHForCausalLM",
+    norms={"attn_norm": "norm"},
+    keys=nemotron_h.KEYS,
+    layer="backbone.layers",
+    outside=nemotron_h.OUTSIDE,
+    linears=nemotron_h.LINEARS,
+    epsilon=(LAYER_NORM_EPSILON[0], "layer_norm_epsilon"),
+    configure=nemotron_h.configure,
+    special=nemotron_h.SPECIAL,
+)
 
 MIXED = (
     Architecture(
@@ -131,4 +148,6 @@ MIXED = (
         configure=hybrids.falcon,
         special=hybrids.STATE_SPACES,
     ),
+    _NEMOTRON_H,
+    replace(_NEMOTRON_H, name="nemotron_h_moe"),
 )

@@ -1,4 +1,4 @@
-"""GGUF architectures whose layers have experts."""
+"""GGUF architectures whose layers have experts, or latent attention."""
 
 from __future__ import annotations
 
@@ -107,6 +107,16 @@ MIXTURES = (
             normalises=False,
         ),
         configure=configure.gpt_oss,
+    ),
+    Architecture(
+        "minicpm3",
+        "minicpm3",
+        "MiniCPM3ForCausalLM",
+        latent=True,
+        halves=True,
+        scaled=True,
+        constants={CANONICAL: True},
+        configure=configure.minicpm3,
     ),
     Architecture(
         "dots1",

@@ -126,6 +126,7 @@ class Architecture:
         qk_optional: there may be no norms of queries and keys.
         sinks: attention has sinks.
         latent: keys and values are made of a latent vector (`kbit.checkpoint.gguf.latent`).
+        halves: of these, pairs that turn are half of what turns apart.
         sigmoid: what takes its place where experts are scored by sigmoids: model type, class, and experts.
         layer: where layers are, canonically, before their number.
         outside, linears: canonical names of tensors outside of layers, and of a layer's matrices by part.
@@ -161,6 +162,7 @@ class Architecture:
     qk_optional: bool = False
     sinks: bool = False
     latent: bool = False
+    halves: bool = False
     sigmoid: tuple[str, str, ExpertTensors] | None = None
     configure: Callable[[Keys, dict[str, Any]], None] | None = None
     epsilon: tuple[str, str] = RMS_EPSILON

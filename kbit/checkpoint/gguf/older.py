@@ -66,6 +66,11 @@ def _gptneox(keys: Keys, config: dict[str, Any]) -> None:
     config["use_parallel_residual"] = True if parallel is None else parallel
 
 
+def _olmo(keys: Keys, config: dict[str, Any]) -> None:
+    no_window(keys, config)
+    config["clip_qkv"] = keys.real("attention.clamp_kqv", 0.0) or None  # (which kbit then refuses by that name)
+
+
 def _mpt(keys: Keys, config: dict[str, Any]) -> None:
     no_window(keys, config)
     for name, wanted in (("attention.max_alibi_bias", MOST_BIAS), ("attention.clamp_kqv", 0.0)):
@@ -272,6 +277,17 @@ OLDER = (
         linears=_linears("self_attn", "o_proj", "up_proj", "down_proj"),
         constants={"hidden_act": "relu2"},
         configure=no_window,
+    ),
+    Architecture(
+        "olmo",
+        "olmo",
+        "OlmoForCausalLM",
+        interleaved=True,
+        norms={},
+        outside={"token_embd.weight": "model.embed_tokens.weight", "output.weight": "lm_head.weight"},
+        epsilon=(LAYER_NORM_EPSILON[0], "norm_eps"),
+        keys=frozenset({"attention.clamp_kqv"}),
+        configure=_olmo,
     ),
     Architecture(
         "chatglm",

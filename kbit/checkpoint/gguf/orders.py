@@ -59,7 +59,23 @@ class Tiled:
         return np.concatenate([np.arange(self.before), stored])
 
 
-Order: TypeAlias = Runs | Tiled
+@dataclass(frozen=True)
+class LastFirst:
+    """Heads of so many rows, of which canonically the last ones, `last` of them, come first."""
+
+    head: int
+    last: int
+
+    def places(self, count: int) -> npt.NDArray[np.int64]:
+        """Where each of `count` rows is: int64 (count,)."""
+        import numpy as np
+
+        head, within = np.divmod(np.arange(count), self.head)
+        places: npt.NDArray[np.int64] = head * self.head + (within + self.head - self.last) % self.head
+        return places
+
+
+Order: TypeAlias = Runs | Tiled | LastFirst
 
 
 @dataclass(frozen=True)

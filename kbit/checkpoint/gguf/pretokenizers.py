@@ -64,6 +64,8 @@ class PreTokenizer:
 
 
 _LLAMA3_RULES = PreTokenizer((_LLAMA3,), ignore_merges=True, add_bos=True)
+# BLOOM's tokenizer.json: whatever is no space, bracket, bar or punctuation that ends sentences, with a space before it.
+_BLOOM_RULES = PreTokenizer((r" ?[^(\s|.,!?…。，、।۔،)]+",))
 _DIGITS_GPT2 = PreTokenizer((DIGITS, GPT2))
 _DEEPSEEK_V3_RULES = PreTokenizer((r"\p{N}{1,3}", "[\u4e00-\u9fa5\u3040-\u309f\u30a0-\u30ff]+", _DEEPSEEK_V3))
 _GLM4_RULES = PreTokenizer((_LLAMA3,), ignore_merges=True)
@@ -76,6 +78,9 @@ PRE_TOKENIZERS = {
     "mpt": PreTokenizer((GPT2,)),
     # Falcon's tokenizer.json: runs of ASCII and Unicode punctuation, then words, then digits by threes.
     "falcon": PreTokenizer((r"[\p{P}\$\+<=>\^~\|`]+", GPT2, r"[0-9][0-9][0-9]")),
+    "bloom": _BLOOM_RULES,
+    "poro-chat": _BLOOM_RULES,
+    "gpt3-finnish": _BLOOM_RULES,
     "smollm": _DIGITS_GPT2,
     "starcoder": _DIGITS_GPT2,
     "refact": _DIGITS_GPT2,

@@ -22,6 +22,8 @@ from kbit.checkpoint.gguf.metadata import GGUFHeader, GGUFTensor, quoted
 from kbit.checkpoint.gguf.names import ROPE_FACTORS, ROPE_FREQS, Architecture, canonical_names, part_of
 from kbit.checkpoint.gguf.orders import Piece
 from kbit.checkpoint.gguf.reading import Located, read_at, read_into, read_packed, read_transposed
+from kbit.checkpoint.gguf.t5 import CONTEXT as T5_CONTEXT
+from kbit.checkpoint.gguf.t5 import T5, t5_pieces
 from kbit.checkpoint.source import StoredSource, TensorInfo
 from kbit.host.errors import CheckpointError, UnsupportedError
 
@@ -81,9 +83,9 @@ class GGUFSource(StoredSource):
         self._located: dict[str, Located] = {}
         infos: dict[str, TensorInfo] = {}
         for name, tensor in tables.items():
-            for held in latent_rows(self.config, name, tensor) if arch.latent else ():
+            for held in latent_rows(self.config, name, tensor, halves=arch.halves) if arch.latent else ():
                 aside = held.head - held.turned
-                piece = Piece(held.name, held.tensor)
+                piece = Piece(held.name, held.tensor, held.rows)
                 at = Located(piece, owner[name], held.head, held.turned, aside, held.transposed)
                 kind = "F32" if held.transposed else held.tensor.type.name
                 nbytes = 4 * prod(at.shape) if held.transposed else held.tensor.nbytes
@@ -136,7 +138,8 @@ class GGUFSource(StoredSource):
         from kbit.formats.stored import KINDS, DenseMatrix, narrowed
 
         located = self._located.get(name)
-        if located is None or located.transposed or located.tensor.type.name not in BLOCK_TYPES:
+        plain = located is None or located.transposed or len(located.shape) != 2
+        if located is None or plain or located.tensor.type.name not in BLOCK_TYPES:
             values = self.read_array(name)
             kind = KINDS.get(self._infos[name].stored_as, "fp32")
             return DenseMatrix(narrowed(values, kind), kind)
@@ -173,7 +176,8 @@ class GGUFSource(StoredSource):
             from kbit.checkpoint.gguf.encoders import sentence_files
             from kbit.checkpoint.gguf.tokenizer import sidecars_from_header
 
-            self._sidecars = sidecars_from_header(self.header, int(self.config["max_position_embeddings"]))
+            context = int(self.config.get("max_position_embeddings", T5_CONTEXT))
+            self._sidecars = sidecars_from_header(self.header, context)
             if architecture_of(self.header).encoder:
                 self._sidecars |= sentence_files(self.header, int(self.config["hidden_size"]))
         return MappingProxyType(self._sidecars)
@@ -204,10 +208,12 @@ class GGUFSource(StoredSource):
 
 def _pieces_of(arch: Architecture, config: Mapping[str, Any], name: str, tensor: GGUFTensor) -> list[Piece]:
     """The canonical tensors that a tensor holds, each as the part of it that it is; none beyond the model's layers."""
+    if arch is T5:
+        return t5_pieces(config, name, tensor)
     layer = re.match(r"blk\.(\d+)\.", name)
     if layer is not None and int(layer[1]) >= config["num_hidden_layers"]:
         return []
-    if arch.latent and latent_rows(config, name, tensor):
+    if arch.latent and latent_rows(config, name, tensor, halves=arch.halves):
         return []
     special = None if arch.special is None else arch.special.located(name, tensor, config)
     if special is not None:

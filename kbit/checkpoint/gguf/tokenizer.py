@@ -1,9 +1,9 @@
 """Hugging Face tokenizer files rebuilt from GGUF metadata.
 
-Three kinds of vocabulary beside WordPiece (`wordpiece`): `gpt2` (byte-level BPE with merges; how text is split comes
-from `tokenizer.ggml.pre`, see `pretokenizers`), `llama` (SentencePiece BPE: tokens with scores, bytes as <0xNN>
-tokens), and `gemma4` (such tokens with merges; runs of line breaks are apart). The result is a tokenizer.json that the
-`tokenizers` library loads without any code of this module.
+Three kinds of vocabulary beside WordPiece (`wordpiece`) and T5's (`unigram`): `gpt2` (byte-level BPE with merges; how
+text is split comes from `tokenizer.ggml.pre`, see `pretokenizers`), `llama` (SentencePiece BPE: tokens with scores,
+bytes as <0xNN> tokens), and `gemma4` (such tokens with merges; runs of line breaks are apart). The result is a
+tokenizer.json that the `tokenizers` library loads without any code of this module.
 
 SentencePiece joins the adjacent pair whose joined token has the highest score, the leftmost on ties. Byte-pair
 merges express the same: every split of a token into two tokens is a merge, ranked by the token's score.
@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from kbit.checkpoint.gguf.metadata import GGUFHeader, quoted
 from kbit.checkpoint.gguf.pretokenizers import DIGITS, PRE_TOKENIZERS
+from kbit.checkpoint.gguf.unigram import unigram
 from kbit.checkpoint.gguf.wordpiece import wordpiece_files
 from kbit.host.errors import CheckpointError, UnsupportedError
 
@@ -55,13 +56,14 @@ def sidecars_from_header(header: GGUFHeader, context: int) -> dict[str, bytes]:
         return {}
     if model == "bert":
         return wordpiece_files(header, context)
-    if model not in ("gpt2", "llama", "gemma4"):
+    kinds = {"gpt2": _byte_level, "llama": _sentencepiece, "gemma4": _gemma4, "t5": _unigram}
+    if model not in kinds:
         raise UnsupportedError(
             f"{header.path}: tokenizer model {quoted(model)} is not supported in GGUF files; supported are "
-            "gpt2 (byte-level BPE), llama (SentencePiece), gemma4 and bert (WordPiece)"
+            "gpt2 (byte-level BPE), llama (SentencePiece), gemma4, t5 (unigram) and bert (WordPiece)"
         )
     vocab = _Vocabulary(header, model)
-    tokenizer = {"gpt2": _byte_level, "llama": _sentencepiece, "gemma4": _gemma4}[model](vocab)
+    tokenizer = kinds[model](vocab)
     _add_special_tokens(tokenizer, vocab)
     _add_template(tokenizer, vocab)
 
@@ -86,6 +88,9 @@ def sidecars_from_header(header: GGUFHeader, context: int) -> dict[str, bytes]:
     ends = _end_ids(vocab, templates.get("default", ""))
     if ends:
         generation["eos_token_id"] = ends if len(ends) > 1 else ends[0]
+    start = header.integer(f"{header.string('general.architecture')}.decoder_start_token_id")
+    if start is not None:
+        generation["decoder_start_token_id"] = start
     if vocab.pad is not None:
         generation["pad_token_id"] = vocab.pad
     files = {
@@ -124,18 +129,19 @@ class _Vocabulary:
             header.fail(f"tokenizer.ggml.token_type has {len(types)} entries for {len(tokens)} tokens")
         self.types = types or [_NORMAL] * len(tokens)
 
-        sentencepiece = model == "llama"
+        sentencepiece = model in ("llama", "t5")
         self.pre = self._pre_tokenizer() if model == "gpt2" else ""
-        self.bos = self.special("bos", "<s>" if sentencepiece else None)
+        self.bos = self.special("bos", "<s>" if model == "llama" else None)
         self.eos = self.special("eos", "</s>" if sentencepiece else None)
         self.unk = self.special("unknown", "<unk>" if sentencepiece else None)
-        self.pad = self.special("padding", None)
-        bos_default = PRE_TOKENIZERS[self.pre].add_bos if model == "gpt2" else True
+        self.pad = self.special("padding", "<pad>" if model == "t5" else None)
+        bos_default = PRE_TOKENIZERS[self.pre].add_bos if model == "gpt2" else model != "t5"
         if self.bos is None and "tokenizer.ggml.bos_token_id" in header:  # there is none, it says
             bos_default = False
         add_bos = header.flag("tokenizer.ggml.add_bos_token")
         self.add_bos = bos_default if add_bos is None else add_bos
-        self.add_eos = header.flag("tokenizer.ggml.add_eos_token") or False
+        add_eos = header.flag("tokenizer.ggml.add_eos_token")
+        self.add_eos = model == "t5" if add_eos is None else add_eos
         for name, wanted, token_id in (("bos", self.add_bos, self.bos), ("eos", self.add_eos, self.eos)):
             if wanted and token_id is None:
                 header.fail(f"text should get a {name} token, but 'tokenizer.ggml.{name}_token_id' is missing or none")
@@ -235,6 +241,10 @@ def _gemma4(vocab: _Vocabulary) -> Tokenizer:
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[^\n]+|\n+"), behavior="isolated")
     tokenizer.decoder = decoders.Sequence([decoders.Replace(_SPACE, " "), decoders.ByteFallback(), decoders.Fuse()])
     return tokenizer
+
+
+def _unigram(vocab: _Vocabulary) -> Tokenizer:
+    return unigram(vocab.header, vocab.tokens, vocab.types, vocab.unk)
 
 
 def _merges_from_scores(vocab: _Vocabulary) -> list[tuple[str, str]]:

@@ -39,5 +39,6 @@ void bind_rounding(nanobind::module_& module);
 void bind_text(nanobind::module_& module);
 void bind_levels(nanobind::module_& module);
 void bind_trellis(nanobind::module_& module);
+void bind_sampling(nanobind::module_& module);
 
 }  // namespace kbit

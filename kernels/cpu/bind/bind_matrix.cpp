@@ -127,6 +127,7 @@ Weights dense_matrix(const Untyped& values, const std::string& kind, Context& co
 
 void bind_matrix(nb::module_& module) {
   module.def("instruction_sets", &instruction_sets, "Instruction sets this machine can run, best last.");
+  module.def("compiled_sets", &compiled_sets, "Instruction sets that are compiled in, on any machine.");
   module.def("emulated_sets", &emulated_sets, "Instruction sets emulated in plain C++, for tests.");
 
   nb::class_<Context>(module, "Context", "Kernels of one instruction set, and the threads that run them.")

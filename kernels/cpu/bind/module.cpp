@@ -57,4 +57,5 @@ NB_MODULE(_native, module) {
   kbit::bind_text(module);
   kbit::bind_levels(module);
   kbit::bind_trellis(module);
+  kbit::bind_sampling(module);
 }

@@ -120,6 +120,12 @@ const std::vector<std::string>& emulated_sets() {
   return names;
 }
 
+const std::vector<std::string>& compiled_sets() {
+  static const std::vector<std::string> names =
+      compiled({"scalar", "avx2", "avx512vnni", "avx512bf16", "amx", "neon", "i8mm", "amx-emulated"});
+  return names;
+}
+
 std::string choose_instruction_set(const std::string& wanted) {
   const std::vector<std::string>&names = instruction_sets(), &emulated = emulated_sets();
   if (std::find(emulated.begin(), emulated.end(), wanted) != emulated.end()) return wanted;

@@ -17,6 +17,9 @@ const std::vector<std::string>& instruction_sets();
 // Sets that plain C++ stands in for: for tests, on any machine, and slow. Used when asked for by name in the call.
 const std::vector<std::string>& emulated_sets();
 
+// All that are compiled in, whether or not this machine has them.
+const std::vector<std::string>& compiled_sets();
+
 // The set to use: `wanted`, or with an empty one the environment's KBIT_CPU_ISA, or else the best.
 // Throws std::invalid_argument, in one line that names where the choice came from and what there is.
 std::string choose_instruction_set(const std::string& wanted = "");

@@ -74,6 +74,10 @@ struct Kernels {
   void (*descend_rows)(const DescentTask&);  // better codes and scales for up to 16 rows
   void (*descend_nested_rows)(const NestedDescentTask&);  // better nested codes for up to 16 rows
   void (*trellis_search)(const TrellisTask&);  // the best string of a tile
+  // The largest numbers of a row by blocks of 256 and 16ths of these; e^x of it, and sums. See sampling/sampling_kernel.h.
+  bool (*block_maxima)(const float* x, std::int64_t count, float* lanes, float* maxima);
+  void (*block_weights)(const float* x, std::int64_t count, float best, float factor, float* weights, float* sums,
+                        float* lanes, float* maxima);
   std::int64_t (*trace)(const std::uint8_t* in, std::int64_t in_bytes, std::uint8_t* out, std::int64_t out_bytes);
 };
 

@@ -12,6 +12,7 @@
 #include "rounding/nested_descent_kernel.h"
 #include "rounding/rounding_kernel.h"
 #include "rounding/trellis_kernel.h"
+#include "sampling/sampling_kernel.h"
 #include "simd/trace.h"
 
 // The table kbit::kernels_<set>, with this matmul where it is the set's own.
@@ -22,6 +23,6 @@
                                  ::quantize_row, ::rotate_row,  ::bfloat_row,      ::rms_norm,         ::add_row,      \
                                  ::activate_row, ::soft_cap_row, ::decode_row,     ::gated_delta,      ::state_space,  \
                                  kAttentionKernels, ::round_rows, ::descend_rows,  ::descend_nested_rows,              \
-                                 ::trellis_search, ::trace};                                                           \
+                                 ::trellis_search, ::block_maxima, ::block_weights, ::trace};                          \
   }
 #define KBIT_DEFINE_KERNELS(set) KBIT_DEFINE_KERNELS_WITH(set, matmul_int8)
