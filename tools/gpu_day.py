@@ -22,7 +22,8 @@ import time
 from pathlib import Path
 
 TREE = Path(__file__).resolve().parent.parent
-for folder in (TREE / "tests" / "cases", TREE / "benchmarks", TREE / "tools", TREE):  # this tree first
+os.environ["KBIT_SOURCE_TREE"] = "1"  # this tree, compiled or not, whatever is installed
+for folder in (TREE / "tests" / "cases", TREE / "benchmarks", TREE / "tools", TREE):
     if str(folder) in sys.path:
         sys.path.remove(str(folder))
     sys.path.insert(0, str(folder))

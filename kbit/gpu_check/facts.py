@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import platform
-import subprocess
 from collections.abc import Sequence
 from importlib.util import find_spec
-from pathlib import Path
 
 from kbit import __version__
+from kbit.backends.gpu import driver_version, kernels_hash
 from kbit.gpu_check.place import Place, Row
 from kbit.host.errors import UnsupportedError
-
-NVIDIA_VERSION, AMD_VERSION = Path("/proc/driver/nvidia/version"), Path("/sys/module/amdgpu/version")
 
 
 def items(place: Place) -> Sequence[str]:
@@ -33,7 +30,6 @@ def run(place: Place, item: str) -> list[Row]:
     import triton
 
     from kbit.kernels.triton.target import current_arch
-    from kbit.tuning.stored import kernels_hash
 
     row: Row = {
         "gpu": "Triton's interpreter",
@@ -60,23 +56,6 @@ def run(place: Place, item: str) -> list[Row]:
             "cuda": torch.version.cuda or f"HIP {torch.version.hip}",
         }
     ]
-
-
-def driver_version() -> str:
-    """The kernel driver's, as it says it; "" where nothing does. Touches no GPU."""
-    for file in (NVIDIA_VERSION, AMD_VERSION):
-        try:
-            line = file.read_text(errors="replace").splitlines()[0]
-        except (OSError, IndexError):
-            continue
-        words = [word for word in line.split() if word[:1].isdigit() and "." in word]
-        return words[0] if words else line.strip()
-    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-    try:
-        said = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout
-    except (OSError, subprocess.SubprocessError):
-        return ""
-    return said.strip().splitlines()[0] if said.strip() else ""
 
 
 def _has_compiled_module() -> bool:
