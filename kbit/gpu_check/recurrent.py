@@ -119,7 +119,7 @@ def check_delta(
             len(parts[0]),
             first,
         )
-        total = float(fades[rows].abs().split(CHUNK)[0].sum(0).max()) if chunked else 0.0
+        total = float(fades[rows][:CHUNK].abs().sum(0).max()) if chunked else 0.0
         lengths = torch.full(parts[3].shape, heads.key_dim**-0.5)  # of the queries
         bound, of_state = recurrence_bound(all_states, v[rows], lengths, total, dtype if chunked else torch.float32)
         error = assert_within(got[rows].view_as(outs), outs, bound)
@@ -162,7 +162,7 @@ def check_space(
             lambda t, s, p=parts: reference.state_space(p[0][t], p[1][t], p[2][t], p[3][t], rates, skips, s),
             len(parts[0]), first,
         )  # fmt: skip
-        total = float(fades[rows].abs().split(CHUNK)[0].sum(0).max()) if chunked else 0.0
+        total = float(fades[rows][:CHUNK].abs().sum(0).max()) if chunked else 0.0
         lengths = q[rows].norm(dim=-1).repeat_interleave(group, 1)
         size = torch.nn.functional.softplus(steps[rows])[..., None] * v[rows]
         size = size * k[rows].norm(dim=-1).repeat_interleave(group, 1)[..., None]
