@@ -183,9 +183,9 @@ class Soak:
 class Server:
     """`kbit serve` as a process, its messages read as they come."""
 
-    def __init__(self, model: str, threads: int) -> None:
+    def __init__(self, model: str, threads: int, cache: str) -> None:
         command = [sys.executable, "-m", "kbit", "serve", model, "--port", "0", "--threads", str(threads)]
-        command += ["--max-body", str(BODY_LIMIT)]
+        command += ["--max-body", str(BODY_LIMIT), "--cache-size", cache]
         self.process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
         assert self.process.stderr is not None
         self.said: list[str] = []
@@ -278,6 +278,7 @@ def table(soak: Soak, samples: list[tuple[float, int]], left: int) -> str:
     quarters = [min(samples, key=lambda each, at=part * whole / 4: abs(each[0] - at)) for part in range(5)]
     memory = ", ".join(f"{nbytes / 1e6:.1f} MB at {at:.0f} s" for at, nbytes in quarters)
     lines.append(f"{total} requests on {soak.restarts} connections; {left} left at the end")
+    lines.append("resident memory, MB: " + " ".join(f"{nbytes / 1e6:.0f}" for _, nbytes in samples))
     lines.append(f"resident memory: {memory}; {growth(samples):+.1%} from a quarter of the time on")
     return "\n".join(lines)
 
@@ -288,6 +289,11 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--minutes", type=float, default=60.0)
     parser.add_argument("--clients", type=int, default=8)
     parser.add_argument("--threads", type=int, default=1, help="of the server (default: 1)")
+    parser.add_argument(
+        "--cache-size",
+        default="16MiB",
+        help="of the server's keys and values (default: 16MiB): a large one fills for hours, and memory with it",
+    )
     parser.add_argument("--prompts", type=int, default=24, help="different requests (default: 24)")
     parser.add_argument("--checked", type=int, default=8, help="of these, compared with kbit run (default: 8)")
     parser.add_argument("--every", type=float, default=60.0, help="seconds between looks at memory (default: 60)")
@@ -295,7 +301,7 @@ def main(arguments: list[str] | None = None) -> int:
     flags = parser.parse_args(arguments)
     asks = asks_for(flags.prompts)
     known = answers_of_run(flags.model, asks[: flags.checked])
-    server = Server(flags.model, flags.threads)
+    server = Server(flags.model, flags.threads, flags.cache_size)
     try:
         soak = Soak(server.address, asks, known)
         samples = asyncio.run(load(soak, server, flags.clients, 60 * flags.minutes, flags.every))
