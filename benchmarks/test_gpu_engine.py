@@ -14,16 +14,14 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
-from time import perf_counter
 from typing import Any
 
 import pytest
 import torch
-from gpu import bandwidth, facts
+from gpu import bandwidth, facts, timed
 from measuring import ROUNDS, Contestant, report, take_turns
 
 # Every width of the default model; of a larger one fewer, since all that are compared are in memory at once.
@@ -128,17 +126,6 @@ class Model:
     def cache_bytes(self, depth: int) -> int:
         """Bytes of keys and values that a token at that depth reads."""
         return int(self.decoder.new_cache(1, max(1, depth)).nbytes) if depth else 0
-
-
-@contextmanager
-def timed() -> Iterator[list[float]]:
-    """Seconds of what the block does on the GPU, in the list it gives."""
-    torch.cuda.synchronize()
-    result: list[float] = []
-    begin = perf_counter()
-    yield result
-    torch.cuda.synchronize()
-    result.append(perf_counter() - begin)
 
 
 def assert_right(folder: Path, model: Model) -> float:

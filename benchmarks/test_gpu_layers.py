@@ -14,7 +14,6 @@ and fp16 products allow, over the time taken. `error` is the distance from the p
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -25,6 +24,7 @@ from gpu_peers import PEERS, absent
 from measuring import ROUNDS, Contestant, report, take_turns
 
 from kbit.formats.quant_format import QuantFormat, default_dtype
+from kbit.gpu_check.measuring import rotated
 from kbit.host.errors import UnsupportedError
 
 WIDTHS = range(2, 9)
@@ -43,18 +43,6 @@ def random_weight(shape: tuple[int, int], device: torch.device) -> torch.Tensor:
     """As large as a model's: products of unit size."""
     generator = torch.Generator(device).manual_seed(0)
     return (torch.randn(shape, generator=generator, device=device) * shape[1] ** -0.5).half()
-
-
-def rotated(weight: Any) -> list[Any]:
-    """A prepared weight and copies of what a launch reads."""
-    names = ("planes", "scales", "scales_super", "offsets", "offsets_super", "table")
-
-    def clone(value: Any) -> Any:
-        return tuple(part.clone() for part in value) if isinstance(value, tuple) else value.clone()
-
-    parts = {name: getattr(weight, name) for name in names if getattr(weight, name) is not None}
-    copies = range(copies_for(weight.nbytes) - 1)
-    return [weight, *(replace(weight, **{name: clone(value) for name, value in parts.items()}) for _ in copies)]
 
 
 def contestant(

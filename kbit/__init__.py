@@ -72,9 +72,11 @@ def _is_compiled(folder: str) -> bool:
 
 # Python started inside a checkout finds this folder before the installed package, but has neither the compiled module
 # nor kbit.kernels here. Then all of kbit comes from the installed package. Where there is none, the kernels that need
-# no compiler (torch's and Triton's) are the checkout's, and one line says so where the compiled module is wanted.
+# no compiler (torch's and Triton's) are the checkout's, and one line says so where the compiled module is wanted. So it
+# is too with KBIT_SOURCE_TREE, whatever is installed.
 if not _is_compiled(__path__[0]):
-    _installed = [os.path.join(entry or ".", "kbit") for entry in sys.path]
+    _entries = [] if os.environ.get("KBIT_SOURCE_TREE") else sys.path
+    _installed = [os.path.join(entry or ".", "kbit") for entry in _entries]
     __path__[:] = [os.path.abspath(folder) for folder in _installed if _is_compiled(folder)][:1] or __path__[:1]
 
     if not _is_compiled(__path__[0]):

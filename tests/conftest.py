@@ -41,9 +41,9 @@ WORKER_BYTES = 3 << 30  # memory that a test process and the processes it starts
 def pytest_xdist_auto_num_workers() -> int:
     """Processes of `pytest -n auto`: one a physical core, and no more than memory holds."""
     from kbit.host.cpu import default_threads
-    from kbit.planner.machine import memory_bytes
+    from kbit.host.memory import available_memory
 
-    return max(1, min(default_threads(), (memory_bytes() or WORKER_BYTES) // WORKER_BYTES))
+    return max(1, min(default_threads(), (available_memory() or WORKER_BYTES) // WORKER_BYTES))
 
 
 @pytest.fixture(scope="session", autouse=True)

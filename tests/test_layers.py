@@ -24,6 +24,7 @@ LAYERS = (
     ("models",),
     ("calibration",),
     ("quantizers", "tuning"),
+    ("gpu_check",),
     ("engine",),
     ("evaluate",),
     ("scaling", "planner"),

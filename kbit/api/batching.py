@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from kbit.engine.batch_engine import BatchEngine
 from kbit.graph.pages import PAGE, pages_for
 from kbit.host.errors import UsageError
-from kbit.planner.machine import memory_bytes
+from kbit.host.memory import available_memory
 
 if TYPE_CHECKING:
     from kbit.engine.loader import LoadedModel
@@ -47,6 +47,6 @@ def _pages(context: int, page_bytes: int, cache_bytes: int | None) -> int:
                 f"--cache-size {cache_bytes} bytes: {PAGE} tokens of this model take {page_bytes}: give more"
             )
         return pages
-    free = memory_bytes()
+    free = available_memory()
     most = pages_for(max(_CACHE_TOKENS, min(context, 4 * _CACHE_TOKENS)))
     return most if free is None else max(1, min(most, free // _CACHE_SHARE // page_bytes))

@@ -33,7 +33,8 @@ def select_backend(
     """The backend for the values of --device, --backend, --threads, --compute and --kv-bits.
 
     Args:
-        device: "cpu", "cuda" (a GPU), or "auto": the CPU, since the GPU kernels have not run on one yet.
+        device: "cpu", "cuda" (a GPU), or "auto": a GPU that passed `kbit check-gpu` here, else the CPU. The CPU too
+            where another argument is for it alone: a backend, threads, compute or a cache that a GPU has not.
         backend: "native" (C++ kernels), "triton" (GPU kernels), "reference" (torch in fp32, the yardstick), or "auto":
             native on the CPU, triton on a GPU.
         threads: threads of the native backend; None: one per physical core this process may use. The reference runs on
@@ -56,6 +57,10 @@ def select_backend(
     kv = None if kv_bits is None else kv_kind(kv_bits)
     if threads is not None:
         check_threads(threads)
+    if device == "auto" and _suits_gpu(backend, threads, compute, kv):
+        from kbit.backends.checked import auto_device
+
+        device = auto_device()
     if device == "cuda" or backend == "triton":
         return _gpu(device, backend, compute, kv)
     if compute in ("fp16", "fp8"):
@@ -72,6 +77,11 @@ def select_backend(
     compute = compute or "int8"
     kv = kv or ("fp32" if compute == "fp32" else "fp16")
     return NativeBackend(threads or min(default_threads(), MAX_THREADS), compute=compute, kv=kv)
+
+
+def _suits_gpu(backend: str, threads: int | None, compute: str | None, kv: str | None) -> bool:
+    """Whether --device auto may mean a GPU; --compute int8 and bf16 mean other things on the two."""
+    return backend == "auto" and threads is None and compute is None and kv != "fp32"
 
 
 def kv_kind(kv_bits: int | str) -> str:

@@ -262,3 +262,26 @@ def load_to_generate(
         if speculate is not None and itself:
             speculation = Speculation(SelfDrafter(loaded, draft_bits(speculate)), flags.draft_limit())
         return Ready(loaded, sampling, speculation)
+
+
+def refuse_too_large(flags: GenerationFlags, source: CheckpointSource, prompt: int) -> None:
+    """
+    Args:
+        flags: of a command that generates.
+        source: the model, opened.
+        prompt: tokens.
+
+    Raises:
+        KbitError: on the CPU, a limit leaves this process less memory than the model takes with its prompt and answer.
+    """
+    if flags.device == "cuda" or flags.backend not in ("auto", "native"):
+        return
+    from kbit.backends.select import kv_kind
+    from kbit.host.cpu import default_threads
+    from kbit.planner.fits import Wanted, refuse_what_does_not_fit
+
+    compute = flags.compute or "int8"
+    kv = kv_kind(flags.kv_bits) if flags.kv_bits else "fp32" if compute == "fp32" else "fp16"
+    context = prompt + flags.max_tokens
+    wanted = Wanted(context, prompt, kv=kv, compute=compute, threads=flags.threads or default_threads())
+    refuse_what_does_not_fit(source, wanted, flags.model)

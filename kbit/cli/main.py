@@ -54,6 +54,7 @@ COMMANDS = {
     "pull": ("kbit.cli.pull", "pull", "Fetch a model into the cache."),
     "bench": ("kbit.cli.bench", "bench", "Time a model: loading, prompts, decoding."),
     "completion": ("kbit.cli.completion", "completion", "Print a script for a shell's completion."),
+    "check-gpu": ("kbit.cli.check_gpu", "check_gpu", "Prove the kernels on this machine's GPU."),
     "tune": ("kbit.cli.tune", "tune", "Time the GPU kernels' configurations and keep the fastest."),
 }
 

@@ -44,7 +44,8 @@ DeviceOption = Annotated[
     typer.Option(
         "--device",
         metavar="auto|cpu|cuda",
-        help="Where to run: the CPU (which auto takes), or a GPU (cuda, which is also what torch calls AMD's).",
+        help="Where to run: the CPU, or a GPU (cuda, which is also what torch calls AMD's); auto takes a GPU that "
+        "passed kbit check-gpu here, else the CPU.",
         rich_help_panel=ENGINE,
     ),
 ]

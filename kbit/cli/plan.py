@@ -159,7 +159,7 @@ def _request(flags: PlanFlags) -> Requirements:
     from kbit.formats.quant_format import MAX_BITS, MIN_BITS
     from kbit.formats.registry import parse_format
     from kbit.host.cpu import default_threads
-    from kbit.planner.machine import memory_bytes
+    from kbit.host.memory import available_memory
     from kbit.planner.types import Requirements
     from kbit.planner.weights import known_format
 
@@ -179,7 +179,7 @@ def _request(flags: PlanFlags) -> Requirements:
     elif gpu is not None:
         limit = gpu.memory or None
     else:
-        limit = memory_bytes()
+        limit = available_memory()
     if limit is None:
         raise UsageError("--memory is missing: say what the process may take, for example --memory 6GiB")
     parsed: tuple[QuantFormat | TrellisFormat, ...] | None = None

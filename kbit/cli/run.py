@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from kbit.cli.flag_groups import flag_groups
-from kbit.cli.generation import GenerationFlags, load_to_generate
+from kbit.cli.generation import GenerationFlags, load_to_generate, refuse_too_large
 from kbit.cli.options import JsonOption, read_prompt, show, streaming_output
 from kbit.cli.processes import processes
 
@@ -69,6 +69,7 @@ def run(
             nonlocal answers
             answers = chat or (not raw and tokenizer.chat_template is not None)
             ids.extend(_encode(text, answers, flags, tokenizer, source))
+            refuse_too_large(flags, source, len(ids))
 
         from kbit.models.check import NeedsSourceError
 

@@ -50,7 +50,8 @@ def unpack_plane_numpy(plane: Codes, width: int, shift: int, first: bool, codes:
 
 
 try:
-    from kbit._native import pack_plane, unpack_plane
+    from kbit._native import pack_plane as pack_plane
+    from kbit._native import unpack_plane as unpack_plane
 except ImportError as error:
     if error.name != "kbit._native":
         raise

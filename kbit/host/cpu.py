@@ -48,16 +48,28 @@ def _cores(cpus: set[int], root: Path) -> int:
 
 def _time_limits(root: Path) -> Iterator[float]:
     """Processors' worth of time that each control group around this process allows it."""
+    for kind, folder in control_groups("cpu", root):
+        if kind == 2:
+            yield from _ratio((_read(folder / "cpu.max") or "").split())
+        else:
+            parts = (_read(folder / f"cpu.cfs_{name}_us") for name in ("quota", "period"))
+            yield from _ratio([part or "" for part in parts])
+
+
+def control_groups(controller: str, root: Path = Path("/")) -> Iterator[tuple[int, Path]]:
+    """(version, folder) of every control group around this process that may limit what `controller` counts.
+
+    Args:
+        controller: "cpu", "memory".
+        root: where /proc and /sys are (for tests).
+    """
     for line in (_read(root / "proc/self/cgroup") or "").splitlines():
         _, _, rest = line.partition(":")
         controllers, _, path = rest.partition(":")
-        if not controllers:  # version 2
-            for folder in _upwards(root / "sys/fs/cgroup", path):
-                yield from _ratio((_read(folder / "cpu.max") or "").split())
-        elif "cpu" in controllers.split(","):
-            for folder in _upwards(root / "sys/fs/cgroup" / controllers, path):
-                parts = (_read(folder / f"cpu.cfs_{name}_us") for name in ("quota", "period"))
-                yield from _ratio([part or "" for part in parts])
+        if not controllers:
+            yield from ((2, folder) for folder in _upwards(root / "sys/fs/cgroup", path))
+        elif controller in controllers.split(","):
+            yield from ((1, folder) for folder in _upwards(root / "sys/fs/cgroup" / controllers, path))
 
 
 def _upwards(mount: Path, path: str) -> Iterator[Path]:

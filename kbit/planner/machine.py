@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from kbit.host.errors import KbitError
+from kbit.host.memory import available_memory
 
 if TYPE_CHECKING:
     from kbit.planner.kernel_timing import AttentionRate, KernelRate, Overheads
@@ -118,7 +119,7 @@ def describe_machine() -> dict[str, Any]:
         "cpu": _cpu_name(),
         "instruction_set": instruction_set(),
         "cores": default_threads(),
-        "memory_bytes": memory_bytes(),
+        "memory_bytes": available_memory(),
         "system": platform.platform(),
         "python": platform.python_version(),
         "kbit": __version__,
@@ -194,18 +195,6 @@ def machine_speed(
     if path is not None:
         _write(path, known)
     return known
-
-
-def memory_bytes() -> int | None:
-    """Memory that processes can still take, in bytes; None where the system does not tell (it does on Linux)."""
-    try:
-        for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines():
-            name, _, value = line.partition(":")
-            if name == "MemAvailable":
-                return int(value.split()[0]) * 1024
-    except (OSError, ValueError, IndexError):
-        pass
-    return None
 
 
 def _cpu_name() -> str:

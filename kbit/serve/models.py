@@ -253,6 +253,7 @@ def load(model: ServedModel, options: ModelOptions, progress: Callable[[int, int
             params = replace(found.params, **options.sampling)
             found = SamplingDefaults(params, f"{found.origin}, and what the command line says")
         model.defaults = found
+        _refuse_too_large(model, options, source)
 
     loaded = load_model(path, backend=options.backend, bits=bits, check=note, progress=progress)
     if options.chat_template is not None:
@@ -262,6 +263,26 @@ def load(model: ServedModel, options: ModelOptions, progress: Callable[[int, int
     model.loaded, model.options = loaded, options
     model.grammars = GrammarCompiler(loaded.tokenizer, loaded.decoder.spec.vocab_size)
     model.engine = batch_engine(loaded, context=options.context, cache_bytes=options.cache_bytes, seats=options.seats)
+
+
+def _refuse_too_large(model: ServedModel, options: ModelOptions, source: CheckpointSource) -> None:
+    """
+    Raises:
+        KbitError: a limit leaves this process less than the model takes, with the cache that was asked for; where none
+            was asked for, it will take a part of what is left.
+    """
+    backend = options.backend
+    if backend.name != "native":
+        return
+    from kbit.backends.cpu.backend import NativeBackend
+    from kbit.planner.fits import Wanted, refuse_what_does_not_fit
+
+    assert isinstance(backend, NativeBackend)
+    wanted = Wanted(
+        1, batch=options.seats, kv=backend.kv.partition(",")[0], compute=backend.compute,
+        threads=backend.context.threads, cache=options.cache_bytes or 0,
+    )  # fmt: skip
+    refuse_what_does_not_fit(source, wanted, model.path)
 
 
 def _fingerprint(source: CheckpointSource, options: ModelOptions) -> str:

@@ -14,7 +14,6 @@ import sys
 from collections.abc import Callable, Hashable, Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from functools import lru_cache
-from hashlib import sha256
 from inspect import unwrap
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ from typing import Any
 import torch
 import triton
 
+from kbit.backends.gpu import kernels_hash
 from kbit.host.cache_folder import cache_dir
 from kbit.host.errors import KbitError, one_line
 from kbit.host.files import write_durably
@@ -132,15 +132,6 @@ def target_of(device: torch.device) -> Target:
     with torch.cuda.device(device):
         name = torch.cuda.get_device_name(device)
         return Target(name, current_arch(), str(triton.__version__), kernels_hash())
-
-
-@lru_cache(maxsize=1)
-def kernels_hash() -> str:
-    """sha256 of the Triton kernels' sources: another kernel has other best configurations, or other candidates."""
-    digest = sha256()
-    for path in sorted(Path(tuned.__file__).parent.rglob("*.py")):
-        digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
-    return digest.hexdigest()
 
 
 def choices(kernel: str, arch: str, problem: AnyProblem) -> list[Any]:

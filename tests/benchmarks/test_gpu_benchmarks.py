@@ -67,12 +67,15 @@ def load(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], ModuleType
     }
 
     def get(name: str) -> ModuleType:
-        module = importlib.import_module(name)
+        return stand_in(importlib.import_module(name))
+
+    def stand_in(module: ModuleType) -> ModuleType:
         for attribute, value in stand_ins.items():
             if hasattr(module, attribute):
                 monkeypatch.setattr(module, attribute, value)
         return module
 
+    stand_in(importlib.import_module("kbit.gpu_check.measuring"))
     get("gpu")
     yield get
     for name in MODULES:

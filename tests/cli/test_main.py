@@ -81,7 +81,7 @@ class TestInsideACheckout:
         for entry in torch_folder.iterdir():
             if not entry.name.startswith(("kbit", "_kbit")):
                 (only_torch / entry.name).symlink_to(entry)
-        code = f"import sys; sys.path.append({str(only_torch)!r}); import kbit.formats.planes"
+        code = f"import sys; sys.path.append({str(only_torch)!r}); import kbit.backends.cpu.backend"
         result = python("-E", "-S", "-c", code, cwd=checkout)
         assert result.returncode != 0
         assert "pip install ." in result.stderr

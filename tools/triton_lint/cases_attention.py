@@ -72,19 +72,20 @@ def decode_case(
     *,
     dim: int = 128,
     tokens: int = 1,
+    context: int = CONTEXT,
     sinks: bool = False,
     gates: Mapping[str, Gate] | None = None,
     quick: bool = False,
 ) -> Case:
-    """One sequence at CONTEXT."""
+    """One sequence at `context`."""
     k_format, v_format = KVFormat(k_kind, dim), KVFormat(v_kind, dim)
 
     def launch(arch: str, config: Any) -> None:
         attention_decode(
             meta(1, tokens, HEADS, dim),
-            pages(CONTEXT, k_format),
-            pages(CONTEXT, v_format),
-            meta(1, CONTEXT // PAGE, dtype=torch.int32),
+            pages(context, k_format),
+            pages(context, v_format),
+            meta(1, context // PAGE, dtype=torch.int32),
             meta(1, tokens, dtype=INT),
             meta(1, dtype=INT),
             dim**-0.5,
@@ -100,13 +101,13 @@ def decode_case(
             # parts of a step, which the model does not know.
             return None
         return Work(
-            bytes=CONTEXT // PAGE * KV_HEADS * (k_format.page_bytes + v_format.page_bytes),
-            units=CONTEXT * KV_HEADS * 2 * dim,
-            steps=KV_HEADS * CONTEXT // launch.arguments["BN"],
+            bytes=context // PAGE * KV_HEADS * (k_format.page_bytes + v_format.page_bytes),
+            units=context * KV_HEADS * 2 * dim,
+            steps=KV_HEADS * context // launch.arguments["BN"],
         )
 
     return Case(
-        f"attention_decode/k{k_kind}-v{v_kind}/{dim}x{CONTEXT}x{tokens}{'/sinks' if sinks else ''}",
+        f"attention_decode/k{k_kind}-v{v_kind}/{dim}x{context}x{tokens}{'/sinks' if sinks else ''}",
         launch,
         configs=lambda arch: [None, *configs.decode_candidates(arch)] if tokens == 1 else [None],
         work=work,

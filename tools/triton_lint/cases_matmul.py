@@ -35,7 +35,7 @@ def _bytes(weight: TritonWeight, tokens: int) -> float:
     return weight.nbytes + 2 * tokens * sum(weight.shape)
 
 
-def _gemv(
+def gemv_case(
     text: str,
     *,
     tokens: int = 1,
@@ -67,7 +67,7 @@ def _gemv(
     )
 
 
-def _gemm(text: str, tokens: int, *, size: int = 4096, gate: Gate | None = None, quick: bool = False) -> Case:
+def gemm_case(text: str, tokens: int, *, size: int = 4096, gate: Gate | None = None, quick: bool = False) -> Case:
     weight = meta_weight(text, (size, size), torch.float16)
     x = torch.empty(tokens, size, dtype=torch.float16, device="meta")
 
@@ -124,7 +124,7 @@ def _rounded(kind: str, text: str, tokens: int, *, size: int = 4096, quick: bool
     )
 
 
-def _trellis(text: str, tokens: int, *, size: int = 4096, quick: bool = False) -> Case:
+def trellis_case(text: str, tokens: int, *, size: int = 4096, quick: bool = False) -> Case:
     """Gated where it matters: no spills, tensor cores."""
     weight = meta_weight(text, (size, size), torch.float16)
     x = torch.empty(tokens, size, dtype=torch.float16, device="meta")
@@ -154,33 +154,33 @@ def cases() -> list[Case]:
         return Gate(load_bits=128, mma=mma, per_unit=max(BUDGET * bits, 2.2) * over, shuffles=0)
 
     return [
-        _gemv(
+        gemv_case(
             "int4-b64", gate=Gate(load_bits=128, mma=("HMMA",), per_unit=4.4, over_floor=1.15, shuffles=0), quick=True
         ),
-        _gemv("nf4-b64", gate=read(4, 1.0), quick=True),
-        _gemv("int2-b64", gate=Gate(load_bits=128, mma=("HMMA",), over_floor=1.25, shuffles=0)),
-        _gemv("lloyd2-b64", gate=read(2, 1.25), quick=True),
-        _gemv("int3-b64", gate=Gate(load_bits=128, mma=("HMMA",), over_floor=1.25, shuffles=0)),
-        _gemv("nf3-b64", gate=read(3, 1.25)),
-        _gemv("int8-b64", gate=Gate(load_bits=128, mma=("HMMA",), over_floor=1.25, shuffles=0)),
-        _gemv("lloyd5-b64"),
-        _gemv("lloyd6-b64"),
-        _gemv("nf4-b64-dq"),
-        _gemv("int4-b128-asym"),
-        _gemv("int4-b64", tokens=4),
-        _gemv("int4-b64", dtype=torch.bfloat16),
-        _gemv("nf4-b64", size=8192),
-        _gemm("int4-b64", 16),
-        _gemm("nf4-b64", 16, gate=Gate(load_bits=128, mma=("HGMMA",), shuffles=0)),
-        _gemm("nf4-b64", 64),
-        _gemm("int4-b64", 256, gate=Gate(load_bits=128, mma=("HGMMA",), tensor_share=0.7, shuffles=0), quick=True),
-        _gemm("nf4-b64", 256, gate=Gate(load_bits=128, mma=("HGMMA",), tensor_share=0.7, shuffles=0)),
-        _gemm("nf3-b64", 256),
-        _gemm("int8-b64", 256),
-        _trellis("trellis2", 1, quick=True),
-        _trellis("trellis3", 1),
-        _trellis("trellis4", 1),
-        _trellis("trellis3", 64),
+        gemv_case("nf4-b64", gate=read(4, 1.0), quick=True),
+        gemv_case("int2-b64", gate=Gate(load_bits=128, mma=("HMMA",), over_floor=1.25, shuffles=0)),
+        gemv_case("lloyd2-b64", gate=read(2, 1.25), quick=True),
+        gemv_case("int3-b64", gate=Gate(load_bits=128, mma=("HMMA",), over_floor=1.25, shuffles=0)),
+        gemv_case("nf3-b64", gate=read(3, 1.25)),
+        gemv_case("int8-b64", gate=Gate(load_bits=128, mma=("HMMA",), over_floor=1.25, shuffles=0)),
+        gemv_case("lloyd5-b64"),
+        gemv_case("lloyd6-b64"),
+        gemv_case("nf4-b64-dq"),
+        gemv_case("int4-b128-asym"),
+        gemv_case("int4-b64", tokens=4),
+        gemv_case("int4-b64", dtype=torch.bfloat16),
+        gemv_case("nf4-b64", size=8192),
+        gemm_case("int4-b64", 16),
+        gemm_case("nf4-b64", 16, gate=Gate(load_bits=128, mma=("HGMMA",), shuffles=0)),
+        gemm_case("nf4-b64", 64),
+        gemm_case("int4-b64", 256, gate=Gate(load_bits=128, mma=("HGMMA",), tensor_share=0.7, shuffles=0), quick=True),
+        gemm_case("nf4-b64", 256, gate=Gate(load_bits=128, mma=("HGMMA",), tensor_share=0.7, shuffles=0)),
+        gemm_case("nf3-b64", 256),
+        gemm_case("int8-b64", 256),
+        trellis_case("trellis2", 1, quick=True),
+        trellis_case("trellis3", 1),
+        trellis_case("trellis4", 1),
+        trellis_case("trellis3", 64),
         _rounded("int8", "int4-b64", 256),
         _rounded("int8", "int4-b64", 1024),
         _rounded("int8", "int4-b128", 256, quick=True),

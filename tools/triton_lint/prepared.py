@@ -10,6 +10,7 @@ from kbit.formats.planes_codec import PlanesTensor
 from kbit.formats.quant_format import QuantFormat
 from kbit.formats.quant_tensor import SAFETENSORS_TO_TORCH
 from kbit.formats.registry import parse_format
+from kbit.gpu_check.synthetic import random_codes
 from kbit.kernels.triton.codecs.layout import TritonWeight, prepare_weight
 from kbit.kernels.triton.product.rounded import with_activations
 
@@ -40,9 +41,14 @@ def meta_weight(text: str, shape: tuple[int, int], dtype: torch.dtype, activatio
     if rows % 256 or columns % 256:
         raise ValueError(f"{rows} x {columns}: sizes must be multiples of 256")
     codec = parse_format(text)
-    # What does not grow with the rows (kind, table, factors of levels) is that of 16 real rows of the same length.
-    sample = torch.randn(16, columns, generator=torch.Generator().manual_seed(0))
-    real = prepare_weight(codec.encode(lambda start, stop: sample[start:stop], (16, columns)), "cpu", dtype)
+    # What does not grow with the rows (kind, table, factors of levels) is that of 16 real rows of the same length; of a
+    # trellis, whose codes take a search, of 16 random ones.
+    if isinstance(codec, QuantFormat):
+        sample = torch.randn(16, columns, generator=torch.Generator().manual_seed(0))
+        sixteen = codec.encode(lambda start, stop: sample[start:stop], (16, columns))
+    else:
+        sixteen = random_codes(codec, 16, columns, 0)
+    real = prepare_weight(sixteen, "cpu", dtype)
     if activations:
         real = with_activations(real, activations)
 

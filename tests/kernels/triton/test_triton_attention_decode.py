@@ -6,90 +6,47 @@ from typing import Any
 
 import pytest
 import torch
-from triton_attention_cases import Cache, Mask, attend, attention_bound
-from triton_cases import DTYPES, ON_GPU, assert_within
+from triton_cases import DTYPES, assert_within
 
 triton = pytest.importorskip("triton")
 
+from kbit.gpu_check.attention import Cache, Mask, attend, attention_bound, check_decode  # noqa: E402
 from kbit.kernels import reference  # noqa: E402
 from kbit.kernels.triton.attention.configs import DecodeConfig  # noqa: E402
 from kbit.kernels.triton.attention.decode import attention_decode, splits_for  # noqa: E402
 from kbit.kernels.triton.attention.kv_layout import KINDS, write_tokens  # noqa: E402
 
 
-def check(
-    device: str,
-    cache: Cache,
-    heads: int,
-    tokens: int,
-    mask: Mask | None = None,
-    *,
-    dtype: torch.dtype = torch.float16,
-    out: torch.dtype = torch.float32,
-    positions: torch.Tensor | None = None,
-    **options: Any,
-) -> None:
-    """The last `tokens` tokens of every row, or those at `positions` (B, T), in one launch against `attend`."""
-    mask = mask or Mask()
-    dim = cache.head_dim
-    config: DecodeConfig | None = options.get("config")
-    lengths = torch.tensor(cache.lengths)
-    if positions is None:
-        positions = lengths[:, None] - tokens + torch.arange(tokens)
-    q = torch.randn(len(cache.lengths), tokens, heads, dim, generator=torch.Generator().manual_seed(7)).to(dtype)
-    got = attention_decode(
-        q.to(device),
-        cache.k_pages.to(device),
-        cache.v_pages.to(device),
-        cache.table.to(device),
-        positions.to(device),
-        lengths.to(device),
-        dim**-0.5,
-        k_kind=cache.kinds[0],
-        v_kind=cache.kinds[1],
-        out_dtype=out,
-        **mask.options(device),
-        **options,
-    )
-    assert got.dtype == out
-    for row in range(len(cache.lengths)):
-        k, v = cache.row(row)
-        expected, weights, magnitudes = attend(q[row], k, v, positions[row], dim**-0.5, mask)
-        rounds = config.scale_tiles if config else ON_GPU and dim > 192  # decode_config of NVIDIA's
-        bound = attention_bound(v, weights, magnitudes, cache.kinds, out, mask, rounds_values=rounds)
-        assert_within(got[row], expected, bound)
-
-
 @pytest.mark.parametrize("v_kind", KINDS)
 @pytest.mark.parametrize("k_kind", KINDS)
 def test_every_pair_of_kinds(k_kind: str, v_kind: str, device: str) -> None:
-    check(device, Cache((k_kind, v_kind), 1, 32, [67, 4]), 3, 2, splits=2)
+    check_decode(device, Cache((k_kind, v_kind), 1, 32, [67, 4]), 3, 2, splits=2)
 
 
 @pytest.mark.parametrize("dim", [16, 48, 64, 80, 96, 112, 128, 256])
 @pytest.mark.parametrize("kinds", [("fp16", "bf16"), ("8", "3"), ("4", "4"), ("3", "2")])
 def test_head_sizes(kinds: tuple[str, str], dim: int, device: str) -> None:
-    check(device, Cache(kinds, 1, dim, [45]), 2, 1, splits=1)
+    check_decode(device, Cache(kinds, 1, dim, [45]), 2, 1, splits=1)
 
 
 @pytest.mark.parametrize(("dim", "kinds"), [(320, ("4", "3")), (512, ("fp16", "8")), (576, ("3", "bf16"))])
 def test_wide_heads(dim: int, kinds: tuple[str, str], device: str) -> None:
     """Cut into two or three parts, with queries that are made ready beforehand."""
-    check(device, Cache(kinds, 2, dim, [70, 20]), 4, 2, Mask(window=40, sinks=torch.zeros(4)), splits=2)
-    check(device, Cache(kinds, 1, dim, [70]), 2, 1, Mask(soft_cap=2.0), splits=None)
+    check_decode(device, Cache(kinds, 2, dim, [70, 20]), 4, 2, Mask(window=40, sinks=torch.zeros(4)), splits=2)
+    check_decode(device, Cache(kinds, 1, dim, [70]), 2, 1, Mask(soft_cap=2.0), splits=None)
 
 
 @pytest.mark.parametrize("tokens", range(1, 9))
 def test_tokens_and_lengths(tokens: int, device: str) -> None:
     """1 to 8 new tokens of rows of very different lengths, the shortest of these tokens alone; G = 3."""
-    check(device, Cache(("4", "8"), 2, 32, [130, 64, tokens, 65]), 6, tokens, splits=3)
+    check_decode(device, Cache(("4", "8"), 2, 32, [130, 64, tokens, 65]), 6, tokens, splits=3)
 
 
 @pytest.mark.parametrize("heads", [(1, 1), (4, 4), (7, 1), (8, 2), (20, 1), (40, 1)])
 def test_heads(heads: tuple[int, int], device: str) -> None:
     """G from 1 to 40: tiles of 16, 32 and 64 rows, and with 3 tokens of G = 40 two tiles."""
     count, kv_heads = heads
-    check(device, Cache(("4", "3"), kv_heads, 32, [70]), count, 3, splits=2)
+    check_decode(device, Cache(("4", "3"), kv_heads, 32, [70]), count, 3, splits=2)
 
 
 @pytest.mark.parametrize("kinds", [("fp16", "fp16"), ("4", "4")])
@@ -103,7 +60,7 @@ def test_masks(kinds: tuple[str, str], device: str) -> None:
         Mask(slopes=slopes),
         Mask(window=20, soft_cap=10.0, slopes=slopes),
     ):
-        check(device, Cache(kinds, 2, 32, [131, 30]), 4, 3, mask, splits=2)
+        check_decode(device, Cache(kinds, 2, 32, [131, 30]), 4, 3, mask, splits=2)
 
 
 @pytest.mark.parametrize("kinds", [("fp16", "fp16"), ("4", "3")])
@@ -111,39 +68,39 @@ def test_sinks(kinds: tuple[str, str], device: str) -> None:
     """Of no, little and all weight, of heads that share keys; queries that see nothing but it."""
     cache, sinks = Cache(kinds, 2, 32, [131, 30]), torch.tensor([-40.0, -2.0, 3.0, 500.0])
     for mask in (Mask(sinks=sinks), Mask(window=20, soft_cap=10.0, sinks=sinks.flip(0))):
-        check(device, cache, 4, 3, mask, splits=2)
-    check(device, cache, 4, 2, Mask(sinks=sinks), positions=torch.tensor([[130, -1], [-1, 0]]), splits=2)
+        check_decode(device, cache, 4, 3, mask, splits=2)
+    check_decode(device, cache, 4, 2, Mask(sinks=sinks), positions=torch.tensor([[130, -1], [-1, 0]]), splits=2)
 
 
 @pytest.mark.parametrize("splits", [1, 2, 5, 16, 40])
 def test_splits(splits: int, device: str) -> None:
     """More splits than tiles of tokens, too: some then see nothing and write nothing."""
-    check(device, Cache(("3", "4"), 1, 32, [200, 1]), 2, 1, splits=splits)
+    check_decode(device, Cache(("3", "4"), 1, 32, [200, 1]), 2, 1, splits=splits)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_types(dtype: torch.dtype, device: str) -> None:
-    check(device, Cache(("4", "4"), 1, 64, [80]), 4, 1, dtype=dtype, out=dtype)
-    check(device, Cache(("bf16", "bf16"), 1, 64, [80]), 4, 1, dtype=dtype, out=dtype)
+    check_decode(device, Cache(("4", "4"), 1, 64, [80]), 4, 1, dtype=dtype, out=dtype)
+    check_decode(device, Cache(("bf16", "bf16"), 1, 64, [80]), 4, 1, dtype=dtype, out=dtype)
 
 
 @pytest.mark.parametrize("block", [16, 64])
 def test_blocks(block: int, device: str) -> None:
     config = DecodeConfig(block=block, p_log2=10)
-    check(device, Cache(("4", "2"), 1, 64, [130]), 2, 2, splits=2, config=config)
+    check_decode(device, Cache(("4", "2"), 1, 64, [130]), 2, 2, splits=2, config=config)
 
 
 @pytest.mark.parametrize("kinds", [("4", "4"), ("8", "3"), ("2", "fp16")])
 def test_scaled_values(kinds: tuple[str, str], device: str) -> None:
     """Scales go to the decoded values instead of scores and probabilities."""
-    check(device, Cache(kinds, 1, 64, [45]), 2, 1, splits=2, config=DecodeConfig(block=16, scale_tiles=True))
+    check_decode(device, Cache(kinds, 1, 64, [45]), 2, 1, splits=2, config=DecodeConfig(block=16, scale_tiles=True))
 
 
 def test_queries_that_see_less(device: str) -> None:
     """Positions of any order, before the row's end, and padding: a query that sees nothing yields zeros."""
     cache = Cache(("4", "4"), 1, 32, [100, 70])
-    check(device, cache, 2, 3, positions=torch.tensor([[99, 3, -1], [64, 63, 0]]), splits=2)
-    check(device, cache, 2, 3, Mask(window=8), positions=torch.tensor([[99, 3, -1], [64, 63, 0]]), splits=2)
+    check_decode(device, cache, 2, 3, positions=torch.tensor([[99, 3, -1], [64, 63, 0]]), splits=2)
+    check_decode(device, cache, 2, 3, Mask(window=8), positions=torch.tensor([[99, 3, -1], [64, 63, 0]]), splits=2)
 
 
 def test_empty_row(device: str) -> None:

@@ -2,102 +2,23 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
-from triton_attention_cases import Cache, Mask, attend, attention_bound
-from triton_cases import DTYPES, HALF, assert_within
+from triton_cases import DTYPES, HALF
 
 triton = pytest.importorskip("triton")
 
+from kbit.gpu_check import attention  # noqa: E402
+from kbit.gpu_check.attention import Cache, Mask  # noqa: E402
 from kbit.kernels.triton.attention.configs import PrefillConfig  # noqa: E402
-from kbit.kernels.triton.attention.prefill import attention_prefill, attention_prefill_paged  # noqa: E402
+from kbit.kernels.triton.attention.prefill import attention_prefill  # noqa: E402
 
 SMALL = PrefillConfig(rows=32, block=32)  # several tiles of few tokens
-
-
-def bounds_of(lengths: list[int]) -> torch.Tensor:
-    return torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
-
-
-def check_paged(
-    device: str,
-    cache: Cache,
-    heads: int,
-    new: list[int],
-    mask: Mask | None = None,
-    *,
-    dtype: torch.dtype = torch.float16,
-    out: torch.dtype = torch.float32,
-    config: PrefillConfig | None = SMALL,
-) -> None:
-    """The last new[b] tokens of row b."""
-    mask, dim, bounds = mask or Mask(), cache.head_dim, bounds_of(new)
-    q = torch.randn(sum(new), heads, dim, generator=torch.Generator().manual_seed(5)).to(dtype)
-    got = attention_prefill_paged(
-        q.to(device),
-        bounds.to(device),
-        cache.k_pages.to(device),
-        cache.v_pages.to(device),
-        cache.table.to(device),
-        torch.tensor(cache.lengths, device=device),
-        dim**-0.5,
-        k_kind=cache.kinds[0],
-        v_kind=cache.kinds[1],
-        max_queries=max(new),
-        out_dtype=out,
-        config=config,
-        **mask.options(device),  # type: ignore[arg-type]
-    )
-    assert got.dtype == out
-    for row, (length, count) in enumerate(zip(cache.lengths, new, strict=True)):
-        if count:
-            part = slice(int(bounds[row]), int(bounds[row + 1]))
-            k, v = cache.row(row)
-            expected, weights, magnitudes = attend(q[part], k, v, torch.arange(length - count, length), dim**-0.5, mask)
-            bound = attention_bound(v, weights, magnitudes, cache.kinds, out, mask, rounds_values=True)
-            assert_within(got[part], expected, bound)
-
-
-def check_packed(
-    device: str,
-    heads: tuple[int, int, int],
-    queries: list[int],
-    keys: list[int] | None = None,
-    mask: Mask | None = None,
-    *,
-    dtype: torch.dtype = torch.float16,
-    config: PrefillConfig | None = SMALL,
-) -> None:
-    mask, (count, kv_heads, dim) = mask or Mask(), heads
-    bounds, key_bounds = bounds_of(queries), bounds_of(keys or queries)
-    generator = torch.Generator().manual_seed(6)
-    q = torch.randn(sum(queries), count, dim, generator=generator).to(dtype)
-    kv = torch.randn(int(key_bounds[-1]), 2 * kv_heads, dim, generator=generator).to(dtype)
-    k, v = kv[:, :kv_heads], kv[:, kv_heads:]  # slices: tokens lie apart
-    got = attention_prefill(
-        q.to(device),
-        bounds.to(device),
-        kv.to(device)[:, :kv_heads],
-        kv.to(device)[:, kv_heads:],
-        dim**-0.5,
-        max_queries=max(queries) + 3,
-        key_bounds=None if keys is None else key_bounds.to(device),
-        causal=mask.causal,
-        out_dtype=torch.float32,
-        config=config,
-        **mask.options(device),  # type: ignore[arg-type]
-    )
-    kind = "fp16" if dtype == torch.float16 else "bf16"
-    for row in range(len(queries)):
-        mine, theirs = (slice(int(x[row]), int(x[row + 1])) for x in (bounds, key_bounds))
-        length = theirs.stop - theirs.start
-        positions = torch.arange(length - queries[row], length)
-        values = v[theirs].transpose(0, 1)
-        expected, weights, magnitudes = attend(q[mine], k[theirs].transpose(0, 1), values, positions, dim**-0.5, mask)
-        bound = attention_bound(values, weights, magnitudes, (kind, kind), torch.float32, mask, rounds_values=True)
-        assert_within(got[mine], expected, bound)
+check_paged = partial(attention.check_paged, config=SMALL)
+check_packed = partial(attention.check_packed, config=SMALL)
 
 
 @pytest.mark.parametrize("dim", [32, 64, 80, 96, 128, 256])

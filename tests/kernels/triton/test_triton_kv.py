@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from triton_cases import DTYPES, HALF, assert_within, rounded
+from triton_cases import DTYPES, HALF
 
 triton = pytest.importorskip("triton")
 
+from kbit.gpu_check.attention import check_append  # noqa: E402
 from kbit.host.errors import UnsupportedError  # noqa: E402
 from kbit.kernels import reference  # noqa: E402
 from kbit.kernels.triton.attention.kv_append import kv_append  # noqa: E402
@@ -20,7 +21,6 @@ from kbit.kernels.triton.attention.kv_layout import (  # noqa: E402
     pack_plane,
     plain_block_table,
     read_tokens,
-    shuffled_block_table,
     slots_of,
     unpack_plane,
     write_tokens,
@@ -82,79 +82,6 @@ def test_slots() -> None:
     assert plain_block_table(2, 65).tolist() == [[0, 1], [2, 3]]
 
 
-def assert_stored(found: torch.Tensor, format: KVFormat, x: torch.Tensor) -> None:
-    """What a cache holds of x (N, H_kv, D), rotated, is x to the nearest float or level.
-
-    Rotation is good to 4 u max|x|, u = 2^-24, fused or not. A group's sums, in any order, are good to 32 u sum|x|, here
-    and where the test turns levels back. Its scale is s = largest / steps, or the number of half precision next to it: so
-    s 2^-10 off, which moves the outermost level by 2^bits times that. Within these, no level is nearer than the code's:
-    half a cell is s (at 8 bits s / 2).
-    """
-    turning = 4 * 2.0**-24 * float(x.abs().max())
-    if format.dtype:
-        assert_within(found, x, rounded(x, format.dtype) + turning)
-        return
-    group = reference.kv_group(x.shape[-1])
-    values, levels = (reference.hadamard(part, group).unflatten(-1, (-1, group)) for part in (x, found))
-    steps = 127.0 if format.bits == 8 else 2.0**format.bits
-    scale = values.abs().amax(-1, keepdim=True) / steps
-    sums = x.abs().unflatten(-1, (-1, group)).sum(-1, keepdim=True)
-    half_cell = scale * (0.5 if format.bits == 8 else 1.0)
-    assert_within(levels, values, half_cell + steps * scale * 2.0**-10 + 64 * 2.0**-24 * sums + 6 * turning)
-
-
-def append_case(
-    device: str,
-    kinds: tuple[str, str],
-    heads: tuple[int, int, int],
-    dtype: torch.dtype = torch.float16,
-    *,
-    half: int | None = None,
-    by_position: bool = True,
-) -> None:
-    """Append three tokens, one of them padding: what is read back of the others, and every byte that is not theirs."""
-    count, kv_heads, dim = heads
-    half = dim // 2 if half is None else half
-    generator = torch.Generator().manual_seed(dim)
-    formats = [KVFormat(kind, dim) for kind in kinds]
-    qkv = torch.randn(3, count + 2 * kv_heads, dim, generator=generator)
-    qkv[2, -1] = 0.0  # a value of zeros: its scales are 0
-    qkv = qkv.to(dtype)
-    q, k, v = qkv.split([count, kv_heads, kv_heads], dim=1)  # slices: tokens lie apart
-    angles = 6 * torch.rand(200, half, generator=generator)
-    positions = torch.tensor([5, 70, 129])
-    table = shuffled_block_table(1, 200)
-    slots = slots_of(table, torch.zeros(3, dtype=torch.int64), positions)
-    slots[1] = -1
-    pages = [new_pages(5, kv_heads, format) for format in formats]
-    for store in pages:
-        store.random_(0, 256, generator=generator)
-    cos, sin = angles.cos(), angles.sin()
-    rotated = [reference.rope(x[None], cos[positions][None], sin[positions][None])[0] for x in (q, k)]
-    real = slots >= 0
-    if not by_position:
-        cos, sin = cos[positions], sin[positions]
-    got = [store.to(device) for store in pages]
-    out = kv_append(
-        *qkv.to(device).split([count, kv_heads, kv_heads], dim=1),
-        cos.to(device) if half else None,
-        sin.to(device) if half else None,
-        slots.to(device),
-        *got,
-        k_kind=kinds[0],
-        v_kind=kinds[1],
-        rope_rows=positions.to(device) if by_position and half else None,
-    )
-    assert out.dtype == dtype
-    assert_within(out.float(), rotated[0], rounded(rotated[0], dtype))
-    for found, store, format, x in zip(got, pages, formats, (rotated[1], v.float()), strict=True):
-        after = found.cpu()
-        assert_stored(read_tokens(after, format, slots[real]), format, x[real])
-        for written in (after, store):
-            write_tokens(written, format, slots[real], torch.zeros_like(x[real]))
-        assert torch.equal(after, store)
-
-
 # Every kind at every head size, as keys or as values; those that are left, as the other, at a few: what a kind writes
 # does not depend on which of the two it is.
 APPENDED = [(kinds, dim) for kinds in (("fp16", "8"), ("4", "3"), ("2", "bf16")) for dim in DIMS]
@@ -163,22 +90,22 @@ APPENDED += [(kinds, dim) for kinds in (("8", "4"), ("3", "2")) for dim in (48, 
 
 @pytest.mark.parametrize(("kinds", "dim"), APPENDED)
 def test_append(kinds: tuple[str, str], dim: int, device: str) -> None:
-    append_case(device, kinds, (6, 3, dim))
+    check_append(device, kinds, (6, 3, dim))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_append_types(dtype: torch.dtype, device: str) -> None:
-    append_case(device, ("4", "fp16"), (4, 2, 64), dtype)
-    append_case(device, ("bf16", "bf16"), (4, 2, 32), dtype)
+    check_append(device, ("4", "fp16"), (4, 2, 64), dtype)
+    check_append(device, ("bf16", "bf16"), (4, 2, 32), dtype)
 
 
 def test_append_partial_rotation_and_one_head(device: str) -> None:
-    append_case(device, ("4", "4"), (5, 5, 64), half=8)
-    append_case(device, ("3", "8"), (3, 1, 48), half=12, by_position=False)
+    check_append(device, ("4", "4"), (5, 5, 64), half=8)
+    check_append(device, ("3", "8"), (3, 1, 48), half=12, by_position=False)
 
 
 def test_append_without_rotation(device: str) -> None:
-    append_case(device, ("4", "2"), (2, 2, 32), half=0)
+    check_append(device, ("4", "2"), (2, 2, 32), half=0)
 
 
 @pytest.mark.parametrize("dtype", HALF)

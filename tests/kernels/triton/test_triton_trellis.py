@@ -6,58 +6,36 @@ import pytest
 import torch
 from format_cases import normal
 from trellis_cases import trellis_tensor
-from triton_cases import HALF, unit
+from triton_cases import HALF
 
 triton = pytest.importorskip("triton")
 
 from kbit.formats.rotation import rotate  # noqa: E402
-from kbit.formats.trellis import TrellisFormat  # noqa: E402
+from kbit.gpu_check.products import check_trellis  # noqa: E402
 from kbit.host.errors import UnsupportedError  # noqa: E402
 from kbit.kernels import reference  # noqa: E402
 from kbit.kernels.triton import library  # noqa: E402
 from kbit.kernels.triton.codecs.layout import prepare_weight  # noqa: E402
 from kbit.kernels.triton.codecs.trellis import rotate_tokens  # noqa: E402
 from kbit.kernels.triton.product.grouped import stack_experts  # noqa: E402
-from kbit.kernels.triton.product.matmul import describe, gated_matmul, matmul  # noqa: E402
+from kbit.kernels.triton.product.matmul import gated_matmul, matmul  # noqa: E402
 from kbit.kernels.triton.product.rounded import with_activations  # noqa: E402
-
-
-def check(device: str, text: str, shape: tuple[int, int, int], dtype: torch.dtype) -> None:
-    """One product (M, N, K) against float64, from the rotated weights and tokens."""
-    tokens, rows, columns = shape
-    weight = trellis_tensor(text, rows, columns)
-    format = weight.format
-    assert isinstance(format, TrellisFormat)
-    x = normal(tokens, columns, seed=1).to(dtype)
-    prepared = prepare_weight(weight, device, dtype)
-    assert describe(prepared, tokens) == "trellis"
-    got = matmul(x.to(device), prepared, out_dtype=torch.float32).double().cpu()
-    mixed = format.columns_mixed(columns)
-    turned = rotate(x.double(), weight.stored["signs"], mixed)
-    values = format.decode_rotated(weight, slice(0, rows)).double()
-    full = torch.nn.functional.pad(x.double().abs(), (0, turned.shape[1] - columns))
-    sums = (full.view(tokens, -1, mixed).sum(-1) / mixed**0.5).repeat_interleave(mixed, dim=1)
-    # A rotated token is rounded once to its type, after some float32 roundings of its block's sum; levels once.
-    error = unit(dtype) * turned.abs() + (mixed.bit_length() + 2) * 2.0**-24 * sums
-    size = turned.abs() @ values.abs().T
-    bound = error @ values.abs().T + (unit(dtype) + (turned.shape[1] + 4) * 2.0**-24) * size
-    assert bool(((got - turned @ values.T).abs() <= 1.01 * bound).all())
 
 
 @pytest.mark.parametrize("text", [*(f"trellis{bits}" for bits in range(2, 9)), "trellis2-sum4", "trellis3-l12-h64"])
 def test_every_width_and_code(device: str, text: str) -> None:
-    check(device, text, (1, 24, 320), torch.float16)
+    check_trellis(device, text, (1, 24, 320), torch.float16)
 
 
 @pytest.mark.parametrize("dtype", [*HALF, torch.float32])
 def test_every_activation_type(device: str, dtype: torch.dtype) -> None:
-    check(device, "trellis3", (3, 24, 128), dtype)
+    check_trellis(device, "trellis3", (3, 24, 128), dtype)
 
 
 @pytest.mark.parametrize("shape", [(1, 1, 16), (3, 17, 100), (70, 33, 257), (2, 16, 1024)])
 @pytest.mark.parametrize("text", ["trellis2", "trellis5"])
 def test_odd_shapes(device: str, text: str, shape: tuple[int, int, int]) -> None:
-    check(device, text, shape, torch.float16)
+    check_trellis(device, text, shape, torch.float16)
 
 
 def test_rotated_tokens(device: str) -> None:
