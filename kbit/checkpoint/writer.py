@@ -228,7 +228,8 @@ class CheckpointWriter:
 
     def _sync(self) -> None:
         """Let what is written survive a power cut: a rerun goes on from here."""
-        for file in (*self._files.values(), self._journal):
+        open_files: list[IO[Any]] = [*self._files.values(), self._journal]
+        for file in open_files:
             file.flush()
             os.fsync(file.fileno())
         fsync_folder(self.partial)

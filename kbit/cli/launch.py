@@ -101,8 +101,8 @@ def launch(
       eval "$(kbit launch shell --print)"
     """
     if name is None:
-        for each, client in CLIENTS.items():
-            typer.echo(f"{each:<12}{', '.join(client.variables)}")
+        for each, known in CLIENTS.items():
+            typer.echo(f"{each:<12}{', '.join(known.variables)}")
         return
     client = CLIENTS.get(name)
     if client is None:

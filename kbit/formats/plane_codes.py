@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 
     Codes = NDArray[np.uint8] | torch.Tensor
 
+__all__ = ["pack_plane", "pack_plane_numpy", "unpack_plane", "unpack_plane_numpy"]
+
 
 def pack_plane_numpy(codes: Codes, width: int, shift: int, plane: Codes) -> None:
     """Bits [shift, shift + width) of codes into a plane.
@@ -50,8 +52,7 @@ def unpack_plane_numpy(plane: Codes, width: int, shift: int, first: bool, codes:
 
 
 try:
-    from kbit._native import pack_plane as pack_plane
-    from kbit._native import unpack_plane as unpack_plane
+    from kbit._native import pack_plane, unpack_plane
 except ImportError as error:
     if error.name != "kbit._native":
         raise
