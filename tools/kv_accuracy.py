@@ -27,7 +27,7 @@ from kbit.backends.select import select_backend
 from kbit.evaluate.compare import compare
 from kbit.evaluate.logits import StoredLogits
 from kbit.evaluate.statistics import DRAWS, SEED, Clusters, bootstrap_interval, cluster
-from kbit.graph.ops import Backend
+from kbit.graph.backend import Backend
 from kbit.graph.pages import PagePool
 from kbit.kernels import reference
 from kbit.models.load import load_decoder

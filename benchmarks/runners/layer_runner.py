@@ -115,7 +115,7 @@ KERNELS: dict[str, Callable[[torch.Tensor], Layer]] = {
 
 
 class OneLayer:
-    """A model of one matrix, for a backend to run: its head is the layer (a kbit.graph.ops.Definition)."""
+    """A model of one matrix, for a backend to run: its head is the layer (a kbit.graph.backend.Definition)."""
 
     rotation_depends_on_length = False
 

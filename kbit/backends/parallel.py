@@ -18,7 +18,7 @@ from typing import TypeVar
 import torch
 from torch import distributed
 
-from kbit.graph.ops import Backend, SplitBackend
+from kbit.graph.backend import Backend, SplitBackend
 from kbit.host.errors import KbitError, UnsupportedError, UsageError, one_line
 
 T = TypeVar("T")
@@ -36,7 +36,7 @@ class PeerError(KbitError):
 
 
 class Group:
-    """The processes that run a model together: a `kbit.graph.ops.Group`, and what the program around it needs.
+    """The processes that run a model together: a `kbit.graph.backend.Group`, and what the program around it needs.
 
     Args:
         processes: the torch.distributed group; None for the default one.

@@ -12,8 +12,8 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from kbit.graph.backend import Definition
 from kbit.graph.batch import Batch
-from kbit.graph.ops import Definition
 
 BLOCK = 64
 # Rows of the first table by position, which then doubles.

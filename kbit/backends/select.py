@@ -9,7 +9,7 @@ from kbit.host.cpu import default_threads
 from kbit.host.errors import UnsupportedError, UsageError
 
 if TYPE_CHECKING:
-    from kbit.graph.ops import Backend
+    from kbit.graph.backend import Backend
 
 DEVICES = ("auto", "cpu", "cuda")
 BACKENDS = ("auto", "native", "triton", "reference")

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 
 if TYPE_CHECKING:
-    from kbit.graph.ops import Group
+    from kbit.graph.backend import Group
 
 
 def norm_of_parts(x: torch.Tensor, weight: torch.Tensor, eps: float, group: Group) -> torch.Tensor:

@@ -19,7 +19,8 @@ from kbit.backends.reference.gradients import GradientOps
 from kbit.backends.reference.products import product
 from kbit.calibration.factors import Factors
 from kbit.checkpoint.source import CheckpointSource
-from kbit.graph.ops import Definition, Vector, Weight
+from kbit.graph.backend import Definition
+from kbit.graph.ops import Vector, Weight
 from kbit.host.errors import KbitError
 
 # The share of tokens that are called heavy.

@@ -24,7 +24,7 @@ from kbit.host.errors import UsageError
 
 if TYPE_CHECKING:
     from kbit.checkpoint.source import CheckpointSource
-    from kbit.graph.ops import Backend
+    from kbit.graph.backend import Backend
 
 T = TypeVar("T")
 

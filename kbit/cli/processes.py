@@ -19,7 +19,7 @@ from kbit.host.errors import UsageError
 if TYPE_CHECKING:
     from kbit.backends.parallel import Group
     from kbit.engine.loader import LoadedModel
-    from kbit.graph.ops import Backend
+    from kbit.graph.backend import Backend
 
 T = TypeVar("T")
 

@@ -25,7 +25,7 @@ from kbit.host.errors import UsageError
 if TYPE_CHECKING:
     from kbit.checkpoint.source import CheckpointSource
     from kbit.engine.text_to_text import Answer, Long, TextToText
-    from kbit.graph.ops import Backend
+    from kbit.graph.backend import Backend
 
 _LONG = ("refuse", "truncate")
 # Texts that are answered before the first of them is printed: enough that those of about one length go together.

@@ -10,7 +10,7 @@ from kbit.checkpoint.source import CheckpointSource
 from kbit.engine.encoder import Encoder, TokenizedText
 from kbit.engine.fill import require_head
 from kbit.engine.heads import Floats, softmax
-from kbit.graph.ops import Backend
+from kbit.graph.backend import Backend
 from kbit.text.encoding import EncodedText, TextEncoder
 
 # Tokens of a window and of what it shares with the next, as in transformers' QuestionAnsweringPipeline.

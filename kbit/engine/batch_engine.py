@@ -30,7 +30,7 @@ from kbit.graph.pages import PAGE, PagePool
 from kbit.host.errors import KbitError, UsageError
 
 if TYPE_CHECKING:
-    from kbit.graph.ops import Array
+    from kbit.graph.backend import Array
     from kbit.text.tokenizer import Tokenizer
 
 # How long a step may take while answers are being written, and while only prompts are read: the latter bounds how

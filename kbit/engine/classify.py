@@ -13,7 +13,7 @@ from kbit.engine.encoder import Encoder, TokenizedText
 from kbit.engine.fill import require_head
 from kbit.engine.heads import Floats, sigmoid, softmax
 from kbit.engine.pooling import pool
-from kbit.graph.ops import Backend
+from kbit.graph.backend import Backend
 from kbit.host.errors import UsageError
 from kbit.models.task_config import labels_of
 from kbit.text.encoding import EncodedText, TextEncoder

@@ -12,7 +12,7 @@ from kbit.checkpoint.source import CheckpointSource
 from kbit.engine.encoder import Encoder, TokenizedText
 from kbit.engine.heads import Floats
 from kbit.engine.pooling import VectorHead, normalized, pool
-from kbit.graph.ops import Backend
+from kbit.graph.backend import Backend
 from kbit.host.errors import UsageError
 from kbit.text.encoding import EncodedText, TextEncoder
 from kbit.text.sentence_config import POOLINGS, read_sentence_config

@@ -14,8 +14,8 @@ from numpy.typing import NDArray
 
 from kbit.checkpoint.source import CheckpointSource
 from kbit.engine.heads import Floats, Head
+from kbit.graph.backend import Array, Backend
 from kbit.graph.batch import Batch
-from kbit.graph.ops import Array, Backend
 from kbit.host.errors import UsageError
 from kbit.models.decoder import Decoder
 from kbit.models.families import spec_from_config

@@ -9,7 +9,7 @@ import numpy as np
 from kbit.checkpoint.source import CheckpointSource
 from kbit.engine.encoder import Encoder, TokenizedText
 from kbit.engine.heads import softmax
-from kbit.graph.ops import Backend
+from kbit.graph.backend import Backend
 from kbit.host.errors import UnsupportedError, UsageError
 from kbit.text.encoding import TextEncoder
 

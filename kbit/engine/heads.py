@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from kbit.checkpoint.finite import read_array
 from kbit.checkpoint.source import CheckpointSource, StoredSource
-from kbit.graph.ops import HoldsPrepared
+from kbit.graph.backend import HoldsPrepared
 from kbit.models.spec import ModelSpec
 
 Floats = NDArray[np.float32]

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from kbit.backends.cpu.prepared import PreparedSource
     from kbit.backends.parallel import Group
     from kbit.checkpoint.source import CheckpointSource
-    from kbit.graph.ops import Backend
+    from kbit.graph.backend import Backend
     from kbit.models.spec import ModelSpec
 
 

@@ -10,7 +10,7 @@ from typing import Any, Literal
 from kbit.checkpoint.source import CheckpointSource
 from kbit.engine.beam_search import write
 from kbit.engine.generation_settings import GenerationSettings, read_settings
-from kbit.graph.ops import Backend
+from kbit.graph.backend import Backend
 from kbit.host.errors import UsageError
 from kbit.models.encoder_decoder import load_encoder_decoder
 from kbit.text.added_tokens import read_json

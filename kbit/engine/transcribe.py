@@ -18,9 +18,9 @@ from kbit.checkpoint.source import CheckpointSource
 from kbit.engine.generation_settings import GENERATION_CONFIG, read_settings
 from kbit.engine.score_rules import ScoreRules
 from kbit.engine.sound_settings import SoundSettings, TimestampRules, read_sound_settings
+from kbit.graph.backend import Backend
 from kbit.graph.batch import Batch
 from kbit.graph.cache import Cache
-from kbit.graph.ops import Backend
 from kbit.host.errors import UsageError
 from kbit.models.encoder_decoder import load_encoder_decoder
 from kbit.models.spec import SoundSpec

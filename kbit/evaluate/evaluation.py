@@ -16,7 +16,7 @@ from kbit.evaluate.compare import KL_PERCENTILES, Comparison, check_vocabularies
 from kbit.evaluate.perplexity import PerplexityResult, Progress, evaluate_perplexity
 from kbit.evaluate.request import EngineRequest
 from kbit.evaluate.sampled_data import evaluation_text, is_sampled
-from kbit.graph.ops import Backend
+from kbit.graph.backend import Backend
 from kbit.host.errors import KbitError, UsageError
 from kbit.host.process import peak_rss_bytes
 from kbit.models.check import check_continues

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from kbit.backends.select import select_backend
-from kbit.graph.ops import Backend
+from kbit.graph.backend import Backend
 from kbit.host.errors import UsageError
 
 _REFERENCE_BACKENDS = ("reference", "native", "native-fp32")

@@ -22,7 +22,7 @@ from kbit.engine.loader import open_prepared
 from kbit.evaluate.paired import LEVEL
 from kbit.evaluate.request import EngineRequest
 from kbit.evaluate.statistics import SEED
-from kbit.graph.ops import Backend
+from kbit.graph.backend import Backend
 from kbit.host.errors import UsageError
 from kbit.host.process import peak_rss_bytes
 

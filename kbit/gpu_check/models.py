@@ -38,10 +38,15 @@ class RoundedPages(ReferencePages):
 
     bits: int | None = None
 
-    def append(self, layer: int, slots: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
+    def append(self, layer: int, slots: torch.Tensor, k: torch.Tensor, v: torch.Tensor | None) -> None:
         if self.bits is not None:
-            k, v = (reference.dequantize_kv(*reference.quantize_kv(part, self.bits)) for part in (k, v))
+            k = self._rounded(k, self.bits)
+            v = None if v is None else self._rounded(v, self.bits)
         super().append(layer, slots, k, v)
+
+    @staticmethod
+    def _rounded(part: torch.Tensor, bits: int) -> torch.Tensor:
+        return reference.dequantize_kv(*reference.quantize_kv(part, bits))
 
 
 class RoundingReference(ReferenceBackend):
@@ -51,8 +56,10 @@ class RoundingReference(ReferenceBackend):
         super().__init__()
         self._bits = bits
 
-    def new_pool(self, layers: int, kv_heads: PerLayer, head_dim: PerLayer, pages: int) -> PagePool:
-        store = RoundedPages(layers, kv_heads, head_dim, pages)
+    def new_pool(
+        self, layers: int, kv_heads: PerLayer, head_dim: PerLayer, pages: int, *, latent: bool = False
+    ) -> PagePool:
+        store = RoundedPages(layers, kv_heads, head_dim, pages, latent=latent)
         store.bits = self._bits
         return PagePool(store)
 

@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
+from kbit.graph.backend import Array, Backend
 from kbit.graph.batch import Batch
 from kbit.graph.cache import Cache
-from kbit.graph.ops import Array, Backend, Ops, Weight, X
+from kbit.graph.ops import Ops, Weight, X
 from kbit.graph.pages import PagePool
 from kbit.host.errors import UsageError
 from kbit.models import blocks, per_layer
@@ -54,7 +55,7 @@ class DecoderWeights:
 
 
 class DecoderDefinition:
-    """The model: a `kbit.graph.ops.Definition`. Values are whatever the backend's operations return."""
+    """The model: a `kbit.graph.backend.Definition`. Values are whatever the backend's operations return."""
 
     def __init__(self, spec: ModelSpec, weights: DecoderWeights) -> None:
         self.spec = spec

@@ -13,9 +13,10 @@ from numpy.typing import NDArray
 
 from kbit.checkpoint.finite import read_array
 from kbit.checkpoint.source import CheckpointSource, StoredSource
+from kbit.graph.backend import Array, Backend, HoldsPrepared
 from kbit.graph.batch import Batch
 from kbit.graph.cache import Cache
-from kbit.graph.ops import Array, Backend, HoldsPrepared, Ops, X
+from kbit.graph.ops import Ops, X
 from kbit.host.errors import CheckpointError, UsageError
 from kbit.models import blocks
 from kbit.models.blocks import Weights
@@ -34,7 +35,7 @@ _ROUNDED = 2.0**-8
 
 
 class EncoderDefinition(DecoderDefinition):
-    """The encoder: a `kbit.graph.ops.Definition` without a head.
+    """The encoder: a `kbit.graph.backend.Definition` without a head.
 
     Args:
         spec, weights: of the encoder.

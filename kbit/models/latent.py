@@ -12,7 +12,8 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from kbit.graph.ops import Backend, Ops, X
+from kbit.graph.backend import Backend
+from kbit.graph.ops import Ops, X
 from kbit.models.mixers import together
 from kbit.models.params import KEYS_VALUES, latent_inputs
 from kbit.models.spec import LatentSpec, ModelSpec

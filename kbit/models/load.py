@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from kbit.checkpoint.finite import not_finite, read_array, read_stored
 from kbit.checkpoint.source import CheckpointSource, StoredSource
-from kbit.graph.ops import Backend, HoldsPrepared, PreparesStored, Vector, Weight
+from kbit.graph.backend import Backend, HoldsPrepared, PreparesStored
+from kbit.graph.ops import Vector, Weight
 from kbit.host.errors import UnsupportedError
 from kbit.models.blocks import Weights
 from kbit.models.check import check_tensors

@@ -8,9 +8,9 @@ from typing import Literal
 import numpy as np
 import torch
 
+from kbit.graph.backend import Array
 from kbit.graph.batch import Batch
 from kbit.graph.cache import Cache
-from kbit.graph.ops import Array
 from kbit.host.errors import UsageError
 
 

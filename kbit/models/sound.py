@@ -11,8 +11,9 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from kbit.graph.backend import Array, Backend
 from kbit.graph.batch import Batch
-from kbit.graph.ops import Array, Backend, Ops, X
+from kbit.graph.ops import Ops, X
 from kbit.models.blocks import Weights
 from kbit.models.rope import rope_tables
 from kbit.models.spec import ModelSpec, SoundSpec
@@ -44,7 +45,7 @@ def convolved(ops: Ops[X], spec: ModelSpec, weights: Weights, slot: str) -> X:
 
 
 class FrameDefinition:
-    """The first convolution: a `kbit.graph.ops.Definition` without a head.
+    """The first convolution: a `kbit.graph.backend.Definition` without a head.
 
     Args:
         spec: of the encoder.

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from kbit.checkpoint.source import CheckpointSource
-from kbit.graph.ops import HoldsPrepared
+from kbit.graph.backend import HoldsPrepared
 from kbit.host.errors import KbitError, UnsupportedError
 from kbit.host.memory import Room, limits
 from kbit.models.families import spec_from_config

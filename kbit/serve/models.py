@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from kbit.checkpoint.source import CheckpointSource
     from kbit.engine.embed import Embedder
     from kbit.engine.loader import LoadedModel
-    from kbit.graph.ops import Backend
+    from kbit.graph.backend import Backend
     from kbit.serve.grammar import GrammarCompiler
     from kbit.text.tokenizer import Tokenizer
 

@@ -13,9 +13,9 @@ import torch
 import triton
 
 from kbit.backends.triton.weight import TritonMatrix, merge, triton_weight
+from kbit.graph.backend import Definition
 from kbit.graph.fuse import fuse
 from kbit.graph.operations import Project, Symbol
-from kbit.graph.ops import Definition
 from kbit.graph.recording import Recorder
 from kbit.kernels import reference
 from kbit.kernels.triton.attention.decode import MAX_ROWS, attention_decode

@@ -15,8 +15,9 @@ from kbit.backends.reference.backend import ReferenceBackend
 from kbit.formats.blockwise import quantize_blockwise
 from kbit.formats.quant_format import QuantFormat
 from kbit.formats.quant_tensor import QuantTensor
+from kbit.graph.backend import Backend
 from kbit.graph.batch import Batch
-from kbit.graph.ops import Backend, Ops, X
+from kbit.graph.ops import Ops, X
 from kbit.host.errors import UnsupportedError
 from kbit.kernels import reference as meaning
 from kbit.models.decoder import Decoder

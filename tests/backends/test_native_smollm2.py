@@ -12,7 +12,7 @@ from kbit.backends.cpu.backend import NativeBackend
 from kbit.backends.reference.backend import ReferenceBackend
 from kbit.checkpoint.gguf.source import GGUFSource
 from kbit.formats.quant_format import QuantFormat
-from kbit.graph.ops import Backend
+from kbit.graph.backend import Backend
 from kbit.models.decoder import Decoder
 from kbit.models.load import load_decoder
 from kbit.quantizers.plan import make_plan

@@ -14,7 +14,7 @@ from encoder_cases import assert_near as assert_near
 from numpy.typing import NDArray
 
 from kbit.backends.cpu.backend import NativeBackend
-from kbit.graph.ops import Backend
+from kbit.graph.backend import Backend
 from kbit.models.encoder_decoder import EncoderDecoder, load_encoder_decoder
 from kbit.models.opening import open_model
 

@@ -12,7 +12,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from kbit.graph.ops import Attention, Backend, Ops, Weight, X
+from kbit.graph.backend import Backend
+from kbit.graph.ops import Attention, Ops, Weight, X
 
 VOCABULARY = 97
 Table = tuple[NDArray[np.float32], NDArray[np.float32]]
@@ -40,7 +41,7 @@ class Heads:
 
 
 class OneAttention:
-    """A `kbit.graph.ops.Definition` whose hidden states are an attention's output, and which has no head.
+    """A `kbit.graph.backend.Definition` whose hidden states are an attention's output, and which has no head.
 
     Args:
         part: "self", all of it; "store", an encoder's keys and values; "cross", attention to these.

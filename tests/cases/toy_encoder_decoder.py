@@ -14,9 +14,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from kbit.graph.backend import Backend, Runner
 from kbit.graph.batch import Batch
 from kbit.graph.cache import Cache
-from kbit.graph.ops import Attention, Backend, Ops, Runner, Vector, Weight, X
+from kbit.graph.ops import Attention, Ops, Vector, Weight, X
 from kbit.models.rope import rope_tables
 from kbit.models.spec import RopeSpec
 
@@ -87,7 +88,7 @@ def cross_attention(layer: int) -> Attention:
 
 
 class ToyEncoder(Side):
-    """A `kbit.graph.ops.Definition`; its cache has 1 + LAYERS layers."""
+    """A `kbit.graph.backend.Definition`; its cache has 1 + LAYERS layers."""
 
     def body(self, ops: Ops[X], ids: X) -> X:
         x = ops.embed(self.matrices["words"], ids)

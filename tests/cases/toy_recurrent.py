@@ -11,9 +11,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from kbit.graph.backend import Backend, Runner
 from kbit.graph.batch import Batch
 from kbit.graph.cache import Cache
-from kbit.graph.ops import Attention, Backend, Ops, Runner, X
+from kbit.graph.ops import Attention, Ops, X
 from kbit.graph.pages import PagePool
 from kbit.graph.states import Recurrence, ShortConvolution, StateSpec
 from kbit.models.rope import rope_tables
@@ -46,7 +47,7 @@ def toy_tensors(seed: int = 17) -> Tensors:
 
 
 class ToyRecurrent:
-    """A `kbit.graph.ops.Definition`."""
+    """A `kbit.graph.backend.Definition`."""
 
     rotation_depends_on_length = False
 

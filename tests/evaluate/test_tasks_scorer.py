@@ -16,9 +16,9 @@ from kbit.evaluate.tasks import scorer as module
 from kbit.evaluate.tasks.documents import TASKS
 from kbit.evaluate.tasks.scorer import Encoded, Scorer, TooLongError, choose_length, group_requests
 from kbit.evaluate.tasks.sources import load_items
+from kbit.graph.backend import Array
 from kbit.graph.batch import Batch
 from kbit.graph.cache import Cache
-from kbit.graph.ops import Array
 from kbit.host.errors import KbitError, UsageError
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -18,7 +18,7 @@ from kbit.backends.cpu.backend import NativeBackend
 from kbit.backends.reference.backend import ReferenceBackend
 from kbit.engine.encoder import Encoder, TokenizedText
 from kbit.engine.pooling import pool
-from kbit.graph.ops import Backend
+from kbit.graph.backend import Backend
 from kbit.host.errors import CheckpointError, KbitError, UnsupportedError, UsageError
 from kbit.models.families import FAMILIES, spec_from_config
 from kbit.models.opening import open_model

@@ -15,8 +15,8 @@ from kbit.backends.reference.backend import ReferenceBackend
 from kbit.calibration.request import CalibrationRequest
 from kbit.checkpoint.source import CheckpointSource
 from kbit.formats.quant_format import QuantFormat
+from kbit.graph.backend import Backend
 from kbit.graph.batch import Batch
-from kbit.graph.ops import Backend
 from kbit.models.load import load_decoder
 from kbit.models.opening import open_model
 from kbit.quantizers.awq import ActivationAware, ScaledView

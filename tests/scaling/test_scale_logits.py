@@ -15,7 +15,7 @@ from kbit.backends.select import select_backend
 from kbit.checkpoint.resolve import open_model
 from kbit.evaluate.logits import Evaluable, LogitsSource, ModelLogits, logits_bytes
 from kbit.evaluate.shared_logits import SharedLogits, WritingLogits, logits_complete, remove_logits
-from kbit.graph.ops import Backend
+from kbit.graph.backend import Backend
 from kbit.host.errors import KbitError
 from kbit.models.load import load_decoder
 from kbit.text.windows import Windows, cut_windows

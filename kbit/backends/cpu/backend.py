@@ -12,8 +12,8 @@ from kbit import _native
 from kbit.backends.cpu.kv_cache import new_pool
 from kbit.backends.cpu.runner import NativeRunner, record
 from kbit.backends.cpu.weight import NativeWeight, prepare, prepare_stored
+from kbit.graph.backend import Definition
 from kbit.graph.cache import Cache, check_size
-from kbit.graph.ops import Definition
 from kbit.graph.pages import PagePool, PerLayer, of_layers, pages_for
 from kbit.graph.states import StateSpec, StateStore
 from kbit.host.errors import UnsupportedError

@@ -61,7 +61,7 @@ _SPARE_BYTES = 1 << 30
 
 
 class PreparedSource(CheckpointSource):
-    """A checkpoint whose weights are prepared and mapped (a `kbit.graph.ops.HoldsPrepared`).
+    """A checkpoint whose weights are prepared and mapped (a `kbit.graph.backend.HoldsPrepared`).
 
     Everything else about it reads as the checkpoint itself would, which is opened only if its plain weights are asked
     for.

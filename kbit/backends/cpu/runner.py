@@ -13,6 +13,7 @@ from kbit import _native
 from kbit.backends.cpu.kv_cache import native_pages
 from kbit.backends.cpu.lowering import lower_body, lower_head
 from kbit.backends.rotary import RotaryTable
+from kbit.graph.backend import Array, Definition
 from kbit.graph.batch import Batch
 from kbit.graph.cache import Cache, encoder_lengths
 from kbit.graph.operations import (
@@ -23,7 +24,6 @@ from kbit.graph.operations import (
     Scan,
     Symbol,
 )
-from kbit.graph.ops import Array, Definition
 from kbit.graph.recording import Recorder
 from kbit.graph.states import States, StateStore
 
@@ -77,7 +77,7 @@ def record(definition: Definition, context: _native.Context, compute: str) -> Re
 
 
 class NativeRunner:
-    """Runs a program on batches (a `kbit.graph.ops.Runner`).
+    """Runs a program on batches (a `kbit.graph.backend.Runner`).
 
     Calls from several threads take turns, as they share the program's buffers.
 

@@ -13,10 +13,11 @@ from kbit.backends.reference.kv_cache import ReferencePages, reference_pages
 from kbit.backends.rotary import RotaryTable
 from kbit.backends.split_norm import norm_of_parts
 from kbit.formats.quant_tensor import QuantTensor
+from kbit.graph.backend import Array, Definition, Group
 from kbit.graph.batch import Batch, given_features
 from kbit.graph.cache import Cache, check_size, encoder_lengths
 from kbit.graph.experts import Experts, Mixture
-from kbit.graph.ops import Array, Attention, Definition, Group, Place, Vector, Weight, check_source
+from kbit.graph.ops import Attention, Place, Vector, Weight, check_source
 from kbit.graph.pages import PAGE, PagePool, PerLayer, pages_for
 from kbit.graph.states import Recurrence, ShortConvolution, States, StateSpace, StateSpec, StateStore
 from kbit.kernels import reference, reference_experts
@@ -352,7 +353,7 @@ class StepOps(RowOps):
 
 
 class ReferenceRunner:
-    """Runs a definition by calling it (a `kbit.graph.ops.Runner`)."""
+    """Runs a definition by calling it (a `kbit.graph.backend.Runner`)."""
 
     def __init__(self, definition: Definition, group: Group | None = None) -> None:
         self._definition = definition
@@ -386,7 +387,7 @@ class ReferenceBackend:
     Args:
         expand: dequantize quantized weights once, when they are prepared: fast, but 4 bytes a weight. False keeps them
             packed and dequantizes at every use: lean, and slow, since every token pays for it.
-        group: the processes that share a model, if several do (`kbit.graph.ops.SplitBackend`).
+        group: the processes that share a model, if several do (`kbit.graph.backend.SplitBackend`).
         keeps_latents: caches keep latent vectors, as other backends' do. False: the keys and values of every head,
             which is what latent attention means.
     """

@@ -19,7 +19,8 @@ from kbit.backends.reference.backend import (
 )
 from kbit.backends.reference.products import product, product_with_rows
 from kbit.formats.quant_tensor import QuantTensor
-from kbit.graph.ops import Attention, Definition, Place, Vector, Weight, refuse_attention
+from kbit.graph.backend import Definition
+from kbit.graph.ops import Attention, Place, Vector, Weight, refuse_attention
 from kbit.graph.states import Recurrence, ShortConvolution, StateSpace
 from kbit.kernels import reference
 from kbit.kernels import reference_recurrent as recurrent

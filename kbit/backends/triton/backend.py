@@ -12,8 +12,8 @@ from kbit.backends.triton.kv_cache import TritonPages
 from kbit.backends.triton.states import TritonStates
 from kbit.backends.triton.weight import TritonMatrix
 from kbit.formats.quant_tensor import QuantTensor
+from kbit.graph.backend import Definition, Group
 from kbit.graph.cache import Cache, check_size
-from kbit.graph.ops import Definition, Group
 from kbit.graph.pages import PagePool, PerLayer, pages_for
 from kbit.graph.states import StateSpec
 from kbit.host.errors import UnsupportedError
@@ -49,7 +49,7 @@ class TritonBackend:
             bits too, and of keys with the bias that all keys may have (Qwen2's do), which the native backend leaves
             out and puts back. Such models want 8 bits for keys here.
         graphs: replay decoding as a CUDA graph; None: on a GPU, unless there is a group.
-        group: the processes that share a model, if several do (`kbit.graph.ops.SplitBackend`).
+        group: the processes that share a model, if several do (`kbit.graph.backend.SplitBackend`).
 
     Raises:
         UnsupportedError: no such GPU, one that cannot compute like this, or graphs with a group. A model with a format

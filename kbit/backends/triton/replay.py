@@ -12,6 +12,7 @@ from kbit.backends.triton.experts import GroupedExperts
 from kbit.backends.triton.kv_cache import TritonPages
 from kbit.backends.triton.states import PassStates, convolve, heads_of, recur, scan
 from kbit.backends.triton.weight import merge, round_activations, triton_vector, triton_weight
+from kbit.graph.backend import Group
 from kbit.graph.operations import (
     Activate,
     Add,
@@ -38,7 +39,7 @@ from kbit.graph.operations import (
     Symbol,
     reads,
 )
-from kbit.graph.ops import Attention, Group, Vector, refuse_attention
+from kbit.graph.ops import Attention, Vector, refuse_attention
 from kbit.host.errors import UnsupportedError
 from kbit.kernels import reference
 from kbit.kernels.triton.attention.decode import attention_decode

@@ -20,11 +20,11 @@ from kbit.backends.triton.graph import DecodeGraph
 from kbit.backends.triton.kv_cache import DeviceTables, TritonPages, slots, triton_pages
 from kbit.backends.triton.replay import EncoderTexts, Pass, Replay
 from kbit.backends.triton.states import PassStates, TritonStates
+from kbit.graph.backend import Array, Definition, Group
 from kbit.graph.batch import Batch
 from kbit.graph.cache import Cache, encoder_lengths
 from kbit.graph.fuse import fuse
 from kbit.graph.operations import Attend, Convolve, CrossAttend, Embed, Recur, Scan, Symbol
-from kbit.graph.ops import Array, Definition, Group
 from kbit.graph.recording import Recorder
 from kbit.graph.states import States
 from kbit.kernels.triton.product.limits import DECODE_TOKENS
@@ -45,7 +45,7 @@ class _Captured:
 
 
 class TritonRunner:
-    """Runs a model (a `kbit.graph.ops.Runner`). Calls from several threads take turns.
+    """Runs a model (a `kbit.graph.backend.Runner`). Calls from several threads take turns.
 
     Args:
         definition: the model. Its body and head are called once; only its rotation is asked for again.

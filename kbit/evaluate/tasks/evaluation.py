@@ -19,7 +19,7 @@ from kbit.evaluate.tasks.records import ItemRecord, RecordFile, read_records
 from kbit.evaluate.tasks.scorer import Scorer, choose_length
 from kbit.evaluate.tasks.scoring import Progress, TaskResult, score_items
 from kbit.evaluate.tasks.sources import TaskItems, item_digest, load_items
-from kbit.graph.ops import Backend
+from kbit.graph.backend import Backend
 from kbit.host.errors import UsageError
 from kbit.host.process import peak_rss_bytes
 from kbit.models.families import spec_from_config

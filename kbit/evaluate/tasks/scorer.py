@@ -25,7 +25,7 @@ from kbit.engine.scheduler import Scheduler
 from kbit.engine.sequence import Sequence
 from kbit.evaluate.logits import row_step
 from kbit.evaluate.perplexity import token_nll
-from kbit.graph.ops import Array
+from kbit.graph.backend import Array
 from kbit.graph.pages import BlockTable, pages_for
 from kbit.host.errors import KbitError, UsageError
 from kbit.models.check import check_continues

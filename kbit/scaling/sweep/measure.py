@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
     from kbit.evaluate.fisher import Diagonal
     from kbit.formats.quant_tensor import QuantTensor
-    from kbit.graph.ops import Backend
+    from kbit.graph.backend import Backend
 
 # Raised when the same model, format, text and arithmetic give other figures than before (a mended measure, a changed
 # codebook): points measured before are then measured again.
