@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +28,7 @@ from kbit.host.errors import KbitError, UnsupportedError, UsageError
 from kbit.models import gguf_metadata as settings
 from kbit.models.check import check_tensors
 from kbit.models.families import spec_from_config
+from kbit.models.gguf_arranged import Arranged, arranged
 from kbit.models.gguf_tokenizer import check_tokenizer, tokenizer_keys
 from kbit.models.spec import ModelSpec
 
@@ -36,7 +38,7 @@ if TYPE_CHECKING:
 _KINDS = {"fp32": "F32", "fp16": "F16", "bf16": "BF16"}
 _FLOATS = {name: kind for kind, name in _KINDS.items()}
 # What llama.cpp multiplies in float32.
-_ALWAYS_F32 = ("ffn_gate_inp", "ffn_gate_inp_shexp", "position_embd")
+_ALWAYS_F32 = ("ffn_gate_inp", "ffn_gate_inp_shexp", "position_embd", "ssm_conv1d")
 # general.file_type (llama.h, llama_ftype) by the type of most matrices; 1024: guessed from tensors.
 _FILE_TYPES = {"F32": 0, "F16": 1, "Q4_0": 2, "Q4_1": 3, "Q8_0": 7, "Q5_0": 8, "Q5_1": 9, "BF16": 32, "MXFP4": 38}
 _MOST_NAMED = 3
@@ -69,6 +71,7 @@ class _Entry:
         parts: canonical tensors whose rows (or which, of experts) it holds, in order.
         head, turned: rows of a head whose pairs are to lie side by side, and how many do; 0: rows stay in order.
         rounds: to the type.
+        arranged: where its parts are in it, if not one after another.
     """
 
     tensor: NewTensor
@@ -76,6 +79,7 @@ class _Entry:
     head: int = 0
     turned: int = 0
     rounds: bool = False
+    arranged: Arranged | None = None
 
 
 def export_gguf(
@@ -119,7 +123,10 @@ def export_gguf(
     arch = settings.architecture_of(spec, where)
     if arch.qk_optional and spec.names.q_norm is None:
         arch = replace(arch, qk_norm=None)
-    entries = [_typed(entry, source, dtype, requantize) for entry in _entries(spec, arch, where)]
+    described = settings.metadata(spec, arch)
+    plain = arch.special is None and not arch.latent and arch.delta is None
+    wanted = _entries(spec, arch, where) if plain else _arranged_entries(spec, arch, described, where)
+    entries = [_typed(entry, source, dtype, requantize) for entry in wanted]
     refused = [entry for entry in entries if isinstance(entry, NotOnGrid)]
     if refused:
         more = f" (and {len(refused) - _MOST_NAMED} more)" if len(refused) > _MOST_NAMED else ""
@@ -139,7 +146,7 @@ def export_gguf(
         "general.name": source.path.stem or spec.family,
         "general.file_type": _FILE_TYPES.get(most, 1024),
         "general.quantization_version": 2,
-        **settings.metadata(spec, arch),
+        **described,
         **tokenizer_keys(source, spec.vocab_size),
     }
     squares = [0.0, 0.0]
@@ -149,7 +156,8 @@ def export_gguf(
         _check_file(writer.partial, source, spec, arch)
         done, total = 0, sum(tensor.nbytes for tensor in tensors)
         for entry in planned:
-            writer.write(entry.tensor.name, _bytes(source, entry, squares))
+            write = _bytes if entry.arranged is None else _arranged_bytes
+            writer.write(entry.tensor.name, write(source, entry, squares))
             done += entry.tensor.nbytes
             if progress is not None:
                 progress(done, total)
@@ -208,6 +216,15 @@ def _entries(spec: ModelSpec, arch: Architecture, where: str) -> Iterator[_Entry
         yield _Entry(NewTensor(name, shape, "F32"), parts, head, turned)
 
 
+def _arranged_entries(
+    spec: ModelSpec, arch: Architecture, metadata: Mapping[str, Value], where: str
+) -> Iterator[_Entry]:
+    """The tensors of a file that has more of them than canonical ones one after another."""
+    for each in arranged(spec, arch, metadata, where):
+        parts = tuple(held.piece.name for held in each.held)
+        yield _Entry(NewTensor(each.name, each.shape, "F32"), parts, arranged=None if each.plain else each)
+
+
 def _expert_sizes(spec: ModelSpec, arch: Architecture, where: str) -> dict[str, Any]:
     """What `expected_experts` asks of a configuration."""
     experts, tensors = spec.experts, arch.experts
@@ -240,6 +257,8 @@ def _typed(entry: _Entry, source: StoredSource, dtype: str | None, requantize: s
     try:
         if None in formats:
             raise NotOnGrid("is not quantized" if formats == {None} else "is quantized in part only")
+        if entry.arranged is not None and entry.arranged.moves:
+            raise NotOnGrid("lies down in these files, by head, so that its blocks would be others")
         types = {_form(source, part).type for part in entry.parts}
         if len(types) > 1:
             raise NotOnGrid(f"holds matrices of several types, {', '.join(sorted(types))}")
@@ -266,31 +285,56 @@ def _form(source: StoredSource, name: str) -> Form:
 
 def _bytes(source: StoredSource, entry: _Entry, squares: list[float]) -> Iterator[memoryview]:
     for part in entry.parts:
-        form, codes = None, None
-        if entry.tensor.type not in _FLOATS:
-            form, codes = _coded(source, part, entry)
-        shape = source.tensors[part].shape
-        step = max(1, _VALUES_AT_ONCE // max(1, shape[1] if len(shape) > 1 else 1))
-        if entry.head:
-            step = -(-step // entry.head) * entry.head
-        for start in range(0, shape[0], step):
-            stop = min(start + step, shape[0])
-            values = source.read_array_rows(part, start, stop)
-            if not np.isfinite(values).all():
-                raise KbitError(f"{source.path}: {part} holds NaN or infinity: mend the source")
-            if form is not None and codes is not None:
-                stored = encode(form, codes[start:stop], start, stop)
-                written = decoded(form, stored)
-            else:
-                stored, written = _rounded(values, entry.tensor.type)
-            if not np.isfinite(written).all():
-                raise KbitError(
-                    f"{source.path}: {part} holds values up to {float(np.abs(values).max()):.3g}, which "
-                    f"{entry.tensor.type} cannot: use --dtype bf16 or fp32"
-                )
-            squares[0] += float(np.square(written - values, dtype=np.float64).sum())
-            squares[1] += float(np.square(values, dtype=np.float64).sum())
-            yield _in_order(stored, entry).reshape(-1).view(np.uint8).data
+        for rows in _rows(source, entry, part, entry.tensor.type, squares):
+            yield _in_order(rows, entry).reshape(-1).view(np.uint8).data
+
+
+def _arranged_bytes(source: StoredSource, entry: _Entry, squares: list[float]) -> Iterator[memoryview]:
+    """A tensor whose parts do not lie one after another, whole."""
+    arranged, type_ = entry.arranged, entry.tensor.type
+    assert arranged is not None
+    # What lies down is rounded as it lies.
+    kept = "F32" if arranged.moves and type_ not in _FLOATS else type_
+    whole, count = None, prod(arranged.shape) // arranged.columns
+    block = GGML_TYPES[next(number for number, kind in GGML_TYPES.items() if kind.name == kept)].block
+    for held in arranged.held:
+        rows = np.concatenate(list(_rows(source, entry, held.piece.name, kept, squares)))
+        if not held.transposed:
+            rows = rows.reshape(len(rows), arranged.columns // block, *((-1,) if block > 1 else ()))
+        if whole is None:
+            whole = np.empty((count, arranged.columns // block, *rows.shape[2:]), dtype=rows.dtype)
+        arranged.put(whole, held, rows)
+    assert whole is not None
+    yield (whole if kept == type_ else _rounded(whole, type_)[0]).reshape(-1).view(np.uint8).data
+
+
+def _rows(source: StoredSource, entry: _Entry, part: str, type_: str, squares: list[float]) -> Iterator[NDArray[Any]]:
+    """Rows of a canonical tensor in a type, a few at a time."""
+    form, codes = None, None
+    if type_ not in _FLOATS:
+        form, codes = _coded(source, part, entry)
+    shape = source.tensors[part].shape
+    step = max(1, _VALUES_AT_ONCE // max(1, shape[1] if len(shape) > 1 else 1))
+    if entry.head:
+        step = -(-step // entry.head) * entry.head
+    for start in range(0, shape[0], step):
+        stop = min(start + step, shape[0])
+        values = source.read_array_rows(part, start, stop)
+        if not np.isfinite(values).all():
+            raise KbitError(f"{source.path}: {part} holds NaN or infinity: mend the source")
+        if form is not None and codes is not None:
+            stored = encode(form, codes[start:stop], start, stop)
+            written = decoded(form, stored)
+        else:
+            stored, written = _rounded(values, type_)
+        if not np.isfinite(written).all():
+            raise KbitError(
+                f"{source.path}: {part} holds values up to {float(np.abs(values).max()):.3g}, which {type_} cannot: "
+                "use --dtype bf16 or fp32"
+            )
+        squares[0] += float(np.square(written - values, dtype=np.float64).sum())
+        squares[1] += float(np.square(values, dtype=np.float64).sum())
+        yield stored
 
 
 def _coded(source: StoredSource, part: str, entry: _Entry) -> tuple[Form | None, NDArray[np.uint8] | None]:

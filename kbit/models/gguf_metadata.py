@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import fields, is_dataclass
+from dataclasses import fields, is_dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from kbit.checkpoint.gguf.architectures import ARCHITECTURES
@@ -18,6 +18,7 @@ from kbit.checkpoint.gguf.older import FALCON_LAYOUT, MOST_BIAS, large_falcon
 from kbit.checkpoint.gguf.rope import llama3_divisors
 from kbit.host.errors import UnsupportedError
 from kbit.host.notes import note
+from kbit.models.gguf_mixers import NEVER, check_latent, delta_keys, gemma4_keys, latent_keys
 from kbit.models.spec import ModelSpec, RopeSpec
 
 if TYPE_CHECKING:
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 _INSTEAD = "export plain floats with --to safetensors"
 # Families that are written as another's architecture.
 _ALIASES = {"mistral": "llama", "mixtral": "llama", "olmo3": "olmo2", "granitemoeshared": "granitemoe"}
+_ALIASES |= {"deepseek_v3": "deepseek2", "youtu": "deepseek2"}
 # Architectures to which llama.cpp gives windows in all layers or a pattern from the file; the others have their own.
 _PATTERNS = ("olmo2", "exaone4")
 # Whose windows llama.cpp does not have, or not in models of other sizes.
@@ -46,9 +48,11 @@ def architecture_of(spec: ModelSpec, where: str) -> Architecture:
     Raises:
         UnsupportedError: there is none, or llama.cpp has not what the model needs.
     """
-    # (Layers that differ, latent attention and delta nets are read only.)
+    # (Convolutions and state spaces are read only, and keys and values in one tensor.)
     written = (
-        known for known in ARCHITECTURES.values() if known.special is None and not known.latent and known.delta is None
+        known
+        for known in ARCHITECTURES.values()
+        if (known.special is None or known.name == "gemma4") and not known.halves
     )
     by_type = {architecture.model_type: architecture for architecture in written}
     arch = ARCHITECTURES.get(_ALIASES.get(spec.family, "")) or by_type.get(spec.family)
@@ -57,6 +61,10 @@ def architecture_of(spec: ModelSpec, where: str) -> Architecture:
         raise UnsupportedError(
             f"{where}: kbit writes no GGUF file of a {spec.family} model, but of {known}; {_INSTEAD}"
         )
+    if arch.sigmoid is not None and spec.family == arch.sigmoid[0]:
+        arch = replace(arch, model_type=spec.family, experts=arch.sigmoid[2])
+    if arch.latent:
+        check_latent(spec, where)
     lost = arch.name in _NO_WINDOWS and _NO_WINDOWS[arch.name](spec)
     if lost and any(window is not None and window < spec.context_length for window in spec.windows):
         raise UnsupportedError(
@@ -134,12 +142,21 @@ def metadata(spec: ModelSpec, arch: Architecture) -> dict[str, Value]:
         keys["rope.scaling.yarn_log_multiplier"] = 1.0
         keys.pop("rope.scaling.yarn_attn_factor", None)
     keys |= _experts(spec, arch)
+    if arch.latent:
+        keys |= latent_keys(spec)
+    if arch.delta is not None:
+        keys |= delta_keys(spec, arch)
+    if arch.name == "gemma4":
+        keys |= gemma4_keys(spec)
     return {f"{arch.name}.{key}": value for key, value in keys.items() if value is not None}
 
 
 def rope_tensors(spec: ModelSpec) -> dict[str, list[float]]:
     """Tensors of factors that scale the rotation."""
     rope = spec.rope
+    if rope.kind == "proportional":
+        turning = rope.turning
+        return {ROPE_FREQS: [1.0] * turning + [NEVER] * (rope.dim // 2 - turning)}
     if _divides_alone(rope):
         return {ROPE_FREQS: list(rope.short_factors)}
     if rope.kind == "longrope":

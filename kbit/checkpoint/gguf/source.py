@@ -7,23 +7,18 @@ import os
 import re
 import struct
 from collections.abc import Iterator, Mapping
-from dataclasses import replace
 from math import prod
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 from kbit.checkpoint.gguf.config import architecture_of, config_from_header
-from kbit.checkpoint.gguf.delta_nets import delta_pieces
-from kbit.checkpoint.gguf.experts import expert_rows
 from kbit.checkpoint.gguf.header import read_header
-from kbit.checkpoint.gguf.latent import latent_rows
+from kbit.checkpoint.gguf.locating import located
 from kbit.checkpoint.gguf.metadata import GGUFHeader, GGUFTensor, quoted
-from kbit.checkpoint.gguf.names import ROPE_FACTORS, ROPE_FREQS, Architecture, canonical_names, part_of
-from kbit.checkpoint.gguf.orders import Piece
+from kbit.checkpoint.gguf.names import ROPE_FACTORS, ROPE_FREQS
 from kbit.checkpoint.gguf.reading import Located, read_at, read_into, read_packed, read_transposed
 from kbit.checkpoint.gguf.t5 import CONTEXT as T5_CONTEXT
-from kbit.checkpoint.gguf.t5 import T5, t5_pieces
 from kbit.checkpoint.source import StoredSource, TensorInfo
 from kbit.host.errors import CheckpointError, UnsupportedError
 
@@ -83,22 +78,13 @@ class GGUFSource(StoredSource):
         self._located: dict[str, Located] = {}
         infos: dict[str, TensorInfo] = {}
         for name, tensor in tables.items():
-            for held in latent_rows(self.config, name, tensor, halves=arch.halves) if arch.latent else ():
-                aside = held.head - held.turned
-                piece = Piece(held.name, held.tensor, held.rows)
-                at = Located(piece, owner[name], held.head, held.turned, aside, held.transposed)
-                kind = "F32" if held.transposed else held.tensor.type.name
-                nbytes = 4 * prod(at.shape) if held.transposed else held.tensor.nbytes
-                self._located[held.name] = at
-                infos[held.name] = TensorInfo(held.name, at.shape, kind, nbytes, owner[name].path)
             # (Of factors of RoPE there are none: config_from_header has turned them into rope_scaling.)
-            for piece in _pieces_of(arch, self.config, name, tensor):
-                full_name, rows = piece.name, piece.tensor
-                permuted = arch.interleaved and full_name.split(".")[-2] in ("q_proj", "k_proj")
-                head_dim = int(self.config["head_dim"]) if permuted else 0
-                rotated = int(head_dim * self.config.get("partial_rotary_factor", 1.0))
-                self._located[full_name] = Located(piece, owner[name], head_dim, rotated)
-                infos[full_name] = TensorInfo(full_name, rows.shape, rows.type.name, rows.nbytes, owner[name].path)
+            for at in located(arch, self.config, name, tensor, owner[name]):
+                held = at.tensor
+                kind = "F32" if at.transposed else held.type.name
+                nbytes = 4 * prod(at.shape) if at.transposed else held.nbytes
+                self._located[at.piece.name] = at
+                infos[at.piece.name] = TensorInfo(at.piece.name, at.shape, kind, nbytes, owner[name].path)
         self._infos = MappingProxyType(infos)
 
     @property
@@ -204,40 +190,6 @@ class GGUFSource(StoredSource):
             file.close()
             raise CheckpointError(f"{header.path}: the file changed while it was in use; run the command again")
         return file
-
-
-def _pieces_of(arch: Architecture, config: Mapping[str, Any], name: str, tensor: GGUFTensor) -> list[Piece]:
-    """The canonical tensors that a tensor holds, each as the part of it that it is; none beyond the model's layers."""
-    if arch is T5:
-        return t5_pieces(config, name, tensor)
-    layer = re.match(r"blk\.(\d+)\.", name)
-    if layer is not None and int(layer[1]) >= config["num_hidden_layers"]:
-        return []
-    if arch.latent and latent_rows(config, name, tensor, halves=arch.halves):
-        return []
-    special = None if arch.special is None else arch.special.located(name, tensor, config)
-    if special is not None:
-        return special
-    of_experts = [] if arch.experts is None else expert_rows(arch.experts, name, tensor)
-    if of_experts:
-        return [Piece(each, part) for each, part in of_experts]
-    of_delta = [] if arch.delta is None else delta_pieces(arch.delta, config, name, tensor)
-    if of_delta:
-        return of_delta
-    names = canonical_names(arch, name)
-    if len(names) < 2:
-        return [Piece(each, tensor) for each in names]
-    keys = int(config["num_key_value_heads"]) * int(config["head_dim"])
-    queries = int(config["num_attention_heads"]) * int(config["head_dim"])
-    counts = {"attn_q": queries, "attn_k": keys, "attn_v": keys}
-    found, first, row_bytes = [], 0, tensor.nbytes // tensor.shape[0]
-    for each, part in zip(names, arch.fused[part_of(name)], strict=True):
-        count = counts.get(part, int(config["intermediate_size"]))
-        place = tensor.offset + first * row_bytes
-        rows = replace(tensor, shape=(count, *tensor.shape[1:]), offset=place, nbytes=count * row_bytes)
-        found.append(Piece(each, rows))
-        first += count
-    return found
 
 
 def _stat(path: Path) -> tuple[int, int]:

@@ -144,6 +144,11 @@ def check_output_file(out: Path, *, overwrite: bool) -> None:
         raise UsageError(f"{out}: exists and is no GGUF file; name another")
 
 
+def header_bytes(metadata: Mapping[str, Value]) -> bytes:
+    """The header of a file without tensors."""
+    return _laid_out(metadata, ())[0]
+
+
 def _laid_out(metadata: Mapping[str, Value], tensors: Sequence[NewTensor]) -> tuple[bytes, dict[str, int], int]:
     """The header, where every tensor goes, and the size of the file."""
     head = bytearray(struct.pack("<4sIQQ", b"GGUF", 3, len(tensors), len(metadata)))
