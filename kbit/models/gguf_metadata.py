@@ -63,6 +63,10 @@ def architecture_of(spec: ModelSpec, where: str) -> Architecture:
         )
     if arch.sigmoid is not None and spec.family == arch.sigmoid[0]:
         arch = replace(arch, model_type=spec.family, experts=arch.sigmoid[2])
+    if arch.name == "gemma4" and spec.logit_cap is None:
+        raise UnsupportedError(
+            f"{where}: llama.cpp caps a gemma4 model's logits at 30 where there is no cap; {_INSTEAD}"
+        )
     if arch.latent:
         check_latent(spec, where)
     lost = arch.name in _NO_WINDOWS and _NO_WINDOWS[arch.name](spec)

@@ -95,8 +95,9 @@ CASES: dict[str, tuple[str, dict[str, str], dict[str, Any]]] = {
     "gemma2": ("gemma2", AROUND, {"query_pre_attn_scalar": 8}),
     "gemma3": ("gemma3", AROUND, {"query_pre_attn_scalar": 10, "layer_types": None, "num_hidden_layers": 7}),
     "gemma4-e": ("gemma4", GEMMA4, {}),
-    "gemma4-dense": ("gemma4", GEMMA4, {}),
-    "gemma4-moe": ("gemma4", GEMMA4, {}),
+    # Without a cap llama.cpp takes 30.
+    "gemma4-dense": ("gemma4", GEMMA4, {"final_logit_softcapping": 30.0}),
+    "gemma4-moe": ("gemma4", GEMMA4, {"final_logit_softcapping": 30.0}),
     "phi3": ("phi3", BOTH, {}),
     "phi3-longrope": ("phi3", BOTH, {}),
     "granite": ("granite", BOTH, {}),
@@ -125,7 +126,11 @@ CASES: dict[str, tuple[str, dict[str, str], dict[str, Any]]] = {
     "cohere2": ("cohere2", BOTH, {"layer_types": None, "num_hidden_layers": 5}),
     "deepseek-v2": ("deepseek2", BOTH, {"attention_bias": False}),
     "deepseek-v2-lite": ("deepseek2", BOTH, {"rope_parameters": _DEEPSEEK_YARN}),
-    "deepseek-v3": ("deepseek2", BOTH, {"attention_bias": False, "rope_parameters": _DEEPSEEK_YARN}),
+    "deepseek-v3": (
+        "deepseek2",
+        BOTH,
+        {"attention_bias": False, "rope_parameters": _DEEPSEEK_YARN, "scoring_func": "sigmoid"},
+    ),
     "youtu": ("deepseek2", BOTH, {"attention_bias": False}),
     "minicpm3": ("minicpm3", BOTH, {"attention_bias": False, "mlp_bias": False, "v_head_dim": 8}),
     "minicpm3-longrope": (

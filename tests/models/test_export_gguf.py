@@ -204,6 +204,7 @@ def test_factors_that_are_the_same_for_all_texts_are_a_tensor_of_any_architectur
         ("qwen3-moe", {"norm_topk_prob": False}, "qwen3moe architecture cannot say that experts.routing.normalise is False"),
         ("gpt_neo", {}, "kbit writes no GGUF file of a gpt_neo model, but of .*qwen3"),
         ("deepseek-v2-lite", {}, r"llama.cpp reads queries without a rank .q_lora_rank. in models of 26 or 27 layers"),
+        ("gemma4-dense", {}, "llama.cpp caps a gemma4 model's logits at 30 where there is no cap"),
         ("deepseek-v2", {"attention_bias": True}, "biases, or none, where GGUF files of the deepseek2 architecture"),
         ("gpt_neox", {"tie_word_embeddings": True}, "llama.cpp reads no gptneox model whose head is its embedding"),
         ("gpt_neox-sequential", {}, "have biases, or none, where GGUF files of the gptneox architecture have biases"),

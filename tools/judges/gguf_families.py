@@ -44,15 +44,12 @@ KBIT_LIMIT, LLAMA_LIMIT = 1e-3, 3e-2
 
 # Where llama.cpp computes something else than transformers does, by its source.
 _BY_ROOM = "llama.cpp chooses LongRoPE's factors by the room that it makes, not by a text's length"
-_CAPS = "llama.cpp caps logits at 30 where a file names no cap"
 LLAMA_DIFFERS = {
     "phi3-window": "llama.cpp turns Phi-3's windows off",
     "phi3-longrope": _BY_ROOM,
     "phi3-longrope-partial": _BY_ROOM,
     "minicpm3-longrope": _BY_ROOM,
     "exaone4": "llama.cpp has windows for the 64 layers of EXAONE 4 32B only",
-    "gemma4-dense": _CAPS,
-    "gemma4-moe": _CAPS,
 }
 
 
