@@ -48,12 +48,8 @@ def architecture_of(spec: ModelSpec, where: str) -> Architecture:
     Raises:
         UnsupportedError: there is none, or llama.cpp has not what the model needs.
     """
-    # (Convolutions and state spaces are read only, and keys and values in one tensor.)
-    written = (
-        known
-        for known in ARCHITECTURES.values()
-        if (known.special is None or known.name == "gemma4") and not known.halves
-    )
+    # (Convolutions and state spaces are read only.)
+    written = (known for known in ARCHITECTURES.values() if known.special is None or known.name == "gemma4")
     by_type = {architecture.model_type: architecture for architecture in written}
     arch = ARCHITECTURES.get(_ALIASES.get(spec.family, "")) or by_type.get(spec.family)
     if arch is None:
@@ -68,7 +64,7 @@ def architecture_of(spec: ModelSpec, where: str) -> Architecture:
             f"{where}: llama.cpp caps a gemma4 model's logits at 30 where there is no cap; {_INSTEAD}"
         )
     if arch.latent:
-        check_latent(spec, where)
+        check_latent(spec, arch, where)
     lost = arch.name in _NO_WINDOWS and _NO_WINDOWS[arch.name](spec)
     if lost and any(window is not None and window < spec.context_length for window in spec.windows):
         raise UnsupportedError(
@@ -147,7 +143,7 @@ def metadata(spec: ModelSpec, arch: Architecture) -> dict[str, Value]:
         keys.pop("rope.scaling.yarn_attn_factor", None)
     keys |= _experts(spec, arch)
     if arch.latent:
-        keys |= latent_keys(spec)
+        keys |= latent_keys(spec, arch)
     if arch.delta is not None:
         keys |= delta_keys(spec, arch)
     if arch.name == "gemma4":

@@ -18,31 +18,36 @@ NEVER = 1e30
 _LITE = (26, 27)
 
 
-def check_latent(spec: ModelSpec, where: str) -> None:
+def check_latent(spec: ModelSpec, arch: Architecture, where: str) -> None:
     """Refuse what llama.cpp does not read.
 
     Raises:
         UnsupportedError: it does not.
     """
-    if spec.latent is not None and not spec.latent.query_rank and spec.layers not in _LITE:
+    if spec.latent is None or spec.latent.query_rank:
+        return
+    if arch.halves or spec.layers not in _LITE:
+        of = "no" if arch.halves else "26 or 27"
         raise UnsupportedError(
-            f"{where}: llama.cpp reads queries without a rank (q_lora_rank) in models of 26 or 27 layers alone, and "
+            f"{where}: llama.cpp reads queries without a rank (q_lora_rank) in {arch.name} models of {of} layers, and "
             f"this one has {spec.layers}; export plain floats with --to safetensors"
         )
 
 
-def latent_keys(spec: ModelSpec) -> dict[str, Value | None]:
-    """Of latent attention, which llama.cpp takes for attention with one key for all heads."""
+def latent_keys(spec: ModelSpec, arch: Architecture) -> dict[str, Value | None]:
+    """Of latent attention, which llama.cpp takes for attention with one key for all heads (but MiniCPM3's)."""
     assert spec.latent is not None
     rank, turned, rope = spec.latent.rank, spec.rope.dim, spec.rope
+    ranks = {"attention.kv_lora_rank": rank, "attention.q_lora_rank": spec.latent.query_rank or None}
+    if arch.halves:
+        return {**ranks, "attention.value_length": spec.latent.value_dim}
     keys: dict[str, Value | None] = {
+        **ranks,
         "attention.head_count_kv": 1,
         "attention.key_length": rank + turned,
         "attention.value_length": rank,
         "attention.key_length_mla": spec.head_dim,
         "attention.value_length_mla": spec.latent.value_dim,
-        "attention.kv_lora_rank": rank,
-        "attention.q_lora_rank": spec.latent.query_rank or None,
     }
     if spec.experts is None:
         # (Which llama.cpp asks of all these files.)

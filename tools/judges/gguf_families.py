@@ -44,6 +44,11 @@ KBIT_LIMIT, LLAMA_LIMIT = 1e-3, 3e-2
 
 # Where llama.cpp computes something else than transformers does, by its source.
 _BY_ROOM = "llama.cpp chooses LongRoPE's factors by the room that it makes, not by a text's length"
+# What llama.cpp has for granted of delta nets: heads of values as wide as those of keys.
+_WIDE = {"linear_key_head_dim": 32, "linear_value_head_dim": 32}
+# (And of Qwen 3.5 sections of 32 pairs, which its converter writes whatever heads are.)
+_QWEN3_5 = {**_WIDE, "head_dim": 128}
+LLAMA_NEEDS = {"qwen3-next": _WIDE, "qwen3_5": _QWEN3_5, "qwen3_5-moe": _QWEN3_5}
 LLAMA_DIFFERS = {
     "phi3-window": "llama.cpp turns Phi-3's windows off",
     "phi3-longrope": _BY_ROOM,
@@ -98,7 +103,8 @@ def judge(case: str, folder: Path, source: Path, llama_python: Path | None) -> V
     from kbit.host.errors import KbitError
 
     # With what a GGUF file has no key for at the value that llama.cpp assumes.
-    changes = next((cases[case][-1] for cases in (SAYABLE, OLDER, HYBRID) if case in cases), {})
+    found = next((cases[case][-1] for cases in (SAYABLE, OLDER, HYBRID) if case in cases), {})
+    changes = LLAMA_NEEDS.get(case, {}) | found
     try:
         model = saved_model(case, folder / "model", **{"max_position_embeddings": 64, **changes})
     except (AttributeError, TypeError, ValueError) as error:

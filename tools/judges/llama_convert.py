@@ -55,6 +55,17 @@ def main() -> None:
     words = {"model": {"vocab": {f"<{index}>": index for index in range(count)}}, "added_tokens": []}
     (folder / "tokenizer.json").write_text(json.dumps(words))
 
+    base = sys.modules["conversion.base"].ModelBase
+    load = base.load_hparams
+
+    def without_experts(*arguments: Any, **options: Any) -> Any:
+        # Nemotron-H's converter takes a model for a mixture that only says how many it would choose.
+        found = load(*arguments, **options)
+        if found.get("model_type") == "nemotron_h" and "moe" not in (found.get("layers_block_type") or ["moe"]):
+            found = {key: value for key, value in found.items() if "expert" not in key}
+        return found
+
+    base.load_hparams = staticmethod(without_experts)
     converter.get_model_class = without_tokenizer
     converter.main()
 
