@@ -353,3 +353,14 @@ def test_pythia_as_the_hub_has_it() -> None:
 def test_other_models_of_a_name(family: str, changes: dict[str, Any], message: str) -> None:
     with pytest.raises(UnsupportedError, match=message):
         spec(family, **changes)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "why"),
+    [("phimoe", "SparseMixer"), ("apertus", "xIELU"), ("bitnet", "norms inside"), ("llama4_text", "in chunks")],
+)
+def test_what_is_known_and_does_not_run_is_refused_with_the_reason(model_type: str, why: str) -> None:
+    with pytest.raises(
+        UnsupportedError, match=f"model_type '{model_type}' is not supported .*{why}.*; kbit runs llama"
+    ):
+        spec_from_config({"model_type": model_type})
