@@ -38,6 +38,7 @@ from kbit.models.layer_shapes import LayerShape, ShapeRules, layer_shapes
 from kbit.models.layer_types import Rotated, Windows, rotated_layers, windows_of
 from kbit.models.layout import Layout
 from kbit.models.mixer_specs import Multipliers
+from kbit.models.refused import reason
 from kbit.models.rope_config import DEFAULT_THETA, RopeRules, Ropes, ropes_from_config
 from kbit.models.scan_config import Scanned, mixing_of, scan_of
 from kbit.models.spec import MAX_CONTEXT, SQUARED, ModelSpec, RopeSpec, Sinusoids, SoundSpec
@@ -383,7 +384,8 @@ def family_of(families: Mapping[str, Family], config: Mapping[str, Any], where: 
                 return family
         raise UnsupportedError(f"{where}: architecture {shown(architectures)} is not supported; {supported}")
     if model_type not in families:
-        raise UnsupportedError(f"{where}: model_type {shown(model_type)} is not supported; {supported}")
+        why = reason(model_type)
+        raise UnsupportedError(f"{where}: model_type {shown(model_type)} is not supported{why}; {supported}")
     family = families[model_type]
     family = next((other for key, value, other in family.variants if config.get(key) == value), family)
     if architectures and not set(architectures) & set(family.accepted):

@@ -26,7 +26,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 # One of each layout: as canonical tensors, with fused matrices, with norms less 1, with interleaved rows, tied, lying
 # down, by head; experts one by one, and in stacks of two kinds; latent attention; by group.
 FAMILIES = ("qwen2", "phi3", "gemma2", "gemma3", "glm4", "ernie4_5", "gpt2", "gpt_neox", "opt", "falcon", "qwen3-moe")
-FAMILIES += ("glm4-moe", "gpt-oss", "granitemoe", "deepseek-v3", "minicpm3", "gemma4-e", "gemma4-moe")
+FAMILIES += ("olmo", "glm4-moe", "gpt-oss", "granitemoe", "deepseek-v3", "minicpm3", "gemma4-e", "gemma4-moe")
 FAMILIES += (
     "falcon-40b",
     "mpt",

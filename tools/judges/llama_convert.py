@@ -60,9 +60,9 @@ def main() -> None:
 
     def without_experts(*arguments: Any, **options: Any) -> Any:
         # Nemotron-H's converter takes a model for a mixture that only says how many it would choose.
-        found = load(*arguments, **options)
+        found, groups = load(*arguments, **options), ("n_group", "topk_group")
         if found.get("model_type") == "nemotron_h" and "moe" not in (found.get("layers_block_type") or ["moe"]):
-            found = {key: value for key, value in found.items() if "expert" not in key}
+            found = {key: value for key, value in found.items() if "expert" not in key and key not in groups}
         return found
 
     base.load_hparams = staticmethod(without_experts)

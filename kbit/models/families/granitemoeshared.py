@@ -9,10 +9,12 @@ from kbit.models.params import SHARED
 
 assert GRANITE_MOE.experts is not None
 
+# Where the configuration gives that MLP no features.
+_ALONE = replace(GRANITE_MOE, model_type="granitemoeshared", architectures=("GraniteMoeSharedForCausalLM",))
+
 FAMILY = replace(
-    GRANITE_MOE,
-    model_type="granitemoeshared",
-    architectures=("GraniteMoeSharedForCausalLM",),
+    _ALONE,
+    variants=(("shared_intermediate_size", 0, _ALONE), ("shared_intermediate_size", None, _ALONE)),
     names=replace(
         GRANITE_MOE.names,
         shared_gate=f"{SHARED_MLP}.gate_proj",
