@@ -228,8 +228,8 @@ class CheckpointWriter:
 
     def _sync(self) -> None:
         """Let what is written survive a power cut: a rerun goes on from here."""
-        open_files: list[IO[Any]] = [*self._files.values(), self._journal]
-        for file in open_files:
+        files: list[IO[Any]] = [*self._files.values(), self._journal]
+        for file in files:
             file.flush()
             os.fsync(file.fileno())
         fsync_folder(self.partial)
