@@ -395,7 +395,6 @@ def sample_rows(
     logits: NDArray[np.float32],
     rows: NDArray[np.int64],
     masks: Sequence[NDArray[np.bool_] | None],
-    uniforms: NDArray[np.float64],
     tokens: NDArray[np.int64],
     best: NDArray[np.float32],
     isa: str = "",

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kbit import _native
-from kbit.engine.sampler import Logits, SamplingParams, TorchUniform, not_finite
+from kbit.engine.sampler import Logits, SamplingParams, not_finite
 
 if TYPE_CHECKING:
     from kbit.host.errors import KbitError
@@ -31,10 +31,9 @@ class NativeSampler:
         native: what the native kernels know of it.
     """
 
-    def __init__(self, params: SamplingParams, prompt_ids: Iterable[int] = (), choice: int | None = None) -> None:
+    def __init__(self, params: SamplingParams, prompt_ids: Iterable[int] = (), choice: int = 0) -> None:
         self.params = p = params
         self.seed = secrets.randbits(63) if p.seed is None else p.seed
-        self._uniform = TorchUniform(self.seed) if choice is None and p.temperature else None
         with np.errstate(over="ignore"):  # a penalty beyond float32 is infinite
             self.native = _native.RowSampler(
                 factor=p.inverse_temperature,
@@ -48,7 +47,7 @@ class NativeSampler:
                 bias_tokens=np.array([token for token, _ in p.logit_bias], np.int64),
                 biases=np.array([bias for _, bias in p.logit_bias], np.float64).astype(np.float32),
                 seed=self.seed,
-                choice=choice or 0,
+                choice=choice,
             )
         if p.repetition_penalty != 1:
             self.native.see(np.fromiter(prompt_ids, np.int64))
@@ -67,10 +66,6 @@ class NativeSampler:
         if isinstance(token, int):
             return token
         raise token
-
-    def uniform(self) -> float:
-        """The next number in [0, 1), NaN where it is the one of the seed, the choice and the place."""
-        return math.nan if self._uniform is None else self._uniform.next()
 
 
 def sample_rows(
@@ -98,7 +93,6 @@ def sample_rows(
         logits,
         np.asarray(rows, np.int64),
         list(masks),
-        np.array([sampler.uniform() for sampler in samplers], np.float64),
         tokens,
         best,
         isa,

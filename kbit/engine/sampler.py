@@ -129,23 +129,21 @@ class Sampler:
     Args:
         params: how to choose.
         prompt_ids: the prompt, which the repetition penalty counts as seen.
-        choice: which of several answers to one request this is. The random number of a token then depends on the seed,
-            the choice and the token's place in the answer alone (`KeyedUniform`), however the tokens before it came
-            about. None: they come one after another, as torch's generator gives them.
+        choice: which of several answers to one request this is. The random number of a token depends on the seed, the
+            choice and the token's place in the answer alone (`KeyedUniform`), however the tokens before it came about.
 
     Attributes:
         seed: the seed in use, also when params.seed was None.
     """
 
-    def __init__(self, params: SamplingParams, prompt_ids: Iterable[int] = (), choice: int | None = None) -> None:
+    def __init__(self, params: SamplingParams, prompt_ids: Iterable[int] = (), choice: int = 0) -> None:
         self.params = params
         self.seed = secrets.randbits(63) if params.seed is None else params.seed
         self._greedy = params.temperature == 0
         self._penalises = bool(
             params.logit_bias or params.repetition_penalty != 1 or params.presence_penalty or params.frequency_penalty
         )
-        self._torch = TorchUniform(self.seed)
-        self._keyed = None if choice is None else KeyedUniform(self.seed, choice)
+        self._keyed = KeyedUniform(self.seed, choice)
         self._position = 0  # tokens that were counted
         self._seen = set(prompt_ids)
         self._generated: Counter[int] = Counter()
@@ -275,21 +273,7 @@ class Sampler:
 
     def _uniform(self, use: int = 0, ahead: int = 0) -> float:
         """A number in [0, 1) with 53 random bits, for a use of the token that comes after so many drafted ones."""
-        if self._keyed is not None:
-            return self._keyed.at(self._position + ahead, use)
-        return self._torch.next()
-
-
-class TorchUniform:
-    """Uniform numbers in [0, 1) with 53 random bits: those that torch.rand gives after torch.manual_seed."""
-
-    def __init__(self, seed: int) -> None:
-        self._generator = np.random.RandomState(seed & 0xFFFFFFFF)._bit_generator
-
-    def next(self) -> float:
-        """The next one."""
-        high, low = self._generator.random_raw(2).tolist()
-        return float(((high << 32 | low) & ((1 << 53) - 1)) * 2.0**-53)
+        return self._keyed.at(self._position + ahead, use)
 
 
 def not_finite(value: float, tokens: int) -> KbitError:

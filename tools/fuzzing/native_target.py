@@ -325,8 +325,7 @@ def sampling(draw: Draw, context: Any, scratch: Path) -> None:
     chosen = draw.array((rows,), "i8", held)
     masks = [draw.array((width,), "?") if draw.below(3) == 0 else None for _ in samplers]
     given, isa = draw.given(samplers), draw.given(context.isa)
-    best, drawn = draw.floats(rows), np.full(rows, draw.choice((0.0, 0.3, 1.0, 0.999, float("nan"))))
-    _native.sample_rows(given, logits, chosen, masks, draw.given(drawn), draw.array((rows,), "i8", width), best, isa)
+    _native.sample_rows(given, logits, chosen, masks, draw.array((rows,), "i8", width), draw.floats(rows), isa)
     most = draw.size(5)
     _native.score_rows(
         logits,

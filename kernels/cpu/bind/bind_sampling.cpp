@@ -51,18 +51,13 @@ RowSampler make(double factor, std::int64_t top_k, double top_p, float min_score
 }
 
 void sample_rows(const std::vector<RowSampler*>& samplers, Logits logits, Rows rows, const Masks& masks,
-                 Array<const double, 1> uniforms, Array<std::int64_t, 1> tokens, Array<float, 1> best,
-                 const std::string& isa) {
+                 Array<std::int64_t, 1> tokens, Array<float, 1> best, const std::string& isa) {
   const std::size_t count = samplers.size();
-  require(rows.shape(0) == count && uniforms.shape(0) == count && tokens.shape(0) == count && best.shape(0) == count,
-          "every sampler has a row, a number, a token and a logit");
+  require(rows.shape(0) == count && tokens.shape(0) == count && best.shape(0) == count,
+          "every sampler has a row, a token and a logit");
   for (const RowSampler* sampler : samplers) require(sampler != nullptr, "None is no sampler");
   require(masks.empty() || masks.size() == count, "every sampler has a mask or None, or there are no masks");
   require_rows(logits, rows);
-  for (std::size_t i = 0; i < count; ++i) {
-    const double uniform = uniforms.data()[i];
-    require(std::isnan(uniform) || (uniform >= 0 && uniform <= 1), "a uniform number lies between 0 and 1, or is NaN");
-  }
   const Kernels& kernels = *find_kernels(choose_instruction_set(isa).c_str());
   nb::gil_scoped_release release;
   SamplingScratch scratch;
@@ -71,7 +66,7 @@ void sample_rows(const std::vector<RowSampler*>& samplers, Logits logits, Rows r
     TokenMask mask;
     if (!masks.empty() && masks[i]) mask = {masks[i]->data(), static_cast<std::int64_t>(masks[i]->shape(0))};
     const Chosen chosen =
-        samplers[i]->choose(kernels, logits.data() + rows.data()[i] * width, width, mask, uniforms.data()[i], scratch);
+        samplers[i]->choose(kernels, logits.data() + rows.data()[i] * width, width, mask, scratch);
     tokens.data()[i] = chosen.token;
     best.data()[i] = chosen.best;
   }
@@ -116,10 +111,10 @@ void bind_sampling(nb::module_& module) {
   module.def("keyed_uniform", &keyed_uniform, nb::arg("seed"), nb::arg("choice"), nb::arg("position"),
              "kbit.engine.randomness.KeyedUniform's number.");
   module.def("sample_rows", &sample_rows, nb::arg("samplers"), nb::arg("logits").noconvert(),
-             nb::arg("rows").noconvert(), nb::arg("masks"), nb::arg("uniforms").noconvert(),
-             nb::arg("tokens").noconvert(), nb::arg("best").noconvert(), nb::arg("isa") = "",
+             nb::arg("rows").noconvert(), nb::arg("masks"), nb::arg("tokens").noconvert(), nb::arg("best").noconvert(),
+             nb::arg("isa") = "",
              "The next token of each sampler, from its row of logits (L, V). masks: bool (n,) or None for each, or no "
-             "list; uniforms: NaN for the keyed number. A token of -1: the largest logit, in best, is not finite.");
+             "list. A token of -1: the largest logit, in best, is not finite.");
   module.def("score_rows", &score_rows, nb::arg("logits").noconvert(), nb::arg("rows").noconvert(),
              nb::arg("best").noconvert(), nb::arg("totals").noconvert(), nb::arg("ids").noconvert(),
              nb::arg("values").noconvert(), nb::arg("isa") = "",

@@ -84,7 +84,7 @@ void RowSampler::penalise(float* row, std::int64_t count) const {
 }
 
 Chosen RowSampler::choose(const Kernels& kernels, const float* logits, std::int64_t count, TokenMask mask,
-                          double uniform, SamplingScratch& scratch) {
+                          SamplingScratch& scratch) {
   if (mask.allowed != nullptr || penalises_) {
     scratch.row.resize(static_cast<std::size_t>(count));
     float* row = scratch.row.data();
@@ -102,13 +102,12 @@ Chosen RowSampler::choose(const Kernels& kernels, const float* logits, std::int6
   if (!best.finite) return {-1, best.value};
   std::int64_t token = best.at;
   if (!settings_.greedy) {
-    if (std::isnan(uniform)) uniform = keyed_uniform(settings_.seed, settings_.choice, position_);
     Candidates candidates(kernels, logits, count, best.value, settings_.factor, scratch);
     if (settings_.top_k > 0) candidates.keep_top_k(settings_.top_k);
     if (settings_.top_p < 1) candidates.keep_top_p(settings_.top_p);
     if (settings_.min_score > -INFINITY) candidates.keep_min_score(settings_.min_score);
     if (settings_.typical_p < 1) candidates.keep_typical(settings_.typical_p);
-    token = candidates.draw(uniform);
+    token = candidates.draw(keyed_uniform(settings_.seed, settings_.choice, position_));
   }
   ++position_;
   if (penalises_) ++counts_.try_emplace(static_cast<std::int32_t>(token), 0).first->second;

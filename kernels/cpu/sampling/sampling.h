@@ -52,8 +52,8 @@ class RowSampler {
   // Tokens of the prompt. Ids below 0 are ignored.
   void see(const std::int64_t* ids, std::int64_t count);
 
-  // The next token of logits (count), which is then counted. `uniform`: the random number; NaN: the keyed one.
-  Chosen choose(const Kernels& kernels, const float* logits, std::int64_t count, TokenMask mask, double uniform,
+  // The next token of logits (count), which is then counted.
+  Chosen choose(const Kernels& kernels, const float* logits, std::int64_t count, TokenMask mask,
                 SamplingScratch& scratch);
 
   std::uint64_t position() const { return position_; }  // tokens that were counted
