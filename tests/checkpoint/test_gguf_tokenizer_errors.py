@@ -41,7 +41,8 @@ def spm(edit: Callable[[Metadata], None]) -> Callable[[Metadata], None]:
 
 
 REFUSED: dict[str, tuple[Callable[[Metadata], None], type[KbitError], str]] = {
-    "another model": (change(model="t5"), UnsupportedError, "tokenizer model 't5' is not supported"),
+    "another model": (change(model="rwkv"), UnsupportedError, "tokenizer model 'rwkv' is not supported"),
+    "unigrams without scores": (change(model="t5"), CheckpointError, "scores is not a finite number for each token"),
     "unknown pre-tokenizer": (change(pre="new-one"), UnsupportedError, "pre-tokenizer 'new-one' is not supported; known"),
     "no pre-tokenizer": (change(pre=None), CheckpointError, "'tokenizer.ggml.pre' is missing"),
     "no tokens": (change(tokens=None), CheckpointError, "'tokenizer.ggml.tokens' is missing or empty"),
