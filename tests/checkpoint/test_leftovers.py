@@ -302,7 +302,7 @@ REFUSED: dict[str, tuple[Callable[[Path], object], type[KbitError], str]] = {
             (m / "adapter_config.json").write_text('{"base_model_name_or_path": "org/base"}'),
         ],
         UnsupportedError,
-        "LoRA adapter: merge it into its base model, org/base, first",
+        "an adapter that kbit does not merge: its kind is None; merge it with peft",
     ),
     "a trainer's output": (
         lambda m: [shutil.copytree(m, m / "checkpoint-500"), (m / "config.json").unlink()],
