@@ -21,6 +21,7 @@ from kbit.formats.codebooks import codebook
 from kbit.formats.quant_format import QuantFormat
 from kbit.formats.quant_tensor import QuantTensor
 from kbit.host.errors import KbitError
+from kbit.quantizers.convert import NEEDS_PLUGIN
 
 EMBEDDING = "model.embed_tokens.weight"
 
@@ -97,6 +98,7 @@ def test_the_config_is_the_source_s_plus_a_section(tmp_path: Path, tiny_model: P
     quantize(tiny_model, tmp_path / "out", "nf3-b64", plan={"overrides": [("*q_proj*", "lloyd4-row")]})
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     section = config.pop("quantization_config")
+    assert config.pop("transformers_weights") == NEEDS_PLUGIN  # stops transformers without kbit.transformers
     assert config == json.loads((tiny_model / "config.json").read_text())
     assert (section["quant_method"], section["version"], section["format"], section["bits"]) == (
         "kbit",
