@@ -46,7 +46,7 @@ ln -s "$build"/_native*.so "$view/kbit/"
 # takes part in no race that TSan reports. libstdc++ comes first, so that what torch throws is seen.
 export ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1:abort_on_error=1
 export UBSAN_OPTIONS=print_stacktrace=1:halt_on_error=1
-export TSAN_OPTIONS=ignore_noninstrumented_modules=1:halt_on_error=1:second_deadlock_stack=1
+export TSAN_OPTIONS=suppressions=$root/tools/tsan_suppressions.txt:ignore_noninstrumented_modules=1:exitcode=66:log_path=$build/tsan
 runtimes="$(gcc -print-file-name=$runtime) $(gcc -print-file-name=libstdc++.so)"
 if [ $# -eq 0 ] && [ "$kind" = address ]; then
   set -- "$root"/tests/kernels/cpu "$root"/tests/kernels/test_level_tables.py "$root"/tests/formats/test_bitplanes.py \
@@ -56,6 +56,10 @@ elif [ $# -eq 0 ]; then
   set -- "$root"/tests/kernels/cpu/test_native_same_bits.py "$root"/tests/backends/test_native_backend.py \
     "$root"/tests/engine/test_engine_thread.py "$root"/tests/engine/test_batch_engine.py
 fi
+rm -f "$build"/tsan.*
 cd "$view"
 LD_PRELOAD=$runtimes PYTHONPATH=$view:${PYTHONPATH:-} PYTHONMALLOC=malloc \
-  python -m pytest -q -p no:cacheprovider -c "$root/pyproject.toml" --rootdir "$root" "$@"
+  python -m pytest -q -p no:cacheprovider -c "$root/pyproject.toml" --rootdir "$root" "$@" || result=$?
+# (pytest keeps what a process writes, so reports go to files.)
+if compgen -G "$build/tsan.*" >/dev/null; then cat "$build"/tsan.*; exit 66; fi
+exit "${result:-0}"

@@ -63,7 +63,7 @@ def judge(target: Target, data: bytes) -> Finding | None:
     seconds, grown = time.process_time() - start, _peak_bytes() - peak
     if seconds > SECONDS:
         return Finding("slow", f"{seconds:.1f} seconds", data)
-    if grown > MEMORY_BYTES + 2 * len(data):
+    if target.frugal and grown > MEMORY_BYTES + 2 * len(data):
         return Finding("memory", f"{grown >> 20} MB for {len(data)} bytes", data)
     return None
 

@@ -22,6 +22,7 @@ class Native(Target):
     """The first byte says which entry point is called, the others with what."""
 
     longest = 1024
+    frugal = False  # who asks for a cache of two gigabytes is given one
     # What nanobind and the module say of wrong arguments; MemoryError where somebody asks for too much.
     allowed = (ValueError, TypeError, IndexError, RuntimeError, OverflowError, OSError, MemoryError, KbitError)
 

@@ -40,11 +40,13 @@ class Target(ABC):
         longest: bytes of an input at most.
         words: pieces of the format, which mutations put in.
         allowed: errors that are right answers to wrong input.
+        frugal: whether an input may not take much memory.
     """
 
     longest = 4096
     words: tuple[bytes, ...] = ()
     allowed: tuple[type[BaseException], ...] = (KbitError,)
+    frugal = True
 
     def __init__(self, scratch: Path) -> None:
         """scratch: an empty folder for files that the target writes."""
