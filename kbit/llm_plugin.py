@@ -64,7 +64,8 @@ class KbitModel(llm.Model):  # type: ignore[misc]  # (what llm has of types is n
             conversation: llm's own record of it: not needed.
 
         Raises:
-            KbitError and its kinds: as `kbit.load` and `Model.chat`; what is no text (llm itself refuses tools and schemas).
+            KbitError and its kinds: as `kbit.load` and `Model.chat`, and for parts that are no text. (Tools and schemas
+                llm itself refuses.)
         """
         messages = [_message(message) for message in prompt.messages]
         model = _loaded(self._model)  # (held until the answer is there, should another model take its place)
