@@ -71,7 +71,7 @@ def test_zsh_takes_the_script(script: Path) -> None:
 @pytest.mark.parametrize("script", ["bash"], indirect=True)
 def test_every_command_is_in_it(script: Path) -> None:
     text = script.read_text()
-    assert all(f"_shtab_kbit_{name}_option_strings=" in text for name in COMMANDS)
+    assert all(f"_shtab_kbit_{name.replace('-', '_')}_option_strings=" in text for name in COMMANDS)
 
 
 def test_another_shell(monkeypatch: pytest.MonkeyPatch) -> None:

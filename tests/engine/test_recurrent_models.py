@@ -37,7 +37,7 @@ class Counting:
         return self.decoder.extend(ids, cache, last_only)
 
 
-@pytest.mark.parametrize("settings", [{}, {"temperature": 0.9, "seed": 3}], ids=["greedy", "sampled"])
+@pytest.mark.parametrize("settings", [{}, {"temperature": 0.9, "seed": 5}], ids=["greedy", "sampled"])
 def test_drafts_leave_no_trace(model: LoadedModel, settings: dict[str, Any]) -> None:
     """Drafts that hold, that hold in part, and that never do; by a model that goes back, too."""
     params = SamplingParams(**settings)

@@ -96,7 +96,7 @@ def test_the_table_compares_at_no_more_bits() -> None:
     ours.append(row("kbit", "rtn", "nf4-b64", 4.25, 0.01))
     peers = [row("llama.cpp", "imatrix", "IQ3_S", 3.44, 0.025), row("llama.cpp", "imatrix", "IQ2_S", 2.5, 0.1)]
     shown = tables(ours + peers)
-    assert "| llama.cpp IQ3_S | 3.44 | ldlq2 nf3-b64 | 3.25 | 0.80 (0.80 to 0.80) | 0.6 |" in shown
+    assert "| llama.cpp IQ3_S | 3.44 | ldlq2 nf3-b64 | 3.25 | 0.80 (0.80 to 0.80) | 0.33 |" in shown
     assert "| IQ2_S | 2.50" not in shown  # nothing of kbit's is as small
     assert "**m** (compared with its file as it is), 2,000 tokens of text in windows of 64" in shown
 

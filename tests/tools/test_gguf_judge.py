@@ -53,6 +53,6 @@ def test_verdicts(judge: Any) -> None:
     assert differs.line(False).endswith("DIFFER")
     assert lost.line(False).endswith("not in the file")
     assert known.line(False).endswith("windows off")
-    assert same.line(True).split() == ["c", "0.0e+00", "1.0e-05"]
-    assert none.line(True).split() == ["d", "-", "-", "converter:", "no"]
-    assert none.line(False).split() == ["d", "-", "-"]
+    assert same.line(True).split() == ["c", "0.0e+00", "1.0e-05", "-"]
+    assert none.line(True).split() == ["d", "-", "-", "-", "converter:", "no"]
+    assert none.line(False).split() == ["d", "-", "-", "-"]

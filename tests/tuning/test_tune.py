@@ -7,7 +7,6 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -22,6 +21,7 @@ from tune_cases import own_cache as own_cache
 from kbit.backends.triton.backend import TritonBackend
 from kbit.formats.blockwise import quantize_blockwise
 from kbit.formats.quant_format import QuantFormat
+from kbit.gpu_check import measuring
 from kbit.host.errors import KbitError, UnsupportedError, UsageError
 from kbit.kernels.triton.codecs.layout import TritonWeight, prepare_weight
 from kbit.kernels.triton.product import configs
@@ -342,16 +342,11 @@ def test_the_timer_empties_the_cache_and_replays(monkeypatch: pytest.MonkeyPatch
 @pytest.mark.parametrize("captures", [True, False])
 def test_rotation(monkeypatch: pytest.MonkeyPatch, captures: bool) -> None:
     """The benchmarks' clock: time per launch, of a graph of all or, where nothing can be captured, of all directly."""
-    monkeypatch.syspath_prepend(str(Path(__file__).resolve().parents[2] / "benchmarks"))
-    monkeypatch.delitem(sys.modules, "gpu", raising=False)
-    import gpu as module
-
     gpu = Gpu(monkeypatch, captures=captures)
-    rotation = module.Rotation([gpu.launch] * 4)
+    rotation = measuring.Rotation([gpu.launch] * 4)
     assert rotation.graph == captures
     del gpu.log[:]
     assert rotation.seconds() == pytest.approx(0.5e-3 / 4)
     once = ["replay"] if captures else ["launch"] * 4
-    assert gpu.log == ["record", *once, "record"] * module.REPLAYS + ["wait"]
-    assert (module.copies_for(10), module.copies_for(1 << 40), module.copies_for(100 << 20)) == (64, 2, 6)
-    monkeypatch.delitem(sys.modules, "gpu")
+    assert gpu.log == ["record", *once, "record"] * measuring.REPLAYS + ["wait"]
+    assert (measuring.copies_for(10), measuring.copies_for(1 << 40), measuring.copies_for(100 << 20)) == (64, 2, 6)
