@@ -40,7 +40,8 @@ class Wanted:
 
 
 def refuse_what_does_not_fit(source: CheckpointSource, wanted: Wanted, name: str) -> None:
-    """
+    """Ends what a limit leaves no memory for, before it takes any.
+
     Args:
         source: the model, opened; its tokenizer has been read.
         wanted: of it.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import sys
 from collections.abc import AsyncIterator, Collection, Mapping
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from time import time
 from typing import Any
@@ -107,10 +107,8 @@ def make_app(models: Models, options: ServeOptions | None = None) -> FastAPI:
 
 
 async def _load_first(models: Models) -> None:
-    try:
+    with suppress(KbitError):  # kept in the model, and told by whoever runs the server
         await models.ready(None)
-    except KbitError as error:
-        sys.stderr.write(f"kbit: error: {one_line(error, 1000)}\n")
 
 
 async def _told(http: HttpRequest, error: Exception) -> Response:
