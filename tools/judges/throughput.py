@@ -65,7 +65,9 @@ async def one(client: httpx.AsyncClient, prompts: list[str], tokens: int, long: 
 async def compare(addresses: dict[str, str], flags: argparse.Namespace) -> None:
     """Runs all, and prints medians and ratios."""
     number = int(time.time()) % 100000 * 1000
-    clients = {name: httpx.AsyncClient(base_url=address, timeout=900) for name, address in addresses.items()}
+    # A connection for every request: llama-server ends idle ones after five seconds, perhaps as they are used.
+    limits = httpx.Limits(max_keepalive_connections=0)
+    clients = {name: httpx.AsyncClient(base_url=url, timeout=900, limits=limits) for name, url in addresses.items()}
     cases = [(int(each), 0) for each in flags.clients.split(",")]
     if flags.long:
         cases.append((4, flags.long))
