@@ -11,8 +11,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from kbit.checkpoint.gguf.keys import Keys
-from kbit.checkpoint.gguf.metadata import GGUFHeader, GGUFTensor, quoted
+from kbit.checkpoint.gguf.metadata import GGUFHeader, GGUFTensor
 from kbit.checkpoint.gguf.names import Architecture
+from kbit.checkpoint.gguf.tensor_table import check_tensors
 from kbit.checkpoint.source import CANONICAL
 from kbit.host.errors import CheckpointError, UnsupportedError
 
@@ -139,7 +140,7 @@ def encoder_config(header: GGUFHeader, arch: Architecture, tensors: Mapping[str,
     shapes |= {f"{_EMBEDDING_NORM}.{kind}": (hidden,) for kind in ("weight", "bias")}
     for layer in range(layers):
         shapes |= _layer(arch, layer, hidden, mlp, biased)
-    _check(header, arch, tensors, shapes)
+    check_tensors(header, arch.name, tensors, shapes)
     config: dict[str, Any] = {
         "architectures": [arch.hf_class],
         "model_type": arch.model_type,
@@ -199,22 +200,3 @@ def _layer(arch: Architecture, layer: int, hidden: int, mlp: int, biased: bool) 
         if biased:
             shapes[f"{prefix}{whole}.bias"] = (rows,)
     return shapes
-
-
-def _check(
-    header: GGUFHeader, arch: Architecture, tensors: Mapping[str, GGUFTensor], shapes: Mapping[str, tuple[int, ...]]
-) -> None:
-    """Every expected tensor is there with its shape, and nothing else is."""
-    for name, shape in shapes.items():
-        if name not in tensors:
-            raise CheckpointError(
-                f"{header.path}: tensor '{name}' is missing; the file is incomplete, download or convert it again"
-            )
-        if tensors[name].shape != shape:
-            header.fail(f"tensor '{name}' has the shape {tensors[name].shape}, the metadata says {shape}")
-    for name in tensors:
-        if name not in shapes:
-            raise UnsupportedError(
-                f"{header.path}: tensor {quoted(name)} has no place in a {arch.name} model that kbit knows; leaving it "
-                "out would change the model"
-            )

@@ -11,10 +11,11 @@ from collections.abc import Mapping
 from typing import Any
 
 from kbit.checkpoint.gguf.keys import Keys
-from kbit.checkpoint.gguf.metadata import GGUFHeader, GGUFTensor, quoted
+from kbit.checkpoint.gguf.metadata import GGUFHeader, GGUFTensor
 from kbit.checkpoint.gguf.names import Architecture
 from kbit.checkpoint.gguf.orders import Piece
-from kbit.host.errors import CheckpointError, UnsupportedError
+from kbit.checkpoint.gguf.tensor_table import check_tensors
+from kbit.host.errors import UnsupportedError
 
 _OUTSIDE = {
     "token_embd.weight": "shared.weight",
@@ -158,19 +159,7 @@ def _check(header: GGUFHeader, tensors: Mapping[str, GGUFTensor], config: Mappin
                     shapes[name] = (hidden, mlp) if part == "ffn_down" else (mlp, hidden)
                 else:
                     shapes[name] = sizes[kind]
-    for name, shape in shapes.items():
-        if name not in tensors:
-            raise CheckpointError(
-                f"{header.path}: tensor '{name}' is missing; the file is incomplete, download or convert it again"
-            )
-        if tensors[name].shape != shape:
-            header.fail(f"tensor '{name}' has the shape {tensors[name].shape}, the metadata says {shape}")
-    for name in tensors:
-        if name not in shapes:
-            raise UnsupportedError(
-                f"{header.path}: tensor {quoted(name)} has no place in a T5 model that kbit knows; leaving it out "
-                "would change the model"
-            )
+    check_tensors(header, "T5", tensors, shapes)
 
 
 T5 = Architecture("t5", "t5", "T5ForConditionalGeneration", keys=_KEYS, outside={}, linears={}, norms={})
