@@ -235,8 +235,9 @@ def load(model: ServedModel, options: ModelOptions, progress: Callable[[int, int
     """
     from kbit.models.families import spec_from_config
     from kbit.models.opening import open_model
+    from kbit.quantizers.widths import at_width
 
-    path, bits = (model.path, None) if model.bits is None else _at_width(model.path, model.bits)
+    path, bits = (model.path, None) if model.bits is None else at_width(model.path, model.bits)
     with open_model(path, bits) as source:
         model.fingerprint = _fingerprint(source, options)
         spec = spec_from_config(source.config, where=f"config of {source.path}")
@@ -266,7 +267,8 @@ def load(model: ServedModel, options: ModelOptions, progress: Callable[[int, int
 
 
 def _refuse_too_large(model: ServedModel, options: ModelOptions, source: CheckpointSource) -> None:
-    """
+    """Ends what a limit leaves no memory for, before weights are read.
+
     Raises:
         KbitError: a limit leaves this process less than the model takes, with the cache that was asked for; where none
             was asked for, it will take a part of what is left.
@@ -290,13 +292,6 @@ def _fingerprint(source: CheckpointSource, options: ModelOptions) -> str:
 
     words = [__version__, options.backend.name, options.backend.describe(), source.fingerprint()]
     return blake2b("\n".join(words).encode(), digest_size=6).hexdigest()
-
-
-def _at_width(path: str, bits: int) -> tuple[str, int | None]:
-    """A model at so many bits: what to load, and at which of its widths."""
-    from kbit.quantizers.widths import at_width
-
-    return at_width(path, bits)
 
 
 def served_name(model: str) -> tuple[str, str]:
