@@ -251,21 +251,6 @@ def decode(a, b, c, values, magic, BITS: tl.constexpr, KIND: tl.constexpr, STEPS
 
 
 @triton.jit
-def decode_int8(a, b, c, BITS: tl.constexpr, STEPS: tl.constexpr):
-    """Words of an integer format's planes -> codes minus 2^(BITS - 1), int8 (W, 32, STEPS, 2, 2, 2)."""
-    A: tl.constexpr = 8 if BITS == 8 else (4 if BITS >= 4 else 2)
-    W: tl.constexpr = a.shape[0]
-    a, b, c = aligned(a, b, c, BITS, False)
-    if A <= 4:
-        a, b, c = halved(a, 4), halved(b, 4), halved(c, 4)
-    if A == 2:
-        a, b, c = halved(a, 2), halved(b, 2), halved(c, 2)
-    codes = fields(a, b, c, 0, 0, BITS, False)
-    codes = tl.join(codes, codes >> 16) & ((1 << BITS) - 1)
-    return tl.reshape((codes - (1 << (BITS - 1))).to(tl.int8), (W, 32, STEPS, 2, 2, 2))
-
-
-@triton.jit
 def part(values, INDEX: tl.constexpr, COUNT: tl.constexpr):
     """The INDEX-th of COUNT (1, 2, ..., 16) equal runs of steps: (W, 32, S, 2, 2, 2) -> (W, 32, S / COUNT, 2, 2, 2)."""
     W: tl.constexpr = values.shape[0]
