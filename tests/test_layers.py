@@ -29,7 +29,7 @@ LAYERS = (
     ("evaluate",),
     ("scaling", "planner"),
     ("api", "modules"),
-    ("transformers", "llm_plugin"),
+    ("transformers", "vllm", "llm_plugin"),
     ("serve",),
     ("cli", "__main__"),
 )
