@@ -149,15 +149,28 @@ def _messages(body: CountBody) -> list[dict[str, Any]]:
         plain.append({"role": "system", "content": text})
     for index, message in enumerate(body.messages):
         content, role = message.get("content"), message.get("role")
-        if role not in ("user", "assistant"):
-            raise bad_request(f"messages[{index}].role {role!r}: use user or assistant", "messages")
-        if isinstance(content, str):
-            plain.append({"role": role, "content": content})
-        elif isinstance(content, list):
-            plain += _turn(role, content, f"messages[{index}]")
-        else:
+        if role not in ("user", "assistant", "system"):
+            raise bad_request(f"messages[{index}].role {role!r}: use user, assistant or system", "messages")
+        if not isinstance(content, (str, list)):
             raise bad_request(f"messages[{index}].content: expected text or a list of blocks", "messages")
+        turn = [{"role": role, "content": content}]
+        if isinstance(content, list):
+            turn = _turn(role, content, f"messages[{index}]")
+        if role == "system":
+            _add_instructions(plain, "\n".join(str(part["content"]) for part in turn))
+        else:
+            plain += turn
     return plain
+
+
+def _add_instructions(messages: list[dict[str, Any]], text: str) -> None:
+    """Instructions amid a conversation, which most templates have no place for: at its beginning they are part of the
+    system's, later of what the user says there."""
+    if not messages or messages[-1]["role"] not in ("system", "user"):
+        messages.append({"role": "user" if messages else "system", "content": text})
+    else:
+        before = messages[-1]["content"]
+        messages[-1]["content"] = f"{before}\n\n{text}" if before else text
 
 
 def _turn(role: str, blocks: list[Any], where: str) -> list[dict[str, Any]]:

@@ -13,6 +13,8 @@ import pytest
 from serve_cases import error_of, serving, with_template
 from starlette.testclient import TestClient
 
+from kbit.serve.anthropic import CountBody, _messages
+
 HELLO = [{"role": "user", "content": "Who was in the house?"}]
 SCHEMA = {
     "type": "object",
@@ -80,6 +82,26 @@ def test_anthropic_messages(client: TestClient, expected: str) -> None:
     assert counts[0] == counts[1]
 
 
+def test_anthropic_instructions_amid_a_conversation(client: TestClient) -> None:
+    """Claude Code sends them as messages; most templates know the system's at the beginning only."""
+    system, reply = {"role": "system", "content": "Be brief."}, {"role": "assistant", "content": "A cat."}
+
+    def said(*messages: dict[str, Any]) -> list[tuple[str, str]]:
+        body = CountBody(messages=list(messages))
+        return [(each["role"], each["content"]) for each in _messages(body)]
+
+    user = ("user", HELLO[0]["content"])
+    assert said(system, HELLO[0]) == [("system", "Be brief."), user]
+    assert said(HELLO[0], system) == [("user", f"{user[1]}\n\nBe brief.")]
+    assert said(HELLO[0], reply, {**system, "content": [{"type": "text", "text": "Be kind."}]}) == [
+        user,
+        ("assistant", "A cat."),
+        ("user", "Be kind."),
+    ]
+    answer = post(client, "/v1/messages", messages=[*HELLO, system], max_tokens=4)
+    assert answer["type"] == "message"
+
+
 def test_anthropic_tools(client: TestClient) -> None:
     tools = [{"name": "count", "input_schema": SCHEMA}]
     turns = [
@@ -95,7 +117,7 @@ def test_anthropic_tools(client: TestClient) -> None:
     deltas = [data["delta"] for name, data in found if name == "content_block_delta"]
     assert json.loads("".join(delta["partial_json"] for delta in deltas)) == block["input"]
     for wrong, message in (
-        ({"messages": [{"role": "system", "content": "x"}]}, "use user or assistant"),
+        ({"messages": [{"role": "tool", "content": "x"}]}, "use user, assistant or system"),
         ({"messages": [{"role": "user", "content": [{"type": "image"}]}]}, "reads text and tools"),
         ({"max_tokens": 0}, "max_tokens: "),
         ({"tool_choice": {"type": "some"}}, "use auto, any, tool or none"),
