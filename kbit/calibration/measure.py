@@ -137,7 +137,7 @@ class Passes:
             inputs.append(self._forward(layer, inputs[-1]))
             self._step(1)
         gradient, head = self._head(ends, inputs.pop())
-        tied = ends.head is ends.embedding
+        tied, projection = ends.head is ends.embedding, ends.final.matrices.get("project_in")
         del ends
         self._step(4)
         for layer in reversed(range(self.spec.layers)):
@@ -147,7 +147,7 @@ class Passes:
                 yield LayerFactors(layer, self._factors(layer, collected))
             self._step(3)
         if not skip(None):
-            yield LayerFactors(None, self._outside(head, gradient, tied))
+            yield LayerFactors(None, self._outside(projection, head, gradient, tied))
 
     def forward_only(self, skip: Callable[[int | None], bool]) -> Iterator[LayerFactors]:
         self.total = 2 * self.spec.layers
@@ -244,7 +244,7 @@ class Passes:
             generator = torch.Generator().manual_seed(self.seed + start)
             with torch.enable_grad():
                 x = flat[start : start + step].float().requires_grad_()
-                logits = definition.head(ops, x)  # (R, V)
+                logits = definition.head(ops, blocks.narrowed(ops, self.spec, ends.final, x))  # (R, V)
                 root = torch.softmax(logits.detach(), dim=-1).sqrt_()
                 signs = torch.randint(0, 2, root.shape, generator=generator, dtype=torch.int8).mul_(2).sub_(1)
                 u = root * signs
@@ -296,9 +296,13 @@ class Passes:
             del self.written[layer], self.written_gradients[layer]
         return handed_down
 
-    def _outside(self, head: Factors, gradient: torch.Tensor, tied: bool) -> dict[str, Factors]:
+    def _outside(
+        self, projection: Weight | None, head: Factors, gradient: torch.Tensor, tied: bool
+    ) -> dict[str, Factors]:
         # (Not counting what comes by way of features of layers, which a small part of it makes.)
         flat = gradient.flatten(0, 1) * self.spec.embedding_multiplier
+        if projection is not None:
+            flat = flat @ dense(projection).float()
         flat = flat * light_share(flat.square().sum(dim=1, keepdim=True)).sqrt()  # single tokens are single rows
         second_moment = product(flat.T, flat) / len(flat)
         embedding = parameters(self.spec)[0].name

@@ -62,14 +62,17 @@ class DecoderDefinition:
         self.weights = weights
 
     def body(self, ops: Ops[X], ids: X) -> X:
-        """Token ids -> hidden states (..., hidden), before the final norm; after it, where a task's head follows."""
+        """Token ids -> hidden states (..., hidden), before the final norm; after it, where a task's head or a
+        projection follows."""
         outside = self.weights.final
         x = blocks.embedding(ops, self.spec, self.weights.embedding, outside, ids)
         features = per_layer.features(ops, self.spec, outside, ids, x)
         for index, layer in enumerate(self.weights.layers):
             own = None if features is None else per_layer.of_layer(ops, self.spec, features, index)
             x = blocks.layer(ops, self.spec, layer, index, x, outside.biases.get("distances"), own)
-        return x if self.spec.task is None else blocks.norm(ops, self.spec, outside, "final_norm", x)
+        if self.spec.task is not None:
+            return blocks.norm(ops, self.spec, outside, "final_norm", x)
+        return blocks.narrowed(ops, self.spec, outside, x)
 
     def head(self, ops: Ops[X], hidden: X) -> X:
         """Hidden states (..., hidden) -> logits (..., V). Of an encoder: what the head made of them goes in, and where
@@ -86,14 +89,16 @@ class DecoderDefinition:
         self, positions: NDArray[np.int64], lengths: NDArray[np.int64]
     ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
         """The tables of every rope side by side, and again, times their temperature, for queries that have one; or that
-        alone, where only a part of a head turns."""
+        alone, where only a part of a head turns, or those have it that do not."""
         tables = [rope_tables(rope, positions, lengths) for rope in self.spec.ropes]
         cos, sin = (np.concatenate(parts, axis=-1) for parts in zip(*tables, strict=True))
-        if self.spec.query_temperature is None:
+        tempered = self.spec.query_temperature or self.spec.unturned_temperature
+        if tempered is None:
             return cos, sin
-        beta, period = self.spec.query_temperature
-        factor = (1.0 + beta * np.log1p(positions // period)).astype(np.float32)[..., None]
-        if self.spec.rope.dim < self.spec.head_dim:
+        beta, period = tempered
+        after = 0 if self.spec.query_temperature else 1
+        factor = (1.0 + beta * np.log1p((positions + after) // period)).astype(np.float32)[..., None]
+        if after or self.spec.rope.dim < self.spec.head_dim:
             whole = np.broadcast_to(factor, (*cos.shape[:-1], self.spec.head_dim // 2))
             return np.concatenate([cos, whole], axis=-1), np.concatenate([sin, np.zeros_like(whole)], axis=-1)
         return np.concatenate([cos, cos * factor], axis=-1), np.concatenate([sin, sin * factor], axis=-1)
@@ -162,7 +167,7 @@ class Decoder:
         """
         self._reserve(batch, cache)
         if not len(batch):
-            return np.empty((0, self.spec.hidden_size), dtype=np.float32)
+            return np.empty((0, self.spec.embedding_width), dtype=np.float32)
         return self._runner.hidden(batch, cache)
 
     def run_head(self, hidden: Array) -> Array:
