@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -23,6 +24,10 @@ FORMATS = (
     "trellis2-l12",
     "trellis5-l12-h32",
     "trellis4-h128",
+    "trellis2.5",
+    "trellis3.5",
+    "trellis4.5-l12",
+    "trellis5.5",
 )
 SHAPES = ((33, 128, 1), (16, 200, 3), (50, 321, 13), (7, 16, 2))
 ULP = 2.0**-24
@@ -89,7 +94,7 @@ def test_sets_agree_to_the_bit(contexts: Callable[[str], _native.Context], forma
 
 
 @pytest.mark.parametrize("compute", ["int8", "fp32", "bf16"])
-@pytest.mark.parametrize("format", ["trellis2", "trellis3", "trellis6", "trellis8"])
+@pytest.mark.parametrize("format", ["trellis2", "trellis3", "trellis3.5", "trellis6", "trellis8"])
 @pytest.mark.parametrize("isa", SETS)
 def test_a_row_does_not_depend_on_the_others(
     contexts: Callable[[str], _native.Context], isa: str, format: str, compute: str
@@ -122,3 +127,39 @@ def test_what_cannot_be_multiplied_together_is_refused() -> None:
     codes, scales = np.zeros((1, 1, 64), dtype=np.uint8), np.zeros((17, 1), dtype=np.uint16)
     with pytest.raises(ValueError, match="rows / 16"):
         _native.Matrix.trellis(codes, 2, "sum2", 16, 16, scales, np.zeros(2, dtype=np.uint8), 16, context)
+    with pytest.raises(ValueError, match="sum2: 2"):
+        _native.Matrix.trellis(codes, 2, "sum2", 16, 16, scales, np.zeros(2, dtype=np.uint8), 16, context, half=True)
+    with pytest.raises(ValueError, match="only trellises have half a bit"):
+        _native.map_matrix(_native.MappedFile(__file__), 16, 16, 2, 0, "fp16", False, [0, 0, 0, 0], half=True)
+
+
+def test_a_prepared_file_holds_half_widths(tmp_path: Path) -> None:
+    context, x = _native.Context(None, 1), inputs(3, 200)
+    weight = trellis_tensor("trellis2.5", 40, 200)
+    matrix = prepare(weight, context).matrix
+    begins, data = [], b""
+    for array in _native.matrix_arrays(matrix):
+        begins.append(len(data))
+        data += array.tobytes() + bytes(-len(array) % 64)
+    (tmp_path / "prepared").write_bytes(data)
+    mapped = _native.map_matrix(
+        _native.MappedFile(str(tmp_path / "prepared")), **_native.describe_matrix(matrix), begins=begins
+    )
+    found = []
+    for kept in (matrix, mapped):
+        program = _native.Program(context, "int8")
+        hidden = program.buffer(200)
+        program.finish(hidden)
+        program.head(kept, None, 0.0)
+        out = np.full((3, 40), np.nan, dtype=np.float32)
+        program.logits(x.numpy(), out)
+        found.append(out)
+    assert found[0].tobytes() == found[1].tobytes() == multiply(context, weight, x, "int8").tobytes()
+
+
+def test_bytes_are_planned_as_they_are_kept() -> None:
+    context = _native.Context(None, 1)
+    for format in ("trellis3", "trellis3.5"):
+        weight = trellis_tensor(format, 40, 200)
+        kept = prepare(weight, context).matrix
+        assert kept.nbytes == _native.matrix_bytes(40, 200, 3, 0, "fp16", False, half=format == "trellis3.5")
