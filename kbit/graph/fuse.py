@@ -63,20 +63,20 @@ def _adapt_sums(operations: Sequence[Operation], result: Symbol) -> list[Operati
     waiting: dict[Symbol, Adapt] = {}  # by what they make, which the next sum reads
     moved: list[Operation] = []
     for index, operation in enumerate(operations):
-        if isinstance(operation, Adapt) and len(operation.outs) == 1 and uses[operation.outs[0]] == 1:
-            after = next((each for each in operations[index + 1 :] if operation.outs[0] in reads(each)), None)
-            if isinstance(after, SumParts) or (isinstance(after, Add) and after.y is operation.outs[0]):
-                waiting[operation.outs[0]] = operation
-                continue
         summed = operation.x if isinstance(operation, SumParts) else operation.y if isinstance(operation, Add) else None
         if isinstance(operation, SumParts | Add) and summed in waiting:
-            adapt = waiting.pop(summed)
-            out = Symbol(operation.out.width)
+            adapt, out = waiting.pop(summed), Symbol(operation.out.width)
             if isinstance(operation, SumParts):
                 moved.append(replace(operation, x=adapt.ys[0], out=out))
             else:
                 moved.append(replace(operation, y=adapt.ys[0], out=out))
             operation = replace(adapt, ys=(out,), outs=(operation.out,))
+        if isinstance(operation, Adapt) and len(operation.outs) == 1 and uses[operation.outs[0]] == 1:
+            (made,) = operation.outs
+            after = next((each for each in operations[index + 1 :] if made in reads(each)), None)
+            if isinstance(after, SumParts) or (isinstance(after, Add) and after.y is made):
+                waiting[made] = operation
+                continue
         moved.append(operation)
     return moved
 

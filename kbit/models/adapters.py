@@ -16,11 +16,13 @@ from kbit.checkpoint.readers.lora_file import CONFIG, LoraFile, is_adapter
 from kbit.checkpoint.source import CANONICAL, StoredSource, TensorInfo
 from kbit.formats.stored import KINDS, DenseMatrix, narrowed
 from kbit.graph.backend import Backend, PreparesStored
+from kbit.graph.operations import Symbol
 from kbit.graph.ops import LowRank, Weight
+from kbit.graph.recording import Recorder
 from kbit.host.errors import CheckpointError, UnsupportedError, UsageError
-from kbit.models.adapted import Adapters
+from kbit.models.adapted import AdaptedDefinition, Adapters
 from kbit.models.canonical import canonical, origin
-from kbit.models.decoder import Decoder
+from kbit.models.decoder import Decoder, DecoderDefinition
 from kbit.models.params import own_parameters
 
 if TYPE_CHECKING:
@@ -42,7 +44,8 @@ def add_adapters(decoder: Decoder, config: Mapping[str, Any], folders: Mapping[s
         CheckpointError: a damaged adapter, or one of another model; the message names the file.
         UnsupportedError: one that is more than pairs of factors of the layers' matrices, or a backend that runs none.
     """
-    matrices = {p.name: (p.layer, p.slot) for p in own_parameters(decoder.spec) if p.role == "linear"}
+    multiplied = (p for p in own_parameters(decoder.spec) if p.role in ("linear", "router"))
+    matrices = {p.name: (p.layer, p.slot) for p in multiplied if p.layer is not None}
     factors: dict[Weight, list[LowRank | None]] = {}
     labels: dict[Weight, str] = {}
     for number, folder in enumerate(folders.values()):
@@ -60,7 +63,6 @@ def add_adapters(decoder: Decoder, config: Mapping[str, Any], folders: Mapping[s
                         "adapter of another; or open its folder as the model, which adds it to the weights"
                     )
                 layer, slot = matrices[name]
-                assert layer is not None
                 weight = decoder.weights.layers[layer].matrices[slot]
                 if weight.shape != (found.up.shape[0], found.down.shape[1]):
                     raise CheckpointError(
@@ -70,7 +72,10 @@ def add_adapters(decoder: Decoder, config: Mapping[str, Any], folders: Mapping[s
                 factors.setdefault(weight, [None] * len(folders))[number] = found
                 labels[weight] = name
     fixed = {weight: tuple(of_adapters) for weight, of_adapters in factors.items()}
-    return Decoder(decoder.spec, decoder.backend, decoder.weights, Adapters(tuple(folders), fixed, labels))
+    adapters = Adapters(tuple(folders), fixed, labels)
+    recorder = Recorder(Symbol(1))
+    AdaptedDefinition(DecoderDefinition(decoder.spec, decoder.weights), adapters).body(recorder, recorder.input)
+    return Decoder(decoder.spec, decoder.backend, decoder.weights, adapters)
 
 
 def _refuse_replaced(lora: LoraFile) -> None:
