@@ -38,6 +38,7 @@ class LoadedModel:
         bits: the one it runs at.
         load_width: makes the decoder of another; None where there is no other.
         folders: of the LoRA adapters that its texts may have, by name.
+        adapter: which of them all of its texts have where nothing else is said; None: none.
     """
 
     name: str
@@ -49,6 +50,7 @@ class LoadedModel:
     bits: int | None = None
     load_width: Callable[[int], Decoder] | None = None
     folders: Mapping[str, str] = field(default_factory=dict)
+    adapter: str | None = None
 
     @property
     def backend_name(self) -> str:
@@ -72,7 +74,31 @@ class LoadedModel:
             return self
         start = perf_counter()
         decoder = _with_adapters(self.load_width(bits), self.name, self.folders)
+        decoder = decoder if self.adapter is None else decoder.with_adapter(self.adapter)
         return replace(self, decoder=decoder, bits=bits, load_seconds=perf_counter() - start)
+
+    def with_adapter(self, name: str) -> LoadedModel:
+        """The same model with one of its adapters, and the chat template that is saved with that, if any.
+
+        Raises:
+            UsageError: there is no such adapter.
+            CheckpointError: its template cannot be read.
+        """
+        decoder = self.decoder.with_adapter(name)
+        tokenizer = with_template_of(self.tokenizer, self.folders[name])
+        return replace(self, decoder=decoder, tokenizer=tokenizer, adapter=name)
+
+
+def with_template_of(tokenizer: Tokenizer, folder: str) -> Tokenizer:
+    """A model's tokenizer with the chat template of an adapter's folder, where there is one.
+
+    Raises:
+        CheckpointError: it cannot be read.
+    """
+    from kbit.checkpoint.readers.hf_folder import SIDECAR_NAMES, read_sidecar
+
+    names = [name for name in SIDECAR_NAMES if (Path(folder) / name).is_file()]
+    return tokenizer.with_templates_of({name: read_sidecar(Path(folder) / name) for name in names}, folder)
 
 
 def load_model(

@@ -12,14 +12,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from kbit.checkpoint.readers.lora_file import CONFIG, LoraFile, is_adapter
+from kbit.checkpoint.readers.lora_file import LoraFile, check_adapter
 from kbit.checkpoint.source import CANONICAL, StoredSource, TensorInfo
 from kbit.formats.stored import KINDS, DenseMatrix, narrowed
 from kbit.graph.backend import Backend, PreparesStored
 from kbit.graph.operations import Symbol
 from kbit.graph.ops import LowRank, Weight
 from kbit.graph.recording import Recorder
-from kbit.host.errors import CheckpointError, UnsupportedError, UsageError
+from kbit.host.errors import CheckpointError, UnsupportedError
 from kbit.models.adapted import AdaptedDefinition, Adapters
 from kbit.models.canonical import canonical, origin
 from kbit.models.decoder import Decoder, DecoderDefinition
@@ -49,9 +49,7 @@ def add_adapters(decoder: Decoder, config: Mapping[str, Any], folders: Mapping[s
     factors: dict[Weight, list[LowRank | None]] = {}
     labels: dict[Weight, str] = {}
     for number, folder in enumerate(folders.values()):
-        path = Path(folder)
-        if not is_adapter(path):
-            raise UsageError(f"{path}: no LoRA adapter: name a folder with {CONFIG} and adapter_model.safetensors")
+        path = check_adapter(folder)
         with ExitStack() as stack:
             lora = LoraFile(path)
             stack.callback(lora.close)

@@ -16,7 +16,7 @@ from kbit.checkpoint.foreign import refuse_pointers
 from kbit.checkpoint.readers.floats import to_float32
 from kbit.checkpoint.readers.hf_folder import SIDECAR_NAMES
 from kbit.checkpoint.readers.safetensors_file import SafetensorsFile
-from kbit.host.errors import CheckpointError, UnsupportedError, one_line
+from kbit.host.errors import CheckpointError, UnsupportedError, UsageError, one_line
 from kbit.host.files import read_json_object
 
 if TYPE_CHECKING:
@@ -51,6 +51,18 @@ def is_adapter(folder: Path) -> bool:
     weights = {path.name for path in folder.glob("*.safetensors")} - {WEIGHTS}
     has = (folder / WEIGHTS).is_file() or ((folder / PICKLE).is_file() and not (folder / "config.json").is_file())
     return (folder / CONFIG).is_file() and has and not weights and not any(folder.glob("*.gguf"))
+
+
+def check_adapter(folder: str | Path) -> Path:
+    """An adapter's folder.
+
+    Raises:
+        UsageError: it is none.
+    """
+    path = Path(folder)
+    if not is_adapter(path):
+        raise UsageError(f"{folder}: no LoRA adapter: name a folder with {CONFIG} and {WEIGHTS}")
+    return path
 
 
 def base_of(folder: Path) -> str:
