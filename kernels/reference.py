@@ -11,7 +11,7 @@ Inputs of other float types are converted to float32 on entry; results are float
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -395,3 +395,29 @@ def activate(gate: torch.Tensor, up: torch.Tensor | None, kind: str) -> torch.Te
 def logits(x: torch.Tensor, weight: torch.Tensor | QuantTensor) -> torch.Tensor:
     """Scores of every vocabulary entry: x (..., K), weight (V, K) -> (..., V) float32."""
     return linear(x, weight)
+
+
+def add_low_rank(
+    y: torch.Tensor,
+    x: torch.Tensor,
+    factors: Sequence[tuple[torch.Tensor, torch.Tensor, float] | None],
+    adapters: torch.Tensor,
+) -> torch.Tensor:
+    """Products with what the adapters of their rows add (LoRA, Hu et al. 2021).
+
+    Args:
+        y: (T, N).
+        x: (T, K).
+        factors: of every adapter A (R, K), B (N, R) and s, R being its own; None where it adds nothing.
+        adapters: (T,), which one each row has, -1 for none.
+
+    Returns:
+        y + s (x A^T) B^T, row by row, (T, N) float32.
+    """
+    out = y.float().clone()
+    for index, each in enumerate(factors):
+        if each is not None:
+            down, up, scale = each
+            rows = adapters == index
+            out[rows] += scale * (x[rows].float() @ down.float().T) @ up.float().T
+    return out

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from os import PathLike, fspath
 from typing import TYPE_CHECKING, Any, TypeAlias, cast, overload
@@ -283,6 +283,9 @@ class Model:
         from kbit.engine.conversation import chat_prompt
 
         loaded, _ = self._generating()
+        name = settings.get("adapter")
+        if name is not None:
+            loaded = loaded.with_adapter(name)  # (its chat template)
         turns = [{"role": "user", "content": messages}] if isinstance(messages, str) else messages
         ids = chat_prompt(loaded.tokenizer, turns, self.name)
         return request_of(ids, settings, loaded.decoder.spec, continues_prompt=False)
@@ -307,6 +310,7 @@ def load(
     context: int | None = None,
     cache_bytes: int | None = None,
     seats: int = 64,
+    adapters: Mapping[str, str | PathLike[str]] | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Model:
     """Loads a model.
@@ -322,6 +326,8 @@ def load(
         cache_bytes: memory for keys and values; None: for 32768 tokens or one whole context, at most a quarter of what
             is free.
         seats: most answers that are written at once.
+        adapters: folders of LoRA adapters as PEFT saves them, by the names that requests call them
+            (`Settings.adapter`); the weights stay as they are.
         progress: called as (tensors done, tensors in all) while weights are read and prepared.
 
     Raises:
@@ -346,6 +352,8 @@ def load(
             return Embedder(source, computing)
 
     if not generates:
+        if adapters:
+            raise UnsupportedError(f"{name} is an encoder, which takes no adapters: open the adapter's folder instead")
         made = Model(name, None, None, None, make_embedder)
         made._embedder = make_embedder()
         return made
@@ -358,7 +366,10 @@ def load(
         nonlocal defaults
         defaults = sampling_defaults(source, name)
 
-    loaded = load_model(path, backend=who, bits=bits if path == name else None, check=look, progress=progress)
+    folders = {each: fspath(folder) for each, folder in (adapters or {}).items()}
+    loaded = load_model(
+        path, backend=who, bits=bits if path == name else None, check=look, progress=progress, adapters=folders
+    )
     runner = Runner(batch_engine(loaded, context=context, cache_bytes=cache_bytes, seats=seats))
     return Model(name, loaded, defaults, runner, make_embedder)
 

@@ -26,6 +26,7 @@ class Settings(TypedDict, total=False):
         stop: text, or several, that ends the answer before it appears.
         logprobs: name so many alternatives at each token, with log-probabilities; 0: only the token's own.
         allow_repetition: do not end an answer that has come to only repeat itself.
+        adapter: name of one of the LoRA adapters that the model was loaded with; None: the model as it is.
     """
 
     max_tokens: int
@@ -41,6 +42,7 @@ class Settings(TypedDict, total=False):
     stop: str | Sequence[str]
     logprobs: int | None
     allow_repetition: bool
+    adapter: str | None
 
 
 @dataclass(frozen=True)

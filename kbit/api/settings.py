@@ -64,6 +64,7 @@ def request_of(ids: Sequence[int], settings: Settings, spec: ModelSpec, *, conti
         continues_prompt=continues_prompt,
         logprobs=named,
         stop_repetition=not given.get("allow_repetition", False),
+        adapter=given.get("adapter"),
     )
 
 

@@ -98,7 +98,7 @@ def _files_of_base(path: Path) -> Iterator[Path]:
     """
     if not (path / "adapter_config.json").is_file():
         return
-    from kbit.checkpoint.readers.lora_folder import base_of, is_adapter
+    from kbit.checkpoint.readers.lora_file import base_of, is_adapter
 
     if not is_adapter(path):
         return

@@ -72,7 +72,8 @@ def open_folder(path: Path) -> CheckpointSource:
     from kbit.checkpoint.packed import READERS
     from kbit.checkpoint.readers.hf_folder import HFFolder
     from kbit.checkpoint.readers.kbit_folder import KbitFolder
-    from kbit.checkpoint.readers.lora_folder import LoraFolder, is_adapter
+    from kbit.checkpoint.readers.lora_file import is_adapter
+    from kbit.checkpoint.readers.lora_folder import LoraFolder
     from kbit.host.files import read_json_object
 
     config = path / "config.json"

@@ -38,6 +38,10 @@ class GenerationFlags:
     """Flags of a command that generates text."""
 
     model: ModelOption = DEFAULT_MODEL
+    adapter: Annotated[
+        str | None,
+        typer.Option("--adapter", metavar="FOLDER", help="A LoRA adapter that PEFT saved, beside the model's weights."),
+    ] = None
     system: Annotated[
         str | None, typer.Option("--system", metavar="TEXT", help="System message of the conversation.")
     ] = None
@@ -231,6 +235,8 @@ def load_to_generate(
     """
     from kbit.backends.select import select_backend
     from kbit.checkpoint.narrowed import widths_of
+    from kbit.checkpoint.readers.lora_file import check_adapter
+    from kbit.engine.loader import with_template_of
     from kbit.engine.sampling_defaults import sampling_defaults
     from kbit.engine.self_speculation import SelfDrafter, asks_for_self, check_widths, draft_bits
     from kbit.engine.speculative import NGRAM, Speculation, load_drafter
@@ -250,7 +256,7 @@ def load_to_generate(
 
         def prepare(tokenizer: Tokenizer, source: CheckpointSource) -> None:
             nonlocal speculation, sampling
-            check(tokenizer, source)
+            check(tokenizer if flags.adapter is None else with_template_of(tokenizer, flags.adapter), source)
             if recommended:
                 sampling = flags.sampling(seed, sampling_defaults(source, model).params)
             if speculate is not None and itself:
@@ -258,7 +264,11 @@ def load_to_generate(
             elif speculate is not None:
                 speculation = Speculation(load_drafter(speculate, model, tokenizer, load), flags.draft_limit())
 
-        loaded = load_whole(model, check=prepare)
+        if flags.adapter is not None:
+            check_adapter(flags.adapter)
+            loaded = load_whole(model, check=prepare, adapters={"adapter": flags.adapter}).with_adapter("adapter")
+        else:
+            loaded = load_whole(model, check=prepare)
         if speculate is not None and itself:
             speculation = Speculation(SelfDrafter(loaded, draft_bits(speculate)), flags.draft_limit())
         return Ready(loaded, sampling, speculation)

@@ -124,7 +124,7 @@ def _answer(text: str, chat: bool, flags: GenerationFlags, as_json: bool) -> Non
     usual = GenerationFlags(flags.model)
     cuts = ("temperature", "top_k", "top_p", "min_p", "typical_p")
     penalties = ("repetition_penalty", "presence_penalty", "frequency_penalty")
-    for name in (*cuts, *penalties, "seed", "stop", "system", "speculate"):
+    for name in (*cuts, *penalties, "seed", "stop", "system", "speculate", "adapter"):
         if getattr(flags, name) not in (getattr(usual, name), []):
             raise UsageError(
                 f"--{name.replace('_', '-')}: {flags.model} is an encoder-decoder, whose texts are not sampled: leave "

@@ -69,6 +69,17 @@ class AccessFlags:
     ] = False
 
 
+AdapterOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--adapter",
+        metavar="NAME=FOLDER",
+        help="A LoRA adapter that PEFT saved, served as a model of this name on the first MODEL's weights; several may "
+        "be given.",
+    ),
+]
+
+
 @dataclass(frozen=True)
 class LimitFlags:
     """How much of everything."""
@@ -175,6 +186,7 @@ def serve(
     access: AccessFlags,
     limits: LimitFlags,
     answers: AnswerFlags,
+    adapter: AdapterOption = None,
     device: DeviceOption = "auto",
     backend: BackendOption = "auto",
     compute: ComputeOption = None,
@@ -193,6 +205,8 @@ def serve(
       kbit serve out/ --port 9000 --api-key secret
 
       kbit serve smollm2=smollm2-135m-instruct smollm2:3=smollm2-135m-instruct:3
+
+      kbit serve smollm2-135m-instruct --adapter poet=poet-lora/ --adapter clerk=clerk-lora/
     """
     from kbit.host.errors import UsageError
 
@@ -211,10 +225,11 @@ def serve(
     except ModuleNotFoundError as error:
         raise UsageError(f"kbit serve needs {error.name}: pip install 'kbit[serve]'") from None
     from kbit.serve.app import ServeOptions, make_app
-    from kbit.serve.models import served_name
+    from kbit.serve.models import served_adapter, served_name
 
     named = [served_name(model) for model in models or [DEFAULT_MODEL]]
-    served = _models(named, access, limits, answers, device, backend, compute, kv_bits, threads)
+    adapters = [served_adapter(each) for each in adapter or ()]
+    served = _models(named, adapters, access, limits, answers, device, backend, compute, kv_bits, threads)
     keys = access.api_key or [key for key in [os.environ.get("KBIT_API_KEY")] if key]
     if any(not key.strip() for key in keys):
         raise UsageError("--api-key '': a key needs at least one character")
@@ -233,7 +248,12 @@ def serve(
 
 
 def _models(
-    named: list[tuple[str, str]], access: AccessFlags, limits: LimitFlags, answers: AnswerFlags, *engine: Any
+    named: list[tuple[str, str]],
+    adapters: list[tuple[str, str]],
+    access: AccessFlags,
+    limits: LimitFlags,
+    answers: AnswerFlags,
+    *engine: Any,
 ) -> Models:
     from kbit.backends.select import select_backend
     from kbit.serve.models import ModelOptions, Models
@@ -252,7 +272,7 @@ def _models(
         reasoning=answers.reasoning,
         verbose=answers.verbose,
     )
-    return Models(named, options, any_name=access.any_model)
+    return Models(named, options, any_name=access.any_model, adapters=adapters)
 
 
 def _sampling(answers: AnswerFlags) -> dict[str, Any]:

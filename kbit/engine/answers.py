@@ -64,6 +64,7 @@ class Request:
         show_special: special tokens are part of the text.
         constraint: which tokens may come.
         stop_repetition: end an answer that only repeats itself.
+        adapter: name of the LoRA adapter that the model has for it; None: the model as it is.
     """
 
     prompt: tuple[int, ...]
@@ -79,6 +80,7 @@ class Request:
     show_special: bool = False
     constraint: ConstraintMaker | None = None
     stop_repetition: bool = False
+    adapter: str | None = None
 
 
 @dataclass(frozen=True)

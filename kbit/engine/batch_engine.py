@@ -47,6 +47,10 @@ class BatchDecoder(Protocol):
     def spec(self) -> DecoderSpec:
         """Its sizes."""
 
+    @property
+    def adapters(self) -> tuple[str, ...]:
+        """Names of the LoRA adapters that its sequences may have."""
+
     def run(self, batch: Batch, cache: Cache) -> Array:
         """The logits (L, V) of the tokens that are wanted; the tokens are in the cache afterwards."""
 
@@ -196,12 +200,15 @@ class BatchEngine:
     def check(self, request: Request) -> None:
         """
         Raises:
-            UsageError: the request has no tokens, or such as the model does not know.
+            UsageError: the request has no tokens, or such as the model does not know, or an adapter that it has not.
             TooLongError: it leaves no room for an answer.
         """
         if len(request.prompt) + min(1, request.max_tokens) > self.context:
             raise TooLongError(len(request.prompt), self.context)
         check_prompt(request.prompt, self._decoder.spec)
+        if request.adapter is not None and request.adapter not in self._decoder.adapters:
+            known = ", ".join(self._decoder.adapters) or "none"
+            raise UsageError(f"there is no adapter {request.adapter!r}: this model was loaded with {known}")
 
     def add(self, live: Live) -> None:
         """Takes a request in.
@@ -212,7 +219,8 @@ class BatchEngine:
         self.check(live.request)
         request, choice = live.request, live.choices[0]
         first = len(request.prompt) - 1 if request.prompt_logprobs is None else 0
-        choice.sequence = Sequence(self.pool, request.prompt, wanted_from=first)
+        adapter = self._adapter_of(request)
+        choice.sequence = Sequence(self.pool, request.prompt, wanted_from=first, adapter=adapter)
         self._scheduler.add(choice.sequence)
         self._owners[choice.sequence] = live, choice
         self._live[live] = None
@@ -288,7 +296,7 @@ class BatchEngine:
             for other in choices[1:]:
                 if other.finish is None:
                     ids = [*live.request.prompt, *other.ids]
-                    other.sequence = Sequence(self.pool, ids, table=sequence.table.fork())
+                    other.sequence = Sequence(self.pool, ids, table=sequence.table.fork(), adapter=sequence.adapter)
                     self._scheduler.add(other.sequence)
                     self._owners[other.sequence] = live, other
             self._go_on(choices[0])
@@ -346,6 +354,9 @@ class BatchEngine:
             self._scheduler.remove(choice.sequence)
             del self._owners[choice.sequence]
             choice.sequence = None
+
+    def _adapter_of(self, request: Request) -> int:
+        return -1 if request.adapter is None else self._decoder.adapters.index(request.adapter)
 
     def _rows(self) -> int:
         """Tokens of the next pass."""

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING, cast
 
 from kbit.checkpoint.narrowed import narrow_check, widths_of
 from kbit.checkpoint.prepared_place import mark_used
+from kbit.host.errors import UsageError
 from kbit.models.decoder import Decoder
 from kbit.text.tokenizer import Tokenizer
 
@@ -36,6 +37,8 @@ class LoadedModel:
         widths: of a nested model, the widths it serves, widest first; else none.
         bits: the one it runs at.
         load_width: makes the decoder of another; None where there is no other.
+        folders: of the LoRA adapters that its texts may have, by name.
+        adapter: which of them all of its texts have where nothing else is said; None: none.
     """
 
     name: str
@@ -46,6 +49,8 @@ class LoadedModel:
     widths: tuple[int, ...] = ()
     bits: int | None = None
     load_width: Callable[[int], Decoder] | None = None
+    folders: Mapping[str, str] = field(default_factory=dict)
+    adapter: str | None = None
 
     @property
     def backend_name(self) -> str:
@@ -68,8 +73,32 @@ class LoadedModel:
         if bits == self.bits or self.load_width is None:
             return self
         start = perf_counter()
-        decoder = self.load_width(bits)
+        decoder = _with_adapters(self.load_width(bits), self.name, self.folders)
+        decoder = decoder if self.adapter is None else decoder.with_adapter(self.adapter)
         return replace(self, decoder=decoder, bits=bits, load_seconds=perf_counter() - start)
+
+    def with_adapter(self, name: str) -> LoadedModel:
+        """The same model with one of its adapters, and the chat template that is saved with that, if any.
+
+        Raises:
+            UsageError: there is no such adapter.
+            CheckpointError: its template cannot be read.
+        """
+        decoder = self.decoder.with_adapter(name)
+        tokenizer = with_template_of(self.tokenizer, self.folders[name])
+        return replace(self, decoder=decoder, tokenizer=tokenizer, adapter=name)
+
+
+def with_template_of(tokenizer: Tokenizer, folder: str) -> Tokenizer:
+    """A model's tokenizer with the chat template of an adapter's folder, where there is one.
+
+    Raises:
+        CheckpointError: it cannot be read.
+    """
+    from kbit.checkpoint.readers.hf_folder import SIDECAR_NAMES, read_sidecar
+
+    names = [name for name in SIDECAR_NAMES if (Path(folder) / name).is_file()]
+    return tokenizer.with_templates_of({name: read_sidecar(Path(folder) / name) for name in names}, folder)
 
 
 def load_model(
@@ -84,6 +113,7 @@ def load_model(
     group: Group | None = None,
     check: Callable[[Tokenizer, CheckpointSource], object] | None = None,
     progress: Callable[[int, int], None] | None = None,
+    adapters: Mapping[str, str] | None = None,
 ) -> LoadedModel:
     """Loads a model.
 
@@ -99,9 +129,12 @@ def load_model(
             its share; all must then ask for the same tokens. A backend that is given must be of this group.
         check: called with tokenizer and checkpoint before any weight is read, to refuse early what these can tell.
         progress: called as (tensors done, tensors in all) while weights are read and prepared.
+        adapters: folders of LoRA adapters, by the names that they get: each text may have one of them
+            (`Decoder.with_adapter`, `Batch.adapters`). The weights stay as they are.
 
     Raises:
-        UsageError: no such model, or a value of the other arguments that does not exist or does not fit the rest.
+        UsageError: no such model or adapter, or a value of the other arguments that does not exist or does not fit the
+            rest.
         CheckpointError, UnsupportedError: the model cannot be read or run, or not be split like this.
     """
     from kbit.backends.select import select_backend, set_threads
@@ -115,6 +148,12 @@ def load_model(
             backend = split(backend, group)
     elif getattr(backend, "group", None) is not group:
         raise ValueError(f"the {backend.name} backend was not made for this group of processes")
+    if adapters:
+        if group is not None:
+            raise UsageError("LoRA adapters beside a model that several processes share: run it in one")
+        loaded = load_model(model, device, threads, backend=backend, bits=bits, check=check, progress=progress)
+        decoder = _with_adapters(loaded.decoder, model, adapters)
+        return replace(loaded, decoder=decoder, folders=dict(adapters))
     if backend.name == "native":
         return _load_native(model, cast("NativeBackend", backend), bits, check, progress)
     from kbit.models.check import check_continues
@@ -150,6 +189,17 @@ def load_model(
             model, decoder, tokenizer, perf_counter() - start,
             widths=widths, bits=bits or max(widths, default=None), load_width=load_width if widths else None,
         )  # fmt: skip
+
+
+def _with_adapters(decoder: Decoder, model: str, folders: Mapping[str, str]) -> Decoder:
+    """A decoder whose texts may have adapters: itself, where there are none."""
+    if not folders:
+        return decoder
+    from kbit.models.adapters import add_adapters
+    from kbit.models.opening import open_model
+
+    with open_model(model) as source:
+        return add_adapters(decoder, source.config, folders)
 
 
 def _load_native(

@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterable, Iterator
 from collections.abc import Sequence as Sequence_
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -252,6 +252,7 @@ class Scheduler:
         starts: list[int] = []
         wanted: list[int] = []
         begin = 0
+        chosen = sorted(chosen, key=lambda each: each[0].adapter)  # rows of one adapter are multiplied together
         for sequence, count in chosen:
             start = sequence.table.length
             tokens.append(sequence.ids[start : start + count])
@@ -261,5 +262,7 @@ class Scheduler:
             begin += count
         batch = Batch.of(tokens, starts, np.array(wanted, dtype=np.int64))
         sequences = tuple(sequence for sequence, _ in chosen)
+        if any(sequence.adapter >= 0 for sequence in sequences):
+            batch = replace(batch, adapters=np.array([sequence.adapter for sequence in sequences], dtype=np.int64))
         capacity = max(len(sequence.ids) for sequence in sequences)
         return Pass(batch, Cache(self.pool, [each.table for each in sequences], capacity), sequences)

@@ -21,11 +21,13 @@ class Sequence:
         whole: all tokens must go through the model in one pass, as where rotations depend on the length of the text.
             Such a sequence shares no pages by its tokens.
         table: pages that hold the first of these tokens already, as a fork of another sequence's.
+        adapter: which of the model's adapters it has (`Decoder.adapters`), -1 for none. Sequences share pages only with
+            those of the same.
 
     Attributes:
         ids: the tokens. `append` adds to them.
         table: their pages.
-        whole: as given.
+        whole, adapter: as given.
         wanted_from: first position that has not been answered.
 
     Raises:
@@ -40,10 +42,12 @@ class Sequence:
         wanted_from: int | None = None,
         whole: bool = False,
         table: BlockTable | None = None,
+        adapter: int = -1,
     ) -> None:
         self.ids = list(ids)
         self.wanted_from = len(self.ids) - 1 if wanted_from is None else wanted_from
         self.whole = whole
+        self.adapter = adapter
         self.table = BlockTable(pool) if table is None else table
         if not self.ids or self.table.length > min(self.wanted_from, len(self.ids) - 1):
             raise ValueError("a sequence has tokens that are still to be computed, those that are wanted among them")
@@ -80,5 +84,6 @@ class Sequence:
         """Keys of the full pages of the first `length` tokens."""
         full = length // PAGE
         if full > len(self._keys):
-            self._keys = prefix_keys(self.ids[: full * PAGE], self._keys)
+            kind = b"" if self.adapter < 0 else b"adapter %d" % self.adapter
+            self._keys = prefix_keys(self.ids[: full * PAGE], self._keys, kind)
         return self._keys[:full]

@@ -31,6 +31,7 @@ class Batch:
         prefixes: int64 (B,), how many tokens of each sequence see each other where the mask is "prefix"; 0 where these
             are not in this batch.
         types: int64 (R,), the tokens' types, for models that tell parts of a text apart by them; None: all 0.
+        adapters: int64 (B,), which of the model's adapters each sequence has, -1 for none; None: none has any.
         features: float32 (R, F), what stands in place of ids where tokens are no words (of sound); None: ids do.
     """
 
@@ -41,6 +42,7 @@ class Batch:
     prefixes: Integers
     types: Integers | None = None
     features: NDArray[np.float32] | None = None
+    adapters: Integers | None = None
 
     @classmethod
     def of(
@@ -111,6 +113,13 @@ class Batch:
         return np.arange(len(self.counts), dtype=np.int32).repeat(self.counts)
 
     @cached_property
+    def row_adapters(self) -> NDArray[np.int32] | None:
+        """int32 (R,): the adapter of each token, -1 for none; None: none has any."""
+        if self.adapters is None or (self.adapters < 0).all():
+            return None
+        return self.adapters.astype(np.int32).repeat(self.counts)
+
+    @cached_property
     def bounds(self) -> Integers:
         """int64 (B + 1,): the tokens of sequence b are bounds[b] .. bounds[b + 1]."""
         return np.concatenate([np.zeros(1, dtype=np.int64), self.counts.cumsum()])
@@ -149,7 +158,9 @@ class Batch:
             types = None if self.types is None else self.types[begin:end]
             features = None if self.features is None else self.features[begin:end]
             wanted, prefixes = self.wanted[low:high] - begin, np.zeros_like(new)
-            yield Batch(self.ids[begin:end], new, self.starts + done, wanted, prefixes, types, features)
+            yield Batch(
+                self.ids[begin:end], new, self.starts + done, wanted, prefixes, types, features, self.adapters
+            )  # fmt: skip
 
 
 def given_features(batch: Batch, width: int) -> NDArray[np.float32]:

@@ -1,6 +1,7 @@
 """Fusing: a recorded definition in fewer operations, as backends have them.
 
-Sums over processes and residuals move into the products whose results they are of, norms into the products that read
+What adapters add to a product that goes into a sum is added to the sum, so that the product can form it. Sums over
+processes and residuals move into the products whose results they are of, norms into the products that read
 them, activations into the products they apply to. What a backend does with the result is its own: the native one writes
 a program, the Triton one launches the operations one by one.
 """
@@ -13,6 +14,7 @@ from dataclasses import fields, replace
 
 from kbit.graph.operations import (
     Activate,
+    Adapt,
     Add,
     Norm,
     Operation,
@@ -31,6 +33,7 @@ def fuse(operations: Sequence[Operation], result: Symbol) -> list[Operation]:
         operations: as recorded.
         result: what is read in the end.
     """
+    operations = _adapt_sums(operations, result)
     operations = _fuse_residuals(_fuse_parts(operations, result), result)
     return _fuse_activations(_fuse_norms(operations, result), result)
 
@@ -51,6 +54,31 @@ def without_sums(operations: Sequence[Operation]) -> list[Operation]:
                 changes[field.name] = same[value]
         kept.append(replace(operation, **changes) if changes else operation)  # type: ignore[arg-type]
     return kept
+
+
+def _adapt_sums(operations: Sequence[Operation], result: Symbol) -> list[Operation]:
+    """A product to which adapters add, and which then is only added to something, is added first: the order of three
+    terms is free. (No processes share a model that has adapters.)"""
+    uses = _uses(operations, result)
+    waiting: dict[Symbol, Adapt] = {}  # by what they make, which the next sum reads
+    moved: list[Operation] = []
+    for index, operation in enumerate(operations):
+        summed = operation.x if isinstance(operation, SumParts) else operation.y if isinstance(operation, Add) else None
+        if isinstance(operation, SumParts | Add) and summed in waiting:
+            adapt, out = waiting.pop(summed), Symbol(operation.out.width)
+            if isinstance(operation, SumParts):
+                moved.append(replace(operation, x=adapt.ys[0], out=out))
+            else:
+                moved.append(replace(operation, y=adapt.ys[0], out=out))
+            operation = replace(adapt, ys=(out,), outs=(operation.out,))
+        if isinstance(operation, Adapt) and len(operation.outs) == 1 and uses[operation.outs[0]] == 1:
+            (made,) = operation.outs
+            after = next((each for each in operations[index + 1 :] if made in reads(each)), None)
+            if isinstance(after, SumParts) or (isinstance(after, Add) and after.y is made):
+                waiting[made] = operation
+                continue
+        moved.append(operation)
+    return moved
 
 
 def _fuse_parts(operations: Sequence[Operation], result: Symbol) -> list[Operation]:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from kbit.graph.experts import Experts, Mixture
-from kbit.graph.ops import Attention, Place, Vector, Weight
+from kbit.graph.ops import Attention, LowRank, Place, Vector, Weight
 from kbit.graph.states import Recurrence, ShortConvolution, StateSpace
 
 
@@ -160,6 +160,20 @@ class Project:
 
 
 @dataclass(frozen=True, eq=False)
+class Adapt:
+    """outs[i] = ys[i] + what every token's adapter makes of x, which may be formed in the place of ys[i].
+
+    Attributes:
+        factors: of every out, of every adapter.
+    """
+
+    x: Symbol
+    ys: tuple[Symbol, ...]
+    factors: tuple[tuple[LowRank | None, ...], ...]
+    outs: tuple[Symbol, ...]
+
+
+@dataclass(frozen=True, eq=False)
 class Attend:
     """out = attention of the pass's tokens, after rotating q and k and appending k and v to the cache; without k and v,
     to what an earlier operation has appended for the same layer.
@@ -277,6 +291,7 @@ Operation = (
     | ByHeads
     | SumParts
     | Project
+    | Adapt
     | Attend
     | StoreKeys
     | CrossAttend
@@ -297,6 +312,8 @@ def reads(operation: Operation) -> tuple[Symbol, ...]:
         if operation.k is None or operation.v is None:
             return (operation.q,)
         return (operation.q, operation.k, operation.v)
+    if isinstance(operation, Adapt):
+        return (operation.x, *operation.ys)
     if isinstance(operation, StoreKeys):
         return (operation.k, operation.v)
     if isinstance(operation, CrossAttend):
@@ -324,4 +341,4 @@ def writes(operation: Operation) -> tuple[Symbol, ...]:
     """The symbols an operation makes."""
     if isinstance(operation, StoreKeys):
         return ()
-    return operation.outs if isinstance(operation, Project) else (operation.out,)
+    return operation.outs if isinstance(operation, Project | Adapt) else (operation.out,)

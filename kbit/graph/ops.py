@@ -50,6 +50,26 @@ class Weight(ABC):
         """Bytes it occupies in memory."""
 
 
+@dataclass(frozen=True, eq=False)
+class LowRank:
+    """What an adapter changes of a matrix W (N, K), which then acts as W + s B A (Hu et al. 2021).
+
+    Attributes:
+        down: A (R, K), not quantized.
+        up: B (N, R), likewise.
+        scale: s.
+    """
+
+    down: Weight
+    up: Weight
+    scale: float
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of both in memory."""
+        return self.down.nbytes + self.up.nbytes
+
+
 class Vector(Protocol):
     """A norm's weight or a bias as one backend keeps it (`Backend.prepare_vector`). Only that backend looks inside."""
 
@@ -238,6 +258,18 @@ class Ops(Protocol[X]):
 
     def linear_group(self, weights: Sequence[Weight], x: X, biases: Sequence[Vector | None]) -> tuple[X, ...]:
         """Several linears of one input (q, k, v; gate, up): x (..., K) -> (..., N_i) each."""
+
+    def adapt(self, x: X, products: Sequence[X], factors: Sequence[Sequence[LowRank | None]]) -> tuple[X, ...]:
+        """Products of one input, with what every token's own adapter (`Batch.adapters`) adds to them, in float32.
+
+        Args:
+            x: (..., K).
+            products: of some matrices, (..., N_i) each.
+            factors: of every product, of every adapter; None where it leaves the matrix as it is.
+
+        Returns:
+            product + s (x A^T) B^T, (..., N_i) each; the product itself of tokens without an adapter.
+        """
 
     def self_attention(
         self,

@@ -388,15 +388,16 @@ def _page_tokens(tokens: Sequence[int] | None, index: int) -> bytes | None:
     return np.asarray(tokens[index * PAGE : (index + 1) * PAGE], dtype=np.int64).tobytes()
 
 
-def prefix_keys(tokens: Sequence[int], known: Sequence[bytes] = ()) -> list[bytes]:
+def prefix_keys(tokens: Sequence[int], known: Sequence[bytes] = (), kind: bytes = b"") -> list[bytes]:
     """A key for each full page of a text: equal exactly where the page and everything before it is equal.
 
     Args:
         tokens: the text.
         known: its first keys, where they were made before.
+        kind: what else the keys and values of a text depend on; others have other keys.
     """
     keys = list(known)
-    key = keys[-1] if keys else b""
+    key = keys[-1] if keys else kind
     for start in range(PAGE * len(keys), len(tokens) - PAGE + 1, PAGE):
         ids = np.asarray(tokens[start : start + PAGE], dtype=np.int64)
         key = blake2b(key + ids.tobytes(), digest_size=16).digest()

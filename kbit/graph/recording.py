@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from kbit.graph.experts import Experts, Mixture
 from kbit.graph.operations import (
     Activate,
+    Adapt,
     Add,
     Attend,
     ByHeads,
@@ -37,7 +38,7 @@ from kbit.graph.operations import (
     SumParts,
     Symbol,
 )
-from kbit.graph.ops import Attention, Place, Vector, Weight, check_source
+from kbit.graph.ops import Attention, LowRank, Place, Vector, Weight, check_source
 from kbit.graph.states import Recurrence, ShortConvolution, StateSpace
 from kbit.kernels.activations import ACTIVATIONS
 
@@ -158,6 +159,19 @@ class Recorder:
 
     def logits(self, weight: Weight, x: Symbol, bias: Vector | None = None) -> Symbol:
         return self.linear(weight, x, bias)
+
+    def adapt(
+        self, x: Symbol, products: Sequence[Symbol], factors: Sequence[Sequence[LowRank | None]]
+    ) -> tuple[Symbol, ...]:
+        for product, of_adapters in zip(products, factors, strict=True):
+            for each in of_adapters:
+                if each is not None:
+                    _expect("the input of an adapter", x.width, each.down.shape[1])
+                    _expect("the rank of an adapter", each.down.shape[0], each.up.shape[1])
+                    _expect("what an adapter adds to", product.width, each.up.shape[0])
+        outs = tuple(Symbol(product.width) for product in products)
+        self.operations.append(Adapt(x, tuple(products), tuple(map(tuple, factors)), outs))
+        return outs
 
     def self_attention(
         self,

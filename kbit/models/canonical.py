@@ -24,7 +24,7 @@ from kbit.models.grouped_rows import grouped_rows
 from kbit.models.head_order import head_order
 from kbit.models.layout import Layout
 from kbit.models.params import Parameter, parameters
-from kbit.models.renamed import renamed
+from kbit.models.renamed import RenamedSource, renamed
 from kbit.models.spec import ModelSpec
 
 if TYPE_CHECKING:
@@ -109,6 +109,13 @@ def canonical(source: CheckpointSource) -> CheckpointSource:
             f"{source.path}: a {family.model_type} model is read from files, and canonical elsewhere"
         )
     return CanonicalSource(source, spec, family.layout)
+
+
+def origin(source: CheckpointSource, name: str) -> str:
+    """The published tensor that a tensor of `canonical` is, or is a part of."""
+    if isinstance(source, CanonicalSource):
+        return source.origin(name)
+    return source.origin(name) if isinstance(source, RenamedSource) else name
 
 
 def _stored_names(spec: ModelSpec, layout: Layout) -> set[str]:
@@ -249,6 +256,11 @@ class CanonicalSource(StoredSource):
         rows = slice(piece.first, piece.first + piece.step * shape[0], piece.step)
         parts = {suffix: np.ascontiguousarray(part[rows]) for suffix, part in whole.parts.items()}
         return replace(whole, shape=(shape[0], shape[1]), parts=parts)
+
+    def origin(self, name: str) -> str:
+        """The published tensor that one of these is, or is a part of."""
+        piece = self._pieces.get(name)
+        return origin(self._source, name if piece is None else piece.stored)
 
     def sidecar_files(self) -> Mapping[str, bytes]:
         return self._source.sidecar_files()

@@ -7,7 +7,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from copy import copy
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -20,6 +21,7 @@ from kbit.graph.ops import Ops, Weight, X
 from kbit.graph.pages import PagePool
 from kbit.host.errors import UsageError
 from kbit.models import blocks, per_layer
+from kbit.models.adapted import AdaptedDefinition, Adapters
 from kbit.models.blocks import Weights
 from kbit.models.rope import rope_tables
 from kbit.models.spec import ModelSpec
@@ -111,13 +113,33 @@ class Decoder:
         spec: what it is.
         backend: who computes.
         weights: prepared by that backend.
+        adapters: names of the LoRA adapters that sequences may have, by their numbers (`Batch.adapters`).
     """
 
-    def __init__(self, spec: ModelSpec, backend: Backend, weights: DecoderWeights) -> None:
+    def __init__(
+        self, spec: ModelSpec, backend: Backend, weights: DecoderWeights, adapters: Adapters | None = None
+    ) -> None:
         self.spec = spec
         self.backend = backend
         self.weights = weights
-        self._runner = backend.bind(DecoderDefinition(spec, weights))
+        self.adapters = () if adapters is None else adapters.names
+        self._adapter: int | None = None  # of all sequences whose batch does not say
+        plain = DecoderDefinition(spec, weights)
+        self._runner = backend.bind(plain if adapters is None else AdaptedDefinition(plain, adapters))
+
+    def with_adapter(self, name: str) -> Decoder:
+        """The same decoder, whose sequences all have this adapter where their batch does not say. Caches serve both,
+        but what is in one was computed with an adapter or without.
+
+        Raises:
+            UsageError: there is no such adapter.
+        """
+        if name not in self.adapters:
+            known = ", ".join(self.adapters) or "none"
+            raise UsageError(f"there is no adapter {name!r}: this model was loaded with {known}")
+        other = copy(self)
+        other._adapter = self.adapters.index(name)
+        return other
 
     def new_cache(self, batch: int, capacity: int) -> Cache:
         """An empty cache for `batch` sequences of at most `capacity` tokens each."""
@@ -158,7 +180,7 @@ class Decoder:
         self._reserve(batch, cache)
         if not len(batch):
             return np.empty((0, self.spec.vocab_size), dtype=np.float32)
-        return self._runner.forward(batch, cache)
+        return self._runner.forward(self._adapted(batch), cache)
 
     def run_hidden(self, batch: Batch, cache: Cache) -> Array:
         """`run` without the head: hidden states (L, hidden_size) before the final norm, in the backend's type.
@@ -168,7 +190,7 @@ class Decoder:
         self._reserve(batch, cache)
         if not len(batch):
             return np.empty((0, self.spec.embedding_width), dtype=np.float32)
-        return self._runner.hidden(batch, cache)
+        return self._runner.hidden(self._adapted(batch), cache)
 
     def run_head(self, hidden: Array) -> Array:
         """Final norm and head: hidden states (L, hidden_size) -> float32 (L, V)."""
@@ -196,6 +218,9 @@ class Decoder:
         self._check_whole(cache)
         self._check_positions(int(cache.lengths[0]) + len(ids))
         cache.reserve((len(ids),))
+        if self._adapter is not None:
+            batch = self._adapted(Batch.of([ids], cache.lengths, "last" if last_only else "all"))
+            return np.asarray(self._runner.forward(batch, cache), dtype=np.float32)
         return self._runner.extend(ids, cache, last_only)
 
     def forward(
@@ -237,6 +262,12 @@ class Decoder:
         import torch
 
         return torch.as_tensor(self.run_head(x.reshape(-1, x.shape[-1]))).view(*x.shape[:-1], -1)
+
+    def _adapted(self, batch: Batch) -> Batch:
+        """A batch that says which adapters its sequences have."""
+        if self._adapter is None or batch.adapters is not None:
+            return batch
+        return replace(batch, adapters=np.full(len(batch.counts), self._adapter))
 
     def _reserve(self, batch: Batch, cache: Cache) -> None:
         """Refuses a request that cannot be met, before anything is computed, and makes room for it."""

@@ -75,6 +75,10 @@ class RenamedSource(StoredSource):
     def tensors(self) -> Mapping[str, TensorInfo]:
         return self._infos
 
+    def origin(self, name: str) -> str:
+        """The checkpoint's own name of one."""
+        return self._names.get(name, name)
+
     def read_array_rows(self, name: str, start: int, stop: int) -> NDArray[np.float32]:
         return self._source.read_array_rows(self._names[name], start, stop)
 

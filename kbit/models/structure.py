@@ -13,6 +13,7 @@ from typing import Literal
 
 from kbit.graph.operations import (
     Activate,
+    Adapt,
     Add,
     Attend,
     ByHeads,
@@ -136,8 +137,8 @@ class Structure:
                     found[_name(gate)] = found[_name(up)] = made[operation.x]
                     found[_name(down)] = _name(up)
                 made[operation.out] = _name(experts.downs[0])
-            elif isinstance(operation, CrossAttend | StoreKeys | Given):
-                raise ValueError("what an encoder's values become is in another recording")
+            elif isinstance(operation, CrossAttend | StoreKeys | Given | Adapt):
+                raise ValueError("what an encoder's values become is in another recording, and adapters in none")
             else:
                 for weight, out in zip(operation.weights, operation.outs, strict=True):
                     found[_name(weight)] = made[operation.x]

@@ -104,9 +104,9 @@ async def props(http: HttpRequest, model: str | None = None) -> Response:
 async def slots(http: HttpRequest) -> Response:
     """How much is under way, and what it takes, by model that is loaded."""
     found: list[dict[str, object]] = []
-    for model in server_of(http).models:
-        if model.engine is not None and model.loaded is not None:
-            engine, pool = model.engine, model.engine.pool
+    for model, engine in server_of(http).models.with_engines():
+        if model.loaded is not None:
+            pool = engine.pool
             found.append(
                 {
                     "id": len(found),

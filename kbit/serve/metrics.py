@@ -71,7 +71,7 @@ class _Engines(Collector):
         self._thread = thread
 
     def collect(self) -> Iterable[Metric]:
-        engines = [(model.name, model.engine) for model in self._models if model.engine is not None]
+        engines = [(model.name, engine) for model, engine in self._models.with_engines()]
         yield from self._gauges()
         gauges: dict[str, _Figure] = {
             "num_requests_running": ("Sequences that have pages.", lambda e: e.running),

@@ -8,9 +8,11 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from hashlib import blake2b
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from kbit.api.batching import batch_engine
+from kbit.checkpoint.readers.lora_file import check_adapter
 from kbit.engine.batch_engine import BatchEngine
 from kbit.engine.sampling_defaults import SamplingDefaults, sampling_defaults
 from kbit.host.errors import KbitError, UsageError
@@ -72,6 +74,8 @@ class ServedModel:
         fingerprint: a short name for all that its answers depend on besides requests: files, backend, kbit's version.
         lock: held while it is loaded, and while it makes vectors.
         options: how it was loaded.
+        adapter: of a LoRA adapter served as a model, its name; then `path` is its folder, and all that is loaded is
+            the model's that it is beside.
     """
 
     name: str
@@ -88,6 +92,7 @@ class ServedModel:
     fingerprint: str = ""
     lock: asyncio.Lock = field(default_factory=asyncio.Lock)
     options: ModelOptions | None = None
+    adapter: str | None = None
 
     def most_tokens(self, asked: int | None, usual: int | None = None) -> int:
         """Tokens of an answer at most: as asked, else as the command line says, else as is usual, else what fits."""
@@ -146,16 +151,24 @@ class Models:
         named: (name, model as a user writes it) pairs, the first of which answers where no model is named.
         options: how they are run.
         any_name: a name that none has stands for the first.
+        adapters: (name, folder) pairs of LoRA adapters, each served as a model of its own on the first one's weights.
 
     Attributes:
         options: as given.
         progress: of the model that is being loaded: tensors done, tensors in all.
 
     Raises:
-        UsageError: none, or two of one name.
+        UsageError: none, or two of one name; a folder that holds no adapter.
     """
 
-    def __init__(self, named: Sequence[tuple[str, str]], options: ModelOptions, *, any_name: bool = False) -> None:
+    def __init__(
+        self,
+        named: Sequence[tuple[str, str]],
+        options: ModelOptions,
+        *,
+        any_name: bool = False,
+        adapters: Sequence[tuple[str, str]] = (),
+    ) -> None:
         self.options = options
         self.progress = (0, 0)
         self._any_name = any_name
@@ -165,11 +178,20 @@ class Models:
                 raise UsageError(f"{name}: two models have this name: write NAME=MODEL for one of them")
             width = _WIDTH.fullmatch(path)
             self._models[name] = ServedModel(name, width[1], int(width[2])) if width else ServedModel(name, path)
-        if not self._models:
+        self._adapters: dict[str, ServedModel] = {}
+        for name, folder in adapters:
+            if name in self._models:
+                raise UsageError(f"{name}: two models have this name: write --adapter NAME={folder} with another")
+            self._models[name] = self._adapters[name] = ServedModel(name, str(check_adapter(folder)), adapter=name)
+        if not named:
             raise UsageError("there is no model to serve: name one")
 
     def __iter__(self) -> Iterator[ServedModel]:
         return iter(self._models.values())
+
+    def with_engines(self) -> list[tuple[ServedModel, BatchEngine]]:
+        """Those that are loaded and generate text, each engine once."""
+        return [(model, model.engine) for model in self if model.engine is not None and model.adapter is None]
 
     @property
     def first(self) -> ServedModel:
@@ -202,13 +224,17 @@ class Models:
             KbitError: it cannot be loaded.
         """
         model = self.named(name)
+        if model.adapter is not None:
+            await self.ready(self.first.name)
+            return model
+        folders = {each.name: each.path for each in self._adapters.values()} if model is self.first else {}
         async with model.lock:
             if model.state == "failed" and model.error is not None:
                 raise model.error
             if model.state != "ready":
                 model.state = "loading"
                 try:
-                    await asyncio.to_thread(load, model, self.options, self._told)
+                    await asyncio.to_thread(load, model, self.options, self._told, folders)
                 except KbitError as error:
                     model.state, model.error = "failed", error
                     raise
@@ -216,19 +242,26 @@ class Models:
                     model.state = "unloaded"
                     raise
                 model.state = "ready"
+                for name, adapter in self._adapters.items() if folders else ():
+                    _put_beside(adapter, model, name)
         return model
 
     def _told(self, done: int, total: int) -> None:
         self.progress = done, total
 
 
-def load(model: ServedModel, options: ModelOptions, progress: Callable[[int, int], None] | None = None) -> None:
+def load(
+    model: ServedModel,
+    options: ModelOptions,
+    progress: Callable[[int, int], None] | None = None,
+    adapters: Mapping[str, str] | None = None,
+) -> None:
     """Loads a model. Not on the event loop: it takes a while.
 
     Args:
         model: which.
         options: how.
-        progress: see `load_model`.
+        progress, adapters: see `load_model`.
 
     Raises:
         KbitError: it cannot be.
@@ -242,6 +275,8 @@ def load(model: ServedModel, options: ModelOptions, progress: Callable[[int, int
         model.fingerprint = _fingerprint(source, options)
         spec = spec_from_config(source.config, where=f"config of {source.path}")
         if not spec.continues_text and spec.encoder is None:
+            if adapters:
+                raise UsageError(f"--adapter: {model.path} is an encoder, which takes none: leave it out")
             from kbit.engine.embed import Embedder
 
             model.embedder = Embedder(source, options.backend)
@@ -256,7 +291,7 @@ def load(model: ServedModel, options: ModelOptions, progress: Callable[[int, int
         model.defaults = found
         _refuse_too_large(model, options, source)
 
-    loaded = load_model(path, backend=options.backend, bits=bits, check=note, progress=progress)
+    loaded = load_model(path, backend=options.backend, bits=bits, check=note, progress=progress, adapters=adapters)
     if options.chat_template is not None:
         loaded.tokenizer.chat_templates = {"default": options.chat_template}
     from kbit.serve.grammar import GrammarCompiler
@@ -264,6 +299,27 @@ def load(model: ServedModel, options: ModelOptions, progress: Callable[[int, int
     model.loaded, model.options = loaded, options
     model.grammars = GrammarCompiler(loaded.tokenizer, loaded.decoder.spec.vocab_size)
     model.engine = batch_engine(loaded, context=options.context, cache_bytes=options.cache_bytes, seats=options.seats)
+
+
+def _put_beside(adapter: ServedModel, base: ServedModel, name: str) -> None:
+    """Gives an adapter all that was loaded of the model that it is beside; its chat template may be its own.
+
+    Raises:
+        KbitError: that cannot be read.
+    """
+    assert base.loaded is not None
+    adapter.loaded = base.loaded.with_adapter(name)
+    if base.options is not None and base.options.chat_template is not None:
+        adapter.loaded = replace(adapter.loaded, tokenizer=base.loaded.tokenizer)
+    adapter.options, adapter.engine = base.options, base.engine
+    adapter.defaults, adapter.grammars = base.defaults, base.grammars
+    folder = Path(adapter.path)
+    digest = blake2b(f"{base.fingerprint} {name}".encode(), digest_size=6)
+    for file in sorted(folder.iterdir()):
+        status = file.stat()
+        digest.update(f"{file.name} {status.st_size} {status.st_mtime_ns}".encode())
+    adapter.fingerprint = digest.hexdigest()
+    adapter.state = "ready"
 
 
 def _refuse_too_large(model: ServedModel, options: ModelOptions, source: CheckpointSource) -> None:
@@ -292,6 +348,18 @@ def _fingerprint(source: CheckpointSource, options: ModelOptions) -> str:
 
     words = [__version__, options.backend.name, options.backend.describe(), source.fingerprint()]
     return blake2b("\n".join(words).encode(), digest_size=6).hexdigest()
+
+
+def served_adapter(adapter: str) -> tuple[str, str]:
+    """(name, folder) of NAME=FOLDER.
+
+    Raises:
+        UsageError: it is written in another way.
+    """
+    name, equals, folder = adapter.partition("=")
+    if not equals or not folder or not re.fullmatch(r"[\w.:-]+", name):
+        raise UsageError(f"--adapter {adapter}: write NAME=FOLDER, the name that clients say and the adapter's folder")
+    return name, folder
 
 
 def served_name(model: str) -> tuple[str, str]:

@@ -85,6 +85,7 @@ def request_of(
         show_special=show_special or not body.skip_special_tokens,
         constraint=constraint or constraint_of(body, model),
         stop_repetition=body.stop_repetition,
+        adapter=model.adapter,
     )
 
 

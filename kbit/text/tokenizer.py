@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from copy import copy
 from typing import TYPE_CHECKING, Any
 
 from kbit.checkpoint.readers.hf_folder import SENTENCEPIECE_NAMES
@@ -117,6 +118,23 @@ class Tokenizer:
             special_tokens=named,
             chat_templates=_read_templates(files, settings, where),
         )
+
+    def with_templates_of(self, files: Mapping[str, bytes], where: str) -> Tokenizer:
+        """The same tokenizer with the chat templates among some files: itself, where there are none.
+
+        Args:
+            files: as `CheckpointSource.sidecar_files` has them.
+            where: for errors.
+
+        Raises:
+            CheckpointError: a template that cannot be read.
+        """
+        found = _read_templates(files, read_json(files, "tokenizer_config.json", where), where)
+        if not found:
+            return self
+        other = copy(self)
+        other.chat_templates = found
+        return other
 
     @property
     def vocab_size(self) -> int:

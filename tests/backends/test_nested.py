@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from adapter_cases import shapes_of, write_adapter
 from native_cases import assert_close
 from typer.testing import CliRunner
 
@@ -20,6 +21,7 @@ from kbit.cli.main import build
 from kbit.engine.loader import load_model
 from kbit.formats.stored import StoredMatrix
 from kbit.host.errors import UsageError
+from kbit.models.adapters import add_adapters
 from kbit.models.decoder import Decoder
 from kbit.models.load import load_decoder
 from kbit.models.opening import open_model
@@ -142,6 +144,18 @@ def test_the_folder_is_read_only_as_far_as_a_width_needs(folder: Path, monkeypat
         assert str(stored.format) == "nested2..3-b16" == source.tensors[name].stored_as
     suffixes = {full.removeprefix(f"{name}.") for full in read}
     assert suffixes == {"plane2", "bit3", "scales", "factor2", "factor3"}
+
+
+def test_every_width_has_the_adapters(folder: Path, tiny_model: Path, tmp_path: Path) -> None:
+    lora = {"a": str(write_adapter(tmp_path / "lora", tiny_model, shapes_of(tiny_model), size=0.2))}
+    loaded = load_model(str(folder), backend=NativeBackend(1, compute="fp32", kv="fp32"), adapters=lora)
+    for width in (6, 3):
+        with open_model(str(folder), width) as source:
+            wanted = add_adapters(load_decoder(source, ReferenceBackend()), source.config, lora)
+        found = loaded.at_width(width).decoder
+        assert_close(logits(found), expected(folder, width))
+        assert_close(logits(found.with_adapter("a")), logits(wanted.with_adapter("a")))
+        assert not torch.allclose(logits(found.with_adapter("a")), logits(found), rtol=0.01)
 
 
 def test_a_share_of_a_narrowed_model(folder: Path) -> None:

@@ -42,11 +42,18 @@ def with_template(model: Path, folder: Path, template: str = TEMPLATE) -> Path:
 
 @contextmanager
 def serving(
-    *named: tuple[str, Path], options: ServeOptions | None = None, any_name: bool = False, **engine: Any
+    *named: tuple[str, Path],
+    options: ServeOptions | None = None,
+    any_name: bool = False,
+    adapters: dict[str, Path] | None = None,
+    **engine: Any,
 ) -> Iterator[TestClient]:
     """A client of a server whose first model is loaded."""
     backend = select_backend(threads=1)
-    models = Models([(name, str(path)) for name, path in named], ModelOptions(backend, **engine), any_name=any_name)
+    beside = [(name, str(folder)) for name, folder in (adapters or {}).items()]
+    models = Models(
+        [(name, str(path)) for name, path in named], ModelOptions(backend, **engine), any_name=any_name, adapters=beside
+    )
     with TestClient(make_app(models, options), base_url="http://localhost", raise_server_exceptions=False) as client:
         name = named[0][0]
         while True:

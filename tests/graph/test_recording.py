@@ -23,7 +23,7 @@ from kbit.graph.operations import (
     reads,
     writes,
 )
-from kbit.graph.ops import Attention, Ops, Weight
+from kbit.graph.ops import Attention, LowRank, Ops, Weight
 from kbit.graph.recording import Recorder
 from kbit.graph.states import Recurrence, ShortConvolution
 from kbit.models.decoder import DecoderDefinition
@@ -67,6 +67,9 @@ class Parts:
         self.first, self.second = matrix(INNER, WIDTH, 1), matrix(INNER, WIDTH, 2)
         self.back, self.other = matrix(WIDTH, INNER, 3), matrix(WIDTH, INNER, 4)
         self.square = matrix(WIDTH, WIDTH, 5)
+
+        self.up = LowRank(matrix(5, WIDTH, 10), matrix(INNER, 5, 11), 0.5)
+        self.down = LowRank(matrix(3, INNER, 12), matrix(WIDTH, 3, 13), 2.0)
 
         def vector(values: torch.Tensor) -> Any:
             return values if backend is None else backend.prepare_vector(values)
@@ -176,6 +179,29 @@ def turned(w: Parts, ops: Ops[Any], x: Any) -> Any:
     return ops.add(x, ops.rotate(y, 8, (0, 2)))
 
 
+def adapted(w: Parts, ops: Ops[Any], x: Any) -> Any:
+    """Adapters of a group, of which one leaves one product alone, and of a product that is added to the stream."""
+    h = ops.norm(x, w.scale, 1e-5)
+    made = ops.linear_group([w.first, w.second], h, [w.bias, None])
+    gate, up = ops.adapt(h, made, [[w.up, None], [None, w.up]])
+    inner = ops.activate(gate, up, "silu")
+    (out,) = ops.adapt(inner, [ops.linear(w.back, inner)], [[w.down, w.down]])
+    return ops.add(x, ops.sum_parts(out, w.shift))
+
+
+def adapted_stream(w: Parts, ops: Ops[Any], x: Any) -> Any:
+    """What is added to is what the adapter reads, too."""
+    (out,) = ops.adapt(x, [ops.linear(w.first, x)], [[w.up, None]])
+    return ops.add(x, ops.adapt(out, [ops.linear(w.back, out)], [[None, w.down]])[0])
+
+
+def adapted_twice(w: Parts, ops: Ops[Any], x: Any) -> Any:
+    """What an adapter made is read twice, once by a sum."""
+    inner = ops.linear(w.first, x)
+    (out,) = ops.adapt(inner, [ops.linear(w.back, inner)], [[w.down, None]])
+    return ops.add(ops.add(x, out), ops.linear(w.square, out))
+
+
 BODIES: tuple[Body, ...] = (
     gated,
     swapped,
@@ -193,6 +219,9 @@ BODIES: tuple[Body, ...] = (
     by_runs,
     capped,
     turned,
+    adapted,
+    adapted_stream,
+    adapted_twice,
 )
 
 
@@ -259,6 +288,9 @@ def kinds(operations: Sequence[object]) -> list[str]:
         (by_runs, ["norm", "project1", "project1", "scale", "add"]),
         (capped, ["project1", "scale", "softcap", "add"]),
         (turned, ["project1", "rotate", "rotate", "rotate", "add"]),
+        (adapted, ["norm", "project2", "adapt", "activate", "project1+parts+residual", "adapt"]),
+        (adapted_stream, ["project1", "adapt", "project1+residual", "adapt"]),
+        (adapted_twice, ["project1", "project1", "adapt", "add", "project1+residual"]),
     ],
 )
 def test_what_is_fused(body: Body, expected: list[str]) -> None:
@@ -273,10 +305,12 @@ def test_fusing_and_placing_change_nothing(body: Body) -> None:
     expected = reference.bind(Made(reference, body))  # type: ignore[arg-type]
     found = native.bind(Made(native, body))  # type: ignore[arg-type]
     for _ in range(2):  # a second pass finds buffers as the first has left them
-        caches = reference.new_cache(1, 1, 1, 4, 5), native.new_cache(1, 1, 1, 4, 5)
+        caches = reference.new_cache(1, 2, 1, 4, 5), native.new_cache(1, 2, 1, 4, 5)
         for cache in caches:
-            cache.reserve([5])
-        batch = Batch.of([ids], [0], "all")
+            cache.reserve([3, 2])
+        batch = Batch.of([ids[:3], ids[3:]], [0, 0], "all")
+        if "adapted" in body.__name__:  # type: ignore[attr-defined]
+            batch = replace(batch, adapters=np.array([1, 0]))
         wanted, hidden = expected.hidden(batch, caches[0]), torch.as_tensor(found.hidden(batch, caches[1]))
         assert float((hidden - wanted).abs().max() / wanted.abs().max()) <= RELATIVE
         logits = torch.as_tensor(found.logits(hidden))
@@ -293,8 +327,7 @@ def test_no_value_is_overwritten_before_its_last_use(body: Body) -> None:
     for operation in operations:
         for symbol in reads(operation):
             assert holds[buffers[symbol]] is symbol
-        outs = operation.outs if isinstance(operation, Project) else (operation.out,)
-        for out in outs:
+        for out in writes(operation):
             assert out.width == next(s.width for s, b in buffers.items() if b == buffers[out])
             holds[buffers[out]] = out
     assert holds[buffers[result]] is result

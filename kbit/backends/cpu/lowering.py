@@ -24,6 +24,7 @@ from kbit.backends.cpu.weight import native_matrix, native_vector
 from kbit.graph.fuse import fuse, without_sums
 from kbit.graph.operations import (
     Activate,
+    Adapt,
     Add,
     Attend,
     ByHeads,
@@ -72,7 +73,8 @@ class Placement:
 def place(operations: Sequence[Operation], result: Symbol) -> Placement:
     """Give every symbol a buffer of its width, as few as its neighbours in time allow.
 
-    An operation's outs share no buffer with what it reads, but for a residual: its sum is formed in place.
+    An operation's outs share no buffer with what it reads, but for a residual: its sum is formed in place. So is what
+    adapters add.
 
     Raises:
         ValueError: a residual is read again after its sum, which the definition must not do (`Ops.linear`).
@@ -83,19 +85,25 @@ def place(operations: Sequence[Operation], result: Symbol) -> Placement:
     buffers: dict[Symbol, int] = {}
     free: defaultdict[int, list[int]] = defaultdict(list)
     for index, operation in enumerate(operations):
-        residual = operation.residual if isinstance(operation, Project) else None
-        if residual is not None and (last[residual] > index or reads(operation).count(residual) > 1):
-            raise ValueError("a residual is read again once it was added to: the sum has taken its place")
+        # What each out is formed in the place of.
+        places: dict[Symbol, Symbol] = {}
+        if isinstance(operation, Adapt):
+            places = dict(zip(operation.outs, operation.ys, strict=True))
+        elif isinstance(operation, Project) and operation.residual is not None:
+            places = {operation.outs[0]: operation.residual}
+        for taken in places.values():
+            if last[taken] > index or reads(operation).count(taken) > 1:
+                raise ValueError("a residual is read again once it was added to: the sum has taken its place")
         for out in writes(operation):
-            if residual is not None:
-                buffers[out] = buffers[residual]
+            if out in places:
+                buffers[out] = buffers[places[out]]
             elif free[out.width]:
                 buffers[out] = free[out.width].pop()
             else:
                 buffers[out] = len(widths)
                 widths.append(out.width)
         for symbol in dict.fromkeys((*reads(operation), *writes(operation))):
-            if symbol is not residual and last.get(symbol, index) == index:
+            if symbol not in places.values() and last.get(symbol, index) == index:
                 free[symbol.width].append(buffers[symbol])
     return Placement(widths, buffers)
 
@@ -228,6 +236,12 @@ def _emit(program: Program, operation: Operation, at: dict[Symbol, int]) -> None
         program.sigmoid_gate(at[operation.x], at[operation.gate], at[operation.out])
     elif isinstance(operation, Mix):
         _emit_experts(program, operation, at)
+    elif isinstance(operation, Adapt):
+        factors = [
+            [None if f is None else (native_matrix(f.down), native_matrix(f.up), f.scale) for f in of_out]
+            for of_out in operation.factors
+        ]
+        program.adapt(at[operation.x], [at[out] for out in operation.outs], factors)
     else:
         weight, eps, bias, centred = _norm(operation.norm)
         program.matmul(

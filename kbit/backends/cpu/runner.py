@@ -181,6 +181,7 @@ class NativeRunner:
                     None if states is None else _slots(states.of_piece(batch, piece)),
                     piece.types,
                     piece.features,
+                    piece.row_adapters,
                 )
                 begin, taken = end, stop
         cache.advance(batch.counts)

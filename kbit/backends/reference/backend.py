@@ -17,7 +17,7 @@ from kbit.graph.backend import Array, Definition, Group
 from kbit.graph.batch import Batch, given_features
 from kbit.graph.cache import Cache, check_size, encoder_lengths
 from kbit.graph.experts import Experts, Mixture
-from kbit.graph.ops import Attention, Place, Vector, Weight, check_source
+from kbit.graph.ops import Attention, LowRank, Place, Vector, Weight, check_source
 from kbit.graph.pages import PAGE, PagePool, PerLayer, pages_for
 from kbit.graph.states import Recurrence, ShortConvolution, States, StateSpace, StateSpec, StateStore
 from kbit.kernels import reference, reference_experts
@@ -160,6 +160,11 @@ class RowOps:
         out = out if bias is None else out + tensor_of(bias)
         return out if self._group is None else self._group.from_first(out)
 
+    def adapt(
+        self, x: torch.Tensor, products: Sequence[torch.Tensor], factors: Sequence[Sequence[LowRank | None]]
+    ) -> tuple[torch.Tensor, ...]:
+        raise _without_tokens()
+
     def self_attention(
         self,
         q: torch.Tensor,
@@ -222,6 +227,23 @@ class StepOps(RowOps):
         pages = cache.tables[batch.sequences, positions // PAGE].astype(np.int64)
         self._slots = torch.from_numpy(pages * PAGE + positions % PAGE)
         self._positions = torch.from_numpy(positions)
+
+    def adapt(
+        self, x: torch.Tensor, products: Sequence[torch.Tensor], factors: Sequence[Sequence[LowRank | None]]
+    ) -> tuple[torch.Tensor, ...]:
+        adapters = self._batch.row_adapters
+        if adapters is None:
+            return tuple(products)
+        of_rows = torch.from_numpy(adapters)
+        return tuple(
+            reference.add_low_rank(
+                product,
+                x,
+                [None if f is None else (dequantized(f.down), dequantized(f.up), f.scale) for f in of_adapters],
+                of_rows,
+            )
+            for product, of_adapters in zip(products, factors, strict=True)
+        )
 
     def self_attention(
         self,

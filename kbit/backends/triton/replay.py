@@ -15,6 +15,7 @@ from kbit.backends.triton.weight import merge, round_activations, triton_vector,
 from kbit.graph.backend import Group
 from kbit.graph.operations import (
     Activate,
+    Adapt,
     Add,
     Attend,
     Columns,
@@ -135,6 +136,11 @@ class Replay:
         group: Group | None = None,
         activations: str = "",
     ) -> None:
+        if any(isinstance(operation, Adapt) for operation in operations):
+            raise UnsupportedError(
+                "the triton backend runs no LoRA adapters beside a model: open the adapter's folder as the model, "
+                "which adds it to the weights, or use --device cpu"
+            )
         self._operations = list(operations)
         self._input, self._result, self._dtype, self._group = input, result, dtype, group
         last = {symbol: index for index, operation in enumerate(operations) for symbol in reads(operation)}

@@ -80,7 +80,7 @@ void run(Program& program, const Array<const std::int64_t, 1>& ids, const Array<
          const std::optional<Array<const std::int64_t, 1>>& logits_rows, const Array<float, 2>& out,
          const std::optional<Array<const std::int32_t, 1>>& last_seen, const std::optional<Encoder>& encoder,
          const std::optional<States>& states, const std::optional<Array<const std::int64_t, 1>>& types,
-         const std::optional<Array<const float, 2>>& features) {
+         const std::optional<Array<const float, 2>>& features, const std::optional<Array<const std::int32_t, 1>>& adapters) {
   Pass pass;
   const std::size_t rows = ids.shape(0);
   require(rows >= 1, "a pass has at least one row");
@@ -117,6 +117,10 @@ void run(Program& program, const Array<const std::int64_t, 1>& ids, const Array<
     pass.features = features->data();
     pass.feature_width = static_cast<std::int64_t>(features->shape(1));
   }
+  if (adapters) {
+    require(adapters->shape(0) == rows, "adapters has one value per row");
+    pass.adapter = adapters->data();
+  }
   if (states) take_states(*states, pass);
   if (encoder) {
     const auto& [cache, texts, lengths] = *encoder;
@@ -146,7 +150,7 @@ void bind_pass(nb::class_<Program>& program) {
       .def("run", &run, nb::arg("ids"), nb::arg("sequence"), nb::arg("positions"), nb::arg("cos"), nb::arg("sin"),
            nb::arg("rope_row"), nb::arg("pages"), nb::arg("tables"), nb::arg("logits_rows").none(), nb::arg("out"),
            nb::arg("last_seen") = nb::none(), nb::arg("encoder") = nb::none(), nb::arg("states") = nb::none(),
-           nb::arg("types") = nb::none(), nb::arg("features") = nb::none())
+           nb::arg("types") = nb::none(), nb::arg("features") = nb::none(), nb::arg("adapters") = nb::none())
       .def("logits",
            [](Program& p, const Array<const float, 2>& hidden, const Array<float, 2>& out) {
              require(hidden.shape(0) == out.shape(0) && static_cast<std::int64_t>(hidden.shape(1)) == p.hidden_width() &&

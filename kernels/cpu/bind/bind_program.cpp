@@ -130,6 +130,23 @@ void add_experts(Program& program, int x, int logits, int out, const std::vector
   program.append(std::move(m));
 }
 
+// `factors`: of every output, of every adapter (A, B, their product's factor), or None.
+using FactorsOf = std::vector<std::vector<std::optional<std::tuple<Weights, Weights, float>>>>;
+
+void add_adapters(Program& program, int x, const std::vector<int>& outs, const FactorsOf& factors) {
+  AdaptInstruction a;
+  a.x = x;
+  a.outs = outs;
+  for (const auto& of_out : factors) {
+    auto& to = a.factors.emplace_back();
+    for (const auto& each : of_out) {
+      if (each) require_all({std::get<0>(*each), std::get<1>(*each)});
+      to.push_back(each ? Factors{std::get<0>(*each), std::get<1>(*each), std::get<2>(*each)} : Factors{});
+    }
+  }
+  program.append(std::move(a));
+}
+
 }  // namespace
 
 void bind_program(nb::module_& module) {
@@ -158,6 +175,7 @@ void bind_program(nb::module_& module) {
       .def("matmul", &add_matmul, nb::arg("x"), nb::arg("matrices"), nb::arg("biases"), nb::arg("outs"),
            nb::arg("norm").none(), nb::arg("eps"), nb::arg("activation").none(), nb::arg("residual").none(),
            nb::arg("norm_bias") = nb::none(), nb::arg("centred") = false)
+      .def("adapt", &add_adapters, nb::arg("x"), nb::arg("outs"), nb::arg("factors"))
       .def("norm",
            [](Program& p, int x, const Vector& weight, float eps, int out, const std::optional<Vector>& bias,
               bool centred, int groups) {

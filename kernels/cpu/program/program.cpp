@@ -89,6 +89,8 @@ void Program::append(Instruction instruction) {
   } else if (const auto* h = std::get_if<HeadsInstruction>(&instruction)) {
     check(*h);
     note_file(h->product.weights[0]);
+  } else if (auto* d = std::get_if<AdaptInstruction>(&instruction)) {
+    check(*d);
   }
   instructions_.push_back(std::move(instruction));
   capacity_ = 0;
@@ -118,7 +120,7 @@ void Program::check_files() const {
 std::size_t Program::nbytes() const {
   std::size_t total = 0;
   for (const Buffer& buffer : buffers_) total += buffer.memory.size();
-  total += expert_inner_.size() + expert_outer_.size() + heads_input_.size();
+  total += expert_inner_.size() + expert_outer_.size() + heads_input_.size() + low_rank_.size();
   auto inputs = [](const Inputs& in) {
     std::size_t bytes = in.floats.size() + in.bfloats.size() + in.rest.size();
     bytes += in.rotated.size() + in.rotated_bfloats.size();
@@ -160,6 +162,7 @@ void Program::reserve(std::int64_t rows) {
   for (Buffer& buffer : buffers_) buffer.memory = AlignedBytes(static_cast<std::size_t>(rows * buffer.stride) * 4);
   shared_->reserve(most_rows, most_numbers, used, int8, bfloats);
   if (mixtures_ > 0) reserve_experts(rows);
+  if (adapters_ > 0) low_rank_ = AlignedBytes(static_cast<std::size_t>(rows * low_rank_width_) * 4);
   const std::int64_t widest = std::max<std::int64_t>(1, widest_input_);  // 0 without a product
   const std::int64_t few = std::max<std::int64_t>(1, std::min(rows, kRedundantInput / widest));
   for (auto& scratch : scratch_) scratch->inputs->reserve(few, few * widest_input_, used, int8, bfloats);
@@ -383,6 +386,7 @@ void Program::run(const Pass& pass) {
   }
   prepare_attention(pass);
   prepare_states(pass);
+  prepare_adapters(pass);
   context_->team->run([&](Worker& worker) {
     for (const Instruction& instruction : instructions_) {
       if (const auto* m = std::get_if<MatmulInstruction>(&instruction)) {
@@ -419,6 +423,8 @@ void Program::run(const Pass& pass) {
         mix(worker, *x, pass.rows);
       } else if (const auto* h = std::get_if<HeadsInstruction>(&instruction)) {
         h->backward ? multiply_heads_backward(worker, *h, pass.rows) : multiply_heads(worker, *h, pass.rows);
+      } else if (const auto* d = std::get_if<AdaptInstruction>(&instruction)) {
+        adapt(worker, *d);
       } else if (const auto* l = std::get_if<GateInstruction>(&instruction)) {
         sigmoid_gate(worker, *l, pass.rows);
       } else if (const auto* s = std::get_if<AddInstruction>(&instruction)) {

@@ -124,10 +124,23 @@ struct ExpertsInstruction {
   MatmulInstruction all_inner, all_down;        // the matrices of all: what forms of rows they take
   int index = -1;                               // among the program's mixtures
 };
+// What adapters change of one product: s (x A^T) B^T is added to it. No matrices: this adapter leaves it alone.
+struct Factors {
+  Weights down, up;  // A (R, K), B (N, R)
+  float scale = 1.0f;
+};
+// outs[i] += what each row's adapter makes of x.
+struct AdaptInstruction {
+  int x = -1;
+  std::vector<int> outs;
+  std::vector<std::vector<Factors>> factors;  // of outs, of adapters
+  std::int64_t stride = 0, pieces = 0;        // floats that an out's low ranks take; pieces of all second products
+  std::vector<std::int64_t> first_piece = {};  // of outs
+};
 using Instruction = std::variant<MatmulInstruction, EmbedInstruction, NormInstruction, AddInstruction, ActivateInstruction,
                                  AttendInstruction, RecurInstruction, ConvolveInstruction, MapInstruction,
                                  RotateInstruction, FitInstruction, MultiplyInstruction, GateInstruction, ExpertsInstruction,
-                                 ColumnsInstruction, GivenInstruction, HeadsInstruction>;
+                                 ColumnsInstruction, GivenInstruction, HeadsInstruction, AdaptInstruction>;
 
 // What a mixture notes of a pass: pairs of a row and an expert it goes to, sorted by expert.
 struct ExpertRows {
@@ -144,6 +157,12 @@ struct ExpertRows {
   std::vector<std::int64_t> begins;  // of experts, while they are sorted
   std::vector<Span> spans;           // of experts that have rows
   std::int64_t units[2] = {0, 0}, longest = 0;
+};
+
+// Rows [begin, end) of a pass that have the same adapter.
+struct AdaptedRows {
+  std::int32_t adapter;
+  std::int64_t begin, end;
 };
 
 // Keys and values of the texts that cross attention reads.
@@ -163,6 +182,7 @@ struct Pass {
   const std::int64_t* types = nullptr;       // (R) token types; null: all 0
   const float* features = nullptr;           // (R, feature_width), what the pass brings of its rows; or null
   std::int64_t feature_width = 0;
+  const std::int32_t* adapter = nullptr;     // (R) whose factors a row takes, -1: none; null: no row has any
   const std::int32_t* last_seen = nullptr;   // (R) last position a row sees, of its sequence's in this pass; null: its own
   const float* cos = nullptr;                // (P, table_half)
   const float* sin = nullptr;
@@ -239,6 +259,9 @@ class Program {
   void multiply_experts(Worker& worker, const std::vector<MatmulInstruction>& products, const ExpertRows& noted, int which,
                         const Inputs& inputs, bool single, float* out, std::int64_t stride);
   void mix(Worker& worker, const ExpertsInstruction& instruction, std::int64_t rows);
+  void check(AdaptInstruction& instruction);
+  void prepare_adapters(const Pass& pass);
+  void adapt(Worker& worker, const AdaptInstruction& instruction);
   void sigmoid_gate(Worker& worker, const GateInstruction& instruction, std::int64_t rows);
   void check(const HeadsInstruction& instruction) const;
   void multiply_heads(Worker& worker, const HeadsInstruction& instruction, std::int64_t rows);
@@ -277,6 +300,10 @@ class Program {
   AlignedBytes expert_inner_, expert_outer_;              // (pairs, features), of one mixture at a time
   AlignedBytes heads_input_;                              // (heads * rows, K), of one product by heads at a time
   int mixtures_ = 0;
+  std::size_t adapters_ = 0;
+  std::int64_t low_rank_width_ = 0;         // floats that a row's low ranks take, of one instruction at a time
+  AlignedBytes low_rank_;
+  std::vector<AdaptedRows> adapted_;        // of the pass
   std::vector<SequenceRows> sequences_;     // of the pass, for recurrent layers
   std::vector<std::int32_t> encoder_ends_;  // (R) last token of each row's encoder text
 };
