@@ -62,6 +62,7 @@ def request_of(
     continues_prompt: bool = True,
     constraint: ConstraintMaker | None = None,
     show_special: bool = False,
+    after_settings: bool = False,
 ) -> Request:
     """The engine's request.
 
@@ -86,6 +87,8 @@ def request_of(
         constraint=constraint or constraint_of(body, model),
         stop_repetition=body.stop_repetition,
         adapter=model.adapter,
+        after_settings=after_settings,
+        progress=bool(body.stream) and (body.return_progress or body.timings_per_token),
     )
 
 
