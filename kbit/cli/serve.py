@@ -250,7 +250,9 @@ def serve(
       kbit serve smollm2-135m-instruct --adapter poet=poet-lora/ --adapter clerk=clerk-lora/
     """
     from kbit.host.errors import UsageError
+    from kbit.host.process import share_one_heap
 
+    share_one_heap()
     if not 0 <= access.port < 1 << 16:
         raise UsageError(f"--port {access.port}: expected a number from 0 to 65535")
     counts = (

@@ -1,8 +1,12 @@
-"""What the operating system says about this process."""
+"""What the operating system says about this process, and how it takes memory."""
 
 from __future__ import annotations
 
+import ctypes
+import os
 import sys
+
+_M_ARENA_MAX = -8  # malloc.h of glibc
 
 
 def peak_rss_bytes() -> int | None:
@@ -15,6 +19,43 @@ def peak_rss_bytes() -> int | None:
 
     largest = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return largest if sys.platform == "darwin" else largest * 1024  # macOS counts bytes, Linux and the BSDs KiB
+
+
+def share_one_heap() -> bool:
+    """Has all threads of this process allocate from one heap; to be called before there are any.
+
+    glibc gives every thread a heap of its own, and what was freed stays where it was taken: a server whose requests are
+    read by many threads would keep the largest request of each. MALLOC_ARENA_MAX, or tunables that name it, hold where
+    somebody set them.
+
+    Returns:
+        Whether anything was set: not where malloc is not glibc's.
+    """
+    said = os.environ.get("GLIBC_TUNABLES", "")
+    if sys.platform != "linux" or "MALLOC_ARENA_MAX" in os.environ or "glibc.malloc.arena_max" in said:
+        return False
+    library = _glibc()
+    return library is not None and bool(library.mallopt(_M_ARENA_MAX, 1))
+
+
+def give_back_free_memory() -> bool:
+    """Returns to the system what lies free in this process's heap, also between what is in use.
+
+    glibc keeps a freed megabyte where it lies above another that is in use. Takes about a millisecond for 10 MB; the
+    heap is locked meanwhile.
+
+    Returns:
+        Whether there was any: False where malloc is not glibc's, too.
+    """
+    library = _glibc()
+    return library is not None and bool(library.malloc_trim(ctypes.c_size_t(0)))
+
+
+def _glibc() -> ctypes.CDLL | None:
+    if sys.platform != "linux":
+        return None
+    library = ctypes.CDLL(None)
+    return library if hasattr(library, "gnu_get_libc_version") else None
 
 
 def _linux_peak() -> int | None:
@@ -30,7 +71,6 @@ def _linux_peak() -> int | None:
 
 
 if sys.platform == "win32":
-    import ctypes
     from ctypes import wintypes
 
     class _MemoryCounters(ctypes.Structure):
