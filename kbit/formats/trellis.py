@@ -13,6 +13,7 @@ Hadamard matrices over blocks of columns. With 7 and 8 bits there is little left
 from __future__ import annotations
 
 import re
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -277,8 +278,8 @@ def integer_codes(codes: npt.NDArray[np.uint8], bits: int, rows: int) -> npt.NDA
 
 
 def least_window(width: float) -> int:
-    """Bits of the shortest window: what two weights bring, and no fewer than 8."""
-    return max(_LEAST_WINDOW, int(2 * width))
+    """Bits of the shortest window: what two weights bring, and no fewer than the search takes (trellis.h)."""
+    return max(_LEAST_WINDOW, math.ceil(width) + 5, int(2 * width))
 
 
 def _default_code(width: float) -> str:

@@ -15,4 +15,5 @@ READERS = {
     "torchao": "torchao",
     "quanto": "quanto",
     "bitnet": "bitnet",
+    "exl3": "exl3",
 }
