@@ -12,8 +12,8 @@ Hadamard matrices over blocks of columns. With 7 and 8 bits there is little left
 
 from __future__ import annotations
 
-import re
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar
