@@ -103,6 +103,16 @@ class LimitFlags:
             rich_help_panel=_LIMITS,
         ),
     ] = None
+    memory: Annotated[
+        str | None,
+        typer.Option(
+            "--memory",
+            metavar="SIZE",
+            help="What all loaded models may take together; who was used longest ago makes room. [default: what is "
+            "free at the start]",
+            rich_help_panel=_LIMITS,
+        ),
+    ] = None
     parallel: Annotated[
         int,
         typer.Option("--parallel", metavar="N", help="Most answers that are written at once.", rich_help_panel=_LIMITS),
@@ -271,6 +281,7 @@ def _models(
         chat_template=None if answers.chat_template is None else _template(answers.chat_template),
         reasoning=answers.reasoning,
         verbose=answers.verbose,
+        memory=None if limits.memory is None else _bytes("--memory", limits.memory),
     )
     return Models(named, options, any_name=access.any_model, adapters=adapters)
 
