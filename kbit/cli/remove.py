@@ -94,4 +94,5 @@ def _line(removal: Removal, nbytes: int) -> str:
     stays = (
         f"; stays: {', '.join(removal.stays[:5])}{', ...' if len(removal.stays) > 5 else ''}" if removal.stays else ""
     )
+    listed = f"{', '.join(parts[:-1])}{' and ' if parts[1:] else ''}{parts[-1]}"
     return printable(f"{removal.name} ({removal.what}): {listed}, {size(nbytes)}{stays}")
