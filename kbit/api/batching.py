@@ -46,6 +46,11 @@ def batch_engine(
     return BatchEngine(decoder, loaded.tokenizer, pool, context=context, seats=seats, batch_tokens=batch_tokens)
 
 
+def usual_tokens(context: int) -> int:
+    """Tokens of the KV cache of a model of such a context, where nobody says and there is memory."""
+    return max(_CACHE_TOKENS, min(context, 4 * _CACHE_TOKENS))
+
+
 def _pages(context: int, page_bytes: int, cache_bytes: int | None) -> int:
     if cache_bytes is not None:
         pages = cache_bytes // page_bytes
@@ -55,5 +60,5 @@ def _pages(context: int, page_bytes: int, cache_bytes: int | None) -> int:
             )
         return pages
     free = available_memory()
-    most = pages_for(max(_CACHE_TOKENS, min(context, 4 * _CACHE_TOKENS)))
+    most = pages_for(usual_tokens(context))
     return most if free is None else max(1, min(most, free // _CACHE_SHARE // page_bytes))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +47,19 @@ def place_of(identity: dict[str, Any]) -> Path:
     """The folder of a calibration, which need not be there."""
     digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:24]
     return calibration_folder() / digest
+
+
+def calibrations_of(fingerprints: Collection[str]) -> tuple[Path, ...]:
+    """The folders of all calibrations of models with these fingerprints (`CheckpointSource.fingerprint`)."""
+    found = []
+    for manifest in sorted(calibration_folder().glob(f"*/{MANIFEST}")):
+        try:
+            said = json.loads(manifest.read_text(encoding="utf-8"))
+        except (OSError, ValueError):  # a damaged one is no model's
+            continue
+        if isinstance(said, dict) and said.get("model") in fingerprints:
+            found.append(manifest.parent)
+    return tuple(found)
 
 
 def layers_of(spec: ModelSpec, gradients: bool) -> list[int | None]:

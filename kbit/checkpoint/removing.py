@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
@@ -31,6 +32,7 @@ class Removal:
         files: of the model.
         prepared: files of weights that were prepared of it.
         stays: what is in its folder besides, and stays there.
+        calibrations: folders of what was measured of it.
     """
 
     name: str
@@ -39,11 +41,13 @@ class Removal:
     prepared: tuple[Path, ...]
     stays: tuple[str, ...]
     _remove: Callable[[], object]
+    calibrations: tuple[Path, ...] = ()
 
     @property
     def nbytes(self) -> int:
         """Bytes of all files."""
-        return sum(file.stat().st_size for file in (*self.files, *self.prepared) if file.is_file())
+        measured = (file for folder in self.calibrations for file in folder.iterdir())
+        return sum(file.stat().st_size for file in (*self.files, *self.prepared, *measured) if file.is_file())
 
     def remove(self) -> None:
         """Removes it.
@@ -56,6 +60,8 @@ class Removal:
             self._remove()
             for file in self.prepared:
                 file.unlink(missing_ok=True)
+            for folder in self.calibrations:
+                shutil.rmtree(folder)
         except OSError as error:
             raise KbitError(f"{error.filename or self.name}: cannot be removed ({error.strerror})") from None
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import sys
+from contextlib import suppress
+from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -18,11 +20,12 @@ def remove(
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Remove models from this machine, with the weights that were prepared of them.
+    """Remove models from this machine, with the weights that were prepared of them and their calibrations.
 
     Only what kbit or the hub's library put there goes: a pulled model, a repository of the hub's cache (all its
     revisions), or the files that kbit wrote into a folder; what else is in the folder stays. A model that a running
-    process has mapped is refused (on Linux, where that can be known). Calibrations stay.
+    process has mapped is refused (on Linux, where that can be known). Who cannot be opened
+    any more keeps its calibrations.
 
     \b
     Examples:
@@ -34,7 +37,7 @@ def remove(
     from kbit.cli.output import print_json
     from kbit.host.errors import UsageError
 
-    found = {name: removal(name) for name in names}
+    found = {name: _with_calibrations(removal(name)) for name in names}
     for each in found.values():
         each.refuse_used()
     sizes = {name: each.nbytes for name, each in found.items()}
@@ -51,7 +54,12 @@ def remove(
         print_json(
             {
                 "removed": {
-                    name: {"bytes": sizes[name], "files": len(each.files) + len(each.prepared), "stays": each.stays}
+                    name: {
+                        "bytes": sizes[name],
+                        "files": len(each.files) + len(each.prepared),
+                        "calibrations": len(each.calibrations),
+                        "stays": each.stays,
+                    }
                     for name, each in found.items()
                 }
             }
@@ -61,6 +69,19 @@ def remove(
         typer.echo(f"removed {_line(each, sizes[name])}")
 
 
+def _with_calibrations(removal: Removal) -> Removal:
+    """What is removed, with what was measured of it, where the model can be opened."""
+    from kbit.calibration.place import calibrations_of
+    from kbit.host.errors import KbitError
+    from kbit.models.opening import open_model
+
+    fingerprints = set()
+    for name in (removal.name, *(f"{removal.name}:{file.name}" for file in removal.files if file.suffix == ".gguf")):
+        with suppress(KbitError), open_model(name) as source:
+            fingerprints.add(source.fingerprint())
+    return replace(removal, calibrations=calibrations_of(fingerprints))
+
+
 def _line(removal: Removal, nbytes: int) -> str:
     from kbit.cli.output import printable, size
 
@@ -68,7 +89,10 @@ def _line(removal: Removal, nbytes: int) -> str:
     parts = [f"{count} file{'s' if count != 1 else ''}"]
     if removal.prepared:
         parts.append("its prepared weights")
+    if removal.calibrations:
+        parts.append(f"{len(removal.calibrations)} calibration{'s' if len(removal.calibrations) != 1 else ''}")
     stays = (
         f"; stays: {', '.join(removal.stays[:5])}{', ...' if len(removal.stays) > 5 else ''}" if removal.stays else ""
     )
-    return printable(f"{removal.name} ({removal.what}): {' and '.join(parts)}, {size(nbytes)}{stays}")
+    listed = f"{', '.join(parts[:-1])}{' and ' if parts[1:] else ''}{parts[-1]}"
+    return printable(f"{removal.name} ({removal.what}): {listed}, {size(nbytes)}{stays}")

@@ -129,6 +129,16 @@ class LimitFlags:
             rich_help_panel=_LIMITS,
         ),
     ] = None
+    memory: Annotated[
+        str | None,
+        typer.Option(
+            "--memory",
+            metavar="SIZE",
+            help="What all loaded models may take together; who was used longest ago makes room. [default: what is "
+            "free at the start]",
+            rich_help_panel=_LIMITS,
+        ),
+    ] = None
     parallel: Annotated[
         int,
         typer.Option("--parallel", metavar="N", help="Most answers that are written at once.", rich_help_panel=_LIMITS),
@@ -326,6 +336,7 @@ def _models(
         template_variables=_variables(answers.chat_template_kwargs),
         tags=tuple(tag for tag in (access.tags or "").split(",") if tag),
         batch_tokens=limits.batch,
+        memory=None if limits.memory is None else _bytes("--memory", limits.memory),
     )
     return Models(named, options, any_name=access.any_model, adapters=adapters)
 

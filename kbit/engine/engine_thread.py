@@ -48,7 +48,7 @@ class EngineThread:
         self._lock = threading.Lock()
         self._queued: dict[Live, int] = {}  # tokens of requests that have not begun
         self._active: dict[Live, BatchEngine] = {}  # what was submitted and is not over
-        self._engines: dict[BatchEngine, None] = {}
+        self._engines: dict[BatchEngine, None] = {}  # that have, or may have, work
         self._since: float | None = None  # when the last step ended, or work came; None: there is none
         self._stopping = False
         self._thread = threading.Thread(target=self._run, name="kbit-engine", daemon=True)
@@ -133,19 +133,24 @@ class EngineThread:
             self._stopping = True
 
     def _run(self) -> None:
-        while True:
-            if not self._take_commands(block=not any(map(len, self._engines))):
-                return
-            for engine in [each for each in self._engines if len(each)]:
-                try:
-                    events = engine.step()
-                except Exception as error:  # a mistake of ours: say so to all who wait, and go on
-                    events = [(live, [Failed(error)]) for live in engine.cancel_all()]
-                self._after_step(events)
-                if not self._take_commands(block=False):
-                    return
+        while self._take_commands(block=not self._engines) and self._turn():
             if self._stopping and not self._active:
                 return
+
+    def _turn(self) -> bool:
+        """A step of every engine that has work; False: to stop. No engine is held on to that has none."""
+        for engine in list(self._engines):
+            if not len(engine):
+                del self._engines[engine]
+                continue
+            try:
+                events = engine.step()
+            except Exception as error:  # a mistake of ours: say so to all who wait, and go on
+                events = [(live, [Failed(error)]) for live in engine.cancel_all()]
+            self._after_step(events)
+            if not self._take_commands(block=False):
+                return False
+        return True
 
     def _take_commands(self, *, block: bool) -> bool:
         """Does what was asked for since; False: to stop."""

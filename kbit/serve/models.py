@@ -3,26 +3,28 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import re
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from hashlib import blake2b
-from pathlib import Path
+from collections.abc import Iterator, Mapping, Sequence
+from copy import copy
+from dataclasses import dataclass, field
+from time import monotonic
 from typing import TYPE_CHECKING, Any, Literal
+from weakref import WeakSet
 
-from kbit.api.batching import batch_engine
 from kbit.checkpoint.readers.lora_file import check_adapter
 from kbit.engine.batch_engine import BatchEngine
-from kbit.engine.sampling_defaults import SamplingDefaults, sampling_defaults
 from kbit.engine.scheduler import BATCH_TOKENS
 from kbit.host.errors import KbitError, UsageError
+from kbit.host.memory import available_memory
 from kbit.serve.errors import ApiError
+from kbit.serve.loading import LoadPlan, load, plan_load, planned_bytes, put_beside
 
 if TYPE_CHECKING:
-    from kbit.checkpoint.source import CheckpointSource
     from kbit.engine.embed import Embedder
     from kbit.engine.loader import LoadedModel
+    from kbit.engine.sampling_defaults import SamplingDefaults
     from kbit.graph.backend import Backend
     from kbit.serve.grammar import GrammarCompiler
     from kbit.text.tokenizer import Tokenizer
@@ -49,6 +51,8 @@ class ModelOptions:
         tags: words that clients choose models by.
         batch_tokens: most tokens of a pass.
         verbose: answers to chats tell the prompt that the model was given.
+        memory: bytes that all loaded models may take together, by what is planned of them; None: on the CPU, what is
+            free when the server starts.
     """
 
     backend: Backend
@@ -63,6 +67,7 @@ class ModelOptions:
     template_variables: Mapping[str, Any] = field(default_factory=dict)
     tags: Sequence[str] = ()
     batch_tokens: int = BATCH_TOKENS
+    memory: int | None = None
 
 
 @dataclass(eq=False)
@@ -84,6 +89,7 @@ class ServedModel:
         options: how it was loaded.
         adapter: of a LoRA adapter served as a model, its name; then `path` is its folder, and all that is loaded is
             the model's that it is beside.
+        plan: what it takes, while it is loaded.
     """
 
     name: str
@@ -102,6 +108,7 @@ class ServedModel:
     lock: asyncio.Lock = field(default_factory=asyncio.Lock)
     options: ModelOptions | None = None
     adapter: str | None = None
+    plan: LoadPlan | None = None
 
     def most_tokens(self, asked: int | None, usual: int | None = None) -> int:
         """Tokens of an answer at most: as asked, else as the command line says, else as is usual, else what fits."""
@@ -166,6 +173,7 @@ class Models:
     Attributes:
         options: as given.
         progress: of the model that is being loaded: tensors done, tensors in all.
+        evictions: how often a model was let go of for another.
 
     Raises:
         UsageError: none, or two of one name; a folder that holds no adapter.
@@ -181,6 +189,13 @@ class Models:
     ) -> None:
         self.options = options
         self.progress = (0, 0)
+        self.evictions = 0
+        self._limit = options.memory
+        if self._limit is None and options.backend.name == "native":
+            self._limit = available_memory()
+        self._loading = asyncio.Lock()
+        self._handed: dict[str, WeakSet[ServedModel]] = {}
+        self._used: dict[str, float] = {}  # when somebody last asked for it
         self._any_name = any_name
         self._models: dict[str, ServedModel] = {}
         self._aliases: dict[str, ServedModel] = {}
@@ -234,143 +249,104 @@ class Models:
         return found
 
     async def ready(self, name: str | None) -> ServedModel:
-        """The model of a name, which is loaded if need be.
+        """The model of a name, which is loaded if need be; others that nobody uses may make room for it.
+
+        Returns:
+            What is loaded of it now. It is not let go of while somebody holds this.
 
         Raises:
-            ApiError: there is none.
+            ApiError: there is none, or no memory for it now.
             KbitError: it cannot be loaded.
         """
         model = self.named(name)
-        if model.adapter is not None:
-            await self.ready(self.first.name)
-            return model
-        folders = {each.name: each.path for each in self._adapters.values()} if model is self.first else {}
-        async with model.lock:
-            if model.state == "failed" and model.error is not None:
-                raise model.error
-            if model.state != "ready":
-                model.state = "loading"
+        base = model if model.adapter is None else self.first
+        async with base.lock:
+            if base.state == "failed" and base.error is not None:
+                raise base.error
+            if base.state != "ready":
+                base.state = "loading"
                 try:
-                    await asyncio.to_thread(load, model, self.options, self._told, folders)
+                    await self._load(base)
                 except KbitError as error:
-                    model.state, model.error = "failed", error
+                    base.state, base.error = "failed", error
                     raise
                 except BaseException:
-                    model.state = "unloaded"
+                    base.state = "unloaded"
                     raise
-                model.state = "ready"
-                for name, adapter in self._adapters.items() if folders else ():
-                    _put_beside(adapter, model, name)
-        return model
+                base.state = "ready"
+        handed = copy(model)
+        self._handed.setdefault(base.name, WeakSet()).add(handed)
+        self._used[base.name] = monotonic()
+        return handed
+
+    async def _load(self, model: ServedModel) -> None:
+        """Loads a model once there is room for it: one at a time, as each counts what the others take.
+
+        Raises:
+            ApiError, KbitError: see `ready`.
+        """
+        beside = self._adapters if model is self.first else {}
+        folders = {name: adapter.path for name, adapter in beside.items()}
+        async with self._loading:
+            plan = await asyncio.to_thread(plan_load, model, self.options, self._limit, folders)
+            await self._make_room(model, plan)
+            await asyncio.to_thread(load, model, plan, self.options, self._told, folders)
+            model.plan = plan
+            for name, adapter in beside.items():
+                put_beside(adapter, model, name)
+
+    async def _make_room(self, model: ServedModel, plan: LoadPlan) -> None:
+        """Lets go of models that nobody uses, the one that was used longest ago first, until another one fits.
+
+        Raises:
+            KbitError: it is too large for the memory there is, and the first.
+            ApiError: it is too large, or those that are in use leave no room for it.
+        """
+        if self._limit is None:
+            return
+        needed = max(planned_bytes([plan]), plan.loading)
+        limit = f"{self._limit / 1e6:.0f} MB that there are for models (--memory)"
+        if needed > self._limit:
+            text = (
+                f"{model.name} needs {needed / 1e6:.0f} MB, of which keys and values {(plan.cache or 0) / 1e6:.0f}, "
+                f"more than the {limit}: give more, or a smaller --cache-size or --parallel"
+            )
+            if model is self.first:
+                raise KbitError(text)
+            raise ApiError(503, text, code="model_too_large", param="model")
+        while True:
+            loaded = {each.name: each.plan for each in self if each.plan is not None}
+            taken = planned_bytes(list(loaded.values()))
+            if max(planned_bytes([*loaded.values(), plan]), taken + plan.loading) <= self._limit:
+                return
+            idle = [name for name in loaded if self._idle(self._models[name])]
+            if not idle:
+                raise ApiError(
+                    503,
+                    f"{model.name} needs {needed / 1e6:.0f} MB; {', '.join(loaded)}, which requests use, have "
+                    f"{taken / 1e6:.0f} MB of the {limit}: try again when they are done",
+                    param="model", code="no_memory", headers={"Retry-After": "10"},
+                )  # fmt: skip
+            self._let_go(self._models[min(idle, key=lambda name: self._used.get(name, 0.0))])
+            await asyncio.to_thread(gc.collect)
+
+    def _idle(self, model: ServedModel) -> bool:
+        """Whether no request has a model, or is about to."""
+        if model.state != "ready" or model.lock.locked() or (model.engine is not None and len(model.engine)):
+            return False
+        if self._handed.get(model.name):
+            gc.collect()  # what was held by a request that is over, by way of its error
+        return not self._handed.get(model.name)
+
+    def _let_go(self, model: ServedModel) -> None:
+        beside = self._adapters.values() if model is self.first else ()
+        for each in (model, *beside):
+            each.loaded = each.engine = each.defaults = each.grammars = each.embedder = each.plan = None
+            each.state = "unloaded"
+        self.evictions += 1
 
     def _told(self, done: int, total: int) -> None:
         self.progress = done, total
-
-
-def load(
-    model: ServedModel,
-    options: ModelOptions,
-    progress: Callable[[int, int], None] | None = None,
-    adapters: Mapping[str, str] | None = None,
-) -> None:
-    """Loads a model. Not on the event loop: it takes a while.
-
-    Args:
-        model: which.
-        options: how.
-        progress, adapters: see `load_model`.
-
-    Raises:
-        KbitError: it cannot be.
-    """
-    from kbit.models.families import spec_from_config
-    from kbit.models.opening import open_model
-    from kbit.quantizers.widths import at_width
-
-    path, bits = (model.path, None) if model.bits is None else at_width(model.path, model.bits)
-    with open_model(path, bits) as source:
-        model.fingerprint = _fingerprint(source, options)
-        spec = spec_from_config(source.config, where=f"config of {source.path}")
-        if not spec.continues_text and spec.encoder is None:
-            if adapters:
-                raise UsageError(f"--adapter: {model.path} is an encoder, which takes none: leave it out")
-            from kbit.engine.embed import Embedder
-
-            model.embedder = Embedder(source, options.backend)
-            return
-    from kbit.engine.loader import load_model
-
-    def note(tokenizer: Tokenizer, source: CheckpointSource) -> None:
-        found = sampling_defaults(source, model.path)
-        if options.sampling:
-            params = replace(found.params, **options.sampling)
-            found = SamplingDefaults(params, f"{found.origin}, and what the command line says")
-        model.defaults = found
-        _refuse_too_large(model, options, source)
-
-    loaded = load_model(path, backend=options.backend, bits=bits, check=note, progress=progress, adapters=adapters)
-    if options.chat_template is not None:
-        loaded.tokenizer.chat_templates = {"default": options.chat_template}
-    from kbit.serve.grammar import GrammarCompiler
-
-    model.loaded, model.options = loaded, options
-    model.grammars = GrammarCompiler(loaded.tokenizer, loaded.decoder.spec.vocab_size)
-    model.engine = batch_engine(
-        loaded,
-        context=options.context,
-        cache_bytes=options.cache_bytes,
-        seats=options.seats,
-        batch_tokens=options.batch_tokens,
-    )
-
-
-def _put_beside(adapter: ServedModel, base: ServedModel, name: str) -> None:
-    """Gives an adapter all that was loaded of the model that it is beside; its chat template may be its own.
-
-    Raises:
-        KbitError: that cannot be read.
-    """
-    assert base.loaded is not None
-    adapter.loaded = base.loaded.with_adapter(name)
-    if base.options is not None and base.options.chat_template is not None:
-        adapter.loaded = replace(adapter.loaded, tokenizer=base.loaded.tokenizer)
-    adapter.options, adapter.engine = base.options, base.engine
-    adapter.defaults, adapter.grammars = base.defaults, base.grammars
-    folder = Path(adapter.path)
-    digest = blake2b(f"{base.fingerprint} {name}".encode(), digest_size=6)
-    for file in sorted(folder.iterdir()):
-        status = file.stat()
-        digest.update(f"{file.name} {status.st_size} {status.st_mtime_ns}".encode())
-    adapter.fingerprint = digest.hexdigest()
-    adapter.state = "ready"
-
-
-def _refuse_too_large(model: ServedModel, options: ModelOptions, source: CheckpointSource) -> None:
-    """Ends what a limit leaves no memory for, before weights are read.
-
-    Raises:
-        KbitError: a limit leaves this process less than the model takes, with the cache that was asked for; where none
-            was asked for, it will take a part of what is left.
-    """
-    backend = options.backend
-    if backend.name != "native":
-        return
-    from kbit.backends.cpu.backend import NativeBackend
-    from kbit.planner.fits import Wanted, refuse_what_does_not_fit
-
-    assert isinstance(backend, NativeBackend)
-    wanted = Wanted(
-        1, batch=options.seats, kv=backend.kv.partition(",")[0], compute=backend.compute,
-        threads=backend.context.threads, cache=options.cache_bytes or 0,
-    )  # fmt: skip
-    refuse_what_does_not_fit(source, wanted, model.path)
-
-
-def _fingerprint(source: CheckpointSource, options: ModelOptions) -> str:
-    from kbit import __version__
-
-    words = [__version__, options.backend.name, options.backend.describe(), source.fingerprint()]
-    return blake2b("\n".join(words).encode(), digest_size=6).hexdigest()
 
 
 def served_adapter(adapter: str) -> tuple[str, str]:

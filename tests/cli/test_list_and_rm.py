@@ -16,8 +16,10 @@ import pytest
 from command_cases import in_process
 from gguf_model_cases import Model
 
+from kbit.calibration.store import CalibrationFolder
 from kbit.checkpoint.prepared_place import prepared_path
 from kbit.host.mapped_files import processes_that_map
+from kbit.models.opening import open_model
 
 COMMIT = "1" * 40
 
@@ -120,6 +122,24 @@ def test_a_folder_kbit_wrote_goes_with_what_was_prepared(here: Path, monkeypatch
     assert out.startswith("removed out (a folder kbit wrote): ")
     assert not (here / "out").exists()
     assert not prepared.exists()
+
+
+def test_calibrations_go_with_their_model(here: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("KBIT_CALIBRATION", str(tmp_path / "calibration"))
+    with open_model("out") as source:
+        own = source.fingerprint()
+    for name, model in (("one", own), ("two", own), ("others", "0" * 64)):
+        CalibrationFolder(tmp_path / "calibration" / name, {"model": model, "request": {"tokens": 64}})
+        (tmp_path / "calibration" / name / "layer-00000.safetensors").write_bytes(bytes(1000))
+    (tmp_path / "calibration" / "broken").mkdir()
+    (tmp_path / "calibration" / "broken" / "calibration.json").write_text("{")
+    code, out, error = in_process(["rm", "out", "--yes", "--json"], monkeypatch)
+    assert (code, error) == (0, "")
+    removed = json.loads(out)["removed"]["out"]
+    assert removed["calibrations"] == 2
+    assert removed["bytes"] > 2000
+    assert sorted(path.name for path in (tmp_path / "calibration").iterdir()) == ["broken", "others"]
+    assert not (here / "out").exists()
 
 
 def test_what_else_is_in_the_folder_stays(here: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
