@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from kbit.engine.batch_engine import BatchEngine
+from kbit.engine.scheduler import BATCH_TOKENS
 from kbit.graph.pages import PAGE, pages_for
 from kbit.host.errors import UsageError
 from kbit.host.memory import available_memory
@@ -19,7 +20,12 @@ _CACHE_SHARE = 4
 
 
 def batch_engine(
-    loaded: LoadedModel, *, context: int | None = None, cache_bytes: int | None = None, seats: int = 64
+    loaded: LoadedModel,
+    *,
+    context: int | None = None,
+    cache_bytes: int | None = None,
+    seats: int = 64,
+    batch_tokens: int = BATCH_TOKENS,
 ) -> BatchEngine:
     """An engine for a model, its pages reserved.
 
@@ -29,6 +35,7 @@ def batch_engine(
         cache_bytes: memory for keys and values; None: for 32768 tokens or one whole context, at most a quarter of what
             is free.
         seats: sequences that are computed at once.
+        batch_tokens: most tokens of a pass.
 
     Raises:
         UsageError: a context that model or cache does not have; memory that holds no page.
@@ -36,7 +43,7 @@ def batch_engine(
     decoder = loaded.decoder
     pool = decoder.new_pool(1, 2)
     pool.ensure(_pages(decoder.spec.max_positions, pool.store.page_bytes, cache_bytes))
-    return BatchEngine(decoder, loaded.tokenizer, pool, context=context, seats=seats)
+    return BatchEngine(decoder, loaded.tokenizer, pool, context=context, seats=seats, batch_tokens=batch_tokens)
 
 
 def _pages(context: int, page_bytes: int, cache_bytes: int | None) -> int:

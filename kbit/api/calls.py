@@ -116,7 +116,7 @@ class Collected:
             self.over, self._usage = True, event.usage
         elif isinstance(event, PromptScored):
             self.scored = event.tokens
-        else:
+        elif isinstance(event, Piece):
             return self._piece(event)
         return ""
 

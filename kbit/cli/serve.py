@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from kbit.serve.models import Models
 
 _ACCESS, _LIMITS, _ANSWERS = "Access", "Limits", "Answers"
+_SWITCHES = ("metrics", "slots", "page")  # what --without takes
 
 
 @dataclass(frozen=True)
@@ -30,7 +32,13 @@ class AccessFlags:
     """Where the server listens, and who may use it."""
 
     host: Annotated[
-        str, typer.Option("--host", metavar="ADDRESS", help="Address to listen on.", rich_help_panel=_ACCESS)
+        str,
+        typer.Option(
+            "--host",
+            metavar="ADDRESS",
+            help="Address to listen on, or several with commas between.",
+            rich_help_panel=_ACCESS,
+        ),
     ] = "127.0.0.1"
     port: Annotated[
         int, typer.Option("--port", metavar="N", help="Port; 0 takes a free one.", rich_help_panel=_ACCESS)
@@ -60,6 +68,24 @@ class AccessFlags:
     ] = None
     tls_key: Annotated[
         str | None, typer.Option("--tls-key", metavar="FILE", help="Its private key.", rich_help_panel=_ACCESS)
+    ] = None
+    without: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--without",
+            metavar="ROUTE",
+            help="Switches metrics, slots or page off; several may be given.",
+            rich_help_panel=_ACCESS,
+        ),
+    ] = None
+    tags: Annotated[
+        str | None,
+        typer.Option(
+            "--tags",
+            metavar="WORDS",
+            help="Words with commas between that /v1/models tells, for clients that choose by them.",
+            rich_help_panel=_ACCESS,
+        ),
     ] = None
     any_model: Annotated[
         bool,
@@ -96,6 +122,12 @@ class LimitFlags:
         int,
         typer.Option("--parallel", metavar="N", help="Most answers that are written at once.", rich_help_panel=_LIMITS),
     ] = 64
+    batch: Annotated[
+        int,
+        typer.Option(
+            "--batch", metavar="N", help="Most tokens of a pass; fewer take less memory.", rich_help_panel=_LIMITS
+        ),
+    ] = 512
     queue: Annotated[
         int,
         typer.Option("--queue", metavar="N", help="Most requests that wait; others get 429.", rich_help_panel=_LIMITS),
@@ -143,6 +175,15 @@ class AnswerFlags:
             rich_help_panel=_ANSWERS,
         ),
     ] = None
+    chat_template_kwargs: Annotated[
+        str | None,
+        typer.Option(
+            "--chat-template-kwargs",
+            metavar="JSON",
+            help="An object of variables for chat templates, where a request does not say (chat_template_kwargs).",
+            rich_help_panel=_ANSWERS,
+        ),
+    ] = None
     reasoning: Annotated[
         Literal["auto", "on", "off"],
         typer.Option(
@@ -167,8 +208,8 @@ def serve(
         list[str] | None,
         typer.Argument(
             metavar="[MODEL]...",
-            help="What to serve: as --model elsewhere, NAME=MODEL to name it, MODEL:3 to round it to 3 bits. "
-            f"[default: {DEFAULT_MODEL}]",
+            help="What to serve: as --model elsewhere, NAME=MODEL to name it (or NAME,NAME=MODEL), MODEL:3 to round it "
+            f"to 3 bits. [default: {DEFAULT_MODEL}]",
         ),
     ] = None,
     *,
@@ -198,10 +239,18 @@ def serve(
 
     if not 0 <= access.port < 1 << 16:
         raise UsageError(f"--port {access.port}: expected a number from 0 to 65535")
-    counts = (("--parallel", limits.parallel), ("--queue", limits.queue), ("--max-tokens", answers.max_tokens))
+    counts = (
+        ("--parallel", limits.parallel),
+        ("--queue", limits.queue),
+        ("--batch", limits.batch),
+        ("--max-tokens", answers.max_tokens),
+    )
     for flag, value in counts:
         if value is not None and value < 1:
             raise UsageError(f"{flag} {value}: expected at least 1")
+    unknown = [each for each in access.without or () if each not in _SWITCHES]
+    if unknown:
+        raise UsageError(f"--without {unknown[0]}: expected one of {', '.join(_SWITCHES)}")
     if (access.tls_cert is None) != (access.tls_key is None):
         raise UsageError("--tls-cert and --tls-key belong together: give both, or neither")
     try:
@@ -223,10 +272,11 @@ def serve(
 
     options = ServeOptions(
         keys=keys,
-        hosts=LOOPBACK if access.host in LOOPBACK else None,
+        hosts=LOOPBACK if set(access.host.split(",")) <= set(LOOPBACK) else None,
         origins=access.cors_origin or (),
         most_bytes=_bytes("--max-body", limits.max_body),
         most_requests=limits.queue,
+        without=access.without or (),
     )
     sockets = listen(access.host, access.port)
     run(make_app(served, options), served, sockets, tls=(access.tls_cert, access.tls_key), keyed=bool(keys))
@@ -251,6 +301,9 @@ def _models(
         chat_template=None if answers.chat_template is None else _template(answers.chat_template),
         reasoning=answers.reasoning,
         verbose=answers.verbose,
+        template_variables=_variables(answers.chat_template_kwargs),
+        tags=tuple(tag for tag in (access.tags or "").split(",") if tag),
+        batch_tokens=limits.batch,
     )
     return Models(named, options, any_name=access.any_model)
 
@@ -272,6 +325,18 @@ def _template(path: Path) -> str:
     except (OSError, UnicodeDecodeError) as error:
         why = getattr(error, "strerror", None) or "it is no text"
         raise UsageError(f"--chat-template {path}: {why}: name a file with a Jinja template") from None
+
+
+def _variables(text: str | None) -> dict[str, Any]:
+    from kbit.host.errors import UsageError
+
+    try:
+        found = json.loads(text or "{}")
+    except ValueError as error:
+        raise UsageError(f"--chat-template-kwargs {text}: no JSON ({error}): give an object of variables") from None
+    if not isinstance(found, dict):
+        raise UsageError(f'--chat-template-kwargs {text}: expected an object of variables, such as {{"name": 1}}')
+    return found
 
 
 def _bytes(flag: str, text: str) -> int:

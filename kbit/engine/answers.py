@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from kbit.engine.answer_text import AnswerText
 from kbit.engine.native_sampler import NativeSampler
 from kbit.engine.repetition import only_repeats
-from kbit.engine.sampler import SamplingParams
+from kbit.engine.sampler import Sampler, SamplingParams
 
 if TYPE_CHECKING:
     from kbit.engine.sequence import Sequence
@@ -64,6 +64,8 @@ class Request:
         show_special: special tokens are part of the text.
         constraint: which tokens may come.
         stop_repetition: end an answer that only repeats itself.
+        after_settings: log-probabilities are those that tokens are drawn by, after all settings: of what these leave.
+        progress: tell how far the prompt has been read (`Progress`).
     """
 
     prompt: tuple[int, ...]
@@ -79,6 +81,8 @@ class Request:
     show_special: bool = False
     constraint: ConstraintMaker | None = None
     stop_repetition: bool = False
+    after_settings: bool = False
+    progress: bool = False
 
 
 @dataclass(frozen=True)
@@ -88,8 +92,8 @@ class TokenInfo:
     Attributes:
         id: the token.
         start: characters of the answer before it.
-        logprob: its log-probability in nats by the model's own logits, before any setting; None: not asked for, or
-            unknown (the first of a prompt).
+        logprob: its log-probability in nats by the model's own logits, before any setting (`Request.after_settings`:
+            after them); None: not asked for, or unknown (the first of a prompt).
         top: (token, log-probability) of the most probable ones, the best first.
     """
 
@@ -147,6 +151,23 @@ class PromptScored:
 
 
 @dataclass(frozen=True)
+class Progress:
+    """How far the prompt has been read; the first says what was in the cache.
+
+    Attributes:
+        processed: tokens that have been through the model, those in the cache among them.
+        cached: those in the cache.
+        total: tokens of the prompt.
+        seconds: since its first token went through the model; 0 for the first.
+    """
+
+    processed: int
+    cached: int
+    total: int
+    seconds: float
+
+
+@dataclass(frozen=True)
 class Failed:
     """The request could not be answered, for this reason."""
 
@@ -160,7 +181,7 @@ class Done:
     usage: Usage
 
 
-Event: TypeAlias = "Piece | PromptScored | Failed | Done"
+Event: TypeAlias = "Piece | PromptScored | Progress | Failed | Done"
 
 
 class Choice:
@@ -174,6 +195,7 @@ class Choice:
     Attributes:
         request, index: as given.
         sampler: chooses its tokens.
+        distribution: says by which probabilities, where the request asks for these.
         constraint: what may come, or None.
         ids: the tokens so far.
         sequence: what the scheduler knows of it, once it has one.
@@ -184,6 +206,9 @@ class Choice:
         self.request = request
         self.index = index
         self.sampler = NativeSampler(request.sampling, request.prompt, choice=index)
+        self.distribution: Sampler | None = None
+        if request.after_settings and request.logprobs is not None:
+            self.distribution = Sampler(request.sampling, request.prompt, index)
         self.constraint = None if request.constraint is None else request.constraint()
         self.ids: list[int] = []
         self.sequence: Sequence | None = None

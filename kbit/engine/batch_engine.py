@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from kbit.engine.answers import Choice, Done, Event, Failed, Piece, PromptScored, Request, TokenInfo, Usage
+from kbit.engine.answers import Choice, Done, Event, Failed, Piece, Progress, PromptScored, Request, TokenInfo, Usage
 from kbit.engine.logprobs import token_infos
 from kbit.engine.prompt_cache import DecoderSpec, check_prompt
 from kbit.engine.scheduler import BATCH_TOKENS, Pass, Scheduler
@@ -79,6 +79,7 @@ class Live:
         arrived, begun, first_token: when it came, when its first token went through the model, and when the first of
             its answer was chosen, by the clock `time.perf_counter`; None: not yet.
         cached: tokens of the prompt that were in the cache.
+        told: how many had been read when `Progress` was last told.
         scored: what is known of the prompt's tokens so far.
 
     Raises:
@@ -91,7 +92,7 @@ class Live:
         self.arrived = perf_counter()
         self.begun: float | None = None
         self.first_token: float | None = None
-        self.cached = 0
+        self.cached = self.told = 0
         self.scored: list[TokenInfo] = [TokenInfo(request.prompt[0])]
 
     @property
@@ -114,6 +115,7 @@ class Counters:
 
     Attributes:
         steps: passes.
+        sequences: of all passes.
         prompt_tokens, cached_tokens: of the requests that have begun; the latter are part of the former.
         computed_tokens: that went through the model, those computed again included.
         generated_tokens: that were chosen.
@@ -121,6 +123,7 @@ class Counters:
     """
 
     steps: int = 0
+    sequences: int = 0
     prompt_tokens: int = 0
     cached_tokens: int = 0
     computed_tokens: int = 0
@@ -140,6 +143,7 @@ class BatchEngine:
         context: tokens that a prompt and its answer may have together; None: as many as the model and the pool allow.
         seats: most sequences that are computed at once.
         step_seconds: how long a step may take while answers are being written.
+        batch_tokens: most tokens of a pass.
 
     Attributes:
         tokenizer, pool, context, counters: as given, and what was done.
@@ -157,13 +161,14 @@ class BatchEngine:
         context: int | None = None,
         seats: int = 64,
         step_seconds: float = STEP_SECONDS,
+        batch_tokens: int = BATCH_TOKENS,
     ) -> None:
         self._decoder = decoder
         self.tokenizer = tokenizer
         self.pool = pool
         self.context = _context(decoder.spec, pool, context)
         self.counters = Counters()
-        self._scheduler = Scheduler(pool, BATCH_TOKENS, seats)
+        self._scheduler = Scheduler(pool, batch_tokens, seats)
         self._step_seconds = step_seconds
         self._rows_per_second = 0.0  # beyond the time that any pass takes; not measured yet
         self._pass_seconds = 0.0
@@ -243,7 +248,7 @@ class BatchEngine:
         work = self._scheduler.next_pass(self._rows())
         if work is None:
             return []
-        self._begin(work)
+        self._begin(work, events)
         start = perf_counter()
         try:
             logits = np.asarray(self._decoder.run(work.batch, work.cache))
@@ -261,7 +266,10 @@ class BatchEngine:
         """What a pass's results (L, V) mean for the requests that were in it."""
         waiting: list[tuple[Live, Sequence, list[Choice]]] = []  # those that now get a token
         rows: list[int] = []
-        for sequence, part in list(self._scheduler.complete(work)):
+        complete = list(self._scheduler.complete(work))
+        for sequence in work.sequences:
+            self._tell_progress(*self._owners[sequence], events)
+        for sequence, part in complete:
             live, choice = self._owners[sequence]
             try:
                 self._score_prompt(live, choice, logits, part, events)
@@ -332,14 +340,30 @@ class BatchEngine:
         self.counters.generated_tokens += 1
         return choice.take(token.id, token, self.context - len(live.request.prompt) - len(choice.ids) - 1)
 
-    def _begin(self, work: Pass) -> None:
+    def _begin(self, work: Pass, events: dict[Live, list[Event]]) -> None:
         """Notes which requests begin with a pass, and what of their prompts was in the cache."""
+        self.counters.sequences += len(work.sequences)
         for sequence, start in zip(work.sequences, work.batch.starts.tolist(), strict=True):
             live, _ = self._owners[sequence]
             if live.begun is None:
                 live.begun, live.cached = perf_counter(), start
                 self.counters.prompt_tokens += len(live.request.prompt)
                 self.counters.cached_tokens += start
+                if live.request.progress:
+                    first = Progress(start, start, len(live.request.prompt), 0.0)
+                    events.setdefault(live, []).append(first)
+                    live.told = start
+
+    def _tell_progress(self, live: Live, choice: Choice, events: dict[Live, list[Event]]) -> None:
+        """Where a request asks for it, and more of its prompt has been read than it was told."""
+        if not live.request.progress or choice.sequence is None or live.begun is None:
+            return
+        total = len(live.request.prompt)
+        processed = min(choice.sequence.table.length, total)
+        if processed > live.told:  # a sequence that lost its pages starts again
+            live.told = processed
+            told = Progress(processed, live.cached, total, perf_counter() - live.begun)
+            events.setdefault(live, []).append(told)
 
     def _release(self, choice: Choice) -> None:
         if choice.sequence is not None:

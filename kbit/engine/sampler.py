@@ -162,6 +162,24 @@ class Sampler:
         self._count(token)
         return token
 
+    def distribution(self, logits: Logits) -> Probabilities:
+        """float64 (V,): the probabilities that `sample` draws the next token by. Nothing is counted.
+
+        Args:
+            logits: (V,) on any device.
+
+        Raises:
+            KbitError: as `sample`.
+        """
+        scores, best = self._scores(logits)
+        if self._greedy:
+            return _probabilities(np.array([best]), np.ones(1, np.float32), scores.size)
+        return _probabilities(*self._weights(scores, best), scores.size)
+
+    def count(self, token: int) -> None:
+        """Counts a token as generated that something else chose."""
+        self._count(token)
+
     def propose(self, logits: Logits, pending: Sequence[int]) -> Guess:
         """A guess at a token, chosen as tokens are but not counted, from the logits of another model.
 

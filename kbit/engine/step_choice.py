@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -10,6 +11,7 @@ from numpy.typing import NDArray
 from kbit.engine.answers import Choice, TokenInfo
 from kbit.engine.logprobs import token_infos
 from kbit.engine.native_sampler import Mask, sample_rows
+from kbit.engine.sampler import Probabilities
 from kbit.host.errors import KbitError
 
 
@@ -30,9 +32,13 @@ def choose_tokens(
     found: list[TokenInfo | KbitError | None] = [None] * len(choices)
     masks: list[Mask | None] = []
     able = []
+    drawn_by: dict[int, Probabilities] = {}
     for i, choice in enumerate(choices):
         try:
-            masks.append(None if choice.constraint is None else choice.constraint.mask())
+            mask = None if choice.constraint is None else choice.constraint.mask()
+            if choice.distribution is not None:
+                drawn_by[i] = choice.distribution.distribution(_masked(logits[rows[i]], mask))
+            masks.append(mask)
             able.append(i)
         except KbitError as error:
             found[i] = error
@@ -54,7 +60,10 @@ def choose_tokens(
         except KbitError as error:
             found[i] = error
         else:
-            if asked is not None:
+            if choice.distribution is not None:
+                choice.distribution.count(token)
+                found[i] = _drawn(token, drawn_by[i], asked or 0)
+            elif asked is not None:
                 scored.append((i, token, asked))
     if scored:
         most = max(top for _, _, top in scored)
@@ -62,3 +71,21 @@ def choose_tokens(
         for (i, token, top), info in zip(scored, infos, strict=True):
             found[i] = TokenInfo(token, logprob=info.logprob, top=info.top[:top])
     return [each for each in found if each is not None]
+
+
+def _masked(row: NDArray[np.float32], mask: Mask | None) -> NDArray[np.float32]:
+    """Logits (V,) of the tokens that a mask (at most V,) allows; -inf for the others."""
+    if mask is None:
+        return row
+    allowed = np.zeros(row.size, np.bool_)
+    allowed[: mask.size] = mask[: row.size]
+    return np.where(allowed, row, np.float32(-np.inf))
+
+
+def _drawn(token: int, probabilities: Probabilities, top: int) -> TokenInfo:
+    """A token, and the most probable ones, by the probabilities (V,) it was drawn by; none that could not come."""
+    order = np.argsort(-probabilities, kind="stable")[:top]
+    named = tuple((int(each), math.log(probabilities[each])) for each in order if probabilities[each] > 0)
+    # The native sampler rounds in another order: what lies at the edge of a cut may be in there and not here.
+    own = float(probabilities[token])
+    return TokenInfo(token, logprob=math.log(own) if own > 0 else -math.inf, top=named)

@@ -17,11 +17,12 @@ from kbit.engine.answers import Done, Finish, Piece, Usage
 from kbit.serve.bridge import collect, while_connected
 from kbit.serve.conversation import Prepared, prepare_chat
 from kbit.serve.errors import ApiError, bad_request
-from kbit.serve.message_parser import Called, Part, Said
+from kbit.serve.message_parser import Called, Said, joined
 from kbit.serve.models import ServedModel
 from kbit.serve.schemas import Body, ChatBody
 from kbit.serve.sse import EventStream, started
 from kbit.serve.state import Server, new_id, server_of
+from kbit.serve.tool_calls import Arguments, CallBegun
 
 router = APIRouter()
 # A line that Claude Code puts before its prompts, other each time: it says nothing, and no page behind it could be
@@ -82,7 +83,7 @@ async def messages(body: MessagesBody, http: HttpRequest) -> Response:
     answer = await while_connected(http, collect(server.run(model, prepared.request), 1))
     (whole,) = answer.choices
     parser = prepared.parser()
-    parts = [*parser.push(whole.text), *parser.finish()]
+    parts = joined([*parser.push(whole.text), *parser.finish()])
     called = any(isinstance(part, Called) for part in parts)
     return JSONResponse(
         {
@@ -200,17 +201,14 @@ def _turn(role: str, blocks: list[Any], where: str) -> list[dict[str, Any]]:
     return turn
 
 
-def _blocks(parts: list[Part]) -> list[dict[str, Any]]:
+def _blocks(parts: list[Said | Called]) -> list[dict[str, Any]]:
     blocks: list[dict[str, Any]] = []
     for part in parts:
         if isinstance(part, Called):
-            blocks.append(_tool_use(part, json.loads(part.arguments)))
-            continue
-        kind, key = ("thinking", "thinking") if part.thought else ("text", "text")
-        if blocks and blocks[-1]["type"] == kind:
-            blocks[-1][key] += part.text
+            blocks.append(_tool_use(part.name, _input(part.arguments)))
         else:
-            blocks.append(_empty(kind) | {key: part.text})
+            kind = "thinking" if part.thought else "text"
+            blocks.append(_empty(kind) | {kind: part.text})
     return blocks
 
 
@@ -218,9 +216,17 @@ def _empty(kind: str) -> dict[str, Any]:
     return {"type": "thinking", "thinking": "", "signature": ""} if kind == "thinking" else {"type": "text", "text": ""}
 
 
-def _tool_use(call: Called, arguments: Any) -> dict[str, Any]:
-    arguments = arguments if isinstance(arguments, dict) else {"value": arguments}
-    return {"type": "tool_use", "id": new_id("toolu_"), "name": call.name, "input": arguments}
+def _tool_use(name: str, arguments: dict[str, Any]) -> dict[str, Any]:
+    return {"type": "tool_use", "id": new_id("toolu_"), "name": name, "input": arguments}
+
+
+def _input(arguments: str) -> dict[str, Any]:
+    """Arguments as an object; of an answer that was cut, the text, under the name that Anthropic gives it."""
+    try:
+        found = json.loads(arguments)
+    except ValueError:
+        return {"INVALID_JSON": arguments}
+    return found if isinstance(found, dict) else {"value": found}
 
 
 def _reason(finish: Finish, stop: str | None, called: bool) -> str:
@@ -266,16 +272,20 @@ async def _stream(server: Server, model: ServedModel, prepared: Prepared) -> Asy
                     parts += parser.finish()
                     finish, stop = event.finish, event.stop
                 for part in parts:
-                    kind = "tool_use" if isinstance(part, Called) else "thinking" if part.thought else "text"
-                    if kind != open_kind or kind == "tool_use":
+                    kind = "tool_use"
+                    if isinstance(part, Said):
+                        kind = "thinking" if part.thought else "text"
+                    if kind != open_kind or isinstance(part, CallBegun):
                         if open_kind:
                             yield "content_block_stop", {"type": "content_block_stop", "index": index}
                         index, open_kind = index + 1, kind
-                        block = _tool_use(part, {}) if isinstance(part, Called) else _empty(kind)
+                        block = _tool_use(part.name, {}) if isinstance(part, CallBegun) else _empty(kind)
                         start = {"type": "content_block_start", "index": index, "content_block": block}
                         yield "content_block_start", start
-                    called = called or isinstance(part, Called)
-                    yield "content_block_delta", {"type": "content_block_delta", "index": index, "delta": _delta(part)}
+                    called = called or isinstance(part, CallBegun)
+                    if not isinstance(part, CallBegun):
+                        delta = {"type": "content_block_delta", "index": index, "delta": _delta(part)}
+                        yield "content_block_delta", delta
             elif isinstance(event, Done):
                 if open_kind:
                     yield "content_block_stop", {"type": "content_block_stop", "index": index}
@@ -284,11 +294,9 @@ async def _stream(server: Server, model: ServedModel, prepared: Prepared) -> Asy
                 yield "message_stop", {"type": "message_stop"}
 
 
-def _delta(part: Part) -> dict[str, Any]:
-    if isinstance(part, Said):
-        return (
-            {"type": "thinking_delta", "thinking": part.text}
-            if part.thought
-            else {"type": "text_delta", "text": part.text}
-        )
-    return {"type": "input_json_delta", "partial_json": part.arguments}
+def _delta(part: Said | Arguments) -> dict[str, Any]:
+    if isinstance(part, Arguments):
+        return {"type": "input_json_delta", "partial_json": part.text}
+    if part.thought:
+        return {"type": "thinking_delta", "thinking": part.text}
+    return {"type": "text_delta", "text": part.text}

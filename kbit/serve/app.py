@@ -21,7 +21,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.types import Receive, Scope, Send
 
 from kbit.host.errors import KbitError, one_line
-from kbit.serve import anthropic, basics, chat, completions, infill, native, page, responses
+from kbit.serve import anthropic, basics, chat, completions, infill, native, page, predict, responses
 from kbit.serve.access import Access, origin_pattern
 from kbit.serve.bridge import Bridge, ClientGoneError
 from kbit.serve.errors import ApiError, api_error
@@ -40,6 +40,7 @@ class ServeOptions:
     Attributes:
         keys, hosts, origins, most_bytes: see `Access`.
         most_requests, most_tokens: that wait; see `EngineThread`.
+        without: see `Server`.
     """
 
     keys: Collection[str] = ()
@@ -48,6 +49,7 @@ class ServeOptions:
     most_bytes: int = 32 << 20
     most_requests: int = 256
     most_tokens: int = 1 << 20
+    without: Collection[str] = ()
 
 
 def make_app(models: Models, options: ServeOptions | None = None) -> FastAPI:
@@ -63,7 +65,8 @@ def make_app(models: Models, options: ServeOptions | None = None) -> FastAPI:
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         bridge = Bridge(options.most_requests, options.most_tokens)
         bridge.start()
-        app.state.server = Server(models, bridge, Metrics(models, bridge.thread), time())
+        metrics = Metrics(models, bridge.thread)
+        app.state.server = Server(models, bridge, metrics, time(), frozenset(options.without))
         loading = asyncio.ensure_future(_load_first(models))
         try:
             yield
@@ -81,7 +84,7 @@ def make_app(models: Models, options: ServeOptions | None = None) -> FastAPI:
             Middleware(
                 CORSMiddleware,
                 allow_origin_regex=origin_pattern(options.origins),
-                allow_methods=["GET", "POST"],
+                allow_methods=["GET", "POST", "DELETE", "OPTIONS"],
                 allow_headers=["*"],
             )
         )
@@ -101,7 +104,7 @@ def make_app(models: Models, options: ServeOptions | None = None) -> FastAPI:
             Exception: _told,
         },
     )
-    for routes in (basics, completions, chat, responses, anthropic, native, infill, page):
+    for routes in (basics, completions, chat, responses, anthropic, native, infill, predict, page):
         app.include_router(routes.router)
     return app
 

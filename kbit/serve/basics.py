@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -16,7 +17,7 @@ from kbit.serve.conversation import plain_messages, render
 from kbit.serve.errors import ApiError, bad_request
 from kbit.serve.models import ServedModel
 from kbit.serve.schemas import DetokenizeBody, EmbeddingBody, TokenizeBody
-from kbit.serve.state import STALLED_SECONDS, server_of
+from kbit.serve.state import STALLED_SECONDS, Server, server_of
 from kbit.text.token_text import token_text
 
 router = APIRouter()
@@ -47,25 +48,36 @@ def _unwell(message: str, **more: Any) -> Response:
 @router.get("/metrics")
 async def metrics(http: HttpRequest) -> Response:
     """Figures for Prometheus."""
-    return PlainTextResponse(server_of(http).metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
+    server = server_of(http)
+    _refuse_without("metrics", server)
+    headers = {"Process-Start-Time-Unix": str(int(server.started))}
+    text = server.metrics.text()
+    return PlainTextResponse(text, headers=headers, media_type="text/plain; version=0.0.4; charset=utf-8")
+
+
+def _refuse_without(what: str, server: Server) -> None:
+    if what in server.without:
+        raise ApiError(501, f"this server was started with --without {what}", code="not_supported")
 
 
 @router.get("/v1/models")
 @router.get("/models", include_in_schema=False)
 async def models(http: HttpRequest) -> Response:
     """All models, loaded or not."""
-    return JSONResponse({"object": "list", "data": [_model(model) for model in server_of(http).models]})
+    served = server_of(http).models
+    return JSONResponse({"object": "list", "data": [_model(each, served.options.tags) for each in served]})
 
 
 @router.get("/v1/models/{name:path}")
 async def model(name: str, http: HttpRequest) -> Response:
     """One of them."""
-    return JSONResponse(_model(server_of(http).models.named(name)))
+    served = server_of(http).models
+    return JSONResponse(_model(served.named(name), served.options.tags))
 
 
-def _model(model: ServedModel) -> dict[str, Any]:
+def _model(model: ServedModel, tags: Sequence[str]) -> dict[str, Any]:
     found: dict[str, Any] = {"id": model.name, "object": "model", "created": model.created, "owned_by": "kbit"}
-    found["state"] = model.state
+    found |= {"state": model.state, "aliases": list(model.aliases), "tags": list(tags)}
     if model.engine is not None:
         found["max_model_len"] = model.engine.context
     return found
@@ -103,8 +115,10 @@ async def props(http: HttpRequest, model: str | None = None) -> Response:
 @router.get("/slots")
 async def slots(http: HttpRequest) -> Response:
     """How much is under way, and what it takes, by model that is loaded."""
+    server = server_of(http)
+    _refuse_without("slots", server)
     found: list[dict[str, object]] = []
-    for model in server_of(http).models:
+    for model in server.models:
         if model.engine is not None and model.loaded is not None:
             engine, pool = model.engine, model.engine.pool
             found.append(
@@ -188,5 +202,6 @@ async def embeddings(body: EmbeddingBody, http: HttpRequest) -> Response:
 
     data = [{"object": "embedding", "index": i, "embedding": shown(v)} for i, v in enumerate(made.vectors)]
     count = sum(made.tokens)
+    server_of(http).metrics.embedded(count)
     usage = {"prompt_tokens": count, "total_tokens": count}
     return JSONResponse({"object": "list", "data": data, "model": found.name, "usage": usage})

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 from starlette.requests import Request as HttpRequest
 
-from kbit.engine.answers import Done, Event, Failed, Finish, PromptScored, Request, TokenInfo, Usage
+from kbit.engine.answers import Done, Event, Failed, Finish, Piece, PromptScored, Request, TokenInfo, Usage
 from kbit.engine.batch_engine import BatchEngine, Live
 from kbit.engine.engine_thread import EngineThread
 
@@ -109,7 +109,7 @@ async def collect(events: AsyncIterator[Event], choices: int) -> Answered:
             answered.prompt = event.tokens
         elif isinstance(event, Done):
             answered.usage = event.usage
-        elif not isinstance(event, Failed):
+        elif isinstance(event, Piece):
             choice = answered.choices[event.choice]
             choice.text += event.text
             choice.tokens += event.tokens

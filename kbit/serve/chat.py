@@ -11,14 +11,15 @@ from fastapi import APIRouter
 from starlette.requests import Request as HttpRequest
 from starlette.responses import JSONResponse, Response
 
-from kbit.engine.answers import Done, Piece, TokenInfo
+from kbit.engine.answers import Done, Piece, Progress, TokenInfo
 from kbit.serve.bridge import collect, while_connected
 from kbit.serve.conversation import Prepared, prepare_chat
-from kbit.serve.message_parser import Called, Part, Said
+from kbit.serve.message_parser import Called, Part, Said, joined
 from kbit.serve.models import ServedModel
 from kbit.serve.schemas import ChatBody
 from kbit.serve.sse import EventStream, started
-from kbit.serve.state import Server, finish_reason, head, new_id, server_of, timings, usage_dict
+from kbit.serve.state import Server, finish_reason, head, meter_of, new_id, server_of, timings, usage_dict
+from kbit.serve.tool_calls import Arguments, CallBegun
 from kbit.text.token_text import token_bytes, token_text
 
 router = APIRouter()
@@ -71,7 +72,7 @@ async def input_tokens(body: ChatBody, http: HttpRequest) -> Response:
 def message_of(prepared: Prepared, text: str) -> tuple[dict[str, Any], list[Called]]:
     """(the message that a text is, the calls in it)."""
     parser = prepared.parser()
-    parts = [*parser.push(text), *parser.finish()]
+    parts = joined([*parser.push(text), *parser.finish()])
     said = "".join(part.text for part in parts if isinstance(part, Said) and not part.thought)
     thought = "".join(part.text for part in parts if isinstance(part, Said) and part.thought)
     calls = [part for part in parts if isinstance(part, Called)]
@@ -79,15 +80,13 @@ def message_of(prepared: Prepared, text: str) -> tuple[dict[str, Any], list[Call
     if thought:
         message["reasoning_content"] = thought.strip("\n")
     if calls:
-        message["tool_calls"] = [call_dict(call) for call in calls]
+        message["tool_calls"] = [call_dict(call.name, call.arguments) for call in calls]
     return message, calls
 
 
-def call_dict(call: Called, index: int | None = None) -> dict[str, Any]:
+def call_dict(name: str, arguments: str) -> dict[str, Any]:
     """A call as the API has it."""
-    numbered = {} if index is None else {"index": index}
-    function = {"name": call.name, "arguments": call.arguments}
-    return {**numbered, "id": new_id("call_"), "type": "function", "function": function}
+    return {"id": new_id("call_"), "type": "function", "function": {"name": name, "arguments": arguments}}
 
 
 async def _stream(
@@ -99,14 +98,18 @@ async def _stream(
     parsers = [prepared.parser() for _ in range(prepared.request.choices)]
     calls = [0] * len(parsers)
     begun: set[int] = set()
+    meter = meter_of(body)
 
     def chunk(index: int, delta: dict[str, Any], finish: str | None = None, logprobs: Any = None) -> dict[str, Any]:
         choice = {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": finish}
-        return {**first, **extra, "choices": [choice]}
+        return {**first, **extra, "choices": [choice], **meter.timings()}
 
     async with aclosing(server.run(model, prepared.request)) as events:  # type: ignore[type-var]
         async for event in events:
-            if isinstance(event, Piece):
+            meter.see(event)
+            if isinstance(event, Progress) and (progress := meter.progress()) is not None:
+                yield {**first, **extra, "choices": [], **progress}
+            elif isinstance(event, Piece):
                 index = event.choice
                 if index not in begun:
                     begun.add(index)
@@ -116,8 +119,8 @@ async def _stream(
                     parts += parsers[index].finish()
                 logprobs = _logprobs(model, event.tokens) if body.logprobs and event.tokens else None
                 for part in parts:
-                    delta = _delta(part, calls[index])
-                    calls[index] += isinstance(part, Called)
+                    calls[index] += isinstance(part, CallBegun)
+                    delta = _delta(part, calls[index] - 1)
                     yield chunk(index, delta, logprobs=logprobs)
                     logprobs = None
                 if logprobs is not None:
@@ -129,9 +132,12 @@ async def _stream(
                 yield {**first, "choices": [], "usage": usage_dict([event.usage]), "timings": timings([event.usage])}
 
 
-def _delta(part: Part, calls: int) -> dict[str, Any]:
-    if isinstance(part, Called):
-        return {"tool_calls": [call_dict(part, calls)]}
+def _delta(part: Part, call: int) -> dict[str, Any]:
+    """What a part adds; `call`: which call it is about, if it is."""
+    if isinstance(part, CallBegun):
+        return {"tool_calls": [{"index": call, **call_dict(part.name, "")}]}
+    if isinstance(part, Arguments):
+        return {"tool_calls": [{"index": call, "function": {"arguments": part.text}}]}
     return {"reasoning_content": part.text} if part.thought else {"content": part.text}
 
 

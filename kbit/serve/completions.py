@@ -12,14 +12,14 @@ from fastapi import APIRouter
 from starlette.requests import Request as HttpRequest
 from starlette.responses import JSONResponse, Response
 
-from kbit.engine.answers import Done, Event, Piece, PromptScored, Request, TokenInfo, Usage
+from kbit.engine.answers import Done, Event, Piece, Progress, PromptScored, Request, TokenInfo, Usage
 from kbit.serve.bridge import collect, together, while_connected
 from kbit.serve.errors import bad_request
 from kbit.serve.models import ServedModel
 from kbit.serve.requests import request_of
 from kbit.serve.schemas import CompletionBody
 from kbit.serve.sse import EventStream, started
-from kbit.serve.state import Server, finish_reason, head, server_of, timings, usage_dict
+from kbit.serve.state import Server, finish_reason, head, meter_of, server_of, timings, usage_dict
 from kbit.text.token_text import offsets, token_text
 
 router = APIRouter()
@@ -129,10 +129,14 @@ async def _stream(
     extra: dict[str, Any] = {"usage": None} if with_usage else {}
     usages: list[Usage | None] = []
     begun: set[int] = set()
+    meters = [meter_of(body) for _ in requests]
     async with aclosing(_merged(server, model, requests)) as events:  # type: ignore[type-var]
         async for index, event in events:
+            meters[index].see(event)
             if isinstance(event, Done):
                 usages.append(event.usage)
+            elif isinstance(event, Progress) and (progress := meters[index].progress()) is not None:
+                yield {**first, **extra, "choices": [], **progress}
             elif isinstance(event, PromptScored):
                 for number in range(requests[index].choices):
                     begun.add(index * requests[index].choices + number)
@@ -156,7 +160,7 @@ async def _stream(
                     logprobs = _logprobs(model, _moved(event.tokens, shift))
                 if text or event.tokens or event.finish:
                     chunk = _chunk(index, event.choice, requests, text, logprobs, finish_reason(event.finish))
-                    yield {**first, **extra, "choices": [chunk]}
+                    yield {**first, **extra, "choices": [chunk], **meters[index].timings()}
     if with_usage:
         yield {**first, "choices": [], "usage": usage_dict(usages), "timings": timings(usages)}
 

@@ -20,6 +20,7 @@ from kbit.serve.schemas import ChatBody, Tool
 
 _ROLES = {"system", "developer", "user", "assistant", "tool", "function"}
 _NO_TOOLS = "none"
+_NOT_VARIABLES = ("messages", "tools", "template")  # of a template, but what it is about
 
 
 @dataclass(frozen=True)
@@ -93,7 +94,7 @@ def prepare_chat(body: ChatBody, model: ServedModel) -> Prepared:
         logprobs=logprobs,
         continues_prompt=False,
         constraint=constraint,
-        show_special=offered and form in ("mistral", "llama3"),
+        show_special=offered and form in ("mistral", "llama3", "pythonic"),
     )
     names = tuple(tool.function.name for tool in tools)
     return Prepared(request, text, form if offered else None, names, thinks(template), thinking)
@@ -112,7 +113,8 @@ def render(
         ApiError: the template fails on these messages.
     """
     template = require_template(model.tokenizer, model.name)
-    more = {key: value for key, value in (more or {}).items() if key not in ("messages", "tools", "template")}
+    said = {} if model.options is None else model.options.template_variables
+    more = {key: value for key, value in {**said, **(more or {})}.items() if key not in _NOT_VARIABLES}
     reasoning = "auto" if model.options is None else model.options.reasoning
     if reasoning != "auto":
         more.setdefault("enable_thinking", reasoning == "on")
@@ -287,8 +289,17 @@ def _forced_call(model: ServedModel, form: ToolFormat, tools: list[Tool]) -> Con
     schema: dict[str, Any] = schemas[0] if len(schemas) == 1 else {"anyOf": schemas}
     if form == "llama3":
         return model.grammars.json_schema(schema, "tools")
-    if form == "mistral":
-        return model.grammars.json_schema({"type": "array", "items": schema, "minItems": 1, "maxItems": 1}, "tools")
+    begin, end = '"<tool_call>\\n"', '"\\n</tool_call>"'
+    if form in ("mistral", "pythonic"):
+        begin, end = _mark(model, "[TOOL_CALLS]"), ""
+        if form == "pythonic":  # models that write calls of Python read and write a list of JSON as well
+            begin, end = _mark(model, "<|tool_call_start|>"), _mark(model, "<|tool_call_end|>")
+        schema = {"type": "array", "items": schema, "minItems": 1, "maxItems": 1}
     schema["x-guidance"] = dict(JSON_STYLE)
-    grammar = f'start: "<tool_call>\\n" call "\\n</tool_call>"\ncall: %json {json.dumps(schema)}\n'
-    return model.grammars.lark(grammar, "tools")
+    return model.grammars.lark(f"start: {begin} call {end}\ncall: %json {json.dumps(schema)}\n", "tools")
+
+
+def _mark(model: ServedModel, mark: str) -> str:
+    """A mark in a Lark grammar: the token, if the model has it."""
+    token = model.tokenizer.token_id(mark)
+    return json.dumps(mark) if token is None else f"<[{token}]>"

@@ -5,27 +5,30 @@ The formats are those that models are trained on, as their chat templates show:
     hermes   <tool_call>{"name": ..., "arguments": {...}}</tool_call>        (Hermes, Qwen and others)
     mistral  [TOOL_CALLS][{"name": ..., "arguments": {...}}, ...], or [TOOL_CALLS]name[ARGS]{...}
     llama3   {"name": ..., "parameters": {...}}, alone, also after <|python_tag|>
+    pythonic <|tool_call_start|>[name(key="value", ...), ...]<|tool_call_end|>, also without marks   (LFM2)
 
-JSON is read by a JSON parser, so braces and marks inside of strings end nothing. What looks like a call and is none is
-shown as it was written. Wherever the text is cut, the message is the same.
+Braces and marks inside of strings end nothing. What looks like a call and is none is shown as it was written; a call
+that has begun is passed on as it comes (`CallReader`). Wherever the text is cut, the message is the same.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
-ToolFormat = Literal["hermes", "mistral", "llama3"]
+from kbit.serve.tool_calls import Arguments, CallBegun, CallReader
+
+ToolFormat = Literal["hermes", "mistral", "llama3", "pythonic"]
 _OPEN, _CLOSE = "<think>", "</think>"
 _MARKS: dict[ToolFormat, tuple[str, ...]] = {
     "hermes": ("<tool_call>",),
     "mistral": ("[TOOL_CALLS]",),
     "llama3": ("<|python_tag|>",),
+    "pythonic": ("<|tool_call_start|>",),
 }
-_ENDS = {"<tool_call>": "</tool_call>"}
-_DECODER = json.JSONDecoder()
+_ENDS = {"<tool_call>": "</tool_call>", "<|tool_call_start|>": "<|tool_call_end|>"}
+_STYLES: dict[ToolFormat, Literal["named", "python"]] = {"mistral": "named", "pythonic": "python"}
 
 
 @dataclass(frozen=True)
@@ -38,13 +41,13 @@ class Said:
 
 @dataclass(frozen=True)
 class Called:
-    """A call of a tool; its arguments are JSON."""
+    """A call of a tool; its arguments are JSON, unless the answer was cut."""
 
     name: str
     arguments: str
 
 
-Part = Said | Called
+Part = Said | CallBegun | Arguments
 
 
 def tool_format(template: str) -> ToolFormat | None:
@@ -53,6 +56,8 @@ def tool_format(template: str) -> ToolFormat | None:
         return None
     if "[TOOL_CALLS]" in template:
         return "mistral"
+    if "<|tool_list_start|>" in template or "<|tool_call_start|>" in template:
+        return "pythonic"
     if "<tool_call>" in template:
         return "hermes"
     if "<|python_tag|>" in template or '"parameters"' in template:
@@ -96,10 +101,11 @@ class MessageParser:
     ) -> None:
         self._tools = tools
         self._names = frozenset(names)
-        self._state: Literal["begin", "thought", "text", "call"] = "thought" if thinking else "begin"
+        self._state: Literal["begin", "thought", "text", "call", "closing"] = "thought" if thinking else "begin"
         self._reasoning = reasoning or thinking
         self._buffer = ""
         self._mark = ""  # which begins the call that is being read
+        self._reader: CallReader | None = None
         self._after_call = False
         self._separated = False
 
@@ -134,7 +140,7 @@ class MessageParser:
             self._buffer = stripped[len(_OPEN) :]
             self._state = "thought"
             return []
-        elif self._tools == "llama3" and stripped.startswith("{"):
+        elif stripped.startswith({"llama3": "{", "pythonic": "["}.get(self._tools or "hermes", "\0")):
             self._mark, self._state = "", "call"
             return []
         self._state = "text"
@@ -162,31 +168,52 @@ class MessageParser:
         return [Said(shown)] if shown else []
 
     def _call(self, end: bool) -> list[Part]:
-        """Behind a mark: waits for a whole call."""
-        closing = _ENDS.get(self._mark)
-        found = _calls(self._buffer, self._tools)
-        if found is not None:
-            calls, rest = found
-            if closing is not None and not end:
-                stripped = rest.lstrip()
-                if closing.startswith(stripped) and stripped != closing:
-                    return []  # its end is still to come
-            known = calls and all(call.name in self._names for call in calls)
-            if known and (closing is None or rest.lstrip().startswith(closing) or (end and not rest.strip())):
-                self._buffer = rest.lstrip().removeprefix(closing or "")
-                self._state, self._after_call = "text", True
-                if self._tools == "llama3":  # which writes several with semicolons between
-                    self._state, self._separated = "begin", True
-                return list(calls)
-        elif not end and not _hopeless(self._buffer, self._tools):
-            return []
-        shown, self._buffer = self._mark + self._buffer, ""
-        if closing is not None and (at := shown.find(closing)) >= 0:  # what comes after it may be a call again
-            shown, self._buffer = shown[: at + len(closing)], shown[at + len(closing) :]
+        """Behind a mark."""
+        if self._reader is None:
+            self._reader = CallReader(self._names, _STYLES.get(self._tools or "hermes", ""))
+        reader = self._reader
+        parts: list[Part] = [*reader.push(self._buffer)]
+        self._buffer = ""
+        if end:
+            parts += reader.finish()
+        if not reader.over:
+            return parts
+        self._reader, self._buffer = None, reader.left
+        if reader.called:
+            self._after_call = True
+            self._state = "closing" if self._mark in _ENDS else "text"
+            if self._tools == "llama3":  # which writes several with semicolons between
+                self._state, self._separated = "begin", True
+            return parts
         self._state = "text"
         if self._tools == "llama3":
             self._tools = None
-        return [Said(shown)]
+        return [Said(self._mark)] if self._mark else []
+
+    def _closing(self, end: bool) -> list[Part]:
+        """Behind a call: the mark that ends it, if it comes."""
+        closing, stripped = _ENDS[self._mark], self._buffer.lstrip()
+        if not end and closing.startswith(stripped) and stripped != closing:
+            return []
+        self._buffer, self._state = stripped.removeprefix(closing), "text"
+        return []
+
+
+def joined(parts: Iterable[Part]) -> list[Said | Called]:
+    """The parts of a whole answer: texts and thoughts in one piece each, and calls."""
+    whole: list[Said | Called] = []
+    for part in parts:
+        last = whole[-1] if whole else None
+        if isinstance(part, CallBegun):
+            whole.append(Called(part.name, ""))
+        elif isinstance(part, Arguments):
+            assert isinstance(last, Called)
+            whole[-1] = Called(last.name, last.arguments + part.text)
+        elif isinstance(last, Said) and last.thought == part.thought:
+            whole[-1] = Said(last.text + part.text, last.thought)
+        else:
+            whole.append(part)
+    return whole
 
 
 def _until(text: str, marks: tuple[str, ...], *, spaces: bool, end: bool) -> tuple[str, str, str]:
@@ -206,49 +233,3 @@ def _until(text: str, marks: tuple[str, ...], *, spaces: bool, end: bool) -> tup
     if spaces:
         keep = len(text[:keep].rstrip())
     return text[:keep], "", text[keep:]
-
-
-def _calls(text: str, tools: ToolFormat | None) -> tuple[list[Called], str] | None:
-    """The calls that a text begins with, and what is left; None: it does not hold a whole one (yet)."""
-    begin = len(text) - len(text.lstrip())
-    if tools == "mistral" and text[begin : begin + 1] not in ("[", "{"):
-        name, brace, rest = text.partition("{")
-        if not brace:
-            return None
-        found = _decoded(brace + rest, 0)
-        if found is None:
-            return None
-        name = name.partition("[")[0].strip()  # [CALL_ID]..., [ARGS]
-        return [Called(name, json.dumps(found[0], ensure_ascii=False))], found[1]
-    found = _decoded(text, begin)
-    if found is None:
-        return None
-    value, rest = found
-    calls = [_called(each) for each in (value if isinstance(value, list) else [value])]
-    return [call for call in calls if call is not None] if all(calls) else [], rest
-
-
-def _decoded(text: str, begin: int) -> tuple[Any, str] | None:
-    try:
-        value, stop = _DECODER.raw_decode(text, begin)
-    except (ValueError, RecursionError):
-        return None
-    # A number or word may go on; an object and a list have an end of their own.
-    return (value, text[stop:]) if isinstance(value, (dict, list)) else None
-
-
-def _called(value: Any) -> Called | None:
-    if not isinstance(value, dict) or not isinstance(value.get("name"), str):
-        return None
-    arguments = value.get("arguments", value.get("parameters", {}))
-    if isinstance(arguments, str):
-        return Called(value["name"], arguments)
-    return Called(value["name"], json.dumps(arguments, ensure_ascii=False))
-
-
-def _hopeless(text: str, tools: ToolFormat | None) -> bool:
-    """Whether no text that begins like this holds a call."""
-    stripped = text.lstrip()
-    if not stripped or tools == "mistral":
-        return False
-    return stripped[0] not in "{["

@@ -1,4 +1,4 @@
-"""Figures for Prometheus, under the names that dashboards of other servers use, with "kbit:" before them."""
+"""Figures for Prometheus: under the names of vLLM's dashboards, with "kbit:" before them, and under llama-server's."""
 
 from __future__ import annotations
 
@@ -26,6 +26,9 @@ class Metrics:
     """
 
     def __init__(self, models: Models, thread: EngineThread) -> None:
+        self._models, self._thread = models, thread
+        self._reading = self._writing = 0.0  # seconds, of prompts and of answers
+        self._longest = self._embedded = self._embeddings = 0
         self._registry = CollectorRegistry()
         self._registry.register(_Engines(models, thread))
 
@@ -45,6 +48,10 @@ class Metrics:
 
     def answered(self, model: str, usage: Usage) -> None:
         """Counts a request that is done."""
+        first = usage.seconds if usage.first_token_seconds is None else usage.first_token_seconds
+        self._reading += first - usage.queue_seconds
+        self._writing += usage.seconds - first
+        self._longest = max(self._longest, usage.prompt_tokens + usage.completion_tokens)
         self._success.labels(model).inc()
         self._queue.labels(model).observe(usage.queue_seconds)
         self._whole.labels(model).observe(usage.seconds)
@@ -60,7 +67,56 @@ class Metrics:
 
     def text(self) -> bytes:
         """All of it, in Prometheus' text format."""
-        return generate_latest(self._registry)
+        return generate_latest(self._registry) + self._llama_text().encode()
+
+    def embedded(self, tokens: int) -> None:
+        """Counts a request for vectors of texts with so many tokens."""
+        self._embedded += tokens
+        self._embeddings += 1
+
+    def _llama_text(self) -> str:
+        """What llama-server's dashboards ask for, of all models together."""
+        engines = [model.engine for model in self._models if model.engine is not None]
+        done = [engine.counters for engine in engines]
+        read = self._embedded + sum(each.prompt_tokens - each.cached_tokens for each in done)
+        written = sum(each.generated_tokens for each in done)
+        steps = sum(each.steps for each in done)
+        waiting = self._thread.queued + sum(engine.waiting for engine in engines)
+        figures: list[tuple[str, str, str, float]] = [
+            ("prompt_tokens_total", "counter", "Tokens of prompts that were computed.", read),
+            ("prompt_tokens_cached_total", "counter", "Those that were cached.", sum(e.cached_tokens for e in done)),
+            ("prompt_seconds_total", "counter", "Time that prompts took.", self._reading),
+            ("tokens_predicted_total", "counter", "Tokens that were generated.", written),
+            (
+                "tokens_predicted_seconds_total",
+                "counter",
+                "Time that answers took, after their first token.",
+                self._writing,
+            ),
+            ("n_decode_total", "counter", "Passes of the models.", steps + self._embeddings),
+            ("n_tokens_max", "counter", "Tokens of the longest prompt with its answer.", self._longest),
+            ("spec_decode_num_draft_tokens_total", "counter", "Tokens that were guessed.", 0),
+            ("spec_decode_num_accepted_tokens_total", "counter", "Guesses that held.", 0),
+            ("spec_decode_num_drafts_total", "counter", "How often was guessed.", 0),
+            ("prompt_tokens_seconds", "gauge", "Tokens of prompts a second.", _ratio(read, self._reading)),
+            ("predicted_tokens_seconds", "gauge", "Tokens of answers a second.", _ratio(written, self._writing)),
+            ("requests_processing", "gauge", "Sequences that have pages.", sum(engine.running for engine in engines)),
+            ("requests_deferred", "gauge", "Requests and sequences that wait.", waiting),
+            (
+                "n_busy_slots_per_decode",
+                "gauge",
+                "Sequences of a pass, the mean.",
+                _ratio(sum(e.sequences for e in done), steps),
+            ),
+        ]
+        lines = []
+        for name, kind, about, value in figures:
+            lines += [f"# HELP llamacpp:{name} {about}", f"# TYPE llamacpp:{name} {kind}", f"llamacpp:{name} {value}"]
+        return "\n".join(lines) + "\n"
+
+
+def _ratio(count: float, by: float) -> float:
+    return count / by if by else 0.0
 
 
 class _Engines(Collector):

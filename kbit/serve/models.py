@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from kbit.api.batching import batch_engine
 from kbit.engine.batch_engine import BatchEngine
 from kbit.engine.sampling_defaults import SamplingDefaults, sampling_defaults
+from kbit.engine.scheduler import BATCH_TOKENS
 from kbit.host.errors import KbitError, UsageError
 from kbit.serve.errors import ApiError
 
@@ -42,6 +43,9 @@ class ModelOptions:
         max_tokens: of an answer, where the request does not say; None: as the route has it.
         chat_template: in place of the models' own.
         reasoning: whether models think before they answer, where their templates can say so; "auto": as these do.
+        template_variables: for chat templates, where a request does not say (`chat_template_kwargs`).
+        tags: words that clients choose models by.
+        batch_tokens: most tokens of a pass.
         verbose: answers to chats tell the prompt that the model was given.
     """
 
@@ -54,6 +58,9 @@ class ModelOptions:
     chat_template: str | None = None
     reasoning: Literal["auto", "on", "off"] = "auto"
     verbose: bool = False
+    template_variables: Mapping[str, Any] = field(default_factory=dict)
+    tags: Sequence[str] = ()
+    batch_tokens: int = BATCH_TOKENS
 
 
 @dataclass(eq=False)
@@ -63,6 +70,7 @@ class ServedModel:
     Attributes:
         name: what clients call it.
         path: what `load_model` is given.
+        aliases: all names that clients may call it, `name` among them.
         bits: of weights it is read at or rounded to when it is loaded; None: it stays as it is.
         created: when it was registered, in seconds since 1970.
         state: how far it is.
@@ -78,6 +86,7 @@ class ServedModel:
     path: str
     bits: int | None = None
     created: int = field(default_factory=lambda: int(time.time()))
+    aliases: tuple[str, ...] = ()
     state: State = "unloaded"
     error: Exception | None = None
     loaded: LoadedModel | None = None
@@ -143,7 +152,8 @@ class Models:
     """All models of a server.
 
     Args:
-        named: (name, model as a user writes it) pairs, the first of which answers where no model is named.
+        named: (name, model as a user writes it) pairs, the first of which answers where no model is named. A model
+            may have several names, with commas between.
         options: how they are run.
         any_name: a name that none has stands for the first.
 
@@ -160,11 +170,17 @@ class Models:
         self.progress = (0, 0)
         self._any_name = any_name
         self._models: dict[str, ServedModel] = {}
-        for name, path in named:
-            if name in self._models:
-                raise UsageError(f"{name}: two models have this name: write NAME=MODEL for one of them")
+        self._aliases: dict[str, ServedModel] = {}
+        for names, path in named:
+            aliases = tuple(dict.fromkeys(names.split(",")))
+            taken = next((name for name in aliases if name in self._aliases), None)
+            if taken is not None:
+                raise UsageError(f"{taken}: two models have this name: write NAME=MODEL for one of them")
             width = _WIDTH.fullmatch(path)
-            self._models[name] = ServedModel(name, width[1], int(width[2])) if width else ServedModel(name, path)
+            model = ServedModel(aliases[0], width[1] if width else path, int(width[2]) if width else None)
+            model.aliases = aliases
+            self._models[model.name] = model
+            self._aliases.update(dict.fromkeys(aliases, model))
         if not self._models:
             raise UsageError("there is no model to serve: name one")
 
@@ -184,11 +200,11 @@ class Models:
         """
         if not name:
             return self.first
-        found = self._models.get(name)
+        found = self._aliases.get(name)
         if found is None and self._any_name:
             return self.first
         if found is None:
-            known = ", ".join(self._models)
+            known = ", ".join(self._aliases)
             raise ApiError(
                 404, f"there is no model {name[:200]!r}: this server has {known}", param="model", code="model_not_found"
             )
@@ -263,7 +279,13 @@ def load(model: ServedModel, options: ModelOptions, progress: Callable[[int, int
 
     model.loaded, model.options = loaded, options
     model.grammars = GrammarCompiler(loaded.tokenizer, loaded.decoder.spec.vocab_size)
-    model.engine = batch_engine(loaded, context=options.context, cache_bytes=options.cache_bytes, seats=options.seats)
+    model.engine = batch_engine(
+        loaded,
+        context=options.context,
+        cache_bytes=options.cache_bytes,
+        seats=options.seats,
+        batch_tokens=options.batch_tokens,
+    )
 
 
 def _refuse_too_large(model: ServedModel, options: ModelOptions, source: CheckpointSource) -> None:
@@ -295,13 +317,13 @@ def _fingerprint(source: CheckpointSource, options: ModelOptions) -> str:
 
 
 def served_name(model: str) -> tuple[str, str]:
-    """(name, model) of an argument: NAME=MODEL, or a MODEL whose name is the last part of it.
+    """(name, model) of an argument: NAME=MODEL, NAME,NAME=MODEL, or a MODEL whose name is the last part of it.
 
     Raises:
         UsageError: one of them is empty.
     """
     name, equals, path = model.partition("=")
-    if equals and re.fullmatch(r"[\w.:-]+", name):
+    if equals and re.fullmatch(r"[\w.:-]+(,[\w.:-]+)*", name):
         if not path:
             raise UsageError(f"{model}: there is no model after the =")
         return name, path

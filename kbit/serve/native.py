@@ -15,7 +15,7 @@ from pydantic import Field
 from starlette.requests import Request as HttpRequest
 from starlette.responses import JSONResponse, Response
 
-from kbit.engine.answers import Done, Finish, Piece, Request, TokenInfo, Usage
+from kbit.engine.answers import Done, Finish, Piece, Progress, Request, TokenInfo, Usage
 from kbit.serve.bridge import collect, together, while_connected
 from kbit.serve.conversation import plain_messages, render
 from kbit.serve.errors import ApiError, bad_request
@@ -23,7 +23,7 @@ from kbit.serve.models import ServedModel
 from kbit.serve.requests import request_of
 from kbit.serve.schemas import Body, RerankBody, SamplingFields
 from kbit.serve.sse import EventStream, started
-from kbit.serve.state import Server, server_of, timings
+from kbit.serve.state import Server, meter_of, server_of, timings
 from kbit.text.token_text import token_bytes, token_text
 
 router = APIRouter()
@@ -38,8 +38,6 @@ _OFF: dict[str, Any] = {
     "min_keep": 0,
     "n_keep": 0,
     "lora": [],
-    "post_sampling_probs": False,
-    "return_progress": False,
 }
 
 
@@ -51,6 +49,9 @@ class NativeBody(SamplingFields):
     n_probs: Annotated[int, Field(ge=0, le=1 << 16)] = 0
     return_tokens: bool = False
     response_fields: list[str] | None = None
+    post_sampling_probs: bool = False
+    # Where tokens are chosen changes none.
+    backend_sampling: bool = False
     # See _OFF.
     mirostat: Any = None
     dynatemp_range: Any = None
@@ -60,8 +61,6 @@ class NativeBody(SamplingFields):
     min_keep: Any = None
     n_keep: Any = None
     lora: Any = None
-    post_sampling_probs: Any = None
-    return_progress: Any = None
 
 
 class TemplateBody(Body):
@@ -127,7 +126,7 @@ async def answer(
         shown = _ended(model, each, whole.finish, whole.stop, whole.text, answered.usage)
         shown |= {"content": whole.text, "tokens": [info.id for info in whole.tokens] if body.return_tokens else []}
         if body.n_probs:
-            shown["completion_probabilities"] = [_probability(model, info) for info in whole.tokens]
+            shown["completion_probabilities"] = [_probability(model, body, info) for info in whole.tokens]
         found.append(_fields(shown, body.response_fields))
     return JSONResponse(found if several else found[0])
 
@@ -175,7 +174,14 @@ def _asked(body: NativeBody, model: ServedModel, ids: list[int], index: int) -> 
     seed = None if body.seed in (-1, None) else body.seed
     given = body.model_copy(update={"logit_bias": bias, "seed": seed})
     limit = model.most_tokens(body.most_tokens) if body.n_predict != -1 else model.generating().context
-    request = request_of(given, model, ids, max_tokens=max(1, limit), logprobs=body.n_probs if body.n_probs else None)
+    request = request_of(
+        given,
+        model,
+        ids,
+        max_tokens=max(1, limit),
+        logprobs=body.n_probs or None,
+        after_settings=body.post_sampling_probs,
+    )
     sampling = request.sampling
     if body.ignore_eos:
         ends = tuple((token, -math.inf) for token in sorted(model.tokenizer.eos_ids))
@@ -195,12 +201,13 @@ def _asked(body: NativeBody, model: ServedModel, ids: list[int], index: int) -> 
         "ignore_eos": body.ignore_eos,
         "stop": list(request.stop),
         "n_probs": body.n_probs,
+        "post_sampling_probs": body.post_sampling_probs,
         "logit_bias": [
             {"token": token, "bias": value if math.isfinite(value) else None} for token, value in sampling.logit_bias
         ],
         "grammar": body.grammar or "",
         "stream": bool(body.stream),
-        **{name: off for name, off in _OFF.items() if name not in ("return_progress", "lora")},
+        **{name: off for name, off in _OFF.items() if name != "lora"},
         "adaptive_target": -1.0,  # off, as mirostat is
         "adaptive_decay": 0.0,
         "lora": [],
@@ -267,28 +274,39 @@ def _fields(found: dict[str, Any], wanted: list[str] | None) -> dict[str, Any]:
     return picked
 
 
-def _probability(model: ServedModel, info: TokenInfo) -> dict[str, Any]:
-    def each(token: int, logprob: float | None) -> dict[str, Any]:
-        data = token_bytes(model.tokenizer, token)
-        return {"id": token, "token": token_text(model.tokenizer, token), "bytes": list(data), "logprob": logprob}
+def _probability(model: ServedModel, body: NativeBody, info: TokenInfo) -> dict[str, Any]:
+    """Of a token and its rivals: log-probabilities by the model, or probabilities after all settings."""
+    after = body.post_sampling_probs
 
-    return {**each(info.id, info.logprob), "top_logprobs": [each(token, value) for token, value in info.top]}
+    def each(token: int, logprob: float | None) -> dict[str, Any]:
+        found = {"id": token, "token": token_text(model.tokenizer, token)}
+        found["bytes"] = list(token_bytes(model.tokenizer, token))
+        if after:
+            return {**found, "prob": 0.0 if logprob is None else math.exp(logprob)}
+        return {**found, "logprob": logprob}
+
+    top = [each(token, value) for token, value in info.top]
+    return {**each(info.id, info.logprob), "top_probs" if after else "top_logprobs": top}
 
 
 async def _stream(server: Server, model: ServedModel, body: NativeBody, asked: _Asked) -> AsyncIterator[dict[str, Any]]:
     finish: Finish = "stop"
     stop: str | None = None
-    text = ""
+    text, meter = "", meter_of(body)
     async with aclosing(server.run(model, asked.request)) as events:  # type: ignore[type-var]
         async for event in events:
-            if isinstance(event, Piece):
+            meter.see(event)
+            if isinstance(event, Progress) and (progress := meter.progress()) is not None:
+                chunk = {"index": asked.index, "content": "", "tokens": [], "stop": False, **progress}
+                yield _fields(chunk, body.response_fields)
+            elif isinstance(event, Piece):
                 finish, stop = event.finish or finish, event.stop or stop
                 text += event.text
                 if event.text or event.tokens:
                     chunk = {"index": asked.index, "content": event.text, "stop": False}
-                    chunk["tokens"] = [info.id for info in event.tokens]
+                    chunk |= {"tokens": [info.id for info in event.tokens], **meter.timings()}
                     if body.n_probs:
-                        chunk["completion_probabilities"] = [_probability(model, info) for info in event.tokens]
+                        chunk["completion_probabilities"] = [_probability(model, body, info) for info in event.tokens]
                     yield _fields(chunk, body.response_fields)
             elif isinstance(event, Done):
                 ended = _ended(model, asked, finish, stop, text, event.usage)
@@ -339,5 +357,6 @@ async def rerank(body: RerankBody, http: HttpRequest) -> Response:
         for i in order
     ]
     count = sum(made.tokens)
+    server_of(http).metrics.embedded(count)
     usage = {"prompt_tokens": count, "total_tokens": count}
     return JSONResponse({"object": "list", "model": found.name, "results": results, "usage": usage})

@@ -12,14 +12,20 @@ from hashlib import sha256
 from pathlib import Path
 
 from fastapi import APIRouter
+from starlette.requests import Request as HttpRequest
 from starlette.responses import HTMLResponse, Response
+
+from kbit.serve.errors import ApiError
+from kbit.serve.state import server_of
 
 router = APIRouter()
 
 
 @router.get("/", include_in_schema=False)
-async def page() -> Response:
+async def page(http: HttpRequest) -> Response:
     """The page."""
+    if "page" in server_of(http).without:
+        raise ApiError(404, "there is no page here: this server was started with --without page")
     text, policy = _made()
     return HTMLResponse(
         text,

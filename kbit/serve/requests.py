@@ -62,6 +62,7 @@ def request_of(
     continues_prompt: bool = True,
     constraint: ConstraintMaker | None = None,
     show_special: bool = False,
+    after_settings: bool = False,
 ) -> Request:
     """The engine's request.
 
@@ -85,6 +86,8 @@ def request_of(
         show_special=show_special or not body.skip_special_tokens,
         constraint=constraint or constraint_of(body, model),
         stop_repetition=body.stop_repetition,
+        after_settings=after_settings,
+        progress=bool(body.stream) and (body.return_progress or body.timings_per_token),
     )
 
 

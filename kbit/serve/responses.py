@@ -13,15 +13,16 @@ from pydantic import Field
 from starlette.requests import Request as HttpRequest
 from starlette.responses import JSONResponse, Response
 
-from kbit.engine.answers import Done, Finish, Piece, Usage
+from kbit.engine.answers import Done, Finish, Piece, Progress, Usage
 from kbit.serve.bridge import collect, while_connected
 from kbit.serve.conversation import Prepared, prepare_chat
 from kbit.serve.errors import ApiError, bad_request
-from kbit.serve.message_parser import Called, Part, Said
+from kbit.serve.message_parser import Called, Part, Said, joined
 from kbit.serve.models import ServedModel
 from kbit.serve.schemas import Body, ChatBody
 from kbit.serve.sse import EventStream, started
-from kbit.serve.state import Server, new_id, server_of
+from kbit.serve.state import Meter, Server, new_id, server_of, timings
+from kbit.serve.tool_calls import Arguments, CallBegun
 
 router = APIRouter()
 _Event = tuple[str, dict[str, Any]]
@@ -61,6 +62,9 @@ class ResponsesBody(InputBody):
     max_tool_calls: int | None = None
     service_tier: str | None = None
     stream_options: dict[str, Any] | None = None
+    # llama.cpp's.
+    timings_per_token: bool = False
+    return_progress: bool = False
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
     user: str | None = None
     safety_identifier: str | None = None
@@ -88,7 +92,7 @@ async def responses(body: ResponsesBody, http: HttpRequest) -> Response:
     answer = await while_connected(http, collect(server.run(model, prepared.request), 1))
     (whole,) = answer.choices
     parser = prepared.parser()
-    parts = [*parser.push(whole.text), *parser.finish()]
+    parts = joined([*parser.push(whole.text), *parser.finish()])
     return JSONResponse(_response(body, model, new_id("resp_"), whole.finish, _items(parts), answer.usage))
 
 
@@ -129,6 +133,7 @@ def _chat(body: InputBody) -> ChatBody:
         given["response_format"] = form
     if isinstance(body, ResponsesBody):
         given.update(temperature=body.temperature, top_p=body.top_p, seed=body.seed, max_tokens=body.max_output_tokens)
+        given.update(stream=body.stream, timings_per_token=body.timings_per_token, return_progress=body.return_progress)
     return ChatBody.model_validate(given)
 
 
@@ -159,31 +164,31 @@ def _tool(tool: dict[str, Any], index: int) -> dict[str, Any]:
     return {"type": "function", "function": {key: tool.get(key) for key in ("name", "description", "parameters")}}
 
 
-def _items(parts: list[Part]) -> list[dict[str, Any]]:
+def _items(parts: list[Said | Called]) -> list[dict[str, Any]]:
     """Output items: what was thought, what is said, what is called."""
     items: list[dict[str, Any]] = []
     for part in parts:
-        kind = _kind(part)
-        if kind == "function_call" or not items or items[-1]["type"] != kind:
-            items.append(_item(part))
+        items.append(_item(CallBegun(part.name) if isinstance(part, Called) else part))
         if isinstance(part, Said):
-            items[-1]["content"][0]["text"] += part.text
+            items[-1]["content"][0]["text"] = part.text
+        else:
+            items[-1]["arguments"] = part.arguments
     return items
 
 
 def _kind(part: Part) -> str:
-    return "function_call" if isinstance(part, Called) else "reasoning" if part.thought else "message"
+    return ("reasoning" if part.thought else "message") if isinstance(part, Said) else "function_call"
 
 
-def _item(part: Part) -> dict[str, Any]:
-    """An item without its text yet."""
-    if isinstance(part, Called):
+def _item(part: Said | CallBegun) -> dict[str, Any]:
+    """An item without its text or arguments yet."""
+    if isinstance(part, CallBegun):
         return {
             "type": "function_call",
             "id": new_id("fc_"),
             "call_id": new_id("call_"),
             "name": part.name,
-            "arguments": part.arguments,
+            "arguments": "",
             "status": "completed",
         }
     if part.thought:
@@ -261,10 +266,16 @@ async def _stream(server: Server, model: ServedModel, body: ResponsesBody, prepa
         return kind, {"type": kind, "sequence_number": number - 1, **more}
 
     def closing() -> list[_Event]:
-        """The last item's text and itself are whole."""
-        if not items or items[-1]["type"] == "function_call":
+        """The last item's text, or its arguments, and itself are whole."""
+        if not items:
             return []
         item, place = items[-1], {"item_id": items[-1]["id"], "output_index": len(items) - 1}
+        if item["type"] == "function_call":
+            done = {"name": item["name"], "arguments": item["arguments"]}
+            return [
+                event("response.function_call_arguments.done", **place, **done),
+                event("response.output_item.done", output_index=len(items) - 1, item=item),
+            ]
         part = item["content"][0]
         said = item["type"] == "message"
         what = "output_text" if said else "reasoning_text"
@@ -275,7 +286,7 @@ async def _stream(server: Server, model: ServedModel, body: ResponsesBody, prepa
         found.append(event("response.output_item.done", output_index=len(items) - 1, item=item))
         return found
 
-    begun = False
+    begun, meter = False, Meter(progress=body.return_progress, timings=body.timings_per_token)
     async with aclosing(server.run(model, prepared.request)) as events:  # type: ignore[type-var]
         async for each in events:
             if not begun:
@@ -283,6 +294,9 @@ async def _stream(server: Server, model: ServedModel, body: ResponsesBody, prepa
                 empty = _response(body, model, name, None, [], None)
                 yield event("response.created", response=empty)
                 yield event("response.in_progress", response=empty)
+            meter.see(each)
+            if isinstance(each, Progress) and (progress := meter.progress()) is not None:
+                yield event("response.in_progress", response=empty, **progress)
             if isinstance(each, Piece):
                 parts = parser.push(each.text)
                 if each.finish is not None:
@@ -290,33 +304,33 @@ async def _stream(server: Server, model: ServedModel, body: ResponsesBody, prepa
                     finish = each.finish
                 for part in parts:
                     kind = _kind(part)
-                    if kind == "function_call" or not items or items[-1]["type"] != kind:
+                    if not isinstance(part, Arguments) and (
+                        isinstance(part, CallBegun) or not items or items[-1]["type"] != kind
+                    ):
                         for closed in closing():
                             yield closed
                         items.append(_item(part))
                         shown = {**items[-1], "status": "in_progress"}
                         index = len(items) - 1
-                        if isinstance(part, Called):
-                            shown["arguments"] = ""
-                        elif kind == "message":
+                        if kind == "message":
                             shown["content"] = []
                         yield event("response.output_item.added", output_index=index, item=shown)
                         if kind == "message":
                             place = {"item_id": shown["id"], "output_index": index, "content_index": 0}
                             yield event("response.content_part.added", **place, part=dict(items[-1]["content"][0]))
                     place = {"item_id": items[-1]["id"], "output_index": len(items) - 1}
-                    if isinstance(part, Called):
-                        yield event("response.function_call_arguments.delta", **place, delta=part.arguments)
-                        done = {"name": part.name, "arguments": part.arguments}
-                        yield event("response.function_call_arguments.done", **place, **done)
-                        yield event("response.output_item.done", output_index=len(items) - 1, item=items[-1])
-                    else:
+                    if isinstance(part, Arguments):
+                        items[-1]["arguments"] += part.text
+                        yield event("response.function_call_arguments.delta", **place, delta=part.text)
+                    elif isinstance(part, Said):
                         items[-1]["content"][0]["text"] += part.text
                         what = "reasoning_text" if part.thought else "output_text"
-                        more: dict[str, Any] = {} if part.thought else {"logprobs": []}
+                        more: dict[str, Any] = {**({} if part.thought else {"logprobs": []}), **meter.timings()}
                         yield event(f"response.{what}.delta", **place, content_index=0, delta=part.text, **more)
             elif isinstance(each, Done):
                 for closed in closing():
                     yield closed
                 whole = _response(body, model, name, finish, items, each.usage)
-                yield event("response.completed" if finish == "stop" else "response.incomplete", response=whole)
+                times = {"timings": timings([each.usage])} if body.timings_per_token else {}
+                kind = "response.completed" if finish == "stop" else "response.incomplete"
+                yield event(kind, response=whole, **times)

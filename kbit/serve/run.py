@@ -20,21 +20,27 @@ from kbit.serve.state import Server
 
 
 def listen(host: str, port: int) -> list[socket.socket]:
-    """Sockets on an address.
+    """Sockets on an address, or on several with commas between, which have one port.
 
     Raises:
         KbitError: there are none to be had.
     """
-    try:
-        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        made = socket.socket(family, kind, protocol)
-        made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        made.bind(address)
-        made.listen(1024)
-    except OSError as error:
-        why = error.strerror or str(error)
-        raise KbitError(f"--host {host} --port {port}: {why}: choose another address or port (--port 0)") from None
-    return [made]
+    found: list[socket.socket] = []
+    for each in host.split(","):
+        try:
+            family, kind, protocol, _, address = socket.getaddrinfo(each, port, type=socket.SOCK_STREAM)[0]
+            made = socket.socket(family, kind, protocol)
+            found.append(made)
+            made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            made.bind(address)
+            made.listen(1024)
+        except OSError as error:
+            for opened in found:
+                opened.close()
+            why = error.strerror or str(error)
+            raise KbitError(f"--host {each} --port {port}: {why}: choose another address or port (--port 0)") from None
+        port = made.getsockname()[1]
+    return found
 
 
 class _Quiet(uvicorn.Server):

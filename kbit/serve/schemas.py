@@ -62,6 +62,7 @@ class SamplingFields(Body):
     n_predict: Annotated[int, Field(ge=-1, le=1 << 31)] | None = None
     json_schema: dict[str, Any] | bool | None = None
     timings_per_token: bool = False
+    return_progress: bool = False
     # Accepted, as they change no answer: accounting and hints.
     user: str | None = None
     cache_prompt: bool = True

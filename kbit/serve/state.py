@@ -6,16 +6,17 @@ import secrets
 from collections.abc import AsyncIterator
 from contextlib import aclosing
 from dataclasses import dataclass
-from time import time
+from time import perf_counter, time
 from typing import Any, cast
 
 from starlette.requests import Request as HttpRequest
 
-from kbit.engine.answers import Done, Event, Finish, Request, Usage
+from kbit.engine.answers import Done, Event, Finish, Piece, Progress, Request, Usage
 from kbit.engine.engine_thread import QueueFullError
 from kbit.serve.bridge import Bridge
 from kbit.serve.metrics import Metrics
 from kbit.serve.models import Models, ServedModel
+from kbit.serve.schemas import SamplingFields
 
 # An engine that has work and ends no step for so long is not well.
 STALLED_SECONDS = 30.0
@@ -28,12 +29,14 @@ class Server:
     Attributes:
         models, bridge, metrics: its own.
         started: when, in seconds since 1970.
+        without: routes that are switched off: "metrics", "slots", "page".
     """
 
     models: Models
     bridge: Bridge
     metrics: Metrics
     started: float
+    without: frozenset[str] = frozenset()
 
     async def run(self, model: ServedModel, request: Request) -> AsyncIterator[Event]:
         """What a request is answered, which is counted.
@@ -106,7 +109,6 @@ def timings(usages: list[Usage | None]) -> dict[str, Any]:
     later = written - len(firsts)
     return {
         "queue_ms": max((usage.queue_seconds for usage in known), default=0.0) * 1e3,
-        "first_token_ms": min(firsts) * 1e3 if firsts else None,
         "total_ms": max((usage.seconds for usage in known), default=0.0) * 1e3,
         "cache_n": cached,
         "prompt_n": read,
@@ -117,4 +119,51 @@ def timings(usages: list[Usage | None]) -> dict[str, Any]:
         "predicted_ms": writing,
         "predicted_per_token_ms": writing / later if later > 0 else 0.0,
         "predicted_per_second": 1e3 * later / writing if later > 0 and writing > 0 else 0.0,
+        **({"first_token_ms": min(firsts) * 1e3} if firsts else {}),
     }
+
+
+class Meter:
+    """What a stream tells while it goes on, as llama.cpp's clients ask for it: how far the prompt is, and the times.
+
+    Args:
+        progress, timings: whether each of them is asked for (`return_progress`, `timings_per_token`).
+    """
+
+    def __init__(self, *, progress: bool, timings: bool) -> None:
+        self._progress, self._timings = progress, timings
+        self._last = Progress(0, 0, 0, 0.0)
+        self._at = perf_counter()  # when the prompt's first token went through the model, nearly
+        self._tokens = 0
+        self._first: float | None = None
+
+    def see(self, event: Event) -> None:
+        """Notes what comes from the engine."""
+        if isinstance(event, Progress):
+            self._last, self._at = event, perf_counter() - event.seconds
+        elif isinstance(event, Piece):
+            self._tokens += 1
+            if self._first is None:
+                self._first = perf_counter() - self._at
+
+    def progress(self) -> dict[str, Any] | None:
+        """What is told of the last `Progress`, or None where it is not asked for."""
+        if not self._progress:
+            return None
+        last = self._last
+        told = {"total": last.total, "cache": last.cached, "processed": last.processed}
+        return {"prompt_progress": {**told, "time_ms": last.seconds * 1e3}, **self.timings()}
+
+    def timings(self) -> dict[str, Any]:
+        """The times so far, where they are asked for; else nothing."""
+        if not self._timings:
+            return {}
+        last = self._last
+        seconds = last.seconds if self._first is None else perf_counter() - self._at
+        usage = Usage(last.processed, last.cached, self._tokens, 0.0, self._first, seconds)
+        return {"timings": timings([usage])}
+
+
+def meter_of(body: SamplingFields) -> Meter:
+    """Of a request's stream."""
+    return Meter(progress=body.return_progress, timings=body.timings_per_token)

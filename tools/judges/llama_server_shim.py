@@ -9,6 +9,7 @@ socket, that server starts kbit, so that hundreds of starts do not import everyt
 when this process does.
 """
 
+import datetime
 import json
 import os
 import signal
@@ -18,13 +19,21 @@ import tempfile
 from pathlib import Path
 
 # Flags of speed and memory, and of what kbit does anyway: with a value, without one.
-IGNORED_WITH_VALUE = {"--batch-size", "--ubatch-size", "--threads", "--n-gpu-layers", "--hf-file", "--cache-ram", "-fa"}
-IGNORED = {"--offline", "--cont-batching", "--metrics", "--slots", "--no-slots", "--jinja", "--no-jinja", "--swa-full"}
+IGNORED_WITH_VALUE = {"--ubatch-size", "--threads", "--n-gpu-layers", "--cache-ram", "-fa"}
+IGNORED = {"--offline", "--cont-batching", "--jinja", "--no-jinja", "--swa-full", "--backend_sampling", "--embedding"}
+SWITCHES = {"--kv-unified", "--verbose", "--metrics", "--slots", "--no-slots", "--no-ui"}
 KNOWN = {
     *("--model", "--hf-repo", "--alias", "--port", "--host", "--temp", "--seed", "--ctx-size", "--parallel"),
     *("--n-predict", "--api-key", "--chat-template", "--chat-template-file", "--reasoning", "--cors-origins"),
+    *("--batch-size", "--tags", "--hf-file"),
 }
-REPOSITORIES = {"ggml-org/test-model-stories260K"}
+# Models by what the tests call them (repository, or repository/file): the variable that names the one that is here.
+HERE = {
+    "ggml-org/test-model-stories260K": "LLAMA_SHIM_MODEL",
+    "ggml-org/test-model-stories260K-infill": "LLAMA_SHIM_INFILL",
+    "ggml-org/models/tinyllamas/split/stories15M-q8_0-00001-of-00003.gguf": "LLAMA_SHIM_SPLIT",
+    "ggml-org/models/bert-bge-small/ggml-model-f16.gguf": "LLAMA_SHIM_ENCODER",
+}
 # Conversations as they are written where a model's file has no template, and templates that llama.cpp knows by name.
 CHATML = (
     "{{ bos_token }}{% for m in messages %}"
@@ -50,7 +59,7 @@ def translated(flags: list[str]) -> list[str]:
     on: set[str] = set()
     words = iter(flags)
     for flag in words:
-        if flag in IGNORED or flag in ("--kv-unified", "--verbose"):
+        if flag in IGNORED or flag in SWITCHES:
             on.add(flag)
         elif flag in IGNORED_WITH_VALUE:
             next(words)
@@ -59,13 +68,26 @@ def translated(flags: list[str]) -> list[str]:
         else:
             sys.exit(f"llama_server_shim: kbit serve has nothing like {flag}")
     model = given.get("--model", os.environ.get("LLAMA_SHIM_MODEL", ""))
-    repository = given.get("--hf-repo")
-    if repository is not None and repository not in REPOSITORIES:
-        sys.exit(f"llama_server_shim: the model {repository} is not here")
+    if "--hf-repo" in given:
+        named = "/".join(given[name] for name in ("--hf-repo", "--hf-file") if name in given)
+        variable = HERE.get(named, HERE.get(given["--hf-repo"], ""))
+        model = os.environ.get(variable, "")
+        if not model:
+            sys.exit(f"llama_server_shim: the model {named} is not here")
     seats = int(given.get("--parallel", "4"))
-    arguments = ["serve", f"{given['--alias']}={model}" if "--alias" in given else model, "--any-model"]
+    names = ",".join(
+        sorted(given.get("--alias", "").split(","))
+    )  # llama-server's name of several is the first of the set
+    arguments = ["serve", f"{names}={model}" if names else model, "--any-model"]
     arguments += ["--parallel", str(seats), "--threads", "1"]
-    for flag, name in (("--port", "--port"), ("--host", "--host"), ("--temp", "--temperature"), ("--seed", "--seed")):
+    for flag, name in (
+        ("--port", "--port"),
+        ("--host", "--host"),
+        ("--batch-size", "--batch"),
+        ("--tags", "--tags"),
+        ("--temp", "--temperature"),
+        ("--seed", "--seed"),
+    ):
         if flag in given:
             arguments += [name, given[flag]]
     if "--api-key" in given:
@@ -78,6 +100,12 @@ def translated(flags: list[str]) -> list[str]:
     if int(given.get("--n-predict", "-1")) > 0:
         arguments += ["--max-tokens", given["--n-predict"]]
     arguments += ["--verbose"] * ("--verbose" in on)
+    arguments += ["--without", "metrics"] * ("--metrics" not in on)
+    arguments += ["--without", "slots"] * ("--no-slots" in on)
+    arguments += ["--without", "page"] * ("--no-ui" in on)
+    today = datetime.date.today()  # llama-server tells templates, under the names that two families use
+    days = {"date_string": today.strftime("%d %b %Y"), "datetime": today.strftime("%b %d %Y")}
+    arguments += ["--chat-template-kwargs", json.dumps(days)]
     arguments += ["--cors-origin", given.get("--cors-origins", "*")]
     return [*arguments, "--chat-template", template(given)]
 

@@ -7,7 +7,8 @@
     python tools/judges/llama_server_tests.py llama_cpp_python-0.3.36/vendor/llama.cpp judges/bin/python [FILE] [-k ...]
 
 This interpreter has kbit; the other one runs the tests, all that are not marked slow. Their model, stories260K, is made
-from KBIT_DATA (stories_gguf.py). Exit code 1: a failure that llama_server_reasons.txt does not list.
+from KBIT_DATA (stories_gguf.py), and stands for others of that family; LLAMA_SHIM_ENCODER may name an encoder's folder
+or GGUF file. Exit code 1: a failure that llama_server_reasons.txt does not list.
 """
 
 from __future__ import annotations
@@ -46,9 +47,7 @@ def main() -> int:
     source, python, *more = sys.argv[1:]
     with tempfile.TemporaryDirectory(prefix="llama-tests-") as folder:
         tests = _copied(Path(source), Path(folder))
-        model = Path(folder) / "stories260K.gguf"
-        stories = Path(os.environ["KBIT_DATA"]) / "models" / "stories260K"
-        subprocess.run([sys.executable, HERE / "stories_gguf.py", stories, model], check=True)
+        models = _models(Path(folder))
         executable, socket = Path(folder) / "llama-server", Path(folder) / "socket"
         shim = (HERE / "llama_server_shim.py").absolute()
         executable.write_text(f'#!/bin/sh\nexec "{sys.executable}" -S "{shim}" "$@"\n')
@@ -57,10 +56,25 @@ def main() -> int:
         try:
             while not socket.exists():
                 time.sleep(0.1)
-            lines = _run(python, tests, more, executable, socket, model)
+            lines = _run(python, tests, more, executable, socket, models)
         finally:
             forks.kill()
     return _judge(lines)
+
+
+def _models(folder: Path) -> dict[str, str]:
+    """Variables of llama_server_shim.py that name the models: stories260K whole, with marks to fill in, and in parts.
+
+    An encoder, where `LLAMA_SHIM_ENCODER` names one already.
+    """
+    stories = Path(os.environ["KBIT_DATA"]) / "models" / "stories260K"
+    made = {}
+    for kind, flags in (("MODEL", []), ("INFILL", ["--infill"]), ("SPLIT", ["--split"])):
+        model = folder / f"stories260K{'-' + kind.lower() if flags else ''}.gguf"
+        subprocess.run([sys.executable, HERE / "stories_gguf.py", stories, model, *flags], check=True)
+        parts = sorted(folder.glob(f"{model.stem}-*-of-*.gguf"))
+        made[f"LLAMA_SHIM_{kind}"] = str(parts[0] if parts else model)
+    return made
 
 
 def _copied(source: Path, folder: Path) -> Path:
@@ -76,13 +90,15 @@ def _copied(source: Path, folder: Path) -> Path:
     return tests
 
 
-def _run(python: str, tests: Path, more: list[str], executable: Path, socket: Path, model: Path) -> list[str]:
+def _run(
+    python: str, tests: Path, more: list[str], executable: Path, socket: Path, models: dict[str, str]
+) -> list[str]:
     files = [f"unit/test_{name}.py" for name in FILES] if not any(each.endswith(".py") for each in more) else []
     environment = {
         **os.environ,
         "LLAMA_SERVER_BIN_PATH": str(executable),
         "LLAMA_SHIM_SOCKET": str(socket),
-        "LLAMA_SHIM_MODEL": str(model),
+        **models,
     }
     command = [python, "-m", "pytest", "-q", "-m", "not slow", "--tb=line", "-rpfE", "--timeout=240", *files, *more]
     lines = []

@@ -1,6 +1,10 @@
 """Writes Karpathy's stories260K (llama2.c's .bin files) as the GGUF file that llama.cpp's server tests are about.
 
-python tools/judges/stories_gguf.py $KBIT_DATA/models/stories260K stories260K.gguf
+python tools/judges/stories_gguf.py $KBIT_DATA/models/stories260K stories260K.gguf [--infill] [--split]
+
+--infill: the last three tokens are called what code models call the marks around a gap. The model was not trained for
+them, so what it answers says nothing; that it is asked as it should be can be tested.
+--split: in files of 20 tensors.
 """
 
 from __future__ import annotations
@@ -19,6 +23,7 @@ CONTEXT = 8192
 def main() -> None:
     """Writes it."""
     folder, out = Path(sys.argv[1]), sys.argv[2]
+    split = 20 if "--split" in sys.argv else 0
     raw = (folder / "stories260K.bin").read_bytes()
     dim, inner, layers, heads, kv_heads, vocabulary, _ = struct.unpack_from("<7i", raw)
     numbers, at = np.frombuffer(raw, "<f4", offset=28), 0
@@ -29,7 +34,7 @@ def main() -> None:
         at += size
         return numbers[at - size : at].reshape(shape)
 
-    writer = gguf.GGUFWriter(out, "llama")
+    writer = gguf.GGUFWriter(out, "llama", split_max_tensors=split)
     writer.add_name("stories260K")
     writer.add_context_length(CONTEXT)
     writer.add_embedding_length(dim)
@@ -58,14 +63,14 @@ def main() -> None:
     for name, stacked in parts.items():
         for layer, tensor in enumerate(stacked):
             writer.add_tensor(f"blk.{layer}.{name}.weight", np.ascontiguousarray(tensor))
-    _vocabulary(writer, (folder / "tok512.bin").read_bytes())
+    _vocabulary(writer, (folder / "tok512.bin").read_bytes(), infill="--infill" in sys.argv)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
 
 
-def _vocabulary(writer: gguf.GGUFWriter, raw: bytes) -> None:
+def _vocabulary(writer: gguf.GGUFWriter, raw: bytes, *, infill: bool) -> None:
     at, tokens, scores = 4, [], []
     while at < len(raw):
         score, size = struct.unpack_from("<fi", raw, at)
@@ -76,7 +81,10 @@ def _vocabulary(writer: gguf.GGUFWriter, raw: bytes) -> None:
     writer.add_tokenizer_model("llama")
     writer.add_token_list(tokens)
     writer.add_token_scores(scores)
-    writer.add_token_types([2, 3, 3, *[6] * 256, *[1] * (len(tokens) - 259)])  # unknown, control, bytes, normal
+    types = [2, 3, 3, *[6] * 256, *[1] * (len(tokens) - 259)]  # unknown, control, bytes, normal
+    if infill:
+        tokens[-3:], types[-3:] = ["<|fim_prefix|>", "<|fim_suffix|>", "<|fim_middle|>"], [3, 3, 3]
+    writer.add_token_types(types)
     writer.add_bos_token_id(1)
     writer.add_eos_token_id(2)
     writer.add_unk_token_id(0)
