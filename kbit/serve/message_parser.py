@@ -193,8 +193,10 @@ class MessageParser:
     def _closing(self, end: bool) -> list[Part]:
         """Behind a call: the mark that ends it, if it comes."""
         closing, stripped = _ENDS[self._mark], self._buffer.lstrip()
-        if not end and closing.startswith(stripped) and stripped != closing:
-            return []
+        if closing.startswith(stripped) and stripped != closing:
+            if not end:
+                return []
+            stripped = ""  # the answer was cut within it
         self._buffer, self._state = stripped.removeprefix(closing), "text"
         return []
 

@@ -48,7 +48,7 @@ def serving(
     backend = select_backend(threads=1)
     models = Models([(name, str(path)) for name, path in named], ModelOptions(backend, **engine), any_name=any_name)
     with TestClient(make_app(models, options), base_url="http://localhost", raise_server_exceptions=False) as client:
-        name = named[0][0]
+        name = named[0][0].partition(",")[0]
         while True:
             state = client.get(f"/v1/models/{name}", headers={"authorization": "Bearer right"}).json()["state"]
             assert state in ("unloaded", "loading", "ready")

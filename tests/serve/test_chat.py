@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from serve_cases import error_of, events, serving, with_template
+from serve_cases import TEMPLATE, error_of, events, serving, with_template
 from starlette.testclient import TestClient
 
 HELLO = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Who was in the house?"}]
@@ -125,10 +125,31 @@ def test_a_call_is_forced_and_read(client: TestClient, choice: Any) -> None:
         assert set(arguments) == {"name", "age"}
     chunks = events(client.post("/v1/chat/completions", json={"messages": HELLO, **body, "stream": True}))
     deltas = [choice["delta"] for chunk in chunks for choice in chunk["choices"]]
-    (streamed,) = [delta["tool_calls"] for delta in deltas if "tool_calls" in delta]
-    assert streamed[0]["index"] == 0
-    assert streamed[0]["function"] == call["function"]
+    first, *rest = [part for delta in deltas for part in delta.get("tool_calls", [])]
+    assert (first["index"], first["type"]) == (0, "function")
+    assert first["function"] == {"name": call["function"]["name"], "arguments": ""}
+    assert all(set(part) == {"index", "function"} and part["index"] == 0 for part in rest)
+    pieces = [part["function"]["arguments"] for part in rest]
+    assert "".join(pieces) == call["function"]["arguments"]
+    assert len(pieces) > 1
     assert chunks[-1]["choices"][0]["finish_reason"] == "tool_calls"
+
+
+@pytest.mark.parametrize("mark", ["[TOOL_CALLS]", "<|python_tag|>", "<|tool_list_start|>"])
+def test_a_call_is_forced_in_every_format(novels_folder: str, mark: str) -> None:
+    """What the constraint allows is what the parser of the same format reads, streamed or whole."""
+    template = TEMPLATE + "{# " + mark + " #}"
+    body = {"messages": HELLO, "tools": TOOLS, "tool_choice": {"function": {"name": "meet"}}, "max_tokens": 150}
+    with serving(("novels", Path(novels_folder)), chat_template=template, sampling={"seed": 3}) as client:
+        message = chat(client, **body)["choices"][0]["message"]
+        (call,) = message["tool_calls"]
+        assert set(json.loads(call["function"]["arguments"])) == {"name", "age"}
+        assert message["content"] is None
+        chunks = events(client.post("/v1/chat/completions", json={**body, "temperature": 0, "stream": True}))
+        deltas = [choice["delta"] for chunk in chunks for choice in chunk["choices"]]
+        parts = [part["function"] for delta in deltas for part in delta.get("tool_calls", [])]
+        assert "".join(part["arguments"] for part in parts) == call["function"]["arguments"]
+        assert [part["name"] for part in parts if "name" in part] == ["meet"]
 
 
 def test_calls_and_results_go_back_into_the_prompt(client: TestClient) -> None:

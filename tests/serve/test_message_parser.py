@@ -41,6 +41,7 @@ CASES = [
         ("", "", [Called("find", '{"what": "</tool_call>}{"}'), Called("add", '{"a": [1, {"b": 2}]}')]),
     ),
     ("hermes", f"<tool_call>{call(what='x')}", {}, ("", "", [FIND])),
+    ("hermes", f"<tool_call>{call(what='x')}\n</tool", {}, ("", "", [FIND])),
     ("hermes", "<tool_call>not json</tool_call> after", {}, ("", "<tool_call>not json</tool_call> after", [])),
     ("hermes", '<tool_call>{"name": "find", "arguments": {"what": "', {}, ("", "", [Called("find", '{"what": "')])),
     ("hermes", '<tool_call>{"arguments": {"what": "x"}, "name": "find"}</tool_call>', {}, ("", "", [FIND])),

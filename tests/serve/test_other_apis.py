@@ -94,6 +94,13 @@ def test_anthropic_tools(client: TestClient) -> None:
     found = named_events(client, "/v1/messages", **body)
     deltas = [data["delta"] for name, data in found if name == "content_block_delta"]
     assert json.loads("".join(delta["partial_json"] for delta in deltas)) == block["input"]
+    assert len(deltas) > 1
+    assert [name for name, _ in found].count("content_block_start") == 1
+    lengths = range(answer["usage"]["output_tokens"])
+    cut = [post(client, "/v1/messages", **{**body, "max_tokens": length + 1})["content"] for length in lengths]
+    inputs = [block["input"] for blocks in cut for block in blocks if block["type"] == "tool_use"]
+    assert {"INVALID_JSON": '{"n": '} in inputs or {"INVALID_JSON": '{"n":'} in inputs
+    assert inputs[-1] == block["input"]
     for wrong, message in (
         ({"messages": [{"role": "system", "content": "x"}]}, "use user or assistant"),
         ({"messages": [{"role": "user", "content": [{"type": "image"}]}]}, "reads text and tools"),
@@ -146,6 +153,14 @@ def test_responses(client: TestClient, expected: str) -> None:
     (call,) = called["output"]
     assert (call["type"], call["name"], called["status"]) == ("function_call", "count", "completed")
     assert set(json.loads(call["arguments"])) >= {"n"}
+    more = {"max_output_tokens": 60, "tools": tools, "tool_choice": "required"}
+    found = named_events(client, "/v1/responses", **{**body, **more})
+    pieces = [data["delta"] for name, data in found if name == "response.function_call_arguments.delta"]
+    assert "".join(pieces) == call["arguments"]
+    assert len(pieces) > 1
+    (done,) = [data for name, data in found if name == "response.function_call_arguments.done"]
+    assert (done["name"], done["arguments"]) == ("count", call["arguments"])
+    assert found[-1][1]["response"]["output"][0]["arguments"] == call["arguments"]
     form = {"format": {"type": "json_schema", "name": "n", "schema": SCHEMA}}
     text = post(client, "/v1/responses", **{**body, "max_output_tokens": 60}, text=form)["output"][0]["content"][0][
         "text"
