@@ -16,9 +16,11 @@ from starlette.types import Receive, Scope, Send
 from kbit.serve.bridge import disconnected
 from kbit.serve.errors import ApiError, api_error
 
-# A reader that takes nothing for so long is not waited for. (Small parts go on into the buffers of the network, so this
-# counts from when these are full.) Until then what it is sent is kept: its answer has an end, and others do not wait.
-_SLOWEST_SECONDS = 60.0
+# A reader that takes nothing for so long is left: its answers end, and others get their seats. Sooner where more than
+# so many bytes wait for it by then. (Small parts go on into the buffers of the network, so this counts from when these
+# are full.) Until then what it is sent is kept, and nobody waits for it.
+_SLOWEST_SECONDS, _SLOW_SECONDS, _MOST_WAITING = 60.0, 5.0, 1 << 20
+_WRITE = 1 << 16  # bytes that are written at once: whoever takes them is not too slow
 
 Objects = AsyncIterator["dict[str, Any] | tuple[str, dict[str, Any]]"]
 
@@ -48,12 +50,13 @@ class EventStream(Response):
         self._objects = objects
         self._end = end
         self._failure = failure
+        self._behind = 0  # bytes that wait to be written
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
         wake, loop = asyncio.Event(), asyncio.get_running_loop()
         waiting: list[bytes] = []  # what is to be written; what is made meanwhile goes in one piece
-        making = asyncio.ensure_future(self._make(waiting, wake))
+        making = asyncio.ensure_future(self._make(waiting, wake, lambda: leave_after(_SLOW_SECONDS)))
         gone = asyncio.ensure_future(disconnected(HttpRequest(scope, receive)))
         for task in (making, gone):
             task.add_done_callback(lambda _: wake.set())
@@ -63,11 +66,15 @@ class EventStream(Response):
         too_slow = False
         watch: asyncio.TimerHandle | None = None
 
-        def check() -> None:
-            nonlocal watch, too_slow
-            if writing_since is not None and loop.time() - writing_since > _SLOWEST_SECONDS:
+        def leave_after(seconds: float) -> None:
+            nonlocal too_slow
+            if writing_since is not None and loop.time() - writing_since > seconds:
                 too_slow = True
                 writer.cancel()
+
+        def check() -> None:
+            nonlocal watch
+            leave_after(_SLOWEST_SECONDS)
             watch = loop.call_later(_SLOWEST_SECONDS / 4, check)
 
         watch = loop.call_later(_SLOWEST_SECONDS / 4, check)
@@ -79,8 +86,12 @@ class EventStream(Response):
                 if (waiting or over) and not gone.done():
                     data = b"".join(waiting)
                     waiting.clear()
-                    writing_since = loop.time()
-                    await send({"type": "http.response.body", "body": data, "more_body": not over})
+                    self._behind = 0
+                    for at in range(0, max(1, len(data)), _WRITE):
+                        last = over and at + _WRITE >= len(data)
+                        writing_since = loop.time()
+                        body = data[at : at + _WRITE]
+                        await send({"type": "http.response.body", "body": body, "more_body": not last})
                     writing_since = None
                 if over:
                     break
@@ -100,13 +111,21 @@ class EventStream(Response):
         if making.done() and not making.cancelled():
             making.result()
 
-    async def _make(self, waiting: list[bytes], wake: asyncio.Event) -> None:
-        """Encodes all objects into `waiting`, and wakes the writer up: once for all that come without a pause."""
+    async def _make(self, waiting: list[bytes], wake: asyncio.Event, behind: Callable[[], None]) -> None:
+        """Encodes all objects into `waiting`, and wakes the writer up: once for all that come without a pause.
+
+        Args:
+            behind: called where too much waits.
+        """
         async with aclosing(self._objects) as objects:  # type: ignore[type-var]
             try:
                 async for each in objects:
-                    waiting.append(_encoded(each))
+                    data = _encoded(each)
+                    waiting.append(data)
+                    self._behind += len(data)
                     wake.set()
+                    if self._behind > _MOST_WAITING:
+                        behind()
             except Exception as error:
                 told = api_error(error)
                 if told.status >= 500:

@@ -110,6 +110,41 @@ def test_who_takes_nothing_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
     asyncio.run(run())
 
 
+def test_who_is_far_behind_is_left_sooner(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sse, "_MOST_WAITING", 30)
+    monkeypatch.setattr(sse, "_SLOW_SECONDS", 0.0)
+
+    async def run(size: int) -> tuple[bool, bool]:
+        steps, reader = Steps([1], [2] * size, [3]), Reader(takes=False)
+        reading = asyncio.ensure_future(reader.read(EventStream(steps.objects())))
+        for _ in range(2):
+            steps.next.release()
+            await settled()
+            await asyncio.sleep(0.001)
+        left = reading.done(), steps.closed
+        reading.cancel()
+        await asyncio.wait([reading])
+        return left
+
+    assert asyncio.run(run(1)) == (False, False)  # 13 bytes wait
+    assert asyncio.run(run(4)) == (True, True)
+
+
+def test_what_is_large_is_written_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that a reader who takes it slowly is seen to take it."""
+    monkeypatch.setattr(sse, "_WRITE", 16)
+
+    async def run() -> None:
+        steps, reader = Steps([1, 2, 3]), Reader()
+        steps.next.release()
+        await reader.read(EventStream(steps.objects()))
+        assert all(0 < len(body) <= 16 for body in reader.bodies)
+        assert b"".join(reader.bodies).endswith(b'data: {"n":3}\n\ndata: [DONE]\n\n')
+        assert reader.complete
+
+    asyncio.run(run())
+
+
 def test_a_failure_is_the_last_event() -> None:
     async def objects() -> AsyncIterator[dict[str, Any]]:
         yield {"n": 1}
