@@ -5,8 +5,9 @@
 
 (Geng et al. 2025, arXiv:2501.10868; its MaskBench part has instances for every schema.) Every n-th schema that has
 instances is compiled as `kbit serve` does it, and each instance is written as kbit writes JSON and given to the
-constraint token by token. A schema that cannot be enforced whole must be refused, with the reason: so an invalid instance
-that is accepted is a keyword that was ignored. Exit code 1: there is one, or fewer than 99 % of the valid ones pass.
+constraint token by token. A schema that cannot be enforced whole must be refused, with the reason: so an invalid
+instance that is accepted is a keyword that was ignored. Exit code 1: there is one, or fewer than 99 % of the valid ones
+pass.
 """
 
 from __future__ import annotations
