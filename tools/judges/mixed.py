@@ -156,10 +156,10 @@ async def main() -> int:
         memory.append(resident(flags.pid))
         for _ in range(200):
             slots = (await client.get("/slots")).json()
-            if not any(model["requests"] for model in slots):
+            if not any(seat["requests"] for seat in slots):
                 break
             await asyncio.sleep(0.05)
-        held = sum(model["requests"] for model in slots)
+        held = sum(seat["requests"] for seat in slots if seat["id"] == 0)
     print(*(f"{count:5d} {kind}" for kind, count in sorted(counts.items())), f"{held:5d} still held", sep="\n")
     if flags.pid is not None:
         print("memory:", ", ".join(memory))
