@@ -59,7 +59,8 @@ class Server:
 
     def requests(self) -> int:
         """Requests that the server still has."""
-        return sum(model["requests"] for model in httpx.get(f"{self.address}/slots", timeout=PATIENCE).json())
+        seats = httpx.get(f"{self.address}/slots", timeout=PATIENCE).json()
+        return sum(seat["requests"] for seat in seats if seat["id"] == 0)
 
 
 def alone(server: Server, asks: list[Ask]) -> dict[Ask, Choices]:

@@ -20,6 +20,7 @@ from starlette.requests import Request as HttpRequest
 from starlette.responses import JSONResponse, Response
 from starlette.types import Receive, Scope, Send
 
+from kbit.engine.engine_thread import QueueFullError
 from kbit.host.errors import KbitError, one_line
 from kbit.host.process import give_back_free_memory
 from kbit.serve import anthropic, basics, chat, completions, infill, native, page, predict, responses
@@ -126,6 +127,8 @@ async def _tidy() -> None:
 
 async def _told(http: HttpRequest, error: Exception) -> Response:
     told = api_error(error)
+    if isinstance(error, QueueFullError):
+        http.app.state.server.metrics.refused()
     if told.status >= 500 and not isinstance(error, (ApiError, KbitError)):
         sys.stderr.write(f"kbit: {told.message}\n")
     body = told.anthropic() if http.url.path.startswith("/v1/messages") else told.openai()

@@ -114,27 +114,24 @@ async def props(http: HttpRequest, model: str | None = None) -> Response:
 
 @router.get("/slots")
 async def slots(http: HttpRequest) -> Response:
-    """How much is under way, and what it takes, by model that is loaded."""
+    """How much is under way, and what it takes: an entry for every seat of every model that is loaded."""
     server = server_of(http)
     _refuse_without("slots", server)
     found: list[dict[str, object]] = []
     for model, engine in server.models.with_engines():
         if model.loaded is not None:
-            pool = engine.pool
-            found.append(
-                {
-                    "id": len(found),
-                    "model": model.name,
-                    "n_ctx": engine.context,
-                    "is_processing": len(engine) > 0,
-                    "running": engine.running,
-                    "waiting": engine.waiting,
-                    "requests": len(engine),
-                    "weights_bytes": model.loaded.decoder.weights.nbytes,
-                    "cache_bytes": pool.nbytes,
-                    "cache_used": 1 - pool.available / max(1, pool.count),
-                }
-            )
+            together = {  # seats share all there is
+                "model": model.name,
+                "n_ctx": engine.context,
+                "running": engine.running,
+                "waiting": engine.waiting,
+                "requests": len(engine),
+                "weights_bytes": model.loaded.decoder.weights.nbytes,
+                "cache_bytes": engine.pool.nbytes,
+                "cache_used": 1 - engine.pool.available / max(1, engine.pool.count),
+            }
+            seats = server.models.options.seats
+            found += [{"id": seat, "is_processing": seat < engine.running, **together} for seat in range(seats)]
     return JSONResponse(found)
 
 

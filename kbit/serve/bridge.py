@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Coroutine, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -34,33 +34,42 @@ class Bridge:
     def __init__(self, most_requests: int = 256, most_tokens: int = 1 << 20) -> None:
         self.thread = EngineThread(self._deliver, most_requests, most_tokens)
         self._loop: asyncio.AbstractEventLoop | None = None
-        self._queues: dict[Live, asyncio.Queue[list[Event]]] = {}
+        self._inboxes: dict[Live, _Inbox] = {}
 
     def start(self) -> None:
         """Starts the thread; to be called on the event loop."""
         self._loop = asyncio.get_running_loop()
         self.thread.start()
 
-    async def events(self, engine: BatchEngine, request: Request) -> AsyncIterator[Event]:
+    async def events(
+        self, engine: BatchEngine, request: Request, done: Callable[[Usage], None] | None = None
+    ) -> AsyncIterator[Event]:
         """What a request is answered, until it is done. Whoever stops reading has cancelled it.
+
+        Args:
+            engine, request: see `EngineThread.submit`.
+            done: is told what an answer took that came to its end.
 
         Raises:
             KbitError: the request cannot be taken, or failed.
         """
         live = Live(request, engine.tokenizer)
-        queue: asyncio.Queue[list[Event]] = asyncio.Queue()
-        self._queues[live] = queue
+        inbox = self._inboxes[live] = _Inbox()
         over = False
         try:
             self.thread.submit(engine, live)
             while not over:
-                for event in await queue.get():
-                    over = isinstance(event, (Done, Failed))
+                for event in await inbox.take():
                     if isinstance(event, Failed):
+                        over = True
                         raise event.error
+                    if isinstance(event, Done):
+                        over = True
+                        if done is not None:
+                            done(event.usage)
                     yield event
         finally:
-            del self._queues[live]
+            del self._inboxes[live]
             if not over:
                 self.thread.cancel(live)
 
@@ -71,9 +80,31 @@ class Bridge:
 
     def _dispatch(self, batch: list[tuple[Live, list[Event]]]) -> None:
         for live, events in batch:
-            queue = self._queues.get(live)
-            if queue is not None:
-                queue.put_nowait(events)
+            inbox = self._inboxes.get(live)
+            if inbox is not None:
+                inbox.put(events)
+
+
+class _Inbox:
+    """Events on their way to one reader: a queue that is emptied at once."""
+
+    def __init__(self) -> None:
+        self._events: list[Event] = []
+        self._waiting: asyncio.Future[None] | None = None
+
+    def put(self, events: list[Event]) -> None:
+        """Adds some."""
+        self._events += events
+        if self._waiting is not None and not self._waiting.done():
+            self._waiting.set_result(None)
+
+    async def take(self) -> list[Event]:
+        """All there are, at least one."""
+        while not self._events:
+            self._waiting = asyncio.get_running_loop().create_future()
+            await self._waiting
+        taken, self._events = self._events, []
+        return taken
 
 
 @dataclass

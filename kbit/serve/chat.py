@@ -102,7 +102,8 @@ async def _stream(
 
     def chunk(index: int, delta: dict[str, Any], finish: str | None = None, logprobs: Any = None) -> dict[str, Any]:
         choice = {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": finish}
-        return {**first, **extra, "choices": [choice], **meter.timings()}
+        times = {} if "role" in delta else meter.timings()
+        return {**first, **extra, "choices": [choice], **times}
 
     async with aclosing(server.run(model, prepared.request)) as events:  # type: ignore[type-var]
         async for event in events:

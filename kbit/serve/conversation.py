@@ -115,6 +115,8 @@ def render(
     template = require_template(model.tokenizer, model.name)
     said = {} if model.options is None else model.options.template_variables
     more = {key: value for key, value in {**said, **(more or {})}.items() if key not in _NOT_VARIABLES}
+    if "functions" in template:  # FireFunction's name for them, as text
+        more.setdefault("functions", json.dumps(tools, indent=4) if tools else "")
     reasoning = "auto" if model.options is None else model.options.reasoning
     if reasoning != "auto":
         more.setdefault("enable_thinking", reasoning == "on")

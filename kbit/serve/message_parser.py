@@ -111,6 +111,8 @@ class MessageParser:
 
     def push(self, text: str) -> list[Part]:
         """What follows from more of the text."""
+        if self._tools is None and self._state == "text" and not self._after_call:  # nothing else can come
+            return [Said(text)] if text else []
         self._buffer += text
         return self._read(end=False)
 

@@ -48,7 +48,7 @@ async function listModels() {
 
 async function showMemory() {
   const chosen = new Set([$("model").value, $("beside").value]);
-  const slots = (await get("/slots")).filter((each) => chosen.has(each.model));
+  const slots = (await get("/slots")).filter((each) => each.id === 0 && chosen.has(each.model));
   $("memory").textContent = slots.map((each) =>
     `${each.model}: weights ${megabytes(each.weights_bytes)}, keys and values ${megabytes(each.cache_bytes)}, ` +
     `${(100 * each.cache_used).toFixed(1)} % in use`).join(" · ");

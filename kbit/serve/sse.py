@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import sys
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import aclosing, suppress
 from typing import Any
 
@@ -141,16 +141,32 @@ async def started(objects: Objects) -> Objects:
     Raises:
         Exception: what kept it from being made.
     """
-    first = await anext(objects, None)
+    try:
+        first = await anext(objects)
+    except StopAsyncIteration:
+        return objects
+    return _Begun(first, objects)
 
-    async def all_of_them() -> Objects:
-        async with aclosing(objects):  # type: ignore[type-var]
-            if first is not None:
-                yield first
-            async for each in objects:
-                yield each
 
-    return all_of_them()
+class _Begun:
+    """Objects of which the first is there already."""
+
+    def __init__(self, first: Any, rest: Any) -> None:
+        self._first: list[Any] = [first]
+        self._rest = rest
+
+    def __aiter__(self) -> _Begun:
+        return self
+
+    def __anext__(self) -> Awaitable[Any]:
+        return self._begin() if self._first else self._rest.__anext__()
+
+    async def _begin(self) -> Any:
+        return self._first.pop()
+
+    async def aclose(self) -> None:
+        """Ends what makes the rest."""
+        await self._rest.aclose()
 
 
 _ENCODE = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode

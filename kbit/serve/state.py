@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import AsyncIterator
-from contextlib import aclosing
 from dataclasses import dataclass
+from functools import partial
 from time import perf_counter, time
 from typing import Any, cast
 
 from starlette.requests import Request as HttpRequest
 
-from kbit.engine.answers import Done, Event, Finish, Piece, Progress, Request, Usage
-from kbit.engine.engine_thread import QueueFullError
+from kbit.engine.answers import Event, Finish, Piece, Progress, Request, Usage
 from kbit.serve.bridge import Bridge
 from kbit.serve.metrics import Metrics
 from kbit.serve.models import Models, ServedModel
@@ -38,21 +37,13 @@ class Server:
     started: float
     without: frozenset[str] = frozenset()
 
-    async def run(self, model: ServedModel, request: Request) -> AsyncIterator[Event]:
+    def run(self, model: ServedModel, request: Request) -> AsyncIterator[Event]:
         """What a request is answered, which is counted.
 
         Raises:
             KbitError: it cannot be taken, or failed.
         """
-        try:
-            async with aclosing(self.bridge.events(model.generating(), request)) as events:  # type: ignore[type-var]
-                async for event in events:
-                    if isinstance(event, Done):
-                        self.metrics.answered(model.name, event.usage)
-                    yield event
-        except QueueFullError:
-            self.metrics.refused()
-            raise
+        return self.bridge.events(model.generating(), request, partial(self.metrics.answered, model.name))
 
 
 def server_of(http: HttpRequest) -> Server:

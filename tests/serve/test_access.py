@@ -79,7 +79,8 @@ def test_it_says_what_it_serves(client: TestClient) -> None:
     assert props["n_ctx"] == 64
     assert props["sampling_defaults"]["top_k"] == 40
     assert props["cache_bytes"] > 0
-    (slots,) = client.get("/slots").json()
+    slots, *others = client.get("/slots").json()
+    assert [each["id"] for each in others] == list(range(1, 64))
     assert slots["cache_bytes"] > 0
     assert slots["weights_bytes"] > 0
     idle = {"model": "tiny", "running": 0, "waiting": 0, "requests": 0, "cache_used": 0, "is_processing": False}

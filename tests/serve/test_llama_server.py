@@ -20,7 +20,7 @@ LONG = "It was a dark and stormy night; the rain fell in torrents. " * 8
 
 @pytest.fixture(scope="module")
 def client(novels_folder: str) -> Iterator[TestClient]:
-    template = TEMPLATE + "{{ today }}"
+    template = TEMPLATE + "{{ functions }}{{ today }}"
     more: dict[str, Any] = {"chat_template": template, "template_variables": {"today": "Monday"}, "tags": ("small",)}
     with serving(("novels,books", Path(novels_folder)), batch_tokens=32, **more) as client:
         yield client
@@ -105,7 +105,10 @@ def test_variables_of_templates(client: TestClient) -> None:
     messages = [{"role": "user", "content": "Hello."}]
     for more, day in (({}, "Monday"), ({"chat_template_kwargs": {"today": "Friday"}}, "Friday")):
         prompt = client.post("/apply-template", json={"messages": messages, **more}).json()["prompt"]
-        assert prompt.endswith(day)
+        assert prompt.endswith(f"assistant:{day}")
+    tools = [{"type": "function", "function": {"name": "wait"}}]
+    prompt = client.post("/apply-template", json={"messages": messages, "tools": tools}).json()["prompt"]
+    assert json.loads(prompt.partition("assistant:")[2].removesuffix("Monday")) == tools
 
 
 def test_figures_under_llama_servers_names(client: TestClient) -> None:

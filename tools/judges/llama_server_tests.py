@@ -16,6 +16,7 @@ from __future__ import annotations
 import os
 import re
 import shutil
+import socketserver
 import subprocess
 import sys
 import tempfile
@@ -98,6 +99,7 @@ def _run(
         **os.environ,
         "LLAMA_SERVER_BIN_PATH": str(executable),
         "LLAMA_SHIM_SOCKET": str(socket),
+        "PORT": str(_free_port()),
         **models,
     }
     command = [python, "-m", "pytest", "-q", "-m", "not slow", "--tb=line", "-rpfE", "--timeout=240", *files, *more]
@@ -108,6 +110,11 @@ def _run(
             lines.append(line.rstrip())
             print(line, end="", flush=True)
     return lines
+
+
+def _free_port() -> int:
+    with socketserver.TCPServer(("127.0.0.1", 0), socketserver.BaseRequestHandler) as server:
+        return int(server.server_address[1])
 
 
 def _judge(lines: list[str]) -> int:
