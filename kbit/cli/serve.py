@@ -195,7 +195,9 @@ def serve(
       kbit serve smollm2=smollm2-135m-instruct smollm2:3=smollm2-135m-instruct:3
     """
     from kbit.host.errors import UsageError
+    from kbit.host.process import share_one_heap
 
+    share_one_heap()
     if not 0 <= access.port < 1 << 16:
         raise UsageError(f"--port {access.port}: expected a number from 0 to 65535")
     counts = (("--parallel", limits.parallel), ("--queue", limits.queue), ("--max-tokens", answers.max_tokens))

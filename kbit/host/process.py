@@ -1,8 +1,11 @@
-"""What the operating system says about this process."""
+"""What the operating system says about this process, and how it takes memory."""
 
 from __future__ import annotations
 
+import os
 import sys
+
+_M_ARENA_MAX = -8  # malloc.h of glibc
 
 
 def peak_rss_bytes() -> int | None:
@@ -15,6 +18,27 @@ def peak_rss_bytes() -> int | None:
 
     largest = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return largest if sys.platform == "darwin" else largest * 1024  # macOS counts bytes, Linux and the BSDs KiB
+
+
+def share_one_heap() -> bool:
+    """Has all threads of this process allocate from one heap; to be called before there are any.
+
+    glibc gives every thread a heap of its own, and what was freed stays where it was taken: a server whose requests are
+    read by many threads would keep the largest request of each. MALLOC_ARENA_MAX, or tunables that name it, hold where
+    somebody set them.
+
+    Returns:
+        Whether anything was set: not where malloc is not glibc's.
+    """
+    said = os.environ.get("GLIBC_TUNABLES", "")
+    if sys.platform != "linux" or "MALLOC_ARENA_MAX" in os.environ or "glibc.malloc.arena_max" in said:
+        return False
+    import ctypes
+
+    library = ctypes.CDLL(None)
+    if not hasattr(library, "gnu_get_libc_version"):
+        return False
+    return bool(library.mallopt(_M_ARENA_MAX, 1))
 
 
 def _linux_peak() -> int | None:
