@@ -4,9 +4,11 @@
 #
 #   tools/sanitize.sh address [PYTEST ARGUMENT..]     # ASan and UBSan; by default the tests of kernels and formats, and the fuzzer
 #   tools/sanitize.sh thread [PYTEST ARGUMENT..]      # TSan; by default the thread pool, programs and the engine
+#   tools/sanitize.sh thread -- COMMAND..             # any command, for example a server under load:
+#       -- python $PWD/tools/soak.py MODEL --requests 500 --threads 3 --checked 0 --growth 9
 #
 # KBIT_SANITIZE_SETS: the instruction sets to build, by default those that this machine runs ("scalar;avx512bf16" builds in
-# half the time); BUILD: where to build, by default build/sanitize-address or -thread. Paths of tests are absolute. Needs the
+# half the time); BUILD: where to build, by default build/sanitize-address or -thread. Paths are absolute. Needs the
 # [test] extra, GCC on Linux, and the packages nanobind, cmake and ninja.
 set -euo pipefail
 root=$(cd "$(dirname "$0")/.." && pwd)
@@ -58,8 +60,15 @@ elif [ $# -eq 0 ]; then
 fi
 rm -f "$build"/tsan.*
 cd "$view"
-LD_PRELOAD=$runtimes PYTHONPATH=$view:${PYTHONPATH:-} PYTHONMALLOC=malloc \
-  python -m pytest -q -p no:cacheprovider -c "$root/pyproject.toml" --rootdir "$root" "$@" || result=$?
+if [ "${1:-}" = -- ]; then
+  shift  # (in this folder, as Python looks for kbit where it is started)
+else
+  set -- python -m pytest -q -p no:cacheprovider -c "$root/pyproject.toml" --rootdir "$root" "$@"
+fi
+# TSan wants addresses where it expects them: no random ones, where that can be said.
+still=()
+if [ "$kind" = thread ] && setarch -R true 2>/dev/null; then still=(setarch -R); fi
+LD_PRELOAD=$runtimes PYTHONPATH=$view:${PYTHONPATH:-} PYTHONMALLOC=malloc "${still[@]}" "$@" || result=$?
 # (pytest keeps what a process writes, so reports go to files.)
 if compgen -G "$build/tsan.*" >/dev/null; then cat "$build"/tsan.*; exit 66; fi
 exit "${result:-0}"

@@ -28,7 +28,7 @@ def test_a_short_soak(novels_folder: str, capsys: pytest.CaptureFixture[str]) ->
     import soak
 
     code = soak.main(
-        [novels_folder, "--minutes", "0.1", "--clients", "3", "--every", "2", "--checked", "2", "--prompts", "4",
+        [novels_folder, "--minutes", "0.1", "--requests", "60", "--clients", "3", "--every", "2", "--checked", "1", "--prompts", "4",
          "--growth", "9"]
     )  # fmt: skip
     said = capsys.readouterr().out
@@ -42,38 +42,61 @@ def test_a_short_soak(novels_folder: str, capsys: pytest.CaptureFixture[str]) ->
 
 def test_what_is_wrong_or_lost_is_counted() -> None:
     """A server that answers otherwise than before, breaks a stream off, takes bad JSON, and goes away."""
-    import soak
+    from soaking.clients import Ask, Kind, Soak
 
-    ask = soak.Ask("It was", 0, 8, 0.0)
+    ask = Ask("It was", 0, 8, 0.0)
     answers = iter(["a", "b"])
 
     def answer(request: httpx.Request) -> httpx.Response:
         if request.url.path != "/v1/completions":
             raise httpx.ConnectError("gone")
-        if b"stream" in request.content:
-            return httpx.Response(200, text='data: {"choices": [{"text": "a"}]}\n\n')
+        if b'"stream": true' in request.content or b'"stream":true' in request.content:
+            return httpx.Response(200, text='data: {"choices": [{"index": 0, "text": "a"}]}\n\n')
         if request.content.startswith(b'{"prompt"') and request.content.endswith(b"}"):
-            return httpx.Response(200, json={"choices": [{"text": next(answers)}]})
+            return httpx.Response(200, json={"choices": [{"index": 0, "text": next(answers)}]})
         return httpx.Response(200, json={})
 
     async def all_of_it() -> None:
         import random
 
-        tried = soak.Soak("http://x", [ask], {})
+        tried = Soak("http://x", {ask: [{"index": 0, "text": "a"}]})
         chance = random.Random(0)
         async with httpx.AsyncClient(base_url="http://x", transport=httpx.MockTransport(answer)) as http:
             assert await tried.whole(http, chance) is None
-            assert "'b' is not 'a'" in str(await tried.whole(http, chance))
+            assert "'b'}] is not" in str(await tried.whole(http, chance))
             assert "the stream ended with" in str(await tried.streamed(http, chance))
             assert str(await tried.bad_json(http, chance)).startswith("200")
             with pytest.raises(httpx.ConnectError):
-                await tried.lost_route(http, chance)
+                await tried.no_route(http, chance)
 
     asyncio.run(all_of_it())
-    kind = soak.Kind()
+    kind = Kind()
     for problem, lost in ((None, False), ("other", False), ("gone", True)):
         kind.count(problem, lost, 1.0)
     assert (kind.right, kind.wrong, kind.lost, kind.examples) == (1, 1, 1, ["other", "gone"])
+
+
+def test_requests_are_paced_and_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By a clock that only sleeping moves."""
+    from soaking import clients
+
+    now = [0.0]
+
+    async def sleep(seconds: float) -> None:
+        now[0] += seconds
+
+    monkeypatch.setattr(clients, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    monkeypatch.setattr(clients, "asyncio", SimpleNamespace(sleep=sleep))
+
+    async def turns(soak: clients.Soak, until: float) -> int:
+        count = 0
+        while await soak.turn(until):
+            count += 1
+        return count
+
+    known: dict[clients.Ask, clients.Choices] = {clients.Ask("It was", 0, 8, 0.0): []}
+    assert asyncio.run(turns(clients.Soak("http://x", known, rate=4.0), 10.0)) == 40
+    assert asyncio.run(turns(clients.Soak("http://x", known, rate=4.0, most=7), 100.0)) == 7
 
 
 def test_growth_is_counted_once_it_has_settled() -> None:
@@ -84,11 +107,11 @@ def test_growth_is_counted_once_it_has_settled() -> None:
 
 def test_a_client_counts_what_a_dead_server_loses(monkeypatch: pytest.MonkeyPatch) -> None:
     """For a hundred looks at a clock that ticks when it is looked at."""
-    import soak
+    from soaking import clients
 
     ticks = itertools.count()
-    monkeypatch.setattr(soak, "time", SimpleNamespace(monotonic=lambda: next(ticks)))
-    tried = soak.Soak("http://127.0.0.1:9", [soak.Ask("It was", 0, 8, 0.0)], {})
+    monkeypatch.setattr(clients, "time", SimpleNamespace(monotonic=lambda: next(ticks)))
+    tried = clients.Soak("http://127.0.0.1:9", {clients.Ask("It was", 0, 8, 0.0): []})
     asyncio.run(tried.client(0, 100.0))
     # (A body that is too large may end in a broken connection, which is all right.)
     assert sum(kind.lost for kind in tried.kinds.values()) > 0

@@ -1,0 +1,1 @@
+"""The clients of tools/soak.py."""
