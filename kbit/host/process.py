@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import sys
 
@@ -33,12 +34,28 @@ def share_one_heap() -> bool:
     said = os.environ.get("GLIBC_TUNABLES", "")
     if sys.platform != "linux" or "MALLOC_ARENA_MAX" in os.environ or "glibc.malloc.arena_max" in said:
         return False
-    import ctypes
+    library = _glibc()
+    return library is not None and bool(library.mallopt(_M_ARENA_MAX, 1))
 
+
+def give_back_free_memory() -> bool:
+    """Returns to the system what lies free in this process's heap, also between what is in use.
+
+    glibc keeps a freed megabyte where it lies above another that is in use. Takes about a millisecond for 10 MB; the
+    heap is locked meanwhile.
+
+    Returns:
+        Whether there was any: False where malloc is not glibc's, too.
+    """
+    library = _glibc()
+    return library is not None and bool(library.malloc_trim(ctypes.c_size_t(0)))
+
+
+def _glibc() -> ctypes.CDLL | None:
+    if sys.platform != "linux":
+        return None
     library = ctypes.CDLL(None)
-    if not hasattr(library, "gnu_get_libc_version"):
-        return False
-    return bool(library.mallopt(_M_ARENA_MAX, 1))
+    return library if hasattr(library, "gnu_get_libc_version") else None
 
 
 def _linux_peak() -> int | None:
@@ -54,7 +71,6 @@ def _linux_peak() -> int | None:
 
 
 if sys.platform == "win32":
-    import ctypes
     from ctypes import wintypes
 
     class _MemoryCounters(ctypes.Structure):

@@ -21,6 +21,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.types import Receive, Scope, Send
 
 from kbit.host.errors import KbitError, one_line
+from kbit.host.process import give_back_free_memory
 from kbit.serve import anthropic, basics, chat, completions, infill, native, page, responses
 from kbit.serve.access import Access, origin_pattern
 from kbit.serve.bridge import Bridge, ClientGoneError
@@ -31,6 +32,7 @@ from kbit.serve.state import Server
 
 # Seconds that requests under way have to end when the server stops, after which they are ended.
 DRAIN_SECONDS = 600.0
+TIDY_SECONDS = 10.0
 
 
 @dataclass(frozen=True)
@@ -64,11 +66,12 @@ def make_app(models: Models, options: ServeOptions | None = None) -> FastAPI:
         bridge = Bridge(options.most_requests, options.most_tokens)
         bridge.start()
         app.state.server = Server(models, bridge, Metrics(models, bridge.thread), time())
-        loading = asyncio.ensure_future(_load_first(models))
+        tasks = [asyncio.ensure_future(_load_first(models)), asyncio.ensure_future(_tidy())]
         try:
             yield
         finally:
-            loading.cancel()
+            for task in tasks:
+                task.cancel()
             bridge.thread.stop(drain=False, timeout=60)
 
     middleware = [
@@ -109,6 +112,13 @@ def make_app(models: Models, options: ServeOptions | None = None) -> FastAPI:
 async def _load_first(models: Models) -> None:
     with suppress(KbitError):  # kept in the model, and told by whoever runs the server
         await models.ready(None)
+
+
+async def _tidy() -> None:
+    """What large requests took is given back now and then: it would stay with the process otherwise."""
+    while True:
+        await asyncio.sleep(TIDY_SECONDS)
+        await asyncio.to_thread(give_back_free_memory)
 
 
 async def _told(http: HttpRequest, error: Exception) -> Response:

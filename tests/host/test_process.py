@@ -77,6 +77,26 @@ def test_threads_that_share_a_heap_take_over_what_others_gave_back(monkeypatch: 
     assert kept["many"] - kept["one"] > 3 * 16_000_000
 
 
+_PINNED = """
+import re
+from kbit.host.process import give_back_free_memory
+def resident():
+    return int(re.search(r"VmRSS:\\s+(\\d+)", open("/proc/self/status").read())[1]) * 1024
+blocks = [b"x" * (40_000 + each) for each in range(400)]
+last = b"y" * 40_000
+del blocks
+before = resident()
+assert give_back_free_memory()
+print(before - resident())
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux" or platform.libc_ver()[0] != "glibc", reason="glibc's")
+def test_free_memory_below_what_is_in_use_is_given_back() -> None:
+    done = subprocess.run([sys.executable, "-c", _PINNED], capture_output=True, text=True, check=True)
+    assert int(done.stdout) > 14_000_000
+
+
 @pytest.mark.parametrize("name", ["MALLOC_ARENA_MAX", "GLIBC_TUNABLES"])
 def test_what_somebody_set_for_the_heap_holds(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     monkeypatch.setenv(name, "4" if name == "MALLOC_ARENA_MAX" else "glibc.malloc.arena_max=4")
