@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from kbit.host.errors import CheckpointError
 
@@ -45,17 +45,41 @@ def sha256_of(path: Path) -> str:
 
 
 def write_durably(path: Path, data: bytes) -> None:
-    """Write a file that appears only when all of it is on disk. Raises OSError, and leaves nothing behind then."""
+    """Write a file that appears only when all of it is on disk. Raises OSError, and leaves nothing behind then.
+
+    Processes that write one file at once take turns; the last one's stays.
+    """
     temporary = path.with_name(path.name + ".tmp")
-    try:
-        with temporary.open("wb") as file:
+    with _opened_alone(temporary) as file:
+        try:
+            file.truncate(0)  # of what a killed process left
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError:
-        temporary.unlink(missing_ok=True)
-        raise
+            if os.name == "nt":  # open files cannot be renamed there
+                file.close()
+            os.replace(temporary, path)
+        except OSError:
+            temporary.unlink(missing_ok=True)
+            raise
+
+
+def _opened_alone(path: Path) -> BinaryIO:
+    """A file that no other process has opened like this, until it is closed. Raises OSError."""
+    while True:
+        file = path.open("ab")
+        try:
+            import fcntl
+
+            fcntl.flock(file.fileno(), fcntl.LOCK_EX)
+            mine, there = os.fstat(file.fileno()), path.stat()
+            if (mine.st_dev, mine.st_ino) == (there.st_dev, there.st_ino):
+                return file
+        except FileNotFoundError:  # whoever had it has renamed it since
+            pass
+        except (ImportError, OSError):  # a system or a file system that has no locks
+            return file
+        file.close()
 
 
 def fsync_folder(path: Path) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import errno
 import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +48,44 @@ def test_an_error_leaves_what_was_there(tmp_path: Path, monkeypatch: pytest.Monk
         with pytest.raises(OSError, match=os.strerror(code)):
             write_durably(path, NEW)
     assert {found.name: found.read_bytes() for found in tmp_path.iterdir()} == {"file": OLD}
+
+
+_WRITER = """
+import os, sys
+from pathlib import Path
+from kbit.host.files import write_durably
+os.fsync = lambda descriptor: None
+path, letter = Path(sys.argv[1]), sys.argv[2].encode()
+print("ready", flush=True)
+sys.stdin.readline()
+for count in range(400):
+    write_durably(path, letter * (1000 + count))
+"""
+
+
+def test_processes_that_write_one_file_at_once_take_turns(tmp_path: Path) -> None:
+    """Neither publishes what the other is still writing, nor finds its own file gone."""
+    path = tmp_path / "file"
+    path.write_bytes(b"a")
+    command = [sys.executable, "-c", _WRITER, str(path)]
+    writers = [
+        subprocess.Popen([*command, letter], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        for letter in "ab"
+    ]
+    for writer in writers:
+        assert writer.stdout is not None
+        assert writer.stdout.readline() == "ready\n"
+    for writer in writers:
+        assert writer.stdin is not None
+        writer.stdin.write("go\n")
+        writer.stdin.flush()
+    while any(writer.poll() is None for writer in writers):
+        found = path.read_bytes()
+        assert len(found) == 1 or len(found) >= 1000
+        assert found == found[:1] * len(found)
+    assert [writer.wait() for writer in writers] == [0, 0]
+    assert [found.name for found in tmp_path.iterdir()] == ["file"]
+    assert len(path.read_bytes()) == 1399
 
 
 def test_the_recorder_loses_what_is_not_synced(tmp_path: Path) -> None:
