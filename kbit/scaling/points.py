@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kbit.host.errors import KbitError
+from kbit.host.files import fsync_folder
 from kbit.host.json_values import finite
 
 # Raised when what a row means changes: rows of another number are not read.
@@ -179,6 +180,9 @@ def append_points(path: Path, points: Iterable[Point]) -> None:
             file.write(text.encode())
             file.flush()
             os.fsync(file.fileno())
+        if not size:  # the table is new, and so may its folder be
+            fsync_folder(path.parent)
+            fsync_folder(path.parent.absolute().parent)
     except OSError as error:
         raise KbitError(f"{path} cannot be written: {error.strerror or error}") from error
 

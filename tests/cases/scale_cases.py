@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,13 @@ def request(models: Any, out: Path, text: Path, **changes: Any) -> SweepRequest:
 
 def sweep(models: Any, out: Path, text: Path, **changes: Any) -> SweepResult:
     return run_sweep(plan_sweep(request(models, out, text, **changes)))
+
+
+def figures(points: Any) -> list[tuple[object, ...]]:
+    """All of rows but when they were made, how long it took and who computed."""
+    varying = {"created": "", "quantize_seconds": 0.0, "evaluate_seconds": 0.0, "backend": ""}
+    rows = [replace(point, **varying) for point in points]
+    return sorted((row.key, row) for row in rows)
 
 
 class Recorder:

@@ -8,12 +8,11 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
-from scale_cases import Recorder, request, sweep, write_text
+from scale_cases import Recorder, figures, request, sweep, write_text
 
 from kbit.backends.select import select_backend
 from kbit.checkpoint.narrowed import narrowed
@@ -73,13 +72,6 @@ def no_measuring(monkeypatch: pytest.MonkeyPatch) -> None:
         raise AssertionError("measured again")
 
     monkeypatch.setattr(workers, "measure", refuse)
-
-
-def figures(points: Any) -> list[tuple[object, ...]]:
-    """All of rows but when they were made, how long it took and who computed."""
-    varying = {"created": "", "quantize_seconds": 0.0, "evaluate_seconds": 0.0, "backend": ""}
-    rows = [replace(point, **varying) for point in points]
-    return sorted((row.key, row) for row in rows)
 
 
 class TestFigures:

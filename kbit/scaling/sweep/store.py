@@ -50,6 +50,8 @@ class PointStore:
             try:
                 with open(handle, "wb") as file:
                     file.write(point.to_json().encode() + b"\n")
+                    file.flush()
+                    os.fsync(file.fileno())
                 os.replace(temporary, path)
             except OSError:
                 temporary.unlink(missing_ok=True)
