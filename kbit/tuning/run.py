@@ -130,7 +130,7 @@ def tune_jobs(
     jobs: Sequence[Job], target: Target, timer: Timer, *, again: bool = False, on_step: Step = lambda *_: None
 ) -> TuneResult:
     """Tunes jobs for a target and keeps its file; see tune_model. Ctrl-C ends it and is reported, not raised."""
-    from kbit.tuning.stored import choices, install, load, save
+    from kbit.tuning.stored import add, choices, install, load
     from kbit.tuning.timing import tune
 
     entries: dict[tuple[str, AnyProblem], Entry] = load(target)
@@ -149,7 +149,7 @@ def tune_jobs(
         outcomes.append(outcome)
         if outcome.entry is not None:
             entries[outcome.job.key] = outcome.entry
-            save(target, entries)
+            add(target, outcome.entry)
 
     interrupted = False
     try:

@@ -215,6 +215,16 @@ def load(target: Target) -> dict[tuple[str, AnyProblem], Entry]:
         return {}
 
 
+def add(target: Target, entry: Entry) -> Path:
+    """Adds an entry to the target's file, to what other processes have added meanwhile; see `save`."""
+    from filelock import FileLock
+
+    path = target.path
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(path.with_suffix(".lock")):
+        return save(target, {**load(target), (entry.kernel, entry.problem): entry})
+
+
 def save(target: Target, entries: Mapping[tuple[str, AnyProblem], Entry]) -> Path:
     """Writes the target's file, complete or not at all, and returns where.
 
