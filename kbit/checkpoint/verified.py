@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -69,7 +70,7 @@ class VerifiedFiles:
 
 
 def _place(path: Path) -> Path:
-    name = hashlib.sha256(str(path.resolve()).encode()).hexdigest()
+    name = hashlib.sha256(os.fsencode(path.resolve())).hexdigest()
     return cache_dir() / "verified" / f"{name[:32]}.json"
 
 

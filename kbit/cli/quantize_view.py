@@ -97,14 +97,15 @@ def facts_of(
 
 def print_result(facts: dict[str, Any], out: Path) -> None:
     """What was done, for people."""
-    from kbit.cli.output import size
+    from kbit.cli.output import printable, size
 
+    where = printable(out)
     if facts["already_complete"]:
-        typer.echo(f"{out}: already complete, nothing to do (--force makes it anew)")
+        typer.echo(f"{where}: already complete, nothing to do (--force makes it anew)")
         return
     again = f", {facts['resumed_tensors']} tensors kept from an interrupted run" if facts["resumed_tensors"] else ""
     typer.echo(
-        f"{out}: {size(facts['bytes_before'])} -> {size(facts['bytes_after'])}, "
+        f"{where}: {size(facts['bytes_before'])} -> {size(facts['bytes_after'])}, "
         f"{facts['bits_per_weight']:.3f} bits per weight ({facts['bits_per_weight_linear']:.3f} in linear layers), "
         f"{facts['seconds']:.1f} s{again}"
     )

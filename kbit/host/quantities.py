@@ -36,9 +36,9 @@ def duration(seconds: float) -> str:
 
 
 def ago(seconds: float) -> str:
-    """How long ago something was, for people: "now", "5 minutes ago", "3 days ago"."""
+    """How long ago something was, for people: "now" (also where the clock was put back since), "5 minutes ago"."""
     for unit, length in (("year", 31_557_600), ("month", 2_629_800), ("day", 86400), ("hour", 3600), ("minute", 60)):
-        count = int(seconds // length)
+        count = int(max(0.0, seconds) // length)
         if count:
             return f"{count} {unit}{'s' if count > 1 else ''} ago"
     return "now"

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -342,7 +343,8 @@ class HFFolder(StoredSource):
         files += [self.path / name for name in self._sidecar_names()]
         for path in sorted(files):
             status = path.stat()
-            digest.update(f"{path.relative_to(self.path).as_posix()} {status.st_size} {status.st_mtime_ns}\n".encode())
+            digest.update(os.fsencode(path.relative_to(self.path).as_posix()))
+            digest.update(f" {status.st_size} {status.st_mtime_ns}\n".encode())
         for file in self._files.values():
             for tensor in file.tensors.values():
                 digest.update(repr(tensor).encode())

@@ -24,6 +24,12 @@ using ByteView = nb::ndarray<nb::numpy, const std::uint8_t, nb::ndim<1>, nb::c_c
 constexpr const char* kCodeNames[] = {"planes", "sum2", "sum4"};
 constexpr const char* kNumberNames[] = {"fp16", "bf16", "fp32", "fp32-steps"};
 
+// Names of files are bytes, which Python puts into text in its own way (os.fsdecode); so do texts with such names in them.
+void raise_with_name(PyObject* type, const char* text) {
+  nb::object message = nb::steal(PyUnicode_DecodeFSDefault(text));
+  if (message.is_valid()) PyErr_SetObject(type, message.ptr());
+}
+
 // A view that keeps `owner` alive.
 template <typename Owner> ByteView view_of(const std::uint8_t* begin, std::size_t size, std::shared_ptr<Owner> owner) {
   auto* kept = new std::shared_ptr<Owner>(std::move(owner));
@@ -87,22 +93,26 @@ void bind_mapped(nb::module_& module) {
     try {
       std::rethrow_exception(pointer);
     } catch (const FileChanged& error) {
-      PyErr_SetString(nb::module_::import_("kbit.host.errors").attr("CheckpointError").ptr(), error.what());
+      raise_with_name(nb::module_::import_("kbit.host.errors").attr("CheckpointError").ptr(), error.what());
     }
   });
 
   nb::class_<MappedFile>(module, "MappedFile", "A file of prepared weights; kernels/cpu/codecs/mapped_file.h.")
       .def("__init__",
-           [](MappedFile* self, std::string path) {
+           [](MappedFile* self, nb::object path) {
+             PyObject* name = nullptr;
+             if (!PyUnicode_FSConverter(path.ptr(), &name)) throw nb::python_error();
+             const auto owner = nb::steal<nb::bytes>(name);
              try {
-               new (self) MappedFile(std::move(path));
+               new (self) MappedFile(std::string(owner.c_str(), owner.size()));
              } catch (const std::runtime_error& error) {
-               PyErr_SetString(PyExc_OSError, error.what());
+               raise_with_name(PyExc_OSError, error.what());
                throw nb::python_error();
              }
            },
-           nb::arg("path"))
-      .def_prop_ro("path", &MappedFile::path)
+           nb::arg("path"), nb::sig("def __init__(self, path: str) -> None"))
+      .def_prop_ro("path",
+                   [](const MappedFile& file) { return nb::steal<nb::str>(PyUnicode_DecodeFSDefault(file.path().c_str())); })
       .def("__len__", &MappedFile::size)
       .def("check", &MappedFile::check, "Raise CheckpointError where the file is no longer what was opened.")
       .def("prefetch", &MappedFile::prefetch, nb::arg("begin"), nb::arg("end"),
