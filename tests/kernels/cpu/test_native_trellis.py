@@ -122,3 +122,20 @@ def test_what_cannot_be_multiplied_together_is_refused() -> None:
     codes, scales = np.zeros((1, 1, 64), dtype=np.uint8), np.zeros((17, 1), dtype=np.uint16)
     with pytest.raises(ValueError, match="rows / 16"):
         _native.Matrix.trellis(codes, 2, "sum2", 16, 16, scales, np.zeros(2, dtype=np.uint8), 16, context)
+
+
+def test_rotated_columns_with_scales_for_few_of_them_are_refused() -> None:
+    """Their inputs are rounded by 64 columns: scales for 48 would be taken from beyond what there is."""
+    context = _native.Context("scalar", 1)
+    codebook, signs = np.zeros(16, np.float32), np.zeros(24, np.uint8)
+
+    def matrix(block: int) -> _native.Matrix:
+        scales = np.zeros((3, -(-192 // block) if block else 1), np.float32)
+        planes = [np.zeros((3, 96), np.uint8)]
+        return _native.Matrix.quantized(planes, 4, 192, block, scales, None, "fp32", codebook, context, signs, 16)
+
+    for block in (16, 32, 48, 96):
+        with pytest.raises(ValueError, match="rotated columns have scales for multiples of 64"):
+            matrix(block)
+    for block in (0, 64, 192):
+        assert matrix(block).rows == 3

@@ -276,7 +276,7 @@ void products(Data& data) {
     QuantizedParts parts{};
     parts.rows = rows, parts.columns = columns, parts.mixed = mixed, parts.apart = form == 3;
     parts.bits = data.ConsumeIntegralInRange(parts.apart ? 3 : 2, 8);
-    parts.block_size = 16 * data.ConsumeIntegralInRange(0, 5);
+    parts.block_size = (mixed ? 64 : 16) * data.ConsumeIntegralInRange(0, 5);
     parts.scale_kind = kind;
     parts.signs = mixed ? signs.data() : nullptr;
     const auto coded = static_cast<std::size_t>(coded_columns(columns, mixed));
