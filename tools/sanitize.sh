@@ -6,18 +6,22 @@
 #   tools/sanitize.sh thread [PYTEST ARGUMENT..]      # TSan; by default the thread pool, programs and the engine
 #   tools/sanitize.sh thread -- COMMAND..             # any command, for example a server under load:
 #       -- python $PWD/tools/soak.py MODEL --requests 500 --threads 3 --checked 0 --growth 9
+#   tools/sanitize.sh coverage [-- COMMAND..]         # ASan, and what the C++ executes guides atheris; by default
+#       -- python $PWD/tools/fuzz.py --target native --minutes 5
 #
 # KBIT_SANITIZE_SETS: the instruction sets to build, by default those that this machine runs ("scalar;avx512bf16" builds in
-# half the time); BUILD: where to build, by default build/sanitize-address or -thread. Paths are absolute. Needs the
-# [test] extra, GCC on Linux, and the packages nanobind, cmake and ninja.
+# half the time); BUILD: where to build, by default build/sanitize-address and so on. Paths are absolute. Needs the
+# [test] extra, GCC on Linux (coverage: Clang, and the package atheris), and the packages nanobind, cmake and ninja.
 set -euo pipefail
 root=$(cd "$(dirname "$0")/.." && pwd)
-kind=${1:?address or thread}
+kind=${1:?address, thread or coverage}
 shift
+compiler=g++
 case $kind in
+  coverage) sanitizers="address;fuzzer-no-link" compiler=clang++ ;;
   address) sanitizers="address;undefined" runtime=libasan.so ;;
   thread) sanitizers=thread runtime=libtsan.so ;;
-  *) echo "tools/sanitize.sh: $kind is neither address nor thread" >&2; exit 2 ;;
+  *) echo "tools/sanitize.sh: $kind is none of address, thread, coverage" >&2; exit 2 ;;
 esac
 build=${BUILD:-$root/build/sanitize-$kind}
 sets=${KBIT_SANITIZE_SETS:-scalar}
@@ -31,7 +35,7 @@ elif [ -z "${KBIT_SANITIZE_SETS:-}" ] && [ "$(uname -m)" = aarch64 ]; then
 fi
 mkdir -p "$build"
 cmake -S "$root" -B "$build" -G Ninja -DCMAKE_BUILD_TYPE=RelWithDebInfo -DPython_EXECUTABLE="$(command -v python)" \
-  -DKBIT_KERNEL_SETS="$sets" -DKBIT_SANITIZE="$sanitizers" >"$build/cmake.log"
+  -DCMAKE_CXX_COMPILER="$compiler" -DKBIT_KERNEL_SETS="$sets" -DKBIT_SANITIZE="$sanitizers" >"$build/cmake.log"
 cmake --build "$build" | tail -n 1
 
 # A view of the package with that module, as tools/typecheck.sh makes one.
@@ -49,7 +53,13 @@ ln -s "$build"/_native*.so "$view/kbit/"
 export ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1:abort_on_error=1
 export UBSAN_OPTIONS=print_stacktrace=1:halt_on_error=1
 export TSAN_OPTIONS=suppressions=$root/tools/tsan_suppressions.txt:ignore_noninstrumented_modules=1:exitcode=66:log_path=$build/tsan
-runtimes="$(gcc -print-file-name=$runtime) $(gcc -print-file-name=libstdc++.so)"
+if [ "$kind" = coverage ]; then
+  runtime=$(python -c "import atheris; print(atheris.path())")/asan_with_fuzzer.so
+  if [ $# -eq 0 ]; then set -- -- python "$root/tools/fuzz.py" --target native --minutes 5; fi
+else
+  runtime=$(gcc -print-file-name=$runtime)
+fi
+runtimes="$runtime $(gcc -print-file-name=libstdc++.so)"
 if [ $# -eq 0 ] && [ "$kind" = address ]; then
   set -- "$root"/tests/kernels/cpu "$root"/tests/kernels/test_level_tables.py "$root"/tests/formats/test_bitplanes.py \
     "$root"/tests/formats/test_trellis.py "$root"/tests/backends/test_native_backend.py \

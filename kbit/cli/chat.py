@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import typer
 
 from kbit.cli.flag_groups import flag_groups
-from kbit.cli.generation import GenerationFlags, Ready, load_to_generate
+from kbit.cli.generation import GenerationFlags, Ready, load_to_generate, refuse_too_large
 from kbit.cli.options import show, streaming_output
 from kbit.cli.processes import Peers, processes
 from kbit.cli.run import INTERRUPTED, statistics
@@ -49,6 +49,7 @@ def chat(*, flags: GenerationFlags) -> None:
                 from kbit.engine.conversation import require_template
 
                 require_template(tokenizer, flags.model)
+                refuse_too_large(flags, source, 1)  # of messages nothing is known yet
 
             return load_to_generate(flags, peers, check, recommended=True)
 

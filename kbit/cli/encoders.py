@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, TypeVar
 
@@ -27,6 +28,9 @@ if TYPE_CHECKING:
     from kbit.graph.backend import Backend
 
 T = TypeVar("T")
+
+# Tokens of a text that must fit, before texts are read.
+ORDINARY_TOKENS = 512
 
 FileOption = Annotated[
     Path | None,
@@ -58,9 +62,31 @@ class EncoderFlags:
         )
         if backend.name == "reference":
             set_threads(self.threads)
-        with open_prepared(self.model, backend) as source:
+        check = partial(_refuse_too_large, backend=backend, name=self.model) if backend.name == "native" else None
+        with open_prepared(self.model, backend, check) as source:
             made = make(source, backend)
         yield made
+
+
+def _refuse_too_large(source: CheckpointSource, backend: Backend, name: str) -> None:
+    """
+    Raises:
+        KbitError: a limit leaves this process less memory than the model takes with a text of ordinary length.
+    """
+    from kbit.backends.cpu.backend import NativeBackend
+    from kbit.models.families import spec_from_config
+    from kbit.planner.fits import Wanted, refuse_what_does_not_fit
+
+    assert isinstance(backend, NativeBackend)
+    longest = spec_from_config(source.config, where=f"config of {source.path}").context_length
+    wanted = Wanted(
+        min(longest, ORDINARY_TOKENS),
+        kv="fp32",
+        compute=backend.compute,
+        threads=backend.context.threads,
+        headless=True,
+    )
+    refuse_what_does_not_fit(source, wanted, name)
 
 
 def read_lines(arguments: list[str] | None, file: Path | None, example: str) -> list[str]:

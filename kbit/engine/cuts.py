@@ -102,7 +102,8 @@ def keep_top_k(logits: Scores, k: int) -> Indices:
 def keep_top_p(scores: Scores, p: float) -> Indices:
     """Indices, ascending, of the nucleus of scores (V,): the fewest most probable tokens that together reach p.
 
-    At least one token stays. Of equal ones the first in the vocabulary come first.
+    The most probable token stays. Of equal weights the larger scores come first, of equal scores those first in the
+    vocabulary.
     """
     largest = scores.max()
     weights = exponential(scores - largest if largest else scores)
@@ -114,7 +115,7 @@ def keep_top_p(scores: Scores, p: float) -> Indices:
         shares = _shares(weights[candidates])
         if shares.sum() >= int(p * total * _UNIT):
             break
-    return candidates[_fewest(-weights[candidates], shares, p * total)]
+    return candidates[_fewest(shares, p * total, -scores[candidates], -weights[candidates])]
 
 
 def keep_typical(scores: Scores, p: float) -> Indices:
@@ -125,7 +126,7 @@ def keep_typical(scores: Scores, p: float) -> Indices:
     # A token's information is log(total) - score, and the entropy log(total) less the mean score: so log(total) goes.
     exact = np.where(weights > 0, scores, np.float32(0)).astype(np.float64)
     mean = float((exact * weights).cumsum()[-1]) / total
-    return _fewest(np.abs(scores.astype(np.float64) - mean), _shares(weights), p * total)
+    return _fewest(_shares(weights), p * total, np.abs(scores.astype(np.float64) - mean))
 
 
 def keep_min_p(scores: Scores, p: float) -> Indices:
@@ -138,9 +139,10 @@ def _shares(weights: Scores) -> npt.NDArray[np.int64]:
     return (weights.astype(np.float64) * _UNIT).astype(np.int64)
 
 
-def _fewest(keys: npt.NDArray[np.floating], shares: npt.NDArray[np.int64], reach: float) -> Indices:
-    """Indices, ascending, of those with the smallest keys (n,) whose shares (n,) reach a sum; at least one."""
-    order = np.lexsort((np.arange(keys.size), keys))
+def _fewest(shares: npt.NDArray[np.int64], reach: float, *keys: npt.NDArray[np.floating]) -> Indices:
+    """Indices, ascending, of those with the smallest keys (n,), the last key first, whose shares (n,) reach a sum; at
+    least one."""
+    order = np.lexsort((np.arange(shares.size), *keys))
     count = int(shares[order].cumsum().searchsorted(int(reach * _UNIT), side="left")) + 1
     kept: Indices = np.sort(order[:count])
     return kept

@@ -292,13 +292,16 @@ def _check(source: CheckpointSource, backend: Backend) -> ModelSpec:
 
 
 @contextmanager
-def open_prepared(model: str, backend: Backend) -> Iterator[CheckpointSource]:
+def open_prepared(
+    model: str, backend: Backend, check: Callable[[CheckpointSource], None] | None = None
+) -> Iterator[CheckpointSource]:
     """Opens a checkpoint for a model that is no decoder; on the CPU engine with its weights prepared, where they can be
     kept: from an earlier run, or preparing them now.
 
     Args:
         model: as for `load_model`.
         backend: who computes.
+        check: called with the checkpoint before anything is prepared, to refuse early.
 
     Raises:
         UsageError: no such model.
@@ -308,6 +311,8 @@ def open_prepared(model: str, backend: Backend) -> Iterator[CheckpointSource]:
 
     if backend.name != "native":
         with open_model(model) as source:
+            if check is not None:
+                check(source)
             yield source
         return
     from kbit.backends.cpu.prepared import find
@@ -316,6 +321,8 @@ def open_prepared(model: str, backend: Backend) -> Iterator[CheckpointSource]:
     place = locate(model)
     prepared = None if place is None else find(place, open_model)
     with prepared or open_model(model) as source:
+        if check is not None:
+            check(source)
         if prepared is None and place is not None:
             prepared = _prepare(source, place, cast("NativeBackend", backend), None)
         if prepared is not None:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from kbit.checkpoint.source import CheckpointSource
 from kbit.graph.backend import HoldsPrepared
 from kbit.host.errors import KbitError, UnsupportedError
 from kbit.host.memory import Room, limits
 from kbit.models.families import spec_from_config
+from kbit.models.task_heads import HIDDEN
 from kbit.planner.memory import predict_memory
 from kbit.planner.weights import stored_weights
 
@@ -28,6 +29,7 @@ class Wanted:
         compute: of products.
         threads: of the team.
         cache: bytes of keys and values, where these are not `context` tokens'.
+        headless: only hidden states: what is small, and computed of them, is not counted.
     """
 
     context: int
@@ -37,6 +39,7 @@ class Wanted:
     compute: str = "int8"
     threads: int = 1
     cache: int | None = None
+    headless: bool = False
 
 
 def refuse_what_does_not_fit(source: CheckpointSource, wanted: Wanted, name: str) -> None:
@@ -55,6 +58,8 @@ def refuse_what_does_not_fit(source: CheckpointSource, wanted: Wanted, name: str
         return
     try:
         spec = spec_from_config(source.config, where=f"config of {source.path}")
+        if wanted.headless:
+            spec = replace(spec, task=HIDDEN)
         use = predict_memory(
             spec, stored_weights(source, spec), context=wanted.context, prompt=wanted.prompt, batch=wanted.batch,
             kv=wanted.kv, compute=wanted.compute, threads=wanted.threads,

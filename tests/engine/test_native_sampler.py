@@ -34,8 +34,8 @@ PARAMS = st.builds(
     logit_bias=st.dictionaries(st.integers(0, 9), st.floats(-100, 100), max_size=3).map(lambda d: tuple(d.items())),
 )
 SIZES = st.one_of(st.integers(10, 40), st.sampled_from([255, 256, 257, 511, 512, 1000, 4097, 32_003]))
-# Of trained models' kind; nearly all alike; ties; far apart, and beyond what float32 has squares for; one possible.
-KINDS = ("normal", "flat", "ties", "wide", "huge", "one", "masked")
+# Of trained models' kind; nearly all alike; a rounding apart; ties; far apart, and beyond what float32 has squares for; one possible.
+KINDS = ("normal", "flat", "close", "ties", "wide", "huge", "one", "masked")
 
 
 def some_logits(kind: str, size: int, seed: int) -> NDArray[np.float32]:
@@ -44,6 +44,7 @@ def some_logits(kind: str, size: int, seed: int) -> NDArray[np.float32]:
     logits = {
         "normal": 3 * noise,
         "flat": 1e-3 * noise,
+        "close": 1.0 - 2.0**-24 * np.floor(np.abs(noise)),
         "ties": np.round(noise),
         "wide": 1e4 * noise,
         "huge": 3e38 * np.tanh(noise),
@@ -86,6 +87,18 @@ def test_a_large_vocabulary(isa: str, temperature: float) -> None:
         natives = [NativeSampler(params, choice=choice) for choice in range(2)]
         expected = [sampler.sample(row) for sampler, row in zip(meaning, logits, strict=True)]
         assert sample_rows(natives, logits, [0, 1], isa=isa) == expected, cut
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("typical_p", [1.0, 0.5])
+def test_the_largest_logit_stays_where_others_weigh_as_much(isa: str, typical_p: float) -> None:
+    """What is left after top-p had not the largest in it: min-p then left none, and the native sampler read what is not
+    there."""
+    logits = np.full((1, 300), 1.0 - 2.0**-24, dtype=np.float32)
+    logits[0, 200] = 1.0
+    params = SamplingParams(100.0, top_p=1e-9, min_p=1.0, typical_p=typical_p, seed=1)
+    assert Sampler(params).sample(logits[0]) == 200
+    assert sample_rows([NativeSampler(params)], logits, [0], isa=isa) == [200]
 
 
 def test_rows_do_not_depend_on_each_other() -> None:

@@ -3,13 +3,17 @@ runs."""
 
 from __future__ import annotations
 
+import io
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from error_cases import run_command
+from serve_cases import with_template
 
 from kbit.host.errors import KbitError
 from kbit.host.memory import Room
@@ -69,3 +73,39 @@ def test_what_counts(novels_folder: str, monkeypatch: pytest.MonkeyPatch) -> Non
         assert refusal(least + fits.THREAD_ADDRESSES, mapped=True) is None
         monkeypatch.setattr(fits, "limits", list)
         fits.refuse_what_does_not_fit(source, wanted, "it")
+
+
+def test_every_command_that_loads_a_model_asks(
+    novels_folder: str, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Chats, encoders (a decoder read as one, too) and trellis folders: with 20 % less than what is missing nothing is
+    prepared; with 5 % more the answer comes."""
+    monkeypatch.setenv("KBIT_PREPARED", str(tmp_path / "prepared"))
+    chatty, trellis = with_template(Path(novels_folder), tmp_path / "chatty"), tmp_path / "trellis"
+    made = run_command(["quantize", str(tiny_model), "--method", "rtn", "--format", "trellis3", "-o", str(trellis)])
+    assert made[0] == 0, made
+    few = ("--max-tokens", "4", "--threads", "1")
+    commands = [
+        ["chat", "--model", str(chatty), *few],
+        ["embed", "a man", "--model", novels_folder, "--pooling", "mean", "--threads", "1"],
+        ["run", "--raw", "a", "--model", str(trellis), *few],
+    ]
+
+    def under(room: int, command: list[str]) -> tuple[int, str, str]:
+        monkeypatch.setattr(fits, "limits", lambda: [Room(room, 1 << 30, "some limit")])
+        monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"Hello\n")))
+        return run_command(command)
+
+    for command in commands:
+        code, out, error = under(1, command)
+        found = re.search(r"needs (\d+) bytes", error)
+        assert (code, out) == (1, ""), error
+        assert found is not None, error
+        more = int(found[1]) - (1 << 30) + 1  # beyond what this process has
+        code, out, error = under(int(0.8 * more), command)
+        assert (code, out) == (1, ""), error
+        assert not list((tmp_path / "prepared").rglob("*.kbit"))
+        code, out, error = under(int(1.05 * more), command)
+        assert code == 0, error
+        assert out
+        shutil.rmtree(tmp_path / "prepared", ignore_errors=True)

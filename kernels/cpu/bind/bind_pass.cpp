@@ -22,11 +22,19 @@ using Encoder = std::tuple<KVPages*, BlockTables, Array<const std::int32_t, 1>>;
 using Slots = Array<const std::int32_t, 1>;
 using States = std::tuple<std::vector<Array<float, 2>>, Slots, Slots>;
 
+// None inside a tuple or a list becomes an array without anything behind it.
+template <typename T>
+void require_given(const T& array, const char* message) {
+  require(array.is_valid(), message);
+}
+
 // The states of a pass: (slots, size) each, and those that every row's sequence reads and writes.
 void take_states(const States& given, Pass& pass) {
   const auto& [arrays, before, after] = given;
   std::int64_t slots = 0;
+  for (const Slots* each : {&before, &after}) require_given(*each, "None is no slots of states");
   for (const auto& array : arrays) {
+    require_given(array, "None is no array of states");
     slots = static_cast<std::int64_t>(array.shape(0));
     require(array.shape(0) == arrays[0].shape(0), "all states have the same slots");
     pass.states.push_back({array.data(), static_cast<std::int64_t>(array.shape(1))});
@@ -125,6 +133,8 @@ void run(Program& program, const Array<const std::int64_t, 1>& ids, const Array<
   if (encoder) {
     const auto& [cache, texts, lengths] = *encoder;
     require(cache != nullptr, "None is no cache of an encoder");
+    require_given(texts, "None is no tables of an encoder");
+    require_given(lengths, "None is no lengths of an encoder's texts");
     pass.encoder = {cache, texts.data(), static_cast<std::int64_t>(texts.shape(1)), lengths.data()};
     require_texts(pass, texts.shape(0), lengths.shape(0));
   }

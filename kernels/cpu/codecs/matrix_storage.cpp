@@ -42,6 +42,9 @@ AlignedBytes::AlignedBytes(std::size_t bytes) : size_(bytes) {
 }
 
 void MatrixStorage::lay_out(const Description& what) {
+  if (what.mixed && integer_segment(what.block_size) != 64) {  // rotated inputs are rounded by 64 columns (form_of)
+    throw std::invalid_argument("rotated columns have scales for multiples of 64 of them, or one a row");
+  }
   description_ = what;
   Matrix& m = matrix_;
   m.rows = what.rows;

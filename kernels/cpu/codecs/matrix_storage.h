@@ -110,7 +110,8 @@ class MatrixStorage {
   const std::shared_ptr<const MappedFile>& file() const { return file_; }
 
  private:
-  // Everything about the matrix but the pointers.
+  // Everything about the matrix but the pointers. Throws std::invalid_argument: rotated columns with other blocks than of
+  // multiples of 64.
   void lay_out(const Description& what);
   // Bytes each array has.
   std::array<std::size_t, kArrays> sizes() const;

@@ -4,6 +4,7 @@
 #include <bit>
 #include <cmath>
 #include <functional>
+#include <utility>
 
 #include "isa/kernels.h"
 
@@ -155,13 +156,18 @@ void Candidates::keep_largest(std::int64_t target) {
   std::int64_t before = 0;
   std::uint32_t last = kGroups - 1;
   for (; last > 0 && before + sums[last] < std::max<std::int64_t>(target, 1); --last) before += sums[last];
-  std::vector<Item<float>> items;
+  // Other logits may have the same weight: the larger stays, so that the largest of all always does.
+  using Key = std::pair<float, float>;
+  const auto item = [&](std::int32_t i) {
+    return Item<Key>{{-scratch_.weights[i], -values_[i]}, share_of(scratch_.weights[i]), i};
+  };
+  std::vector<Item<Key>> items;
   for (const std::int32_t i : scratch_.kept) {
-    if (group(i) == last) items.push_back({-scratch_.weights[i], share_of(scratch_.weights[i]), i});
+    if (group(i) == last) items.push_back(item(i));
   }
   if (!items.empty()) {
-    const Item<float> cut = items[cut_of(items, before, target)];
-    std::erase_if(scratch_.kept, [&](std::int32_t i) { return cut < Item<float>{-scratch_.weights[i], 0, i}; });
+    const Item<Key> cut = items[cut_of(items, before, target)];
+    std::erase_if(scratch_.kept, [&](std::int32_t i) { return cut < item(i); });
   }
   take();
 }

@@ -163,3 +163,20 @@ def test_bytes_are_planned_as_they_are_kept() -> None:
         weight = trellis_tensor(format, 40, 200)
         kept = prepare(weight, context).matrix
         assert kept.nbytes == _native.matrix_bytes(40, 200, 3, 0, "fp16", False, half=format == "trellis3.5")
+
+
+def test_rotated_columns_with_scales_for_few_of_them_are_refused() -> None:
+    """Their inputs are rounded by 64 columns: scales for 48 would be taken from beyond what there is."""
+    context = _native.Context("scalar", 1)
+    codebook, signs = np.zeros(16, np.float32), np.zeros(24, np.uint8)
+
+    def matrix(block: int) -> _native.Matrix:
+        scales = np.zeros((3, -(-192 // block) if block else 1), np.float32)
+        planes = [np.zeros((3, 96), np.uint8)]
+        return _native.Matrix.quantized(planes, 4, 192, block, scales, None, "fp32", codebook, context, signs, 16)
+
+    for block in (16, 32, 48, 96):
+        with pytest.raises(ValueError, match="rotated columns have scales for multiples of 64"):
+            matrix(block)
+    for block in (0, 64, 192):
+        assert matrix(block).rows == 3
