@@ -78,7 +78,7 @@ class TrellisFormat(Codec):
             raise UsageError(f"trellis{self.bits}: its code is one of {', '.join(CODES)}, not {self.code!r}")
         if self.code == "sum2" and self.bits != 2:
             raise UsageError(f"trellis{self.bits}-sum2: only 2 bits have the code sum2; write trellis{self.bits}")
-        least = max(_LEAST_WINDOW, 2 * self.bits)
+        least = max(_LEAST_WINDOW, self.bits + 5, 2 * self.bits)  # what the search takes (trellis.h)
         if not integers and not least <= self.window <= WINDOW:
             raise UsageError(f"trellis{self.bits}: a window has {least} to {WINDOW} bits, not {self.window}")
         if not TILE <= self.mixed <= MOST_MIXED or self.mixed & (self.mixed - 1):

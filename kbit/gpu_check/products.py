@@ -87,21 +87,35 @@ def check_trellis(
     """A product (M, N, K) with a trellis, against float64 from the rotated weights and tokens."""
     tokens, rows, columns = shape
     weight = random_codes(text, rows, columns, seed)
-    format = weight.format
-    assert isinstance(format, TrellisFormat)
     x = normal(tokens, columns, seed + 1).to(dtype)
     prepared = prepare_weight(weight, device, dtype)
     got = matmul(x.to(device), prepared, out_dtype=torch.float32).double().cpu()
+    expected, bound = trellis_product_and_bound(x, weight, dtype)
+    return assert_within(got, expected, bound)
+
+
+def trellis_product_and_bound(
+    x: torch.Tensor, weight: QuantTensor, dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """A product with a trellis (M, N) in float64, from the rotated weights and tokens, and how far a kernel may be off.
+
+    Args:
+        x: (M, K).
+        weight: (N, K).
+        dtype: that rotated tokens are rounded to.
+    """
+    format, (rows, columns) = weight.format, weight.shape
+    assert isinstance(format, TrellisFormat)
     mixed = format.columns_mixed(columns)
     turned = rotate(x.double(), weight.stored["signs"], mixed)
     values = format.decode_rotated(weight, slice(0, rows)).double()
     full = torch.nn.functional.pad(x.double().abs(), (0, turned.shape[1] - columns))
-    sums = (full.view(tokens, -1, mixed).sum(-1) / mixed**0.5).repeat_interleave(mixed, dim=1)
+    sums = (full.view(len(x), -1, mixed).sum(-1) / mixed**0.5).repeat_interleave(mixed, dim=1)
     # A rotated token is rounded once to its type, after some float32 roundings of its block's sum; levels once.
     error = unit(dtype) * turned.abs() + (mixed.bit_length() + 2) * 2.0**-24 * sums
     size = turned.abs() @ values.abs().T
     bound = error @ values.abs().T + (unit(dtype) + (turned.shape[1] + 4) * 2.0**-24) * size
-    return assert_within(got, turned @ values.T, 1.01 * bound)
+    return turned @ values.T, 1.01 * bound
 
 
 def check_rounded(device: str, kind: str, text: str, tokens: int, seed: int = 1) -> float:
@@ -126,19 +140,27 @@ def check_rounded(device: str, kind: str, text: str, tokens: int, seed: int = 1)
 def check_grouped(device: str, text: str, tokens: int, top: int, count: int, seed: int = 0) -> float:
     """Every token with the experts it was sent to, against one product each."""
     dtype = torch.float16
-    # Sizes differ, so that one expert's scales are not another's.
-    weights = [quantized(text, 40, 128, seed + expert, 0.05 * (1 + expert)) for expert in range(count)]
+    if text.startswith("trellis"):
+        weights = [random_codes(text, 40, 112, seed + expert) for expert in range(count)]
+        for weight in weights:  # the experts of a layer have one rotation
+            weight.stored["signs"] = weights[0].stored["signs"]
+    else:  # Sizes differ, so that one expert's scales are not another's.
+        weights = [quantized(text, 40, 128, seed + expert, 0.05 * (1 + expert)) for expert in range(count)]
     stacked = stack_experts([prepare_weight(weight, device, dtype) for weight in weights])
-    x = normal(tokens, 128, seed + 9).to(dtype)
+    x = normal(tokens, weights[0].shape[1], seed + 9).to(dtype)
     ids = torch.rand(tokens, count, generator=torch.Generator().manual_seed(seed + 3)).topk(top, dim=1).indices
     config = grouped_config(stacked, tokens * top, count)
-    got = grouped_matmul(x.to(device), stacked, group_tokens(ids.to(device), count, config.tokens)).cpu()
+    groups = group_tokens(ids.to(device), count, config.tokens)
+    got = grouped_matmul(x.to(device), stacked, groups, torch.float32).cpu()
     worst = 0.0
     for entry, expert in enumerate(ids.reshape(-1).tolist()):
         row = x[entry // top : entry // top + 1]
-        bound = product_bound(row, weights[expert].dequantize(), dtype, dtype, decoded=6)
-        expected = reference.linear(row, weights[expert])
-        worst = max(worst, assert_within(got[entry : entry + 1].float(), expected, bound))
+        if text.startswith("trellis"):
+            expected, bound = trellis_product_and_bound(row, weights[expert], dtype)
+        else:
+            bound = product_bound(row, weights[expert].dequantize(), torch.float32, dtype, decoded=6)
+            expected = reference.linear(row, weights[expert])
+        worst = max(worst, assert_within(got[entry : entry + 1].to(expected.dtype), expected, bound))
     return worst
 
 
@@ -180,7 +202,7 @@ def cases(seed: int) -> dict[str, Callable[[str], float]]:
     for kind in ("int8", "fp8"):
         for text in (*(f"int{bits}-b128" for bits in range(2, 9)), "nf4-b64", "nf3-b64", "lloyd5-b64", "int4-row"):
             found[f"gemm_{kind} {text} 70"] = partial(check_rounded, kind=kind, text=text, tokens=70, seed=seed)
-    for text in ("nf4-b64", "int4-b32-asym-dq", "nf3-b64-dq", "int8-row", "lloyd2-b64"):
+    for text in ("nf4-b64", "int4-b32-asym-dq", "nf3-b64-dq", "int8-row", "lloyd2-b64", "trellis2", "trellis3"):
         for tokens, top, count in ((5, 2, 4), (40, 1, 3)):
             name = f"grouped {text} {tokens} tokens {count} experts"
             found[name] = partial(check_grouped, text=text, tokens=tokens, top=top, count=count, seed=seed)

@@ -18,7 +18,7 @@ FORMATS = (
     "trellis2-sum4",
     "trellis2-l12",
     "trellis3-l12-h128",
-    "trellis4-l8",
+    "trellis4-l9",
     "trellis6-h16",
     "trellis8-h64",
 )
@@ -44,6 +44,7 @@ def test_a_name_says_everything(text: str) -> None:
         ("trellis8-l12", "integers"),
         ("trellis3-l17", "8 to 16"),
         ("trellis6-l8", "12 to 16"),
+        ("trellis4-l8", "9 to 16"),  # what the search takes
         ("trellis3-h100", "power of two"),
         ("trellis3-h1024", "power of two"),
         ("trellis3-h0", "no format"),

@@ -171,6 +171,7 @@ def _stacked(weights: Sequence[Weight]) -> TritonWeight:
             planes=tuple(plane[index * tiles : (index + 1) * tiles] for plane in whole.planes),
             scales=view(whole.scales, part.scales),
             offsets=view(whole.offsets, part.offsets),
+            rotation=whole.rotation,
         )
     return whole
 

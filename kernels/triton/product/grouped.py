@@ -3,8 +3,9 @@
 Shapes: x (T, K), E expert matrices (N, K) of one format, expert ids (T, TOP); out (T TOP, N): row t TOP + i is token t
 with its i-th expert. The kernel is gemm's: experts lie one after the other along the row tiles (`stack_experts`),
 tokens are sorted by expert into tiles of one expert each (`group_tokens`), and a program looks up whose tile it has.
-How many tiles an expert needs is known on the GPU only: the grid has room for the worst case, one tile per expert more
-than the entries fill, and surplus programs end at once, so nothing waits for the host.
+Experts of trellis codes go through the trellis's kernel in the same way, once the tokens are rotated: those of a stack
+have one rotation. How many tiles an expert needs is known on the GPU only: the grid has room for the worst case, one
+tile per expert more than the entries fill, and surplus programs end at once, so nothing waits for the host.
 """
 
 from __future__ import annotations
@@ -16,10 +17,11 @@ import torch
 import triton
 
 from kbit.host.errors import UnsupportedError
-from kbit.kernels.triton.codecs.layout import TritonWeight
+from kbit.kernels.triton.codecs.layout import ROW_TILE, TritonWeight
 from kbit.kernels.triton.product.configs import GemmConfig, Problem, gemm_config
 from kbit.kernels.triton.product.gemm import launch, tokens_per_launch
 from kbit.kernels.triton.product.gemv import GATES, check_product
+from kbit.kernels.triton.product.trellis import launch_trellis
 from kbit.kernels.triton.target import current_arch
 
 
@@ -43,13 +45,18 @@ class Groups:
 
 
 def same_format(one: TritonWeight, other: TritonWeight) -> bool:
-    """Whether two weights differ in their codes and scales alone. (Quantile formats have a table for each tensor.)"""
+    """Whether two weights differ in their codes and scales alone. (Quantile formats have a table for each tensor,
+    trellises may have signs of their own.)"""
     for name in ("format", "shape", "dtype", "kind", "zero", "multiplier"):
         if getattr(one, name) != getattr(other, name):
             return False
-    if one.table is None or other.table is None:
-        return one.table is other.table
-    return torch.equal(one.table, other.table)
+    return _same(one.table, other.table) and _same(one.rotation, other.rotation)
+
+
+def _same(one: torch.Tensor | None, other: torch.Tensor | None) -> bool:
+    if one is None or other is None:
+        return one is other
+    return torch.equal(one, other)
 
 
 def stack_experts(weights: Sequence[TritonWeight]) -> TritonWeight:
@@ -63,10 +70,6 @@ def stack_experts(weights: Sequence[TritonWeight]) -> TritonWeight:
     if not weights:
         raise UnsupportedError("there are no experts to stack")
     first = weights[0]
-    if first.rotation is not None:
-        raise UnsupportedError(
-            f"the Triton kernels multiply no experts in {first.format}; convert them to another format"
-        )
     for weight in weights:
         if weight.dense is not None or not same_format(first, weight):
             raise UnsupportedError(f"experts {first.format} {first.shape} and {weight.format} {weight.shape} differ")
@@ -94,6 +97,9 @@ def stack_experts(weights: Sequence[TritonWeight]) -> TritonWeight:
         lift=min(weight.lift for weight in weights),
         bits=first.bits,
         block_size=first.block_size,
+        rotation=first.rotation,
+        mixed=first.mixed,
+        window=first.window,
     )
 
 
@@ -126,8 +132,11 @@ def group_tokens(experts: torch.Tensor, count: int, tile: int) -> Groups:
 
 
 def grouped_config(weight: TritonWeight, entries: int, count: int) -> GemmConfig:
-    """Block sizes for a routing: tiles hold what an expert gets on average, at most 64 entries."""
+    """Block sizes for a routing: tiles hold what an expert gets on average, at most 64 entries. (Of a trellis, whose
+    kernel has its own otherwise, only the tile counts.)"""
     average = max(5, min(64, -(-entries // count)))
+    if weight.rotation is not None:
+        return GemmConfig(1, max(16, triton.next_power_of_2(average)), ROW_TILE, 1, 4, 1)
     problem = Problem(average, *weight.padded, weight.bits, weight.block_size)
     config = gemm_config(current_arch(), problem)
     return GemmConfig(config.tiles, config.tokens, config.columns, 1, config.warps, config.stages)
@@ -185,6 +194,12 @@ def grouped_matmul(
         raise UnsupportedError(f"grouped_matmul takes at most {most} entries of such a product, not {groups.entries}")
     token_tiles = triton.cdiv(len(groups.order), groups.tile)
     top = 1 if per_entry else groups.top
+    if weight.rotation is not None:
+        launch_trellis(
+            x, weight, out, groups.tile, token_tiles,
+            gate=gate, kind=kind, order=groups.order, experts=groups.experts, top=top,
+        )  # fmt: skip
+        return out
     launch(
         x, weight, out, config, token_tiles, groups.entries, rows,
         gate=gate, kind=kind, order=groups.order, experts=groups.experts, top=top,

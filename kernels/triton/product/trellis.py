@@ -4,7 +4,8 @@ Shapes: x (M, K), W (N, K) prepared by `layout.prepare_weight`, out (M, N).
 
 A program owns 16 rows of W and up to 64 tokens. It decodes 64 columns at a time to levels (`codecs.trellis`),
 multiplies them with the tokens on the tensor cores and sums in float32; a row's scale comes last, then bias, residual
-or the gate's activation.
+or the gate's activation. Tokens sorted by expert (`grouped`) go through the same kernel, experts stacked along the row
+tiles.
 
 Roofline: memory bandwidth for few tokens if decoding kept up, which 17 to 25 instructions a weight do not (an H100 has
 2 to 4 of them in that time). A first version: checked in the interpreter and by its machine code, not timed on a GPU.
@@ -27,24 +28,35 @@ _COLUMNS, _MOST_TOKENS = 64, 64
 
 @triton.jit
 def trellis_kernel(
-    x_ptr, out_ptr, bias_ptr, residual_ptr, gate_ptr, words_ptr, scales_ptr,
+    x_ptr, out_ptr, bias_ptr, residual_ptr, gate_ptr, order_ptr, expert_ptr, words_ptr, scales_ptr,
     tokens, out_rows, columns, row_tiles, stride_x, stride_out, stride_residual, stride_gate, step,
     BITS: tl.constexpr, CODE: tl.constexpr, WINDOW: tl.constexpr, BM: tl.constexpr, COLUMNS: tl.constexpr,
-    PRECISION: tl.constexpr, GATE: tl.constexpr, BIAS: tl.constexpr, RESIDUAL: tl.constexpr,
+    PRECISION: tl.constexpr, GATE: tl.constexpr, BIAS: tl.constexpr, RESIDUAL: tl.constexpr, GROUPED: tl.constexpr,
+    TOP: tl.constexpr,
 ):  # fmt: skip
-    """Grid (N' / 16, ceil(M / BM)). With GATE the result is act(gate) times the product."""
+    """Grid (N' / 16, token tiles). With GATE the result is act(gate) times the product; GROUPED and TOP as in
+    gemm_kernel."""
     tile = tl.program_id(0)
     m = tl.program_id(1) * BM + tl.arange(0, BM)
     k = tl.arange(0, COLUMNS)
+    stored = tile  # the tile's place among those of all experts
+    if GROUPED:
+        expert = tl.load(expert_ptr + tl.program_id(1))
+        if expert < 0:
+            return
+        stored = expert * tl.num_programs(0) + tile
+        m = tl.load(order_ptr + m)
+    x_row = tl.where(m < tokens, m // TOP, 0)
     acc = tl.zeros((16, BM), tl.float32)
     for first in range(0, columns, COLUMNS):
-        levels = trellis_levels(words_ptr, tile, first // 16, row_tiles, BITS, CODE, WINDOW, COLUMNS)
+        levels = trellis_levels(words_ptr, stored, first // 16, row_tiles, BITS, CODE, WINDOW, COLUMNS)
         seen = (m[None, :] < tokens) & (first + k[:, None] < columns)
-        x = tl.load(x_ptr + m[None, :] * stride_x + first + k[:, None], mask=seen, other=0.0)
+        x = tl.load(x_ptr + x_row[None, :] * stride_x + first + k[:, None], mask=seen, other=0.0)
         acc += tl.dot(levels.to(x_ptr.dtype.element_ty), x, input_precision=PRECISION)
     rows = tile * 16 + tl.arange(0, 16)[:, None]
     seen = (rows < out_rows) & (m[None, :] < tokens)
-    sums = acc * (tl.load(scales_ptr + rows).to(tl.float32) * step)
+    scale = tl.load(scales_ptr + stored * 16 + tl.arange(0, 16)[:, None]).to(tl.float32)
+    sums = acc * (scale * step)
     if BIAS:
         sums += tl.load(bias_ptr + rows, mask=rows < out_rows, other=0.0).to(tl.float32)
     if RESIDUAL:
@@ -83,19 +95,43 @@ def trellis_product(
         UnsupportedError: the arguments do not fit together.
     """
     check_product(x, weight, bias, residual, kind=kind, gate=gate)
-    assert weight.rotation is not None
-    assert weight.scales is not None
-    turned = rotate_tokens(x, weight.rotation, weight.mixed)
     tokens, rows = x.shape[0], weight.shape[0]
     out = torch.empty((tokens, rows), dtype=out_dtype or x.dtype, device=x.device)
     block = min(_MOST_TOKENS, max(16, triton.next_power_of_2(tokens)))
-    trellis_kernel[(weight.padded[0] // ROW_TILE, triton.cdiv(tokens, block))](
+    launch_trellis(x, weight, out, block, triton.cdiv(tokens, block), bias, residual, gate, kind)
+    return out
+
+
+def launch_trellis(
+    x: torch.Tensor,
+    weight: TritonWeight,
+    out: torch.Tensor,
+    block: int,
+    token_tiles: int,
+    bias: torch.Tensor | None = None,
+    residual: torch.Tensor | None = None,
+    gate: torch.Tensor | None = None,
+    kind: str = "",
+    order: torch.Tensor | None = None,
+    experts: torch.Tensor | None = None,
+    top: int = 1,
+) -> None:
+    """Rotate the tokens and launch trellis_kernel; arguments as its, checked by the caller.
+
+    Args:
+        block: tokens of a program, a power of two from 16.
+    """
+    assert weight.rotation is not None
+    assert weight.scales is not None
+    turned = rotate_tokens(x, weight.rotation, weight.mixed)
+    tokens, rows = out.shape
+    trellis_kernel[(weight.padded[0] // ROW_TILE, token_tiles)](
         turned, out, out if bias is None else bias, out if residual is None else residual,
-        out if gate is None else gate, weight.planes[0], weight.scales,
+        out if gate is None else gate, out if order is None else order, out if experts is None else experts,
+        weight.planes[0], weight.scales,
         tokens, rows, turned.shape[1], turned.shape[1] // 16, turned.stride(0), out.stride(0),
         0 if residual is None else residual.stride(0), 0 if gate is None else gate.stride(0), weight.multiplier,
         BITS=weight.bits, CODE=weight.kind.removeprefix("trellis-"), WINDOW=weight.window, BM=block,
         COLUMNS=_COLUMNS, PRECISION=dot_precision(x.dtype, current_arch()), GATE="" if gate is None else kind,
-        BIAS=bias is not None, RESIDUAL=residual is not None, num_warps=4,
+        BIAS=bias is not None, RESIDUAL=residual is not None, GROUPED=order is not None, TOP=top, num_warps=4,
     )  # fmt: skip
-    return out

@@ -5,12 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 from format_cases import normal, parse
+from trellis_cases import trellis_tensor
 from triton_cases import assert_within, product_bound, unit
 
 triton = pytest.importorskip("triton")
 
 from kbit.formats.blockwise import quantize_blockwise  # noqa: E402
 from kbit.formats.quant_tensor import QuantTensor  # noqa: E402
+from kbit.gpu_check.products import check_grouped, trellis_product_and_bound  # noqa: E402
 from kbit.host.errors import UnsupportedError  # noqa: E402
 from kbit.kernels import reference  # noqa: E402
 from kbit.kernels.triton.codecs.layout import TritonWeight, prepare_weight  # noqa: E402
@@ -60,6 +62,35 @@ def test_against_one_product_per_token(
         row = x[entry // top : entry // top + 1]
         bound = product_bound(row, weights[expert].dequantize(), dtype, dtype, decoded=6)
         assert_within(got[entry : entry + 1].float(), reference.linear(row, weights[expert]), bound)
+
+
+@pytest.mark.parametrize("text", ["trellis2", "trellis5-l12-h16", "trellis8"])
+@pytest.mark.parametrize(("tokens", "top", "count"), [(5, 2, 4), (40, 1, 3)])
+def test_experts_of_trellises(device: str, text: str, tokens: int, top: int, count: int) -> None:
+    check_grouped(device, text, tokens, top, count)
+
+
+def test_a_trellis_layers_gate_and_second_product(device: str) -> None:
+    """The gate's activation, rows per entry, entries that are left out."""
+    rows, columns, top = 24, 48, 2
+    weights = [trellis_tensor("trellis3", rows, columns) for _ in range(3)]
+    for index, weight in enumerate(weights):
+        weight.stored["codes"] ^= index  # of other values each
+    stacked = stack_experts([prepare_weight(weight, device, torch.float32) for weight in weights])
+    ids = torch.tensor([[0, 2], [1, -1], [2, 0], [-1, 1]])
+    x, gate = normal(4 * top, columns, seed=1), normal(4 * top, rows, seed=2)
+    out = torch.full((4 * top, rows), torch.nan, device=device)
+    groups = group_tokens(ids.to(device), 3, 16)
+    grouped_matmul(x.to(device), stacked, groups, per_entry=True, gate=gate.to(device), kind="relu", out=out)
+    for entry, expert in enumerate(ids.reshape(-1).tolist()):
+        got = out[entry : entry + 1].cpu()
+        if expert < 0:
+            assert got.isnan().all()
+            continue
+        product, bound = trellis_product_and_bound(x[entry : entry + 1], weights[expert], torch.float32)
+        factor = gate[entry : entry + 1].clamp(min=0).double()
+        expected = factor * product
+        assert_within(got.double(), expected, factor * bound + 4 * unit(torch.float32) * expected.abs())
 
 
 def test_gate_up_and_down(device: str) -> None:
@@ -117,6 +148,10 @@ def test_experts_that_differ_are_refused() -> None:
     own = [prepare_weight(quantize_blockwise(normal(16, 64, seed), parse("quantile4-b64")), "cpu") for seed in (0, 1)]
     with pytest.raises(UnsupportedError, match="differ"):
         stack_experts(own)  # a table each
+    turned = [trellis_tensor("trellis3", 16, 64) for _ in range(2)]
+    turned[1].stored["signs"] = ~turned[1].stored["signs"]
+    with pytest.raises(UnsupportedError, match="differ"):
+        stack_experts([prepare_weight(weight, "cpu") for weight in turned])
     with pytest.raises(UnsupportedError, match="no experts"):
         stack_experts([])
 

@@ -17,7 +17,6 @@ from kbit.kernels import reference  # noqa: E402
 from kbit.kernels.triton import library  # noqa: E402
 from kbit.kernels.triton.codecs.layout import prepare_weight  # noqa: E402
 from kbit.kernels.triton.codecs.trellis import rotate_tokens  # noqa: E402
-from kbit.kernels.triton.product.grouped import stack_experts  # noqa: E402
 from kbit.kernels.triton.product.matmul import gated_matmul, matmul  # noqa: E402
 from kbit.kernels.triton.product.rounded import with_activations  # noqa: E402
 
@@ -66,5 +65,3 @@ def test_what_has_no_kernel_is_refused(device: str) -> None:
     weight = prepare_weight(trellis_tensor("trellis3", 16, 64), device, torch.float16)
     with pytest.raises(UnsupportedError, match="rotated tokens"):
         with_activations(weight, "int8")
-    with pytest.raises(UnsupportedError, match="no experts in trellis3"):
-        stack_experts([weight, weight])
