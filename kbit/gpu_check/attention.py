@@ -183,11 +183,13 @@ def check_decode(
     Raises:
         TooFarError: beyond the bound; else the worst error in units of it is returned, as by all checks here.
     """
-    from kbit.kernels.triton.attention.decode import attention_decode
+    from kbit.kernels.triton.attention.decode import attention_decode, launched_config
 
     mask = mask or Mask()
     dim = cache.head_dim
-    config: DecodeConfig | None = options.get("config")
+    k_format, v_format = cache.formats
+    rows = tokens * (heads // cache.k_pages.shape[1])
+    config: DecodeConfig = options.get("config") or launched_config(k_format, v_format, rows)
     lengths = torch.tensor(cache.lengths)
     if positions is None:
         positions = lengths[:, None] - tokens + torch.arange(tokens)
@@ -211,8 +213,7 @@ def check_decode(
     for row in range(len(cache.lengths)):
         k, v = cache.row(row)
         expected, weights, magnitudes = attend(q[row], k, v, positions[row], dim**-0.5, mask)
-        rounds = config.scale_tiles if config else device != "cpu" and dim > 192  # decode_config of NVIDIA's
-        bound = attention_bound(v, weights, magnitudes, cache.kinds, out, mask, rounds_values=rounds)
+        bound = attention_bound(v, weights, magnitudes, cache.kinds, out, mask, rounds_values=config.scale_tiles)
         worst = max(worst, assert_within(got[row], expected, bound))
     return worst
 

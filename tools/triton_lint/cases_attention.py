@@ -96,9 +96,9 @@ def decode_case(
         )
 
     def work(launch: Launch, config: Any) -> Work | None:
-        if launch.kernel != "attention_decode_kernel" or dim > PART_FEATURES:
-            # The second kernel reads what the first one wrote, 2 % of the bytes. Of wide heads the hot loop is over the
-            # parts of a step, which the model does not know.
+        if launch.kernel != "attention_decode_kernel" or launch.arguments["PART"] < dim:
+            # The second kernel reads what the first one wrote, 2 % of the bytes. Of heads in parts the hot loop is over
+            # the parts of a step, which the model does not know.
             return None
         return Work(
             bytes=context // PAGE * KV_HEADS * (k_format.page_bytes + v_format.page_bytes),
@@ -119,7 +119,7 @@ def decode_case(
 
 def prefill_work(dim: int) -> Callable[[Launch, Any], Work | None]:
     def work(launch: Launch, config: Any) -> Work | None:
-        if dim > PART_FEATURES:
+        if launch.arguments.get("PART") != dim:
             return None  # as in decode_case
         rows, block = launch.arguments["M"], launch.arguments["BN"]
         group = HEADS // KV_HEADS

@@ -27,6 +27,7 @@ class DecodeConfig:
         one_loop: mask every step, not only the last: a third less code and fewer registers, 6 % more instructions in
             a step at 4 bits.
         waves: waves per SIMD that the AMD compiler should leave room for; 0: its own choice.
+        part: features whose values a program has at most (kv_layout.program_part); 0: up to 256.
     """
 
     block: int = 32
@@ -37,6 +38,7 @@ class DecodeConfig:
     scale_tiles: bool = False
     one_loop: bool = True
     waves: int = 0
+    part: int = 0
 
     @property
     def options(self) -> dict[str, int]:
@@ -53,7 +55,7 @@ class PrefillConfig:
         block: tokens of a step.
         warps: of a program.
         stages: steps whose loads are in flight.
-        scale_tiles: as in DecodeConfig, as are p_log2 (without scale_tiles) and waves.
+        scale_tiles: as in DecodeConfig, as are p_log2 (without scale_tiles), waves and part.
     """
 
     rows: int = 64
@@ -63,6 +65,7 @@ class PrefillConfig:
     scale_tiles: bool = True
     p_log2: int = 4
     waves: int = 0
+    part: int = 0
 
     @property
     def options(self) -> dict[str, int]:
@@ -117,6 +120,8 @@ def decode_config(arch: str, head_dim: int, k_bits: int, v_bits: int, rows: int)
     # three steps in flight keys and values of the same 2, 4 or 8 bits do not spill (else 20 to 24 spills at 4 bits).
     scale_tiles = nvidia and head_dim > 192 and codes
     stages = 3 if scale_tiles else stages
+    if arch == "gfx1100" and 3 in (k_bits, v_bits):
+        scale_tiles = True  # 18 spills, not 32 (8 and 11 of them in the loop of 2500 instructions)
     # gfx90a takes fp16 numbers below 2^-14 as zero in its matrix instructions; 2^10 keeps probability times scale above
     # that down to products of 6e-8, and allows scales up to 64 (values up to 1024 at 4 bits).
     p_log2 = 10 if arch == "gfx90a" else 4
@@ -138,13 +143,15 @@ def decode_candidates(arch: str) -> list[DecodeConfig]:
     fill = FILL.get(arch, 1056)
     blocks = (16, 32) if is_rdna(arch) else (16, 32, 64)
     stages = (1, 2) if arch.startswith("sm_") else (1,)
-    return [
+    found = [
         DecodeConfig(block=block, stages=stage, programs=programs, one_loop=one_loop)
         for block in blocks
         for stage in stages
         for programs in (fill // 2, fill, 2 * fill)
         for one_loop in (True, False)
     ]
+    # In parts nothing spills, for 1.4 to 2.2 times the instructions (docs/gpu.md): only a GPU can tell which is less.
+    return [*found, *(DecodeConfig(block=16, programs=fill, part=part) for part in (64, 128))]
 
 
 @preferred("prefill")

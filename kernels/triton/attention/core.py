@@ -25,7 +25,6 @@ from kbit.kernels.triton.attention.kv_codes import (
     group_at,
     half_levels,
     load_words,
-    part_size,
     place_of,
     scale_group,
     scales_of,
@@ -53,17 +52,16 @@ def empty_sums(M: tl.constexpr, D: tl.constexpr, BITS: tl.constexpr):
 
 @triton.jit
 def add_scores(
-    scores, q, base, part, token, stride, valid, D: tl.constexpr, BITS: tl.constexpr, DTYPE: tl.constexpr,
-    SCALE_TILES: tl.constexpr,
+    scores, q, base, part, token, stride, valid, D: tl.constexpr, PART: tl.constexpr, BITS: tl.constexpr,
+    DTYPE: tl.constexpr, SCALE_TILES: tl.constexpr,
 ):  # fmt: skip
     """scores + q . k of a part of the features; arguments as for scores_of.
 
     Args:
         scores: float32 (M, BN).
         q: tiles of load_queries, the part's.
-        part: which of the parts of kv_layout.part_of.
+        part: which of the parts of PART features.
     """
-    PART: tl.constexpr = part_size(D)
     if BITS == 16:
         data = base.to(tl.pointer_type(DTYPE), bitcast=True) + part * PART
         for chunk in tl.static_range(chunk_count(PART, 2)):
@@ -73,8 +71,8 @@ def add_scores(
     else:
         GROUP: tl.constexpr = scale_group(PART)
         SLABS: tl.constexpr = GROUP // 16
-        words = load_words(base, part, token, D, BITS, True)
-        scales = scales_of(base, part, token, D, BITS)
+        words = load_words(base, part, token, D, PART, BITS, True)
+        scales = scales_of(base, part, token, D, PART, BITS)
         for place in tl.static_range(PART // GROUP):
             scale = tl.load(scales + group_at(PART, BITS, place) * PAGE)
             if SCALE_TILES:
@@ -92,8 +90,8 @@ def add_scores(
 
 @triton.jit
 def scores_of(
-    q, base, token, stride, valid, D: tl.constexpr, BITS: tl.constexpr, DTYPE: tl.constexpr, M: tl.constexpr,
-    SCALE_TILES: tl.constexpr,
+    q, base, token, stride, valid, D: tl.constexpr, PART: tl.constexpr, BITS: tl.constexpr, DTYPE: tl.constexpr,
+    M: tl.constexpr, SCALE_TILES: tl.constexpr,
 ):  # fmt: skip
     """q . k of a tile: float32 (M, BN). Levels are half levels here; the caller's scale makes up for it.
 
@@ -105,21 +103,20 @@ def scores_of(
         valid: (BN,) tokens that may be read (float keys).
     """
     BN: tl.constexpr = token.shape[0]
-    PART: tl.constexpr = part_size(D)
     scores = tl.zeros((M, BN), tl.float32)
     if PART == D:
-        scores = add_scores(scores, q, base, 0, token, stride, valid, D, BITS, DTYPE, SCALE_TILES)
+        scores = add_scores(scores, q, base, 0, token, stride, valid, D, PART, BITS, DTYPE, SCALE_TILES)
     else:  # a loop, not unrolled: else the queries of all parts would wait in registers
         for part in tl.range(0, D // PART, num_stages=1):
             tiles = load_prepared(q[0] + part * PART, q[1], PART, BITS)
-            scores = add_scores(scores, tiles, base, part, token, stride, valid, D, BITS, DTYPE, SCALE_TILES)
+            scores = add_scores(scores, tiles, base, part, token, stride, valid, D, PART, BITS, DTYPE, SCALE_TILES)
     return scores
 
 
 @triton.jit
 def add_values(
-    sums, p, shrink, base, part, token, stride, valid, D: tl.constexpr, BITS: tl.constexpr, DTYPE: tl.constexpr,
-    SCALE_TILES: tl.constexpr,
+    sums, p, shrink, base, part, token, stride, valid, D: tl.constexpr, PART: tl.constexpr, BITS: tl.constexpr,
+    DTYPE: tl.constexpr, SCALE_TILES: tl.constexpr,
 ):  # fmt: skip
     """sums x shrink + p . v, of a part of the features. Arguments as for scores_of.
 
@@ -127,9 +124,8 @@ def add_values(
         sums: tiles of empty_sums.
         p: float32 (M, BN).
         shrink: (M,) what the largest score having grown does to the sums.
-        part: which of the parts of kv_layout.part_of.
+        part: which of the parts of PART features.
     """
-    PART: tl.constexpr = part_size(D)
     new = ()
     if BITS == 16:
         data = base.to(tl.pointer_type(DTYPE), bitcast=True) + part * PART
@@ -141,8 +137,8 @@ def add_values(
     else:
         GROUP: tl.constexpr = scale_group(PART)
         SLABS: tl.constexpr = GROUP // 16
-        words = load_words(base, part, token, D, BITS, False)
-        scales = scales_of(base, part, token, D, BITS)
+        words = load_words(base, part, token, D, PART, BITS, False)
+        scales = scales_of(base, part, token, D, PART, BITS)
         done = ()
         for place in tl.static_range(PART // GROUP):
             # beyond the last token a page holds leftovers: any bits make a finite level, but not a finite scale
@@ -163,7 +159,7 @@ def add_values(
 def attend_range(
     q, part, sums, largest, total, first, last, position, slope, table, k_base, v_base, stride_k, stride_v, end,
     score_scale, cap, window,
-    D: tl.constexpr, M: tl.constexpr, BN: tl.constexpr,
+    D: tl.constexpr, PART: tl.constexpr, M: tl.constexpr, BN: tl.constexpr,
     K_BITS: tl.constexpr, V_BITS: tl.constexpr, K_DTYPE: tl.constexpr, V_DTYPE: tl.constexpr,
     PAGED: tl.constexpr, MASKED: tl.constexpr, CAUSAL: tl.constexpr, HAS_WINDOW: tl.constexpr, HAS_CAP: tl.constexpr,
     HAS_SLOPES: tl.constexpr, SCALE_TILES: tl.constexpr, P_LOG2: tl.constexpr, STAGES: tl.constexpr,
@@ -171,7 +167,7 @@ def attend_range(
     """Tokens [first, last) of one sequence and head into the running sums of a tile; first a multiple of BN.
 
     Args:
-        q: as for scores_of; part: of the values, which of the parts of kv_layout.part_of.
+        q: as for scores_of; part: of the values, which of the parts of PART features.
         sums: tiles of that part; largest, total: (M,) running maximum and sum.
         position: (M,) of the queries.
         slope: (M,) ALiBi slopes, in base 2 (HAS_SLOPES).
@@ -197,10 +193,10 @@ def attend_range(
             page = tl.load(table + start // PAGE).to(tl.int64)
             place = start % PAGE + local
             k_part, v_part = k_base + page * stride_k, v_base + page * stride_v
-            scores = scores_of(q, k_part, place, D, valid, D, K_BITS, K_DTYPE, M, SCALE_TILES)
+            scores = scores_of(q, k_part, place, D, valid, D, PART, K_BITS, K_DTYPE, M, SCALE_TILES)
         else:  # 64 bits: tokens times stride may pass 2^31
             k_part, v_part = k_base + start.to(tl.int64) * stride_k, v_base + start.to(tl.int64) * stride_v
-            scores = scores_of(q, k_part, local, stride_k, valid, D, K_BITS, K_DTYPE, M, SCALE_TILES)
+            scores = scores_of(q, k_part, local, stride_k, valid, D, PART, K_BITS, K_DTYPE, M, SCALE_TILES)
         if HAS_CAP:  # tanh(x) = 1 - 2 / (1 + e^2x)
             scores = cap * (1.0 - 2.0 / (1.0 + tl.exp2(scores * (score_scale * 2.0 * LOG2_E))))
         distance = position[:, None] - token[None, :]
@@ -219,10 +215,10 @@ def attend_range(
         total = total * shrink + tl.sum(p, 1)
         largest = higher
         if PAGED:
-            sums = add_values(sums, p, shrink, v_part, part, place, D, valid, D, V_BITS, V_DTYPE, SCALE_TILES)
+            sums = add_values(sums, p, shrink, v_part, part, place, D, valid, D, PART, V_BITS, V_DTYPE, SCALE_TILES)
         else:
             sums = add_values(
-                sums, p, shrink, v_part, part, local, stride_v, valid, D, V_BITS, V_DTYPE, SCALE_TILES
+                sums, p, shrink, v_part, part, local, stride_v, valid, D, PART, V_BITS, V_DTYPE, SCALE_TILES
             )  # fmt: skip
     return sums, largest, total
 
@@ -231,7 +227,7 @@ def attend_range(
 def attend_tile(
     q, part, position, slope, table, k_base, v_base, stride_k, stride_v, first, last, clear, end, score_scale, cap,
     window,
-    D: tl.constexpr, M: tl.constexpr, BN: tl.constexpr,
+    D: tl.constexpr, PART: tl.constexpr, M: tl.constexpr, BN: tl.constexpr,
     K_BITS: tl.constexpr, V_BITS: tl.constexpr, K_DTYPE: tl.constexpr, V_DTYPE: tl.constexpr,
     PAGED: tl.constexpr, CAUSAL: tl.constexpr, HAS_WINDOW: tl.constexpr, HAS_CAP: tl.constexpr,
     HAS_SLOPES: tl.constexpr, SCALE_TILES: tl.constexpr, P_LOG2: tl.constexpr, ONE_LOOP: tl.constexpr,
@@ -243,21 +239,21 @@ def attend_tile(
     Returns:
         (sums, largest, total); the sums are still to be multiplied by sums_factor.
     """
-    sums = empty_sums(M, part_size(D), V_BITS)
+    sums = empty_sums(M, PART, V_BITS)
     largest = tl.full((M,), NOTHING, tl.float32)
     total = tl.zeros((M,), tl.float32)
     middle = tl.minimum(tl.maximum(first + (clear - first) // BN * BN, first), last)
     if not (HAS_WINDOW or ONE_LOOP):
         sums, largest, total = attend_range(
             q, part, sums, largest, total, first, middle, position, slope, table, k_base, v_base, stride_k, stride_v,
-            end, score_scale, cap, window, D, M, BN, K_BITS, V_BITS, K_DTYPE, V_DTYPE, PAGED, False, CAUSAL, HAS_WINDOW,
-            HAS_CAP, HAS_SLOPES, SCALE_TILES, P_LOG2, STAGES,
+            end, score_scale, cap, window, D, PART, M, BN, K_BITS, V_BITS, K_DTYPE, V_DTYPE, PAGED, False, CAUSAL,
+            HAS_WINDOW, HAS_CAP, HAS_SLOPES, SCALE_TILES, P_LOG2, STAGES,
         )  # fmt: skip
     else:
         middle = first
     return attend_range(
         q, part, sums, largest, total, middle, last, position, slope, table, k_base, v_base, stride_k, stride_v, end,
-        score_scale, cap, window, D, M, BN, K_BITS, V_BITS, K_DTYPE, V_DTYPE, PAGED, True, CAUSAL, HAS_WINDOW,
+        score_scale, cap, window, D, PART, M, BN, K_BITS, V_BITS, K_DTYPE, V_DTYPE, PAGED, True, CAUSAL, HAS_WINDOW,
         HAS_CAP, HAS_SLOPES, SCALE_TILES, P_LOG2, STAGES,
     )  # fmt: skip
 

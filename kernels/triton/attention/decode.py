@@ -7,8 +7,9 @@ kernel: nothing waits for the GPU, and a launch depends on no length, so it can 
 Program (split and part, head and row tile, sequence): a tile of the T x G queries that share a key/value head, over one
 of `splits` equal shares of the tokens that these queries see. Every program writes its unnormalised sums, maximum and
 total; a second kernel combines them, one program per query and head, and undoes the Hadamard transform of the values.
-Heads of more than 256 features are cut into parts (kv_layout): a program has the values of one, and reads all keys,
-as do the others of its split, one right after another.
+Heads of more than 256 features, or of fewer where these leave too few registers (`DecodeConfig.part`), are cut into
+parts (kv_layout): a program has the values of one, and reads all keys, as do the others of its split, one right after
+another.
 
 Bound: memory. A cached token costs D (K bits + V bits) / 8 + scales bytes per key/value head, 144 bytes at 4 bits and
 D = 128; the roofline is that over the memory's bandwidth. One warp per program keeps the softmax and the probabilities
@@ -36,10 +37,9 @@ from kbit.kernels.triton.attention.kv_codes import (
     chunk_start,
     hadamard_columns,
     page_bytes,
-    part_size,
     scale_group,
 )
-from kbit.kernels.triton.attention.kv_layout import PAGE, KVFormat, check_pages, part_of
+from kbit.kernels.triton.attention.kv_layout import PAGE, KVFormat, check_pages, program_part
 from kbit.kernels.triton.attention.queries import load_queries, prepared_queries
 from kbit.kernels.triton.target import current_arch
 
@@ -51,8 +51,8 @@ MAX_ROWS = 64  # of a tile
 def attention_decode_kernel(
     q_ptr, k_pages, v_pages, table_ptr, position_ptr, length_ptr, slope_ptr, sums_ptr, stats_ptr,
     scale, cap, window, splits, stride_q_row, stride_q_token, stride_table, stride_k_page, stride_v_page,
-    T: tl.constexpr, H: tl.constexpr, H_KV: tl.constexpr, D: tl.constexpr, M: tl.constexpr, BN: tl.constexpr,
-    K_BITS: tl.constexpr, V_BITS: tl.constexpr, K_DTYPE: tl.constexpr, V_DTYPE: tl.constexpr,
+    T: tl.constexpr, H: tl.constexpr, H_KV: tl.constexpr, D: tl.constexpr, PART: tl.constexpr, M: tl.constexpr,
+    BN: tl.constexpr, K_BITS: tl.constexpr, V_BITS: tl.constexpr, K_DTYPE: tl.constexpr, V_DTYPE: tl.constexpr,
     HAS_WINDOW: tl.constexpr, HAS_CAP: tl.constexpr, HAS_SLOPES: tl.constexpr,
     P_LOG2: tl.constexpr, SCALE_TILES: tl.constexpr, ONE_LOOP: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
@@ -60,7 +60,6 @@ def attention_decode_kernel(
     G: tl.constexpr = H // H_KV
     ROWS: tl.constexpr = T * G
     TILES: tl.constexpr = (ROWS + M - 1) // M
-    PART: tl.constexpr = part_size(D)
     PARTS: tl.constexpr = D // PART
     split, part = tl.program_id(0) // PARTS, tl.program_id(0) % PARTS
     kv_head = tl.program_id(1) // TILES
@@ -95,7 +94,7 @@ def attention_decode_kernel(
             q, part, position, slope, table_ptr + sequence * stride_table,
             k_pages + kv_head * page_bytes(D, K_BITS), v_pages + kv_head * page_bytes(D, V_BITS),
             stride_k_page, stride_v_page, first, last, tl.minimum(lowest + 1, end), end, 1.0 / cap, cap * LOG2_E,
-            window, D, M, BN, K_BITS, V_BITS, K_DTYPE, V_DTYPE, True, True, HAS_WINDOW, HAS_CAP, HAS_SLOPES,
+            window, D, PART, M, BN, K_BITS, V_BITS, K_DTYPE, V_DTYPE, True, True, HAS_WINDOW, HAS_CAP, HAS_SLOPES,
             SCALE_TILES, P_LOG2, ONE_LOOP, STAGES,
         )  # fmt: skip
         to = (sums_ptr + out * D + part * PART)[:, None]
@@ -162,6 +161,16 @@ def splits_for(config: DecodeConfig, batch: int, tiles: int, tokens: int) -> int
     return max(1, min(wanted, -(-tokens // (4 * config.block))))
 
 
+def launched_config(k_format: KVFormat, v_format: KVFormat, rows: int) -> DecodeConfig:
+    """The configuration that attention_decode chooses for so many rows (T x G) on the active GPU."""
+    return decode_config(current_arch(), k_format.head_dim, k_format.bits, v_format.bits, tile_of(rows))
+
+
+def tile_of(rows: int) -> int:
+    """Rows of a tile, for so many in all."""
+    return min(MAX_ROWS, max(16, triton.next_power_of_2(rows)))
+
+
 def attention_decode(
     q: torch.Tensor,
     k_pages: torch.Tensor,
@@ -224,10 +233,11 @@ def attention_decode(
     if out.numel() == 0:
         return out
     rows = tokens * (heads // kv_heads)
-    tile = min(MAX_ROWS, max(16, triton.next_power_of_2(rows)))
-    config = config or decode_config(current_arch(), dim, k_format.bits, v_format.bits, tile)
+    tile = tile_of(rows)
+    config = config or launched_config(k_format, v_format, rows)
     tiles = kv_heads * triton.cdiv(rows, tile)
-    parts = dim // part_of(dim)
+    part = program_part(dim, config.part)
+    parts = dim // part
     if parts > 1:
         factor = scale * query_factor(k_format.bits) * (1.0 if soft_cap else LOG2_E.value)
         ready = prepared_queries(q.reshape(-1, heads, dim), factor, k_format.bits, k_format.dtype or torch.float16)
@@ -260,6 +270,7 @@ def attention_decode(
         H=heads,
         H_KV=kv_heads,
         D=dim,
+        PART=part,
         M=tile,
         BN=config.block,
         K_BITS=k_format.bits,

@@ -19,7 +19,8 @@ PAGE = tl.constexpr(64)  # kv_layout.PAGE
 
 @triton.constexpr_function
 def part_size(head_dim: int) -> int:
-    """Features of the parts of a head (kv_layout.part_of). The functions below take those of a part for head_dim."""
+    """Features of the parts of a head (kv_layout.part_of). The functions below take those of a part for head_dim, or
+    of the part of one that a program has (kv_layout.program_part)."""
     if head_dim <= 256:
         return head_dim
     size = 256
@@ -132,64 +133,76 @@ def page_bytes(head_dim: int, bits: int) -> int:
 
 
 @triton.jit
-def lane_words(page, place, D: tl.constexpr, WIDTH: tl.constexpr, START: tl.constexpr, TOKENS_LAST: tl.constexpr):
-    """The words of one chunk of a plane.
+def lane_words(
+    plane, part, place, D: tl.constexpr, PART: tl.constexpr, WIDTH: tl.constexpr, START: tl.constexpr,
+    TOKENS_LAST: tl.constexpr,
+):  # fmt: skip
+    """The words of one chunk of a plane, or the bits of a larger chunk's that belong to a part.
 
     Args:
-        page: pointer to bytes, where the plane begins in a head's page, or for its part of a token's bytes.
+        plane: pointer to bytes, where the plane begins in a head's page.
+        part: which part of the head.
         place: (BN,) tokens within the page.
         D: features of the whole head.
+        PART: features of a part.
         START: first feature of the chunk, in its part.
         TOKENS_LAST: lanes by tokens (keys) or tokens by lanes (values).
 
     Returns:
         int32 (16, BN) or (BN, 16): every lane's codes from bit 0 on; what lies above them is not cleared.
     """
-    LANE_BITS: tl.constexpr = chunk_size(part_size(D), WIDTH, START) // 16 * WIDTH
+    LANE_BITS: tl.constexpr = chunk_size(PART, WIDTH, START) // 16 * WIDTH
     ROW: tl.constexpr = D * WIDTH // 8
     FIRST: tl.constexpr = START * WIDTH // 8
+    CHUNK: tl.constexpr = chunk_size(part_size(D), WIDTH, 0)
     lane = tl.arange(0, 16)
-    if LANE_BITS < 8:  # several lanes share a byte
-        SHARE: tl.constexpr = 8 // LANE_BITS
-        unit, UNIT, base = lane // SHARE, 1, page
-    elif LANE_BITS == 8:
-        unit, UNIT, base = lane, 1, page
-    elif LANE_BITS == 16:
-        unit, UNIT, base = lane, 2, page.to(tl.pointer_type(tl.int16), bitcast=True)
+    # The compiler must see that neighbouring lanes lie side by side, so units are counted, not found from bits.
+    UNIT: tl.constexpr = LANE_BITS // 8 if LANE_BITS > 8 else 1  # bytes of a load
+    PER_UNIT: tl.constexpr = 8 // LANE_BITS if LANE_BITS < 8 else 1  # parts of lanes, or lanes, in one
+    if PART < CHUNK:  # a lane's bits of this part lie among those of others
+        SHARED: tl.constexpr = CHUNK // PART
+        page = plane + part // SHARED * (CHUNK * WIDTH // 8)
+        piece = lane * SHARED + part % SHARED
     else:
-        unit, UNIT, base = lane, 4, page.to(tl.pointer_type(tl.int32), bitcast=True)
+        page = plane + part * (PART * WIDTH // 8)
+        piece = lane
+    unit = piece // PER_UNIT
+    base = page
+    if UNIT == 2:
+        base = page.to(tl.pointer_type(tl.int16), bitcast=True)
+    elif UNIT == 4:
+        base = page.to(tl.pointer_type(tl.int32), bitcast=True)
     if TOKENS_LAST:
         at = place[None, :] * (ROW // UNIT) + (FIRST // UNIT + unit)[:, None]
     else:
         at = place[:, None] * (ROW // UNIT) + (FIRST // UNIT + unit)[None, :]
     word = tl.load(base + at).to(tl.int32)
     if LANE_BITS < 8:
-        shift = (lane % (8 // LANE_BITS)) * LANE_BITS
+        shift = (piece % PER_UNIT) * LANE_BITS
         word = word >> (shift[:, None] if TOKENS_LAST else shift[None, :])
     return word
 
 
 @triton.jit
-def load_words(page, part, place, D: tl.constexpr, BITS: tl.constexpr, TOKENS_LAST: tl.constexpr):
+def load_words(
+    page, part, place, D: tl.constexpr, PART: tl.constexpr, BITS: tl.constexpr, TOKENS_LAST: tl.constexpr
+):  # fmt: skip
     """A tuple of the words of every chunk of every plane, low bits first, of a head's part; arguments as for
     lane_words."""
     words = ()
     LOW: tl.constexpr = low_width(BITS)
-    PART: tl.constexpr = part_size(D)
-    low = page + part * (PART * LOW // 8)
     for chunk in tl.static_range(chunk_count(PART, LOW)):
-        words = words + (lane_words(low, place, D, LOW, chunk_start(PART, LOW, chunk), TOKENS_LAST),)
+        words = words + (lane_words(page, part, place, D, PART, LOW, chunk_start(PART, LOW, chunk), TOKENS_LAST),)
     if BITS == 3:
-        top = page + PAGE * (D * 2 // 8) + part * (PART // 8)
+        top = page + PAGE * (D * 2 // 8)
         for chunk in tl.static_range(chunk_count(PART, 1)):
-            words = words + (lane_words(top, place, D, 1, chunk_start(PART, 1, chunk), TOKENS_LAST),)
+            words = words + (lane_words(top, part, place, D, PART, 1, chunk_start(PART, 1, chunk), TOKENS_LAST),)
     return words
 
 
 @triton.jit
-def scales_of(page, part, place, D: tl.constexpr, BITS: tl.constexpr):
+def scales_of(page, part, place, D: tl.constexpr, PART: tl.constexpr, BITS: tl.constexpr):
     """(BN,) pointers to the fp16 scales of tokens' first group of a part; the next group's are PAGE further."""
-    PART: tl.constexpr = part_size(D)
     scales = (page + PAGE * (D * BITS // 8)).to(tl.pointer_type(tl.float16), bitcast=True)
     return scales + part * (PART // scale_group(PART) * PAGE) + place
 

@@ -122,6 +122,23 @@ def part_of(head_dim: int) -> int:
     return next(size for size in range(min(head_dim, PART_FEATURES), 0, -1) if _is_part(size, head_dim))
 
 
+def program_part(head_dim: int, most: int) -> int:
+    """Features of a head whose values one program has: those of `part_of`, or `most` where these are more and a power
+    of two, so that equal shares of them lie alike in their chunks' lanes.
+
+    Args:
+        head_dim: D.
+        most: a power of two from 64, or 0 for no such limit.
+
+    Raises:
+        ValueError: another limit.
+    """
+    if most and (most < 64 or most & (most - 1)):
+        raise ValueError(f"parts of {most} features: a power of two from 64 wanted")
+    part = part_of(head_dim)
+    return most if most and part > most and part & (part - 1) == 0 else part
+
+
 def _is_part(size: int, head_dim: int) -> bool:
     return size == head_dim or (size % 32 == 0 and head_dim % size == 0)
 

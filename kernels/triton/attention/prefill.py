@@ -13,8 +13,9 @@ head, over all the tokens they see (flash attention, Dao 2023), the tiles with t
 sequence's end return at once, since the grid is made for max_queries, which the host knows; nothing waits for the GPU.
 
 Bound: the tensor cores, 4 D multiply-adds of a query, token and head (2 D of each of the two products); with k-bit
-pages also the decoding of each tile of keys and values, once per row tile. Heads of more than 256 features are cut into
-parts (kv_layout): a program has the values of one, and finds all scores, two parts cost half as many operations more.
+pages also the decoding of each tile of keys and values, once per row tile. Heads of more than 256 features, or of
+fewer where these leave too few registers (`PrefillConfig.part`), are cut into parts (kv_layout): a program has the
+values of one, and finds all scores, two parts cost half as many operations more.
 """
 
 from __future__ import annotations
@@ -32,10 +33,9 @@ from kbit.kernels.triton.attention.kv_codes import (
     chunk_start,
     hadamard_columns,
     page_bytes,
-    part_size,
     scale_group,
 )
-from kbit.kernels.triton.attention.kv_layout import KVFormat, check_pages, part_of
+from kbit.kernels.triton.attention.kv_layout import KVFormat, check_pages, program_part
 from kbit.kernels.triton.attention.queries import load_queries, prepared_queries
 from kbit.kernels.triton.target import current_arch
 
@@ -57,8 +57,8 @@ def turned_slab(sums, D: tl.constexpr, SLAB: tl.constexpr):
 def attention_prefill_kernel(
     q_ptr, k_ptr, v_ptr, table_ptr, bounds_ptr, lengths_ptr, slope_ptr, sink_ptr, out_ptr,
     scale, cap, window, stride_q, stride_k, stride_v, stride_table,
-    H: tl.constexpr, H_KV: tl.constexpr, D: tl.constexpr, M: tl.constexpr, BN: tl.constexpr,
-    K_BITS: tl.constexpr, V_BITS: tl.constexpr, K_DTYPE: tl.constexpr, V_DTYPE: tl.constexpr,
+    H: tl.constexpr, H_KV: tl.constexpr, D: tl.constexpr, PART: tl.constexpr, M: tl.constexpr,
+    BN: tl.constexpr, K_BITS: tl.constexpr, V_BITS: tl.constexpr, K_DTYPE: tl.constexpr, V_DTYPE: tl.constexpr,
     PAGED: tl.constexpr, CAUSAL: tl.constexpr, HAS_WINDOW: tl.constexpr, HAS_CAP: tl.constexpr,
     HAS_SLOPES: tl.constexpr, HAS_SINKS: tl.constexpr, SCALE_TILES: tl.constexpr, P_LOG2: tl.constexpr,
     STAGES: tl.constexpr,
@@ -66,7 +66,6 @@ def attention_prefill_kernel(
     """One row tile; see the module. Packed: lengths_ptr holds the bounds of the keys."""
     G: tl.constexpr = H // H_KV
     tile = tl.num_programs(0) - 1 - tl.program_id(0)
-    PART: tl.constexpr = part_size(D)
     PARTS: tl.constexpr = D // PART
     kv_head, part = tl.program_id(1) // PARTS, tl.program_id(1) % PARTS
     sequence = tl.program_id(2)
@@ -103,7 +102,7 @@ def attention_prefill_kernel(
         q = load_queries(rows, exists, factor, D, K_BITS, K_DTYPE) if PARTS == 1 else (rows, exists)
         sums, largest, total = attend_tile(
             q, part, position, slope, table_ptr + sequence.to(tl.int64) * stride_table, k_base, v_base, stride_k,
-            stride_v, first, last, clear, end, 1.0 / cap, cap * LOG2_E, window, D, M, BN, K_BITS, V_BITS, K_DTYPE,
+            stride_v, first, last, clear, end, 1.0 / cap, cap * LOG2_E, window, D, PART, M, BN, K_BITS, V_BITS, K_DTYPE,
             V_DTYPE, PAGED, CAUSAL, HAS_WINDOW, HAS_CAP, HAS_SLOPES, SCALE_TILES, P_LOG2, False, STAGES,
         )  # fmt: skip
         if HAS_SINKS:
@@ -267,7 +266,8 @@ def _launch(
     if batch == 0 or max_queries < 1:
         return out
     config = config or prefill_config(current_arch(), dim, k_format.bits, v_format.bits)
-    parts = dim // part_of(dim)
+    part = program_part(dim, config.part)
+    parts = dim // part
     if parts > 1:
         factor = scale * query_factor(k_format.bits) * (1.0 if soft_cap else LOG2_E.value)
         q = prepared_queries(q, factor, k_format.bits, k_format.dtype or torch.float16)
@@ -292,6 +292,7 @@ def _launch(
         H=heads,
         H_KV=kv_heads,
         D=dim,
+        PART=part,
         M=config.rows,
         BN=config.block,
         K_BITS=k_format.bits,

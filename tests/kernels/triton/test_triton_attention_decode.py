@@ -14,7 +14,7 @@ from kbit.gpu_check.attention import Cache, Mask, attend, attention_bound, check
 from kbit.kernels import reference  # noqa: E402
 from kbit.kernels.triton.attention.configs import DecodeConfig  # noqa: E402
 from kbit.kernels.triton.attention.decode import attention_decode, splits_for  # noqa: E402
-from kbit.kernels.triton.attention.kv_layout import KINDS, write_tokens  # noqa: E402
+from kbit.kernels.triton.attention.kv_layout import KINDS, program_part, write_tokens  # noqa: E402
 
 
 @pytest.mark.parametrize("v_kind", KINDS)
@@ -34,6 +34,31 @@ def test_wide_heads(dim: int, kinds: tuple[str, str], device: str) -> None:
     """Cut into two or three parts, with queries that are made ready beforehand."""
     check_decode(device, Cache(kinds, 2, dim, [70, 20]), 4, 2, Mask(window=40, sinks=torch.zeros(4)), splits=2)
     check_decode(device, Cache(kinds, 1, dim, [70]), 2, 1, Mask(soft_cap=2.0), splits=None)
+
+
+@pytest.mark.parametrize(("dim", "part"), [(128, 64), (256, 64), (256, 128), (512, 64)])
+@pytest.mark.parametrize("kinds", [("3", "2"), ("4", "3"), ("8", "fp16")])
+def test_parts_of_heads(dim: int, part: int, kinds: tuple[str, str], device: str) -> None:
+    """Parts within chunks of lanes, whole chunks, several chunks; what a configuration may ask for."""
+    config = DecodeConfig(block=16, part=part, scale_tiles=kinds[0] == "4")
+    check_decode(device, Cache(kinds, 1, dim, [35]), 2, 1, splits=2, config=config)
+
+
+def test_parts_that_do_not_divide_chunks() -> None:
+    assert [program_part(dim, 64) for dim in (64, 80, 96, 128, 192, 256, 320, 512)] == [
+        64,
+        80,
+        96,
+        64,
+        192,
+        64,
+        160,
+        64,
+    ]
+    assert [program_part(dim, 0) for dim in (128, 256, 512, 576)] == [128, 256, 256, 192]
+    for wrong in (32, 96):
+        with pytest.raises(ValueError, match=f"parts of {wrong} features"):
+            program_part(256, wrong)
 
 
 @pytest.mark.parametrize("tokens", range(1, 9))

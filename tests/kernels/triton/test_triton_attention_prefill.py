@@ -53,6 +53,14 @@ def test_packed_with_earlier_keys(device: str) -> None:
     check_packed(device, (2, 1, 32), [5, 32], [70, 32], Mask(window=40))
 
 
+@pytest.mark.parametrize(("dim", "kinds"), [(128, ("3", "2")), (256, ("4", "fp16"))])
+def test_parts_of_heads(dim: int, kinds: tuple[str, str], device: str) -> None:
+    """Fewer features of a program than it could have; packed keys too."""
+    config = PrefillConfig(rows=32, block=32, part=64)
+    attention.check_paged(device, Cache(kinds, 1, dim, [45]), 2, [19], config=config)
+    attention.check_packed(device, (2, 1, dim), [19], config=config)
+
+
 @pytest.mark.parametrize("dim", [32, 64, 80, 96, 128, 256])
 @pytest.mark.parametrize("kinds", [("fp16", "fp16"), ("8", "4"), ("3", "2")])
 def test_paged_head_sizes(kinds: tuple[str, str], dim: int, device: str) -> None:
