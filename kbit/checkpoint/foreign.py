@@ -84,7 +84,8 @@ _METHODS = {
 _BITSANDBYTES = ("load_in_", "_load_in_", "bnb_")
 PLAIN = ("F64", "F32", "F16", "BF16")
 _COMPANIONS = re.compile(
-    r"(^|\.)(qweight|qzeros|scales|g_idx|absmax|quant_map|quant_state\..*|SCB|W_q|weight_scale.*)$"
+    r"(^|\.)(qweight|qzeros|scales|g_idx|absmax|quant_map|quant_state\..*|SCB|W_q|weight_scale.*|trellis|s[uv]h?"
+    r"|mcg|mul1)$"
 )
 # Files beside config.json in which older tools of these methods keep what is now in config.json.
 _METHOD_FILES = {

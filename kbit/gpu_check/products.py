@@ -142,8 +142,8 @@ def check_grouped(device: str, text: str, tokens: int, top: int, count: int, see
     dtype = torch.float16
     if text.startswith("trellis"):
         weights = [random_codes(text, 40, 112, seed + expert) for expert in range(count)]
-        for weight in weights:  # the experts of a layer have one rotation
-            weight.stored["signs"] = weights[0].stored["signs"]
+        signs = weights[0].stored["signs"]  # the experts of a layer have one rotation
+        weights = [QuantTensor(w.format, w.shape, {**w.stored, "signs": signs}, w.codebook) for w in weights]
     else:  # Sizes differ, so that one expert's scales are not another's.
         weights = [quantized(text, 40, 128, seed + expert, 0.05 * (1 + expert)) for expert in range(count)]
     stacked = stack_experts([prepare_weight(weight, device, dtype) for weight in weights])

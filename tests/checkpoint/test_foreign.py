@@ -134,7 +134,7 @@ FOLDERS: dict[str, tuple[Callable[[Path], object], type[KbitError], str]] = {
     "old GPTQ": (config(quantization_config={"bits": 4, "desc_act": False}), CheckpointError, "packed by gptq"),
     "old AWQ": (config(quantization_config={"zero_point": True, "q_group_size": 128}), CheckpointError, "by awq"),
     "EETQ": (config(quantization_config={"quant_method": "eetq"}), UnsupportedError, "by EETQ .'eetq'."),
-    "EXL3": (config(quantization_config={"quant_method": "exl3", "bits": 3.0}), UnsupportedError, "by EXL3"),
+    "EXL2": (config(quantization_config={"quant_method": "exl2", "bits": 3.0}), UnsupportedError, "by EXL2"),
     "quanto of no matrix": (quanto, UnsupportedError, "x.weight._data of shape .2,.: kbit reads packed matrices only"),
     "something new": (config(quantization_config={"quant_method": "q\x1bnew"}), UnsupportedError, r"by 'q\\x1bnew'"),
     "something without a name": (config(quantization_config={"wbits": 3}), UnsupportedError, "by 'an unnamed method'"),

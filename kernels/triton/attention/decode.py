@@ -168,7 +168,7 @@ def launched_config(k_format: KVFormat, v_format: KVFormat, rows: int) -> Decode
 
 def tile_of(rows: int) -> int:
     """Rows of a tile, for so many in all."""
-    return min(MAX_ROWS, max(16, triton.next_power_of_2(rows)))
+    return min(MAX_ROWS, max(16, int(triton.next_power_of_2(rows))))
 
 
 def attention_decode(
