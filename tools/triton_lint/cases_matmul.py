@@ -157,6 +157,7 @@ def search_case(text: str, tiles: int = 512) -> Case:
         f"trellis_search/{text}/{tiles}",
         launch=lambda arch, config: search_symbols(format, wanted, values),
         gates=dict.fromkeys(TARGETS, Gate()),
+        targets=tuple(arch for arch in TARGETS if arch.startswith("sm_")),  # others are refused (trellis_search)
     )
 
 

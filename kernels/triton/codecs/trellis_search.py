@@ -3,7 +3,9 @@
 A program has one tile. It keeps two rows of costs, one for each overlap of two windows, and the choices of 256 steps in
 memory of its own (the L1 and L2 caches hold the costs); a step reads the row before, and adds for every window what its
 number would cost. Costs are whole numbers of 16 bits that saturate, and of equal ones the first wins, as on the CPU, so
-that results are the same. The way back is a chain of loads, 256 of them, while other programs go forward.
+that results are the same. The way back is a chain of loads, 256 of them, while other programs go forward. Threads read what
+others of their program wrote to memory: on NVIDIA's GPUs a barrier orders that. On AMD's Triton 3.7.1 compiles the
+barrier without waiting for stores (seen in the machine code for gfx942), so these are refused.
 
 Work: 2^L windows a step, about 400 steps a tile; bound by integer instructions. Checked in the interpreter and by its
 machine code, not timed on a GPU.
@@ -17,7 +19,8 @@ import triton.language as tl
 
 from kbit.formats.trellis import INTEGER_BITS, TrellisFormat
 from kbit.formats.trellis_code import levels
-from kbit.kernels.triton.target import active
+from kbit.host.errors import UnsupportedError
+from kbit.kernels.triton.target import active, current_arch
 
 NUMBERS = 256  # of a tile
 UNIT = 8192.0  # of trellis.h, as are the two below
@@ -146,10 +149,17 @@ def search_on_gpu(format: TrellisFormat, tiles: torch.Tensor, device: torch.devi
 
     Returns:
         uint8 (T, 32 k) on the CPU.
+
+    Raises:
+        UnsupportedError: a GPU of AMD's.
     """
     assert format.bits < INTEGER_BITS
     values = _in_units(levels(format, torch.arange(1 << format.window)).float() * format.step)
     with active(device):
+        if (arch := current_arch()).startswith("gfx"):
+            raise UnsupportedError(
+                f"trellis codes are searched for on NVIDIA's GPUs and on the CPU, not on {arch}; use --device cpu"
+            )
         symbols = search_symbols(format, _in_units(tiles).to(device), values.to(device))
     return _strings(symbols.cpu(), format.bits)
 

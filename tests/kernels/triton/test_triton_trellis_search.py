@@ -10,6 +10,7 @@ triton = pytest.importorskip("triton")
 
 from kbit.formats.trellis import TrellisFormat  # noqa: E402
 from kbit.formats.trellis_code import search  # noqa: E402
+from kbit.host.errors import UnsupportedError  # noqa: E402
 from kbit.kernels.triton.codecs.trellis_search import search_on_gpu  # noqa: E402
 
 
@@ -28,3 +29,9 @@ def test_numbers_that_say_little(device: str) -> None:
     tiles = torch.zeros(2, 256)
     tiles[1] = torch.tensor([1e30, -1e30, torch.nan, torch.inf]).repeat(64)
     assert torch.equal(search_on_gpu(format, tiles, device), search(format, tiles, 1))
+
+
+def test_other_gpus_are_refused(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("kbit.kernels.triton.codecs.trellis_search.current_arch", lambda: "gfx942")
+    with pytest.raises(UnsupportedError, match="not on gfx942; use --device cpu"):
+        search_on_gpu(TrellisFormat(3), torch.zeros(1, 256), device)
