@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -65,7 +66,7 @@ def quantize(*, flags: QuantizeFlags, json: JsonOption = False) -> None:
     flags.check()
     method = flags.chosen_method(codec)
     flags.mixes_widths(method)  # mistakes are said before the model is opened
-    with open_model(flags.model) as source:
+    with open_model(flags.model) as source, _searcher(flags.device):
         check_runnable(source)
         # (An encoder predicts no tokens that could be compared.)
         measures = flags.measures(method) and spec_from_config(source.config).continues_text
@@ -115,6 +116,15 @@ def quantize(*, flags: QuantizeFlags, json: JsonOption = False) -> None:
         print_json(facts)
     else:
         print_result(facts, out)
+
+
+def _searcher(device: str) -> AbstractContextManager[None]:
+    """Where trellis codes are searched for, within the block."""
+    if device != "cuda":
+        return nullcontext()
+    from kbit.quantizers.convert import trellises_on_gpu
+
+    return trellises_on_gpu()
 
 
 def _allocate(source: CheckpointSource, plan: Plan, method: Method, flags: QuantizeFlags) -> Allocation | None:

@@ -171,6 +171,8 @@ class QuantizeFlags(QuantizeRequest):
     device: Annotated[
         str,
         typer.Option(
-            "--device", metavar="cpu|cuda", help="Who rounds: the CPU, or a GPU. The result is the same, byte for byte."
+            "--device",
+            metavar="cpu|cuda",
+            help="Who rounds to nearest and searches for trellis codes: the CPU, or a GPU. The same bytes result.",
         ),
     ] = "cpu"

@@ -11,6 +11,8 @@ normal:
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
@@ -99,10 +101,27 @@ def search(format: TrellisFormat, tiles: torch.Tensor, threads: int) -> torch.Te
         string = ((codes[:, :, None] >> places) & 1).view(len(tiles), -1, 8)
         weights = 2 ** torch.arange(7, -1, -1, dtype=torch.int32)
         return (string * weights).sum(dim=-1).to(torch.uint8)
+    if _elsewhere is not None:
+        return _elsewhere(format, tiles)
     from kbit import _native
 
     _native.trellis_search(tiles.contiguous(), _values(format), format.bits, found, _context(threads), format.half)
     return found
+
+
+# Who searches in place of the CPU, in all threads.
+_elsewhere: Callable[[TrellisFormat, torch.Tensor], torch.Tensor] | None = None
+
+
+@contextmanager
+def searching_with(other: Callable[[TrellisFormat, torch.Tensor], torch.Tensor]) -> Iterator[None]:
+    """Within this block `search` asks another one, (format, tiles) -> the same rings; in the whole process."""
+    global _elsewhere
+    before, _elsewhere = _elsewhere, other
+    try:
+        yield
+    finally:
+        _elsewhere = before
 
 
 @lru_cache(maxsize=64)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,8 @@ from kbit.formats.blockwise import CHUNK_WEIGHTS
 from kbit.formats.codec import Codec, no_kernel
 from kbit.formats.quant_format import QuantFormat
 from kbit.formats.quant_tensor import SAFETENSORS_TO_TORCH, QuantTensor
+from kbit.formats.trellis import TrellisFormat
+from kbit.formats.trellis_code import searching_with
 from kbit.host.errors import CheckpointError, KbitError
 from kbit.host.progress import Progress
 from kbit.quantizers.method import Encode, MethodInput, QuantizedSource
@@ -131,21 +134,36 @@ def quantized_config(config: Mapping[str, Any], plan: Plan) -> dict[str, Any]:
 def on_gpu(device: torch.device | str = "cuda") -> Encode:
     """Rounding on a GPU, by the Triton kernels: the same bytes as on the CPU.
 
-    A tensor is read whole, as float32, on the host and on the GPU.
+    A tensor is read whole, as float32, on the host and on the GPU. Of trellis codes only the search runs there.
     """
     from kbit.kernels.triton.codecs.quantize import quantize
     from kbit.kernels.triton.target import active
 
     def run(source: CheckpointSource, name: str, format: Codec) -> QuantTensor:
+        if isinstance(format, TrellisFormat):
+            weight = source.read(name).float()
+            with trellises_on_gpu(device):
+                return format.encode(
+                    lambda start, stop: weight[start:stop], (weight.shape[0], weight.shape[1]), name=name
+                )
         with active(device):
             return quantize(source.read(name).to(device), _planes_format(format), name=name).to("cpu")
 
     return run
 
 
+@contextmanager
+def trellises_on_gpu(device: torch.device | str = "cuda") -> Iterator[None]:
+    """Within this block trellis codes are searched for on a GPU, by whatever method: the same codes as on the CPU."""
+    from kbit.kernels.triton.codecs.trellis_search import search_on_gpu
+
+    with searching_with(lambda format, tiles: search_on_gpu(format, tiles, device)):
+        yield
+
+
 def _planes_format(format: Codec) -> QuantFormat:
     if not isinstance(format, QuantFormat):
-        raise no_kernel("triton", format, {QuantFormat.family: None})
+        raise no_kernel("triton", format, {QuantFormat.family: None, TrellisFormat.family: None})
     return format
 
 

@@ -257,6 +257,7 @@ class QuantizeRequest:
         from kbit.quantizers.calibrated import CalibratedRounding
         from kbit.quantizers.methods import get_method
         from kbit.quantizers.settings import ANCHOR, Nesting
+        from kbit.quantizers.trellis import Trellis
 
         name = self.method
         if name == "auto":
@@ -270,8 +271,11 @@ class QuantizeRequest:
             "--inputs-only": self.inputs_only,
         }
         if isinstance(method, CalibratedRounding):
-            if self.device != "cpu":
-                raise UsageError(f"--device {self.device}: rounds to nearest only; use --method rtn, or --device cpu")
+            if self.device != "cpu" and not isinstance(method, Trellis):
+                raise UsageError(
+                    f"--device {self.device}: rounds to nearest, or searches for trellis codes; use --method rtn, "
+                    "--method trellis, or --device cpu"
+                )
             method = method.with_options(**self.options)
             if isinstance(codec, NestedFormat):
                 method = method.nested(Nesting.of(codec.low, codec.bits, self.anchor or ANCHOR))

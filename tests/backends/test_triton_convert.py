@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, cast
 
 import pytest
 import torch
@@ -13,9 +15,14 @@ from typer.testing import CliRunner
 from kbit.checkpoint.readers.hf_folder import HFFolder
 from kbit.cli.main import build
 from kbit.formats.quant_format import QuantFormat
+from kbit.formats.trellis import TrellisFormat
+from kbit.formats.trellis_code import search, searching_with
 from kbit.host.errors import KbitError, UnsupportedError, UsageError
 from kbit.quantizers.convert import convert, on_gpu
 from kbit.quantizers.plan import make_plan
+
+if TYPE_CHECKING:
+    from kbit.checkpoint.source import CheckpointSource
 
 pytest.importorskip("triton")
 
@@ -27,6 +34,21 @@ def test_same_files(device: str, tmp_path: Path, small_model: Path, format: str)
         convert(source, plan, tmp_path / "cpu")
         convert(source, plan, tmp_path / "gpu", encode=on_gpu(device))
     assert files_of(tmp_path / "gpu") == files_of(tmp_path / "cpu")
+
+
+def test_trellises(device: str) -> None:
+    """The same codes; whoever else searches does so within a block only."""
+    weight = torch.randn(16, 32, generator=torch.Generator().manual_seed(5))
+    format = TrellisFormat(3, window=8)
+    source = SimpleNamespace(read=lambda name: weight)
+    expected = format.encode(lambda start, stop: weight[start:stop], (16, 32))
+    got = on_gpu(device)(cast("CheckpointSource", source), "x", format)
+    assert all(torch.equal(got.stored[part], expected.stored[part]) for part in expected.stored)
+    asked: list[int] = []
+    with searching_with(lambda format, tiles: asked.append(len(tiles)) or tiles.new_zeros(len(tiles), 96).byte()):
+        assert not search(format, torch.ones(3, 256), 1).any()
+    assert asked == [3]
+    assert search(format, torch.ones(3, 256), 1).any()
 
 
 def test_a_bad_weight_is_named(device: str, tmp_path: Path, write_model: Callable[..., Path]) -> None:

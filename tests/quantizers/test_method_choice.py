@@ -11,10 +11,12 @@ from error_cases import run_command
 
 from kbit.calibration.request import CalibrationRequest
 from kbit.checkpoint.resolve import open_model
+from kbit.host.errors import UsageError
 from kbit.host.quantities import parse_duration
 from kbit.quantizers.calibrated import Gptq, TwoSided
 from kbit.quantizers.estimate import Rates, Steps, estimate, measure_rates
 from kbit.quantizers.plan import BASE_BYTES
+from kbit.quantizers.request import QuantizeRequest
 
 
 @pytest.fixture(scope="module")
@@ -181,3 +183,13 @@ def test_options_are_part_of_what_is_made(tmp_path: Path, model: Path) -> None:
     out = tmp_path / "planned"
     assert run_command(["quantize", str(model), "--plan", str(plan), "--no-measure", "-o", str(out)])[0] == 0
     assert (out / "model.safetensors").read_bytes() == made["--act-order"]
+
+
+def test_what_a_gpu_takes_part_in() -> None:
+    """Rounding to nearest, and the search for trellis codes; a method that calibrates otherwise is refused."""
+    for name, format in (("rtn", "nf4-b64"), ("trellis", "trellis3"), ("trellis-plain", "trellis3")):
+        flags = QuantizeRequest("m", format=format, method=name, device="cuda")
+        assert flags.chosen_method(flags.codec()).name == name
+    flags = QuantizeRequest("m", format="nf4-b64", method="ldlq2", device="cuda")
+    with pytest.raises(UsageError, match="--device cuda: .*use --method rtn, --method trellis, or --device cpu"):
+        flags.chosen_method(flags.codec())

@@ -7,7 +7,9 @@ from typing import Any
 
 import torch
 
+from kbit.formats.trellis import TrellisFormat
 from kbit.kernels.triton.codecs.layout import ROW_TILE, TritonWeight
+from kbit.kernels.triton.codecs.trellis_search import search_symbols
 from kbit.kernels.triton.product.configs import (
     gemm_candidates,
     gemm_config,
@@ -146,9 +148,22 @@ def trellis_case(text: str, tokens: int, *, size: int = 4096, quick: bool = Fals
     )
 
 
+def search_case(text: str, tiles: int = 512) -> Case:
+    """The search for a trellis's codes: no spills; what it costs is integers, which no floor of memory measures."""
+    format = TrellisFormat.parse(text)
+    wanted = torch.empty(tiles, 256, dtype=torch.int16, device="meta")
+    values = torch.empty(1 << format.window, dtype=torch.int16, device="meta")
+    return Case(
+        f"trellis_search/{text}/{tiles}",
+        launch=lambda arch, config: search_symbols(format, wanted, values),
+        gates=dict.fromkeys(TARGETS, Gate()),
+        targets=tuple(arch for arch in TARGETS if arch.startswith("sm_")),  # others are refused (trellis_search)
+    )
+
+
 def cases() -> list[Case]:
-    """All products. Gates are for sm_90: the widths' budgets, no shuffle, 128-bit loads, tensor cores. Products with
-    activations in 8 bits have theirs for every target."""
+    """All products, and a trellis's search. Gates are for sm_90: the widths' budgets, no shuffle, 128-bit loads, tensor
+    cores. Products with activations in 8 bits have theirs for every target."""
 
     def read(bits: int, over: float, mma: tuple[str, ...] = ("HMMA",)) -> Gate:
         return Gate(load_bits=128, mma=mma, per_unit=max(BUDGET * bits, 2.2) * over, shuffles=0)
@@ -181,6 +196,9 @@ def cases() -> list[Case]:
         trellis_case("trellis3", 1),
         trellis_case("trellis4", 1),
         trellis_case("trellis3", 64),
+        search_case("trellis2"),
+        search_case("trellis3"),
+        search_case("trellis6"),
         _rounded("int8", "int4-b64", 256),
         _rounded("int8", "int4-b64", 1024),
         _rounded("int8", "int4-b128", 256, quick=True),

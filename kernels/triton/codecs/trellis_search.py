@@ -1,0 +1,205 @@
+"""The search for trellis codes on a GPU: for each tile the ring that kernels/cpu/rounding/trellis.h finds, bit for bit.
+
+A program has one tile. It keeps two rows of costs, one for each overlap of two windows, and the choices of 256 steps in
+memory of its own (the L1 and L2 caches hold the costs); a step reads the row before, and adds for every window what its
+number would cost. Costs are whole numbers of 16 bits that saturate, and of equal ones the first wins, as on the CPU, so
+that results are the same. The way back is a chain of loads, 256 of them, while other programs go forward. Threads read what
+others of their program wrote to memory: on NVIDIA's GPUs a barrier orders that. On AMD's Triton 3.7.1 compiles the
+barrier without waiting for stores (seen in the machine code for gfx942), so these are refused.
+
+Work: 2^L windows a step, about 400 steps a tile; bound by integer instructions. Checked in the interpreter and by its
+machine code, not timed on a GPU.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from kbit.formats.trellis import INTEGER_BITS, TrellisFormat
+from kbit.formats.trellis_code import levels
+from kbit.host.errors import UnsupportedError
+from kbit.kernels.triton.target import active, current_arch
+
+NUMBERS = 256  # of a tile
+UNIT = 8192.0  # of trellis.h, as are the two below
+_SCRATCH_BYTES = 1 << 30  # of all programs of a launch
+_BLOCK = 1024  # overlaps that a program looks at together
+
+
+def doublings(bits: int) -> int:
+    """How often a distance is doubled before it is squared."""
+    return 1 if bits <= 3 else 2
+
+
+def seam(bits: int) -> int:
+    """Numbers to each side of the ring's seam that the first path sees."""
+    return max(32, 192 // bits)
+
+
+@triton.jit
+def search_step(
+    values_ptr, before_ptr, after_ptr, choices_ptr, number, base,
+    BITS: tl.constexpr, OVERLAPS: tl.constexpr, DOUBLINGS: tl.constexpr, FROM: tl.constexpr,
+):  # fmt: skip
+    """One number: the least cost of every overlap after it, less `base`, and which window it came by.
+
+    Window j m (j its first BITS bits) comes from overlap (j m) >> BITS: FROM overlaps at a time, each of which goes to
+    2^BITS neighbours.
+
+    Returns:
+        The least of these costs.
+    """
+    CHOICES: tl.constexpr = 1 << BITS
+    least_of_all = 65535
+    for first in range(0, OVERLAPS // CHOICES, FROM):
+        came = first + tl.arange(0, FROM)
+        m = came[:, None] * CHOICES + tl.arange(0, CHOICES)[None, :]
+        least = tl.full((FROM, CHOICES), 65536, tl.int32)
+        which = tl.zeros((FROM, CHOICES), tl.int32)
+        for j in range(CHOICES):
+            value = tl.load(values_ptr + j * OVERLAPS + m).to(tl.int32)
+            distance = tl.minimum(tl.abs(value - number) << DOUBLINGS, 65535).to(tl.uint32)
+            square = ((distance * distance) >> 16).to(tl.int32)
+            before = tl.load(before_ptr + j * (OVERLAPS // CHOICES) + came).to(tl.int32) & 0xFFFF
+            cost = tl.minimum(before[:, None] + square, 65535)
+            which = tl.where(cost < least, j, which)
+            least = tl.minimum(least, cost)
+        least = tl.maximum(least - base, 0)
+        tl.store(after_ptr + m, least.to(tl.int16))
+        tl.store(choices_ptr + m, which.to(tl.int8))
+        least_of_all = tl.minimum(least_of_all, tl.min(tl.min(least, 1), 0))
+    return least_of_all
+
+
+@triton.jit
+def search_path(
+    wanted_ptr, values_ptr, costs_ptr, choices_ptr, begin, count,
+    BITS: tl.constexpr, OVERLAPS: tl.constexpr, DOUBLINGS: tl.constexpr, FROM: tl.constexpr,
+):  # fmt: skip
+    """The costs after numbers [begin, begin + count), which go round the ring; the last are in row count % 2."""
+    base = 0
+    for i in range(count):
+        number = tl.load(wanted_ptr + (begin + i) % 256).to(tl.int32)
+        base = search_step(
+            values_ptr, costs_ptr + i % 2 * OVERLAPS, costs_ptr + (i + 1) % 2 * OVERLAPS,
+            choices_ptr + i * OVERLAPS, number, base, BITS, OVERLAPS, DOUBLINGS, FROM,
+        )  # fmt: skip
+        tl.debug_barrier()  # the next step reads what all threads have written
+
+
+@triton.jit
+def one_back(choices_ptr, i, overlap, BITS: tl.constexpr, OVERLAPS: tl.constexpr):
+    """The overlap before number i from that after it."""
+    choice = tl.load(choices_ptr + i * OVERLAPS + overlap).to(tl.int32) & 0xFF
+    return (choice * OVERLAPS + overlap) >> BITS
+
+
+@triton.jit
+def trellis_search_kernel(
+    wanted_ptr, values_ptr, costs_ptr, choices_ptr, symbols_ptr,
+    BITS: tl.constexpr, OVERLAPS: tl.constexpr, DOUBLINGS: tl.constexpr, SEAM: tl.constexpr, FROM: tl.constexpr,
+):  # fmt: skip
+    """Grid (tiles,): the last BITS bits of each number's window, uint8 (tiles, 256).
+
+    Args:
+        wanted_ptr: int16 (tiles, 256), in units of 1 / UNIT.
+        values_ptr: int16 (2^L,), likewise.
+        costs_ptr: scratch, int16 (tiles, 2 OVERLAPS).
+        choices_ptr: scratch, int8 (tiles, 256 OVERLAPS).
+    """
+    tile = tl.program_id(0).to(tl.int64)
+    wanted = wanted_ptr + tile * 256
+    costs = costs_ptr + tile * 2 * OVERLAPS
+    choices = choices_ptr + tile * 256 * OVERLAPS
+    BLOCK: tl.constexpr = FROM << BITS
+    at = tl.arange(0, BLOCK)
+    for first in range(0, OVERLAPS, BLOCK):
+        tl.store(costs + first + at, tl.zeros((BLOCK,), tl.int16))
+    tl.debug_barrier()
+    search_path(wanted, values_ptr, costs, choices, 256 - SEAM, 2 * SEAM, BITS, OVERLAPS, DOUBLINGS, FROM)
+    best = tl.full((BLOCK,), 0x7FFFFFFF, tl.int32)  # cost and overlap in one number: of equal costs the first
+    for first in range(0, OVERLAPS, BLOCK):
+        cost = tl.load(costs + first + at).to(tl.int32) & 0xFFFF
+        best = tl.minimum(best, cost * OVERLAPS + first + at)
+    overlap = tl.min(best, 0) % OVERLAPS
+    for step in range(SEAM):
+        overlap = one_back(choices, 2 * SEAM - 1 - step, overlap, BITS, OVERLAPS)
+    end = overlap
+    tl.debug_barrier()
+    for first in range(0, OVERLAPS, BLOCK):
+        tl.store(costs + first + at, tl.where(first + at == end, 0, -1).to(tl.int16))
+    tl.debug_barrier()
+    search_path(wanted, values_ptr, costs, choices, 0, 256, BITS, OVERLAPS, DOUBLINGS, FROM)
+    overlap = end
+    for step in range(256):
+        i = 256 - 1 - step
+        tl.store(symbols_ptr + tile * 256 + i, (overlap & ((1 << BITS) - 1)).to(tl.uint8))
+        overlap = one_back(choices, i, overlap, BITS, OVERLAPS)
+
+
+def search_on_gpu(format: TrellisFormat, tiles: torch.Tensor, device: torch.device | str) -> torch.Tensor:
+    """`trellis_code.search` on a GPU: the same rings.
+
+    Args:
+        format: of them, below 7 bits (wider codes are integers, for which nothing is searched).
+        tiles: in units of the row's scale, float32 (T, 256).
+        device: where to search.
+
+    Returns:
+        uint8 (T, 32 k) on the CPU.
+
+    Raises:
+        UnsupportedError: a GPU of AMD's.
+    """
+    assert format.bits < INTEGER_BITS
+    values = _in_units(levels(format, torch.arange(1 << format.window)).float() * format.step)
+    with active(device):
+        if (arch := current_arch()).startswith("gfx"):
+            raise UnsupportedError(
+                f"trellis codes are searched for on NVIDIA's GPUs and on the CPU, not on {arch}; use --device cpu"
+            )
+        symbols = search_symbols(format, _in_units(tiles).to(device), values.to(device))
+    return _strings(symbols.cpu(), format.bits)
+
+
+def search_symbols(format: TrellisFormat, wanted: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+    """The last k bits of every number's window.
+
+    Args:
+        format: of the codes.
+        wanted: numbers in units of 1 / UNIT, int16 (T, 256).
+        values: what windows stand for, likewise, int16 (2^L,).
+
+    Returns:
+        uint8 (T, 256).
+    """
+    tiles, overlaps, device = len(wanted), 1 << (format.window - format.bits), wanted.device
+    symbols = torch.empty(wanted.shape, dtype=torch.uint8, device=device)
+    group = max(1, _SCRATCH_BYTES // ((NUMBERS + 4) * overlaps))
+    costs = torch.empty((min(group, tiles), 2 * overlaps), dtype=torch.int16, device=device)
+    choices = torch.empty((min(group, tiles), NUMBERS * overlaps), dtype=torch.int8, device=device)
+    for start in range(0, tiles, group):
+        part = slice(start, start + group)
+        trellis_search_kernel[(len(wanted[part]),)](
+            wanted[part], values, costs, choices, symbols[part],
+            BITS=format.bits, OVERLAPS=overlaps, DOUBLINGS=doublings(format.bits), SEAM=seam(format.bits),
+            FROM=max(1, min(_BLOCK, overlaps) >> format.bits), num_warps=4,
+        )  # fmt: skip
+    return symbols
+
+
+def _in_units(numbers: torch.Tensor) -> torch.Tensor:
+    """Numbers in units of 1 / UNIT, int16, as the CPU's search rounds them; NaN is the least."""
+    scaled = numbers.float() * UNIT
+    scaled = torch.where(scaled > -32767.0, scaled, -32767.0).clamp(max=32767.0)
+    return scaled.round().to(torch.int16)
+
+
+def _strings(symbols: torch.Tensor, bits: int) -> torch.Tensor:
+    """The bits of numbers one after another: uint8 (T, 256) below 2^bits -> uint8 (T, 32 bits)."""
+    places = torch.arange(bits - 1, -1, -1, dtype=torch.uint8)
+    string = ((symbols[:, :, None] >> places) & 1).view(len(symbols), 32 * bits, 8)
+    weights = torch.tensor([128, 64, 32, 16, 8, 4, 2, 1], dtype=torch.uint8)
+    return (string * weights).sum(dim=-1, dtype=torch.uint8)

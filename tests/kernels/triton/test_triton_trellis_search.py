@@ -1,0 +1,37 @@
+"""The search for trellis codes on a GPU: the CPU's rings, byte for byte."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from triton_cases import assert_within as assert_within  # sets the interpreter first
+
+triton = pytest.importorskip("triton")
+
+from kbit.formats.trellis import TrellisFormat  # noqa: E402
+from kbit.formats.trellis_code import search  # noqa: E402
+from kbit.host.errors import UnsupportedError  # noqa: E402
+from kbit.kernels.triton.codecs.trellis_search import search_on_gpu  # noqa: E402
+
+
+@pytest.mark.parametrize("text", ["trellis2-sum4-l13", "trellis3-l8", "trellis4-l10", "trellis6"])
+def test_the_same_rings(device: str, text: str) -> None:
+    """Two blocks of overlaps; short windows; of six bits the longest window. Some numbers are beyond all values."""
+    format = TrellisFormat.parse(text)
+    tiles = torch.randn(1, 256, generator=torch.Generator().manual_seed(format.window))
+    tiles[0, ::32] = 9.0
+    assert torch.equal(search_on_gpu(format, tiles, device), search(format, tiles, 1))
+
+
+def test_numbers_that_say_little(device: str) -> None:
+    """NaN and infinity; ties everywhere."""
+    format = TrellisFormat.parse("trellis2-l8")
+    tiles = torch.zeros(2, 256)
+    tiles[1] = torch.tensor([1e30, -1e30, torch.nan, torch.inf]).repeat(64)
+    assert torch.equal(search_on_gpu(format, tiles, device), search(format, tiles, 1))
+
+
+def test_other_gpus_are_refused(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("kbit.kernels.triton.codecs.trellis_search.current_arch", lambda: "gfx942")
+    with pytest.raises(UnsupportedError, match="not on gfx942; use --device cpu"):
+        search_on_gpu(TrellisFormat(3), torch.zeros(1, 256), device)
