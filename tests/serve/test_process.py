@@ -55,7 +55,8 @@ def test_a_second_ctrl_c_quits(novels_folder: str) -> None:
     with server(f"novels={novels_folder}") as (process, address, _):
         long = {"prompt": "It was", "max_tokens": 250, "ignore_eos": True, "n": 128, "stream": True}
         with httpx.stream("POST", f"{address}/v1/completions", json=long, timeout=PATIENCE) as response:
-            next(response.iter_lines())
+            lines = response.iter_lines()  # (to let go of it is to leave)
+            next(lines)
             process.send_signal(signal.SIGINT)
             assert process.stderr is not None
             assert "finishing" in process.stderr.readline()
