@@ -14,8 +14,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from kbit.backends.reference.backend import ReferenceBackend, tensor_of
+from kbit.backends.reference.backend import ReferenceBackend
 from kbit.backends.reference.gradients import GradientOps, KeepingBackend, dense
+from kbit.backends.reference.weight import tensor_of
 from kbit.calibration.workers import workers
 from kbit.checkpoint.source import CheckpointSource
 from kbit.graph.ops import Vector, Weight

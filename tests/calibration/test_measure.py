@@ -9,7 +9,8 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from kbit.backends.reference.backend import ReferenceBackend, ReferenceWeight
+from kbit.backends.reference.backend import ReferenceBackend
+from kbit.backends.reference.weight import ReferenceWeight
 from kbit.calibration.factors import Factors
 from kbit.calibration.measure import LayerFactors, measure_factors
 from kbit.calibration.store import CalibrationFolder

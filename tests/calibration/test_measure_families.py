@@ -11,7 +11,8 @@ import torch
 from decoder_cases import DictSource, tame_tensors, tiny_config
 from numpy.typing import NDArray
 
-from kbit.backends.reference.backend import ReferenceBackend, ReferenceWeight
+from kbit.backends.reference.backend import ReferenceBackend
+from kbit.backends.reference.weight import ReferenceWeight
 from kbit.calibration.measure import measure_factors
 from kbit.calibration.store import CalibrationFolder
 from kbit.evaluate.compare import compare

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from kbit.backends.reference.backend import ReferenceBackend, ReferenceWeight
+from kbit.backends.reference.backend import ReferenceBackend
+from kbit.backends.reference.weight import ReferenceWeight
 from kbit.calibration.measure import measure_factors
 from kbit.evaluate.compare import compare
 from kbit.models.load import load_decoder

@@ -10,8 +10,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from kbit.backends.reference.backend import ReferenceBackend, RowOps, StepOps
+from kbit.backends.reference.backend import ReferenceBackend
 from kbit.backends.reference.kv_cache import reference_pages
+from kbit.backends.reference.row_ops import RowOps
+from kbit.backends.reference.step_ops import StepOps
 from kbit.backends.select import select_backend
 from kbit.formats.blockwise import quantize_blockwise
 from kbit.formats.quant_format import QuantFormat

@@ -8,16 +8,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from kbit.backends.reference.backend import (
-    ReferenceBackend,
-    ReferenceWeight,
-    RowOps,
-    of_space,
-    rotated,
-    taken_apart,
-    tensor_of,
-)
+from kbit.backends.reference.backend import ReferenceBackend
 from kbit.backends.reference.products import product, product_with_rows
+from kbit.backends.reference.row_ops import RowOps
+from kbit.backends.reference.step_ops import of_space, rotated, taken_apart
+from kbit.backends.reference.weight import ReferenceWeight, tensor_of
 from kbit.formats.quant_tensor import QuantTensor
 from kbit.graph.backend import Definition
 from kbit.graph.ops import Attention, Place, Vector, Weight, refuse_attention
