@@ -291,7 +291,7 @@ def _forced_call(model: ServedModel, form: ToolFormat, tools: list[Tool]) -> Con
     schema: dict[str, Any] = schemas[0] if len(schemas) == 1 else {"anyOf": schemas}
     if form == "llama3":
         return model.grammars.json_schema(schema, "tools")
-    begin, end = '"<tool_call>\\n"', '"\\n</tool_call>"'
+    begin, end = _mark(model, "<tool_call>") + ' "\\n"', '"\\n" ' + _mark(model, "</tool_call>")
     if form in ("mistral", "pythonic"):
         begin, end = _mark(model, "[TOOL_CALLS]"), ""
         if form == "pythonic":  # models that write calls of Python read and write a list of JSON as well
