@@ -32,8 +32,8 @@ class Prepared:
         text: the prompt.
         tools: how the model writes calls; None: it is offered no tools.
         names: of the tools.
-        reasoning: whether answers begin with thoughts.
-        thinking: whether the prompt ends within one.
+        reasoning: whether answers begin with thoughts, which are told apart.
+        thinking: whether the prompt ends within such a thought.
         calls: whether the answer must be a call.
     """
 
@@ -97,7 +97,8 @@ def prepare_chat(body: ChatBody, model: ServedModel) -> Prepared:
         show_special=offered and form in ("mistral", "llama3", "pythonic"),
     )
     names = tuple(tool.function.name for tool in tools)
-    return Prepared(request, text, form if offered else None, names, thinks(template), thinking)
+    apart = body.reasoning_format != "none"
+    return Prepared(request, text, form if offered else None, names, apart and thinks(template), apart and thinking)
 
 
 def render(
