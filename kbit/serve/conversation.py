@@ -32,8 +32,8 @@ class Prepared:
         text: the prompt.
         tools: how the model writes calls; None: it is offered no tools.
         names: of the tools.
-        reasoning: whether answers begin with thoughts.
-        thinking: whether the prompt ends within one.
+        reasoning: whether answers begin with thoughts, which are told apart.
+        thinking: whether the prompt ends within such a thought.
         calls: whether the answer must be a call.
     """
 
@@ -97,7 +97,8 @@ def prepare_chat(body: ChatBody, model: ServedModel) -> Prepared:
         show_special=offered and form in ("mistral", "llama3", "pythonic"),
     )
     names = tuple(tool.function.name for tool in tools)
-    return Prepared(request, text, form if offered else None, names, thinks(template), thinking)
+    apart = body.reasoning_format != "none"
+    return Prepared(request, text, form if offered else None, names, apart and thinks(template), apart and thinking)
 
 
 def render(
@@ -291,7 +292,7 @@ def _forced_call(model: ServedModel, form: ToolFormat, tools: list[Tool]) -> Con
     schema: dict[str, Any] = schemas[0] if len(schemas) == 1 else {"anyOf": schemas}
     if form == "llama3":
         return model.grammars.json_schema(schema, "tools")
-    begin, end = '"<tool_call>\\n"', '"\\n</tool_call>"'
+    begin, end = _mark(model, "<tool_call>") + ' "\\n"', '"\\n" ' + _mark(model, "</tool_call>")
     if form in ("mistral", "pythonic"):
         begin, end = _mark(model, "[TOOL_CALLS]"), ""
         if form == "pythonic":  # models that write calls of Python read and write a list of JSON as well

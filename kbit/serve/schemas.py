@@ -114,6 +114,8 @@ class ChatBody(SamplingFields):
     chat_template_kwargs: dict[str, Any] | None = None
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
+    # llama.cpp's: "none" leaves thoughts in the content, as they were written.
+    reasoning_format: Literal["none", "auto", "deepseek"] = "auto"
     verbose: bool | None = None
     modalities: list[str] | None = None
     # Accepted, as they change no answer: accounting and hints.

@@ -130,7 +130,7 @@ def test_a_mistake_of_ours_is_said_and_survived(
 ) -> None:
     engine = tiny_engine(decoder)
     with monkeypatch.context() as patch:
-        patch.setattr(engine, "_begin", lambda work, events: 1 / 0)
+        patch.setattr(engine, "_begin", lambda *given: 1 / 0)
         live = Live(sampled((1,)), engine.tokenizer)
         thread.submit(engine, live)
         assert isinstance(reader.wait_for(live).error, ZeroDivisionError)

@@ -20,10 +20,12 @@ from kbit.engine.batch_engine import BatchEngine
 from kbit.engine.generate import generate
 from kbit.engine.loader import load_model
 from kbit.formats.nested import NestedFormat
+from kbit.host.errors import KbitError
 from kbit.quantizers.convert import convert
 from kbit.quantizers.plan import make_plan
 from kbit.serve.access import LOOPBACK
 from kbit.serve.app import ServeOptions
+from kbit.serve.run import listen
 
 RIGHT = {"authorization": "Bearer right"}
 
@@ -85,6 +87,17 @@ def test_it_says_what_it_serves(client: TestClient) -> None:
     assert slots["weights_bytes"] > 0
     idle = {"model": "tiny", "running": 0, "waiting": 0, "requests": 0, "cache_used": 0, "is_processing": False}
     assert {name: slots[name] for name in idle} == idle
+
+
+def test_several_addresses_have_one_port() -> None:
+    sockets = listen("127.0.0.1,127.0.0.2", 0)
+    first, second = (each.getsockname() for each in sockets)
+    assert (first[0], second[0]) == ("127.0.0.1", "127.0.0.2")
+    assert first[1] == second[1]
+    with pytest.raises(KbitError, match=f"--host 127.0.0.2 --port {first[1]}: .*in use"):
+        listen("127.0.0.2", first[1])
+    for each in sockets:
+        each.close()
 
 
 def test_bodies_that_are_none(client: TestClient) -> None:

@@ -152,6 +152,26 @@ def test_a_call_is_forced_in_every_format(novels_folder: str, mark: str) -> None
         assert [part["name"] for part in parts if "name" in part] == ["meet"]
 
 
+def test_a_call_is_forced_where_its_marks_are_tokens(novels_folder: str, tmp_path: Path) -> None:
+    """As in Qwen's vocabulary: a constraint that asked for their letters would allow nothing."""
+    folder = with_template(Path(novels_folder), tmp_path / "marked", TEMPLATE)
+    tokenizer = json.loads((folder / "tokenizer.json").read_text())
+    vocabulary, merges = tokenizer["model"]["vocab"], tokenizer["model"]["merges"]
+    for mark in ("<tool_call>", "</tool_call>"):
+        last = max((text for text in vocabulary if not text.endswith("call>")), key=vocabulary.__getitem__)
+        vocabulary[mark] = vocabulary.pop(last)
+        merges[:] = [pair for pair in merges if last not in ("".join(pair), *pair)]
+        added = {**tokenizer["added_tokens"][0], "id": vocabulary[mark], "content": mark, "special": False}
+        tokenizer["added_tokens"].append(added)
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
+    body = {"tools": TOOLS, "tool_choice": {"function": {"name": "meet"}}, "max_tokens": 150}
+    with serving(("marked", folder)) as client:
+        choice = chat(client, **body)["choices"][0]
+        assert choice["finish_reason"] == "tool_calls"
+        (call,) = choice["message"]["tool_calls"]
+        assert set(json.loads(call["function"]["arguments"])) == {"name", "age"}
+
+
 def test_calls_and_results_go_back_into_the_prompt(client: TestClient) -> None:
     call = {"id": "c1", "type": "function", "function": {"name": "wait", "arguments": "{}"}}
     messages = [

@@ -138,6 +138,10 @@ def test_what_holds_where_a_request_does_not_say(chatting: Path) -> None:
         rendered = client.post("/apply-template", json={"messages": HELLO}).json()["prompt"]
         assert rendered.endswith("assistant:<think>\n</think>")
         bodies = [{"prompt": PROMPT}, {"prompt": PROMPT, "seed": 7}]
+        written = {"regex": "yes</think>no", "max_tokens": 40, "chat_template_kwargs": {"enable_thinking": True}}
+        for form, thought, said in (("auto", "yes", "no"), ("deepseek", "yes", "no"), ("none", None, "yes</think>no")):
+            message = chat(client, messages=HELLO, **written, reasoning_format=form)["choices"][0]["message"]
+            assert (message.get("reasoning_content"), message["content"]) == (thought, said)
         answers = [client.post("/v1/completions", json=each).json() for each in bodies]
         assert answers[0]["usage"]["completion_tokens"] == 9
         assert len({each["choices"][0]["text"] for each in answers}) == 1

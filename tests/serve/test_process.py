@@ -69,6 +69,8 @@ def test_a_second_ctrl_c_quits(novels_folder: str) -> None:
     [
         (["--port", "70000"], "--port 70000: expected"),
         (["--parallel", "0"], "--parallel 0: expected at least 1"),
+        (["--without", "pages"], "--without pages: expected one of metrics, slots, page"),
+        (["--chat-template-kwargs", "[1]"], "--chat-template-kwargs [1]: expected an object"),
         (["--cache-size", "much"], "--cache-size much: expected a size"),
         (["--tls-cert", "x.pem"], "belong together"),
         (["a/x.gguf", "b/x.gguf"], "two models have this name"),
