@@ -233,6 +233,7 @@ class Program:
         sinks: NDArray[np.float32] | None = None,
         by_distance: NDArray[np.float32] | None = None,
         latent: bool = False,
+        chunked: bool = False,
     ) -> None: ...
     def columns(self, x: int, out: int, first: int) -> None: ...
     def by_heads(self, x: int, matrix: Matrix, out: int, heads: int, first: int, backward: bool) -> None: ...
@@ -260,6 +261,8 @@ class Program:
         limit: float = 0.0,
         best_of_group: bool = False,
         scales: NDArray[np.float32] | None = None,
+        jitter: float = 0.0,
+        scales_input: bool = False,
     ) -> None: ...
     def store_keys(self, k: int, v: int, layer: int, heads: int, kv_heads: int, head_dim: int) -> None: ...
     def cross_attend(

@@ -3,4 +3,4 @@
 Apart from it, so that a model's structure can be checked without torch.
 """
 
-ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu")
+ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu", "elu")

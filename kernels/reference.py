@@ -211,6 +211,7 @@ def attend(
     cap: float | None = None,
     sinks: torch.Tensor | None = None,
     by_distance: torch.Tensor | None = None,
+    chunked: bool = False,
 ) -> torch.Tensor:
     """softmax(soft_cap(scale * Q K^T) + by_distance + mask) V with grouped heads and a mask by position.
 
@@ -236,6 +237,7 @@ def attend(
         sinks: (H,), a score of each head that is in the softmax's sum beside those of slots and has no value (Xiao et
             al., arXiv 2309.17453; gpt-oss); not capped.
         by_distance: (H, 2 R + 1), added to scores: column R + j - p, the first and last also beyond; or None.
+        chunked: the window does not slide: a query sees the slots j of its own stretch, j // window = p // window.
 
     Returns:
         (B, T, H, D) float32.
@@ -253,10 +255,12 @@ def attend(
             if window is not None:
                 last = min(last, max(int(where.max()) + window, prefix))
             first = 0 if window is None else max(0, int(where.min()) - window + 1)
+            if window is not None and chunked:
+                first = int(where.min().clamp(min=0)) // window * window
             if first < last:
                 seen = slice(first, last)
                 slots = torch.arange(first, last, device=q.device)
-                hidden = _hidden(where, slots, window, causal) & (slots >= prefix)
+                hidden = _hidden(where, slots, window, causal, chunked) & (slots >= prefix)
                 out[rows, queries] = _softmax_weighted(
                     q[rows, queries],
                     k[rows, :, seen].float(),
@@ -279,10 +283,14 @@ def _rows_alike(positions: torch.Tensor, kv_lengths: torch.Tensor, budget: int) 
         yield slice(start, min(start + step, batch))
 
 
-def _hidden(positions: torch.Tensor, slots: torch.Tensor, window: int | None, causal: bool) -> torch.Tensor:
+def _hidden(
+    positions: torch.Tensor, slots: torch.Tensor, window: int | None, causal: bool, chunked: bool
+) -> torch.Tensor:
     """True where a query must not look: positions (T',), slots (S',) -> bool (T', S')."""
     hidden = (slots > positions[:, None]) & causal
-    if window is not None:
+    if window is not None and chunked:
+        hidden |= slots // window != positions[:, None] // window
+    elif window is not None:
         hidden |= (slots - positions[:, None]).abs() >= window
     return hidden
 
@@ -359,7 +367,8 @@ def activate(gate: torch.Tensor, up: torch.Tensor | None, kind: str) -> torch.Te
         gate: (..., K).
         up: (..., K) or None.
         kind: "silu" x * sigmoid(x); "gelu" x * Phi(x) with the exact normal distribution function; "gelu_tanh" its
-            tanh approximation (Hendrycks and Gimpel 2016); "relu" max(x, 0).
+            tanh approximation (Hendrycks and Gimpel 2016); "relu" max(x, 0); "elu" x, or e^x - 1
+            where x is negative (Clevert et al., arXiv 1511.07289).
 
     Returns:
         (..., K) float32.
@@ -376,6 +385,8 @@ def activate(gate: torch.Tensor, up: torch.Tensor | None, kind: str) -> torch.Te
         out = F.gelu(gate, approximate="tanh")
     elif kind == "relu":
         out = F.relu(gate)
+    elif kind == "elu":
+        out = F.elu(gate)
     else:
         raise UnsupportedError(f"activation {kind!r} is not one of {', '.join(ACTIVATIONS)}")
     return out if up is None else out * up.float()

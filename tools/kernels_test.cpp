@@ -292,7 +292,8 @@ void test_rows(Digest& digest) {
       set->add(x.data(), out.data(), count);
       sum.add(*set, out);
     }
-    for (const Activation kind : {Activation::silu, Activation::gelu, Activation::gelu_tanh, Activation::relu}) {
+    for (const Activation kind : {Activation::silu, Activation::gelu, Activation::gelu_tanh, Activation::relu,
+                                  Activation::elu}) {
       // gelu calls erff, which differs from one C library to another.
       Comparison gated("activation" + name, kind == Activation::gelu ? nullptr : &digest);
       for (const Kernels* set : all_sets) {

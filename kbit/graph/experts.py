@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Literal
 if TYPE_CHECKING:
     from kbit.graph.ops import Vector, Weight
 
+Score = Literal["softmax", "sigmoid", "softmax_of_chosen", "sparsemixer"]
+
 
 @dataclass(frozen=True)
 class Routing:
@@ -21,26 +23,34 @@ class Routing:
         experts: E.
         chosen: experts of each token, at most E. Of equals the one of lower index is chosen.
         score: what becomes of a logit. "softmax": over all experts. "sigmoid": each by itself. "softmax_of_chosen":
-            experts are chosen by their logits, and the softmax is over those chosen.
+            experts are chosen by their logits, and the softmax is over those chosen. "sparsemixer" (arXiv 2409.12136):
+            two, one after the other, each the best of those left, and weighed by the softmax over those left that come
+            near it: whose logits l lie below its m by at most 2 jitter max(|l|, m).
         normalise: the chosen experts' scores are divided by their sum.
         scale: multiplies them in the end.
         groups: experts are in so many groups of consecutive ones.
         chosen_groups: only so many groups take part for a token, those with the largest
         group_score: "two best": the sum of a group's two best experts; "best": its best one.
+        jitter: of "sparsemixer".
+        scales_input: what an expert weighs multiplies what goes into it, not what comes out (Llama 4).
     """
 
     experts: int
     chosen: int
-    score: Literal["softmax", "sigmoid", "softmax_of_chosen"] = "softmax"
+    score: Score = "softmax"
     normalise: bool = False
     scale: float = 1.0
     groups: int = 1
     chosen_groups: int = 1
     group_score: Literal["two best", "best"] = "two best"
+    jitter: float = 0.0
+    scales_input: bool = False
 
     def __post_init__(self) -> None:
         if not 1 <= self.chosen <= self.experts:
             raise ValueError(f"{self.chosen} of {self.experts} experts cannot be chosen")
+        if self.score == "sparsemixer" and (self.chosen != 2 or self.groups != 1):
+            raise ValueError(f"sparsemixer chooses 2 of all experts, not {self.chosen} of {self.groups} groups")
         size = self.experts // max(1, self.groups)
         if self.groups < 1 or self.experts % self.groups or not 1 <= self.chosen_groups <= self.groups:
             raise ValueError(f"{self.experts} experts are not {self.groups} groups of which {self.chosen_groups} count")

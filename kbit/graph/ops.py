@@ -86,6 +86,8 @@ class Attention:
         angles: with "rotary", the columns [first, stop) of the pass's rotary tables that turn q and k; None: all.
         soft_cap: c, scores s become c tanh(s / c) before the mask; None: they stay.
         latent: values are the turned keys themselves, and kept once. One key/value head then serves all heads.
+        chunked: the window does not slide (Llama 4): a text is cut into stretches as long as it, and a query sees the
+            tokens of its own stretch, up to itself.
     """
 
     layer: int
@@ -100,10 +102,13 @@ class Attention:
     angles: tuple[int, int] | None = None
     soft_cap: float | None = None
     latent: bool = False
+    chunked: bool = False
 
     def __post_init__(self) -> None:
         if self.window is not None and self.mask not in ("causal", "bidirectional"):
             raise ValueError(f"{self.mask} attention has no window")
+        if self.chunked and (self.window is None or self.mask != "causal"):
+            raise ValueError("chunks are of causal attention with a window")
         if (self.mask == "cross") != (self.source == "encoder"):
             raise ValueError(f"the keys of {self.mask} attention are not those of source {self.source!r}")
         if self.source == "encoder" and self.positions != "none":

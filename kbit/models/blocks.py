@@ -10,7 +10,7 @@ from kbit.graph.ops import Attention, Ops, Vector, Weight, X
 from kbit.models.latent import latent_heads, latent_queries, latent_values
 from kbit.models.mixers import convolved, scaled, scanned, together
 from kbit.models.params import CROSS_KV, attention_inputs, expert_slots, gate_up, shared_inputs
-from kbit.models.spec import SQUARED, ModelSpec
+from kbit.models.spec import SQUARED, XIELU, ModelSpec
 
 
 @dataclass(frozen=True, eq=False)
@@ -153,6 +153,7 @@ def _attended(ops: Ops[X], spec: ModelSpec, weights: Weights, index: int, normed
         angles=turns if spec.several_rotations else None,
         soft_cap=spec.score_cap,
         latent=spec.keeps_latents,
+        chunked=spec.chunked and spec.windows[index] is not None,
     )
     # What a norm has scaled is no constant part of keys; and where angles depend on the length of the text, or are
     # several, a bias that turned with other angles could not be put back.
@@ -160,10 +161,12 @@ def _attended(ops: Ops[X], spec: ModelSpec, weights: Weights, index: int, normed
     # (With a cap or sinks, what features that do not turn add to every score counts, too.)
     sinks = weights.biases.get("sinks")
     shifted = spec.score_cap is not None or (sinks is not None and spec.rope.dim < spec.head_dim)
-    constant = turns is not None and single and spec.names.k_norm is None and not shifted
+    normed_keys = spec.names.k_norm is not None or spec.key_norms
+    constant = turns is not None and single and not normed_keys and not shifted
     key_bias = weights.biases.get("k") if constant else None
     seen = ops.self_attention(q, k, v, described, key_bias, sinks, weights.biases.get("distances", by_distance))
     seen = seen if gate is None else ops.sigmoid_gate(seen, gate)
+    seen = _inner_norm(ops, spec, weights, "attention_inner_norm", seen)
     return seen if spec.latent is None else latent_values(ops, spec, spec.latent, weights, seen)
 
 
@@ -207,7 +210,7 @@ def mixture(ops: Ops[X], spec: ModelSpec, weights: Weights, x: X) -> X:
     if experts.shared_width:
         gate, *up = together(ops, weights, shared_inputs(spec), inner)
         down = weights.linear("shared_down")
-        shared = ops.linear(down.weight, _activated(ops, spec, gate, up))
+        shared = ops.linear(down.weight, _activated(ops, spec, weights, gate, up))
         if down.bias is not None:  # which is added once, whoever shares the model
             out, shared = ops.sum_parts(out), ops.sum_parts(shared, down.bias)
         switch = weights.matrices.get("shared_switch")
@@ -258,13 +261,18 @@ def _of_experts(ops: Ops[X], spec: ModelSpec, weights: Weights, inner: X, logits
 def _features(ops: Ops[X], spec: ModelSpec, weights: Weights, normed: X) -> X:
     """The MLP, but for its last linear: (..., hidden) -> (..., intermediate)."""
     gate, *up = together(ops, weights, gate_up(spec), normed)
-    return _activated(ops, spec, scaled(ops, gate, spec.multipliers.gate), up)
+    inner = _activated(ops, spec, weights, scaled(ops, gate, spec.multipliers.gate), up)
+    return _inner_norm(ops, spec, weights, "mlp_inner_norm", inner)
 
 
-def _activated(ops: Ops[X], spec: ModelSpec, gate: X, up: list[X]) -> X:
+def _activated(ops: Ops[X], spec: ModelSpec, weights: Weights, gate: X, up: list[X]) -> X:
     """act(gate) up, or act(gate) where there is no up: (..., intermediate)."""
     if spec.activation == SQUARED:
-        return ops.activate(gate, gate, "relu")
+        return ops.activate(gate, ops.multiply(gate, up[0]) if up else gate, "relu")
+    if spec.activation == XIELU:  # p x^2, or n (e^x - 1 - x), and b x
+        above = ops.scale(ops.activate(gate, gate, "relu"), weights.biases["xielu_positive"])
+        below = ops.scale(ops.activate(gate, None, "elu"), weights.biases["xielu_negative"])
+        return ops.add(ops.add(above, below), ops.scale(gate, weights.biases["xielu_linear"]))
     return ops.activate(gate, up[0] if up else None, spec.activation)
 
 
@@ -278,12 +286,20 @@ def norm(ops: Ops[X], spec: ModelSpec, weights: Weights, slot: str, x: X) -> X:
     return ops.norm(x, weight, spec.norm_eps)
 
 
+def _inner_norm(ops: Ops[X], spec: ModelSpec, weights: Weights, slot: str, x: X) -> X:
+    """The RMS norm of what a block's last linear reads, of which every process has a part; x itself without one."""
+    weight = weights.norms.get(slot)
+    return x if weight is None else ops.norm(x, weight, spec.norm_eps, parts=True)
+
+
 def embedding(ops: Ops[X], spec: ModelSpec, weight: Weight, outside: Weights, ids: X) -> X:
     """The residual stream before the first layer, of tokens, and where the model has them their positions and types:
     (..., hidden)."""
     x = ops.embed(weight, ids)
     if spec.embedding_multiplier != 1.0:
         x = ops.scale(x, spec.embedding_multiplier)
+    if spec.embedding_size:
+        x = ops.linear(outside.matrices["project_in"], x)
     if spec.types:
         x = ops.add(x, ops.look_up(outside.matrices["types"], "types"))
     if spec.position_rows:
@@ -293,7 +309,10 @@ def embedding(ops: Ops[X], spec: ModelSpec, weight: Weight, outside: Weights, id
 
 def head(ops: Ops[X], spec: ModelSpec, weights: Weights, weight: Weight, hidden: X) -> X:
     """Hidden states before the final norm -> logits (..., V)."""
-    logits = ops.logits(weight, norm(ops, spec, weights, "final_norm", hidden), weights.biases.get("head"))
+    x = norm(ops, spec, weights, "final_norm", hidden)
+    if spec.embedding_size:
+        x = ops.linear(weights.matrices["project_out"], x)
+    logits = ops.logits(weight, x, weights.biases.get("head"))
     if spec.logit_multiplier != 1.0:
         logits = ops.scale(logits, spec.logit_multiplier)
     return logits if spec.logit_cap is None else ops.soft_cap(logits, spec.logit_cap)
@@ -334,6 +353,9 @@ def _positioned(
     the norm comes after it, or queries turn by other angles than keys. And the angles that are left to attention, or
     None."""
     turns = Angles.of(spec, index)
+    if turns is None and spec.unturned_temperature is not None:
+        pairs = spec.rope.dim // 2  # behind which the tables have the factor
+        q = ops.rotate(q, spec.head_dim, (pairs, pairs + spec.head_dim // 2))
     if turns is not None and turns.factor is not None:
         q = ops.rotate(q, spec.head_dim, turns.factor)
     if not spec.norm_rotated:

@@ -86,14 +86,16 @@ class DecoderDefinition:
         self, positions: NDArray[np.int64], lengths: NDArray[np.int64]
     ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
         """The tables of every rope side by side, and again, times their temperature, for queries that have one; or that
-        alone, where only a part of a head turns."""
+        alone, where only a part of a head turns, or those have it that do not."""
         tables = [rope_tables(rope, positions, lengths) for rope in self.spec.ropes]
         cos, sin = (np.concatenate(parts, axis=-1) for parts in zip(*tables, strict=True))
-        if self.spec.query_temperature is None:
+        tempered = self.spec.query_temperature or self.spec.unturned_temperature
+        if tempered is None:
             return cos, sin
-        beta, period = self.spec.query_temperature
-        factor = (1.0 + beta * np.log1p(positions // period)).astype(np.float32)[..., None]
-        if self.spec.rope.dim < self.spec.head_dim:
+        beta, period = tempered
+        after = 0 if self.spec.query_temperature else 1
+        factor = (1.0 + beta * np.log1p((positions + after) // period)).astype(np.float32)[..., None]
+        if after or self.spec.rope.dim < self.spec.head_dim:
             whole = np.broadcast_to(factor, (*cos.shape[:-1], self.spec.head_dim // 2))
             return np.concatenate([cos, whole], axis=-1), np.concatenate([sin, np.zeros_like(whole)], axis=-1)
         return np.concatenate([cos, cos * factor], axis=-1), np.concatenate([sin, sin * factor], axis=-1)

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from kbit.graph.experts import Clamp, Routing
+from kbit.graph.experts import Clamp, Routing, Score
 from kbit.host.errors import UnsupportedError
 from kbit.models.config_values import ConfigValues, shown
 from kbit.models.spec import ExpertsSpec
@@ -37,7 +37,8 @@ class ExpertRules:
         layers: which have experts: "all"; "stepped" (every `decoder_sparse_step`-th, but for `mlp_only_layers`);
             "later" (from `first_k_dense_replace` on, or what `first` names); "listed" (`mlp_layer_types` says "sparse";
             all but the first); "typed" (`layer_types` says "moe"); "spaced" (from
-            `moe_layer_start_index` to `moe_layer_end_index`, every `moe_layer_interval`-th).
+            `moe_layer_start_index` to `moe_layer_end_index`, every `moe_layer_interval`-th); "numbered" (those of
+            `moe_layers`, or every `interleave_moe_layer_step`-th).
         first: with "later", the key of the first layer that has some.
         score, grouped: see `kbit.graph.experts.Routing`; grouped: `n_group` and `topk_group` are read.
         group_score: see `kbit.graph.experts.Routing`; or the key of the method, "greedy" (of all experts) or
@@ -48,6 +49,8 @@ class ExpertRules:
         router_bias, selection_bias, bias, beside: see `kbit.models.spec.ExpertsSpec`; the second may be the key that
             says.
         optional: a count of 0 says that there are none.
+        jitter: the key of the factor of "sparsemixer".
+        scales_input: see `kbit.graph.experts.Routing`.
         clamped: the activation is gpt-oss's, of `swiglu_alpha` and `swiglu_limit`.
     """
 
@@ -55,9 +58,9 @@ class ExpertRules:
     width: str = "moe_intermediate_size"
     chosen: str = "num_experts_per_tok"
     switch: str | None = None
-    layers: Literal["all", "stepped", "later", "listed", "typed", "spaced"] = "all"
+    layers: Literal["all", "stepped", "later", "listed", "typed", "spaced", "numbered"] = "all"
     first: str = "first_k_dense_replace"
-    score: Literal["softmax", "sigmoid", "softmax_of_chosen"] = "softmax"
+    score: Score = "softmax"
     normalise: bool | str = True
     scale: str | None = None
     grouped: bool = False
@@ -68,6 +71,8 @@ class ExpertRules:
     bias: bool = False
     optional: bool = False
     clamped: bool = False
+    jitter: str | None = None
+    scales_input: bool = False
     beside: bool = False
 
 
@@ -149,6 +154,8 @@ def _layers(rules: ExpertRules, values: ConfigValues, layers: int) -> tuple[bool
         )
         last = layers - 1 if last == -1 else last
         return tuple(first <= layer <= last and (layer + 1) % step == 0 for layer in range(layers))
+    if rules.layers == "numbered":
+        return _numbered(values, layers)
     if rules.layers == "listed":
         return _listed(values, layers)
     if rules.layers == "all":
@@ -159,6 +166,16 @@ def _layers(rules: ExpertRules, values: ConfigValues, layers: int) -> tuple[bool
     if not isinstance(dense, list) or not all(type(layer) is int and 0 <= layer < layers for layer in dense):
         raise values.error("mlp_only_layers", f"a list of layers, numbers from 0 to {layers - 1}")
     return tuple((layer + 1) % step == 0 and layer not in dense for layer in range(layers))
+
+
+def _numbered(values: ConfigValues, layers: int) -> tuple[bool, ...]:
+    numbers = values.raw("moe_layers")
+    step = values.integer("interleave_moe_layer_step", 1, _MAX_LAYERS)
+    if numbers is None:
+        return tuple((layer + 1) % step == 0 for layer in range(layers))
+    if not isinstance(numbers, list) or not all(type(layer) is int and 0 <= layer < layers for layer in numbers):
+        raise values.error("moe_layers", f"a list of layers, numbers from 0 to {layers - 1}")
+    return tuple(layer in numbers for layer in range(layers))
 
 
 def _listed(values: ConfigValues, layers: int) -> tuple[bool, ...]:
@@ -188,4 +205,9 @@ def _routing(rules: ExpertRules, values: ConfigValues, count: int, chosen: int) 
     normalise = values.boolean(rules.normalise) if isinstance(rules.normalise, str) else rules.normalise
     scale = 1.0 if rules.scale is None else values.number(rules.scale, above=_MIN_FACTOR, below=_MAX_FACTOR)
     group_score: Literal["two best", "best"] = "best" if by_method else "two best"
-    return Routing(count, chosen, rules.score, normalise, scale, groups, taking_part, group_score)
+    jitter = 0.0 if rules.jitter is None else values.number(rules.jitter, above=-_MIN_FACTOR, below=1.0)
+    if rules.score == "sparsemixer" and chosen != 2:
+        raise values.error(rules.chosen, "2, as SparseMixer chooses as many")
+    return Routing(
+        count, chosen, rules.score, normalise, scale, groups, taking_part, group_score, jitter, rules.scales_input
+    )

@@ -42,7 +42,14 @@ from kbit.models.refused import reason
 from kbit.models.rope_config import DEFAULT_THETA, RopeRules, Ropes, ropes_from_config
 from kbit.models.scan_config import Scanned, mixing_of, scan_of
 from kbit.models.spec import MAX_CONTEXT, SQUARED, ModelSpec, RopeSpec, Sinusoids, SoundSpec
-from kbit.models.stack_config import distances_of, names_of, with_fallbacks
+from kbit.models.stack_config import (
+    distances_of,
+    embedding_size_of,
+    layer_features_of,
+    names_of,
+    temperature_of,
+    with_fallbacks,
+)
 from kbit.models.task_config import position_table, read_task, token_types
 from kbit.models.task_heads import TaskHead
 from kbit.models.tensor_names import TensorNames
@@ -116,6 +123,7 @@ class Family:
         mlp_ratio: intermediate_size over hidden_size where the configuration names none.
         logit_factor: the key of the factor on logits.
         equal: keys of two sizes that a published model may have apart, and kbit has not.
+        embedding_width: the key of the width of embeddings, where there are projections between them and the stream.
         task: what is computed of hidden states, see ModelSpec.
         heads: what else, by architecture; of an activation "config" the configuration says which. Keys of HEAD_KEYS
             that these families have say the rest.
@@ -131,6 +139,8 @@ class Family:
         shared: the key that says whether encoder and decoder have one embedding, and its name then.
         plain_up: the name of `up` where the activation's name does not begin with "gated-": then there is no gate.
         multiplied: there are Falcon-H1's factors inside of layers (`kbit.models.factors_config`).
+        temperature: the keys of `ModelSpec.unturned_temperature`: whether there is one, b, and n.
+        key_norms: the key of the same of ModelSpec.
         key_bias, sound: see ModelSpec; sound: the key of its frames' features.
         variants: (key, value, family): what a configuration of this model_type is where a key has a value, the first
             that it has.
@@ -188,6 +198,7 @@ class Family:
     mlp_ratio: int | None = None
     logit_factor: str | None = None
     equal: tuple[tuple[str, str], ...] = ()
+    embedding_width: str | None = None
     latent: LatentRules | None = None
     depth_scale: str | None = None
     logit_width: str | None = None
@@ -205,6 +216,8 @@ class Family:
     multiplied: bool = False
     key_bias: bool = True
     sound: str | None = None
+    temperature: tuple[str, str, str] | None = None
+    key_norms: str | None = None
 
     @property
     def accepted(self) -> tuple[str, ...]:
@@ -288,7 +301,7 @@ def _read_stack(family: Family, values: ConfigValues) -> ModelSpec:
         of_full = next((shape.head_dim for shape, one in zip(shapes, windows, strict=False) if one is None), None)
         ropes = ropes_from_config(values, rope_dim, max_positions, family.rope, of_full)
     vocabulary = values.integer("vocab_size", 1, _MAX_VOCAB)
-    features, feature_rows = _layer_features(family, values, vocabulary)
+    features, feature_rows = layer_features_of(family, values, vocabulary)
     norm_bias = _switch(family.norm_bias, values)
     names = names_of(family if latent is None else replace(family, names=latent.names), values)
     if latent is not None:
@@ -350,11 +363,16 @@ def _read_stack(family: Family, values: ConfigValues) -> ModelSpec:
         key_bias=family.key_bias,
         multipliers=multipliers(values) if family.multiplied else Multipliers(),
         mixing=mixing_of(values, layers) if family.scan == "mixed" else (),
+        embedding_size=embedding_size_of(family, values, hidden),
+        chunked=family.windows == "chunks",
+        unturned_temperature=temperature_of(family, values),
+        key_norms=family.key_norms is not None and values.boolean(family.key_norms),
         sound=None if family.sound is None else SoundSpec(values.integer(family.sound, 1, _MAX_WIDTH)),
     )
-    gated = names.gate is not None or (spec.experts is not None and names.expert_gate is not None)
-    if spec.activation == SQUARED and gated:
-        raise UnsupportedError(f"{values.where}: {family.activation} {SQUARED!r} is supported for MLPs without a gate")
+    if spec.activation == SQUARED and spec.experts is not None and names.expert_gate is not None:
+        raise UnsupportedError(
+            f"{values.where}: {family.activation} {SQUARED!r} is supported for experts without a gate"
+        )
     return spec
 
 
@@ -416,12 +434,3 @@ def _score_scale(
 
 def _switch(setting: bool | str, values: ConfigValues) -> bool:
     return values.boolean(setting) if isinstance(setting, str) else setting
-
-
-def _layer_features(family: Family, values: ConfigValues, vocabulary: int) -> tuple[int, int]:
-    """The features of a second embedding for every layer, and its rows; 0 where there is none."""
-    if family.layer_features is None:
-        return 0, 0
-    key, tokens = family.layer_features
-    features = values.optional_integer(key, 0, _MAX_WIDTH) or 0
-    return features, values.integer(tokens, vocabulary, _MAX_VOCAB) if features else 0

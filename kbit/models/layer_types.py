@@ -10,10 +10,11 @@ from kbit.models.config_values import ConfigValues, shown
 from kbit.models.spec import MAX_CONTEXT
 
 Windows = Literal[
-    "none", "all", "switched", "chosen", "listed", "period", "period from 0", "period, full at the end", "runs"
+    "none", "all", "switched", "chosen", "listed", "period", "period from 0", "period, full at the end", "runs", "chunks"
 ]
 Rotated = Literal["all", "listed", "windowed", "slid", "typed"]
 FULL, SLIDING, LINEAR, CONV = "full_attention", "sliding_attention", "linear_attention", "conv"
+CHUNKED = "chunked_attention"
 
 
 def windows_of(windows: Windows, period: int | str, values: ConfigValues, layers: int) -> tuple[int | None, ...]:
@@ -25,7 +26,8 @@ def windows_of(windows: Windows, period: int | str, values: ConfigValues, layers
             "listed" (`use_sliding_window` and then `layer_types`); "period" (`layer_types`, or all but every
             period-th); "period from 0" (likewise, but of every period the first does not); "period, full at the end"
             (as "period", but for the last layer, which never does); "runs" (`attention_types`, how often each list of
-            "global" and "local" comes; or every second).
+            "global" and "local" comes; or every second);
+            "chunks" (`layer_types`, or those that rotate; `attention_chunk_size` long, and they do not slide).
         period: of full attention; 0 for none; or the key that says.
         values: the configuration.
         layers: how many there are.
@@ -36,6 +38,8 @@ def windows_of(windows: Windows, period: int | str, values: ConfigValues, layers
     """
     if windows == "runs":
         return _by_runs(values, layers)
+    if windows == "chunks":
+        return _by_chunks(values, layers)
     window = None
     periodic = windows.startswith("period")
     if windows == "all" or periodic or (windows != "none" and values.boolean("use_sliding_window")):
@@ -90,7 +94,7 @@ def rotated_layers(rotated: Rotated, values: ConfigValues, windows: Sequence[int
         turns = (kind == "rope",) * layers
     elif rotated == "listed":
         listed = values.raw("no_rope_layers")
-        if listed is None:
+        if listed is None or listed == []:
             interval = values.integer("no_rope_layer_interval", 1, MAX_CONTEXT)
             turns = tuple((layer + 1) % interval != 0 for layer in range(layers))
         elif not isinstance(listed, list) or len(listed) != layers or any(flag not in (0, 1) for flag in listed):
@@ -127,6 +131,17 @@ def _by_runs(values: ConfigValues, layers: int) -> tuple[int | None, ...]:
     if len(kinds) != layers or not set(map(str, kinds)) <= {"global", "local"}:
         raise values.error("attention_types", f"lists of global and local, and how often each comes, {layers} in all")
     return tuple(window if kind == "local" else None for kind in kinds)
+
+
+def _by_chunks(values: ConfigValues, layers: int) -> tuple[int | None, ...]:
+    """Llama 4's stretches of attention."""
+    types = _layer_types(values, layers, (FULL, CHUNKED))
+    turns = rotated_layers("listed", values, (None,) * layers) or (True,) * layers
+    cut = turns if types is None else tuple(kind == CHUNKED for kind in types)
+    chunk = values.optional_integer("attention_chunk_size", 1, MAX_CONTEXT)
+    if chunk is None and any(cut):
+        raise values.error("attention_chunk_size", "how long the stretches are of layers whose attention is in chunks")
+    return tuple(chunk if one else None for one in cut)
 
 
 def linear_layers(values: ConfigValues, layers: int) -> tuple[bool, ...]:

@@ -181,6 +181,8 @@ class _Loader:
         steps = 1.0 if self.spec.scan is None else self.spec.scan.steps
         if steps != 1.0 and "scan_steps" in biases:  # which are multiplied with them, once this is added
             biases["scan_steps"] = _times(biases["scan_steps"], 1.0 / steps)
+        if "xielu_linear" in biases:
+            biases |= self._xielu(*(biases[f"xielu_{part}"] for part in ("positive", "negative", "linear")))
         return Weights(matrices, norms, biases)
 
     def _weight(self, name: str, *, lookup: bool = False) -> Weight:
@@ -207,6 +209,17 @@ class _Loader:
             return backend.prepare_vector(values)
         self._count()
         return vector
+
+    def _xielu(self, positive: Any, negative: Any, linear: Any) -> dict[str, Vector]:
+        """The factors of `kbit.models.blocks` from what is stored: before a softplus those of the square and, less b, of
+        the exponential, whose -n x is taken together with b x. (What is stored as `eps` keeps exponents from above
+        -1e-6, where a GPU's difference of e^x and 1 would be inexact.)"""
+        import numpy as np
+
+        p, n, b = (np.float32(vector.reshape(-1)[0]) for vector in (positive, negative, linear))
+        p, n = np.logaddexp(np.float32(0), p), np.logaddexp(np.float32(0), n)
+        factors = {"positive": p, "negative": b + n, "linear": -n}
+        return {f"xielu_{part}": self._made(np.array([factor], np.float32)) for part, factor in factors.items()}
 
     def _slopes(self) -> Vector:
         """What slopes add to scores: of no tensor."""

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from kbit.models.mixer_specs import ConvNet, ScanNet
-from kbit.models.spec import LatentSpec, ModelSpec, SoundSpec
+from kbit.models.spec import XIELU, LatentSpec, ModelSpec, SoundSpec
 
 Unit = Literal[
     "heads", "kv_heads", "features", "sinks", "latent keys", "latent values", "expert features", "shared features",
@@ -85,7 +85,7 @@ def layer_numbers(spec: ModelSpec) -> dict[str, int | None]:
 
 def own_parameters(spec: ModelSpec) -> tuple[Parameter, ...]:
     """Those of one stack of layers: `parameters`, but of an encoder-decoder the decoder's alone."""
-    names, vocabulary = spec.names, (spec.vocab_size, spec.hidden_size)
+    names, vocabulary = spec.names, (spec.vocab_size, spec.embedding_width)
     found = [Parameter(f"{names.embedding}.weight", "embedding", None, "embedding", vocabulary)]
     if spec.sound is not None:
         found = list(_sound(spec, spec.sound))
@@ -108,6 +108,9 @@ def own_parameters(spec: ModelSpec) -> tuple[Parameter, ...]:
             found += _experts(spec, layer) if spec.has_experts(layer) else _mlp(spec, layer)
         found += _layer_end(spec, layer)
     found += _norm(spec, "final_norm", None)
+    if spec.embedding_size:
+        shape = (spec.embedding_size, spec.hidden_size)
+        found.append(Parameter(f"{names.project_out}.weight", "project_out", None, "router", shape))
     found += _task(spec)
     if spec.head_bias and spec.task is None:
         found.append(Parameter(f"{names.head}.bias", "head", None, "bias", vocabulary[:1]))
@@ -118,6 +121,9 @@ def own_parameters(spec: ModelSpec) -> tuple[Parameter, ...]:
 
 def _beside_embedding(spec: ModelSpec) -> Iterator[Parameter]:
     """What `kbit.models.blocks.embedding` reads besides the embedding, and the table of distances."""
+    if spec.embedding_size:
+        shape = (spec.hidden_size, spec.embedding_size)
+        yield Parameter(f"{spec.names.project_in}.weight", "project_in", None, "router", shape)
     for slot, rows in (("positions", spec.position_rows), ("types", spec.types)):
         if rows and not (slot == "positions" and spec.sinusoids is not None):
             name = f"{getattr(spec.names, slot)}.weight"
@@ -188,6 +194,7 @@ def _attention(spec: ModelSpec, layer: int) -> Iterator[Parameter]:
     yield from _distances(spec, layer)
     if spec.names.sinks is not None:
         yield Parameter(spec.names.sinks.format(layer=layer), "sinks", layer, "bias", (spec.heads,), (0, "sinks"))
+    yield from _norm(spec, "attention_inner_norm", layer, queries, (0, "heads"))
     yield from _linear(spec, "o", layer, (hidden, queries), (1, "heads"), ("o",), spec.output_bias)
     yield from _norm(spec, "attention_post_norm", layer)
     yield from _norm(spec, "attention_sum_norm", layer)
@@ -299,7 +306,10 @@ def _biased(spec: ModelSpec, slot: str) -> bool:
 def weightless_norms(spec: ModelSpec, layer: int) -> dict[str, int]:
     """The widths of a layer's norms that have no weight, by slot."""
     shape = spec.shape(layer)
-    return {"v_norm": shape.head_dim} if spec.value_norm and shape.source == layer else {}
+    found = {"v_norm": shape.head_dim} if spec.value_norm and shape.source == layer else {}
+    if spec.key_norms and spec.attends(layer) and (not spec.rotated or spec.rotated[layer]):
+        found |= {"q_norm": shape.head_dim, "k_norm": shape.head_dim}
+    return found
 
 
 def _cross(spec: ModelSpec, layer: int) -> Iterator[Parameter]:
@@ -320,7 +330,11 @@ def _mlp(spec: ModelSpec, layer: int) -> Iterator[Parameter]:
     inputs = gate_up(spec)
     for slot in inputs:
         yield from _linear(spec, slot, layer, (features, hidden), (0, "features"), inputs, spec.mlp_bias)
+    yield from _norm(spec, "mlp_inner_norm", layer, features, (0, "features"))
     yield from _linear(spec, "down", layer, (hidden, features), (1, "features"), ("down",), spec.mlp_bias)
+    for slot, shape in (("xielu_positive", (1,)), ("xielu_negative", (1,)), ("xielu_linear", ())):
+        if spec.activation == XIELU:
+            yield Parameter(str(getattr(spec.names, slot)).format(layer=layer), slot, layer, "bias", shape)
     yield from _norm(spec, "mlp_post_norm", layer)
     yield from _norm(spec, "mlp_sum_norm", layer)
 

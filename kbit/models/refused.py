@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 REASONS = {
-    "phimoe": "its router chooses experts one after another, each by a softmax of those near the best (SparseMixer)",
-    "apertus": "its activation, xIELU, has parameters of its own in every layer",
-    "bitnet": "it has norms inside of attention and MLP, and rounds activations",
-    "llama4_text": "its attention is in chunks, and its router scales what goes into experts",
-    "llama4": "its attention is in chunks, and its router scales what goes into experts",
+    "deberta": "its attention has matrices of its own for distances",
+    "deberta-v2": "its attention has matrices of its own for distances",
+    "deepseek_v32": "a further part of its attention chooses the tokens that are attended to",
+    "gemma3n": "it has several residual streams (AltUp), and MLPs of which a share of the features is left out",
+    "gemma3n_text": "it has several residual streams (AltUp), and MLPs of which a share of the features is left out",
 }
 
 

@@ -11,6 +11,7 @@ Feature pair i of R/2 turns by position * f_i. Plain RoPE (Su et al. 2021, arXiv
 
     longrope  f_i / e_i with the short or, where the text is longer than O, the long factors e; cosines and sines times
               sqrt(1 + ln s / ln O)                                                (Ding et al. 2024, 2402.13753; Phi-3)
+              or times a number for either (Phi-3.5-MoE)
     proportional  f_i / s for the first pairs, 0 for the others                                               (Gemma 4)
 
 with s the factor, M max_position_embeddings, O original_max_position_embeddings, l and h the low and high frequency
@@ -136,5 +137,8 @@ def rope_tables(spec: RopeSpec, positions: NDArray[np.int64], seq_lengths: NDArr
         cos and sin, each (B, T, R/2).
     """
     angles = positions[..., None].astype(np.float32) * inverse_frequencies(spec, seq_lengths)[:, None]
-    exact, factor = angles.astype(np.float64), np.float32(spec.attention_factor)
+    exact = angles.astype(np.float64)
+    factor = np.full((len(seq_lengths), 1, 1), spec.attention_factor, dtype=np.float32)
+    if spec.long_attention_factor:
+        factor[seq_lengths > spec.original_positions] = spec.long_attention_factor
     return np.cos(exact).astype(np.float32) * factor, np.sin(exact).astype(np.float32) * factor

@@ -40,6 +40,7 @@ class RopeRules:
         alpha: dynamic scaling with a fixed `alpha` is a larger base (theta alpha^(R/(R-2))) and no scaling.
         temperature: `llama_4_scaling_beta` multiplies queries (`ModelSpec.query_temperature`).
         full_settings: of layers without a window, where the configuration has none.
+        mscales: `short_mscale` and `long_mscale` say what cosines and sines are multiplied by, with scaling.
         sections: `mrope_section` gives pairs to a token's time, height and width, which in a text are one position.
     """
 
@@ -55,6 +56,7 @@ class RopeRules:
     temperature: bool = False
     full_settings: Mapping[str, Any] = field(default_factory=dict)
     sections: bool = False
+    mscales: bool = False
 
 
 @dataclass(frozen=True)
@@ -169,6 +171,7 @@ def _read(reading: _Reading, key: str, settings: Mapping[str, Any], theta: Any) 
         )
     read = ("alpha",) * rules.alpha + ("llama_4_scaling_beta",) * rules.temperature
     read += ("mrope_section",) * rules.sections
+    read += ("short_mscale", "long_mscale") * rules.mscales
     for foreign in _FOREIGN:
         if settings.get(foreign) is not None and foreign not in read:
             raise UnsupportedError(
@@ -284,10 +287,14 @@ def _read_longrope(base: RopeSpec, values: ConfigValues, reading: _Reading) -> R
     attention = math.sqrt(1.0 + math.log(factor) / math.log(original)) if factor > 1.0 and original > 1 else 1.0
     if values.raw("attention_factor") is not None:
         attention = _ratio(values, "attention_factor")
+    beyond = 0.0
+    if reading.rules.mscales:
+        attention, beyond = _ratio(values, "short_mscale"), _ratio(values, "long_mscale")
     return replace(
         base,
         factor=factor,
         attention_factor=attention,
+        long_attention_factor=beyond,
         original_positions=original,
         short_factors=_factors(base, values, "short_factor"),
         long_factors=_factors(base, values, "long_factor"),

@@ -24,6 +24,7 @@ class RopeSpec:
         beta_fast, beta_slow: yarn: rotations over the original context at the borders of the ramp.
         truncate: yarn: round the borders of the ramp to whole features.
         attention_factor: multiplies cosines and sines (yarn, longrope; else 1).
+        long_attention_factor: longrope: the same for texts beyond the original length; 0: it is the same.
         temperature: of mscale_all_dim, which latent attention multiplies scores with, squared; 1 where there is none.
         short_factors, long_factors: longrope: every pair's divisor, for texts up to and beyond the original length.
     """
@@ -44,6 +45,7 @@ class RopeSpec:
     short_factors: tuple[float, ...] = ()
     long_factors: tuple[float, ...] = ()
     turning: int = 0
+    long_attention_factor: float = 0.0
 
     @property
     def depends_on_length(self) -> bool:
@@ -52,7 +54,8 @@ class RopeSpec:
         Beyond `constant_up_to` such a text must go through the model at once: in pieces, the keys of each piece would
         be rotated with other frequencies. Up to there pieces are as good as the whole.
         """
-        return self.kind == "dynamic" or (self.kind == "longrope" and self.short_factors != self.long_factors)
+        changes = self.short_factors != self.long_factors or self.long_attention_factor not in (0.0, self.attention_factor)
+        return self.kind == "dynamic" or (self.kind == "longrope" and changes)
 
     @property
     def constant_up_to(self) -> int:

@@ -26,6 +26,9 @@ Sinusoids = Literal["marian", "fairseq"]
 # The square of a relu, x relu(x), as an activation of plain MLPs.
 SQUARED = "relu2"
 
+# A parabola above zero and an exponential below, with learned factors, of plain MLPs (arXiv 2411.13010).
+XIELU = "xielu"
+
 
 NO_MULTIPLIERS = Multipliers()
 
@@ -113,7 +116,7 @@ class ModelSpec:
         kv_heads: key/value heads H_kv, a divisor of H.
         head_dim: D.
         norm_eps: epsilon of every norm.
-        activation: one of kernels.activations.ACTIVATIONS, or SQUARED.
+        activation: one of kernels.activations.ACTIVATIONS, SQUARED or XIELU.
         rope: rotary embedding; how far it reaches is the model's context length.
         windows: per layer, tokens a query sees at most (itself included), or None for all.
         qkv_bias, output_bias, mlp_bias, head_bias: which linears have biases.
@@ -159,6 +162,11 @@ class ModelSpec:
         multipliers: factors inside of layers.
         mixing: per layer, whether it attends or recurs, where others are an MLP alone; empty: every layer has both.
         key_bias: whether keys have the bias that queries and values have.
+        chunked: windows do not slide (`kbit.graph.ops.Attention.chunked`).
+        unturned_temperature: (b, n): likewise, of layers that do not rotate, (p + 1) / n in place of p / n.
+        key_norms: queries and keys that rotate have RMS norms by heads without weights.
+        embedding_size: width of embeddings and of what the head reads, between which and the residual stream there are
+            projections (`names.project_in`, `names.project_out`); 0: that of the stream.
         sound: it reads sound; None: tokens.
     """
 
@@ -219,6 +227,15 @@ class ModelSpec:
     sound: SoundSpec | None = None
     multipliers: Multipliers = NO_MULTIPLIERS
     mixing: tuple[bool, ...] = ()
+    embedding_size: int = 0
+    chunked: bool = False
+    unturned_temperature: tuple[float, int] | None = None
+    key_norms: bool = False
+
+    @property
+    def embedding_width(self) -> int:
+        """Features of an embedding, and of what the head reads."""
+        return self.embedding_size or self.hidden_size
 
     @property
     def stacked_layers(self) -> int:
@@ -345,7 +362,7 @@ class ModelSpec:
     @property
     def several_rotations(self) -> bool:
         """Whether the rotary tables hold more than one rotation, side by side."""
-        return len(self.ropes) > 1 or self.query_temperature is not None
+        return len(self.ropes) > 1 or self.query_temperature is not None or self.unturned_temperature is not None
 
     @property
     def cache_layers(self) -> int:

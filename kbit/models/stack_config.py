@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from kbit.models.config_values import ConfigValues
+from kbit.models.rope_spec import MAX_CONTEXT
 from kbit.models.scan_config import with_mixed_layers
 from kbit.models.tensor_names import TensorNames
 
@@ -14,7 +15,10 @@ if TYPE_CHECKING:
     from kbit.models.family import Family
 
 _MAX_BUCKETS = 1 << 16
+_MAX_WIDTH = 1 << 24
 _MAX_DISTANCE = 1 << 20
+_MAX_VOCAB = 1 << 28
+_MAX_SCALE = 1e9
 _GATED = "gated-"
 
 
@@ -59,3 +63,42 @@ def distances_of(family: Family, values: ConfigValues) -> tuple[int, int] | None
     if isinstance(largest, str):
         largest = values.integer(largest, buckets, _MAX_DISTANCE)
     return buckets, largest
+
+
+def embedding_size_of(family: Family, values: ConfigValues, hidden: int) -> int:
+    """The width of embeddings where it is not that of the residual stream, else 0.
+
+    Raises:
+        CheckpointError: a senseless value.
+    """
+    if family.embedding_width is None:
+        return 0
+    width = values.optional_integer(family.embedding_width, 1, _MAX_WIDTH) or hidden
+    return 0 if width == hidden else width
+
+
+def layer_features_of(family: Family, values: ConfigValues, vocabulary: int) -> tuple[int, int]:
+    """The features of a second embedding for every layer, and its rows; 0 where there is none.
+
+    Raises:
+        CheckpointError: a senseless value.
+    """
+    if family.layer_features is None:
+        return 0, 0
+    key, tokens = family.layer_features
+    features = values.optional_integer(key, 0, _MAX_WIDTH) or 0
+    return features, values.integer(tokens, vocabulary, _MAX_VOCAB) if features else 0
+
+
+def temperature_of(family: Family, values: ConfigValues) -> tuple[float, int] | None:
+    """`ModelSpec.unturned_temperature`.
+
+    Raises:
+        CheckpointError: a senseless value.
+    """
+    if family.temperature is None:
+        return None
+    switch, scale, period = family.temperature
+    if not values.boolean(switch):
+        return None
+    return values.number(scale, above=-_MAX_SCALE, below=_MAX_SCALE), values.integer(period, 1, MAX_CONTEXT)

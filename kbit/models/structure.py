@@ -278,7 +278,7 @@ def _weights(
             matrices[parameter.slot] = matrix(parameter)
         else:
             vectors = norms if parameter.role == "norm" else biases
-            if parameter.role in ("distances", "taps"):  # as operations take them: vectors
+            if parameter.role in ("distances", "taps") or not parameter.shape:  # as operations take them: vectors
                 parameter = replace(parameter, shape=(prod(parameter.shape),))
             vectors[parameter.slot] = vector(parameter)
     return Weights(matrices, norms, biases)

@@ -10,13 +10,16 @@ class TensorNames:
     """Where a family keeps its tensors. Names of layers contain {layer}; they lack .weight and .bias.
 
     A norm without a name is not there. Those of a layer: before attention, of what attention adds to the residual
-    stream, of the stream with it, and the same three of the MLP; and of queries and keys. Without a gate the MLP is
+    stream, of the stream with it, and the same three of the MLP; what the last linear of both reads
+    (`attention_inner_norm`, `mlp_inner_norm`); and of queries and keys. Without a gate the MLP is
     plain. With an `output_gate` the sigmoid of what it makes is multiplied with what attention made. `positions`,
     `types` and `distances` are tables that are looked up by a token's position, its type, and its distance from
-    another. Names of an expert contain {expert}; those of sinks, of the selection bias, of the scales, and of the rates
+    another. Names of an expert contain {expert}; those of sinks, of the selection bias, of the scales, of
+    xIELU, and of the rates
     and the bias of a delta net are whole. `cross_*` are of attention to an encoder's text, and of its norms: before it,
     and of the stream with it. `copies` may be stored again, and are the embedding then; `logit_bias`, whole, is added
     to logits where it is there. `sound_*` are convolutions over frames of sound, in place of an embedding.
+    `project_in` and `project_out` are between embeddings that are narrower than the residual stream and that.
 
     Where experts stand beside an MLP, their input has a norm of its own, `experts_norm`, and there are norms of what
     both add: `mlp_own_norm` and `experts_post_norm`. A second embedding (`layer_embedding`) has features for every
@@ -41,6 +44,11 @@ class TensorNames:
     mlp_post_norm: str | None = None
     mlp_sum_norm: str | None = None
     embedding_norm: str | None = None
+    xielu_positive: str | None = None
+    xielu_negative: str | None = None
+    xielu_linear: str | None = None
+    project_in: str | None = None
+    project_out: str | None = None
     positions: str | None = None
     types: str | None = None
     distances: str | None = None
@@ -57,6 +65,8 @@ class TensorNames:
     sound_second: str | None = None
     copies: tuple[str, ...] = ()
     output_gate: str | None = None
+    attention_inner_norm: str | None = None
+    mlp_inner_norm: str | None = None
     sinks: str | None = None
     router: str | None = None
     selection_bias: str | None = None

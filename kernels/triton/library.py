@@ -245,10 +245,11 @@ def attention_decode(
     slopes: torch.Tensor | None = None,
     sinks: torch.Tensor | None = None,
     max_length: int | None = None,
+    chunked: bool = False,
 ) -> torch.Tensor:
     return _decode.attention_decode(
         q, k_pages, v_pages, block_table, positions, lengths, scale, k_kind=k_kind, v_kind=v_kind, window=window,
-        soft_cap=soft_cap, slopes=slopes, sinks=sinks, max_length=max_length,
+        soft_cap=soft_cap, slopes=slopes, sinks=sinks, max_length=max_length, chunked=chunked,
     )  # fmt: skip
 
 
@@ -274,10 +275,12 @@ def attention_prefill_paged(
     soft_cap: float | None = None,
     slopes: torch.Tensor | None = None,
     sinks: torch.Tensor | None = None,
+    chunked: bool = False,
 ) -> torch.Tensor:
     return _prefill.attention_prefill_paged(
         q, bounds, k_pages, v_pages, block_table, lengths, scale, k_kind=k_kind, v_kind=v_kind,
         max_queries=max_queries, window=window, soft_cap=soft_cap, slopes=slopes, sinks=sinks,
+        chunked=chunked,
     )  # fmt: skip
 
 

@@ -478,4 +478,5 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
 }
 CASES |= hybrid.CASES | later.CASES
 CLASSES |= later.CLASSES
+CONFIGS |= later.CONFIGS
 MODEL_TYPES |= hybrid.MODEL_TYPES | later.MODEL_TYPES

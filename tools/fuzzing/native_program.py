@@ -173,7 +173,7 @@ class Recorder:
             *(none, none, none),
             self.some(count),
             draw.given(1 + draw.below(count)),
-            draw.given(draw.choice(("softmax", "sigmoid", "softmax_of_chosen"))),
+            draw.given(draw.choice(("softmax", "sigmoid", "softmax_of_chosen", "sparsemixer"))),
             bool(draw.below(2)),
             draw.given(1.0),
             draw.given(draw.choice((0, 1, 7))),
@@ -183,6 +183,8 @@ class Recorder:
             draw.given(draw.choice((0.0, 7.0))),
             bool(draw.below(2)),
             self.some(count),
+            draw.given(0.01),
+            bool(draw.below(2)),
         )
 
 

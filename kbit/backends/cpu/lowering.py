@@ -190,6 +190,7 @@ def _emit(program: Program, operation: Operation, at: dict[Symbol, int]) -> None
             _optional(operation.sinks),
             _optional(operation.by_distance),
             a.latent,
+            a.chunked,
         )
     elif isinstance(operation, StoreKeys):
         a = operation.attention
@@ -268,6 +269,8 @@ def _emit_experts(program: Program, operation: Mix, at: dict[Symbol, int]) -> No
         0.0 if clamp is None else clamp.limit,
         routing.group_score == "best",
         _optional(experts.scales),
+        routing.jitter,
+        routing.scales_input,
     )
 
 

@@ -136,6 +136,7 @@ class RowOps:
             routing.groups,
             routing.chosen_groups,
             routing.group_score,
+            routing.jitter,
         )
         if experts.scales is not None:
             weights = weights * tensor_of(experts.scales)[chosen]
@@ -150,7 +151,9 @@ class RowOps:
                 inner = reference_experts.clamped_gate(gate, up, clamp.alpha, clamp.limit)
             return self.linear(experts.downs[expert], inner, experts.down_biases[expert])
 
-        return reference_experts.mix(x.reshape(-1, x.shape[-1]), chosen, weights, compute).view(x.shape)
+        return reference_experts.mix(x.reshape(-1, x.shape[-1]), chosen, weights, compute, routing.scales_input).view(
+            x.shape
+        )
 
     def logits(self, weight: Weight, x: torch.Tensor, bias: Vector | None = None) -> torch.Tensor:
         out = reference.logits(x, _data(weight))
@@ -348,6 +351,7 @@ class StepOps(RowOps):
                 attention.soft_cap,
                 sinks,
                 added,
+                attention.chunked,
             )
         return seen[0].flatten(-2)
 

@@ -127,7 +127,10 @@ class GradientOps(RowOps):
         """(T, T), true where a query sees a key; or (H, T, T), what is added to scores."""
         behind = self._positions[0][:, None] - self._positions  # how far back a key lies
         seen = torch.ones_like(behind, dtype=torch.bool) if attention.mask == "bidirectional" else behind >= 0
-        if attention.window is not None:
+        if attention.window is not None and attention.chunked:
+            at = self._positions[0]
+            seen &= at[:, None] // attention.window == at // attention.window
+        elif attention.window is not None:
             seen &= behind.abs() < attention.window
         if by_distance is None:
             return seen

@@ -64,18 +64,22 @@ class GroupedExperts:
             routing.groups,
             routing.chosen_groups,
             routing.group_score,
+            routing.jitter,
         )
         if self._scales is not None:
             weights = weights * self._scales[chosen]
         of_entries = chosen.reshape(-1)
         tile = grouped_config(self._gates.stacks[0], len(of_entries), routing.experts).tokens
         entries = _Entries(chosen, tile)
+        scaled = routing.scales_input
+        if scaled:
+            x = (x[:, None] * weights[..., None]).flatten(0, 1).to(x.dtype)
         plain = clamp is None and self._gate_bias is None and self._up_bias is None
-        gate = self._gates.product(x, entries)
+        gate = self._gates.product(x, entries, per_entry=scaled)
         if plain:
-            inner = self._ups.product(x, entries, gate=gate, kind=self._mixture.activation)
+            inner = self._ups.product(x, entries, per_entry=scaled, gate=gate, kind=self._mixture.activation)
         else:
-            up = _with_bias(self._ups.product(x, entries), self._up_bias, of_entries)
+            up = _with_bias(self._ups.product(x, entries, per_entry=scaled), self._up_bias, of_entries)
             gate = _with_bias(gate, self._gate_bias, of_entries)
             if clamp is None:
                 inner = activate(gate, up, self._mixture.activation, out_dtype=x.dtype)
@@ -83,7 +87,8 @@ class GroupedExperts:
                 inner = reference_experts.clamped_gate(gate, up, clamp.alpha, clamp.limit).to(x.dtype)
         out = self._downs.product(inner, entries, torch.float32, per_entry=True)
         out = _with_bias(out, self._down_bias, of_entries)
-        return (out.view(*chosen.shape, -1) * weights[..., None]).sum(dim=1)
+        out = out.view(*chosen.shape, -1)
+        return (out if scaled else out * weights[..., None]).sum(dim=1)
 
 
 class _Stacks:

@@ -1,4 +1,7 @@
-"""OPT: a table of positions that begins at its third row. The 350M model, with norms after the sums, is another."""
+"""OPT: a table of positions that begins at its third row. The 350M model has its norms after the sums, none in the end,
+and embeddings that are narrower than the residual stream."""
+
+from dataclasses import replace
 
 from kbit.models.family import Family
 from kbit.models.layout import Layout
@@ -6,7 +9,7 @@ from kbit.models.tensor_names import TensorNames
 
 _LAYER = "model.decoder.layers.{layer}"
 
-FAMILY = Family(
+_BEFORE = Family(
     model_type="opt",
     architectures=("OPTForCausalLM",),
     defaults={
@@ -36,12 +39,29 @@ FAMILY = Family(
         gate=None,
         up=f"{_LAYER}.fc1",
         down=f"{_LAYER}.fc2",
+        project_in="model.decoder.project_in",
+        project_out="model.decoder.project_out",
     ),
     norm="layer",
     norm_bias=True,
     norm_eps="layer_norm_eps",
     first_position=2,
     extra_positions=2,
-    equal=(("word_embed_proj_dim", "hidden_size"),),
+    embedding_width="word_embed_proj_dim",
     layout=Layout(prefix="model."),
 )
+
+_AFTER = replace(
+    _BEFORE,
+    names=replace(
+        _BEFORE.names,
+        final_norm=None,
+        attention_norm=None,
+        attention_sum_norm=_BEFORE.names.attention_norm,
+        mlp_norm=None,
+        mlp_sum_norm=_BEFORE.names.mlp_norm,
+    ),
+    ignored=("do_layer_norm_before", "_remove_final_layer_norm"),  # there is none to remove
+)
+
+FAMILY = replace(_BEFORE, variants=(("do_layer_norm_before", False, _AFTER),))

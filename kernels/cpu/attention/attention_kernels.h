@@ -65,6 +65,7 @@ struct AttentionArgs {
   float soft_cap;  // c: scores s become c tanh(s / c); 0: they stay
   const float* sinks;  // (heads), a score of each that is in the softmax's sum beside those of slots; null: none
   int window;  // slots a token sees at most, itself included, before it and, where it looks ahead, after it; 0: all
+  bool chunked;  // the window stays: a token sees the slots of its own stretch of `window` up to itself
   // What is added to scores by distance, in units of log2: (heads, 2 * reach + 1), for a key's slot less its query's, cut
   // to -reach .. reach. Null: nothing.
   const float* by_distance;
@@ -84,6 +85,7 @@ static inline std::uint8_t* keys_at(const AttentionArgs& a, const CacheView& c, 
 // First and last slot that a row's token sees.
 static inline std::int64_t first_seen(const AttentionArgs& a, std::int64_t row) {
   const std::int64_t position = a.position[row];
+  if (a.chunked) return position - position % a.window;
   return a.window > 0 && position >= a.window ? position - a.window + 1 : 0;
 }
 static inline std::int64_t last_seen(const AttentionArgs& a, std::int64_t row) {

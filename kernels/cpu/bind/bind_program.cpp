@@ -30,7 +30,8 @@ Activation activation_kind(const std::optional<std::string>& name) {
   if (*name == "silu") return Activation::silu;
   if (*name == "gelu") return Activation::gelu;
   if (*name == "gelu_tanh") return Activation::gelu_tanh;
-  require(*name == "relu", "an activation is silu, gelu, gelu_tanh or relu");
+  if (*name == "elu") return Activation::elu;
+  require(*name == "relu", "an activation is silu, gelu, gelu_tanh, relu or elu");
   return Activation::relu;
 }
 
@@ -86,7 +87,8 @@ bool small(int size) { return size >= 1 && size <= 1 << 20; }
 Score score_kind(const std::string& name) {
   if (name == "softmax") return Score::softmax;
   if (name == "sigmoid") return Score::sigmoid;
-  require(name == "softmax_of_chosen", "a score is softmax, sigmoid or softmax_of_chosen");
+  if (name == "sparsemixer") return Score::sparsemixer;
+  require(name == "softmax_of_chosen", "a score is softmax, sigmoid, softmax_of_chosen or sparsemixer");
   return Score::softmax_of_chosen;
 }
 
@@ -96,7 +98,7 @@ void add_experts(Program& program, int x, int logits, int out, const std::vector
                  const std::vector<std::optional<Vector>>& down_biases, const std::optional<Vector>& selection_bias,
                  int chosen, const std::string& score, bool normalise, float scale, int groups, int chosen_groups,
                  const std::string& activation, float alpha, float limit, bool best_of_group,
-                 const std::optional<Vector>& scales) {
+                 const std::optional<Vector>& scales, float jitter, bool scales_input) {
   const std::size_t count = gates.size();
   require(count >= 1 && ups.size() == count && downs.size() == count && gate_biases.size() == count &&
               up_biases.size() == count && down_biases.size() == count,
@@ -107,7 +109,8 @@ void add_experts(Program& program, int x, int logits, int out, const std::vector
   m.x = x;
   m.logits = logits;
   m.out = out;
-  m.routing = {static_cast<int>(count), chosen, score_kind(score), normalise, scale, groups, chosen_groups, best_of_group};
+  m.routing = {static_cast<int>(count), chosen, score_kind(score), normalise, scale, groups, chosen_groups, best_of_group,
+               jitter, scales_input};
   m.selection_bias = copied(selection_bias);
   m.scales = copied(scales);
   for (std::size_t e = 0; e < count; ++e) {
@@ -247,17 +250,20 @@ void bind_program(nb::module_& module) {
            nb::arg("downs"), nb::arg("gate_biases"), nb::arg("up_biases"), nb::arg("down_biases"),
            nb::arg("selection_bias").none(), nb::arg("chosen"), nb::arg("score"), nb::arg("normalise"), nb::arg("scale"),
            nb::arg("groups"), nb::arg("chosen_groups"), nb::arg("activation"), nb::arg("alpha") = 1.0f,
-           nb::arg("limit") = 0.0f, nb::arg("best_of_group") = false, nb::arg("scales") = nb::none())
+           nb::arg("limit") = 0.0f, nb::arg("best_of_group") = false, nb::arg("scales") = nb::none(), nb::arg("jitter") = 0.0f,
+           nb::arg("scales_input") = false)
       .def("attend",
            [](Program& p, int q, std::optional<int> k, std::optional<int> v, int out, int layer, int heads, int kv_heads, int head_dim, float scale,
               std::optional<int> window, bool rotary, const std::optional<Vector>& key_bias,
               const std::optional<std::tuple<int, int>>& angles, float soft_cap, const std::optional<Vector>& sinks,
-              const std::optional<Vector>& by_distance, bool latent) {
+              const std::optional<Vector>& by_distance, bool latent, bool chunked) {
              require(k.has_value() == v.has_value() && (k || !key_bias) && (!latent || k == v), "keys come with values");
              AttendInstruction a{q, k.value_or(-1), v.value_or(-1), out, layer, heads, kv_heads, head_dim, scale,
                                  window.value_or(0), rotary, copied(key_bias)};
              a.shares = !k;
              a.latent = latent;
+             a.chunked = chunked;
+             require(!chunked || window, "chunks are as long as the window");
              if (angles) {
                a.first_angle = std::get<0>(*angles);
                require(a.first_angle >= 0 && std::get<1>(*angles) >= a.first_angle,
@@ -285,7 +291,7 @@ void bind_program(nb::module_& module) {
            nb::arg("kv_heads"), nb::arg("head_dim"), nb::arg("scale"), nb::arg("window").none(),
            nb::arg("rotary") = true, nb::arg("key_bias") = nb::none(), nb::arg("angles") = nb::none(),
            nb::arg("soft_cap") = 0.0f, nb::arg("sinks") = nb::none(), nb::arg("by_distance") = nb::none(),
-           nb::arg("latent") = false)
+           nb::arg("latent") = false, nb::arg("chunked") = false)
       .def("store_keys",
            [](Program& p, int k, int v, int layer, int heads, int kv_heads, int head_dim) {
              AttendInstruction a{-1, k, v, -1, layer, heads, kv_heads, head_dim, 1.0f, 0, false, {}};

@@ -15,7 +15,7 @@
 namespace kbit {
 
 enum class Compute : std::uint8_t { int8, bf16, fp32 };
-enum class Activation : std::uint8_t { none, silu, gelu, gelu_tanh, relu, sigmoid };
+enum class Activation : std::uint8_t { none, silu, gelu, gelu_tanh, relu, sigmoid, elu };
 
 // Rows of x as a matmul reads them. All pointers are to row 0 of the pass.
 struct MatmulInput {

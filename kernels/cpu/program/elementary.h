@@ -3,9 +3,12 @@
 
 namespace {
 
-// e^x to 2 ulp for x in [-87, 88]; 0 below, and no infinity above. Cody-Waite reduction by ln 2 and the polynomial of
-// Cephes' expf (Moshier).
-inline Floats exponential(Floats x) {
+// e^x as (1 + rest) power, for x in [-87, 88]; what is beyond counts as these. Cody-Waite reduction by ln 2 and the
+// polynomial of Cephes' expf (Moshier).
+struct Exponential {
+  Floats rest, power;
+};
+inline Exponential exponential_parts(Floats x) {
   const Floats limited = min(max(x, broadcast(-87.0f)), broadcast(88.0f));
   const Ints n = round_to_int(mul(limited, broadcast(1.44269504088896341f)));
   const Floats whole = to_float(n);
@@ -17,8 +20,19 @@ inline Floats exponential(Floats x) {
   p = fma(p, r, broadcast(4.1665795894e-2f));
   p = fma(p, r, broadcast(1.6666665459e-1f));
   p = fma(p, r, broadcast(5.0000001201e-1f));
-  p = add(fma(mul(r, r), p, r), broadcast(1.0f));
-  return mul(p, from_bits(shift_left<23>(add(n, broadcast(127)))));
+  return {fma(mul(r, r), p, r), from_bits(shift_left<23>(add(n, broadcast(127))))};
+}
+
+// e^x to 2 ulp for x in [-87, 88]; 0 below, and no infinity above.
+inline Floats exponential(Floats x) {
+  const Exponential e = exponential_parts(x);
+  return mul(add(e.rest, broadcast(1.0f)), e.power);
+}
+
+// e^x - 1, near zero as exact as elsewhere: nothing is taken from 1 there, as power is 1.
+inline Floats exponential_less_one(Floats x) {
+  const Exponential e = exponential_parts(x);
+  return fma(e.rest, e.power, sub(e.power, broadcast(1.0f)));
 }
 
 // cap tanh(x / cap) = cap - 2 cap / (e^(2 x / cap) + 1), to 3e-7 of cap. What is no number stays none.

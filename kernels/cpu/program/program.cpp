@@ -209,6 +209,7 @@ void Program::attend(Worker& worker, const AttendInstruction& a, const Pass& pas
   args.soft_cap = a.soft_cap;
   args.sinks = a.sinks.empty() ? nullptr : a.sinks.data();
   args.window = a.window;
+  args.chunked = a.chunked;
   if (!a.by_distance.empty()) {
     args.by_distance = a.by_distance.data();
     args.reach = static_cast<int>((static_cast<std::int64_t>(a.by_distance.size()) / a.heads - 1) / 2);

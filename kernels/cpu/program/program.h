@@ -84,6 +84,7 @@ struct AttendInstruction {
   std::vector<float> by_distance = {};  // (heads, 2 * reach + 1), in units of log2: see AttentionArgs; or empty
   bool shares = false;               // reads what was written in this pass, too
   bool latent = false;               // the cache keeps keys alone, which are values, too (v is k)
+  bool chunked = false;              // the window does not slide: see AttentionArgs
   int plan = -1;                     // among the program's plans of attentions
 
   bool crosses() const { return k < 0 && !shares; }
@@ -102,7 +103,7 @@ struct ConvolveInstruction {
 struct GateInstruction { int x, gate, out; };  // out = sigmoid(gate) x, one gate a row, or one a feature
 
 // Which experts a row goes to: kernels/reference_experts.py, route.
-enum class Score : std::uint8_t { softmax, sigmoid, softmax_of_chosen };
+enum class Score : std::uint8_t { softmax, sigmoid, softmax_of_chosen, sparsemixer };
 struct Routing {
   int experts = 1, chosen = 1;
   Score score = Score::softmax;
@@ -110,6 +111,8 @@ struct Routing {
   float scale = 1.0f;
   int groups = 1, chosen_groups = 1;
   bool best_of_group = false;  // a group is as good as its best expert, not as its two best
+  float jitter = 0.0f;         // of sparsemixer
+  bool scales_input = false;   // what an expert weighs multiplies its rows before it, not after
 };
 // out = the weighted sum of what the chosen experts make of x.
 struct ExpertsInstruction {
@@ -137,6 +140,7 @@ struct ExpertRows {
   std::vector<float> weights;        // (rows, chosen)
   std::vector<std::int64_t> places;  // (rows, chosen): the pair's place among the sorted
   std::vector<std::int64_t> rows;    // (pairs), sorted: whose row it is
+  std::vector<float> sorted_weights; // (pairs), sorted
   std::vector<std::int64_t> begins;  // of experts, while they are sorted
   std::vector<Span> spans;           // of experts that have rows
   std::int64_t units[2] = {0, 0}, longest = 0;

@@ -19,6 +19,12 @@ constexpr std::int64_t kRowBlock = 256, kFewRows = 64;
 // Up to so many rows, one member routes them all: less than waiting for the others.
 constexpr std::int64_t kRoutedAlone = 8;
 
+// A row times a number, filled up with zeros.
+void scale_row(const float* row, float factor, float* out, std::int64_t width, std::int64_t stride) {
+  for (std::int64_t k = 0; k < width; ++k) out[k] = factor * row[k];
+  std::fill(out + width, out + stride, 0.0f);
+}
+
 double sigmoid(double x) { return 1.0 / (1.0 + std::exp(-x)); }
 
 // The `count` best of `candidates` indices whose flag is set, the lower index first among equals: their flags become 2.
@@ -47,10 +53,35 @@ float best_two(const float* ranked, int count) {
   return first + second;
 }
 
+// Two experts, one after the other (SparseMixer): the best of those left, whose weight is its share of the softmax over
+// those left that come near it.
+void choose_sparsely(const Routing& routing, const float* logits, std::int32_t* chosen, float* weights) {
+  int taken = -1;
+  for (int turn = 0; turn < 2; ++turn) {
+    int best = taken == 0 ? 1 : 0;
+    for (int e = best + 1; e < routing.experts; ++e)
+      if (e != taken && logits[e] > logits[best]) best = e;
+    const float most = logits[best];
+    double total = 0.0;
+    for (int e = 0; e < routing.experts; ++e) {
+      const bool far = (most - logits[e]) / std::max(std::abs(logits[e]), most) > 2.0f * routing.jitter;
+      if (e != taken && !far) total += std::exp(static_cast<double>(logits[e]) - most);
+    }
+    chosen[turn] = best;
+    weights[turn] = static_cast<float>(1.0 / total) * routing.scale;
+    taken = best;
+  }
+  if (chosen[0] > chosen[1]) {
+    std::swap(chosen[0], chosen[1]);
+    std::swap(weights[0], weights[1]);
+  }
+}
+
 // One row: its experts in ascending order and their weights. scratch: room for what is said of every expert.
 void route_row(const Routing& routing, const std::vector<float>& bias, const std::vector<float>& scales,
                const float* logits, std::uint8_t* scratch, std::int32_t* chosen, float* weights) {
   const int experts = routing.experts;
+  if (routing.score == Score::sparsemixer) return choose_sparsely(routing, logits, chosen, weights);
   auto* scores = reinterpret_cast<double*>(scratch);
   auto* ranked = reinterpret_cast<float*>(scores + experts);
   auto* sums = ranked + experts;  // what speaks for a group
@@ -110,7 +141,7 @@ void Program::check(const ExpertsInstruction& m) const {
   const int size = r.groups > 0 ? r.experts / r.groups : 0;
   if (r.experts < 1 || r.chosen < 1 || r.groups < 1 || size * r.groups != r.experts || r.chosen_groups < 1 ||
       r.chosen_groups > r.groups || r.chosen > r.chosen_groups * size || (r.groups > 1 && size < 2) ||
-      std::int64_t{r.experts} * 18 > kMatmulScratch) {
+      std::int64_t{r.experts} * 18 > kMatmulScratch || (r.score == Score::sparsemixer && (r.chosen != 2 || r.groups != 1))) {
     throw std::invalid_argument("so many experts, or groups of them, cannot be chosen");
   }
   if (m.inner.size() != count || m.down.size() != count ||
@@ -151,6 +182,7 @@ void Program::reserve_experts(std::int64_t rows) {
     noted->weights.resize(static_cast<std::size_t>(pairs));
     noted->places.resize(static_cast<std::size_t>(pairs));
     noted->rows.resize(static_cast<std::size_t>(pairs));
+    noted->sorted_weights.resize(static_cast<std::size_t>(pairs));
     noted->begins.resize(static_cast<std::size_t>(m->routing.experts) + 1);
     noted->spans.reserve(static_cast<std::size_t>(std::min<std::int64_t>(pairs, m->routing.experts)));
     expert_rows_.push_back(std::move(noted));
@@ -183,6 +215,7 @@ void Program::group_rows(const ExpertsInstruction& m, ExpertRows& noted, std::in
     const std::int64_t place = noted.begins[static_cast<std::size_t>(noted.chosen[i])]++;
     noted.places[static_cast<std::size_t>(i)] = place;
     noted.rows[static_cast<std::size_t>(place)] = i / chosen;
+    noted.sorted_weights[static_cast<std::size_t>(place)] = noted.weights[static_cast<std::size_t>(i)];
   }
 }
 
@@ -243,14 +276,23 @@ void Program::mix(Worker& worker, const ExpertsInstruction& m, std::int64_t rows
   float* inner = reinterpret_cast<float*>(expert_inner_.data());
   float* outer = reinterpret_cast<float*>(expert_outer_.data());
   const std::int64_t inner_stride = padded(m.inner[0].weights[0]->matrix().rows), outer_stride = out.stride;
-  const bool single = rows == 1;  // which all of its experts read
+  const bool single = rows == 1 && !m.routing.scales_input;  // which all of its experts read
   Inputs* inputs = shared_.get();
   if (single) {
     inputs = scratch.inputs.get();
     if (!worker.nothing_left(noted.units[0])) prepare_rows(m.all_inner, *inputs, x.data(), x.stride, nullptr, 0, 1);
   } else {
     worker.for_each(pairs, 4, [&](std::int64_t begin, std::int64_t end) {
-      prepare_rows(m.all_inner, *inputs, x.data(), x.stride, noted.rows.data(), begin, end);
+      if (!m.routing.scales_input) {
+        prepare_rows(m.all_inner, *inputs, x.data(), x.stride, noted.rows.data(), begin, end);
+        return;
+      }
+      for (std::int64_t place = begin; place < end; ++place) {
+        const float weight = noted.sorted_weights[static_cast<std::size_t>(place)];
+        const float* row = x.data() + noted.rows[static_cast<std::size_t>(place)] * x.stride;
+        scale_row(row, weight, outer + place * outer_stride, x.width, outer_stride);
+      }
+      prepare_rows(m.all_inner, *inputs, outer, outer_stride, nullptr, begin, end);
     });
   }
   multiply_experts(worker, m.inner, noted, 0, *inputs, single, inner, inner_stride);
@@ -263,7 +305,7 @@ void Program::mix(Worker& worker, const ExpertsInstruction& m, std::int64_t rows
       float* to = out.data() + r * out.stride;
       std::fill(to, to + out.width, 0.0f);
       for (std::int64_t i = r * chosen; i < (r + 1) * chosen; ++i) {
-        const float weight = noted.weights[static_cast<std::size_t>(i)];
+        const float weight = m.routing.scales_input ? 1.0f : noted.weights[static_cast<std::size_t>(i)];
         const float* from = outer + noted.places[static_cast<std::size_t>(i)] * outer_stride;
         for (std::int64_t k = 0; k < out.width; ++k) to[k] += weight * from[k];
       }

@@ -71,6 +71,7 @@ inline Floats activate(Floats x, Activation kind) {
       return load(lanes);
     }
     case Activation::relu: return max(x, zero());
+    case Activation::elu: return add(max(x, zero()), exponential_less_one(min(x, zero())));
     case Activation::sigmoid: return div(one, add(one, exponential(sub(zero(), x))));
     default: return x;
   }

@@ -165,8 +165,9 @@ def attend_range(
     score_scale, cap, window,
     D: tl.constexpr, M: tl.constexpr, BN: tl.constexpr,
     K_BITS: tl.constexpr, V_BITS: tl.constexpr, K_DTYPE: tl.constexpr, V_DTYPE: tl.constexpr,
-    PAGED: tl.constexpr, MASKED: tl.constexpr, CAUSAL: tl.constexpr, HAS_WINDOW: tl.constexpr, HAS_CAP: tl.constexpr,
-    HAS_SLOPES: tl.constexpr, SCALE_TILES: tl.constexpr, P_LOG2: tl.constexpr, STAGES: tl.constexpr,
+    PAGED: tl.constexpr, MASKED: tl.constexpr, CAUSAL: tl.constexpr, HAS_WINDOW: tl.constexpr, CHUNKED: tl.constexpr,
+    HAS_CAP: tl.constexpr, HAS_SLOPES: tl.constexpr, SCALE_TILES: tl.constexpr, P_LOG2: tl.constexpr,
+    STAGES: tl.constexpr,
 ):  # fmt: skip
     """Tokens [first, last) of one sequence and head into the running sums of a tile; first a multiple of BN.
 
@@ -183,6 +184,7 @@ def attend_range(
         cap: the soft cap times log2(e).
         P_LOG2: probabilities and their total carry a factor of 2^P_LOG2, which cancels in the end, against underflow
             where p times scale is rounded to fp16.
+        CHUNKED: the window does not slide: a query sees its own stretch of as many tokens.
         MASKED: whether some query does not see some token of the range.
 
     Returns:
@@ -210,7 +212,9 @@ def attend_range(
             seen = valid[None, :]
             if CAUSAL:
                 seen = seen & (distance >= 0)
-            if HAS_WINDOW:
+            if CHUNKED:
+                seen = seen & (distance <= position[:, None] % window)
+            elif HAS_WINDOW:
                 seen = seen & (distance < window)
             scores = tl.where(seen, scores, float("-inf"))
         higher = tl.maximum(largest, tl.max(scores, 1))
@@ -233,8 +237,8 @@ def attend_tile(
     window,
     D: tl.constexpr, M: tl.constexpr, BN: tl.constexpr,
     K_BITS: tl.constexpr, V_BITS: tl.constexpr, K_DTYPE: tl.constexpr, V_DTYPE: tl.constexpr,
-    PAGED: tl.constexpr, CAUSAL: tl.constexpr, HAS_WINDOW: tl.constexpr, HAS_CAP: tl.constexpr,
-    HAS_SLOPES: tl.constexpr, SCALE_TILES: tl.constexpr, P_LOG2: tl.constexpr, ONE_LOOP: tl.constexpr,
+    PAGED: tl.constexpr, CAUSAL: tl.constexpr, HAS_WINDOW: tl.constexpr, CHUNKED: tl.constexpr,
+    HAS_CAP: tl.constexpr, HAS_SLOPES: tl.constexpr, SCALE_TILES: tl.constexpr, P_LOG2: tl.constexpr, ONE_LOOP: tl.constexpr,
     STAGES: tl.constexpr,
 ):  # fmt: skip
     """Tokens [first, last) of a sequence for a tile of queries; every query sees all of [first, clear), which go
@@ -251,14 +255,14 @@ def attend_tile(
         sums, largest, total = attend_range(
             q, part, sums, largest, total, first, middle, position, slope, table, k_base, v_base, stride_k, stride_v,
             end, score_scale, cap, window, D, M, BN, K_BITS, V_BITS, K_DTYPE, V_DTYPE, PAGED, False, CAUSAL, HAS_WINDOW,
-            HAS_CAP, HAS_SLOPES, SCALE_TILES, P_LOG2, STAGES,
+            CHUNKED, HAS_CAP, HAS_SLOPES, SCALE_TILES, P_LOG2, STAGES,
         )  # fmt: skip
     else:
         middle = first
     return attend_range(
         q, part, sums, largest, total, middle, last, position, slope, table, k_base, v_base, stride_k, stride_v, end,
         score_scale, cap, window, D, M, BN, K_BITS, V_BITS, K_DTYPE, V_DTYPE, PAGED, True, CAUSAL, HAS_WINDOW,
-        HAS_CAP, HAS_SLOPES, SCALE_TILES, P_LOG2, STAGES,
+        CHUNKED, HAS_CAP, HAS_SLOPES, SCALE_TILES, P_LOG2, STAGES,
     )  # fmt: skip
 
 

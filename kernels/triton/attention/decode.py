@@ -53,7 +53,7 @@ def attention_decode_kernel(
     scale, cap, window, splits, stride_q_row, stride_q_token, stride_table, stride_k_page, stride_v_page,
     T: tl.constexpr, H: tl.constexpr, H_KV: tl.constexpr, D: tl.constexpr, M: tl.constexpr, BN: tl.constexpr,
     K_BITS: tl.constexpr, V_BITS: tl.constexpr, K_DTYPE: tl.constexpr, V_DTYPE: tl.constexpr,
-    HAS_WINDOW: tl.constexpr, HAS_CAP: tl.constexpr, HAS_SLOPES: tl.constexpr,
+    HAS_WINDOW: tl.constexpr, CHUNKED: tl.constexpr, HAS_CAP: tl.constexpr, HAS_SLOPES: tl.constexpr,
     P_LOG2: tl.constexpr, SCALE_TILES: tl.constexpr, ONE_LOOP: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """One split of one tile; see the module."""
@@ -75,7 +75,8 @@ def attention_decode_kernel(
     last = tl.maximum(tl.minimum(highest + 1, end), 0)
     first = 0
     if HAS_WINDOW:
-        first = tl.minimum(tl.maximum(lowest - window + 1, 0) // BN * BN, last)
+        low = tl.maximum(lowest, 0) // window * window if CHUNKED else tl.maximum(lowest - window + 1, 0)
+        first = tl.minimum(low // BN * BN, last)
     share = tl.cdiv(tl.cdiv(last - first, BN), splits) * BN
     first = tl.minimum(first + split * share, last)
     last = tl.minimum(first + share, last)
@@ -95,7 +96,7 @@ def attention_decode_kernel(
             q, part, position, slope, table_ptr + sequence * stride_table,
             k_pages + kv_head * page_bytes(D, K_BITS), v_pages + kv_head * page_bytes(D, V_BITS),
             stride_k_page, stride_v_page, first, last, tl.minimum(lowest + 1, end), end, 1.0 / cap, cap * LOG2_E,
-            window, D, M, BN, K_BITS, V_BITS, K_DTYPE, V_DTYPE, True, True, HAS_WINDOW, HAS_CAP, HAS_SLOPES,
+            window, D, M, BN, K_BITS, V_BITS, K_DTYPE, V_DTYPE, True, True, HAS_WINDOW, CHUNKED, HAS_CAP, HAS_SLOPES,
             SCALE_TILES, P_LOG2, ONE_LOOP, STAGES,
         )  # fmt: skip
         to = (sums_ptr + out * D + part * PART)[:, None]
@@ -177,6 +178,7 @@ def attention_decode(
     soft_cap: float | None = None,
     slopes: torch.Tensor | None = None,
     sinks: torch.Tensor | None = None,
+    chunked: bool = False,
     max_length: int | None = None,
     splits: int | None = None,
     out_dtype: torch.dtype | None = None,
@@ -198,6 +200,7 @@ def attention_decode(
         soft_cap: c in c tanh(score / c), or None.
         slopes: float32 (H,), ALiBi: slope * (token - position) is added to a score.
         sinks: float32 (H,), a score of each head that counts in the softmax's sum and has no value.
+        chunked: the window does not slide: a query sees tokens of its own stretch of `window`.
         max_length: a bound on lengths that the host knows, to choose the splits by; the block table's room otherwise.
         splits: shares of the tokens; chosen if None.
         out_dtype: q's unless given.
@@ -215,7 +218,7 @@ def attention_decode(
     check_pages(k_pages, k_format, "k_pages")
     check_pages(v_pages, v_format, "v_pages")
     kv_heads = k_pages.shape[1]
-    check_queries(q, kv_heads, v_pages, block_table, slopes, sinks, window, soft_cap)
+    check_queries(q, kv_heads, v_pages, block_table, slopes, sinks, window, soft_cap, chunked)
     if positions.shape != (batch, tokens) or lengths.shape != (batch,):
         raise ValueError(f"positions {tuple(positions.shape)}, lengths {tuple(lengths.shape)} for q {tuple(q.shape)}")
     if not (positions.is_contiguous() and lengths.is_contiguous()):
@@ -267,6 +270,7 @@ def attention_decode(
         K_DTYPE=tl.bfloat16 if k_kind == "bf16" else tl.float16,
         V_DTYPE=tl.bfloat16 if v_kind == "bf16" else tl.float16,
         HAS_WINDOW=window is not None,
+        CHUNKED=chunked,
         HAS_CAP=soft_cap is not None,
         HAS_SLOPES=slopes is not None,
         P_LOG2=config.p_log2,
@@ -306,6 +310,7 @@ def check_queries(
     sinks: torch.Tensor | None,
     window: int | None,
     soft_cap: float | None,
+    chunked: bool,
 ) -> None:
     """What both attention kernels ask of their arguments.
 
@@ -324,7 +329,7 @@ def check_queries(
     for name, of_heads in (("slopes", slopes), ("sinks", sinks)):
         if of_heads is not None and (of_heads.shape != (heads,) or of_heads.dtype != torch.float32):
             raise ValueError(f"{name}: float32 ({heads},) wanted, not {of_heads.dtype} {tuple(of_heads.shape)}")
-    if window is not None and window < 1:
+    if (window is not None and window < 1) or (window is None and chunked):
         raise ValueError(f"a window of {window} tokens")
     if soft_cap is not None and not soft_cap > 0:
         raise ValueError(f"a soft cap of {soft_cap}")

@@ -59,7 +59,7 @@ def attention_prefill_kernel(
     scale, cap, window, stride_q, stride_k, stride_v, stride_table,
     H: tl.constexpr, H_KV: tl.constexpr, D: tl.constexpr, M: tl.constexpr, BN: tl.constexpr,
     K_BITS: tl.constexpr, V_BITS: tl.constexpr, K_DTYPE: tl.constexpr, V_DTYPE: tl.constexpr,
-    PAGED: tl.constexpr, CAUSAL: tl.constexpr, HAS_WINDOW: tl.constexpr, HAS_CAP: tl.constexpr,
+    PAGED: tl.constexpr, CAUSAL: tl.constexpr, HAS_WINDOW: tl.constexpr, CHUNKED: tl.constexpr, HAS_CAP: tl.constexpr,
     HAS_SLOPES: tl.constexpr, HAS_SINKS: tl.constexpr, SCALE_TILES: tl.constexpr, P_LOG2: tl.constexpr,
     STAGES: tl.constexpr,
 ):  # fmt: skip
@@ -92,7 +92,8 @@ def attention_prefill_kernel(
             last, clear = end, end
         first = last * 0
         if HAS_WINDOW:
-            first = tl.minimum(tl.maximum(lowest - window + 1, 0) // BN * BN, last)
+            low = tl.maximum(lowest, 0) // window * window if CHUNKED else tl.maximum(lowest - window + 1, 0)
+            first = tl.minimum(low // BN * BN, last)
         slope = scale  # a placeholder of no effect without slopes
         if HAS_SLOPES:
             slope = tl.load(slope_ptr + head, mask=exists, other=0.0) * LOG2_E
@@ -104,7 +105,7 @@ def attention_prefill_kernel(
         sums, largest, total = attend_tile(
             q, part, position, slope, table_ptr + sequence.to(tl.int64) * stride_table, k_base, v_base, stride_k,
             stride_v, first, last, clear, end, 1.0 / cap, cap * LOG2_E, window, D, M, BN, K_BITS, V_BITS, K_DTYPE,
-            V_DTYPE, PAGED, CAUSAL, HAS_WINDOW, HAS_CAP, HAS_SLOPES, SCALE_TILES, P_LOG2, False, STAGES,
+            V_DTYPE, PAGED, CAUSAL, HAS_WINDOW, CHUNKED, HAS_CAP, HAS_SLOPES, SCALE_TILES, P_LOG2, False, STAGES,
         )  # fmt: skip
         if HAS_SINKS:
             total += sink_share(tl.load(sink_ptr + head, mask=exists, other=float("-inf")), largest, P_LOG2)
@@ -137,6 +138,7 @@ def attention_prefill(
     soft_cap: float | None = None,
     slopes: torch.Tensor | None = None,
     sinks: torch.Tensor | None = None,
+    chunked: bool = False,
     out_dtype: torch.dtype | None = None,
     config: PrefillConfig | None = None,
 ) -> torch.Tensor:
@@ -155,6 +157,7 @@ def attention_prefill(
         soft_cap: c in c tanh(score / c), or None.
         slopes: float32 (H,), ALiBi: slope * (token - position) is added to a score (causal only).
         sinks: float32 (H,), a score of each head that counts in the softmax's sum and has no value.
+        chunked: the window does not slide: a query sees tokens of its own stretch of `window`.
         out_dtype: q's unless given.
         config: tile sizes; chosen if None.
 
@@ -176,13 +179,13 @@ def attention_prefill(
         raise ValueError("a window or slopes without a causal mask")
     kind = "fp16" if k.dtype == torch.float16 else "bf16"
     format = KVFormat(kind, q.shape[2])
-    check_queries(q, k.shape[1], v, None, slopes, sinks, window, soft_cap)
+    check_queries(q, k.shape[1], v, None, slopes, sinks, window, soft_cap, chunked)
     lengths = bounds if key_bounds is None else key_bounds
     if lengths.shape != bounds.shape:
         raise ValueError(f"bounds {tuple(bounds.shape)} and key_bounds {tuple(lengths.shape)}")
     return _launch(
         q, bounds, k, v, None, lengths, (format, format), k.shape[1], scale, max_queries, causal, window, soft_cap,
-        slopes, sinks, out_dtype, config,
+        slopes, sinks, chunked, out_dtype, config,
     )  # fmt: skip
 
 
@@ -203,13 +206,15 @@ def attention_prefill_paged(
     soft_cap: float | None = None,
     slopes: torch.Tensor | None = None,
     sinks: torch.Tensor | None = None,
+    chunked: bool = False,
     out_dtype: torch.dtype | None = None,
     config: PrefillConfig | None = None,
 ) -> torch.Tensor:
     """Attention of packed new tokens to a paged cache that already holds them (`reference.attend`).
 
     Args:
-        q, bounds, scale, max_queries, window, soft_cap, slopes, sinks, out_dtype, config: as for attention_prefill.
+        q, bounds, scale, max_queries, window, soft_cap, slopes, sinks, chunked, out_dtype, config: as for
+            attention_prefill.
         k_pages: uint8 (P, H_kv, page_bytes).
         v_pages: uint8 (P, H_kv, page_bytes).
         block_table: int32 (B, pages of a row).
@@ -230,12 +235,12 @@ def attention_prefill_paged(
     k_format, v_format = KVFormat(k_kind, q.shape[2]), KVFormat(v_kind, q.shape[2])
     check_pages(k_pages, k_format, "k_pages")
     check_pages(v_pages, v_format, "v_pages")
-    check_queries(q, k_pages.shape[1], v_pages, block_table, slopes, sinks, window, soft_cap)
+    check_queries(q, k_pages.shape[1], v_pages, block_table, slopes, sinks, window, soft_cap, chunked)
     if lengths.shape != (bounds.shape[0] - 1,):
         raise ValueError(f"bounds {tuple(bounds.shape)} and lengths {tuple(lengths.shape)}")
     return _launch(
         q, bounds, k_pages, v_pages, block_table, lengths, (k_format, v_format), k_pages.shape[1], scale, max_queries,
-        causal, window, soft_cap, slopes, sinks, out_dtype, config,
+        causal, window, soft_cap, slopes, sinks, chunked, out_dtype, config,
     )  # fmt: skip
 
 
@@ -255,6 +260,7 @@ def _launch(
     soft_cap: float | None,
     slopes: torch.Tensor | None,
     sinks: torch.Tensor | None,
+    chunked: bool,
     out_dtype: torch.dtype | None,
     config: PrefillConfig | None,
 ) -> torch.Tensor:
@@ -301,6 +307,7 @@ def _launch(
         PAGED=block_table is not None,
         CAUSAL=causal,
         HAS_WINDOW=window is not None,
+        CHUNKED=chunked,
         HAS_CAP=soft_cap is not None,
         HAS_SLOPES=slopes is not None,
         HAS_SINKS=sinks is not None,
