@@ -137,7 +137,7 @@ class Passes:
             inputs.append(self._forward(layer, inputs[-1]))
             self._step(1)
         gradient, head = self._head(ends, inputs.pop())
-        tied = ends.head is ends.embedding
+        tied, projection = ends.head is ends.embedding, ends.final.matrices.get("project_in")
         del ends
         self._step(4)
         for layer in reversed(range(self.spec.layers)):
@@ -147,7 +147,7 @@ class Passes:
                 yield LayerFactors(layer, self._factors(layer, collected))
             self._step(3)
         if not skip(None):
-            yield LayerFactors(None, self._outside(ends, head, gradient, tied))
+            yield LayerFactors(None, self._outside(projection, head, gradient, tied))
 
     def forward_only(self, skip: Callable[[int | None], bool]) -> Iterator[LayerFactors]:
         self.total = 2 * self.spec.layers
@@ -297,12 +297,12 @@ class Passes:
         return handed_down
 
     def _outside(
-        self, ends: DecoderWeights, head: Factors, gradient: torch.Tensor, tied: bool
+        self, projection: Weight | None, head: Factors, gradient: torch.Tensor, tied: bool
     ) -> dict[str, Factors]:
         # (Not counting what comes by way of features of layers, which a small part of it makes.)
         flat = gradient.flatten(0, 1) * self.spec.embedding_multiplier
-        if self.spec.embedding_size:
-            flat = flat @ dense(ends.final.matrices["project_in"]).float()
+        if projection is not None:
+            flat = flat @ dense(projection).float()
         flat = flat * light_share(flat.square().sum(dim=1, keepdim=True)).sqrt()  # single tokens are single rows
         second_moment = product(flat.T, flat) / len(flat)
         embedding = parameters(self.spec)[0].name

@@ -10,7 +10,16 @@ from kbit.models.config_values import ConfigValues, shown
 from kbit.models.spec import MAX_CONTEXT
 
 Windows = Literal[
-    "none", "all", "switched", "chosen", "listed", "period", "period from 0", "period, full at the end", "runs", "chunks"
+    "none",
+    "all",
+    "switched",
+    "chosen",
+    "listed",
+    "period",
+    "period from 0",
+    "period, full at the end",
+    "runs",
+    "chunks",
 ]
 Rotated = Literal["all", "listed", "windowed", "slid", "typed"]
 FULL, SLIDING, LINEAR, CONV = "full_attention", "sliding_attention", "linear_attention", "conv"

@@ -54,7 +54,10 @@ class RopeSpec:
         Beyond `constant_up_to` such a text must go through the model at once: in pieces, the keys of each piece would
         be rotated with other frequencies. Up to there pieces are as good as the whole.
         """
-        changes = self.short_factors != self.long_factors or self.long_attention_factor not in (0.0, self.attention_factor)
+        changes = self.short_factors != self.long_factors or self.long_attention_factor not in (
+            0.0,
+            self.attention_factor,
+        )
         return self.kind == "dynamic" or (self.kind == "longrope" and changes)
 
     @property

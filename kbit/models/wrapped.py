@@ -17,7 +17,12 @@ from kbit.models.renamed import RenamedSource
 # Kinds of model whose language model computes the same with and without the rest, and what kind that is if the
 # configuration does not say.
 _WRAPPERS = {"gemma3": "gemma3_text", "gemma4": "gemma4_text", "mistral3": "mistral", "llava": "llama"}
-_WRAPPERS |= {"qwen3_5": "qwen3_5_text", "qwen3_5_moe": "qwen3_5_moe_text", "kimi_k25": "deepseek_v3", "llama4": "llama4_text"}
+_WRAPPERS |= {
+    "qwen3_5": "qwen3_5_text",
+    "qwen3_5_moe": "qwen3_5_moe_text",
+    "kimi_k25": "deepseek_v3",
+    "llama4": "llama4_text",
+}
 # What the configuration of the whole says of its language model, where that one's own does not.
 _INHERITED = ("dtype", "torch_dtype", "quantization_config", "tie_word_embeddings")
 # Prefixes of the language model before transformers 4.52 and since, and what they stand for.

@@ -29,6 +29,8 @@ FAMILIES += ["lfm2-biases", "lfm2-moe"]
 FAMILIES += ["bamba", "granite-hybrid-moe"]
 # Beside attention, with factors; with norms by group; layers that are one thing each, experts without gates.
 FAMILIES += ["falcon-h1", "falcon-h1-norm", "nemotron-h-moe"]
+# Learned factors; stretches of attention, experts of scaled input, one and two for each token; one after another.
+FAMILIES += ["apertus", "llama4", "llama4-plain", "phimoe"]
 
 
 def wide(name: str) -> DictSource:
@@ -36,6 +38,10 @@ def wide(name: str) -> DictSource:
     config = {**tiny_config(name), "head_dim": 16}
     if "kv_lora_rank" in config:
         config |= LATENT
+    if name == "phimoe":
+        rope = config["rope_parameters"]
+        longer = {key: 2 * rope[key] for key in ("short_factor", "long_factor")}
+        config["rope_parameters"] = {**rope, **longer, "original_max_position_embeddings": 256}  # beyond all pieces
     if name == "mistral4":
         config["rope_parameters"] = {**config["rope_parameters"], "partial_rotary_factor": 0.25}
     return DictSource(config, tame_tensors(config))

@@ -35,6 +35,8 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 FAMILIES = ["llama", "llama-tied", "llama-biases", "llama-multi-query", "llama-gelu", "llama-dynamic", "mistral-window"]
 FAMILIES += ["qwen3", "gemma2", "gemma3", "phi3", "smollm3-listed", "hunyuan", "gpt2", "gpt_neox", "youtu"]
 FAMILIES += ["gemma4-dense", "gemma4-e"]
+# Norms after sums, projections of embeddings; ELU; a squared relu as gate, norms before last linears.
+FAMILIES += ["opt-350m", "apertus", "bitnet"]
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -58,10 +60,13 @@ def test_wide_heads(device: str) -> None:
         assert_close(ours.forward(part, caches[0]), theirs.forward(part, caches[1]), source)
 
 
-@pytest.mark.parametrize("name", ["qwen2-moe", "glm4-moe", "gpt-oss"])
+@pytest.mark.parametrize("name", ["qwen2-moe", "glm4-moe", "gpt-oss", "llama4", "phimoe"])
 def test_experts(device: str, name: str) -> None:
-    """Grouped products; a shared expert behind a gate; groups with a bias; attention with sinks."""
-    source = source_of(name, "nf4-b16")
+    """Grouped products; a shared expert behind a gate; groups with a bias; attention with sinks; scaled input, and
+    attention within stretches; one expert after another."""
+    rope = tiny_config(name).get("rope_parameters", {})
+    longer = {key: 2 * rope[key] for key in ("short_factor", "long_factor") if key in rope}
+    source = source_of(name, "nf4-b16", **({"rope_parameters": {**rope, **longer}} if longer else {}))
     ours, theirs = on(device, source), reference(source)
     ids = random_ids(2, 10)
     caches = ours.new_cache(2, 20), theirs.new_cache(2, 20)

@@ -19,6 +19,7 @@ HEADS = {"ministral": {"head_dim": 8}, "hunyuan_v1_dense": {"head_dim": 8}}
 # Widths whose keys have other names.
 HEADS |= {
     "opt": {"ffn_dim": 20, "word_embed_proj_dim": 256},
+    "bitnet": {"num_key_value_heads": 8},
     "gpt2": {"n_inner": 20},
     "falcon": {"ffn_hidden_size": 20},
     "gpt_bigcode": {"n_inner": 20},

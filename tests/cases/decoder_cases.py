@@ -87,7 +87,8 @@ class DictSource(CheckpointSource):
     def read_rows(self, name: str, start: int, stop: int) -> torch.Tensor:
         self.reads.append(name)
         x = self.data[name]
-        return (x.dequantize() if isinstance(x, QuantTensor) else x)[start:stop].clone()
+        values = x.dequantize() if isinstance(x, QuantTensor) else x
+        return (values[start:stop] if values.ndim else values).clone()
 
     def read_weight(self, name: str) -> torch.Tensor | QuantTensor:
         x = self.data[name]

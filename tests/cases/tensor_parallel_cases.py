@@ -61,6 +61,10 @@ CASES: list[tuple[str, str | None]] = [
     ("bamba", "nf4-b16"),
     ("granite-hybrid", None),
     ("olmo2", None),
+    ("opt-350m", "nf4-b16"),
+    ("apertus", None),
+    ("bitnet", "nf4-b16"),
+    ("llama4-plain", "int4-b16-asym"),
 ]
 # Whole blocks of 16 for each.
 CHANGES: dict[tuple[str, str | None], dict[str, Any]] = {

@@ -41,7 +41,8 @@ def test_absent_keys_take_transformers_defaults(family: str) -> None:
         assert spec.window_rope.theta == ropes[SLIDING]["rope_theta"]
     types = getattr(theirs, "layer_types", None)
     if types is not None:
-        assert spec.windows == tuple(theirs.sliding_window if kind == SLIDING else None for kind in types)
+        lengths = {SLIDING: "sliding_window", "chunked_attention": "attention_chunk_size"}
+        assert spec.windows == tuple(getattr(theirs, lengths[kind]) if kind in lengths else None for kind in types)
     written = json.loads(theirs.to_json_string())
     assert spec_from_config({**written, "architectures": None}) == spec
 
@@ -52,7 +53,7 @@ def test_expected_tensors_are_those_of_the_model(case: str) -> None:
     spec = spec_from_config(tiny_config(case))
     model = _model(case)
     # What is added where experts are chosen, and what layers are scaled by, is no parameter there, but is stored.
-    stored = ("e_score_correction_bias", "expert_bias", "layer_scalar")
+    stored = ("e_score_correction_bias", "expert_bias", "layer_scalar", "act_fn.beta")
     added = [buffer for name, buffer in model.named_buffers() if name.endswith(stored)]
     ours = spec.expected_tensors()
     if FAMILIES[spec.family].layout.plain_norms:  # which are no parameters there
@@ -360,7 +361,7 @@ def test_other_models_of_a_name(family: str, changes: dict[str, Any], message: s
 
 @pytest.mark.parametrize(
     ("model_type", "why"),
-    [("phimoe", "SparseMixer"), ("apertus", "xIELU"), ("bitnet", "norms inside"), ("llama4_text", "in chunks")],
+    [("gemma3n_text", "AltUp"), ("deepseek_v32", "chooses the tokens"), ("deberta-v2", "matrices of its own")],
 )
 def test_what_is_known_and_does_not_run_is_refused_with_the_reason(model_type: str, why: str) -> None:
     with pytest.raises(

@@ -35,6 +35,8 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 FAMILIES = ["gemma3", "phi3", "hunyuan", "qwen2-moe", "gpt-oss", "gpt2", "gpt_neox"]
 FAMILIES += ["deepseek-v2", "gemma4-e"]
 FAMILIES += ["qwen3_5", "lfm2", "granite-hybrid"]
+# Norms after sums and projections of embeddings; learned factors; norms before last linears; experts of scaled input.
+LATER = ["opt-350m", "apertus", "bitnet", "llama4", "phimoe"]
 
 
 def logits(source: CheckpointSource, backend: Backend | None = None) -> torch.Tensor:
@@ -55,6 +57,11 @@ def logits(source: CheckpointSource, backend: Backend | None = None) -> torch.Te
         ("gemma4-moe", 4),
         ("gemma4-dense", 3),
         *(("qwen3-next", bits) for bits in (2, 3, 4, 5, 6, 7, 8)),
+        *(("llama4", bits) for bits in (2, 3, 4, 5, 6, 7, 8)),
+        *(("phimoe", bits) for bits in (2, 5)),
+        ("opt-350m", 3),
+        ("apertus", 4),
+        ("bitnet", 2),
     ],
 )
 def test_every_width(tmp_path: Path, published: Callable[[str], Path], name: str, bits: int) -> None:
@@ -74,7 +81,9 @@ def test_every_width(tmp_path: Path, published: Callable[[str], Path], name: str
         (family, name)
         for name, method in METHODS.items()
         # Tuning takes seconds; those of trellises round other formats as ldlq2 does.
-        for family in FAMILIES[: 1 if name == "ldlq2-tuned" or name.startswith("trellis") else None]
+        for family in [FAMILIES, [*FAMILIES, *LATER], FAMILIES[:1]][
+            2 if name == "ldlq2-tuned" or name.startswith("trellis") else name in ("awq", "ldlq2")
+        ]
         if not method.measured_only
     ],
 )
@@ -101,7 +110,7 @@ class Unrounded(ScaledView):
 
 
 @pytest.mark.parametrize(
-    "name", [*FAMILIES, "olmo2", "granite", "glm4", "smollm3", "glm4-moe", "cohere", "opt", "bloom"]
+    "name", [*FAMILIES, *LATER, "olmo2", "granite", "glm4", "smollm3", "glm4-moe", "cohere", "opt", "bloom"]
 )
 def test_scaling_features_changes_nothing(published: Callable[[str], Path], name: str) -> None:
     """AWQ's scales go through norms, values and products and out again, whatever else a block does."""

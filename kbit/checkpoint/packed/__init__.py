@@ -14,4 +14,5 @@ READERS = {
     "modelopt": "nvidia",
     "torchao": "torchao",
     "quanto": "quanto",
+    "bitnet": "bitnet",
 }
