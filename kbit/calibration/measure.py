@@ -244,7 +244,7 @@ class Passes:
             generator = torch.Generator().manual_seed(self.seed + start)
             with torch.enable_grad():
                 x = flat[start : start + step].float().requires_grad_()
-                logits = definition.head(ops, x)  # (R, V)
+                logits = definition.head(ops, blocks.narrowed(ops, self.spec, ends.final, x))  # (R, V)
                 root = torch.softmax(logits.detach(), dim=-1).sqrt_()
                 signs = torch.randint(0, 2, root.shape, generator=generator, dtype=torch.int8).mul_(2).sub_(1)
                 u = root * signs

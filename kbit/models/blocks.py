@@ -307,11 +307,17 @@ def embedding(ops: Ops[X], spec: ModelSpec, weight: Weight, outside: Weights, id
     return norm(ops, spec, outside, "embedding_norm", x)
 
 
+def narrowed(ops: Ops[X], spec: ModelSpec, outside: Weights, x: X) -> X:
+    """What follows the layers before the head: nothing, or, where embeddings are narrower than the residual stream, the
+    final norm and a projection: (..., hidden) -> (..., embedding_width)."""
+    if not spec.embedding_size:
+        return x
+    return ops.linear(outside.matrices["project_out"], norm(ops, spec, outside, "final_norm", x))
+
+
 def head(ops: Ops[X], spec: ModelSpec, weights: Weights, weight: Weight, hidden: X) -> X:
     """Hidden states before the final norm -> logits (..., V)."""
-    x = norm(ops, spec, weights, "final_norm", hidden)
-    if spec.embedding_size:
-        x = ops.linear(weights.matrices["project_out"], x)
+    x = hidden if spec.embedding_size else norm(ops, spec, weights, "final_norm", hidden)
     logits = ops.logits(weight, x, weights.biases.get("head"))
     if spec.logit_multiplier != 1.0:
         logits = ops.scale(logits, spec.logit_multiplier)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from kbit.models.config_values import ConfigValues
 from kbit.models.layer_types import conv_layers
 from kbit.models.mixer_specs import ConvNet
+from kbit.models.scan_config import SHARES
 
 # Limits that no real model comes near.
 _MAX_TAPS, _MAX_MULTIPLE, _MAX_FACTOR = 64, 1 << 20, 1e3
@@ -24,7 +25,8 @@ def conv_of(values: ConfigValues, layers: int, hidden: int) -> ConvNet | None:
     """
     which = conv_layers(values, layers)
     taps, bias = values.integer("conv_L_cache", 2, _MAX_TAPS), values.boolean("conv_bias")
-    return ConvNet(which, hidden, taps, bias) if any(which) else None
+    features = hidden // (values.optional_integer(SHARES, 1, hidden) or 1)
+    return ConvNet(which, features, taps, bias) if any(which) else None
 
 
 def adjusted_width(values: ConfigValues, width: int) -> int:

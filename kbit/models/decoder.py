@@ -62,14 +62,17 @@ class DecoderDefinition:
         self.weights = weights
 
     def body(self, ops: Ops[X], ids: X) -> X:
-        """Token ids -> hidden states (..., hidden), before the final norm; after it, where a task's head follows."""
+        """Token ids -> hidden states (..., hidden), before the final norm; after it, where a task's head or a
+        projection follows."""
         outside = self.weights.final
         x = blocks.embedding(ops, self.spec, self.weights.embedding, outside, ids)
         features = per_layer.features(ops, self.spec, outside, ids, x)
         for index, layer in enumerate(self.weights.layers):
             own = None if features is None else per_layer.of_layer(ops, self.spec, features, index)
             x = blocks.layer(ops, self.spec, layer, index, x, outside.biases.get("distances"), own)
-        return x if self.spec.task is None else blocks.norm(ops, self.spec, outside, "final_norm", x)
+        if self.spec.task is not None:
+            return blocks.norm(ops, self.spec, outside, "final_norm", x)
+        return blocks.narrowed(ops, self.spec, outside, x)
 
     def head(self, ops: Ops[X], hidden: X) -> X:
         """Hidden states (..., hidden) -> logits (..., V). Of an encoder: what the head made of them goes in, and where
@@ -164,7 +167,7 @@ class Decoder:
         """
         self._reserve(batch, cache)
         if not len(batch):
-            return np.empty((0, self.spec.hidden_size), dtype=np.float32)
+            return np.empty((0, self.spec.embedding_width), dtype=np.float32)
         return self._runner.hidden(batch, cache)
 
     def run_head(self, hidden: Array) -> Array:

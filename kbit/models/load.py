@@ -211,9 +211,8 @@ class _Loader:
         return vector
 
     def _xielu(self, positive: Any, negative: Any, linear: Any) -> dict[str, Vector]:
-        """The factors of `kbit.models.blocks` from what is stored: before a softplus those of the square and, less b, of
-        the exponential, whose -n x is taken together with b x. (What is stored as `eps` keeps exponents from above
-        -1e-6, where a GPU's difference of e^x and 1 would be inexact.)"""
+        """The factors that `kbit.models.blocks` reads, of what is stored: before a softplus that of the square and,
+        less b, that of the exponential. (`eps`, -1e-6, keeps exponents below itself: it changes less than that.)"""
         import numpy as np
 
         p, n, b = (np.float32(vector.reshape(-1)[0]) for vector in (positive, negative, linear))

@@ -15,7 +15,7 @@ from kbit.models.spec import XIELU, LatentSpec, ModelSpec, SoundSpec
 
 Unit = Literal[
     "heads", "kv_heads", "features", "sinks", "latent keys", "latent values", "expert features", "shared features",
-    "delta heads", "delta values", "delta inputs", "scan heads", "scan values", "scan inputs",
+    "delta heads", "delta values", "delta inputs", "scan heads", "scan values", "scan inputs", "conv features",
 ]  # fmt: skip
 Role = Literal["embedding", "linear", "head", "norm", "bias", "router", "rows", "table", "distances", "taps", "task"]
 
@@ -150,7 +150,7 @@ def _distances(spec: ModelSpec, layer: int | None) -> Iterator[Parameter]:
     template = str(spec.names.distances)
     if spec.distances is not None and ("{layer}" in template) == (layer is not None):
         name = f"{template.format(layer=layer)}.weight"
-        yield Parameter(name, "distances", layer, "distances", (spec.distances[0], spec.heads))
+        yield Parameter(name, "distances", layer, "distances", (spec.distances[0], spec.heads), (1, "sinks"))
 
 
 def _task(spec: ModelSpec) -> Iterator[Parameter]:
@@ -257,9 +257,9 @@ def _conv_net(spec: ModelSpec, conv: ConvNet, layer: int) -> Iterator[Parameter]
     hidden, features = spec.hidden_size, conv.features
     yield from _norm(spec, "attention_norm", layer)
     for slot in CONV:
-        yield from _linear(spec, slot, layer, (features, hidden), None, CONV, conv.bias)
-    yield from _taps(spec, "conv_taps", layer, features, conv.taps, conv.bias)
-    yield from _linear(spec, "conv_out", layer, (hidden, features), None, ("conv_out",), conv.bias)
+        yield from _linear(spec, slot, layer, (features, hidden), (0, "conv features"), CONV, conv.bias)
+    yield from _taps(spec, "conv_taps", layer, features, conv.taps, conv.bias, (0, "conv features"))
+    yield from _linear(spec, "conv_out", layer, (hidden, features), (1, "conv features"), ("conv_out",), conv.bias)
 
 
 def _scan_net(spec: ModelSpec, scan: ScanNet, layer: int) -> Iterator[Parameter]:

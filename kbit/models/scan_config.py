@@ -19,7 +19,8 @@ _MAX_HEADS, _MAX_DIM, _MAX_TAPS, _MAX_EXPAND = 1 << 16, 1024, 64, 64
 # The same as Python's JSON and as transformers writes it.
 _NO_LIMITS: tuple[Any, ...] = (None, [0.0, math.inf], [0.0, {"__float__": "Infinity"}])
 
-# In the configuration of one process's share of a model: of how many. Its heads are then as many times fewer.
+# In the configuration of one process's share of a model: of how many. Its heads, or the features of its convolutions,
+# are then as many times fewer.
 SHARES = "kbit_shares"
 
 # What transformers takes where a configuration says nothing.

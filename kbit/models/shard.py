@@ -12,6 +12,8 @@ So a layer needs two sums over the processes and nothing else: attention and act
                         biases of their down projections, which are weighed before the sum, are the first process's
     delta nets          heads of keys with those of values that read them, and their features of the convolution
     state spaces        heads of values; keys and queries are those of all heads, and whole
+    convolutions        features (LFM2): rows of the three linears before, columns of the one after
+    encoder-decoders    both stacks as above; what the decoder attends to of the encoder's text by heads
 
 A norm of all heads together (OLMo 2's of queries and keys, a state space's) has its mean over all processes.
 
@@ -31,7 +33,7 @@ from kbit.host.errors import UnsupportedError
 from kbit.models.check import check_tensors
 from kbit.models.families import FAMILIES, spec_from_config
 from kbit.models.family import Family
-from kbit.models.params import Parameter, Unit, parameters
+from kbit.models.params import Parameter, Unit, own_parameters
 from kbit.models.scan_config import SHARES
 from kbit.models.spec import ModelSpec
 
@@ -66,6 +68,8 @@ class Share:
     def spans(self, spec: ModelSpec, parameter: Parameter) -> tuple[Span, ...]:
         """Its rows or columns of a parameter that is cut, one run after another."""
         assert parameter.cut is not None
+        if parameter.cut[1] == "sinks":  # one number a head
+            return (self.heads,)
         assert parameter.layer is not None
         shape, unit = spec.shape(parameter.layer), parameter.cut[1]
         if unit == "features":
@@ -76,6 +80,9 @@ class Share:
             return (_scaled(self.kv_heads(shape.kv_heads), shape.head_dim),)
         if unit.startswith("delta"):
             return self._of_delta(spec, unit)
+        if unit == "conv features":
+            assert spec.conv is not None
+            return (self.part(spec.conv.features),)
         if unit.startswith("scan"):
             return self._of_scan(spec, unit)
         each = shape.head_dim if unit == "heads" else 1
@@ -123,8 +130,33 @@ def shard(source: CheckpointSource, rank: int, world: int) -> ShardedSource:
     spec = spec_from_config(source.config, where=f"config of {source.path}")
     check_tensors(source, spec, read_data=False)  # of the whole, so that complaints name its shapes
     family = FAMILIES[spec.family]
-    share = _share(source, spec, family, rank, world)
-    sizes = {
+    if spec.encoder is not None and family.encoder is not None:
+        stacks = [(spec.encoder, family.encoder), (spec, family)]
+    else:
+        stacks = [(spec, family)]
+    config = dict(source.config)
+    cuts: dict[str, tuple[Cut, ...]] = {}
+    others: set[str] = set()
+    for stack, own in stacks:
+        share = _share(source, stack, own, rank, world)
+        sizes = _sizes(stack, own, share)
+        for key, size in {**sizes, **{own.keys.get(key, key): size for key, size in sizes.items()}}.items():
+            if len(stacks) > 1 and key in own.keys:
+                continue  # each stack has names of its own for these
+            config[key] = size
+        for parameter in own_parameters(stack):
+            if parameter.cut is not None:
+                spans = share.spans(stack, parameter)
+                cuts[parameter.name] = tuple(Cut(parameter.cut[0], *span) for span in spans)
+            elif parameter.once and rank:
+                others.add(parameter.name)
+    return ShardedSource(source, config, cuts, f"{rank}/{world}", zeros=others)
+
+
+def _sizes(spec: ModelSpec, family: Family, share: Share) -> dict[str, object]:
+    """What a process's configuration says that the whole one's does not, by the names that kbit has for keys."""
+    world = share.world
+    sizes: dict[str, object] = {
         "num_attention_heads": _count(share.heads),
         "num_key_value_heads": _count(share.kv_heads(spec.kv_heads)),
         "head_dim": spec.head_dim,
@@ -138,20 +170,16 @@ def shard(source: CheckpointSource, rank: int, world: int) -> ShardedSource:
         sizes["linear_num_value_heads"] = spec.delta.heads // world
     if spec.scan is not None:
         sizes |= {"mamba_n_heads": spec.scan.heads // world, "mamba_d_head": spec.scan.value_dim, SHARES: world}
-    config = {**source.config, **sizes, **{family.keys.get(key, key): size for key, size in sizes.items()}}
+    if spec.conv is not None:
+        sizes[SHARES] = world
+    if family.adjusted:
+        sizes["block_auto_adjust_ff_dim"] = False  # which has been done
     if family.shapes is not None:
-        config[family.shapes.by_layer] = {
+        sizes[family.shapes.by_layer] = {
             str(layer): {"head_dim": shape.head_dim, "num_key_value_heads": _count(share.kv_heads(shape.kv_heads))}
             for layer, shape in enumerate(spec.shapes)
         }
-    cuts, others = {}, set()
-    for parameter in parameters(spec):
-        if parameter.cut is not None:
-            spans = share.spans(spec, parameter)
-            cuts[parameter.name] = tuple(Cut(parameter.cut[0], *span) for span in spans)
-        elif parameter.once and rank:
-            others.add(parameter.name)
-    return ShardedSource(source, config, cuts, f"{rank}/{world}", zeros=others)
+    return sizes
 
 
 def _widths(spec: ModelSpec, family: Family) -> dict[str, list[Unit]]:
@@ -185,7 +213,7 @@ def _share(source: CheckpointSource, spec: ModelSpec, family: Family, rank: int,
     whole: dict[Unit, int] = {"features": spec.intermediate_size}
     if spec.experts is not None:
         whole |= {"expert features": spec.experts.width, "shared features": spec.experts.shared_width}
-    columns = [(p, p.cut[1]) for p in parameters(spec) if p.cut is not None and p.cut[0] == 1]
+    columns = [(p, p.cut[1]) for p in own_parameters(spec) if p.cut is not None and p.cut[0] == 1]
     for parameter, unit in columns:
         info, needed = source.tensors[parameter.name], column_unit(source.tensors[parameter.name])
         for start, stop in () if unit in whole else heads.spans(spec, parameter):
@@ -210,9 +238,7 @@ def _undivided(spec: ModelSpec) -> Iterable[tuple[bool, str]]:
             spec.scan is not None and (spec.scan.groups > 1 or spec.scan.beside or spec.scan.norms != 1),
             "the state spaces of {family} models, with groups or beside attention, are not dealt out among processes",
         ),
-        (spec.conv is not None, "the short convolutions of {family} models are not dealt out among processes"),
-        (spec.encoder is not None, "{family} models, which are encoder-decoders, are not dealt out among processes"),
-        (spec.distances is not None, "the scores by distance of {family} models are of all heads together"),
+        (spec.sound is not None, "{family} models, which read sound, are not dealt out among processes"),
         (spec.sloped, "the slopes of {family} models are of all heads together"),
     )
 
@@ -247,6 +273,8 @@ def _heads_divide(spec: ModelSpec, world: int) -> bool:
     if spec.delta is not None and spec.delta.key_heads % world:
         return False
     if spec.scan is not None and spec.scan.heads % world:
+        return False
+    if spec.conv is not None and spec.conv.features % world:
         return False
     if spec.qk_norm == "whole" and any(count % world for count in counts):
         return False  # a norm over all heads would count twice those that several have

@@ -62,6 +62,8 @@ CASES: list[tuple[str, str | None]] = [
     ("granite-hybrid", None),
     ("olmo2", None),
     ("opt-350m", "nf4-b16"),
+    ("lfm2-biases", None),
+    ("lfm2-moe", "int3-row"),
     ("apertus", None),
     ("bitnet", "nf4-b16"),
     ("llama4-plain", "int4-b16-asym"),

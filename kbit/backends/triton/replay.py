@@ -307,14 +307,15 @@ class Replay:
             q = q.view(batch, tokens, a.heads, a.head_dim)
             out = attention_decode(
                 q, *pages, step.block_table, step.positions, step.lengths, a.scale, window=a.window,
-                soft_cap=a.soft_cap, sinks=sinks, chunked=a.chunked, max_length=step.reach, k_kind=k_kind, v_kind=v_kind,
+                soft_cap=a.soft_cap, sinks=sinks, chunked=a.chunked, max_length=step.reach, k_kind=k_kind,
+                v_kind=v_kind,
             )  # fmt: skip
         else:
             assert step.bounds is not None
             out = attention_prefill_paged(
                 q, step.bounds, *pages, step.block_table, step.lengths, a.scale, window=a.window,
-                soft_cap=a.soft_cap, sinks=sinks, chunked=a.chunked, max_queries=step.longest, causal=a.mask == "causal", k_kind=k_kind,
-                v_kind=v_kind,
+                soft_cap=a.soft_cap, sinks=sinks, chunked=a.chunked, max_queries=step.longest,
+                causal=a.mask == "causal", k_kind=k_kind, v_kind=v_kind,
             )  # fmt: skip
         return out.reshape(-1, operation.out.width)
 

@@ -1,4 +1,4 @@
-"""Apertus: norms of queries and keys, and plain MLPs with xIELU, whose factors every layer has learned (arXiv 2411.13010)."""
+"""Apertus: norms of queries and keys, and plain MLPs with xIELU (arXiv 2411.13010), its factors learned by layer."""
 
 from dataclasses import replace
 

@@ -238,8 +238,8 @@ def attend_tile(
     D: tl.constexpr, M: tl.constexpr, BN: tl.constexpr,
     K_BITS: tl.constexpr, V_BITS: tl.constexpr, K_DTYPE: tl.constexpr, V_DTYPE: tl.constexpr,
     PAGED: tl.constexpr, CAUSAL: tl.constexpr, HAS_WINDOW: tl.constexpr, CHUNKED: tl.constexpr,
-    HAS_CAP: tl.constexpr, HAS_SLOPES: tl.constexpr, SCALE_TILES: tl.constexpr, P_LOG2: tl.constexpr, ONE_LOOP: tl.constexpr,
-    STAGES: tl.constexpr,
+    HAS_CAP: tl.constexpr, HAS_SLOPES: tl.constexpr, SCALE_TILES: tl.constexpr, P_LOG2: tl.constexpr,
+    ONE_LOOP: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Tokens [first, last) of a sequence for a tile of queries; every query sees all of [first, clear), which go
     through a loop without masks unless ONE_LOOP, which takes fewer registers.
