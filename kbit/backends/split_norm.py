@@ -11,7 +11,8 @@ if TYPE_CHECKING:
 
 
 def norm_of_parts(x: torch.Tensor, weight: torch.Tensor, eps: float, group: Group) -> torch.Tensor:
-    """`reference.rms_norm` of features of which every process has as many: (..., K) float32."""
+    """`reference.rms_norm` of features of which every process has some, perhaps more than others: (..., K) float32."""
     x = x.float()
-    squares = group.sum(x.square().sum(dim=-1, keepdim=True))
-    return x * torch.rsqrt(squares / (x.shape[-1] * group.size) + eps) * weight.float()
+    squares = x.square().sum(dim=-1, keepdim=True)
+    total = group.sum(torch.cat([squares, torch.full_like(squares, x.shape[-1])], dim=-1))
+    return x * torch.rsqrt(total[..., :1] / total[..., 1:] + eps) * weight.float()

@@ -172,7 +172,7 @@ class Ops(Protocol[X]):
         """RMS normalisation over runs of D features, all K or a head's: x (..., K), weight (D,) -> (..., K).
 
         Several groups: over each of so many runs, for which the weight (K,) has numbers of their own. Parts: the run is
-        longer, every process has as many features of it, and the mean is over all.
+        longer, every process has some features of it, and the mean is over all.
         """
 
     def layer_norm(self, x: X, weight: Vector, bias: Vector | None, eps: float) -> X:

@@ -134,7 +134,7 @@ def shard(source: CheckpointSource, rank: int, world: int) -> ShardedSource:
         stacks = [(spec.encoder, family.encoder), (spec, family)]
     else:
         stacks = [(spec, family)]
-    config = dict(source.config)
+    given: dict[str, object] = {}
     cuts: dict[str, tuple[Cut, ...]] = {}
     others: set[str] = set()
     for stack, own in stacks:
@@ -143,14 +143,19 @@ def shard(source: CheckpointSource, rank: int, world: int) -> ShardedSource:
         for key, size in {**sizes, **{own.keys.get(key, key): size for key, size in sizes.items()}}.items():
             if len(stacks) > 1 and key in own.keys:
                 continue  # each stack has names of its own for these
-            config[key] = size
+            if key in given and given[key] != size:
+                raise UnsupportedError(
+                    f"{source.path}: cannot be split among {world} processes: encoder and decoder have one {key}, and "
+                    "blocks of other sizes; convert it with one format for both, or use one process"
+                )
+            given[key] = size
         for parameter in own_parameters(stack):
             if parameter.cut is not None:
                 spans = share.spans(stack, parameter)
                 cuts[parameter.name] = tuple(Cut(parameter.cut[0], *span) for span in spans)
             elif parameter.once and rank:
                 others.add(parameter.name)
-    return ShardedSource(source, config, cuts, f"{rank}/{world}", zeros=others)
+    return ShardedSource(source, {**source.config, **given}, cuts, f"{rank}/{world}", zeros=others)
 
 
 def _sizes(spec: ModelSpec, family: Family, share: Share) -> dict[str, object]:

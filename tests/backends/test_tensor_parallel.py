@@ -25,7 +25,9 @@ from tensor_parallel_cases import (
     CASES,
     TRITON_CASES,
     WORLD,
+    WRITERS,
     few_logits,
+    latent_source,
     logits,
     run_all,
     source_for,
@@ -33,6 +35,7 @@ from tensor_parallel_cases import (
     toy_source,
     triton_source,
     whole_logits,
+    written_logits,
 )
 
 from kbit.backends import parallel as tensor_parallel
@@ -50,8 +53,10 @@ from kbit.formats.quant_format import QuantFormat
 from kbit.formats.quant_tensor import QuantTensor
 from kbit.host.errors import CheckpointError, KbitError, UnsupportedError, UsageError
 from kbit.models.check import check_tensors
+from kbit.models.encoder_decoder import load_encoder_decoder
 from kbit.models.families import FAMILIES, spec_from_config
 from kbit.models.load import load_decoder
+from kbit.models.opening import open_model as open_canonical
 from kbit.models.shard import shard
 from kbit.text.windows import Windows
 
@@ -199,12 +204,12 @@ class TestShares:
         ("name", "message"),
         [
             ("bamba", "2 key/value heads, and state spaces of 6 heads; use 2 or 6$"),
-            ("lfm2", "the short convolutions of lfm2 models are not dealt out among processes; use one process"),
+            ("lfm2", "it has 6 attention heads and 2 key/value heads; use 2 or 6$"),
             ("qwen3_5", "2 key/value heads, and delta nets of 2 heads of keys; use 2$"),
         ],
     )
     def test_layers_that_are_not_dealt_out(self, name: str, message: str) -> None:
-        world = 2 if name == "lfm2" else 4 if name == "bamba" else 3
+        world = 4 if name in ("bamba", "lfm2") else 3
         with pytest.raises(UnsupportedError, match=f"cannot be split among {world} processes: .*{message}"):
             shard(source_of(name, None), 0, world)
         assert shard(source_of(name, None), 0, 1).config["num_attention_heads"] == 6
@@ -255,7 +260,17 @@ class TestShares:
 @pytest.fixture(scope="module")
 def together(tmp_path_factory: pytest.TempPathFactory) -> list[dict[Any, Any]]:
     """What each of two processes on the reference backend found."""
-    return two_processes(tmp_path_factory.mktemp("together"), "reference")
+    return two_processes(writers(tmp_path_factory.mktemp("together")), "reference")
+
+
+def writers(folder: Path) -> Path:
+    """Encoder-decoders for `tensor_parallel_cases.WRITERS`."""
+    pytest.importorskip("transformers")
+    from encoder_decoder_cases import model_of, saved
+
+    for name in WRITERS:
+        saved(model_of(name), folder / name)
+    return folder
 
 
 def two_processes(folder: Path, backend: str) -> list[dict[Any, Any]]:
@@ -274,6 +289,27 @@ class TestTwoProcesses:
             assert torch.equal(together[0][case][name], together[1][case][name])
         whole = spec_from_config(source_for(case).config).intermediate_size
         assert together[0][case]["intermediate"] + together[1][case]["intermediate"] == whole
+
+    def test_a_cache_of_latent_vectors(self, together: list[dict[Any, Any]]) -> None:
+        """Every process keeps the vectors whole, and has its heads' rows of what makes keys and values of them."""
+        model = load_decoder(latent_source(), ReferenceBackend(keeps_latents=True))
+        assert model.spec.keeps_latents
+        for name, values in logits(model).items():
+            assert_close(together[0]["latents"][name], values)
+            assert torch.equal(together[0]["latents"][name], together[1]["latents"][name])
+
+    @pytest.mark.parametrize("name", WRITERS)
+    def test_encoder_decoders(self, together: list[dict[Any, Any]], name: str, tmp_path: Path) -> None:
+        """Both stacks are dealt out, what is added to scores by distance, and what is kept of the encoder's text."""
+        with open_canonical(str(writers(tmp_path) / name)) as source:
+            expected = written_logits(load_encoder_decoder(source, ReferenceBackend()))
+            parts = [shard(source, rank, 2) for rank in range(2)]
+            cross = "EncDecAttention.k" if name == "t5" else "encoder_attn.k_proj"
+            key = next(key for key in source.tensors if key.endswith(f"{cross}.weight"))
+            assert torch.equal(torch.cat([part.read(key) for part in parts]), source.read(key))
+        for which, values in expected.items():
+            assert_close(together[0][name][which], values)
+            assert torch.equal(together[0][name][which], together[1][name][which])
 
     def test_a_norm_after_attention_is_of_the_sum(self, together: list[dict[Any, Any]]) -> None:
         """A family added from outside, whose processes meet before a norm and not at a residual."""

@@ -21,10 +21,13 @@ from torch import distributed
 
 from kbit.checkpoint.source import TensorInfo
 from kbit.formats.quant_tensor import QuantTensor
+from kbit.graph.batch import Batch
 from kbit.host.errors import KbitError, UsageError
 from kbit.models.decoder import Decoder
+from kbit.models.encoder_decoder import EncoderDecoder, load_encoder_decoder
 from kbit.models.families import spec_from_config
 from kbit.models.load import load_decoder
+from kbit.models.opening import open_model
 from kbit.models.shard import shard
 
 WORLD = 2
@@ -141,6 +144,29 @@ def whole_logits(model: Decoder) -> dict[str, torch.Tensor]:
     return {"batch": torch.cat([batch[0], batch[1, :6]]), "one": torch.tensor(one)}
 
 
+# Sizes with which the cache keeps latent vectors.
+LATENT = {"kv_lora_rank": 48, "qk_nope_head_dim": 32, "qk_rope_head_dim": 16, "v_head_dim": 32}
+
+
+def latent_source() -> DictSource:
+    """Of DeepSeek-V2's kind."""
+    config = {**tiny_config("deepseek-v2"), **LATENT}
+    return DictSource(config, tame_tensors(config))
+
+
+# Encoder-decoders, as transformers writes them; see `written_logits`.
+WRITERS = ("bart", "t5")
+
+
+def written_logits(model: EncoderDecoder) -> dict[str, torch.Tensor]:
+    """What an encoder-decoder says to a prompt and a token more, of two texts of other lengths."""
+    cache = model.encode([list(range(5, 25)), [7, 11, 13]], 8)
+    prompts = Batch.of([[2, 9, 8], [2, 30, 31]], [0, 0], "all")
+    first = model.run(prompts, cache)
+    second = model.run(Batch.of([[40], [41]], [3, 3], "all"), cache)
+    return {"prompt": torch.from_numpy(first), "token": torch.from_numpy(second)}
+
+
 def few_logits(model: Decoder) -> dict[str, torch.Tensor]:
     """A prompt and a token."""
     cache = model.new_cache(1, 8)
@@ -219,6 +245,12 @@ def main(folder: Path, backend: str) -> None:
                 **logits(load_decoder(part, mine)),
                 "intermediate": spec_from_config(part.config).intermediate_size,
             }
+        short = split(ReferenceBackend(keeps_latents=True), group)
+        found["latents"] = logits(load_decoder(shard(latent_source(), group.rank, group.size), short))
+        for name in WRITERS:
+            with open_model(str(folder / name)) as source:
+                part = shard(source, group.rank, group.size)
+                found[name] = written_logits(load_encoder_decoder(part, mine))
         toy_family.install()
         found["toy"] = whole_logits(load_decoder(shard(toy_source(), group.rank, group.size), mine))
     torch.save(found, folder / f"{backend}-{group.rank}.pt")
