@@ -79,11 +79,13 @@ class Mask:
     slopes: torch.Tensor | None = None
     sinks: torch.Tensor | None = None
     causal: bool = True
+    chunked: bool = False
 
     def options(self, device: str) -> dict[str, Any]:
         """As the launchers take them."""
         slopes, sinks = (None if x is None else x.to(device) for x in (self.slopes, self.sinks))
-        return {"window": self.window, "soft_cap": self.soft_cap, "slopes": slopes, "sinks": sinks}
+        mask = {"window": self.window, "soft_cap": self.soft_cap, "slopes": slopes, "sinks": sinks}
+        return {**mask, "chunked": self.chunked}
 
 
 def attend(
@@ -110,7 +112,10 @@ def attend(
     if mask.slopes is not None:
         scores = scores - mask.slopes[:, None, None].double() * distance
     hidden = distance < 0 if mask.causal else torch.zeros_like(distance, dtype=torch.bool)
-    if mask.window is not None:
+    if mask.window is not None and mask.chunked:
+        stretch = positions.clamp(min=0) // mask.window * mask.window
+        hidden = hidden | (torch.arange(k.shape[1]) < stretch[:, None])
+    elif mask.window is not None:
         hidden = hidden | (distance >= mask.window)
     scores = scores.masked_fill(hidden, -torch.inf)
     if mask.sinks is not None:

@@ -74,8 +74,10 @@ def _attention_cases(seed: int) -> dict[str, Callable[[str], float]]:
     for pair in (("fp16", "fp16"), ("4", "4")):
         decode(pair, 64, 3, [131, 30], Mask(window=20, soft_cap=10.0), " window, cap")
         decode(pair, 64, 1, [131, 30], Mask(sinks=torch.linspace(-40, 3, 8)), " sinks")
+        decode(pair, 64, 3, [131, 30], Mask(window=20, chunked=True), " chunks")
         decode(pair, 512, 1, [200], Mask(), " wide")
         paged(pair, 64, [50, 9], Mask(window=20, soft_cap=10.0), " window, cap")
+        paged(pair, 64, [50, 9], Mask(window=20, chunked=True), " chunks")
         paged(pair, 512, [20], Mask(), " wide")
     for dtype in (torch.float16, torch.bfloat16):
         for dim in (64, 128, 256):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -75,6 +77,29 @@ def test_bidirectional_is_the_formula(name: str, heads: Heads) -> None:
     found = torch.as_tensor(runner.forward(Batch.of(texts, [0] * 3, "all"), cache)).split([130, 1, 261])
     for text, part in zip(texts, found, strict=True):
         check(part, *parts_of(heads, table, text), seen_by("bidirectional", len(text)))
+
+
+@pytest.mark.parametrize("stretch", [1, 64, 150])
+@pytest.mark.parametrize("heads", HEADS, ids=str)
+@pytest.mark.parametrize("name", BACKENDS)
+def test_stretches_are_the_formula(name: str, heads: Heads, stretch: int) -> None:
+    """As long as a page, longer than a chunk of the kernels, and one token; then texts go on, into the next stretch."""
+    backend, table = backend_of(name), heads.table(4)
+    definition = OneAttention(backend, heads, table, "causal")
+    definition.attention = replace(definition.attention, window=stretch, chunked=True)
+    runner = backend.bind(definition)
+    texts, lengths = texts_of(149, 1, 310, 64), [149, 1, 310, 64]
+    cache = backend.new_cache(1, len(texts), heads.kv_heads, heads.dim, 313)
+    cache.reserve(lengths)
+    found = torch.as_tensor(runner.forward(Batch.of(texts, [0] * 4, "all"), cache)).split(lengths)
+    more = texts_of(3, 3, 3, 3)
+    cache.reserve([3] * 4)
+    after = torch.as_tensor(runner.forward(Batch.of(more, cache.lengths, "all"), cache)).split([3] * 4)
+    for text, new, *parts in zip(texts, more, found, after, strict=True):
+        q, k, v = parts_of(heads, table, text + new)
+        at = torch.arange(len(q))
+        seen = seen_by("causal", len(q)) & (at[:, None] // stretch == at // stretch)
+        check(torch.cat(parts), q, k, v, seen)
 
 
 def encoded(

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import shlex
 from pathlib import Path
 
 import encoder_cases as cases
@@ -102,6 +104,23 @@ def _cosines(model: Path, pairs: Path) -> NDArray[np.float64]:
 
     backend = NativeBackend(1, compute="fp32", kv="fp32")
     return similarity.embedded(str(model), backend, read_pairs(pairs)).cosines
+
+
+def test_what_stands_in_for_a_sweep(model: Path, pairs: Path, tmp_path: Path) -> None:
+    """kbit scale refuses an encoder, and what it says to run instead runs."""
+    code, _, err = run_command(["scale", str(model), "--data", str(pairs), "-o", str(tmp_path / "study")])
+    assert code == 1
+    line = err.strip().splitlines()[-1]
+    assert "a bert model does not go on with texts; kbit scale measures by predictions of the next token" in line
+    commands = [shlex.split(command) for command in re.findall(r"kbit ((?:quantize|eval) [^,]*)", line)]
+    assert [command[0] for command in commands] == ["quantize", "eval"]
+    words = {"N": "3", "OUT": str(tmp_path / "out")}
+    for command in commands:
+        filled = [words.get(word, word) for word in command]
+        own = ["--task-data", str(pairs), "--json"] if filled[0] == "eval" else ["--block-size", "16"]
+        code, out, err = run_command([*filled, *own])
+        assert code == 0, err
+    assert json.loads(out)["pairs"] == 40
 
 
 def test_beside_a_reference(model: Path, pairs: Path, tmp_path: Path) -> None:

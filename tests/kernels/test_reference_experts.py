@@ -92,3 +92,30 @@ def test_what_cannot_be() -> None:
     for wrong in ({"chosen": 0}, {"chosen": 5}, {"groups": 3}, {"groups": 4}, {"groups": 2, "chosen": 3}):
         with pytest.raises(ValueError, match="experts"):
             Routing(**{"experts": 4, "chosen": 2, **wrong})
+
+
+@pytest.mark.parametrize("jitter", [0.01, 0.2, 0.6])
+def test_sparsemixer_is_that_of_transformers(jitter: float) -> None:
+    """Positive and negative logits, near each other and far apart; experts in ascending order, with their weights."""
+    modeling = pytest.importorskip("transformers.models.phimoe.modeling_phimoe")
+    logits = torch.randn(300, 7, generator=torch.Generator().manual_seed(2)) * torch.logspace(-2, 1, 300)[:, None]
+    logits[::3] -= 2
+    theirs, chosen = modeling.sparsemixer(logits, jitter, training=False)
+    experts, weights = route(logits, None, 2, "sparsemixer", False, 2.0, jitter=jitter)
+    order = chosen.argsort(1)
+    assert torch.equal(experts, chosen.gather(1, order))
+    assert torch.allclose(weights, 2.0 * theirs.gather(1, order), rtol=1e-6)
+    assert bool((weights < 2.0).any())
+
+
+def test_scaled_input_is_not_scaled_output() -> None:
+    x, experts = torch.tensor([[1.0, -2.0], [3.0, 0.5]]), torch.tensor([[0, 1], [1, 2]])
+    weights = torch.tensor([[0.5, 0.25], [1.0, 2.0]])
+    found = mix(x, experts, weights, lambda expert, rows: (expert + 1) * rows.square(), scales_input=True)
+    wanted = torch.stack([x[0] ** 2 * (0.25 + 2 * 0.0625), x[1] ** 2 * (2 * 1.0 + 3 * 4.0)])
+    assert torch.equal(found, wanted)
+
+
+def test_sparsemixer_chooses_two() -> None:
+    with pytest.raises(ValueError, match="sparsemixer chooses 2 of all experts, not 3 of 1 groups"):
+        Routing(5, 3, "sparsemixer")

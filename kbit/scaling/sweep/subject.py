@@ -21,6 +21,7 @@ from kbit.host.files import read_json_object, sha256_of, write_durably
 from kbit.models.check import check_continues, check_tensors
 from kbit.models.families import spec_from_config
 from kbit.models.opening import open_model
+from kbit.models.spec import ModelSpec
 from kbit.quantizers.plan import make_plan
 from kbit.text.datasets import NAMED_TEXTS, TextData
 from kbit.text.tokenizer import Tokenizer
@@ -28,10 +29,7 @@ from kbit.text.windows import Convention, Windows, choose_context, make_windows
 
 # What decides how a text becomes tokens.
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
-_INSTEAD = (
-    "kbit scale measures by predictions of the next token: quantize it at each width, and compare by kbit eval "
-    "(--tasks stsb of embeddings, --data PAIRS.tsv of translations and summaries)"
-)
+_COMMANDS = {"sequence": "classify", "tokens": "classify", "span": "answer"}
 
 
 @dataclass(frozen=True, eq=False)
@@ -104,7 +102,7 @@ def find_subjects(
             sources.append(open_model(model))
         specs = [spec_from_config(source.config, where=f"config of {source.path}") for source in sources]
         for spec, source in zip(specs, sources, strict=True):
-            check_continues(spec, str(source.path), _INSTEAD)
+            check_continues(spec, str(source.path), _instead(spec, str(source.path)))
         length = choose_context(convention, context, min(spec.longest_in_pieces for spec in specs))
         subjects: list[Subject] = []
         seen: dict[tuple[bytes, ...], tuple[Windows, int]] = {}
@@ -201,6 +199,20 @@ def _names(models: Sequence[str]) -> list[str]:
         short.append((path.resolve().name if path.name in ("", ".", "..") else path.name) if known else model)
     names = [name.removesuffix(".gguf") for name in short]
     return [model if names.count(name) > 1 else name for model, name in zip(models, names, strict=True)]
+
+
+def _instead(spec: ModelSpec, model: str) -> str:
+    """What to do with a model that predicts no next token: convert it to each width, and measure what it is for."""
+    kind = None if spec.task is None else spec.task.kind
+    measured = f"kbit eval OUT --tasks stsb --reference {model}"
+    if spec.encoder is not None:
+        measured = "kbit eval OUT --data PAIRS.tsv"
+    elif kind in _COMMANDS:
+        measured = f"compare what kbit {_COMMANDS[kind]} says with OUT and with {model}"
+    return (
+        "kbit scale measures by predictions of the next token: for each width run kbit quantize "
+        f"{model} --method rtn --bits N -o OUT, and {measured}"
+    )
 
 
 def _scored_bytes(windows: Windows, tokenizer: Tokenizer) -> int:

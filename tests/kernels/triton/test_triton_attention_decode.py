@@ -56,6 +56,8 @@ def test_masks(kinds: tuple[str, str], device: str) -> None:
         Mask(window=1),
         Mask(window=33),
         Mask(window=1000),
+        Mask(window=65, chunked=True),
+        Mask(window=1, chunked=True, soft_cap=10.0),
         Mask(soft_cap=3.0),
         Mask(slopes=slopes),
         Mask(window=20, soft_cap=10.0, slopes=slopes),

@@ -37,6 +37,7 @@ def test_packed_masks(device: str) -> None:
     for mask in (
         Mask(window=1),
         Mask(window=21),
+        Mask(window=33, chunked=True),
         Mask(soft_cap=3.0),
         Mask(slopes=slopes),
         Mask(causal=False),
@@ -51,6 +52,7 @@ def test_packed_with_earlier_keys(device: str) -> None:
     """Fewer queries than keys: the queries are the last."""
     check_packed(device, (2, 1, 32), [5, 32], [70, 32])
     check_packed(device, (2, 1, 32), [5, 32], [70, 32], Mask(window=40))
+    check_packed(device, (2, 1, 32), [5, 32], [70, 32], Mask(window=67, chunked=True))
 
 
 @pytest.mark.parametrize("dim", [32, 64, 80, 96, 128, 256])
@@ -76,7 +78,13 @@ def test_paged_kinds(kinds: tuple[str, str], device: str) -> None:
 def test_paged_masks(device: str) -> None:
     slopes = torch.tensor([0.5, 0.125])
     sinks = torch.tensor([-1.0, 4.0])
-    for mask in (Mask(window=30), Mask(soft_cap=3.0), Mask(slopes=slopes), Mask(window=30, sinks=sinks)):
+    for mask in (
+        Mask(window=30),
+        Mask(window=64, chunked=True),
+        Mask(soft_cap=3.0),
+        Mask(slopes=slopes),
+        Mask(window=30, sinks=sinks),
+    ):
         check_paged(device, Cache(("4", "4"), 2, 32, [100, 20]), 2, [35, 20], mask)
 
 
