@@ -63,7 +63,7 @@ def test_experts_of_several_formats(isa: str) -> None:
         assert torch.equal(run(native(source, isa=isa, compute=compute, threads=3), ids, [1] * 20), whole)
 
 
-@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("seed", range(8))
 def test_routing_is_the_references(seed: int) -> None:
     """Experts that give back their token times a number of their own: the sum shows who was chosen, and their weights."""
     generator = torch.Generator().manual_seed(seed)
@@ -75,11 +75,16 @@ def test_routing_is_the_references(seed: int) -> None:
         ("sigmoid", False, 1.0, 1, 1),
         ("softmax", False, 1.5, 4, 2),
         ("softmax", True, 1.0, 1, 1),
+        ("sparsemixer", False, 1.5, 1, 1),
+        ("sigmoid", False, 1.0, 1, 1),
     ][seed]
-    by_best = seed == 4
+    by_best, scales_input = seed == 4, seed == 7
     score, normalise, scale, groups, taking_part = settings
     bias = torch.randn(experts, generator=generator) if score == "sigmoid" or seed == 5 else None
     logits = torch.randint(-3, 4, (30, experts), generator=generator).float()  # with many ties
+    if score == "sparsemixer":  # whose logits are not integers, so that none lies just at the border of being near
+        logits = logits + 0.01 * torch.randn(30, experts, generator=generator)
+    count = 2 if score == "sparsemixer" else 3
     backend = NativeBackend(2, compute="fp32")
     program = _native.Program(backend.context, "fp32")
     table = torch.zeros(30, experts)
@@ -90,13 +95,13 @@ def test_routing_is_the_references(seed: int) -> None:
     program.embed(embedding.matrix, routed)
     program.embed(backend.prepare(torch.ones(30, width)).matrix, x)
     one = backend.prepare(torch.eye(width)).matrix
-    # relu(1) 1 = 1, and down is diagonal: expert e makes 2^e of it.
+    # relu(1) 1 = 1 (of scaled input w: w^2), and down is diagonal: expert e makes 2^e of it.
     downs = [backend.prepare(torch.eye(width) * 2.0**e).matrix for e in range(experts)]
     none = [None] * experts
     program.experts(
         x, routed, out, [one] * experts, [one] * experts, downs, none, none, none,
-        None if bias is None else bias.numpy(), 3, score, normalise, scale, groups, taking_part, "relu",
-        best_of_group=by_best,
+        None if bias is None else bias.numpy(), count, score, normalise, scale, groups, taking_part, "relu",
+        best_of_group=by_best, jitter=0.2, scales_input=scales_input,
     )  # fmt: skip
     program.finish(out)
     found = np.empty((30, width), dtype=np.float32)
@@ -109,8 +114,9 @@ def test_routing_is_the_references(seed: int) -> None:
         cache.pool.store, cache.tables, None, found,
     )  # fmt: skip
     chosen, weights = route(
-        logits, bias, 3, score, normalise, scale, groups, taking_part, "best" if by_best else "two best"
+        logits, bias, count, score, normalise, scale, groups, taking_part, "best" if by_best else "two best", 0.2
     )
+    weights = weights.square() if scales_input else weights
     wanted = (weights * 2.0**chosen).sum(1)
     assert np.allclose(found, wanted.numpy()[:, None], rtol=1e-6)
 
@@ -141,6 +147,7 @@ def test_what_does_not_fit() -> None:
         {"logits": x},
         {"out": x},
         {"score": "tanh"},
+        {"score": "sparsemixer"},
         {"limit": 1.0, "activation": "gelu"},
         {"selection_bias": np.zeros(3, dtype=np.float32)},
         {"gate_biases": [None, np.zeros(3, dtype=np.float32)]},

@@ -116,12 +116,13 @@ def test_activations(kind: str) -> None:
         "gelu": x * 0.5 * torch.erfc(-x / math.sqrt(2)),
         "gelu_tanh": 0.5 * x * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3))),
         "relu": x.clamp(min=0),
+        "elu": x.clamp(min=0) + torch.expm1(x.clamp(max=0)),
     }[kind]
     # gelu's factor 1 + erf cancels for negative x, so errors are relative to |x|, not to the result.
     assert_within(reference.activate(gate, None, kind), exact, 8 * EPS * x.abs())
     assert_within(reference.activate(gate, up, kind), exact * up, 9 * EPS * (x * up).abs())
     edge = reference.activate(torch.tensor([1e30, -1e30]), None, kind)
-    assert edge.tolist() == pytest.approx([1e30, 0.0])
+    assert edge.tolist() == pytest.approx([1e30, -1.0 if kind == "elu" else 0.0])
 
 
 def test_unknown_activation() -> None:
