@@ -17,7 +17,7 @@ from kbit.models.check import check_tensors
 from kbit.models.decoder import Decoder, DecoderWeights
 from kbit.models.families import spec_from_config
 from kbit.models.latent import compressed
-from kbit.models.params import OUTSIDE, Parameter, own_parameters, parameters, weightless_norms
+from kbit.models.params import OUTSIDE, XIELU_PARTS, Parameter, own_parameters, parameters, weightless_norms
 from kbit.models.spec import ModelSpec
 
 if TYPE_CHECKING:
@@ -26,6 +26,10 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from kbit.formats.quant_tensor import QuantTensor
+
+
+# Of xIELU: what is published is -1e-6.
+_LEAST_EPS = -1e-5
 
 
 def load_decoder(
@@ -182,7 +186,7 @@ class _Loader:
         if steps != 1.0 and "scan_steps" in biases:  # which are multiplied with them, once this is added
             biases["scan_steps"] = _times(biases["scan_steps"], 1.0 / steps)
         if "xielu_linear" in biases:
-            biases |= self._xielu(*(biases[f"xielu_{part}"] for part in ("positive", "negative", "linear")))
+            biases |= self._xielu(*(biases.pop(f"xielu_{part}") for part in XIELU_PARTS))
         return Weights(matrices, norms, biases)
 
     def _weight(self, name: str, *, lookup: bool = False) -> Weight:
@@ -210,12 +214,21 @@ class _Loader:
         self._count()
         return vector
 
-    def _xielu(self, positive: Any, negative: Any, linear: Any) -> dict[str, Vector]:
+    def _xielu(self, *parts: Any) -> dict[str, Vector]:
         """The factors that `kbit.models.blocks` reads, of what is stored: before a softplus that of the square and,
-        less b, that of the exponential. (`eps`, -1e-6, keeps exponents below itself: it changes less than that.)"""
+        less b, that of the exponential; and eps, -1e-6, below which exponents are kept: that changes less than itself.
+
+        Raises:
+            UnsupportedError: an eps that changes more.
+        """
         import numpy as np
 
-        p, n, b = (np.float32(vector.reshape(-1)[0]) for vector in (positive, negative, linear))
+        p, n, b, eps = (np.float32(vector.reshape(-1)[0]) for vector in parts)
+        if not _LEAST_EPS <= eps <= 0:
+            raise UnsupportedError(
+                f"{self.source.path}: an act_fn.eps of {eps:g} is not supported, only {_LEAST_EPS:g} to 0, which "
+                "change nothing beyond rounding"
+            )
         p, n = np.logaddexp(np.float32(0), p), np.logaddexp(np.float32(0), n)
         factors = {"positive": p, "negative": b + n, "linear": -n}
         return {f"xielu_{part}": self._made(np.array([factor], np.float32)) for part, factor in factors.items()}

@@ -32,6 +32,9 @@ CROSS_KV = ("cross_k", "cross_v")
 CONV, SCAN = ("conv_b", "conv_c", "conv_x"), ("scan_z", "scan_x")
 DELTA = ("delta_qkv", "delta_z")
 
+# Of an xIELU (`kbit.models.load`).
+XIELU_PARTS = ("positive", "negative", "linear", "eps")
+
 
 @dataclass(frozen=True)
 class Parameter:
@@ -332,9 +335,10 @@ def _mlp(spec: ModelSpec, layer: int) -> Iterator[Parameter]:
         yield from _linear(spec, slot, layer, (features, hidden), (0, "features"), inputs, spec.mlp_bias)
     yield from _norm(spec, "mlp_inner_norm", layer, features, (0, "features"))
     yield from _linear(spec, "down", layer, (hidden, features), (1, "features"), ("down",), spec.mlp_bias)
-    for slot, shape in (("xielu_positive", (1,)), ("xielu_negative", (1,)), ("xielu_linear", ())):
-        if spec.activation == XIELU:
-            yield Parameter(str(getattr(spec.names, slot)).format(layer=layer), slot, layer, "bias", shape)
+    for part in XIELU_PARTS if spec.activation == XIELU else ():
+        name = str(getattr(spec.names, f"xielu_{part}")).format(layer=layer)
+        shape = (1,) if part in ("positive", "negative") else ()  # as published
+        yield Parameter(name, f"xielu_{part}", layer, "bias", shape)
     yield from _norm(spec, "mlp_post_norm", layer)
     yield from _norm(spec, "mlp_sum_norm", layer)
 

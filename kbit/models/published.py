@@ -92,6 +92,9 @@ class PublishedTensor:
             whole = torch.cat(runs, dim=1 if self.heads else 0).reshape(-1, *parts[0].shape[1:])
             yield whole.T if self.transposed else whole
             return
+        if not self.shape:  # a number
+            yield source.read(self.parts[0].parameter.name).reshape(1)
+            return
         columns = 1 if len(self.shape) == 1 else self.shape[1]
         for part in self.parts:
             count = part.parameter.shape[0]
@@ -199,7 +202,9 @@ def published_tensors(spec: ModelSpec, layout: Layout) -> tuple[PublishedTensor 
         if name in stacks:
             found.append(stacks[name])
             continue
-        shape: tuple[int, ...] = (sum(part.parameter.shape[0] for part in parts), *parts[0].parameter.shape[1:])
+        shape: tuple[int, ...] = parts[0].parameter.shape
+        if shape:
+            shape = (sum(part.parameter.shape[0] for part in parts), *shape[1:])
         transposed = layout.transposed and parts[0].parameter.role == "linear"
         if name in by_group:
             rows = grouped_rows(spec, layout, by_group[name])

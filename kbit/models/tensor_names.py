@@ -47,6 +47,7 @@ class TensorNames:
     xielu_positive: str | None = None
     xielu_negative: str | None = None
     xielu_linear: str | None = None
+    xielu_eps: str | None = None
     project_in: str | None = None
     project_out: str | None = None
     positions: str | None = None

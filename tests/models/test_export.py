@@ -40,6 +40,9 @@ FAMILIES += (
     "granite-hybrid",
     "granite-hybrid-moe",
     "bamba",
+    "opt-350m",
+    "apertus",
+    "llama4",
 )
 
 

@@ -53,7 +53,7 @@ def test_expected_tensors_are_those_of_the_model(case: str) -> None:
     spec = spec_from_config(tiny_config(case))
     model = _model(case)
     # What is added where experts are chosen, and what layers are scaled by, is no parameter there, but is stored.
-    stored = ("e_score_correction_bias", "expert_bias", "layer_scalar", "act_fn.beta")
+    stored = ("e_score_correction_bias", "expert_bias", "layer_scalar", "act_fn.beta", "act_fn.eps")
     added = [buffer for name, buffer in model.named_buffers() if name.endswith(stored)]
     ours = spec.expected_tensors()
     if FAMILIES[spec.family].layout.plain_norms:  # which are no parameters there
@@ -332,7 +332,6 @@ def test_pythia_as_the_hub_has_it() -> None:
         ("gpt2", {"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx True is not supported"),
         ("gpt2", {"scale_attn_weights": False}, "scale_attn_weights False is not supported"),
         ("gpt2", {"add_cross_attention": True}, "add_cross_attention True is not supported"),
-        ("opt", {"word_embed_proj_dim": "wide"}, "word_embed_proj_dim"),
         ("opt", {"_remove_final_layer_norm": True}, "_remove_final_layer_norm True is not supported"),
         ("stablelm", {"use_parallel_residual": True}, "use_parallel_residual True is not supported"),
         ("stablelm", {"qk_layernorm": True}, "qk_layernorm True is not supported"),

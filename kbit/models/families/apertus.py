@@ -4,7 +4,6 @@ from dataclasses import replace
 
 from kbit.models.families.llama import DEFAULTS, LAYER, QK_NORMS
 from kbit.models.family import Family
-from kbit.models.layout import Layout
 from kbit.models.rope_config import RopeRules
 
 _ACTIVATION = f"{LAYER}.mlp.act_fn"
@@ -40,8 +39,8 @@ FAMILY = Family(
         xielu_positive=f"{_ACTIVATION}.alpha_p",
         xielu_negative=f"{_ACTIVATION}.alpha_n",
         xielu_linear=f"{_ACTIVATION}.beta",
+        xielu_eps=f"{_ACTIVATION}.eps",
     ),
     # (What the first configurations say besides.)
     fixed={"mlp_bias": (False,), "post_norm": (False,), "qk_norm": (True,)},
-    layout=Layout(unused=(r"model\.layers\.\d+\.mlp\.act_fn\.eps",)),  # see kbit.models.load
 )
