@@ -9,6 +9,8 @@ import pytest
 
 from kbit.models.families import spec_from_config
 from kbit.models.params import parameters
+from kbit.planner.weights import parameters as planned
+from kbit.planner.weights import planned_weights
 
 _YARN = {"type": "yarn", "factor": 40, "mscale": 1.0, "mscale_all_dim": 1.0, "original_max_position_embeddings": 4096}
 _V3 = {
@@ -150,7 +152,9 @@ MODELS: dict[str, tuple[dict[str, Any], float, float | None]] = {
 @pytest.mark.parametrize("name", MODELS)
 def test_published_totals(name: str) -> None:
     config, total, active = MODELS[name]
-    declared = parameters(spec_from_config(config))
+    spec = spec_from_config(config)
+    declared = parameters(spec)
+    assert planned(planned_weights(spec, "fp16")) == sum(prod(parameter.shape) for parameter in declared)
     assert round(sum(prod(parameter.shape) for parameter in declared) / 1e9, 1) == total
     if active is not None:
         assert round(sum(parameter.active * prod(parameter.shape) for parameter in declared) / 1e9, 1) == active
