@@ -99,6 +99,8 @@ def _llama3(spec: RopeSpec, plain: Floats) -> Floats:
     wavelengths = np.float32(2 * math.pi) / plain
     long_from = spec.original_positions / spec.low_freq_factor
     short_to = spec.original_positions / spec.high_freq_factor
+    if spec.low_freq_factor == spec.high_freq_factor:  # (Llama 4 Scout) no band between: a step
+        return np.where(wavelengths > long_from, plain / np.float32(spec.factor), plain)
     smooth = np.float32(spec.original_positions) / wavelengths - np.float32(spec.low_freq_factor)
     smooth = smooth / np.float32(spec.high_freq_factor - spec.low_freq_factor)
     between = (1 - smooth) * plain / np.float32(spec.factor) + smooth * plain

@@ -246,12 +246,14 @@ def _read_dynamic(base: RopeSpec, values: ConfigValues, reading: _Reading) -> Ro
 
 
 def _read_llama3(base: RopeSpec, values: ConfigValues, reading: _Reading) -> RopeSpec:
-    low = _ratio(values, "low_freq_factor")
+    low, high = _ratio(values, "low_freq_factor"), _ratio(values, "high_freq_factor")
+    if high < low:
+        raise values.error("high_freq_factor", f"low_freq_factor, {low:g}, or more")
     return replace(
         base,
         factor=_ratio(values, "factor"),
         low_freq_factor=low,
-        high_freq_factor=values.number("high_freq_factor", above=low, below=_MAX_RATIO),
+        high_freq_factor=high,
         original_positions=_original_positions(base, values, reading),
     )
 

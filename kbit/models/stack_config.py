@@ -99,6 +99,7 @@ def temperature_of(family: Family, values: ConfigValues) -> tuple[float, int] | 
     if family.temperature is None:
         return None
     switch, scale, period = family.temperature
-    if not values.boolean(switch):
+    # (A whole number in the first files, which transformers takes as Python does.)
+    if values.raw(switch) == 0 or (not isinstance(values.raw(switch), int) and not values.boolean(switch)):
         return None
     return values.number(scale, above=-_MAX_SCALE, below=_MAX_SCALE), values.integer(period, 1, MAX_CONTEXT)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TypeAlias
@@ -84,8 +85,8 @@ def planned_weights(
     kinds = {"linear": linear, "embedding": embedding, "table": embedding, "head": head, "router": "fp16"}
     weights = []
     for p in declared(spec):
-        if len(p.shape) == 1:
-            weights.append(Weight(p.name, "other", 1, p.shape[0], "fp32", active=p.active))
+        if len(p.shape) <= 1:  # a vector, or a number
+            weights.append(Weight(p.name, "other", 1, math.prod(p.shape), "fp32", active=p.active))
         elif p.role == "taps":
             weights.append(Weight(p.name, "other", p.shape[0], p.shape[2], "fp32", active=p.active))
         else:

@@ -204,7 +204,8 @@ def _kept_pieces(made: QuantizedSource, tensor: TensorPlan) -> Iterator[memoryvi
                 raise KbitError(f"{name}: {bad} values are NaN or infinite: mend the source")
             raise KbitError(f"{name}: {bad} values do not fit {tensor.keep_as}: keep it with --override '{name}=f32'")
         largest = values.abs().max().item() if values.numel() else 0.0
-        if 0 < largest < torch.finfo(dtype).tiny and dtype != values.dtype:  # what float32 holds, it holds exactly
+        # (What was of this type, or float32 holds, is held exactly.)
+        if 0 < largest < torch.finfo(dtype).tiny and not torch.equal(kept.to(values.dtype), values):
             raise KbitError(
                 f"{name}: values of at most {largest:.3g} would lose their bits in {tensor.keep_as}: keep it with "
                 f"--override '{name}=f32'"

@@ -9,6 +9,8 @@ import pytest
 
 from kbit.models.families import spec_from_config
 from kbit.models.params import parameters
+from kbit.planner.weights import parameters as planned
+from kbit.planner.weights import planned_weights
 
 _YARN = {"type": "yarn", "factor": 40, "mscale": 1.0, "mscale_all_dim": 1.0, "original_max_position_embeddings": 4096}
 _V3 = {
@@ -18,6 +20,16 @@ _V3 = {
     "q_lora_rank": 1536, "qk_rope_head_dim": 64, "v_head_dim": 128, "qk_nope_head_dim": 128, "topk_method": "noaux_tc",
     "n_group": 8, "topk_group": 4, "num_experts_per_tok": 8, "moe_layer_freq": 1, "first_k_dense_replace": 3,
     "norm_topk_prob": True, "scoring_func": "sigmoid", "rope_scaling": _YARN, "num_nextn_predict_layers": 1,
+}  # fmt: skip
+# As the first files say it: how often queries are tempered in a number, and no list of layers that rotate.
+_LLAMA4 = {
+    "model_type": "llama4_text", "vocab_size": 202048, "hidden_size": 5120, "intermediate_size": 8192,
+    "intermediate_size_mlp": 16384, "num_hidden_layers": 48, "num_attention_heads": 40, "num_key_value_heads": 8,
+    "num_local_experts": 16, "attn_temperature_tuning": 4, "no_rope_layers": [], "max_position_embeddings": 10485760,
+    "rope_scaling": {
+        "rope_type": "llama3", "factor": 16.0, "high_freq_factor": 1.0, "low_freq_factor": 1.0,
+        "original_max_position_embeddings": 8192,
+    },
 }  # fmt: skip
 _ATTENDING = (2, 6, 10, 14, 18, 21)
 
@@ -79,6 +91,53 @@ MODELS: dict[str, tuple[dict[str, Any], float, float | None]] = {
         6.9,
         1.5,
     ),
+    "Phi-3.5-MoE": (
+        {
+            "model_type": "phimoe", "architectures": ["PhiMoEForCausalLM"], "vocab_size": 32064, "hidden_size": 4096,
+            "intermediate_size": 6400, "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8,
+            "num_local_experts": 16, "num_experts_per_tok": 2, "attention_bias": True, "lm_head_bias": True,
+            "sliding_window": 131072, "original_max_position_embeddings": 4096, "input_jitter_noise": 0.01,
+            "rope_scaling": {
+                "type": "longrope", "short_factor": [1.0] * 64, "long_factor": [1.5] * 64, "short_mscale": 1.2431,
+                "long_mscale": 1.2431, "original_max_position_embeddings": 4096,
+            },
+        },
+        41.9,
+        6.6,
+    ),
+    # Of 109 and 400 billion a part is what sees.
+    "Llama-4-Scout": (_LLAMA4, 107.8, 17.2),
+    "Llama-4-Maverick": (
+        {**_LLAMA4, "num_local_experts": 128, "interleave_moe_layer_step": 2, "use_qk_norm": False},
+        400.7,
+        17.2,
+    ),
+    "BitNet-b1.58-2B-4T": (
+        {
+            "model_type": "bitnet", "vocab_size": 128256, "hidden_size": 2560, "intermediate_size": 6912,
+            "num_hidden_layers": 30, "num_attention_heads": 20, "num_key_value_heads": 5, "tie_word_embeddings": True,
+        },
+        2.4,
+        None,
+    ),
+    "Apertus-8B": (
+        {
+            "model_type": "apertus", "vocab_size": 131072, "hidden_size": 4096, "intermediate_size": 21504,
+            "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8, "hidden_act": "xielu",
+            "qk_norm": True, "post_norm": False, "mlp_bias": False,
+        },
+        8.1,
+        None,
+    ),
+    "OPT-350M": (
+        {
+            "model_type": "opt", "vocab_size": 50272, "hidden_size": 1024, "ffn_dim": 4096, "num_hidden_layers": 24,
+            "num_attention_heads": 16, "word_embed_proj_dim": 512, "do_layer_norm_before": False,
+            "_remove_final_layer_norm": False,
+        },
+        0.3,
+        None,
+    ),
     "Bamba-9B": (
         {
             "model_type": "bamba", "vocab_size": 128256, "hidden_size": 4096, "intermediate_size": 14336,
@@ -93,7 +152,9 @@ MODELS: dict[str, tuple[dict[str, Any], float, float | None]] = {
 @pytest.mark.parametrize("name", MODELS)
 def test_published_totals(name: str) -> None:
     config, total, active = MODELS[name]
-    declared = parameters(spec_from_config(config))
+    spec = spec_from_config(config)
+    declared = parameters(spec)
+    assert planned(planned_weights(spec, "fp16")) == sum(prod(parameter.shape) for parameter in declared)
     assert round(sum(prod(parameter.shape) for parameter in declared) / 1e9, 1) == total
     if active is not None:
         assert round(sum(parameter.active * prod(parameter.shape) for parameter in declared) / 1e9, 1) == active

@@ -10,7 +10,8 @@ import torch
 
 from kbit.host.errors import CheckpointError, UnsupportedError
 from kbit.models import rope
-from kbit.models.rope_config import rope_from_config
+from kbit.models.config_values import ConfigValues
+from kbit.models.rope_config import RopeRules, rope_from_config, ropes_from_config
 from kbit.models.spec import RopeSpec
 
 transformers = pytest.importorskip("transformers")
@@ -50,6 +51,18 @@ SETTINGS: dict[str, tuple[dict[str, Any], int, int]] = {
             "original_max_position_embeddings": 8192,
         },
         64,
+        131072,
+    ),
+    "llama4 scout, no band": (
+        {
+            "rope_type": "llama3",
+            "rope_theta": 500000.0,
+            "factor": 16.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 1.0,
+            "original_max_position_embeddings": 8192,
+        },
+        128,
         131072,
     ),
     "qwen2.5 yarn": (
@@ -169,6 +182,25 @@ def test_tables_equal_transformers(name: str, reach: float) -> None:
         assert bool(((ours - theirs[..., :half]).abs() <= bound).all())
 
 
+def test_longrope_may_have_factors_of_its_own_for_either_length() -> None:
+    """Phi-3.5-MoE's; the text's length decides for all of its tokens, and with equal divisors too."""
+    settings = {"rope_type": "longrope", "rope_theta": 1000.0, "short_factor": [1.0, 1.5], "long_factor": [2.0, 3.0]}
+    settings |= {"short_mscale": 1.25, "long_mscale": 1.5, "original_max_position_embeddings": 64}
+    rules = RopeRules(mscales=True)
+    for long_factor in ([2.0, 3.0], [1.0, 1.5]):
+        config = {"rope_parameters": {**settings, "long_factor": long_factor}}
+        spec = ropes_from_config(ConfigValues(config, {}, "config.json"), 4, 128, rules).rope
+        assert spec.depends_on_length
+        assert spec.constant_up_to == 64
+        cos, sin = rope_tables(spec, torch.tensor([[3, 5], [3, 5]]), lengths(64, 65))
+        for row, (factor, divisors) in enumerate(((1.25, [1.0, 1.5]), (1.5, long_factor))):
+            turned = torch.tensor([[3.0], [5.0]]) / (torch.tensor(divisors) * 1000 ** torch.tensor([0.0, 0.5]))
+            torch.testing.assert_close(cos[row], factor * turned.cos())
+            torch.testing.assert_close(sin[row], factor * turned.sin())
+    with pytest.raises(UnsupportedError, match="short_mscale 1.25 is not supported"):
+        rope_from_config({"rope_parameters": settings}, 4, 128, "config.json")
+
+
 def test_dynamic_grows_with_the_row_not_the_batch() -> None:
     spec, module = both("dynamic")
     frequencies = inverse_frequencies(spec, lengths(100, 512, 513, 2048))
@@ -259,7 +291,7 @@ def test_original_length_beside_inside_or_left_out(kind: str) -> None:
         ({"rope_scaling": {"type": "dynamic", "factor": -3.0}}, CheckpointError, "factor"),
         ({"rope_scaling": {"type": "llama3", "factor": 8.0, "low_freq_factor": 1.0}}, CheckpointError, "high_freq"),
         (
-            {"rope_scaling": {"type": "llama3", "factor": 8.0, "low_freq_factor": 4, "high_freq_factor": 4}},
+            {"rope_scaling": {"type": "llama3", "factor": 8.0, "low_freq_factor": 4, "high_freq_factor": 3}},
             CheckpointError,
             "high_freq_factor",
         ),

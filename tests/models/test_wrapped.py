@@ -68,6 +68,13 @@ def mistral3() -> Any:
     return transformers.Mistral3Config(text_config=text, vision_config={"model_type": "pixtral", **VISION})
 
 
+def llama4() -> Any:
+    text = {**TEXT, "num_hidden_layers": 4, "head_dim": 8, "attention_chunk_size": 8, "floor_scale": 4}
+    text |= {"intermediate_size_mlp": 48, "num_local_experts": 4, "interleave_moe_layer_step": 2}
+    vision = {**VISION, "vision_output_dim": 32, "projector_input_dim": 32, "projector_output_dim": 32}
+    return transformers.Llama4Config(text_config=text, vision_config=vision)
+
+
 def llava() -> Any:
     text = {**TEXT, "model_type": "llama", "num_hidden_layers": 2}
     vision = {"model_type": "clip_vision_model", **VISION, "projection_dim": 32}
@@ -107,6 +114,7 @@ WHOLES: dict[str, tuple[Callable[[], Any], str]] = {
     "gemma3": (gemma3, "Gemma3ForConditionalGeneration"),
     "gemma4": (gemma4, "Gemma4ForConditionalGeneration"),
     "mistral3": (mistral3, "Mistral3ForConditionalGeneration"),
+    "llama4": (llama4, "Llama4ForConditionalGeneration"),
     "llava": (llava, "LlavaForConditionalGeneration"),
     "qwen3_5": (qwen3_5, "Qwen3_5ForConditionalGeneration"),
     "kimi_k25": (kimi_k25, "Kimi_K25ForConditionalGeneration"),
