@@ -29,6 +29,7 @@ from kbit.models import gguf_metadata as settings
 from kbit.models.check import check_tensors
 from kbit.models.families import spec_from_config
 from kbit.models.gguf_arranged import Arranged, arranged
+from kbit.models.gguf_factors import MultipliedSource, without_factors
 from kbit.models.gguf_tokenizer import check_tokenizer, tokenizer_keys
 from kbit.models.spec import ModelSpec
 
@@ -38,7 +39,7 @@ if TYPE_CHECKING:
 _KINDS = {"fp32": "F32", "fp16": "F16", "bf16": "BF16"}
 _FLOATS = {name: kind for kind, name in _KINDS.items()}
 # What llama.cpp multiplies in float32.
-_ALWAYS_F32 = ("ffn_gate_inp", "ffn_gate_inp_shexp", "position_embd", "ssm_conv1d")
+_ALWAYS_F32 = ("ffn_gate_inp", "ffn_gate_inp_shexp", "position_embd", "ssm_conv1d", "ssm_norm", "conv")
 # general.file_type (llama.h, llama_ftype) by the type of most matrices; 1024: guessed from tensors.
 _FILE_TYPES = {"F32": 0, "F16": 1, "Q4_0": 2, "Q4_1": 3, "Q8_0": 7, "Q5_0": 8, "Q5_1": 9, "BF16": 32, "MXFP4": 38}
 _MOST_NAMED = 3
@@ -120,6 +121,8 @@ def export_gguf(
     if spec.task is not None or spec.encoder is not None:
         raise UnsupportedError(f"{where}: {spec.family} models are exported with --to safetensors only")
     check_tensors(source, spec)
+    spec, factors = without_factors(spec)
+    source = MultipliedSource(source, factors) if factors else source
     arch = settings.architecture_of(spec, where)
     if arch.qk_optional and spec.names.q_norm is None:
         arch = replace(arch, qk_norm=None)
@@ -246,7 +249,7 @@ def _expert_sizes(spec: ModelSpec, arch: Architecture, where: str) -> dict[str, 
 def _typed(entry: _Entry, source: StoredSource, dtype: str | None, requantize: str | None) -> _Entry | NotOnGrid:
     """An entry with its type; or what cannot be written, and why."""
     tensor, infos = entry.tensor, [source.tensors[part] for part in entry.parts]
-    if len(tensor.shape) == 1 or tensor.name.endswith(".bias") or part_of(tensor.name) in _ALWAYS_F32:
+    if len(tensor.shape) == 1 or not tensor.name.endswith(".weight") or part_of(tensor.name) in _ALWAYS_F32:
         return entry
     formats = {stored_format(info) for info in infos}
     layers = tensor.name.startswith("blk.")
@@ -300,7 +303,8 @@ def _arranged_bytes(source: StoredSource, entry: _Entry, squares: list[float]) -
     for held in arranged.held:
         rows = np.concatenate(list(_rows(source, entry, held.piece.name, kept, squares)))
         if not held.transposed:
-            rows = rows.reshape(len(rows), arranged.columns // block, *((-1,) if block > 1 else ()))
+            within = arranged.columns // block
+            rows = rows.reshape(len(rows), within, -1) if block > 1 else rows.reshape(-1, within)
         if whole is None:
             whole = np.empty((count, arranged.columns // block, *rows.shape[2:]), dtype=rows.dtype)
         arranged.put(whole, held, rows)

@@ -22,7 +22,7 @@ from kbit.checkpoint.gguf.header import parse_header
 from kbit.checkpoint.gguf.keys import Keys
 from kbit.checkpoint.gguf.latent import latent_config
 from kbit.checkpoint.gguf.locating import located
-from kbit.checkpoint.gguf.metadata import GGUFTensor
+from kbit.checkpoint.gguf.metadata import GGUFHeader, GGUFTensor
 from kbit.checkpoint.gguf.names import Architecture, Dimensions
 from kbit.checkpoint.gguf.reading import Located
 from kbit.checkpoint.gguf.types import GGML_TYPES
@@ -126,7 +126,7 @@ def arranged(spec: ModelSpec, arch: Architecture, metadata: Mapping[str, Value],
     header = parse_header(header_bytes(metadata), Path(where))
     keys = Keys(header, arch)
     declared = spec.expected_tensors()
-    shapes, config = _expected(spec, arch, keys)
+    shapes, config = _expected(spec, arch, keys, set(declared))
     lost = dict.fromkeys(declared)
     for name, shape in shapes.items():
         tensor = GGUFTensor(name, shape, GGML_TYPES[0], 0, _F32 * prod(shape))
@@ -149,14 +149,22 @@ def arranged(spec: ModelSpec, arch: Architecture, metadata: Mapping[str, Value],
         )
 
 
-class _Every(dict[str, GGUFTensor]):
-    """Tensors of a file of which all that there may be are there."""
+class _Held(dict[str, GGUFTensor]):
+    """Tensors of a file, of which those are there that hold something of the model."""
+
+    def __init__(self, arch: Architecture, config: Mapping[str, Any], header: GGUFHeader, names: set[str]) -> None:
+        super().__init__()
+        self._place, self._names = (arch, config, header), names
 
     def __contains__(self, name: object) -> bool:
-        return True
+        arch, config, header = self._place
+        held = located(arch, config, str(name), GGUFTensor(str(name), (1, 1, 1), GGML_TYPES[0], 0, _F32), header)
+        return bool(held) and all(each.piece.name in self._names for each in held)
 
 
-def _expected(spec: ModelSpec, arch: Architecture, keys: Keys) -> tuple[dict[str, tuple[int, ...]], dict[str, Any]]:
+def _expected(
+    spec: ModelSpec, arch: Architecture, keys: Keys, declared: set[str]
+) -> tuple[dict[str, tuple[int, ...]], dict[str, Any]]:
     """The tensors that a reader expects, with their shapes, and what it takes them apart by."""
     described: dict[str, Any] = {}
     if arch.experts is not None:
@@ -173,15 +181,20 @@ def _expected(spec: ModelSpec, arch: Architecture, keys: Keys) -> tuple[dict[str
     shapes = dims[0].expected_global(arch, spec.tied_embeddings, spec.position_rows)
     for layer, sizes in enumerate(dims):
         shapes |= expected_of_layer(arch, sizes, layer, biases, described)
-    if arch.special is not None:
-        shapes |= arch.special.more(keys, dims[0], spec.layers, _Every())
     config = {
         "num_hidden_layers": spec.layers,
         "num_attention_heads": spec.heads,
         "num_key_value_heads": spec.kv_heads,
         "head_dim": spec.head_dim,
         "intermediate_size": spec.intermediate_size,
+        "partial_rotary_factor": spec.rope.dim / spec.head_dim,
         "num_kv_shared_layers": sum(one.source != layer for layer, one in enumerate(each)),
         **described,
     }
+    if spec.scan is not None:
+        config |= {"mamba_n_heads": spec.scan.heads, "mamba_d_head": spec.scan.value_dim}
+        config |= {"mamba_n_groups": spec.scan.groups, "mamba_d_state": spec.scan.key_dim}
+    if arch.special is not None:
+        there = _Held(arch, config, keys.header, declared)
+        shapes |= arch.special.more(keys, dims[0], spec.layers, there)
     return shapes, config

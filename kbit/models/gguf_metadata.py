@@ -19,6 +19,7 @@ from kbit.checkpoint.gguf.rope import llama3_divisors
 from kbit.host.errors import UnsupportedError
 from kbit.host.notes import note
 from kbit.models.gguf_mixers import NEVER, check_latent, delta_keys, gemma4_keys, latent_keys
+from kbit.models.gguf_hybrids import check_hybrid, hybrid_keys
 from kbit.models.spec import ModelSpec, RopeSpec
 
 if TYPE_CHECKING:
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
 _INSTEAD = "export plain floats with --to safetensors"
 # Families that are written as another's architecture.
 _ALIASES = {"mistral": "llama", "mixtral": "llama", "olmo3": "olmo2", "granitemoeshared": "granitemoe"}
-_ALIASES |= {"deepseek_v3": "deepseek2", "youtu": "deepseek2"}
+_ALIASES |= {"deepseek_v3": "deepseek2", "youtu": "deepseek2", "bamba": "granitehybrid", "nemotron_h": "nemotron_h"}
 # Architectures to which llama.cpp gives windows in all layers or a pattern from the file; the others have their own.
 _PATTERNS = ("olmo2", "exaone4")
 # Whose windows llama.cpp does not have, or not in models of other sizes.
@@ -48,9 +49,7 @@ def architecture_of(spec: ModelSpec, where: str) -> Architecture:
     Raises:
         UnsupportedError: there is none, or llama.cpp has not what the model needs.
     """
-    # (Convolutions and state spaces are read only.)
-    written = (known for known in ARCHITECTURES.values() if known.special is None or known.name == "gemma4")
-    by_type = {architecture.model_type: architecture for architecture in written}
+    by_type = {architecture.model_type: architecture for architecture in ARCHITECTURES.values()}
     arch = ARCHITECTURES.get(_ALIASES.get(spec.family, "")) or by_type.get(spec.family)
     if arch is None:
         known = ", ".join(sorted({*by_type, *_ALIASES}))
@@ -65,6 +64,8 @@ def architecture_of(spec: ModelSpec, where: str) -> Architecture:
         )
     if arch.latent:
         check_latent(spec, arch, where)
+    if spec.recurrent and spec.delta is None:
+        arch = check_hybrid(spec, arch, where)
     lost = arch.name in _NO_WINDOWS and _NO_WINDOWS[arch.name](spec)
     if lost and any(window is not None and window < spec.context_length for window in spec.windows):
         raise UnsupportedError(
@@ -148,6 +149,8 @@ def metadata(spec: ModelSpec, arch: Architecture) -> dict[str, Value]:
         keys |= delta_keys(spec, arch)
     if arch.name == "gemma4":
         keys |= gemma4_keys(spec)
+    if spec.recurrent and spec.delta is None:
+        keys |= hybrid_keys(spec, arch)
     return {f"{arch.name}.{key}": value for key, value in keys.items() if value is not None}
 
 
@@ -198,7 +201,7 @@ def _experts(spec: ModelSpec, arch: Architecture) -> dict[str, Value | None]:
         return {}
     routing = experts.routing
     found: dict[str, Value | None] = {"expert_count": routing.experts, "expert_used_count": routing.chosen}
-    if arch.name not in ("llama", "olmoe", "granitemoe"):
+    if arch.name not in ("llama", "olmoe", "granitemoe", "granitehybrid"):
         found["expert_feed_forward_length"] = experts.width
     if tensors.switch is not None or (tensors.shared_width is not None and experts.shared_width):
         found["expert_shared_feed_forward_length"] = experts.shared_width
@@ -221,8 +224,10 @@ def check_same(spec: ModelSpec, found: ModelSpec, arch: Architecture, where: str
     Raises:
         UnsupportedError: it does; the line names what differs.
     """
+    plain = [layer for layer in range(spec.layers) if spec.has_mlp(layer) and not spec.has_experts(layer)]
+    unread = {"family", *(("intermediate_size",) if spec.mixing and not plain else ())}
     for name, ours, theirs in _differences(spec, found, ""):
-        if name == "family":
+        if name in unread:
             continue
         if name == "embedding_multiplier" and math.isclose(ours, theirs, rel_tol=_HALF_TOLERANCE):
             note(

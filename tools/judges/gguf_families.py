@@ -23,6 +23,7 @@ import sys
 import tempfile
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -48,7 +49,10 @@ _BY_ROOM = "llama.cpp chooses LongRoPE's factors by the room that it makes, not 
 _WIDE = {"linear_key_head_dim": 32, "linear_value_head_dim": 32}
 # (And of Qwen 3.5 sections of 32 pairs, which its converter writes whatever heads are.)
 _QWEN3_5 = {**_WIDE, "head_dim": 128}
-LLAMA_NEEDS = {"qwen3-next": _WIDE, "qwen3_5": _QWEN3_5, "qwen3_5-moe": _QWEN3_5}
+LLAMA_NEEDS: dict[str, dict[str, Any]] = {"qwen3-next": _WIDE, "qwen3_5": _QWEN3_5, "qwen3_5-moe": _QWEN3_5}
+# No more experts a token than there are; and what the converter asks of a configuration.
+LLAMA_NEEDS |= {"granite-hybrid": {"num_experts_per_tok": 0}, "bamba": {"mlp_bias": False}}
+LLAMA_NEEDS |= {"falcon-h1": {"head_dim": 8}, "falcon-h1-norm": {"head_dim": 8}}
 LLAMA_DIFFERS = {
     "phi3-window": "llama.cpp turns Phi-3's windows off",
     "phi3-longrope": _BY_ROOM,
@@ -115,48 +119,50 @@ def judge(case: str, folder: Path, source: Path, llama_python: Path | None) -> V
     options = ["--outfile", file, "--outtype", "f32"]
     if case.startswith(("qwen3-next", "qwen3_5")):
         options.append("--no-mtp")  # layers that predict further tokens, which these have not
+    original, verdict = kbit_log_probabilities(folder / "model", ids), Verdict(case)
+    if llama_python is not None:
+        try:
+            exported(folder / "model", folder / "ours.gguf")
+            theirs = llama_log_probabilities(llama_python, folder / "ours.gguf", ids)
+            verdict = replace(verdict, export=float(np.abs(theirs - original).max()))
+        except (KbitError, PeerError) as error:
+            verdict = replace(verdict, why=f"export: {_last_line(str(error))}")
     try:
         run([sys.executable, HERE / "llama_convert.py", source, folder / "model", *options], folder / "convert.log")
     except PeerError as error:
-        return Verdict(case, why=f"converter: {_last_line(str(error))}")
+        return replace(verdict, why=f"{verdict.why} converter: {_last_line(str(error))}")
     try:
         ours = kbit_log_probabilities(file, ids)
-    except KbitError as error:
-        return Verdict(case, why=f"kbit: {error}")
-    original = kbit_log_probabilities(folder / "model", ids)
-    lost = float(np.abs(original - ours).max())
-    if llama_python is None:
-        return Verdict(case, lost)
-    try:
+        verdict = replace(verdict, file=float(np.abs(original - ours).max()))
+        if llama_python is None:
+            return verdict
         theirs = llama_log_probabilities(llama_python, file, ids)
+    except KbitError as error:
+        return replace(verdict, why=f"{verdict.why} kbit: {error}")
     except PeerError as error:
-        return Verdict(case, lost, why=f"llama.cpp: {_last_line(str(error))}")
-    verdict = Verdict(case, lost, float(np.abs(theirs - ours).max()))
-    try:
-        exported(folder / "model", file, folder / "ours.gguf")
-        theirs = llama_log_probabilities(llama_python, folder / "ours.gguf", ids)
-    except (KbitError, PeerError) as error:
-        return replace(verdict, why=f"export: {_last_line(str(error))}")
-    return replace(verdict, export=float(np.abs(theirs - original).max()))
+        return replace(verdict, why=f"{verdict.why} llama.cpp: {_last_line(str(error))}")
+    return replace(verdict, llama=float(np.abs(theirs - ours).max()))
 
 
-def exported(model: Path, converted: Path, out: Path) -> None:
-    """A folder as kbit exports it, with the words of the converter's file.
+def exported(model: Path, out: Path) -> None:
+    """A folder without a tokenizer as kbit exports it, with words that stand for themselves (`llama_convert`).
 
     Raises:
         KbitError: kbit does not write it.
     """
     from kbit.checkpoint.gguf.source import GGUFSource
-    from kbit.checkpoint.gguf.writing import GGUFWriter, NewTensor
+    from kbit.checkpoint.gguf.writing import GGUFWriter, NewTensor, Value
     from kbit.models.export_gguf import export_gguf
     from kbit.models.opening import open_model
 
-    (model / "tokenizer.json").unlink()
     bare = out.with_name("bare.gguf")
     with open_model(str(model)) as source:
         export_gguf(source, bare)
-    with GGUFSource(bare) as ours, GGUFSource(converted) as theirs:
-        words = {key: value for key, value in theirs.stored_metadata().items() if key.startswith("tokenizer.")}
+        count = int(source.config["vocab_size"])
+    with GGUFSource(bare) as ours:
+        made: dict[str, Value] = {"model": "gpt2", "pre": "default", "tokens": [f"<{index}>" for index in range(count)]}
+        made |= {"token_type": [1] * count, "merges": ["a b"]}
+        words = {f"tokenizer.ggml.{key}": value for key, value in made.items()}
         tensors = [NewTensor(each.name, each.shape, each.type.name) for each in ours.stored_tensors()]
         with GGUFWriter(out, {**ours.stored_metadata(), **words}, tensors, overwrite=True) as writer:
             for tensor in tensors:

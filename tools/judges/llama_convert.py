@@ -51,6 +51,9 @@ def main() -> None:
     count = config["vocab_size"]
     if config["architectures"] == ["MptForCausalLM"]:
         config["architectures"] = ["MPTForCausalLM"]
+    if config["model_type"] == "granitemoehybrid":  # whose layers have other names in transformers now
+        names = {"full_attention": "attention", "linear_attention": "mamba"}
+        config["layer_types"] = [names.get(kind, kind) for kind in config["layer_types"]]
     (folder / "config.json").write_text(json.dumps(config))
     words = {"model": {"vocab": {f"<{index}>": index for index in range(count)}}, "added_tokens": []}
     (folder / "tokenizer.json").write_text(json.dumps(words))

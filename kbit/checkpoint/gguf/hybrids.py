@@ -11,15 +11,17 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import replace
+from math import prod
 from typing import TYPE_CHECKING, Any
 
-from kbit.checkpoint.gguf.metadata import GGUFTensor
+from kbit.checkpoint.gguf.metadata import GGUFHeader, GGUFTensor
 from kbit.checkpoint.gguf.names import Dimensions, LayerSizes, Special
-from kbit.checkpoint.gguf.orders import Piece
+from kbit.checkpoint.gguf.orders import Piece, one_after_another
 from kbit.host.errors import UnsupportedError
 
 if TYPE_CHECKING:
     from kbit.checkpoint.gguf.keys import Keys
+    from kbit.checkpoint.gguf.names import Architecture
 
 LFM2_KEYS = frozenset({"shortconv.l_cache"})
 SCAN_KEYS = frozenset({"ssm.conv_kernel", "ssm.state_size", "ssm.group_count", "ssm.time_step_rank", "ssm.inner_size"})
@@ -65,10 +67,11 @@ GRANITE_LINEARS = {
 }
 _SHARED = {"ffn_gate_shexp": "gate_proj", "ffn_up_shexp": "up_proj", "ffn_down_shexp": "output_linear"}
 _OF_ATTENTION = frozenset({"attn_q", "attn_k", "attn_v", "attn_output", "attn_q_norm", "attn_k_norm"})
-_CONV = {"in_proj": "in_proj.weight", "conv": "conv.weight", "out_proj": "out_proj.weight"}
-# Of a layer with state spaces.
+_CONV = {"conv": "conv.weight", "out_proj": "out_proj.weight"}
+# What is in one matrix there, in the order of its rows.
+_CONV_IN = ("b_proj", "c_proj", "x_proj")
+# Of a layer with state spaces, beside what is in one matrix there (`state_space`).
 SSM = {
-    "ssm_in.weight": "in_proj.weight",
     "ssm_conv1d.weight": "conv1d.weight",
     "ssm_conv1d.bias": "conv1d.bias",
     "ssm_dt.bias": "dt_bias",
@@ -162,10 +165,15 @@ def _with_state_spaces(
 def _located_in_lfm2(name: str, tensor: GGUFTensor, config: Mapping[str, Any]) -> list[Piece] | None:
     match = _LAYER.fullmatch(name)
     part = match[2].removeprefix("shortconv.").removesuffix(".weight") if match else ""
-    if match is None or not match[2].startswith("shortconv.") or part not in _CONV:
+    if match is None or not match[2].startswith("shortconv."):
+        return None
+    at = f"model.layers.{match[1]}.conv."
+    if part == "in_proj":
+        return one_after_another(tensor, [(f"{at}{each}.weight", tensor.shape[0] // 3) for each in _CONV_IN])
+    if part not in _CONV:
         return None
     held = replace(tensor, shape=(tensor.shape[0], 1, tensor.shape[1])) if part == "conv" else tensor
-    return [Piece(f"model.layers.{match[1]}.conv.{_CONV[part]}", held)]
+    return [Piece(at + _CONV[part], held)]
 
 
 def _located_state_spaces(name: str, tensor: GGUFTensor, config: Mapping[str, Any]) -> list[Piece] | None:
@@ -178,13 +186,38 @@ def _located_state_spaces(name: str, tensor: GGUFTensor, config: Mapping[str, An
         return [Piece(f"model.layers.{layer}.shared_mlp.{shared}.weight", tensor)]
     if part == "ffn_norm":  # (of Falcon-H1, whose norm the converter names so)
         return [Piece(f"model.layers.{layer}.pre_ff_layernorm.weight", tensor)]
+    return state_space(f"model.layers.{layer}.mamba.", part, tensor, config)
+
+
+def state_space(at: str, part: str, tensor: GGUFTensor, config: Mapping[str, Any]) -> list[Piece] | None:
+    """The canonical tensors of a Mamba-2 that a tensor holds; None: it is not of one.
+
+    Args:
+        at: what stands before their names.
+        part: of the layer, with its ending.
+        tensor: of the file.
+        config: what it says of the model, in Granite's terms or in Nemotron-H's.
+    """
+    if part == "ssm_in.weight":
+        heads, width, groups, keys = (
+            int(config[one] if one in config else config[other])
+            for one, other in (
+                ("mamba_n_heads", "mamba_num_heads"),
+                ("mamba_d_head", "mamba_head_dim"),
+                ("mamba_n_groups", "n_groups"),
+                ("mamba_d_state", "ssm_state_size"),
+            )
+        )
+        inner = heads * width
+        counts = {"z_proj": inner, "xbc_proj": inner + 2 * groups * keys, "dt_proj": heads}
+        return one_after_another(tensor, [(f"{at}{name}.weight", count) for name, count in counts.items()])
     if part not in SSM:
         return None
     if part == "ssm_conv1d.weight":
         tensor = replace(tensor, shape=(tensor.shape[0], 1, tensor.shape[1]))
     elif part in ("ssm_a", "ssm_d", "ssm_norm.weight"):
-        tensor = replace(tensor, shape=(tensor.shape[0] * tensor.shape[1],))
-    return [Piece(f"model.layers.{layer}.mamba.{SSM[part]}", tensor, decays=part == "ssm_a")]
+        tensor = replace(tensor, shape=(prod(tensor.shape),))
+    return [Piece(at + SSM[part], tensor, decays=part == "ssm_a")]
 
 
 def no_scaling(keys: Keys, config: dict[str, Any]) -> None:
@@ -211,24 +244,42 @@ def lfm2(keys: Keys, config: dict[str, Any]) -> None:
 def granite(keys: Keys, config: dict[str, Any]) -> None:
     """What config.json says of these models (`kbit.models.families.granitemoehybrid`)."""
     no_scaling(keys, config)
-    if keys.header.value(f"{keys.arch}.rope.scaling.finetuned"):
-        raise UnsupportedError(
-            f"{keys.header.path}: '{keys.arch}.rope.scaling.finetuned' says that positions rotate (Bamba), which kbit "
-            "does not read from GGUF files; give the original checkpoint"
-        )
     layers = int(config["num_hidden_layers"])
     config["layer_types"] = ["attention" if _attends(keys.tensors, layer) else "mamba" for layer in range(layers)]
-    config["position_embedding_type"] = "nope"
+    config["position_embedding_type"] = "rope" if rotates(keys.header) else "nope"
+    head_dim = int(config["head_dim"])
+    if rotates(keys.header) and keys.size("rope.dimension_count", head_dim) != head_dim:
+        raise UnsupportedError(f"{keys.header.path}: '{keys.arch}.rope.dimension_count' is not the size of a head")
     config["shared_intermediate_size"] = config["intermediate_size"]
     config["intermediate_size"] = config.pop(EXPERT_WIDTH, None) or keys.size("feed_forward_length")
     config.setdefault("num_local_experts", 0)
     config.setdefault("attention_multiplier", float(config["head_dim"]) ** -0.5)
+    _in_place_of_attention(keys, config, layers)
+
+
+def bamba(keys: Keys, config: dict[str, Any]) -> None:
+    """What config.json says of these models (`kbit.models.families.bamba`)."""
+    no_scaling(keys, config)
+    layers = int(config["num_hidden_layers"])
+    config["partial_rotary_factor"] = keys.size("rope.dimension_count", config["head_dim"]) / config["head_dim"]
+    config["attn_layer_indices"] = [layer for layer in range(layers) if _attends(keys.tensors, layer)]
+    _in_place_of_attention(keys, config, layers)
+
+
+def _in_place_of_attention(keys: Keys, config: dict[str, Any], layers: int) -> None:
+    """Of models whose layers have either."""
     inner, hidden = keys.size("ssm.inner_size"), int(config["hidden_size"])
     if inner % hidden:
         keys.header.fail(f"{keys.arch}.ssm.inner_size is {inner}, no multiple of {hidden} features")
     config["mamba_expand"] = inner // hidden
-    first = config["layer_types"].index("mamba") if "mamba" in config["layer_types"] else 0
-    _state_spaces(keys, config, first)
+    scans = [layer for layer in range(layers) if not _attends(keys.tensors, layer)]
+    _state_spaces(keys, config, scans[0] if scans else 0)
+
+
+def rotates(header: GGUFHeader) -> bool:
+    """Whether positions turn: a key that says so, without which llama.cpp turns them."""
+    says = header.flag(f"{header.string('general.architecture')}.rope.scaling.finetuned")
+    return says is None or says
 
 
 def falcon(keys: Keys, config: dict[str, Any]) -> None:
@@ -251,6 +302,30 @@ def _state_spaces(keys: Keys, config: dict[str, Any], first: int) -> None:
         config[f"mamba_{entry}"] = keys.size(f"ssm.{name}")
     config["mamba_conv_bias"] = f"blk.{first}.ssm_conv1d.bias" in keys.tensors
     config["mamba_proj_bias"] = False
+
+
+def granite_or_bamba(header: GGUFHeader, arch: Architecture) -> Architecture:
+    """Bamba has neither Granite's factors nor experts, and turns a part of each head."""
+    granite = [key for key in arch.numbers if f"{arch.name}.{key}" in header]
+    if granite or header.integer(f"{arch.name}.expert_count") or not rotates(header):
+        return arch
+    return as_bamba(arch)
+
+
+def as_bamba(arch: Architecture) -> Architecture:
+    """Granite 4's architecture as Bamba has it."""
+    return replace(
+        arch,
+        model_type="bamba",
+        hf_class="BambaForCausalLM",
+        norms={"attn_norm": "input_layernorm", "ffn_norm": "pre_ff_layernorm"},
+        outside=FALCON_OUTSIDE,
+        linears=FALCON_LINEARS,
+        numbers={},
+        experts=None,
+        keys=arch.keys | {"expert_count", "expert_used_count", "expert_shared_feed_forward_length"},
+        configure=bamba,
+    )
 
 
 LFM2 = Special(_sizes, _absent, _more_of_lfm2, _located_in_lfm2)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any
 
 from kbit.checkpoint.gguf.delta_nets import delta_pieces
@@ -12,7 +11,7 @@ from kbit.checkpoint.gguf.experts import expert_rows
 from kbit.checkpoint.gguf.latent import latent_rows
 from kbit.checkpoint.gguf.metadata import GGUFHeader, GGUFTensor
 from kbit.checkpoint.gguf.names import Architecture, canonical_names, part_of
-from kbit.checkpoint.gguf.orders import Piece
+from kbit.checkpoint.gguf.orders import Piece, one_after_another
 from kbit.checkpoint.gguf.reading import Located
 from kbit.checkpoint.gguf.t5 import T5, t5_pieces
 
@@ -64,11 +63,5 @@ def _pieces_of(arch: Architecture, config: Mapping[str, Any], name: str, tensor:
     keys = int(config["num_key_value_heads"]) * int(config["head_dim"])
     queries = int(config["num_attention_heads"]) * int(config["head_dim"])
     counts = {"attn_q": queries, "attn_k": keys, "attn_v": keys}
-    found, first, row_bytes = [], 0, tensor.nbytes // tensor.shape[0]
-    for each, part in zip(names, arch.fused[part_of(name)], strict=True):
-        count = counts.get(part, int(config["intermediate_size"]))
-        place = tensor.offset + first * row_bytes
-        rows = replace(tensor, shape=(count, *tensor.shape[1:]), offset=place, nbytes=count * row_bytes)
-        found.append(Piece(each, rows))
-        first += count
-    return found
+    widths = (counts.get(part, int(config["intermediate_size"])) for part in arch.fused[part_of(name)])
+    return one_after_another(tensor, list(zip(names, widths, strict=True)))

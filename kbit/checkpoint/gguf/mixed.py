@@ -28,6 +28,7 @@ _NEMOTRON_H = Architecture(
     "NemotronHForCausalLM",
     norms={"attn_norm": "norm"},
     keys=nemotron_h.KEYS,
+    constants={CANONICAL: True},
     layer="backbone.layers",
     outside=nemotron_h.OUTSIDE,
     linears=nemotron_h.LINEARS,
@@ -92,6 +93,7 @@ MIXED = (
         qk_norm="head",
         qk_names=_LFM2_QK_NORMS,
         keys=hybrids.LFM2_KEYS,
+        constants={CANONICAL: True},
         outside=hybrids.LFM2_OUTSIDE,
         linears=hybrids.LFM2_LINEARS,
         configure=hybrids.lfm2,
@@ -105,6 +107,7 @@ MIXED = (
         qk_norm="head",
         qk_names=_LFM2_QK_NORMS,
         keys=hybrids.LFM2_KEYS,
+        constants={CANONICAL: True},
         outside=hybrids.LFM2_OUTSIDE,
         linears=hybrids.LFM2_LINEARS,
         experts=ExpertTensors(
@@ -125,6 +128,7 @@ MIXED = (
         "GraniteMoeHybridForCausalLM",
         interleaved=True,
         keys=hybrids.SCAN_KEYS,
+        constants={CANONICAL: True},
         linears=hybrids.GRANITE_LINEARS,
         numbers=GRANITE_NUMBERS,
         experts=ExpertTensors(
@@ -134,6 +138,7 @@ MIXED = (
             router="router.layer",
             optional=True,
         ),
+        variant=hybrids.granite_or_bamba,
         configure=hybrids.granite,
         special=hybrids.STATE_SPACES,
     ),
@@ -143,6 +148,7 @@ MIXED = (
         "FalconH1ForCausalLM",
         norms=ONE_NORM,  # (another one has a name of its own)
         keys=hybrids.SCAN_KEYS,
+        constants={CANONICAL: True},
         outside=hybrids.FALCON_OUTSIDE,
         linears=hybrids.FALCON_LINEARS,
         configure=hybrids.falcon,

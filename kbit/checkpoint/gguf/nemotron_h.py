@@ -11,7 +11,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from kbit.checkpoint.gguf.experts import EXPERT_KEYS, SIGMOID
-from kbit.checkpoint.gguf.hybrids import SCAN_KEYS, SSM, no_scaling
+from kbit.checkpoint.gguf.hybrids import SCAN_KEYS, no_scaling, state_space
 from kbit.checkpoint.gguf.metadata import GGUFTensor
 from kbit.checkpoint.gguf.names import RMS_EPSILON, Dimensions, LayerSizes, Special
 from kbit.checkpoint.gguf.orders import Piece
@@ -139,13 +139,7 @@ def _located(name: str, tensor: GGUFTensor, config: Mapping[str, Any]) -> list[P
         ]
     if part in _EXPERTS:
         return [Piece(at + _EXPERTS[part], tensor)]
-    if part not in SSM:
-        return None
-    if part == "ssm_conv1d.weight":
-        tensor = replace(tensor, shape=(tensor.shape[0], 1, tensor.shape[1]))
-    elif part in ("ssm_a", "ssm_d", "ssm_norm.weight"):
-        tensor = replace(tensor, shape=(tensor.shape[0] * tensor.shape[1],))
-    return [Piece(f"{at}{SSM[part]}", tensor, decays=part == "ssm_a")]
+    return state_space(at, part, tensor, config)
 
 
 def configure(keys: Keys, config: dict[str, Any]) -> None:

@@ -5,8 +5,8 @@ Written down as sizes when a file is opened, and turned into indices, by numpy, 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, TypeAlias
 
 from kbit.checkpoint.gguf.metadata import GGUFTensor
@@ -95,6 +95,17 @@ class Piece:
     rows: Order | None = None
     columns: Order | None = None
     decays: bool = False
+
+
+def one_after_another(tensor: GGUFTensor, parts: Sequence[tuple[str, int]]) -> list[Piece]:
+    """The canonical tensors that a tensor's rows are, each by its name and how many of them it has."""
+    found, first, row_bytes = [], 0, tensor.nbytes // tensor.shape[0]
+    for name, count in parts:
+        place = tensor.offset + first * row_bytes
+        rows = replace(tensor, shape=(count, *tensor.shape[1:]), offset=place, nbytes=count * row_bytes)
+        found.append(Piece(name, rows))
+        first += count
+    return found
 
 
 def runs(places: npt.NDArray[np.int64], most: int) -> Iterator[tuple[int, int, int]]:
