@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
@@ -12,10 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kbit.checkpoint.gguf.blocks_out import ROUNDED, Form, decoded, encode, form_of
-from kbit.checkpoint.gguf.config import expected_of_layer
-from kbit.checkpoint.gguf.experts import expert_rows
-from kbit.checkpoint.gguf.metadata import GGUFTensor
-from kbit.checkpoint.gguf.names import Architecture, Dimensions, canonical_names, part_of
+from kbit.checkpoint.gguf.names import Architecture, part_of
 from kbit.checkpoint.gguf.source import GGUFSource
 from kbit.checkpoint.gguf.types import GGML_TYPES
 from kbit.checkpoint.gguf.writing import GGUFWriter, NewTensor, check_output_file
@@ -28,7 +25,7 @@ from kbit.host.errors import KbitError, UnsupportedError, UsageError
 from kbit.models import gguf_metadata as settings
 from kbit.models.check import check_tensors
 from kbit.models.families import spec_from_config
-from kbit.models.gguf_arranged import Arranged, arranged
+from kbit.models.gguf_entries import Entry, entries_of
 from kbit.models.gguf_factors import MultipliedSource, without_factors
 from kbit.models.gguf_tokenizer import check_tokenizer, tokenizer_keys
 from kbit.models.spec import ModelSpec
@@ -61,26 +58,6 @@ class ExportedGGUF:
     types: dict[str, int]
     rounded: int
     error: float
-
-
-@dataclass(frozen=True)
-class _Entry:
-    """A tensor of the file.
-
-    Attributes:
-        tensor: its name, shape and type.
-        parts: canonical tensors whose rows (or which, of experts) it holds, in order.
-        head, turned: rows of a head whose pairs are to lie side by side, and how many do; 0: rows stay in order.
-        rounds: to the type.
-        arranged: where its parts are in it, if not one after another.
-    """
-
-    tensor: NewTensor
-    parts: tuple[str, ...]
-    head: int = 0
-    turned: int = 0
-    rounds: bool = False
-    arranged: Arranged | None = None
 
 
 def export_gguf(
@@ -127,8 +104,7 @@ def export_gguf(
     if arch.qk_optional and spec.names.q_norm is None:
         arch = replace(arch, qk_norm=None)
     described = settings.metadata(spec, arch)
-    plain = arch.special is None and not arch.latent and arch.delta is None
-    wanted = _entries(spec, arch, where) if plain else _arranged_entries(spec, arch, described, where)
+    wanted = entries_of(spec, arch, described, where)
     entries = [_typed(entry, source, dtype, requantize) for entry in wanted]
     refused = [entry for entry in entries if isinstance(entry, NotOnGrid)]
     if refused:
@@ -138,7 +114,7 @@ def export_gguf(
             f"{where}: GGUF has no type for {'; '.join(map(str, refused[:_MOST_NAMED]))}{more}: "
             f"{'' if any(reason.final for reason in refused) else rounding}write plain floats with --to safetensors"
         )
-    planned = [entry for entry in entries if isinstance(entry, _Entry)]
+    planned = [entry for entry in entries if isinstance(entry, Entry)]
     ropes = settings.rope_tensors(spec)
     tensors = [NewTensor(name, (len(values),), "F32") for name, values in ropes.items()]
     tensors += [entry.tensor for entry in planned]
@@ -169,7 +145,7 @@ def export_gguf(
         return ExportedGGUF(writer.nbytes, _counted(tensors), sum(entry.rounds for entry in planned), error)
 
 
-def _most(entries: list[_Entry]) -> str:
+def _most(entries: list[Entry]) -> str:
     """The type of most of the matrices' bytes."""
     bytes_of: dict[str, int] = {}
     for entry in entries:
@@ -193,60 +169,7 @@ def _check_file(path: Path, source: StoredSource, spec: ModelSpec, arch: Archite
         check_tokenizer(source, written)
 
 
-def _entries(spec: ModelSpec, arch: Architecture, where: str) -> Iterator[_Entry]:
-    """The tensors of the file, without their types."""
-    dims = Dimensions(
-        spec.hidden_size, spec.intermediate_size, spec.heads, spec.kv_heads, spec.head_dim, spec.vocab_size
-    )
-    biases = settings.bias_parts(spec)
-    experts = _expert_sizes(spec, arch, where)
-    shapes = dims.expected_global(arch, spec.tied_embeddings, spec.position_rows)
-    for layer in range(spec.layers):
-        shapes |= expected_of_layer(arch, dims, layer, biases, experts)
-    declared = spec.expected_tensors()
-    for name, shape in shapes.items():
-        stored = GGUFTensor(name, shape, GGML_TYPES[0], 0, 0)
-        rows = [] if arch.experts is None else expert_rows(arch.experts, name, stored)
-        parts = tuple(each for each, _ in rows) or tuple(canonical_names(arch, name))
-        unknown = [part for part in parts if part not in declared]
-        if unknown:
-            raise UnsupportedError(
-                f"{where}: GGUF files of the {arch.name} architecture have {unknown[0]}, which this {spec.family} "
-                "model has not; export plain floats with --to safetensors"
-            )
-        permuted = arch.interleaved and part_of(name) in ("attn_q", "attn_k")
-        head, turned = (spec.head_dim, spec.rope.dim) if permuted else (0, 0)
-        yield _Entry(NewTensor(name, shape, "F32"), parts, head, turned)
-
-
-def _arranged_entries(
-    spec: ModelSpec, arch: Architecture, metadata: Mapping[str, Value], where: str
-) -> Iterator[_Entry]:
-    """The tensors of a file that has more of them than canonical ones one after another."""
-    for each in arranged(spec, arch, metadata, where):
-        parts = tuple(held.piece.name for held in each.held)
-        yield _Entry(NewTensor(each.name, each.shape, "F32"), parts, arranged=None if each.plain else each)
-
-
-def _expert_sizes(spec: ModelSpec, arch: Architecture, where: str) -> dict[str, Any]:
-    """What `expected_experts` asks of a configuration."""
-    experts, tensors = spec.experts, arch.experts
-    if experts is None or tensors is None:
-        return {}
-    dense = experts.layers.count(False)
-    if any(experts.layers[:dense]) or (dense and not tensors.leading):
-        raise UnsupportedError(
-            f"{where}: GGUF files of the {arch.name} architecture have experts in "
-            f"{'all layers but the first' if tensors.leading else 'all layers'}; export plain floats with --to "
-            "safetensors"
-        )
-    found = {tensors.count: experts.routing.experts, tensors.width: experts.width, "first_k_dense_replace": dense}
-    if tensors.shared_width is not None or tensors.switch is not None:
-        return {**found, tensors.shared_width or "shared_expert_intermediate_size": experts.shared_width}
-    return {**found, "n_shared_experts": experts.shared_width // experts.width}
-
-
-def _typed(entry: _Entry, source: StoredSource, dtype: str | None, requantize: str | None) -> _Entry | NotOnGrid:
+def _typed(entry: Entry, source: StoredSource, dtype: str | None, requantize: str | None) -> Entry | NotOnGrid:
     """An entry with its type; or what cannot be written, and why."""
     tensor, infos = entry.tensor, [source.tensors[part] for part in entry.parts]
     if len(tensor.shape) == 1 or not tensor.name.endswith(".weight") or part_of(tensor.name) in _ALWAYS_F32:
@@ -286,13 +209,13 @@ def _form(source: StoredSource, name: str) -> Form:
     return form_of(_matrix(source, name))
 
 
-def _bytes(source: StoredSource, entry: _Entry, squares: list[float]) -> Iterator[memoryview]:
+def _bytes(source: StoredSource, entry: Entry, squares: list[float]) -> Iterator[memoryview]:
     for part in entry.parts:
         for rows in _rows(source, entry, part, entry.tensor.type, squares):
             yield _in_order(rows, entry).reshape(-1).view(np.uint8).data
 
 
-def _arranged_bytes(source: StoredSource, entry: _Entry, squares: list[float]) -> Iterator[memoryview]:
+def _arranged_bytes(source: StoredSource, entry: Entry, squares: list[float]) -> Iterator[memoryview]:
     """A tensor whose parts do not lie one after another, whole."""
     arranged, type_ = entry.arranged, entry.tensor.type
     assert arranged is not None
@@ -312,7 +235,7 @@ def _arranged_bytes(source: StoredSource, entry: _Entry, squares: list[float]) -
     yield (whole if kept == type_ else _rounded(whole, type_)[0]).reshape(-1).view(np.uint8).data
 
 
-def _rows(source: StoredSource, entry: _Entry, part: str, type_: str, squares: list[float]) -> Iterator[NDArray[Any]]:
+def _rows(source: StoredSource, entry: Entry, part: str, type_: str, squares: list[float]) -> Iterator[NDArray[Any]]:
     """Rows of a canonical tensor in a type, a few at a time."""
     form, codes = None, None
     if type_ not in _FLOATS:
@@ -341,7 +264,7 @@ def _rows(source: StoredSource, entry: _Entry, part: str, type_: str, squares: l
         yield stored
 
 
-def _coded(source: StoredSource, part: str, entry: _Entry) -> tuple[Form | None, NDArray[np.uint8] | None]:
+def _coded(source: StoredSource, part: str, entry: Entry) -> tuple[Form | None, NDArray[np.uint8] | None]:
     """A matrix's codes and the form they are written in; none where they are made from the values."""
     try:
         matrix = _matrix(source, part)
@@ -363,7 +286,7 @@ def _rounded(values: NDArray[np.float32], type_: str) -> tuple[NDArray[Any], NDA
     return packed, gguf.quants.dequantize(packed, kind)
 
 
-def _in_order(rows: NDArray[Any], entry: _Entry) -> NDArray[Any]:
+def _in_order(rows: NDArray[Any], entry: Entry) -> NDArray[Any]:
     """Canonical rows of whole heads as the file has them: row 2 i + h of those that turn is row h R / 2 + i."""
     if not entry.head:
         return np.ascontiguousarray(rows)

@@ -32,6 +32,8 @@ def check_hybrid(spec: ModelSpec, arch: Architecture, where: str) -> Architectur
         lacks = "files of models in which no layer attends"
     elif spec.conv is not None and spec.conv.bias:
         lacks = "biases of convolutions"
+    elif spec.scan is not None and not spec.scan.bias:
+        lacks = "convolutions without biases (it adds one that is not there)"
     elif arch.name.startswith("lfm2") and spec.heads * spec.head_dim != spec.hidden_size:
         lacks = "heads that are not the hidden size together"
     elif arch.name == "granitehybrid" and spec.scan is not None and spec.scan.inner_width != 2 * spec.hidden_size:

@@ -18,8 +18,8 @@ from kbit.checkpoint.gguf.older import FALCON_LAYOUT, MOST_BIAS, large_falcon
 from kbit.checkpoint.gguf.rope import llama3_divisors
 from kbit.host.errors import UnsupportedError
 from kbit.host.notes import note
-from kbit.models.gguf_mixers import NEVER, check_latent, delta_keys, gemma4_keys, latent_keys
 from kbit.models.gguf_hybrids import check_hybrid, hybrid_keys
+from kbit.models.gguf_mixers import NEVER, check_latent, delta_keys, gemma4_keys, latent_keys
 from kbit.models.spec import ModelSpec, RopeSpec
 
 if TYPE_CHECKING:

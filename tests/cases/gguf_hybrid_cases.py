@@ -24,10 +24,13 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "lfm2-moe": ("lfm2moe", {"routed_scaling_factor": 1.0}),
     "granite-hybrid": ("granitehybrid", {}),
     "falcon-h1": ("falcon-h1", {}),
-    "falcon-h1-norm": ("falcon-h1", {"mlp_bias": False, "tie_word_embeddings": False}),
+    "falcon-h1-norm": ("falcon-h1", {"mamba_conv_bias": True, "mlp_bias": False, "tie_word_embeddings": False}),
     "nemotron-h": ("nemotron_h", {"mamba_head_dim": 16}),
     "nemotron-h-moe": ("nemotron_h_moe", {"mamba_head_dim": 16}),
-    "granite-hybrid-moe": ("granitehybrid", {"position_embedding_type": "nope", "attention_bias": False}),
+    "granite-hybrid-moe": (
+        "granitehybrid",
+        {"position_embedding_type": "nope", "attention_bias": False, "mamba_conv_bias": True},
+    ),
 }
 _OUTSIDE = {
     "model.embed_tokens.weight": "token_embd.weight",

@@ -71,7 +71,11 @@ def test_packed_matrices_are_taken_apart_as_they_are(tmp_path: Path, case: str) 
             r"shortconv.conv.weight' has the shape \(48, 3\), the metadata says \(48, 4\)",
         ),
         ("lfm2", {"shortconv__other": 4}, "metadata key 'lfm2.shortconv.other' is unknown"),
-        ("granite-hybrid", {"rope__scaling__finetuned": True}, "says that positions rotate"),
+        (
+            "granite-hybrid",
+            {"rope__scaling__finetuned": True, "rope__dimension_count": 4},
+            "rope.dimension_count' is not the size of a head",
+        ),
         ("granite-hybrid", {"ssm__inner_size": 97}, "ssm_in.weight' has the shape"),
         ("granite-hybrid", {"ssm__group_count": 5}, "inner_size 96 is not a multiple of ssm.group_count 5"),
     ],
