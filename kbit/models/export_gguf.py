@@ -25,6 +25,7 @@ from kbit.host.errors import KbitError, UnsupportedError, UsageError
 from kbit.models import gguf_metadata as settings
 from kbit.models.check import check_tensors
 from kbit.models.families import spec_from_config
+from kbit.models.gguf_encoders import encoder_architecture, encoder_metadata
 from kbit.models.gguf_entries import Entry, entries_of
 from kbit.models.gguf_factors import MultipliedSource, without_factors
 from kbit.models.gguf_tokenizer import check_tokenizer, tokenizer_keys
@@ -37,6 +38,7 @@ _KINDS = {"fp32": "F32", "fp16": "F16", "bf16": "BF16"}
 _FLOATS = {name: kind for kind, name in _KINDS.items()}
 # What llama.cpp multiplies in float32.
 _ALWAYS_F32 = ("ffn_gate_inp", "ffn_gate_inp_shexp", "position_embd", "ssm_conv1d", "ssm_norm", "conv")
+_ALWAYS_F32 += ("token_types", "attn_rel_b")
 # general.file_type (llama.h, llama_ftype) by the type of most matrices; 1024: guessed from tensors.
 _FILE_TYPES = {"F32": 0, "F16": 1, "Q4_0": 2, "Q4_1": 3, "Q8_0": 7, "Q5_0": 8, "Q5_1": 9, "BF16": 32, "MXFP4": 38}
 _MOST_NAMED = 3
@@ -95,15 +97,17 @@ def export_gguf(
             raise UsageError(f"{where}: a GGUF file is copied as it is: leave out --dtype and --requantize")
         return _copy(source, out, overwrite, progress)
     spec = spec_from_config(source.config, where=f"config of {where}")
-    if spec.task is not None or spec.encoder is not None:
-        raise UnsupportedError(f"{where}: {spec.family} models are exported with --to safetensors only")
     check_tensors(source, spec)
     spec, factors = without_factors(spec)
     source = MultipliedSource(source, factors) if factors else source
-    arch = settings.architecture_of(spec, where)
-    if arch.qk_optional and spec.names.q_norm is None:
-        arch = replace(arch, qk_norm=None)
-    described = settings.metadata(spec, arch)
+    if spec.encoder is not None or spec.task is not None:
+        arch = encoder_architecture(spec, where)
+        described = encoder_metadata(spec, arch, source)
+    else:
+        arch = settings.architecture_of(spec, where)
+        if arch.qk_optional and spec.names.q_norm is None:
+            arch = replace(arch, qk_norm=None)
+        described = settings.metadata(spec, arch)
     wanted = entries_of(spec, arch, described, where)
     entries = [_typed(entry, source, dtype, requantize) for entry in wanted]
     refused = [entry for entry in entries if isinstance(entry, NotOnGrid)]
@@ -126,7 +130,7 @@ def export_gguf(
         "general.file_type": _FILE_TYPES.get(most, 1024),
         "general.quantization_version": 2,
         **described,
-        **tokenizer_keys(source, spec.vocab_size),
+        **tokenizer_keys(source, spec.vocab_size, spec.types),
     }
     squares = [0.0, 0.0]
     with GGUFWriter(out, keys, tensors, overwrite=overwrite) as writer:
@@ -175,7 +179,7 @@ def _typed(entry: Entry, source: StoredSource, dtype: str | None, requantize: st
     if len(tensor.shape) == 1 or not tensor.name.endswith(".weight") or part_of(tensor.name) in _ALWAYS_F32:
         return entry
     formats = {stored_format(info) for info in infos}
-    layers = tensor.name.startswith("blk.")
+    layers = "blk." in tensor.name
     if formats == {None} and not (layers and requantize):
         own = {info.stored_as if info.stored_as in _FLOATS else "F32" for info in infos}
         kind = own.pop() if len(own) == 1 else "F32"

@@ -10,10 +10,12 @@ from kbit.checkpoint.gguf.config import expected_of_layer
 from kbit.checkpoint.gguf.experts import expert_rows
 from kbit.checkpoint.gguf.metadata import GGUFTensor
 from kbit.checkpoint.gguf.names import Architecture, Dimensions, canonical_names, part_of
+from kbit.checkpoint.gguf.t5 import T5
 from kbit.checkpoint.gguf.types import GGML_TYPES
 from kbit.checkpoint.gguf.writing import NewTensor
 from kbit.host.errors import UnsupportedError
 from kbit.models.gguf_arranged import Arranged, arranged
+from kbit.models.gguf_encoders import encoder_tensors
 from kbit.models.gguf_metadata import bias_parts
 from kbit.models.spec import ModelSpec
 
@@ -53,6 +55,8 @@ def entries_of(spec: ModelSpec, arch: Architecture, metadata: Mapping[str, Value
     Raises:
         UnsupportedError: a tensor that the model has and the file has no place for, or the other way round.
     """
+    if arch.encoder or arch is T5:
+        return _encoder_entries(spec, arch, where)
     plain = arch.special is None and not arch.latent and arch.delta is None
     return _entries(spec, arch, where) if plain else _arranged_entries(spec, arch, metadata, where)
 
@@ -74,13 +78,33 @@ def _entries(spec: ModelSpec, arch: Architecture, where: str) -> Iterator[Entry]
         parts = tuple(each for each, _ in rows) or tuple(canonical_names(arch, name))
         unknown = [part for part in parts if part not in declared]
         if unknown:
-            raise UnsupportedError(
-                f"{where}: GGUF files of the {arch.name} architecture have {unknown[0]}, which this {spec.family} "
-                "model has not; export plain floats with --to safetensors"
-            )
+            raise UnsupportedError(_lacks(where, arch, unknown[0], spec))
         permuted = arch.interleaved and part_of(name) in ("attn_q", "attn_k")
         head, turned = (spec.head_dim, spec.rope.dim) if permuted else (0, 0)
         yield Entry(NewTensor(name, shape, "F32"), parts, head, turned)
+
+
+def _encoder_entries(spec: ModelSpec, arch: Architecture, where: str) -> Iterator[Entry]:
+    declared = spec.expected_tensors()
+    left = set(declared)
+    for name, shape, parts in encoder_tensors(spec, arch):
+        left -= set(parts)
+        unknown = [part for part in parts if part not in declared]
+        if unknown:
+            raise UnsupportedError(_lacks(where, arch, unknown[0], spec))
+        yield Entry(NewTensor(name, shape, "F32"), parts)
+    if left:
+        raise UnsupportedError(
+            f"{where}: GGUF files of the {arch.name} architecture have no place for {min(left)}; export plain floats "
+            "with --to safetensors"
+        )
+
+
+def _lacks(where: str, arch: Architecture, name: str, spec: ModelSpec) -> str:
+    return (
+        f"{where}: GGUF files of the {arch.name} architecture have {name}, which this {spec.family} model has not; "
+        "export plain floats with --to safetensors"
+    )
 
 
 def _arranged_entries(

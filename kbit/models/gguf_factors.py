@@ -43,7 +43,10 @@ def without_factors(spec: ModelSpec) -> tuple[ModelSpec, dict[str, Factor]]:
     Queries get all that is on scores, and attention's last linear all that is on what it makes.
     """
     if spec.encoder is not None:
-        return _with_own_head(spec, {})
+        changed, factors = _with_own_head(spec, {})
+        # (Which has no logits, and says what the decoder does.)
+        encoder = replace(spec.encoder, tied_embeddings=changed.tied_embeddings, logit_multiplier=1.0)
+        return replace(changed, encoder=encoder), factors
     if spec.scan_beside is None:
         return spec, {}
     scan, names, factors = spec.scan_beside, spec.names, dict[str, Factor]()

@@ -1,4 +1,4 @@
-"""Settings of models that do not attend in all layers, or not alone, as GGUF metadata: convolutions and state spaces."""
+"""Settings of models that have convolutions or state spaces in place of attention, or beside it, as GGUF metadata."""
 
 from __future__ import annotations
 

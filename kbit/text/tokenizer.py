@@ -85,13 +85,13 @@ class Tokenizer:
         if table is None:
             pieces = "tokenizer.json" not in files and has_pieces(files)
             kind = source.config.get("model_type")
-            backend = PieceTokenizer(files, where) if pieces else _load_backend(files, where, kind)
+            backend = PieceTokenizer(files, where) if pieces else library_tokenizer(files, where, kind)
         else:
             from kbit.text.table_tokenizer import TableTokenizer
             from kbit.text.token_table import open_table
 
             backend = TableTokenizer(
-                open_table(table, f"{where}: the token table"), lambda: _load_backend(files, where)
+                open_table(table, f"{where}: the token table"), lambda: library_tokenizer(files, where)
             )
         settings = token_settings(files, where)
         generation = read_json(files, "generation_config.json", where)
@@ -195,9 +195,25 @@ class Tokenizer:
         return DetokenizerStream(self._backend, skip, self._byte_fallback, context)
 
 
-def _load_backend(files: Mapping[str, bytes], where: str, model_type: object = None) -> tokenizers.Tokenizer:
+def has_library_tokenizer(files: Mapping[str, bytes], model_type: object) -> bool:
+    """Whether `library_tokenizer` reads these files."""
+    return "tokenizer.json" in files or (_T5_PIECES in files and model_type in _T5_EXTRA)
+
+
+def library_tokenizer(files: Mapping[str, bytes], where: str, model_type: object = None) -> tokenizers.Tokenizer:
+    """The library's tokenizer of a checkpoint's files, with all added tokens.
+
+    Args:
+        files: a checkpoint's sidecar files.
+        where: the checkpoint, for errors.
+        model_type: its configuration's.
+
+    Raises:
+        UnsupportedError: there is no tokenizer.json, nor T5's SentencePiece file.
+        CheckpointError: a file is not what its name says.
+    """
     data = files.get("tokenizer.json")
-    if data is None and _T5_PIECES in files and model_type in _T5_EXTRA:
+    if data is None and has_library_tokenizer(files, model_type):
         extra = token_settings(files, where).get("extra_ids")
         extra = extra if type(extra) is int and 0 <= extra <= _MOST_EXTRA else _T5_EXTRA[str(model_type)]
         backend = t5_tokenizer(files[_T5_PIECES], extra, f"{where}: {_T5_PIECES}")

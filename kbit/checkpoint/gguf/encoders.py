@@ -24,7 +24,7 @@ _OUTSIDE = {
 }
 _QKV = ("attn_q", "attn_k", "attn_v")
 # Poolings by pooling_type (llama.h): the names of sentence-transformers. 0 is none, 4 a classifier's.
-_POOLINGS = {1: "mean_tokens", 2: "cls_token", 3: "lasttoken"}
+POOLINGS = {1: "mean_tokens", 2: "cls_token", 3: "lasttoken"}
 _RANK = 4
 
 ENCODERS = {
@@ -106,7 +106,7 @@ def encoder_config(header: GGUFHeader, arch: Architecture, tensors: Mapping[str,
             f"{header.path}: '{arch.name}.attention.causal' is {shown}; kbit runs {arch.name} models whose tokens see "
             "the whole text"
         )
-    if keys.count("pooling_type") not in (0, *_POOLINGS):
+    if keys.count("pooling_type") not in (0, *POOLINGS):
         raise UnsupportedError(
             f"{header.path}: '{arch.name}.pooling_type' {keys.count('pooling_type')} is not supported"
             f"{' (a reranker)' if keys.count('pooling_type') == _RANK else ''}; kbit reads 0 to 3 (none, mean, cls, "
@@ -134,13 +134,8 @@ def encoder_config(header: GGUFHeader, arch: Architecture, tensors: Mapping[str,
     biased = arch.biases is None and "blk.0.attn_q.bias" in tensors
     if arch.biases is None and not biased:
         raise UnsupportedError(f"{header.path}: a {arch.name} model without biases is not supported")
-    shapes: dict[str, tuple[int, ...]] = {"token_embd.weight": (vocab, hidden), "token_types.weight": (types, hidden)}
-    if "position_embd.weight" in arch.outside:
-        shapes["position_embd.weight"] = (context, hidden)
-    shapes |= {f"{_EMBEDDING_NORM}.{kind}": (hidden,) for kind in ("weight", "bias")}
-    for layer in range(layers):
-        shapes |= _layer(arch, layer, hidden, mlp, biased)
-    check_tensors(header, arch.name, tensors, shapes)
+    rows = {"token_embd.weight": vocab, "token_types.weight": types, "position_embd.weight": context}
+    check_tensors(header, arch.name, tensors, encoder_shapes(arch, rows, layers, hidden, mlp, biased))
     config: dict[str, Any] = {
         "architectures": [arch.hf_class],
         "model_type": arch.model_type,
@@ -163,17 +158,36 @@ def encoder_config(header: GGUFHeader, arch: Architecture, tensors: Mapping[str,
     return config if pad is None else {**config, "pad_token_id": pad}
 
 
+def encoder_shapes(
+    arch: Architecture, rows: Mapping[str, int], layers: int, hidden: int, mlp: int, biased: bool
+) -> dict[str, tuple[int, ...]]:
+    """The tensors of an encoder by name, with their shapes.
+
+    Args:
+        arch: one of ENCODERS.
+        rows: of the tables, by name.
+        layers, hidden, mlp: how many there are, and features outside and inside of MLPs.
+        biased: whether linears have biases.
+    """
+    shapes: dict[str, tuple[int, ...]] = {
+        name: (rows[name], hidden) if name in rows else (hidden,) for name in arch.outside
+    }
+    for layer in range(layers):
+        shapes |= _layer(arch, layer, hidden, mlp, biased)
+    return shapes
+
+
 def sentence_files(header: GGUFHeader, hidden: int) -> dict[str, bytes]:
     """sentence-transformers' files for the pooling that a file names; none where it names none."""
     kind = header.integer(f"{header.string('general.architecture')}.pooling_type") or 0
-    if kind not in _POOLINGS:
+    if kind not in POOLINGS:
         return {}
     modules = [
         {"idx": 0, "name": "0", "path": "", "type": "sentence_transformers.models.Transformer"},
         {"idx": 1, "name": "1", "path": "1_Pooling", "type": "sentence_transformers.models.Pooling"},
     ]
     pooling = {"word_embedding_dimension": hidden}
-    pooling |= {f"pooling_mode_{name}": number == kind for number, name in _POOLINGS.items()}
+    pooling |= {f"pooling_mode_{name}": number == kind for number, name in POOLINGS.items()}
     files = {"modules.json": modules, "1_Pooling/config.json": pooling}
     return {name: json.dumps(value, indent=2).encode() for name, value in files.items()}
 

@@ -128,12 +128,17 @@ def t5_config(header: GGUFHeader, arch: Architecture, tensors: Mapping[str, GGUF
         token = header.token_id(f"tokenizer.ggml.{key}_token_id", vocab)
         if token is not None:
             config[name] = token
-    _check(header, tensors, config)
+    check_tensors(header, "T5", tensors, t5_shapes(config, tensors))
     return config
 
 
-def _check(header: GGUFHeader, tensors: Mapping[str, GGUFTensor], config: Mapping[str, Any]) -> None:
-    """Every expected tensor is there with its shape, and nothing else is."""
+def t5_shapes(config: Mapping[str, Any], tensors: Mapping[str, GGUFTensor]) -> dict[str, tuple[int, ...]]:
+    """The tensors of a T5 by name, with their shapes.
+
+    Args:
+        config: of `t5_config`.
+        tensors: those of a file, of which some that are of no use may be there.
+    """
     hidden, mlp, vocab = config["d_model"], config["d_ff"], config["vocab_size"]
     inner, buckets = config["num_heads"] * config["d_kv"], config["relative_attention_num_buckets"]
     shapes: dict[str, tuple[int, ...]] = {
@@ -159,7 +164,7 @@ def _check(header: GGUFHeader, tensors: Mapping[str, GGUFTensor], config: Mappin
                     shapes[name] = (hidden, mlp) if part == "ffn_down" else (mlp, hidden)
                 else:
                     shapes[name] = sizes[kind]
-    check_tensors(header, "T5", tensors, shapes)
+    return shapes
 
 
 T5 = Architecture("t5", "t5", "T5ForConditionalGeneration", keys=_KEYS, outside={}, linears={}, norms={})

@@ -1,7 +1,7 @@
 """Tokenizer files as GGUF metadata: what `kbit.checkpoint.gguf.tokenizer` reads, written.
 
-Two kinds: byte-level BPE whose way of splitting text has a name in GGUF (`pretokenizers`), and BPE of SentencePiece's
-kind, with "▁" for spaces and bytes as tokens; its scores, which tokenizer.json does not keep, are the order of merges.
+Unigram and WordPiece are in `pieces_out`. Two kinds of BPE: byte-level, whose way of splitting text has a name in GGUF (`pretokenizers`), and
+SentencePiece's, with "▁" for spaces and bytes as tokens; its scores, which tokenizer.json does not keep, are the order of merges.
 Whether the metadata means the same is found out: it is read back and both tokenizers must agree on texts that tell
 tokenizers apart.
 """
@@ -12,6 +12,7 @@ import json
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from kbit.checkpoint.gguf.pieces_out import token_types, unigram_keys, wordpiece_keys
 from kbit.checkpoint.gguf.pretokenizers import DIGITS, GPT2, PRE_TOKENIZERS, PreTokenizer
 from kbit.host.errors import UnsupportedError
 from kbit.host.notes import note
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
 
     from kbit.checkpoint.gguf.writing import Value
 
-_NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = 1, 2, 3, 4, 5, 6
+_NORMAL, _UNKNOWN, _BYTE = 1, 2, 6
 _SPACE = "\u2581"
 _INSTEAD = "export plain floats with --to safetensors"
 # Of names that split alike the one that converters write.
@@ -30,6 +31,14 @@ _PREFERRED = ("gpt-2", "smollm", "llama-bpe", "qwen2")
 _TURN_ENDS = ("<|eot_id|>", "<|im_end|>", "<end_of_turn>", "<|end|>")
 _MESSAGE_END = "<|eom_id|>"
 _MOST_ADDED = 8
+# Special tokens of BERT: as a checkpoint names them and as GGUF does, and their usual texts.
+_BERT_TOKENS = {
+    ("cls", "cls", "bos"): "[CLS]",
+    ("sep", "seperator"): "[SEP]",
+    ("unk", "unknown"): "[UNK]",
+    ("pad", "padding"): "[PAD]",
+    ("mask", "mask"): "[MASK]",
+}
 
 # Spaces, line ends, digits, case, accents, scripts, combining marks, emoji, code: what tells tokenizers apart.
 PROBES = (
@@ -51,6 +60,8 @@ def tokenizer_metadata(
     pad: int | None,
     unknown: int | None,
     templates: Mapping[str, str],
+    named: Mapping[str, str] | None = None,
+    types: int = 0,
 ) -> dict[str, Value]:
     """Metadata keys of a tokenizer.
 
@@ -61,49 +72,72 @@ def tokenizer_metadata(
         bos, pad, unknown: ids, if there are.
         eos: ids that end a generation, the tokenizer's own first.
         templates: of chats, by name.
+        named: special tokens by their names ("cls_token"), which WordPiece has.
+        types: how many kinds of tokens the model tells apart, likewise.
 
     Raises:
         UnsupportedError: a tokenizer that the metadata cannot say.
     """
     parsed = json.loads(tokenizer.to_str())
     model = parsed["model"]
-    if model["type"] != "BPE":
+    if model["type"] not in ("BPE", "Unigram", "WordPiece"):
         raise UnsupportedError(f"{where}: kbit writes no {model['type']} tokenizer as GGUF; {_INSTEAD}")
     if tokenizer.get_vocab_size() > size:
         raise UnsupportedError(
             f"{where}: the tokenizer has {tokenizer.get_vocab_size()} tokens, the model's vocabulary {size}; {_INSTEAD}"
         )
     tokens = [tokenizer.id_to_token(index) or f"[PAD{index}]" for index in range(size)]
-    merges = _merges(parsed)
     added = tokenizer.get_added_tokens_decoder()
-    types = [_NORMAL if tokenizer.id_to_token(index) is not None else _UNUSED for index in range(size)]
-    for index, token in added.items():
-        types[index] = _CONTROL if token.special else _USER_DEFINED
-    keys: dict[str, Value] = {}
-    if _is_sentencepiece(parsed):
-        keys |= {"model": "llama", "pre": "default", "tokens": tokens}
-        for index, text in enumerate(tokens):
-            if types[index] == _NORMAL and len(text) == 6 and text.startswith("<0x"):
-                types[index] = _BYTE
-        if unknown is not None:
-            types[unknown] = _UNKNOWN
-        keys["scores"] = _scores(tokens, merges)
-        keys["token_type"] = types
-        keys["add_space_prefix"] = _prefix(parsed, where)
+    if model["type"] == "WordPiece":
+        keys = wordpiece_keys(tokenizer, parsed, size, types, where) | _of_bert(tokenizer, named or {})
+        return {f"tokenizer.ggml.{key}": value for key, value in keys.items()}
+    if model["type"] == "Unigram":
+        unknown = model["unk_id"]
+        keys = unigram_keys(tokenizer, parsed, size, where)
+    elif _is_sentencepiece(parsed):
+        keys = _sentencepiece(tokenizer, parsed, tokens, unknown, where)
     else:
-        keys |= {"model": "gpt2", "pre": _pre(parsed, where), "tokens": tokens, "token_type": types}
-        keys["merges"] = [f"{left} {right}" for left, right in merges]
+        keys = {"model": "gpt2", "pre": _pre(parsed, where), "tokens": tokens}
+        keys["token_type"] = token_types(tokenizer, size, None)
+        keys["merges"] = [f"{left} {right}" for left, right in _merges(parsed)]
     # What only a configuration calls padding may be a word: written, it would not be one any more.
     keys |= _specials(tokens, bos, eos, pad if pad in added else None, unknown, where)
     begins, ends = _frame(tokenizer, bos, eos[0] if eos else None, where)
     keys |= {"add_bos_token": begins, "add_eos_token": ends}
     found = {f"tokenizer.ggml.{key}": value for key, value in keys.items()}
-    named = {name: text for name, text in templates.items() if name != "default"}
+    others = {name: text for name, text in templates.items() if name != "default"}
     if "default" in templates:
         found["tokenizer.chat_template"] = templates["default"]
-    if named:
-        found["tokenizer.chat_templates"] = list(named)
-        found |= {f"tokenizer.chat_template.{name}": text for name, text in named.items()}
+    if others:
+        found["tokenizer.chat_templates"] = list(others)
+        found |= {f"tokenizer.chat_template.{name}": text for name, text in others.items()}
+    return found
+
+
+def _sentencepiece(
+    tokenizer: tokenizers.Tokenizer, parsed: Mapping[str, Any], tokens: list[str], unknown: int | None, where: str
+) -> dict[str, Value]:
+    types = token_types(tokenizer, len(tokens), None)
+    for index, text in enumerate(tokens):
+        if types[index] == _NORMAL and len(text) == 6 and text.startswith("<0x"):
+            types[index] = _BYTE
+    if unknown is not None:
+        types[unknown] = _UNKNOWN
+    keys: dict[str, Value] = {"model": "llama", "pre": "default", "tokens": tokens}
+    return keys | {
+        "scores": _scores(tokens, _merges(parsed)),
+        "token_type": types,
+        "add_space_prefix": _prefix(parsed, where),
+    }
+
+
+def _of_bert(tokenizer: tokenizers.Tokenizer, named: Mapping[str, str]) -> dict[str, Value]:
+    """Ids of BERT's special tokens. (What begins a text is llama.cpp's bos.)"""
+    found: dict[str, Value] = {}
+    for names, text in _BERT_TOKENS.items():
+        index = tokenizer.token_to_id(named.get(f"{names[0]}_token", text))
+        if index is not None:
+            found |= {f"{name}_token_id": index for name in names[1:]}
     return found
 
 
@@ -131,7 +165,8 @@ def check_same(ours: tokenizers.Tokenizer, theirs: tokenizers.Tokenizer, where: 
 
 
 def _merges(parsed: Mapping[str, Any]) -> list[tuple[str, str]]:
-    pairs = (each.split(" ", 1) if isinstance(each, str) else each for each in parsed["model"]["merges"])
+    merges = parsed["model"].get("merges", ())  # (of BPE alone)
+    pairs = (each.split(" ", 1) if isinstance(each, str) else each for each in merges)
     return [(left, right) for left, right in pairs]
 
 
