@@ -37,8 +37,12 @@ if TYPE_CHECKING:
 _KINDS = {"fp32": "F32", "fp16": "F16", "bf16": "BF16"}
 _FLOATS = {name: kind for kind, name in _KINDS.items()}
 # What llama.cpp multiplies in float32.
-_ALWAYS_F32 = ("ffn_gate_inp", "ffn_gate_inp_shexp", "position_embd", "ssm_conv1d", "ssm_norm", "conv")
-_ALWAYS_F32 += ("token_types", "attn_rel_b")
+_ALWAYS_F32 = frozenset(
+    {
+        "ffn_gate_inp", "ffn_gate_inp_shexp", "position_embd", "ssm_conv1d", "ssm_norm", "conv", "token_types",
+        "attn_rel_b",
+    }
+)  # fmt: skip
 # general.file_type (llama.h, llama_ftype) by the type of most matrices; 1024: guessed from tensors.
 _FILE_TYPES = {"F32": 0, "F16": 1, "Q4_0": 2, "Q4_1": 3, "Q8_0": 7, "Q5_0": 8, "Q5_1": 9, "BF16": 32, "MXFP4": 38}
 _MOST_NAMED = 3

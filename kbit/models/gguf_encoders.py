@@ -34,13 +34,13 @@ def encoder_architecture(spec: ModelSpec, where: str) -> Architecture:
         UnsupportedError: there is none, or the model has a head that these files have not.
     """
     if spec.encoder is not None:
-        known, arch = _T5_FAMILIES, T5 if spec.family in _T5_FAMILIES else None
+        by_type = dict.fromkeys(_T5_FAMILIES, T5)
     else:
         by_type = {each.model_type: each for each in ENCODERS.values()}
-        known, arch = tuple(by_type), by_type.get(spec.family)
+    arch = by_type.get(spec.family)
     if arch is None:
         raise UnsupportedError(
-            f"{where}: kbit writes no GGUF file of a {spec.family} model, but of {', '.join(known)}; {_INSTEAD}"
+            f"{where}: kbit writes no GGUF file of a {spec.family} model, but of {', '.join(by_type)}; {_INSTEAD}"
         )
     if spec.task is not None and spec.task.kind != "hidden":
         raise UnsupportedError(

@@ -110,7 +110,7 @@ def test_real_vocabularies(tmp_path: Path, name: str) -> None:
     [
         ({"normalizer": {"type": "Lowercase"}}, "GGUF has no name that kbit knows for a pre-tokenizer"),
         ({"pre_tokenizer": {"type": "Whitespace"}}, "GGUF has no name for a pre-tokenizer with Whitespace"),
-        ({"model": {"type": "Unigram", "unk_id": 0, "vocab": [["a", 0.0]], "byte_fallback": False}}, "kbit writes no Unigram tokenizer"),
+        ({"model": {"type": "Unigram", "unk_id": 0, "vocab": [["a", 0.0]], "byte_fallback": True}}, "kbit writes no Unigram tokenizer that has bytes"),
     ],
 )  # fmt: skip
 def test_tokenizers_that_it_cannot_say(tmp_path: Path, change: dict[str, Any], message: str) -> None:

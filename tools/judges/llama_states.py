@@ -1,7 +1,7 @@
 """What llama.cpp makes of texts beside next tokens: python llama_states.py FILE '[[ids], ...]' ['[[ids], ...]'].
 
-Prints a JSON list. Of an encoder: hidden states, every token's, of each text; of an encoder-decoder: the logits after each of the
-second texts, which the decoder has written of the first. Calls the C functions in the library that
+Prints a JSON list. Of an encoder: hidden states, every token's, of each text; of an encoder-decoder: the logits after
+each of the second texts, which the decoder has written of the first. Calls the C functions in the library that
 xllamacpp brings (llama.h of that version); runs in an environment with it, and needs nothing else.
 """
 

@@ -78,11 +78,8 @@ def wordpiece_keys(
     splits = (parsed["pre_tokenizer"] or {}).get("type")
     odd = [key for key, value in usual.items() if normalizer.get(key) != value]
     odd += [] if splits == "BertPreTokenizer" else ["pre_tokenizer"]
-    odd += (
-        []
-        if (model["continuing_subword_prefix"], model["max_input_chars_per_word"]) == ("##", _MAX_WORD)
-        else ["model"]
-    )
+    usual_model = {"continuing_subword_prefix": "##", "max_input_chars_per_word": _MAX_WORD}
+    odd += [key for key, value in usual_model.items() if model.get(key) != value]
     if odd:
         raise UnsupportedError(
             f"{where}: kbit writes WordPiece tokenizers that are BERT's as GGUF, and {odd[0]} of this one is not; "

@@ -1,9 +1,9 @@
 """Tokenizer files as GGUF metadata: what `kbit.checkpoint.gguf.tokenizer` reads, written.
 
-Unigram and WordPiece are in `pieces_out`. Two kinds of BPE: byte-level, whose way of splitting text has a name in GGUF (`pretokenizers`), and
-SentencePiece's, with "▁" for spaces and bytes as tokens; its scores, which tokenizer.json does not keep, are the order of merges.
-Whether the metadata means the same is found out: it is read back and both tokenizers must agree on texts that tell
-tokenizers apart.
+Two kinds of BPE: byte-level, whose way of splitting text has a name in GGUF (`pretokenizers`), and SentencePiece's,
+with "▁" for spaces and bytes as tokens; its scores, which tokenizer.json does not keep, are the order of merges.
+Unigram and WordPiece are in `pieces_out`. Whether the metadata means the same is found out: it is read back and both
+tokenizers must agree on texts that tell tokenizers apart.
 """
 
 from __future__ import annotations
