@@ -24,6 +24,7 @@ from kbit.models.grouped_rows import grouped_rows
 from kbit.models.head_order import head_order
 from kbit.models.layout import Layout
 from kbit.models.params import Parameter, parameters
+from kbit.models.published import is_flattened
 from kbit.models.renamed import renamed
 from kbit.models.spec import ModelSpec
 
@@ -385,7 +386,7 @@ def _pieces(source: CheckpointSource, spec: ModelSpec, layout: Layout) -> dict[s
         stored = pieces.get(p.name, _Piece(p.name)).stored
         if stored not in source.tensors:
             continue  # whoever checks the tensors says so
-        if p.slot in layout.flattened and (p.role != "bias" or p.name.rpartition(".")[2] != "bias"):
+        if is_flattened(layout, p):
             pieces[p.name] = _Piece(p.name, flat=True)
         if layout.transposed and p.role == "linear" and p.name not in pieces:
             pieces[p.name] = _Piece(p.name, transposed=True)

@@ -151,6 +151,21 @@ def _stacked(spec: ModelSpec, layout: Layout) -> dict[str, StackedTensor]:
     return found
 
 
+def is_flattened(layout: Layout, parameter: Parameter) -> bool:
+    """Whether a tensor is published with more axes than it has here (`Layout.flattened`)."""
+    biased = parameter.role == "bias" and parameter.name.rpartition(".")[2] == "bias"
+    return parameter.slot in layout.flattened and not biased
+
+
+def _with_all_axes(spec: ModelSpec, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Of such a tensor: a vector is a row, and a convolution of sounds has its frames last."""
+    if len(shape) == 1:
+        return (1, *shape)
+    sound = spec.sound if spec.encoder is None else spec.encoder.sound
+    assert sound is not None
+    return shape[0], shape[1] // sound.taps, sound.taps
+
+
 def published_tensors(spec: ModelSpec, layout: Layout) -> tuple[PublishedTensor | StackedTensor, ...]:
     """Every tensor of a model as its family publishes it, in the order of the computation. A tied head is not one."""
     together_as = [*layout.fused.items(), *((name, grouped.slots) for name, grouped in layout.grouped.items())]
@@ -205,6 +220,9 @@ def published_tensors(spec: ModelSpec, layout: Layout) -> tuple[PublishedTensor 
             rows = grouped_rows(spec, layout, by_group[name])
             places = tuple(rows[part.parameter.slot] for part in parts)
             found.append(PublishedTensor(name, shape, tuple(parts), places=places))
+            continue
+        if is_flattened(layout, parts[0].parameter):
+            found.append(PublishedTensor(name, _with_all_axes(spec, shape), tuple(parts)))
             continue
         heads = spec.heads if layout.by_head and len(parts) > 1 and name not in together_whole else 0
         found.append(PublishedTensor(name, shape[::-1] if transposed else shape, tuple(parts), heads, transposed))

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from decoder_cases import TINY, saved_model
+from decoder_cases import CASES, TINY, saved_model
 from safetensors.torch import load_file
 
 from kbit.backends.reference.backend import ReferenceBackend
@@ -41,6 +41,10 @@ FAMILIES += (
     "granite-hybrid-moe",
     "bamba",
 )
+
+# One case of every class that these are not of.
+_PREFIXES = {CASES[case][0] for case in FAMILIES}
+_OTHERS = {prefix: case for case, (prefix, _) in reversed(CASES.items()) if prefix not in _PREFIXES}.values()
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
@@ -83,6 +87,35 @@ def test_transformers_computes_what_the_quantized_model_does(folder: Path, tmp_p
     # (Gemma 4 has two such roots.)
     allowed = {"gemma2": 2**-10, "gemma3_text": 2**-10, "gemma4_text": 2**-8}.get(config["model_type"], 1e-4)
     assert float((found - expected).abs().max() / expected.abs().max()) <= allowed
+
+
+@pytest.mark.parametrize("case", _OTHERS)
+def test_tensors_have_the_shapes_that_transformers_has(case: str, tmp_path: Path) -> None:
+    """A case of every other family; of stacks of experts, which transformers takes apart, it opens what is written."""
+    saved_model(case, tmp_path / "m")
+    with open_model(str(tmp_path / "m")) as source:
+        export_safetensors(source, tmp_path / "out", "fp32")
+    before, after = (load_file(path / "model.safetensors") for path in (tmp_path / "m", tmp_path / "out"))
+    if case == "qwen3_5-moe":
+        transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+        before = {name: tensor for name, tensor in before.items() if ".experts." not in name}
+        after = {name: tensor for name, tensor in after.items() if ".experts." not in name}
+    assert after.keys() - before.keys() <= {"lm_head.weight"}
+    assert before.keys() - after.keys() <= {"lm_head.weight"}
+    for name in before.keys() & after.keys():
+        assert after[name].shape == before[name].shape, name
+        assert torch.allclose(after[name], before[name], rtol=2**-20, atol=2**-23), name
+
+
+def test_convolutions_of_sounds_have_all_their_axes(tmp_path: Path) -> None:
+    from sound_cases import saved_whisper, whisper
+
+    saved_whisper(whisper(), tmp_path / "m")
+    with open_model(str(tmp_path / "m")) as source:
+        export_safetensors(source, tmp_path / "out", "fp32")
+    before, after = (load_file(path / "model.safetensors") for path in (tmp_path / "m", tmp_path / "out"))
+    assert before.keys() == after.keys()
+    assert all(torch.equal(after[name], before[name]) for name in before)
 
 
 def test_values_that_do_not_fit(tmp_path: Path, write_model: Any) -> None:

@@ -1,7 +1,7 @@
 """The ids that llama.cpp makes of texts: python llama_tokens.py '["FILE", ...]' '["text", ...]'.
 
-Prints a JSON list of lists, by file and text, without what is put before and after. Calls the C functions in the library
-that xllamacpp brings; runs in an environment with it, and needs nothing else.
+Prints a JSON list of lists, by file and text, without what is put before and after. Calls the C functions in the
+library that xllamacpp brings; runs in an environment with it, and needs nothing else.
 """
 
 from __future__ import annotations
