@@ -61,7 +61,7 @@ def hub_path(model: str) -> Path:
         if type(error).__module__.split(".")[0] not in _HTTP_LIBRARIES:
             raise
         reason = type(error).__name__
-    found = _cached(model)
+    found = hub_cached(model)
     if found is None:
         raise KbitError(
             f"{model}: not a local path, and the hub could not be reached ({reason}); download it elsewhere and pass "
@@ -247,8 +247,8 @@ def _ggufs(folder: Path) -> list[str]:
     return [path.relative_to(folder).as_posix() for path in folder.rglob("*.gguf")]
 
 
-def _cached(model: str) -> Path | None:
-    """What the hub's cache holds of a model, if that is a model: of revision main, or else of the newest."""
+def hub_cached(model: str) -> Path | None:
+    """What the hub's cache holds of a model, a folder or .gguf file, if that is one: of revision main, or of the newest."""
     repository, _, file = model.partition(":")
     for folder in _snapshots(repository):
         if file:

@@ -94,7 +94,7 @@ def _files_of_base(path: Path) -> Iterator[Path]:
     """Those of the model that an adapter is added to.
 
     Raises:
-        FileNotFoundError: it is not named, or is no file here, but perhaps the hub's.
+        FileNotFoundError: it is not named, or is not here: neither a file, nor pulled, nor in the hub's cache.
     """
     if not (path / "adapter_config.json").is_file():
         return
@@ -103,12 +103,30 @@ def _files_of_base(path: Path) -> Iterator[Path]:
     if not is_adapter(path):
         return
     try:
-        base = Path(base_of(path)).resolve()
+        name = base_of(path)
     except CheckpointError as error:
         raise FileNotFoundError(str(error)) from None
-    if not base.exists() or base == path:
-        raise FileNotFoundError(str(base))
+    base = _of_this_machine(name)
+    if base is None or base == path:
+        raise FileNotFoundError(name)
     yield from files_of(base)
+
+
+def _of_this_machine(name: str) -> Path | None:
+    """The folder or .gguf file that a model's name stands for, if it is here; nothing is downloaded."""
+    from kbit.checkpoint.hub import HUB_ID, hub_cached
+    from kbit.checkpoint.pull import CATALOGUE, cached_path
+
+    path = Path(name)
+    if path.exists():
+        return path.resolve()
+    if name in CATALOGUE:
+        path = cached_path(name)
+        return path.resolve() if path.exists() else None
+    try:
+        return hub_cached(name) if HUB_ID.fullmatch(name) else None
+    except KbitError:  # several files, none of them named: who opens it says so
+        return None
 
 
 def forget(checkpoint: Path) -> int:

@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from kbit.backends.cpu.prepared import find
+from kbit.checkpoint.prepared_place import prepared_path
 from kbit.checkpoint.resolve import open_model
 from kbit.checkpoint.source import CheckpointSource
 from kbit.engine.loader import load_model
@@ -163,6 +164,28 @@ def test_prepared_weights_are_of_adapter_and_base(base: Path, tmp_path: Path) ->
         assert find(folder) is not None
     assert torch.equal(logits[0], logits[1])
     assert not torch.allclose(logits[0], logits[2], atol=1e-4)
+
+
+def test_prepared_weights_of_an_adapter_whose_base_is_the_hubs(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They are kept as of others, and are of the snapshot in the hub's cache; another one is another model."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    folder = adapter(tmp_path / "a", "org/base")
+    storage = tmp_path / "hub" / "models--org--base"
+    places = []
+    for commit in ("1" * 40, "2" * 40):
+        shutil.copytree(base, storage / "snapshots" / commit)
+        (storage / "refs").mkdir(exist_ok=True)
+        (storage / "refs" / "main").write_text(commit)
+        monkeypatch.setattr("kbit.checkpoint.hub._fetched", lambda model: storage / "snapshots" / commit)  # noqa: B023
+        assert load_model(str(folder), backend="native", compute="fp32").prepared is not None
+        assert find(folder) is not None
+        places.append(prepared_path(folder))
+    assert None not in places
+    assert places[0] != places[1]
+    shutil.rmtree(storage)
+    assert prepared_path(folder) is None
 
 
 def test_transposed_factors_of_gpt2(tmp_path: Path) -> None:
