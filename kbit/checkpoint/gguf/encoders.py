@@ -6,7 +6,6 @@ file, only in llama.cpp's code: the activation, that heads are the hidden size s
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from typing import Any
 
@@ -14,6 +13,7 @@ from kbit.checkpoint.gguf.keys import Keys
 from kbit.checkpoint.gguf.metadata import GGUFHeader, GGUFTensor
 from kbit.checkpoint.gguf.names import Architecture
 from kbit.checkpoint.gguf.tensor_table import check_tensors
+from kbit.checkpoint.gguf.vectors import POOLINGS
 from kbit.checkpoint.source import CANONICAL
 from kbit.host.errors import CheckpointError, UnsupportedError
 
@@ -23,8 +23,6 @@ _OUTSIDE = {
     "token_types.weight": "embeddings.token_type_embeddings.weight",
 }
 _QKV = ("attn_q", "attn_k", "attn_v")
-# Poolings by pooling_type (llama.h): the names of sentence-transformers. 0 is none, 4 a classifier's.
-POOLINGS = {1: "mean_tokens", 2: "cls_token", 3: "lasttoken"}
 _RANK = 4
 
 ENCODERS = {
@@ -175,21 +173,6 @@ def encoder_shapes(
     for layer in range(layers):
         shapes |= _layer(arch, layer, hidden, mlp, biased)
     return shapes
-
-
-def sentence_files(header: GGUFHeader, hidden: int) -> dict[str, bytes]:
-    """sentence-transformers' files for the pooling that a file names; none where it names none."""
-    kind = header.integer(f"{header.string('general.architecture')}.pooling_type") or 0
-    if kind not in POOLINGS:
-        return {}
-    modules = [
-        {"idx": 0, "name": "0", "path": "", "type": "sentence_transformers.models.Transformer"},
-        {"idx": 1, "name": "1", "path": "1_Pooling", "type": "sentence_transformers.models.Pooling"},
-    ]
-    pooling = {"word_embedding_dimension": hidden}
-    pooling |= {f"pooling_mode_{name}": number == kind for number, name in POOLINGS.items()}
-    files = {"modules.json": modules, "1_Pooling/config.json": pooling}
-    return {name: json.dumps(value, indent=2).encode() for name, value in files.items()}
 
 
 def _rows(header: GGUFHeader, tensors: Mapping[str, GGUFTensor], name: str) -> int:
