@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from kbit.checkpoint.gguf.encoders import ENCODERS, encoder_shapes
+from kbit.checkpoint.gguf.encoders import ENCODERS, MODERN, encoder_shapes
 from kbit.checkpoint.gguf.metadata import GGUFTensor
 from kbit.checkpoint.gguf.names import DENSE_MODULES, Architecture, canonical_names
 from kbit.checkpoint.gguf.t5 import T5, t5_pieces, t5_shapes
@@ -104,8 +104,22 @@ def _encoder_keys(spec: ModelSpec, arch: Architecture, source: CheckpointSource)
     }
     if "position_embd.weight" not in arch.outside:
         keys["rope.freq_base"] = spec.rope.theta
+    if arch is MODERN:
+        keys |= _modern_keys(spec)
     pooling = pooling_type(source)
     return keys if pooling is None else {**keys, "pooling_type": pooling}
+
+
+def _modern_keys(spec: ModelSpec) -> dict[str, Value]:
+    """Of windows to both sides, and of the activation."""
+    keys: dict[str, Value] = {"vocab_size": spec.vocab_size, "hidden_activation": spec.activation}
+    full = [layer for layer, window in enumerate(spec.windows) if window is None]
+    windows = [window for window in spec.windows if window is not None]
+    if windows:
+        keys["attention.sliding_window"] = 2 * (max(windows) - 1)
+        keys["attention.sliding_window_pattern"] = full[1] if len(full) > 1 else spec.layers
+        keys["rope.freq_base_swa"] = (spec.window_rope or spec.rope).theta
+    return keys
 
 
 def vector_keys(source: CheckpointSource, dense: Mapping[str, NDArray[np.float32]]) -> dict[str, Value]:

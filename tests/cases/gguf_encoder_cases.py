@@ -21,6 +21,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "umt5": ("umt5", _T5),
     "bert": ("Bert", {}),
     "nomic-bert": ("NomicBert", {}),
+    "modern-bert": ("ModernBert", {"norm_bias": False, "local_attention": 8}),
     "embedding-gemma": ("Gemma3Text", {"query_pre_attn_scalar": 16, "sliding_window": 10}),
 }
 

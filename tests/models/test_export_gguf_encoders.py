@@ -106,6 +106,30 @@ def test_how_vectors_are_made(tmp_path: Path) -> None:
         export(tmp_path / "m", tmp_path / "n.gguf")
 
 
+def test_modern_berts_own_tokenizer(tmp_path: Path) -> None:
+    """Byte-level, with what begins and ends a text as its configuration names it."""
+    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
+
+    ids = {"cls_token_id": 257, "bos_token_id": 257, "sep_token_id": 258, "eos_token_id": 258}
+    cases.saved("modern-bert", tmp_path / "m", vocab_size=270, **ids)
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    made = Tokenizer(models.BPE({text: index for index, text in enumerate(letters)}, []))
+    made.add_special_tokens(["[PAD]", "[CLS]", "[SEP]", "[MASK]"])
+    made.normalizer = normalizers.NFC()
+    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    ends = [("[CLS]", 257), ("[SEP]", 258)]
+    made.post_processor = processors.TemplateProcessing(single="[CLS] $A [SEP]", special_tokens=ends)
+    made.save(str(tmp_path / "m" / "tokenizer.json"))
+    named = {"cls_token": "[CLS]", "sep_token": "[SEP]", "mask_token": "[MASK]", "pad_token": "[PAD]"}
+    (tmp_path / "m" / "tokenizer_config.json").write_text(json.dumps(named))
+    export(tmp_path / "m", tmp_path / "m.gguf")
+    assert read_header(tmp_path / "m.gguf").value("tokenizer.ggml.pre") == "modern-bert"
+    with opened(tmp_path / "m.gguf") as file:
+        read = library_tokenizer(file.sidecar_files(), "m")
+    for text in TEXTS:
+        assert read.encode(text).ids == made.encode(text).ids
+
+
 def test_layers_after_pooling(tmp_path: Path) -> None:
     """EmbeddingGemma's are in its file; those of BERT have no place in one, and neither has a bias."""
     cases.saved("embedding-gemma", tmp_path / "m")
@@ -166,7 +190,7 @@ def _save_modules(folder: Path, layers: list[Any]) -> None:
     [
         ("Bert", "ForMaskedLM", {}, "bert architecture have hidden states for a result, and this model has a head .mask."),
         ("Bert", "Model", {"hidden_act": "relu"}, "bert architecture cannot say that activation is relu"),
-        ("Roberta", "Model", {}, "kbit writes no GGUF file of a roberta model, but of bert, nomic_bert"),
+        ("Roberta", "Model", {}, "kbit writes no GGUF file of a roberta model, but of bert, nomic_bert, modernbert"),
     ],
 )  # fmt: skip
 def test_encoders_that_it_cannot_say(
