@@ -3,8 +3,8 @@
 A GGUF file names its pre-tokenizer instead of storing it. The patterns are those of the models' own tokenizer.json
 files, which llama.cpp (src/llama-vocab.cpp) restates for its narrower regex engine; each is applied in turn to the
 pieces the previous one left, and what matches becomes a piece of its own. The names listed are those whose patterns
-are known exactly, or as llama.cpp has them (`tools/judges/pretokenizers.py` compares ids); any other is refused, because a wrong split gives
-wrong tokens without any visible error.
+are known exactly, or as llama.cpp has them (`tools/judges/pretokenizers.py` compares ids); any other is refused,
+because a wrong split gives wrong tokens without any visible error.
 """
 
 from __future__ import annotations
