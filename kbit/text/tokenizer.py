@@ -262,10 +262,10 @@ def _read_templates(files: Mapping[str, bytes], settings: Mapping[str, Any], whe
     own = {"chat_template.jinja": "default"}
     own |= {name: PurePosixPath(name).stem for name in files if name.startswith(f"{TEMPLATES}/")}
     found = {}
-    for file, name in own.items():
+    for file, called in own.items():
         if file in files:
             try:
-                found[name] = files[file].decode("utf-8")
+                found[called] = files[file].decode("utf-8")
             except UnicodeDecodeError as error:
                 raise CheckpointError(f"{where}: {file} is not UTF-8: {one_line(error)}") from None
     if found:
