@@ -222,7 +222,7 @@ def quantizer_of(folder: Path, config: Mapping[str, Any]) -> Quantizer:
         CheckpointError: its quantization_config is no object.
     """
     section = config.get("quantization_config")
-    if section is None:
+    if section is None or section == {}:
         for key, writer in (("compression_config", "compressed-tensors"), ("quantization", "mlx")):
             if isinstance(config.get(key), dict):  # of compressed-tensors' first versions; of MLX
                 return Quantizer(writer, section=config[key])

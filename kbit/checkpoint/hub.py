@@ -248,7 +248,7 @@ def _ggufs(folder: Path) -> list[str]:
 
 
 def hub_cached(model: str) -> Path | None:
-    """What the hub's cache holds of a model, a folder or .gguf file: of revision main, or of the newest."""
+    """What the hub's cache holds of a model, a folder or .gguf file, if that is one: revision main, or the newest."""
     repository, _, file = model.partition(":")
     for folder in _snapshots(repository):
         if file:

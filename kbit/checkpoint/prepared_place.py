@@ -19,7 +19,7 @@ VERSION = 4
 ENDING = ".kbit"
 _USED = ".used"
 # A folder's files whose change may change the model: everything kbit reads of one.
-_FOLDER_PATTERNS = ("*.safetensors", "*.json", "*.jinja", "*.gguf", "*.model", "*.spm", "*.txt")
+_FOLDER_PATTERNS = ("*.safetensors", "*.json", "*.jinja", "*.gguf", "*.model", "*.spm", "*.txt", "*_templates/*.jinja")
 # The same of the folders of sentence-transformers' modules (`kbit.checkpoint.readers.hf_folder`).
 _MODULE_PATTERNS = ("*/config.json", "*/model.safetensors", "*/pytorch_model.bin")
 

@@ -23,7 +23,7 @@ def read_json_object(path: Path) -> dict[str, Any]:
     try:
         if path.stat().st_size > MAX_TEXT_BYTES:
             raise CheckpointError(f"{path}: {path.stat().st_size} bytes is too large for a JSON file")
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(path.read_text(encoding="utf-8-sig"))  # (some editors put a mark before it)
     except FileNotFoundError:
         raise CheckpointError(f"{path}: no such file") from None
     except OSError as error:

@@ -25,7 +25,13 @@ from kbit.host.errors import KbitError, UnsupportedError, UsageError
 from kbit.models import gguf_metadata as settings
 from kbit.models.check import check_tensors
 from kbit.models.families import spec_from_config
-from kbit.models.gguf_encoders import encoder_architecture, encoder_metadata
+from kbit.models.gguf_encoders import (
+    dense_modules,
+    encoder_architecture,
+    encoder_metadata,
+    is_encoder,
+    vector_keys,
+)
 from kbit.models.gguf_entries import Entry, entries_of
 from kbit.models.gguf_factors import MultipliedSource, without_factors
 from kbit.models.gguf_tokenizer import check_tokenizer, tokenizer_keys
@@ -104,7 +110,7 @@ def export_gguf(
     check_tensors(source, spec)
     spec, factors = without_factors(spec)
     source = MultipliedSource(source, factors) if factors else source
-    if spec.encoder is not None or spec.task is not None:
+    if is_encoder(spec):
         arch = encoder_architecture(spec, where)
         described = encoder_metadata(spec, arch, source)
     else:
@@ -112,6 +118,11 @@ def export_gguf(
         if arch.qk_optional and spec.names.q_norm is None:
             arch = replace(arch, qk_norm=None)
         described = settings.metadata(spec, arch)
+    beside = {name: np.array(values, dtype=np.float32) for name, values in settings.rope_tensors(spec).items()}
+    if arch.beside:
+        dense = dense_modules(source, arch)
+        described |= {f"{arch.name}.{key}": value for key, value in vector_keys(source, dense).items()}
+        beside |= dense
     wanted = entries_of(spec, arch, described, where)
     entries = [_typed(entry, source, dtype, requantize) for entry in wanted]
     refused = [entry for entry in entries if isinstance(entry, NotOnGrid)]
@@ -123,8 +134,7 @@ def export_gguf(
             f"{'' if any(reason.final for reason in refused) else rounding}write plain floats with --to safetensors"
         )
     planned = [entry for entry in entries if isinstance(entry, Entry)]
-    ropes = settings.rope_tensors(spec)
-    tensors = [NewTensor(name, (len(values),), "F32") for name, values in ropes.items()]
+    tensors = [NewTensor(name, values.shape, "F32") for name, values in beside.items()]
     tensors += [entry.tensor for entry in planned]
     most = _most(planned)
     keys: dict[str, Value] = {
@@ -138,8 +148,8 @@ def export_gguf(
     }
     squares = [0.0, 0.0]
     with GGUFWriter(out, keys, tensors, overwrite=overwrite) as writer:
-        for name, values in ropes.items():
-            writer.write(name, [np.array(values, dtype=np.float32).tobytes()])
+        for name, values in beside.items():
+            writer.write(name, [values.tobytes()])
         _check_file(writer.partial, source, spec, arch)
         done, total = 0, sum(tensor.nbytes for tensor in tensors)
         for entry in planned:

@@ -5,15 +5,20 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
-from kbit.checkpoint.gguf.encoders import ENCODERS, POOLINGS, encoder_shapes
+import numpy as np
+from numpy.typing import NDArray
+
+from kbit.checkpoint.gguf.encoders import ENCODERS, MODERN, encoder_shapes
 from kbit.checkpoint.gguf.metadata import GGUFTensor
-from kbit.checkpoint.gguf.names import Architecture, canonical_names
+from kbit.checkpoint.gguf.names import DENSE_MODULES, Architecture, canonical_names
 from kbit.checkpoint.gguf.t5 import T5, t5_pieces, t5_shapes
 from kbit.checkpoint.gguf.types import GGML_TYPES
+from kbit.checkpoint.gguf.vectors import POOLINGS
 from kbit.checkpoint.source import CheckpointSource
-from kbit.host.errors import UnsupportedError
+from kbit.host.errors import CheckpointError, UnsupportedError
 from kbit.host.notes import note
 from kbit.models.spec import ModelSpec
+from kbit.text.backend import library_errors
 from kbit.text.sentence_config import read_sentence_config
 
 if TYPE_CHECKING:
@@ -21,10 +26,17 @@ if TYPE_CHECKING:
 
 _INSTEAD = "export plain floats with --to safetensors"
 _T5_FAMILIES = ("t5", "mt5", "umt5")
+# Families of decoders, of which llama.cpp has encoders, too (EmbeddingGemma).
+_DECODERS = ("gemma3_text",)
 # Lengths that T5's configurations may leave out (transformers).
 _T5_POSITIONS = 512
 # Names of sentence-transformers' poolings in its files, and here.
 _POOLING_TYPES = {name.removesuffix("_tokens").removesuffix("_token"): number for number, name in POOLINGS.items()}
+
+
+def is_encoder(spec: ModelSpec) -> bool:
+    """Whether it is written by this module: an encoder-decoder, or an encoder that is no decoder without its mask."""
+    return spec.encoder is not None or (spec.task is not None and spec.family not in _DECODERS)
 
 
 def encoder_architecture(spec: ModelSpec, where: str) -> Architecture:
@@ -92,12 +104,75 @@ def _encoder_keys(spec: ModelSpec, arch: Architecture, source: CheckpointSource)
     }
     if "position_embd.weight" not in arch.outside:
         keys["rope.freq_base"] = spec.rope.theta
+    if arch is MODERN:
+        keys |= _modern_keys(spec)
     pooling = pooling_type(source)
     return keys if pooling is None else {**keys, "pooling_type": pooling}
 
 
-def pooling_type(source: CheckpointSource) -> int | None:
+def _modern_keys(spec: ModelSpec) -> dict[str, Value]:
+    """Of windows to both sides, and of the activation."""
+    keys: dict[str, Value] = {"vocab_size": spec.vocab_size, "hidden_activation": spec.activation}
+    full = [layer for layer, window in enumerate(spec.windows) if window is None]
+    windows = [window for window in spec.windows if window is not None]
+    if windows:
+        keys["attention.sliding_window"] = 2 * (max(windows) - 1)
+        keys["attention.sliding_window_pattern"] = full[1] if len(full) > 1 else spec.layers
+        keys["rope.freq_base_swa"] = (spec.window_rope or spec.rope).theta
+    return keys
+
+
+def vector_keys(source: CheckpointSource, dense: Mapping[str, NDArray[np.float32]]) -> dict[str, Value]:
+    """Of an EmbeddingGemma.
+
+    Args:
+        source: the checkpoint.
+        dense: of `dense_modules`.
+    """
+    pooling = pooling_type(source, dense=True)
+    keys: dict[str, Value] = {} if pooling is None else {"pooling_type": pooling}
+    for name, values in dense.items():
+        part = name.removesuffix(".weight")
+        keys |= {f"{part}_feat_in": values.shape[1], f"{part}_feat_out": values.shape[0]}
+    return keys
+
+
+def dense_modules(source: CheckpointSource, arch: Architecture) -> dict[str, NDArray[np.float32]]:
+    """The layers on vectors, by their names in a file, where the architecture has some.
+
+    Raises:
+        UnsupportedError: others than two plain linears, to another width and back.
+        CheckpointError: a file is missing or damaged.
+    """
+    files, where = source.sidecar_files(), str(source.path)
+    layers = read_sentence_config(files, where).dense if arch.beside else ()
+    if not layers:
+        return {}
+    widths = [width for layer in layers for width in (layer.in_features, layer.out_features)]
+    plain = all(layer.activation == "identity" and not layer.bias for layer in layers)
+    if len(layers) != len(DENSE_MODULES) or not plain or widths[0] != widths[-1] or widths[1] != widths[2]:
+        raise UnsupportedError(
+            f"{where}: llama.cpp has two linear layers after pooling, without biases and activations, to another width "
+            f"and back; these are {len(layers)} of widths {', '.join(map(str, widths))}; {_INSTEAD}"
+        )
+    from safetensors.numpy import load
+
+    found = {}
+    for name, layer in zip(DENSE_MODULES, layers, strict=True):
+        file = f"{layer.folder}/model.safetensors"
+        with library_errors(f"{where}/{file} is not a safetensors file"):
+            found[name] = np.ascontiguousarray(load(files.get(file, b""))["linear.weight"], dtype=np.float32)
+        if found[name].shape != (layer.out_features, layer.in_features):
+            raise CheckpointError(f"{where}/{file}: linear.weight has the shape {found[name].shape}; download it again")
+    return found
+
+
+def pooling_type(source: CheckpointSource, *, dense: bool = False) -> int | None:
     """llama.cpp's number for how hidden states become a vector; None where a checkpoint does not say.
+
+    Args:
+        source: the checkpoint.
+        dense: whether there may be layers after that.
 
     Raises:
         UnsupportedError: it has none.
@@ -107,8 +182,8 @@ def pooling_type(source: CheckpointSource) -> int | None:
     if not sentences.published:
         return None
     number = _POOLING_TYPES.get(sentences.pooling[0]) if len(sentences.pooling) == 1 else None
-    if number is None or sentences.dense:
-        what = "layers after pooling" if sentences.dense else f"pooling by {' and '.join(sentences.pooling)}"
+    if number is None or (sentences.dense and not dense):
+        what = "layers after pooling" if number is not None else f"pooling by {' and '.join(sentences.pooling)}"
         raise UnsupportedError(f"{where}: kbit writes no {what} as GGUF; {_INSTEAD}")
     if sentences.prompts:
         note(f"{where}: GGUF has no key for prompts: {', '.join(sentences.prompts)} left out; put them before texts")

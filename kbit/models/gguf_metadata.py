@@ -30,7 +30,7 @@ _INSTEAD = "export plain floats with --to safetensors"
 _ALIASES = {"mistral": "llama", "mixtral": "llama", "olmo3": "olmo2", "granitemoeshared": "granitemoe"}
 _ALIASES |= {"deepseek_v3": "deepseek2", "youtu": "deepseek2", "bamba": "granitehybrid", "nemotron_h": "nemotron_h"}
 # Architectures to which llama.cpp gives windows in all layers or a pattern from the file; the others have their own.
-_PATTERNS = ("olmo2", "exaone4")
+_PATTERNS = ("olmo2", "exaone4", "gemma-embedding")
 # Whose windows llama.cpp does not have, or not in models of other sizes.
 _NO_WINDOWS: dict[str, Callable[[ModelSpec], bool]] = {
     "llama": lambda spec: True,
@@ -49,7 +49,7 @@ def architecture_of(spec: ModelSpec, where: str) -> Architecture:
     Raises:
         UnsupportedError: there is none, or llama.cpp has not what the model needs.
     """
-    by_type = {architecture.model_type: architecture for architecture in ARCHITECTURES.values()}
+    by_type = {each.model_type: each for each in ARCHITECTURES.values() if bool(each.beside) == (spec.task is not None)}
     arch = ARCHITECTURES.get(_ALIASES.get(spec.family, "")) or by_type.get(spec.family)
     if arch is None:
         known = ", ".join(sorted({*by_type, *_ALIASES}))
@@ -120,7 +120,8 @@ def metadata(spec: ModelSpec, arch: Architecture) -> dict[str, Value]:
         keys["tensor_data_layout"] = arch.layout
     windows = {window for window in spec.windows if window is not None}
     if windows:
-        keys["attention.sliding_window"] = max(windows)
+        # (One to both sides has half of its tokens on each.)
+        keys["attention.sliding_window"] = 2 * (max(windows) - 1) if spec.mask == "bidirectional" else max(windows)
         if arch.name in _PATTERNS:
             keys["attention.sliding_window_pattern"] = [window is not None for window in spec.windows]
     elif arch.name == "phi3":

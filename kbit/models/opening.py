@@ -6,6 +6,7 @@ from kbit.checkpoint import resolve
 from kbit.checkpoint.narrowed import narrowed
 from kbit.checkpoint.source import CheckpointSource
 from kbit.models.canonical import canonical
+from kbit.models.tied import embedded
 from kbit.models.wrapped import unwrapped
 
 
@@ -21,7 +22,7 @@ def open_model(model: str, bits: int | None = None) -> CheckpointSource:
     """
     source = resolve.open_model(model)
     try:
-        opened = canonical(unwrapped(source))
+        opened = canonical(embedded(unwrapped(source)))
         return opened if bits is None else narrowed(opened, bits)
     except BaseException:
         source.close()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Protocol
@@ -80,4 +81,4 @@ def load_backend(data: bytes, name: str) -> tokenizers.Tokenizer:
     import tokenizers
 
     with library_errors(f"{name} is not a tokenizer, or is inconsistent"):
-        return tokenizers.Tokenizer.from_buffer(data)
+        return tokenizers.Tokenizer.from_buffer(data.removeprefix(codecs.BOM_UTF8))

@@ -9,9 +9,10 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from copy import copy
+from pathlib import PurePosixPath
 from typing import TYPE_CHECKING, Any
 
-from kbit.checkpoint.readers.hf_folder import SENTENCEPIECE_NAMES
+from kbit.checkpoint.readers.hf_folder import SENTENCEPIECE_NAMES, TEMPLATES
 from kbit.host.errors import CheckpointError, UnsupportedError, UsageError, one_line
 from kbit.text.added_tokens import add_tokens_of_files, read_json, token_settings, token_strings
 from kbit.text.backend import TokenizerBackend, decode, library_errors, load_backend
@@ -275,12 +276,18 @@ def _ids(value: object, key: str, where: str) -> list[int]:
 
 
 def _read_templates(files: Mapping[str, bytes], settings: Mapping[str, Any], where: str) -> dict[str, str]:
-    """Chat templates by name. As in transformers, chat_template.jinja stands before tokenizer_config.json."""
-    if "chat_template.jinja" in files:
-        try:
-            return {"default": files["chat_template.jinja"].decode("utf-8")}
-        except UnicodeDecodeError as error:
-            raise CheckpointError(f"{where}: chat_template.jinja is not UTF-8: {one_line(error)}") from None
+    """Chat templates by name. As in transformers, files of their own stand before tokenizer_config.json."""
+    own = {"chat_template.jinja": "default"}
+    own |= {name: PurePosixPath(name).stem for name in files if name.startswith(f"{TEMPLATES}/")}
+    found = {}
+    for file, called in own.items():
+        if file in files:
+            try:
+                found[called] = files[file].decode("utf-8")
+            except UnicodeDecodeError as error:
+                raise CheckpointError(f"{where}: {file} is not UTF-8: {one_line(error)}") from None
+    if found:
+        return found
     value = settings.get("chat_template")
     if value is None:
         value = read_json(files, "chat_template.json", where).get("chat_template")

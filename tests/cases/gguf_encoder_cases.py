@@ -21,6 +21,8 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "umt5": ("umt5", _T5),
     "bert": ("Bert", {}),
     "nomic-bert": ("NomicBert", {}),
+    "modern-bert": ("ModernBert", {"norm_bias": False, "local_attention": 8}),
+    "embedding-gemma": ("Gemma3Text", {"query_pre_attn_scalar": 16, "sliding_window": 10}),
 }
 
 
@@ -38,7 +40,7 @@ def saved(case: str, folder: Path, **more: Any) -> Any:
         save_t5(folder)
     else:
         model = encoder_cases.model_of(name, **changes)
-        encoder_cases.saved(model, folder)
+        encoder_cases.saved(model, folder, tokenizer="bert" in case)
     return model
 
 

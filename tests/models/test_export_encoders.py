@@ -107,9 +107,22 @@ def test_without_the_head_that_the_configuration_names(tmp_path: Path) -> None:
     assert kept.keys() == {name.removeprefix("mpnet.") for name in weights if not name.startswith("lm_head")}
 
 
-@pytest.mark.parametrize("to", ["gguf", "compressed-tensors"])
-def test_other_formats_are_refused(to: str, tmp_path: Path) -> None:
-    model = encoder_cases.saved(encoder_cases.model_of("Bert"), tmp_path / "m")
+@pytest.mark.parametrize(
+    ("family", "to", "message"),
+    [
+        ("Bert", "compressed-tensors", "bert models are exported with --to safetensors only"),
+        ("MPNet", "gguf", "kbit writes no GGUF file of a mpnet model, but of bert, nomic_bert, modernbert"),
+    ],
+)
+def test_other_formats_are_refused(family: str, to: str, message: str, tmp_path: Path) -> None:
+    model = encoder_cases.saved(encoder_cases.model_of(family), tmp_path / "m")
     code, _, err = run_command(["export", str(model), "-o", str(tmp_path / "out.gguf"), "--to", to])
     assert code == 1
-    assert "bert models are exported with --to safetensors only" in err
+    assert message in err
+
+
+def test_gguf_files_are_written(tmp_path: Path) -> None:
+    model = encoder_cases.saved(encoder_cases.model_of("Bert"), tmp_path / "m")
+    code, _, err = run_command(["export", str(model), "-o", str(tmp_path / "out.gguf"), "--to", "gguf"])
+    assert code == 0, err
+    assert (tmp_path / "out.gguf").is_file()

@@ -314,6 +314,10 @@ class TestFiles:
                 {"default": "T", "tool_use": "U"},
             ),
             ({"tokenizer_config.json": {"chat_template": None}}, {}),
+            (
+                {"chat_template.jinja": b"J", "additional_chat_templates/tool_use.jinja": b"U"},
+                {"default": "J", "tool_use": "U"},
+            ),
             ({}, {}),
         ],
     )

@@ -89,6 +89,7 @@ def config_from_header(
         return t5_config(header, arch, tensors)
     reader = Keys(header, arch)
     reader.refuse_unknown()
+    tensors = {name: tensor for name, tensor in tensors.items() if name not in arch.beside}
     if "token_embd.weight" not in tensors:
         header.fail(
             "tensor 'token_embd.weight' is missing", "give a file with weights (this one may be vocabulary only)"

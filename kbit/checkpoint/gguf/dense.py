@@ -5,6 +5,7 @@ from __future__ import annotations
 from kbit.checkpoint.gguf import configure
 from kbit.checkpoint.gguf.experts import ExpertTensors
 from kbit.checkpoint.gguf.names import (
+    DENSE_MODULES,
     GELU,
     GRANITE_NUMBERS,
     LAYER_NORM_EPSILON,
@@ -12,6 +13,7 @@ from kbit.checkpoint.gguf.names import (
     NORMS_AROUND,
     ONE_NORM,
     POST_NORMS,
+    VECTOR_KEYS,
     WINDOW_KEYS,
     Architecture,
 )
@@ -74,6 +76,17 @@ DENSE = (
         keys=WINDOW_KEYS,
         constants={"hidden_activation": GELU, CANONICAL: True},
         numbers={"final_logit_softcapping": "final_logit_softcapping"},
+        configure=configure.gemma3,
+    ),
+    Architecture(
+        "gemma-embedding",
+        "gemma3_text",
+        "Gemma3TextModel",
+        norms=NORMS_AROUND,
+        qk_norm="head",
+        keys=WINDOW_KEYS | VECTOR_KEYS,
+        constants={"hidden_activation": GELU, "use_bidirectional_attention": True, CANONICAL: True},
+        beside=DENSE_MODULES,
         configure=configure.gemma3,
     ),
     Architecture(

@@ -1,4 +1,4 @@
-"""GGUF files of encoders: BERT (MiniLM, BGE, E5, GTE) and Nomic BERT, as llama.cpp's converter writes them.
+"""GGUF files of encoders: BERT (MiniLM, BGE, E5, GTE), Nomic BERT and ModernBERT, as llama.cpp's converter writes them.
 
 They hold what embeddings need: no pooler and no head, but how hidden states become a vector (`pooling_type`). Not in a
 file, only in llama.cpp's code: the activation, that heads are the hidden size shared out, and that a norm follows sums.
@@ -6,14 +6,14 @@ file, only in llama.cpp's code: the activation, that heads are the hidden size s
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from typing import Any
 
 from kbit.checkpoint.gguf.keys import Keys
 from kbit.checkpoint.gguf.metadata import GGUFHeader, GGUFTensor
-from kbit.checkpoint.gguf.names import Architecture
+from kbit.checkpoint.gguf.names import WINDOW_KEYS, Architecture
 from kbit.checkpoint.gguf.tensor_table import check_tensors
+from kbit.checkpoint.gguf.vectors import POOLINGS
 from kbit.checkpoint.source import CANONICAL
 from kbit.host.errors import CheckpointError, UnsupportedError
 
@@ -23,8 +23,6 @@ _OUTSIDE = {
     "token_types.weight": "embeddings.token_type_embeddings.weight",
 }
 _QKV = ("attn_q", "attn_k", "attn_v")
-# Poolings by pooling_type (llama.h): the names of sentence-transformers. 0 is none, 4 a classifier's.
-POOLINGS = {1: "mean_tokens", 2: "cls_token", 3: "lasttoken"}
 _RANK = 4
 
 ENCODERS = {
@@ -53,6 +51,7 @@ ENCODERS = {
                 "ffn_up": "intermediate.dense",
                 "ffn_down": "output.dense",
             },
+            norm_bias=True,
             encoder=True,
         ),
         Architecture(
@@ -79,10 +78,44 @@ ENCODERS = {
                 "ffn_up": "mlp.fc11",
                 "ffn_down": "mlp.fc2",
             },
+            norm_bias=True,
+            encoder=True,
+        ),
+        Architecture(
+            "modern-bert",
+            "modernbert",
+            "ModernBertModel",
+            biases=(),
+            norms={"attn_norm": "attn_norm", "ffn_norm": "mlp_norm"},
+            fused={"attn_qkv": _QKV, "ffn_up": ("ffn_gate", "ffn_up")},
+            keys=frozenset(
+                {"attention.causal", "attention.layer_norm_epsilon", "pooling_type", "hidden_activation", *WINDOW_KEYS}
+            ),
+            constants={"norm_bias": False, "attention_bias": False, "mlp_bias": False, CANONICAL: True},
+            epsilon=("attention.layer_norm_epsilon", "norm_eps"),
+            layer="layers",
+            outside={
+                "token_embd.weight": "embeddings.tok_embeddings.weight",
+                f"{_EMBEDDING_NORM}.weight": "embeddings.norm.weight",
+                "output_norm.weight": "final_norm.weight",
+            },
+            linears={
+                "attn_q": "attn.q",
+                "attn_k": "attn.k",
+                "attn_v": "attn.v",
+                "attn_output": "attn.Wo",
+                "ffn_gate": "mlp.gate",
+                "ffn_up": "mlp.up",
+                "ffn_down": "mlp.Wo",
+            },
             encoder=True,
         ),
     )
 }
+# Whose first layer has no norm before attention, and some of whose layers have windows.
+MODERN = ENCODERS["modern-bert"]
+# Every so many layers one has no window, where a file does not say (llama.cpp).
+_PERIOD = 3
 
 
 def encoder_config(header: GGUFHeader, arch: Architecture, tensors: Mapping[str, GGUFTensor]) -> dict[str, Any]:
@@ -126,11 +159,13 @@ def encoder_config(header: GGUFHeader, arch: Architecture, tensors: Mapping[str,
     eps = keys.real("attention.layer_norm_epsilon")
     if not 0 < eps < 1:
         header.fail(f"metadata key '{arch.name}.attention.layer_norm_epsilon' is {eps}, expected 0 to 1")
-    for name in ("rope.scaling.type", "rope.scaling.factor", "rope.scale_linear", "attention.sliding_window"):
+    windowed = () if arch is MODERN else ("attention.sliding_window",)
+    for name in ("rope.scaling.type", "rope.scaling.factor", "rope.scale_linear", *windowed):
         if f"{arch.name}.{name}" in header and header.value(f"{arch.name}.{name}") not in ("none", 0, 1, 1.0):
             raise UnsupportedError(f"{header.path}: '{arch.name}.{name}' is not supported for this architecture")
     context = keys.size("context_length")
-    vocab, types = (_rows(header, tensors, name) for name in ("token_embd.weight", "token_types.weight"))
+    vocab = _rows(header, tensors, "token_embd.weight")
+    types = _rows(header, tensors, "token_types.weight") if "token_types.weight" in arch.outside else 0
     biased = arch.biases is None and "blk.0.attn_q.bias" in tensors
     if arch.biases is None and not biased:
         raise UnsupportedError(f"{header.path}: a {arch.name} model without biases is not supported")
@@ -145,14 +180,16 @@ def encoder_config(header: GGUFHeader, arch: Architecture, tensors: Mapping[str,
         "num_attention_heads": heads,
         "num_key_value_heads": heads,
         "head_dim": hidden // heads,
-        "layer_norm_eps": eps,
+        "layer_norm_eps" if arch is not MODERN else arch.epsilon[1]: eps,
         "max_position_embeddings": context,
         "vocab_size": vocab,
         "type_vocab_size": types,
         "tie_word_embeddings": True,
         **arch.constants,
     }
-    if "position_embd.weight" not in arch.outside:
+    if arch is MODERN:
+        config |= _modern(keys)
+    elif "position_embd.weight" not in arch.outside:
         config["rope_theta"] = keys.real("rope.freq_base", 10000.0)
     pad = header.token_id("tokenizer.ggml.padding_token_id", vocab)
     return config if pad is None else {**config, "pad_token_id": pad}
@@ -177,19 +214,19 @@ def encoder_shapes(
     return shapes
 
 
-def sentence_files(header: GGUFHeader, hidden: int) -> dict[str, bytes]:
-    """sentence-transformers' files for the pooling that a file names; none where it names none."""
-    kind = header.integer(f"{header.string('general.architecture')}.pooling_type") or 0
-    if kind not in POOLINGS:
-        return {}
-    modules = [
-        {"idx": 0, "name": "0", "path": "", "type": "sentence_transformers.models.Transformer"},
-        {"idx": 1, "name": "1", "path": "1_Pooling", "type": "sentence_transformers.models.Pooling"},
-    ]
-    pooling = {"word_embedding_dimension": hidden}
-    pooling |= {f"pooling_mode_{name}": number == kind for number, name in POOLINGS.items()}
-    files = {"modules.json": modules, "1_Pooling/config.json": pooling}
-    return {name: json.dumps(value, indent=2).encode() for name, value in files.items()}
+def _modern(keys: Keys) -> dict[str, Any]:
+    """ModernBERT's windows and rotations."""
+    theta, window = keys.real("rope.freq_base", 10000.0), keys.count("attention.sliding_window")
+    activation = keys.header.string(f"{keys.arch}.hidden_activation") or "gelu"
+    if activation not in ("gelu", "silu"):
+        raise UnsupportedError(f"{keys.header.path}: '{keys.arch}.hidden_activation' {activation} is not supported")
+    return {
+        "hidden_activation": activation,
+        "local_attention": window or 128,
+        "global_attn_every_n_layers": keys.size("attention.sliding_window_pattern", _PERIOD) if window else 1,
+        "global_rope_theta": theta,
+        "local_rope_theta": keys.real("rope.freq_base_swa", theta),
+    }
 
 
 def _rows(header: GGUFHeader, tensors: Mapping[str, GGUFTensor], name: str) -> int:
@@ -205,7 +242,10 @@ def _layer(arch: Architecture, layer: int, hidden: int, mlp: int, biased: bool) 
     prefix = f"blk.{layer}."
     shapes: dict[str, tuple[int, ...]] = {}
     for part in arch.norms:
-        shapes |= {f"{prefix}{part}.{kind}": (hidden,) for kind in ("weight", "bias")}
+        if arch is MODERN and (layer, part) == (0, "attn_norm"):
+            continue
+        kinds = ("weight", "bias") if arch.norm_bias else ("weight",)
+        shapes |= {f"{prefix}{part}.{kind}": (hidden,) for kind in kinds}
     for part in arch.linears:
         rows, columns = (hidden, mlp) if part == "ffn_down" else (mlp if part.startswith("ffn") else hidden, hidden)
         whole = next((whole for whole, parts in arch.fused.items() if part in parts), part)

@@ -50,6 +50,11 @@ GRANITE_NUMBERS = {
     "residual_scale": "residual_multiplier",
     "logit_scale": "logits_scaling",
 }
+# How hidden states become a vector (`kbit.checkpoint.gguf.vectors`), and linear layers on that.
+DENSE_MODULES = ("dense_2.weight", "dense_3.weight")
+VECTOR_KEYS = frozenset(
+    {"pooling_type", "attention.causal", *(f"dense_{at}_feat_{end}" for at in (2, 3) for end in ("in", "out"))}
+)
 GELU = "gelu_pytorch_tanh"
 
 _LINEARS = {
@@ -139,6 +144,7 @@ class Architecture:
         layout: the values of tensor_data_layout that it has.
         variant: what it is by the tensors that there are, of one whose files are of several kinds.
         special: what it has that no other architecture has; None: nothing.
+        beside: tensors that are no part of the model.
     """
 
     name: str
@@ -172,6 +178,7 @@ class Architecture:
     layout: str | None = "Meta AI original pth"
     variant: Callable[[GGUFHeader, Architecture], Architecture] | None = None
     special: Special | None = None
+    beside: tuple[str, ...] = ()
     layer: str = "model.layers"
     outside: Mapping[str, str] = field(default_factory=lambda: _GLOBAL)
     linears: Mapping[str, str] = field(default_factory=lambda: _LINEARS)

@@ -3,8 +3,8 @@
 A GGUF file names its pre-tokenizer instead of storing it. The patterns are those of the models' own tokenizer.json
 files, which llama.cpp (src/llama-vocab.cpp) restates for its narrower regex engine; each is applied in turn to the
 pieces the previous one left, and what matches becomes a piece of its own. The names listed are those whose patterns
-are known exactly and that occur with the architectures kbit reads; any other is refused, because a wrong split gives
-wrong tokens without any visible error.
+are known exactly, or as llama.cpp has them (`tools/judges/pretokenizers.py` compares ids); any other is refused,
+because a wrong split gives wrong tokens without any visible error.
 """
 
 from __future__ import annotations
@@ -134,7 +134,7 @@ PRE_TOKENIZERS = {
     "llama-v3": _LLAMA3_RULES,
     "llama-bpe": _LLAMA3_RULES,
     "falcon3": _LLAMA3_RULES,
-    # (Falcon-H1's own splits digits and punctuation one by one; its vocabulary joins none of them.)
+    # (As llama.cpp has it; Falcon-H1's tokenizer.json was not at hand.)
     "falcon-h1": _LLAMA3_RULES,
     "pixtral": _LLAMA3_RULES,
     "jina-v5-nano": _LLAMA3_RULES,

@@ -17,6 +17,7 @@ from kbit.checkpoint.gguf.header import read_header
 from kbit.checkpoint.gguf.locating import located
 from kbit.checkpoint.gguf.metadata import GGUFHeader, GGUFTensor, quoted
 from kbit.checkpoint.gguf.names import ROPE_FACTORS, ROPE_FREQS
+from kbit.checkpoint.gguf.orders import Piece
 from kbit.checkpoint.gguf.reading import Located, read_at, read_into, read_packed, read_transposed
 from kbit.checkpoint.gguf.t5 import CONTEXT as T5_CONTEXT
 from kbit.checkpoint.source import StoredSource, TensorInfo
@@ -86,6 +87,8 @@ class GGUFSource(StoredSource):
                 self._located[at.piece.name] = at
                 infos[at.piece.name] = TensorInfo(at.piece.name, at.shape, kind, nbytes, owner[name].path)
         self._infos = MappingProxyType(infos)
+        beside = [name for name in arch.beside if name in tables]
+        self._beside = {name: Located(Piece(name, tables[name]), owner[name], 0, 0) for name in beside}
 
     @property
     def tensors(self) -> Mapping[str, TensorInfo]:
@@ -134,6 +137,18 @@ class GGUFSource(StoredSource):
         with self._open(located.header) as file:
             return read_packed(file, located, BLOCK_TYPES[located.tensor.type.name])
 
+    def _read_beside(self, name: str) -> tuple[GGUFTensor, npt.NDArray[np.float32]] | None:
+        """A tensor that is no part of the model, and its values."""
+        import numpy as np
+
+        located = self._beside.get(name)
+        if located is None:
+            return None
+        out = np.empty(located.shape, dtype=np.float32)
+        with self._open(located.header) as file:
+            read_into(file, located, 0, located.shape[0], out)
+        return located.tensor, out
+
     def stored_tensors(self) -> list[GGUFTensor]:
         """The tensors of all parts as they are stored, in the order of the files."""
         return [tensor for part in self._parts for tensor in part.tensors.values()]
@@ -159,13 +174,14 @@ class GGUFSource(StoredSource):
     def sidecar_files(self) -> Mapping[str, bytes]:
         """tokenizer.json, tokenizer_config.json and generation_config.json, rebuilt from the metadata."""
         if self._sidecars is None:
-            from kbit.checkpoint.gguf.encoders import sentence_files
             from kbit.checkpoint.gguf.tokenizer import sidecars_from_header
+            from kbit.checkpoint.gguf.vectors import sentence_files
 
             context = int(self.config.get("max_position_embeddings", T5_CONTEXT))
             self._sidecars = sidecars_from_header(self.header, context)
-            if architecture_of(self.header).encoder:
-                self._sidecars |= sentence_files(self.header, int(self.config["hidden_size"]))
+            arch = architecture_of(self.header)
+            if arch.encoder or arch.beside:
+                self._sidecars |= sentence_files(self.header, int(self.config["hidden_size"]), self._read_beside)
         return MappingProxyType(self._sidecars)
 
     def fingerprint(self) -> str:

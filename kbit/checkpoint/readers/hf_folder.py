@@ -50,6 +50,8 @@ SIDECAR_NAMES = (
     "chat_template.jinja",
     "chat_template.json",
 )
+# More chat templates, each by its name (transformers 4.50 and later).
+TEMPLATES = "additional_chat_templates"
 # Those of sentence-transformers: the first names the folders of further modules, of which these files are read.
 MODULES_NAME = "modules.json"
 SENTENCE_NAMES = (MODULES_NAME, "sentence_bert_config.json", "config_sentence_transformers.json")
@@ -93,6 +95,8 @@ class HFFolder(StoredSource):
         if _is_adapter(path) and weights == ["adapter_model.safetensors"]:
             raise UnsupportedError(f"{path}: holds {adapter_hint(path)}")
         self.config = read_json_object(path / "config.json")
+        if self.config.get("quantization_config") == {}:  # by nobody
+            del self.config["quantization_config"]
         self._quantizer = quantizer_of(path, self.config)
         method, certain, _ = self._quantizer
         if method in (None, "fp8", "kbit", "mxfp4") or self._unpacks:
@@ -324,6 +328,7 @@ class HFFolder(StoredSource):
     def _sidecar_names(self) -> list[str]:
         """Those that are there, the first of them first."""
         names = [name for name in (*SIDECAR_NAMES, *SENTENCE_NAMES) if (self.path / name).is_file()]
+        names += [f"{TEMPLATES}/{file.name}" for file in sorted((self.path / TEMPLATES).glob("*.jinja"))]
         if MODULES_NAME not in names:
             return names
         try:
