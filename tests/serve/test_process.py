@@ -51,6 +51,18 @@ def test_who_leaves_frees_the_seat_and_an_end_is_orderly(novels_folder: str) -> 
         assert process.wait(PATIENCE) == 0
 
 
+def test_sigterm_is_an_orderly_end_too(novels_folder: str) -> None:
+    """As systemd and containers ask for one: answers under way are finished."""
+    with server(f"novels={novels_folder}") as (process, address, _):
+        body = {"prompt": "It was", "max_tokens": 200, "ignore_eos": True, "n": 8, "stream": True}
+        with httpx.stream("POST", f"{address}/v1/completions", json=body, timeout=PATIENCE) as response:
+            lines = response.iter_lines()
+            next(lines)
+            process.send_signal(signal.SIGTERM)
+            assert [line for line in lines if line][-1] == "data: [DONE]"
+        assert process.wait(PATIENCE) == -signal.SIGTERM
+
+
 def test_a_second_ctrl_c_quits(novels_folder: str) -> None:
     with server(f"novels={novels_folder}") as (process, address, _):
         long = {"prompt": "It was", "max_tokens": 250, "ignore_eos": True, "n": 128, "stream": True}

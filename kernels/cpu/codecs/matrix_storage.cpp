@@ -42,6 +42,9 @@ AlignedBytes::AlignedBytes(std::size_t bytes) : size_(bytes) {
 }
 
 void MatrixStorage::lay_out(const Description& what) {
+  if (what.kind == Number::steps && (what.bits == 0 || !steps_fit(Number::single, what.block_size))) {
+    throw std::invalid_argument("scales are steps in blocks of 16 or 32 only");
+  }
   if (what.mixed && integer_segment(what.block_size) != 64) {  // rotated inputs are rounded by 64 columns (form_of)
     throw std::invalid_argument("rotated columns have scales for multiples of 64 of them, or one a row");
   }
@@ -116,9 +119,6 @@ std::array<Bytes, kArrays> MatrixStorage::arrays() const {
 
 std::shared_ptr<MatrixStorage> MatrixStorage::mapped(const Description& what, std::shared_ptr<const MappedFile> file,
                                                      const std::array<std::uint64_t, kArrays>& offsets) {
-  if (what.kind == Number::steps && (what.bits == 0 || !steps_fit(Number::single, what.block_size))) {
-    throw std::invalid_argument("scales are steps in blocks of 16 or 32 only");
-  }
   auto storage = std::make_shared<MatrixStorage>();
   storage->lay_out(what);
   const auto bytes = storage->sizes();

@@ -111,7 +111,7 @@ class MatrixStorage {
 
  private:
   // Everything about the matrix but the pointers. Throws std::invalid_argument: rotated columns with other blocks than of
-  // multiples of 64.
+  // multiples of 64, steps with others than of 16 or 32.
   void lay_out(const Description& what);
   // Bytes each array has.
   std::array<std::size_t, kArrays> sizes() const;

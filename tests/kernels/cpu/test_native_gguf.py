@@ -160,3 +160,11 @@ def test_a_prepared_file_holds_steps(context: _native.Context, tmp_path: object)
     assert looked_up(mapped, context).tobytes() == looked_up(matrix, context).tobytes()
     with pytest.raises(ValueError, match="steps in blocks of 16 or 32"):
         _native.map_matrix(_native.MappedFile(path), **(described | {"block_size": 64}), begins=begins)
+
+
+@pytest.mark.parametrize("block", [0, 64, 512, 1 << 30])
+def test_steps_of_other_blocks_are_refused(block: int) -> None:
+    """256 columns share a size: larger blocks had none, and a size of zero was divided by."""
+    with pytest.raises(ValueError, match="scales are steps in blocks of 16 or 32 only"):
+        _native.matrix_bytes(4, 1024, 4, block, "fp32-steps", False)
+    assert _native.matrix_bytes(4, 1024, 4, 32, "fp32-steps", False) > 0

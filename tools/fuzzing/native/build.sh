@@ -5,13 +5,14 @@
 #   tools/fuzzing/native/build.sh crash-0123..                 # one input again
 #
 # BUILD: where to build and to keep the corpus, by default build/fuzz. Needs clang++ 14 or later with its runtimes (Debian:
-# clang, libclang-rt-dev), cmake, ninja, and the package nanobind. Kernels are those of the plain instruction set.
+# clang, libclang-rt-dev), cmake, ninja, and the package nanobind. KBIT_SANITIZE_SETS: the instruction sets to build besides
+# the plain one, by default none ("avx2"); what they compute is compared.
 set -euo pipefail
 root=$(cd "$(dirname "$0")/../../.." && pwd)
 build=${BUILD:-$root/build/fuzz}
 mkdir -p "$build/corpus"
 cmake -S "$root" -B "$build" -G Ninja -DCMAKE_BUILD_TYPE=RelWithDebInfo -DCMAKE_CXX_COMPILER=clang++ \
-  -DPython_EXECUTABLE="$(command -v python)" -DKBIT_KERNEL_SETS=scalar -DKBIT_SANITIZE="address;fuzzer-no-link" >"$build/cmake.log"
+  -DPython_EXECUTABLE="$(command -v python)" -DKBIT_KERNEL_SETS="scalar;${KBIT_SANITIZE_SETS:-}" -DKBIT_SANITIZE="address;fuzzer-no-link" >"$build/cmake.log"
 cmake --build "$build" --target engine | tail -n 1
 mapfile -t objects < <(find "$build/CMakeFiles/engine.dir" -name '*.o')
 clang++ -std=c++20 -O1 -g1 -fno-omit-frame-pointer -fsanitize=fuzzer,address -I"$root/kernels/cpu" \

@@ -28,6 +28,7 @@
 #include "codecs/mapped_file.h"
 #include "codecs/matrix_storage.h"
 #include "codecs/scale_steps.h"
+#include "isa/isa.h"
 #include "program/program.h"
 #include "sampling/sampling.h"
 #include "text/byte_pairs.h"
@@ -51,9 +52,14 @@ std::vector<T> numbers(Data& data, std::size_t n) {
   return out;
 }
 
-std::shared_ptr<Context> context() {
-  static const auto shared = std::make_shared<Context>("scalar", 1);
-  return shared;
+// Of every instruction set that is compiled in and runs here, the plain one first.
+const std::vector<std::shared_ptr<Context>>& contexts() {
+  static const auto all = [] {
+    std::vector<std::shared_ptr<Context>> made;
+    for (const std::string& name : instruction_sets()) made.push_back(std::make_shared<Context>(name, 1));
+    return made;
+  }();
+  return all;
 }
 
 // Token tables as a hostile file may have them, or as fill_* make them of hostile texts and merges.
@@ -117,7 +123,7 @@ void codes(Data& data) {
   }
 }
 
-// Two samplers of the same settings choose the same, and nothing that may not be chosen.
+// Samplers of the same settings choose the same on every instruction set, and nothing that may not be chosen.
 void sampler(Data& data) {
   SamplerSettings s{};
   auto pick = [&](std::vector<double> from) { return data.PickValueInArray({from[0], from[1], from[2]}); };
@@ -148,9 +154,11 @@ void sampler(Data& data) {
   SamplingScratch scratch, second;
   for (RowSampler* each : {&one, &other}) each->see(seen.data(), static_cast<std::int64_t>(seen.size()));
   const auto width = static_cast<std::int64_t>(count);
+  const Kernels& plain = *contexts().front()->kernels;
+  const Kernels& some = *contexts()[data.ConsumeIntegralInRange<std::size_t>(0, contexts().size() - 1)]->kernels;
   for (int turn = 0; turn < 3; ++turn) {
-    const Chosen a = one.choose(*context()->kernels, logits.data(), width, mask, scratch);
-    const Chosen b = other.choose(*context()->kernels, logits.data(), width, mask, second);
+    const Chosen a = one.choose(plain, logits.data(), width, mask, scratch);
+    const Chosen b = other.choose(some, logits.data(), width, mask, second);
     must(a.token == b.token, "the same settings chose otherwise");
     must(a.token >= -1 && a.token < width, "a token outside of the row");
     if (a.token < 0) break;
@@ -162,7 +170,7 @@ void sampler(Data& data) {
   std::vector<float> values(ids.size());
   float best = 0;
   double total = 0;
-  if (score_row(*context()->kernels, logits.data(), width, top, best, total, ids.data(), values.data(), scratch)) {
+  if (score_row(some, logits.data(), width, top, best, total, ids.data(), values.data(), scratch)) {
     must(total >= 1 && total <= static_cast<double>(count), "a sum of weights out of range");
     for (std::size_t i = 0; i < ids.size(); ++i) {
       must(ids[i] >= 0 && ids[i] < width && values[i] == logits[static_cast<std::size_t>(ids[i])], "another logit");
@@ -254,7 +262,7 @@ void products(Data& data) {
   std::int64_t mixed = data.ConsumeBool() ? 16 << data.ConsumeIntegralInRange(0, 3) : 0;
   if (mixed && tiles * 16 % mixed) mixed = 16;
   const int form = data.ConsumeIntegralInRange(0, 3);
-  Team& team = *context()->team;
+  Team& team = *contexts().front()->team;
   const auto signs = numbers<std::uint8_t>(data, static_cast<std::size_t>(tiles * 2));
   const auto kind = data.PickValueInArray({Number::half, Number::bfloat, Number::single});
   Weights weights;
@@ -293,16 +301,23 @@ void products(Data& data) {
     weights = MatrixStorage::quantized(parts, team);
   }
   if (data.ConsumeBool() && !(weights = mapped_again(data, *weights))) return;
-  Program program(context(), data.ConsumeBool() ? Compute::int8 : Compute::fp32);
-  program.finish(program.buffer(weights->matrix().columns));
-  const auto texts = data.ConsumeIntegralInRange<std::int64_t>(1, 5), outputs = weights->matrix().rows;
-  MatmulInstruction head;
-  head.weights = {weights};
-  head.biases = {{}};
-  program.set_head(std::move(head));
+  const auto compute = data.ConsumeBool() ? Compute::int8 : Compute::fp32;
+  const auto texts = data.ConsumeIntegralInRange<std::int64_t>(1, 5);
   const auto hidden = numbers<float>(data, static_cast<std::size_t>(texts * columns));
-  std::vector<float> out(static_cast<std::size_t>(texts * outputs));
-  program.logits(hidden.data(), texts, out.data());
+  std::vector<float> plain;
+  for (const auto& context : contexts()) {
+    Program program(context, compute);
+    program.finish(program.buffer(columns));
+    MatmulInstruction head;
+    head.weights = {weights};
+    head.biases = {{}};
+    program.set_head(std::move(head));
+    std::vector<float> out(static_cast<std::size_t>(texts * weights->matrix().rows));
+    program.logits(hidden.data(), texts, out.data());
+    if (plain.empty()) plain = out;
+    if (!std::ranges::all_of(plain, [](float v) { return std::isfinite(v); })) continue;
+    must(std::memcmp(out.data(), plain.data(), out.size() * sizeof(float)) == 0, "instruction sets differ");
+  }
 }
 
 }  // namespace
