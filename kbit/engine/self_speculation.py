@@ -23,7 +23,7 @@ from kbit.models.decoder import Decoder
 SELF = "self"
 
 # What each token that is checked adds to a pass, in shares of a pass of one token (docs/speculation.md).
-_CHECKED = 0.12
+_CHECKED = 0.09
 # Widths that are tried where none is named. Narrower ones agree too rarely, wider ones cost too much.
 _TRIED = (3, 4)
 # Accepted and rejected guesses that a width is taken to have had before its first.
