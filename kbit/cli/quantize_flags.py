@@ -72,7 +72,7 @@ class QuantizeFlags(QuantizeRequest):
         typer.Option(
             "--anchor",
             metavar="K",
-            help="The width of --nested that is to be the most accurate for its bits.  [default: 4, or the nearest]",
+            help="The width of --nested that counts most where widths compete.  [default: 4, or the nearest]",
         ),
     ] = None
     format: Annotated[

@@ -4,9 +4,9 @@ The draft goes into the model's own cache, behind keys and values that the full 
 again before the check, which writes them anew. So a draft begins from what is exact, and what it leaves is overwritten.
 
 Width and length follow what was accepted. One pass over all planes costs 1, a drafted token the share of bytes that
-its width reads, a checked one a little of the full pass: that gives the tokens per cost for every width and length,
-at the acceptance measured so far. Where no draft pays, none is made, but for a short one now and then that measures
-again. Time plays no part, so the same seed gives the same text (kbit.engine.speculative).
+its width reads and what both take beside, a checked one a little of the full pass: that gives the tokens per cost for
+every width and length, at the acceptance measured so far. Where no draft pays, none is made, but for a short one now
+and then that measures again. Time plays no part, so the same seed gives the same text (kbit.engine.speculative).
 """
 
 from __future__ import annotations
@@ -23,14 +23,17 @@ from kbit.models.decoder import Decoder
 SELF = "self"
 
 # What each token that is checked adds to a pass, in shares of a pass of one token (docs/speculation.md).
-_CHECKED = 0.12
+_CHECKED = 0.09
+# What a pass takes beside reading weights, in shares of reading all of them.
+_BESIDE = 0.1
 # Widths that are tried where none is named. Narrower ones agree too rarely, wider ones cost too much.
 _TRIED = (3, 4)
 # Accepted and rejected guesses that a width is taken to have had before its first.
 _ACCEPTED, _REJECTED = 4.0, 1.0
 # How fast what was measured before is forgotten, for each guess that was checked.
 _FADE = 0.98
-_LONGEST = 8
+# With the token before it a draft is eight rows then, which AVX-512 multiplies with weights that are decoded once.
+_LONGEST = 7
 # Tokens from one try to the next where no draft pays, and how long a draft it is.
 _PAUSE, _TRY = 64, 2
 
@@ -99,7 +102,10 @@ class SelfDrafter:
         # (Where none of these is there, as of a file of 5 to 8 bits, the narrowest.)
         chosen = tried or (narrower[-1:] if self._asked is None else [])
         read = _bytes_read(loaded.decoder)
-        self._widths = [Width(bits, _bytes_read(self._decoder(bits)) / read) for bits in chosen]
+        shares = [_bytes_read(self._decoder(bits)) / read for bits in chosen]
+        self._widths = [
+            Width(bits, (share + _BESIDE) / (1 + _BESIDE)) for bits, share in zip(chosen, shares, strict=True)
+        ]
         self._since = _PAUSE  # the first text begins with a try
         self._length = 0
         self._last: tuple[Width, list[int]] | None = None

@@ -233,6 +233,6 @@ class CalibratedView(QuantizedView):
 
             settings = replace(self._rounding, sweeps=self._rounding.sweeps or SWEEPS)
             feedback = Feedback.of(factors, settings, weight.shape[1])
-            return round_nested(weight.float(), format, feedback, settings, self._nesting, name=name)
+            return round_nested(weight.float(), format, feedback, self._nesting, name=name)
         rounder = Rounder(factors, self._rounding, weight.shape[1])
         return rounder.round(weight.float(), format, threads=threads, name=name)

@@ -1,12 +1,12 @@
 """Rounding a matrix to nested codes: the errors of every width made good as well as the others allow.
 
-Feedback (kbit.quantizers.ldlq) moves weights out of the cell that the next bit could refine: a code that is best at
-one width is a bad beginning for the next. So one width, the anchor, is rounded with feedback, alone; the bits below
-follow from it, those above from what it leaves. Then coordinate descent looks at all widths at once: each code in
-turn becomes the one for which the sum over widths of what their errors cost, in shares of what each width can reach,
-is least (kernels/cpu/rounding/nested_descent.h). Between sweeps every width's factor of every row is solved for
-exactly: the cost is quadratic in them. And no width up to two bits above the anchor is to be worse than rounding to
-nearest would be: one that costs more counts more from sweep to sweep.
+Feedback at one width (kbit.quantizers.ldlq) moves weights out of the cells that further bits could refine: what it
+gains there, wider widths lose. So no width is rounded by itself. All codes begin as the nearest of the widest width,
+and coordinate descent looks at all widths at once: each code in turn becomes the one for which the sum over widths of
+what their errors cost, in shares of what rounding to nearest costs at that width, is least
+(kernels/cpu/rounding/nested_descent.h). The anchor counts more than others. Between sweeps every width's factor of
+every row is solved for exactly: the cost is quadratic in them. And no width is to be worse than rounding to nearest
+would be: one that costs more counts more from sweep to sweep, and where that is not enough, all begins again.
 """
 
 from __future__ import annotations
@@ -26,44 +26,48 @@ from kbit.formats.blockwise import (
     quantize_blockwise,
 )
 from kbit.formats.nested import NestedFormat
-from kbit.formats.nested_codec import packed, scales_at, stored_factors
+from kbit.formats.nested_codec import fitted_factors, packed, scales_at, stored_factors
 from kbit.formats.planes_codec import decode
 from kbit.formats.quant_format import QuantFormat
 from kbit.formats.quant_tensor import QuantTensor
 from kbit.formats.scales import store_scales
 from kbit.host.errors import KbitError
 from kbit.quantizers.descent import Curvature
-from kbit.quantizers.ldlq import SHARES, Feedback, round_with
-from kbit.quantizers.settings import Nesting, Settings
+from kbit.quantizers.ldlq import SHARES, Feedback
+from kbit.quantizers.settings import Nesting
 
 # As in kbit.quantizers.descent.
 _ROWS, _TOGETHER = 16, 64
 
 
 def round_nested(
-    weight: torch.Tensor, format: NestedFormat, feedback: Feedback, settings: Settings, nesting: Nesting, *, name: str
+    weight: torch.Tensor, format: NestedFormat, feedback: Feedback, nesting: Nesting, *, name: str
 ) -> QuantTensor:
     """A matrix in a nested format.
 
     Args:
         weight: float32 (N, K).
         format: all widths.
-        feedback: how its errors are passed on.
-        settings: how the anchor is rounded.
+        feedback: what its errors cost.
         nesting: what the widths weigh against each other.
         name: what to call the matrix in errors.
 
     Raises:
         KbitError: the matrix holds NaN or infinity, or scales that the format cannot hold.
     """
-    anchor = nesting.anchor
     levels = torch.from_numpy(format.codebook(weight.shape[1]).copy())
-    own = levels[format.levels_at(anchor)]
     scales = _shared_scales(weight, format, levels, feedback.importance_by_column, nesting, name)
-    rounded = round_with(weight, format.plain(anchor), feedback, settings, name=name, codebook=own, scales=scales)
-    work = _Work(weight, format, levels, scales, anchor, rounded.codes())
+    work = _Work(weight, format, levels, scales)
     if feedback.curvature is not None:
-        work.descend(feedback.curvature, nesting, _limits(weight, format, feedback.curvature, nesting))
+        nearest = _nearest_costs(weight, format, feedback.curvature)
+        weights = nesting.shares(nearest)
+        for _ in range(nesting.tries - 1):
+            if work.descend(feedback.curvature, nesting, nearest, weights):
+                return work.tensor()
+            # What has moved too far does not find back: it begins again, with what the weights have become.
+            weights[nesting.anchor] /= nesting.less
+            work = _Work(weight, format, levels, scales)
+        work.descend(feedback.curvature, nesting, nearest, weights)
     return work.tensor()
 
 
@@ -118,29 +122,22 @@ class _Work:
         factors: float32 (N, 1) of every width, as they are stored.
     """
 
-    def __init__(
-        self,
-        weight: torch.Tensor,
-        format: NestedFormat,
-        levels: torch.Tensor,
-        scales: torch.Tensor,
-        anchor: int,
-        codes: torch.Tensor,
-    ) -> None:
-        self.weight, self.format, self.levels = weight, format, levels
-        self.scales = scales
-        self.codes = self._continued(codes, anchor)
-        self.factors = {width: torch.ones(len(weight), 1, dtype=torch.float16) for width in format.widths}
+    def __init__(self, weight: torch.Tensor, format: NestedFormat, levels: torch.Tensor, scales: torch.Tensor) -> None:
+        self.weight, self.format, self.levels, self.scales = weight, format, levels, scales
+        self.codes = self._nearest()
+        fitted = fitted_factors(format, weight, self.codes, scales.float(), levels)
+        self.factors = {width: fitted[f"factor{width}"] for width in format.widths}
 
-    def _continued(self, codes: torch.Tensor, anchor: int) -> torch.Tensor:
-        """Codes of the widest width that begin with the anchor's: each to the nearer of the two levels below it."""
-        plain = self.format.plain(anchor)
-        codes = codes.clone()
-        for width in range(anchor + 1, self.format.bits + 1):
-            levels = self.levels[self.format.levels_at(width)]
-            further = codes | (1 << (width - 1))
-            near, far = (decode(some, self.scales.float(), None, levels, plain) for some in (codes, further))
-            codes = torch.where((far - self.weight).abs() < (near - self.weight).abs(), further, codes)
+    def _nearest(self) -> torch.Tensor:
+        """Codes of the nearest levels of the widest width, uint8 (N, K)."""
+        count, columns = self.weight.shape
+        widest = self.format.plain(self.format.bits)
+        encoder = Encoder.for_codebook(self.levels[self.format.levels_at(self.format.bits)])
+        codes = torch.empty(count, columns, dtype=torch.uint8)
+        step = max(1, CHUNK_WEIGHTS // columns)
+        for start in range(0, count, step):
+            rows = slice(start, start + step)
+            codes[rows] = encoder.encode(normalise(self.weight[rows], self.scales[rows].float(), None, widest))
         return codes
 
     def values(self, width: int, factor: bool = True) -> torch.Tensor:
@@ -158,24 +155,34 @@ class _Work:
         for width in self.format.widths:
             self.factors[width] = stored_factors(_best_factors(self.weight, self.values(width, False), curvature))
 
-    def descend(self, curvature: Curvature, nesting: Nesting, limits: Mapping[int, float]) -> None:
+    def descend(
+        self, curvature: Curvature, nesting: Nesting, nearest: Mapping[int, float], weights: dict[int, float]
+    ) -> bool:
         """Sweeps over all codes, with factors fitted before each and at the end.
 
-        From half of them on, a width that costs more than its limit gets a larger weight before the next one.
+        From half of them on, a width that costs more than rounding to nearest gets a larger weight before the next one.
+
+        Args:
+            curvature: what errors cost.
+            nesting: see there.
+            nearest: what rounding to nearest costs at each width.
+            weights: what a unit of each width's cost counts; changed.
+
+        Returns:
+            Whether no width costs more than rounding to nearest.
         """
-        widths = sorted(self.format.widths)
-        weights = dict(zip(widths, nesting.weights(widths), strict=True))
         for sweep in range(nesting.most_sweeps):
             self.fit(curvature)
-            over = {width: self.cost(width, curvature) / limit for width, limit in limits.items()}
-            if sweep >= nesting.sweeps and max(over.values(), default=0.0) <= 1:
-                break
+            over = {width: self.cost(width, curvature) / cost for width, cost in nearest.items()}
+            if sweep >= nesting.sweeps and max(over.values()) <= 1:
+                return True
             if 2 * sweep >= nesting.sweeps:  # the first ones show what the rest will be like
                 for width, share in over.items():
                     weights[width] *= min(max(share / nesting.margin, 1.0) ** 2, nesting.step)
-            if not self._sweep(curvature, list(weights.values())) and max(over.values(), default=0.0) <= 1:
-                break
+            if not self._sweep(curvature, list(weights.values())) and max(over.values()) <= 1:
+                return True
         self.fit(curvature)
+        return all(self.cost(width, curvature) <= cost for width, cost in nearest.items())
 
     def cost(self, width: int, curvature: Curvature) -> float:
         """What a width's errors cost."""
@@ -226,20 +233,15 @@ class _Work:
         return QuantTensor(format, shape, {name: stored[name] for name in format.parts(*shape)}, self.levels)
 
 
-def _limits(weight: torch.Tensor, format: NestedFormat, curvature: Curvature, nesting: Nesting) -> dict[int, float]:
-    """What widths may cost: as much as rounding to nearest in the default format of that width, in the same blocks.
-
-    Feedback gains at one width what it makes the residual wider by, which is what further bits have to refine: so far
-    above the anchor there is no store that keeps what the anchor gains and is as good as rounding (docs/methods.md).
-    """
-    limits = {}
-    for width in format.widths:
-        if width <= nesting.anchor + nesting.reach:
-            plain = format.at_width(width)
-            assert isinstance(plain, QuantFormat)
-            nearest = quantize_blockwise(weight, plain).dequantize()
-            limits[width] = max(_cost(weight - nearest, curvature), 1e-30)  # of zeros, nothing
-    return limits
+def _nearest_costs(weight: torch.Tensor, format: NestedFormat, curvature: Curvature) -> dict[int, float]:
+    """What rounding to nearest costs at each width, narrowest first: in its default format, in the same blocks."""
+    costs = {}
+    for width in sorted(format.widths):
+        plain = format.at_width(width)
+        assert isinstance(plain, QuantFormat)
+        nearest = quantize_blockwise(weight, plain).dequantize()
+        costs[width] = max(_cost(weight - nearest, curvature), 1e-30)  # of zeros, nothing
+    return costs
 
 
 def _cost(error: torch.Tensor, curvature: Curvature) -> float:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 # Added to a factor's diagonal, in shares of its mean: the finite sample says nothing about directions it has not seen.
 INPUT_DAMPING, OUTPUT_DAMPING = 0.03, 0.2
-# Of the widths of a nested file, the one that is rounded first.
+# Of the widths of a nested file, the one that counts more than others.
 ANCHOR = 4
 # Of coordinate descent after two-sided feedback (docs/methods.md: what they buy).
 SWEEPS = 4
@@ -53,21 +53,22 @@ class Nesting:
     """How the widths of a nested file weigh against each other (`kbit.quantizers.nested`).
 
     Attributes:
-        anchor: the width that is rounded first, and counts more than others.
+        anchor: the width that counts more than others.
         emphasis: how much more.
         sweeps, most_sweeps: of coordinate descent over all widths; more than the first only while a width costs more
             than rounding to nearest at that width.
-        reach: how many widths above the anchor are held to that, as are all below. Further bits refine what is left of
-            the anchor's error, which is as wide as the anchor's feedback made it.
+        tries, less: where one still does, all begins again with the weights that widths have then, the anchor's divided
+            by `less`; so many beginnings at most.
         margin, step: a width that costs more than this share of rounding to nearest counts more in the next sweep, by
             the square of what it is over, at most by `step`.
     """
 
     anchor: int = ANCHOR
-    emphasis: float = 32.0
+    emphasis: float = 8.0
     sweeps: int = 8
-    most_sweeps: int = 32
-    reach: int = 2
+    most_sweeps: int = 16
+    tries: int = 4
+    less: float = 4.0
     margin: float = 0.98
     step: float = 1.5
 
@@ -77,8 +78,15 @@ class Nesting:
         return cls(min(max(anchor, low), high))
 
     def weights(self, widths: Sequence[int]) -> list[float]:
-        """What a unit of each width's cost counts. A further bit divides what can be reached by four."""
+        """What a unit of each width's squared error counts. A further bit divides it by about four."""
         return [4.0 ** (width - widths[0]) * (self.emphasis if width == self.anchor else 1.0) for width in widths]
+
+    def shares(self, costs: Mapping[int, float]) -> dict[int, float]:
+        """What a unit of each width's cost counts, where costs are told in shares of these."""
+        narrowest = costs[min(costs)]
+        return {
+            width: (self.emphasis if width == self.anchor else 1.0) * narrowest / cost for width, cost in costs.items()
+        }
 
 
 @dataclass(frozen=True)

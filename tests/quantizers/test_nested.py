@@ -135,12 +135,12 @@ def test_factors_are_those_that_cost_least(two_sided: bool) -> None:
 def test_all_widths_are_better_than_rounding_and_the_anchor_most() -> None:
     rows, columns = 64, 192
     weight, factors = problem(rows, columns)
-    format, settings = NestedFormat(2, 6, 64), Settings(sweeps=4)
-    feedback = Feedback.of(factors, settings, columns)
+    format = NestedFormat(2, 6, 64)
+    feedback = Feedback.of(factors, Settings(sweeps=1), columns)
     plain = format.encode(lambda start, stop: weight[start:stop], (rows, columns))
     ratios = {}
     for anchor in (3, 5):
-        matrix = round_nested(weight, format, feedback, settings, Nesting(anchor), name="w")
+        matrix = round_nested(weight, format, feedback, Nesting(anchor), name="w")
         assert matrix.format == format
         assert {name: part.shape for name, part in matrix.stored.items()} == {
             name: part.shape for name, part in format.parts(rows, columns).items()
@@ -150,49 +150,57 @@ def test_all_widths_are_better_than_rounding_and_the_anchor_most() -> None:
             / total(plain.dequantize(width=width), weight, feedback)
             for width in format.widths
         }
-        assert all(ratio < 1 for width, ratio in ratios[anchor].items() if width <= 5), ratios
+        assert max(ratios[anchor].values()) < 0.9, ratios
     assert ratios[3][3] < ratios[5][3]
     assert ratios[5][5] < ratios[3][5]
 
 
-@pytest.mark.parametrize(("anchor", "emphasis"), [(4, 100.0), (6, 32.0)])
-def test_no_width_up_to_two_above_the_anchor_is_worse_than_rounding(anchor: int, emphasis: float) -> None:
-    """Inputs that say much of each other, so that feedback moves weights far; without limits it takes all there is."""
+@pytest.mark.parametrize(("anchor", "emphasis"), [(4, 100.0), (2, 100.0)])
+def test_no_width_is_worse_than_rounding(anchor: int, emphasis: float) -> None:
+    """Inputs that say much of each other, so that descent moves weights far; without limits the anchor takes all there is."""
     rows, columns = 32, 128
     weight, _ = problem(rows, columns)
     inputs, outputs = (0.7 ** (torch.arange(n) - torch.arange(n)[:, None]).abs().float() for n in (columns, rows))
     factors = Factors(inputs, outputs)
-    format, settings = NestedFormat(2, 8, 64), Settings(sweeps=4)
-    feedback = Feedback.of(factors, settings, columns)
+    format = NestedFormat(2, 8, 64)
+    feedback = Feedback.of(factors, Settings(sweeps=1), columns)
     nearest = {
         width: total(quantize_blockwise(weight, plain).dequantize(), weight, feedback)
-        for width in range(2, anchor + 3)
+        for width in range(2, 9)
         if isinstance(plain := format.at_width(width), QuantFormat)
     }
 
     def ratios(nesting: Nesting) -> dict[int, float]:
-        matrix = round_nested(weight, format, feedback, settings, nesting, name="w")
+        matrix = round_nested(weight, format, feedback, nesting, name="w")
         return {width: total(matrix.dequantize(width=width), weight, feedback) / nearest[width] for width in nearest}
 
     held = ratios(Nesting(anchor, emphasis))
     assert max(held.values()) <= 1.0, held
-    assert held[anchor] < 0.8
-    free = ratios(Nesting(anchor, emphasis, reach=-anchor))
+    assert held[anchor] < 0.9
+    free = ratios(Nesting(anchor, emphasis, margin=100.0, tries=1))
     assert max(free.values()) > 1.0
+
+
+def test_widths_weigh_in_shares_of_what_rounding_costs() -> None:
+    """The sum to be made small is that of costs over those of rounding, the anchor's counted more often, times a constant."""
+    costs = {2: 10.0, 4: 0.5, 8: 0.002}
+    shares = Nesting(4, emphasis=8.0).shares(costs)
+    assert {width: shares[width] * costs[width] for width in costs} == pytest.approx({2: 10.0, 4: 80.0, 8: 10.0})
+    assert Nesting(2, emphasis=8.0).shares(costs)[2] == 8.0
 
 
 def test_without_a_calibration_it_is_scales_and_cells(tmp_path: Path) -> None:
     """No factors: errors are not passed on, and every width is about as good as rounding to nearest."""
     weight = torch.randn(32, 128, generator=torch.Generator().manual_seed(7))
-    format, settings = NestedFormat(2, 8, 64), Settings(sweeps=4)
-    matrix = round_nested(weight, format, Feedback.of(None, settings, 128), settings, Nesting(), name="w")
+    format, feedback = NestedFormat(2, 8, 64), Feedback.of(None, Settings(sweeps=1), 128)
+    matrix = round_nested(weight, format, feedback, Nesting(), name="w")
     plain = format.encode(lambda start, stop: weight[start:stop], (32, 128))
     for width in (2, 3, 4, 5):
         error, nearest = (float((m.dequantize(width=width) - weight).square().mean()) for m in (matrix, plain))
         assert error < 1.25 * nearest
     weight[3, 4] = torch.inf
     with pytest.raises(KbitError, match="w: 1 weights are NaN or infinite"):
-        round_nested(weight, format, Feedback.of(None, settings, 128), settings, Nesting(), name="w")
+        round_nested(weight, format, feedback, Nesting(), name="w")
 
 
 def test_methods_say_what_they_can_do() -> None:

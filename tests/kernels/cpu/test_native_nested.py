@@ -58,7 +58,7 @@ def test_planes_apart_give_the_bits_of_planes_together(
 ) -> None:
     context = contexts(isa)
     computes = ("int8", "fp32", "bf16") if context.has_bf16 else ("int8", "fp32")
-    for rows, columns, batches in ((33, 128, (1, 3)), (50, 321, (2, 70))):
+    for rows, columns, batches in ((33, 128, (1, 3)), (50, 321, (2, 7, 70))):
         whole = nested(rows, columns, blocks)
         plain = together(whole, width)
         for batch in batches:
