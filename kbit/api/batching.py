@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from kbit.engine.batch_engine import BatchEngine
+from kbit.engine.batch_speculation import batch_drafter
 from kbit.graph.pages import PAGE, pages_for
 from kbit.host.errors import UsageError
 from kbit.host.memory import available_memory
@@ -19,7 +20,12 @@ _CACHE_SHARE = 4
 
 
 def batch_engine(
-    loaded: LoadedModel, *, context: int | None = None, cache_bytes: int | None = None, seats: int = 64
+    loaded: LoadedModel,
+    *,
+    context: int | None = None,
+    cache_bytes: int | None = None,
+    seats: int = 64,
+    speculate: str | None = None,
 ) -> BatchEngine:
     """An engine for a model, its pages reserved.
 
@@ -29,14 +35,16 @@ def batch_engine(
         cache_bytes: memory for keys and values; None: for 32768 tokens or one whole context, at most a quarter of what
             is free.
         seats: sequences that are computed at once.
+        speculate: who guesses tokens (`kbit.engine.batch_speculation.batch_drafter`); None: nobody.
 
     Raises:
-        UsageError: a context that model or cache does not have; memory that holds no page.
+        UsageError: a context that model or cache does not have; memory that holds no page; who cannot guess.
     """
     decoder = loaded.decoder
     pool = decoder.new_pool(1, 2)
     pool.ensure(_pages(decoder.spec.max_positions, pool.store.page_bytes, cache_bytes))
-    return BatchEngine(decoder, loaded.tokenizer, pool, context=context, seats=seats)
+    drafter = None if speculate is None else batch_drafter(loaded, speculate)
+    return BatchEngine(decoder, loaded.tokenizer, pool, context=context, seats=seats, drafter=drafter)
 
 
 def usual_tokens(context: int) -> int:

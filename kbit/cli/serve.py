@@ -80,6 +80,17 @@ AdapterOption = Annotated[
 ]
 
 
+SpeculateOption = Annotated[
+    str | None,
+    typer.Option(
+        "--speculate",
+        metavar="ngram|self[:K]",
+        help="Guess tokens where few answers are being written, for the same text sooner: from what it repeats "
+        "(ngram), or with the low planes of nested models (self, or self:3 for 3 bits).",
+    ),
+]
+
+
 @dataclass(frozen=True)
 class LimitFlags:
     """How much of everything."""
@@ -197,6 +208,7 @@ def serve(
     limits: LimitFlags,
     answers: AnswerFlags,
     adapter: AdapterOption = None,
+    speculate: SpeculateOption = None,
     device: DeviceOption = "auto",
     backend: BackendOption = "auto",
     compute: ComputeOption = None,
@@ -239,7 +251,7 @@ def serve(
 
     named = [served_name(model) for model in models or [DEFAULT_MODEL]]
     adapters = [served_adapter(each) for each in adapter or ()]
-    served = _models(named, adapters, access, limits, answers, device, backend, compute, kv_bits, threads)
+    served = _models(named, adapters, access, limits, answers, speculate, device, backend, compute, kv_bits, threads)
     keys = access.api_key or [key for key in [os.environ.get("KBIT_API_KEY")] if key]
     if any(not key.strip() for key in keys):
         raise UsageError("--api-key '': a key needs at least one character")
@@ -263,6 +275,7 @@ def _models(
     access: AccessFlags,
     limits: LimitFlags,
     answers: AnswerFlags,
+    speculate: str | None,
     *engine: Any,
 ) -> Models:
     from kbit.backends.select import select_backend
@@ -282,6 +295,7 @@ def _models(
         reasoning=answers.reasoning,
         verbose=answers.verbose,
         memory=None if limits.memory is None else _bytes("--memory", limits.memory),
+        speculate=speculate,
     )
     return Models(named, options, any_name=access.any_model, adapters=adapters)
 

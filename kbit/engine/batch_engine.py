@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kbit.engine.answers import Choice, Done, Event, Failed, Piece, PromptScored, Request, TokenInfo, Usage
+from kbit.engine.batch_speculation import MOST_WRITING, Asked, BatchDrafter
 from kbit.engine.logprobs import token_infos
 from kbit.engine.prompt_cache import DecoderSpec, check_prompt
 from kbit.engine.scheduler import BATCH_TOKENS, Pass, Scheduler
@@ -112,6 +113,22 @@ class Live:
         )
 
 
+@dataclass(eq=False)
+class _Check:
+    """An answer with guesses whose first is to be compared with its last token.
+
+    Attributes:
+        row: of the logits after the token before that.
+        held: guesses that were right.
+    """
+
+    live: Live
+    choice: Choice
+    sequence: Sequence
+    row: int
+    held: int = 0
+
+
 @dataclass
 class Counters:
     """What an engine has done since it started.
@@ -122,6 +139,7 @@ class Counters:
         computed_tokens: that went through the model, those computed again included.
         generated_tokens: that were chosen.
         step_seconds: in passes.
+        drafted_tokens, accepted_tokens: guesses that were checked, and those of them that became tokens of answers.
     """
 
     steps: int = 0
@@ -130,6 +148,8 @@ class Counters:
     computed_tokens: int = 0
     generated_tokens: int = 0
     step_seconds: float = 0.0
+    drafted_tokens: int = 0
+    accepted_tokens: int = 0
 
 
 class BatchEngine:
@@ -144,6 +164,7 @@ class BatchEngine:
         context: tokens that a prompt and its answer may have together; None: as many as the model and the pool allow.
         seats: most sequences that are computed at once.
         step_seconds: how long a step may take while answers are being written.
+        drafter: who guesses tokens, where few answers are being written; None: nobody does.
 
     Attributes:
         tokenizer, pool, context, counters: as given, and what was done.
@@ -161,6 +182,7 @@ class BatchEngine:
         context: int | None = None,
         seats: int = 64,
         step_seconds: float = STEP_SECONDS,
+        drafter: BatchDrafter | None = None,
     ) -> None:
         self._decoder = decoder
         self.tokenizer = tokenizer
@@ -169,6 +191,7 @@ class BatchEngine:
         self.counters = Counters()
         self._scheduler = Scheduler(pool, BATCH_TOKENS, seats)
         self._step_seconds = step_seconds
+        self._drafter = drafter
         self._rows_per_second = 0.0  # beyond the time that any pass takes; not measured yet
         self._pass_seconds = 0.0
         self._owners: dict[Sequence, tuple[Live, Choice]] = {}
@@ -248,6 +271,8 @@ class BatchEngine:
         A request whose logits are no numbers fails alone; where the pass fails, all that were in it do.
         """
         events: dict[Live, list[Event]] = {}
+        if self._drafter is not None:
+            self._draft(self._drafter)
         work = self._scheduler.next_pass(self._rows())
         if work is None:
             return []
@@ -276,15 +301,16 @@ class BatchEngine:
             except KbitError as error:
                 self._fail(live, error, events)
                 continue
-            if not sequence.pending:
+            if sequence.pending <= 0:  # fewer, with guesses
                 # When the prompt has been read, the other choices go on from its pages.
                 first = not choice.ids and not choice.index
                 waiting.append((live, sequence, live.choices if first else [choice]))
-                rows.append(part.stop - 1)
+                rows.append(part.stop - 1 - len(sequence.draft))
         drawn = [(c, row) for (_, _, cs), row in zip(waiting, rows, strict=True) for c in cs if c.request.max_tokens]
         found = choose_tokens([choice for choice, _ in drawn], logits, [row for _, row in drawn])
         tokens = {choice: token for (choice, _), token in zip(drawn, found, strict=True)}
-        for live, sequence, choices in waiting:
+        checks: list[_Check] = []
+        for (live, sequence, choices), row in zip(waiting, rows, strict=True):
             if live not in self._live:  # another of its choices failed in this very step
                 continue
             failed = next((each for c in choices if isinstance(each := tokens.get(c), KbitError)), None)
@@ -299,10 +325,76 @@ class BatchEngine:
                     other.sequence = Sequence(self.pool, ids, table=sequence.table.fork(), adapter=sequence.adapter)
                     self._scheduler.add(other.sequence)
                     self._owners[other.sequence] = live, other
-            self._go_on(choices[0])
-            if all(each.finish is not None for each in live.choices):
-                del self._live[live]
-                mine.append(Done(live.usage))
+            check = _Check(live, choices[0], sequence, row)
+            if sequence.draft and choices[0].finish is None:
+                checks.append(check)
+                continue
+            if sequence.draft:
+                self._holds(check)
+                self._settle(check)
+            else:
+                self._go_on(choices[0])
+            self._finish(live, mine)
+        self._check_drafts(checks, logits, events)
+
+    def _finish(self, live: Live, events: list[Event]) -> None:
+        """Ends a request whose choices have all ended."""
+        if all(each.finish is not None for each in live.choices):
+            del self._live[live]
+            events.append(Done(live.usage))
+
+    def _draft(self, drafter: BatchDrafter) -> None:
+        """Has the next tokens guessed of answers that are being written, where these are few and nothing else waits."""
+        writing = [sequence for sequence in self._scheduler.running if sequence.pending == 1]
+        quiet = not self._scheduler.waiting and len(writing) == len(self._scheduler.running)
+        asked = []
+        for sequence in writing if quiet and len(writing) <= MOST_WRITING else ():
+            live, choice = self._owners[sequence]
+            room = min(live.request.max_tokens - len(choice.ids), self.context - len(sequence.ids)) - 1
+            if choice.ids and room > 0:
+                asked.append(Asked(sequence, choice.sampler, choice.drafts, room))
+        for each, draft in zip(asked, drafter.draft(asked, self.pool) if asked else (), strict=True):
+            each.sequence.draft = draft
+
+    def _check_drafts(self, checks: list[_Check], logits: NDArray[np.float32], events: dict[Live, list[Event]]) -> None:
+        """Chooses the tokens after each that was guessed right, those of all answers in one go."""
+        while checks:
+            going: list[_Check] = []
+            over: list[_Check] = []
+            for check in checks:
+                if check.live in self._live:
+                    (going if self._holds(check) else over).append(check)
+            for check in over:
+                self._settle(check)
+            for check in over:  # (of one request, several may end in one step)
+                if check.live in self._live:
+                    self._finish(check.live, events[check.live])
+            found = choose_tokens([each.choice for each in going], logits, [each.row + each.held for each in going])
+            for check, chosen in zip(going, found, strict=True):
+                if isinstance(chosen, KbitError):
+                    self._fail(check.live, chosen, events)
+                elif check.live in self._live:
+                    events[check.live].append(self._take(check.live, check.choice, chosen))
+            checks = going
+
+    def _holds(self, check: _Check) -> bool:
+        """Counts an answer's last token to its text; whether it is the guess, so that the logits after it hold."""
+        token, draft = check.choice.ids[-1], check.sequence.draft
+        check.sequence.append(token)
+        right = check.held < len(draft) and draft[check.held] == token
+        check.held += right
+        return right and check.choice.finish is None
+
+    def _settle(self, check: _Check) -> None:
+        """Forgets the guesses that did not hold, or the whole sequence, if its answer has ended."""
+        assert self._drafter is not None
+        draft = check.sequence.draft
+        self._drafter.learn(check.choice.drafts, len(draft), check.held)
+        self.counters.drafted_tokens += len(draft)
+        self.counters.accepted_tokens += check.held
+        check.sequence.settle(check.held)
+        if check.choice.finish is not None:
+            self._release(check.choice)
 
     def _fail(self, live: Live, error: Exception, events: dict[Live, list[Event]]) -> None:
         events[live] = [Failed(error)]

@@ -91,15 +91,9 @@ class SelfDrafter:
 
     def follow(self, loaded: LoadedModel) -> None:
         """Draft for the model at another width."""
-        full = loaded.bits or 0
-        self._loaded = loaded
-        self._decoders: dict[int, Decoder] = {}
-        narrower = [bits for bits in loaded.widths if bits < full]
-        tried = [bits for bits in narrower if bits in (_TRIED if self._asked is None else (self._asked,))]
-        # (Where none of these is there, as of a file of 5 to 8 bits, the narrowest.)
-        chosen = tried or (narrower[-1:] if self._asked is None else [])
-        read = _bytes_read(loaded.decoder)
-        self._widths = [Width(bits, _bytes_read(self._decoder(bits)) / read) for bits in chosen]
+        found = draft_widths(loaded, self._asked)
+        self._widths = [width for width, _ in found]
+        self._decoders = {width.bits: decoder for width, decoder in found}
         self._since = _PAUSE  # the first text begins with a try
         self._length = 0
         self._last: tuple[Width, list[int]] | None = None
@@ -138,7 +132,7 @@ class SelfDrafter:
                 return []
             length = min(most, _TRY)
         self._since = 0
-        guesses = self._draft(self._decoder(width.bits), text, length, sampler)
+        guesses = self._draft(self._decoders[width.bits], text, length, sampler)
         self._last = (width, [token for token, _ in guesses])
         self._start_of_last = len(text)
         return guesses
@@ -170,10 +164,21 @@ class SelfDrafter:
                     return guesses
                 logits = cache.extend(tokens[-1:])
 
-    def _decoder(self, bits: int) -> Decoder:
-        if bits not in self._decoders:
-            self._decoders[bits] = self._loaded.at_width(bits).decoder
-        return self._decoders[bits]
+
+def draft_widths(loaded: LoadedModel, asked: int | None) -> list[tuple[Width, Decoder]]:
+    """The widths that may draft for a model at its own, and what runs them.
+
+    Args:
+        loaded: the model.
+        asked: the one to draft with; None: some that often pay.
+    """
+    narrower = [bits for bits in loaded.widths if bits < (loaded.bits or 0)]
+    tried = [bits for bits in narrower if bits in (_TRIED if asked is None else (asked,))]
+    # (Where none of these is there, as of a file of 5 to 8 bits, the narrowest.)
+    chosen = tried or (narrower[-1:] if asked is None else [])
+    decoders = [(bits, loaded.at_width(bits).decoder) for bits in chosen]
+    read = _bytes_read(loaded.decoder)
+    return [(Width(bits, _bytes_read(decoder) / read), decoder) for bits, decoder in decoders]
 
 
 def _bytes_read(decoder: Decoder) -> int:

@@ -171,7 +171,9 @@ def load(
         loaded.tokenizer.chat_templates = {"default": options.chat_template}
     model.loaded, model.options = loaded, options
     model.grammars = GrammarCompiler(loaded.tokenizer, loaded.decoder.spec.vocab_size)
-    model.engine = batch_engine(loaded, context=options.context, cache_bytes=plan.cache, seats=options.seats)
+    model.engine = batch_engine(
+        loaded, context=options.context, cache_bytes=plan.cache, seats=options.seats, speculate=options.speculate
+    )
 
 
 def put_beside(adapter: ServedModel, base: ServedModel, name: str) -> None:

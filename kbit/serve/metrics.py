@@ -92,6 +92,8 @@ class _Engines(Collector):
             "prefix_cache_hits": ("Tokens of prompts that were cached.", lambda e: e.counters.cached_tokens),
             "prompt_tokens": ("Tokens of prompts.", lambda e: e.counters.prompt_tokens),
             "generation_tokens": ("Tokens that were generated.", lambda e: e.counters.generated_tokens),
+            "spec_decode_num_draft_tokens": ("Guesses that were checked.", lambda e: e.counters.drafted_tokens),
+            "spec_decode_num_accepted_tokens": ("Guesses that held.", lambda e: e.counters.accepted_tokens),
             "engine_steps": ("Passes of the model.", lambda e: e.counters.steps),
         }
         for name, (about, value) in counters.items():
