@@ -18,8 +18,11 @@ from typing import TYPE_CHECKING, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from kbit.engine.answers import Choice, Done, Event, Failed, Piece, PromptScored, Request, TokenInfo, Usage
+from kbit.engine.answers import Choice, Done, Event, Failed, Piece, PromptScored, Request, TokenInfo
 from kbit.engine.batch_speculation import MOST_WRITING, Asked, BatchDrafter
+from kbit.engine.live import Counters as Counters
+from kbit.engine.live import Live as Live
+from kbit.engine.live import TooLongError as TooLongError
 from kbit.engine.logprobs import token_infos
 from kbit.engine.prompt_cache import DecoderSpec, check_prompt
 from kbit.engine.scheduler import BATCH_TOKENS, Pass, Scheduler
@@ -56,63 +59,6 @@ class BatchDecoder(Protocol):
         """The logits (L, V) of the tokens that are wanted; the tokens are in the cache afterwards."""
 
 
-class TooLongError(UsageError):
-    """A prompt that the context has no room for.
-
-    Attributes:
-        tokens, context: the length of both.
-    """
-
-    def __init__(self, tokens: int, context: int) -> None:
-        super().__init__(
-            f"the prompt has {tokens} tokens, which exceeds the available context size of {context}, answer included: "
-            "shorten the prompt"
-        )
-        self.tokens, self.context = tokens, context
-
-
-class Live:
-    """A request that an engine works on.
-
-    Args:
-        request: what to generate.
-        tokenizer: the model's.
-
-    Attributes:
-        request: as given.
-        choices: its answers, of which all but the first begin when the prompt has been read.
-        arrived, begun, first_token: when it came, when its first token went through the model, and when the first of
-            its answer was chosen, by the clock `time.perf_counter`; None: not yet.
-        cached: tokens of the prompt that were in the cache.
-        scored: what is known of the prompt's tokens so far.
-
-    Raises:
-        UsageError: a stop string is empty.
-    """
-
-    def __init__(self, request: Request, tokenizer: Tokenizer) -> None:
-        self.request = request
-        self.choices = [Choice(request, index, tokenizer) for index in range(max(1, request.choices))]
-        self.arrived = perf_counter()
-        self.begun: float | None = None
-        self.first_token: float | None = None
-        self.cached = 0
-        self.scored: list[TokenInfo] = [TokenInfo(request.prompt[0])]
-
-    @property
-    def usage(self) -> Usage:
-        """What it took so far."""
-        now = perf_counter()
-        return Usage(
-            prompt_tokens=len(self.request.prompt),
-            cached_tokens=self.cached,
-            completion_tokens=sum(len(choice.ids) for choice in self.choices),
-            queue_seconds=(self.begun or now) - self.arrived,
-            first_token_seconds=None if self.first_token is None else self.first_token - self.arrived,
-            seconds=now - self.arrived,
-        )
-
-
 @dataclass(eq=False)
 class _Check:
     """An answer with guesses whose first is to be compared with its last token.
@@ -127,29 +73,6 @@ class _Check:
     sequence: Sequence
     row: int
     held: int = 0
-
-
-@dataclass
-class Counters:
-    """What an engine has done since it started.
-
-    Attributes:
-        steps: passes.
-        prompt_tokens, cached_tokens: of the requests that have begun; the latter are part of the former.
-        computed_tokens: that went through the model, those computed again included.
-        generated_tokens: that were chosen.
-        step_seconds: in passes.
-        drafted_tokens, accepted_tokens: guesses that were checked, and those of them that became tokens of answers.
-    """
-
-    steps: int = 0
-    prompt_tokens: int = 0
-    cached_tokens: int = 0
-    computed_tokens: int = 0
-    generated_tokens: int = 0
-    step_seconds: float = 0.0
-    drafted_tokens: int = 0
-    accepted_tokens: int = 0
 
 
 class BatchEngine:
