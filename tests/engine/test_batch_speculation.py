@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from adapter_cases import shapes_of, write_adapter
 from engine_cases import Answer, answer, check_pages, some_requests, tiny_decoder, tiny_engine
 from generation_cases import byte_tokenizer
 from native_cases import VOCABULARY
@@ -142,8 +143,9 @@ def test_repeated_words_are_guessed(decoder: Decoder) -> None:
 
 @pytest.fixture(scope="module")
 def nested(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> LoadedModel:
-    """The tiny model at 2 to 6 bits in one file."""
-    out = tmp_path_factory.mktemp("nested") / "folder"
+    """The tiny model at 2 to 6 bits in one file, with an adapter beside it."""
+    folder = tmp_path_factory.mktemp("nested")
+    out = folder / "folder"
     arguments = [
         "quantize",
         str(tiny_model),
@@ -158,7 +160,8 @@ def nested(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Loaded
     ]
     result = CliRunner().invoke(build([]), arguments)
     assert result.exit_code == 0, result.output
-    return load_model(str(out), backend=NativeBackend(1))
+    lora = write_adapter(folder / "lora", tiny_model, shapes_of(tiny_model), size=0.2)
+    return load_model(str(out), backend=NativeBackend(1), adapters={"lora": str(lora)})
 
 
 @pytest.mark.parametrize("temperature", [0.0, 0.8])
@@ -174,7 +177,7 @@ def test_low_planes_guess_for_all_texts_at_once(
     most = nested.decoder.spec.max_positions
     requests = [
         Request(tuple(rng.integers(0, 100, length).tolist()), SamplingParams(temperature=temperature, seed=length),
-                max_tokens=most - length, ignore_end=True, logprobs=1)
+                max_tokens=most - length, ignore_end=True, logprobs=1, adapter="lora" if length == 9 else None)
         for length in (3, 9, 20)
     ]  # fmt: skip
     alone = [answer(engine(40, None), request).content for request in requests]
