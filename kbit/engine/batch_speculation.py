@@ -128,7 +128,7 @@ class SelfDrafts:
         if not self._widths:
             return guesses
         (_, length), width, decoder = max(
-            ((width.best_length(DRAFT_TOKENS), width, decoder) for width, decoder in self._widths),
+            ((width.best_length(DRAFT_TOKENS, len(asked)), width, decoder) for width, decoder in self._widths),
             key=lambda found: found[0],
         )
         if not length:

@@ -62,13 +62,18 @@ class Width:
                 self.accepted = _FADE * self.accepted + accepted
                 self.rejected = _FADE * self.rejected + (not accepted)
 
-    def best_length(self, most: int) -> tuple[float, int]:
-        """Tokens per cost of the best draft of at most so many tokens, and its length; without one it is (1, 0)."""
+    def best_length(self, most: int, texts: int = 1) -> tuple[float, int]:
+        """Tokens per cost of the best draft of at most so many tokens, and its length; without one it is (1, 0).
+
+        Of several texts that are drafted and checked together, a pass without a draft has a row of each, and so has
+        every drafted one; checking adds as many for each guess.
+        """
+        more = (self.cost + _CHECKED * (2 * texts - 1)) / (1 + _CHECKED * (texts - 1))
         best, share, tokens = (1.0, 0), 1.0, 1.0
         for length in range(1, most + 1):
             share *= self.acceptance
             tokens += share
-            rate = tokens / (1 + length * (self.cost + _CHECKED))
+            rate = tokens / (1 + length * more)
             best = max(best, (rate, length))
         return best
 
