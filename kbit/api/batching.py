@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from kbit.engine.batch_engine import BatchEngine
+from kbit.engine.batch_speculation import batch_drafter
 from kbit.engine.scheduler import BATCH_TOKENS
 from kbit.graph.pages import PAGE, pages_for
 from kbit.host.errors import UsageError
@@ -26,6 +27,7 @@ def batch_engine(
     cache_bytes: int | None = None,
     seats: int = 64,
     batch_tokens: int = BATCH_TOKENS,
+    speculate: str | None = None,
 ) -> BatchEngine:
     """An engine for a model, its pages reserved.
 
@@ -36,14 +38,18 @@ def batch_engine(
             is free.
         seats: sequences that are computed at once.
         batch_tokens: most tokens of a pass.
+        speculate: who guesses tokens (`kbit.engine.batch_speculation.batch_drafter`); None: nobody.
 
     Raises:
-        UsageError: a context that model or cache does not have; memory that holds no page.
+        UsageError: a context that model or cache does not have; memory that holds no page; who cannot guess.
     """
     decoder = loaded.decoder
     pool = decoder.new_pool(1, 2)
     pool.ensure(_pages(decoder.spec.max_positions, pool.store.page_bytes, cache_bytes))
-    return BatchEngine(decoder, loaded.tokenizer, pool, context=context, seats=seats, batch_tokens=batch_tokens)
+    drafter = None if speculate is None else batch_drafter(loaded, speculate)
+    return BatchEngine(
+        decoder, loaded.tokenizer, pool, context=context, seats=seats, batch_tokens=batch_tokens, drafter=drafter
+    )
 
 
 def usual_tokens(context: int) -> int:

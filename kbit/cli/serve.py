@@ -106,6 +106,17 @@ AdapterOption = Annotated[
 ]
 
 
+SpeculateOption = Annotated[
+    str | None,
+    typer.Option(
+        "--speculate",
+        metavar="ngram|self[:K]",
+        help="Guess tokens where few answers are being written, for the same text sooner: from what it repeats "
+        "(ngram), or with the low planes of nested models (self, or self:3 for 3 bits).",
+    ),
+]
+
+
 @dataclass(frozen=True)
 class LimitFlags:
     """How much of everything."""
@@ -238,6 +249,7 @@ def serve(
     limits: LimitFlags,
     answers: AnswerFlags,
     adapter: AdapterOption = None,
+    speculate: SpeculateOption = None,
     device: DeviceOption = "auto",
     backend: BackendOption = "auto",
     compute: ComputeOption = None,
@@ -290,7 +302,7 @@ def serve(
 
     named = [served_name(model) for model in models or [DEFAULT_MODEL]]
     adapters = [served_adapter(each) for each in adapter or ()]
-    served = _models(named, adapters, access, limits, answers, device, backend, compute, kv_bits, threads)
+    served = _models(named, adapters, access, limits, answers, speculate, device, backend, compute, kv_bits, threads)
     keys = access.api_key or [key for key in [os.environ.get("KBIT_API_KEY")] if key]
     if any(not key.strip() for key in keys):
         raise UsageError("--api-key '': a key needs at least one character")
@@ -315,6 +327,7 @@ def _models(
     access: AccessFlags,
     limits: LimitFlags,
     answers: AnswerFlags,
+    speculate: str | None,
     *engine: Any,
 ) -> Models:
     from kbit.backends.select import select_backend
@@ -337,6 +350,7 @@ def _models(
         tags=tuple(tag for tag in (access.tags or "").split(",") if tag),
         batch_tokens=limits.batch,
         memory=None if limits.memory is None else _bytes("--memory", limits.memory),
+        speculate=speculate,
     )
     return Models(named, options, any_name=access.any_model, adapters=adapters)
 

@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kbit.engine.answer_text import AnswerText
+from kbit.engine.batch_speculation import TextDrafts
 from kbit.engine.native_sampler import NativeSampler
 from kbit.engine.repetition import only_repeats
 from kbit.engine.sampler import Sampler, SamplingParams
@@ -202,6 +203,7 @@ class Choice:
         ids: the tokens so far.
         sequence: what the scheduler knows of it, once it has one.
         finish: why it ended, or None.
+        drafts: of guesses at its tokens.
     """
 
     def __init__(self, request: Request, index: int, tokenizer: Tokenizer) -> None:
@@ -215,6 +217,7 @@ class Choice:
         self.ids: list[int] = []
         self.sequence: Sequence | None = None
         self.finish: Finish | None = None
+        self.drafts = TextDrafts()
         self._text = AnswerText(
             tokenizer,
             request.prompt if request.continues_prompt else (),

@@ -18,7 +18,11 @@ from typing import TYPE_CHECKING, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from kbit.engine.answers import Choice, Done, Event, Failed, Piece, Progress, PromptScored, Request, TokenInfo, Usage
+from kbit.engine.answers import Choice, Done, Event, Failed, Piece, Progress, PromptScored, Request, TokenInfo
+from kbit.engine.batch_speculation import MOST_WRITING, Asked, BatchDrafter
+from kbit.engine.live import Counters as Counters
+from kbit.engine.live import Live as Live
+from kbit.engine.live import TooLongError as TooLongError
 from kbit.engine.logprobs import token_infos
 from kbit.engine.prompt_cache import DecoderSpec, check_prompt
 from kbit.engine.scheduler import BATCH_TOKENS, Pass, Scheduler
@@ -55,84 +59,20 @@ class BatchDecoder(Protocol):
         """The logits (L, V) of the tokens that are wanted; the tokens are in the cache afterwards."""
 
 
-class TooLongError(UsageError):
-    """A prompt that the context has no room for.
+@dataclass(eq=False)
+class _Check:
+    """An answer with guesses whose first is to be compared with its last token.
 
     Attributes:
-        tokens, context: the length of both.
+        row: of the logits after the token before that.
+        held: guesses that were right.
     """
 
-    def __init__(self, tokens: int, context: int) -> None:
-        super().__init__(
-            f"the prompt has {tokens} tokens, which exceeds the available context size of {context}, answer included: "
-            "shorten the prompt"
-        )
-        self.tokens, self.context = tokens, context
-
-
-class Live:
-    """A request that an engine works on.
-
-    Args:
-        request: what to generate.
-        tokenizer: the model's.
-
-    Attributes:
-        request: as given.
-        choices: its answers, of which all but the first begin when the prompt has been read.
-        arrived, begun, first_token: when it came, when its first token went through the model, and when the first of
-            its answer was chosen, by the clock `time.perf_counter`; None: not yet.
-        cached: tokens of the prompt that were in the cache.
-        told: how many had been read when `Progress` was last told.
-        scored: what is known of the prompt's tokens so far.
-
-    Raises:
-        UsageError: a stop string is empty.
-    """
-
-    def __init__(self, request: Request, tokenizer: Tokenizer) -> None:
-        self.request = request
-        self.choices = [Choice(request, index, tokenizer) for index in range(max(1, request.choices))]
-        self.arrived = perf_counter()
-        self.begun: float | None = None
-        self.first_token: float | None = None
-        self.cached = self.told = 0
-        self.scored: list[TokenInfo] = [TokenInfo(request.prompt[0])]
-
-    @property
-    def usage(self) -> Usage:
-        """What it took so far."""
-        now = perf_counter()
-        return Usage(
-            prompt_tokens=len(self.request.prompt),
-            cached_tokens=self.cached,
-            completion_tokens=sum(len(choice.ids) for choice in self.choices),
-            queue_seconds=(self.begun or now) - self.arrived,
-            first_token_seconds=None if self.first_token is None else self.first_token - self.arrived,
-            seconds=now - self.arrived,
-        )
-
-
-@dataclass
-class Counters:
-    """What an engine has done since it started.
-
-    Attributes:
-        steps: passes.
-        sequences: of all passes.
-        prompt_tokens, cached_tokens: of the requests that have begun; the latter are part of the former.
-        computed_tokens: that went through the model, those computed again included.
-        generated_tokens: that were chosen.
-        step_seconds: in passes.
-    """
-
-    steps: int = 0
-    sequences: int = 0
-    prompt_tokens: int = 0
-    cached_tokens: int = 0
-    computed_tokens: int = 0
-    generated_tokens: int = 0
-    step_seconds: float = 0.0
+    live: Live
+    choice: Choice
+    sequence: Sequence
+    row: int
+    held: int = 0
 
 
 class BatchEngine:
@@ -148,6 +88,7 @@ class BatchEngine:
         seats: most sequences that are computed at once.
         step_seconds: how long a step may take while answers are being written.
         batch_tokens: most tokens of a pass.
+        drafter: who guesses tokens, where few answers are being written; None: nobody does.
 
     Attributes:
         tokenizer, pool, context, counters: as given, and what was done.
@@ -166,6 +107,7 @@ class BatchEngine:
         seats: int = 64,
         step_seconds: float = STEP_SECONDS,
         batch_tokens: int = BATCH_TOKENS,
+        drafter: BatchDrafter | None = None,
     ) -> None:
         self._decoder = decoder
         self.tokenizer = tokenizer
@@ -174,6 +116,7 @@ class BatchEngine:
         self.counters = Counters()
         self._scheduler = Scheduler(pool, batch_tokens, seats)
         self._step_seconds = step_seconds
+        self._drafter = drafter
         self._rows_per_second = 0.0  # beyond the time that any pass takes; not measured yet
         self._pass_seconds = 0.0
         self._owners: dict[Sequence, tuple[Live, Choice]] = {}
@@ -253,6 +196,8 @@ class BatchEngine:
         A request whose logits are no numbers fails alone; where the pass fails, all that were in it do.
         """
         events: dict[Live, list[Event]] = {}
+        if self._drafter is not None:
+            self._draft(self._drafter)
         work = self._scheduler.next_pass(self._rows())
         if work is None:
             return []
@@ -284,15 +229,16 @@ class BatchEngine:
             except KbitError as error:
                 self._fail(live, error, events)
                 continue
-            if not sequence.pending:
+            if sequence.pending <= 0:  # fewer, with guesses
                 # When the prompt has been read, the other choices go on from its pages.
                 first = not choice.ids and not choice.index
                 waiting.append((live, sequence, live.choices if first else [choice]))
-                rows.append(part.stop - 1)
+                rows.append(part.stop - 1 - len(sequence.draft))
         drawn = [(c, row) for (_, _, cs), row in zip(waiting, rows, strict=True) for c in cs if c.request.max_tokens]
         found = choose_tokens([choice for choice, _ in drawn], logits, [row for _, row in drawn])
         tokens = {choice: token for (choice, _), token in zip(drawn, found, strict=True)}
-        for live, sequence, choices in waiting:
+        checks: list[_Check] = []
+        for (live, sequence, choices), row in zip(waiting, rows, strict=True):
             if live not in self._live:  # another of its choices failed in this very step
                 continue
             failed = next((each for c in choices if isinstance(each := tokens.get(c), KbitError)), None)
@@ -307,10 +253,77 @@ class BatchEngine:
                     other.sequence = Sequence(self.pool, ids, table=sequence.table.fork(), adapter=sequence.adapter)
                     self._scheduler.add(other.sequence)
                     self._owners[other.sequence] = live, other
-            self._go_on(choices[0])
-            if all(each.finish is not None for each in live.choices):
-                del self._live[live]
-                mine.append(Done(live.usage))
+            check = _Check(live, choices[0], sequence, row)
+            if sequence.draft and choices[0].finish is None:
+                checks.append(check)
+                continue
+            if sequence.draft:
+                self._holds(check)
+                self._settle(check)
+            else:
+                self._go_on(choices[0])
+            self._finish(live, mine)
+        self._check_drafts(checks, logits, events)
+
+    def _finish(self, live: Live, events: list[Event]) -> None:
+        """Ends a request whose choices have all ended."""
+        if all(each.finish is not None for each in live.choices):
+            del self._live[live]
+            events.append(Done(live.usage))
+
+    def _draft(self, drafter: BatchDrafter) -> None:
+        """Has the next tokens guessed of answers that are being written, where these are few and nothing else waits."""
+        writing = [sequence for sequence in self._scheduler.running if sequence.pending == 1]
+        quiet = not self._scheduler.waiting and len(writing) == len(self._scheduler.running)
+        asked = []
+        for sequence in writing if quiet and len(writing) <= MOST_WRITING else ():
+            live, choice = self._owners[sequence]
+            room = min(live.request.max_tokens - len(choice.ids), self.context - len(sequence.ids)) - 1
+            if choice.ids and room > 0:
+                asked.append(Asked(sequence, choice.sampler, choice.drafts, room))
+        for each, draft in zip(asked, drafter.draft(asked, self.pool) if asked else (), strict=True):
+            each.sequence.draft = draft
+
+    def _check_drafts(self, checks: list[_Check], logits: NDArray[np.float32], events: dict[Live, list[Event]]) -> None:
+        """Chooses the tokens after each that was guessed right, those of all answers in one go."""
+        while checks:
+            going: list[_Check] = []
+            over: list[_Check] = []
+            for check in checks:
+                if check.live in self._live:
+                    (going if self._holds(check) else over).append(check)
+            for check in over:
+                self._settle(check)
+            for check in over:  # (of one request, several may end in one step)
+                if check.live in self._live:
+                    self._finish(check.live, events[check.live])
+            found = choose_tokens([each.choice for each in going], logits, [each.row + each.held for each in going])
+            for check, chosen in zip(going, found, strict=True):
+                if isinstance(chosen, KbitError):
+                    self._fail(check.live, chosen, events)
+                elif check.live in self._live:
+                    events[check.live].append(self._take(check.live, check.choice, chosen))
+            checks = going
+
+    def _holds(self, check: _Check) -> bool:
+        """Counts an answer's last token to its text; whether it is the guess, so that the logits after it hold."""
+        token, draft = check.choice.ids[-1], check.sequence.draft
+        check.sequence.append(token)
+        right = check.held < len(draft) and draft[check.held] == token
+        check.held += right
+        return right and check.choice.finish is None
+
+    def _settle(self, check: _Check) -> None:
+        """Forgets the guesses that did not hold, or the whole sequence, if its answer has ended."""
+        assert self._drafter is not None
+        draft = check.sequence.draft
+        self._drafter.learn(check.choice.drafts, len(draft), check.held)
+        self.counters.drafts += 1
+        self.counters.drafted_tokens += len(draft)
+        self.counters.accepted_tokens += check.held
+        check.sequence.settle(check.held)
+        if check.choice.finish is not None:
+            self._release(check.choice)
 
     def _fail(self, live: Live, error: Exception, events: dict[Live, list[Event]]) -> None:
         events[live] = [Failed(error)]

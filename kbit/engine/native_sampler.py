@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import secrets
 from collections.abc import Iterable, Sequence
+from copy import copy
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -20,7 +21,7 @@ Mask = NDArray[np.bool_]
 
 
 class NativeSampler:
-    """Draws the tokens of one request and remembers them for the penalties: `Sampler`, without speculation.
+    """Draws the tokens of one request and remembers them for the penalties: `Sampler`, without `verify`.
 
     Args:
         params, prompt_ids, choice: see `Sampler`.
@@ -51,6 +52,12 @@ class NativeSampler:
             )
         if p.repetition_penalty != 1:
             self.native.see(np.fromiter(prompt_ids, np.int64))
+
+    def copy(self) -> NativeSampler:
+        """Another one that has chosen the same tokens so far."""
+        other = copy(self)
+        other.native = self.native.copy()
+        return other
 
     def sample(self, logits: Logits) -> int:
         """The next token, which is then counted as generated.

@@ -38,6 +38,9 @@ class NgramDrafter:
         self._indexed = 2  # pairs that end before this index are in the dictionaries
 
     def propose(self, text: Sequence[int], most: int, sampler: Sampler) -> list[Guess]:
+        return [(token, None) for token in self.find(text, most)]
+
+    def find(self, text: Sequence[int], most: int) -> list[int]:
         """At most `most` tokens that followed the longest match; none without a match of two tokens or more."""
         size = len(text)
         for index in range(self._indexed, size):
@@ -47,11 +50,11 @@ class NgramDrafter:
             self._latest[pair] = index
         self._indexed = max(self._indexed, size)
         place, length = self._longest_match(text) if size >= 2 else (0, 0)
-        guesses: list[Guess] = []
+        guesses: list[int] = []
         for step in range(min(most, length)):
             # Where the match overlaps the end of the text, the text is going round: so does the draft.
             token = text[place + step % (size - place)]
-            guesses.append((token, None))
+            guesses.append(token)
             if token in self._end_ids:
                 break
         return guesses

@@ -118,6 +118,7 @@ class Scheduler:
             if sequence in self._running:  # it may have been stopped for one before it
                 count = self._admit(sequence, max(budget, 1), {id(each) for each, _ in chosen})
                 if count:
+                    count += self._admit_draft(sequence, budget - count)
                     chosen.append((sequence, count))
                     budget -= count
         parts = self._parts(budget)
@@ -179,6 +180,16 @@ class Scheduler:
         self._reserve(sequence, count)
         return count
 
+    def _admit_draft(self, sequence: Sequence, budget: int) -> int:
+        """Makes room for the guesses of a sequence that has room for its next token: how many, 0 where that would take
+        pages of others."""
+        draft = sequence.draft = sequence.draft[: max(0, budget)]
+        if draft and sequence.table.missing(1 + len(draft)) > self.pool.available:
+            draft = sequence.draft = []
+        if draft:
+            self._reserve(sequence, 1 + len(draft))
+        return len(draft)
+
     def _fitting(self, sequence: Sequence, budget: int) -> int:
         """Tokens of a sequence that a pass with so much room left takes."""
         if sequence.whole:
@@ -194,6 +205,7 @@ class Scheduler:
                 continue
             self._running.remove(victim)
             victim.table.release()
+            victim.draft = []
             self._waiting.appendleft(victim)
             self.preemptions += 1
             return victim is not sequence
@@ -255,7 +267,7 @@ class Scheduler:
         chosen = sorted(chosen, key=lambda each: each[0].adapter)  # rows of one adapter are multiplied together
         for sequence, count in chosen:
             start = sequence.table.length
-            tokens.append(sequence.ids[start : start + count])
+            tokens.append([*sequence.ids, *sequence.draft][start : start + count])
             starts.append(start)
             first = max(sequence.wanted_from, start)
             wanted += range(begin + first - start, begin + count)
@@ -264,5 +276,5 @@ class Scheduler:
         sequences = tuple(sequence for sequence, _ in chosen)
         if any(sequence.adapter >= 0 for sequence in sequences):
             batch = replace(batch, adapters=np.array([sequence.adapter for sequence in sequences], dtype=np.int64))
-        capacity = max(len(sequence.ids) for sequence in sequences)
+        capacity = max(len(sequence.ids) + len(sequence.draft) for sequence in sequences)
         return Pass(batch, Cache(self.pool, [each.table for each in sequences], capacity), sequences)

@@ -65,13 +65,18 @@ class Width:
                 self.accepted = _FADE * self.accepted + accepted
                 self.rejected = _FADE * self.rejected + (not accepted)
 
-    def best_length(self, most: int) -> tuple[float, int]:
-        """Tokens per cost of the best draft of at most so many tokens, and its length; without one it is (1, 0)."""
+    def best_length(self, most: int, texts: int = 1) -> tuple[float, int]:
+        """Tokens per cost of the best draft of at most so many tokens, and its length; without one it is (1, 0).
+
+        Of several texts that are drafted and checked together, a pass without a draft has a row of each, and so has
+        every drafted one; checking adds as many for each guess.
+        """
+        more = (self.cost + _CHECKED * (2 * texts - 1)) / (1 + _CHECKED * (texts - 1))
         best, share, tokens = (1.0, 0), 1.0, 1.0
         for length in range(1, most + 1):
             share *= self.acceptance
             tokens += share
-            rate = tokens / (1 + length * (self.cost + _CHECKED))
+            rate = tokens / (1 + length * more)
             best = max(best, (rate, length))
         return best
 
@@ -94,18 +99,9 @@ class SelfDrafter:
 
     def follow(self, loaded: LoadedModel) -> None:
         """Draft for the model at another width."""
-        full = loaded.bits or 0
-        self._loaded = loaded
-        self._decoders: dict[int, Decoder] = {}
-        narrower = [bits for bits in loaded.widths if bits < full]
-        tried = [bits for bits in narrower if bits in (_TRIED if self._asked is None else (self._asked,))]
-        # (Where none of these is there, as of a file of 5 to 8 bits, the narrowest.)
-        chosen = tried or (narrower[-1:] if self._asked is None else [])
-        read = _bytes_read(loaded.decoder)
-        shares = [_bytes_read(self._decoder(bits)) / read for bits in chosen]
-        self._widths = [
-            Width(bits, (share + _BESIDE) / (1 + _BESIDE)) for bits, share in zip(chosen, shares, strict=True)
-        ]
+        found = draft_widths(loaded, self._asked)
+        self._widths = [width for width, _ in found]
+        self._decoders = {width.bits: decoder for width, decoder in found}
         self._since = _PAUSE  # the first text begins with a try
         self._length = 0
         self._last: tuple[Width, list[int]] | None = None
@@ -144,7 +140,7 @@ class SelfDrafter:
                 return []
             length = min(most, _TRY)
         self._since = 0
-        guesses = self._draft(self._decoder(width.bits), text, length, sampler)
+        guesses = self._draft(self._decoders[width.bits], text, length, sampler)
         self._last = (width, [token for token, _ in guesses])
         self._start_of_last = len(text)
         return guesses
@@ -176,10 +172,25 @@ class SelfDrafter:
                     return guesses
                 logits = cache.extend(tokens[-1:])
 
-    def _decoder(self, bits: int) -> Decoder:
-        if bits not in self._decoders:
-            self._decoders[bits] = self._loaded.at_width(bits).decoder
-        return self._decoders[bits]
+
+def draft_widths(loaded: LoadedModel, asked: int | None) -> list[tuple[Width, Decoder]]:
+    """The widths that may draft for a model at its own, and what runs them.
+
+    Args:
+        loaded: the model.
+        asked: the one to draft with; None: some that often pay.
+    """
+    narrower = [bits for bits in loaded.widths if bits < (loaded.bits or 0)]
+    tried = [bits for bits in narrower if bits in (_TRIED if asked is None else (asked,))]
+    # (Where none of these is there, as of a file of 5 to 8 bits, the narrowest.)
+    chosen = tried or (narrower[-1:] if asked is None else [])
+    decoders = [(bits, loaded.at_width(bits).decoder) for bits in chosen]
+    read = _bytes_read(loaded.decoder)
+    shares = [_bytes_read(decoder) / read for _, decoder in decoders]
+    return [
+        (Width(bits, (share + _BESIDE) / (1 + _BESIDE)), decoder)
+        for (bits, decoder), share in zip(decoders, shares, strict=True)
+    ]
 
 
 def _bytes_read(decoder: Decoder) -> int:

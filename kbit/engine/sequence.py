@@ -29,6 +29,8 @@ class Sequence:
         table: their pages.
         whole, adapter: as given.
         wanted_from: first position that has not been answered.
+        draft: guesses at the tokens after the last, which the next pass computes, too, if there is room; `settle` says
+            what became of them.
 
     Raises:
         ValueError: no tokens, or `table` has results of positions that are wanted.
@@ -48,6 +50,7 @@ class Sequence:
         self.wanted_from = len(self.ids) - 1 if wanted_from is None else wanted_from
         self.whole = whole
         self.adapter = adapter
+        self.draft: list[int] = []
         self.table = BlockTable(pool) if table is None else table
         if not self.ids or self.table.length > min(self.wanted_from, len(self.ids) - 1):
             raise ValueError("a sequence has tokens that are still to be computed, those that are wanted among them")
@@ -75,10 +78,24 @@ class Sequence:
         """
         stop = self.table.length
         answered = max(0, stop - max(self.wanted_from, stop - count))
+        if self.draft:  # how many of these tokens are in the text is not known yet
+            return answered
+        self._count(stop, count)
+        return answered
+
+    def settle(self, held: int) -> None:
+        """Of the draft that was computed, so many guesses are in the text now, and the others are forgotten."""
+        count = 1 + held
+        stop = self.table.length - len(self.draft) + held
+        self.table.truncate(stop)
+        self.draft = []
+        self._count(stop, count)
+
+    def _count(self, stop: int, count: int) -> None:
+        """The `count` tokens before position `stop` are computed, and of the text."""
         self.wanted_from = max(self.wanted_from, stop)
         if not self.whole and stop // PAGE > (stop - count) // PAGE:
             self.table.publish(self._page_keys(stop), self.ids)
-        return answered
 
     def _page_keys(self, length: int) -> list[bytes]:
         """Keys of the full pages of the first `length` tokens."""

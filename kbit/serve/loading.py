@@ -177,6 +177,7 @@ def load(
         cache_bytes=plan.cache,
         seats=options.seats,
         batch_tokens=options.batch_tokens,
+        speculate=options.speculate,
     )
 
 

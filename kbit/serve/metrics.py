@@ -95,9 +95,19 @@ class Metrics:
             ),
             ("n_decode_total", "counter", "Passes of the models.", steps + self._embeddings),
             ("n_tokens_max", "counter", "Tokens of the longest prompt with its answer.", self._longest),
-            ("spec_decode_num_draft_tokens_total", "counter", "Tokens that were guessed.", 0),
-            ("spec_decode_num_accepted_tokens_total", "counter", "Guesses that held.", 0),
-            ("spec_decode_num_drafts_total", "counter", "How often was guessed.", 0),
+            (
+                "spec_decode_num_draft_tokens_total",
+                "counter",
+                "Guesses that were checked.",
+                sum(e.drafted_tokens for e in done),
+            ),
+            (
+                "spec_decode_num_accepted_tokens_total",
+                "counter",
+                "Guesses that held.",
+                sum(e.accepted_tokens for e in done),
+            ),
+            ("spec_decode_num_drafts_total", "counter", "How often was guessed.", sum(e.drafts for e in done)),
             ("prompt_tokens_seconds", "gauge", "Tokens of prompts a second.", _ratio(read, self._reading)),
             ("predicted_tokens_seconds", "gauge", "Tokens of answers a second.", _ratio(written, self._writing)),
             ("requests_processing", "gauge", "Sequences that have pages.", sum(engine.running for engine in engines)),
@@ -148,6 +158,8 @@ class _Engines(Collector):
             "prefix_cache_hits": ("Tokens of prompts that were cached.", lambda e: e.counters.cached_tokens),
             "prompt_tokens": ("Tokens of prompts.", lambda e: e.counters.prompt_tokens),
             "generation_tokens": ("Tokens that were generated.", lambda e: e.counters.generated_tokens),
+            "spec_decode_num_draft_tokens": ("Guesses that were checked.", lambda e: e.counters.drafted_tokens),
+            "spec_decode_num_accepted_tokens": ("Guesses that held.", lambda e: e.counters.accepted_tokens),
             "engine_steps": ("Passes of the model.", lambda e: e.counters.steps),
         }
         for name, (about, value) in counters.items():

@@ -53,6 +53,7 @@ class ModelOptions:
         verbose: answers to chats tell the prompt that the model was given.
         memory: bytes that all loaded models may take together, by what is planned of them; None: on the CPU, what is
             free when the server starts.
+        speculate: who guesses tokens where few answers are being written: "ngram", "self" or "self:BITS"; None: nobody.
     """
 
     backend: Backend
@@ -68,6 +69,7 @@ class ModelOptions:
     tags: Sequence[str] = ()
     batch_tokens: int = BATCH_TOKENS
     memory: int | None = None
+    speculate: str | None = None
 
 
 @dataclass(eq=False)

@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
+import numpy as np
 from decoder_cases import TINY, DictSource, quantized, tame_tensors
 from generation_cases import byte_tokenizer
-from native_cases import native
+from native_cases import VOCABULARY, native
 
 from kbit.engine.answers import Done, Event, Failed, Finish, Piece, PromptScored, Request, TokenInfo, Usage
 from kbit.engine.batch_engine import BatchEngine, Live
+from kbit.engine.sampler import SamplingParams
 from kbit.models.decoder import Decoder
 
 
@@ -83,3 +85,36 @@ def check_pages(engine: BatchEngine) -> None:
     assert used + pool.available == pool.count
     if not len(engine):
         assert used == 0
+
+
+def some_requests(count: int, seed: int) -> list[Request]:
+    """Prompts of all lengths, some with a beginning in common, and every way to choose."""
+    rng = np.random.default_rng(seed)
+    common = rng.integers(0, VOCABULARY, 140).tolist()
+    requests = []
+    for index in range(count):
+        prompt = rng.integers(0, VOCABULARY, int(rng.choice([1, 5, 64, 65, 130, 200]))).tolist()
+        if index % 3 == 0:
+            prompt = common[: int(rng.integers(60, 140))] + prompt[:20]
+        sampling = SamplingParams(
+            temperature=float(rng.choice([0.0, 0.7, 1.3])),
+            top_k=int(rng.choice([0, 5])),
+            top_p=float(rng.choice([1.0, 0.9])),
+            min_p=float(rng.choice([0.0, 0.02])),
+            repetition_penalty=float(rng.choice([1.0, 1.2])),
+            frequency_penalty=float(rng.choice([0.0, 0.4])),
+            seed=int(rng.integers(1 << 40)),
+            logit_bias=((3, 2.5), (9, -100.0)) if index % 4 == 1 else (),
+        )
+        requests.append(
+            Request(
+                tuple(prompt),
+                sampling,
+                max_tokens=int(rng.choice([1, 10, 160])),
+                choices=int(rng.choice([1, 1, 3])),
+                stop=("5", "ab") if index % 5 == 0 else (),
+                logprobs=[None, 0, 4][index % 3],
+                prompt_logprobs=2 if index % 7 == 3 else None,
+            )
+        )
+    return requests

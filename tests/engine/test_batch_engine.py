@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from engine_cases import Answer, answer, check_pages, tiny_decoder, tiny_engine
+from engine_cases import Answer, answer, check_pages, some_requests, tiny_decoder, tiny_engine
 from native_cases import VOCABULARY
 from numpy.typing import NDArray
 
@@ -22,39 +22,6 @@ from kbit.models.decoder import Decoder
 @pytest.fixture(scope="module")
 def decoder() -> Decoder:
     return tiny_decoder()
-
-
-def some_requests(count: int, seed: int) -> list[Request]:
-    """Prompts of all lengths, some with a beginning in common, and every way to choose."""
-    rng = np.random.default_rng(seed)
-    common = rng.integers(0, VOCABULARY, 140).tolist()
-    requests = []
-    for index in range(count):
-        prompt = rng.integers(0, VOCABULARY, int(rng.choice([1, 5, 64, 65, 130, 200]))).tolist()
-        if index % 3 == 0:
-            prompt = common[: int(rng.integers(60, 140))] + prompt[:20]
-        sampling = SamplingParams(
-            temperature=float(rng.choice([0.0, 0.7, 1.3])),
-            top_k=int(rng.choice([0, 5])),
-            top_p=float(rng.choice([1.0, 0.9])),
-            min_p=float(rng.choice([0.0, 0.02])),
-            repetition_penalty=float(rng.choice([1.0, 1.2])),
-            frequency_penalty=float(rng.choice([0.0, 0.4])),
-            seed=int(rng.integers(1 << 40)),
-            logit_bias=((3, 2.5), (9, -100.0)) if index % 4 == 1 else (),
-        )
-        requests.append(
-            Request(
-                tuple(prompt),
-                sampling,
-                max_tokens=int(rng.choice([1, 10, 160])),
-                choices=int(rng.choice([1, 1, 3])),
-                stop=("5", "ab") if index % 5 == 0 else (),
-                logprobs=[None, 0, 4][index % 3],
-                prompt_logprobs=2 if index % 7 == 3 else None,
-            )
-        )
-    return requests
 
 
 @pytest.fixture(scope="module")

@@ -18,6 +18,7 @@ from kbit.backends.cpu.backend import NativeBackend
 from kbit.backends.reference.backend import ReferenceBackend
 from kbit.graph.backend import Backend
 from kbit.graph.batch import Batch
+from kbit.graph.operations import Adapt, Symbol
 from kbit.host.errors import CheckpointError, KbitError, UnsupportedError, UsageError
 from kbit.host.notes import KbitNote
 from kbit.models.adapters import add_adapters
@@ -172,6 +173,15 @@ def test_what_an_adapter_must_not_be(
         add_adapters(exact(source), source.config, {"a": lora})
     assert str(lora) in str(found.value)
     assert "\n" not in str(found.value)
+
+
+def test_triton_refuses_them_by_name() -> None:
+    pytest.importorskip("triton")
+    from kbit.backends.triton.replay import Replay
+
+    x, y, out = Symbol(4), Symbol(4), Symbol(4)
+    with pytest.raises(UnsupportedError, match="the triton backend runs no LoRA adapters beside a model: open the"):
+        Replay([Adapt(x, (y,), ((None,),), (out,))], x, out, torch.float16)
 
 
 def test_what_is_no_adapter_and_who_has_none(tmp_path: Path) -> None:

@@ -107,6 +107,7 @@ void bind_sampling(nb::module_& module) {
            nb::arg("bias_tokens").noconvert(), nb::arg("biases").noconvert(), nb::arg("seed"), nb::arg("choice"))
       .def("see", [](RowSampler& self, Rows ids) { self.see(ids.data(), static_cast<std::int64_t>(ids.shape(0))); },
            nb::arg("ids").noconvert(), "Tokens of the prompt, int64 (n,).")
+      .def("copy", [](const RowSampler& self) { return RowSampler(self); }, "Another one that has chosen the same tokens.")
       .def_prop_ro("position", &RowSampler::position, "Tokens that were chosen.");
   module.def("keyed_uniform", &keyed_uniform, nb::arg("seed"), nb::arg("choice"), nb::arg("position"),
              "kbit.engine.randomness.KeyedUniform's number.");

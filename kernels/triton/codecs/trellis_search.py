@@ -3,8 +3,8 @@
 A program has one tile. It keeps two rows of costs, one for each overlap of two windows, and the choices of 256 steps in
 memory of its own (the L1 and L2 caches hold the costs); a step reads the row before, and adds for every window what its
 number would cost. Costs are whole numbers of 16 bits that saturate, and of equal ones the first wins, as on the CPU, so
-that results are the same. The way back is a chain of loads, 256 of them, while other programs go forward. Threads read what
-others of their program wrote to memory: on NVIDIA's GPUs a barrier orders that. On AMD's Triton 3.7.1 compiles the
+that results are the same. The way back is a chain of loads, 256 of them, while other programs go forward. Threads read
+what others of their program wrote to memory: on NVIDIA's GPUs a barrier orders that. On AMD's Triton 3.7.1 compiles the
 barrier without waiting for stores (seen in the machine code for gfx942), so these are refused.
 
 Work: 2^L windows a step, about 400 steps a tile; bound by integer instructions. Checked in the interpreter and by its

@@ -92,7 +92,7 @@ def exactly(x: torch.Tensor, weight: torch.Tensor, parts: Sequence[Factors], ada
     [
         (77, 48, [3, None, 1], 9, torch.float32),
         (16, 64, [16, 8], 1, torch.float32),
-        (1100, 130, [65, 17, 2], 100, torch.bfloat16),  # pieces of panels and of rows
+        (530, 130, [65, 17, 2], 40, torch.bfloat16),  # pieces of panels and of rows
         (1, 1, [1], 3, torch.float16),
     ],
 )

@@ -1,0 +1,196 @@
+"""Speculation in the batch engine: guesses at the next tokens of answers, checked in the step that computes all others.
+
+A token's random number is a function of the seed, the choice and its place. So checking a guess is choosing the token,
+as without a guess, from the logits that the pass gives for its place: where that is the guess, the next place's logits
+hold, too. The tokens are the very ones that there are without speculation, and it can change nothing but the speed.
+
+Guesses come from the text itself (kbit.engine.ngram), or from the model's own low planes
+(kbit.engine.self_speculation), which write into the pages of the text and are forgotten before the check. Nothing is
+guessed where many answers are being written, or prompts are being read: then passes have rows enough, and a guess costs
+what it saves.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Sequence_
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Protocol
+
+import numpy as np
+
+from kbit.engine.native_sampler import NativeSampler, sample_rows
+from kbit.engine.ngram import NgramDrafter
+from kbit.engine.self_speculation import Width, asks_for_self, check_widths, draft_bits, draft_widths
+from kbit.engine.speculative import DRAFT_TOKENS, NGRAM
+from kbit.graph.batch import Batch
+from kbit.graph.cache import Cache
+from kbit.graph.pages import PagePool
+from kbit.host.errors import UsageError
+
+if TYPE_CHECKING:
+    from kbit.engine.loader import LoadedModel
+    from kbit.engine.sequence import Sequence
+    from kbit.models.decoder import Decoder
+
+# Answers that are being written at once, up to which there are guesses: beyond, a pass is bound by computing and not by
+# reading weights (docs/speculation.md).
+MOST_WRITING = 4
+_FIRST_DRAFT = 4
+# Steps from one try to the next where no draft pays, and how long a draft it is.
+_PAUSE, _TRY = 64, 2
+
+
+@dataclass(eq=False)
+class TextDrafts:
+    """What is known of one answer's guesses.
+
+    Attributes:
+        length: of the next draft at most.
+        ngram: finds what followed the same words before.
+        width: that made the last draft.
+    """
+
+    length: int = _FIRST_DRAFT
+    ngram: NgramDrafter | None = None
+    width: Width | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Asked:
+    """An answer that could go on by guesses.
+
+    Attributes:
+        sequence: its text; one token of it is to be computed.
+        sampler: chooses its tokens, and must not be used.
+        drafts: of its.
+        room: tokens that it may have after the one that the next step gives.
+    """
+
+    sequence: Sequence
+    sampler: NativeSampler
+    drafts: TextDrafts
+    room: int
+
+
+class BatchDrafter(Protocol):
+    """Who guesses for several answers at once."""
+
+    @property
+    def name(self) -> str:
+        """For reports."""
+
+    def draft(self, asked: Sequence_[Asked], pool: PagePool) -> list[list[int]]:
+        """Guesses at the next tokens of each, `room` at most, possibly none. The pages' books are as before."""
+
+    def learn(self, drafts: TextDrafts, guessed: int, held: int) -> None:
+        """Of the last draft of an answer, so many of the guesses held."""
+
+
+class NgramDrafts:
+    """Guesses from what a text has said before."""
+
+    name = NGRAM
+
+    def draft(self, asked: Sequence_[Asked], pool: PagePool) -> list[list[int]]:
+        found = []
+        for each in asked:
+            if each.drafts.ngram is None:
+                each.drafts.ngram = NgramDrafter()
+            found.append(each.drafts.ngram.find(each.sequence.ids, min(each.drafts.length, each.room)))
+        return found
+
+    def learn(self, drafts: TextDrafts, guessed: int, held: int) -> None:
+        drafts.length = min(DRAFT_TOKENS, 2 * drafts.length if held == guessed else held + 1)
+
+
+class SelfDrafts:
+    """Guesses of a nested model's low planes: as many as pay at the acceptance measured so far.
+
+    Args:
+        loaded: the model, at the width that checks.
+        bits: the width that drafts; None: chosen by what is accepted.
+
+    Raises:
+        UsageError: the model is not nested, or does not serve this width.
+    """
+
+    def __init__(self, loaded: LoadedModel, bits: int | None = None) -> None:
+        check_widths(loaded.name, [width for width in loaded.widths if width <= (loaded.bits or 0)], bits)
+        self._widths: list[tuple[Width, Decoder]] = draft_widths(loaded, bits)
+        self._rested = _PAUSE  # steps without a draft since the last one: the first text begins with a try
+
+    @property
+    def name(self) -> str:
+        return f"self:{','.join(str(width.bits) for width, _ in self._widths)}"
+
+    def draft(self, asked: Sequence_[Asked], pool: PagePool) -> list[list[int]]:
+        guesses: list[list[int]] = [[] for _ in asked]
+        if not self._widths:
+            return guesses
+        (_, length), width, decoder = max(
+            ((width.best_length(DRAFT_TOKENS, len(asked)), width, decoder) for width, decoder in self._widths),
+            key=lambda found: found[0],
+        )
+        if not length:
+            self._rested += 1
+            if self._rested < _PAUSE:
+                return guesses
+            length = _TRY
+        self._rested = 0
+        tables = [each.sequence.table for each in asked]
+        starts = [table.length for table in tables]
+        if sum(table.missing(length) for table in tables) > pool.available:
+            return guesses
+        samplers = [each.sampler.copy() for each in asked]
+        last = [each.sequence.ids[-1] for each in asked]
+        going = [index for index, each in enumerate(asked) if each.room > 0]
+        for each in asked:
+            each.drafts.width = width
+        for _ in range(length):
+            if not going:
+                break
+            rows = [tables[index] for index in going]
+            cache = Cache(pool, rows, max(row.length for row in rows) + 1)
+            batch = Batch.of([[last[index]] for index in going], cache.lengths)
+            adapters = np.array([asked[index].sequence.adapter for index in going], dtype=np.int64)
+            if (adapters >= 0).any():
+                batch = replace(batch, adapters=adapters)
+            logits = np.ascontiguousarray(decoder.run(batch, cache), np.float32)
+            found = sample_rows([samplers[index] for index in going], logits, range(len(going)))
+            after = []
+            for index, token in zip(going, found, strict=True):
+                if isinstance(token, int):  # else the low planes have nothing to say
+                    guesses[index].append(token)
+                    last[index] = token
+                    if len(guesses[index]) < asked[index].room:
+                        after.append(index)
+            going = after
+        for table, start in zip(tables, starts, strict=True):
+            table.truncate(start)
+        return guesses
+
+    def learn(self, drafts: TextDrafts, guessed: int, held: int) -> None:
+        if drafts.width is not None:
+            drafts.width.record(held, failed=held < guessed)
+
+
+def batch_drafter(loaded: LoadedModel, speculate: str) -> BatchDrafter:
+    """Who guesses for a served model.
+
+    Args:
+        loaded: the model.
+        speculate: "ngram", "self" or "self:BITS".
+
+    Raises:
+        UsageError: none of these; a model that is not nested; one whose states of fixed size cannot go back.
+    """
+    if loaded.decoder.spec.states:
+        raise UsageError(
+            f"--speculate {speculate}: {loaded.name} is recurrent, and its states do not go back to before a guess: "
+            "leave it out"
+        )
+    if asks_for_self(speculate):
+        return SelfDrafts(loaded, draft_bits(speculate))
+    if speculate != NGRAM:
+        raise UsageError(f"--speculate {speculate}: a server drafts with ngram, self or self:3; name one of these")
+    return NgramDrafts()
