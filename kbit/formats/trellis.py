@@ -2,7 +2,9 @@
 
 Tiles of 16 x 16 weights, row by row, are rings of 256 k bits. A weight stands for the L bits that end with its own k
 (`kbit.formats.trellis_code` says which number), in units of its row's scale: neighbours share L - k bits, and a search
-over all paths (kernels/cpu/rounding/trellis.h) finds the ring that is nearest to all of them. For normal numbers that
+over all paths (kernels/cpu/rounding/trellis.h) finds the ring that is nearest to all of them. Half widths take k and
+k + 1 bits in turn, which costs as much as the mean width should: between whole ones, mixed widths find more to choose
+from. For normal numbers that
 is within 8 to 12 % of what any code of k bits can do (QTIP, Tseng et al., arXiv 2406.11235), where a codebook of 2^k
 values is off by 90 to 140 %. So that weights are like normal numbers, columns are rotated first: random signs, then
 Hadamard matrices over blocks of columns. With 7 and 8 bits there is little left to win, and codes are integers.
@@ -38,23 +40,25 @@ CODES = ("sum2", "sum4")
 _STEPS = {"sum4": 0.00677, "sum2": 0.00957}
 _INTEGER_STEPS = {7: 0.0569, 8: 0.0308}
 # How much of a row's spread the code's is to be: what costs least for normal numbers. Wider codes have room for tails.
-_SHARES = {3: 0.96, 4: 0.92, 5: 0.9, 6: 0.88}
+_SHARES: dict[float, float] = {2.5: 0.98, 3: 0.96, 3.5: 0.94, 4: 0.92, 4.5: 0.91, 5: 0.9, 5.5: 0.89, 6: 0.88}
 INTEGER_BITS = 7  # from this width on, codes are integers
 
 
 @dataclass(frozen=True)
 class TrellisFormat(Codec):
-    """The format "trellis<k>", with its settings where they are not the default: "trellis2-sum4-l12-h128".
+    """The format "trellis<k>", with its settings where they are not the default: "trellis2-sum4-l12-h128". Half widths
+    are "trellis2.5" to "trellis5.5".
 
-    Parts: codes, uint8 (N / 16, K / 16, 32 k), of each tile its ring, the first bit in a byte's highest; scales, fp16
-    (N, 1); signs, uint8 (K / 8), a bit for each column, from a byte's lowest on: 1 for -1. Rows and columns are filled
-    up to whole tiles.
+    Parts: codes, uint8 (N / 16, K / 16, 32 w), w the width, of each tile its ring, the first bit in a byte's highest;
+    scales, fp16 (N, 1); signs, uint8 (K / 8), a bit for each column, from a byte's lowest on: 1 for -1. Rows and
+    columns are filled up to whole tiles.
 
     Attributes:
-        bits: k, 2 to 8.
+        bits: k, 2 to 8: whole bits of a weight.
         code: which number a window stands for, "sum2" or "sum4" (`kbit.formats.trellis_code`); "int" at 7 and 8 bits.
         window: L, bits of a window; k for integers.
         mixed: the most columns that one Hadamard matrix mixes, a power of two, 16 to 512.
+        half: half a bit more: weights in even columns have k bits, in odd ones k + 1.
     """
 
     family: ClassVar[str] = "trellis"
@@ -63,27 +67,32 @@ class TrellisFormat(Codec):
     code: str = ""
     window: int = 0
     mixed: int = MOST_MIXED
+    half: bool = False
 
     def __post_init__(self) -> None:
         if not 2 <= self.bits <= 8:
             raise UsageError(f"trellis{self.bits}: use trellis2 to trellis8")
         integers = self.bits >= INTEGER_BITS
+        if self.half and self.bits >= INTEGER_BITS - 1:
+            raise UsageError(f"trellis{self.width:g}: half widths are trellis2.5 to trellis5.5")
         if not self.code:
-            object.__setattr__(self, "code", _default_code(self.bits))
+            object.__setattr__(self, "code", _default_code(self.width))
         if not self.window:
             object.__setattr__(self, "window", self.bits if integers else WINDOW)
         if integers and (self.code, self.window) != ("int", self.bits):
             raise UsageError(f"trellis{self.bits}: codes of {self.bits} bits are integers; it has no code or window")
         if not integers and self.code not in CODES:
             raise UsageError(f"trellis{self.bits}: its code is one of {', '.join(CODES)}, not {self.code!r}")
-        if self.code == "sum2" and self.bits != 2:
-            raise UsageError(f"trellis{self.bits}-sum2: only 2 bits have the code sum2; write trellis{self.bits}")
-        least = max(_LEAST_WINDOW, 2 * self.bits)
+        if self.code == "sum2" and self.width != 2:
+            name = f"trellis{self.width:g}"
+            raise UsageError(f"{name}-sum2: only 2 bits have the code sum2; write {name}")
+        least = least_window(self.width)
         if not integers and not least <= self.window <= WINDOW:
-            raise UsageError(f"trellis{self.bits}: a window has {least} to {WINDOW} bits, not {self.window}")
+            raise UsageError(f"trellis{self.width:g}: a window has {least} to {WINDOW} bits, not {self.window}")
         if not TILE <= self.mixed <= MOST_MIXED or self.mixed & (self.mixed - 1):
             raise UsageError(
-                f"trellis{self.bits}: {self.mixed} columns cannot be mixed; use a power of two, {TILE} to {MOST_MIXED}"
+                f"trellis{self.width:g}: {self.mixed} columns cannot be mixed; use a power of two, {TILE} to "
+                f"{MOST_MIXED}"
             )
 
     # ---- its name
@@ -94,40 +103,51 @@ class TrellisFormat(Codec):
 
     @classmethod
     def parse(cls, text: str) -> TrellisFormat:
-        found = re.fullmatch(r"trellis(\d{1,3})(?:-(sum\d))?(?:-l(\d{1,3}))?(?:-h(\d{1,4}))?", text)
+        found = re.fullmatch(r"trellis(\d{1,3})(\.5)?(?:-(sum\d))?(?:-l(\d{1,3}))?(?:-h(\d{1,4}))?", text)
         if found is None:
             raise UsageError(
-                f"{text!r} is not a format: write trellis2 to trellis8, and then, in this order, -sum2 or -sum4 (the "
-                "code), -l12 (bits of a window), -h128 (columns mixed)"
+                f"{text!r} is not a format: write trellis2 to trellis8, or trellis2.5 to trellis5.5, and then, in "
+                "this order, -sum2 or -sum4 (the code), -l12 (bits of a window), -h128 (columns mixed)"
             )
-        bits, code, window, mixed = found.groups()
+        bits, half, code, window, mixed = found.groups()
         if window == "0" or mixed == "0":
             raise UsageError(f"{text!r}: a window of no bits, or no columns to mix, is no format")
-        return cls(int(bits), code or "", int(window or 0), int(mixed or MOST_MIXED))
+        return cls(int(bits), code or "", int(window or 0), int(mixed or MOST_MIXED), half is not None)
 
     def __str__(self) -> str:
-        code = "" if self.code == _default_code(self.bits) else f"-{self.code}"
+        code = "" if self.code == _default_code(self.width) else f"-{self.code}"
         window = "" if self.window in (WINDOW, self.bits) else f"-l{self.window}"
-        return f"trellis{self.bits}{code}{window}" + ("" if self.mixed == MOST_MIXED else f"-h{self.mixed}")
+        return f"trellis{self.width:g}{code}{window}" + ("" if self.mixed == MOST_MIXED else f"-h{self.mixed}")
 
     def at_width(self, bits: int) -> Codec:
         """For embeddings and heads: bit planes, which can be looked up row by row."""
-        return self if bits == self.bits else QuantFormat(default_dtype(bits), bits)
+        return self if bits == self.width else QuantFormat(default_dtype(bits), bits)
 
-    def with_bits(self, bits: int) -> TrellisFormat:
-        """The trellis of another width with the same window and columns mixed."""
-        window = 0 if bits >= INTEGER_BITS or self.bits >= INTEGER_BITS else max(self.window, 2 * bits)
-        return TrellisFormat(bits, "", window, self.mixed)
+    def with_bits(self, bits: float) -> TrellisFormat:
+        """The trellis of another width, whole or a half, with the same window and columns mixed."""
+        integers = bits >= INTEGER_BITS or self.bits >= INTEGER_BITS
+        window = 0 if integers else max(self.window, least_window(bits))
+        return TrellisFormat(int(bits), "", window, self.mixed, bits != int(bits))
 
     # ---- what is stored
 
     def parts(self, rows: int, columns: int) -> Mapping[str, Part]:
         tiles = (-(-rows // TILE), -(-columns // TILE))
         return {
-            "codes": Part("U8", (*tiles, 32 * self.bits)),
+            "codes": Part("U8", (*tiles, self.tile_bytes)),
             "scales": Part("F16", (rows, 1)),
             "signs": Part("U8", (tiles[1] * TILE // 8,)),
         }
+
+    @property
+    def width(self) -> float:
+        """Bits of a weight, whole or a half more."""
+        return self.bits + self.half / 2
+
+    @property
+    def tile_bytes(self) -> int:
+        """Of a tile's ring."""
+        return TILE * (2 * self.bits + self.half)
 
     def columns_mixed(self, columns: int) -> int:
         """Columns that one Hadamard matrix mixes: the largest power of two that divides a row of whole tiles."""
@@ -142,7 +162,7 @@ class TrellisFormat(Codec):
     @property
     def share(self) -> float:
         """How much of a row's spread the code's is to be, where nothing better is known."""
-        return _SHARES.get(self.bits, 1.0)
+        return _SHARES.get(self.width, 1.0)
 
     # ---- decoding and encoding
 
@@ -189,7 +209,7 @@ class TrellisFormat(Codec):
             scales.append(scale)
         tiles = -(-columns // TILE)
         stored = {
-            "codes": torch.cat(codes).view(-1, tiles, 32 * self.bits),
+            "codes": torch.cat(codes).view(-1, tiles, self.tile_bytes),
             "scales": torch.cat(scales),
             "signs": signs,
         }
@@ -256,6 +276,11 @@ def integer_codes(codes: npt.NDArray[np.uint8], bits: int, rows: int) -> npt.NDA
     return np.ascontiguousarray(found[:rows])
 
 
-def _default_code(bits: int) -> str:
+def least_window(width: float) -> int:
+    """Bits of the shortest window: what two weights bring, and no fewer than 8."""
+    return max(_LEAST_WINDOW, int(2 * width))
+
+
+def _default_code(width: float) -> str:
     """At 2 bits the cheaper one to decode, as decoding is what decides there."""
-    return "int" if bits >= INTEGER_BITS else "sum2" if bits == 2 else "sum4"
+    return "int" if width >= INTEGER_BITS else "sum2" if width == 2 else "sum4"

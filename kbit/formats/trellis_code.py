@@ -47,19 +47,19 @@ def row_windows(format: TrellisFormat, codes: torch.Tensor, rows: torch.Tensor) 
 
     Args:
         format: of the matrix.
-        codes: uint8 (row tiles, column tiles, 32 k).
+        codes: uint8 (row tiles, column tiles, bytes of a ring).
         rows: int64 (R,).
 
     Returns:
         int64 (R, 16 column tiles).
     """
-    bits = format.bits
-    by_row = codes.view(codes.shape[0], codes.shape[1], TILE, 2 * bits)
+    by_row = codes.view(codes.shape[0], codes.shape[1], TILE, format.tile_bytes // TILE)
     tile, row = rows // TILE, rows % TILE
     # A row's first windows begin in the row before it; of the first row that is the last.
     before = by_row[tile, :, (row - 1) % TILE, -2:]
-    stream = torch.cat([before, by_row[tile, :, row]], dim=-1).to(torch.int32)  # (R, tiles, 2 + 2 k)
-    last = 16 + bits * torch.arange(1, TILE + 1, device=codes.device) - 1  # bit of each window, from the highest on
+    stream = torch.cat([before, by_row[tile, :, row]], dim=-1).to(torch.int32)  # (R, tiles, 2 + bytes of a row)
+    count = torch.arange(1, TILE + 1, device=codes.device)
+    last = 15 + format.bits * count + format.half * (count // 2)  # bit of each window, from the highest on
     byte = last // 8
     joined = (stream[..., byte - 2] << 16) | (stream[..., byte - 1] << 8) | stream[..., byte]
     found = (joined >> (7 - last % 8)) & ((1 << format.window) - 1)
@@ -75,7 +75,7 @@ def to_tiles(values: torch.Tensor) -> torch.Tensor:
 
 
 def tile_levels(format: TrellisFormat, strings: torch.Tensor) -> torch.Tensor:
-    """What the rings of tiles stand for: uint8 (T, 32 k) -> levels, int32 (T, 16, 16)."""
+    """What the rings of tiles stand for: uint8 (T, bytes) -> levels, int32 (T, 16, 16)."""
     rows = torch.arange(TILE * len(strings), device=strings.device)
     return levels(format, row_windows(format, strings[:, None], rows)).view(-1, TILE, TILE)
 
@@ -89,9 +89,9 @@ def search(format: TrellisFormat, tiles: torch.Tensor, threads: int) -> torch.Te
         threads: to work with; the result does not depend on it.
 
     Returns:
-        uint8 (T, 32 k).
+        uint8 (T, bytes of a ring).
     """
-    found = torch.empty(len(tiles), 32 * format.bits, dtype=torch.uint8)
+    found = torch.empty(len(tiles), format.tile_bytes, dtype=torch.uint8)
     if format.code == "int":
         top = 1 << format.bits - 1
         codes = (tiles / format.step).round().clamp(-top, top - 1).to(torch.int32) + top
@@ -101,7 +101,7 @@ def search(format: TrellisFormat, tiles: torch.Tensor, threads: int) -> torch.Te
         return (string * weights).sum(dim=-1).to(torch.uint8)
     from kbit import _native
 
-    _native.trellis_search(tiles.contiguous(), _values(format), format.bits, found, _context(threads))
+    _native.trellis_search(tiles.contiguous(), _values(format), format.bits, found, _context(threads), format.half)
     return found
 
 

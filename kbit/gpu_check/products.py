@@ -174,7 +174,8 @@ def cases(seed: int) -> dict[str, Callable[[str], float]]:
                 check_gated, text="nf4-b64", tokens=tokens, kind=kind, seed=seed
             )
         found[f"residual int5-b64 {tokens}"] = partial(check_with_residual, text="int5-b64", tokens=tokens, seed=seed)
-    for text in (*(f"trellis{bits}" for bits in range(2, 9)), "trellis2-sum4", "trellis3-l12-h64"):
+    further = ("trellis2-sum4", "trellis3-l12-h64", "trellis2.5", "trellis5.5")
+    for text in (*(f"trellis{bits}" for bits in range(2, 9)), *further):
         for tokens in (1, 33):
             found[f"trellis {text} {tokens}"] = partial(check_trellis, text=text, shape=(tokens, 40, 320), seed=seed)
     for kind in ("int8", "fp8"):

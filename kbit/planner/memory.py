@@ -194,7 +194,7 @@ def prepared_bytes(weight: Weight, backend: str = "native") -> int:
     if isinstance(kept, str):
         return _native.matrix_bytes(weight.rows, weight.columns, 0, 0, kept, False)
     if isinstance(kept, TrellisFormat):
-        return _native.matrix_bytes(weight.rows, weight.columns, kept.bits, 0, "fp16", False)
+        return _native.matrix_bytes(weight.rows, weight.columns, kept.bits, 0, "fp16", False, kept.half)
     # Factors of double-quantized scales are multiplied in at load; K types keep steps of a number for 256 columns.
     scales = "fp32" if kept.double_quant else kept.scale_dtype
     kind = "fp32-steps" if weight.steps else scales

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from kbit.formats.codec import Codec
-from kbit.formats.trellis import FAST_WINDOW, TrellisFormat
+from kbit.formats.trellis import FAST_WINDOW, TrellisFormat, least_window
 from kbit.host.errors import UsageError
 from kbit.host.files import read_json_object, write_durably
 from kbit.host.progress import Progress
@@ -34,6 +34,8 @@ if TYPE_CHECKING:
 
 # Widths that matrices inside the layers, and embedding and head, can get.
 LINEAR_WIDTHS, OUTSIDE_WIDTHS = (2, 3, 4, 5, 6, 8), (4, 5, 6, 8)
+# The same of trellises: a matrix between two widths costs less at the half than a share of matrices at each.
+TRELLIS_WIDTHS = (2, 2.5, 3, 3.5, 4, 4.5, 5, 5.5, 6, 8)
 # Raised whenever the same matrix gets other costs.
 _VERSION = 5
 
@@ -299,7 +301,7 @@ def _cheap(format: Codec) -> Codec:
     """What tells a format's costs: trellises of short windows take a fifteenth of the time."""
     if not isinstance(format, TrellisFormat) or format.code == "int":
         return format
-    return replace(format, window=min(format.window, max(FAST_WINDOW, 2 * format.bits)))
+    return replace(format, window=min(format.window, max(FAST_WINDOW, least_window(format.width))))
 
 
 def _read_costs(path: Path, described: Mapping[str, Sequence[str]]) -> dict[str, list[float]] | None:

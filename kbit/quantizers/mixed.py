@@ -15,6 +15,7 @@ from kbit.host.progress import Progress
 from kbit.quantizers.allocate import (
     LINEAR_WIDTHS,
     OUTSIDE_WIDTHS,
+    TRELLIS_WIDTHS,
     Allocation,
     Choice,
     allocate,
@@ -165,9 +166,9 @@ def _as_stored(tensor: TensorPlan) -> tuple[Choice, ...]:
 
 def _candidates(format: object, role: str) -> tuple[Codec, ...]:
     """Formats to try: the default data type of every width in the planned blocks; at 3 and 4 bits, two. Or
-    trellises."""
+    trellises, of half widths too."""
     if isinstance(format, TrellisFormat):
-        return tuple(format.with_bits(bits) for bits in LINEAR_WIDTHS)
+        return tuple(format.with_bits(bits) for bits in TRELLIS_WIDTHS)
     if not isinstance(format, QuantFormat):
         raise UnsupportedError(f"{format}: widths can be mixed for formats of planes and trellis only")
     found: dict[Codec, None] = {}

@@ -21,7 +21,7 @@ class Trellis(CalibratedRounding):
     about = (
         "trellis codes in rotated columns, errors made good along columns and rows: the fewest bits, slower to decode"
     )
-    version = 1
+    version = 2  # half widths in mixes
     rounding = Settings(sweeps=SWEEPS)  # of matrices that are no trellises: embeddings, the head
 
     def format(self, bits: int, fast: bool) -> Codec:

@@ -22,7 +22,7 @@ from kbit.calibration.factors import Factors
 from kbit.formats.blockwise import check_finite
 from kbit.formats.quant_tensor import QuantTensor
 from kbit.formats.rotation import new_signs, rotate, rotate_factor
-from kbit.formats.trellis import FAST_WINDOW, TILE, TrellisFormat
+from kbit.formats.trellis import FAST_WINDOW, TILE, TrellisFormat, least_window
 from kbit.formats.trellis_code import search, tile_levels
 from kbit.quantizers.ldlq import damped, unit_in_blocks
 from kbit.quantizers.settings import Settings
@@ -119,7 +119,7 @@ def _best_share(
     rotated: torch.Tensor, spread: torch.Tensor, format: TrellisFormat, feedback: TileFeedback, threads: int
 ) -> float:
     """The share of a row's spread that costs least on some of the tiles, coded with a short window."""
-    fast = format if format.code == "int" else replace(format, window=max(FAST_WINDOW, 2 * format.bits))
+    fast = format if format.code == "int" else replace(format, window=max(FAST_WINDOW, least_window(format.width)))
     count = len(rotated) // TILE
     chosen = torch.linspace(0, count - 1, min(count, _SAMPLED_TILES)).long()
     tiles = rotated.view(count, TILE, -1)[chosen].flatten(0, 1)
@@ -135,9 +135,9 @@ def _best_share(
 def _round_by_columns(
     weights: torch.Tensor, scales: torch.Tensor, format: TrellisFormat, lower: torch.Tensor | None, threads: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Rows that do not know of each other: strings (N / 16, K / 16, 32 k), and errors (N, K)."""
+    """Rows that do not know of each other: strings (N / 16, K / 16, bytes of a ring), and errors (N, K)."""
     rows, columns = weights.shape
-    strings = torch.empty(rows // TILE, columns // TILE, 32 * format.bits, dtype=torch.uint8)
+    strings = torch.empty(rows // TILE, columns // TILE, format.tile_bytes, dtype=torch.uint8)
     errors = torch.zeros_like(weights)
     if lower is None:
         unit = _in_units(weights, scales).view(rows // TILE, TILE, columns // TILE, TILE)
@@ -165,7 +165,7 @@ def _round_by_diagonals(
     rows_lower: torch.Tensor,
     threads: int,
 ) -> torch.Tensor:
-    """Rows that hear of those below: strings (N / 16, K / 16, 32 k)."""
+    """Rows that hear of those below: strings (N / 16, K / 16, bytes of a ring)."""
     size, columns = weights.shape
     high, wide = size // TILE, columns // TILE
     tiles = weights.view(high, TILE, wide, TILE)
@@ -174,7 +174,7 @@ def _round_by_diagonals(
     heard = torch.zeros_like(weights)  # E L
     heard_tiles = heard.view(high, TILE, wide, TILE)
     below = torch.zeros(wide, size, TILE)  # M' E L of the rows below, without their own
-    strings = torch.empty(high, wide, 32 * format.bits, dtype=torch.uint8)
+    strings = torch.empty(high, wide, format.tile_bytes, dtype=torch.uint8)
     for diagonal in reversed(range(high + wide - 1)):
         i = torch.arange(max(0, diagonal - wide + 1), min(high, diagonal + 1))
         j = diagonal - i

@@ -42,14 +42,14 @@ from kbit.kernels.triton.target import active
 F = TypeVar("F", bound=Callable[..., Any])
 
 _PARTS = ("scales", "scales_super", "offsets", "offsets_super", "table", "table8", "dense", "rotation")
-_FIXED = ("format", "shape", "padded", "kind", "zero", "multiplier", "lift", "bits", "block_size", "mixed", "window")
-_FIXED_ROUNDED = ("activations", "multiplier8")
+_FIXED = ("format", "shape", "padded", "kind", "zero", "multiplier", "lift", "bits", "block_size", "mixed")
+_FIXED_FURTHER = ("window", "half", "activations", "multiplier8")
 
 
 def pack(weight: TritonWeight) -> tuple[list[torch.Tensor], str]:
     """A weight as arguments of the operators: its tensors, and everything else as JSON."""
     present = [name for name in _PARTS if getattr(weight, name) is not None]
-    fixed: dict[str, Any] = {name: getattr(weight, name) for name in (*_FIXED, *_FIXED_ROUNDED)}
+    fixed: dict[str, Any] = {name: getattr(weight, name) for name in (*_FIXED, *_FIXED_FURTHER)}
     fixed["dtype"] = str(weight.dtype).removeprefix("torch.")
     fixed["parts"] = present
     return [*weight.planes, *(getattr(weight, name) for name in present)], json.dumps(fixed)

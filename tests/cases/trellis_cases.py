@@ -32,12 +32,12 @@ def trellis_tensor(format: str, rows: int, columns: int) -> QuantTensor:
     return QuantTensor(codec, (rows, columns), stored, torch.zeros(0))
 
 
-def ring_windows(ring: NDArray[np.uint8], bits: int, window: int) -> list[int]:
-    """The 256 windows of a ring, uint8 (32 bits,), read bit by bit."""
+def ring_windows(ring: NDArray[np.uint8], bits: int, window: int, half: bool = False) -> list[int]:
+    """The 256 windows of a ring, uint8 (32 bits,), read bit by bit; with half, every second has a bit more."""
     string = [int(byte) >> (7 - i) & 1 for byte in ring for i in range(8)]
     found = []
     for t in range(256):
-        end = (t + 1) * bits
+        end = (t + 1) * bits + half * ((t + 1) // 2)
         value = 0
         for place in range(end - window, end):
             value = 2 * value + string[place % len(string)]
@@ -61,23 +61,27 @@ def cost_of(numbers: NDArray[np.float32], values: NDArray[np.int64], windows: li
     return int((distance**2 >> 16).sum())
 
 
-def best_ring(numbers: NDArray[np.float32], values: NDArray[np.int64], bits: int) -> tuple[int, int]:
+def best_ring(
+    numbers: NDArray[np.float32], values: NDArray[np.int64], bits: int, half: bool = False
+) -> tuple[int, int]:
     """The overlap at the seam and the least cost, by the search's two passes.
 
     Args:
         numbers: float32 (256,).
         values: of windows in units of 1 / UNIT, int64 (2^L,).
         bits: k.
+        half: odd numbers have a bit more.
     """
     wanted = np.rint(np.clip(numbers * np.float32(UNIT), -32767, 32767)).astype(np.int64)
-    states = len(values) >> bits  # overlaps
-    by_choice = values.reshape(1 << bits, states)
+    states = len(values) >> bits  # overlaps at the seam
 
     def run(before: NDArray[np.int64], order: list[int]) -> tuple[NDArray[np.int64], list[NDArray[np.int64]]]:
         chosen = []
         for t in order:
+            brought, following = bits + (half and t % 2), bits + (half and 1 - t % 2)
+            by_choice = values.reshape(1 << following, -1)  # windows that end in the same overlap with the next
             distance = np.minimum(np.abs(by_choice - wanted[t]) << doublings(bits), 65535)
-            came_from = (np.arange(1 << bits)[:, None] * (states >> bits)) + (np.arange(states)[None] >> bits)
+            came_from = np.arange(len(values)).reshape(by_choice.shape) >> brought
             costs = before[came_from] + (distance**2 >> 16)
             chosen.append(costs.argmin(axis=0))
             before = costs.min(axis=0)
@@ -88,7 +92,7 @@ def best_ring(numbers: NDArray[np.float32], values: NDArray[np.int64], bits: int
     costs, chosen = run(np.zeros(states, dtype=np.int64), order)
     overlap = int(costs.argmin())
     for step in range(2 * side - 1, side - 1, -1):
-        overlap = (int(chosen[step][overlap]) * states + overlap) >> bits
+        overlap = (int(chosen[step][overlap]) * len(chosen[step]) + overlap) >> bits + (half and order[step] % 2)
     start = np.full(states, 1 << 40, dtype=np.int64)
     start[overlap] = 0
     costs, _ = run(start, list(range(256)))

@@ -21,6 +21,10 @@ FORMATS = (
     "trellis4-l8",
     "trellis6-h16",
     "trellis8-h64",
+    "trellis2.5",
+    "trellis3.5-l12-h128",
+    "trellis4.5",
+    "trellis5.5-l12",
 )
 
 
@@ -39,6 +43,11 @@ def test_a_name_says_everything(text: str) -> None:
         ("trellis9", "use trellis2 to trellis8"),
         ("trellis1", "use trellis2 to trellis8"),
         ("trellis3-sum2", "only 2 bits"),
+        ("trellis2.5-sum2", "only 2 bits have the code sum2; write trellis2.5"),
+        ("trellis1.5", "use trellis2 to trellis8"),
+        ("trellis6.5", "trellis2.5 to trellis5.5"),
+        ("trellis2.25", "trellis2.5 to trellis5.5"),
+        ("trellis5.5-l10", "trellis5.5: a window has 11 to 16 bits"),
         ("trellis3-sum5", "sum2, sum4"),
         ("trellis7-sum4", "integers"),
         ("trellis8-l12", "integers"),
@@ -60,6 +69,7 @@ def test_bytes_are_counted_with_what_fills_up_tiles() -> None:
     assert format.nbytes(1024, 1024) == 1024 * 1024 * 3 // 8 + 2 * 1024 + 1024 // 8
     assert format.bits_per_weight(1024, 1024) == pytest.approx(3 + 16 / 1024 + 1 / 1024)
     assert format.nbytes(17, 33) == 2 * 3 * 96 + 2 * 17 + 48 // 8
+    assert parse_format("trellis2.5").nbytes(17, 33) == 2 * 3 * 80 + 2 * 17 + 48 // 8
     stored = format.encode(lambda start, stop: torch.randn(stop - start, 33), (17, 33))
     assert stored.nbytes == format.nbytes(17, 33)
 
@@ -72,7 +82,7 @@ def test_decoding_is_what_the_bits_say(text: str) -> None:
     rotated = format.decode_rotated(weight, slice(0, 21))
     for tile_row, tile_column in ((0, 0), (1, 2)):
         ring = weight.stored["codes"][tile_row, tile_column].numpy()
-        windows = ring_windows(ring, format.bits, format.window)
+        windows = ring_windows(ring, format.bits, format.window, format.half)
         for row in range(16 * tile_row, min(16 * tile_row + 16, 21)):
             for column in range(16):
                 number = level(format.code, windows[16 * (row % 16) + column], format.bits)
@@ -80,7 +90,7 @@ def test_decoding_is_what_the_bits_say(text: str) -> None:
                 assert float(rotated[row, 16 * tile_column + column]) == pytest.approx(expected, rel=1e-6, abs=1e-12)
 
 
-@pytest.mark.parametrize("text", ["trellis2", "trellis3", "trellis7"])
+@pytest.mark.parametrize("text", ["trellis2", "trellis3", "trellis3.5", "trellis7"])
 def test_rows_are_decoded_alone(text: str) -> None:
     weight = trellis_tensor(text, 40, 48)
     whole = weight.dequantize()
@@ -136,6 +146,20 @@ def test_longer_windows_are_nearer_to_normal_numbers() -> None:
     assert normal_error(TrellisFormat(8)) == pytest.approx(8.7e-5, rel=0.03)
 
 
+def test_half_widths_lie_between_whole_ones() -> None:
+    """Where errors of a code fall by the same share with every half bit: the geometric mean of its neighbours' errors,
+    and well below the mean, which is what half the matrices at each of these would have."""
+    for bits in (2, 3, 5):
+        below, half, above = (
+            normal_error(format)
+            for format in (
+                TrellisFormat(bits, "sum4", 12), TrellisFormat(bits, window=12, half=True), TrellisFormat(bits + 1, window=12)
+            )
+        )  # fmt: skip
+        assert half == pytest.approx((below * above) ** 0.5, rel=0.06)
+        assert half < 0.87 * (below + above) / 2
+
+
 def test_what_cannot_be_encoded_is_said() -> None:
     format = parse_format("trellis3-l12")
     weight = torch.ones(16, 32)
@@ -150,7 +174,7 @@ def test_what_cannot_be_encoded_is_said() -> None:
     assert torch.equal(zeros.dequantize(), torch.zeros(16, 32))
 
 
-@pytest.mark.parametrize("text", ["trellis3-h64", "trellis2", "trellis8"])
+@pytest.mark.parametrize("text", ["trellis3-h64", "trellis2", "trellis2.5", "trellis8"])
 def test_parts_hold_the_same_values(text: str) -> None:
     weight = trellis_tensor(text, 48, 192)
     whole = weight.dequantize()
@@ -168,3 +192,4 @@ def test_other_widths_beside_it() -> None:
     assert str(parse_format("trellis3").at_width(6)) == "lloyd6-b64"
     fast = TrellisFormat(3, window=12)
     assert [str(fast.with_bits(bits)) for bits in (2, 6, 8)] == ["trellis2-l12", "trellis6-l12", "trellis8"]
+    assert [str(fast.with_bits(bits)) for bits in (2.5, 5.5)] == ["trellis2.5-l12", "trellis5.5-l12"]

@@ -127,13 +127,14 @@ def nested_descent(draw: Draw, context: Any, scratch: Path) -> None:
 
 def trellis_search(draw: Draw, context: Any, scratch: Path) -> None:
     """Codes of tiles."""
-    tiles, bits, window = draw.size(3), draw.size(4), draw.choice((4, 8, 9))
+    tiles, bits, window, half = draw.size(3), draw.size(4), draw.choice((4, 8, 9)), bool(draw.below(2))
     _native.trellis_search(
         draw.floats(tiles, 256),
         draw.floats(1 << window),
         draw.given(bits),
-        draw.array((tiles, 32 * bits), "u1"),
+        draw.array((tiles, 16 * (2 * bits + half)), "u1"),
         draw.given(context),
+        draw.given(half),
     )
 
 
@@ -148,9 +149,9 @@ def matrix(draw: Draw, context: Any, scratch: Path) -> Any:
     if what == 0:
         return _native.Matrix.dense(draw.array((rows, columns), half), draw.given(kind), draw.given(context))
     if what == 1:
-        bits, code = 2 + draw.below(5), draw.choice(("sum2", "sum4"))
+        bits, code, more = 2 + draw.below(5), draw.choice(("sum2", "sum4")), bool(draw.below(2))
         return _native.Matrix.trellis(
-            draw.array((-(-rows // 16), wide // 16, 32 * bits), "u1"),
+            draw.array((-(-rows // 16), wide // 16, 16 * (2 * bits + more)), "u1"),
             draw.given(bits),
             draw.given(code),
             draw.given(8 + draw.below(9)),
@@ -159,6 +160,7 @@ def matrix(draw: Draw, context: Any, scratch: Path) -> Any:
             signs if signs is not None else draw.array((wide // 8,), "u1"),
             draw.given(mixed or 16),
             draw.given(context),
+            draw.given(more),
         )
     bits, block, apart = 2 + draw.below(7), 16 * draw.below(5), bool(draw.below(2))
     apart = apart and bits > 2
@@ -208,6 +210,7 @@ def mapped(draw: Draw, context: Any, scratch: Path) -> None:
         draw.given(said["window"]),
         draw.given(said["mixed"]),
         said["apart"],
+        draw.given(said["half"]),
     )
     assert found.nbytes >= 0
     file.prefetch(draw.given(draw.below(100)), draw.given(draw.below(1000)))

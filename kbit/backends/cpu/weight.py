@@ -143,7 +143,7 @@ def _trellis(stored: StoredMatrix, context: Context) -> Matrix:
     if format.code != "int":
         return _native.Matrix.trellis(
             parts["codes"], format.bits, format.code, format.window, columns, parts["scales"], parts["signs"], mixed,
-            context,
+            context, format.half,
         )  # fmt: skip
     codes, planes, shift = integer_codes(parts["codes"], format.bits, stored.shape[0]), [], 0
     for width in plane_widths(format.bits):

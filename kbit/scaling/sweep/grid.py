@@ -187,7 +187,7 @@ def make_format(dtype: str, bits: int, block_size: int, widths: Sequence[int] = 
 def dtype_label(format: AnyFormat) -> str:
     """The name under which a format's data type stands in a table: what `make_format` takes."""
     if isinstance(format, TrellisFormat):
-        return str(format).replace(str(format.bits), "", 1)
+        return str(format).replace(f"{format.width:g}", "", 1)
     if isinstance(format, NestedFormat):
         return NESTED if format.scale_dtype == "fp16" else f"{NESTED}-{format.scale_dtype}"
     parts = [format.dtype]

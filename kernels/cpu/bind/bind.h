@@ -20,7 +20,7 @@ Number number_named(const std::string& name);
 // "planes", "sum2" or "sum4". Throws std::invalid_argument for another name.
 Code code_named(const std::string& name);
 // Throw std::invalid_argument for what no trellis and no rotation is.
-void require_trellis(Code code, int bits, int window);
+void require_trellis(Code code, int bits, bool half, int window);
 void require_mixed(std::int64_t mixed, std::int64_t columns);
 
 using BlockTables = nanobind::ndarray<const std::int32_t, nanobind::ndim<2>, nanobind::c_contig, nanobind::device::cpu>;

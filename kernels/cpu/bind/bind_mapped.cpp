@@ -35,7 +35,7 @@ template <typename Owner> ByteView view_of(const std::uint8_t* begin, std::size_
 std::shared_ptr<MatrixStorage> map_matrix(std::shared_ptr<MappedFile> file, std::int64_t rows, std::int64_t columns,
                                           int bits, std::int64_t block_size, const std::string& kind, bool offsets,
                                           const std::vector<std::uint64_t>& begins, const std::string& code,
-                                          int window, std::int64_t mixed, bool apart) {
+                                          int window, std::int64_t mixed, bool apart, bool half) {
   require_sizes(rows, columns, block_size);
   if ((bits != 0 && (bits < 2 || bits > 8)) || block_size < 0 ||
       block_size % 16 || (apart && bits < 3) ||
@@ -48,9 +48,9 @@ std::shared_ptr<MatrixStorage> map_matrix(std::shared_ptr<MappedFile> file, std:
   if (what != Code::planes && (kind != "fp16" || offsets || block_size != 0 || apart)) {
     throw std::invalid_argument("a trellis has one fp16 scale a row");
   }
-  require_trellis(what, bits, window);
+  require_trellis(what, bits, half, window);
   require_mixed(mixed, columns);
-  return MatrixStorage::mapped({rows, columns, bits, block_size, number_named(kind), offsets, what, window, mixed, apart},
+  return MatrixStorage::mapped({rows, columns, bits, block_size, number_named(kind), offsets, what, window, mixed, apart, half},
                                std::move(file), places);
 }
 
@@ -62,9 +62,9 @@ Code code_named(const std::string& name) {
   throw std::invalid_argument("a code is planes, sum2 or sum4");
 }
 
-void require_trellis(Code code, int bits, int window) {
-  if (code == Code::planes) return;
-  if (bits < 2 || bits > (code == Code::sum2 ? 2 : 6) || window < 8 || window > 16) {
+void require_trellis(Code code, int bits, bool half, int window) {
+  if (code == Code::planes) return require(!half, "only trellises have half a bit more");
+  if (bits < 2 || bits + half > (code == Code::sum2 ? 2 : 6) || window < 8 || window > 16) {
     throw std::invalid_argument("a trellis has 2 to 6 bits (sum2: 2) and windows of 8 to 16");
   }
 }
@@ -129,6 +129,7 @@ void bind_mapped(nb::module_& module) {
                found["code"] = kCodeNames[static_cast<int>(d.code)];
                found["window"] = d.window;
                found["mixed"] = d.mixed;
+               found["half"] = d.half;
                return found;
              },
              nb::arg("matrix"), "What map_matrix wants to know of a prepared matrix.");
@@ -146,7 +147,7 @@ void bind_mapped(nb::module_& module) {
              nb::arg("matrix"), "A prepared matrix's arrays, not copied; empty ones where it has none.");
   module.def("map_matrix", &map_matrix, nb::arg("file"), nb::arg("rows"), nb::arg("columns"), nb::arg("bits"),
              nb::arg("block_size"), nb::arg("kind"), nb::arg("offsets"), nb::arg("begins"), nb::arg("code") = "planes",
-             nb::arg("window") = 0, nb::arg("mixed") = 0, nb::arg("apart") = false,
+             nb::arg("window") = 0, nb::arg("mixed") = 0, nb::arg("apart") = false, nb::arg("half") = false,
              "A matrix whose arrays lie in a file, each from one of `begins` on.");
 }
 

@@ -91,21 +91,22 @@ Weights quantized_matrix(const std::vector<Array<const std::uint8_t, 2>>& planes
 
 Weights trellis_matrix(const Array<const std::uint8_t, 3>& codes, int bits, const std::string& code, int window,
                        std::int64_t columns, const Array<const std::uint16_t, 2>& scales,
-                       const Array<const std::uint8_t, 1>& signs, std::int64_t mixed, Context& context) {
+                       const Array<const std::uint8_t, 1>& signs, std::int64_t mixed, Context& context, bool half) {
   TrellisParts parts{};
   parts.rows = static_cast<std::int64_t>(scales.shape(0));
   parts.columns = columns;
   parts.bits = bits;
+  parts.half = half;
   parts.code = code_named(code);
   parts.window = window;
   require_sizes(parts.rows, columns, 0);
   require(parts.code != Code::planes && mixed > 0, "a trellis has rows, and is rotated");
-  require_trellis(parts.code, bits, window);
+  require_trellis(parts.code, bits, half, window);
   require_signs(signs, mixed, columns);
   require(scales.shape(1) == 1, "a trellis has one scale a row");
   require(static_cast<std::int64_t>(codes.shape(0)) == (parts.rows + 15) / 16 &&
-              static_cast<std::int64_t>(codes.shape(1)) == (columns + 15) / 16 && codes.shape(2) == std::size_t(32 * bits),
-          "codes must have shape (rows / 16, columns / 16, 32 bits)");
+              static_cast<std::int64_t>(codes.shape(1)) == (columns + 15) / 16 && codes.shape(2) == std::size_t(16 * (2 * bits + half)),
+          "codes must have shape (rows / 16, columns / 16, 32 bits): 16 bytes more with half a bit");
   parts.codes = codes.data();
   parts.scales = scales.data();
   parts.mixed = mixed;
@@ -147,7 +148,8 @@ void bind_matrix(nb::module_& module) {
                   nb::arg("codebook"), nb::arg("context"), nb::arg("signs") = nb::none(), nb::arg("mixed") = 0,
                   nb::arg("apart") = false)
       .def_static("trellis", &trellis_matrix, nb::arg("codes"), nb::arg("bits"), nb::arg("code"), nb::arg("window"),
-                  nb::arg("columns"), nb::arg("scales"), nb::arg("signs"), nb::arg("mixed"), nb::arg("context"))
+                  nb::arg("columns"), nb::arg("scales"), nb::arg("signs"), nb::arg("mixed"), nb::arg("context"),
+                  nb::arg("half") = false)
       .def_static("dense", &dense_matrix, nb::arg("values"), nb::arg("kind"), nb::arg("context"))
       .def_prop_ro("rows", [](const MatrixStorage& m) { return m.matrix().rows; })
       .def_prop_ro("columns", [](const MatrixStorage& m) { return m.matrix().columns; })

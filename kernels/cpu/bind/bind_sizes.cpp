@@ -16,19 +16,21 @@ namespace kbit {
 namespace {
 
 std::size_t matrix_bytes(std::int64_t rows, std::int64_t columns, int bits, std::int64_t block_size,
-                         const std::string& kind, bool offsets) {
+                         const std::string& kind, bool offsets, bool half) {
   const bool codes = bits >= 2 && bits <= 8 && block_size >= 0 && block_size % 16 == 0;
   if (!(bits == 0 || codes)) throw std::invalid_argument("there is no such matrix");
   require_sizes(rows, columns, block_size);
-  return MatrixStorage::size_of({rows, columns, bits, block_size, number_named(kind), offsets});
+  return MatrixStorage::size_of({rows, columns, bits, block_size, number_named(kind), offsets, Code::planes, 0, 0, false,
+                                 half});
 }
 
 }  // namespace
 
 void bind_sizes(nb::module_& module) {
   module.def("matrix_bytes", &matrix_bytes, nb::arg("rows"), nb::arg("columns"), nb::arg("bits"), nb::arg("block_size"),
-             nb::arg("kind"), nb::arg("offsets"),
-             "Bytes of a prepared matrix. bits: 0 for dense values; kind: of these or of the scales.");
+             nb::arg("kind"), nb::arg("offsets"), nb::arg("half") = false,
+             "Bytes of a prepared matrix. bits: 0 for dense values; kind: of these or of the scales; half: of a "
+             "trellis with half a bit more.");
   module.def("matrix_segment", &integer_segment, nb::arg("block_size"),
              "Columns that an int8 product sums as integers.");
   module.def(

@@ -34,7 +34,7 @@
 //
 // Trellises (kbit/formats/trellis.py) are kept tile by tile of 16 columns, 32 * bits bytes each. A row has `bits` words of
 // 16 bits; two words of all rows are a vector (the earlier one in a lane's upper half), the last of an odd number half a
-// one. Their scales are fp16, one a row. Values of x beyond K are 0 there.
+// one. With half a bit more a row has one byte more, and those of all rows come last. Their scales are fp16, one a row. Values of x beyond K are 0 there.
 //
 // Where columns are rotated (mixed > 0), so must x be: rotation[k] x[k], then Hadamard matrices over `mixed` columns each.
 #pragma once
@@ -93,6 +93,7 @@ struct Matrix {
   float level_scale = 1.0f;
   bool two_digits = false;
   Code code = Code::planes;
+  bool half = false;                    // of a trellis: half a bit more
   std::int32_t window_mask = 0;         // of a trellis: 2^L - 1
   std::int64_t mixed = 0;               // columns that one Hadamard matrix mixes, a power of two; 0: not rotated
   const float* rotation = nullptr;      // (K up to the next multiple of 16): a sign / sqrt(mixed)
@@ -101,7 +102,7 @@ struct Matrix {
   std::int32_t zero = 0;
 
   // Of all bits of a code, wherever they lie.
-  std::int64_t tile_bytes() const { return kTileWeights / 8 * bits; }
+  std::int64_t tile_bytes() const { return kTileWeights / 16 * (2 * bits + half); }
   std::int64_t panel_bytes() const { return tiles * tile_bytes(); }
 };
 

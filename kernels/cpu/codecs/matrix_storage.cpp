@@ -59,6 +59,7 @@ void MatrixStorage::lay_out(const Description& what) {
   m.blocks = what.block_size ? (what.columns + what.block_size - 1) / what.block_size : 1;
   m.segment = integer_segment(what.block_size);
   m.code = what.code;
+  m.half = what.half;
   m.window_mask = (std::int32_t{1} << what.window) - 1;
   m.mixed = what.mixed;
   if (what.kind == Number::steps) {
@@ -299,7 +300,8 @@ void MatrixStorage::point_at_codebook() {
 
 std::shared_ptr<MatrixStorage> MatrixStorage::trellis(const TrellisParts& parts, Team& team) {
   auto storage = std::make_shared<MatrixStorage>();
-  storage->lay_out({parts.rows, parts.columns, parts.bits, 0, Number::half, false, parts.code, parts.window, parts.mixed});
+  storage->lay_out({parts.rows, parts.columns, parts.bits, 0, Number::half, false, parts.code, parts.window, parts.mixed,
+                    false, parts.half});
   Matrix& m = storage->matrix_;
   storage->data_ = AlignedBytes(storage->sizes()[0]);
   storage->scales_ = AlignedBytes(storage->sizes()[1]);
@@ -308,20 +310,21 @@ std::shared_ptr<MatrixStorage> MatrixStorage::trellis(const TrellisParts& parts,
   std::memcpy(storage->scales_.data(), parts.scales, static_cast<std::size_t>(parts.rows) * 2);
   storage->take_rotation(parts.signs);
   storage->point_at_codebook();
-  const std::int64_t tiles = (parts.columns + 15) / 16, tile_bytes = 32 * parts.bits;
+  const std::int64_t tiles = (parts.columns + 15) / 16, row_bytes = 2 * parts.bits + parts.half;
   std::uint8_t* codes = storage->data_.data();
   team.run([&](Worker& worker) {
     worker.for_each(m.panels, 1, [&](std::int64_t panel, std::int64_t) {
       for (std::int64_t tile = 0; tile < tiles; ++tile) {
-        const std::uint8_t* from = parts.codes + (panel * tiles + tile) * tile_bytes;
-        std::uint8_t* to = codes + panel * m.panel_bytes() + tile * tile_bytes;
+        const std::uint8_t* from = parts.codes + (panel * tiles + tile) * 16 * row_bytes;
+        std::uint8_t* to = codes + panel * m.panel_bytes() + tile * 16 * row_bytes;
         for (int row = 0; row < kPanelRows; ++row) {
           for (int word = 0; word < parts.bits; ++word) {
-            const std::uint8_t* high = from + 2 * (row * parts.bits + word);
+            const std::uint8_t* high = from + row * row_bytes + 2 * word;
             const std::uint16_t value = static_cast<std::uint16_t>(high[0] << 8 | high[1]);
-            const bool half = parts.bits % 2 && word == parts.bits - 1;
-            std::memcpy(to + word / 2 * 64 + (half ? 2 * row : 4 * row + (word % 2 ? 0 : 2)), &value, 2);
+            const bool alone = parts.bits % 2 && word == parts.bits - 1;
+            std::memcpy(to + word / 2 * 64 + (alone ? 2 * row : 4 * row + (word % 2 ? 0 : 2)), &value, 2);
           }
+          if (parts.half) to[16 * (row_bytes - 1) + row] = from[(row + 1) * row_bytes - 1];
         }
       }
     });

@@ -55,10 +55,11 @@ struct TrellisParts {
   int bits;
   Code code;
   int window;
-  const std::uint8_t* codes;   // (row tiles, column tiles, 32 bits)
+  const std::uint8_t* codes;   // (row tiles, column tiles, 32 bits; 16 more with half a bit)
   const std::uint16_t* scales; // (rows), fp16
   std::int64_t mixed;
   const std::uint8_t* signs;
+  bool half = false;
 };
 
 // What a prepared matrix is, apart from its arrays: enough to find them again in a file.
@@ -72,6 +73,7 @@ struct Description {
   int window = 0;           // of a trellis
   std::int64_t mixed = 0;   // columns that one Hadamard matrix mixes; 0: not rotated
   bool apart = false;       // nested codes of 3 bits or more
+  bool half = false;        // of a trellis: half a bit more
 };
 
 // A prepared matrix's arrays: data, scales, offsets, codebook (where there are codes of one, with the rotation behind it), then

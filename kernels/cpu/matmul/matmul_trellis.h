@@ -35,7 +35,7 @@ template <Code kCode> inline int32_t first_sum(int32_t sum) {
   return (Trellis<kCode>::kRest - Trellis<kCode>::kCopies * kLevelBias) * sum;
 }
 
-template <Code kCode, int Bits, int kRows>
+template <Code kCode, int Halves, int kRows>
 void trellis_direct_rows(const MatmulTask& task, int64_t row, int64_t begin, int64_t end, const int8_t* repeated) {
   const Matrix& w = *task.w;
   constexpr int kChains = kRows == 1 ? 4 : kRows == 2 ? 2 : 1;
@@ -54,12 +54,12 @@ void trellis_direct_rows(const MatmulTask& task, int64_t row, int64_t begin, int
     for (int r = 0; r < kRows; ++r) total[r] = begin == 0 ? zero() : load(out + r * task.out_stride);
     const int8_t* x = repeated;
     for (int64_t segment = begin; segment < end; ++segment) {
-      for (int line = 0; line < 2 * Bits; ++line) prefetch(tile + kPrefetchBytes + 64 * line);
+      for (int line = 0; line < Halves; ++line) prefetch(tile + kPrefetchBytes + 64 * line);
       Ints dot[kRows][kChains];
       for (int r = 0; r < kRows; ++r)
         for (int c = 0; c < kChains; ++c) dot[r][c] = broadcast(c == 0 ? first_sum<kCode>(sums[r][segment]) : 0);
-      for (int quarter = 0; quarter < 4; ++quarter, tile += 32 * Bits, x += kBytes) {
-        trellis_products<kCode, Bits>(tile, w.window_mask, [&]<int I>(Bytes products) __attribute__((always_inline)) {
+      for (int quarter = 0; quarter < 4; ++quarter, tile += 16 * Halves, x += kBytes) {
+        trellis_products<kCode, Halves>(tile, w.window_mask, [&]<int I>(Bytes products) __attribute__((always_inline)) {
           const Bytes bytes = signed_bytes(products);
           for (int r = 0; r < kRows; ++r) {
             Ints& sum = dot[r][I % kChains];
@@ -79,7 +79,7 @@ void trellis_direct_rows(const MatmulTask& task, int64_t row, int64_t begin, int
   }
 }
 
-template <Code kCode, int Bits> void trellis_direct(const MatmulTask& task) {
+template <Code kCode, int Halves> void trellis_direct(const MatmulTask& task) {
   constexpr int64_t kStretch = kRepeatedColumns / 64;
   auto* repeated = reinterpret_cast<int8_t*>(task.scratch + kbit::kMatmulScratch);
   for_row_tiles<kDirectRows>(task.row_begin, task.row_end, [&](auto size, int64_t row) {
@@ -90,7 +90,7 @@ template <Code kCode, int Bits> void trellis_direct(const MatmulTask& task) {
       for (int r = 0; r < kRows; ++r)
         repeat_columns<kCode>(task.x.codes + (row + r) * task.x.codes_stride + 64 * begin, 64 * (end - begin),
                               repeated + r * bytes);
-      trellis_direct_rows<kCode, Bits, kRows>(task, row, begin, end, repeated);
+      trellis_direct_rows<kCode, Halves, kRows>(task, row, begin, end, repeated);
     }
   });
 }
@@ -99,13 +99,13 @@ template <Code kCode, int Bits> void trellis_direct(const MatmulTask& task) {
 
 // Both digits of tiles [begin, end) of a panel, as expand_levels lays levels out: a quad has four columns of 16 rows. The
 // high one less 128, plus dot4's bias; the low one as it is.
-template <Code kCode, int Bits>
+template <Code kCode, int Halves>
 void expand_digits(const Matrix& w, int64_t panel, int64_t begin, int64_t end, uint8_t* high, uint8_t* low) {
   constexpr int kShift = Trellis<kCode>::kDigitShift;
   const uint8_t* tile = w.codes + panel * w.panel_bytes() + begin * w.tile_bytes();
   alignas(64) int32_t sums[16 * kTrellisColumns];
-  for (int64_t t = 4 * begin; t < 4 * end; ++t, tile += 32 * Bits) {
-    trellis_sums<kCode, Bits>(tile, w.window_mask, sums);
+  for (int64_t t = 4 * begin; t < 4 * end; ++t, tile += 16 * Halves) {
+    trellis_sums<kCode, Halves>(tile, w.window_mask, sums);
     for (int quad = 0; quad < 4; ++quad, high += 64, low += 64) {
       Ints above = broadcast(0), below = broadcast(0);
       repeat<4>([&]<int J>() __attribute__((always_inline)) {
@@ -157,14 +157,14 @@ void digits_tile(const MatmulTask& task, const Int8Stretch& stretch, int64_t row
     store(out + r * task.out_stride, stretch.tile_end == w.tiles ? mul(total[r], scale) : total[r]);
 }
 
-template <Code kCode, int Bits> void trellis_buffered(const MatmulTask& task) {
+template <Code kCode, int Halves> void trellis_buffered(const MatmulTask& task) {
   constexpr int64_t kTiles = kBufferColumns / 64;
   const Matrix& w = *task.w;
   uint8_t* low = task.scratch + kTiles * 1024;
   for (int64_t panel = task.panel_begin; panel < task.panel_end; ++panel) {
     for (int64_t begin = 0; begin < w.tiles; begin += kTiles) {
       const int64_t end = begin + kTiles < w.tiles ? begin + kTiles : w.tiles;
-      expand_digits<kCode, Bits>(w, panel, begin, end, task.scratch, low);
+      expand_digits<kCode, Halves>(w, panel, begin, end, task.scratch, low);
       const Int8Stretch stretch{task.scratch, low, begin, end, panel};
       for_row_tiles<kTileRows>(task.row_begin, task.row_end, [&](auto size, int64_t row) {
         digits_tile<kCode, decltype(size)::value>(task, stretch, row);
@@ -174,9 +174,9 @@ template <Code kCode, int Bits> void trellis_buffered(const MatmulTask& task) {
 }
 
 void matmul_trellis_int8(const MatmulTask& task) {
-  with_trellis(*task.w, [&]<Code kCode, int Bits>() {
-    if (task.row_end - task.row_begin > kTrellisDirect) trellis_buffered<kCode, Bits>(task);
-    else trellis_direct<kCode, Bits>(task);
+  with_trellis(*task.w, [&]<Code kCode, int Halves>() {
+    if (task.row_end - task.row_begin > kTrellisDirect) trellis_buffered<kCode, Halves>(task);
+    else trellis_direct<kCode, Halves>(task);
   });
 }
 

@@ -5,9 +5,10 @@
 
 namespace kbit {
 
-TrellisCode::TrellisCode(int bits, int window, const float* numbers) : bits(bits), window(window) {
-  if (bits < 2 || bits > 6) throw std::invalid_argument("a trellis has 2 to 6 bits a number");
-  if (window < 2 * bits || window < bits + 5 || window > 16) {
+TrellisCode::TrellisCode(int bits, bool half, int window, const float* numbers)
+    : bits(bits), half(half), window(window) {
+  if (bits < 2 || bits + half > 6) throw std::invalid_argument("a trellis has 2 to 6 bits a number");
+  if (window < 2 * bits + half || window < bits + half + 5 || window > 16) {
     throw std::invalid_argument("windows have up to 16 bits, at least twice those of a number and 5 more");
   }
   const std::size_t count = std::size_t(1) << window;

@@ -2,7 +2,8 @@
 //
 // A tile's 256 numbers are coded in a ring of 256 k bits (the last is followed by the first). The window of number t is
 // the L bits that end at bit (t + 1) k, the earliest the most significant, and `values` says what each window stands for
-// (kbit/formats/trellis_code.py). Neighbouring windows overlap in L - k bits, which are the states of a trellis; the
+// (kbit/formats/trellis_code.py). With half a bit more, every second number brings k + 1 bits in place of k: windows end at
+// bit (t + 1) k + (t + 1) / 2. Neighbouring windows overlap in L - k bits, which are the states of a trellis; the
 // string with the least squared error is its shortest path (Viterbi; tail-biting as in QTIP, Tseng et al., arXiv
 // 2406.11235, section 3.3): first a path over some numbers to both sides of the ring's seam, free at its ends, says which
 // overlap is best there; then the path over all numbers from that overlap to itself is taken.
@@ -20,23 +21,27 @@ constexpr int kTrellisTile = 256;  // numbers of a tile
 
 struct TrellisCode {
   int bits;                           // k, 2 to 6
-  int window;                         // L, 2 k to 16, and at least 5 more than k
+  bool half;                          // and half a bit more
+  int window;                         // L, up to 16: no less than two numbers bring, and at least 5 more than one does
   std::vector<std::uint16_t> values;  // 2^L numbers in units of 1 / kTrellisUnit, signed; 32 more that are read but not used
 
   // values: 2^window of them, of about unit variance. Throws std::invalid_argument.
-  TrellisCode(int bits, int window, const float* values);
+  TrellisCode(int bits, bool half, int window, const float* values);
 };
+
+// Bytes of a tile's string.
+constexpr int trellis_bytes(int bits, bool half) { return 16 * (2 * bits + half); }
 
 constexpr float kTrellisUnit = 8192.0f;
 // A squared distance is counted in units of 2^16 / (kTrellisUnit 2^doublings)^2: finer where errors are smaller.
 constexpr int trellis_doublings(int bits) { return bits <= 3 ? 1 : 2; }
 // Numbers to each side of the seam that the first path sees.
-constexpr int trellis_seam(int bits) { return 192 / bits < 32 ? 32 : 192 / bits; }
+constexpr int trellis_seam(int bits) { return 192 / bits < 32 ? 32 : 192 / bits; }  // even
 
 struct TrellisTask {
   const TrellisCode* code;
   const float* numbers;   // 256
-  std::uint8_t* string;   // 32 k bytes, the first bit in a byte's highest
+  std::uint8_t* string;   // trellis_bytes, the first bit in a byte's highest
   std::uint8_t* scratch;  // trellis_scratch(code) bytes, 64-byte aligned
 };
 

@@ -73,6 +73,7 @@ class TritonWeight:
             kbit.kernels.triton.codecs.trellis says): float32 (K',), a sign / sqrt(mixed); else None.
         mixed: columns that one Hadamard matrix mixes.
         window: bits of a window.
+        half: half a bit more: weights in odd columns have one bit more than `bits`.
     """
 
     format: str
@@ -98,6 +99,7 @@ class TritonWeight:
     rotation: torch.Tensor | None = None
     mixed: int = 0
     window: int = 0
+    half: bool = False
 
     @property
     def blocks(self) -> int:
@@ -204,6 +206,7 @@ def _trellis(matrix: QuantTensor, device: torch.device | str, dtype: torch.dtype
         rotation=rotation.to(device),
         mixed=mixed,
         window=format.window,
+        half=format.half,
     )
 
 

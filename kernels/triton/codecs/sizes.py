@@ -32,7 +32,7 @@ def planes_bytes(format: QuantFormat, rows: int, columns: int) -> int:
 def trellis_bytes(format: TrellisFormat, rows: int, columns: int) -> int:
     """Bytes of a prepared trellis: its tiles, fp16 scales of rows, and a float32 for every rotated column."""
     rows, columns = _up(rows, TILE), _up(columns, TILE)
-    return rows * columns * format.bits // 8 + 2 * rows + 4 * columns
+    return rows // TILE * (columns // TILE) * format.tile_bytes + 2 * rows + 4 * columns
 
 
 def _up(value: int, multiple: int) -> int:

@@ -1,9 +1,9 @@
 """Trellis codes on a GPU: from a tile's words to levels, and the rotation of tokens (kbit/formats/trellis.py).
 
-A prepared matrix has its rings as words of 16 bits, int16 (N / 16, K / 16, 256 k / 16), the earliest bits the most
-significant. A window spans at most two words; both are loaded for each weight (neighbouring lanes read the same ones,
-so the cache serves all but one), joined, shifted and multiplied, and the product's bytes are summed. Levels are small
-integers: exact in half precision and rounded once in bfloat16.
+A prepared matrix has its rings as words of 16 bits, int16 (N / 16, K / 16, 16 w) at width w, the earliest bits the
+most significant. A window spans at most two words; both are loaded for each weight (neighbouring lanes read the same
+ones, so the cache serves all but one), joined, shifted and multiplied, and the product's bytes are summed. Levels are
+small integers: exact in half precision and rounded once in bfloat16.
 """
 
 from __future__ import annotations
@@ -14,23 +14,26 @@ import triton.language as tl
 
 
 @triton.jit
-def trellis_levels(words_ptr, tile, first, row_tiles, BITS: tl.constexpr, CODE: tl.constexpr, WINDOW: tl.constexpr,
-                   COLUMNS: tl.constexpr):  # fmt: skip
+def trellis_levels(words_ptr, tile, first, row_tiles, BITS: tl.constexpr, HALF: tl.constexpr, CODE: tl.constexpr,
+                   WINDOW: tl.constexpr, COLUMNS: tl.constexpr):  # fmt: skip
     """Levels of 16 rows and COLUMNS columns, int32 (16, COLUMNS).
 
     Args:
         words_ptr: int16 words of a matrix.
         tile: row tile.
         first: first column tile; those from row_tiles on (of which there are so many in a row) read the last one's.
+        HALF: 1 where every second column has a bit more; rows are half a word longer then.
     """
     row = tl.arange(0, 16)[:, None]
     column = tl.arange(0, COLUMNS)[None, :]
-    end = (column % 16 + 1) * BITS  # of the window, in bits from the row's first
+    count = column % 16 + 1
+    end = count * BITS + HALF * (count // 2 + 8 * row)  # of the window, in bits from word row * BITS
     word = (end - 1) // 16
     here = row * BITS + word
-    before = (here + 16 * BITS - 1) % (16 * BITS)
+    words = 16 * BITS + 8 * HALF
+    before = (here + words - 1) % words
     tiles = tl.minimum(first + column // 16, row_tiles - 1)
-    base = words_ptr + (tile * row_tiles + tiles).to(tl.int64) * (16 * BITS)
+    base = words_ptr + (tile * row_tiles + tiles).to(tl.int64) * words
     joined = (tl.load(base + before).to(tl.int32) << 16) | (tl.load(base + here).to(tl.int32) & 0xFFFF)
     window = (joined >> (16 * (word + 1) - end)) & ((1 << WINDOW) - 1)
     if CODE == "int":

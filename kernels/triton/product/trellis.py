@@ -29,8 +29,8 @@ _COLUMNS, _MOST_TOKENS = 64, 64
 def trellis_kernel(
     x_ptr, out_ptr, bias_ptr, residual_ptr, gate_ptr, words_ptr, scales_ptr,
     tokens, out_rows, columns, row_tiles, stride_x, stride_out, stride_residual, stride_gate, step,
-    BITS: tl.constexpr, CODE: tl.constexpr, WINDOW: tl.constexpr, BM: tl.constexpr, COLUMNS: tl.constexpr,
-    PRECISION: tl.constexpr, GATE: tl.constexpr, BIAS: tl.constexpr, RESIDUAL: tl.constexpr,
+    BITS: tl.constexpr, HALF: tl.constexpr, CODE: tl.constexpr, WINDOW: tl.constexpr, BM: tl.constexpr,
+    COLUMNS: tl.constexpr, PRECISION: tl.constexpr, GATE: tl.constexpr, BIAS: tl.constexpr, RESIDUAL: tl.constexpr,
 ):  # fmt: skip
     """Grid (N' / 16, ceil(M / BM)). With GATE the result is act(gate) times the product."""
     tile = tl.program_id(0)
@@ -38,7 +38,7 @@ def trellis_kernel(
     k = tl.arange(0, COLUMNS)
     acc = tl.zeros((16, BM), tl.float32)
     for first in range(0, columns, COLUMNS):
-        levels = trellis_levels(words_ptr, tile, first // 16, row_tiles, BITS, CODE, WINDOW, COLUMNS)
+        levels = trellis_levels(words_ptr, tile, first // 16, row_tiles, BITS, HALF, CODE, WINDOW, COLUMNS)
         seen = (m[None, :] < tokens) & (first + k[:, None] < columns)
         x = tl.load(x_ptr + m[None, :] * stride_x + first + k[:, None], mask=seen, other=0.0)
         acc += tl.dot(levels.to(x_ptr.dtype.element_ty), x, input_precision=PRECISION)
@@ -94,8 +94,8 @@ def trellis_product(
         out if gate is None else gate, weight.planes[0], weight.scales,
         tokens, rows, turned.shape[1], turned.shape[1] // 16, turned.stride(0), out.stride(0),
         0 if residual is None else residual.stride(0), 0 if gate is None else gate.stride(0), weight.multiplier,
-        BITS=weight.bits, CODE=weight.kind.removeprefix("trellis-"), WINDOW=weight.window, BM=block,
-        COLUMNS=_COLUMNS, PRECISION=dot_precision(x.dtype, current_arch()), GATE="" if gate is None else kind,
+        BITS=weight.bits, HALF=int(weight.half), CODE=weight.kind.removeprefix("trellis-"), WINDOW=weight.window,
+        BM=block, COLUMNS=_COLUMNS, PRECISION=dot_precision(x.dtype, current_arch()), GATE="" if gate is None else kind,
         BIAS=bias is not None, RESIDUAL=residual is not None, num_warps=4,
     )  # fmt: skip
     return out

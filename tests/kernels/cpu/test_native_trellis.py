@@ -23,6 +23,10 @@ FORMATS = (
     "trellis2-l12",
     "trellis5-l12-h32",
     "trellis4-h128",
+    "trellis2.5",
+    "trellis3.5",
+    "trellis4.5-l12",
+    "trellis5.5",
 )
 SHAPES = ((33, 128, 1), (16, 200, 3), (50, 321, 13), (7, 16, 2))
 ULP = 2.0**-24
@@ -89,7 +93,7 @@ def test_sets_agree_to_the_bit(contexts: Callable[[str], _native.Context], forma
 
 
 @pytest.mark.parametrize("compute", ["int8", "fp32", "bf16"])
-@pytest.mark.parametrize("format", ["trellis2", "trellis3", "trellis6", "trellis8"])
+@pytest.mark.parametrize("format", ["trellis2", "trellis3", "trellis3.5", "trellis6", "trellis8"])
 @pytest.mark.parametrize("isa", SETS)
 def test_a_row_does_not_depend_on_the_others(
     contexts: Callable[[str], _native.Context], isa: str, format: str, compute: str
@@ -122,3 +126,15 @@ def test_what_cannot_be_multiplied_together_is_refused() -> None:
     codes, scales = np.zeros((1, 1, 64), dtype=np.uint8), np.zeros((17, 1), dtype=np.uint16)
     with pytest.raises(ValueError, match="rows / 16"):
         _native.Matrix.trellis(codes, 2, "sum2", 16, 16, scales, np.zeros(2, dtype=np.uint8), 16, context)
+    with pytest.raises(ValueError, match="sum2: 2"):
+        _native.Matrix.trellis(codes, 2, "sum2", 16, 16, scales, np.zeros(2, dtype=np.uint8), 16, context, half=True)
+    with pytest.raises(ValueError, match="only trellises have half a bit"):
+        _native.map_matrix(_native.MappedFile(__file__), 16, 16, 2, 0, "fp16", False, [0, 0, 0, 0], half=True)
+
+
+def test_bytes_are_planned_as_they_are_kept() -> None:
+    context = _native.Context(None, 1)
+    for format in ("trellis3", "trellis3.5"):
+        weight = trellis_tensor(format, 40, 200)
+        kept = prepare(weight, context).matrix
+        assert kept.nbytes == _native.matrix_bytes(40, 200, 3, 0, "fp16", False, half=format == "trellis3.5")

@@ -14,14 +14,22 @@ from kbit.formats.trellis_code import search, tile_levels
 SETS = _native.instruction_sets()
 
 
-def found(numbers: torch.Tensor, values: torch.Tensor, bits: int, isa: str, threads: int = 1) -> torch.Tensor:
-    strings = torch.empty(len(numbers), 32 * bits, dtype=torch.uint8)
-    _native.trellis_search(numbers, values, bits, strings, _native.Context(isa, threads))
+def found(
+    numbers: torch.Tensor, values: torch.Tensor, bits: int, isa: str, threads: int = 1, half: bool = False
+) -> torch.Tensor:
+    strings = torch.empty(len(numbers), 16 * (2 * bits + half), dtype=torch.uint8)
+    _native.trellis_search(numbers, values, bits, strings, _native.Context(isa, threads), half)
     return strings
 
 
-@pytest.mark.parametrize(("bits", "window"), [(2, 8), (3, 8), (4, 9), (4, 10), (5, 10), (6, 12)])
-def test_no_ring_from_the_same_seam_costs_less(bits: int, window: int) -> None:
+@pytest.mark.parametrize(
+    ("bits", "window", "half"),
+    [
+        *((bits, window, False) for bits, window in ((2, 8), (3, 8), (4, 9), (4, 10), (5, 10), (6, 12))),
+        *((bits, window, True) for bits, window in ((2, 8), (3, 9), (4, 10), (5, 11), (5, 12))),
+    ],
+)
+def test_no_ring_from_the_same_seam_costs_less(bits: int, window: int, half: bool) -> None:
     generator = torch.Generator().manual_seed(bits)
     numbers = torch.randn(3, 256, generator=generator)
     numbers[1] *= 0.5
@@ -29,24 +37,27 @@ def test_no_ring_from_the_same_seam_costs_less(bits: int, window: int) -> None:
     values = torch.randn(1 << window, generator=generator)
     scaled = np.rint(np.clip(values.numpy() * np.float32(8192), -32767, 32767)).astype(np.int64)
     for isa in SETS:
-        strings = found(numbers, values, bits, isa)
+        strings = found(numbers, values, bits, isa, half=half)
         for tile in range(2):
-            windows = ring_windows(strings[tile].numpy(), bits, window)
-            overlap, least = best_ring(numbers[tile].numpy(), scaled, bits)
+            windows = ring_windows(strings[tile].numpy(), bits, window, half)
+            overlap, least = best_ring(numbers[tile].numpy(), scaled, bits, half)
             assert windows[-1] & ((1 << window - bits) - 1) == overlap
             assert cost_of(numbers[tile].numpy(), scaled, windows, bits) == least
 
 
+@pytest.mark.parametrize("half", [False, True])
 @pytest.mark.parametrize("bits", range(2, 7))
-def test_sets_agree_to_the_bit(bits: int) -> None:
+def test_sets_agree_to_the_bit(bits: int, half: bool) -> None:
+    if half and bits == 6:
+        return  # there is no such width
     generator = torch.Generator().manual_seed(bits)
     numbers = torch.randn(3, 256, generator=generator)
     numbers[1] = torch.tensor([1e30, -1e30, torch.nan, torch.inf]).repeat(64)
     numbers[2] = 0
     values = torch.randn(1 << 12, generator=generator)
-    expected = found(numbers, values, bits, "scalar")
+    expected = found(numbers, values, bits, "scalar", half=half)
     for isa in SETS[1:]:
-        assert torch.equal(found(numbers, values, bits, isa), expected), isa
+        assert torch.equal(found(numbers, values, bits, isa, half=half), expected), isa
 
 
 def test_threads_do_not_matter() -> None:
@@ -87,3 +98,7 @@ def test_what_is_no_trellis_is_refused() -> None:
     ):
         with pytest.raises(ValueError, match=said):
             _native.trellis_search(numbers, values, bits, torch.empty(shape, dtype=torch.uint8), context)
+    for bits, shape, said in ((6, (1, 208), "2 to 6 bits"), (2, (1, 64), "16 bytes more")):
+        strings = torch.empty(shape, dtype=torch.uint8)
+        with pytest.raises(ValueError, match=said):
+            _native.trellis_search(numbers, torch.zeros(1 << 12), bits, strings, context, half=True)
