@@ -196,6 +196,10 @@ class CalibratedView(QuantizedView):
         self._served.add(name)
         return self._ready.pop(name)
 
+    def rounded(self, name: str, weight: torch.Tensor) -> QuantTensor:
+        """Another weight, float32 (N, K), in the place of a planned one, rounded as that is."""
+        return self._round(name, weight, self._factors(self._layers[name]).get(name))
+
     def _round_layer(self, layer: int | None) -> None:
         import torch
 

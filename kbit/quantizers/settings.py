@@ -83,14 +83,18 @@ class Nesting:
 
 @dataclass(frozen=True)
 class Tuning:
-    """How `kbit.quantizers.row_scales` tunes.
+    """How `kbit.quantizers.in_turn` tunes.
 
     Attributes:
-        steps: of Adam.
+        turns: in which matrices are rounded, at most.
+        steps: of Adam after each.
         batch: sequences of each.
-        rate: of learning, falling to zero along half a cosine.
+        rate: of learning, of factors of rows and norms, falling to zero along half a cosine in every turn.
+        weight_rate: of weights that are not rounded yet, in shares of their matrix's root mean square.
     """
 
-    steps: int = 60
+    turns: int = 12
+    steps: int = 10
     batch: int = 8
-    rate: float = 3e-3
+    rate: float = 1e-3
+    weight_rate: float = 3e-3

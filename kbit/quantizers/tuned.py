@@ -1,4 +1,4 @@
-"""Rounding with a calibration, and then the scales of rows and the weights of norms tuned against the original."""
+"""Rounding in turn, with a calibration: what is not rounded yet, rows and norms are tuned against the original."""
 
 from __future__ import annotations
 
@@ -9,26 +9,33 @@ from typing import TYPE_CHECKING, Any
 from kbit.formats.codec import Codec
 from kbit.models.families import spec_from_config
 from kbit.models.params import parameters
-from kbit.quantizers.calibrated import TwoSided
+from kbit.quantizers.calibrated import CalibratedView, TwoSided
 from kbit.quantizers.method import MethodInput, QuantizedSource
 from kbit.quantizers.rtn import QuantizedView
 from kbit.quantizers.settings import Tuning
 from kbit.quantizers.trellis import Trellis
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     import torch
 
-    from kbit.calibration.store import CalibrationFolder
     from kbit.checkpoint.source import CheckpointSource
     from kbit.formats.quant_tensor import QuantTensor
+    from kbit.quantizers.in_turn import Tuned
+
+# What a weight takes while others are tuned, beside the original: itself and its place in the model, two moments of its
+# gradient, the gradient and its sum; and a gradient for each further thread.
+_BYTES = 32
+_CODEBOOK = "="  # of a matrix's codebook, in a file of tuned matrices
 
 
 class TunedTwoSided(TwoSided):
-    """Two-sided LDLQ, rows and norms tuned (kbit.quantizers.row_scales)."""
+    """Two-sided LDLQ in turn (kbit.quantizers.in_turn)."""
 
     name = "ldlq2-tuned"
-    about = "ldlq2, then row scales and norms tuned against the original, kept if that helps: much slower"
-    version = 3
+    about = "ldlq2 matrix after matrix, the rest tuned against the original in between, kept if that helps: much slower"
+    version = 4
     tuning = Tuning()
 
     @property
@@ -38,63 +45,62 @@ class TunedTwoSided(TwoSided):
     def memory(self, source: CheckpointSource) -> int:
         spec = spec_from_config(source.config, where=f"config of {source.path}")
         weights = sum(p.shape[0] * p.shape[1] for p in parameters(spec) if len(p.shape) == 2)
-        return max(super().memory(source), 8 * weights)
+        return max(super().memory(source), _BYTES * weights)
 
     def apply(self, job: MethodInput) -> QuantizedSource:
-        from kbit.calibration.run import calibrate
-
-        rounded = super().apply(job)
-        assert isinstance(rounded, QuantizedView)
-        # In the source's order, which is that of layers: a layer's matrices are rounded together.
-        matrices = {name: rounded.read_quantized(name) for name in job.source.tensors if name in rounded.formats}
-        return _AtHand(job, matrices, self._factors(job, matrices, calibrate(job.source, self.request)))
-
-    def _factors(
-        self, job: MethodInput, matrices: Mapping[str, QuantTensor], calibration: CalibrationFolder
-    ) -> Mapping[str, torch.Tensor]:
-        """Of rows and norms, by name; none where they do not help. Kept beside the calibration, for a later run."""
-        from safetensors.torch import load, save
-
         from kbit.calibration.held_out import held_out_tokens
-        from kbit.host.files import write_durably
-        from kbit.quantizers.row_scales import divergence, tune_rows
+        from kbit.calibration.run import calibrate
+        from kbit.quantizers.distillation import divergence
+        from kbit.quantizers.in_turn import Tuned, round_in_turn
 
-        kept = calibration.path / f"rows-{job.plan.plan_id[:24]}.safetensors"
-        if kept.exists():
-            return load(kept.read_bytes())
-        text, held_out = calibration.ids(), held_out_tokens(job.source, self.request)
-        assert text is not None
-        plain = _AtHand(job, matrices, {})
-        factors = tune_rows(job.source, plain, matrices, text, self.tuning, progress=job.progress)
-        tuned = _AtHand(job, matrices, factors)
-        if divergence(job.source, tuned, held_out) >= divergence(job.source, plain, held_out):
-            factors = {}
-        write_durably(kept, save(factors))
-        return factors
+        view = super().apply(job)
+        assert isinstance(view, CalibratedView)
+        calibration = calibrate(job.source, self.request)
+        kept = calibration.path / f"tuned-{job.plan.plan_id[:24]}.safetensors"
+        found = _read(kept, view)
+        if found is None:
+            # In the source's order, which is that of layers: a layer's matrices are rounded together.
+            plain = {name: view.read_quantized(name) for name in job.source.tensors if name in view.formats}
+            at_once = _AtHand(job, plain, {})
+            text, held_out = calibration.ids(), held_out_tokens(job.source, self.request)
+            assert text is not None
+            spec = spec_from_config(job.source.config, where=f"config of {job.source.path}")
+            inside = [p.name for p in parameters(spec) if p.role == "linear" and p.layer is not None]
+            targets = {name: view.target(name).float() for name in inside if name in plain}
+            found = round_in_turn(
+                job.source, at_once, targets, view.rounded, text, self.tuning, progress=job.progress
+            )  # fmt: skip
+            found = Tuned({**plain, **found.matrices}, found.norms)
+            in_turn = _AtHand(job, found.matrices, found.norms)
+            if divergence(job.source, in_turn, held_out) >= divergence(job.source, at_once, held_out):
+                found = Tuned(plain, {})
+            _write(kept, found)
+        made = _AtHand(job, found.matrices, found.norms)
+        made.notes = view.notes
+        return made
 
 
 class TunedTrellis(TunedTwoSided):
-    """Trellis codes, rows and norms tuned."""
+    """Trellis codes in turn."""
 
     name = "trellis-tuned"
-    about = "trellis, then row scales and norms tuned against the original, kept if that helps: much slower"
-    version = 2
+    about = (
+        "trellis matrix after matrix, the rest tuned against the original in between, kept if that helps: much slower"
+    )
+    version = 3
 
     def format(self, bits: int, fast: bool) -> Codec:
         return Trellis().format(bits, fast)
 
 
 class _AtHand(QuantizedView):
-    """A source whose planned weights are in memory, with their rows scaled, and whose norms' weights are, too."""
+    """A source whose planned weights are in memory, and the weights of whose norms have factors."""
 
     def __init__(
-        self, job: MethodInput, matrices: Mapping[str, QuantTensor], factors: Mapping[str, torch.Tensor]
+        self, job: MethodInput, matrices: Mapping[str, QuantTensor], norms: Mapping[str, torch.Tensor]
     ) -> None:
-        from kbit.quantizers.row_scales import scale_rows
-
         super().__init__(job.source, job.plan, job.read)
-        self._matrices = {name: scale_rows(matrix, factors.get(name)) for name, matrix in matrices.items()}
-        self._norms = {name: factor for name, factor in factors.items() if name not in matrices}
+        self._matrices, self._norms = matrices, norms
         self._kept_as = {tensor.source.name: tensor.keep_as for tensor in job.plan.tensors}
 
     def read_quantized(self, name: str) -> QuantTensor:
@@ -111,3 +117,39 @@ class _AtHand(QuantizedView):
 
         dtype = SAFETENSORS_TO_TORCH[self._kept_as[name]]
         return (values.float() * self._norms[name]).to(dtype).float()
+
+
+def _write(path: Path, tuned: Tuned) -> None:
+    """Keep what was made, for a later run."""
+    from safetensors.torch import save
+
+    from kbit.host.files import write_durably
+
+    arrays = dict(tuned.norms)
+    for name, matrix in tuned.matrices.items():
+        arrays |= {f"{name}:{part}": array.contiguous() for part, array in matrix.stored.items()}
+        arrays[f"{name}:{_CODEBOOK}"] = matrix.codebook.contiguous()
+    write_durably(path, save(arrays))
+
+
+def _read(path: Path, view: QuantizedView) -> Tuned | None:
+    """What an earlier run has kept; None where there is nothing.
+
+    Raises:
+        CheckpointError: the file is damaged.
+    """
+    if not path.exists():
+        return None
+    from safetensors.torch import load
+
+    from kbit.formats.quant_tensor import QuantTensor
+    from kbit.quantizers.in_turn import Tuned
+
+    arrays = load(path.read_bytes())
+    matrices = {}
+    for name, format in view.formats.items():
+        shape = view.tensors[name].shape
+        stored = {part: arrays[key] for part in format.parts(*shape) if (key := f"{name}:{part}") in arrays}
+        codebook = arrays[f"{name}:{_CODEBOOK}"]
+        matrices[name] = QuantTensor.checked(name, format, (shape[0], shape[1]), stored, codebook)
+    return Tuned(matrices, {name: array for name, array in arrays.items() if ":" not in name})
