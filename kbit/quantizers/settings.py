@@ -94,7 +94,7 @@ class Tuning:
     """
 
     turns: int = 12
-    steps: int = 10
-    batch: int = 8
+    steps: int = 20
+    batch: int = 4
     rate: float = 1e-3
-    weight_rate: float = 3e-3
+    weight_rate: float = 2.4e-3

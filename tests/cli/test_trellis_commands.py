@@ -55,7 +55,7 @@ def test_a_real_model_is_quantized_and_runs(tmp_path: Path, data_dir: Path) -> N
     assert "trellis3-l12" in said
 
 
-@pytest.mark.parametrize("format", ["trellis2", "trellis5-h32", "trellis8"])
+@pytest.mark.parametrize("format", ["trellis2", "trellis2.5", "trellis5-h32", "trellis8"])
 def test_backends_agree(tmp_path: Path, tiny_model: Path, format: str) -> None:
     out = tmp_path / "out"
     code, said, _ = run_command(["quantize", str(tiny_model), "--method", "rtn", "--format", format, "-o", str(out)])
@@ -88,6 +88,7 @@ def test_widths_are_mixed_within_a_budget(tmp_path: Path, tiny_model: Path) -> N
     linear = {name: format for name, format in formats.items() if "proj" in name}
     assert all(format.startswith("trellis") for format in linear.values())
     assert len(set(linear.values())) > 1
+    assert any(".5" in format for format in linear.values())  # half widths among them
     assert not any(format.startswith("trellis") for name, format in formats.items() if "embed" in name)
 
 
@@ -100,6 +101,7 @@ def test_widths_are_mixed_within_a_budget(tmp_path: Path, tiny_model: Path) -> N
         (["--method", "awq", "--format", "trellis3"], "formats of planes only"),
         (["--method", "rtn", "--bits", "4", "--override", "*embed_tokens*=trellis4"], "not looked up one by one"),
         (["--method", "rtn", "--format", "trellis3-sum2"], "write trellis3"),
+        (["--method", "rtn", "--format", "trellis2.25"], "or trellis2.5 to trellis5.5"),
     ],
 )
 def test_what_cannot_be_is_said(tmp_path: Path, tiny_model: Path, words: list[str], said: str) -> None:

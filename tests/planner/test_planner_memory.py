@@ -69,7 +69,9 @@ def test_prepared_weights(text: str, shape: tuple[int, int]) -> None:
     assert 0 <= uploaded.nbytes - table - prepared_bytes(weight, "triton") <= 16
 
 
-@pytest.mark.parametrize("text", ["trellis2-l10", "trellis3-l10", "trellis5-l10-h32", "trellis7", "trellis8"])
+@pytest.mark.parametrize(
+    "text", ["trellis2-l10", "trellis3-l10", "trellis3.5-l10", "trellis5-l10-h32", "trellis7", "trellis8"]
+)
 @pytest.mark.parametrize("shape", [(48, 64), (50, 136)], ids=str)
 def test_prepared_trellises(text: str, shape: tuple[int, int]) -> None:
     """To the byte; a GPU reads scales of whole tiles, which the CPU's tiles of 64 columns outweigh."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -130,6 +131,30 @@ def test_what_cannot_be_multiplied_together_is_refused() -> None:
         _native.Matrix.trellis(codes, 2, "sum2", 16, 16, scales, np.zeros(2, dtype=np.uint8), 16, context, half=True)
     with pytest.raises(ValueError, match="only trellises have half a bit"):
         _native.map_matrix(_native.MappedFile(__file__), 16, 16, 2, 0, "fp16", False, [0, 0, 0, 0], half=True)
+
+
+def test_a_prepared_file_holds_half_widths(tmp_path: Path) -> None:
+    context, x = _native.Context(None, 1), inputs(3, 200)
+    weight = trellis_tensor("trellis2.5", 40, 200)
+    matrix = prepare(weight, context).matrix
+    begins, data = [], b""
+    for array in _native.matrix_arrays(matrix):
+        begins.append(len(data))
+        data += array.tobytes() + bytes(-len(array) % 64)
+    (tmp_path / "prepared").write_bytes(data)
+    mapped = _native.map_matrix(
+        _native.MappedFile(str(tmp_path / "prepared")), **_native.describe_matrix(matrix), begins=begins
+    )
+    found = []
+    for kept in (matrix, mapped):
+        program = _native.Program(context, "int8")
+        hidden = program.buffer(200)
+        program.finish(hidden)
+        program.head(kept, None, 0.0)
+        out = np.full((3, 40), np.nan, dtype=np.float32)
+        program.logits(x.numpy(), out)
+        found.append(out)
+    assert found[0].tobytes() == found[1].tobytes() == multiply(context, weight, x, "int8").tobytes()
 
 
 def test_bytes_are_planned_as_they_are_kept() -> None:
