@@ -125,6 +125,12 @@ def test_intervals_hold_the_truth_about_as_often_as_they_promise() -> None:
     assert held / trials > 0.85
 
 
+def test_half_widths_have_no_law() -> None:
+    with pytest.raises(UsageError, match=r"trellis2.5: laws are of whole widths: ask for trellis3$"):
+        target("trellis2.5", "trellis")
+    assert target("trellis3", "trellis").bits == 3
+
+
 def test_bits_and_kumar_find_their_own_laws() -> None:
     def by_bits(size: Size, format: str) -> float:
         seen = target(format, "rtn")

@@ -119,6 +119,8 @@ def target(format: str, method: str, weight_error: float | None = None, expected
     parsed = parse_format(format)
     if not isinstance(parsed, QuantFormat | TrellisFormat):
         raise UsageError(f"{format}: no law has an answer for a file of several widths: measure it, by kbit scale")
+    if isinstance(parsed, TrellisFormat) and parsed.half:
+        raise UsageError(f"{format}: laws are of whole widths: ask for {parsed.with_bits(parsed.bits + 1)}")
     name, dtype = str(parsed), dtype_label(parsed)
     rounding = _rounding(name)
     return Target(
