@@ -88,7 +88,7 @@ def round_in_turn(
     Args:
         source: the original.
         start: the same; what it has of other matrices (embeddings, the head) is kept.
-        targets: what is to be rounded, float32 (N, K) by name, in the order of layers.
+        targets: what is to be rounded, float32 (N, K) by name, in the order of layers; changed in place.
         rounded: rounds a matrix of that name; called by several threads.
         text: sequences, int64 (S, T).
         tuning: how.
@@ -97,7 +97,7 @@ def round_in_turn(
     threads = torch.get_num_threads()
     with workers(threads) as pool:
         pair = Pair(source, start, pool, threads)
-        weights = {name: target.clone() for name, target in targets.items()}
+        weights = dict(targets)
         factors = {name: torch.ones(size) for name, size in pair.norms.items()}
         groups = in_turns({name: weight.numel() for name, weight in weights.items()}, tuning.turns)
         matrices: dict[str, QuantTensor] = {}

@@ -24,8 +24,8 @@ if TYPE_CHECKING:
     from kbit.formats.quant_tensor import QuantTensor
     from kbit.quantizers.in_turn import Tuned
 
-# What a weight takes while others are tuned, beside the original: itself and its place in the model, two moments of its
-# gradient, the gradient and its sum; and a gradient for each further thread.
+# What a weight takes while it is tuned: as the original has it (2 bytes), itself, its place in the model, its gradient
+# and one for each of two threads (4 each), and the two moments of Adam (8).
 _BYTES = 32
 _CODEBOOK = "="  # of a matrix's codebook, in a file of tuned matrices
 
@@ -66,7 +66,7 @@ class TunedTwoSided(TwoSided):
             assert text is not None
             spec = spec_from_config(job.source.config, where=f"config of {job.source.path}")
             inside = [p.name for p in parameters(spec) if p.role == "linear" and p.layer is not None]
-            targets = {name: view.target(name).float() for name in inside if name in plain}
+            targets = {name: view.target(name).float().clone() for name in inside if name in plain}
             found = round_in_turn(
                 job.source, at_once, targets, view.rounded, text, self.tuning, progress=job.progress
             )  # fmt: skip
