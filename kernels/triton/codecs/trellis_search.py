@@ -3,8 +3,8 @@
 A program has one tile. It keeps two rows of costs, one for each overlap of two windows, and the choices of 256 steps in
 memory of its own (the L1 and L2 caches hold the costs); a step reads the row before, and adds for every window what its
 number would cost. Costs are whole numbers of 16 bits that saturate, and of equal ones the first wins, as on the CPU and
-in kernels/reference_trellis.py, so that results are the same. The way back is a chain of 256 loads, while other programs
-go forward.
+in kernels/reference_trellis.py, so that results are the same. The way back is a chain of 256 loads; other programs go
+forward meanwhile.
 
 Threads read what others of their program wrote to memory. On NVIDIA's GPUs a barrier orders that. On AMD's, Triton
 3.7.1 compiles the barrier without waiting for stores (seen in the machine code for gfx942), so these are refused.
