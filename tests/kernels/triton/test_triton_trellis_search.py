@@ -17,7 +17,8 @@ from kbit.kernels.triton.codecs.trellis_search import search_on_gpu  # noqa: E40
 
 @pytest.mark.parametrize("text", ["trellis2-sum4-l13", "trellis3-l8", "trellis4-l10", "trellis5-l10"])
 def test_the_same_rings(device: str, text: str) -> None:
-    """Two blocks of overlaps; short windows. (The longest, at six bits, is among the checks of gpu_check.) Some numbers are beyond all values."""
+    """Two blocks of overlaps; short windows; numbers beyond all values. (The longest window is among the checks of
+    kbit.gpu_check.)"""
     format = TrellisFormat.parse(text)
     tiles = torch.randn(1, 256, generator=torch.Generator().manual_seed(format.window))
     tiles[0, ::32] = 9.0
