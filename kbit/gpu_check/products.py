@@ -13,10 +13,13 @@ from kbit.formats.quant_format import QuantFormat
 from kbit.formats.quant_tensor import QuantTensor
 from kbit.formats.rotation import rotate
 from kbit.formats.trellis import TrellisFormat
+from kbit.formats.trellis_code import levels
 from kbit.gpu_check.bounds import assert_within, product_bound, rounded, unit
 from kbit.gpu_check.synthetic import random_codes
-from kbit.kernels import reference
+from kbit.kernels import reference, reference_trellis
+from kbit.kernels.reference_trellis import in_units
 from kbit.kernels.triton.codecs.layout import prepare_weight
+from kbit.kernels.triton.codecs.trellis_search import search_symbols
 from kbit.kernels.triton.product.gemm import gemm
 from kbit.kernels.triton.product.gemv import gemv
 from kbit.kernels.triton.product.grouped import group_tokens, grouped_config, grouped_matmul, stack_experts
@@ -137,6 +140,17 @@ def check_rounded(device: str, kind: str, text: str, tokens: int, seed: int = 1)
     return assert_within(got, turned @ dense.T, bound + 2.0**-24)
 
 
+def check_search(device: str, text: str, seed: int = 0) -> float:
+    """A tile's trellis codes, against the search's definition: all or nothing."""
+    format = TrellisFormat.parse(text)
+    values = in_units(levels(format, torch.arange(1 << format.window)).float() * format.step)
+    wanted = in_units(normal(1, 256, seed))
+    wanted[:, ::50] = 32767  # beyond all values
+    got = search_symbols(format, wanted.to(device), values.to(device)).cpu()
+    expected = torch.stack([reference_trellis.search_symbols(numbers, values, format.bits) for numbers in wanted])
+    return assert_within(got.float(), expected.float(), torch.full(got.shape, 0.5))
+
+
 def check_grouped(device: str, text: str, tokens: int, top: int, count: int, seed: int = 0) -> float:
     """Every token with the experts it was sent to, against one product each."""
     dtype = torch.float16
@@ -200,6 +214,8 @@ def cases(seed: int) -> dict[str, Callable[[str], float]]:
     for text in (*(f"trellis{bits}" for bits in range(2, 9)), *further):
         for tokens in (1, 33):
             found[f"trellis {text} {tokens}"] = partial(check_trellis, text=text, shape=(tokens, 40, 320), seed=seed)
+    for text in ("trellis2-l8", "trellis3-l10", "trellis5-l12", "trellis6"):
+        found[f"trellis_search {text}"] = partial(check_search, text=text, seed=seed)
     for kind in ("int8", "fp8"):
         for text in (*(f"int{bits}-b128" for bits in range(2, 9)), "nf4-b64", "nf3-b64", "lloyd5-b64", "int4-row"):
             found[f"gemm_{kind} {text} 70"] = partial(check_rounded, kind=kind, text=text, tokens=70, seed=seed)

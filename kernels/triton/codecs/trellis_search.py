@@ -2,10 +2,12 @@
 
 A program has one tile. It keeps two rows of costs, one for each overlap of two windows, and the choices of 256 steps in
 memory of its own (the L1 and L2 caches hold the costs); a step reads the row before, and adds for every window what its
-number would cost. Costs are whole numbers of 16 bits that saturate, and of equal ones the first wins, as on the CPU, so
-that results are the same. The way back is a chain of loads, 256 of them, while other programs go forward. Threads read
-what others of their program wrote to memory: on NVIDIA's GPUs a barrier orders that. On AMD's Triton 3.7.1 compiles the
-barrier without waiting for stores (seen in the machine code for gfx942), so these are refused.
+number would cost. Costs are whole numbers of 16 bits that saturate, and of equal ones the first wins, as on the CPU and
+in kernels/reference_trellis.py, so that results are the same. The way back is a chain of 256 loads; other programs go
+forward meanwhile.
+
+Threads read what others of their program wrote to memory. On NVIDIA's GPUs a barrier orders that. On AMD's, Triton
+3.7.1 compiles the barrier without waiting for stores (seen in the machine code for gfx942), so these are refused.
 
 Work: 2^L windows a step, about 400 steps a tile; bound by integer instructions. Checked in the interpreter and by its
 machine code, not timed on a GPU.
@@ -20,22 +22,11 @@ import triton.language as tl
 from kbit.formats.trellis import INTEGER_BITS, TrellisFormat
 from kbit.formats.trellis_code import levels
 from kbit.host.errors import UnsupportedError
+from kbit.kernels.reference_trellis import NUMBERS, doublings, in_units, seam
 from kbit.kernels.triton.target import active, current_arch
 
-NUMBERS = 256  # of a tile
-UNIT = 8192.0  # of trellis.h, as are the two below
 _SCRATCH_BYTES = 1 << 30  # of all programs of a launch
 _BLOCK = 1024  # overlaps that a program looks at together
-
-
-def doublings(bits: int) -> int:
-    """How often a distance is doubled before it is squared."""
-    return 1 if bits <= 3 else 2
-
-
-def seam(bits: int) -> int:
-    """Numbers to each side of the ring's seam that the first path sees."""
-    return max(32, 192 // bits)
 
 
 @triton.jit
@@ -154,13 +145,9 @@ def search_on_gpu(format: TrellisFormat, tiles: torch.Tensor, device: torch.devi
         UnsupportedError: a GPU of AMD's.
     """
     assert format.bits < INTEGER_BITS
-    values = _in_units(levels(format, torch.arange(1 << format.window)).float() * format.step)
+    values = in_units(levels(format, torch.arange(1 << format.window)).float() * format.step)
     with active(device):
-        if (arch := current_arch()).startswith("gfx"):
-            raise UnsupportedError(
-                f"trellis codes are searched for on NVIDIA's GPUs and on the CPU, not on {arch}; use --device cpu"
-            )
-        symbols = search_symbols(format, _in_units(tiles).to(device), values.to(device))
+        symbols = search_symbols(format, in_units(tiles).to(device), values.to(device))
     return _strings(symbols.cpu(), format.bits)
 
 
@@ -174,7 +161,14 @@ def search_symbols(format: TrellisFormat, wanted: torch.Tensor, values: torch.Te
 
     Returns:
         uint8 (T, 256).
+
+    Raises:
+        UnsupportedError: a GPU of AMD's.
     """
+    if (arch := current_arch()).startswith("gfx"):
+        raise UnsupportedError(
+            f"trellis codes are searched for on NVIDIA's GPUs and on the CPU, not on {arch}; use --device cpu"
+        )
     tiles, overlaps, device = len(wanted), 1 << (format.window - format.bits), wanted.device
     symbols = torch.empty(wanted.shape, dtype=torch.uint8, device=device)
     group = max(1, _SCRATCH_BYTES // ((NUMBERS + 4) * overlaps))
@@ -188,13 +182,6 @@ def search_symbols(format: TrellisFormat, wanted: torch.Tensor, values: torch.Te
             FROM=max(1, min(_BLOCK, overlaps) >> format.bits), num_warps=4,
         )  # fmt: skip
     return symbols
-
-
-def _in_units(numbers: torch.Tensor) -> torch.Tensor:
-    """Numbers in units of 1 / UNIT, int16, as the CPU's search rounds them; NaN is the least."""
-    scaled = numbers.float() * UNIT
-    scaled = torch.where(scaled > -32767.0, scaled, -32767.0).clamp(max=32767.0)
-    return scaled.round().to(torch.int16)
 
 
 def _strings(symbols: torch.Tensor, bits: int) -> torch.Tensor:
