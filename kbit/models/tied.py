@@ -19,7 +19,10 @@ def embedded(source: CheckpointSource) -> CheckpointSource:
     except KbitError:
         return source  # who reads it says what is wrong
     head, embedding = f"{names.head}.weight", f"{names.embedding}.weight"
-    if head not in source.tensors or any(name.endswith(embedding) for name in source.tensors):
+    # (Under a longer name, or without the model's prefix, the embedding is there too.)
+    if head not in source.tensors or any(
+        name.endswith(embedding) or embedding.endswith(f".{name}") for name in source.tensors
+    ):
         return source
     note(f"{source.path}: {head} is stored and {embedding} is not; they are one matrix, as config.json says")
     kept = {name: name for name in source.tensors if name != head}

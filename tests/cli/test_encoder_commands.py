@@ -181,7 +181,7 @@ def test_other_commands_name_encoders(kbit: Run, folders: dict[str, str], tmp_pa
     code, _, err = kbit("scale", folders["fill"], "--bits", "4", "--data", str(text), "-o", str(tmp_path / "study"))
     assert code == 1
     assert "does not go on with texts" in err
-    assert "compare by kbit eval" in err
+    assert "and kbit eval OUT --tasks stsb --reference" in err
     code, out, err = kbit("quantize", folders["fill"], "--bits", "4", "--dry-run")
     assert code == 0, err
     assert "bits per weight" in out + err

@@ -25,6 +25,7 @@ from kbit.kernels.triton.product.configs import (  # noqa: E402
     rounded_config,
 )
 from kbit.kernels.triton.product.gemm import gemm  # noqa: E402
+from kbit.kernels.triton.product.gemv import GATES
 from kbit.kernels.triton.product.limits import ROUNDED_TOKENS  # noqa: E402
 from kbit.kernels.triton.product.matmul import describe, gated_matmul, matmul  # noqa: E402
 from kbit.kernels.triton.product.round_fp8 import e4m3  # noqa: E402
@@ -150,7 +151,7 @@ def test_a_float_weight_is_torchs(device: str) -> None:
 
 
 @pytest.mark.parametrize("tokens", [2, 9])
-@pytest.mark.parametrize("kind", reference.ACTIVATIONS)
+@pytest.mark.parametrize("kind", GATES)
 @pytest.mark.parametrize("texts", [("nf4-b64", "nf4-b64"), ("nf4-b64", "int8-b64"), ("nf4-b64", "dense")])
 def test_gate_and_up(device: str, texts: tuple[str, str], kind: str, tokens: int) -> None:
     gate = quantized(texts[0], 24, 256)

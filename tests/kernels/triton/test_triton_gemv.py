@@ -15,7 +15,7 @@ from kbit.host.errors import UnsupportedError  # noqa: E402
 from kbit.kernels import reference  # noqa: E402
 from kbit.kernels.triton.codecs.layout import prepare_weight  # noqa: E402
 from kbit.kernels.triton.product.configs import GemvConfig, Problem, gemv_candidates  # noqa: E402
-from kbit.kernels.triton.product.gemv import gemv  # noqa: E402
+from kbit.kernels.triton.product.gemv import GATES, gemv  # noqa: E402
 
 
 def quantized(text: str, rows: int, columns: int, seed: int = 0) -> QuantTensor:
@@ -115,7 +115,7 @@ def test_bias_and_residual(device: str, split: int, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("split", [1, 2])
-@pytest.mark.parametrize("kind", reference.ACTIVATIONS)
+@pytest.mark.parametrize("kind", GATES)
 def test_gate_and_up_in_one_kernel(device: str, kind: str, split: int) -> None:
     gate, up = quantized("nf4-b64", 24, 256), quantized("nf4-b64", 24, 256, seed=5)
     x = normal(2, 256, seed=1).half()
