@@ -25,7 +25,7 @@ from kbit.kernels.triton.product.configs import (  # noqa: E402
     rounded_config,
 )
 from kbit.kernels.triton.product.gemm import gemm  # noqa: E402
-from kbit.kernels.triton.product.gemv import GATES
+from kbit.kernels.triton.product.gemv import GATES  # noqa: E402
 from kbit.kernels.triton.product.limits import ROUNDED_TOKENS  # noqa: E402
 from kbit.kernels.triton.product.matmul import describe, gated_matmul, matmul  # noqa: E402
 from kbit.kernels.triton.product.round_fp8 import e4m3  # noqa: E402
