@@ -23,11 +23,12 @@ class Sequence:
         table: pages that hold the first of these tokens already, as a fork of another sequence's.
         adapter: which of the model's adapters it has (`Decoder.adapters`), -1 for none. Sequences share pages only with
             those of the same.
+        slot: likewise.
 
     Attributes:
         ids: the tokens. `append` adds to them.
         table: their pages.
-        whole, adapter: as given.
+        whole, adapter, slot: as given.
         wanted_from: first position that has not been answered.
         draft: guesses at the tokens after the last, which the next pass computes, too, if there is room; `settle` says
             what became of them.
@@ -45,11 +46,13 @@ class Sequence:
         whole: bool = False,
         table: BlockTable | None = None,
         adapter: int = -1,
+        slot: bytes = b"",
     ) -> None:
         self.ids = list(ids)
         self.wanted_from = len(self.ids) - 1 if wanted_from is None else wanted_from
         self.whole = whole
         self.adapter = adapter
+        self.slot = slot
         self.draft: list[int] = []
         self.table = BlockTable(pool) if table is None else table
         if not self.ids or self.table.length > min(self.wanted_from, len(self.ids) - 1):
@@ -120,5 +123,5 @@ class Sequence:
 
     @property
     def _kind(self) -> bytes:
-        """What keys and values depend on beside the tokens."""
-        return b"" if self.adapter < 0 else b"adapter %d" % self.adapter
+        """What pages are found by beside their tokens."""
+        return (b"" if self.adapter < 0 else b"adapter %d" % self.adapter) + self.slot

@@ -355,8 +355,8 @@ class BlockTable:
     def match_part(self, before: bytes, tokens: Sequence[int]) -> int:
         """After `match`: begins one page more with what a published one holds of the next tokens.
 
-        That page is copied, as both texts go on in their own ways. Nothing is where no page can be taken for the copy,
-        or where sequences have states, which are not kept within pages.
+        That page is copied, as both texts go on in their own ways; where there is no page for the copy, it is itself
+        taken over, if nobody uses it. Nothing is shared where sequences have states, which are not kept within pages.
 
         Args:
             before: the key of the last page there is, or what the keys of the text begin with.
@@ -378,12 +378,15 @@ class BlockTable:
         if self._pool.available:
             page = self._pool.take()
             self._pool.store.copy(source, page)
-            self.pages.append(page)
-            self.length += shared
-            self.version += 1
+            self._pool.release(source)
+        elif self._pool.uses(source) == 1:
+            page = self._pool.writable(source)
         else:
-            shared = 0
-        self._pool.release(source)
+            self._pool.release(source)
+            return 0
+        self.pages.append(page)
+        self.length += shared
+        self.version += 1
         return shared
 
     def publish(self, keys: Sequence[bytes], tokens: Sequence[int] | None = None, kind: bytes = b"") -> None:

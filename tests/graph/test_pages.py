@@ -176,10 +176,15 @@ def test_a_page_is_shared_as_far_as_its_tokens_are() -> None:
         third.match_part(b"", text[:9])
     assert fourth.match(keys, text) == PAGE
     assert pool.available == 1  # that which is to be copied
-    assert fourth.match_part(keys[0], text[PAGE:]) == 0
-    third.release()
+    copies = memory.copies
     assert fourth.match_part(keys[0], text[PAGE:]) == 40
+    assert memory.copies == copies
     assert read(memory, fourth) == text
+    assert pool.find_part(keys[0], b"".join(each.to_bytes(8, "little") for each in text[PAGE:])) is None
+    third.release()
+    third.match_part(b"", text[:9])
+    assert pool.available == 0
+    assert BlockTable(pool).match_part(b"", text[:9]) == 0  # the page has users, and there is none for a copy
 
 
 def test_a_key_that_two_texts_have_by_chance_is_no_match() -> None:
