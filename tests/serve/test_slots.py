@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from error_cases import run_command
 from serve_cases import error_of, serving
 from starlette.testclient import TestClient
 
@@ -68,3 +69,9 @@ def test_requests_without_a_slot_share_with_each_other(novels_folder: str, tmp_p
         body = {"prompt": TEXT, "n_predict": 1, "id_slot": slot}
         found = [client.post("/completion", json=body).json()["timings"]["prompt_n"] for _ in range(2)]
         assert found[0] > found[1] == 1
+
+
+def test_a_folder_that_is_not_there_is_refused(novels_folder: str, tmp_path: Path) -> None:
+    code, _, error = run_command(["serve", novels_folder, "--slot-save-path", str(tmp_path / "no"), "--port", "0"])
+    assert code == 2
+    assert f"--slot-save-path {tmp_path / 'no'}: is no folder: make it first (mkdir)" in error.replace("\n", " ")
