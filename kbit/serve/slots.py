@@ -74,11 +74,13 @@ async def slot(
 def _file_name(given: str | None) -> str:
     """
     Raises:
-        ApiError: it is none, or has a folder.
+        ApiError: it is none, or has a folder or a name that is kept for others.
     """
     name = given or ""
-    plain = name and name == Path(name).name and not set(name) & set("/\\:\0") and not name.startswith(".")
-    plain = plain and not name.endswith(".tmp")  # what a file is called while it is written
-    if not plain or len(name.encode()) > 200:
-        raise bad_request(f"filename {name[:80]!r}: give a file's name without a folder", "filename")
+    hidden = name.startswith(".") or name.endswith(".tmp")  # (the latter is what a file is called while it is written)
+    plain = name.isprintable() and name == Path(name).name and not set(name) & set("/\\:") and not hidden
+    if not name or not plain or len(name.encode()) > 200:
+        raise bad_request(
+            f"filename {name[:80]!r}: give a file's name, without a folder, a dot before or .tmp behind it", "filename"
+        )
     return name

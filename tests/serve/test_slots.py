@@ -48,8 +48,10 @@ def test_a_slot_outlives_its_server(novels_folder: str, tmp_path: Path) -> None:
 
 
 def refused(client: TestClient, folder: Path) -> None:
-    for name in ("", "..", "a/b", "/etc/passwd", ".hidden", "a\\b", "x.tmp", "n" * 300):
-        assert "without a folder" in error_of(act(client, 0, "save", name), 400)["message"]
+    for name in ("", "..", "a/b", "/etc/passwd", ".hidden", "a\\b", "x.tmp", "n" * 300, "a\x07"):
+        assert "give a file's name" in error_of(act(client, 0, "save", name), 400)["message"]
+    half = b'{"filename": "\\ud800"}'  # of a character
+    error_of(client.post("/slots/0?action=save", content=half, headers={"content-type": "application/json"}), 400)
     assert "slots 0 to 3" in error_of(act(client, 4, "save", "x"), 400)["message"]
     message = error_of(client.post("/completion", json={"prompt": "a", "id_slot": 4}), 400)["message"]
     assert message == "slot 4: this server has slots 0 to 3 (--parallel)"
