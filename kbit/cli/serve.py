@@ -168,6 +168,16 @@ class LimitFlags:
         str,
         typer.Option("--max-body", metavar="SIZE", help="Largest body of a request.", rich_help_panel=_LIMITS),
     ] = "32MiB"
+    slot_save_path: Annotated[
+        Path | None,
+        typer.Option(
+            "--slot-save-path",
+            metavar="FOLDER",
+            help="Requests with an id_slot share beginnings with those of the same slot only, and POST "
+            "/slots/{id}?action=save, restore or erase keeps them in files here. [default: there are no slots]",
+            rich_help_panel=_LIMITS,
+        ),
+    ] = None
 
 
 @dataclass(frozen=True)
@@ -351,8 +361,17 @@ def _models(
         batch_tokens=limits.batch,
         memory=None if limits.memory is None else _bytes("--memory", limits.memory),
         speculate=speculate,
+        slot_folder=_folder(limits.slot_save_path),
     )
     return Models(named, options, any_name=access.any_model, adapters=adapters)
+
+
+def _folder(path: Path | None) -> Path | None:
+    from kbit.host.errors import UsageError
+
+    if path is not None and not path.is_dir():
+        raise UsageError(f"--slot-save-path {path}: is no folder: make it first (mkdir)")
+    return path
 
 
 def _sampling(answers: AnswerFlags) -> dict[str, Any]:

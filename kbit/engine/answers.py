@@ -68,6 +68,7 @@ class Request:
         adapter: name of the LoRA adapter that the model has for it; None: the model as it is.
         after_settings: log-probabilities are those that tokens are drawn by, after all settings: of what these leave.
         progress: tell how far the prompt has been read (`Progress`).
+        slot: number of the slot whose beginnings it shares (`kbit.engine.slots`); None: those of all without one.
     """
 
     prompt: tuple[int, ...]
@@ -86,6 +87,7 @@ class Request:
     adapter: str | None = None
     after_settings: bool = False
     progress: bool = False
+    slot: int | None = None
 
 
 @dataclass(frozen=True)

@@ -27,6 +27,7 @@ from kbit.engine.logprobs import token_infos
 from kbit.engine.prompt_cache import DecoderSpec, check_prompt
 from kbit.engine.scheduler import BATCH_TOKENS, Pass, Scheduler
 from kbit.engine.sequence import Sequence
+from kbit.engine.slots import Slots
 from kbit.engine.step_choice import choose_tokens
 from kbit.graph.batch import Batch
 from kbit.graph.cache import Cache
@@ -92,6 +93,7 @@ class BatchEngine:
 
     Attributes:
         tokenizer, pool, context, counters: as given, and what was done.
+        slots: what requests with a slot left there.
 
     Raises:
         UsageError: a context that the model or the pool does not have.
@@ -114,6 +116,7 @@ class BatchEngine:
         self.pool = pool
         self.context = _context(decoder.spec, pool, context)
         self.counters = Counters()
+        self.slots = Slots(pool)
         self._scheduler = Scheduler(pool, batch_tokens, seats)
         self._step_seconds = step_seconds
         self._drafter = drafter
@@ -167,8 +170,9 @@ class BatchEngine:
         self.check(live.request)
         request, choice = live.request, live.choices[0]
         first = len(request.prompt) - 1 if request.prompt_logprobs is None else 0
-        adapter = self._adapter_of(request)
-        choice.sequence = Sequence(self.pool, request.prompt, wanted_from=first, adapter=adapter)
+        adapter = self.adapter_index(request.adapter)
+        slot = b"" if request.slot is None else self.slots.kind((adapter, request.slot))
+        choice.sequence = Sequence(self.pool, request.prompt, wanted_from=first, adapter=adapter, slot=slot)
         self._scheduler.add(choice.sequence)
         self._owners[choice.sequence] = live, choice
         self._live[live] = None
@@ -250,7 +254,8 @@ class BatchEngine:
             for other in choices[1:]:
                 if other.finish is None:
                     ids = [*live.request.prompt, *other.ids]
-                    other.sequence = Sequence(self.pool, ids, table=sequence.table.fork(), adapter=sequence.adapter)
+                    table, adapter = sequence.table.fork(), sequence.adapter
+                    other.sequence = Sequence(self.pool, ids, table=table, adapter=adapter, slot=sequence.slot)
                     self._scheduler.add(other.sequence)
                     self._owners[other.sequence] = live, other
             check = _Check(live, choices[0], sequence, row)
@@ -388,12 +393,16 @@ class BatchEngine:
 
     def _release(self, choice: Choice) -> None:
         if choice.sequence is not None:
+            sequence, number = choice.sequence, choice.request.slot
+            if number is not None and not sequence.draft:
+                self.slots.note((sequence.adapter, number), sequence.slot, sequence.ids[: sequence.table.length])
             self._scheduler.remove(choice.sequence)
             del self._owners[choice.sequence]
             choice.sequence = None
 
-    def _adapter_of(self, request: Request) -> int:
-        return -1 if request.adapter is None else self._decoder.adapters.index(request.adapter)
+    def adapter_index(self, name: str | None) -> int:
+        """Which of the model's adapters has a name; -1: None."""
+        return -1 if name is None else self._decoder.adapters.index(name)
 
     def _rows(self) -> int:
         """Tokens of the next pass."""

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from concurrent.futures import Future
 from queue import Empty, SimpleQueue
 from time import monotonic
-from typing import Literal
+from typing import Any, Literal, TypeVar
 
 from kbit.engine.answers import Event, Failed
 from kbit.engine.batch_engine import BatchEngine, Live
 from kbit.host.errors import KbitError
 
 Deliver = Callable[[list[tuple[Live, list[Event]]]], None]
-_Command = tuple[Literal["add", "cancel", "stop"], "BatchEngine | None", "Live | None"]
+_Task = tuple[Callable[[], Any], "Future[Any]"]
+_Command = tuple[Literal["add", "cancel", "stop", "call"], "BatchEngine | None", "Live | _Task | None"]
+T = TypeVar("T")
 
 
 class QueueFullError(KbitError):
@@ -87,6 +90,18 @@ class EngineThread:
         """Lets go of a request within a step, wherever it is; no events of it follow that. For any thread."""
         self._inbox.put(("cancel", None, live))
 
+    def call(self, function: Callable[[], T]) -> Future[T]:
+        """Runs a function between two steps; what it returns or raises. For any thread.
+
+        Raises:
+            StoppedError: `stop` was called.
+        """
+        if self._stopping:
+            raise StoppedError("the server is shutting down: try again when it is back")
+        future: Future[T] = Future()
+        self._inbox.put(("call", None, (function, future)))
+        return future
+
     @property
     def queued(self) -> int:
         """Requests that have not begun."""
@@ -158,12 +173,16 @@ class EngineThread:
             return True
         while True:
             try:
-                kind, engine, live = self._inbox.get(block=block)
+                kind, engine, what = self._inbox.get(block=block)
             except Empty:
                 return True
             block = False
             if kind == "stop":
                 return False
+            if isinstance(what, tuple):
+                _do(*what)
+                continue
+            live = what
             if kind == "add" and engine is not None and live is not None:
                 self._engines[engine] = None
                 try:
@@ -199,3 +218,11 @@ class EngineThread:
         done = engine.counters
         speed = done.computed_tokens / done.step_seconds if done.step_seconds else 100.0
         return int(min(max(tokens / speed, 1), 60))
+
+
+def _do(function: Callable[[], Any], future: Future[Any]) -> None:
+    if future.set_running_or_notify_cancel():
+        try:
+            future.set_result(function())
+        except Exception as error:
+            future.set_exception(error)

@@ -95,11 +95,12 @@ class Scheduler:
         self._waiting.append(sequence)
 
     def remove(self, sequence: Sequence) -> None:
-        """Lets go of a sequence and its pages."""
+        """Lets go of a sequence and its pages, which others find."""
         if sequence in self._running:
             self._running.remove(sequence)
         else:
             self._waiting.remove(sequence)
+        sequence.publish_end()
         sequence.table.release()
 
     def next_pass(self, most: int | None = None) -> Pass | None:

@@ -23,11 +23,12 @@ class Sequence:
         table: pages that hold the first of these tokens already, as a fork of another sequence's.
         adapter: which of the model's adapters it has (`Decoder.adapters`), -1 for none. Sequences share pages only with
             those of the same.
+        slot: likewise.
 
     Attributes:
         ids: the tokens. `append` adds to them.
         table: their pages.
-        whole, adapter: as given.
+        whole, adapter, slot: as given.
         wanted_from: first position that has not been answered.
         draft: guesses at the tokens after the last, which the next pass computes, too, if there is room; `settle` says
             what became of them.
@@ -45,11 +46,13 @@ class Sequence:
         whole: bool = False,
         table: BlockTable | None = None,
         adapter: int = -1,
+        slot: bytes = b"",
     ) -> None:
         self.ids = list(ids)
         self.wanted_from = len(self.ids) - 1 if wanted_from is None else wanted_from
         self.whole = whole
         self.adapter = adapter
+        self.slot = slot
         self.draft: list[int] = []
         self.table = BlockTable(pool) if table is None else table
         if not self.ids or self.table.length > min(self.wanted_from, len(self.ids) - 1):
@@ -66,9 +69,19 @@ class Sequence:
         self.ids.append(token)
 
     def find_beginning(self) -> None:
-        """Takes over pages of sequences that began alike; only for one that has none of its own."""
+        """Takes over pages of sequences that began alike, and a copy of the one in which they come to differ; only for
+        one that has none of its own."""
         if not self.whole and not self.table.pages:
-            self.table.match(self._page_keys(min(self.wanted_from, len(self.ids) - 1)), self.ids)
+            stop = min(self.wanted_from, len(self.ids) - 1)
+            found = self.table.match(self._page_keys(stop), self.ids)
+            self.table.match_part(self._before(found), self.ids[found : min(stop, found + PAGE)])
+
+    def publish_end(self) -> None:
+        """Lets others find the last page, too. Nothing is computed for this sequence any more."""
+        length = self.table.length
+        if not self.whole and not self.draft and length % PAGE:  # (with a draft, the end may be guesses)
+            full = length - length % PAGE
+            self.table.publish_part(self._before(full), self.ids[full:length])
 
     def computed(self, count: int) -> int:
         """Counts `count` tokens that went through the model, the cache has counted them.
@@ -95,12 +108,20 @@ class Sequence:
         """The `count` tokens before position `stop` are computed, and of the text."""
         self.wanted_from = max(self.wanted_from, stop)
         if not self.whole and stop // PAGE > (stop - count) // PAGE:
-            self.table.publish(self._page_keys(stop), self.ids)
+            self.table.publish(self._page_keys(stop), self.ids, self._kind)
 
     def _page_keys(self, length: int) -> list[bytes]:
         """Keys of the full pages of the first `length` tokens."""
         full = length // PAGE
         if full > len(self._keys):
-            kind = b"" if self.adapter < 0 else b"adapter %d" % self.adapter
-            self._keys = prefix_keys(self.ids[: full * PAGE], self._keys, kind)
+            self._keys = prefix_keys(self.ids[: full * PAGE], self._keys, self._kind)
         return self._keys[:full]
+
+    def _before(self, length: int) -> bytes:
+        """The key of the first `length` tokens, which fill their pages."""
+        return self._page_keys(length)[-1] if length else self._kind
+
+    @property
+    def _kind(self) -> bytes:
+        """What pages are found by beside their tokens."""
+        return (b"" if self.adapter < 0 else b"adapter %d" % self.adapter) + self.slot

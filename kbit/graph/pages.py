@@ -3,6 +3,7 @@
 Memory for keys and values comes in pages of PAGE tokens. A page has one id, under which every layer keeps its part. A
 sequence has a block table: the ids of its pages, in order. So sequences grow without being moved, and those with a
 common beginning have pages in common, which are counted and copied only when one of them is about to write into it.
+The page in which they come to differ is copied at once, and shared as far as it goes (`BlockTable.match_part`).
 
 A model whose layers have states of fixed size (`kbit.graph.states`) keeps these in slots of a second pool, likewise
 counted. A sequence can go back only to where its state was kept (`BlockTable.snapshot`), or to its start.
@@ -19,6 +20,7 @@ from typing import Protocol, TypeAlias
 
 import numpy as np
 
+from kbit.graph.beginnings import Beginnings
 from kbit.host.errors import KbitError, UsageError
 
 PAGE = 64  # tokens
@@ -75,6 +77,7 @@ class PagePool:
 
     A page whose tokens are known can be published under their key (`prefix_keys`). When its last user lets go of it, it
     is kept, and found again by that key, until no other page is free: then the one that was let go of first is taken.
+    It is also found by the first of its tokens (`find_part`), where its own are given.
 
     Args:
         store: the memory.
@@ -89,6 +92,7 @@ class PagePool:
         self._keys: dict[int, bytes] = {}  # of published pages
         self._published: dict[bytes, int] = {}
         self._contents: dict[int, bytes] = {}  # the tokens of published pages, where they were given
+        self._beginnings = Beginnings()  # of those
         self._kept: OrderedDict[int, None] = OrderedDict()  # published pages nobody uses, the oldest first
 
     @property
@@ -166,14 +170,22 @@ class PagePool:
             self._withdraw(page)
         return page
 
-    def publish(self, page: int, key: bytes, tokens: bytes | None = None) -> None:
-        """Lets a full page be found by the key of its tokens, and these themselves, where they are given. Where the key
-        has a page already, that one stays."""
+    def publish(self, page: int, key: bytes, tokens: bytes | None = None, before: bytes = b"") -> None:
+        """Lets a page be found by the key of its tokens, and by these themselves, where they are given. Where the key
+        has a page already, that one stays.
+
+        Args:
+            page: nobody writes to it but who asks for it with `writable`.
+            key: `prefix_keys`, or of a page that is filled in part, `part_key`.
+            tokens: those that are in it.
+            before: the key of the page before it, or what the keys of the text began with (`prefix_keys`).
+        """
         if page not in self._keys and key not in self._published:
             self._keys[page] = key
             self._published[key] = page
             if tokens is not None:
                 self._contents[page] = tokens
+                self._beginnings.add(before, tokens, page)
 
     def find(self, key: bytes, tokens: bytes | None = None) -> int | None:
         """The page of a key, or None; also where it holds other tokens than these, of the same key by chance."""
@@ -181,9 +193,14 @@ class PagePool:
         known = None if page is None else self._contents.get(page)
         return None if tokens is not None and known is not None and known != tokens else page
 
+    def find_part(self, before: bytes, tokens: bytes) -> tuple[int, int] | None:
+        """(the page after the key `before` that begins most like these tokens, how many they share), or None."""
+        return self._beginnings.most_alike(before, tokens)
+
     def _withdraw(self, page: int) -> None:
         del self._published[self._keys.pop(page)]
         self._contents.pop(page, None)
+        self._beginnings.remove(page)
 
 
 class BlockTable:
@@ -324,7 +341,7 @@ class BlockTable:
         if self.pages:
             raise ValueError("only an empty sequence can begin with pages of another")
         for index, key in enumerate(keys):
-            page = self._pool.find(key, _page_tokens(tokens, index))
+            page = self._pool.find(key, None if tokens is None else _page_tokens(tokens, index))
             if page is None:
                 break
             self.pages.append(self._pool.share(page))
@@ -335,17 +352,68 @@ class BlockTable:
         self.version += 1
         return self.length
 
-    def publish(self, keys: Sequence[bytes], tokens: Sequence[int] | None = None) -> None:
+    def match_part(self, before: bytes, tokens: Sequence[int]) -> int:
+        """After `match`: begins one page more with what a published one holds of the next tokens.
+
+        That page is copied, as both texts go on in their own ways; where there is no page for the copy, it is itself
+        taken over, if nobody uses it. Nothing is shared where sequences have states, which are not kept within pages.
+
+        Args:
+            before: the key of the last page there is, or what the keys of the text begin with.
+            tokens: that come next.
+
+        Returns:
+            How many more tokens are in the sequence by that, PAGE at most.
+
+        Raises:
+            ValueError: there is a page already that is not full.
+        """
+        if self.length != PAGE * len(self.pages):
+            raise ValueError("only a sequence of full pages can go on with a part of another's")
+        part = None if self._pool.states is not None else self._pool.find_part(before, _page_tokens(tokens, 0))
+        if part is None:
+            return 0
+        source, shared = part
+        self._pool.share(source)  # or it might be the one that is taken
+        if self._pool.available:
+            page = self._pool.take()
+            self._pool.store.copy(source, page)
+            self._pool.release(source)
+        elif self._pool.uses(source) == 1:
+            page = self._pool.writable(source)
+        else:
+            self._pool.release(source)
+            return 0
+        self.pages.append(page)
+        self.length += shared
+        self.version += 1
+        return shared
+
+    def publish(self, keys: Sequence[bytes], tokens: Sequence[int] | None = None, kind: bytes = b"") -> None:
         """Lets other sequences find this one's full pages, and the states kept at the ends of such; `keys` and `tokens`
-        as for `match`."""
+        as for `match`, `kind` as for `prefix_keys`."""
         full = self.length // PAGE
         for index, (page, key) in enumerate(zip(self.pages[:full], keys, strict=False)):
             if self._pool.find(key) is None:
-                self._pool.publish(page, key, _page_tokens(tokens, index))
+                content = None if tokens is None else _page_tokens(tokens, index)
+                self._pool.publish(page, key, content, keys[index - 1] if index else kind)
         for length, slot in self._snapshots.items():
             if length % PAGE == 0 and 0 < length // PAGE <= len(keys):
                 self._states.publish(slot, keys[length // PAGE - 1])
         self._own_from = max(self._own_from, min(full, len(keys)))
+
+    def publish_part(self, before: bytes, tokens: Sequence[int]) -> None:
+        """Lets other sequences find the last page, which is filled in part.
+
+        Args:
+            before: as for `match_part`.
+            tokens: in that page.
+        """
+        index = self.length // PAGE
+        if tokens and self._pool.states is None:
+            content = _page_tokens(tokens, 0)
+            self._pool.publish(self.pages[index], part_key(before, content), content, before)
+            self._own_from = max(self._own_from, index + 1)
 
     @property
     def _states(self) -> PagePool:
@@ -374,17 +442,15 @@ class BlockTable:
 
     def _release_from(self, index: int) -> None:
         if index < len(self.pages):
-            for page in self.pages[index:]:
+            for page in reversed(self.pages[index:]):  # the end of a text is taken first, or its rest is not found
                 self._pool.release(page)
             del self.pages[index:]
             self._own_from = min(self._own_from, index)
             self.version += 1
 
 
-def _page_tokens(tokens: Sequence[int] | None, index: int) -> bytes | None:
+def _page_tokens(tokens: Sequence[int], index: int) -> bytes:
     """The tokens of a page of a text, as bytes."""
-    if tokens is None:
-        return None
     return np.asarray(tokens[index * PAGE : (index + 1) * PAGE], dtype=np.int64).tobytes()
 
 
@@ -399,7 +465,11 @@ def prefix_keys(tokens: Sequence[int], known: Sequence[bytes] = (), kind: bytes 
     keys = list(known)
     key = keys[-1] if keys else kind
     for start in range(PAGE * len(keys), len(tokens) - PAGE + 1, PAGE):
-        ids = np.asarray(tokens[start : start + PAGE], dtype=np.int64)
-        key = blake2b(key + ids.tobytes(), digest_size=16).digest()
+        key = part_key(key, _page_tokens(tokens, start // PAGE))
         keys.append(key)
     return keys
+
+
+def part_key(before: bytes, tokens: bytes) -> bytes:
+    """The key of a page that holds these tokens, full or not, after those of the key `before`."""
+    return blake2b(before + tokens, digest_size=16).digest()

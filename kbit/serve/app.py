@@ -23,7 +23,7 @@ from starlette.types import Receive, Scope, Send
 from kbit.engine.engine_thread import QueueFullError
 from kbit.host.errors import KbitError, one_line
 from kbit.host.process import give_back_free_memory
-from kbit.serve import anthropic, basics, chat, completions, infill, native, page, predict, responses
+from kbit.serve import anthropic, basics, chat, completions, infill, native, page, predict, responses, slots
 from kbit.serve.access import Access, origin_pattern
 from kbit.serve.bridge import Bridge, ClientGoneError
 from kbit.serve.errors import ApiError, api_error
@@ -108,7 +108,7 @@ def make_app(models: Models, options: ServeOptions | None = None) -> FastAPI:
             Exception: _told,
         },
     )
-    for routes in (basics, completions, chat, responses, anthropic, native, infill, predict, page):
+    for routes in (basics, completions, chat, responses, anthropic, native, infill, slots, predict, page):
         app.include_router(routes.router)
     return app
 

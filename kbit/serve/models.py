@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass, field
+from pathlib import Path
 from time import monotonic
 from typing import TYPE_CHECKING, Any, Literal
 from weakref import WeakSet
@@ -54,6 +55,7 @@ class ModelOptions:
         memory: bytes that all loaded models may take together, by what is planned of them; None: on the CPU, what is
             free when the server starts.
         speculate: who guesses tokens where few answers are being written: "ngram", "self" or "self:BITS"; None: nobody.
+        slot_folder: where slots are saved; None: there are none, and `id_slot` is only a hint.
     """
 
     backend: Backend
@@ -70,6 +72,7 @@ class ModelOptions:
     batch_tokens: int = BATCH_TOKENS
     memory: int | None = None
     speculate: str | None = None
+    slot_folder: Path | None = None
 
 
 @dataclass(eq=False)

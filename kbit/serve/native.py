@@ -313,13 +313,10 @@ async def _stream(server: Server, model: ServedModel, body: NativeBody, asked: _
                 yield _fields({"content": "", "tokens": [], **ended}, body.response_fields)
 
 
-@router.post("/slots/{number}")
 @router.post("/lora-adapters")
 async def absent(http: HttpRequest) -> Response:
-    """llama.cpp's routes that this server has not, by name."""
-    raise ApiError(
-        501, f"{http.url.path}: this server keeps no slots on disk and has no adapters", code="not_supported"
-    )
+    """A route of llama.cpp's that this server has not, by name."""
+    raise ApiError(501, f"{http.url.path}: this server changes no adapters while it runs", code="not_supported")
 
 
 @router.get("/lora-adapters")

@@ -9,7 +9,7 @@ from kbit.engine.answers import ConstraintMaker, Request
 from kbit.engine.sampler import SamplingParams
 from kbit.serve.errors import bad_request
 from kbit.serve.grammar import GrammarCompiler
-from kbit.serve.models import ServedModel
+from kbit.serve.models import ModelOptions, ServedModel
 from kbit.serve.schemas import SamplingFields
 
 _MOST_STOPS = 64
@@ -89,7 +89,25 @@ def request_of(
         adapter=model.adapter,
         after_settings=after_settings,
         progress=bool(body.stream) and (body.return_progress or body.timings_per_token),
+        slot=_slot(body, model),
     )
+
+
+def check_slot(number: int, options: ModelOptions) -> None:
+    """
+    Raises:
+        ApiError: there is no slot of this number.
+    """
+    if not 0 <= number < options.seats:
+        raise bad_request(f"slot {number}: this server has slots 0 to {options.seats - 1} (--parallel)", "id_slot")
+
+
+def _slot(body: SamplingFields, model: ServedModel) -> int | None:
+    options = model.options
+    if options is None or options.slot_folder is None or body.id_slot in (None, -1):
+        return None
+    check_slot(body.id_slot, options)
+    return body.id_slot
 
 
 def constraint_of(body: SamplingFields, model: ServedModel) -> ConstraintMaker | None:

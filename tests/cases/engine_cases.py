@@ -95,7 +95,7 @@ def some_requests(count: int, seed: int) -> list[Request]:
     for index in range(count):
         prompt = rng.integers(0, VOCABULARY, int(rng.choice([1, 5, 64, 65, 130, 200]))).tolist()
         if index % 3 == 0:
-            prompt = common[: int(rng.integers(60, 140))] + prompt[:20]
+            prompt = common[: int(rng.integers(1, 140))] + prompt[:20]
         sampling = SamplingParams(
             temperature=float(rng.choice([0.0, 0.7, 1.3])),
             top_k=int(rng.choice([0, 5])),

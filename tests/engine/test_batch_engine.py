@@ -15,6 +15,7 @@ from kbit.engine.batch_engine import BatchEngine, Live
 from kbit.engine.logprobs import token_infos
 from kbit.engine.repetition import only_repeats
 from kbit.engine.sampler import SamplingParams
+from kbit.graph.pages import PAGE
 from kbit.host.errors import KbitError, UsageError
 from kbit.models.decoder import Decoder
 
@@ -61,7 +62,7 @@ def test_the_same_request_gets_the_same_answer_under_load(
             cancelled.add(victim)
             check_pages(engine)
     assert (engine.preemptions > 0) == (pages < 20)
-    assert engine.counters.cached_tokens > 0
+    assert any(live.cached % PAGE for live in owner), "no page was shared in part"
     assert 0 < len(cancelled) < len(cases)
     for live, each in found.items():
         alone = cases[owner[live]][1]
@@ -100,7 +101,7 @@ def test_pages_of_an_answer_serve_the_next_turn(decoder: Decoder) -> None:
     turn = (*prompt, *live.choices[0].ids, 1, 2, 3)
     again = answer(engine, Request(turn, max_tokens=5))
     assert again.usage is not None
-    assert again.usage.cached_tokens == 64
+    assert again.usage.cached_tokens == 99  # all but the last token, which was not computed
     assert again.content == answer(tiny_engine(decoder), Request(turn, max_tokens=5)).content
 
 

@@ -81,13 +81,17 @@ class Tables(RuleBasedStateMachine):
     @rule(data=st.data())
     def publish(self, data: st.DataObject) -> None:
         table, text = self._pick(data)
-        table.publish(prefix_keys(text))
+        keys, full = prefix_keys(text), len(text) // PAGE * PAGE
+        table.publish(keys, text)
+        table.publish_part(keys[-1] if keys else b"", text[full:])
 
     @rule(data=st.data())
     def begin_again(self, data: st.DataObject) -> None:
         table, text = self._pick(data)
         table.release()
-        found = table.match(prefix_keys(text))
+        keys = prefix_keys(text)
+        found = table.match(keys, text)
+        found += table.match_part(keys[found // PAGE - 1] if found else b"", text[found : found + PAGE])
         del text[found:]
 
     @rule(count=st.integers(1, 14))
@@ -147,6 +151,40 @@ def test_published_pages_wait_until_they_are_needed() -> None:
     assert third.match(keys) == 2 * PAGE
     with pytest.raises(ValueError, match="empty"):
         third.match(keys)
+
+
+def test_a_page_is_shared_as_far_as_its_tokens_are() -> None:
+    memory = Memory(4)
+    pool = PagePool(memory)
+    text = list(range(PAGE + 40))
+    keys = prefix_keys(text)
+    first = BlockTable(pool)
+    write(memory, first, text)
+    first.publish(keys, text)
+    first.publish_part(keys[0], text[PAGE:])
+    first.release()
+    second, third, fourth = (BlockTable(pool) for _ in range(3))
+    assert second.match(keys, text) == PAGE
+    assert second.match_part(keys[0], [*text[PAGE : PAGE + 7], -1]) == 7
+    write(memory, second, [-1])
+    assert read(memory, second) == [*text[: PAGE + 7], -1]
+    assert third.match_part(b"", [-1]) == 0
+    assert third.match_part(b"another adapter", text[:PAGE]) == 0
+    assert third.match_part(b"", text[:9]) == 9
+    assert read(memory, third) == text[:9]
+    with pytest.raises(ValueError, match="full pages"):
+        third.match_part(b"", text[:9])
+    assert fourth.match(keys, text) == PAGE
+    assert pool.available == 1  # that which is to be copied
+    copies = memory.copies
+    assert fourth.match_part(keys[0], text[PAGE:]) == 40
+    assert memory.copies == copies
+    assert read(memory, fourth) == text
+    assert pool.find_part(keys[0], b"".join(each.to_bytes(8, "little") for each in text[PAGE:])) is None
+    third.release()
+    third.match_part(b"", text[:9])
+    assert pool.available == 0
+    assert BlockTable(pool).match_part(b"", text[:9]) == 0  # the page has users, and there is none for a copy
 
 
 def test_a_key_that_two_texts_have_by_chance_is_no_match() -> None:

@@ -99,6 +99,7 @@ def test_what_is_not_there_is_refused_by_name(client: TestClient) -> None:
     assert client.get("/lora-adapters").json() == []
     for path in ("/slots/0?action=save", "/lora-adapters"):
         assert error_of(client.post(path, json={}), 501)["code"] == "not_supported"
+    assert "--slot-save-path" in error_of(client.post("/slots/0?action=save", json={"filename": "a"}), 501)["message"]
     error = error_of(client.post("/infill", json={"input_prefix": "def f(", "input_suffix": ")"}), 400)
     assert "not trained to fill in" in error["message"]
 

@@ -25,7 +25,7 @@ SWITCHES = {"--kv-unified", "--verbose", "--metrics", "--slots", "--no-slots", "
 KNOWN = {
     *("--model", "--hf-repo", "--alias", "--port", "--host", "--temp", "--seed", "--ctx-size", "--parallel"),
     *("--n-predict", "--api-key", "--chat-template", "--chat-template-file", "--reasoning", "--cors-origins"),
-    *("--batch-size", "--tags", "--hf-file"),
+    *("--batch-size", "--tags", "--hf-file", "--slot-save-path"),
 }
 # Models by what the tests call them (repository, or repository/file): the variable that names the one that is here.
 HERE = {
@@ -87,6 +87,7 @@ def translated(flags: list[str]) -> list[str]:
         ("--tags", "--tags"),
         ("--temp", "--temperature"),
         ("--seed", "--seed"),
+        ("--slot-save-path", "--slot-save-path"),
     ):
         if flag in given:
             arguments += [name, given[flag]]

@@ -219,11 +219,12 @@ void KVPages::resize(std::int64_t count) {
 }
 
 void KVPages::copy(std::int64_t source, std::int64_t target) {
-  if (source < 0 || source >= count() || target < 0 || target >= count()) {
-    throw std::invalid_argument("the cache has no such page");
-  }
-  std::memmove(pages_[static_cast<std::size_t>(target)], pages_[static_cast<std::size_t>(source)],
-               static_cast<std::size_t>(page_bytes_));
+  std::memmove(page(target), page(source), static_cast<std::size_t>(page_bytes_));
+}
+
+std::uint8_t* KVPages::page(std::int64_t id) const {
+  if (id < 0 || id >= count()) throw std::invalid_argument("the cache has no such page");
+  return pages_[static_cast<std::size_t>(id)];
 }
 
 void KVPages::dequantize(std::int64_t layer, const std::int32_t* table, std::int64_t length, float* keys,

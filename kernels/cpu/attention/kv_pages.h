@@ -60,6 +60,8 @@ class KVPages {
   void resize(std::int64_t count);
   // Makes page `target` the same as `source`. Throws std::invalid_argument: there is no such page.
   void copy(std::int64_t source, std::int64_t target);
+  // Where the page_bytes() of a page lie. Throws std::invalid_argument: there is no such page.
+  std::uint8_t* page(std::int64_t id) const;
   // Keys and values of a sequence's first `length` tokens, (kv_heads, length, D) each, as attention understands them.
   void dequantize(std::int64_t layer, const std::int32_t* table, std::int64_t length, float* keys, float* values) const;
 

@@ -8,6 +8,7 @@
 #include <nanobind/stl/vector.h>
 
 #include <algorithm>
+#include <cstring>
 #include <optional>
 #include <stdexcept>
 #include <utility>
@@ -184,6 +185,17 @@ void bind_kv_pages(nb::module_& module) {
       .def_prop_ro("page_bytes", [](const KVPages& pages) { return pages.page_bytes(); })
       .def("resize", &KVPages::resize, nb::arg("count"), "Room for at least so many pages; those there stay.")
       .def("copy", &KVPages::copy, nb::arg("source"), nb::arg("target"), "Make page `target` the same as `source`.")
+      .def("dump",
+           [](const KVPages& pages, std::int64_t page) {
+             return nb::bytes(pages.page(page), static_cast<std::size_t>(pages.page_bytes()));
+           },
+           nb::arg("page"), "The bytes of a page, as they are kept.")
+      .def("load",
+           [](KVPages& pages, std::int64_t page, const nb::bytes& data) {
+             require(data.size() == static_cast<std::size_t>(pages.page_bytes()), "a page has another number of bytes");
+             std::memcpy(pages.page(page), data.data(), data.size());
+           },
+           nb::arg("page"), nb::arg("data"), "Makes the bytes of a page those of `dump`.")
       .def("dequantized", &dequantized, nb::arg("layer"), nb::arg("table"), nb::arg("length"),
            "Keys and values of a sequence's first `length` tokens as attention understands them: two float32\n"
            "(H_kv, length, D). table: int32, its pages.");

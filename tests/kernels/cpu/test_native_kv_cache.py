@@ -247,3 +247,28 @@ def test_quantize_kv_takes_the_nearest_level(bits: int) -> None:
     error = (back - x).norm() / x.norm()
     # All levels of a uniform grid over the range of 32 normal values: step^2 / 12, the largest of 32 being below 4.
     assert error <= (4 / 127 if bits == 8 else 8 / 2**bits) / 12**0.5
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_bytes_of_a_page_are_all_of_it(kind: str) -> None:
+    """Loaded into a page of another cache they are the same keys and values."""
+    tokens = make_tokens((2, 1, 32), [40])
+    cache, other = make_cache(tokens, kind, capacity=40), make_cache(tokens, kind, capacity=40)
+    run_pass(_native.Context(SETS[-1], 1), tokens, cache, [40])
+    other.reserve([40])
+    other.advance([40])
+    assert not same(contents(cache, 0), contents(other, 0))
+    (page,), (target,) = cache.rows[0].pages, other.rows[0].pages
+    pages = native_pages(cache)
+    data = pages.dump(page)
+    assert len(data) == pages.page_bytes
+    native_pages(other).load(target, data)
+    assert same(contents(cache, 0), contents(other, 0))
+    for wrong in (data[:-1], data + b"0", b""):
+        with pytest.raises(ValueError, match="number of bytes"):
+            pages.load(page, wrong)
+    for nowhere in (-1, pages.count):
+        with pytest.raises(ValueError, match="no such page"):
+            pages.dump(nowhere)
+        with pytest.raises(ValueError, match="no such page"):
+            pages.load(nowhere, data)
