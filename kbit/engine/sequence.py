@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence as Tokens
 
-from kbit.graph.pages import PAGE, BlockTable, PagePool, prefix_keys
+from kbit.graph.block_table import BlockTable
+from kbit.graph.pages import PAGE, PagePool
+from kbit.graph.prefix_keys import prefix_keys
 
 
 class Sequence:

@@ -8,7 +8,8 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from kbit.graph.pages import BlockTable, PagePool, pages_for
+from kbit.graph.block_table import BlockTable
+from kbit.graph.pages import PagePool, pages_for
 from kbit.host.errors import UsageError
 
 _MOST_TOKENS = (1 << 31) - 128  # positions are 32-bit numbers, rounded up to whole blocks of attention

@@ -14,8 +14,9 @@ from tokenizers import decoders, models, pre_tokenizers
 
 from kbit.backends.reference.kv_cache import ReferencePages, reference_pages
 from kbit.engine.generate import Generation, generate
+from kbit.graph.block_table import BlockTable
 from kbit.graph.cache import Cache
-from kbit.graph.pages import PAGE, BlockTable, PagePool, pages_for
+from kbit.graph.pages import PAGE, PagePool, pages_for
 from kbit.text.tokenizer import Tokenizer
 
 CHATML = (

@@ -7,7 +7,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from kbit.graph.pages import PAGE, BlockTable, OutOfPagesError, PagePool, pages_for, prefix_keys
+from kbit.graph.block_table import BlockTable
+from kbit.graph.pages import PAGE, OutOfPagesError, PagePool, pages_for
+from kbit.graph.prefix_keys import prefix_keys
 
 
 class Memory:

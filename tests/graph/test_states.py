@@ -8,7 +8,9 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
-from kbit.graph.pages import PAGE, BlockTable, OutOfPagesError, PagePool, prefix_keys
+from kbit.graph.block_table import BlockTable
+from kbit.graph.pages import PAGE, OutOfPagesError, PagePool
+from kbit.graph.prefix_keys import prefix_keys
 from kbit.graph.states import ShortConvolution, StateSpec, StateStore
 
 

@@ -9,8 +9,10 @@ from toy_recurrent import VOCABULARY, ToyModel, plain_logits, toy_tensors
 from kbit.backends.cpu.backend import NativeBackend
 from kbit.backends.reference.backend import ReferenceBackend
 from kbit.graph.batch import Batch
+from kbit.graph.block_table import BlockTable
 from kbit.graph.cache import Cache
-from kbit.graph.pages import BlockTable, OutOfPagesError, prefix_keys
+from kbit.graph.pages import OutOfPagesError
+from kbit.graph.prefix_keys import prefix_keys
 from kbit.host.errors import UsageError
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -26,7 +26,8 @@ from kbit.engine.sequence import Sequence
 from kbit.evaluate.logits import row_step
 from kbit.evaluate.perplexity import token_nll
 from kbit.graph.backend import Array
-from kbit.graph.pages import BlockTable, pages_for
+from kbit.graph.block_table import BlockTable
+from kbit.graph.pages import pages_for
 from kbit.host.errors import KbitError, UsageError
 from kbit.models.check import check_continues
 from kbit.models.decoder import Decoder

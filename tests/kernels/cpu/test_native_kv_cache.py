@@ -24,8 +24,8 @@ from native_cases import native, source_of
 
 from kbit import _native
 from kbit.backends.cpu.kv_cache import native_pages, new_pool
+from kbit.graph.block_table import BlockTable
 from kbit.graph.cache import Cache
-from kbit.graph.pages import BlockTable
 from kbit.host.errors import UnsupportedError, UsageError
 from kbit.kernels import reference
 
