@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from kbit.calibration.request import SEQUENCE
 from kbit.host.errors import UnsupportedError
-from kbit.models.params import Parameter, parameters
+from kbit.models.parameter import Parameter
+from kbit.models.params import parameters
 from kbit.models.spec import ModelSpec
 
 # Tokens whose activations are held at once.

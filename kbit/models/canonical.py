@@ -23,7 +23,8 @@ from kbit.models.family import family_of
 from kbit.models.grouped_rows import grouped_rows
 from kbit.models.head_order import head_order
 from kbit.models.layout import Layout
-from kbit.models.params import Parameter, parameters
+from kbit.models.parameter import Parameter
+from kbit.models.params import parameters
 from kbit.models.published import is_flattened
 from kbit.models.renamed import RenamedSource, renamed
 from kbit.models.spec import ModelSpec

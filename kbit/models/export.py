@@ -19,7 +19,7 @@ from kbit.host.errors import KbitError
 from kbit.models.check import check_tensors, stored_spec
 from kbit.models.families import FAMILIES, spec_from_config
 from kbit.models.family import Family, family_of
-from kbit.models.params import Parameter
+from kbit.models.parameter import Parameter
 from kbit.models.published import Part as PublishedPart
 from kbit.models.published import PublishedTensor, StackedTensor, published_tensors
 from kbit.models.spec import ModelSpec

@@ -17,7 +17,8 @@ from kbit.models.check import check_tensors
 from kbit.models.decoder import Decoder, DecoderWeights
 from kbit.models.families import spec_from_config
 from kbit.models.latent import compressed
-from kbit.models.params import OUTSIDE, XIELU_PARTS, Parameter, own_parameters, parameters, weightless_norms
+from kbit.models.parameter import Parameter
+from kbit.models.params import OUTSIDE, XIELU_PARTS, own_parameters, parameters, weightless_norms
 from kbit.models.spec import ModelSpec
 
 if TYPE_CHECKING:

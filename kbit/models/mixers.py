@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from kbit.graph.ops import Ops, X
 from kbit.models.mixer_specs import ConvNet, ScanNet
-from kbit.models.params import CONV, SCAN
+from kbit.models.params_recurrent import CONV, SCAN
 from kbit.models.spec import ModelSpec
 
 if TYPE_CHECKING:

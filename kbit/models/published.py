@@ -10,7 +10,8 @@ from kbit.checkpoint.source import CheckpointSource
 from kbit.models.grouped_rows import grouped_rows
 from kbit.models.head_order import head_order
 from kbit.models.layout import Layout, Stacked
-from kbit.models.params import Parameter, parameters
+from kbit.models.parameter import Parameter
+from kbit.models.params import parameters
 from kbit.models.spec import ModelSpec
 
 if TYPE_CHECKING:

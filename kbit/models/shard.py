@@ -33,7 +33,8 @@ from kbit.host.errors import UnsupportedError
 from kbit.models.check import check_tensors
 from kbit.models.families import FAMILIES, spec_from_config
 from kbit.models.family import Family
-from kbit.models.params import Parameter, Unit, own_parameters
+from kbit.models.parameter import Parameter, Unit
+from kbit.models.params import own_parameters
 from kbit.models.scan_config import SHARES
 from kbit.models.spec import ModelSpec
 

@@ -42,7 +42,8 @@ from kbit.graph.ops import Vector, Weight
 from kbit.graph.recording import Recorder
 from kbit.models.blocks import Weights
 from kbit.models.decoder import DecoderDefinition, DecoderWeights
-from kbit.models.params import OUTSIDE, Parameter, own_parameters, weightless_norms
+from kbit.models.parameter import Parameter
+from kbit.models.params import OUTSIDE, own_parameters, weightless_norms
 from kbit.models.spec import RECURRENT, ModelSpec
 
 

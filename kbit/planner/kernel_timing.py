@@ -29,7 +29,7 @@ from kbit.formats.trellis import TrellisFormat
 from kbit.graph.pages import pages_for
 from kbit.models.decoder import DecoderDefinition
 from kbit.models.families import spec_from_config
-from kbit.models.params import Parameter
+from kbit.models.parameter import Parameter
 from kbit.models.structure import assemble
 
 # A matrix of the size of those in a small model; a large one is many of these to the kernels.

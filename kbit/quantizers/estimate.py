@@ -15,7 +15,8 @@ from kbit.calibration.request import CalibrationRequest
 from kbit.calibration.sizes import HELD_OUT_SHARE, text_shape
 from kbit.checkpoint.source import CheckpointSource
 from kbit.models.families import spec_from_config
-from kbit.models.params import Parameter, parameters
+from kbit.models.parameter import Parameter
+from kbit.models.params import parameters
 from kbit.models.spec import ModelSpec
 from kbit.quantizers.allocate import LINEAR_WIDTHS, OUTSIDE_WIDTHS
 

@@ -10,7 +10,8 @@ from kbit.models.families.llama import LAYER, NAMES
 from kbit.models.families.qwen3_moe import with_experts
 from kbit.models.family import Family
 from kbit.models.layout import Layout, Stacked
-from kbit.models.params import GATE_UP, SCAN, SHARED
+from kbit.models.params import GATE_UP, SHARED
+from kbit.models.params_recurrent import SCAN
 from kbit.models.scan_config import DEFAULTS as SCAN_DEFAULTS
 from kbit.models.tensor_names import TensorNames
 

@@ -5,7 +5,7 @@ from dataclasses import replace
 from kbit.models.families.llama import DEFAULTS, LAYER, NAMES
 from kbit.models.family import Family
 from kbit.models.layout import Layout
-from kbit.models.params import CONV
+from kbit.models.params_recurrent import CONV
 from kbit.models.rope_config import RopeRules
 
 LFM2_NAMES = replace(

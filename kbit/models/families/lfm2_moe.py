@@ -8,7 +8,7 @@ from kbit.models.families.llama import LAYER
 from kbit.models.families.qwen3_moe import with_experts
 from kbit.models.family import Family
 from kbit.models.layout import Layout
-from kbit.models.params import CONV
+from kbit.models.params_recurrent import CONV
 from kbit.models.rope_config import RopeRules
 
 FAMILY = Family(

@@ -6,7 +6,7 @@ MLPs and experts are plain, of squared relus.
 from kbit.models.expert_config import ExpertRules
 from kbit.models.family import Family
 from kbit.models.layout import Layout, Stacked
-from kbit.models.params import SCAN
+from kbit.models.params_recurrent import SCAN
 from kbit.models.scan_config import DEFAULTS as SCAN_DEFAULTS
 from kbit.models.tensor_names import TensorNames
 
