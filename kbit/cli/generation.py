@@ -45,7 +45,7 @@ class GenerationFlags:
     system: Annotated[
         str | None, typer.Option("--system", metavar="TEXT", help="System message of the conversation.")
     ] = None
-    max_tokens: Annotated[int, typer.Option("--max-tokens", metavar="N", help="Most tokens to generate.")] = 128
+    max_tokens: Annotated[int, typer.Option("--max-tokens", "-n", metavar="N", help="Most tokens to generate.")] = 128
     temperature: Annotated[
         float | None,
         typer.Option(
