@@ -31,12 +31,29 @@ SETTINGS: dict[str, dict[str, float]] = {
 }
 
 
+class CountingCache:
+    """A cache that holds nothing but its length."""
+
+    def __init__(self, capacity: int) -> None:
+        self.capacity = capacity
+        self.rows = [SimpleNamespace(length=0)]
+        self.pool = SimpleNamespace(states=None)
+
+    def kept_before(self, length: int) -> int:
+        return length
+
+    def truncate(self, length: int) -> None:
+        self.rows[0].length = min(self.rows[0].length, length)
+
+
 class ReadyMade:
     """A decoder that answers at once: logits (1, V) that make TEXT likely, whatever it is given."""
 
     def __init__(self, ids: list[int], vocab_size: int) -> None:
         noise = 3 * torch.randn(vocab_size, generator=torch.Generator().manual_seed(0))
-        self.spec = SimpleNamespace(max_positions=1 << 30, longest_in_pieces=1 << 30, vocab_size=vocab_size)
+        self.spec = SimpleNamespace(
+            max_positions=1 << 30, longest_in_pieces=1 << 30, vocab_size=vocab_size, begins_anew_beyond=None
+        )
         self.answers = []
         for token in ids:
             logits = noise.clone()
@@ -45,10 +62,11 @@ class ReadyMade:
         self.count = 0
 
     def new_cache(self, batch: int, capacity: int) -> Any:
-        return SimpleNamespace(capacity=capacity, truncate=lambda length: None)
+        return CountingCache(capacity)
 
     def extend(self, ids: Sequence[int], cache: Any, last_only: bool = True) -> Any:
         self.count += 1
+        cache.rows[0].length += len(ids)
         return self.answers[self.count % len(self.answers)]
 
 
