@@ -10,7 +10,6 @@ import torch
 from transformers.integrations.accelerate import get_device
 
 from kbit.checkpoint.source import CheckpointSource
-from kbit.formats.quant_tensor import QuantTensor
 from kbit.host.errors import CheckpointError, UnsupportedError
 from kbit.host.notes import note
 from kbit.models.check import check_tensors, stored_spec
@@ -20,6 +19,7 @@ from kbit.models.opening import open_model
 from kbit.models.published import PublishedTensor, StackedTensor, published_tensors
 from kbit.modules.embedding import KbitEmbedding
 from kbit.modules.linear import KbitLinear
+from kbit.modules.published import packed_parts
 from kbit.transformers.config import KbitConfig
 from kbit.transformers.names import Names
 from kbit.transformers.waiting import can_wait, fill, replace, untie
@@ -150,9 +150,5 @@ class StoredModel:
     def _load_packed(
         self, source: CheckpointSource, tensor: PublishedTensor, model: Any, path: str, name: str
     ) -> KbitLinear | KbitEmbedding:
-        matrices = [source.read_weight(part.parameter.name) for part in tensor.parts]
-        packed = [matrix for matrix in matrices if isinstance(matrix, QuantTensor)]
-        assert len(packed) == len(matrices)
-        places = torch.from_numpy(tensor.order())
-        order = None if torch.equal(places, torch.arange(len(places))) else places
+        packed, order = packed_parts(source, tensor)
         return fill(model, path, packed, self._devices[name], self._config.compute, order)

@@ -17,16 +17,17 @@ from vllm.logger import init_logger
 from vllm.model_executor.model_loader import _LOAD_FORMAT_TO_MODEL_LOADER, register_model_loader
 from vllm.model_executor.model_loader.base_loader import BaseModelLoader
 
+from kbit.checkpoint.foreign import PLAIN
 from kbit.checkpoint.source import CheckpointSource
-from kbit.formats.quant_tensor import QuantTensor
 from kbit.host.errors import CheckpointError, UnsupportedError, UsageError
 from kbit.models.check import check_tensors
 from kbit.models.families import FAMILIES, spec_from_config
 from kbit.models.family import family_of
 from kbit.models.opening import open_model
-from kbit.models.published import PublishedTensor, StackedTensor, published_tensors
+from kbit.models.published import StackedTensor, published_tensors
 from kbit.modules.linear import KbitLinear
 from kbit.modules.products import check_compute
+from kbit.modules.published import packed_parts
 from kbit.vllm.method import METHOD
 from kbit.vllm.weight import carrying, kbit_weights
 
@@ -82,22 +83,13 @@ class KbitModelLoader(BaseModelLoader):  # type: ignore[misc]  # (vLLM is not ch
         for tensor in published_tensors(spec, family.layout):
             if isinstance(tensor, StackedTensor):
                 raise UnsupportedError(f"{source.path}: {tensor.name}: kbit does not run experts inside vLLM")
-            matrix = None if tensor.transposed else self._matrix(source, tensor)
-            if matrix is not None:
-                yield tensor.name, carrying(matrix, dtype)
-            else:
+            plain = any(source.tensors[part.parameter.name].stored_as in PLAIN for part in tensor.parts)
+            if plain or tensor.transposed:
                 values = torch.cat(list(tensor.rows(source, _VALUES_AT_ONCE))).view(tensor.shape)
                 yield tensor.name, values.to(dtype)
-
-    def _matrix(self, source: CheckpointSource, tensor: PublishedTensor) -> KbitLinear | None:
-        """The tensor, where all of it is k-bit."""
-        parts = [source.read_weight(part.parameter.name) for part in tensor.parts]
-        packed = [part for part in parts if isinstance(part, QuantTensor)]
-        if len(packed) < len(parts):
-            return None
-        places = torch.from_numpy(tensor.order())
-        order = None if torch.equal(places, torch.arange(len(places))) else places
-        return KbitLinear(packed, order=order, compute=self._compute)
+            else:
+                packed, order = packed_parts(source, tensor)
+                yield tensor.name, carrying(KbitLinear(packed, order=order, compute=self._compute), dtype)
 
 
 def _is_kbit_folder(model: str) -> bool:
