@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import threading
+import time
 from base64 import b64encode
 from hashlib import sha256
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import Any
 
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
-from serve_cases import error_of, serving
+from serve_cases import PATIENCE, error_of, serving
 from starlette.testclient import TestClient
 
 from kbit.checkpoint.resolve import open_model
@@ -192,6 +193,10 @@ def test_the_queue_is_bounded(tiny_model: Path, monkeypatch: pytest.MonkeyPatch)
         assert error["code"] == "queue_full"
         assert 1 <= int(response.headers["retry-after"]) <= 60
         assert "kbit:admission_rejections_total 0.0" not in client.get("/metrics").text
+        deadline = time.monotonic() + PATIENCE
+        while "kbit:num_requests_queued 0.0" not in client.get("/metrics").text:  # those that came with the refused one
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
         assert client.post("/v1/completions", json={"prompt": [1] * 5, "max_tokens": 2}).status_code == 200
 
 
