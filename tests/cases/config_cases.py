@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+from kbit.models.block_specs import ExpertsSpec
 from kbit.models.families import spec_from_config
-from kbit.models.spec import ExpertsSpec, ModelSpec
+from kbit.models.spec import ModelSpec
 
 SIZES: dict[str, Any] = {
     "vocab_size": 37,
