@@ -20,16 +20,15 @@ import shutil
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
 from filelock import FileLock, Timeout
 
 from kbit.checkpoint.output_folder import check_output_folder, names_in
+from kbit.checkpoint.planned_shards import StoredWeight, plan_shards
 from kbit.checkpoint.readers.hf_folder import INDEX_NAME
 from kbit.checkpoint.readers.kbit_folder import MANIFEST_NAME
-from kbit.formats.codec import Part
 from kbit.host.errors import KbitError, UsageError
 from kbit.host.files import fsync_folder, write_durably
 from kbit.host.notes import note
@@ -41,48 +40,6 @@ SYNC_SECONDS = 60.0
 _JOURNAL = "journal.jsonl"
 _REPLACED = ".replaced"
 _HASH_BLOCK = 1 << 22
-_ORDER = {"I64": 0, "F32": 1, "I32": 1, "F16": 2, "BF16": 2}
-
-
-@dataclass(frozen=True)
-class StoredWeight:
-    """A weight and the arrays stored for it, by full stored name."""
-
-    name: str
-    parts: Mapping[str, Part]
-
-    @property
-    def nbytes(self) -> int:
-        return sum(part.nbytes for part in self.parts.values())
-
-
-class _Shard:
-    """One safetensors file with its header worked out in advance."""
-
-    def __init__(self, file_name: str, weights: Sequence[StoredWeight]) -> None:
-        self.file_name = file_name
-        entries = [(name, part) for weight in weights for name, part in weight.parts.items()]
-        # Widest elements first: every tensor then starts on a multiple of its element size, which the safetensors
-        # library needs to hand out views. The sort is stable, so ties stay in the model's order.
-        entries.sort(key=lambda entry: _ORDER.get(entry[1].dtype, 3))
-        header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-        position = 0
-        for name, part in entries:
-            header[name] = {
-                "dtype": part.dtype,
-                "shape": list(part.shape),
-                "data_offsets": [position, position + part.nbytes],
-            }
-            position += part.nbytes
-        text = json.dumps(header, separators=(",", ":")).encode()
-        text += b" " * (-len(text) % 8)
-        self.header = len(text).to_bytes(8, "little") + text
-        self.ranges = {
-            name: (len(self.header) + entry["data_offsets"][0], len(self.header) + entry["data_offsets"][1])
-            for name, entry in header.items()
-            if name != "__metadata__"
-        }
-        self.nbytes = len(self.header) + position
 
 
 class CheckpointWriter:
@@ -115,7 +72,7 @@ class CheckpointWriter:
         self.partial = partial_folder(out)
         self.plan_id = plan_id
         self._overwrite = overwrite
-        self._shards = _assign_shards(weights, shard_bytes)
+        self._shards = plan_shards(weights, shard_bytes)
         self._shard_of = {name: shard for shard in self._shards for name in shard.ranges}
         self._weights = {weight.name: weight for weight in weights}
         self._done: dict[str, dict[str, str]] = {}
@@ -360,23 +317,6 @@ def remove_leftovers(out: Path) -> None:
     """Remove what a run still needed until the folder was in place; a run killed just then leaves it there."""
     shutil.rmtree(out / _REPLACED, ignore_errors=True)
     (out / _JOURNAL).unlink(missing_ok=True)
-
-
-def _assign_shards(weights: Sequence[StoredWeight], shard_bytes: int) -> list[_Shard]:
-    groups: list[list[StoredWeight]] = [[]]
-    size = 0
-    for weight in weights:
-        if groups[-1] and size + weight.nbytes > shard_bytes:
-            groups.append([])
-            size = 0
-        groups[-1].append(weight)
-        size += weight.nbytes
-    if len(groups) == 1:
-        return [_Shard("model.safetensors", groups[0])]
-    return [
-        _Shard(f"model-{number:05d}-of-{len(groups):05d}.safetensors", group)
-        for number, group in enumerate(groups, start=1)
-    ]
 
 
 class _Journal(NamedTuple):

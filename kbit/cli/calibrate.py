@@ -29,7 +29,7 @@ def calibrate(
     threads: ThreadsOption = None,
     json: JsonOption = False,
 ) -> None:
-    """Measure which errors of its weights a model feels, and keep that in the cache.
+    """Measure what errors in each of a model's weights cost it, and keep that in the cache.
 
     `kbit quantize` does this by itself; do it ahead to see what it takes. The same --calibration flags given to kbit
     quantize find it again, for any number of bits. A killed run continues.

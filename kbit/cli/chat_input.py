@@ -10,6 +10,7 @@ from pathlib import Path
 
 from kbit.cli.options import MAX_PROMPT_BYTES
 from kbit.host.errors import KbitError, UsageError
+from kbit.host.utf8 import decode
 
 _QUOTES = '"""'
 _HISTORY_LINES = 1000
@@ -64,10 +65,7 @@ def _line_of_pipe() -> str | None:
     line = sys.stdin.buffer.readline(MAX_PROMPT_BYTES + 1)
     if len(line) > MAX_PROMPT_BYTES:
         raise UsageError(f"a message from standard input is longer than {MAX_PROMPT_BYTES >> 20} MiB: shorten it")
-    try:
-        return line.decode("utf-8") or None
-    except UnicodeDecodeError as error:
-        raise UsageError(f"a message from standard input is not UTF-8 at byte {error.start}: convert it") from None
+    return decode(line, "a message from standard input") or None
 
 
 def history_file() -> Path | None:

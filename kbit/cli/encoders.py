@@ -22,6 +22,7 @@ from kbit.cli.options import (
     check_text,
 )
 from kbit.host.errors import UsageError
+from kbit.host.utf8 import decode
 
 if TYPE_CHECKING:
     from kbit.checkpoint.source import CheckpointSource
@@ -133,7 +134,4 @@ def read_text(file: Path) -> str:
         raise UsageError(f"{name}: cannot be read ({error.strerror}); give a text file") from None
     if len(data) > MAX_PROMPT_BYTES:
         raise UsageError(f"{name} is larger than {MAX_PROMPT_BYTES >> 20} MiB: split it")
-    try:
-        return data.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise UsageError(f"{name} is not UTF-8 at byte {error.start}: convert it") from None
+    return decode(data, name)

@@ -27,9 +27,9 @@ _MAX_MESSAGE = 1000
 # How torch's allocators say it, in a plain RuntimeError.
 _OUT_OF_MEMORY = ("not enough memory", "can't allocate memory")
 
-# Every command's module, function and line in the list of commands ("" : the first of its docstring).
+# Every command's module, function and line in the list of commands.
 COMMANDS = {
-    "run": ("kbit.cli.run", "run", ""),
+    "run": ("kbit.cli.run", "run", "Answer a message, or continue a text."),
     "chat": ("kbit.cli.chat", "chat", "Talk to a model in its chat template."),
     "serve": ("kbit.cli.serve", "serve", "Serve models over HTTP, as OpenAI's API has it."),
     "launch": ("kbit.cli.launch", "launch", "Start another program on a running server."),
@@ -43,7 +43,7 @@ COMMANDS = {
     "transcribe": ("kbit.cli.transcribe", "transcribe", "Write down what is said in sound files."),
     "summarize": ("kbit.cli.summarize", "summarize", "Summarize texts."),
     "quantize": ("kbit.cli.quantize", "quantize", "Convert a model to k-bit weights."),
-    "calibrate": ("kbit.cli.calibrate", "calibrate", "Measure which errors of its weights a model feels."),
+    "calibrate": ("kbit.cli.calibrate", "calibrate", "Measure what errors in each weight cost a model."),
     "eval": ("kbit.cli.eval", "evaluate", "Measure perplexity, KL divergence and zero-shot tasks."),
     "scale": ("kbit.cli.scale", "scale", "Measure accuracy versus bits over models and formats."),
     "plan": ("kbit.cli.plan", "plan", "Choose model, width and KV width for a memory and a speed."),
@@ -78,7 +78,7 @@ def build(arguments: list[str]) -> typer.Typer:
     for name in chosen:
         module, function, short_help = COMMANDS[name]
         command = getattr(import_module(module), function)
-        app.command(name, short_help=short_help or None)(command)
+        app.command(name, short_help=short_help)(command)
     return app
 
 

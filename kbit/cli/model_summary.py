@@ -13,7 +13,8 @@ from kbit.host.errors import KbitError
 
 if TYPE_CHECKING:
     from kbit.checkpoint.source import CheckpointSource
-    from kbit.models.spec import ExpertsSpec, ModelSpec
+    from kbit.models.block_specs import ExpertsSpec
+    from kbit.models.spec import ModelSpec
 
 # Stored types of matrices that are not quantized.
 _FLOATS = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")

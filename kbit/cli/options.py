@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 
 from kbit.host.errors import UsageError
+from kbit.host.utf8 import decode
 
 DEFAULT_MODEL = "smollm2-135m-instruct"
 MAX_PROMPT_BYTES = 64 << 20
@@ -109,10 +110,7 @@ def read_prompt(prompt: str | None) -> str:
         data = sys.stdin.buffer.read(MAX_PROMPT_BYTES + 1)
         if len(data) > MAX_PROMPT_BYTES:
             raise UsageError(f"the prompt from standard input is longer than {MAX_PROMPT_BYTES >> 20} MiB: shorten it")
-        try:
-            prompt = data.decode("utf-8")
-        except UnicodeDecodeError as error:
-            raise UsageError(f"the prompt from standard input is not UTF-8 at byte {error.start}: convert it") from None
+        prompt = decode(data, "the prompt from standard input")
         prompt = prompt.removesuffix("\n").removesuffix("\r")
         if not prompt.strip():
             raise UsageError("the prompt from standard input is empty: give some text")

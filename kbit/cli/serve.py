@@ -145,7 +145,7 @@ class LimitFlags:
         typer.Option(
             "--memory",
             metavar="SIZE",
-            help="What all loaded models may take together; who was used longest ago makes room. [default: what is "
+            help="What all loaded models may take together; the one used longest ago makes room. [default: what is "
             "free at the start]",
             rich_help_panel=_LIMITS,
         ),

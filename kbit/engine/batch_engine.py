@@ -24,6 +24,7 @@ from kbit.engine.live import Counters as Counters
 from kbit.engine.live import Live as Live
 from kbit.engine.live import TooLongError as TooLongError
 from kbit.engine.logprobs import token_infos
+from kbit.engine.pace import STEP_SECONDS, Pace
 from kbit.engine.prompt_cache import DecoderSpec, check_prompt
 from kbit.engine.scheduler import BATCH_TOKENS, Pass, Scheduler
 from kbit.engine.sequence import Sequence
@@ -37,12 +38,6 @@ from kbit.host.errors import KbitError, UsageError
 if TYPE_CHECKING:
     from kbit.graph.backend import Array
     from kbit.text.tokenizer import Tokenizer
-
-# How long a step may take while answers are being written, and while only prompts are read: the latter bounds how
-# long a cancelled request holds its seat.
-STEP_SECONDS, PROMPT_STEP_SECONDS = 0.050, 0.500
-_FEWEST_ROWS = 16
-_MEMORY = 0.8  # of the measured speed that a new measurement leaves in place
 
 
 class BatchDecoder(Protocol):
@@ -118,10 +113,8 @@ class BatchEngine:
         self.counters = Counters()
         self.slots = Slots(pool)
         self._scheduler = Scheduler(pool, batch_tokens, seats)
-        self._step_seconds = step_seconds
+        self._pace = Pace(step_seconds)
         self._drafter = drafter
-        self._rows_per_second = 0.0  # beyond the time that any pass takes; not measured yet
-        self._pass_seconds = 0.0
         self._owners: dict[Sequence, tuple[Live, Choice]] = {}
         self._live: dict[Live, None] = {}
 
@@ -215,7 +208,11 @@ class BatchEngine:
                 if live is not None:
                     self._fail(live, error, events)
             return list(events.items())
-        self._measure(len(work.batch), perf_counter() - start)
+        seconds = perf_counter() - start
+        self._pace.measure(len(work.batch), seconds)
+        self.counters.steps += 1
+        self.counters.computed_tokens += len(work.batch)
+        self.counters.step_seconds += seconds
         self._answer(work, np.ascontiguousarray(logits, np.float32), events)
         return list(events.items())
 
@@ -406,24 +403,7 @@ class BatchEngine:
 
     def _rows(self) -> int:
         """Tokens of the next pass."""
-        if not self._rows_per_second:
-            return PAGE
-        writing = sum(sequence.pending == 1 for sequence in self._scheduler.running)
-        seconds = (self._step_seconds if writing else PROMPT_STEP_SECONDS) - self._pass_seconds
-        # However many write and however slow the machine: prompts are read, or they would wait for others' ends.
-        return int(min(max(seconds * self._rows_per_second, writing + _FEWEST_ROWS), BATCH_TOKENS))
-
-    def _measure(self, rows: int, seconds: float) -> None:
-        self.counters.steps += 1
-        self.counters.computed_tokens += rows
-        self.counters.step_seconds += seconds
-        if rows < _FEWEST_ROWS:  # a pass over few rows takes as long as its weights
-            old = self._pass_seconds
-            self._pass_seconds = seconds if not old else _MEMORY * old + (1 - _MEMORY) * seconds
-        else:
-            speed = rows / max(seconds - self._pass_seconds, seconds / 4, 1e-6)
-            old = self._rows_per_second
-            self._rows_per_second = speed if not old else _MEMORY * old + (1 - _MEMORY) * speed
+        return self._pace.rows(sum(sequence.pending == 1 for sequence in self._scheduler.running))
 
 
 def _context(spec: DecoderSpec, pool: PagePool, asked: int | None) -> int:

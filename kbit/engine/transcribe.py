@@ -22,8 +22,8 @@ from kbit.graph.backend import Backend
 from kbit.graph.batch import Batch
 from kbit.graph.cache import Cache
 from kbit.host.errors import UsageError
+from kbit.models.block_specs import SoundSpec
 from kbit.models.encoder_decoder import load_encoder_decoder
-from kbit.models.spec import SoundSpec
 from kbit.text.added_tokens import read_json
 from kbit.text.tokenizer import Tokenizer
 

@@ -14,6 +14,7 @@ from time import perf_counter
 from typing import TYPE_CHECKING
 
 from kbit.host.errors import UsageError
+from kbit.host.utf8 import decode
 
 if TYPE_CHECKING:
     from kbit.engine.generation_settings import GenerationSettings
@@ -88,10 +89,7 @@ def read_pairs(file: Path, limit: int | None = None) -> list[Pair]:
         raise UsageError(f"{file}: cannot be read ({error.strerror}); give a .tsv or .jsonl file of pairs") from None
     if len(data) > _MAX_BYTES:
         raise UsageError(f"{file} is larger than {_MAX_BYTES >> 20} MiB: split it")
-    try:
-        lines = data.decode("utf-8").split("\n")
-    except UnicodeDecodeError as error:
-        raise UsageError(f"{file} is not UTF-8 at byte {error.start}: convert it") from None
+    lines = decode(data, str(file)).split("\n")
     read = _json_pair if file.suffix == ".jsonl" else _tab_pair
     pairs: list[Pair] = []
     for number, line in enumerate(lines, 1):

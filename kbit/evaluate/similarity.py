@@ -25,6 +25,7 @@ from kbit.evaluate.statistics import SEED
 from kbit.graph.backend import Backend
 from kbit.host.errors import UsageError
 from kbit.host.process import peak_rss_bytes
+from kbit.host.utf8 import decode
 
 TASK = "stsb"
 # As many as a standard error needs to be known to a fiftieth (Efron and Tibshirani).
@@ -247,11 +248,9 @@ def read_pairs(file: Path) -> TextPairs:
     try:
         if file.stat().st_size > _MAX_BYTES:
             raise UsageError(f"{file} is larger than {_MAX_BYTES >> 20} MiB: split it")
-        lines = file.read_bytes().decode("utf-8").split("\n")
+        lines = decode(file.read_bytes(), str(file)).split("\n")
     except OSError as error:
         raise UsageError(f"{file}: cannot be read ({error.strerror}); give a file of pairs of texts") from None
-    except UnicodeDecodeError as error:
-        raise UsageError(f"{file} is not UTF-8 at byte {error.start}: convert it") from None
     one, other, scores = [], [], []
     for number, line in enumerate(lines, 1):
         if not line.strip():

@@ -8,8 +8,8 @@ from typing import Literal
 
 from kbit.graph.experts import Clamp, Routing, Score
 from kbit.host.errors import UnsupportedError
+from kbit.models.block_specs import ExpertsSpec
 from kbit.models.config_values import ConfigValues, shown
-from kbit.models.spec import ExpertsSpec
 
 # Limits that no real model comes near.
 _MAX_EXPERTS, _MAX_WIDTH, _MAX_LAYERS = 4096, 1 << 24, 4096

@@ -12,8 +12,9 @@ from typing import Any
 
 import torch
 
+from kbit.checkpoint.planned_shards import StoredWeight
 from kbit.checkpoint.source import CANONICAL, CheckpointSource
-from kbit.checkpoint.writer import DEFAULT_SHARD_BYTES, CheckpointWriter, StoredWeight
+from kbit.checkpoint.writer import DEFAULT_SHARD_BYTES, CheckpointWriter
 from kbit.formats.codec import Part
 from kbit.host.errors import KbitError
 from kbit.models.check import check_tensors, stored_spec

@@ -13,9 +13,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kbit.checkpoint.packed import compressed_tensors_out as layout
+from kbit.checkpoint.planned_shards import StoredWeight
 from kbit.checkpoint.shard import stored_format
 from kbit.checkpoint.source import StoredSource
-from kbit.checkpoint.writer import DEFAULT_SHARD_BYTES, CheckpointWriter, StoredWeight
+from kbit.checkpoint.writer import DEFAULT_SHARD_BYTES, CheckpointWriter
 from kbit.formats.codec import Part
 from kbit.formats.grids import Grid, NotOnGrid, Terms, rounded_to, terms_of
 from kbit.formats.stored import KINDS, StoredMatrix, rounded, widened

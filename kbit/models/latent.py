@@ -14,9 +14,10 @@ from typing import TYPE_CHECKING
 
 from kbit.graph.backend import Backend
 from kbit.graph.ops import Ops, X
+from kbit.models.block_specs import LatentSpec
 from kbit.models.mixers import together
 from kbit.models.params import KEYS_VALUES, latent_inputs
-from kbit.models.spec import LatentSpec, ModelSpec
+from kbit.models.spec import ModelSpec
 
 if TYPE_CHECKING:
     from kbit.models.blocks import Weights

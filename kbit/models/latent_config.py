@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from kbit.host.errors import UnsupportedError
+from kbit.models.block_specs import LatentSpec
 from kbit.models.config_values import ConfigValues, shown
-from kbit.models.spec import LatentSpec, RopeSpec
+from kbit.models.rope_spec import RopeSpec
 from kbit.models.tensor_names import TensorNames
 
 # A limit that no real model comes near.

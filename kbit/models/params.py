@@ -8,9 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from kbit.models.block_specs import LatentSpec, SoundSpec
 from kbit.models.parameter import Parameter, Role, Unit, linear_of, norm_of, router_of
 from kbit.models.params_recurrent import recurrent, scan_net
-from kbit.models.spec import XIELU, LatentSpec, ModelSpec, SoundSpec
+from kbit.models.spec import XIELU, ModelSpec
 
 EXPERT_FEATURES: Unit = "expert features"
 KEY_HEADS: Unit = "kv_heads"

@@ -14,9 +14,10 @@ from numpy.typing import NDArray
 from kbit.graph.backend import Array, Backend
 from kbit.graph.batch import Batch
 from kbit.graph.ops import Ops, X
+from kbit.models.block_specs import SoundSpec
 from kbit.models.blocks import Weights
 from kbit.models.rope import rope_tables
-from kbit.models.spec import ModelSpec, SoundSpec
+from kbit.models.spec import ModelSpec
 
 Floats = NDArray[np.float32]
 

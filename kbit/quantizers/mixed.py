@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -12,6 +13,7 @@ from kbit.formats.quant_format import QuantFormat
 from kbit.formats.trellis import TrellisFormat
 from kbit.host.errors import UnsupportedError, UsageError
 from kbit.host.progress import Progress
+from kbit.host.quantities import size
 from kbit.quantizers.allocate import (
     LINEAR_WIDTHS,
     OUTSIDE_WIDTHS,
@@ -68,6 +70,7 @@ def mixed_formats(
         KbitError and its kinds: see kbit.calibration.run.calibrate.
     """
     formats = _formats_to_try(plan, fixed)
+    _check_size(plan, budget, formats)  # before hours of work
     calibration = calibrate(source, method.request, progress=progress)
     choices = measure_choices(source, formats, calibration, method.request, method.rounding, progress=progress)
     return _solve(plan, budget, choices)
@@ -83,8 +86,10 @@ def known_formats(
     """
     if not method.is_calibrated(source):
         return None
+    formats = _formats_to_try(plan, fixed)
+    _check_size(plan, budget, formats)
     calibration = calibrate(source, method.request)  # measures nothing: all is there
-    choices = known_choices(source, _formats_to_try(plan, fixed), calibration, method.rounding)
+    choices = known_choices(source, formats, calibration, method.rounding)
     return None if choices is None else _solve(plan, budget, choices)
 
 
@@ -131,14 +136,30 @@ def _formats_to_try(plan: Plan, fixed: Collection[str]) -> dict[str, tuple[Codec
     }
 
 
+def _check_size(plan: Plan, budget: Budget, formats: Mapping[str, Sequence[Codec]]) -> None:
+    """Raise where the narrowest of the formats to try exceed a budget of bytes."""
+    if budget.nbytes is None:
+        return
+    least = 0
+    for tensor in plan.tensors:
+        tried = formats.get(tensor.source.name)
+        narrowest = [format.nbytes(*tensor.source.shape) for format in tried or ()]
+        narrowest += [choice.nbytes for choice in _as_stored(tensor)] if tried else []
+        least += min(narrowest) if narrowest else tensor.nbytes
+    if least > budget.nbytes:
+        unit, name = (1e6, "MB") if least >= 1e6 else (1e3, "KB")
+        raise UsageError(
+            f"{size(budget.nbytes)} are too few: at its narrowest widths the model takes {size(least)}; use --size "
+            f"{math.ceil(least / unit * 100) / 100:.2f}{name} or more, or a smaller model"
+        )
+
+
 def _solve(plan: Plan, budget: Budget, choices: Mapping[str, Sequence[Choice]]) -> Allocation:
     free = {tensor.source.name: tensor for tensor in plan.tensors if tensor.source.name in choices}
     choices = {name: (*tried, *_as_stored(free[name])) for name, tried in choices.items()}
     nbytes = None
     if budget.nbytes is not None:
         nbytes = budget.nbytes - sum(t.nbytes for t in plan.tensors if t.source.name not in free)
-        if nbytes <= 0:
-            raise UsageError(f"{budget.nbytes / 1e6:.1f} MB are too few: what is not quantized takes more")
     elif budget.bits is not None:
         nbytes = 0
         for tensor in free.values():

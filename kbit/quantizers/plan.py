@@ -14,9 +14,10 @@ from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 
+from kbit.checkpoint.planned_shards import StoredWeight
 from kbit.checkpoint.readers.kbit_folder import LAYOUT_VERSION
 from kbit.checkpoint.source import CheckpointSource, TensorInfo
-from kbit.checkpoint.writer import DEFAULT_SHARD_BYTES, StoredWeight, partial_folder
+from kbit.checkpoint.writer import DEFAULT_SHARD_BYTES, partial_folder
 from kbit.formats.codec import Codec, Part
 from kbit.formats.quant_format import LEVELS, QuantFormat
 from kbit.formats.registry import parse_format

@@ -18,6 +18,7 @@ from typing import Literal
 
 from kbit.host.errors import KbitError, UsageError
 from kbit.host.files import sha256_of, write_durably
+from kbit.host.utf8 import decode
 from kbit.text.wikitext import WIKITEXT2_TEST_SHA256, looks_like_wikitext, restore_wikitext2_test
 
 # A tokenizer needs some forty times the text's size in memory; WikiText-2's test split has 1.3 MB.
@@ -154,10 +155,7 @@ def read_text_file(path: Path) -> str:
         raise KbitError(f"{path} cannot be read: {error.strerror or error}") from error
     if len(data) > MAX_TEXT_BYTES:
         raise UsageError(f"{path} is larger than {MAX_TEXT_BYTES >> 20} MiB: evaluate on a part of it")
-    try:
-        text = data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise UsageError(f"{path} is not UTF-8 text (byte {error.start} is 0x{data[error.start]:02x})") from error
+    text = decode(data, str(path), "utf-8-sig")
     if not text.strip():
         raise UsageError(f"{path} holds no text: give a text of at least one window")
     return text

@@ -4,8 +4,23 @@ from __future__ import annotations
 
 from typing import Any
 
+from kbit.models.block_specs import ExpertsSpec
 from kbit.models.families import spec_from_config
-from kbit.models.spec import ExpertsSpec, ModelSpec
+from kbit.models.spec import ModelSpec
+
+# Of a tiny model; and the same of two other families.
+LLAMA: dict[str, Any] = {
+    "model_type": "llama",
+    "architectures": ["LlamaForCausalLM"],
+    "vocab_size": 37,
+    "hidden_size": 24,
+    "intermediate_size": 20,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+}
+MISTRAL = {**LLAMA, "model_type": "mistral", "architectures": ["MistralForCausalLM"]}
+QWEN2 = {**LLAMA, "model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"]}
 
 SIZES: dict[str, Any] = {
     "vocab_size": 37,

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from decoder_configs import CASES, CLASSES, CONFIGS, FULL, MODEL_TYPES, PAD, SLIDING, TEMPERED, TINY
+from decoder_config_parts import FULL, SLIDING, TEMPERED
+from decoder_configs import CASES, CLASSES, CONFIGS, MODEL_TYPES, PAD, TINY
 
 from kbit.checkpoint.source import CheckpointSource, TensorInfo
 from kbit.formats.blockwise import quantize_blockwise

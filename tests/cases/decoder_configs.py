@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+import decoder_configs_experts as experts
 import decoder_configs_hybrid as hybrid
 import decoder_configs_later as later
+from decoder_config_parts import FULL, HEADS, LONGROPE, SLIDING, TEMPERED, YARN
 
 PAD = 0
 
@@ -31,24 +33,14 @@ LLAMA3 = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 16,
 }
-YARN = {"rope_type": "yarn", "rope_theta": 100.0, "factor": 4.0, "original_max_position_embeddings": 8}
 
-LONGROPE = {
-    "rope_type": "longrope",
-    "rope_theta": 1000.0,
-    "short_factor": [1.0, 1.1, 1.3, 1.6],
-    "long_factor": [1.0, 2.0, 5.0, 9.0],
-}
 # Parts of configurations by layer type, as Gemma 3 and OLMo 3 write them.
 TWO_ROPES = {
     "sliding_attention": {"rope_type": "default", "rope_theta": 100.0},
     "full_attention": {"rope_type": "linear", "factor": 4.0, "rope_theta": 5000.0},
 }
-TEMPERED = {**YARN, "mscale": 1.0, "mscale_all_dim": 1.0, "llama_4_scaling_beta": 0.3}
-HEADS = {"head_dim": 8}
 EVERY_HEAD = {"num_key_value_heads": 6}
 HALF = {"rope_type": "default", "rope_theta": 1000.0, "partial_rotary_factor": 0.5}
-SLIDING, FULL = "sliding_attention", "full_attention"
 
 # Layers without a window have heads of 32 that turn by a quarter.
 GEMMA4 = {
@@ -60,51 +52,6 @@ GEMMA4 = {
         FULL: {"rope_type": "proportional", "rope_theta": 5000.0, "partial_rotary_factor": 0.25},
     },
 }
-LINEAR, CONV = "linear_attention", "conv"
-QUARTER = {"rope_type": "default", "rope_theta": 1000.0, "partial_rotary_factor": 0.25}
-# 2 heads of keys for 6 of values, whose features are more than 32 and no multiple of 16.
-DELTA = {
-    "head_dim": 16,
-    "layer_types": [LINEAR, FULL, LINEAR],
-    "linear_num_key_heads": 2,
-    "linear_num_value_heads": 6,
-    "linear_key_head_dim": 12,
-    "linear_value_head_dim": 36,
-    "linear_conv_kernel_dim": 4,
-    "rope_parameters": QUARTER,
-}
-
-# Heads whose features are more than 32 and no multiple of 16.
-SCAN = {"mamba_n_heads": 2, "mamba_d_state": 12, "mamba_d_head": 48}
-GRANITE = {
-    "embedding_multiplier": 3.0,
-    "logits_scaling": 4.0,
-    "residual_multiplier": 0.22,
-    "attention_multiplier": 0.5,
-    "shared_intermediate_size": 40,
-}
-
-EXPERTS = {"num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
-
-# Keys of 12 features of which 4 turn, values of 10; several experts in 3 groups.
-LATENT = {
-    "num_key_value_heads": 6,
-    "kv_lora_rank": 20,
-    "q_lora_rank": 28,
-    "qk_nope_head_dim": 8,
-    "qk_rope_head_dim": 4,
-    "v_head_dim": 10,
-}
-GROUPS = {
-    "n_routed_experts": 6,
-    "num_experts_per_tok": 2,
-    "moe_intermediate_size": 24,
-    "n_group": 3,
-    "topk_group": 2,
-    "routed_scaling_factor": 1.5,
-    "first_k_dense_replace": 1,
-}
-MSCALED = {**YARN, "mscale": 0.7, "mscale_all_dim": 0.9}
 
 # Names of classes of transformers by model_type, where one is not the other in lower case.
 MODEL_TYPES = {
@@ -113,20 +60,13 @@ MODEL_TYPES = {
     "Gemma4": "gemma4_text",
     "SeedOss": "seed_oss",
     "HunYuanDenseV1": "hunyuan_v1_dense",
+    "GPTBigCode": "gpt_bigcode",
+    "GPTNeo": "gpt_neo",
+    "CodeGen": "codegen",
 }
-MODEL_TYPES |= {"GPTBigCode": "gpt_bigcode", "GPTNeo": "gpt_neo", "CodeGen": "codegen"}
-MODEL_TYPES |= {"Qwen3Moe": "qwen3_moe", "Qwen2Moe": "qwen2_moe", "Glm4Moe": "glm4_moe", "MiniMaxM2": "minimax_m2"}
-MODEL_TYPES |= {"Lfm2Moe": "lfm2_moe", "GraniteMoeHybrid": "granitemoehybrid"}
-MODEL_TYPES |= {
-    "GptOss": "gpt_oss",
-    "Qwen3Next": "qwen3_next",
-    "Qwen3_5": "qwen3_5_text",
-    "Qwen3_5Moe": "qwen3_5_moe_text",
-}
-MODEL_TYPES |= {"DeepseekV2": "deepseek_v2", "DeepseekV3": "deepseek_v3", "Glm4MoeLite": "glm4_moe_lite"}
 # Likewise where the class of the model is not called ForCausalLM.
 CLASSES = {"GPT2": "GPT2LMHeadModel"}
-CONFIGS = {"Gemma3": "Gemma3Text", "Gemma4": "Gemma4Text", "Qwen3_5": "Qwen3_5Text", "Qwen3_5Moe": "Qwen3_5MoeText"}
+CONFIGS = {"Gemma3": "Gemma3Text", "Gemma4": "Gemma4Text"}
 
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("Llama", {}),
@@ -331,152 +271,8 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "falcon": ("Falcon", {"num_key_value_heads": 1, "ffn_hidden_size": 77}),
     "ernie4_5": ("Ernie4_5", {"head_dim": 10}),
     "ernie4_5-biases": ("Ernie4_5", {**HEADS, "use_bias": True, "tie_word_embeddings": False}),
-    "qwen3-moe": ("Qwen3Moe", {**HEADS, **EXPERTS, "norm_topk_prob": True}),
-    "qwen3-moe-stepped": (
-        "Qwen3Moe",
-        {**EXPERTS, "decoder_sparse_step": 2, "head_dim": 10, "use_sliding_window": True, "sliding_window": 7},
-    ),
-    "mixtral": ("Mixtral", {**HEADS, "num_local_experts": 5, "num_experts_per_tok": 2}),
-    "mixtral-window": ("Mixtral", {**HEADS, "num_local_experts": 3, "num_experts_per_tok": 1, "sliding_window": 7}),
-    "qwen2-moe": ("Qwen2Moe", {**EXPERTS, "shared_expert_intermediate_size": 40, "mlp_only_layers": [1]}),
-    "glm4-moe": (
-        "Glm4Moe",
-        {
-            **HEADS,
-            "n_routed_experts": 6,
-            "num_experts_per_tok": 2,
-            "moe_intermediate_size": 24,
-            "n_group": 3,
-            "topk_group": 2,
-            "routed_scaling_factor": 1.5,
-            "use_qk_norm": True,
-            "attention_bias": True,
-        },
-    ),
-    "minimax-m2": ("MiniMaxM2", {**HEADS, "num_local_experts": 5, "num_experts_per_tok": 2, "rotary_dim": 4}),
-    "gpt-oss": (
-        "GptOss",
-        {
-            **HEADS,
-            "num_local_experts": 5,
-            "num_experts_per_tok": 2,
-            "sliding_window": 7,
-            "swiglu_limit": 1.5,
-            "rope_parameters": {**YARN, "truncate": False},
-        },
-    ),
-    "gpt-oss-no-biases": (
-        "GptOss",
-        {
-            "head_dim": 16,
-            "num_local_experts": 4,
-            "num_experts_per_tok": 3,
-            "attention_bias": False,
-            "layer_types": [FULL, FULL, SLIDING],
-            "sliding_window": 5,
-        },
-    ),
-    "granitemoe": (
-        "GraniteMoe",
-        {
-            "num_local_experts": 5,
-            "embedding_multiplier": 3.0,
-            "logits_scaling": 4.0,
-            "residual_multiplier": 0.22,
-            "attention_multiplier": 0.5,
-        },
-    ),
-    "deepseek-v2": ("DeepseekV2", {**LATENT, **GROUPS, "topk_method": "group_limited_greedy", "attention_bias": True}),
-    "deepseek-v2-lite": (
-        "DeepseekV2",
-        {**LATENT, **GROUPS, "q_lora_rank": None, "topk_method": "greedy", "rope_parameters": MSCALED},
-    ),
-    "deepseek-v3": ("DeepseekV3", {**LATENT, **GROUPS, "attention_bias": True, "rope_parameters": MSCALED}),
-    "glm4-moe-lite": (
-        "Glm4MoeLite",
-        {
-            **LATENT,
-            **GROUPS,
-            "v_head_dim": 12,
-            "q_lora_rank": None,
-            "mlp_layer_types": ["sparse", "dense", "sparse"],
-            "first_k_dense_replace": None,
-        },
-    ),
-    "youtu": ("Youtu", {**LATENT, "attention_bias": True}),
-    "minicpm3": ("MiniCPM3", {**LATENT, "mlp_bias": True, "attention_bias": True}),
-    "minicpm3-longrope": (
-        "MiniCPM3",
-        {
-            **LATENT,
-            "qk_rope_head_dim": 8,
-            "tie_word_embeddings": False,
-            "original_max_position_embeddings": 32,
-            "rope_parameters": LONGROPE,
-        },
-    ),
-    "mistral4": (
-        "Mistral4",
-        {
-            **LATENT,
-            **{key: value for key, value in GROUPS.items() if "group" not in key},
-            "rope_parameters": {**TEMPERED, "partial_rotary_factor": 4 / 12},
-        },
-    ),
-    "lfm2": (
-        "Lfm2",
-        {**HEADS, "layer_types": [CONV, FULL, CONV], "block_auto_adjust_ff_dim": True, "block_multiple_of": 11},
-    ),
-    "lfm2-biases": (
-        "Lfm2",
-        {
-            **HEADS,
-            "layer_types": [FULL, CONV, CONV],
-            "block_auto_adjust_ff_dim": False,
-            "conv_bias": True,
-            "conv_L_cache": 5,
-            "tie_word_embeddings": False,
-        },
-    ),
-    "lfm2-moe": ("Lfm2Moe", {**HEADS, **EXPERTS, "layer_types": [CONV, CONV, FULL], "num_dense_layers": 1}),
-    "granite-hybrid": (
-        "GraniteMoeHybrid",
-        {**GRANITE, **SCAN, "num_local_experts": 0, "layer_types": [LINEAR, FULL, LINEAR]},
-    ),
-    "granite-hybrid-moe": (
-        "GraniteMoeHybrid",
-        {
-            **GRANITE,
-            **SCAN,
-            "intermediate_size": 24,
-            "num_local_experts": 5,
-            "layer_types": [LINEAR, LINEAR, FULL],
-            "position_embedding_type": "rope",
-            "attention_bias": True,
-            "mamba_conv_bias": False,
-        },
-    ),
-    "bamba": ("Bamba", {**SCAN, "mamba_n_heads": 6, "mamba_d_head": 16, "attn_layer_indices": [0], "mlp_bias": True}),
-    "olmoe": ("Olmoe", {"num_experts": 5, "num_experts_per_tok": 2}),
-    "qwen3-next": (
-        "Qwen3Next",
-        {**DELTA, **EXPERTS, "shared_expert_intermediate_size": 40, "decoder_sparse_step": 2, "norm_topk_prob": False},
-    ),
-    "qwen3_5": ("Qwen3_5", DELTA),
-    "qwen3_5-biases": (
-        "Qwen3_5",
-        {
-            **DELTA,
-            "attention_bias": True,
-            "tie_word_embeddings": True,
-            "linear_num_value_heads": 2,
-            "linear_conv_kernel_dim": 3,
-            "rope_parameters": {**QUARTER, "mrope_section": [1, 1, 0], "mrope_interleaved": True},
-        },
-    ),
-    "qwen3_5-moe": ("Qwen3_5Moe", {**DELTA, **EXPERTS, "shared_expert_intermediate_size": 40}),
 }
-CASES |= hybrid.CASES | later.CASES
+CASES |= experts.CASES | hybrid.CASES | later.CASES
 CLASSES |= later.CLASSES
-CONFIGS |= later.CONFIGS
-MODEL_TYPES |= hybrid.MODEL_TYPES | later.MODEL_TYPES
+CONFIGS |= hybrid.CONFIGS | later.CONFIGS
+MODEL_TYPES |= experts.MODEL_TYPES | hybrid.MODEL_TYPES | later.MODEL_TYPES

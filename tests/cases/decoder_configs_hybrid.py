@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from decoder_config_parts import EXPERTS, FULL, HEADS
+
 MULTIPLIED = {
     "embedding_multiplier": 3.0,
     "lm_head_multiplier": 0.4,
@@ -27,9 +29,41 @@ NEMOTRON_H = {
     "moe_shared_expert_intermediate_size": 20,
     "n_routed_experts": 6,
 }
-MAMBA, MOE, MLP, FULL = "linear_attention", "moe", "mlp", "full_attention"
+MAMBA, MOE, MLP = "linear_attention", "moe", "mlp"
+LINEAR, CONV = "linear_attention", "conv"
+QUARTER = {"rope_type": "default", "rope_theta": 1000.0, "partial_rotary_factor": 0.25}
+# 2 heads of keys for 6 of values, whose features are more than 32 and no multiple of 16.
+DELTA = {
+    "head_dim": 16,
+    "layer_types": [LINEAR, FULL, LINEAR],
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 6,
+    "linear_key_head_dim": 12,
+    "linear_value_head_dim": 36,
+    "linear_conv_kernel_dim": 4,
+    "rope_parameters": QUARTER,
+}
 
-MODEL_TYPES = {"FalconH1": "falcon_h1", "NemotronH": "nemotron_h"}
+# Heads whose features are more than 32 and no multiple of 16.
+SCAN = {"mamba_n_heads": 2, "mamba_d_state": 12, "mamba_d_head": 48}
+GRANITE = {
+    "embedding_multiplier": 3.0,
+    "logits_scaling": 4.0,
+    "residual_multiplier": 0.22,
+    "attention_multiplier": 0.5,
+    "shared_intermediate_size": 40,
+}
+
+MODEL_TYPES = {
+    "FalconH1": "falcon_h1",
+    "NemotronH": "nemotron_h",
+    "Lfm2Moe": "lfm2_moe",
+    "GraniteMoeHybrid": "granitemoehybrid",
+    "Qwen3Next": "qwen3_next",
+    "Qwen3_5": "qwen3_5_text",
+    "Qwen3_5Moe": "qwen3_5_moe_text",
+}
+CONFIGS = {"Qwen3_5": "Qwen3_5Text", "Qwen3_5Moe": "Qwen3_5MoeText"}
 
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "falcon-h1": ("FalconH1", {**FALCON_H1, **MULTIPLIED}),
@@ -68,4 +102,55 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
             "num_key_value_heads": 3,
         },
     ),
+    "lfm2": (
+        "Lfm2",
+        {**HEADS, "layer_types": [CONV, FULL, CONV], "block_auto_adjust_ff_dim": True, "block_multiple_of": 11},
+    ),
+    "lfm2-biases": (
+        "Lfm2",
+        {
+            **HEADS,
+            "layer_types": [FULL, CONV, CONV],
+            "block_auto_adjust_ff_dim": False,
+            "conv_bias": True,
+            "conv_L_cache": 5,
+            "tie_word_embeddings": False,
+        },
+    ),
+    "lfm2-moe": ("Lfm2Moe", {**HEADS, **EXPERTS, "layer_types": [CONV, CONV, FULL], "num_dense_layers": 1}),
+    "granite-hybrid": (
+        "GraniteMoeHybrid",
+        {**GRANITE, **SCAN, "num_local_experts": 0, "layer_types": [LINEAR, FULL, LINEAR]},
+    ),
+    "granite-hybrid-moe": (
+        "GraniteMoeHybrid",
+        {
+            **GRANITE,
+            **SCAN,
+            "intermediate_size": 24,
+            "num_local_experts": 5,
+            "layer_types": [LINEAR, LINEAR, FULL],
+            "position_embedding_type": "rope",
+            "attention_bias": True,
+            "mamba_conv_bias": False,
+        },
+    ),
+    "bamba": ("Bamba", {**SCAN, "mamba_n_heads": 6, "mamba_d_head": 16, "attn_layer_indices": [0], "mlp_bias": True}),
+    "qwen3-next": (
+        "Qwen3Next",
+        {**DELTA, **EXPERTS, "shared_expert_intermediate_size": 40, "decoder_sparse_step": 2, "norm_topk_prob": False},
+    ),
+    "qwen3_5": ("Qwen3_5", DELTA),
+    "qwen3_5-biases": (
+        "Qwen3_5",
+        {
+            **DELTA,
+            "attention_bias": True,
+            "tie_word_embeddings": True,
+            "linear_num_value_heads": 2,
+            "linear_conv_kernel_dim": 3,
+            "rope_parameters": {**QUARTER, "mrope_section": [1, 1, 0], "mrope_interleaved": True},
+        },
+    ),
+    "qwen3_5-moe": ("Qwen3_5Moe", {**DELTA, **EXPERTS, "shared_expert_intermediate_size": 40}),
 }

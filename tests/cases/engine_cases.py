@@ -61,21 +61,69 @@ class Answer:
             elif isinstance(event, Failed):
                 self.error = event.error
 
+    def ids(self, choice: int = 0) -> list[int]:
+        return [info.id for info in self.tokens[choice]]
+
     @property
     def content(self) -> tuple[object, ...]:
         return self.texts, self.tokens, self.finishes, self.scored
 
 
+@dataclass(eq=False)
+class Crowd:
+    """Requests that are in one engine together.
+
+    Attributes:
+        number: what a test calls each of them.
+        found: what each is answered.
+        cancelled: those that were taken away.
+    """
+
+    engine: BatchEngine
+    number: dict[Live, int] = field(default_factory=dict)
+    found: dict[Live, Answer] = field(default_factory=dict)
+    cancelled: set[Live] = field(default_factory=set)
+
+    def add(self, number: int, request: Request) -> Live:
+        live = Live(request, self.engine.tokenizer)
+        self.number[live], self.found[live] = number, Answer.empty(request)
+        self.engine.add(live)
+        return live
+
+    @property
+    def running(self) -> list[Live]:
+        return [live for live in self.number if self.engine.has(live)]
+
+    def cancel(self, live: Live) -> None:
+        self.engine.cancel(live)
+        self.cancelled.add(live)
+        check_pages(self.engine)
+
+    def step(self) -> None:
+        for live, events in self.engine.step():
+            assert live not in self.cancelled
+            self.found[live].take(events)
+        check_pages(self.engine)
+
+
+def answers(engine: BatchEngine, requests: Iterable[Request]) -> list[Answer]:
+    """Requests that come at the same time."""
+    crowd = Crowd(engine)
+    for number, request in enumerate(requests):
+        crowd.add(number, request)
+    while len(engine):
+        crowd.step()
+    return list(crowd.found.values())
+
+
 def answer(engine: BatchEngine, request: Request, after_step: Callable[[], None] = lambda: None) -> Answer:
     """A request that is alone."""
-    live, found = Live(request, engine.tokenizer), Answer.empty(request)
-    engine.add(live)
+    crowd = Crowd(engine)
+    live = crowd.add(0, request)
     while len(engine):
-        for each, events in engine.step():
-            assert each is live
-            found.take(events)
+        crowd.step()
         after_step()
-    return found
+    return crowd.found[live]
 
 
 def check_pages(engine: BatchEngine) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 import gguf
 import numpy as np
 import numpy.typing as npt
-from decoder_configs import LONGROPE
+from decoder_config_parts import LONGROPE
 from gguf_delta_cases import ARCHITECTURES as WITH_DELTA_NETS
 from gguf_delta_cases import keys as delta_keys
 from gguf_delta_cases import tensors as delta_tensors

@@ -108,6 +108,14 @@ CASES: dict[str, tuple[Callable[[Path], object] | None, Case]] = {
             r"use (--calibration-tokens 1280)",
         ),
     ),
+    "too few bytes": (
+        None,
+        Case(
+            "quantize {good} --size 2KB --calibration {text.txt} --calibration-tokens 256 -o {out}",
+            r"use (--size [0-9.]+KB) or more",
+            "quantize {good} {0} --calibration {text.txt} --calibration-tokens 256 -o {out}",
+        ),
+    ),
     "a method that does not calibrate": (
         None,
         Case(

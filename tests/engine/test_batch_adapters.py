@@ -9,11 +9,10 @@ import numpy as np
 import pytest
 from adapter_cases import some, write_adapter
 from decoder_cases import TINY
-from engine_cases import Answer, answer, check_pages, tiny_decoder, tiny_engine
+from engine_cases import Crowd, answer, tiny_decoder, tiny_engine
 from native_cases import VOCABULARY
 
 from kbit.engine.answers import Request
-from kbit.engine.batch_engine import Live
 from kbit.engine.sampler import SamplingParams
 from kbit.host.errors import UsageError
 from kbit.models.adapters import add_adapters
@@ -69,22 +68,17 @@ def test_requests_with_other_adapters_change_nothing(decoder: Decoder, pages: in
     engine = tiny_engine(decoder, pages)
     engine._rows = lambda: int(rng.integers(1, most_rows + 1))  # type: ignore[method-assign]
     coming = [*rng.permutation(len(requests)).tolist(), *rng.permutation(len(requests)).tolist()]
-    owner: dict[Live, int] = {}
-    found: dict[Live, Answer] = {}
+    crowd = Crowd(engine)
     while coming or len(engine):
         for _ in range(int(rng.integers(0, 4))):
             if coming:
                 index = int(coming.pop())
-                live = Live(requests[index], engine.tokenizer)
-                owner[live], found[live] = index, Answer.empty(requests[index])
-                engine.add(live)
-        for live, events in engine.step():
-            found[live].take(events)
-        check_pages(engine)
+                crowd.add(index, requests[index])
+        crowd.step()
     assert (engine.preemptions > 0) == (pages < 20)
     assert engine.counters.cached_tokens > 0
-    for live, each in found.items():
-        assert each.content == alone[owner[live]]
+    for live, each in crowd.found.items():
+        assert each.content == alone[crowd.number[live]]
 
 
 def test_an_adapter_is_a_text_of_its_own_to_the_cache(decoder: Decoder) -> None:

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from engine_cases import Answer, answer, check_pages, some_requests, tiny_decoder, tiny_engine
+from engine_cases import Answer, Crowd, answer, answers, check_pages, some_requests, tiny_decoder, tiny_engine
 from native_cases import VOCABULARY
 from numpy.typing import NDArray
 
@@ -41,33 +41,23 @@ def test_the_same_request_gets_the_same_answer_under_load(
     engine = tiny_engine(decoder, pages, seats=seats)
     engine._rows = lambda: int(rng.integers(1, most_rows + 1))  # type: ignore[method-assign]
     coming = rng.permutation(2 * len(cases)).tolist()
-    owner: dict[Live, int] = {}
-    found: dict[Live, Answer] = {}
-    cancelled: set[Live] = set()
+    crowd = Crowd(engine)
     while coming or len(engine):
         for _ in range(int(rng.integers(0, 4))):
             if coming:
                 index = int(coming.pop()) % len(cases)
-                live = Live(cases[index][0], engine.tokenizer)
-                owner[live], found[live] = index, Answer.empty(cases[index][0])
-                engine.add(live)
-        for live, events in engine.step():
-            assert live not in cancelled
-            found[live].take(events)
-        check_pages(engine)
-        running = [live for live in owner if engine.has(live)]
+                crowd.add(index, cases[index][0])
+        crowd.step()
+        running = crowd.running
         if running and rng.random() < 0.02:
-            victim = running[int(rng.integers(len(running)))]
-            engine.cancel(victim)
-            cancelled.add(victim)
-            check_pages(engine)
+            crowd.cancel(running[int(rng.integers(len(running)))])
     assert (engine.preemptions > 0) == (pages < 20)
-    assert any(live.cached % PAGE for live in owner), "no page was shared in part"
-    assert 0 < len(cancelled) < len(cases)
-    for live, each in found.items():
-        alone = cases[owner[live]][1]
+    assert any(live.cached % PAGE for live in crowd.found), "no page was shared in part"
+    assert 0 < len(crowd.cancelled) < len(cases)
+    for live, each in crowd.found.items():
+        alone = cases[crowd.number[live]][1]
         assert each.error is None
-        if live in cancelled:
+        if live in crowd.cancelled:
             assert all(whole.startswith(part) for whole, part in zip(alone.texts, each.texts, strict=True))
         else:
             assert each.content == alone.content
@@ -94,11 +84,8 @@ def test_choices_differ_and_do_not_depend_on_their_number(decoder: Decoder) -> N
 def test_pages_of_an_answer_serve_the_next_turn(decoder: Decoder) -> None:
     engine = tiny_engine(decoder)
     prompt = tuple(range(30))
-    live = Live(Request(prompt, max_tokens=70, ignore_end=True), engine.tokenizer)
-    engine.add(live)
-    while len(engine):
-        engine.step()
-    turn = (*prompt, *live.choices[0].ids, 1, 2, 3)
+    first = answer(engine, Request(prompt, max_tokens=70, ignore_end=True))
+    turn = (*prompt, *first.ids(), 1, 2, 3)
     again = answer(engine, Request(turn, max_tokens=5))
     assert again.usage is not None
     assert again.usage.cached_tokens == 99  # all but the last token, which was not computed
@@ -109,13 +96,8 @@ def test_log_probabilities_are_those_of_the_raw_logits(decoder: Decoder) -> None
     prompt = tuple(np.random.default_rng(0).integers(0, VOCABULARY, 90).tolist())
     sampling = SamplingParams(temperature=1.5, top_k=3, seed=1, repetition_penalty=1.3, logit_bias=((4, 5.0),))
     request = Request(prompt, sampling, max_tokens=8, logprobs=3, prompt_logprobs=2, ignore_end=True)
-    engine = tiny_engine(decoder)
-    live, found = Live(request, engine.tokenizer), Answer.empty(request)
-    engine.add(live)
-    while len(engine):
-        for _, events in engine.step():
-            found.take(events)
-    ids = live.choices[0].ids
+    found = answer(tiny_engine(decoder), request)
+    ids = found.ids()
     logits = decoder.extend([*prompt, *ids], decoder.new_cache(1, 200), last_only=False).astype(np.float64)
     expected = logits - np.log(np.exp(logits).sum(axis=1, keepdims=True))
     assert found.scored[0].logprob is None
@@ -158,8 +140,8 @@ def test_a_long_prompt_does_not_stop_the_others(decoder: Decoder) -> None:
     for live in writing:
         engine.add(live)
     engine.step()
-    engine._measure = lambda rows, seconds: None  # type: ignore[method-assign]
-    engine._rows_per_second, engine._pass_seconds = 500.0, 0.01
+    engine._pace.measure = lambda rows, seconds: None  # type: ignore[method-assign]
+    engine._pace.rows_per_second, engine._pace.pass_seconds = 500.0, 0.01
     long = Live(Request(tuple(range(100)) * 5, max_tokens=1), engine.tokenizer)
     engine.add(long)
     steps = 0
@@ -180,8 +162,8 @@ def test_prompts_are_read_however_many_write(decoder: Decoder) -> None:
     writing = [Live(Request((seed,), max_tokens=200, ignore_end=True), engine.tokenizer) for seed in range(30)]
     for live in writing:
         engine.add(live)
-    engine._measure = lambda rows, seconds: None  # type: ignore[method-assign]
-    engine._rows_per_second, engine._pass_seconds = 1.0, 0.06
+    engine._pace.measure = lambda rows, seconds: None  # type: ignore[method-assign]
+    engine._pace.rows_per_second, engine._pace.pass_seconds = 1.0, 0.06
     while any(not live.choices[0].ids for live in writing):
         engine.step()
     new = Live(Request(tuple(range(60)), max_tokens=1), engine.tokenizer)
@@ -230,16 +212,9 @@ def test_a_request_with_broken_logits_fails_alone(decoder: Decoder) -> None:
     broken = Broken()
     engine = BatchEngine(broken, tiny_engine(decoder).tokenizer, decoder.new_pool(20))
     good, bad = Request((1, 2), max_tokens=5), Request((3, 77), max_tokens=5, choices=3)
-    lives = [Live(request, engine.tokenizer) for request in (good, bad)]
-    found = {live: Answer.empty(live.request) for live in lives}
-    for live in lives:
-        engine.add(live)
-    while len(engine):
-        for live, events in engine.step():
-            found[live].take(events)
-        check_pages(engine)
-    assert found[lives[0]].content == answer(tiny_engine(decoder), good).content
-    assert "not finite" in str(found[lives[1]].error)
+    answered, failed = answers(engine, (good, bad))
+    assert answered.content == answer(tiny_engine(decoder), good).content
+    assert "not finite" in str(failed.error)
     broken.fail = True
     assert str(answer(engine, good).error) == "no memory"
     check_pages(engine)

@@ -5,11 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from decoder_cases import DictSource, quantized, tame_tensors, tiny_config
-from engine_cases import Answer, answer, check_pages, tiny_engine
+from engine_cases import answer, answers, tiny_engine
 from native_cases import VOCABULARY, native
 
 from kbit.engine.answers import Request
-from kbit.engine.batch_engine import Live
 from kbit.engine.sampler import SamplingParams
 from kbit.models.decoder import Decoder
 
@@ -32,11 +31,8 @@ def decoder(request: pytest.FixtureRequest) -> Decoder:
 def test_pages_of_an_answer_serve_the_next_turn(decoder: Decoder) -> None:
     engine = tiny_engine(decoder)
     prompt = tuple(range(30))
-    live = Live(Request(prompt, max_tokens=70, ignore_end=True), engine.tokenizer)
-    engine.add(live)
-    while len(engine):
-        engine.step()
-    turn = (*prompt, *live.choices[0].ids, 1, 2, 3)
+    first = answer(engine, Request(prompt, max_tokens=70, ignore_end=True))
+    turn = (*prompt, *first.ids(), 1, 2, 3)
     again = answer(engine, Request(turn, max_tokens=8, logprobs=3))
     assert again.usage is not None
     assert again.usage.cached_tokens == len(prompt) + 70 - 1  # (the last one was never computed)
@@ -55,15 +51,9 @@ def test_what_is_given_up_for_others_is_computed_again(decoder: Decoder) -> None
         requests.append(Request(tuple(prompt), sampling, max_tokens=70, ignore_end=True, logprobs=2))
     alone = [answer(tiny_engine(decoder), request) for request in requests]
     engine = tiny_engine(decoder, 8)
-    found = {Live(request, engine.tokenizer): Answer.empty(request) for request in requests}
-    for live in found:
-        engine.add(live)
-    while len(engine):
-        for live, events in engine.step():
-            found[live].take(events)
-        check_pages(engine)
+    found = answers(engine, requests)
     assert engine.preemptions > 0
     assert engine.counters.cached_tokens > 0
-    for one, each in zip(alone, found.values(), strict=True):
+    for one, each in zip(alone, found, strict=True):
         assert each.error is None
         assert each.content == one.content

@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from kbit.checkpoint.packed.weight import KIND_NAMES, PackedWeight, chunks
-from kbit.formats.stored import DenseMatrix, rounded, widened
+from kbit.checkpoint.packed.weight import DequantizedWeight
+from kbit.formats.stored import rounded
 
 
 @dataclass(frozen=True)
@@ -37,39 +37,18 @@ def pays(bits: int, block: int) -> bool:
 
 
 @dataclass
-class LevelWeight(PackedWeight):
-    """A weight that is held dequantized.
+class LevelWeight(DequantizedWeight):
+    """A weight whose rows are codes and what they stand for.
 
     Attributes:
-        kind: the type that the library computes in: its values are rounded to it.
         read: rows (start, stop) -> what they are.
     """
 
-    name: str
-    shape: tuple[int, int]
-    parts: tuple[str, ...]
-    label: str
-    kind: str
     read: Callable[[int, int], Levels]
 
-    @property
-    def held_as(self) -> str:
-        return KIND_NAMES[self.kind]
-
-    def rows(self, start: int, stop: int) -> NDArray[np.float32]:
-        return widened(self._patterns(start, stop), self.kind)
-
-    def stored(self) -> DenseMatrix:
-        return DenseMatrix(self._patterns(0, self.shape[0]), self.kind)
-
-    def _patterns(self, start: int, stop: int) -> NDArray[Any]:
+    def read_into(self, start: int, stop: int, out: NDArray[Any]) -> None:
         from kbit import _native
 
-        columns = self.shape[1]
-        out = np.empty((stop - start, columns), dtype=np.float32 if self.kind == "fp32" else np.uint16)
-        for begin, end in chunks(start, stop, columns):
-            found = self.read(begin, end)
-            table = np.ascontiguousarray(rounded(found.values, self.kind))
-            codes = np.ascontiguousarray(found.codes)
-            _native.look_up_levels(codes, table, found.block_of, out[begin - start : end - start])
-        return out
+        found = self.read(start, stop)
+        table = np.ascontiguousarray(rounded(found.values, self.kind))
+        _native.look_up_levels(np.ascontiguousarray(found.codes), table, found.block_of, out)

@@ -186,12 +186,11 @@ class PackedWeight(ABC):
 
 
 @dataclass
-class DenseWeight(PackedWeight):
+class DequantizedWeight(PackedWeight):
     """A weight that is held dequantized.
 
     Attributes:
         kind: the type that the library computes in: its values are rounded to it.
-        decode: rows (start, stop) -> values in float32, which are then rounded to `kind`.
     """
 
     name: str
@@ -199,7 +198,10 @@ class DenseWeight(PackedWeight):
     parts: tuple[str, ...]
     label: str
     kind: str
-    decode: Callable[[int, int], NDArray[np.float32]]
+
+    @abstractmethod
+    def read_into(self, start: int, stop: int, out: NDArray[Any]) -> None:
+        """Some rows, (stop - start, K), as `kind` stores them: float32, or patterns of 16 bits."""
 
     @property
     def held_as(self) -> str:
@@ -215,8 +217,22 @@ class DenseWeight(PackedWeight):
         columns = self.shape[1]
         out = np.empty((stop - start, columns), dtype=np.float32 if self.kind == "fp32" else np.uint16)
         for begin, end in chunks(start, stop, columns):
-            out[begin - start : end - start] = rounded(self.decode(begin, end), self.kind)
+            self.read_into(begin, end, out[begin - start : end - start])
         return out
+
+
+@dataclass
+class DenseWeight(DequantizedWeight):
+    """A weight whose rows are values.
+
+    Attributes:
+        decode: rows (start, stop) -> values in float32, which are then rounded to `kind`.
+    """
+
+    decode: Callable[[int, int], NDArray[np.float32]]
+
+    def read_into(self, start: int, stop: int, out: NDArray[Any]) -> None:
+        out[:] = rounded(self.decode(start, stop), self.kind)
 
 
 @dataclass(frozen=True)

@@ -92,8 +92,9 @@ from kbit.models.families import (
     whisper,
     youtu,
 )
-from kbit.models.family import Family, read_spec
+from kbit.models.family import Family
 from kbit.models.spec import ModelSpec
+from kbit.models.spec_config import read_spec
 
 FAMILIES: dict[str, Family] = {
     family.model_type: family
