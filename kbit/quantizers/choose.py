@@ -78,6 +78,7 @@ def following(flags: R, asked: PlanFile) -> R:
         inputs_only=flags.inputs_only or (calibrates and not asked.gradients),
         act_order=flags.act_order or (calibrates and asked.act_order),
         static_scales=flags.static_scales or (calibrates and asked.static_scales),
+        uniform=asked.uniform,
     )
 
 
@@ -226,12 +227,16 @@ def _seconds(
         each = _NEAREST * tried
         steps = Steps(request, searches=False, each=each, products=method.grid, measured_tokens=measured)
         return estimate(source, steps, rates)
-    calibrated, weigh = method.is_calibrated(source), mixed
-    if mixed and calibrated:
+    calibrated, weigh = method.is_calibrated(source), mixed or method.mixes_nested
+    if weigh and calibrated:
         from kbit.quantizers.mixed import known_formats
+        from kbit.quantizers.nested_order import is_weighed
 
         plan = flags.plan(source, codec, method)
-        weigh = known_formats(source, plan, method, flags.budget, flags.fixed(plan)) is None
+        if method.mixes_nested:
+            weigh = not is_weighed(source, plan, method)
+        else:
+            weigh = known_formats(source, plan, method, flags.budget, flags.fixed(plan)) is None
     steps = Steps(
         calibrate=None if calibrated else method.request,
         weigh=weigh,
