@@ -156,9 +156,10 @@ def _ordered(source: CheckpointSource, plan: Plan, method: Method, flags: Quanti
     from kbit.backends.select import set_threads
     from kbit.quantizers.nested_order import ordered, why_uniform
 
-    if not method.mixes_nested or (reason := why_uniform(plan, method)) is not None:
-        if not flags.uniform:
-            typer.echo(f"nested widths are not mixed: {reason}", err=True)
+    reason = why_uniform(plan, method)
+    if reason is not None and not flags.uniform:
+        typer.echo(f"nested widths are not mixed: {reason}", err=True)
+    if not method.mixes_nested:
         return plan
     set_threads(flags.threads)
     with progress_bars() as progress:
