@@ -126,7 +126,8 @@ def within_memory(source: CheckpointSource, method: Method, flags: QuantizeReque
     if available is None or needed <= available:
         return method
     request = CalibrationRequest(method.request.texts, method.request.tokens, gradients=False)
-    less = Gptq(request).with_options(**flags.options) if flags.method == "auto" else method.calibrated_on(request)
+    plainer = Gptq(request).with_options(**flags.options) if flags.method == "auto" else method.calibrated_on(request)
+    less = plainer if method.nesting is None else plainer.nested(method.nesting)
     fits = less.is_calibrated(source) or _memory(source, less) <= available
     short = f"calibrating needs about {size(needed)} of memory, and {size(available)} is available"
     if flags.method == "auto" and method.request.gradients and fits and flags.mixes is None:
@@ -200,7 +201,10 @@ def _from_the_best(
         full, less = method.request, replace(method.request, gradients=False)
         optional = any(flags.options.values())
         for cheaper in (Gptq(), *(() if optional else (ScaleSearch(),))):
+            if cheaper.refuses(codec) is not None:
+                continue
             known = cheaper.with_options(**flags.options).calibrated_on(full)
+            known = known if method.nesting is None else known.nested(method.nesting)
             if known.identity != method.identity:
                 yield known if known.is_calibrated(source) else known.calibrated_on(less), False
         if optional:
