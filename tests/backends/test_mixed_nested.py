@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from error_cases import run_command
 from native_cases import assert_close
 from nested_cases import write_mixed
 
@@ -114,6 +116,22 @@ def test_a_share_of_a_rung(folder: Path) -> None:
         for name in ("model.layers.0.self_attn.q_proj.weight", "model.layers.1.mlp.up_proj.weight"):
             values = torch.cat([half.read_weight(name).dequantize() for half in halves])  # type: ignore[union-attr]
             assert torch.equal(values, source.read(name))
+
+
+def test_info_says_the_mean_width(folder: Path) -> None:
+    code, out, _ = run_command(["info", str(folder), "--json"])
+    assert code == 0
+    found = json.loads(out)
+    assert found["mixed_widths"]
+    with open_model(str(folder)) as source:
+        ladder = Ladder.of(source)
+        for row in found["widths"]:
+            assert row["mean_width"] == ladder.mean(row["bits"])
+            assert row["bits"] - 1 < row["mean_width"] <= row["bits"]
+            with open_model(str(folder), row["bits"]) as narrow:
+                assert row["bytes"] == sum(info.nbytes for info in narrow.tensors.values())
+    code, out, _ = run_command(["info", str(folder)])
+    assert f"4 (mean width {ladder.mean(4):.3f})" in out
 
 
 def test_a_plan_offers_halves_too(folder: Path) -> None:
