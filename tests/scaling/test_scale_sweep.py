@@ -186,9 +186,9 @@ class TestFigures:
             windows = make_windows(resolve_data(str(text)), Tokenizer.from_source(source), "gptq", 32, 320)
             reference = load_decoder(source, select_backend("cpu", backend="reference"))
             for row in result.points[1:]:
-                with narrowed(open_model(str(tmp_path / "out")), row.bits) as narrow:
+                with open_model(str(tmp_path / "out")) as made:
+                    narrow, widths = narrowed(made, row.bits), Ladder.of(made).at(row.bits)
                     found = compare(load_decoder(narrow, reference.backend), reference, windows)
-                    widths = Ladder.of(open_model(str(tmp_path / "out"))).at(row.bits)
                     sizes = [format.nbytes(*narrow.tensors[name].shape, width) for name, width in widths.items()]
                 assert row.kl == pytest.approx(found.kl_mean, rel=1e-3, abs=1e-6)
                 assert row.linear_bits == 8 * sum(sizes)
