@@ -115,8 +115,8 @@ class Model:
         return () if self._loaded is None else self._loaded.widths
 
     @property
-    def bits(self) -> int | None:
-        """Of a nested model the width it runs at."""
+    def bits(self) -> float | None:
+        """Of a nested model the bits it runs at."""
         return None if self._loaded is None else self._loaded.bits
 
     @property
@@ -301,7 +301,7 @@ class Model:
 def load(
     model: str | PathLike[str],
     *,
-    bits: int | None = None,
+    bits: float | None = None,
     device: str = "auto",
     backend: str = "auto",
     compute: str | None = None,
@@ -317,9 +317,9 @@ def load(
 
     Args:
         model: as on the command line: a folder, a .gguf file, a hub id, or a name that `kbit pull --list` shows.
-        bits: of a nested model the width to run at, its widest unless given. Of a model that is not quantized by kbit:
-            its linear layers are rounded to nearest, `nf` in blocks of 64, once, and kept in the cache folder (what
-            `kbit serve MODEL:4` serves; `quantize` is more accurate).
+        bits: of a nested model those to run at (3.5, too, where its widths are mixed), its widest unless given. Of a
+            model that is not quantized by kbit: its linear layers are rounded to nearest, `nf` in blocks of 64, once,
+            and kept in the cache folder (what `kbit serve MODEL:4` serves; `quantize` is more accurate).
         device: "auto", "cpu" or "cuda".
         backend, compute, kv_bits, threads: as the flags of `kbit run` of these names.
         context: tokens that a prompt and its answer may have together; None: as many as model and cache allow.
@@ -374,9 +374,9 @@ def load(
     return Model(name, loaded, defaults, runner, make_embedder)
 
 
-def _opened(model: str, bits: int | None) -> tuple[str, bool]:
+def _opened(model: str, bits: float | None) -> tuple[str, bool]:
     """(what to load, whether it goes on with texts) of a model and a width."""
-    from kbit.checkpoint.narrowed import widths_of
+    from kbit.checkpoint.ladder import Ladder
     from kbit.models.check import check_continues
     from kbit.models.families import spec_from_config
     from kbit.models.opening import open_model
@@ -386,13 +386,10 @@ def _opened(model: str, bits: int | None) -> tuple[str, bool]:
         if spec.encoder is not None:
             check_continues(spec, str(source.path))  # which says why
         section = source.config.get("quantization_config") or {}
-        rounds = bits is not None and not widths_of(source) and section.get("quant_method") != "kbit"
+        rounds = bits is not None and not Ladder.of(source) and section.get("quant_method") != "kbit"
     if rounds:
-        from kbit.formats.quant_format import MAX_BITS, MIN_BITS
-        from kbit.quantizers.widths import rounded
+        from kbit.quantizers.widths import rounded, whole_bits
 
         assert bits is not None
-        if type(bits) is not int or not MIN_BITS <= bits <= MAX_BITS:
-            raise UsageError(f"bits {bits!r}: use a whole number from {MIN_BITS} to {MAX_BITS}")
-        return str(rounded(model, bits)), spec.continues_text
+        return str(rounded(model, whole_bits(model, bits))), spec.continues_text
     return model, spec.continues_text

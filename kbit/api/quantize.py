@@ -18,6 +18,7 @@ from kbit.models.opening import open_model
 from kbit.quantizers.calibrated import CalibratedRounding
 from kbit.quantizers.check import check_runnable
 from kbit.quantizers.choose import for_encoder, within_memory, within_time
+from kbit.quantizers.nested_order import ordered
 from kbit.quantizers.plan import check_disk
 from kbit.quantizers.request import QuantizeRequest
 
@@ -119,6 +120,11 @@ def quantize(
         check_output_folder(Path(out), overwrite=force or finished_plan(Path(out)) is not None)
         if mixed:
             plan = request.plan(source, codec, chosen, _mixed(source, plan, chosen, request, progress))
+        elif isinstance(chosen, CalibratedRounding) and chosen.mixes_nested:
+            from kbit.backends.select import set_threads
+
+            set_threads(threads)
+            plan = ordered(source, plan, chosen, progress=progress)
         done = _converted(source, plan, request, progress)
     result = replace(done, seconds=time.perf_counter() - begin)
     if measure and continues and isinstance(chosen, CalibratedRounding) and not done.already_complete:

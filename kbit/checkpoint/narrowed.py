@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
-from typing import TYPE_CHECKING, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
+from kbit.checkpoint.ladder import ORDER, Ladder
 from kbit.checkpoint.source import CheckpointSource, StoredSource, TensorInfo
-from kbit.formats.codec import Codec
-from kbit.formats.nested import NestedFormat
 from kbit.formats.registry import parse_format
-from kbit.host.errors import UsageError
 
 if TYPE_CHECKING:
     import numpy as np
@@ -23,47 +21,33 @@ if TYPE_CHECKING:
 
 def widths_of(source: CheckpointSource) -> tuple[int, ...]:
     """The widths that all nested tensors of a checkpoint serve, widest first; none where there are no such tensors."""
-    texts = {info.stored_as for info in source.tensors.values()}
-    served = [set(parse_format(text).widths) for text in texts if NestedFormat.claims(text)]
-    return tuple(sorted(set.intersection(*served), reverse=True)) if served else ()
+    return Ladder.of(source).widths
 
 
-def narrow_check(model: str, widths: Sequence[int], bits: int) -> None:
-    """
+def narrowed_info(info: TensorInfo, widths: Mapping[str, int]) -> TensorInfo:
+    """A tensor at its width, where it is nested.
+
     Args:
-        model: what to call it.
-        widths: those it serves, widest first.
-        bits: the one that is asked for.
-
-    Raises:
-        UsageError: the model does not serve this width.
+        info: the tensor.
+        widths: of all nested tensors, by name (`Ladder.at`).
     """
-    if not widths:
-        raise UsageError(
-            f"--bits {bits}: {model} has one width; drop --bits, or make a model of several with kbit quantize "
-            "--nested 2..8"
-        )
-    if bits not in widths:
-        raise UsageError(f"--bits {bits}: {model} serves {widths[-1]} to {widths[0]} bits; choose one of these")
-
-
-def narrowed_info(info: TensorInfo, bits: int) -> TensorInfo:
-    """A tensor at a width."""
-    if not NestedFormat.claims(info.stored_as):
+    width = widths.get(info.name)
+    if width is None:
         return info
     format = parse_format(info.stored_as)
     rows, columns = info.shape
-    return replace(info, stored_as=str(format.narrowed(bits)), nbytes=format.nbytes(rows, columns, bits))
+    return replace(info, stored_as=str(format.narrowed(width)), nbytes=format.nbytes(rows, columns, width))
 
 
-def narrowed(source: CheckpointSource, bits: int) -> NarrowedSource:
-    """A checkpoint at a width.
+def narrowed(source: CheckpointSource, bits: float) -> NarrowedSource:
+    """A checkpoint at a number of bits.
 
     Raises:
-        UsageError: it does not serve this width.
+        UsageError: it does not serve so many.
     """
-    narrow_check(str(source.path), widths_of(source), bits)
-    return NarrowedSource(source, bits)
+    ladder = Ladder.of(source)
+    ladder.check(str(source.path), bits)
+    return NarrowedSource(source, bits, ladder.at(bits))
 
 
 @runtime_checkable
@@ -75,44 +59,41 @@ class ReadsNarrowed(Protocol):
 
 
 class NarrowedSource(StoredSource):
-    """A nested checkpoint at a width that it serves.
+    """A nested checkpoint at a number of bits that it serves.
 
     Args:
         source: the whole: a `StoredSource`, as kbit's folders are.
-        bits: the width.
+        bits: how many.
+        widths: of each nested tensor, by name.
     """
 
-    def __init__(self, source: CheckpointSource, bits: int) -> None:
+    def __init__(self, source: CheckpointSource, bits: float, widths: Mapping[str, int]) -> None:
         assert isinstance(source, StoredSource)
         assert isinstance(source, ReadsNarrowed)
-        self.path, self.config = source.path, source.config
+        self.path, self.config = source.path, _without_order(source.config)
         self._source: StoredSource = source
         self._narrowed: ReadsNarrowed = source
-        self._bits = bits
-        self._infos = {name: narrowed_info(info, bits) for name, info in source.tensors.items()}
+        self._bits, self._widths = bits, widths
+        self._infos = {name: narrowed_info(info, widths) for name, info in source.tensors.items()}
 
     @property
     def tensors(self) -> Mapping[str, TensorInfo]:
         return self._infos
 
-    def _nested(self, name: str) -> Codec | None:
-        text = self._source.tensors[name].stored_as
-        return parse_format(text) if NestedFormat.claims(text) else None
-
     def read_stored(self, name: str) -> AnyStored:
-        if self._nested(name) is None:
+        if name not in self._widths:
             return self._source.read_stored(name)
-        return self._narrowed.read_narrowed(name, self._bits)
+        return self._narrowed.read_narrowed(name, self._widths[name])
 
     def read_quantized(self, name: str) -> QuantTensor:
-        """A nested tensor up to the width."""
-        return self._narrowed.read_narrowed(name, self._bits).tensor()
+        """A nested tensor up to its width."""
+        return self._narrowed.read_narrowed(name, self._widths[name]).tensor()
 
     def read_weight(self, name: str) -> torch.Tensor | QuantTensor:
-        return self._source.read_weight(name) if self._nested(name) is None else self.read_quantized(name)
+        return self.read_quantized(name) if name in self._widths else self._source.read_weight(name)
 
     def read_array_rows(self, name: str, start: int, stop: int) -> NDArray[np.float32]:
-        if self._nested(name) is None:
+        if name not in self._widths:
             return self._source.read_array_rows(name, start, stop)
         rows: NDArray[np.float32] = self.read_quantized(name).dequantize()[start:stop].numpy()
         return rows
@@ -121,7 +102,15 @@ class NarrowedSource(StoredSource):
         return self._source.sidecar_files()
 
     def fingerprint(self) -> str:
-        return f"{self._source.fingerprint()} at {self._bits} bits"
+        return f"{self._source.fingerprint()} at {self._bits:g} bits"
 
     def close(self) -> None:
         self._source.close()
+
+
+def _without_order(config: dict[str, Any]) -> dict[str, Any]:
+    """A configuration of matrices that have their widths."""
+    section = config.get("quantization_config") or {}
+    if ORDER not in section:
+        return config
+    return {**config, "quantization_config": {key: value for key, value in section.items() if key != ORDER}}

@@ -14,7 +14,7 @@ from kbit.host.errors import CheckpointError, KbitError
 
 # Of the file, of the layout of kernels/cpu/codecs/matrix.h and of what is in its token table: with another number the
 # file has another name.
-VERSION = 4
+VERSION = 5
 
 ENDING = ".kbit"
 _USED = ".used"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -17,7 +18,7 @@ Type a message and press Enter; end a line with \\ to go on in the next, or put 
   /reset        forget the conversation (the system message stays)
   /system TEXT  give the model a system message from here on; alone: show it; /system off: none
   /model MODEL  go on with another model; alone: say which it is
-  /bits K       go on at another width of a nested model; alone: say which there are
+  /bits K       go on at another number of bits of a nested model; alone: say which there are
   /save FILE    write the conversation into FILE, as JSON messages
   /help         this text
   /exit         leave; so does Ctrl-D
@@ -83,18 +84,19 @@ class ChatCommands:
         loaded = self.ready.loaded
         if not asked:
             served = ", ".join(str(width) for width in loaded.widths)
-            self._note(f"{loaded.bits} of {served} bits" if served else f"{loaded.name} has one width")
+            between = ", and all between" if loaded.ladder.order is not None else ""
+            self._note(f"{loaded.bits:g} of {served} bits{between}" if served else f"{loaded.name} has one width")
             return
-        if not asked.isdecimal():
+        if not re.fullmatch(r"[0-9]+(\.[0-9]+)?", asked, re.ASCII):
             raise UsageError(f"/bits {asked}: write a number of bits, as in /bits 3")
         from kbit.engine.self_speculation import SelfDrafter
 
-        found = loaded.at_width(int(asked))
+        found = loaded.at_width(float(asked))
         self.ready = replace(self.ready, loaded=found)
         self._conversation.use(found.decoder)
         if self.ready.speculation is not None and isinstance(self.ready.speculation.drafter, SelfDrafter):
             self.ready.speculation.drafter.follow(found)
-        self._note(f"{found.bits} bits; what was said before is read again at this width, with the next message")
+        self._note(f"{found.bits:g} bits; what was said before is read again at this width, with the next message")
 
     def _system(self, text: str) -> None:
         if not text:

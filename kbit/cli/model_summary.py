@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import typer
 
+from kbit.checkpoint.ladder import Ladder
 from kbit.host.errors import KbitError
 
 if TYPE_CHECKING:
@@ -41,7 +41,6 @@ def machine_summary() -> dict[str, Any]:
 def summarise(source: CheckpointSource) -> dict[str, Any]:
     """Everything `kbit info` knows, as plain values."""
     from kbit.backends.gpu import gpu_kernels, gpu_summary
-    from kbit.checkpoint.narrowed import widths_of
     from kbit.checkpoint.surplus import harmless
     from kbit.host.cpu import instruction_set
     from kbit.models.latent import with_latents
@@ -56,6 +55,7 @@ def summarise(source: CheckpointSource) -> dict[str, Any]:
     config = source.config
     named = config.get("architectures")
     files = {info.file for info in infos}
+    ladder = Ladder.of(source)
     return {
         "model": str(source.path),
         "architecture": named[0] if isinstance(named, list) and named else config.get("model_type"),
@@ -83,7 +83,8 @@ def summarise(source: CheckpointSource) -> dict[str, Any]:
         "file_bytes": sum(file.stat().st_size for file in files),
         "files": sorted(file.name for file in files),
         "formats": _by_format(infos),
-        "widths": _ladder(infos, inner, widths_of(source)),
+        "widths": _ladder(infos, inner, ladder),
+        "mixed_widths": ladder.order is not None,
         "packed": _packed(infos),
         "prepared_bytes": _prepared_bytes(source.path),
         "runs_on": {
@@ -206,17 +207,19 @@ def _by_format(infos: list[Any]) -> dict[str, dict[str, int]]:
     return {key: {"tensors": count[key], "parameters": numel[key], "bytes": nbytes[key]} for key in count}
 
 
-def _ladder(infos: list[Any], inner: list[Any], widths: Sequence[int]) -> list[dict[str, Any]]:
+def _ladder(infos: list[Any], inner: list[Any], ladder: Ladder) -> list[dict[str, Any]]:
     """What a nested model reads at each of its widths, widest first; nothing of one that has a single width."""
     from kbit.checkpoint.narrowed import narrowed_info
 
     found = []
-    for width in widths:
-        narrower = [narrowed_info(info, width) for info in infos]
-        within = [narrowed_info(info, width) for info in inner]
+    for width in ladder.widths:
+        widths = ladder.at(width)
+        narrower = [narrowed_info(info, widths) for info in infos]
+        within = [narrowed_info(info, widths) for info in inner]
         found.append(
             {
                 "bits": width,
+                "mean_width": ladder.mean(width),
                 "bytes": sum(info.nbytes for info in narrower),
                 "bits_per_weight": _bits(narrower),
                 "bits_per_weight_without_embeddings": _bits(within),
@@ -344,7 +347,11 @@ def print_model(summary: dict[str, Any], list_tensors: bool) -> None:
         typer.echo(f"\n{'width (--bits)':<30}{'read':>8}{'bits/weight':>16}{'without embeddings and head':>29}")
         for row in summary["widths"]:
             inside = row["bits_per_weight_without_embeddings"]
-            typer.echo(f"{row['bits']:<30}{size(row['bytes']):>8}{bits(row['bits_per_weight']):>16}{bits(inside):>29}")
+            mean = f" (mean width {row['mean_width']:.3f})" if summary["mixed_widths"] else ""
+            what = f"{row['bits']}{mean}"
+            typer.echo(f"{what:<30}{size(row['bytes']):>8}{bits(row['bits_per_weight']):>16}{bits(inside):>29}")
+        if summary["mixed_widths"]:
+            typer.echo("Each matrix has a width of its own: all numbers of bits between are served, too.")
     if list_tensors:
         typer.echo("")
         for name, row in summary["tensors"].items():

@@ -32,11 +32,12 @@ def _check_threads(threads: int | None) -> int | None:
 
 
 BitsOption = Annotated[
-    int | None,
+    float | None,
     typer.Option(
         "--bits",
         metavar="K",
-        help="Width to run a nested model at (kbit quantize --nested): only its bytes are read. [default: the widest]",
+        help="Bits to run a nested model at (kbit quantize --nested), 3.4 too where its widths are mixed: only their "
+        "bytes are read. [default: the widest]",
         rich_help_panel=ENGINE,
     ),
 ]

@@ -91,6 +91,8 @@ def quantize(*, flags: QuantizeFlags, json: JsonOption = False) -> None:
         if allocation is not None:
             plan = flags.plan(source, codec, method, {n: c.format for n, c in allocation.chosen.items()})
             disk = check_disk(plan, out)
+        elif not flags.stops:
+            plan = _ordered(source, plan, method, flags)
         finished = finished_plan(out) == plan.plan_id
         if not finished and not (mixed and flags.dry_run) and flags.save_plan is None:
             check_output_folder(out, overwrite=flags.force)
@@ -143,6 +145,25 @@ def _allocate(source: CheckpointSource, plan: Plan, method: Method, flags: Quant
     set_threads(flags.threads)
     with progress_bars() as progress:
         return mixed_formats(source, plan, method, flags.budget, flags.fixed(plan), progress=progress)
+
+
+def _ordered(source: CheckpointSource, plan: Plan, method: Method, flags: QuantizeFlags) -> Plan:
+    """A plan of nested matrices with the order of their widths; another as it is."""
+    from kbit.quantizers.calibrated import CalibratedRounding
+
+    if not isinstance(method, CalibratedRounding) or method.nesting is None:
+        return plan
+    from kbit.backends.select import set_threads
+    from kbit.quantizers.nested_order import ordered, why_uniform
+
+    reason = why_uniform(plan, method)
+    if reason is not None and not flags.uniform:
+        typer.echo(f"nested widths are not mixed: {reason}", err=True)
+    if not method.mixes_nested:
+        return plan
+    set_threads(flags.threads)
+    with progress_bars() as progress:
+        return ordered(source, plan, method, progress=progress)
 
 
 def _all_costs(

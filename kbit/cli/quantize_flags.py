@@ -63,8 +63,8 @@ class QuantizeFlags(QuantizeRequest):
         typer.Option(
             "--nested",
             metavar="2..8",
-            help="One file for several widths, each of which reads its own bytes only: kbit run --bits 3, and "
-            "/bits 3 in kbit chat.",
+            help="One file for several widths, each of which reads its own bytes only: kbit run --bits 3.4, and "
+            "/bits 3 in kbit chat. Calibrated, widths are mixed unless --uniform.",
         ),
     ] = None
     anchor: Annotated[

@@ -9,7 +9,7 @@ from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING, cast
 
-from kbit.checkpoint.narrowed import narrow_check, widths_of
+from kbit.checkpoint.ladder import Ladder
 from kbit.checkpoint.prepared_place import mark_used
 from kbit.host.errors import UsageError
 from kbit.models.decoder import Decoder
@@ -34,9 +34,9 @@ class LoadedModel:
         tokenizer: its tokenizer.
         load_seconds: from opening the checkpoint to the last prepared weight, a download not included.
         prepared: the file of prepared weights that it runs on, mapped; None: they were prepared in memory.
-        widths: of a nested model, the widths it serves, widest first; else none.
-        bits: the one it runs at.
-        load_width: makes the decoder of another; None where there is no other.
+        ladder: of a nested model, what it serves.
+        bits: of these it runs at.
+        load_width: makes the decoder of another number of bits; None where there is no other.
         folders: of the LoRA adapters that its texts may have, by name.
         adapter: which of them all of its texts have where nothing else is said; None: none.
     """
@@ -46,9 +46,9 @@ class LoadedModel:
     tokenizer: Tokenizer
     load_seconds: float
     prepared: Path | None = None
-    widths: tuple[int, ...] = ()
-    bits: int | None = None
-    load_width: Callable[[int], Decoder] | None = None
+    ladder: Ladder = field(default_factory=Ladder)
+    bits: float | None = None
+    load_width: Callable[[float], Decoder] | None = None
     folders: Mapping[str, str] = field(default_factory=dict)
     adapter: str | None = None
 
@@ -62,14 +62,19 @@ class LoadedModel:
         """What computes, and how, for people."""
         return self.decoder.backend.describe()
 
-    def at_width(self, bits: int) -> LoadedModel:
-        """The same model at another width, on the same backend, whose caches serve both. Where prepared weights are
-        mapped, both share their memory.
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """Of a nested model, the whole numbers of bits it serves, widest first; else none."""
+        return self.ladder.widths
+
+    def at_width(self, bits: float) -> LoadedModel:
+        """The same model at another number of bits, on the same backend, whose caches serve both. Where prepared
+        weights are mapped, both share their memory.
 
         Raises:
-            UsageError: it does not serve this width.
+            UsageError: it does not serve so many.
         """
-        narrow_check(self.name, self.widths, bits)
+        self.ladder.check(self.name, bits)
         if bits == self.bits or self.load_width is None:
             return self
         start = perf_counter()
@@ -109,7 +114,7 @@ def load_model(
     backend: str | Backend = "auto",
     compute: str | None = None,
     kv_bits: int | str | None = None,
-    bits: int | None = None,
+    bits: float | None = None,
     group: Group | None = None,
     check: Callable[[Tokenizer, CheckpointSource], object] | None = None,
     progress: Callable[[int, int], None] | None = None,
@@ -124,7 +129,7 @@ def load_model(
             core and leaves torch's.
         backend, compute, kv_bits: who computes and how, see `kbit.backends.select.select_backend`. Or a backend there
             is already, which then says all of it: models that take turns should share one, and with it its threads.
-        bits: the width to run a nested model at (`kbit quantize --nested`); None: its widest.
+        bits: to run a nested model at (`kbit quantize --nested`); None: its widest.
         group: processes among which the model is split (`kbit.backends.parallel`), this one among them. Each loads
             its share; all must then ask for the same tokens. A backend that is given must be of this group.
         check: called with tokenizer and checkpoint before any weight is read, to refuse early what these can tell.
@@ -165,7 +170,7 @@ def load_model(
     set_threads(threads)
     prefer_tuned(backend)
 
-    def load_width(width: int) -> Decoder:
+    def load_width(width: float) -> Decoder:
         with open_model(model, width) as narrower:
             return load_decoder(narrower if group is None else shard(narrower, group.rank, group.size), backend)
 
@@ -180,14 +185,14 @@ def load_model(
             check(tokenizer, source)
         part = source if group is None else shard(source, group.rank, group.size)
         decoder = load_decoder(part, backend, progress=progress)
-        widths = widths_of(source)
-        # (What was narrowed serves what lies below only: the widest is asked of the whole.)
+        ladder = Ladder.of(source)
+        # (What was narrowed serves what lies below only: the whole is asked.)
         if bits is not None:
             with open_model(model) as whole:
-                widths = widths_of(whole)
+                ladder = Ladder.of(whole)
         return LoadedModel(
             model, decoder, tokenizer, perf_counter() - start,
-            widths=widths, bits=bits or max(widths, default=None), load_width=load_width if widths else None,
+            ladder=ladder, bits=bits or max(ladder.widths, default=None), load_width=load_width if ladder else None,
         )  # fmt: skip
 
 
@@ -205,7 +210,7 @@ def _with_adapters(decoder: Decoder, model: str, folders: Mapping[str, str]) -> 
 def _load_native(
     model: str,
     backend: NativeBackend,
-    bits: int | None,
+    bits: float | None,
     check: Callable[[Tokenizer, CheckpointSource], object] | None,
     progress: Callable[[int, int], None] | None,
 ) -> LoadedModel:
@@ -221,7 +226,7 @@ def _load_native(
     start = perf_counter()
     prepared = None if place is None else find(place, open_model)
 
-    def load_width(width: int) -> Decoder:
+    def load_width(width: float) -> Decoder:
         if prepared is not None:
             narrower = prepared.at_width(width)
             narrower.prefetch()
@@ -230,16 +235,16 @@ def _load_native(
             return load_decoder(read, backend)
 
     with prepared or open_model(model) as source:
-        widths = widths_of(source)
+        ladder = Ladder.of(source)
         if bits is not None:
-            narrow_check(model, widths, bits)
+            ladder.check(model, bits)
         check_continues(spec_from_config(source.config, where=f"config of {source.path}"), str(source.path))
         tokenizer = Tokenizer.from_source(source)
         if check is not None:
             check(tokenizer, source)
         if prepared is None and place is not None:
             prepared = _prepare(source, place, backend, progress)
-        if bits is None or bits == max(widths):
+        if bits is None or bits == max(ladder.widths):
             if prepared is not None:
                 prepared.prefetch()
             decoder = load_decoder(prepared or source, backend, progress=None if prepared else progress)
@@ -250,7 +255,7 @@ def _load_native(
             mark_used(file)
         return LoadedModel(
             model, decoder, tokenizer, perf_counter() - start, file,
-            widths, bits or max(widths, default=None), load_width if widths else None,
+            ladder, bits or max(ladder.widths, default=None), load_width if ladder else None,
         )  # fmt: skip
 
 

@@ -15,13 +15,13 @@ class Measured:
     """A comparison on text that the original wrote.
 
     Attributes:
-        bits: of a nested model the width that was measured.
+        bits: of a nested model those that it was measured at.
         tokens: compared.
         kl_mean, kl_stderr: KL divergence in nats per token, and its standard error (None where there is one token).
         top1_agreement: share of tokens of which both find the same most probable.
     """
 
-    bits: int | None
+    bits: float | None
     tokens: int
     kl_mean: float
     kl_stderr: float | None

@@ -19,7 +19,7 @@ class EngineRequest:
         device: "auto", "cpu" or "cuda".
         threads: CPU threads, also of torch for the whole process; None takes one per physical core and leaves torch's.
         backend, compute, kv_bits: who runs the model, and how (`kbit.backends.select.select_backend`).
-        bits: the width of a nested model; None: its widest. A reference is not narrowed.
+        bits: to run a nested model at; None: its widest. A reference is not narrowed.
         reference_backend: who runs the reference, on the CPU: "reference" (exactly, weights expanded to float32),
             "native-fp32" (exactly, too, with packed weights as they are), or "native": computing as the model does
             where that runs natively too, else as by default.
@@ -30,7 +30,7 @@ class EngineRequest:
     backend: str = "auto"
     compute: str | None = None
     kv_bits: int | str | None = None
-    bits: int | None = None
+    bits: float | None = None
     reference_backend: str = "reference"
 
     def check(self) -> None:

@@ -10,15 +10,15 @@ from kbit.models.tied import embedded
 from kbit.models.wrapped import unwrapped
 
 
-def open_model(model: str, bits: int | None = None) -> CheckpointSource:
+def open_model(model: str, bits: float | None = None) -> CheckpointSource:
     """`kbit.checkpoint.resolve.open_model`: of several parts the language model, as canonical tensors.
 
     Args:
         model: as a user names it.
-        bits: the width to read a nested model at; None: the widest.
+        bits: to read a nested model at; None: its widest.
 
     Raises:
-        UsageError: the model does not serve this width.
+        UsageError: the model does not serve so many bits.
     """
     source = resolve.open_model(model)
     try:

@@ -345,8 +345,8 @@ def _ladders(models: Sequence[PlanModel], chosen: Sequence[Candidate], rejected:
         if later:
             why = rejected.get(later[0].name, "does not suit")
             notes.append(
-                f"{file}: {now[-1].bits} bits now; the same file at {later[0].bits} bits {why} "
-                f"(kbit run --model {file} --bits {later[0].bits}, or /bits {later[0].bits} in kbit chat)"
+                f"{file}: {now[-1].bits:g} bits now; the same file at {later[0].bits:g} bits {why} "
+                f"(kbit run --model {file} --bits {later[0].bits:g}, or /bits {later[0].bits:g} in kbit chat)"
             )
     return notes
 

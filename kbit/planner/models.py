@@ -10,11 +10,11 @@ import hashlib
 import os
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from kbit.checkpoint.narrowed import widths_of
+from kbit.checkpoint.ladder import Ladder
 from kbit.checkpoint.readers.kbit_folder import MANIFEST_NAME
 from kbit.formats.nested import NestedFormat
 from kbit.formats.quant_format import QuantFormat
@@ -61,8 +61,8 @@ class PlanModel:
         measured: its name among the measured points, or None.
         tokenizer: digest of its tokenizer (as in Point.tokenizer), or None where there is none to look at.
         training_tokens: D, where its folder says.
-        widths: of a nested model, those it serves, widest first.
-        file, bits: of a nested model at one width, what the user called it, and the width.
+        ladder: of a nested model, the widths it serves.
+        file, bits: of a nested model at one of its rungs, what the user called it, and its bits.
         made: of what `kbit quantize` wrote in one format, with a method as it is by default: (method, format as points
             call it).
     """
@@ -77,9 +77,9 @@ class PlanModel:
     measured: str | None = None
     tokenizer: str | None = None
     training_tokens: int | None = None
-    widths: tuple[int, ...] = ()
+    ladder: Ladder = field(default_factory=Ladder)
     file: str | None = None
-    bits: int | None = None
+    bits: float | None = None
     made: tuple[str, str] | None = None
 
     @property
@@ -181,19 +181,23 @@ def _named(name: str) -> PlanModel:
 
 
 def _at_widths(model: PlanModel) -> list[PlanModel]:
-    """A nested model at each width that it serves; any other as it is."""
-    if not model.widths:
+    """A nested model at each width that it serves, and half-way between where its widths are mixed; others as they
+    are."""
+    if not model.ladder:
         return [model]
+    widest, narrowest = model.ladder.widths[0], model.ladder.widths[-1]
+    step = 1.0 if model.ladder.order is None else 0.5
+    served = [widest - step * place for place in range(round((widest - narrowest) / step) + 1)]
     return [
         replace(
             model,
-            name=f"{model.name} --bits {width}",
-            weights=narrowed_weights(model.weights, width),
+            name=f"{model.name} --bits {width:g}",
+            weights=narrowed_weights(model.weights, model.ladder.at(width)),
             file=model.name,
             bits=width,
-            made=None if model.made is None else (model.made[0], f"{model.made[1]}@{width}"),
+            made=None if model.made is None or width != int(width) else (model.made[0], f"{model.made[1]}@{width:g}"),
         )
-        for width in model.widths
+        for width in served
     ]
 
 
@@ -224,7 +228,7 @@ def _from_checkpoint(name: str, path: Path) -> PlanModel:
         missing = [tensor for tensor in spec.expected_tensors() if tensor not in source.tensors]
         if missing:
             raise KbitError(f"{source.path}: {missing[0]} is missing; download the model again")
-        weights, widths = stored_weights(source, spec), widths_of(source)
+        weights, ladder = stored_weights(source, spec), Ladder.of(source)
         section = source.config.get("quantization_config")
         fixed = isinstance(section, dict) and section.get("quant_method") == "kbit"
         gguf = source.path.suffix == ".gguf"
@@ -240,7 +244,7 @@ def _from_checkpoint(name: str, path: Path) -> PlanModel:
         fixed=fixed,
         tokenizer=None if tokenizer is None else hashlib.sha256(tokenizer).hexdigest(),
         training_tokens=None if gguf else _training_tokens(path),
-        widths=widths,
+        ladder=ladder,
         made=_made(path / MANIFEST_NAME, linear) if fixed else None,
     )
 
@@ -256,7 +260,7 @@ def _made(manifest: Path, formats: set[str]) -> tuple[str, str] | None:
     (text,) = formats
     format = parse_format(text)
     if isinstance(format, NestedFormat) and isinstance(known, CalibratedRounding):
-        known = known.nested(Nesting.of(format.low, format.bits))
+        known = known.nested(Nesting.of(format.low, format.bits, mixed=True))
     return (known.name, text) if method == known.identity else None
 
 

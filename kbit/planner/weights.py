@@ -111,12 +111,12 @@ def stored_weights(source: CheckpointSource, spec: ModelSpec) -> tuple[Weight, .
     return tuple(weights)
 
 
-def narrowed_weights(weights: Sequence[Weight], width: int) -> tuple[Weight, ...]:
-    """A nested model's tensors at a width: each takes what a plain format with the same blocks does."""
+def narrowed_weights(weights: Sequence[Weight], widths: Mapping[str, int]) -> tuple[Weight, ...]:
+    """A nested model's tensors at their widths, by name: each takes what a plain format with the same blocks does."""
     return tuple(
         weight
         if not (weight.nested and isinstance(weight.kept, QuantFormat))
-        else replace(weight, kept=replace(weight.kept, bits=width))
+        else replace(weight, kept=replace(weight.kept, bits=widths[weight.name]))
         for weight in weights
     )
 

@@ -9,9 +9,7 @@ narrowest widths, always the step that saves most per byte.
 
 from __future__ import annotations
 
-import hashlib
 import heapq
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,10 +18,8 @@ from typing import TYPE_CHECKING
 from kbit.formats.codec import Codec
 from kbit.formats.trellis import FAST_WINDOW, TrellisFormat, least_window
 from kbit.host.errors import UsageError
-from kbit.host.files import read_json_object, write_durably
 from kbit.host.progress import Progress
-from kbit.models.families import spec_from_config
-from kbit.models.params import parameters
+from kbit.quantizers.kept_costs import by_layer, costs_file, read_costs, write_costs
 
 if TYPE_CHECKING:
     from kbit.calibration.measure import LayerFactors
@@ -100,9 +96,9 @@ def measure_choices(
     threads = torch.get_num_threads()  # while the judge is at work, torch's own are one
     files = {
         layer: (wanted, *_costs_file(wanted, calibration, rounding, layer))
-        for layer, wanted in _by_layer(source, formats).items()
+        for layer, wanted in by_layer(source, formats).items()
     }
-    missing = {layer for layer, (_, kept, described) in files.items() if _read_costs(kept, described) is None}
+    missing = {layer for layer, (_, kept, described) in files.items() if read_costs(kept, described) is None}
     if missing:
         if progress is not None:
             progress("weighing widths", 0, len(missing))
@@ -110,7 +106,7 @@ def measure_choices(
         for done, judge in enumerate(judges):
             wanted, kept, _ = files[judge.layer]
             costs = _measure_layer(source, wanted, calibration, rounding, judge, threads)
-            write_durably(kept, json.dumps(costs).encode())
+            write_costs(kept, costs)
             if progress is not None:
                 progress("weighing widths", done + 1, len(missing))
     found = known_choices(source, formats, calibration, rounding)
@@ -126,8 +122,8 @@ def known_choices(
 ) -> dict[str, tuple[Choice, ...]] | None:
     """`measure_choices` where all of them were measured before, else None."""
     found: dict[str, tuple[Choice, ...]] = {}
-    for layer, wanted in _by_layer(source, formats).items():
-        costs = _read_costs(*_costs_file(wanted, calibration, rounding, layer))
+    for layer, wanted in by_layer(source, formats).items():
+        costs = read_costs(*_costs_file(wanted, calibration, rounding, layer))
         if costs is None:
             return None
         found |= _choices(source, wanted, costs)
@@ -196,16 +192,6 @@ def _gain(hull: Sequence[Choice], at: int) -> float:
     return _slope(hull[at], hull[at + 1])
 
 
-def _by_layer(
-    source: CheckpointSource, formats: Mapping[str, Sequence[Codec]]
-) -> dict[int | None, dict[str, Sequence[Codec]]]:
-    """The formats of each layer's matrices; what stands outside of layers first."""
-    spec = spec_from_config(source.config, where=f"config of {source.path}")
-    layer_of = {p.name: p.layer for p in parameters(spec)}
-    layers = sorted({layer_of[name] for name in formats}, key=lambda layer: -1 if layer is None else layer)
-    return {layer: {name: tried for name, tried in formats.items() if layer_of[name] == layer} for layer in layers}
-
-
 def _choices(
     source: CheckpointSource, wanted: Mapping[str, Sequence[Codec]], costs: Mapping[str, Sequence[float]]
 ) -> dict[str, tuple[Choice, ...]]:
@@ -224,8 +210,7 @@ def _costs_file(
     """Where the costs of a layer's matrices are kept, and the formats in it by name."""
     described = {name: [str(format) for format in tried] for name, tried in wanted.items()}
     identity = {"version": _VERSION, "rounding": rounding.identity, "formats": described}
-    digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
-    return calibration.path / f"costs-{'outside' if layer is None else layer}-{digest}.json", described
+    return costs_file(calibration, layer, identity), described
 
 
 def _measure_layer(
@@ -302,14 +287,3 @@ def _cheap(format: Codec) -> Codec:
     if not isinstance(format, TrellisFormat) or format.code == "int":
         return format
     return replace(format, window=min(format.window, max(FAST_WINDOW, least_window(format.width))))
-
-
-def _read_costs(path: Path, described: Mapping[str, Sequence[str]]) -> dict[str, list[float]] | None:
-    if not path.exists():
-        return None
-    try:
-        found = read_json_object(path)
-        costs = {name: [float(cost) for cost in found[name]] for name in described}
-    except (KeyError, TypeError, ValueError):
-        return None  # damaged: measured again
-    return costs if all(len(costs[name]) == len(tried) for name, tried in described.items()) else None

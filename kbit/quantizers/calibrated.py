@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from copy import copy
-from dataclasses import asdict, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from kbit.calibration.request import CalibrationRequest
@@ -55,7 +55,7 @@ class CalibratedRounding(Method):
     def calibrated_on(self, request: CalibrationRequest) -> CalibratedRounding:
         made = copy(self)
         made.request = request
-        return made
+        return made if made.nesting is None else made.nested(made.nesting)
 
     def with_options(self, *, act_order: bool = False, static_scales: bool = False) -> CalibratedRounding:
         """The method with options of `Settings`; act_order implies static_scales.
@@ -73,14 +73,19 @@ class CalibratedRounding(Method):
         return made
 
     def nested(self, nesting: Nesting) -> CalibratedRounding:
-        """The method for nested formats."""
+        """The method for nested formats; with gradients it can mix their widths."""
         made = copy(self)
-        made.nesting = nesting
+        made.nesting = replace(nesting, mixed=nesting.mixed and self.request.gradients)
         return made
 
     @property
+    def mixes_nested(self) -> bool:
+        """Whether a plan's nested matrices get an order (`kbit.quantizers.nested_order.ordered`)."""
+        return self.nesting is not None and self.nesting.mixed
+
+    @property
     def settings(self) -> Mapping[str, Any]:
-        nesting = {} if self.nesting is None else {"nesting": asdict(self.nesting)}
+        nesting = {} if self.nesting is None else {"nesting": self.nesting.identity}
         return {**self.rounding.identity, **nesting, "calibration": self.request.identity}
 
     def refuses(self, format: Codec) -> str | None:
@@ -173,6 +178,7 @@ class CalibratedView(QuantizedView):
 
         super().__init__(source, plan, read)
         self._calibration, self._rounding, self._nesting = calibration, rounding, nesting or Nesting()
+        self._order = plan.nested
         spec = spec_from_config(source.config, where=f"config of {source.path}")
         self._layers = layer_numbers(spec)
         self._tables = {p.name for p in parameters(spec) if p.role == "table"}
@@ -233,6 +239,7 @@ class CalibratedView(QuantizedView):
 
             settings = replace(self._rounding, sweeps=self._rounding.sweeps or SWEEPS)
             feedback = Feedback.of(factors, settings, weight.shape[1])
-            return round_nested(weight.float(), format, feedback, self._nesting, name=name)
+            nesting = self._nesting if self._order is None else self._nesting.of_matrix(self._order.emphasis[name])
+            return round_nested(weight.float(), format, feedback, nesting, name=name)
         rounder = Rounder(factors, self._rounding, weight.shape[1])
         return rounder.round(weight.float(), format, threads=threads, name=name)

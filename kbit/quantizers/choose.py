@@ -78,6 +78,7 @@ def following(flags: R, asked: PlanFile) -> R:
         inputs_only=flags.inputs_only or (calibrates and not asked.gradients),
         act_order=flags.act_order or (calibrates and asked.act_order),
         static_scales=flags.static_scales or (calibrates and asked.static_scales),
+        uniform=asked.uniform,
     )
 
 
@@ -125,7 +126,8 @@ def within_memory(source: CheckpointSource, method: Method, flags: QuantizeReque
     if available is None or needed <= available:
         return method
     request = CalibrationRequest(method.request.texts, method.request.tokens, gradients=False)
-    less = Gptq(request).with_options(**flags.options) if flags.method == "auto" else method.calibrated_on(request)
+    plainer = Gptq(request).with_options(**flags.options) if flags.method == "auto" else method.calibrated_on(request)
+    less = plainer if method.nesting is None else plainer.nested(method.nesting)
     fits = less.is_calibrated(source) or _memory(source, less) <= available
     short = f"calibrating needs about {size(needed)} of memory, and {size(available)} is available"
     if flags.method == "auto" and method.request.gradients and fits and flags.mixes is None:
@@ -199,7 +201,10 @@ def _from_the_best(
         full, less = method.request, replace(method.request, gradients=False)
         optional = any(flags.options.values())
         for cheaper in (Gptq(), *(() if optional else (ScaleSearch(),))):
+            if cheaper.refuses(codec) is not None:
+                continue
             known = cheaper.with_options(**flags.options).calibrated_on(full)
+            known = known if method.nesting is None else known.nested(method.nesting)
             if known.identity != method.identity:
                 yield known if known.is_calibrated(source) else known.calibrated_on(less), False
         if optional:
@@ -226,12 +231,16 @@ def _seconds(
         each = _NEAREST * tried
         steps = Steps(request, searches=False, each=each, products=method.grid, measured_tokens=measured)
         return estimate(source, steps, rates)
-    calibrated, weigh = method.is_calibrated(source), mixed
-    if mixed and calibrated:
+    calibrated, weigh = method.is_calibrated(source), mixed or method.mixes_nested
+    if weigh and calibrated:
         from kbit.quantizers.mixed import known_formats
+        from kbit.quantizers.nested_order import is_weighed
 
         plan = flags.plan(source, codec, method)
-        weigh = known_formats(source, plan, method, flags.budget, flags.fixed(plan)) is None
+        if method.mixes_nested:
+            weigh = not is_weighed(source, plan, method)
+        else:
+            weigh = known_formats(source, plan, method, flags.budget, flags.fixed(plan)) is None
     steps = Steps(
         calibrate=None if calibrated else method.request,
         weigh=weigh,

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from kbit.checkpoint.ladder import ORDER
 from kbit.checkpoint.output_folder import finished_plan
 from kbit.checkpoint.readers.kbit_folder import LAYOUT_VERSION, KbitFolder
 from kbit.checkpoint.source import CheckpointSource
@@ -120,7 +121,7 @@ def quantized_config(config: Mapping[str, Any], plan: Plan) -> dict[str, Any]:
         key = format.codebook_key(columns)
         if key is not None and key not in codebooks:
             codebooks[key] = format.codebook(columns).tolist()
-    section = {
+    section: dict[str, Any] = {
         "quant_method": "kbit",
         "version": LAYOUT_VERSION,
         "format": str(plan.default_format),
@@ -128,6 +129,8 @@ def quantized_config(config: Mapping[str, Any], plan: Plan) -> dict[str, Any]:
         "tensors": tensors,
         "codebooks": codebooks,
     }
+    if plan.nested is not None:
+        section[ORDER] = plan.nested.order.to_json()
     return {**config, "transformers_weights": NEEDS_PLUGIN, "quantization_config": section}
 
 

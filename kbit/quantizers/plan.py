@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from kbit.checkpoint.planned_shards import StoredWeight
 from kbit.checkpoint.readers.kbit_folder import LAYOUT_VERSION
@@ -27,6 +28,9 @@ from kbit.quantizers.method import Method
 from kbit.quantizers.roles import roles_of
 from kbit.quantizers.rtn import RoundToNearest
 from kbit.quantizers.stored import STORED, format_as_stored
+
+if TYPE_CHECKING:
+    from kbit.quantizers.nested_order import NestedOrder
 
 # What a kept tensor is stored as, by how the source holds it. GGUF's block types have no plain equivalent: their
 # values are multiples of an fp16 scale, which fp16 holds to 2^-11. fp8 times its scale needs bf16's range.
@@ -91,6 +95,7 @@ class Plan:
         plan_id: hex digest of everything that determines the output, the source's fingerprint included.
         method: who finds the codes.
         method_memory: bytes that the method works in.
+        nested: mixed widths of nested matrices, where they have any.
     """
 
     default_format: Codec
@@ -99,6 +104,7 @@ class Plan:
     plan_id: str
     method: Method
     method_memory: int = 0
+    nested: NestedOrder | None = None
 
     @property
     def bytes_before(self) -> int:

@@ -39,8 +39,8 @@ from kbit.quantizers.plan import Plan, parse_target
 from kbit.quantizers.stored import STORED
 
 VERSION = 1
-# What "method" may say besides the name.
-_OPTIONS = ("act_order", "static_scales")
+# What "method" may say besides the name: options of rounding, and that nested widths are not mixed.
+_OPTIONS, _UNIFORM = ("act_order", "static_scales"), "uniform"
 
 
 @dataclass(frozen=True)
@@ -56,6 +56,7 @@ class PlanFile:
             not calibrate.
         targets: by the tensor's name, a format or how to keep it.
         act_order, static_scales: of the method (`CalibratedRounding.with_options`).
+        uniform: nested matrices are not to have widths of their own.
     """
 
     path: Path
@@ -68,6 +69,7 @@ class PlanFile:
     targets: Mapping[str, Codec | str]
     act_order: bool = False
     static_scales: bool = False
+    uniform: bool = False
 
     def check_model(self, source: CheckpointSource) -> None:
         """Refuse a model that the plan was not made for.
@@ -125,9 +127,10 @@ def read_plan_file(path: Path) -> PlanFile:
     targets = {
         name: _target(path, name, line.get("to") if isinstance(line, dict) else line) for name, line in lines.items()
     }
-    options = {option: method.get(option, False) for option in _OPTIONS}
-    if not set(method) <= {"name", *_OPTIONS} or not all(isinstance(value, bool) for value in options.values()):
-        raise UsageError(f'{path}: "method" is a name, and true or false for any of {", ".join(_OPTIONS)}')
+    known = (*_OPTIONS, _UNIFORM)
+    options = {option: method.get(option, False) for option in known}
+    if not set(method) <= {"name", *known} or not all(isinstance(value, bool) for value in options.values()):
+        raise UsageError(f'{path}: "method" is a name, and true or false for any of {", ".join(known)}')
     return PlanFile(path, fingerprint, default, method["name"], texts, tokens, gradients, targets, **options)
 
 
@@ -161,6 +164,8 @@ def write_plan_file(
     if isinstance(method, CalibratedRounding):
         request = method.request
         head["method"] |= {option: True for option in _OPTIONS if getattr(method.rounding, option)}
+        if method.nesting is not None and not method.nesting.mixed and method.request.gradients:
+            head["method"][_UNIFORM] = True
         texts = [text.name for text in request.texts] or "sampled"
         head["calibration"] = {"text": texts, "tokens": request.tokens, "gradients": request.gradients}
     head["format"] = str(plan.default_format)

@@ -277,12 +277,12 @@ class QuantizeRequest:
                     "--method trellis, or --device cpu"
                 )
             method = method.with_options(**self.options)
+            if any(asked.values()):
+                texts, gradients = self.calibration or [], not self.inputs_only
+                method = method.calibrated_on(CalibrationRequest.of(texts, self.calibration_tokens, gradients))
             if isinstance(codec, NestedFormat):
-                method = method.nested(Nesting.of(codec.low, codec.bits, self.anchor or ANCHOR))
-            if not any(asked.values()):
-                return method
-            texts = self.calibration or []
-            return method.calibrated_on(CalibrationRequest.of(texts, self.calibration_tokens, not self.inputs_only))
+                method = method.nested(Nesting.of(codec.low, codec.bits, self.anchor or ANCHOR, mixed=not self.uniform))
+            return method
         asked |= {"--act-order": self.act_order, "--static-scales": self.static_scales}
         flag = next((flag for flag, value in asked.items() if value), None)
         if flag is not None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 # Added to a factor's diagonal, in shares of its mean: the finite sample says nothing about directions it has not seen.
@@ -61,6 +61,11 @@ class Nesting:
             by `less`; so many beginnings at most.
         margin, step: a width that costs more than this share of rounding to nearest counts more in the next sweep, by
             the square of what it is over, at most by `step`.
+        mixed: matrices have widths of their own (`kbit.quantizers.nested_order`): what each of their widths counts then
+            takes the place of `emphasis`, and no width of a single matrix is held to what rounding to nearest costs.
+        ends, between: at mixed widths, what the narrowest and the widest rung count, which have nothing to mix, and
+            those between whole numbers of bits; other whole numbers count 1, the anchor `emphasis`.
+        by_width: of one matrix, what its widths count, narrowest first; (): all the same but for the anchor.
     """
 
     anchor: int = ANCHOR
@@ -71,22 +76,59 @@ class Nesting:
     less: float = 4.0
     margin: float = 0.98
     step: float = 1.5
+    mixed: bool = False
+    ends: float = 3.0
+    between: float = 0.1
+    by_width: tuple[float, ...] = ()
 
     @classmethod
-    def of(cls, low: int, high: int, anchor: int = ANCHOR) -> Nesting:
+    def of(cls, low: int, high: int, anchor: int = ANCHOR, *, mixed: bool = False) -> Nesting:
         """For these widths, the nearest of them to what is wanted the anchor."""
-        return cls(min(max(anchor, low), high))
+        return cls(min(max(anchor, low), high), mixed=mixed and low < high)
+
+    @classmethod
+    def to_weigh(cls) -> Nesting:
+        """For telling costs of widths: all count the same, and a few sweeps say what more would."""
+        return cls(emphasis=1.0, sweeps=2, most_sweeps=2, tries=1, step=1.0)
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """Plain values: of options that came later, those that are set, so that what was made before stays known."""
+        found = asdict(self)
+        del found["by_width"]  # of a matrix, and part of the plan
+        return found if self.mixed else {key: found[key] for key in found if key not in ("mixed", "ends", "between")}
+
+    def of_matrix(self, by_width: tuple[float, ...]) -> Nesting:
+        """The same for a matrix whose widths count so much."""
+        return replace(self, by_width=by_width, most_sweeps=self.sweeps, tries=1, step=1.0)
+
+    def rung(self, bits: float, widths: Sequence[int]) -> float:
+        """What a rung of so many bits counts at mixed widths.
+
+        Args:
+            bits: of it.
+            widths: all there are, ascending.
+        """
+        if bits == self.anchor:
+            return self.emphasis
+        if bits in (widths[0], widths[-1]):
+            return self.ends
+        return 1.0 if bits == int(bits) else self.between
 
     def weights(self, widths: Sequence[int]) -> list[float]:
         """What a unit of each width's squared error counts. A further bit divides it by about four."""
-        return [4.0 ** (width - widths[0]) * (self.emphasis if width == self.anchor else 1.0) for width in widths]
+        counts = self._counts(widths)
+        return [4.0 ** (width - widths[0]) * counts[width] for width in widths]
 
     def shares(self, costs: Mapping[int, float]) -> dict[int, float]:
         """What a unit of each width's cost counts, where costs are told in shares of these."""
-        narrowest = costs[min(costs)]
-        return {
-            width: (self.emphasis if width == self.anchor else 1.0) * narrowest / cost for width, cost in costs.items()
-        }
+        narrowest, counts = costs[min(costs)], self._counts(sorted(costs))
+        return {width: counts[width] * narrowest / cost for width, cost in costs.items()}
+
+    def _counts(self, widths: Sequence[int]) -> dict[int, float]:
+        if self.by_width:
+            return dict(zip(widths, self.by_width, strict=True))
+        return {width: self.emphasis if width == self.anchor else 1.0 for width in widths}
 
 
 @dataclass(frozen=True)

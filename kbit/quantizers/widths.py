@@ -5,26 +5,41 @@ from __future__ import annotations
 from pathlib import Path
 
 from kbit.checkpoint.local_models import widths_folder
+from kbit.formats.quant_format import MAX_BITS, MIN_BITS
+from kbit.host.errors import UsageError
 
 
-def at_width(model: str, bits: int) -> tuple[str, int | None]:
-    """What `load_model` is given for a model at a width: (model, bits).
+def at_width(model: str, bits: float) -> tuple[str, float | None]:
+    """What `load_model` is given for a model at a number of bits: (model, bits).
 
-    A nested model is read at the width, in memory that its widths share; another one has a folder of its own.
+    A nested model is read at these, in memory that its rungs share; another one has a folder of its own.
 
     Raises:
-        UsageError: a nested model that does not serve this width.
+        UsageError: a nested model that does not serve so many, or a fraction of another one.
         KbitError: as `rounded`.
     """
-    from kbit.checkpoint.narrowed import narrow_check, widths_of
+    from kbit.checkpoint.ladder import Ladder
     from kbit.models.opening import open_model
 
     with open_model(model) as source:
-        widths = widths_of(source)
-    if not widths:
-        return str(rounded(model, bits)), None
-    narrow_check(model, widths, bits)
+        ladder = Ladder.of(source)
+    if not ladder:
+        return str(rounded(model, whole_bits(model, bits))), None
+    ladder.check(model, bits)
     return model, bits
+
+
+def whole_bits(model: str, bits: float) -> int:
+    """
+    Raises:
+        UsageError: no whole number of bits that a model can be rounded to.
+    """
+    if not MIN_BITS <= bits <= MAX_BITS or bits != int(bits):
+        raise UsageError(
+            f"{model} at {bits:g} bits: it is rounded to a whole number, {MIN_BITS} to {MAX_BITS}; kbit quantize makes "
+            "files of other numbers (--bits 3.5), and of all numbers at once (--nested 2..8)"
+        )
+    return int(bits)
 
 
 def rounded(model: str, bits: int) -> Path:

@@ -28,14 +28,14 @@ class LoadPlan:
 
     Attributes:
         path, bits: what `load_model` is given.
-        weights: bytes; those of models with the same path (widths of a nested file) are the same memory.
+        weights: bytes; those of models with the same path (rungs of a nested file) are the same memory.
         cache: of keys and values; None: the backend's own choice.
         rest: of a pass's buffers, the tokenizer, and adapters.
         loading: at loading's worst moment.
     """
 
     path: str
-    bits: int | None
+    bits: float | None
     weights: int
     cache: int | None
     rest: int

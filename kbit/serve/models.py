@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 State = Literal["unloaded", "loading", "ready", "failed"]
 
-_WIDTH = re.compile(r"(.+):([2-8])")
+_WIDTH = re.compile(r"(.+):([2-8](?:\.[0-9]{1,6})?)")
 
 
 @dataclass(frozen=True)
@@ -99,7 +99,7 @@ class ServedModel:
 
     name: str
     path: str
-    bits: int | None = None
+    bits: float | None = None
     created: int = field(default_factory=lambda: int(time.time()))
     aliases: tuple[str, ...] = ()
     state: State = "unloaded"
@@ -210,7 +210,7 @@ class Models:
             if taken is not None:
                 raise UsageError(f"{taken}: two models have this name: write NAME=MODEL for one of them")
             width = _WIDTH.fullmatch(path)
-            model = ServedModel(aliases[0], width[1] if width else path, int(width[2]) if width else None)
+            model = ServedModel(aliases[0], width[1] if width else path, float(width[2]) if width else None)
             model.aliases = aliases
             self._models[model.name] = model
             self._aliases.update(dict.fromkeys(aliases, model))

@@ -237,8 +237,10 @@ def test_widths(tmp_path: Path, novels_folder: str, monkeypatch: pytest.MonkeyPa
             assert rounded.generate(PROMPT, max_tokens=20).text == expected
         with pytest.raises(kbit.UsageError, match="has one width"):
             kbit.load(str(made.path), bits=2)
-    with pytest.raises(kbit.UsageError, match="bits 9: use a whole number from 2 to 8"):
+    with pytest.raises(kbit.UsageError, match="at 9 bits: it is rounded to a whole number, 2 to 8"):
         kbit.load(novels_folder, bits=9)
+    with pytest.raises(kbit.UsageError, match=r"at 3.5 bits: it is rounded to a whole number, .* \(--bits 3.5\)"):
+        kbit.load(novels_folder, bits=3.5)
     kbit.quantize(novels_folder, tmp_path / "all", nested="2..4", method="rtn")
     told = command(str(tmp_path / "all"), "--raw --bits 3 --max-tokens 20")
     with kbit.load(str(tmp_path / "all"), bits=3, threads=1, cache_bytes=1 << 22) as narrow:

@@ -15,6 +15,7 @@ from kbit.backends.cpu.backend import NativeBackend
 from kbit.backends.cpu.prepared import PreparedSource, find
 from kbit.backends.cpu.prepared_nested import stretches_read
 from kbit.backends.reference.backend import ReferenceBackend
+from kbit.checkpoint.ladder import Ladder
 from kbit.checkpoint.narrowed import NarrowedSource, widths_of
 from kbit.checkpoint.resolve import open_model as open_published
 from kbit.cli.main import build
@@ -90,14 +91,14 @@ def test_a_width_reads_its_planes_and_its_scales_only(folder: Path) -> None:
     """Bytes outside of a width's stretches can be anything: its logits do not change; those of wider ones do."""
     source = prepared(folder)
     whole = source.prepared.read_bytes()
-    stretches = source._stretches
+    index, ladder = source._stretches, Ladder.of(source)
     backend = NativeBackend(1)
     with_all = {width: logits(load_decoder(source.at_width(width), backend)) for width in WIDTHS}
     for width in WIDTHS[1:]:
         keep = np.zeros(len(whole), dtype=bool)
         keep[: source._common] = True
-        keep[max(end for parts in stretches.values() for _, end in parts.values()) :] = True  # the index
-        for begin, end in stretches_read(stretches, width):
+        keep[max(step[-1] for step in index["steps"]) :] = True  # the index
+        for begin, end in stretches_read(index, ladder.at(width)):
             keep[begin:end] = True
         damaged = np.frombuffer(whole, dtype=np.uint8).copy()
         damaged[~keep] ^= 0x5A
@@ -118,7 +119,7 @@ def test_a_width_maps_the_bytes_of_a_plain_file(folder: Path) -> None:
         nbytes[width] = sum(
             narrower.prepared_weight(name).nbytes for name, info in narrower.tensors.items() if len(info.shape) == 2
         )
-        read = sum(end - begin for begin, end in stretches_read(source._stretches, width))
+        read = sum(end - begin for begin, end in stretches_read(source._stretches, Ladder.of(source).at(width)))
         assert nbytes[width] < read < nbytes[width] + 64 * 2 * len(narrower.tensors) * (width + 4)
     steps = {nbytes[width] - nbytes[width - 1] for width in WIDTHS[:-1]}
     assert len(steps) == 1  # a plane each

@@ -86,6 +86,8 @@ def test_another_model_reads_what_was_said(
         ("/save {taken}", "is there already: name another file"),
         ("/save no/such/folder", "cannot be written (No such file or directory)"),
         ("/bits x", "/bits x: write a number"),
+        ("/bits nan", "/bits nan: write a number"),
+        ("/bits 3.5", "has one width; drop --bits"),
     ],
 )
 def test_a_command_that_fails_ends_a_script(

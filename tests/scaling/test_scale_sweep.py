@@ -15,6 +15,8 @@ import pytest
 from scale_cases import Recorder, figures, request, sweep, write_text
 
 from kbit.backends.select import select_backend
+from kbit.calibration.request import CalibrationRequest
+from kbit.checkpoint.ladder import Ladder
 from kbit.checkpoint.narrowed import narrowed
 from kbit.checkpoint.resolve import open_model
 from kbit.evaluate.compare import compare
@@ -22,9 +24,12 @@ from kbit.formats.nested import NestedFormat
 from kbit.formats.quant_format import QuantFormat
 from kbit.host.errors import KbitError
 from kbit.models.load import load_decoder
+from kbit.quantizers.calibrated import TwoSided
 from kbit.quantizers.convert import convert
 from kbit.quantizers.methods import METHODS
+from kbit.quantizers.nested_order import ordered
 from kbit.quantizers.plan import make_plan
+from kbit.quantizers.settings import Nesting
 from kbit.scaling.points import ORIGINAL, read_points
 from kbit.scaling.sweep import measure, workers
 from kbit.scaling.sweep.plan import plan_sweep
@@ -163,6 +168,31 @@ class TestFigures:
                 assert row.linear_bits == 8 * sum(format.nbytes(*shape, width) for shape in linear)
                 assert original.total_bits - original.linear_bits == row.total_bits - row.linear_bits
         assert ladder[5].kl < ladder[3].kl < ladder[2].kl
+
+    def test_calibrated_widths_of_one_store_are_mixed(
+        self, tiny_model: Path, tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """A row at a number of bits is the rung that the folder of `kbit quantize` has there."""
+        monkeypatch.setattr(METHODS["ldlq2"], "request", CalibrationRequest.of([], 256, True))
+        monkeypatch.setenv("KBIT_CALIBRATION", str(tmp_path / "calibration"))
+        result = sweep(
+            tiny_model, tmp_path / "study", text, bits=(2, 3, 4), dtypes=("nested",), methods=("ldlq2",), cache=False
+        )
+        assert not result.failures
+        format = NestedFormat(2, 4, 32)
+        method = TwoSided(CalibrationRequest.of([], 256, True)).nested(Nesting.of(2, 4, mixed=True))
+        with open_model(str(tiny_model)) as source:
+            convert(source, ordered(source, make_plan(source, format, method=method), method), tmp_path / "out")
+            windows = make_windows(resolve_data(str(text)), Tokenizer.from_source(source), "gptq", 32, 320)
+            reference = load_decoder(source, select_backend("cpu", backend="reference"))
+            for row in result.points[1:]:
+                with open_model(str(tmp_path / "out")) as made:
+                    narrow, widths = narrowed(made, row.bits), Ladder.of(made).at(row.bits)
+                    found = compare(load_decoder(narrow, reference.backend), reference, windows)
+                    sizes = [format.nbytes(*narrow.tensors[name].shape, width) for name, width in widths.items()]
+                assert row.kl == pytest.approx(found.kl_mean, rel=1e-3, abs=1e-6)
+                assert row.linear_bits == 8 * sum(sizes)
+                assert row.bits != 3 or set(widths.values()) == {2, 3, 4}
         assert read_points(tmp_path / "study" / "points.jsonl") == list(result.points)
 
     def test_a_method_with_weights_of_its_own(self, data_dir: Path, tmp_path: Path) -> None:

@@ -12,18 +12,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from nested_cases import write_mixed
 from prometheus_client.parser import text_string_to_metric_families
 from serve_cases import PATIENCE, error_of, serving
 from starlette.testclient import TestClient
 
-from kbit.checkpoint.resolve import open_model
 from kbit.engine.batch_engine import BatchEngine
 from kbit.engine.generate import generate
 from kbit.engine.loader import load_model
 from kbit.formats.nested import NestedFormat
 from kbit.host.errors import KbitError
-from kbit.quantizers.convert import convert
-from kbit.quantizers.plan import make_plan
 from kbit.serve.access import LOOPBACK
 from kbit.serve.app import ServeOptions
 from kbit.serve.run import listen
@@ -161,21 +159,20 @@ def test_widths_of_a_nested_file_are_read_from_it(
 ) -> None:
     """No folder of their own, and the answers of `kbit run --bits`; a width that it does not serve is said."""
     monkeypatch.setenv("KBIT_CACHE", str(tmp_path / "cache"))
-    out = tmp_path / "all"
-    with open_model(str(tiny_model)) as source:
-        convert(source, make_plan(source, NestedFormat(2, 5, 32)), out)
-    names = ("all", "three", "two")
-    with serving(("all", out), *((n, Path(f"{out}:{w}")) for n, w in (("three", 3), ("two", 2), ("six", 6)))) as client:
+    out = write_mixed(tiny_model, tmp_path / "all", NestedFormat(2, 5, 32))
+    narrower = (("half", 3.5), ("three", 3), ("two", 2), ("six", 6))
+    names = ("all", "half", "three", "two")
+    with serving(("all", out), *((name, Path(f"{out}:{bits}")) for name, bits in narrower)) as client:
         body = {"prompt": [1, 2, 3, 4], "max_tokens": 6, "temperature": 0, "logprobs": 3}
         answers = [client.post("/v1/completions", json={**body, "model": name}).json() for name in names]
         weights = [client.get("/props", params={"model": name}).json()["weights_bytes"] for name in names]
         error = error_of(client.post("/v1/completions", json={**body, "model": "six"}), 400)
         assert "serves 2 to 5 bits; choose one of these" in error["message"]
     assert weights == sorted(weights, reverse=True)
-    assert len(set(weights)) == 3
-    assert len({answer["system_fingerprint"] for answer in answers}) == 3
+    assert len(set(weights)) == 4
+    assert len({answer["system_fingerprint"] for answer in answers}) == 4
     assert not (tmp_path / "cache" / "widths").exists()
-    for answer, bits in zip(answers, (5, 3, 2), strict=True):
+    for answer, bits in zip(answers, (5, 3.5, 3, 2), strict=True):
         model = load_model(str(out), threads=1, bits=bits)
         run = generate(model.decoder, model.tokenizer, [1, 2, 3, 4], max_tokens=6).run()
         assert answer["choices"][0]["text"] == run.text

@@ -27,7 +27,8 @@ from contextlib import suppress
 from copy import copy
 from io import RawIOBase
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias
+from tempfile import TemporaryFile
+from typing import TYPE_CHECKING, Any, TypeAlias, cast
 
 import numpy as np
 
@@ -36,9 +37,11 @@ from kbit.backends.cpu.pieces import Pieces, write_all
 from kbit.backends.cpu.prepared_nested import Sections, nested_matrices, stretches_read
 from kbit.backends.cpu.weight import NativeWeight, prepare_stored
 from kbit.checkpoint.finite import read_array, read_stored
-from kbit.checkpoint.narrowed import narrow_check, narrowed, narrowed_info, widths_of
+from kbit.checkpoint.ladder import Ladder
+from kbit.checkpoint.narrowed import narrowed, narrowed_info
 from kbit.checkpoint.prepared_place import ENDING, prepared_path, prepared_prefix
 from kbit.checkpoint.source import CheckpointSource, StoredSource, TensorInfo
+from kbit.formats.nested import NestedFormat
 from kbit.formats.stored import StoredMatrix
 from kbit.formats.stored_nested import StoredNested
 from kbit.host.errors import CheckpointError
@@ -97,27 +100,29 @@ class PreparedSource(CheckpointSource):
         except (KeyError, TypeError, ValueError) as error:
             raise self._damaged(error) from None
         self._original: CheckpointSource | None = None
-        self._bits: int | None = None  # of nested matrices; None: the widest
+        self._bits: float | None = None  # of nested matrices; None: the widest
+        self._widths: Mapping[str, int] | None = None
         self._map.prefetch(0, self._common)  # where the disk must be read, all of it at its speed, and not page by page
 
-    def at_width(self, bits: int) -> PreparedSource:
-        """The same file at a width of its nested matrices; it is mapped once.
+    def at_width(self, bits: float) -> PreparedSource:
+        """The same file, whole until now, at a number of bits of its nested matrices; it is mapped once.
 
         Raises:
-            UsageError: the checkpoint does not serve this width.
+            UsageError: the checkpoint does not serve so many.
         """
-        narrow_check(str(self.path), widths_of(self), bits)
+        ladder = Ladder.of(self)
+        ladder.check(str(self.path), bits)
         other = copy(self)
-        other._original, other._bits = None, bits
+        other._original, other._bits, other._widths = None, bits, ladder.at(bits)
+        other._infos = {name: narrowed_info(info, other._widths) for name, info in self._infos.items()}
         return other
 
     def prefetch(self) -> None:
         """Asks the system to read nested matrices ahead, as far as the width needs them."""
         try:
-            widths = [int(width) for width in self._stretches["planes"]]
-            for begin, end in stretches_read(self._stretches, self._bits or max(widths)) if widths else ():
+            for begin, end in stretches_read(self._stretches, self._widths):
                 self._map.prefetch(begin, end)
-        except (KeyError, TypeError, ValueError, OverflowError) as error:
+        except (KeyError, IndexError, TypeError, ValueError, OverflowError) as error:
             raise self._damaged(error) from None
 
     def _damaged(self, why: object) -> CheckpointError:
@@ -125,7 +130,7 @@ class PreparedSource(CheckpointSource):
 
     @property
     def tensors(self) -> Mapping[str, TensorInfo]:
-        return self._infos if self._bits is None else {n: narrowed_info(i, self._bits) for n, i in self._infos.items()}
+        return self._infos
 
     def prepared_weight(self, name: str) -> NativeWeight:
         """A matrix in the mapped file.
@@ -136,7 +141,7 @@ class PreparedSource(CheckpointSource):
         try:
             if name in self._nested:
                 served = self._nested[name]
-                place = served[str(self._bits or max(int(width) for width in served))]
+                place = served[str(max(map(int, served)) if self._widths is None else self._widths[name])]
             else:
                 place = self._matrices[name]
             return NativeWeight(_native.map_matrix(self._map, **place))
@@ -254,7 +259,9 @@ def make(
         return None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        needed = sum(info.nbytes for info in source.tensors.values())
+        needed = sum(
+            info.nbytes * (2 if NestedFormat.claims(info.stored_as) else 1) for info in source.tensors.values()
+        )
         if shutil.disk_usage(path.parent).free < needed + needed // 4 + _SPARE_BYTES:
             return None
         from filelock import FileLock
@@ -298,7 +305,7 @@ def _write(
         with partial.open("wb", buffering=0) as file:
             pieces = Pieces(file)
             pieces.write(b"\0" * _HEAD_BYTES)
-            index = _write_arrays(file, pieces, source, names, numbers, context, progress)
+            index = _write_arrays(path.parent, file, pieces, source, names, numbers, context, progress)
             index["path"] = str(checkpoint.resolve())
             data = json.dumps(index).encode()
             begin = index["end"]
@@ -316,6 +323,7 @@ def _write(
 
 
 def _write_arrays(
+    folder: Path,
     raw: RawIOBase,
     file: Pieces,
     source: StoredSource,
@@ -346,14 +354,15 @@ def _write_arrays(
     placed = {name: _place(file, data) for name, data in files.items()}
     token_table = None if table is None else _place(file, table)
     file.flush()
-    sections = Sections(raw, file.size, nested)
-    for done, name in enumerate(nested, start=len(plain) + 1):
-        stored = read_stored(source, name)
-        assert isinstance(stored, StoredMatrix)
-        sections.write(name, StoredNested.of(stored), context)
-        if progress is not None:
-            progress(done, len(names))
-    sections.finish()
+    with TemporaryFile(dir=folder, buffering=0) as collected:
+        sections = Sections(cast("RawIOBase", collected), file.size, nested, Ladder.of(source))
+        for done, name in enumerate(nested, start=len(plain) + 1):
+            stored = read_stored(source, name)
+            assert isinstance(stored, StoredMatrix)
+            sections.write(name, StoredNested.of(stored), context)
+            if progress is not None:
+                progress(done, len(names))
+        sections.finish(raw)
     return {
         "config": source.config,
         "fingerprint": source.fingerprint(),
@@ -361,7 +370,7 @@ def _write_arrays(
         "matrices": matrices,
         "vectors": vectors,
         "nested": sections.places,
-        "stretches": sections.stretches,
+        "stretches": sections.index,
         "common": file.size,
         "end": sections.end,
         "files": placed,

@@ -8,7 +8,8 @@ What is on disk (all plain Hugging Face files plus one):
     tokenizer.json, ...      copied from the source
 
 quantization_config holds, next to quant_method and version: `format` (the default), `tensors` (name -> format and
-shape) and `codebooks` (format -> the 2^k values; integers need none, quantile stores one per tensor).
+shape) and `codebooks` (format -> the 2^k values; integers need none, quantile stores one per tensor). Of a nested model
+with widths of its matrices' own it holds `order`, too (kbit.checkpoint.ladder).
 
 What transformers saves with `kbit.transformers` is the same but for the manifest, and is marked (WRITTEN_BY); its
 tensors are named and laid out as the family publishes them.
@@ -21,11 +22,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from kbit.checkpoint.ladder import ORDER, Order
 from kbit.checkpoint.readers.floats import to_float32
 from kbit.checkpoint.readers.hf_folder import INDEX_NAME, HFFolder
 from kbit.checkpoint.source import TensorInfo
 from kbit.checkpoint.verified import VerifiedFiles
 from kbit.formats.codec import Codec
+from kbit.formats.nested import NestedFormat
 from kbit.formats.registry import parse_format
 from kbit.host.errors import CheckpointError, UnsupportedError, UsageError
 from kbit.host.files import read_json_object
@@ -97,6 +100,14 @@ class KbitFolder(HFFolder):
                 isinstance(v, (int, float)) and abs(v) <= _MAX_FLOAT32 for v in values
             ):
                 raise CheckpointError(f"{where}: codebook {key!r} is not a list of finite numbers")
+        if ORDER in section:
+            nested = {
+                name: format.widths for name, (format, _) in quantized.items() if isinstance(format, NestedFormat)
+            }
+            try:
+                Order.from_json(section[ORDER], nested)
+            except ValueError as error:
+                raise CheckpointError(f"{where}: the order of nested widths: {error}; copy or make it again") from None
         return quantized, codebooks
 
     def _read_manifest(self) -> dict[str, Any]:

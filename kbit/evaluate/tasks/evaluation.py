@@ -198,7 +198,7 @@ def compare_results(
 def _score(
     request: TaskRequest,
     model: str,
-    bits: int | None,
+    bits: float | None,
     backend: Backend,
     data: Sequence[TaskItems],
     items: str | None,

@@ -18,13 +18,13 @@ from typing import TYPE_CHECKING
 from kbit.checkpoint.source import CheckpointSource
 from kbit.formats.nested import NestedFormat
 from kbit.quantizers.calibrated import CalibratedRounding
-from kbit.quantizers.method import MethodInput, QuantizedSource
+from kbit.quantizers.method import Method, MethodInput, QuantizedSource
 from kbit.quantizers.methods import get_method
 from kbit.quantizers.plan import Plan, make_plan
 from kbit.quantizers.settings import Nesting
 from kbit.scaling.points import ORIGINAL, Point
 from kbit.scaling.sweep.grid import Cell, dtype_label
-from kbit.scaling.sweep.ladder import AtHand, AtWidth, stored_as
+from kbit.scaling.sweep.ladder import AtHand, AtWidths, stored_as, widths_at
 from kbit.scaling.sweep.metered import Delegating, MeteredSource
 from kbit.scaling.sweep.subject import Subject
 
@@ -109,6 +109,9 @@ def point_key(subject: Subject, cell: Cell, arithmetic: Arithmetic, plan: Plan |
         "tensors": [] if plan is None else [(t.source.name, t.source.shape, t.label) for t in plan.tensors],
         "arithmetic": arithmetic.digest_text,
     }
+    if isinstance(cell.format, NestedFormat) and cell.method != ORIGINAL:
+        nesting = _method(cell).settings.get("nesting")
+        what |= {} if nesting is None else {"nesting": nesting}
     return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()
 
 
@@ -125,13 +128,13 @@ def plan_cell(source: CheckpointSource, cell: Cell, arithmetic: Arithmetic) -> P
 
 def planned_bits(plan: Plan, cell: Cell, *roles: str) -> int:
     """Bits that tensors take in a cell's format, of these roles or of all: of a nested one, what its width reads."""
-    total = 0
+    total, widths = 0, widths_at(plan, cell.width)
     for tensor in plan.tensors:
         if roles and tensor.role not in roles:
             continue
         if isinstance(tensor.format, NestedFormat):
             rows, columns = tensor.source.shape
-            total += tensor.format.nbytes(rows, columns, cell.width)
+            total += tensor.format.nbytes(rows, columns, widths[tensor.source.name])
         else:
             total += tensor.nbytes
     return 8 * total
@@ -162,8 +165,9 @@ def measure(task: Task, on_window: OnWindow | None = None) -> Point:
     planned = [tensor for tensor in plan.tensors if tensor.format is not None]
     linear = frozenset(tensor.source.name for tensor in planned if tensor.role == "linear")
     started = time.perf_counter()
-    quantized = model.quantized(cell, plan)
-    formats = {tensor.source.name: stored_as(tensor.format, cell.width) for tensor in planned}
+    quantized, plan = model.quantized(cell, plan)
+    widths = widths_at(plan, cell.width)
+    formats = {tensor.source.name: stored_as(tensor.format, widths.get(tensor.source.name)) for tensor in planned}
     diagonal = _diagonal(task.logits)
     metered = MeteredSource(quantized, formats, linear, time.perf_counter() - started, diagonal)
     decoder = load_decoder(metered, model.backend)
@@ -285,7 +289,7 @@ class _Model(Delegating):
         super().__init__(source)
         self.subject, self.backend, self._keep = subject, backend, keep
         self._weights: dict[str, torch.Tensor] = {}
-        self._ladder: tuple[Cell, str, QuantizedSource] | None = None
+        self._ladder: tuple[Cell, str, QuantizedSource, Plan] | None = None
 
     def read(self, name: str) -> torch.Tensor:
         if not self._keep:
@@ -297,20 +301,31 @@ class _Model(Delegating):
     def read_weight(self, name: str) -> torch.Tensor | QuantTensor:
         return self.read(name)
 
-    def quantized(self, cell: Cell, plan: Plan) -> QuantizedSource:
-        """The model in a cell's format. Of a nested one, which is rounded for all widths together, the last is kept."""
+    def quantized(self, cell: Cell, plan: Plan) -> tuple[QuantizedSource, Plan]:
+        """The model in a cell's format, and its plan. Of a nested one, which is rounded for all widths together, the
+        last is kept."""
         whole, width = replace(cell, width=None), cell.width
         if width is not None and self._ladder is not None and self._ladder[:2] == (whole, plan.plan_id):
-            return AtWidth(self._ladder[2], width)
+            return AtWidths(self._ladder[2], widths_at(self._ladder[3], width)), self._ladder[3]
         self._ladder = None
-        method = get_method(cell.method)
-        if isinstance(cell.format, NestedFormat) and isinstance(method, CalibratedRounding):
-            method = method.nested(Nesting.of(cell.format.low, cell.format.bits))
-        made = method.apply(MethodInput(self.source, plan, self.read))
+        method, planned = _method(cell), plan
+        if isinstance(method, CalibratedRounding) and method.mixes_nested:
+            from kbit.quantizers.nested_order import ordered
+
+            planned = ordered(self.source, plan, method)
+        made = method.apply(MethodInput(self.source, planned, self.read))
         if width is None:
-            return made
-        self._ladder = (whole, plan.plan_id, AtHand(made))
-        return AtWidth(self._ladder[2], width)
+            return made, planned
+        self._ladder = (whole, plan.plan_id, AtHand(made), planned)
+        return AtWidths(self._ladder[2], widths_at(planned, width)), planned
+
+
+def _method(cell: Cell) -> Method:
+    """A cell's method: of nested formats as `kbit quantize --nested` takes it."""
+    method = get_method(cell.method)
+    if isinstance(cell.format, NestedFormat) and isinstance(method, CalibratedRounding):
+        return method.nested(Nesting.of(cell.format.low, cell.format.bits, mixed=True))
+    return method
 
 
 def _compact(weight: torch.Tensor, stored_as: str) -> torch.Tensor:
