@@ -204,11 +204,13 @@ def levels(a, b, c, magic, BITS: tl.constexpr, STEPS: tl.constexpr, DTYPE: tl.co
 
 @triton.jit
 def load_table(table, KIND: tl.constexpr, BITS: tl.constexpr):
-    """The table of a "table" or "pairs" weight, in registers; for "int" an unused scalar."""
+    """The table of a weight, in registers: by code, or by pair of codes; for "int" an unused scalar."""
     if KIND == "int":
         values = 0
-    elif KIND == "table":
+    elif KIND == "table" or KIND == "nested":
         values = tl.load(table + tl.arange(0, 1 << BITS))
+    elif KIND == "nested-pairs":  # by the bytes that `nested.load_words` has for pairs
+        values = tl.load(table + tl.arange(0, 16 if BITS == 2 else 128))
     else:
         values = tl.load(table + tl.arange(0, 1 << (2 * BITS)))
     return values

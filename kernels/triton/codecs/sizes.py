@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from kbit.formats.nested import NestedFormat
 from kbit.formats.quant_format import SUPERBLOCK, QuantFormat, plane_widths
 from kbit.formats.trellis import TILE, TrellisFormat
 
@@ -27,6 +28,17 @@ def planes_bytes(format: QuantFormat, rows: int, columns: int) -> int:
     if format.double_quant:
         scales += 4 * -(-numbers // SUPERBLOCK)
     return rows * columns * format.bits // 8 + scales * (2 if format.asymmetric else 1)
+
+
+def nested_padded_shape(rows: int, columns: int) -> tuple[int, int]:
+    """(N', K') of a nested matrix, at every width: a plane of one bit has 128 bits a lane in 256 columns."""
+    return _up(rows, ROW_TILE), _up(columns, 256)
+
+
+def nested_bytes(format: NestedFormat, rows: int, columns: int) -> int:
+    """Bytes of a prepared nested matrix at its widest width: planes and that width's scales, padding included."""
+    rows, columns = nested_padded_shape(rows, columns)
+    return rows * columns * format.bits // 8 + rows * format.blocks_per_row(columns) * _SCALE_BYTES[format.scale_dtype]
 
 
 def trellis_bytes(format: TrellisFormat, rows: int, columns: int) -> int:

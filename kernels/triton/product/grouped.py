@@ -137,7 +137,8 @@ def grouped_config(weight: TritonWeight, entries: int, count: int) -> GemmConfig
     average = max(5, min(64, -(-entries // count)))
     if weight.rotation is not None:
         return GemmConfig(1, max(16, triton.next_power_of_2(average)), ROW_TILE, 1, 4, 1)
-    problem = Problem(average, *weight.padded, weight.bits, weight.block_size)
+    format = weight.format if weight.nested else ""
+    problem = Problem(average, *weight.padded, weight.bits, weight.block_size, format=format)
     config = gemm_config(current_arch(), problem)
     return GemmConfig(config.tiles, config.tokens, config.columns, 1, config.warps, config.stages)
 

@@ -158,6 +158,8 @@ def with_activations(weight: TritonWeight, kind: str) -> TritonWeight:
         reason = "the weight was prepared for float32 activations"
     elif weight.rotation is not None:
         reason = "its products are those of rotated tokens, in half precision"
+    elif weight.nested:
+        reason = "its planes lie apart, and the kernel decodes those of plain formats"
     elif weight.offsets is not None:
         reason = "it has offsets, and the kernel only scales"
     elif segment_of(weight) < 32:
