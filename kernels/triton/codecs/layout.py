@@ -219,10 +219,10 @@ def _trellis(matrix: QuantTensor, device: torch.device | str, dtype: torch.dtype
 
 def _nested(matrix: QuantTensor, device: torch.device | str, dtype: torch.dtype) -> TritonWeight:
     """The widest width of a nested matrix."""
-    from kbit.kernels.triton.codecs.nested_planes import NestedPlanes
+    from kbit.kernels.triton.codecs.nested_planes import NestedScales, pack_planes
 
     assert isinstance(matrix.format, NestedFormat)
-    return NestedPlanes(matrix, device, dtype).at_width(matrix.format.bits)
+    return NestedScales.of(matrix).at_width(matrix.format.bits, pack_planes(matrix, device), dtype)
 
 
 # How a matrix of each codec gets into the layout of its kernels, by family.

@@ -1,7 +1,7 @@
 """Nested codes on a GPU: from the planes of a width to its values (kbit/formats/nested.py).
 
-Every plane lies by itself, so a width reads its own bytes only. A plane of b bits is int32 (N' / 16, K' b / 256, 32, 4),
-in the lanes' order that `layout` describes. Inside a word the bits of a weight begin at
+Every plane lies by itself, so a width reads its own bytes only. A plane of b bits is int32 (N' / 16, K' b / 256, 32,
+4), in the lanes' order that `layout` describes. Inside a word the bits of a weight begin at
 
     16 k8 + 8 n8 + 4 s + 2 k0        of the plane of two bits: a word has steps 2 j and 2 j + 1 (s)
     16 k8 + 8 n8 + 4 s + 2 k0 + o    of a plane of one bit, whose word serves words j = 2 i + o of the other

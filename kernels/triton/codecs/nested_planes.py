@@ -1,13 +1,14 @@
-"""NestedPlanes: the planes of a nested matrix on a device, once for all of its widths (`kbit.kernels.triton.codecs.nested`).
+"""A nested matrix on a device: planes that its widths share, and what each width has of its own.
 
-A width is a `TritonWeight` on the first of these planes, with scales and a table of its own, 16 bits a block. A plane is
-taken over when a width first needs it. The matrix is padded to 16 rows and 256 columns at every width, so that widths
-lie in the same way.
+A width is a `TritonWeight` on the first planes of all, with scales and a table of its own (16 bits a block). Planes are
+padded to 16 rows and 256 columns whatever the width, so that all widths find them in the same places. How bits lie in
+them: `kbit.kernels.triton.codecs.nested`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 
@@ -19,82 +20,90 @@ from kbit.kernels.triton.codecs.layout import ROW_TILE, TritonWeight, lift_of, t
 from kbit.kernels.triton.codecs.sizes import nested_padded_shape
 
 
-class NestedPlanes:
-    """
-    Args:
-        matrix: in a nested format; only what scales and tables are made of is kept of it, where it is.
-        device: where the planes live. They are rearranged there.
-        dtype: of the activations, see `prepare_weight`.
+@dataclass(frozen=True, eq=False)
+class NestedScales:
+    """What a nested matrix has besides planes: enough for every width up to the widest that was read.
 
     Attributes:
-        planes: int32 (N' / 16, K' b / 256, 32, 4), of two bits and then of one, as far as widths were asked for. Who
-            makes them views of larger ones says so by replacing them.
+        format: of what was read.
+        shape: (N, K).
+        stored: scales, and the factors of widths; where they were read, as a rule in the host's memory.
+        codebook: of all widths.
     """
 
-    def __init__(self, matrix: QuantTensor, device: torch.device | str, dtype: torch.dtype) -> None:
-        self.planes: list[torch.Tensor] = []
-        self._device, self._dtype = torch.device(device), dtype
-        self._shape = matrix.shape
-        self._padded = nested_padded_shape(*matrix.shape)
-        self._take(matrix)
+    format: NestedFormat
+    shape: tuple[int, int]
+    stored: dict[str, torch.Tensor]
+    codebook: torch.Tensor
 
-    def at_width(self, width: int, read: Callable[[], QuantTensor] | None = None) -> TritonWeight:
+    @classmethod
+    def of(cls, matrix: QuantTensor) -> NestedScales:
+        assert isinstance(matrix.format, NestedFormat)
+        planes = matrix.format.planes_at(matrix.format.bits)
+        others = {name: array for name, array in matrix.stored.items() if name not in planes}
+        return cls(matrix.format, matrix.shape, others, matrix.codebook)
+
+    def at_width(self, width: int, planes: Sequence[torch.Tensor], dtype: torch.dtype) -> TritonWeight:
         """The matrix at a width.
 
         Args:
             width: one that the format serves.
-            read: reads it up to this width, where more is wanted than there was before.
+            planes: of `pack_planes`, as many as the width reads, or more.
+            dtype: of the activations, see `prepare_weight`.
 
         Raises:
             UsageError: the width is not served.
         """
-        if width > self._format.bits and read is not None:
-            self._take(read())
-        format, (rows, columns) = self._format.narrowed(width), self._shape
-        scales = scales_at(format, self._stored, width)
-        levels = self._codebook[format.levels_at(width)]
-        kind, table, multiplier = _values(levels, width, self._dtype)
-        plain = format.plain(width)
-        stored = scales.to(self._stored["scales"].dtype)
+        format, device = self.format.narrowed(width), planes[0].device
+        padded = nested_padded_shape(*self.shape)
+        scales = scales_at(format, self.stored, width)
+        kind, table, multiplier = _values(self.codebook[format.levels_at(width)], width, dtype)
+        stored = scales.to(self.stored["scales"].dtype)
         return TritonWeight(
             str(format),
-            (rows, columns),
-            self._padded,
-            self._dtype,
-            planes=tuple(self.planes[: width - 1]),
-            scales=tiles_first(stored, plain, self._padded).to(self._device),
+            self.shape,
+            padded,
+            dtype,
+            planes=tuple(planes[: width - 1]),
+            scales=tiles_first(stored, format.plain(width), padded).to(device),
             kind=kind,
-            table=table.to(self._device),
+            table=table.to(device),
             multiplier=multiplier,
             lift=lift_of(scales),
             bits=width,
             block_size=format.block_size,
         )
 
-    def _take(self, matrix: QuantTensor) -> None:
-        """Takes over the planes of a matrix that are not here yet."""
-        assert isinstance(matrix.format, NestedFormat)
-        self._format, self._codebook = matrix.format, matrix.codebook
-        names = matrix.format.planes_at(matrix.format.bits)
-        self._stored = {name: array for name, array in matrix.stored.items() if name not in names}
-        for name in names[len(self.planes) :]:
-            self.planes.append(self._packed(matrix.stored[name].to(self._device), 2 if name == "plane2" else 1))
 
-    def _packed(self, stored: torch.Tensor, bits: int) -> torch.Tensor:
-        """A plane as files have it, uint8 (N, ceil(K bits / 8)), as kernels read it."""
-        (rows, columns), (padded_rows, padded_columns) = self._shape, self._padded
-        out = torch.empty(
-            (padded_rows // ROW_TILE, padded_columns * bits // 256, 32, 4), dtype=torch.int32, device=stored.device
-        )
-        step = max(1, (1 << 22) // (ROW_TILE * padded_columns))  # int64 scratch of 32 MB at a time
-        for start in range(0, len(out), step):
-            part = stored[start * ROW_TILE : (start + step) * ROW_TILE]
-            codes = unpack_plane_torch(part, bits, 0, columns)
-            tiles = min(step, len(out) - start)
-            missing = tiles * ROW_TILE - len(codes)
-            codes = torch.nn.functional.pad(codes, (0, padded_columns - columns, 0, missing))
-            out[start : start + tiles] = pack_nested_plane(codes, bits)
-        return out
+def pack_planes(
+    matrix: QuantTensor, device: torch.device | str, known: Sequence[torch.Tensor] = ()
+) -> tuple[torch.Tensor, ...]:
+    """All planes of a nested matrix as kernels read them, int32 (N' / 16, K' b / 256, 32, 4).
+
+    Args:
+        matrix: in a nested format.
+        device: where they live. The work is done there.
+        known: the first of them, where they are there already.
+    """
+    assert isinstance(matrix.format, NestedFormat)
+    planes = list(known)
+    for name in matrix.format.planes_at(matrix.format.bits)[len(known) :]:
+        planes.append(_packed(matrix.stored[name].to(device), 2 if name == "plane2" else 1, matrix.shape))
+    return tuple(planes)
+
+
+def _packed(stored: torch.Tensor, bits: int, shape: tuple[int, int]) -> torch.Tensor:
+    """A plane as files have it, uint8 (N, ceil(K bits / 8)), as kernels read it."""
+    rows, columns = nested_padded_shape(*shape)
+    out = torch.empty((rows // ROW_TILE, columns * bits // 256, 32, 4), dtype=torch.int32, device=stored.device)
+    step = max(1, (1 << 22) // (ROW_TILE * columns))  # int64 scratch of 32 MB at a time
+    for start in range(0, len(out), step):
+        tiles = min(step, len(out) - start)
+        part = stored[start * ROW_TILE : (start + tiles) * ROW_TILE]
+        codes = unpack_plane_torch(part, bits, 0, shape[1])
+        missing = (0, columns - shape[1], 0, tiles * ROW_TILE - len(codes))
+        out[start : start + tiles] = pack_nested_plane(torch.nn.functional.pad(codes, missing), bits)
+    return out
 
 
 def pack_nested_plane(codes: torch.Tensor, bits: int) -> torch.Tensor:
@@ -127,14 +136,3 @@ def _values(levels: torch.Tensor, width: int, dtype: torch.dtype) -> tuple[str, 
         first, second = first | (bytes_ >> 2) & 4, second | (bytes_ >> 4) & 4
     pairs = torch.stack([table[first], table[second]], dim=-1)
     return "nested-pairs", pairs.contiguous().view(torch.int32).reshape(-1), 1 / factor
-
-
-def join(parts: Sequence[torch.Tensor]) -> torch.Tensor:
-    """Tensors (T, ...) one below the other: where they lie in memory like that, a view of them, else a copy."""
-    first, at = parts[0], parts[0].storage_offset()
-    for part in parts:
-        same = part.untyped_storage().data_ptr() == first.untyped_storage().data_ptr() and part.is_contiguous()
-        if not same or part.storage_offset() != at:
-            return torch.cat(list(parts))
-        at += part.numel()
-    return first.as_strided((sum(len(part) for part in parts), *first.shape[1:]), first.stride())

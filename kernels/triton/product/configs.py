@@ -59,8 +59,8 @@ class Problem:
         bits: of the codes.
         block_size: columns that share a scale, 0 for a whole row.
         element_size: bytes of an activation.
-        format: of the weight, as text. Nested ones have wider chunks; otherwise only what was timed tells formats of the
-            same bits apart, and gated products.
+        format: of the weight, as text. Nested ones have wider chunks; else only what was timed tells apart formats of
+            the same bits, and gated products.
         gated: with an activation: of two matrices (gemv), or of a gate's product and this one (gemm).
     """
 

@@ -17,6 +17,7 @@ import torch
 import triton
 
 from kbit.host.errors import UnsupportedError
+from kbit.kernels.triton.codecs.joined import joined
 from kbit.kernels.triton.codecs.layout import ROW_TILE, TritonWeight
 from kbit.kernels.triton.product.configs import GemmConfig, Problem, gemm_config
 from kbit.kernels.triton.product.gemm import launch, tokens_per_launch
@@ -78,14 +79,14 @@ def stack_experts(weights: Sequence[TritonWeight]) -> TritonWeight:
         parts = [getattr(weight, name) for weight in weights]
         if parts[0] is None:
             return None
-        return torch.stack(parts) if stack else torch.cat(parts)
+        return torch.stack(parts) if stack else joined(parts)
 
     return TritonWeight(
         first.format,
         first.shape,
         first.padded,
         first.dtype,
-        planes=tuple(torch.cat(planes) for planes in zip(*(weight.planes for weight in weights), strict=True)),
+        planes=tuple(joined(planes) for planes in zip(*(weight.planes for weight in weights), strict=True)),
         scales=join("scales"),
         scales_super=join("scales_super", stack=True),
         offsets=join("offsets"),
