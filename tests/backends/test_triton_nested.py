@@ -16,7 +16,11 @@ from typer.testing import CliRunner
 
 from kbit.backends.reference.backend import ReferenceBackend
 from kbit.cli.main import build
+from kbit.engine.generate import generate
 from kbit.engine.loader import LoadedModel, load_model
+from kbit.engine.sampler import SamplingParams
+from kbit.engine.self_speculation import SelfDrafter
+from kbit.engine.speculative import Speculation
 from kbit.formats.quant_tensor import QuantTensor
 from kbit.host.errors import UnsupportedError
 from kbit.models.decoder import Decoder
@@ -155,3 +159,17 @@ def test_rounded_activations_are_refused(device: str, folder: Path) -> None:
         UnsupportedError, match=r"int8 does not run nested2..8-b16: its planes lie apart.*--compute fp16"
     ):
         load_model(str(folder), backend=TritonBackend(device, compute="int8"))
+
+
+def test_low_planes_draft(device: str, folder: Path) -> None:
+    """Self-speculation: the same text, of which some tokens come from another width on the same planes and cache."""
+    loaded = load_model(str(folder), backend=TritonBackend(device))
+    ids = loaded.tokenizer.encode("ab")
+    greedy = SamplingParams(temperature=0)
+    plain, sped = (
+        generate(loaded.decoder, loaded.tokenizer, ids, greedy, max_tokens=5, speculation=speculation).run()
+        for speculation in (None, Speculation(SelfDrafter(loaded, 7)))
+    )
+    assert sped.speculation is not None
+    assert sped.speculation.accepted > 0
+    assert sped.text == plain.text

@@ -86,10 +86,9 @@ def pack_planes(
         known: the first of them, where they are there already.
     """
     assert isinstance(matrix.format, NestedFormat)
-    planes = list(known)
-    for name in matrix.format.planes_at(matrix.format.bits)[len(known) :]:
-        planes.append(_packed(matrix.stored[name].to(device), 2 if name == "plane2" else 1, matrix.shape))
-    return tuple(planes)
+    names = matrix.format.planes_at(matrix.format.bits)[len(known) :]
+    planes = ((matrix.stored[name], 2 if name == "plane2" else 1) for name in names)
+    return *known, *(_packed(plane.to(device), bits, matrix.shape) for plane, bits in planes)
 
 
 def _packed(stored: torch.Tensor, bits: int, shape: tuple[int, int]) -> torch.Tensor:
