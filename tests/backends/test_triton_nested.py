@@ -167,7 +167,7 @@ def test_low_planes_draft(device: str, folder: Path) -> None:
     ids = loaded.tokenizer.encode("ab")
     greedy = SamplingParams(temperature=0)
     plain, sped = (
-        generate(loaded.decoder, loaded.tokenizer, ids, greedy, max_tokens=5, speculation=speculation).run()
+        generate(loaded.decoder, loaded.tokenizer, ids, greedy, max_tokens=4, speculation=speculation).run()
         for speculation in (None, Speculation(SelfDrafter(loaded, 7)))
     )
     assert sped.speculation is not None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from kbit.formats.nested import NestedFormat
 from kbit.formats.quant_format import SUPERBLOCK, QuantFormat, plane_widths
 from kbit.formats.trellis import TILE, TrellisFormat
 
@@ -35,8 +34,13 @@ def nested_padded_shape(rows: int, columns: int) -> tuple[int, int]:
     return _up(rows, ROW_TILE), _up(columns, 256)
 
 
-def nested_bytes(format: NestedFormat, rows: int, columns: int) -> int:
-    """Bytes of a prepared nested matrix at its widest width: planes and that width's scales, padding included."""
+def nested_bytes(format: QuantFormat, rows: int, columns: int) -> int:
+    """Bytes of a prepared nested matrix at a width, planes and the width's scales, padding included, no table.
+
+    Args:
+        format: the plain one of this width, with the same blocks and scales.
+        rows, columns: N and K.
+    """
     rows, columns = nested_padded_shape(rows, columns)
     return rows * columns * format.bits // 8 + rows * format.blocks_per_row(columns) * _SCALE_BYTES[format.scale_dtype]
 

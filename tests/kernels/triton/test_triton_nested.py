@@ -22,6 +22,7 @@ from kbit.kernels.triton import library  # noqa: E402
 from kbit.kernels.triton.codecs.joined import joined  # noqa: E402
 from kbit.kernels.triton.codecs.layout import TritonWeight, prepare_weight  # noqa: E402
 from kbit.kernels.triton.codecs.nested_planes import NestedScales, pack_planes  # noqa: E402
+from kbit.kernels.triton.codecs.sizes import nested_bytes  # noqa: E402
 from kbit.kernels.triton.product.configs import (  # noqa: E402  # noqa: E402
     GemmConfig,
     GemvConfig,
@@ -137,7 +138,9 @@ def test_codes_and_scales_are_where_the_layout_says(shape: tuple[int, int]) -> N
         assert all(ours.data_ptr() == plane.data_ptr() for ours, plane in zip(found.planes, planes, strict=False))
         alone = prepare_weight(narrowed(matrix, width), "cpu")
         assert all(torch.equal(*pair) for pair in zip(alone.planes, found.planes, strict=True))
-        assert alone.nbytes == found.nbytes
+        assert found.table is not None
+        plain = matrix.format.plain(width)  # type: ignore[attr-defined]
+        assert alone.nbytes == found.nbytes == nested_bytes(plain, *shape) + found.table.nbytes
         assert found.format == f"nested2..{width}-b48"
 
 
