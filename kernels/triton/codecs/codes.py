@@ -324,19 +324,3 @@ def load_scale(
     if DOUBLE:
         values *= tl.load(factors + ((own_tile * 16 + row) * blocks + block + MORE) // 256)
     return values
-
-
-@triton.jit
-def activation(gate, KIND: tl.constexpr):
-    """act(gate), float32: "silu", "gelu", "gelu_tanh" or "relu" as kernels/reference.py means them."""
-    if KIND == "silu":
-        out = gate / (1.0 + tl.exp(-gate))
-    elif KIND == "gelu":
-        out = 0.5 * gate * (1.0 + tl.erf(gate * 0.7071067811865476))
-    elif KIND == "gelu_tanh":
-        # tanh(u) = 1 - 2 / (1 + exp(2 u)); for large u the exponential is infinite and the quotient 0
-        out = gate * (1.0 - 1.0 / (1.0 + tl.exp(1.5957691216057308 * (gate + 0.044715 * gate * gate * gate))))
-    else:
-        tl.static_assert(KIND == "relu")
-        out = tl.maximum(gate, 0.0)
-    return out

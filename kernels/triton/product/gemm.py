@@ -25,7 +25,6 @@ import triton.language as tl
 
 from kbit.host.errors import UnsupportedError
 from kbit.kernels.triton.codecs.codes import (
-    activation,
     load_scale,
     load_table,
     operand,
@@ -44,6 +43,7 @@ from kbit.kernels.triton.product.gemv import (
     swaps,
     weight_tuple,
 )
+from kbit.kernels.triton.rows.activate import act
 from kbit.kernels.triton.target import current_arch
 
 # Up to here scales multiply sums, above weights: per 64 columns a lane has BM / 2 sums and 32 weights to scale, and a
@@ -144,7 +144,7 @@ def gemm_kernel(
         tl.store(out_ptr + (share * tokens + m) * stride_out + rows, acc, mask=seen)
     else:
         if GATE != "":
-            acc *= activation(tl.load(gate_ptr + m * stride_gate + rows, mask=seen, other=0.0).to(tl.float32), GATE)
+            acc *= act(tl.load(gate_ptr + m * stride_gate + rows, mask=seen, other=0.0).to(tl.float32), GATE)
         if BIAS:
             acc += tl.load(bias_ptr + rows, mask=rows < out_rows, other=0.0).to(tl.float32)
         if RESIDUAL:

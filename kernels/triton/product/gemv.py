@@ -29,7 +29,6 @@ from kbit.host.errors import UnsupportedError
 from kbit.kernels.triton.codecs.codes import (
     MAGIC_BF16,
     MAGIC_FP16,
-    activation,
     load_scale,
     load_table,
     operand,
@@ -39,6 +38,7 @@ from kbit.kernels.triton.codecs.codes import (
 from kbit.kernels.triton.codecs.layout import ROW_TILE, TritonWeight
 from kbit.kernels.triton.codecs.values import load_values
 from kbit.kernels.triton.product.configs import GemvConfig, Problem, gemv_config
+from kbit.kernels.triton.rows.activate import act
 from kbit.kernels.triton.target import current_arch
 
 # Triton 3.7 lets a join behind a gather decide the operand's layout, 3.8 and 3.9 do not.
@@ -131,7 +131,7 @@ def gemv_kernel(
             BITS, KIND, BLOCK, DOUBLE, OFFSETS, BM, COLUMNS, WARPS, SPLIT, EVEN, SWAP, PRECISION,
         )  # fmt: skip
         if SPLIT == 1:
-            sums = activation(sums, GATE) * up
+            sums = act(sums, GATE) * up
         else:  # partial sums of `up` follow those of the gate
             tl.store(out_ptr + ((SPLIT + share) * tokens + m) * stride_out + rows, up, mask=seen)
     if SPLIT > 1:
@@ -160,7 +160,7 @@ def add_shares_kernel(
         if GATE != "":
             up += tl.load(partial_ptr + ((SPLIT + share) * tokens + m) * out_rows + rows, mask=seen, other=0.0)
     if GATE != "":
-        sums = activation(sums, GATE) * up
+        sums = act(sums, GATE) * up
     if BIAS:
         sums += tl.load(bias_ptr + rows, mask=seen, other=0.0).to(tl.float32)
     if RESIDUAL:
