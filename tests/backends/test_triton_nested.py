@@ -136,6 +136,11 @@ def test_nothing_is_packed_twice(device: str, folder: Path, monkeypatch: pytest.
             assert second.data_ptr() - first.data_ptr() == first.nbytes
             assert third.data_ptr() - second.data_ptr() == second.nbytes
 
+    # A captured graph holds addresses: the runner names all that it reads.
+    runner: Any = three.decoder._runner
+    held = {plane.data_ptr() for weight in runner._body.held() for plane in weight.planes}
+    assert {plane for planes in narrow.values() for plane in planes} <= held
+
     apart = load_model(str(folder), backend=TritonBackend(device), bits=2)
     assert not set(planes_of(apart)["up"]) & set(narrow["up"])
 

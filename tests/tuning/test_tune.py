@@ -247,7 +247,7 @@ class TestCommand:
             with pytest.raises(UsageError, match=f"--device {device}: torch sees 1 GPUs"):
                 tune_model("any", device)
 
-    @pytest.mark.parametrize("flags", [[], ["--json"]])
+    @pytest.mark.parametrize("flags", [[], ["--json", "--bits", "3"]])
     def test_output(
         self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], flags: list[str]
     ) -> None:
@@ -257,11 +257,18 @@ class TestCommand:
         candidates = choices("prefill", ARCH, PREFILL)
         wrong = lambda config: "wrong" if config == candidates[-1] else ""  # noqa: E731
         jobs = [clock.job("gemv", SQUARE), clock.job("prefill", PREFILL, wrong)]
-        monkeypatch.setattr("kbit.tuning.run.tune_model", lambda model, device, **_: tune_jobs(jobs, TARGET, clock))
+        asked: dict[str, Any] = {}
+
+        def tuned(model: str, device: str, **options: Any) -> Any:
+            asked.update(options)
+            return tune_jobs(jobs, TARGET, clock)
+
+        monkeypatch.setattr("kbit.tuning.run.tune_model", tuned)
         monkeypatch.setattr(sys, "argv", ["kbit", "tune", "model", *flags])
         with pytest.raises(SystemExit) as ended:
             main()
         assert not ended.value.code
+        assert asked["bits"] == (3 if flags else None)
         out = capsys.readouterr().out
         if flags:
             report = json.loads(out)
