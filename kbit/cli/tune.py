@@ -6,7 +6,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from kbit.cli.options import DEFAULT_MODEL, ENGINE, ComputeOption, JsonOption, KvBitsOption, streaming_output
+from kbit.cli.options import (
+    DEFAULT_MODEL,
+    ENGINE,
+    BitsOption,
+    ComputeOption,
+    JsonOption,
+    KvBitsOption,
+    streaming_output,
+)
 from kbit.cli.output import print_json
 from kbit.cli.run import INTERRUPTED
 
@@ -26,6 +34,7 @@ def tune(
     ] = "cuda",
     compute: ComputeOption = None,
     kv_bits: KvBitsOption = None,
+    bits: BitsOption = None,
     quick: Annotated[
         bool, typer.Option("--quick", help="Only one and 256 tokens, and one context: a fraction of the time.")
     ] = False,
@@ -46,8 +55,9 @@ def tune(
       kbit tune out/
       kbit tune out/ --quick
       kbit tune out/ --kv-bits 4 --json
+      kbit tune all/ --bits 3
     """
-    result = _run(model, device, compute, kv_bits, quick=quick, again=again, quiet=json)
+    result = _run(model, device, compute, kv_bits, bits, quick=quick, again=again, quiet=json)
     if json:
         print_json(result.to_dict())
     else:
@@ -63,7 +73,15 @@ def tune(
 
 
 def _run(
-    model: str, device: str, compute: str | None, kv_bits: int | str | None, *, quick: bool, again: bool, quiet: bool
+    model: str,
+    device: str,
+    compute: str | None,
+    kv_bits: int | str | None,
+    bits: int | None,
+    *,
+    quick: bool,
+    again: bool,
+    quiet: bool,
 ) -> TuneResult:
     """The tuning, with a progress bar on stderr unless `quiet` or stderr is no terminal."""
     from rich.console import Console
@@ -80,7 +98,9 @@ def _run(
         def on_step(done: int, total: int, label: str) -> None:
             bar.update(task, completed=done, total=total, description=escape(label))
 
-        return tune_model(model, device, compute=compute, kv_bits=kv_bits, quick=quick, again=again, on_step=on_step)
+        return tune_model(
+            model, device, compute=compute, kv_bits=kv_bits, bits=bits, quick=quick, again=again, on_step=on_step
+        )
 
 
 def _table(result: TuneResult) -> Table:

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from kbit.backends.cpu.prepared import PreparedSource
     from kbit.backends.parallel import Group
     from kbit.checkpoint.source import CheckpointSource
-    from kbit.graph.backend import Backend
+    from kbit.graph.backend import Backend, SharedWeights
     from kbit.models.spec import ModelSpec
 
 
@@ -172,7 +172,8 @@ def load_model(
 
     def load_width(width: float) -> Decoder:
         with open_model(model, width) as narrower:
-            return load_decoder(narrower if group is None else shard(narrower, group.rank, group.size), backend)
+            part = narrower if group is None else shard(narrower, group.rank, group.size)
+            return load_decoder(part, backend, shared=shared)
 
     with open_model(model, bits) as source:
         start = perf_counter()
@@ -184,16 +185,26 @@ def load_model(
         if check is not None:
             check(tokenizer, source)
         part = source if group is None else shard(source, group.rank, group.size)
-        decoder = load_decoder(part, backend, progress=progress)
-        ladder = Ladder.of(source)
-        # (What was narrowed serves what lies below only: the whole is asked.)
-        if bits is not None:
+        if bits is None:
+            ladder, shared = Ladder.of(source), _shared(source, backend)
+        else:  # what was narrowed serves what lies below only: the whole is asked
             with open_model(model) as whole:
-                ladder = Ladder.of(whole)
+                ladder, shared = Ladder.of(whole), _shared(whole, backend)
+        decoder = load_decoder(part, backend, progress=progress, shared=shared)
         return LoadedModel(
             model, decoder, tokenizer, perf_counter() - start,
             ladder=ladder, bits=bits or max(ladder.widths, default=None), load_width=load_width if ladder else None,
         )  # fmt: skip
+
+
+def _shared(whole: CheckpointSource, backend: Backend) -> SharedWeights | None:
+    """What the backend has of a nested model's widths; None where there is one width, or each takes memory of its own.
+    (Processes that share a model have a part each, and a backend each.)"""
+    from kbit.graph.backend import SharesWidths
+
+    if not Ladder.of(whole) or not isinstance(backend, SharesWidths):
+        return None
+    return backend.shared(whole.fingerprint())
 
 
 def _with_adapters(decoder: Decoder, model: str, folders: Mapping[str, str]) -> Decoder:

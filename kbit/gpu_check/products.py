@@ -8,9 +8,8 @@ from typing import Any
 
 import torch
 
-from kbit.formats.blockwise import quantize_blockwise
-from kbit.formats.quant_format import QuantFormat
 from kbit.formats.quant_tensor import QuantTensor
+from kbit.formats.registry import parse_format
 from kbit.formats.rotation import rotate
 from kbit.formats.trellis import TrellisFormat
 from kbit.formats.trellis_code import levels
@@ -34,7 +33,8 @@ def normal(rows: int, columns: int, seed: int, scale: float = 1.0) -> torch.Tens
 
 
 def quantized(text: str, rows: int, columns: int, seed: int = 0, scale: float = 0.05) -> QuantTensor:
-    return quantize_blockwise(normal(rows, columns, seed, scale), QuantFormat.parse(text))
+    weight = normal(rows, columns, seed, scale)
+    return parse_format(text).encode(lambda start, stop: weight[start:stop], (rows, columns))
 
 
 def check_product(
@@ -201,6 +201,11 @@ def cases(seed: int) -> dict[str, Callable[[str], float]]:
             product("gemv", f"{family}{bits}-b64", (4, 256, 2048), torch.bfloat16, gemv)
             product("gemm", f"{family}{bits}-b64", (70, 256, 2048), torch.float16, gemm)
             product("gemm", f"{family}{bits}-b64", (300, 256, 1024), torch.bfloat16, gemm)
+        # The widest width of these is `bits`: what a wider file is at that width.
+        product("gemv", f"nested2..{bits}-b64", (1, 104, 1040), torch.float16, gemv)
+        product("gemv", f"nested2..{bits}-row-bf16", (4, 256, 2048), torch.bfloat16, gemv)
+        product("gemm", f"nested2..{bits}-b64", (11, 104, 1040), torch.float16, gemm)
+        product("gemm", f"nested2..{bits}-b32-bf16", (300, 256, 1024), torch.bfloat16, gemm)
     for text in STORAGE:
         product("gemv", text, (2, 33, 272), torch.float16, gemv)
         product("gemm", text, (40, 33, 272), torch.float16, gemm)
@@ -209,6 +214,9 @@ def cases(seed: int) -> dict[str, Callable[[str], float]]:
             found[f"gated {kind} nf4-b64 {tokens}"] = partial(
                 check_gated, text="nf4-b64", tokens=tokens, kind=kind, seed=seed
             )
+        found[f"gated silu nested2..5-b64 {tokens}"] = partial(
+            check_gated, text="nested2..5-b64", tokens=tokens, kind="silu", seed=seed
+        )
         found[f"residual int5-b64 {tokens}"] = partial(check_with_residual, text="int5-b64", tokens=tokens, seed=seed)
     further = ("trellis2-sum4", "trellis3-l12-h64", "trellis2.5", "trellis5.5")
     for text in (*(f"trellis{bits}" for bits in range(2, 9)), *further):
@@ -219,7 +227,8 @@ def cases(seed: int) -> dict[str, Callable[[str], float]]:
     for kind in ("int8", "fp8"):
         for text in (*(f"int{bits}-b128" for bits in range(2, 9)), "nf4-b64", "nf3-b64", "lloyd5-b64", "int4-row"):
             found[f"gemm_{kind} {text} 70"] = partial(check_rounded, kind=kind, text=text, tokens=70, seed=seed)
-    for text in ("nf4-b64", "int4-b32-asym-dq", "nf3-b64-dq", "int8-row", "lloyd2-b64", "trellis2", "trellis3"):
+    texts = ("nf4-b64", "int4-b32-asym-dq", "nf3-b64-dq", "int8-row", "lloyd2-b64", "nested2..5-b64")
+    for text in (*texts, "trellis2", "trellis3"):
         for tokens, top, count in ((5, 2, 4), (40, 1, 3)):
             name = f"grouped {text} {tokens} tokens {count} experts"
             found[name] = partial(check_grouped, text=text, tokens=tokens, top=top, count=count, seed=seed)

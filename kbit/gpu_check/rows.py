@@ -8,13 +8,15 @@ from functools import partial
 import torch
 
 from kbit.formats.blockwise import quantize_blockwise
+from kbit.formats.nested import NestedFormat
+from kbit.formats.nested_codec import scales_at
 from kbit.formats.quant_format import QuantFormat
 from kbit.gpu_check.bounds import FP32_UNIT, assert_equal, assert_within, rounded, unit
-from kbit.gpu_check.products import normal
+from kbit.gpu_check.products import normal, quantized
 from kbit.kernels import reference
 from kbit.kernels.triton.attention.rotary import rotary
 from kbit.kernels.triton.attention.softcap import softcap
-from kbit.kernels.triton.codecs.dequantize import dequantize
+from kbit.kernels.triton.codecs.dequantize import dequantize, dequantize_nested
 from kbit.kernels.triton.codecs.layout import prepare_weight
 from kbit.kernels.triton.codecs.quantize import quantize
 from kbit.kernels.triton.rows.activate import KINDS, activate
@@ -94,17 +96,33 @@ def check_codes(device: str, text: str, seed: int = 0) -> float:
 
 def check_embed(device: str, text: str, dtype: torch.dtype, seed: int = 0) -> float:
     """Rows looked up in the layout of products: tables are rounded to the type of the activations, the rest once."""
-    weight = quantize_blockwise(normal(21, 130, seed), QuantFormat.parse(text))
+    weight = quantized(text, 21, 130, seed, 1.0)
     prepared = prepare_weight(weight, device, dtype)
     ids = torch.tensor([[20, 0, 7], [15, 16, 7]])
     found = embed(prepared, ids.to(device))
     expected = weight.dequantize()
-    scales = weight.stored["scales"].float().abs()
-    scale = scales.repeat_interleave(weight.format.block_size, 1)[:, :130]
+    scales, format = weight.stored["scales"].float(), weight.format
+    if isinstance(format, NestedFormat):
+        scales = scales_at(format, weight.stored, format.bits)
+    scale = scales.abs().repeat_interleave(prepared.block_size, 1)[:, :130]
     size = scale + expected.abs()
     # A rounding for the table entry (of at most 1, or smaller than the smallest normal number), five of fp32.
     bound = (unit(dtype) * (1 if prepared.kind != "int" else 0) + 5 * FP32_UNIT) * size + rounded(expected, dtype)
     return assert_within(found, expected[ids], (bound * (1 + unit(dtype)))[ids])
+
+
+def check_nested_values(device: str, text: str, seed: int = 0) -> float:
+    """Every width of a nested matrix as the CPU decodes it, to the bit."""
+    weight = quantized(text, 5, 333, seed)
+    ids = torch.tensor([4, 0, 4])
+    worst = 0.0
+    for width in weight.format.widths:
+        expected = weight.dequantize(width=width)
+        found = dequantize_nested(weight.to(device), width)
+        worst = max(worst, assert_equal(found, expected))
+        found = dequantize_nested(weight.to(device), width, torch.float16, ids.to(device))
+        worst = max(worst, assert_equal(found, expected[ids].half()))
+    return worst
 
 
 def cases(seed: int) -> dict[str, Callable[[str], float]]:
@@ -127,6 +145,8 @@ def cases(seed: int) -> dict[str, Callable[[str], float]]:
     for bits in range(2, 9):
         for text in (f"int{bits}-b64", f"nf{bits}-b32-dq", f"int{bits}-b48-asym-dq"):
             found[f"quantize, dequantize {text}"] = partial(check_codes, text=text, seed=seed)
-        for text in (f"int{bits}-b32", f"nf{bits}-b32"):
+        for text in (f"int{bits}-b32", f"nf{bits}-b32", f"nested2..{bits}-b32"):
             found[f"embed {text}"] = partial(check_embed, text=text, dtype=half, seed=seed)
+    for text in ("nested2..8-b64", "nested3..6-row-bf16"):
+        found[f"dequantize {text}"] = partial(check_nested_values, text=text, seed=seed)
     return found

@@ -10,8 +10,9 @@ import torch
 
 from kbit.checkpoint.source import CheckpointSource, TensorInfo
 from kbit.formats.codec import Codec
+from kbit.formats.nested import NestedFormat
 from kbit.formats.quant_format import QuantFormat
-from kbit.formats.quant_tensor import QuantTensor
+from kbit.formats.quant_tensor import SAFETENSORS_TO_TORCH, QuantTensor
 from kbit.formats.registry import parse_format
 from kbit.models.families import spec_from_config
 
@@ -45,7 +46,7 @@ def random_codes(format: Codec | str, rows: int, columns: int, seed: int, device
     """A matrix whose codes are random bytes: every code, or every window of a trellis, can occur.
 
     Args:
-        format: with one scale a block; a trellis.
+        format: with one scale a block; nested; a trellis.
         rows, columns: N and K.
         seed: of the device's generator.
         device: where it is made; nothing is sent there but a codebook.
@@ -57,11 +58,15 @@ def random_codes(format: Codec | str, rows: int, columns: int, seed: int, device
         if name == "scales":
             # Products of unit size: codes of a codebook in [-1, 1] have a variance of about a third.
             spread = 0.5 + torch.rand(part.shape, generator=generator, device=device)
-            stored[name] = ((3.0 / columns) ** 0.5 * spread).half()
+            stored[name] = ((3.0 / columns) ** 0.5 * spread).to(SAFETENSORS_TO_TORCH[part.dtype])
+        elif name.startswith("factor"):
+            stored[name] = torch.empty(part.shape, device=device).uniform_(0.8, 1.2, generator=generator).half()
         else:
             stored[name] = torch.randint(0, 256, part.shape, dtype=torch.uint8, generator=generator, device=device)
     codebook = torch.zeros(0)
-    if isinstance(codec, QuantFormat):
+    if isinstance(codec, NestedFormat):
+        codebook = torch.from_numpy(codec.codebook(columns).copy())
+    elif isinstance(codec, QuantFormat):
         from kbit.formats.codebooks import codebook as codebook_of
 
         codebook = torch.from_numpy(codebook_of(codec, columns).copy())

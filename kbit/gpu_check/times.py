@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from kbit.formats.quant_format import QuantFormat
+from kbit.formats.trellis import TrellisFormat
 from kbit.gpu_check.measuring import Rotation, assert_product, bandwidth, peak, roofline, rotated
 from kbit.gpu_check.place import DRY, SHORT, Place, Row
 from kbit.gpu_check.synthetic import random_codes
@@ -51,13 +51,15 @@ class Sizes:
 
 
 _WIDTHS = ("int2-b64", "lloyd2-b64", "int3-b64", "nf3-b64", "int4-b64", "nf4-b64", "lloyd5-b64", "lloyd6-b64")
-_ALL = (*_WIDTHS, "int7-b64", "int8-b64", "trellis2", "trellis3", "trellis4")
+_NESTED = ("nested2..2-b64", "nested2..3-b64", "nested2..4-b64", "nested2..8-b64")
+_ALL = (*_WIDTHS, "int7-b64", "int8-b64", *_NESTED, "trellis2", "trellis3", "trellis4")
 SIZES = {
     SHORT: Sizes(((4096, 4096),), ("int2-b64", "nf3-b64", "nf4-b64", "int8-b64"), (256,), ("nf4-b64",), (4096,), ()),
     DRY: Sizes(((64, 256),), ("nf3-b64",), (16,), ("int4-b64",), (80,), (20,), ("4",), (4, 2, 32)),
 }
 FULL_SIZES = Sizes(
-    ((4096, 4096), (14336, 4096)), _ALL, (16, 64, 256, 4096), ("int4-b64", "nf4-b64", "nf3-b64", "int8-b64"),
+    ((4096, 4096), (14336, 4096)), _ALL, (16, 64, 256, 4096),
+    ("int4-b64", "nf4-b64", "nf3-b64", "int8-b64", "nested2..4-b64"),
     (4096, 32768), (2048, 8192),
 )  # fmt: skip
 
@@ -123,7 +125,7 @@ def _product(place: Place, text: str, shape: str) -> tuple[float | None, float, 
     x = torch.randn((tokens, columns), generator=generator, device=place.device).half()
     kernel = describe(weight, tokens)
     about: Row = {"kernel": kernel, "bits_per_weight": weight.nbytes * 8 / (rows * columns)}
-    if isinstance(quantized.format, QuantFormat):  # a trellis rotates the tokens: step 1 knows its bound
+    if not isinstance(quantized.format, TrellisFormat):  # a trellis rotates the tokens: step 1 knows its bound
         about["error_of_result"] = assert_product(matmul(x, weight), x, quantized.dequantize())
         if rows == columns:
             about["lint"] = f"{kernel}/{text}/{tokens}x{columns}x{columns}"

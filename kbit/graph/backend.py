@@ -6,7 +6,7 @@ may share a model (`SplitBackend`).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Protocol, TypeAlias, TypeVar, runtime_checkable
 
 if TYPE_CHECKING:
@@ -98,6 +98,32 @@ class PreparesStored(Protocol):
 
     def prepare_array(self, vector: NDArray[np.float32]) -> Vector:
         """`Backend.prepare_vector`."""
+
+
+class SharedWeights(Protocol):
+    """What was prepared of a model whose widths share memory, as long as somebody uses it."""
+
+    def weight(self, name: str, format: str, read: Callable[[], torch.Tensor | QuantTensor]) -> Weight:
+        """A matrix: one that is there already, or on memory that other widths of it have, else as `Backend.prepare`
+        makes it.
+
+        Args:
+            name: of the tensor.
+            format: what `read` will give, as text (`TensorInfo.stored_as`); of a nested one it says the width.
+            read: reads it, if it must be.
+        """
+
+
+@runtime_checkable
+class SharesWidths(Protocol):
+    """A backend on which the widths of a nested model are one memory, when and in whatever order they are loaded."""
+
+    def shared(self, model: str) -> SharedWeights:
+        """What is there of a model.
+
+        Args:
+            model: what tells it from all others: the same for all widths of one file.
+        """
 
 
 class Backend(Protocol):

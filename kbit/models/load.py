@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from kbit.checkpoint.finite import not_finite, read_array, read_stored
 from kbit.checkpoint.source import CheckpointSource, StoredSource
-from kbit.graph.backend import Backend, HoldsPrepared, PreparesStored
+from kbit.graph.backend import Backend, HoldsPrepared, PreparesStored, SharedWeights
 from kbit.graph.ops import Vector, Weight
 from kbit.host.errors import UnsupportedError
 from kbit.models.blocks import Weights
@@ -39,6 +39,7 @@ def load_decoder(
     *,
     progress: Callable[[int, int], None] | None = None,
     spec: ModelSpec | None = None,
+    shared: SharedWeights | None = None,
 ) -> Decoder:
     """Read a model.
 
@@ -50,13 +51,14 @@ def load_decoder(
         backend: who will run it, and prepares each weight.
         progress: called as (tensors done, tensors in all) after each tensor.
         spec: what to make of it, where that is not all that its configuration says.
+        shared: of the backend, where this is one width of several (`kbit.graph.backend.SharesWidths`).
 
     Raises:
         UnsupportedError: an unknown architecture, or heads that the backend's cache cannot hold.
         CheckpointError: a senseless configuration; a missing, surplus, misshapen or non-finite tensor; a tied head that
             differs from the embedding.
     """
-    return _Loader(source, check_loadable(source, backend, spec), backend, progress).decoder()
+    return _Loader(source, check_loadable(source, backend, spec), backend, progress, shared).decoder()
 
 
 def check_loadable(source: CheckpointSource, backend: Backend, spec: ModelSpec | None = None) -> ModelSpec:
@@ -135,8 +137,10 @@ class _Loader:
         spec: ModelSpec,
         backend: Backend,
         progress: Callable[[int, int], None] | None,
+        shared: SharedWeights | None = None,
     ) -> None:
         self.source, self.spec, self.backend, self.progress = source, spec, backend, progress
+        self.shared = shared
         self._declared = own_parameters(spec)
         self._outside = [p for p in self._declared if p.layer is None]
         self.done, self.total = 0, sum(p.role != "task" for p in self._declared)
@@ -197,6 +201,11 @@ class _Loader:
             weight = source.prepared_weight(name)
         elif isinstance(source, StoredSource) and isinstance(backend, PreparesStored):
             weight = backend.prepare_stored(read_stored(source, name))
+        elif self.shared is not None:
+            before = self.done
+            weight = self.shared.weight(name, source.tensors[name].stored_as, lambda: self._matrix(name))
+            if self.done > before:  # it was read
+                return weight
         else:
             return backend.prepare(self._matrix(name), lookup=lookup)
         self._count()

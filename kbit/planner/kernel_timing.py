@@ -21,19 +21,17 @@ from numpy.typing import NDArray
 
 from kbit import _native
 from kbit.backends.cpu.runner import PASS_ROWS, record
-from kbit.backends.cpu.weight import NativeWeight, prepare_stored
-from kbit.formats.quant_format import QuantFormat, plane_widths
+from kbit.backends.cpu.weight import NativeWeight
+from kbit.formats.quant_format import QuantFormat
 from kbit.formats.registry import parse_format
-from kbit.formats.stored import StoredMatrix
 from kbit.formats.trellis import TrellisFormat
 from kbit.graph.pages import pages_for
 from kbit.models.decoder import DecoderDefinition
 from kbit.models.families import spec_from_config
 from kbit.models.parameter import Parameter
 from kbit.models.structure import assemble
+from kbit.planner.random_matrix import COLUMNS, ROWS, random_matrix
 
-# A matrix of the size of those in a small model; a large one is many of these to the kernels.
-ROWS = COLUMNS = 1024
 # Tokens that products of a prompt are timed with: passes are whole, or what is left of a prompt.
 _PRODUCT_ROWS = (256, PASS_ROWS)
 # Read again and again from cache: beyond the second level of most processors, well below the third.
@@ -133,7 +131,7 @@ def kernel_key(format: QuantFormat | TrellisFormat | str) -> str:
 def _two_digits(format: QuantFormat) -> bool:
     if format.bits < 6 or format.dtype == "int":
         return False
-    return format.has_own_codebook or _matrix(format, _native.Context("scalar", 1), 16, 64).two_digits
+    return format.has_own_codebook or random_matrix(format, _native.Context("scalar", 1), 16, 64).two_digits
 
 
 @dataclass(frozen=True, eq=False)
@@ -165,12 +163,12 @@ class Timer:
         per_product, per_column = self._product_overheads()
         count = ROWS * COLUMNS
         fixed = per_product + COLUMNS * per_column
-        one = _matrix(format, self.context)
-        few = [_matrix(format, self.context) for _ in range(max(2, CACHED_BYTES // one.nbytes))]
+        one = random_matrix(format, self.context)
+        few = [random_matrix(format, self.context) for _ in range(max(2, CACHED_BYTES // one.nbytes))]
         cached, spread = self._time(self._chain(few), 1)
         pair = self._chain(few[:2])
         prompt = sum(self._time(pair, rows)[0] / rows for rows in _PRODUCT_ROWS) / len(_PRODUCT_ROWS)
-        many = few + [_matrix(format, self.context) for _ in range(self.memory_bytes // one.nbytes - len(few))]
+        many = few + [random_matrix(format, self.context) for _ in range(self.memory_bytes // one.nbytes - len(few))]
         memory, memory_spread = self._time(self._chain(many), 1)
         cached, memory = cached / len(few), max(memory / len(many), cached / len(few))
         return KernelRate(
@@ -183,13 +181,13 @@ class Timer:
 
     def misses(self) -> list[tuple[int, float]]:
         """How far from cache to memory a model of some size is: (bytes read per token, 0 to 1), rising."""
-        matrix = _matrix(QuantFormat("int", 8), self.context)
+        matrix = random_matrix(QuantFormat("int", 8), self.context)
         sizes = [CACHED_BYTES]
         while sizes[-1] * 3 // 2 < self.memory_bytes:
             sizes.append(sizes[-1] * 3 // 2)
         sizes.append(self.memory_bytes)
         matrices = [matrix] + [
-            _matrix(QuantFormat("int", 8), self.context) for _ in range(self.memory_bytes // matrix.nbytes - 1)
+            random_matrix(QuantFormat("int", 8), self.context) for _ in range(self.memory_bytes // matrix.nbytes - 1)
         ]
         times = []
         for size in sizes:
@@ -206,7 +204,7 @@ class Timer:
 
     def bandwidth(self) -> float:
         """Bytes per second that the int8 product of one token reads from memory: the most that weights are read at."""
-        matrices = [_matrix(QuantFormat("int", 8, 0), self.context) for _ in range(self.memory_bytes >> 20)]
+        matrices = [random_matrix(QuantFormat("int", 8, 0), self.context) for _ in range(self.memory_bytes >> 20)]
         return sum(matrix.nbytes for matrix in matrices) / self._time(self._chain(matrices), 1)[0]
 
     def attention(self, kind: str, head_dim: int, group: int) -> AttentionRate:
@@ -251,7 +249,7 @@ class Timer:
         if self._overheads is None:
             times = []
             for columns in (64, 2048):
-                matrices = [_matrix(QuantFormat("int", 4), self.context, 16, columns) for _ in range(32)]
+                matrices = [random_matrix(QuantFormat("int", 4), self.context, 16, columns) for _ in range(32)]
                 times.append(self._time(self._chain(matrices, 16, columns), 1)[0] / len(matrices))
             column = max(times[1] - times[0], 0.0) / (2048 - 64)
             self._overheads = (max(times[0] - 64 * column, 0.0), column)
@@ -280,7 +278,7 @@ class Timer:
         program.embed(self._embedding(dim * kv_heads), k)
         program.embed(self._embedding(dim * kv_heads), v)
         # A program sizes its buffers by its products, of which it needs one.
-        least = _matrix(QuantFormat("int", 4), self.context, 16, dim * kv_heads)
+        least = random_matrix(QuantFormat("int", 4), self.context, 16, dim * kv_heads)
         program.matmul(k, [least], [None], [program.buffer(16)], None, 0.0, None, None)
         for layer in range(layers):
             heads = kv_heads * group
@@ -297,7 +295,9 @@ class Timer:
             rows, columns = parameter.shape
             quantized = parameter.role != "embedding"
             small = (
-                _matrix(QuantFormat("int", 4), self.context, rows, columns) if quantized else self._embedding(columns)
+                random_matrix(QuantFormat("int", 4), self.context, rows, columns)
+                if quantized
+                else self._embedding(columns)
             )
             return NativeWeight(small)
 
@@ -359,40 +359,6 @@ def _passes(
         recorded.program.run(ids, zeros, positions, turn, turn, zeros, cache.pages, cache.table, wanted, out)
 
     return run
-
-
-def _matrix(
-    format: QuantFormat | TrellisFormat | str, context: _native.Context, rows: int = ROWS, columns: int = COLUMNS
-) -> _native.Matrix:
-    """A matrix of random codes."""
-    generator = np.random.default_rng(rows + columns)
-    if isinstance(format, str):
-        if format == "fp32":
-            return _native.Matrix.dense(generator.standard_normal((rows, columns), dtype=np.float32), format, context)
-        halves = generator.standard_normal((rows, columns), dtype=np.float32).astype(np.float16).view(np.uint16)
-        return _native.Matrix.dense(halves, format, context)
-    if isinstance(format, TrellisFormat):
-        parts = format.parts(rows, columns)
-        bytes_of = {name: generator.integers(0, 256, parts[name].shape, dtype=np.uint8) for name in ("codes", "signs")}
-        scales = np.full(parts["scales"].shape, np.float16(0.01).view(np.uint16))
-        return prepare_stored(
-            StoredMatrix(format, (rows, columns), {**bytes_of, "scales": scales}, np.zeros(0, np.float32)), context
-        ).matrix
-    from kbit.formats.codebooks import codebook
-
-    planes = [
-        generator.integers(0, 256, (rows, -(-columns * width // 8)), dtype=np.uint8)
-        for width in plane_widths(format.bits)
-    ]
-    shape = (rows, format.blocks_per_row(columns))
-    kind = format.scale_dtype
-    one = {"fp16": np.float16(0.01).view(np.uint16), "bf16": np.uint16(0x3C24), "fp32": np.float32(0.01)}[kind]
-    scales = np.full(shape, one)
-    values = codebook(format, columns).astype(np.float32)
-    offsets = scales if format.asymmetric else None
-    return _native.Matrix.quantized(
-        planes, format.bits, columns, format.block_size, scales, offsets, kind, values, context
-    )
 
 
 def _parse(key: str) -> QuantFormat | TrellisFormat | str:

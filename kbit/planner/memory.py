@@ -186,11 +186,11 @@ def prepared_bytes(weight: Weight, backend: str = "native") -> int:
     if backend != "native":
         if isinstance(kept, str):
             return 2 * weight.numel
-        from kbit.kernels.triton.codecs.sizes import planes_bytes, trellis_bytes
+        from kbit.kernels.triton.codecs.sizes import nested_bytes, planes_bytes, trellis_bytes
 
         if isinstance(kept, TrellisFormat):
             return trellis_bytes(kept, weight.rows, weight.columns)
-        return planes_bytes(kept, weight.rows, weight.columns)
+        return (nested_bytes if weight.nested else planes_bytes)(kept, weight.rows, weight.columns)
     if isinstance(kept, str):
         return _native.matrix_bytes(weight.rows, weight.columns, 0, 0, kept, False)
     if isinstance(kept, TrellisFormat):

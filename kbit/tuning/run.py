@@ -78,6 +78,7 @@ def tune_model(
     *,
     compute: str | None = None,
     kv_bits: int | str | None = None,
+    bits: int | None = None,
     quick: bool = False,
     again: bool = False,
     on_step: Step = lambda done, total, label: None,
@@ -88,6 +89,7 @@ def tune_model(
         model: as for load_model.
         device: "cuda", or "cuda:1" and so on.
         compute, kv_bits: as for select_backend: types are problems of their own.
+        bits: of a nested model, the width; None: the widest. Each has problems of its own.
         quick: fewer problems.
         again: also those that the file has.
         on_step: called with (configurations done, in all, what is being tuned).
@@ -120,7 +122,7 @@ def tune_model(
     with torch.cuda.device(place):
         place = torch.device("cuda", torch.cuda.current_device())
         backend = TritonBackend(place, compute=checked.compute, kv=str(kv_bits or 16))
-        with open_model(model) as source:
+        with open_model(model, bits) as source:
             decoder = load_decoder(source, backend, progress=lambda done, total: on_step(done, total, "loading"))
         jobs = model_jobs(decoder.weights, decoder.spec, backend.kv, place, quick=quick)
         return tune_jobs(jobs, target_of(place), GpuTimer(place), again=again, on_step=on_step)

@@ -179,17 +179,6 @@ def test_widths_that_are_not_there_are_refused(folder: Path, tiny_model: Path) -
         assert widths_of(source) == WIDTHS
 
 
-def test_triton_refuses_it_by_name(folder: Path) -> None:
-    pytest.importorskip("triton")
-    from kbit.host.errors import UnsupportedError
-    from kbit.kernels.triton.codecs.layout import prepare_weight
-
-    with open_model(str(folder)) as source:
-        weight = source.read_weight("model.layers.0.mlp.up_proj.weight")
-    with pytest.raises(UnsupportedError, match=r"no kernel for nested2..6-b16"):
-        prepare_weight(weight, "cpu")  # type: ignore[arg-type]
-
-
 def test_a_plan_offers_every_width_of_a_file(folder: Path) -> None:
     """Memory falls with the width, by what its matrices are smaller; what does not fit yet is said to be for later."""
     from kbit.planner.choose import make_recommendation

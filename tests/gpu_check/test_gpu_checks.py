@@ -9,8 +9,9 @@ import torch
 
 pytest.importorskip("triton")
 
+from kbit.formats.nested import NestedFormat
+from kbit.formats.nested_codec import codes_at
 from kbit.formats.planes_codec import PlanesTensor
-from kbit.formats.quant_format import QuantFormat
 from kbit.gpu_check import kernels, models, times
 from kbit.gpu_check.bounds import TooFarError, assert_equal, assert_within
 from kbit.gpu_check.place import DRY, FULL, SHORT, Place
@@ -29,6 +30,9 @@ def test_every_kernel_width_and_codec_has_a_check(device: str) -> None:
         for family in ("int", "nf", "lloyd", "float", "dynamic", "quantile"):
             for bits in range(2, 9):
                 assert any(name.startswith(f"{kernel} {family}{bits}-") for name in names)
+        for bits in range(2, 9):
+            assert any(name.startswith(f"{kernel} nested2..{bits}-") for name in names)
+    assert {"embed nested2..8-b32", "dequantize nested2..8-b64", "gated silu nested2..5-b64 2"} <= set(names)
     assert {f"trellis trellis{bits} 1" for bits in range(2, 9)} <= set(names)
     first = {name.split()[0] for name in names}
     assert {"gemm_int8", "gemm_fp8", "grouped", "attention_decode", "attention_prefill", "kv_append"} <= first
@@ -89,13 +93,18 @@ def test_bounds() -> None:
         assert_equal(x, x.double())
 
 
-@pytest.mark.parametrize("text", ["int2-b64", "nf3-b64", "lloyd6-b64", "int8-b64"])
+@pytest.mark.parametrize("text", ["int2-b64", "nf3-b64", "lloyd6-b64", "int8-b64", "nested2..5-b64"])
 def test_random_codes_are_a_weight(text: str) -> None:
     """Finite, every code there, and products of about unit size."""
     weight = random_codes(text, 64, 512, seed=1)
     values = weight.dequantize()
     assert bool(torch.isfinite(values).all())
-    assert len(PlanesTensor.of(weight).codes().unique()) == 2 ** QuantFormat.parse(text).bits
+    format = weight.format
+    if isinstance(format, NestedFormat):
+        codes = codes_at(format, weight.stored, 512, format.bits)
+    else:
+        codes = PlanesTensor.of(weight).codes()
+    assert len(codes.unique()) == 2**format.bits
     norm = float((torch.randn(512, generator=torch.Generator().manual_seed(0)) @ values.T).square().mean().sqrt())
     assert 0.2 < norm < 3
 

@@ -19,8 +19,7 @@ from tune_cases import ARCH, DECODE, PREFILL, SQUARE, TARGET, other_than_default
 from tune_cases import own_cache as own_cache
 
 from kbit.backends.triton.backend import TritonBackend
-from kbit.formats.blockwise import quantize_blockwise
-from kbit.formats.quant_format import QuantFormat
+from kbit.formats.registry import parse_format
 from kbit.gpu_check import measuring
 from kbit.host.errors import KbitError, UnsupportedError, UsageError
 from kbit.kernels.triton.codecs.layout import TritonWeight, prepare_weight
@@ -42,7 +41,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 def quant_weight(device: str, rows: int = 48, columns: int = 512, format: str = "nf4-b64") -> TritonWeight:
     x = torch.randn((rows, columns), generator=torch.Generator().manual_seed(1))
-    return prepare_weight(quantize_blockwise(x, QuantFormat.parse(format)).to(device), device)
+    return prepare_weight(parse_format(format).encode(lambda start, stop: x[start:stop], (rows, columns)), device)
 
 
 class Clock:
@@ -142,7 +141,7 @@ class TestSearch:
 class TestJobs:
     """The real launches, in the interpreter: results are right, and a wrong one is noticed."""
 
-    @pytest.mark.parametrize("format", ["nf4-b64", "int3-b32-asym"])
+    @pytest.mark.parametrize("format", ["nf4-b64", "int3-b32-asym", "nested2..3-b64"])
     @pytest.mark.parametrize("gated", [False, True])
     def test_products(self, device: str, format: str, gated: bool) -> None:
         weight = quant_weight(device, format=format)
@@ -248,7 +247,7 @@ class TestCommand:
             with pytest.raises(UsageError, match=f"--device {device}: torch sees 1 GPUs"):
                 tune_model("any", device)
 
-    @pytest.mark.parametrize("flags", [[], ["--json"]])
+    @pytest.mark.parametrize("flags", [[], ["--json", "--bits", "3"]])
     def test_output(
         self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], flags: list[str]
     ) -> None:
@@ -258,11 +257,18 @@ class TestCommand:
         candidates = choices("prefill", ARCH, PREFILL)
         wrong = lambda config: "wrong" if config == candidates[-1] else ""  # noqa: E731
         jobs = [clock.job("gemv", SQUARE), clock.job("prefill", PREFILL, wrong)]
-        monkeypatch.setattr("kbit.tuning.run.tune_model", lambda model, device, **_: tune_jobs(jobs, TARGET, clock))
+        asked: dict[str, Any] = {}
+
+        def tuned(model: str, device: str, **options: Any) -> Any:
+            asked.update(options)
+            return tune_jobs(jobs, TARGET, clock)
+
+        monkeypatch.setattr("kbit.tuning.run.tune_model", tuned)
         monkeypatch.setattr(sys, "argv", ["kbit", "tune", "model", *flags])
         with pytest.raises(SystemExit) as ended:
             main()
         assert not ended.value.code
+        assert asked["bits"] == (3 if flags else None)
         out = capsys.readouterr().out
         if flags:
             report = json.loads(out)

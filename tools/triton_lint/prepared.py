@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import torch
 
+from kbit.formats.nested import NestedFormat
 from kbit.formats.planes_codec import PlanesTensor
 from kbit.formats.quant_format import QuantFormat
 from kbit.formats.quant_tensor import SAFETENSORS_TO_TORCH
@@ -43,7 +44,7 @@ def meta_weight(text: str, shape: tuple[int, int], dtype: torch.dtype, activatio
     codec = parse_format(text)
     # What does not grow with the rows (kind, table, factors of levels) is that of 16 real rows of the same length; of a
     # trellis, whose codes take a search, of 16 random ones.
-    if isinstance(codec, QuantFormat):
+    if isinstance(codec, QuantFormat | NestedFormat):
         sample = torch.randn(16, columns, generator=torch.Generator().manual_seed(0))
         sixteen = codec.encode(lambda start, stop: sample[start:stop], (16, columns))
     else:

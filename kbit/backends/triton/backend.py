@@ -9,6 +9,7 @@ import torch
 import triton
 
 from kbit.backends.triton.kv_cache import TritonPages
+from kbit.backends.triton.shared import SharedMatrices
 from kbit.backends.triton.states import TritonStates
 from kbit.backends.triton.weight import TritonMatrix
 from kbit.formats.quant_tensor import QuantTensor
@@ -89,6 +90,7 @@ class TritonBackend:
         # make no call that a capture forbids meanwhile. Nobody has tried this here on GPUs: until then, no graphs.
         self.graphs = (self.device.type == "cuda" and group is None) if graphs is None else graphs
         self.group = group
+        self._shared: dict[str, SharedMatrices] = {}
 
     def describe(self) -> str:
         where = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "Triton's interpreter"
@@ -105,6 +107,9 @@ class TritonBackend:
     def prepare(self, weight: torch.Tensor | QuantTensor, *, lookup: bool = False) -> TritonMatrix:
         # Rearranged where it will live: sorting bits is quick on a GPU.
         return TritonMatrix(prepare_weight(weight.to(self.device), self.device, self.dtype))
+
+    def shared(self, model: str) -> SharedMatrices:
+        return self._shared.setdefault(model, SharedMatrices(self.prepare, self.device, self.dtype))
 
     def prepare_vector(self, vector: torch.Tensor) -> torch.Tensor:
         return vector.to(self.device, torch.float32).contiguous()

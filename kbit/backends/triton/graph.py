@@ -41,7 +41,7 @@ class DecodeGraph:
         slots: int64 (B,), page * PAGE + place of each row's first token.
         after: int64 (B,), slots of states that the first replay will write to; anything of a model without.
         device: a CUDA device, the current one.
-        held: other tensors that the step reads and that nobody else may keep: a graph holds addresses, not tensors.
+        held: what else the step reads and nobody else may keep, tensors or what has some: a graph holds addresses.
     """
 
     def __init__(
@@ -51,7 +51,7 @@ class DecodeGraph:
         slots: NDArray[np.int64],
         after: NDArray[np.int64],
         device: torch.device,
-        held: Sequence[torch.Tensor] = (),
+        held: Sequence[object] = (),
     ) -> None:
         self._held = (*held, *pages.keys, *pages.values)
         batch = len(slots)

@@ -180,6 +180,13 @@ class Replay:
                 if merged is not None:
                     self._merged[operation] = merged
 
+    def held(self) -> list[TritonWeight]:
+        """The weights it reads as they lie now, for who keeps their addresses: another width of the model may move
+        those that it multiplies as one."""
+        read = [operation for operation in self._operations if isinstance(operation, Project | Embed)]
+        several = (operation.weights if isinstance(operation, Project) else (operation.weight,) for operation in read)
+        return [*self._merged.values(), *(triton_weight(weight) for weights in several for weight in weights)]
+
     def __call__(self, x: torch.Tensor, step: Pass | None) -> torch.Tensor:
         """x: token ids (N,), or hidden states (N, hidden) float32 -> (N, width) float32."""
         values = {self._input: x}

@@ -171,7 +171,7 @@ class TritonRunner:
                 return self._head(self._body(ids, step), None)
 
             first = slots(cache.tables, batch.sequences, np.zeros_like(batch.positions))
-            held = (cos, sin, table, bounds, *arrays)
+            held = (cos, sin, table, bounds, *arrays, *self._body.held(), *self._head.held())
             graph = DecodeGraph(run, pages, first, after.astype(np.int64), self._device, held)
             captured = self._captured[cache] = _Captured(graph, version, table)
         places = slots(cache.tables, batch.sequences, batch.positions)

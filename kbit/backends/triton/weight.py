@@ -9,7 +9,9 @@ import torch
 
 from kbit.graph.ops import Vector, Weight
 from kbit.host.errors import UnsupportedError
+from kbit.kernels.triton.codecs.joined import joined
 from kbit.kernels.triton.codecs.layout import TritonWeight
+from kbit.kernels.triton.codecs.nested_planes import NestedScales
 from kbit.kernels.triton.product.rounded import with_activations
 
 
@@ -20,9 +22,13 @@ class TritonMatrix(Weight):
     Attributes:
         data: the tensors. They may become views of a larger matrix (`merge`), with the same contents, and be marked so
             that products round their activations (`round_activations`).
+        scales: of a nested matrix, what its other widths are made of besides planes; None: no other is expected.
+        kept_as: the format that it was prepared from, as `SharedMatrices` calls it.
     """
 
     data: TritonWeight
+    scales: NestedScales | None = None
+    kept_as: str = ""
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -74,9 +80,9 @@ def round_activations(weights: Iterable[Weight], kind: str) -> None:
 def merge(weights: tuple[Weight, ...]) -> TritonWeight | None:
     """Matrices that share an input (q, k, v), one below the other, so that one kernel multiplies them all.
 
-    The parts become views of the result: nothing is held twice. None where they do not fit together: formats or tables
-    that differ, rows that are no whole tiles, double-quantized scales (whose factors belong to runs of 256 blocks,
-    which would shift).
+    The parts become views of the result: nothing is held twice, and what lies like that already stays where it is. None
+    where they do not fit together: formats or tables that differ, rows that are no whole tiles, double-quantized scales
+    (whose factors belong to runs of 256 blocks, which would shift).
     """
     matrices = [_matrix(weight) for weight in weights]
     parts = [matrix.data for matrix in matrices]
@@ -94,7 +100,7 @@ def merge(weights: tuple[Weight, ...]) -> TritonWeight | None:
         first,
         shape=(rows, first.shape[1]),
         padded=(rows, first.padded[1]),
-        planes=tuple(torch.cat(planes) for planes in zip(*(part.planes for part in parts), strict=True)),
+        planes=tuple(joined(planes) for planes in zip(*(part.planes for part in parts), strict=True)),
         scales=_joined([part.scales for part in parts]),
         offsets=_joined([part.offsets for part in parts]),
         lift=min(part.lift for part in parts),
@@ -124,4 +130,4 @@ def _equal(a: torch.Tensor | None, b: torch.Tensor | None) -> bool:
 
 def _joined(parts: list[torch.Tensor | None]) -> torch.Tensor | None:
     present = [part for part in parts if part is not None]
-    return torch.cat(present) if len(present) == len(parts) else None
+    return joined(present) if len(present) == len(parts) else None

@@ -204,11 +204,13 @@ def levels(a, b, c, magic, BITS: tl.constexpr, STEPS: tl.constexpr, DTYPE: tl.co
 
 @triton.jit
 def load_table(table, KIND: tl.constexpr, BITS: tl.constexpr):
-    """The table of a "table" or "pairs" weight, in registers; for "int" an unused scalar."""
+    """The table of a weight, in registers: by code, or by pair of codes; for "int" an unused scalar."""
     if KIND == "int":
         values = 0
-    elif KIND == "table":
+    elif KIND == "table" or KIND == "nested":
         values = tl.load(table + tl.arange(0, 1 << BITS))
+    elif KIND == "nested-pairs":  # by the bytes that `nested.load_words` has for pairs
+        values = tl.load(table + tl.arange(0, 16 if BITS == 2 else 128))
     else:
         values = tl.load(table + tl.arange(0, 1 << (2 * BITS)))
     return values
@@ -322,19 +324,3 @@ def load_scale(
     if DOUBLE:
         values *= tl.load(factors + ((own_tile * 16 + row) * blocks + block + MORE) // 256)
     return values
-
-
-@triton.jit
-def activation(gate, KIND: tl.constexpr):
-    """act(gate), float32: "silu", "gelu", "gelu_tanh" or "relu" as kernels/reference.py means them."""
-    if KIND == "silu":
-        out = gate / (1.0 + tl.exp(-gate))
-    elif KIND == "gelu":
-        out = 0.5 * gate * (1.0 + tl.erf(gate * 0.7071067811865476))
-    elif KIND == "gelu_tanh":
-        # tanh(u) = 1 - 2 / (1 + exp(2 u)); for large u the exponential is infinite and the quotient 0
-        out = gate * (1.0 - 1.0 / (1.0 + tl.exp(1.5957691216057308 * (gate + 0.044715 * gate * gate * gate))))
-    else:
-        tl.static_assert(KIND == "relu")
-        out = tl.maximum(gate, 0.0)
-    return out

@@ -16,6 +16,7 @@ import torch
 import triton
 import triton.language as tl
 
+from kbit.formats.nested import NestedFormat
 from kbit.formats.planes_codec import PlanesTensor
 from kbit.formats.quant_format import SUPERBLOCK, plane_widths
 from kbit.formats.quant_tensor import QuantTensor
@@ -163,10 +164,76 @@ def dequantize_planes(
     return out
 
 
+@triton.jit
+def dequantize_nested_kernel(
+    planes, scales_ptr, factors_ptr, codebook_ptr, ids_ptr, out_ptr, columns, blocks, block_size,
+    BITS: tl.constexpr, CHOSEN: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """BLOCK weights of one row at a width: codebook[code] * round(scale * factor)."""
+    place = tl.program_id(0).to(tl.int64)
+    row = place
+    if CHOSEN:
+        row = tl.load(ids_ptr + place).to(tl.int64)
+    at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    mask = at < columns
+    code = _field(planes[0], row, at, mask, columns, 2)
+    for bit in tl.static_range(2, BITS):
+        code |= _field(planes[bit - 1], row, at, mask, columns, 1) << bit
+    scale = tl.load(scales_ptr + row * blocks + at // block_size, mask=mask, other=0)
+    scaled = scale.to(tl.float32) * tl.load(factors_ptr + row).to(tl.float32)
+    value = tl.load(codebook_ptr + code) * scaled.to(scale.dtype).to(tl.float32)
+    tl.store(out_ptr + place * columns + at, value.to(out_ptr.dtype.element_ty), mask=mask)
+
+
+def dequantize_nested(
+    matrix: QuantTensor, width: int, dtype: torch.dtype = torch.float32, ids: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Values of a nested matrix at one of its widths, or of chosen rows; planes above the width are not read.
+
+    Args:
+        matrix: (N, K), in the portable layout (kbit.formats.nested).
+        width: one that its format serves.
+        dtype: of the result.
+        ids: as for dequantize_planes.
+
+    Returns:
+        (*ids.shape, K), or (N, K).
+
+    Raises:
+        UsageError: the width is not served.
+    """
+    assert isinstance(matrix.format, NestedFormat)
+    format, (rows, columns) = matrix.format.narrowed(width), matrix.shape
+    scales, factors = matrix.stored["scales"].contiguous(), matrix.stored[f"factor{width}"].contiguous()
+    shape = (rows,) if ids is None else tuple(ids.shape)
+    out = torch.empty((*shape, columns), dtype=dtype, device=scales.device)
+    if out.numel() == 0:
+        return out
+    dequantize_nested_kernel[(out.numel() // columns, triton.cdiv(columns, _BLOCK))](
+        tuple(matrix.stored[name].contiguous() for name in format.planes_at(width)),
+        scales,
+        factors,
+        matrix.codebook[format.levels_at(width)].contiguous(),
+        scales if ids is None else ids.reshape(-1).contiguous(),
+        out,
+        columns,
+        scales.shape[1],
+        format.block_size or columns,
+        BITS=width,
+        CHOSEN=ids is not None,
+        BLOCK=_BLOCK,
+        num_warps=4,
+        enable_fp_fusion=False,
+    )
+    return out
+
+
 def dequantize(
     weight: QuantTensor, dtype: torch.dtype = torch.float32, ids: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """dequantize_planes of a matrix in a planes format: weight.dequantize(dtype), or rows of it, on its device."""
+    """weight.dequantize(dtype), or rows of it, on its device: of a matrix in a planes format, or of a nested one."""
+    if isinstance(weight.format, NestedFormat):
+        return dequantize_nested(weight, weight.format.bits, dtype, ids)
     matrix = PlanesTensor.of(weight)
     stored = matrix.stored
     return dequantize_planes(

@@ -30,6 +30,7 @@ from typing import Any
 import torch
 
 from kbit.formats.codec import no_kernel
+from kbit.formats.nested import NestedFormat
 from kbit.formats.planes_codec import PlanesTensor
 from kbit.formats.quant_format import SUPERBLOCK, QuantFormat, plane_widths
 from kbit.formats.quant_tensor import QuantTensor
@@ -59,7 +60,8 @@ class TritonWeight:
         offsets: as scales (int8 if double-quantized), or None.
         offsets_super: as scales_super, or None.
         kind: how a code becomes a value: "int" (code - zero, exact), "table" (one entry per code) or "pairs" (one
-            32-bit entry per pair of codes).
+            32-bit entry per pair of codes); of a nested weight "nested" or "nested-pairs", likewise
+            (kbit.kernels.triton.codecs.nested says how its planes lie).
         table: the table for "table" (dtype) and "pairs" (int32); None for "int".
         zero: code that stands for 0 in "int".
         multiplier: the value of a code is (code - zero) or table[code], times this, times the block's scale.
@@ -100,6 +102,11 @@ class TritonWeight:
     mixed: int = 0
     window: int = 0
     half: bool = False
+
+    @property
+    def nested(self) -> bool:
+        """Whether it is one width of several, whose planes lie apart."""
+        return self.kind.startswith("nested")
 
     @property
     def blocks(self) -> int:
@@ -165,7 +172,7 @@ def _planes(matrix: QuantTensor, device: torch.device | str, dtype: torch.dtype)
     scales: dict[str, Any] = {}
     for name in ("scales", "offsets"):
         if name in weight.stored:
-            scales[name] = _tiles_first(weight.stored[name], quant_format, padded).to(device)
+            scales[name] = tiles_first(weight.stored[name], quant_format, padded).to(device)
             if quant_format.double_quant:
                 scales[f"{name}_super"] = _factors(weight, name, padded).to(device)
     return TritonWeight(
@@ -178,7 +185,7 @@ def _planes(matrix: QuantTensor, device: torch.device | str, dtype: torch.dtype)
         table=None if table is None else table.to(device),
         zero=2 ** (quant_format.bits - 1),
         multiplier=multiplier,
-        lift=_lift(weight),
+        lift=lift_of(weight.scales, weight.offsets),
         bits=quant_format.bits,
         block_size=quant_format.block_size,
         **scales,
@@ -210,10 +217,19 @@ def _trellis(matrix: QuantTensor, device: torch.device | str, dtype: torch.dtype
     )
 
 
+def _nested(matrix: QuantTensor, device: torch.device | str, dtype: torch.dtype) -> TritonWeight:
+    """The widest width of a nested matrix."""
+    from kbit.kernels.triton.codecs.nested_planes import NestedScales, pack_planes
+
+    assert isinstance(matrix.format, NestedFormat)
+    return NestedScales.of(matrix).at_width(matrix.format.bits, pack_planes(matrix, device), dtype)
+
+
 # How a matrix of each codec gets into the layout of its kernels, by family.
 CODECS: dict[str, Callable[[QuantTensor, torch.device | str, torch.dtype], TritonWeight]] = {
     "planes": _planes,
     "trellis": _trellis,
+    "nested": _nested,
 }
 
 
@@ -260,7 +276,7 @@ def _values(
         # is (code - 2^(k-1) + 1/2) * 2 / top: the kernel adds the half to the offset. Both factors move to the scale,
         # and what the tensor cores multiply is a small integer, exact in half precision and bfloat16.
         return "int", None, step
-    factor = _table_factor(levels, dtype)
+    factor = table_factor(levels, dtype)
     table = (levels * factor).to(dtype)
     if bits <= 3 and dtype != torch.float32:
         # One lookup for two codes: 16 entries at 2 bits, 64 at 3. At 4 bits 256 entries would cost more in conflicts
@@ -293,7 +309,7 @@ def _integer_step(quant_format: QuantFormat, levels: torch.Tensor) -> float | No
     return step if same and step > 0 else None
 
 
-def _table_factor(levels: torch.Tensor, dtype: torch.dtype) -> float:
+def table_factor(levels: torch.Tensor, dtype: torch.dtype) -> float:
     """What to multiply a table with before rounding to `dtype`.
 
     Float grids are multiples of their smallest value with few bits, exact in half precision unless divided by their
@@ -313,7 +329,7 @@ def _table_factor(levels: torch.Tensor, dtype: torch.dtype) -> float:
     return candidates[errors.index(min(errors))]
 
 
-def _tiles_first(stored: torch.Tensor, quant_format: QuantFormat, padded: tuple[int, int]) -> torch.Tensor:
+def tiles_first(stored: torch.Tensor, quant_format: QuantFormat, padded: tuple[int, int]) -> torch.Tensor:
     """Scales or offsets (N, blocks) -> (N' / 16, blocks', 16), padded with zeros."""
     rows, blocks = stored.shape
     wanted = quant_format.blocks_per_row(padded[1])
@@ -330,9 +346,9 @@ def _factors(weight: PlanesTensor, name: str, padded: tuple[int, int]) -> torch.
     return torch.nn.functional.pad(factors, (0, max(0, wanted - len(factors))))
 
 
-def _lift(weight: PlanesTensor) -> float:
+def lift_of(scales: torch.Tensor, offsets: torch.Tensor | None = None) -> float:
     """The power of two by which the largest scale or offset falls short of 1."""
-    largest = float(weight.scales.abs().max())
-    if weight.offsets is not None:
-        largest = max(largest, float(weight.offsets.abs().max()))
+    largest = float(scales.abs().max())
+    if offsets is not None:
+        largest = max(largest, float(offsets.abs().max()))
     return 2.0 ** -round(math.log2(largest)) if largest > 0 else 1.0

@@ -29,6 +29,22 @@ def planes_bytes(format: QuantFormat, rows: int, columns: int) -> int:
     return rows * columns * format.bits // 8 + scales * (2 if format.asymmetric else 1)
 
 
+def nested_padded_shape(rows: int, columns: int) -> tuple[int, int]:
+    """(N', K') of a nested matrix, at every width: a plane of one bit has 128 bits a lane in 256 columns."""
+    return _up(rows, ROW_TILE), _up(columns, 256)
+
+
+def nested_bytes(format: QuantFormat, rows: int, columns: int) -> int:
+    """Bytes of a prepared nested matrix at a width, planes and the width's scales, padding included, no table.
+
+    Args:
+        format: the plain one of this width, with the same blocks and scales.
+        rows, columns: N and K.
+    """
+    rows, columns = nested_padded_shape(rows, columns)
+    return rows * columns * format.bits // 8 + rows * format.blocks_per_row(columns) * _SCALE_BYTES[format.scale_dtype]
+
+
 def trellis_bytes(format: TrellisFormat, rows: int, columns: int) -> int:
     """Bytes of a prepared trellis: its tiles, fp16 scales of rows, and a float32 for every rotated column."""
     rows, columns = _up(rows, TILE), _up(columns, TILE)

@@ -59,7 +59,8 @@ class Problem:
         bits: of the codes.
         block_size: columns that share a scale, 0 for a whole row.
         element_size: bytes of an activation.
-        format: of the weight, as text. Only what was timed tells formats of the same bits apart, and gated products.
+        format: of the weight, as text. Nested ones have wider chunks; else only what was timed tells apart formats of
+            the same bits, and gated products.
         gated: with an activation: of two matrices (gemv), or of a gate's product and this one (gemm).
     """
 
@@ -71,6 +72,12 @@ class Problem:
     element_size: int = 2
     format: str = ""
     gated: bool = False
+
+    @property
+    def least_columns(self) -> int:
+        """Of a chunk: 128 bits a lane of every plane, and at least 64 columns."""
+        nested = self.format.startswith("nested") and self.bits > 2
+        return columns_multiple(3) if nested else columns_multiple(self.bits)  # planes of one bit, as 3 bits have
 
 
 # Streaming multiprocessors (compute units) of the largest common part of a class: enough programs for these.
@@ -89,7 +96,7 @@ def units_of(arch: str) -> int:
 
 def chunk_columns(problem: Problem, limit: int = 256) -> int:
     """The widest chunk up to `limit` that divides K' and holds 128 bits per lane of every plane."""
-    least = columns_multiple(problem.bits)
+    least = problem.least_columns
     for columns in (256, 128, 64):
         if columns <= max(limit, least) and columns >= least and problem.columns % columns == 0:
             return columns

@@ -25,9 +25,6 @@ import triton.language as tl
 
 from kbit.host.errors import UnsupportedError
 from kbit.kernels.triton.codecs.codes import (
-    activation,
-    decode,
-    load_planes,
     load_scale,
     load_table,
     operand,
@@ -35,6 +32,7 @@ from kbit.kernels.triton.codecs.codes import (
     swapped,
 )
 from kbit.kernels.triton.codecs.layout import ROW_TILE, TritonWeight
+from kbit.kernels.triton.codecs.values import load_values
 from kbit.kernels.triton.product.configs import GemmConfig, gemm_config
 from kbit.kernels.triton.product.gemv import (
     add_shares,
@@ -45,6 +43,7 @@ from kbit.kernels.triton.product.gemv import (
     swaps,
     weight_tuple,
 )
+from kbit.kernels.triton.rows.activate import act
 from kbit.kernels.triton.target import current_arch
 
 # Up to here scales multiply sums, above weights: per 64 columns a lane has BM / 2 sums and 32 weights to scale, and a
@@ -70,7 +69,7 @@ def gemm_kernel(
     With GROUPED a token tile's entries of `order` are its rows of out (a row >= tokens is padding), row / TOP is the
     row of x, and `expert` says whose weight; the kernel ends at a tile of expert -1.
     """
-    a_ptr, b_ptr, c_ptr, scales_ptr, factors_ptr, offsets_ptr, offset_factors_ptr, table_ptr = weight
+    planes, scales_ptr, factors_ptr, offsets_ptr, offset_factors_ptr, table_ptr = weight
     DTYPE: tl.constexpr = x_ptr.dtype.element_ty
     BN: tl.constexpr = TILES * 16
     LOW_BIT: tl.constexpr = COLUMNS if BLOCK == 0 else BLOCK & -BLOCK
@@ -102,8 +101,7 @@ def gemm_kernel(
     acc = tl.zeros((BN, BM), tl.float32)
     for turn in tl.range(turns, num_stages=STAGES):
         chunk = turn * SPLIT + share
-        a, b, c = load_planes(a_ptr, b_ptr, c_ptr, tile, chunk, padded_columns, BITS, COLUMNS)
-        weights = decode(a, b, c, values, magic, BITS, KIND, COLUMNS // 16, DTYPE)
+        weights = load_values(planes, tile, chunk, padded_columns, values, magic, BITS, KIND, COLUMNS, DTYPE)
         for i in tl.static_range(PARTS):
             column = chunk * COLUMNS + i * SUB
             at = x_ptr + (x_row[:, None] * stride_x + column + k[None, :])
@@ -146,7 +144,7 @@ def gemm_kernel(
         tl.store(out_ptr + (share * tokens + m) * stride_out + rows, acc, mask=seen)
     else:
         if GATE != "":
-            acc *= activation(tl.load(gate_ptr + m * stride_gate + rows, mask=seen, other=0.0).to(tl.float32), GATE)
+            acc *= act(tl.load(gate_ptr + m * stride_gate + rows, mask=seen, other=0.0).to(tl.float32), GATE)
         if BIAS:
             acc += tl.load(bias_ptr + rows, mask=rows < out_rows, other=0.0).to(tl.float32)
         if RESIDUAL:

@@ -86,10 +86,11 @@ def gemm_rounded(
     out = torch.empty((tokens, rows), dtype=out_dtype or x.dtype, device=x.device)
     if tokens > (most := tokens_per_launch(config, rounded.values, residual, gate, out)):
         raise UnsupportedError(f"a product of rounded tokens takes at most {most} of them here, not {tokens}")
+    planes, scales, factors, *_ = weight_tuple(weight)
     table = weight.planes[0] if weight.table8 is None else weight.table8
     gemm_rounded_kernel[(triton.cdiv(row_tiles, config.tiles) * triton.cdiv(tokens, config.tokens),)](
         rounded.values, rounded.scales, out, out if bias is None else bias, out if residual is None else residual,
-        out if gate is None else gate, (*weight_tuple(weight)[:5], table),
+        out if gate is None else gate, (*planes, scales, factors, table),
         tokens, rows, row_tiles, rows, 0 if residual is None else residual.stride(0),
         0 if gate is None else gate.stride(0), padded_columns, weight.padded_blocks, weight.blocks,
         padded_columns // config.columns, SIGNS, weight.multiplier8,

@@ -19,6 +19,8 @@ Roofline: memory bandwidth; N K bits / 8 bytes of codes plus scales.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -27,9 +29,6 @@ from kbit.host.errors import UnsupportedError
 from kbit.kernels.triton.codecs.codes import (
     MAGIC_BF16,
     MAGIC_FP16,
-    activation,
-    decode,
-    load_planes,
     load_scale,
     load_table,
     operand,
@@ -37,7 +36,9 @@ from kbit.kernels.triton.codecs.codes import (
     swapped,
 )
 from kbit.kernels.triton.codecs.layout import ROW_TILE, TritonWeight
+from kbit.kernels.triton.codecs.values import load_values
 from kbit.kernels.triton.product.configs import GemvConfig, Problem, gemv_config
+from kbit.kernels.triton.rows.activate import act
 from kbit.kernels.triton.target import current_arch
 
 # Triton 3.7 lets a join behind a gather decide the operand's layout, 3.8 and 3.9 do not.
@@ -56,7 +57,7 @@ def gemv_sums(
     SWAP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Sums of one row tile over the columns of one program: float32 (16, BM)."""
-    a_ptr, b_ptr, c_ptr, scales_ptr, factors_ptr, offsets_ptr, offset_factors_ptr, table_ptr = weight
+    planes, scales_ptr, factors_ptr, offsets_ptr, offset_factors_ptr, table_ptr = weight
     DTYPE: tl.constexpr = x_ptr.dtype.element_ty
     # Columns that surely share a scale: the power of two in the block size, at most a chunk.
     LOW_BIT: tl.constexpr = COLUMNS if BLOCK == 0 else BLOCK & -BLOCK
@@ -74,8 +75,7 @@ def gemv_sums(
         column = chunk * COLUMNS
         if not EVEN:  # the last turn's idle warps decode the last chunk again, times activations of zero
             chunk = tl.minimum(chunk, chunks - 1)
-        a, b, c = load_planes(a_ptr, b_ptr, c_ptr, tile, chunk, padded_columns, BITS, COLUMNS)
-        weights = decode(a, b, c, values, magic, BITS, KIND, COLUMNS // 16, DTYPE)
+        weights = load_values(planes, tile, chunk, padded_columns, values, magic, BITS, KIND, COLUMNS, DTYPE)
         at = x_ptr + (m[None, :, None] * stride_x + column[:, None, None] + k[None, None, :])
         for i in tl.static_range(PARTS):
             if EVEN:
@@ -131,7 +131,7 @@ def gemv_kernel(
             BITS, KIND, BLOCK, DOUBLE, OFFSETS, BM, COLUMNS, WARPS, SPLIT, EVEN, SWAP, PRECISION,
         )  # fmt: skip
         if SPLIT == 1:
-            sums = activation(sums, GATE) * up
+            sums = act(sums, GATE) * up
         else:  # partial sums of `up` follow those of the gate
             tl.store(out_ptr + ((SPLIT + share) * tokens + m) * stride_out + rows, up, mask=seen)
     if SPLIT > 1:
@@ -160,7 +160,7 @@ def add_shares_kernel(
         if GATE != "":
             up += tl.load(partial_ptr + ((SPLIT + share) * tokens + m) * out_rows + rows, mask=seen, other=0.0)
     if GATE != "":
-        sums = activation(sums, GATE) * up
+        sums = act(sums, GATE) * up
     if BIAS:
         sums += tl.load(bias_ptr + rows, mask=seen, other=0.0).to(tl.float32)
     if RESIDUAL:
@@ -204,15 +204,15 @@ def check_product(
         )
 
 
-def weight_tuple(weight: TritonWeight) -> tuple[torch.Tensor, ...]:
-    """A weight as kernels take it, in one argument: three planes, scales, their factors, offsets, their factors, table.
+def weight_tuple(weight: TritonWeight) -> tuple[Any, ...]:
+    """A weight as kernels take it, in one argument: planes, scales, their factors, offsets, their factors, table.
 
-    What a format does not have repeats the first plane.
+    What a format does not have repeats the first plane: of planes there are three, or as many as a nested weight has.
     """
     first = weight.planes[0]
-    planes = [*weight.planes, first, first][:3]
+    planes = (*weight.planes, *(first,) * (3 - len(weight.planes)))
     several = (weight.scales, weight.scales_super, weight.offsets, weight.offsets_super, weight.table)
-    return (*planes, *(first if tensor is None else tensor for tensor in several))
+    return planes, *(first if tensor is None else tensor for tensor in several)
 
 
 def magic_number(weight: TritonWeight) -> int:
@@ -231,7 +231,7 @@ def swaps(weight: TritonWeight, arch: str) -> bool:
     Any answer gives the same result; the wrong one costs 64 shuffles per 128 weights of a lane. AMD's operands differ
     from both.
     """
-    joined = weight.kind == "int" or (weight.kind == "pairs" and _JOIN_BEHIND_GATHER)
+    joined = weight.kind == "int" or (weight.kind.endswith("pairs") and _JOIN_BEHIND_GATHER)
     return joined and not arch.startswith("gfx")
 
 

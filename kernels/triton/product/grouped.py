@@ -17,6 +17,7 @@ import torch
 import triton
 
 from kbit.host.errors import UnsupportedError
+from kbit.kernels.triton.codecs.joined import joined
 from kbit.kernels.triton.codecs.layout import ROW_TILE, TritonWeight
 from kbit.kernels.triton.product.configs import GemmConfig, Problem, gemm_config
 from kbit.kernels.triton.product.gemm import launch, tokens_per_launch
@@ -78,14 +79,14 @@ def stack_experts(weights: Sequence[TritonWeight]) -> TritonWeight:
         parts = [getattr(weight, name) for weight in weights]
         if parts[0] is None:
             return None
-        return torch.stack(parts) if stack else torch.cat(parts)
+        return torch.stack(parts) if stack else joined(parts)
 
     return TritonWeight(
         first.format,
         first.shape,
         first.padded,
         first.dtype,
-        planes=tuple(torch.cat(planes) for planes in zip(*(weight.planes for weight in weights), strict=True)),
+        planes=tuple(joined(planes) for planes in zip(*(weight.planes for weight in weights), strict=True)),
         scales=join("scales"),
         scales_super=join("scales_super", stack=True),
         offsets=join("offsets"),
@@ -137,7 +138,8 @@ def grouped_config(weight: TritonWeight, entries: int, count: int) -> GemmConfig
     average = max(5, min(64, -(-entries // count)))
     if weight.rotation is not None:
         return GemmConfig(1, max(16, triton.next_power_of_2(average)), ROW_TILE, 1, 4, 1)
-    problem = Problem(average, *weight.padded, weight.bits, weight.block_size)
+    format = weight.format if weight.nested else ""
+    problem = Problem(average, *weight.padded, weight.bits, weight.block_size, format=format)
     config = gemm_config(current_arch(), problem)
     return GemmConfig(config.tiles, config.tokens, config.columns, 1, config.warps, config.stages)
 

@@ -21,7 +21,7 @@ import triton
 import triton.language as tl
 
 from kbit.host.errors import UnsupportedError
-from kbit.kernels.triton.codecs.codes import activation, load_planes, load_scale, load_table
+from kbit.kernels.triton.codecs.codes import load_planes, load_scale, load_table
 from kbit.kernels.triton.codecs.codes8 import (
     bytes_operand,
     fp8_words,
@@ -32,6 +32,7 @@ from kbit.kernels.triton.codecs.codes8 import (
     words_operand,
 )
 from kbit.kernels.triton.codecs.layout import TritonWeight
+from kbit.kernels.triton.rows.activate import act
 
 KINDS = ("int8", "fp8")
 MOST_SEGMENT = 128
@@ -110,7 +111,7 @@ def gemm_rounded_kernel(
         acc *= multiplier
     if GATE != "":
         gate = tl.load(gate_ptr + m[None, :] * stride_gate + rows, mask=seen, other=0.0).to(tl.float32)
-        acc *= activation(gate, GATE)
+        acc *= act(gate, GATE)
     if BIAS:
         acc += tl.load(bias_ptr + rows, mask=rows < out_rows, other=0.0).to(tl.float32)
     if RESIDUAL:
@@ -158,6 +159,8 @@ def with_activations(weight: TritonWeight, kind: str) -> TritonWeight:
         reason = "the weight was prepared for float32 activations"
     elif weight.rotation is not None:
         reason = "its products are those of rotated tokens, in half precision"
+    elif weight.nested:
+        reason = "its planes lie apart, and the kernel decodes those of plain formats"
     elif weight.offsets is not None:
         reason = "it has offsets, and the kernel only scales"
     elif segment_of(weight) < 32:

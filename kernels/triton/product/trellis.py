@@ -17,10 +17,10 @@ import torch
 import triton
 import triton.language as tl
 
-from kbit.kernels.triton.codecs.codes import activation
 from kbit.kernels.triton.codecs.layout import ROW_TILE, TritonWeight
 from kbit.kernels.triton.codecs.trellis import rotate_tokens, trellis_levels
 from kbit.kernels.triton.product.gemv import check_product, dot_precision
+from kbit.kernels.triton.rows.activate import act
 from kbit.kernels.triton.target import current_arch
 
 _COLUMNS, _MOST_TOKENS = 64, 64
@@ -63,7 +63,7 @@ def trellis_kernel(
         sums += tl.load(residual_ptr + m[None, :] * stride_residual + rows, mask=seen, other=0.0).to(tl.float32)
     if GATE != "":
         gate = tl.load(gate_ptr + m[None, :] * stride_gate + rows, mask=seen, other=0.0).to(tl.float32)
-        sums = activation(gate, GATE) * sums
+        sums = act(gate, GATE) * sums
     tl.store(out_ptr + m[None, :] * stride_out + rows, sums.to(out_ptr.dtype.element_ty), mask=seen)
 
 

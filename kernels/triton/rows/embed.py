@@ -42,17 +42,35 @@ def _fragment_field(
 
 
 @triton.jit
-def _code(plane0_ptr, plane1_ptr, plane2_ptr, row, at, mask, columns, BITS: tl.constexpr, ADJACENT: tl.constexpr):
-    WIDE: tl.constexpr = 8 if BITS == 8 else (4 if BITS >= 4 else 2)
-    code = _fragment_field(plane0_ptr, row, at, mask, columns, WIDE, WIDE, ADJACENT)
-    if BITS == 3:
-        code |= _fragment_field(plane1_ptr, row, at, mask, columns, 1, WIDE, ADJACENT) << 2
-    elif BITS == 5:
-        code |= _fragment_field(plane1_ptr, row, at, mask, columns, 1, WIDE, ADJACENT) << 4
-    elif BITS >= 6 and BITS < 8:
-        code |= _fragment_field(plane1_ptr, row, at, mask, columns, 2, WIDE, ADJACENT) << 4
-        if BITS == 7:
-            code |= _fragment_field(plane2_ptr, row, at, mask, columns, 1, WIDE, ADJACENT) << 6
+def _nested_field(plane_ptr, row, at, mask, columns, WIDTH: tl.constexpr):
+    """As _fragment_field, of a nested weight's plane of 2 or 1 bits (codecs/nested.py)."""
+    span: tl.constexpr = 256 // WIDTH
+    others: tl.constexpr = 2 // WIDTH
+    lane = row % 8 * 4 + at % 8 // 2
+    step = at % span // 16
+    word = ((row // 16 * (columns // span) + at // span) * 32 + lane) * 4 + step // (2 * others)
+    value = tl.load(plane_ptr + word, mask=mask, other=0)
+    place = at % 16 // 8 * 16 + row % 16 // 8 * 8 + step % 2 * 4 + at % 2 * 2 + step // 2 % others
+    return (value >> place) & ((1 << WIDTH) - 1)
+
+
+@triton.jit
+def _code(planes, row, at, mask, columns, BITS: tl.constexpr, ADJACENT: tl.constexpr, NESTED: tl.constexpr):
+    if NESTED:
+        code = _nested_field(planes[0], row, at, mask, columns, 2)
+        for bit in tl.static_range(2, BITS):
+            code |= _nested_field(planes[bit - 1], row, at, mask, columns, 1) << bit
+    else:
+        WIDE: tl.constexpr = 8 if BITS == 8 else (4 if BITS >= 4 else 2)
+        code = _fragment_field(planes[0], row, at, mask, columns, WIDE, WIDE, ADJACENT)
+        if BITS == 3:
+            code |= _fragment_field(planes[1], row, at, mask, columns, 1, WIDE, ADJACENT) << 2
+        elif BITS == 5:
+            code |= _fragment_field(planes[1], row, at, mask, columns, 1, WIDE, ADJACENT) << 4
+        elif BITS >= 6 and BITS < 8:
+            code |= _fragment_field(planes[1], row, at, mask, columns, 2, WIDE, ADJACENT) << 4
+            if BITS == 7:
+                code |= _fragment_field(planes[2], row, at, mask, columns, 1, WIDE, ADJACENT) << 6
     return code
 
 
@@ -69,9 +87,7 @@ def _scale(values_ptr, super_ptr, row, block, blocks, padded_blocks, mask, SUPER
 @triton.jit
 def embed_kernel(
     ids_ptr,
-    plane0_ptr,
-    plane1_ptr,
-    plane2_ptr,
+    planes,
     table_ptr,
     scales_ptr,
     scales_super_ptr,
@@ -99,7 +115,8 @@ def embed_kernel(
         row = tl.load(ids_ptr + place).to(tl.int64)
     at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     mask = at < columns
-    code = _code(plane0_ptr, plane1_ptr, plane2_ptr, row, at, mask, padded_columns, BITS, KIND == "pairs")
+    NESTED: tl.constexpr = KIND == "nested" or KIND == "nested-pairs"
+    code = _code(planes, row, at, mask, padded_columns, BITS, KIND == "pairs", NESTED)
     if KIND == "int":
         value = (code - zero).to(tl.float32)
         if OFFSETS:  # levels with offset lie half a step beside the integers
@@ -107,6 +124,8 @@ def embed_kernel(
     elif KIND == "pairs":  # the entry whose low half is this code: fields of the planes, each beside a zero
         entry = code if BITS == 2 else (code & 3) | (code >> 2 << 4)
         value = tl.load(table_ptr + 2 * entry).to(tl.float32)
+    elif KIND == "nested-pairs":
+        value = tl.load(table_ptr + 2 * ((code & 3) | (code & 4) << 2)).to(tl.float32)
     else:
         value = tl.load(table_ptr + code).to(tl.float32)
     block = at // block_size
@@ -139,14 +158,11 @@ def embed(weight: TritonWeight, ids: torch.Tensor | None = None, dtype: torch.dt
     if out.numel() == 0:
         return out
     table = weight.table
-    if table is not None and weight.kind == "pairs":
+    if table is not None and weight.kind.endswith("pairs"):
         table = table.view(weight.dtype)
-    first, *others = weight.planes
-    others += [first] * (2 - len(others))
     embed_kernel[(out.numel() // columns, triton.cdiv(columns, _BLOCK))](
         scales if ids is None else ids.reshape(-1).contiguous(),
-        first,
-        *others,
+        weight.planes,
         scales if table is None else table,
         scales,
         scales if weight.scales_super is None else weight.scales_super,
