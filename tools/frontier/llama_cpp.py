@@ -15,7 +15,7 @@ from frontier.subjects import Subject, calibration_text
 from kbit.host.errors import KbitError
 from kbit.models.opening import open_model
 
-TYPES = ("IQ2_XXS", "IQ2_S", "Q2_K", "IQ3_XXS", "IQ3_S", "IQ4_XS", "Q4_K_M", "Q5_K_M", "Q6_K")
+TYPES = ("IQ2_XXS", "IQ2_S", "Q2_K", "IQ3_XXS", "IQ3_S", "Q3_K_M", "IQ4_XS", "Q4_K_S", "Q4_K_M", "Q5_K_M", "Q6_K")
 _CHUNKS, _CHARACTERS = 256, 400_000
 _TOOLS = ("llama-quantize", "llama-imatrix")
 
