@@ -44,9 +44,8 @@ compile "$arm" arm "$root/tools/kernels_test.cpp" "-DSETS=$sets"
 if [ -n "$run" ]; then
   compile "$native" native "$cpu/isa/scalar.cpp" $kernels -O1
   compile "$native" native "$cpu/isa/kernel_table.cpp"
-  for name in codecs/mapped_file codecs/matrix_storage codecs/bitplanes codecs/scale_steps program/threads \
-    attention/kv_pages attention/attention_plan rounding/trellis; do
-    compile "$native" native "$cpu/$name.cpp"
+  for source in "$cpu"/codecs/*.cpp "$cpu"/attention/*.cpp "$cpu/program/threads.cpp" "$cpu/rounding/trellis.cpp"; do
+    compile "$native" native "$source"
   done
   compile "$native" native "$root/tools/kernels_test.cpp" '-DSETS="scalar"'
 fi
