@@ -125,10 +125,10 @@ def test_the_table_compares_with_types_of_almost_a_bit_more() -> None:
     ours = [row("kbit", "trellis", "mixed2.54", 2.53, 0.02), row("kbit", "trellis", "mixed2.4", 2.4, 0.03)]
     ours.append(row("kbit", "ldlq2", "mixed2.6", 2.6, 0.001))  # more than is asked for
     peers = [row("llama.cpp", "imatrix", name, bits, 0.025) for name, bits in (("IQ3_S", 3.44), ("Q3_K_M", 3.9))]
-    shown = tables(ours + peers).split("0.9 ± 0.1 more")[1]
+    shown = tables(ours + peers).split("0.9 ± 0.15 more")[1]
     assert "| 2.55 | trellis mixed2.54 | 2.53 | 0.0200 | IQ3_S | 3.44 | 0.0250 | 0.80 (0.80 to 0.80) |" in shown
     assert "Q3_K_M" not in shown
-    assert "0.9 ± 0.1 more" not in tables([*ours, row("HQQ", "hqq", "int3-g64", 3.44, 0.025)])  # another peer
+    assert "0.9 ± 0.15 more" not in tables([*ours, row("HQQ", "hqq", "int3-g64", 3.44, 0.025)])  # another peer
 
 
 def test_intervals_are_paired() -> None:

@@ -17,7 +17,7 @@ GOALS = dict.fromkeys(("IQ2_XXS", "IQ2_S", "IQ3_XXS", "IQ3_S", "IQ4_XS", "Q4_K_M
     "Q6_K": 0.5,
 }
 # Bits of kbit's that are to do what llama.cpp's types do with so many more, and how near a type's must come to those.
-FEWER, FEWER_AT, _NEAR = 0.9, (2.1, 2.55, 3.1, 3.6), 0.1
+FEWER, FEWER_AT, _NEAR = 0.9, (2.1, 2.55, 3.1, 3.6), 0.15
 _COLOURS = {"rtn": "#0072B2", "hqq": "#56B4E9", "awq": "#009E73", "gptq": "#CC79A7", "ldlq2": "#D55E00"}
 _COLOURS |= {"trellis": "#6A3D9A", "trellis-plain": "#B2A1C7", "trellis-tuned": "#E31A1C"}
 _PEERS = {PEER: "#E69F00", "GPTQModel": "#999933", "AutoRound": "#882255", "HQQ": "#6699CC", "torchao": "#117733"}
