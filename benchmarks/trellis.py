@@ -2,15 +2,25 @@
 
     python benchmarks/trellis.py error --tiles 3907           # 10^6 numbers: squared error, CPU time of the search
     python benchmarks/trellis.py speed                        # products with one token, in turns with plain formats
+    python benchmarks/trellis.py models --model QWEN.gguf     # a whole model, decoding, in turns with plain formats
 
 `speed` has the linear layers of Qwen2.5 0.5B and 1.5B in matrices of random codes that no cache holds, multiplied with
-one token; weights per nanosecond of process time, the best of the rounds, on one thread. Nothing is asserted.
+one token; weights per nanosecond of process time, the best of the rounds, on one thread. `models` rounds a model to
+nearest in each format (embedding and head in 8 bits; kept in --folder), lets each write 64 tokens in turns, each in a
+process of its own, and prints medians, least and most tokens per second, and the ratio to the plain format named beside
+it. Nothing is asserted.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
 import time
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -30,6 +40,9 @@ SPEEDS = (
     *("lloyd2-b64", "nf3-b64", "nf4-b64", "lloyd5-b64"),
     *("trellis2", "trellis2-sum4", "trellis3", "trellis4", "trellis5"),
 )
+# Of whole models, and the plain format of about as many bits that each is compared with; trellis2 with one of 3 bits.
+MODELS = {"trellis2-l12": "nf3-b64", "trellis3-l12": "nf3-b64", "trellis4-l12": "nf4-b64"}
+PROMPT, WRITTEN = "The history of the sea", 64
 SHAPES = {"0.5B": (4864, 896), "1.5B": (8960, 1536)}
 SPREAD = 64_000_000  # bytes of copies of a layer
 CHUNK = 256  # tiles at a time
@@ -95,19 +108,52 @@ def speeds(rounds: int, isa: str, formats: list[str]) -> None:
             print(f"{name} {rows} x {columns}  {text:14} {rows * columns / seconds / 1e9:6.1f} weights/ns", flush=True)
 
 
+def models(path: str, folder: Path, rounds: int, threads: int, formats: list[str]) -> None:
+    """Print tokens per second of a model by format, measured in turns."""
+    kbit = [sys.executable, "-m", "kbit"]
+    for text in formats:
+        if not (folder / text).is_dir():
+            words = ["quantize", path, "--method", "rtn", "--bits", "4", "--embedding-bits", "8", "--no-measure"]
+            words += ["--override", f"*proj.weight={text}", "-o", str(folder / text)]
+            subprocess.run([*kbit, *words], check=True, stdout=subprocess.DEVNULL)
+    found: dict[str, list[float]] = {text: [] for text in formats}
+    for turn in range(rounds + 1):
+        for text, speeds in found.items():
+            words = ["run", PROMPT, "--raw", "--model", str(folder / text), "--max-tokens", str(WRITTEN)]
+            words += ["--allow-repetition", "--threads", str(threads), "--json"]
+            said = subprocess.run([*kbit, *words], check=True, capture_output=True, text=True).stdout
+            if turn:  # the first prepares weights
+                speeds.append(json.loads(said)["decode_tokens_per_second"])
+    medians = {text: statistics.median(speeds) for text, speeds in found.items()}
+    for text, speeds in found.items():
+        plain = MODELS.get(text, "")
+        ratio = f"  {medians[text] / medians[plain]:.2f} of {plain}" if plain in medians else ""
+        print(f"{text:16} {medians[text]:6.1f} tokens/s ({min(speeds):.1f} to {max(speeds):.1f}){ratio}", flush=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("error", "speed"))
+    parser.add_argument("what", choices=("error", "speed", "models"))
     parser.add_argument("--tiles", type=int, default=400, help="of 256 numbers")
-    parser.add_argument("--rounds", type=int, default=30)
+    parser.add_argument("--rounds", type=int, help="30; of models 7")
+    parser.add_argument("--model", help="of models: anything that kbit quantize takes")
+    parser.add_argument("--folder", type=Path, help="of models: for what is made of it; a temporary one by default")
+    parser.add_argument("--threads", type=int, default=2, help="of models")
     parser.add_argument("--isa", default="", help="an instruction set; the best one by default")
     parser.add_argument("--formats", help="others than the usual ones, with commas")
     arguments = parser.parse_args()
     formats = arguments.formats.split(",") if arguments.formats else None
     if arguments.what == "error":
         errors(arguments.tiles, formats or list(ERRORS))
+    elif arguments.what == "speed":
+        speeds(arguments.rounds or 30, arguments.isa, formats or list(SPEEDS))
     else:
-        speeds(arguments.rounds, arguments.isa, formats or list(SPEEDS))
+        if arguments.model is None:
+            parser.error("models: say which with --model")
+        chosen = formats or list(dict.fromkeys([*MODELS, *MODELS.values(), "lloyd2-b64"]))
+        with tempfile.TemporaryDirectory() as made:
+            folder = arguments.folder or Path(made)
+            models(arguments.model, folder, arguments.rounds or 7, arguments.threads, chosen)
 
 
 if __name__ == "__main__":

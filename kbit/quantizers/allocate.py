@@ -197,7 +197,7 @@ def _choices(
 ) -> dict[str, tuple[Choice, ...]]:
     return {
         name: tuple(
-            Choice(format, format.nbytes(*source.tensors[name].shape), cost)
+            Choice(format, format.nbytes(*source.tensors[name].shape), cost * _share_of_cheap(format))
             for format, cost in zip(tried, costs[name], strict=True)
         )
         for name, tried in wanted.items()
@@ -207,8 +207,9 @@ def _choices(
 def _costs_file(
     wanted: Mapping[str, Sequence[Codec]], calibration: CalibrationFolder, rounding: Settings, layer: int | None
 ) -> tuple[Path, dict[str, list[str]]]:
-    """Where the costs of a layer's matrices are kept, and the formats in it by name."""
-    described = {name: [str(format) for format in tried] for name, tried in wanted.items()}
+    """Where the costs of a layer's matrices are kept, and the formats in it by name: those that tell the costs, so that
+    what is weighed for --fast is weighed for slower trellises, too."""
+    described = {name: [str(_cheap(format)) for format in tried] for name, tried in wanted.items()}
     identity = {"version": _VERSION, "rounding": rounding.identity, "formats": described}
     return costs_file(calibration, layer, identity), described
 
@@ -221,7 +222,7 @@ def _measure_layer(
     judge: LayerFactors,
     threads: int,
 ) -> dict[str, list[float]]:
-    """By name: divergences in each format, told by the judge's factors of a layer."""
+    """By name: divergences in each format, or in the cheap one that tells them, by the judge's factors of a layer."""
     import torch
 
     from kbit.calibration.factors import ROWS_AT_ONCE
@@ -261,7 +262,7 @@ def _measure_layer(
 
     def after_descent(name: str, format: Codec) -> float:
         if isinstance(samples[name], TrellisFormat):
-            return costs[name, format, rough] * _share_of_cheap(format)
+            return costs[name, format, rough]
         before = costs[name, samples[name], rough]
         share = costs[name, samples[name], rounding] / before if before > 0 else 1.0
         return costs[name, format, rough] * share

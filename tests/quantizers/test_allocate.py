@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
 
 import pytest
 from error_cases import run_command
 
+from kbit.calibration.request import CalibrationRequest
 from kbit.checkpoint.resolve import open_model
 from kbit.formats.quant_format import QuantFormat
+from kbit.formats.trellis import TrellisFormat
+from kbit.formats.trellis_code import normal_error
 from kbit.host.errors import UsageError
 from kbit.quantizers.allocate import Choice, allocate
+from kbit.quantizers.mixed import Budget, known_formats, mixed_formats
+from kbit.quantizers.plan import make_plan
+from kbit.quantizers.trellis import Trellis
 
 FORMATS = [QuantFormat.parse(text) for text in ("lloyd2-b64", "nf3-b64", "nf4-b64", "lloyd5-b64")]
 
@@ -107,6 +114,27 @@ def test_all_threads_weigh(tmp_path: Path, model: Path, monkeypatch: pytest.Monk
     assert code == 0, stderr
     assert seen
     assert set(seen) == {2}
+
+
+def test_what_is_weighed_for_fast_is_weighed_for_long_windows(
+    tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("KBIT_CALIBRATION", str(tmp_path))
+    method = Trellis().calibrated_on(CalibrationRequest(tokens=256))
+    with open_model(str(model)) as source:
+        fast, full = (make_plan(source, TrellisFormat(4, window=window), method=method) for window in (12, 16))
+        names = [tensor.source.name for tensor in fast.tensors if tensor.role == "linear"]
+        others = [tensor.source.name for tensor in fast.tensors if tensor.role != "linear"]
+        assert known_formats(source, full, method, Budget(bits=8), others) is None
+        told = mixed_formats(source, fast, method, Budget(bits=4), others).chosen
+        known = known_formats(source, full, method, Budget(bits=4), others)
+    assert known is not None
+    alike = [name for name in names if told[name].format == replace(known.chosen[name].format, window=12)]
+    assert alike
+    for name in alike:
+        share = normal_error(known.chosen[name].format) / normal_error(told[name].format)
+        assert share < 1
+        assert known.chosen[name].cost == pytest.approx(share * told[name].cost)
 
 
 def test_overrides_win(tmp_path: Path, model: Path) -> None:

@@ -22,12 +22,13 @@ from kbit.formats.quant_format import QuantFormat
 from kbit.formats.quant_tensor import QuantTensor
 from kbit.host.errors import UsageError
 from kbit.models.load import load_decoder
-from kbit.quantizers.calibrated import TwoSided
+from kbit.quantizers.calibrated import CalibratedRounding, TwoSided
 from kbit.quantizers.convert import convert
 from kbit.quantizers.methods import get_method
 from kbit.quantizers.mixed import Budget, mixed_formats
 from kbit.quantizers.plan import make_plan
 from kbit.quantizers.plan_file import read_plan_file, write_plan_file
+from kbit.quantizers.trellis import Trellis
 
 NF4 = QuantFormat.parse("nf4-b32")
 TYPES = ("Q4_1", "Q8_0", "Q5_0", "Q4_0")
@@ -87,11 +88,13 @@ def test_weights_of_another_quantizer(packed_model: Path, tmp_path: Path) -> Non
         check_same(source, tmp_path / "out")
 
 
-def test_widths_are_mixed_with_what_costs_nothing(packed_model: Path) -> None:
+@pytest.mark.parametrize("kind", [TwoSided, Trellis])
+def test_widths_are_mixed_with_what_costs_nothing(packed_model: Path, kind: type[CalibratedRounding]) -> None:
     """Where there is room for all that is stored, that is chosen; below, some of it."""
-    method = TwoSided(CalibrationRequest(tokens=256))
+    method = kind(CalibrationRequest(tokens=256))
+    format = method.format(4, fast=True) or NF4
     with open_model(str(packed_model)) as source:
-        plan = make_plan(source, NF4, method=method)
+        plan = make_plan(source, format, method=method)
         linear = sum(t.source.numel for t in plan.tensors if t.role == "linear")
         kept = plan.bytes_after - sum(t.nbytes for t in plan.tensors if t.role == "linear")
         # (A codebook comes with every matrix.)
@@ -101,7 +104,7 @@ def test_widths_are_mixed_with_what_costs_nothing(packed_model: Path) -> None:
         tight = mixed_formats(source, plan, method, Budget(nbytes=kept + linear * 5 // 8), ())
         assert 0 < sum(choice.format == "stored" for choice in tight.chosen.values()) < len(tight.chosen)
         chosen = {name: choice.format for name, choice in tight.chosen.items()}
-        mixed = make_plan(source, NF4, formats=chosen, method=method)
+        mixed = make_plan(source, format, formats=chosen, method=method)
         assert sum(t.nbytes for t in mixed.tensors if t.role == "linear") == tight.nbytes <= linear * 5 // 8
 
 

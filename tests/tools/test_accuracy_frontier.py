@@ -16,14 +16,17 @@ sys.path.insert(0, str(TOOLS))
 
 from frontier.gguf_file import write_gguf  # noqa: E402
 from frontier.llama_cpp import LlamaCpp  # noqa: E402
-from frontier.measure import Frontier  # noqa: E402
+from frontier.measure import Frontier, named_plan  # noqa: E402
 from frontier.show import draw, latest, ratio_interval, tables  # noqa: E402
 from frontier.subjects import calibration_text, subjects  # noqa: E402
 
 from kbit.backends.select import select_backend  # noqa: E402
+from kbit.calibration.request import CalibrationRequest  # noqa: E402
 from kbit.checkpoint.resolve import open_model  # noqa: E402
 from kbit.host.errors import KbitError, UnsupportedError, UsageError  # noqa: E402
 from kbit.models.load import load_decoder  # noqa: E402
+from kbit.quantizers.calibrated import CalibratedRounding  # noqa: E402
+from kbit.quantizers.methods import METHODS  # noqa: E402
 from kbit.text.tokenizer import Tokenizer  # noqa: E402
 
 
@@ -83,6 +86,23 @@ def test_rows_are_kept_and_not_measured_again(novels_folder: str, data_dir: Path
     assert again.rows == kept
 
 
+def test_widths_are_mixed_in_the_formats_of_fast(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("KBIT_CALIBRATION", str(tmp_path))
+    method = METHODS["trellis"]
+    assert isinstance(method, CalibratedRounding)
+    method = method.calibrated_on(CalibrationRequest(tokens=256))
+    with open_model(str(tiny_model)) as source:
+        plan = named_plan(source, "mixed3.5-fast", method)
+    linear = [tensor for tensor in plan.tensors if tensor.role == "linear"]
+    formats = {str(tensor.format) for tensor in linear}
+    assert len(formats) > 1
+    assert all(format.endswith("-l12") or format in ("trellis7", "trellis8") for format in formats)
+    bits = 8 * sum(tensor.nbytes for tensor in linear) / sum(tensor.source.numel for tensor in linear)
+    assert 3.2 < bits <= 3.5
+
+
 def test_calibration_text_is_not_held_out(data_dir: Path) -> None:
     (subject,) = subjects(["novels-2m"], {})
     text = calibration_text(subject, 20_000)
@@ -99,6 +119,16 @@ def test_the_table_compares_at_no_more_bits() -> None:
     assert "| llama.cpp IQ3_S | 3.44 | ldlq2 nf3-b64 | 3.25 | 0.80 (0.80 to 0.80) | 0.33 |" in shown
     assert "| IQ2_S | 2.50" not in shown  # nothing of kbit's is as small
     assert "**m** (compared with its file as it is), 2,000 tokens of text in windows of 64" in shown
+
+
+def test_the_table_compares_with_types_of_almost_a_bit_more() -> None:
+    ours = [row("kbit", "trellis", "mixed2.54", 2.53, 0.02), row("kbit", "trellis", "mixed2.4", 2.4, 0.03)]
+    ours.append(row("kbit", "ldlq2", "mixed2.6", 2.6, 0.001))  # more than is asked for
+    peers = [row("llama.cpp", "imatrix", name, bits, 0.025) for name, bits in (("IQ3_S", 3.44), ("Q3_K_M", 3.9))]
+    shown = tables(ours + peers).split("0.9 ± 0.15 more")[1]
+    assert "| 2.55 | trellis mixed2.54 | 2.53 | 0.0200 | IQ3_S | 3.44 | 0.0250 | 0.80 (0.80 to 0.80) |" in shown
+    assert "Q3_K_M" not in shown
+    assert "0.9 ± 0.15 more" not in tables([*ours, row("HQQ", "hqq", "int3-g64", 3.44, 0.025)])  # another peer
 
 
 def test_intervals_are_paired() -> None:

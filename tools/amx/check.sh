@@ -31,8 +31,8 @@ compile isa_avx512bf16 "$cpu/isa/avx512bf16.cpp" $kernels $avx512bf16
 compile isa_amx "$cpu/isa/amx.cpp" $kernels $avx512bf16
 compile isa_scalar "$cpu/isa/scalar.cpp" $kernels -O1
 compile isa_amx_emulated "$cpu/isa/amx_emulated.cpp" $kernels -Os
-for name in codecs/mapped_file codecs/matrix_storage codecs/bitplanes program/threads attention/kv_pages attention/attention_plan; do
-  compile "$(basename $name)" "$cpu/$name.cpp"
+for source in "$cpu"/codecs/*.cpp "$cpu"/attention/*.cpp "$cpu/program/threads.cpp" "$cpu/rounding/trellis.cpp"; do
+  compile "$(basename "$source" .cpp)" "$source"
 done
 compile kernel_table "$cpu/isa/kernel_table.cpp" -DKBIT_SET_AVX512BF16 -DKBIT_SET_AMX -DKBIT_SET_AMX_EMULATED
 compile trap "$root/tools/amx/trap.cpp"

@@ -33,7 +33,8 @@ compile "$arm" arm "$cpu/isa/neon.cpp" $kernels -march=armv8.2-a+dotprod
 compile "$arm" arm "$cpu/isa/i8mm.cpp" $kernels -march=armv8.2-a+dotprod+i8mm
 compile "$arm" arm "$cpu/isa/scalar.cpp" $kernels
 compile "$arm" arm "$cpu/isa/amx_emulated.cpp" $kernels -Os
-for source in "$cpu"/codecs/*.cpp "$cpu"/attention/*.cpp "$cpu"/program/*.cpp "$cpu/isa/isa.cpp"; do
+for source in "$cpu"/codecs/*.cpp "$cpu"/attention/*.cpp "$cpu"/program/*.cpp "$cpu/isa/isa.cpp" \
+  "$cpu/rounding/trellis.cpp"; do
   compile "$arm" arm "$source"
 done
 compile "$arm" arm "$cpu/isa/kernel_table.cpp" -DKBIT_SET_NEON -DKBIT_SET_I8MM -DKBIT_SET_AMX_EMULATED
@@ -43,8 +44,8 @@ compile "$arm" arm "$root/tools/kernels_test.cpp" "-DSETS=$sets"
 if [ -n "$run" ]; then
   compile "$native" native "$cpu/isa/scalar.cpp" $kernels -O1
   compile "$native" native "$cpu/isa/kernel_table.cpp"
-  for name in codecs/mapped_file codecs/matrix_storage codecs/bitplanes program/threads attention/kv_pages attention/attention_plan; do
-    compile "$native" native "$cpu/$name.cpp"
+  for source in "$cpu"/codecs/*.cpp "$cpu"/attention/*.cpp "$cpu/program/threads.cpp" "$cpu/rounding/trellis.cpp"; do
+    compile "$native" native "$source"
   done
   compile "$native" native "$root/tools/kernels_test.cpp" '-DSETS="scalar"'
 fi

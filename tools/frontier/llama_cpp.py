@@ -15,8 +15,8 @@ from frontier.subjects import Subject, calibration_text
 from kbit.host.errors import KbitError
 from kbit.models.opening import open_model
 
-TYPES = ("IQ2_XXS", "IQ2_S", "Q2_K", "IQ3_XXS", "IQ3_S", "IQ4_XS", "Q4_K_M", "Q5_K_M", "Q6_K")
-_CHUNKS, _CHARACTERS = 256, 400_000
+TYPES = ("IQ2_XXS", "IQ2_S", "Q2_K", "IQ3_XXS", "IQ3_S", "Q3_K_M", "IQ4_XS", "Q4_K_S", "Q4_K_M", "Q5_K_M", "Q6_K")
+_CHARACTERS = 400_000
 _TOOLS = ("llama-quantize", "llama-imatrix")
 
 
@@ -84,7 +84,19 @@ class LlamaCpp:
             text = self._folder / "calibration.txt"
             text.write_text(calibration_text(self._subject, _CHARACTERS))
             context = min(512, self._subject.context)
-            words = ["-m", self.original(), "-f", text, "-o", out, "-c", context, "--chunks", _CHUNKS, "--no-ppl"]
+            words = [
+                "-m",
+                self.original(),
+                "-f",
+                text,
+                "-o",
+                out,
+                "-c",
+                context,
+                "--chunks",
+                self._subject.chunks,
+                "--no-ppl",
+            ]
             self._run("llama-imatrix", words)
         return out
 

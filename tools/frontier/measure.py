@@ -15,6 +15,7 @@ import numpy as np
 from frontier.llama_cpp import LlamaCpp
 from frontier.subjects import Subject, evaluation_text
 from kbit.backends.select import select_backend
+from kbit.calibration.run import calibrate
 from kbit.checkpoint.source import CheckpointSource
 from kbit.evaluate.compare import Comparison, compare
 from kbit.evaluate.logits import StoredLogits
@@ -35,8 +36,8 @@ from kbit.text.windows import choose_context, make_windows
 
 Row = dict[str, Any]
 PEER = "llama.cpp"
-# How a format's name begins that stands for widths that are mixed.
-_MIXED = "mixed"
+# How a format's name begins that stands for widths that are mixed, and ends where they are found quickly (--fast).
+_MIXED, _FAST = "mixed", "-fast"
 # Bits of what is no linear layer (embedding, head, norms), in kbit's points and in peers' alike.
 OTHER_BITS = 16
 
@@ -85,11 +86,11 @@ class Frontier:
             reference = stack.enter_context(StoredLogits(load_decoder(source, backend), windows))
             about = {"model": subject.name, "data": text.name.rsplit("/", 1)[-1], "windows": digest, "context": length}
 
-            def add(row: Row, bits: int, comparison: Comparison, seconds: float) -> None:
+            def add(row: Row, bits: int, comparison: Comparison, seconds: dict[str, float]) -> None:
                 sizes = {
                     "linear_bits": bits / linear,
                     "all_bits": (bits + OTHER_BITS * (every - linear)) / every,
-                    "seconds": round(seconds, 1),
+                    **{name: round(value, 1) for name, value in seconds.items()},
                 }
                 self._add({**about, **row, **sizes, **_figures(comparison)})
                 say(f"{subject.name}: {row['tool']} {row['method']} {row['format']}: {bits / linear:.3f} bits, "
@@ -105,14 +106,16 @@ class Frontier:
                 if self._has({**about, **row}):
                     continue
                 try:
-                    plan = _plan(source, format_name, method)
+                    plan = named_plan(source, format_name, method)
                 except UsageError as error:
                     say(str(error))
                     continue
-                begin = time.perf_counter()
+                if isinstance(method, CalibratedRounding):
+                    calibrate(source, method.request)  # kept: no part of the time below
+                begin, begin_cpu = time.perf_counter(), time.process_time()
                 made = method.apply(MethodInput(source, plan))
                 decoder = load_decoder(made, backend)
-                seconds = time.perf_counter() - begin
+                seconds = {"seconds": time.perf_counter() - begin, "cpu_seconds": time.process_time() - begin_cpu}
                 bits = sum(
                     8 * tensor.nbytes + made.extra_bits(tensor.source.name)
                     for tensor in plan.tensors
@@ -128,7 +131,7 @@ class Frontier:
                 with open_model(str(folder)) as file:
                     comparison = compare(load_decoder(file, backend), reference, windows)
                     packed = 8 * sum(t.nbytes for name, t in file.tensors.items() if roles.get(name) == "linear")
-                add(row, round(made_by.get("linear_bits", packed / linear) * linear), comparison, 0.0)
+                add(row, round(made_by.get("linear_bits", packed / linear) * linear), comparison, {})
             if peer is None:
                 return
             _check_same(source, peer.original())
@@ -138,7 +141,7 @@ class Frontier:
                     continue
                 begin = time.perf_counter()
                 path = peer.dequantized(kind)
-                seconds = time.perf_counter() - begin
+                seconds = {"seconds": time.perf_counter() - begin}
                 with open_model(str(path)) as file:
                     comparison = compare(load_decoder(file, backend), reference, windows)
                 bits, kinds = peer.linear_bits(kind)
@@ -154,8 +157,9 @@ class Frontier:
             file.write(json.dumps(row) + "\n")
 
 
-def _plan(source: CheckpointSource, format_name: str, method: Method) -> Plan:
-    """One format for all linear layers; or, of "mixed3.25", widths of that many bits of them on average, all counted.
+def named_plan(source: CheckpointSource, format_name: str, method: Method) -> Plan:
+    """One format for all linear layers; or, of "mixed3.25", widths of that many bits of them on average, all counted;
+    of "mixed3.25-fast" in the formats that --fast takes.
 
     Raises:
         UsageError: the method has no use for it.
@@ -164,8 +168,9 @@ def _plan(source: CheckpointSource, format_name: str, method: Method) -> Plan:
         return make_plan(source, parse_format(format_name), method=method)
     if not isinstance(method, CalibratedRounding):
         raise UsageError(f"{method.name} does not weigh widths: {format_name} passed over")
-    bits = float(format_name.removeprefix(_MIXED))
-    plain = make_plan(source, method.format(4, fast=False) or parse_format("nf4-b64"), method=method)
+    bits = float(format_name.removeprefix(_MIXED).removesuffix(_FAST))
+    format = method.format(4, fast=format_name.endswith(_FAST))
+    plain = make_plan(source, format or parse_format("nf4-b64"), method=method)
     linear = sum(tensor.source.numel for tensor in plain.tensors if tensor.role == "linear")
     kept = sum(tensor.nbytes for tensor in plain.tensors if tensor.role != "linear")
     found = mixed_formats(source, plain, method, Budget(nbytes=int(linear * bits / 8) + kept), ())

@@ -16,6 +16,8 @@ GOALS = dict.fromkeys(("IQ2_XXS", "IQ2_S", "IQ3_XXS", "IQ3_S", "IQ4_XS", "Q4_K_M
     "Q5_K_M": 0.5,
     "Q6_K": 0.5,
 }
+# Bits of kbit's that are to do what llama.cpp's types do with so many more, and how near a type's must come to those.
+FEWER, FEWER_AT, _NEAR = 0.9, (2.1, 2.55, 3.1, 3.6), 0.15
 _COLOURS = {"rtn": "#0072B2", "hqq": "#56B4E9", "awq": "#009E73", "gptq": "#CC79A7", "ldlq2": "#D55E00"}
 _COLOURS |= {"trellis": "#6A3D9A", "trellis-plain": "#B2A1C7", "trellis-tuned": "#E31A1C"}
 _PEERS = {PEER: "#E69F00", "GPTQModel": "#999933", "AutoRound": "#882255", "HQQ": "#6699CC", "torchao": "#117733"}
@@ -28,7 +30,8 @@ def latest(rows: list[Row]) -> list[Row]:
 
 
 def tables(rows: list[Row]) -> str:
-    """Markdown: for every model its points, and its best against each of the peers'."""
+    """Markdown: for every model its points, its best against each of the peers', and against llama.cpp's types with
+    almost a bit more."""
     lines: list[str] = []
     for model in dict.fromkeys(row["model"] for row in rows):
         chosen = sorted((row for row in rows if row["model"] == model), key=lambda row: row["linear_bits"])
@@ -50,6 +53,8 @@ def tables(rows: list[Row]) -> str:
                 f"{row['top1']:.1%} |"
             )
         lines += ["", *_ratios(chosen), ""]
+        fewer = _with_fewer_bits(chosen)
+        lines += [*fewer, ""] if fewer else []
     return "\n".join(lines).rstrip() + "\n"
 
 
@@ -71,6 +76,26 @@ def _ratios(rows: list[Row]) -> list[str]:
     head = [
         "| peer | its bits | kbit's best with no more | bits | KL / its KL (95 %) | goal |",
         "|--|--|--|--|--|--|",
+    ]
+    return head + lines if lines else []
+
+
+def _with_fewer_bits(rows: list[Row]) -> list[str]:
+    """kbit's best at some bits, as a part of the divergence of the peer's types that have about `FEWER` more."""
+    lines = []
+    for bits in FEWER_AT:
+        able = [row for row in rows if row["tool"] == "kbit" and bits - 0.2 <= row["linear_bits"] < bits + 0.01]
+        for peer in rows:
+            if able and peer["tool"] == PEER and abs(peer["linear_bits"] - bits - FEWER) <= _NEAR + 1e-9:
+                best = min(able, key=lambda row: row["kl"])
+                low, high = ratio_interval(best, peer)
+                ours = f"{best['method']} {best['format']} | {best['linear_bits']:.2f} | {_digits(best['kl'])}"
+                theirs = f"{peer['format']} | {peer['linear_bits']:.2f} | {_digits(peer['kl'])}"
+                share = f"{best['kl'] / peer['kl']:.2f} ({low:.2f} to {high:.2f})"
+                lines.append(f"| {bits:g} | {ours} | {theirs} | {share} |")
+    head = [
+        f"| at | kbit's best | bits | KL | {PEER}, {FEWER:g} ± {_NEAR:g} more | bits | KL | KL / its KL (95 %) |",
+        "|--|--|--|--|--|--|--|--|",
     ]
     return head + lines if lines else []
 

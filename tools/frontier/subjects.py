@@ -21,6 +21,7 @@ class Subject:
         context, tokens: windows of so many tokens, of so many tokens of the text.
         calibration: text for the importance matrices of peers, never the held-out one.
         note: what a reader of its figures must know.
+        chunks: of up to 512 tokens, of that text. Of large models fewer, still twice what kbit calibrates those on.
     """
 
     name: str
@@ -30,6 +31,7 @@ class Subject:
     tokens: int
     calibration: str
     note: str
+    chunks: int = 256
 
 
 def note(name: str) -> str:
@@ -73,7 +75,9 @@ def subjects(names: list[str], paths: dict[str, str]) -> list[Subject]:
             path = paths.get(name, "smollm2-135m-instruct")
             found.append(Subject(name, path, "wikitext2", 512, 4096, "wikitext2-valid-tokenized", note(name)))
         elif name in paths:
-            found.append(Subject(name, paths[name], "wikitext2", 512, 4096, "wikitext2-valid-tokenized", note(name)))
+            found.append(
+                Subject(name, paths[name], "wikitext2", 512, 4096, "wikitext2-valid-tokenized", note(name), 64)
+            )
         else:
             raise UsageError(f"{name}: say where it is with --path {name}=FILE")
     return found
