@@ -151,6 +151,10 @@ inline Words add_saturated(Words a, Words b) { return {_mm512_adds_epu16(a.v, b.
 inline Words sub_saturated(Words a, Words b) { return {_mm512_subs_epu16(a.v, b.v)}; }
 inline Words min(Words a, Words b) { return {_mm512_min_epu16(a.v, b.v)}; }
 inline Words distance(Words a, Words b) { return {_mm512_abs_epi16(_mm512_subs_epi16(a.v, b.v))}; }
+inline Words add_signed(Words a, Words b) { return {_mm512_adds_epi16(a.v, b.v)}; }
+inline Words sub_signed(Words a, Words b) { return {_mm512_subs_epi16(a.v, b.v)}; }
+inline Words magnitude(Words a) { return {_mm512_abs_epi16(a.v)}; }
+inline Words multiply_rounded(Words a, Words b) { return {_mm512_mulhrs_epi16(a.v, b.v)}; }
 inline Words high_square(Words a) { return {_mm512_mulhi_epu16(a.v, a.v)}; }
 template <int Shift> inline Words spread(const uint16_t* p) {
   alignas(64) static constexpr struct Lanes {
@@ -176,10 +180,20 @@ template <int N> inline Words funnel(Words high, Words low) {
 inline Words as_words(Ints a) { return {a.v}; }
 inline Bytes as_bytes(Words a) { return {a.v}; }
 struct Least { Words value, which; };
+struct LeastWith { Words value, which, with; };
 inline void keep_less(Least& least, Words value, int which) {
   const __mmask32 less = _mm512_cmplt_epu16_mask(value.v, least.value.v);
   least.value.v = _mm512_min_epu16(value.v, least.value.v);
   least.which.v = _mm512_mask_mov_epi16(least.which.v, less, _mm512_set1_epi16(short(which)));
+}
+inline void keep_less(LeastWith& least, Words value, int which, Words with) {
+  const __mmask32 less = _mm512_cmplt_epu16_mask(value.v, least.value.v);
+  least.value.v = _mm512_min_epu16(value.v, least.value.v);
+  least.which.v = _mm512_mask_mov_epi16(least.which.v, less, _mm512_set1_epi16(short(which)));
+  least.with.v = _mm512_mask_mov_epi16(least.with.v, less, with.v);
+}
+inline Words select_equal(Words which, int one, Words a, Words b) {
+  return {_mm512_mask_mov_epi16(b.v, _mm512_cmpeq_epi16_mask(which.v, _mm512_set1_epi16(short(one))), a.v)};
 }
 inline void store_low_bytes(uint8_t* p, Words a) {
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi16_epi8(a.v));

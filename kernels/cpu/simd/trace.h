@@ -138,6 +138,14 @@ inline void trace_words(Trace& t, const uint8_t* a, const uint8_t* b, const uint
   keep_less(least, vc, 2);
   t.put(Tag::kLeast, least.value);
   t.put(Tag::kLeast, least.which);
+  for (const Words& v : {add_signed(va, vb), sub_signed(va, vb), magnitude(va)}) t.put(Tag::kWords, v);
+  // (Not both numbers the least there is.)
+  t.put(Tag::kWords, multiply_rounded(va, select_equal(vb, -32768, broadcast_word(1), vb)));
+  LeastWith with{va, broadcast_word(0), vc};
+  keep_less(with, vb, 1, va);
+  keep_less(with, vc, 2, vb);
+  for (const Words& v : {with.value, with.which, with.with}) t.put(Tag::kLeast, v);
+  t.put(Tag::kLeast, select_equal(with.which, 1, va, vb));
   uint8_t low[32];
   store_low_bytes(low, va);
   t.section(Tag::kStoreLowWords, low, 32);
