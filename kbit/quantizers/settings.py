@@ -104,7 +104,7 @@ class Tuning:
     """
 
     turns: int = 12
-    steps: int = 20
+    steps: int = 40
     batch: int = 4
     rate: float = 1e-3
     weight_rate: float = 2.4e-3

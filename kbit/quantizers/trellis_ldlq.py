@@ -131,7 +131,7 @@ def _unit_upper(lower: torch.Tensor) -> torch.Tensor:
     count = len(lower) // TILE
     corners = lower.view(count, TILE, count, TILE).diagonal(dim1=0, dim2=2).permute(2, 0, 1)
     blocks = corners @ corners.transpose(1, 2)
-    upper = torch.linalg.cholesky(blocks.flip(1, 2)).flip(1, 2)
+    upper: torch.Tensor = torch.linalg.cholesky(blocks.flip(1, 2)).flip(1, 2)
     return upper / upper.diagonal(dim1=1, dim2=2)[:, None]
 
 

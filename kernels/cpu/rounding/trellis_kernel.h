@@ -56,19 +56,6 @@ struct TrellisHeard {
   int column;                // of this number
 };
 
-// What overlaps m heard by way of the window that was chosen.
-template <int Bits, int Next> Words heard_by_choice(const uint16_t* heard, int64_t from, Words which) {
-  Words found = spread<Bits>(heard);
-  if constexpr (Next <= 3) {
-    repeat<(1 << Next) - 1>([&]<int J>() __attribute__((always_inline)) {
-      found = select_equal(which, J + 1, spread<Bits>(heard + (J + 1) * from), found);
-    });
-  } else {
-    for (int j = 1; j < 1 << Next; ++j) found = select_equal(which, j, spread<Bits>(heard + j * from), found);
-  }
-  return found;
-}
-
 // `trellis_step` where every overlap before the number has a number of its own, and hands its error on.
 template <int Bits, int Next, int kDoublings>
 uint16_t trellis_step_heard(const uint16_t* values, int window, const uint16_t* wanted, uint16_t base,
@@ -102,7 +89,7 @@ uint16_t trellis_step_heard(const uint16_t* values, int window, const uint16_t* 
       Words told = multiply_rounded(least.with, broadcast_word(uint16_t(heard.factors[column])));
       if (heard.before) {
         const uint16_t* const earlier = heard.before + column * heard.row + (m >> Bits);
-        told = add_signed(heard_by_choice<Bits, Next>(earlier, from, least.which), told);
+        told = add_signed(pick<Bits, kChoices>(earlier, from, least.which), told);
       }
       store_words(heard.after + column * heard.row + m, told);
     }

@@ -226,10 +226,15 @@ inline void keep_less(LeastWith& least, Words value, int which, Words with) {
   least.with = {_mm256_blendv_epi8(with.lo, least.with.lo, lo), _mm256_blendv_epi8(with.hi, least.with.hi, hi)};
   least.value = next;
 }
-inline Words select_equal(Words which, int one, Words a, Words b) {
-  const __m256i w = _mm256_set1_epi16(short(one));
-  return {_mm256_blendv_epi8(b.lo, a.lo, _mm256_cmpeq_epi16(which.lo, w)),
-          _mm256_blendv_epi8(b.hi, a.hi, _mm256_cmpeq_epi16(which.hi, w))};
+template <int Shift, int Choices> inline Words pick(const uint16_t* p, int64_t stride, Words which) {
+  Words found = spread<Shift>(p);
+  for (int j = 1; j < Choices; ++j) {
+    const Words a = spread<Shift>(p + j * stride);
+    const __m256i w = _mm256_set1_epi16(short(j));
+    found = {_mm256_blendv_epi8(found.lo, a.lo, _mm256_cmpeq_epi16(which.lo, w)),
+             _mm256_blendv_epi8(found.hi, a.hi, _mm256_cmpeq_epi16(which.hi, w))};
+  }
+  return found;
 }
 inline void store_low_bytes(uint8_t* p, Words a) {  // packing works within 128-bit lanes: quarters 0 2 1 3
   const __m256i byte = _mm256_set1_epi16(0xff);

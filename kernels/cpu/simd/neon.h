@@ -243,10 +243,14 @@ inline void keep_less(LeastWith& least, Words value, int which, Words with) {
     least.with.q[i] = vbslq_u16(less, with.q[i], least.with.q[i]);
   }
 }
-inline Words select_equal(Words which, int one, Words a, Words b) {
-  const uint16x8_t w = vdupq_n_u16(uint16_t(one));
-  for (int i = 0; i < 4; ++i) b.q[i] = vbslq_u16(vceqq_u16(which.q[i], w), a.q[i], b.q[i]);
-  return b;
+template <int Shift, int Choices> inline Words pick(const uint16_t* p, int64_t stride, Words which) {
+  Words found = spread<Shift>(p);
+  for (int j = 1; j < Choices; ++j) {
+    const Words a = spread<Shift>(p + j * stride);
+    const uint16x8_t w = vdupq_n_u16(uint16_t(j));
+    for (int i = 0; i < 4; ++i) found.q[i] = vbslq_u16(vceqq_u16(which.q[i], w), a.q[i], found.q[i]);
+  }
+  return found;
 }
 inline void store_low_bytes(uint8_t* p, Words a) {
   for (int i = 0; i < 4; ++i) vst1_u8(p + 8 * i, vmovn_u16(a.q[i]));

@@ -208,10 +208,11 @@ inline void keep_less(LeastWith& least, Words value, int which, Words with) {
     least.with.at[i] = with.at[i];
   }
 }
-// a where `which` is `one`, else b.
-inline Words select_equal(Words which, int one, Words a, Words b) {
-  for (int i = 0; i < 32; ++i) b.at[i] = which.at[i] == uint16_t(one) ? a.at[i] : b.at[i];
-  return b;
+// p[which * stride + (lane >> Shift)]: of each choice, 0 .. Choices - 1, what spread<Shift>(p + choice * stride) has.
+template <int Shift, int Choices> inline Words pick(const uint16_t* p, int64_t stride, Words which) {
+  Words r;
+  for (int i = 0; i < 32; ++i) r.at[i] = p[which.at[i] * stride + (i >> Shift)];
+  return r;
 }
 inline void store_low_bytes(uint8_t* p, Words a) { for (int i = 0; i < 32; ++i) p[i] = uint8_t(a.at[i]); }
 inline uint16_t reduce_min(Words a) {
