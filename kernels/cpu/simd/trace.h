@@ -145,12 +145,15 @@ inline void trace_words(Trace& t, const uint8_t* a, const uint8_t* b, const uint
   keep_less(least, vc, 2);
   t.put(Tag::kLeast, least.value);
   t.put(Tag::kLeast, least.which);
-  for (const Words& v : {add_signed(va, vb), sub_signed(va, vb), magnitude(va)}) t.put(Tag::kWords, v);
+  const Words of_signed[] = {add_signed(va, vb), sub_signed(va, vb), magnitude(va)};
+  for (const Words& v : of_signed) t.put(Tag::kWords, v);
   t.put(Tag::kWords, multiply_rounded(va, magnitude(broadcast_word(of_b[0] & 0x7fff))));  // (not both the least there is)
   LeastWith with{va, broadcast_word(0), vc};
   keep_less(with, vb, 1, va);
   keep_less(with, vc, 2, vb);
-  for (const Words& v : {with.value, with.which, with.with}) t.put(Tag::kLeast, v);
+  t.put(Tag::kLeast, with.value);
+  t.put(Tag::kLeast, with.which);
+  t.put(Tag::kLeast, with.with);
   trace_pick<2, 2>(t, of_a, vb), trace_pick<2, 3>(t, of_a, vb), trace_pick<3, 2>(t, of_a, vb);
   trace_pick<3, 3>(t, of_a, vb), trace_pick<3, 4>(t, of_a, vb), trace_pick<4, 4>(t, of_a, vb);
   trace_pick<5, 5>(t, of_a, vb), trace_pick<5, 6>(t, of_a, vb), trace_pick<6, 6>(t, of_a, vb);
