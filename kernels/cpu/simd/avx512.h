@@ -198,8 +198,12 @@ template <int Each> inline __m128i joined(const uint16_t* p, int64_t stride) {
   if constexpr (Each == 8) return _mm_loadu_si128(at(0));
   if constexpr (Each == 4) return _mm_unpacklo_epi64(_mm_loadl_epi64(at(0)), _mm_loadl_epi64(at(1)));
   if constexpr (Each == 2) {
-    const __m128i first = _mm_unpacklo_epi32(_mm_loadu_si32(at(0)), _mm_loadu_si32(at(1)));
-    return _mm_unpacklo_epi64(first, _mm_unpacklo_epi32(_mm_loadu_si32(at(2)), _mm_loadu_si32(at(3))));
+    const auto two = [&](int choice) {  // (not every GCC has _mm_loadu_si32)
+      int32_t both;
+      memcpy(&both, p + choice * stride, 4);
+      return both;
+    };
+    return _mm_set_epi32(two(3), two(2), two(1), two(0));
   }
   return _mm_set_epi16(short(p[7 * stride]), short(p[6 * stride]), short(p[5 * stride]), short(p[4 * stride]),
                        short(p[3 * stride]), short(p[2 * stride]), short(p[stride]), short(p[0]));
