@@ -66,7 +66,14 @@ def descend_nested_rows(
     isa: str = "",
 ) -> None: ...
 def trellis_search(
-    numbers: _Table, values: _Table, bits: int, strings: _Bytes, context: Context, half: bool = False
+    numbers: _Table,
+    values: _Table,
+    bits: int,
+    strings: _Bytes,
+    context: Context,
+    half: bool = False,
+    columns: _Table | None = None,
+    rows: _Table | None = None,
 ) -> None: ...
 def instruction_sets() -> list[str]: ...
 def emulated_sets() -> list[str]: ...

@@ -13,8 +13,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import lru_cache
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeAlias
 
 import torch
 
@@ -82,13 +83,41 @@ def tile_levels(format: TrellisFormat, strings: torch.Tensor) -> torch.Tensor:
     return levels(format, row_windows(format, strings[:, None], rows)).view(-1, TILE, TILE)
 
 
-def search(format: TrellisFormat, tiles: torch.Tensor, threads: int) -> torch.Tensor:
+@dataclass(frozen=True, eq=False)
+class TileFactors:
+    """How errors are passed on within each of T tiles, as searches take it: of errors E, the squares of R' E C count.
+
+    Attributes:
+        columns: C, upper triangular with ones on the diagonal, of which only what is above it is read: int16
+            (T, 16, 16) in units of 2^-15, none of -32768.
+        rows: R likewise, int32 (T, 16, 16) in units of 2^-16.
+    """
+
+    columns: torch.Tensor
+    rows: torch.Tensor
+
+    @classmethod
+    def of(cls, columns: torch.Tensor, rows: torch.Tensor) -> TileFactors:
+        """From float32 (T, 16, 16); what does not fit is saturated."""
+        return cls(
+            (columns * 2.0**15).round().clamp(-32767, 32767).to(torch.int16),
+            (rows * 2.0**16).round().clamp(-(2.0**30), 2.0**30).to(torch.int32),
+        )
+
+    def __getitem__(self, some: slice) -> TileFactors:
+        return TileFactors(self.columns[some], self.rows[some])
+
+
+def search(
+    format: TrellisFormat, tiles: torch.Tensor, threads: int, factors: TileFactors | None = None
+) -> torch.Tensor:
     """The rings that stand for numbers nearest to those of tiles.
 
     Args:
         format: of them.
         tiles: in units of the row's scale, float32 (T, 256).
         threads: to work with; the result does not depend on it.
+        factors: how errors are passed on within the tiles; None: they are not. Integers pass on none.
 
     Returns:
         uint8 (T, bytes of a ring).
@@ -102,20 +131,24 @@ def search(format: TrellisFormat, tiles: torch.Tensor, threads: int) -> torch.Te
         weights = 2 ** torch.arange(7, -1, -1, dtype=torch.int32)
         return (string * weights).sum(dim=-1).to(torch.uint8)
     if _elsewhere is not None:
-        return _elsewhere(format, tiles)
+        return _elsewhere(format, tiles, factors)
     from kbit import _native
 
-    _native.trellis_search(tiles.contiguous(), _values(format), format.bits, found, _context(threads), format.half)
+    passed_on = (None, None) if factors is None else (factors.columns.contiguous(), factors.rows.contiguous())
+    _native.trellis_search(
+        tiles.contiguous(), _values(format), format.bits, found, _context(threads), format.half, *passed_on
+    )
     return found
 
 
 # Who searches in place of the CPU, in all threads.
-_elsewhere: Callable[[TrellisFormat, torch.Tensor], torch.Tensor] | None = None
+_Search: TypeAlias = "Callable[[TrellisFormat, torch.Tensor, TileFactors | None], torch.Tensor]"
+_elsewhere: _Search | None = None
 
 
 @contextmanager
-def searching_with(other: Callable[[TrellisFormat, torch.Tensor], torch.Tensor]) -> Iterator[None]:
-    """Within this block `search` asks another one, (format, tiles) -> the same rings; in the whole process."""
+def searching_with(other: _Search) -> Iterator[None]:
+    """Within this block `search` asks another one, (format, tiles, factors) -> the same rings; in the whole process."""
     global _elsewhere
     before, _elsewhere = _elsewhere, other
     try:

@@ -12,7 +12,7 @@ from kbit.formats.quant_tensor import QuantTensor
 from kbit.formats.registry import parse_format
 from kbit.formats.rotation import rotate
 from kbit.formats.trellis import TrellisFormat
-from kbit.formats.trellis_code import levels
+from kbit.formats.trellis_code import TileFactors, levels
 from kbit.gpu_check.bounds import assert_within, product_bound, rounded, unit
 from kbit.gpu_check.synthetic import random_codes
 from kbit.kernels import reference, reference_trellis
@@ -140,14 +140,18 @@ def check_rounded(device: str, kind: str, text: str, tokens: int, seed: int = 1)
     return assert_within(got, turned @ dense.T, bound + 2.0**-24)
 
 
-def check_search(device: str, text: str, seed: int = 0) -> float:
-    """A tile's trellis codes, against the search's definition: all or nothing."""
+def check_search(device: str, text: str, seed: int = 0, passed_on: bool = False) -> float:
+    """A tile's trellis codes, against the search's definition: all or nothing. passed_on: errors are, within it."""
     format = TrellisFormat.parse(text)
     values = in_units(levels(format, torch.arange(1 << format.window)).float() * format.step)
     wanted = in_units(normal(1, 256, seed))
     wanted[:, ::50] = 32767  # beyond all values
-    got = search_symbols(format, wanted.to(device), values.to(device)).cpu()
-    expected = torch.stack([reference_trellis.search_symbols(numbers, values, format.bits) for numbers in wanted])
+    factors = given = None
+    if passed_on:
+        factors = TileFactors.of(*(0.2 * normal(16, 16, seed + part)[None] for part in (1, 2)))
+        given = TileFactors(factors.columns.to(device), factors.rows.to(device))
+    got = search_symbols(format, wanted.to(device), values.to(device), given).cpu()
+    expected = reference_trellis.search_symbols(wanted[0], values, format.bits, factors)[None]
     return assert_within(got.float(), expected.float(), torch.full(got.shape, 0.5))
 
 
@@ -224,6 +228,9 @@ def cases(seed: int) -> dict[str, Callable[[str], float]]:
             found[f"trellis {text} {tokens}"] = partial(check_trellis, text=text, shape=(tokens, 40, 320), seed=seed)
     for text in ("trellis2-l8", "trellis3-l10", "trellis5-l12", "trellis6"):
         found[f"trellis_search {text}"] = partial(check_search, text=text, seed=seed)
+    for text in ("trellis2-l8", "trellis3-l10", "trellis4"):
+        name = f"trellis_search {text} within tiles"
+        found[name] = partial(check_search, text=text, seed=seed, passed_on=True)
     for kind in ("int8", "fp8"):
         for text in (*(f"int{bits}-b128" for bits in range(2, 9)), "nf4-b64", "nf3-b64", "lloyd5-b64", "int4-row"):
             found[f"gemm_{kind} {text} 70"] = partial(check_rounded, kind=kind, text=text, tokens=70, seed=seed)

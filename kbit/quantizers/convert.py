@@ -160,7 +160,7 @@ def trellises_on_gpu(device: torch.device | str = "cuda") -> Iterator[None]:
     """Within this block trellis codes are searched for on a GPU, by whatever method: the same codes as on the CPU."""
     from kbit.kernels.triton.codecs.trellis_search import search_on_gpu
 
-    with searching_with(lambda format, tiles: search_on_gpu(format, tiles, device)):
+    with searching_with(lambda format, tiles, factors: search_on_gpu(format, tiles, device, factors)):
         yield
 
 

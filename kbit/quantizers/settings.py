@@ -25,6 +25,7 @@ class Settings:
         search: try scales below the one that spans the block.
         input_damping, output_damping: see INPUT_DAMPING.
         static_scales: choose all scales for the weights as they are; else for what each block is to make good, too.
+        within_tiles: of trellis codes with two-sided feedback: pass errors on within tiles, too.
         act_order: round columns in the order of falling importance, the diagonal of H_I (GPTQ's "activation order");
             scales are static then, since a block's columns are not rounded together. Nothing of it is stored.
     """
@@ -37,6 +38,7 @@ class Settings:
     output_damping: float = OUTPUT_DAMPING
     static_scales: bool = False
     act_order: bool = False
+    within_tiles: bool = False
 
     def __post_init__(self) -> None:
         assert self.static_scales or not self.act_order, "columns of a block are not rounded together"
@@ -44,7 +46,7 @@ class Settings:
     @property
     def identity(self) -> dict[str, Any]:
         """Plain values: of options that came later, those that are set, so that what was made before stays known."""
-        later = ("static_scales", "act_order")
+        later = ("static_scales", "act_order", "within_tiles")
         return {name: value for name, value in asdict(self).items() if value or name not in later}
 
 
@@ -144,7 +146,7 @@ class Tuning:
     """
 
     turns: int = 12
-    steps: int = 20
+    steps: int = 40
     batch: int = 4
     rate: float = 1e-3
     weight_rate: float = 2.4e-3

@@ -15,14 +15,15 @@ _EXL3_MIXED = 128
 
 
 class Trellis(CalibratedRounding):
-    """Two-sided LDLQ in tiles."""
+    """Two-sided LDLQ in tiles, and within them."""
 
     name = "trellis"
     about = (
         "trellis codes in rotated columns, errors made good along columns and rows: the fewest bits, slower to decode"
     )
-    version = 2  # half widths in mixes
-    rounding = Settings(sweeps=SWEEPS)  # of matrices that are no trellises: embeddings, the head
+    version = 3  # errors are passed on within tiles
+    # Sweeps are of matrices that are no trellises: embeddings, the head.
+    rounding = Settings(sweeps=SWEEPS, within_tiles=True)
 
     def format(self, bits: int, fast: bool) -> Codec:
         window = FAST_WINDOW if fast and bits < INTEGER_BITS else 0

@@ -9,6 +9,11 @@ the tile in row i and column j is searched for
 
 from the last row and column to the first. Tiles on one anti-diagonal do not know of each other: they are searched
 together. Where M is the identity (one-sided), all tiles of a column are.
+
+Within a tile an error E costs tr(G_i E D_j E'), G_i and D_j the blocks of 16 x 16 in G and D. With D_j = C S C', C
+upper triangular with ones on its diagonal and S diagonal, and G_i = R T R' likewise, that is a weighted sum of the
+squares of R' E C. Where `Settings.within_tiles` says so, the search goes by these, all alike, in place of those of E
+(kernels/cpu/rounding/trellis.h).
 """
 
 from __future__ import annotations
@@ -23,7 +28,7 @@ from kbit.formats.blockwise import check_finite
 from kbit.formats.quant_tensor import QuantTensor
 from kbit.formats.rotation import new_signs, rotate, rotate_factor
 from kbit.formats.trellis import FAST_WINDOW, TILE, TrellisFormat, least_window
-from kbit.formats.trellis_code import search, tile_levels
+from kbit.formats.trellis_code import TileFactors, search, tile_levels
 from kbit.quantizers.ldlq import damped, unit_in_blocks
 from kbit.quantizers.settings import Settings
 
@@ -47,6 +52,8 @@ class TileFeedback:
         inputs: H_I in rotated columns with its damping, float32 (K, K); None: the identity.
         rows: M in whole tiles, float32 (N, N); None for the identity.
         outputs: H_O in whole tiles with its damping, float32 (N, N); None for the identity.
+        within: C of every column of tiles and R of every row of tiles, float32 (K / 16, 16, 16) and (N / 16, 16, 16);
+            None: errors are not passed on within tiles.
     """
 
     signs: torch.Tensor
@@ -54,6 +61,7 @@ class TileFeedback:
     inputs: torch.Tensor | None
     rows: torch.Tensor | None
     outputs: torch.Tensor | None = None
+    within: tuple[torch.Tensor, torch.Tensor] | None = None
 
     @classmethod
     def of(cls, factors: Factors | None, settings: Settings, columns: int, format: TrellisFormat) -> TileFeedback:
@@ -63,16 +71,18 @@ class TileFeedback:
             return cls(signs, None, None, None)
         rotated = rotate_factor(factors.inputs, signs, format.columns_mixed(columns))
         inputs, lower = damped(rotated, settings.input_damping)
+        in_columns = _unit_upper(lower)
         unit_in_blocks(lower, TILE)
-        rows = outputs = None
+        rows = outputs = within = None
         if settings.two_sided and factors.outputs is not None and factors.outputs.dim() == 2:
             known, found = damped(factors.outputs, settings.output_damping)
-            unit_in_blocks(found, TILE)
             size = -(-len(found) // TILE) * TILE
             rows, outputs = torch.eye(size), torch.eye(size)
             rows[: len(found), : len(found)] = found
             outputs[: len(found), : len(found)] = known
-        return cls(signs, lower, inputs, rows, outputs)
+            within = (in_columns, _unit_upper(rows)) if settings.within_tiles else None
+            unit_in_blocks(rows, TILE)
+        return cls(signs, lower, inputs, rows, outputs, within)
 
 
 def round_trellis(
@@ -108,11 +118,21 @@ def round_trellis(
         strings, _ = _round_by_columns(rotated, scales.float(), format, feedback.columns, threads)
     else:
         assert feedback.columns is not None
-        strings = _round_by_diagonals(rotated, scales.float(), format, feedback.columns, feedback.rows, threads)
+        strings = _round_by_diagonals(rotated, scales.float(), format, feedback, threads)
     if feedback.inputs is not None:
         scales = format.stored_scales(_refitted(rotated, scales.float(), strings, format, feedback), name)
     stored = {"codes": strings, "scales": scales[:rows].contiguous(), "signs": feedback.signs}
     return QuantTensor(format, (rows, columns), stored, torch.zeros(0))
+
+
+def _unit_upper(lower: torch.Tensor) -> torch.Tensor:
+    """Of each block B of 16 x 16 on the diagonal of L (N, N), lower triangular: U, upper triangular with ones on its
+    diagonal, where B B' = U S U' and S is diagonal. float32 (N / 16, 16, 16)."""
+    count = len(lower) // TILE
+    corners = lower.view(count, TILE, count, TILE).diagonal(dim1=0, dim2=2).permute(2, 0, 1)
+    blocks = corners @ corners.transpose(1, 2)
+    upper: torch.Tensor = torch.linalg.cholesky(blocks.flip(1, 2)).flip(1, 2)
+    return upper / upper.diagonal(dim1=1, dim2=2)[:, None]
 
 
 def _best_share(
@@ -161,13 +181,16 @@ def _round_by_diagonals(
     weights: torch.Tensor,
     scales: torch.Tensor,
     format: TrellisFormat,
-    lower: torch.Tensor,
-    rows_lower: torch.Tensor,
+    feedback: TileFeedback,
     threads: int,
 ) -> torch.Tensor:
     """Rows that hear of those below: strings (N / 16, K / 16, bytes of a ring)."""
+    lower, rows_lower = feedback.columns, feedback.rows
+    assert lower is not None
+    assert rows_lower is not None
     size, columns = weights.shape
     high, wide = size // TILE, columns // TILE
+    within = None if feedback.within is None else _in_units_of_rows(*feedback.within, scales)
     tiles = weights.view(high, TILE, wide, TILE)
     by_columns = lower.view(wide, TILE, columns)
     by_rows = rows_lower.view(high, TILE, size)
@@ -180,7 +203,8 @@ def _round_by_diagonals(
         j = diagonal - i
         scale = scales.view(high, TILE, 1)[i]
         target = tiles[i, :, j] + heard_tiles[i, :, j] + below.view(wide, high, TILE, TILE)[j, i]
-        found = search(format, _in_units(target, scale).view(-1, TILE * TILE), threads)
+        factors = None if within is None else TileFactors(within.columns[j], within.rows[i])
+        found = search(format, _in_units(target, scale).view(-1, TILE * TILE), threads, factors)
         strings[i, j] = found
         error = tiles[i, :, j] - _values(tile_levels(format, found), scale, format)
         for start in range(0, len(i), _TOGETHER):
@@ -221,6 +245,15 @@ def _refitted(
             return scales
         change = torch.cholesky_solve(slopes[:, None], lower)[:, 0]
     return scales * (1 + change.clamp(-0.5, 0.5))[:, None]
+
+
+def _in_units_of_rows(columns: torch.Tensor, rows: torch.Tensor, scales: torch.Tensor) -> TileFactors:
+    """Factors of columns and rows of tiles (`TileFeedback.within`) where errors are in units of their rows' scales."""
+    own = scales.view(-1, TILE, 1)
+    # (What a row of zeros is off by is no error in these units.)
+    return TileFactors.of(
+        columns, torch.where(own > 0, rows * own, 0.0) / torch.where(own > 0, own, 1.0).transpose(1, 2)
+    )
 
 
 def _in_units(values: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:

@@ -87,7 +87,8 @@ class TunedTrellis(TunedTwoSided):
     about = (
         "trellis matrix after matrix, the rest tuned against the original in between, kept if that helps: much slower"
     )
-    version = 3
+    version = 4
+    rounding = Trellis.rounding
 
     def format(self, bits: int, fast: bool) -> Codec:
         return Trellis().format(bits, fast)

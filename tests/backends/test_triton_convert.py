@@ -45,7 +45,9 @@ def test_trellises(device: str) -> None:
     got = on_gpu(device)(cast("CheckpointSource", source), "x", format)
     assert all(torch.equal(got.stored[part], expected.stored[part]) for part in expected.stored)
     asked: list[int] = []
-    with searching_with(lambda format, tiles: asked.append(len(tiles)) or tiles.new_zeros(len(tiles), 96).byte()):
+    with searching_with(
+        lambda format, tiles, factors: asked.append(len(tiles)) or tiles.new_zeros(len(tiles), 96).byte()
+    ):
         assert not search(format, torch.ones(3, 256), 1).any()
     assert asked == [3]
     assert search(format, torch.ones(3, 256), 1).any()

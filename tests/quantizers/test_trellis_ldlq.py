@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -10,15 +12,14 @@ from kbit.formats.quant_format import QuantFormat
 from kbit.formats.registry import parse_format
 from kbit.formats.rotation import new_signs, rotate
 from kbit.formats.trellis import TrellisFormat
-from kbit.formats.trellis_code import search, tile_levels
+from kbit.formats.trellis_code import TileFactors, search, tile_levels
 from kbit.host.errors import KbitError, UnsupportedError
 from kbit.quantizers import trellis_ldlq
 from kbit.quantizers.rounding import Rounder
 from kbit.quantizers.settings import Settings
 from kbit.quantizers.trellis_ldlq import TileFeedback, round_trellis
 
-ONE_SIDED, TWO_SIDED = Settings(two_sided=False), Settings()
-NO_SEARCH = Settings(search=False)
+ONE_SIDED, TWO_SIDED, WITHIN = Settings(two_sided=False), Settings(), Settings(within_tiles=True)
 
 
 def case(rows: int, columns: int, seed: int = 0) -> tuple[torch.Tensor, Factors]:
@@ -42,20 +43,24 @@ def plain_rounding(
         below = torch.eye(rotated.shape[0])
     error = torch.zeros_like(rotated)
     strings = torch.empty(high, wide, 32 * format.bits, dtype=torch.uint8)
+    factors = None
     for i in reversed(range(high)):
         for j in reversed(range(wide)):
             rows, columns = slice(16 * i, 16 * i + 16), slice(16 * j, 16 * j + 16)
             heard = error @ lower  # (E L): of this row of tiles, without this tile and those to its left
             target = rotated[rows, columns] + heard[rows, columns]
             target = target + below[16 * i + 16 :, rows].T @ heard[16 * i + 16 :, columns]
-            string = search(format, (target / scales[rows]).reshape(1, 256), 1)
+            if feedback.within is not None:
+                size = scales[rows]
+                factors = TileFactors.of(feedback.within[0][j : j + 1], feedback.within[1][i : i + 1] * size / size.T)
+            string = search(format, (target / scales[rows]).reshape(1, 256), 1, factors)
             strings[i, j] = string[0]
             values = tile_levels(format, string)[0].float() * (format.step * scales[rows])
             error[rows, columns] = rotated[rows, columns] - values
     return strings
 
 
-@pytest.mark.parametrize("settings", [ONE_SIDED, TWO_SIDED], ids=["one-sided", "two-sided"])
+@pytest.mark.parametrize("settings", [ONE_SIDED, TWO_SIDED, WITHIN], ids=["one-sided", "two-sided", "within tiles"])
 @pytest.mark.parametrize("shape", [(48, 32), (16, 80), (64, 64)])
 def test_tiles_are_rounded_as_the_definition_says(shape: tuple[int, int], settings: Settings) -> None:
     weight, factors = case(*shape)
@@ -64,7 +69,7 @@ def test_tiles_are_rounded_as_the_definition_says(shape: tuple[int, int], settin
     with pytest.MonkeyPatch.context() as patch:
         # Scales as given, not fitted.
         patch.setattr(trellis_ldlq, "_refitted", lambda rotated, scales, *others: scales)
-        rounded = round_trellis(weight, format, feedback, NO_SEARCH)
+        rounded = round_trellis(weight, format, feedback, replace(settings, search=False))
     expected = plain_rounding(weight, format, feedback, rounded.stored["scales"].float())
     # Sums in another order may tip single tiles, and with them those they are passed on to: the first ones are the same.
     same = (rounded.stored["codes"] == expected).all(dim=-1)
@@ -77,11 +82,45 @@ def test_what_is_passed_on_is_made_good(text: str) -> None:
     weight, factors = case(90, 150)
     format = parse_format(text)
     costs = []
-    for settings in (Settings(feedback=False), ONE_SIDED, TWO_SIDED):
+    for settings in (Settings(feedback=False), ONE_SIDED, TWO_SIDED, WITHIN):
         rounded = Rounder(factors, settings, 150).round(weight, format)
         assert rounded.format == format
         costs.append(factors.divergence(weight - rounded.dequantize()))
     assert costs[0] > 1.3 * costs[1] > 1.3 * 1.05 * costs[2]
+    # Integers pass nothing on within tiles.
+    assert costs[3] < 0.97 * costs[2] if text != "trellis8" else costs[3] == costs[2]
+
+
+def test_factors_within_tiles_are_those_of_what_a_tile_adds() -> None:
+    """What columns of tiles count given those to their left, and rows given those above: a Schur complement."""
+    _, factors = case(40, 64)
+    format = TrellisFormat(3, window=8)
+    feedback = TileFeedback.of(factors, WITHIN, 64, format)
+    assert feedback.within is not None
+    assert feedback.inputs is not None
+    assert feedback.outputs is not None
+    assert TileFeedback.of(factors, ONE_SIDED, 64, format).within is None
+    for known, upper in ((feedback.inputs, feedback.within[0]), (feedback.outputs, feedback.within[1])):
+        assert len(upper) == len(known) // 16
+        for tile, unit in enumerate(upper.double()):
+            own, left = slice(16 * tile, 16 * tile + 16), slice(0, 16 * tile)
+            beside = known[left, own].double()
+            block = known[own, own].double() - beside.T @ torch.linalg.solve(known[left, left].double(), beside)
+            assert torch.equal(unit.diagonal(), torch.ones(16, dtype=torch.float64))
+            assert not unit.tril(-1).any()
+            middle = torch.linalg.solve(unit, torch.linalg.solve(unit, block).T)
+            assert float((middle - middle.diagonal().diag()).abs().max()) < 1e-3 * float(block.diagonal().mean())
+
+
+def test_rows_of_zeros_tell_others_nothing() -> None:
+    weight, factors = case(48, 32)
+    weight[[3, 20]] = 0
+    rounded = Rounder(factors, WITHIN, 32).round(weight, parse_format("trellis3-l8"))
+    values = rounded.dequantize()
+    assert bool(torch.isfinite(values).all())
+    assert not values[[3, 20]].any()
+    others = [row for row in range(48) if row not in (3, 20)]
+    assert float((weight - values)[others].square().mean()) < 0.1 * float(weight[others].square().mean())
 
 
 def test_fitted_scales_cost_less(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -115,7 +154,7 @@ def test_threads_do_not_matter() -> None:
 def test_what_says_nothing_of_errors_changes_nothing(factors: Factors | None) -> None:
     weight, _ = case(20, 40)
     format = parse_format("trellis4-l12")
-    rounded = Rounder(factors, NO_SEARCH, 40).round(weight, format)
+    rounded = Rounder(factors, Settings(search=False, within_tiles=True), 40).round(weight, format)
     plain = format.encode(lambda start, stop: weight[start:stop], (20, 40))
     assert torch.equal(rounded.stored["codes"], plain.stored["codes"])
 

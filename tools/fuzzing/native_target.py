@@ -128,6 +128,9 @@ def nested_descent(draw: Draw, context: Any, scratch: Path) -> None:
 def trellis_search(draw: Draw, context: Any, scratch: Path) -> None:
     """Codes of tiles."""
     tiles, bits, window, half = draw.size(3), draw.size(4), draw.choice((4, 8, 9)), bool(draw.below(2))
+    factors = [None, None]
+    if draw.below(2):
+        factors = [draw.array((tiles, 16, 16), "i2"), draw.array((tiles, 16, 16), "i4")]
     _native.trellis_search(
         draw.floats(tiles, 256),
         draw.floats(1 << window),
@@ -135,6 +138,7 @@ def trellis_search(draw: Draw, context: Any, scratch: Path) -> None:
         draw.array((tiles, 16 * (2 * bits + half)), "u1"),
         draw.given(context),
         draw.given(half),
+        *factors,
     )
 
 

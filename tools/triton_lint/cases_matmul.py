@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from kbit.formats.trellis import TrellisFormat
+from kbit.formats.trellis_code import TileFactors
 from kbit.kernels.triton.codecs.layout import ROW_TILE, TritonWeight
 from kbit.kernels.triton.codecs.trellis_search import search_symbols
 from kbit.kernels.triton.product.configs import (
@@ -148,14 +149,18 @@ def trellis_case(text: str, tokens: int, *, size: int = 4096, quick: bool = Fals
     )
 
 
-def search_case(text: str, tiles: int = 512) -> Case:
+def search_case(text: str, tiles: int = 512, passed_on: bool = False) -> Case:
     """The search for a trellis's codes: no spills; what it costs is integers, which no floor of memory measures."""
     format = TrellisFormat.parse(text)
     wanted = torch.empty(tiles, 256, dtype=torch.int16, device="meta")
     values = torch.empty(1 << format.window, dtype=torch.int16, device="meta")
+    factors = None
+    if passed_on:  # within tiles
+        columns, rows = (torch.empty(tiles, 16, 16, dtype=dtype, device="meta") for dtype in (torch.int16, torch.int32))
+        factors = TileFactors(columns, rows)
     return Case(
-        f"trellis_search/{text}/{tiles}",
-        launch=lambda arch, config: search_symbols(format, wanted, values),
+        f"trellis_search/{text}/{tiles}" + ("/within" if passed_on else ""),
+        launch=lambda arch, config: search_symbols(format, wanted, values, factors),
         gates=dict.fromkeys(TARGETS, Gate()),
         targets=tuple(arch for arch in TARGETS if arch.startswith("sm_")),  # others are refused (trellis_search)
     )
@@ -209,6 +214,9 @@ def cases() -> list[Case]:
         search_case("trellis2"),
         search_case("trellis3"),
         search_case("trellis6"),
+        search_case("trellis2", passed_on=True),
+        search_case("trellis3", passed_on=True),
+        search_case("trellis6", passed_on=True),
         _rounded("int8", "int4-b64", 256),
         _rounded("int8", "int4-b64", 1024),
         _rounded("int8", "int4-b128", 256, quick=True),

@@ -8,6 +8,12 @@
 // 2406.11235, section 3.3): first a path over some numbers to both sides of the ring's seam, free at its ends, says which
 // overlap is best there; then the path over all numbers from that overlap to itself is taken.
 //
+// Errors may be passed on within the tile, 16 x 16 row by row, so that what is shortest is the sum of squares not of the
+// errors E = numbers - values, but of R' E C, R and C upper triangular with ones on the diagonal: what a column's error
+// adds to a later one's is its factor in C, and likewise for rows. Along a row every overlap goes by the errors of the path
+// that leads to it (per-survivor processing; Raheli, Polydoros and Tzou, IEEE Trans. Commun. 43, 1995). When a row begins,
+// all take the rows before it from the best path up to there: those have nearly settled.
+//
 // Costs are 16 bits wide and saturate; after each step, what all have in common is taken off. The result is the same for
 // every instruction set.
 #pragma once
@@ -38,17 +44,27 @@ constexpr int trellis_doublings(int bits) { return bits <= 3 ? 1 : 2; }
 // Numbers to each side of the seam that the first path sees.
 constexpr int trellis_seam(int bits) { return 192 / bits < 32 ? 32 : 192 / bits; }  // even
 
+// How errors are passed on in a tile.
+struct TrellisFeedback {
+  const std::int16_t* columns;  // C, 16 x 16, in units of 2^-15, none of -32768
+  const std::int32_t* rows;     // R, 16 x 16, in units of 2^-16
+};
+
 struct TrellisTask {
   const TrellisCode* code;
   const float* numbers;   // 256
   std::uint8_t* string;   // trellis_bytes, the first bit in a byte's highest
-  std::uint8_t* scratch;  // trellis_scratch(code) bytes, 64-byte aligned
+  std::uint8_t* scratch;  // trellis_scratch(code, feedback) bytes, 64-byte aligned
+  TrellisFeedback feedback;  // nulls: none
 };
 
-// Two rows of costs, and the choices of 256 steps.
-inline std::int64_t trellis_scratch(const TrellisCode& code) {
-  const std::int64_t overlaps = std::int64_t(1) << (code.window - code.bits);
-  return 2 * (2 * overlaps + 64) + kTrellisTile * overlaps;
+// Of a row of costs, or of what an overlap hears of earlier errors.
+inline std::int64_t trellis_row(const TrellisCode& code) { return (std::int64_t(1) << (code.window - code.bits)) + 32; }
+
+// Two rows of costs, and the choices of 256 steps; with feedback a row of numbers, and two of what each column hears.
+inline std::int64_t trellis_scratch(const TrellisCode& code, bool feedback) {
+  const std::int64_t row = trellis_row(code), rows = feedback ? 2 + 1 + 2 * 16 : 2;
+  return 2 * rows * row + kTrellisTile * (row - 32);
 }
 
 }  // namespace kbit

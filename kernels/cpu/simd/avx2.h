@@ -175,6 +175,12 @@ inline Words min(Words a, Words b) { return {_mm256_min_epu16(a.lo, b.lo), _mm25
 inline Words distance(Words a, Words b) {
   return {_mm256_abs_epi16(_mm256_subs_epi16(a.lo, b.lo)), _mm256_abs_epi16(_mm256_subs_epi16(a.hi, b.hi))};
 }
+inline Words add_signed(Words a, Words b) { return {_mm256_adds_epi16(a.lo, b.lo), _mm256_adds_epi16(a.hi, b.hi)}; }
+inline Words sub_signed(Words a, Words b) { return {_mm256_subs_epi16(a.lo, b.lo), _mm256_subs_epi16(a.hi, b.hi)}; }
+inline Words magnitude(Words a) { return {_mm256_abs_epi16(a.lo), _mm256_abs_epi16(a.hi)}; }
+inline Words multiply_rounded(Words a, Words b) {
+  return {_mm256_mulhrs_epi16(a.lo, b.lo), _mm256_mulhrs_epi16(a.hi, b.hi)};
+}
 inline Words high_square(Words a) { return {_mm256_mulhi_epu16(a.lo, a.lo), _mm256_mulhi_epu16(a.hi, a.hi)}; }
 template <int Shift> inline Words spread(const uint16_t* p) {
   if constexpr (Shift >= 5) return broadcast_word(*p);
@@ -204,12 +210,31 @@ template <int N> inline Words funnel(Words high, Words low) {
 inline Words as_words(Ints a) { return {a.lo, a.hi}; }
 inline Bytes as_bytes(Words a) { return {a.lo, a.hi}; }
 struct Least { Words value, which; };
+struct LeastWith { Words value, which, with; };
 inline void keep_less(Least& least, Words value, int which) {  // where the old one is the minimum, it stays
   const Words next = min(least.value, value);
   const __m256i w = _mm256_set1_epi16(short(which));
   least.which.lo = _mm256_blendv_epi8(w, least.which.lo, _mm256_cmpeq_epi16(next.lo, least.value.lo));
   least.which.hi = _mm256_blendv_epi8(w, least.which.hi, _mm256_cmpeq_epi16(next.hi, least.value.hi));
   least.value = next;
+}
+inline void keep_less(LeastWith& least, Words value, int which, Words with) {
+  const Words next = min(least.value, value);
+  const __m256i w = _mm256_set1_epi16(short(which));
+  const __m256i lo = _mm256_cmpeq_epi16(next.lo, least.value.lo), hi = _mm256_cmpeq_epi16(next.hi, least.value.hi);
+  least.which = {_mm256_blendv_epi8(w, least.which.lo, lo), _mm256_blendv_epi8(w, least.which.hi, hi)};
+  least.with = {_mm256_blendv_epi8(with.lo, least.with.lo, lo), _mm256_blendv_epi8(with.hi, least.with.hi, hi)};
+  least.value = next;
+}
+template <int Shift, int Choices> inline Words pick(const uint16_t* p, int64_t stride, Words which) {
+  Words found = spread<Shift>(p);
+  for (int j = 1; j < Choices; ++j) {
+    const Words a = spread<Shift>(p + j * stride);
+    const __m256i w = _mm256_set1_epi16(short(j));
+    found = {_mm256_blendv_epi8(found.lo, a.lo, _mm256_cmpeq_epi16(which.lo, w)),
+             _mm256_blendv_epi8(found.hi, a.hi, _mm256_cmpeq_epi16(which.hi, w))};
+  }
+  return found;
 }
 inline void store_low_bytes(uint8_t* p, Words a) {  // packing works within 128-bit lanes: quarters 0 2 1 3
   const __m256i byte = _mm256_set1_epi16(0xff);

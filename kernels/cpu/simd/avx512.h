@@ -151,6 +151,10 @@ inline Words add_saturated(Words a, Words b) { return {_mm512_adds_epu16(a.v, b.
 inline Words sub_saturated(Words a, Words b) { return {_mm512_subs_epu16(a.v, b.v)}; }
 inline Words min(Words a, Words b) { return {_mm512_min_epu16(a.v, b.v)}; }
 inline Words distance(Words a, Words b) { return {_mm512_abs_epi16(_mm512_subs_epi16(a.v, b.v))}; }
+inline Words add_signed(Words a, Words b) { return {_mm512_adds_epi16(a.v, b.v)}; }
+inline Words sub_signed(Words a, Words b) { return {_mm512_subs_epi16(a.v, b.v)}; }
+inline Words magnitude(Words a) { return {_mm512_abs_epi16(a.v)}; }
+inline Words multiply_rounded(Words a, Words b) { return {_mm512_mulhrs_epi16(a.v, b.v)}; }
 inline Words high_square(Words a) { return {_mm512_mulhi_epu16(a.v, a.v)}; }
 template <int Shift> inline Words spread(const uint16_t* p) {
   alignas(64) static constexpr struct Lanes {
@@ -176,10 +180,50 @@ template <int N> inline Words funnel(Words high, Words low) {
 inline Words as_words(Ints a) { return {a.v}; }
 inline Bytes as_bytes(Words a) { return {a.v}; }
 struct Least { Words value, which; };
+struct LeastWith { Words value, which, with; };
 inline void keep_less(Least& least, Words value, int which) {
   const __mmask32 less = _mm512_cmplt_epu16_mask(value.v, least.value.v);
   least.value.v = _mm512_min_epu16(value.v, least.value.v);
   least.which.v = _mm512_mask_mov_epi16(least.which.v, less, _mm512_set1_epi16(short(which)));
+}
+inline void keep_less(LeastWith& least, Words value, int which, Words with) {
+  const __mmask32 less = _mm512_cmplt_epu16_mask(value.v, least.value.v);
+  least.value.v = _mm512_min_epu16(value.v, least.value.v);
+  least.which.v = _mm512_mask_mov_epi16(least.which.v, less, _mm512_set1_epi16(short(which)));
+  least.with.v = _mm512_mask_mov_epi16(least.with.v, less, with.v);
+}
+// Each words of some choices one after the other, in 16 bytes.
+template <int Each> inline __m128i joined(const uint16_t* p, int64_t stride) {
+  const auto at = [&](int choice) { return reinterpret_cast<const __m128i*>(p + choice * stride); };
+  if constexpr (Each == 8) return _mm_loadu_si128(at(0));
+  if constexpr (Each == 4) return _mm_unpacklo_epi64(_mm_loadl_epi64(at(0)), _mm_loadl_epi64(at(1)));
+  if constexpr (Each == 2) {
+    const auto two = [&](int choice) {  // (not every GCC has _mm_loadu_si32)
+      int32_t both;
+      memcpy(&both, p + choice * stride, 4);
+      return both;
+    };
+    return _mm_set_epi32(two(3), two(2), two(1), two(0));
+  }
+  return _mm_set_epi16(short(p[7 * stride]), short(p[6 * stride]), short(p[5 * stride]), short(p[4 * stride]),
+                       short(p[3 * stride]), short(p[2 * stride]), short(p[stride]), short(p[0]));
+}
+template <int Shift, int Choices> inline Words pick(const uint16_t* p, int64_t stride, Words which) {
+  constexpr int kEach = Shift >= 5 ? 1 : 32 >> Shift, kWords = kEach * Choices;
+  static_assert(Shift >= 2 && kWords >= 16 && kWords <= 64);
+  alignas(64) static constexpr struct Lanes {
+    uint16_t at[32];
+    constexpr Lanes() : at() { for (int i = 0; i < 32; ++i) at[i] = uint16_t(i >> Shift); }
+  } lanes;
+  const __m512i index = _mm512_add_epi16(_mm512_mullo_epi16(which.v, _mm512_set1_epi16(kEach)), _mm512_load_si512(lanes.at));
+  const auto half = [&](int from) __attribute__((always_inline)) {  // 32 words of them, or 16
+    const auto part = [&](int i) { return joined<kEach>(p + (from + i * 8 / kEach) * stride, stride); };
+    const __m256i low = _mm256_inserti128_si256(_mm256_castsi128_si256(part(0)), part(1), 1);
+    if constexpr (kWords == 16) return _mm512_castsi256_si512(low);
+    else return _mm512_inserti32x4(_mm512_inserti32x4(_mm512_castsi256_si512(low), part(2), 2), part(3), 3);
+  };
+  if constexpr (kWords <= 32) return {_mm512_permutexvar_epi16(index, half(0))};
+  return {_mm512_permutex2var_epi16(half(0), index, half(32 / kEach))};
 }
 inline void store_low_bytes(uint8_t* p, Words a) {
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi16_epi8(a.v));

@@ -171,6 +171,28 @@ inline Words distance(Words a, Words b) {
   }
   return a;
 }
+inline Words add_signed(Words a, Words b) {
+  for (int i = 0; i < 4; ++i) {
+    a.q[i] = vreinterpretq_u16_s16(vqaddq_s16(vreinterpretq_s16_u16(a.q[i]), vreinterpretq_s16_u16(b.q[i])));
+  }
+  return a;
+}
+inline Words sub_signed(Words a, Words b) {
+  for (int i = 0; i < 4; ++i) {
+    a.q[i] = vreinterpretq_u16_s16(vqsubq_s16(vreinterpretq_s16_u16(a.q[i]), vreinterpretq_s16_u16(b.q[i])));
+  }
+  return a;
+}
+inline Words magnitude(Words a) {
+  for (int i = 0; i < 4; ++i) a.q[i] = vreinterpretq_u16_s16(vabsq_s16(vreinterpretq_s16_u16(a.q[i])));
+  return a;
+}
+inline Words multiply_rounded(Words a, Words b) {
+  for (int i = 0; i < 4; ++i) {
+    a.q[i] = vreinterpretq_u16_s16(vqrdmulhq_s16(vreinterpretq_s16_u16(a.q[i]), vreinterpretq_s16_u16(b.q[i])));
+  }
+  return a;
+}
 inline Words high_square(Words a) {
   for (int i = 0; i < 4; ++i) {
     const uint32x4_t low = vmull_u16(vget_low_u16(a.q[i]), vget_low_u16(a.q[i])), high = vmull_high_u16(a.q[i], a.q[i]);
@@ -203,6 +225,7 @@ inline Words as_words(Ints a) {
 }
 inline Bytes as_bytes(Words a) { Bytes r; for (int i = 0; i < 4; ++i) r.q[i] = vreinterpretq_u8_u16(a.q[i]); return r; }
 struct Least { Words value, which; };
+struct LeastWith { Words value, which, with; };
 inline void keep_less(Least& least, Words value, int which) {
   const uint16x8_t w = vdupq_n_u16(uint16_t(which));
   for (int i = 0; i < 4; ++i) {
@@ -210,6 +233,24 @@ inline void keep_less(Least& least, Words value, int which) {
     least.value.q[i] = vminq_u16(value.q[i], least.value.q[i]);
     least.which.q[i] = vbslq_u16(less, w, least.which.q[i]);
   }
+}
+inline void keep_less(LeastWith& least, Words value, int which, Words with) {
+  const uint16x8_t w = vdupq_n_u16(uint16_t(which));
+  for (int i = 0; i < 4; ++i) {
+    const uint16x8_t less = vcltq_u16(value.q[i], least.value.q[i]);
+    least.value.q[i] = vminq_u16(value.q[i], least.value.q[i]);
+    least.which.q[i] = vbslq_u16(less, w, least.which.q[i]);
+    least.with.q[i] = vbslq_u16(less, with.q[i], least.with.q[i]);
+  }
+}
+template <int Shift, int Choices> inline Words pick(const uint16_t* p, int64_t stride, Words which) {
+  Words found = spread<Shift>(p);
+  for (int j = 1; j < Choices; ++j) {
+    const Words a = spread<Shift>(p + j * stride);
+    const uint16x8_t w = vdupq_n_u16(uint16_t(j));
+    for (int i = 0; i < 4; ++i) found.q[i] = vbslq_u16(vceqq_u16(which.q[i], w), a.q[i], found.q[i]);
+  }
+  return found;
 }
 inline void store_low_bytes(uint8_t* p, Words a) {
   for (int i = 0; i < 4; ++i) vst1_u8(p + 8 * i, vmovn_u16(a.q[i]));

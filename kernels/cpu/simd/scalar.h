@@ -144,6 +144,30 @@ inline Words distance(Words a, Words b) {
   }
   return a;
 }
+// Signed numbers: sums and differences that saturate, the size (of -32768: 32768), and a b / 2^15 to the nearest, halves
+// up, where not both are -32768.
+inline Words add_signed(Words a, Words b) {
+  for (int i = 0; i < 32; ++i) {
+    const int sum = int16_t(a.at[i]) + int16_t(b.at[i]);
+    a.at[i] = uint16_t(sum > 32767 ? 32767 : sum < -32768 ? -32768 : sum);
+  }
+  return a;
+}
+inline Words sub_signed(Words a, Words b) {
+  for (int i = 0; i < 32; ++i) {
+    const int d = int16_t(a.at[i]) - int16_t(b.at[i]);
+    a.at[i] = uint16_t(d > 32767 ? 32767 : d < -32768 ? -32768 : d);
+  }
+  return a;
+}
+inline Words magnitude(Words a) {
+  for (int i = 0; i < 32; ++i) a.at[i] = uint16_t(int16_t(a.at[i]) < 0 ? -int16_t(a.at[i]) : a.at[i]);
+  return a;
+}
+inline Words multiply_rounded(Words a, Words b) {
+  for (int i = 0; i < 32; ++i) a.at[i] = uint16_t((int16_t(a.at[i]) * int16_t(b.at[i]) + (1 << 14)) >> 15);
+  return a;
+}
 inline Words high_square(Words a) {  // the upper 16 bits of a a
   for (int i = 0; i < 32; ++i) a.at[i] = uint16_t(uint32_t(a.at[i]) * a.at[i] >> 16);
   return a;
@@ -154,7 +178,6 @@ template <int Shift> inline Words spread(const uint16_t* p) {
   for (int i = 0; i < 32; ++i) r.at[i] = p[i >> Shift];
   return r;
 }
-// The least of several numbers in every lane, and the first that was so small.
 inline Words and_words(Words a, Words b) { for (int i = 0; i < 32; ++i) a.at[i] &= b.at[i]; return a; }
 inline Words multiply(Words a, uint16_t factor) {  // the lower 16 bits
   for (int i = 0; i < 32; ++i) a.at[i] = uint16_t(uint32_t(a.at[i]) * factor);
@@ -167,13 +190,29 @@ template <int N> inline Words funnel(Words high, Words low) {
 }
 inline Words as_words(Ints a) { Words r; memcpy(r.at, a.at, 64); return r; }  // the lower half of a lane first
 inline Bytes as_bytes(Words a) { Bytes r; memcpy(r.at, a.at, 64); return r; }
+// The least of several numbers in every lane, and the first that was so small; and what came with it.
 struct Least { Words value, which; };
+struct LeastWith { Words value, which, with; };
 inline void keep_less(Least& least, Words value, int which) {
   for (int i = 0; i < 32; ++i) {
     if (value.at[i] >= least.value.at[i]) continue;
     least.value.at[i] = value.at[i];
     least.which.at[i] = uint16_t(which);
   }
+}
+inline void keep_less(LeastWith& least, Words value, int which, Words with) {
+  for (int i = 0; i < 32; ++i) {
+    if (value.at[i] >= least.value.at[i]) continue;
+    least.value.at[i] = value.at[i];
+    least.which.at[i] = uint16_t(which);
+    least.with.at[i] = with.at[i];
+  }
+}
+// p[which * stride + (lane >> Shift)]: of each choice, 0 .. Choices - 1, what spread<Shift>(p + choice * stride) has.
+template <int Shift, int Choices> inline Words pick(const uint16_t* p, int64_t stride, Words which) {
+  Words r;
+  for (int i = 0; i < 32; ++i) r.at[i] = p[which.at[i] * stride + (i >> Shift)];
+  return r;
 }
 inline void store_low_bytes(uint8_t* p, Words a) { for (int i = 0; i < 32; ++i) p[i] = uint8_t(a.at[i]); }
 inline uint16_t reduce_min(Words a) {

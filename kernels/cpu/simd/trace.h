@@ -119,6 +119,13 @@ template <int Shift> inline void trace_spread(Trace& t, const uint16_t* p) {
   if constexpr (Shift < 6) trace_spread<Shift + 1>(t, p);
 }
 
+template <int Shift, int Next> inline void trace_pick(Trace& t, const uint16_t* numbers, Words which) {
+  constexpr int kChoices = 1 << Next, kStride = 8;
+  uint16_t all[(kChoices + 1) * kStride];
+  for (int i = 0; i < (kChoices + 1) * kStride; ++i) all[i] = uint16_t(numbers[i % 32] + 1001 * i);
+  t.put(Tag::kSpread, pick<Shift, kChoices>(all, kStride, and_words(which, broadcast_word(kChoices - 1))));
+}
+
 inline void trace_words(Trace& t, const uint8_t* a, const uint8_t* b, const uint8_t* c) {
   uint16_t of_a[32], of_b[32], of_c[32];
   memcpy(of_a, a, 64), memcpy(of_b, b, 64), memcpy(of_c, c, 64);
@@ -138,6 +145,18 @@ inline void trace_words(Trace& t, const uint8_t* a, const uint8_t* b, const uint
   keep_less(least, vc, 2);
   t.put(Tag::kLeast, least.value);
   t.put(Tag::kLeast, least.which);
+  const Words of_signed[] = {add_signed(va, vb), sub_signed(va, vb), magnitude(va)};
+  for (const Words& v : of_signed) t.put(Tag::kWords, v);
+  t.put(Tag::kWords, multiply_rounded(va, magnitude(broadcast_word(of_b[0] & 0x7fff))));  // (not both the least there is)
+  LeastWith with{va, broadcast_word(0), vc};
+  keep_less(with, vb, 1, va);
+  keep_less(with, vc, 2, vb);
+  t.put(Tag::kLeast, with.value);
+  t.put(Tag::kLeast, with.which);
+  t.put(Tag::kLeast, with.with);
+  trace_pick<2, 2>(t, of_a, vb), trace_pick<2, 3>(t, of_a, vb), trace_pick<3, 2>(t, of_a, vb);
+  trace_pick<3, 3>(t, of_a, vb), trace_pick<3, 4>(t, of_a, vb), trace_pick<4, 4>(t, of_a, vb);
+  trace_pick<5, 5>(t, of_a, vb), trace_pick<5, 6>(t, of_a, vb), trace_pick<6, 6>(t, of_a, vb);
   uint8_t low[32];
   store_low_bytes(low, va);
   t.section(Tag::kStoreLowWords, low, 32);

@@ -3,8 +3,9 @@
 A program has one tile. It keeps two rows of costs, one for each overlap of two windows, and the choices of 256 steps in
 memory of its own (the L1 and L2 caches hold the costs); a step reads the row before, and adds for every window what its
 number would cost. Costs are whole numbers of 16 bits that saturate, and of equal ones the first wins, as on the CPU and
-in kernels/reference_trellis.py, so that results are the same. The way back is a chain of 256 loads; other programs go
-forward meanwhile.
+in kernels/reference_trellis.py, so that results are the same. Where errors are passed on within the tile, it also keeps
+what every overlap hears of its own path's, for each column of the row. The way back is a chain of 256 loads; other
+programs go forward meanwhile.
 
 Threads read what others of their program wrote to memory. On NVIDIA's GPUs a barrier orders that. On AMD's, Triton
 3.7.1 compiles the barrier without waiting for stores (seen in the machine code for gfx942), so these are refused.
@@ -20,7 +21,7 @@ import triton
 import triton.language as tl
 
 from kbit.formats.trellis import INTEGER_BITS, TrellisFormat
-from kbit.formats.trellis_code import levels
+from kbit.formats.trellis_code import TileFactors, levels
 from kbit.host.errors import UnsupportedError
 from kbit.kernels.reference_trellis import NUMBERS, doublings, in_units, seam
 from kbit.kernels.triton.target import active, current_arch
@@ -65,18 +66,128 @@ def search_step(
 
 
 @triton.jit
-def search_path(
-    wanted_ptr, values_ptr, costs_ptr, choices_ptr, begin, count,
+def search_step_heard(
+    values_ptr, before_ptr, after_ptr, choices_ptr, number, base, heard_ptr, told_ptr, columns_ptr, column, alone,
     BITS: tl.constexpr, OVERLAPS: tl.constexpr, DOUBLINGS: tl.constexpr, FROM: tl.constexpr,
 ):  # fmt: skip
-    """The costs after numbers [begin, begin + count), which go round the ring; the last are in row count % 2."""
+    """`search_step` where errors are passed on along the row.
+
+    Args:
+        heard_ptr: what the row's numbers hear, by overlap before this one, int16 (16, OVERLAPS).
+        told_ptr: the same by overlap after it.
+        columns_ptr: what this number's error counts for each, int16 (16,).
+        column: of this number.
+        alone: it hears nothing.
+    """
+    CHOICES: tl.constexpr = 1 << BITS
+    PART: tl.constexpr = OVERLAPS // CHOICES
+    least_of_all = 65535
+    for first in range(0, PART, FROM):
+        came = first + tl.arange(0, FROM)
+        m = came[:, None] * CHOICES + tl.arange(0, CHOICES)[None, :]
+        least = tl.full((FROM, CHOICES), 65536, tl.int32)
+        which = tl.zeros((FROM, CHOICES), tl.int32)
+        error = tl.zeros((FROM, CHOICES), tl.int32)
+        for j in range(CHOICES):
+            value = tl.load(values_ptr + j * OVERLAPS + m).to(tl.int32)
+            heard = tl.load(heard_ptr + column * OVERLAPS + j * PART + came).to(tl.int32)
+            own = tl.minimum(tl.maximum(number + tl.where(alone, 0, heard), -32768), 32767)
+            off = tl.minimum(tl.maximum(own[:, None] - value, -32768), 32767)
+            distance = tl.minimum(tl.abs(off) << DOUBLINGS, 65535).to(tl.uint32)
+            square = ((distance * distance) >> 16).to(tl.int32)
+            before = tl.load(before_ptr + j * PART + came).to(tl.int32) & 0xFFFF
+            cost = tl.minimum(before[:, None] + square, 65535)
+            which = tl.where(cost < least, j, which)
+            error = tl.where(cost < least, off, error)
+            least = tl.minimum(least, cost)
+        least = tl.maximum(least - base, 0)
+        tl.store(after_ptr + m, least.to(tl.int16))
+        tl.store(choices_ptr + m, which.to(tl.int8))
+        least_of_all = tl.minimum(least_of_all, tl.min(tl.min(least, 1), 0))
+        for later in range(column + 1, 16):
+            factor = tl.load(columns_ptr + later).to(tl.int32)
+            heard = tl.load(heard_ptr + later * OVERLAPS + which * PART + came[:, None]).to(tl.int32)
+            told = tl.where(alone, 0, heard) + ((factor * error + (1 << 14)) >> 15)
+            tl.store(told_ptr + later * OVERLAPS + m, tl.minimum(tl.maximum(told, -32768), 32767).to(tl.int16))
+    return least_of_all
+
+
+@triton.jit
+def hear_rows(
+    wanted_ptr, numbers_ptr, path_ptr, values_ptr, costs_ptr, choices_ptr, rows_ptr, count,
+    BITS: tl.constexpr, OVERLAPS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Numbers [count, count + 16) plus what the best path up to there passes on to their row.
+
+    path_ptr: the windows of the path that was best a row earlier.
+    """
+    side = tl.arange(0, 16)
+    overlap = best_overlap(costs_ptr, OVERLAPS, BLOCK)
+    i = count - 1
+    while i >= 0:
+        choice = tl.load(choices_ptr + i * OVERLAPS + overlap).to(tl.int32) & 0xFF
+        window = choice * OVERLAPS + overlap
+        known = tl.load(path_ptr + i)
+        tl.debug_barrier()  # all have read it
+        tl.store(path_ptr + i, window)
+        overlap = window >> BITS
+        # Where the windows are the same, so are all earlier ones.
+        i = tl.where((i < count - 16) & (known == window), -1, i - 1)
+    tl.debug_barrier()
+    sums = tl.zeros((16,), tl.int64)
+    for row in range(count // 16):
+        value = tl.load(values_ptr + tl.load(path_ptr + row * 16 + side)).to(tl.int64)
+        factor = tl.load(rows_ptr + row * 16 + count // 16).to(tl.int64)
+        sums += factor * (tl.load(wanted_ptr + row * 16 + side).to(tl.int64) - value)
+    number = tl.load(wanted_ptr + count + side).to(tl.int64) + ((sums + (1 << 15)) >> 16)
+    tl.store(numbers_ptr + count + side, tl.minimum(tl.maximum(number, -32767), 32767).to(tl.int16))
+
+
+@triton.jit
+def best_overlap(costs_ptr, OVERLAPS: tl.constexpr, BLOCK: tl.constexpr):
+    """Where costs are least; of equal ones the first."""
+    at = tl.arange(0, BLOCK)
+    best = tl.full((BLOCK,), 0x7FFFFFFF, tl.int32)  # cost and overlap in one number
+    for first in range(0, OVERLAPS, BLOCK):
+        cost = tl.load(costs_ptr + first + at).to(tl.int32) & 0xFFFF
+        best = tl.minimum(best, cost * OVERLAPS + first + at)
+    return tl.min(best, 0) % OVERLAPS
+
+
+@triton.jit
+def search_path(
+    wanted_ptr, numbers_ptr, path_ptr, values_ptr, costs_ptr, choices_ptr, heard_ptr, columns_ptr, rows_ptr,
+    begin, count,
+    BITS: tl.constexpr, OVERLAPS: tl.constexpr, DOUBLINGS: tl.constexpr, FROM: tl.constexpr, HEARD: tl.constexpr,
+    DOWN: tl.constexpr,
+):  # fmt: skip
+    """The costs after numbers [begin, begin + count), which go round the ring; the last are in row count % 2.
+
+    HEARD: errors are passed on along rows. DOWN: and to later rows.
+    """
     base = 0
     for i in range(count):
-        number = tl.load(wanted_ptr + (begin + i) % 256).to(tl.int32)
-        base = search_step(
-            values_ptr, costs_ptr + i % 2 * OVERLAPS, costs_ptr + (i + 1) % 2 * OVERLAPS,
-            choices_ptr + i * OVERLAPS, number, base, BITS, OVERLAPS, DOUBLINGS, FROM,
-        )  # fmt: skip
+        before, after = costs_ptr + i % 2 * OVERLAPS, costs_ptr + (i + 1) % 2 * OVERLAPS
+        if HEARD:
+            at = (begin + i) % 256
+            column = at % 16
+            if DOWN and column == 0 and i > 0:
+                hear_rows(
+                    wanted_ptr, numbers_ptr, path_ptr, values_ptr, before, choices_ptr, rows_ptr, i,
+                    BITS, OVERLAPS, FROM << BITS,
+                )  # fmt: skip
+                tl.debug_barrier()
+            number = tl.load((numbers_ptr if DOWN else wanted_ptr) + at).to(tl.int32)
+            base = search_step_heard(
+                values_ptr, before, after, choices_ptr + i * OVERLAPS, number, base,
+                heard_ptr + i % 2 * 16 * OVERLAPS, heard_ptr + (i + 1) % 2 * 16 * OVERLAPS,
+                columns_ptr + column * 16, column, (i == 0) | (column == 0), BITS, OVERLAPS, DOUBLINGS, FROM,
+            )  # fmt: skip
+        else:
+            number = tl.load(wanted_ptr + (begin + i) % 256).to(tl.int32)
+            base = search_step(
+                values_ptr, before, after, choices_ptr + i * OVERLAPS, number, base, BITS, OVERLAPS, DOUBLINGS, FROM
+            )
         tl.debug_barrier()  # the next step reads what all threads have written
 
 
@@ -89,19 +200,27 @@ def one_back(choices_ptr, i, overlap, BITS: tl.constexpr, OVERLAPS: tl.constexpr
 
 @triton.jit
 def trellis_search_kernel(
-    wanted_ptr, values_ptr, costs_ptr, choices_ptr, symbols_ptr,
+    wanted_ptr, numbers_ptr, path_ptr, values_ptr, costs_ptr, choices_ptr, heard_ptr, columns_ptr, rows_ptr,
+    symbols_ptr,
     BITS: tl.constexpr, OVERLAPS: tl.constexpr, DOUBLINGS: tl.constexpr, SEAM: tl.constexpr, FROM: tl.constexpr,
+    HEARD: tl.constexpr,
 ):  # fmt: skip
     """Grid (tiles,): the last BITS bits of each number's window, uint8 (tiles, 256).
 
     Args:
         wanted_ptr: int16 (tiles, 256), in units of 1 / UNIT.
+        numbers_ptr: scratch, a copy of them; as path_ptr, heard_ptr, columns_ptr and rows_ptr only read where HEARD.
+        path_ptr: scratch, int32 (tiles, 256).
         values_ptr: int16 (2^L,), likewise.
         costs_ptr: scratch, int16 (tiles, 2 OVERLAPS).
         choices_ptr: scratch, int8 (tiles, 256 OVERLAPS).
+        heard_ptr: scratch, int16 (tiles, 2, 16, OVERLAPS).
+        columns_ptr, rows_ptr: how errors are passed on, int16 and int32 (tiles, 16, 16) (`TileFactors`).
     """
     tile = tl.program_id(0).to(tl.int64)
-    wanted = wanted_ptr + tile * 256
+    wanted, numbers, path = wanted_ptr + tile * 256, numbers_ptr + tile * 256, path_ptr + tile * 256
+    heard = heard_ptr + tile * 32 * OVERLAPS
+    columns, rows = columns_ptr + tile * 256, rows_ptr + tile * 256
     costs = costs_ptr + tile * 2 * OVERLAPS
     choices = choices_ptr + tile * 256 * OVERLAPS
     BLOCK: tl.constexpr = FROM << BITS
@@ -109,12 +228,11 @@ def trellis_search_kernel(
     for first in range(0, OVERLAPS, BLOCK):
         tl.store(costs + first + at, tl.zeros((BLOCK,), tl.int16))
     tl.debug_barrier()
-    search_path(wanted, values_ptr, costs, choices, 256 - SEAM, 2 * SEAM, BITS, OVERLAPS, DOUBLINGS, FROM)
-    best = tl.full((BLOCK,), 0x7FFFFFFF, tl.int32)  # cost and overlap in one number: of equal costs the first
-    for first in range(0, OVERLAPS, BLOCK):
-        cost = tl.load(costs + first + at).to(tl.int32) & 0xFFFF
-        best = tl.minimum(best, cost * OVERLAPS + first + at)
-    overlap = tl.min(best, 0) % OVERLAPS
+    search_path(
+        wanted, numbers, path, values_ptr, costs, choices, heard, columns, rows, 256 - SEAM, 2 * SEAM,
+        BITS, OVERLAPS, DOUBLINGS, FROM, HEARD, False,
+    )  # fmt: skip
+    overlap = best_overlap(costs, OVERLAPS, BLOCK)
     for step in range(SEAM):
         overlap = one_back(choices, 2 * SEAM - 1 - step, overlap, BITS, OVERLAPS)
     end = overlap
@@ -122,7 +240,10 @@ def trellis_search_kernel(
     for first in range(0, OVERLAPS, BLOCK):
         tl.store(costs + first + at, tl.where(first + at == end, 0, -1).to(tl.int16))
     tl.debug_barrier()
-    search_path(wanted, values_ptr, costs, choices, 0, 256, BITS, OVERLAPS, DOUBLINGS, FROM)
+    search_path(
+        wanted, numbers, path, values_ptr, costs, choices, heard, columns, rows, 0, 256,
+        BITS, OVERLAPS, DOUBLINGS, FROM, HEARD, True,
+    )  # fmt: skip
     overlap = end
     for step in range(256):
         i = 256 - 1 - step
@@ -130,34 +251,44 @@ def trellis_search_kernel(
         overlap = one_back(choices, i, overlap, BITS, OVERLAPS)
 
 
-def search_on_gpu(format: TrellisFormat, tiles: torch.Tensor, device: torch.device | str) -> torch.Tensor:
+def search_on_gpu(
+    format: TrellisFormat, tiles: torch.Tensor, device: torch.device | str, factors: TileFactors | None = None
+) -> torch.Tensor:
     """`trellis_code.search` on a GPU: the same rings.
 
     Args:
         format: of them, below 7 bits (wider codes are integers, for which nothing is searched).
         tiles: in units of the row's scale, float32 (T, 256).
         device: where to search.
+        factors: how errors are passed on within the tiles; None: they are not.
 
     Returns:
         uint8 (T, 32 k) on the CPU.
 
     Raises:
-        UnsupportedError: a GPU of AMD's.
+        UnsupportedError: a GPU of AMD's, or a half width.
     """
     assert format.bits < INTEGER_BITS
+    if format.half:
+        raise UnsupportedError(f"{format}: half widths are searched for on the CPU only; use --device cpu")
     values = in_units(levels(format, torch.arange(1 << format.window)).float() * format.step)
     with active(device):
-        symbols = search_symbols(format, in_units(tiles).to(device), values.to(device))
+        if factors is not None:
+            factors = TileFactors(factors.columns.to(device), factors.rows.to(device))
+        symbols = search_symbols(format, in_units(tiles).to(device), values.to(device), factors)
     return _strings(symbols.cpu(), format.bits)
 
 
-def search_symbols(format: TrellisFormat, wanted: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+def search_symbols(
+    format: TrellisFormat, wanted: torch.Tensor, values: torch.Tensor, factors: TileFactors | None = None
+) -> torch.Tensor:
     """The last k bits of every number's window.
 
     Args:
         format: of the codes.
         wanted: numbers in units of 1 / UNIT, int16 (T, 256).
         values: what windows stand for, likewise, int16 (2^L,).
+        factors: how errors are passed on within the tiles; None: they are not.
 
     Returns:
         uint8 (T, 256).
@@ -171,15 +302,21 @@ def search_symbols(format: TrellisFormat, wanted: torch.Tensor, values: torch.Te
         )
     tiles, overlaps, device = len(wanted), 1 << (format.window - format.bits), wanted.device
     symbols = torch.empty(wanted.shape, dtype=torch.uint8, device=device)
-    group = max(1, _SCRATCH_BYTES // ((NUMBERS + 4) * overlaps))
+    heard_columns = 0 if factors is None else 2 * 16
+    group = max(1, _SCRATCH_BYTES // ((NUMBERS + 4 + 2 * heard_columns) * overlaps))
     costs = torch.empty((min(group, tiles), 2 * overlaps), dtype=torch.int16, device=device)
     choices = torch.empty((min(group, tiles), NUMBERS * overlaps), dtype=torch.int8, device=device)
+    heard = torch.empty((min(group, tiles), heard_columns * overlaps), dtype=torch.int16, device=device)
+    numbers = wanted if factors is None else wanted.clone()
+    path = torch.empty(wanted.shape, dtype=torch.int32, device=device)
     for start in range(0, tiles, group):
         part = slice(start, start + group)
+        columns, rows = (wanted, symbols) if factors is None else (factors.columns[part], factors.rows[part])
         trellis_search_kernel[(len(wanted[part]),)](
-            wanted[part], values, costs, choices, symbols[part],
+            wanted[part], numbers[part], path[part], values, costs, choices, heard,
+            columns.contiguous(), rows.contiguous(), symbols[part],
             BITS=format.bits, OVERLAPS=overlaps, DOUBLINGS=doublings(format.bits), SEAM=seam(format.bits),
-            FROM=max(1, min(_BLOCK, overlaps) >> format.bits), num_warps=4,
+            FROM=max(1, min(_BLOCK, overlaps) >> format.bits), HEARD=factors is not None, num_warps=4,
         )  # fmt: skip
     return symbols
 

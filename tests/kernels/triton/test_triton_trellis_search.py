@@ -9,7 +9,7 @@ from triton_cases import assert_within as assert_within  # sets the interpreter 
 triton = pytest.importorskip("triton")
 
 from kbit.formats.trellis import TrellisFormat  # noqa: E402
-from kbit.formats.trellis_code import levels, search  # noqa: E402
+from kbit.formats.trellis_code import TileFactors, levels, search  # noqa: E402
 from kbit.host.errors import UnsupportedError  # noqa: E402
 from kbit.kernels.reference_trellis import in_units, search_symbols  # noqa: E402
 from kbit.kernels.triton.codecs.trellis_search import search_on_gpu  # noqa: E402
@@ -23,6 +23,17 @@ def test_the_same_rings(device: str, text: str) -> None:
     tiles = torch.randn(1, 256, generator=torch.Generator().manual_seed(format.window))
     tiles[0, ::32] = 9.0
     assert torch.equal(search_on_gpu(format, tiles, device), search(format, tiles, 1))
+
+
+def test_the_same_rings_where_errors_are_passed_on(device: str) -> None:
+    format = TrellisFormat.parse("trellis2-l8")
+    generator = torch.Generator().manual_seed(2)
+    tiles = torch.randn(1, 256, generator=generator)
+    tiles[0, ::32] = 9.0
+    factors = TileFactors.of(*(torch.randn(1, 16, 16, generator=generator) * 0.2 for _ in range(2)))
+    expected = search(format, tiles, 1, factors)
+    assert not torch.equal(expected, search(format, tiles, 1))
+    assert torch.equal(search_on_gpu(format, tiles, device, factors), expected)
 
 
 def test_the_reference() -> None:
@@ -51,3 +62,8 @@ def test_other_gpus_are_refused(device: str, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr("kbit.kernels.triton.codecs.trellis_search.current_arch", lambda: "gfx942")
     with pytest.raises(UnsupportedError, match="not on gfx942; use --device cpu"):
         search_on_gpu(TrellisFormat(3), torch.zeros(1, 256), device)
+
+
+def test_half_widths_are_refused(device: str) -> None:
+    with pytest.raises(UnsupportedError, match=r"trellis2.5: half widths .* use --device cpu"):
+        search_on_gpu(TrellisFormat(2, half=True), torch.zeros(1, 256), device)
