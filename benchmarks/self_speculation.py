@@ -3,9 +3,9 @@
     python benchmarks/self_speculation.py --model FOLDER --bits 8,5,4 --threads 2
 
 Every text is written without drafts and with each way of drafting in turns, so that what else the machine does meets
-both; a new drafter each time, as `kbit run` has it. Printed are medians of the pairs' ratios, of the clock's time and of
-the processor's, from the first piece of the answer to its end, and how many guesses held. Without --model, SmolLM2-135M
-is converted (`kbit quantize smollm2-135m-instruct --nested 2..8 --method rtn`).
+both; a new drafter each time, as `kbit run` has it. Printed are medians of the pairs' ratios, of the clock's time and
+of the processor's, from the first piece of the answer to its end, and how many guesses held. Without --model,
+SmolLM2-135M is converted (`kbit quantize smollm2-135m-instruct --nested 2..8 --method rtn`).
 """
 
 from __future__ import annotations
@@ -29,7 +29,8 @@ TEXTS = {
         "A good night's sleep matters more than most people think. During the night the brain",
     ),
     "code": (
-        'import json\nfrom pathlib import Path\n\n\ndef load_config(path):\n    """Read a JSON file and check its keys."""\n',
+        "import json\nfrom pathlib import Path\n\n\n"
+        'def load_config(path):\n    """Read a JSON file and check its keys."""\n',
         'class Stack:\n    """A stack of items, last in, first out."""\n\n    def __init__(self):\n',
         "#include <stdio.h>\n#include <stdlib.h>\n\n// Reads a file into memory and counts its lines.\n"
         "int count_lines(const char *path) {\n",

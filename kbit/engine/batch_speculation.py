@@ -156,7 +156,7 @@ class SelfDrafts:
             each.drafts.made = None
         if not self._widths:
             return guesses
-        # A pass without drafts has a row of each text, and so has every drafted one; checking adds as many for each guess.
+        # A pass without drafts has a row of each text, as has every drafted one; checking adds as many for each guess.
         texts = len(asked)
         plain = rows_cost(texts)
         checked = [rows_cost(texts * (1 + count)) / plain for count in range(DRAFT_TOKENS)]
@@ -207,8 +207,9 @@ class SelfDrafts:
         """Drafts for some of the texts, and writes into the pages behind them."""
         samplers = {index: asked[index].sampler.copy() for index in going}
         last = {index: asked[index].sequence.ids[-1] for index in going}
-        for index in going if self._shortlist else ():
-            self._shortlist.add(asked[index].sequence.ids[-_RECENT:])
+        if self._shortlist is not None:
+            for index in going:
+                self._shortlist.add(asked[index].sequence.ids[-_RECENT:])
         for _ in range(plan.length):
             if not going:
                 break

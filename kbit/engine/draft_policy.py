@@ -18,9 +18,9 @@ from dataclasses import dataclass, field
 # A guess's probability falls into one of these classes: below the first, between two, from the last on.
 EDGES = (0.3, 0.45, 0.6, 0.75, 0.9, 0.97)
 _CLASSES = len(EDGES) + 1
-# What is taken to have been seen of a width before its first guess: the share of each class, and the part of its guesses
-# that held; and how many guesses that is worth, of all classes together and of each. (Of the same model at 3 and 4 bits,
-# prose, code and chats.)
+# What is taken to have been seen of a width before its first guess: the share of each class, and the part of its
+# guesses that held; and how many guesses that is worth, of all classes together and of each. (About what the same model
+# had at 3 and 4 bits, of prose, code and chats.)
 _SHARES = (0.10, 0.08, 0.08, 0.09, 0.09, 0.10, 0.46)
 _HELD = (0.55, 0.65, 0.75, 0.90, 0.97, 0.98, 0.99)
 _WORTH, _WORTH_EACH = 12.0, 4.0
@@ -107,7 +107,7 @@ class WidthRecord:
 
 
 class CopiedRecord:
-    """What is known of guesses that were copied from earlier in the text, by how much of it was the same before them."""
+    """What is known of guesses copied from earlier in the text, by how much was the same before them."""
 
     _LENGTHS = (3, 5, 9)  # matches of two, of less than 5, 9; longer ones
     _HELD = (0.4, 0.5, 0.65, 0.85)

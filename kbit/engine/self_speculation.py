@@ -3,10 +3,10 @@
 The draft goes into the model's own cache, behind keys and values that the full width has written, and is taken out
 again before the check, which writes them anew. So a draft begins from what is exact, and what it leaves is overwritten.
 
-What repeats the text is copied from there (kbit.engine.ngram), which costs nothing, where that has often held. Else the
-width, the length and the confidence at which a draft ends are those that give the most tokens per time
-(kbit.engine.draft_policy), and of a large vocabulary a draft chooses from a part alone (kbit.engine.shortlist). Where no
-draft pays, none is made, but for a short one now and then that measures again.
+What repeats the text is copied from there (kbit.engine.ngram), which costs nothing, where that has often held. Else
+the width, the length and the confidence at which a draft ends are those that give the most tokens per time
+(kbit.engine.draft_policy), and of a large vocabulary a draft chooses from a part alone (kbit.engine.shortlist). Where
+no draft pays, none is made, but for a short one now and then that measures again.
 """
 
 from __future__ import annotations
@@ -220,8 +220,7 @@ def draft_widths(loaded: LoadedModel, asked: int | None) -> tuple[list[Width], S
 
 
 def _bytes_read(decoder: Decoder, of_head: float) -> int:
-    """Bytes of weights that a token reads, with such a share of the head; of an embedding that is not the head too, only
-    a row."""
+    """Bytes of weights that a token reads, with such a share of the head; of an embedding apart from it, only a row."""
     weights = decoder.weights
     apart = weights.embedding.nbytes if weights.head is not weights.embedding else 0
     return weights.nbytes - apart - int((1 - of_head) * weights.head.nbytes)
