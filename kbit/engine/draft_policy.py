@@ -13,17 +13,17 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import InitVar, dataclass, field
 
 # A guess's probability falls into one of these classes: below the first, between two, from the last on.
 EDGES = (0.3, 0.45, 0.6, 0.75, 0.9, 0.97)
 _CLASSES = len(EDGES) + 1
 # What is taken to have been seen of a width before its first guess: the share of each class, and the part of its
-# guesses that held; and how many guesses that is worth, of all classes together and of each. (About what the same model
-# had at 3 and 4 bits, of prose, code and chats.)
+# guesses that held, at 3 bits and at 4; and how many guesses that is worth, of all classes together and of each. (About
+# what the same model had of twelve texts: prose, code and chats.)
 _SHARES = (0.10, 0.08, 0.08, 0.09, 0.09, 0.10, 0.46)
-_HELD = (0.55, 0.65, 0.75, 0.90, 0.97, 0.98, 0.99)
-_WORTH, _WORTH_EACH = 12.0, 4.0
+_HELD = ((0.45, 0.55, 0.62, 0.75, 0.92, 0.98, 0.99), (0.62, 0.72, 0.85, 0.94, 0.98, 0.99, 0.995))
+_WORTH, _WORTH_EACH = 24.0, 10.0
 # How fast what was seen before is forgotten, for each guess of a class and each of all.
 _FADE = 0.98
 
@@ -50,14 +50,24 @@ NO_DRAFT = Plan(1.0, 0, 0.0)
 class WidthRecord:
     """What is known of a width's guesses, by classes of their probability; the latest count most.
 
+    Args:
+        bits: the width.
+
     Attributes:
         seen: guesses of each class.
         judged, held: those of which it is known whether they held, as all before them did; those that held.
     """
 
-    seen: list[float] = field(default_factory=lambda: [_WORTH * share for share in _SHARES])
-    judged: list[float] = field(default_factory=lambda: [_WORTH_EACH] * _CLASSES)
-    held: list[float] = field(default_factory=lambda: [_WORTH_EACH * share for share in _HELD])
+    bits: InitVar[float] = 3.0
+    seen: list[float] = field(init=False)
+    judged: list[float] = field(init=False)
+    held: list[float] = field(init=False)
+
+    def __post_init__(self, bits: float) -> None:
+        wide = min(max(bits - 3.0, 0.0), 1.0)
+        self.seen = [_WORTH * share for share in _SHARES]
+        self.judged = [_WORTH_EACH] * _CLASSES
+        self.held = [_WORTH_EACH * ((1 - wide) * at_3 + wide * at_4) for at_3, at_4 in zip(*_HELD, strict=True)]
 
     def record(self, probabilities: Sequence[float], held: int, failed: bool) -> None:
         """What became of a draft.

@@ -12,7 +12,7 @@ no draft pays, none is made, but for a short one now and then that measures agai
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from time import perf_counter
 
 import numpy as np
@@ -58,7 +58,7 @@ class Width:
     bits: int
     decoder: Decoder | ShortDecoder
     cost: float
-    record: WidthRecord = field(default_factory=WidthRecord)
+    record: WidthRecord
 
 
 @dataclass(eq=False)
@@ -215,7 +215,7 @@ def draft_widths(loaded: LoadedModel, asked: int | None) -> tuple[list[Width], S
     for bits, decoder in zip(chosen, decoders, strict=True):
         share = _bytes_read(decoder, shortlist.part if shortlist else 1.0) / read
         runs = ShortDecoder(decoder, shortlist) if shortlist else decoder
-        widths.append(Width(bits, runs, (share + _BESIDE) / (1 + _BESIDE)))
+        widths.append(Width(bits, runs, (share + _BESIDE) / (1 + _BESIDE), WidthRecord(bits)))
     return widths, shortlist
 
 

@@ -7,12 +7,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from engine_cases import Answer, answer, check_pages, tiny_engine
+from numpy.typing import NDArray
 from speculative_cases import both
 from typer.testing import CliRunner
 
 from kbit.backends.cpu.backend import NativeBackend
 from kbit.cli.main import build
-from kbit.engine import shortlist
+from kbit.engine import batch_speculation, shortlist
+from kbit.engine.answers import Request
+from kbit.engine.batch_engine import Live
+from kbit.engine.batch_speculation import SelfDrafts, TextDrafts
 from kbit.engine.loader import LoadedModel, load_model
 from kbit.engine.sampler import SamplingParams
 from kbit.engine.self_speculation import SelfDrafter
@@ -108,6 +113,45 @@ def test_the_text_is_that_of_the_full_width(small: None, nested: LoadedModel, pa
         ]
         assert len({each.run().ids for each in texts}) == 1
         assert all(each.result.speculation and each.result.speculation.drafted for each in texts)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.7])
+def test_answers_at_once_are_those_without(
+    small: None, nested: LoadedModel, temperature: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The batch engine's drafts, of low planes that choose from a list, and copied: the tokens of an engine without."""
+    monkeypatch.setattr(batch_speculation, "_PAUSE", 1)
+    rng = np.random.default_rng(3)
+    going_round = tuple(rng.integers(0, 100, 6).tolist()) * 3
+    requests = [
+        Request(
+            prompt, SamplingParams(temperature=temperature, seed=4, logit_bias=bias), max_tokens=30, ignore_end=True
+        )
+        for prompt, bias in (((3, 8, 60), ()), (going_round, tuple((token, 6.0) for token in going_round[:6])))
+    ]
+    alone = [answer(tiny_engine(nested.decoder), request).content for request in requests]
+    drafter = SelfDrafts(nested, 5)
+    assert isinstance(drafter._widths[0].decoder, ShortDecoder)
+    made: list[bool] = []
+    learn = drafter.learn
+
+    def learned(drafts: TextDrafts, guessed: int, held: int, logits: NDArray[np.float32]) -> None:
+        assert drafts.made is not None
+        made.append(drafts.made.width is None)
+        learn(drafts, guessed, held, logits)
+
+    drafter.learn = learned  # type: ignore[method-assign]
+    engine = tiny_engine(nested.decoder, drafter=drafter)
+    found = {Live(request, engine.tokenizer): Answer.empty(request) for request in requests}
+    for live in found:
+        engine.add(live)
+    while len(engine):
+        for live, events in engine.step():
+            found[live].take(events)
+        check_pages(engine)
+    assert [each.content for each in found.values()] == alone
+    assert engine.counters.accepted_tokens > 0
+    assert set(made) == {True, False}  # both kinds of drafts were made
 
 
 def test_who_has_no_list(nested: LoadedModel) -> None:
