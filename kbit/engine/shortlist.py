@@ -4,10 +4,11 @@ The head is a quarter of what a model of 0.5 billion weights reads for a token, 
 is out of the question. A draft does without most of it: its tokens are those first in the vocabulary, which byte pair
 encodings have in the order of how frequent they are (FR-Spec, Zhao et al. 2025), those the text has had lately, and
 those that the model itself has thought likely at the last places. Of Qwen2.5-Coder 0.5B's 151,936 a fifth so chosen had
-all but 4 in 1000 of the tokens of prose, code and chats. A token that is not among them is a guess that fails, no more.
+all but one in a hundred of the tokens of prose, code and chats. A token that is not among them is a guess that fails,
+no more.
 
 The head's rows lie in memory as kernels read them, 16 tokens together (a group). Those that are chosen are copied to
-where they lie one after another: read from where they are, they would take half of what the whole head takes.
+where they lie one after another: read from where they are, they would take two thirds of what the whole head takes.
 """
 
 from __future__ import annotations
