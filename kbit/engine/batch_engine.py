@@ -261,7 +261,7 @@ class BatchEngine:
                 continue
             if sequence.draft:
                 self._holds(check)
-                self._settle(check)
+                self._settle(check, logits)
             else:
                 self._go_on(choices[0])
             self._finish(live, mine)
@@ -295,7 +295,7 @@ class BatchEngine:
                 if check.live in self._live:
                     (going if self._holds(check) else over).append(check)
             for check in over:
-                self._settle(check)
+                self._settle(check, logits)
             for check in over:  # (of one request, several may end in one step)
                 if check.live in self._live:
                     self._finish(check.live, events[check.live])
@@ -315,11 +315,11 @@ class BatchEngine:
         check.held += right
         return right and check.choice.finish is None
 
-    def _settle(self, check: _Check) -> None:
+    def _settle(self, check: _Check, logits: NDArray[np.float32]) -> None:
         """Forgets the guesses that did not hold, or the whole sequence, if its answer has ended."""
         assert self._drafter is not None
         draft = check.sequence.draft
-        self._drafter.learn(check.choice.drafts, len(draft), check.held)
+        self._drafter.learn(check.choice.drafts, len(draft), check.held, logits[check.row : check.row + check.held + 1])
         self.counters.drafts += 1
         self.counters.drafted_tokens += len(draft)
         self.counters.accepted_tokens += check.held

@@ -4,7 +4,7 @@ A token's random number is a function of the seed, the choice and its place. So 
 as without a guess, from the logits that the pass gives for its place: where that is the guess, the next place's logits
 hold, too. The tokens are the very ones that there are without speculation, and it can change nothing but the speed.
 
-Guesses come from the text itself (kbit.engine.ngram), or from the model's own low planes
+Guesses come from the text itself (kbit.engine.ngram), or from it and the model's own low planes
 (kbit.engine.self_speculation), which write into the pages of the text and are forgotten before the check. Nothing is
 guessed where many answers are being written, or prompts are being read: then passes have rows enough, and a guess costs
 what it saves.
@@ -13,14 +13,24 @@ what it saves.
 from __future__ import annotations
 
 from collections.abc import Sequence as Sequence_
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
+from numpy.typing import NDArray
 
+from kbit.engine.draft_policy import CopiedRecord, Plan
 from kbit.engine.native_sampler import NativeSampler, sample_rows
 from kbit.engine.ngram import NgramDrafter
-from kbit.engine.self_speculation import Width, asks_for_self, check_widths, draft_bits, draft_widths
+from kbit.engine.pass_costs import rows_cost
+from kbit.engine.self_speculation import (
+    Width,
+    asks_for_self,
+    check_widths,
+    draft_bits,
+    draft_widths,
+)
+from kbit.engine.shortlist import top_probability
 from kbit.engine.speculative import DRAFT_TOKENS, NGRAM
 from kbit.graph.batch import Batch
 from kbit.graph.cache import Cache
@@ -30,7 +40,6 @@ from kbit.host.errors import UsageError
 if TYPE_CHECKING:
     from kbit.engine.loader import LoadedModel
     from kbit.engine.sequence import Sequence
-    from kbit.models.decoder import Decoder
 
 # Answers that are being written at once, up to which there are guesses: beyond, a pass is bound by computing and not by
 # reading weights (docs/speculation.md).
@@ -38,6 +47,23 @@ MOST_WRITING = 4
 _FIRST_DRAFT = 4
 # Steps from one try to the next where no draft pays, and how long a draft it is.
 _PAUSE, _TRY = 64, 2
+# Tokens before a copy that must be the same, at most, and those of a text whose like may come again.
+_MATCHED, _RECENT = 16, 256
+
+
+@dataclass(eq=False)
+class Made:
+    """A draft.
+
+    Attributes:
+        width: that made it; None: it was copied.
+        match: how many tokens before it were the same, where it was copied.
+        probabilities: of a width, the most likely token's at each.
+    """
+
+    width: Width | None
+    match: int = 0
+    probabilities: list[float] = field(default_factory=list)
 
 
 @dataclass(eq=False)
@@ -47,12 +73,12 @@ class TextDrafts:
     Attributes:
         length: of the next draft at most.
         ngram: finds what followed the same words before.
-        width: that made the last draft.
+        made: the last draft, where its maker has something to learn of it.
     """
 
     length: int = _FIRST_DRAFT
     ngram: NgramDrafter | None = None
-    width: Width | None = None
+    made: Made | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -82,8 +108,8 @@ class BatchDrafter(Protocol):
     def draft(self, asked: Sequence_[Asked], pool: PagePool) -> list[list[int]]:
         """Guesses at the next tokens of each, `room` at most, possibly none. The pages' books are as before."""
 
-    def learn(self, drafts: TextDrafts, guessed: int, held: int) -> None:
-        """Of the last draft of an answer, so many of the guesses held."""
+    def learn(self, drafts: TextDrafts, guessed: int, held: int, logits: NDArray[np.float32]) -> None:
+        """Of the last draft of an answer, so many of the guesses held; logits (held + 1, V) said so."""
 
 
 class NgramDrafts:
@@ -99,12 +125,12 @@ class NgramDrafts:
             found.append(each.drafts.ngram.find(each.sequence.ids, min(each.drafts.length, each.room)))
         return found
 
-    def learn(self, drafts: TextDrafts, guessed: int, held: int) -> None:
+    def learn(self, drafts: TextDrafts, guessed: int, held: int, logits: NDArray[np.float32]) -> None:
         drafts.length = min(DRAFT_TOKENS, 2 * drafts.length if held == guessed else held + 1)
 
 
 class SelfDrafts:
-    """Guesses of a nested model's low planes: as many as pay at the acceptance measured so far.
+    """Guesses of a nested model's low planes, or copied from the text where that has held (kbit.engine.draft_policy).
 
     Args:
         loaded: the model, at the width that checks.
@@ -116,62 +142,106 @@ class SelfDrafts:
 
     def __init__(self, loaded: LoadedModel, bits: int | None = None) -> None:
         check_widths(loaded.name, [width for width in loaded.widths if width <= (loaded.bits or 0)], bits)
-        self._widths: list[tuple[Width, Decoder]] = draft_widths(loaded, bits)
+        self._widths, self._shortlist = draft_widths(loaded, bits)
+        self._copied = CopiedRecord()
         self._rested = _PAUSE  # steps without a draft since the last one: the first text begins with a try
 
     @property
     def name(self) -> str:
-        return f"self:{','.join(str(width.bits) for width, _ in self._widths)}"
+        return f"self:{','.join(str(width.bits) for width in self._widths)}"
 
     def draft(self, asked: Sequence_[Asked], pool: PagePool) -> list[list[int]]:
         guesses: list[list[int]] = [[] for _ in asked]
+        for each in asked:
+            each.drafts.made = None
         if not self._widths:
             return guesses
-        (_, length), width, decoder = max(
-            ((width.best_length(DRAFT_TOKENS, len(asked)), width, decoder) for width, decoder in self._widths),
-            key=lambda found: found[0],
-        )
-        if not length:
+        # A pass without drafts has a row of each text, as has every drafted one; checking adds as many for each guess.
+        texts = len(asked)
+        plain = rows_cost(texts)
+        checked = [rows_cost(texts * (1 + count)) / plain for count in range(DRAFT_TOKENS)]
+        plan, width = max(
+            (
+                (width.record.plan((width.cost + plain - 1) / plain, checked), width)
+                for width in self._widths
+            ),
+            key=lambda found: found[0].rate,
+        )  # fmt: skip
+        going = []
+        for index, each in enumerate(asked):
+            if each.drafts.ngram is None:
+                each.drafts.ngram = NgramDrafter()
+            copied = each.drafts.ngram.find(each.sequence.ids, min(_MATCHED, each.room))
+            copy = self._copied.plan(len(copied), checked)
+            if copy.length and copy.rate >= plan.rate:
+                guesses[index] = copied[: copy.length]
+                each.drafts.made = Made(None, match=len(copied))
+            elif each.room > 0:
+                going.append(index)
+        if not plan.length:
             self._rested += 1
             if self._rested < _PAUSE:
                 return guesses
-            length = _TRY
-        self._rested = 0
-        tables = [each.sequence.table for each in asked]
-        starts = [table.length for table in tables]
-        if sum(table.missing(length) for table in tables) > pool.available:
+            plan = Plan(1.0, _TRY, 0.0)
+        tables = [asked[index].sequence.table for index in going]
+        if not going or sum(table.missing(plan.length) for table in tables) > pool.available:
             return guesses
-        samplers = [each.sampler.copy() for each in asked]
-        last = [each.sequence.ids[-1] for each in asked]
-        going = [index for index, each in enumerate(asked) if each.room > 0]
-        for each in asked:
-            each.drafts.width = width
-        for _ in range(length):
+        self._rested = 0
+        starts = [table.length for table in tables]
+        for index in going:
+            asked[index].drafts.made = Made(width)
+        self._go_on(asked, going, plan, width, pool, guesses)
+        for table, start in zip(tables, starts, strict=True):
+            table.truncate(start)
+        return guesses
+
+    def _go_on(
+        self,
+        asked: Sequence_[Asked],
+        going: list[int],
+        plan: Plan,
+        width: Width,
+        pool: PagePool,
+        guesses: list[list[int]],
+    ) -> None:
+        """Drafts for some of the texts, and writes into the pages behind them."""
+        samplers = {index: asked[index].sampler.copy() for index in going}
+        last = {index: asked[index].sequence.ids[-1] for index in going}
+        if self._shortlist is not None:
+            for index in going:
+                self._shortlist.add(asked[index].sequence.ids[-_RECENT:])
+        for _ in range(plan.length):
             if not going:
                 break
-            rows = [tables[index] for index in going]
+            rows = [asked[index].sequence.table for index in going]
             cache = Cache(pool, rows, max(row.length for row in rows) + 1)
             batch = Batch.of([[last[index]] for index in going], cache.lengths)
             adapters = np.array([asked[index].sequence.adapter for index in going], dtype=np.int64)
             if (adapters >= 0).any():
                 batch = replace(batch, adapters=adapters)
-            logits = np.ascontiguousarray(decoder.run(batch, cache), np.float32)
+            logits = np.ascontiguousarray(width.decoder.run(batch, cache), np.float32)
             found = sample_rows([samplers[index] for index in going], logits, range(len(going)))
             after = []
-            for index, token in zip(going, found, strict=True):
+            for row, (index, token) in enumerate(zip(going, found, strict=True)):
                 if isinstance(token, int):  # else the low planes have nothing to say
+                    probability = top_probability(logits[row])
+                    made = asked[index].drafts.made
+                    assert made is not None
+                    made.probabilities.append(probability)
                     guesses[index].append(token)
                     last[index] = token
-                    if len(guesses[index]) < asked[index].room:
+                    if len(guesses[index]) < asked[index].room and probability >= plan.floor:
                         after.append(index)
             going = after
-        for table, start in zip(tables, starts, strict=True):
-            table.truncate(start)
-        return guesses
 
-    def learn(self, drafts: TextDrafts, guessed: int, held: int) -> None:
-        if drafts.width is not None:
-            drafts.width.record(held, failed=held < guessed)
+    def learn(self, drafts: TextDrafts, guessed: int, held: int, logits: NDArray[np.float32]) -> None:
+        if self._shortlist is not None:
+            self._shortlist.add_likely(logits)
+        made, drafts.made = drafts.made, None
+        if made is not None and made.width is None:
+            self._copied.record(made.match, held, failed=held < guessed)
+        elif made is not None and made.width is not None:
+            made.width.record.record(made.probabilities, held, failed=held < guessed)
 
 
 def batch_drafter(loaded: LoadedModel, speculate: str) -> BatchDrafter:

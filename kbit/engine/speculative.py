@@ -13,7 +13,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
+from time import perf_counter
 from typing import TYPE_CHECKING, Protocol, runtime_checkable
+
+import numpy as np
+from numpy.typing import NDArray
 
 from kbit.engine.ngram import NgramDrafter
 from kbit.engine.prompt_cache import DecoderLike, PromptCache
@@ -72,6 +76,14 @@ class SharesCache(Protocol):
     def attach(self, cache: PromptCache) -> None:
         """The cache of the next text; comes before `start`."""
 
+    def passed(self, logits: NDArray[np.float32], seconds: float | None) -> None:
+        """What the model has just said.
+
+        Args:
+            logits: (T, V), after each token of the pass, of which the first say what came next; or after the prompt.
+            seconds: that the pass took; None of the prompt.
+        """
+
 
 @dataclass(frozen=True)
 class Speculation:
@@ -120,7 +132,8 @@ class SpeculativeTokens:
     """The tokens of one generation, as `plain_tokens` in kbit.engine.generate makes them, only sooner.
 
     How much is drafted follows what was accepted: a draft that held is followed by one twice as long, another by one
-    with a single token more than held. Time plays no part, so the same seed gives the same text.
+    with a single token more than held; a drafter that shares the model's cache says so itself. Time plays no part where
+    the text depends on drafts, as sampled text does: the same seed gives the same text.
 
     Args:
         speculation: who drafts, and how much at most.
@@ -175,14 +188,20 @@ class SpeculativeTokens:
         Args:
             logits: (V,), those after the prompt.
         """
+        if isinstance(logits, np.ndarray):
+            self._passed(logits[None], None)
         yield self._add(self._sampler.sample(logits))
         while True:
             guesses = self._guesses()
+            begin = perf_counter()
             if not guesses:
-                yield self._add(self._sampler.sample(self._cache.extend(self._text[-1:])))
+                row = self._cache.extend(self._text[-1:])
+                self._passed(row[None], perf_counter() - begin)
+                yield self._add(self._sampler.sample(row))
                 continue
             self._cache.keep(draft=True)
             rows = self._cache.extend_all([self._text[-1], *(token for token, _ in guesses)])  # (T + 1, V)
+            self._passed(rows, perf_counter() - begin)
             self._passes += 1
             self._drafted += len(guesses)
             held = 0
@@ -199,6 +218,10 @@ class SpeculativeTokens:
                 yield self._add(self._sampler.sample(rows[-1]))
             self._cache.truncate(len(self._text) - 1)
             self._length = min(self._most, 2 * self._length if held == len(guesses) else held + 1)
+
+    def _passed(self, logits: NDArray[np.float32], seconds: float | None) -> None:
+        if isinstance(self._drafter, SharesCache):
+            self._drafter.passed(logits, seconds)
 
     def _add(self, token: int) -> int:
         self._text.append(token)

@@ -12,6 +12,7 @@ from adapter_cases import shapes_of, write_adapter
 from engine_cases import Answer, answer, check_pages, some_requests, tiny_decoder, tiny_engine
 from generation_cases import byte_tokenizer
 from native_cases import VOCABULARY
+from numpy.typing import NDArray
 from typer.testing import CliRunner
 
 from kbit.backends.cpu.backend import NativeBackend
@@ -22,7 +23,6 @@ from kbit.engine.batch_engine import BatchEngine, Live
 from kbit.engine.batch_speculation import Asked, NgramDrafts, SelfDrafts, TextDrafts, batch_drafter
 from kbit.engine.loader import LoadedModel, load_model
 from kbit.engine.sampler import SamplingParams
-from kbit.engine.self_speculation import Width
 from kbit.graph.pages import PagePool
 from kbit.host.errors import UsageError
 from kbit.models.decoder import Decoder
@@ -54,8 +54,9 @@ class Oracle:
             ])  # fmt: skip
         return found
 
-    def learn(self, drafts: TextDrafts, guessed: int, held: int) -> None:
+    def learn(self, drafts: TextDrafts, guessed: int, held: int, logits: NDArray[np.float32]) -> None:
         assert 0 <= held <= guessed
+        assert logits.shape == (held + 1, VOCABULARY)
         self.learned += held
 
 
@@ -198,17 +199,6 @@ def test_low_planes_guess_for_all_texts_at_once(
     # (Drafts and what others are told do not leave anything in the cache that a later text could find.)
     again = replace(requests[2], adapter=None)
     assert answer(together, again).content == alone[2]
-
-
-def test_drafts_pay_for_fewer_texts() -> None:
-    """At one acceptance and cost: for one text, and for several that all are drafted and checked no more."""
-    width = Width(3, cost=0.4)
-    rates = [width.best_length(8, texts) for texts in (1, 2, 4, 8)]
-    assert rates[0] == width.best_length(8)
-    assert rates[0][1] > 1
-    assert [rate for rate, _ in rates] == sorted((rate for rate, _ in rates), reverse=True)
-    assert rates[0][0] > rates[1][0]
-    assert rates[-1] == (1.0, 0)
 
 
 def test_who_cannot_guess(nested: LoadedModel, tiny_model: Path) -> None:

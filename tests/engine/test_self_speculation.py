@@ -15,8 +15,9 @@ from typer.testing import CliRunner
 from kbit.backends.cpu.backend import NativeBackend
 from kbit.cli.main import build
 from kbit.engine.loader import LoadedModel, load_model
+from kbit.engine.ngram import NgramDrafter
 from kbit.engine.sampler import SamplingParams
-from kbit.engine.self_speculation import SelfDrafter, Width, asks_for_self, draft_bits
+from kbit.engine.self_speculation import SelfDrafter, asks_for_self, draft_bits
 from kbit.engine.speculative import Speculation
 from kbit.host.errors import UsageError
 
@@ -47,9 +48,11 @@ def loaded(folder: Path) -> LoadedModel:
 @pytest.mark.parametrize("bits", [None, 2, 4, 7])
 @pytest.mark.parametrize("params", [None, SAMPLED])
 def test_the_text_is_that_of_the_full_width(
-    loaded: LoadedModel, bits: int | None, params: SamplingParams | None
+    loaded: LoadedModel, bits: int | None, params: SamplingParams | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Greedy: the same to the token. Sampled: the same whenever the seed is, whatever came before."""
+    if bits == 7:  # planes alone
+        monkeypatch.setattr(NgramDrafter, "find", lambda *_: [])
     for prompt in PROMPTS:
         ids = loaded.tokenizer.encode(prompt)
         if params is None:
@@ -97,25 +100,12 @@ def test_widths_that_cannot_draft_are_refused(loaded: LoadedModel, novels_folder
         SelfDrafter(plain)
 
 
-def test_length_follows_what_was_accepted() -> None:
-    """What is accepted makes drafts longer, what is rejected makes them shorter and then none; a cheap one may be longer."""
-    cheap, dear = Width(2, 0.2), Width(7, 0.9)
-    assert dear.best_length(8)[1] <= cheap.best_length(8)[1]
-    before = cheap.best_length(8)
-    for _ in range(40):
-        cheap.record(4, failed=False)
-    assert cheap.best_length(8) > before
-    assert cheap.best_length(8)[1] == 8
-    assert cheap.best_length(3)[1] == 3
-    for _ in range(200):
-        cheap.record(0, failed=True)
-    assert cheap.best_length(8) == (1.0, 0)
-
-
-def test_no_drafts_where_they_do_not_pay(loaded: LoadedModel) -> None:
+def test_no_drafts_where_they_do_not_pay(loaded: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> None:
     """At a width whose guesses fail, drafts stop, but for a short one now and then."""
     drafter = SelfDrafter(loaded, 2)
-    drafter._widths[0].rejected = 1e4
+    record = drafter._widths[0].record
+    record.held, record.judged = [0.0] * len(record.held), [1e4] * len(record.judged)
+    monkeypatch.setattr(NgramDrafter, "find", lambda *_: [])
     ids = loaded.tokenizer.encode(PROMPTS[0])
     _, sped = both(lambda: loaded.decoder, loaded.tokenizer, ids, Speculation(drafter), max_tokens=150)
     assert sped.speculation is not None

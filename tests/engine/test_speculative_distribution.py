@@ -19,9 +19,13 @@ from typing import Any
 import pytest
 import torch
 
+from kbit.engine import self_speculation
+from kbit.engine.draft_policy import Plan, WidthRecord
+from kbit.engine.ngram import NgramDrafter
 from kbit.engine.prompt_cache import PromptCache
-from kbit.engine.sampler import Probabilities, Sampler, SamplingParams
-from kbit.engine.speculative import DraftModel, Speculation, SpeculativeTokens
+from kbit.engine.sampler import Guess, Probabilities, Sampler, SamplingParams
+from kbit.engine.self_speculation import SelfDrafter, Width
+from kbit.engine.speculative import Drafter, DraftModel, Speculation, SpeculativeTokens
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -126,10 +130,12 @@ class Markov:
         return self.logits[list(ids[-1:] if last_only else ids)].numpy()
 
 
-def sampled(params: dict[str, Any], draft_tokens: int, count: int = TEXTS) -> tuple[Counter[tuple[int, ...]], float]:
+def sampled(
+    params: dict[str, Any], draft_tokens: int, count: int = TEXTS, drafter: Drafter | None = None
+) -> tuple[Counter[tuple[int, ...]], float]:
     """So many texts with a draft model, each with its own seed; and the share of drafted tokens that were accepted."""
     cache = PromptCache(Markov(TARGET))
-    speculation = Speculation(DraftModel("draft", Markov(DRAFT)), draft_tokens)
+    speculation = Speculation(drafter or DraftModel("draft", Markov(DRAFT)), draft_tokens)
     counts: Counter[tuple[int, ...]] = Counter()
     drafted = accepted = 0
     for seed in range(count):
@@ -162,6 +168,45 @@ def test_texts_have_the_distribution_of_the_model(case: str, draft_tokens: int) 
     assert 0.2 < rate < 0.9  # both branches of the rule were taken often
     found = p_value(counts, expected)
     assert found > LEVEL, f"p = {found:.2e}"
+
+
+@pytest.fixture
+def self_drafter(monkeypatch: pytest.MonkeyPatch) -> SelfDrafter:
+    """Low planes that speak as DRAFT does; a draft ends with the first token of whose like less than 0.5 is sure."""
+    monkeypatch.setattr(WidthRecord, "plan", lambda *_: Plan(2.0, 3, 0.5))
+    monkeypatch.setattr(NgramDrafter, "find", lambda *_: [])
+    width = Width(3, Markov(DRAFT), 0.3, WidthRecord())  # type: ignore[arg-type]
+    monkeypatch.setattr(self_speculation, "draft_widths", lambda *_: ([width], None))
+    return SelfDrafter(SimpleNamespace(name="tiny", widths=(8, 3), bits=8))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("case", ["temperature"])
+def test_drafts_that_end_where_they_are_unsure_keep_the_distribution(case: str, self_drafter: SelfDrafter) -> None:
+    sure = DRAFT.softmax(-1).amax(-1)
+    assert (sure < 0.5).any()
+    assert (sure >= 0.5).any()
+    counts, rate = sampled(CASES[case], 3, drafter=self_drafter)
+    assert 0.2 < rate < 0.9
+    assert p_value(counts, dict(texts(SamplingParams(**CASES[case])))) > LEVEL
+
+
+def test_the_test_notices_drafts_that_end_by_what_was_drawn(
+    self_drafter: SelfDrafter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A guess left out for its own probability: what is left is not drawn from the distribution it is said to be."""
+    propose = SelfDrafter.propose
+
+    def picky(self: SelfDrafter, text: list[int], most: int, sampler: Sampler) -> list[Guess]:
+        kept = []
+        for token, proposal in propose(self, text, most, sampler):
+            if proposal is not None and proposal[token] < 0.4:
+                break
+            kept.append((token, proposal))
+        return kept
+
+    monkeypatch.setattr(SelfDrafter, "propose", picky)
+    counts, _ = sampled(CASES["temperature"], 3, drafter=self_drafter)
+    assert p_value(counts, dict(texts(SamplingParams(**CASES["temperature"])))) < LEVEL
 
 
 def always_accept(self: Sampler, logits: torch.Tensor, drafted: int, proposal: Probabilities) -> int:

@@ -151,6 +151,17 @@ void bind_matrix(nb::module_& module) {
                   nb::arg("columns"), nb::arg("scales"), nb::arg("signs"), nb::arg("mixed"), nb::arg("context"),
                   nb::arg("half") = false)
       .def_static("dense", &dense_matrix, nb::arg("values"), nb::arg("kind"), nb::arg("context"))
+      .def("selection",
+           [](std::shared_ptr<MatrixStorage> m, std::int64_t panels) {
+             return MatrixStorage::selection(std::move(m), panels);
+           },
+           nb::arg("panels"), "Room for copies of some panels of 16 rows, at first all of them the first.")
+      .def("take",
+           [](MatrixStorage& m, const Array<const std::int64_t, 1>& places, const Array<const std::int64_t, 1>& panels) {
+             require(places.shape(0) == panels.shape(0), "every place gets a panel");
+             for (std::size_t i = 0; i < places.shape(0); ++i) m.take(places.data()[i], panels.data()[i]);
+           },
+           nb::arg("places"), nb::arg("panels"), "Copies panels into a selection. No pass may use it meanwhile.")
       .def_prop_ro("rows", [](const MatrixStorage& m) { return m.matrix().rows; })
       .def_prop_ro("columns", [](const MatrixStorage& m) { return m.matrix().columns; })
       .def_prop_ro("bits", [](const MatrixStorage& m) { return m.matrix().bits; })

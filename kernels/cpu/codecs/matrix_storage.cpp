@@ -141,6 +141,45 @@ std::shared_ptr<MatrixStorage> MatrixStorage::mapped(const Description& what, st
   return storage;
 }
 
+std::shared_ptr<MatrixStorage> MatrixStorage::selection(std::shared_ptr<const MatrixStorage> whole, std::int64_t panels) {
+  if (panels < 1 || panels > whole->matrix_.panels) throw std::invalid_argument("there are not so many panels");
+  Description part = whole->description_;
+  part.rows = panels * kPanelRows;
+  auto storage = std::make_shared<MatrixStorage>();
+  storage->lay_out(part);
+  const auto bytes = storage->sizes();
+  storage->data_ = AlignedBytes(bytes[0]);
+  storage->scales_ = AlignedBytes(bytes[1]);
+  storage->offsets_ = AlignedBytes(bytes[2]);
+  Matrix& m = storage->matrix_;
+  (m.bits ? reinterpret_cast<const void*&>(m.codes) : m.values) = storage->data_.data();
+  m.scales = bytes[1] ? storage->scales_.data() : nullptr;
+  m.offsets = bytes[2] ? storage->offsets_.data() : nullptr;
+  for (std::size_t i = 0; i < kFurtherBits; ++i) {
+    if (bytes[kPlainArrays + i] == 0) continue;
+    storage->further_[i] = AlignedBytes(bytes[kPlainArrays + i]);
+    m.further[i] = storage->further_[i].data();
+  }
+  storage->codebook_ = whole->codebook_;
+  if (m.bits) storage->point_at_codebook();
+  storage->whole_ = std::move(whole);
+  for (std::int64_t place = 0; place < panels; ++place) storage->take(place, 0);
+  return storage;
+}
+
+void MatrixStorage::take(std::int64_t place, std::int64_t panel) {
+  if (!whole_ || place < 0 || place >= matrix_.panels || panel < 0 || panel >= whole_->matrix_.panels) {
+    throw std::invalid_argument("there is no such panel, or no such place for it");
+  }
+  const auto from = whole_->arrays(), to = arrays();
+  for (std::size_t i = 0; i < kArrays; ++i) {
+    if (i == 3 || to[i].size == 0) continue;  // (the codebook is the whole's)
+    const std::size_t bytes = to[i].size / static_cast<std::size_t>(matrix_.panels);
+    std::memcpy(const_cast<std::uint8_t*>(to[i].begin) + static_cast<std::size_t>(place) * bytes,
+                from[i].begin + static_cast<std::size_t>(panel) * bytes, bytes);
+  }
+}
+
 std::shared_ptr<MatrixStorage> MatrixStorage::quantized(const QuantizedParts& parts, Team& team) {
   auto storage = std::make_shared<MatrixStorage>();
   storage->lay_out({parts.rows, parts.columns, parts.bits, parts.block_size, parts.scale_kind, parts.offsets != nullptr,

@@ -100,6 +100,12 @@ class MatrixStorage {
   static std::shared_ptr<MatrixStorage> mapped(const Description& what, std::shared_ptr<const MappedFile> file,
                                                const std::array<std::uint64_t, kArrays>& offsets);
 
+  // Room for some panels of a matrix, all of them its first until `take` is called.
+  static std::shared_ptr<MatrixStorage> selection(std::shared_ptr<const MatrixStorage> whole, std::int64_t panels);
+  // Copies a panel of the matrix this is a selection of. Throws std::invalid_argument: it is none, or there is no such
+  // place or panel.
+  void take(std::int64_t place, std::int64_t panel);
+
   const Matrix& matrix() const { return matrix_; }
   const Description& description() const { return description_; }
   std::array<Bytes, kArrays> arrays() const;
@@ -128,6 +134,7 @@ class MatrixStorage {
 
   AlignedBytes data_, scales_, offsets_, further_[kFurtherBits];
   std::shared_ptr<const MappedFile> file_;
+  std::shared_ptr<const MatrixStorage> whole_;  // of a selection
   std::vector<float> codebook_;
   std::vector<std::int8_t> high_, low_;
 };
