@@ -24,8 +24,8 @@ def remove(
 
     Only what kbit or the hub's library put there goes: a pulled model, a repository of the hub's cache (all its
     revisions), or the files that kbit wrote into a folder; what else is in the folder stays. A model that a running
-    process has mapped is refused (on Linux, where that can be known). Who cannot be opened
-    any more keeps its calibrations.
+    process has mapped is refused (on Linux, where that can be known). Of a model that cannot be opened any more the
+    calibrations stay.
 
     \b
     Examples:

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Iterator
-from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -70,11 +69,6 @@ class WritingLogits(KeptLogits):
             _list(path).write_text("".join(f"{index} {sums[index]}\n" for index in sorted(self._done)))
         except OSError as error:
             raise _cannot(path, error) from error
-
-    @property
-    def taken_up(self) -> int:
-        """Windows found complete, from a run that was killed."""
-        return len(self._done)
 
     def _window(self, index: int) -> Iterator[torch.Tensor]:
         if index in self._done:
@@ -148,13 +142,6 @@ class SharedLogits(KeptLogits):
     def close(self) -> None:
         """Let go of the mapping."""
         self._file = None
-
-
-def remove_logits(path: Path) -> None:
-    """Give the disk back. Errors are left to whoever next needs the room."""
-    for file in (_list(path), path):
-        with suppress(OSError):  # mapped by a process that is about to end, on Windows
-            file.unlink(missing_ok=True)
 
 
 def _pieces(rows: NDArray[np.float32], windows: Windows) -> Iterator[torch.Tensor]:

@@ -112,17 +112,7 @@ def _side_by_side(rows: NDArray[Any], each: Located) -> NDArray[Any]:
 
 
 def arranged(spec: ModelSpec, arch: Architecture, metadata: Mapping[str, Value], where: str) -> Iterator[Arranged]:
-    """The tensors of a file, in order.
-
-    Args:
-        spec: the model.
-        arch: what it is written as.
-        metadata: of the file.
-        where: the model, for errors.
-
-    Raises:
-        UnsupportedError: a tensor that the model has and the file has no place for, or the other way round.
-    """
+    """The tensors of a file, in order; arguments and errors as of `kbit.models.gguf_entries.entries_of`."""
     header = parse_header(header_bytes(metadata), Path(where))
     keys = Keys(header, arch)
     declared = spec.expected_tensors()

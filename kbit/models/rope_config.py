@@ -88,11 +88,6 @@ class _Reading:
     original: int | None
 
 
-def rope_from_config(config: Mapping[str, Any], head_dim: int, max_positions: int, where: str) -> RopeSpec:
-    """Read the rotary settings of a family without any of its own: see `ropes_from_config`."""
-    return ropes_from_config(ConfigValues(config, {}, where), head_dim, max_positions, RopeRules()).rope
-
-
 def ropes_from_config(
     values: ConfigValues, head_dim: int, max_positions: int, rules: RopeRules, full_head_dim: int | None = None
 ) -> Ropes:

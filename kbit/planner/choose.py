@@ -19,7 +19,7 @@ from kbit.formats.quant_format import QuantFormat, default_dtype
 from kbit.formats.registry import parse_format
 from kbit.formats.trellis import TrellisFormat
 from kbit.host.errors import KbitError, UnsupportedError, UsageError
-from kbit.planner.memory import predict_memory
+from kbit.planner.memory import predict_memory, ready_weights
 from kbit.planner.models import PlanModel
 from kbit.planner.quality import Quality, compare, judge
 from kbit.planner.types import Candidate, Recommendation, Requirements
@@ -134,6 +134,7 @@ def _fitting(
     why = "no cache kind of these suits its heads"
     for method, format in _formats(request, model, points):
         weights = model.in_format(format, request.embedding_bits)
+        ready = ready_weights(weights, request.backend)
         options = []
         # (What encoders keep for the time of a pass is not rounded: `kbit.cli.encoders`.)
         for kv in request.kv if not model.encodes else ("fp32" if request.backend == "native" else "fp16",):
@@ -147,6 +148,7 @@ def _fitting(
                     threads=request.threads,
                     backend=request.backend,
                     gguf=model.gguf and format is None,
+                    ready=ready,
                 )
             except UnsupportedError:
                 continue

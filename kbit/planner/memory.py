@@ -17,7 +17,7 @@ exceed all the rest. The interpreter, torch and the libraries come on top: a con
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from math import ceil
@@ -97,6 +97,41 @@ class MemoryUse:
         return {**{part: getattr(self, part) for part in parts}, "running": self.running, "peak": self.peak}
 
 
+@dataclass(frozen=True)
+class ReadyWeights:
+    """What weights take as a backend keeps them.
+
+    Attributes:
+        sizes: bytes by role.
+        loading: the most that the weights take together while they are made ready one after another.
+        leftover: what the heap keeps of that.
+    """
+
+    sizes: Mapping[str, int]
+    loading: int
+    leftover: int
+
+
+def ready_weights(weights: Sequence[Weight], backend: str = "native") -> ReadyWeights:
+    """What a model's tensors take, in the order in which they are read."""
+    sizes = {"linear": 0, "embedding": 0, "table": 0, "head": 0, "other": 0, "router": 0}
+    ready, loading, leftover = 0, 0, 0
+    # Experts are thousands of matrices of a few kinds.
+    known: dict[tuple[int, int, int, bool, bool], tuple[int, int]] = {}
+    for weight in weights:
+        kind = (id(weight.kept), weight.rows, weight.columns, weight.steps, weight.role == "other")
+        found = known.get(kind)
+        if found is None:
+            size = prepared_bytes(weight, backend)
+            found = known[kind] = size, _passing_bytes(weight, size, backend)
+            if isinstance(weight.kept, str) and 4 * weight.numel < _HEAP_LIMIT:
+                leftover = max(leftover, 4 * weight.numel)  # a float32 copy that is freed, and that the heap keeps
+        sizes[weight.role] += found[0]
+        loading = max(loading, ready + found[1])
+        ready += found[0]
+    return ReadyWeights(sizes, loading, leftover)
+
+
 def predict_memory(
     spec: ModelSpec,
     weights: Sequence[Weight],
@@ -109,6 +144,7 @@ def predict_memory(
     threads: int = 1,
     backend: str = "native",
     gguf: bool = False,
+    ready: ReadyWeights | None = None,
 ) -> MemoryUse:
     """What a model takes.
 
@@ -124,6 +160,7 @@ def predict_memory(
         backend: "native", or "triton": then all of this is the GPU's memory, its workspace is an estimate, and what the
             driver takes is not in it.
         gguf: the model is read from a GGUF file, whose tokenizer takes more memory to read.
+        ready: `ready_weights` of these, where they are known already.
 
     Raises:
         UsageError: a context or batch below 1.
@@ -131,17 +168,10 @@ def predict_memory(
     """
     if context < 1 or batch < 1:
         raise UsageError(f"a context of {context} tokens for {batch} sequences: both need to be at least 1")
-    sizes = {"linear": 0, "embedding": 0, "table": 0, "head": 0, "other": 0, "router": 0}
-    ready, loading, leftover = 0, 0, 0
-    for weight in weights:
-        size = prepared_bytes(weight, backend)
-        sizes[weight.role] += size
-        loading = max(loading, ready + _passing_bytes(weight, size, backend))
-        ready += size
-        if isinstance(weight.kept, str) and 4 * weight.numel < _HEAP_LIMIT:
-            leftover = max(leftover, 4 * weight.numel)  # a float32 copy that is freed, and that the heap keeps
+    ready = ready or ready_weights(weights, backend)
+    sizes = ready.sizes
     made = (weightless_norms(spec, layer).values() for layer in range(spec.layers))
-    sizes["other"] += 4 * sum(width for widths in made for width in widths)
+    norms = 4 * sum(width for widths in made for width in widths)
     tokenizer = tokenizer_bytes(spec.vocab_size)
     reused = _TOKENIZER_REUSED * max(0.0, tokenizer - _SMALL_TOKENIZER)
     if gguf:
@@ -156,7 +186,7 @@ def predict_memory(
     )
     if backend == "native":
         workspace = program_bytes(spec, weights, rows, compute, threads, resident=True)
-        workspace = max(workspace + _attention_bytes(spec, context, threads), leftover)
+        workspace = max(workspace + _attention_bytes(spec, context, threads), ready.leftover)
     else:
         tokenizer = kept = 0  # not on the GPU
         # Residual stream, q, k, v and attention's output, gate and up, each in float32 at most.
@@ -170,11 +200,11 @@ def predict_memory(
         sizes["linear"],
         sizes["embedding"] + sizes["table"],
         sizes["head"],
-        sizes["other"] + sizes["router"],
+        sizes["other"] + norms + sizes["router"],
         cache,
         workspace,
         kept,
-        max(tokenizer, kept + loading),
+        max(tokenizer, kept + ready.loading),
     )
 
 
@@ -261,7 +291,8 @@ def program_bytes(
         pairs = rows * experts.routing.chosen
         shared_numbers = max(shared_numbers, pairs * inside, pairs * outside)
         buffers += 4 * pairs * (inside + outside)
-    multiplied = [w.kept for w in weights if w.role != "table" and (w.role != "embedding" or spec.tied_embeddings)]
+    unused = {"table"} if spec.tied_embeddings else {"table", "embedding"}
+    multiplied = {id(weight.kept): weight.kept for weight in weights if weight.role not in unused}.values()
     blocks = {kept.block_size for kept in multiplied if isinstance(kept, QuantFormat)}
     segments = [*{_native.matrix_segment(block) for block in blocks}] if compute == "int8" else []
     rotated = any(isinstance(kept, TrellisFormat) for kept in multiplied)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import TypeAlias
 
 from kbit.checkpoint.source import CheckpointSource
@@ -14,6 +15,7 @@ from kbit.formats.quant_format import QuantFormat
 from kbit.formats.registry import parse_format
 from kbit.formats.trellis import TrellisFormat
 from kbit.host.errors import UnsupportedError, UsageError
+from kbit.models.parameter import Parameter
 from kbit.models.params import parameters as declared
 from kbit.models.spec import ModelSpec
 
@@ -62,6 +64,11 @@ class Weight:
         return self.kept.nbytes(self.rows, self.columns)
 
 
+@lru_cache(maxsize=1)  # a model is planned in many formats, one after another
+def _declared(spec: ModelSpec) -> tuple[Parameter, ...]:
+    return declared(spec)
+
+
 def planned_weights(
     spec: ModelSpec,
     linear: Kept,
@@ -84,7 +91,7 @@ def planned_weights(
             raise UsageError(f"weights kept as {kept!r}: use a format such as nf4-b64, or {', '.join(DENSE_BYTES)}")
     kinds = {"linear": linear, "embedding": embedding, "table": embedding, "head": head, "router": "fp16"}
     weights = []
-    for p in declared(spec):
+    for p in _declared(spec):
         if len(p.shape) <= 1:  # a vector, or a number
             weights.append(Weight(p.name, "other", 1, math.prod(p.shape), "fp32", active=p.active))
         elif p.role == "taps":

@@ -11,7 +11,7 @@ import torch
 from kbit.host.errors import CheckpointError, UnsupportedError
 from kbit.models import rope
 from kbit.models.config_values import ConfigValues
-from kbit.models.rope_config import RopeRules, rope_from_config, ropes_from_config
+from kbit.models.rope_config import RopeRules, ropes_from_config
 from kbit.models.spec import RopeSpec
 
 transformers = pytest.importorskip("transformers")
@@ -19,6 +19,12 @@ transformers = pytest.importorskip("transformers")
 # Frequencies are computed in the same order as transformers, so they may differ only where a Python float meets a
 # tensor in another order: a few roundings of 2^-24.
 FREQUENCY_RTOL = 8 * 2.0**-24
+
+
+def rope_from_config(config: dict[str, Any], head_dim: int, max_positions: int, where: str) -> RopeSpec:
+    """The rotary settings of a family without any of its own."""
+    return ropes_from_config(ConfigValues(config, {}, where), head_dim, max_positions, RopeRules()).rope
+
 
 # settings, head_dim, max_position_embeddings
 SETTINGS: dict[str, tuple[dict[str, Any], int, int]] = {

@@ -12,8 +12,7 @@ import pytest
 from laws_cases import FAMILY, Size
 from laws_cases import measure as measure_world
 
-from kbit.scaling.laws.best_width import ANY, BestWidths, best_measured
-from kbit.scaling.laws.bootstrap import redraw
+from kbit.scaling.laws.best_width import ANY, BestWidths
 from kbit.scaling.laws.conclusion import (
     NO,
     NO_CLAIM,
@@ -204,26 +203,6 @@ def test_axes_count_different_bits() -> None:
     assert total.budgets[0].bits - linear.budgets[0].bits == pytest.approx(64_000_000)
     # What the embedding takes does not shrink with the width, so wide formats of small models gain less from it.
     assert total.k_star[0].bits >= linear.k_star[0].bits
-
-
-# Choices
-
-
-def test_choices_are_the_best_that_fit() -> None:
-    points = measure(FAMILY)
-    suite = make_suites(points)[0][0]
-    drawn = redraw(suite.points, 200)
-    budgets = [1.0, 2e7, 5e7, 1e9]
-    choices = best_measured(suite, drawn, budgets)
-    assert [choice.budget for choice in choices] == [2e7, 5e7, 1e9]
-    for choice in choices:
-        fitting = [point for point in points if point.total_bits <= choice.budget]
-        least = min(fitting, key=lambda point: point.nll)
-        assert (choice.model, choice.format) == (least.model, least.format)
-        assert choice.low < choice.nll < choice.high
-        assert 0 < choice.probability <= 1
-        assert len(choice.tied) < len(fitting)
-        assert f"{choice.model}, {choice.format}" not in choice.tied
 
 
 # Conclusions

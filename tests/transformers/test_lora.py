@@ -20,6 +20,8 @@ from kbit.modules.convert import kbit_layers  # noqa: E402
 from kbit.modules.linear import KbitLinear  # noqa: E402
 from kbit.transformers.lora import KbitLoraLinear, with_kbit  # noqa: E402
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 TARGETS = ["q_proj", "v_proj", "down_proj"]
 
 

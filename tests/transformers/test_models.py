@@ -26,6 +26,8 @@ from kbit.modules.convert import kbit_layers  # noqa: E402
 from kbit.modules.embedding import KbitEmbedding  # noqa: E402
 from kbit.modules.linear import KbitLinear  # noqa: E402
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 IDS = torch.randint(3, 250, (2, 20), generator=torch.Generator().manual_seed(0))
 
 

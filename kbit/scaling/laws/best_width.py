@@ -122,29 +122,6 @@ class BestWidths:
         return asdict(self)
 
 
-@dataclass(frozen=True)
-class Choice:
-    """The best measured point that fits a budget.
-
-    Attributes:
-        budget: total bits.
-        model, method, format: of the point; model is text from outside.
-        nll, low, high: its loss in nats per token.
-        probability: that it is the best of those that fit.
-        tied: "MODEL, FORMAT" of others whose loss cannot be told from it.
-    """
-
-    budget: float
-    model: str
-    method: str
-    format: str
-    nll: float
-    low: float
-    high: float
-    probability: float
-    tied: tuple[str, ...]
-
-
 def best_widths(suite: Suite, draws: Draws, level: float = LEVEL) -> list[BestWidths]:
     """The best widths of every method and data type of a suite, on both axes.
 
@@ -167,51 +144,6 @@ def best_widths(suite: Suite, draws: Draws, level: float = LEVEL) -> list[BestWi
                     _best_widths([suite.points[row] for row in rows], draws.only(rows), axis, method, dtype, level)
                 )
     return found
-
-
-def best_measured(
-    suite: Suite, draws: Draws, budgets: Sequence[float], axis: str = "total", level: float = LEVEL
-) -> list[Choice]:
-    """What to load at each budget, out of what was measured; budgets that nothing fits are passed over.
-
-    Args:
-        suite: the points.
-        draws: of all of them, in order.
-        budgets: total bits.
-        axis: one of AXES.
-        level: of the intervals.
-    """
-    sizes = np.array([bits_of(point, axis) for point in suite.points])
-    choices = []
-    for budget in budgets:
-        rows = np.flatnonzero(sizes <= budget)
-        if not len(rows):
-            continue
-        nll = draws.nll[rows]
-        best = int(nll[:, 0].argmin())
-        wins = nll[:, 1:].argmin(axis=0)
-        tied = [
-            f"{suite.points[row].model}, {suite.points[row].format}"
-            for at, row in enumerate(rows)
-            if at != best and interval(nll[at] - nll[best], level)[0] <= 0
-        ]
-        point = suite.points[int(rows[best])]
-        low, high = interval(nll[best], level)
-        share = float(np.mean(wins == best)) if len(wins) else 1.0
-        choices.append(
-            Choice(
-                float(budget),
-                point.model,
-                point.method,
-                point.format,
-                float(nll[best, 0]),
-                low,
-                high,
-                share,
-                tuple(tied),
-            )
-        )
-    return choices
 
 
 def _best_widths(
