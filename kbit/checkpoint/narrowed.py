@@ -24,6 +24,17 @@ def widths_of(source: CheckpointSource) -> tuple[int, ...]:
     return Ladder.of(source).widths
 
 
+def widths_below(source: CheckpointSource, bits: float | None) -> list[int]:
+    """The whole numbers of bits, widest first, that a checkpoint serves below those it is opened at.
+
+    Args:
+        source: the checkpoint, narrowed to these bits or not.
+        bits: None: the widest it serves.
+    """
+    served = widths_of(source.whole if isinstance(source, NarrowedSource) else source)
+    return [width for width in served if width < (max(served) if bits is None else bits)]
+
+
 def narrowed_info(info: TensorInfo, widths: Mapping[str, int]) -> TensorInfo:
     """A tensor at its width, where it is nested.
 
@@ -75,6 +86,11 @@ class NarrowedSource(StoredSource):
         self._narrowed: ReadsNarrowed = source
         self._bits, self._widths = bits, widths
         self._infos = {name: narrowed_info(info, widths) for name, info in source.tensors.items()}
+
+    @property
+    def whole(self) -> CheckpointSource:
+        """The checkpoint with all its planes."""
+        return self._source
 
     @property
     def tensors(self) -> Mapping[str, TensorInfo]:

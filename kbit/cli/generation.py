@@ -234,7 +234,7 @@ def load_to_generate(
         UsageError, CheckpointError, UnsupportedError: see `kbit.engine.loader.load_model`; in every process alike.
     """
     from kbit.backends.select import select_backend
-    from kbit.checkpoint.narrowed import widths_of
+    from kbit.checkpoint.narrowed import widths_below
     from kbit.checkpoint.readers.lora_file import check_adapter
     from kbit.engine.loader import with_template_of
     from kbit.engine.sampling_defaults import sampling_defaults
@@ -260,7 +260,7 @@ def load_to_generate(
             if recommended:
                 sampling = flags.sampling(seed, sampling_defaults(source, model).params)
             if speculate is not None and itself:
-                check_widths(model, widths_of(source), draft_bits(speculate))
+                check_widths(model, widths_below(source, flags.bits), draft_bits(speculate))
             elif speculate is not None:
                 speculation = Speculation(load_drafter(speculate, model, tokenizer, load), flags.draft_limit())
 

@@ -77,7 +77,7 @@ def _run(
     device: str,
     compute: str | None,
     kv_bits: int | str | None,
-    bits: int | None,
+    bits: float | None,
     *,
     quick: bool,
     again: bool,

@@ -29,6 +29,7 @@ from kbit.engine.self_speculation import (
     check_widths,
     draft_bits,
     draft_widths,
+    widths_below,
 )
 from kbit.engine.shortlist import top_probability
 from kbit.engine.speculative import DRAFT_TOKENS, NGRAM
@@ -141,7 +142,7 @@ class SelfDrafts:
     """
 
     def __init__(self, loaded: LoadedModel, bits: int | None = None) -> None:
-        check_widths(loaded.name, [width for width in loaded.widths if width <= (loaded.bits or 0)], bits)
+        check_widths(loaded.name, widths_below(loaded), bits)
         self._widths, self._shortlist = draft_widths(loaded, bits)
         self._copied = CopiedRecord()
         self._rested = _PAUSE  # steps without a draft since the last one: the first text begins with a try

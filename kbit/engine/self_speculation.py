@@ -84,7 +84,7 @@ class SelfDrafter:
     """
 
     def __init__(self, loaded: LoadedModel, bits: int | None = None) -> None:
-        check_widths(loaded.name, [width for width in loaded.widths if width <= (loaded.bits or 0)], bits)
+        check_widths(loaded.name, widths_below(loaded), bits)
         self._asked = bits
         self._ngram, self._copied = NgramDrafter(), CopiedRecord()
         self.follow(loaded)
@@ -203,7 +203,7 @@ def draft_widths(loaded: LoadedModel, asked: int | None) -> tuple[list[Width], S
         loaded: the model.
         asked: the one to draft with; None: some that often pay.
     """
-    narrower = [bits for bits in loaded.widths if bits < (loaded.bits or 0)]
+    narrower = widths_below(loaded)
     tried = [bits for bits in narrower if bits in (_TRIED if asked is None else (asked,))]
     # (Where none of these is there, as of a file of 5 to 8 bits, the narrowest.)
     chosen = tried or (narrower[-1:] if asked is None else [])
@@ -245,15 +245,25 @@ def draft_bits(name: str) -> int | None:
     return int(text)
 
 
-def check_widths(model: str, widths: Sequence[int], bits: int | None) -> None:
+def widths_below(loaded: LoadedModel) -> list[int]:
+    """The whole numbers of bits, widest first, that a model serves below those it runs at."""
+    return [bits for bits in loaded.widths if bits < (loaded.bits or 0)]
+
+
+def check_widths(model: str, narrower: Sequence[int], bits: int | None) -> None:
     """
+    Args:
+        model: what the user called it.
+        narrower: the whole numbers of bits that it serves below those it runs at, widest first.
+        bits: the one that is asked for; None: any.
+
     Raises:
         UsageError: there are no narrower widths, or not the one that is asked for.
     """
-    if len(widths) < 2:
+    if not narrower:
         raise UsageError(
             f"--speculate {SELF}: {model} has one width; make a model of several with kbit quantize --nested 2..8, or "
             "use --speculate ngram"
         )
-    if bits is not None and bits not in widths[1:]:
-        raise UsageError(f"--speculate {SELF}:{bits}: {model} can draft at {widths[-1]} to {widths[1]} bits")
+    if bits is not None and bits not in narrower:
+        raise UsageError(f"--speculate {SELF}:{bits}: {model} can draft at {narrower[-1]} to {narrower[0]} bits")
