@@ -78,7 +78,7 @@ def tune_model(
     *,
     compute: str | None = None,
     kv_bits: int | str | None = None,
-    bits: int | None = None,
+    bits: float | None = None,
     quick: bool = False,
     again: bool = False,
     on_step: Step = lambda done, total, label: None,
@@ -89,7 +89,7 @@ def tune_model(
         model: as for load_model.
         device: "cuda", or "cuda:1" and so on.
         compute, kv_bits: as for select_backend: types are problems of their own.
-        bits: of a nested model, the width; None: the widest. Each has problems of its own.
+        bits: of a nested model, how many; None: the most. Each width has problems of its own.
         quick: fewer problems.
         again: also those that the file has.
         on_step: called with (configurations done, in all, what is being tuned).
