@@ -262,8 +262,8 @@ def check_widths(model: str, narrower: Sequence[int], bits: int | None) -> None:
     """
     if not narrower:
         raise UsageError(
-            f"--speculate {SELF}: {model} has one width; make a model of several with kbit quantize --nested 2..8, or "
-            "use --speculate ngram"
+            f"--speculate {SELF}: {model} has no width below the one it runs at; make a model of several with kbit "
+            "quantize --nested 2..8 and run it at more than 2 bits, or use --speculate ngram"
         )
     if bits is not None and bits not in narrower:
         raise UsageError(f"--speculate {SELF}:{bits}: {model} can draft at {narrower[-1]} to {narrower[0]} bits")

@@ -206,5 +206,7 @@ def test_who_cannot_guess(nested: LoadedModel, tiny_model: Path) -> None:
         batch_drafter(nested, "gpt2")
     with pytest.raises(UsageError, match="self:7: .* can draft at 2 to 5 bits"):
         batch_drafter(nested, "self:7")
-    with pytest.raises(UsageError, match="has one width; make a model of several with kbit quantize --nested"):
+    with pytest.raises(
+        UsageError, match="has no width below the one it runs at; make a model of several with kbit quantize --nested"
+    ):
         batch_drafter(load_model(str(tiny_model), backend=NativeBackend(1)), "self")

@@ -36,4 +36,4 @@ def test_answers_are_those_without(novels_folder: str) -> None:
 def test_a_model_without_low_planes_is_refused(novels_folder: str) -> None:
     code, _, error = run_command(["serve", novels_folder, "--speculate", "self", "--port", "0", "--threads", "1"])
     assert code == 2
-    assert "has one width; make a model of several with kbit quantize --nested" in error
+    assert "has no width below the one it runs at; make a model of several with kbit quantize --nested" in error
