@@ -222,12 +222,24 @@ void test_search(const TrellisKind& kind, Digest& digest) {
   std::vector<float> numbers = random_floats(kTrellisTile, 4);
   const std::vector<float> more = random_floats(kTrellisTile, 5);
   for (std::size_t i = 0; i < numbers.size(); ++i) numbers[i] += more[i];
-  const AlignedBytes scratch(static_cast<std::size_t>(trellis_scratch(code)));
-  Comparison found("search of " + std::to_string(kind.bits) + (kind.half ? " and a half" : ""), &digest);
-  for (const Kernels* set : all_sets) {
-    std::vector<std::uint8_t> string(static_cast<std::size_t>(trellis_bytes(kind.bits, kind.half)));
-    set->trellis_search({&code, numbers.data(), string.data(), scratch.data()});
-    found.add(*set, string);
+  // Upper triangular with ones on the diagonal, which nothing reads.
+  std::vector<std::int16_t> columns(kTrellisTile);
+  std::vector<std::int32_t> rows(kTrellisTile);
+  for (std::size_t i = 0; i < columns.size(); ++i) {
+    if (i % 16 <= i / 16) continue;
+    columns[i] = static_cast<std::int16_t>(8192.0f * std::clamp(numbers[i], -3.0f, 3.0f));
+    rows[i] = static_cast<std::int32_t>(16384.0f * more[i]);
+  }
+  const AlignedBytes scratch(static_cast<std::size_t>(trellis_scratch(code, true)));
+  for (const TrellisFeedback& feedback : {TrellisFeedback{}, TrellisFeedback{columns.data(), rows.data()}}) {
+    Comparison found("search of " + std::to_string(kind.bits) + (kind.half ? " and a half" : "") +
+                         (feedback.columns ? ", errors passed on" : ""),
+                     &digest);
+    for (const Kernels* set : all_sets) {
+      std::vector<std::uint8_t> string(static_cast<std::size_t>(trellis_bytes(kind.bits, kind.half)));
+      set->trellis_search({&code, numbers.data(), string.data(), scratch.data(), feedback});
+      found.add(*set, string);
+    }
   }
 }
 
