@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
+from threading import local
 from typing import TYPE_CHECKING, TypeAlias
 
 import torch
@@ -170,8 +171,20 @@ def _values(format: TrellisFormat) -> torch.Tensor:
     return _levels(format).float() * format.step
 
 
-@lru_cache(maxsize=4)
+class _Contexts(local):
+    """The native contexts of one thread, by how many threads each has: who shares a context takes turns."""
+
+    def __init__(self) -> None:
+        self.by_threads: dict[int, _native.Context] = {}
+
+
+_contexts = _Contexts()
+
+
 def _context(threads: int) -> _native.Context:
     from kbit import _native
 
-    return _native.Context(threads=threads)
+    found = _contexts.by_threads.get(threads)
+    if found is None:
+        found = _contexts.by_threads[threads] = _native.Context(threads=threads)
+    return found

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+from threading import Barrier
+
 import pytest
 import torch
 from trellis_cases import level, ring_windows, trellis_tensor
 
+from kbit import _native
 from kbit.formats.codec import Cut
 from kbit.formats.registry import parse_format
 from kbit.formats.rotation import new_signs, rotate, rotate_factor, sign_values, unrotate
 from kbit.formats.trellis import TrellisFormat
-from kbit.formats.trellis_code import normal_error
+from kbit.formats.trellis_code import normal_error, search
 from kbit.host.errors import KbitError, UnsupportedError, UsageError
 
 FORMATS = (
@@ -194,3 +198,23 @@ def test_other_widths_beside_it() -> None:
     fast = TrellisFormat(3, window=12)
     assert [str(fast.with_bits(bits)) for bits in (2, 6, 8)] == ["trellis2-l12", "trellis6-l12", "trellis8"]
     assert [str(fast.with_bits(bits)) for bits in (2.5, 5.5)] == ["trellis2.5-l12", "trellis5.5-l12"]
+
+
+def test_threads_that_search_do_not_wait_for_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each has a context of its own (a shared one would let them take turns), and finds what one alone finds."""
+    format = parse_format("trellis2-l9")
+    assert isinstance(format, TrellisFormat)
+    tiles = torch.randn(2, 3, 256, generator=torch.Generator().manual_seed(0))
+    alone = [search(format, some, 1) for some in tiles]
+    at_once, contexts, native = Barrier(2, timeout=60), [], _native.trellis_search
+
+    def spied(*arguments: object) -> None:
+        at_once.wait()
+        contexts.append(next(one for one in arguments if isinstance(one, _native.Context)))
+        native(*arguments)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(_native, "trellis_search", spied)
+    with ThreadPoolExecutor(2) as pool:
+        found = list(pool.map(lambda some: search(format, some, 1), tiles))
+    assert all(torch.equal(one, other) for one, other in zip(found, alone, strict=True))
+    assert contexts[0] is not contexts[1]
