@@ -140,6 +140,10 @@ class Ladder:
                 "without --uniform"
             )
 
+    def below(self, bits: float | None) -> list[int]:
+        """The whole numbers of bits, widest first, that are less than these; None: than the most."""
+        return [width for width in self.widths if width < (self.widths[0] if bits is None else bits)]
+
     def at(self, bits: float) -> dict[str, int]:
         """Every nested matrix's width at a number of bits that the model serves, by name."""
         if self.order is None:

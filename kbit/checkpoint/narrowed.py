@@ -31,8 +31,7 @@ def widths_below(source: CheckpointSource, bits: float | None) -> list[int]:
         source: the checkpoint, narrowed to these bits or not.
         bits: None: the widest it serves.
     """
-    served = widths_of(source.whole if isinstance(source, NarrowedSource) else source)
-    return [width for width in served if width < (max(served) if bits is None else bits)]
+    return Ladder.of(source.whole if isinstance(source, NarrowedSource) else source).below(bits)
 
 
 def narrowed_info(info: TensorInfo, widths: Mapping[str, int]) -> TensorInfo:

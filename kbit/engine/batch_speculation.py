@@ -29,7 +29,6 @@ from kbit.engine.self_speculation import (
     check_widths,
     draft_bits,
     draft_widths,
-    widths_below,
 )
 from kbit.engine.shortlist import top_probability
 from kbit.engine.speculative import DRAFT_TOKENS, NGRAM
@@ -142,7 +141,7 @@ class SelfDrafts:
     """
 
     def __init__(self, loaded: LoadedModel, bits: int | None = None) -> None:
-        check_widths(loaded.name, widths_below(loaded), bits)
+        check_widths(loaded.name, loaded.ladder.below(loaded.bits), bits)
         self._widths, self._shortlist = draft_widths(loaded, bits)
         self._copied = CopiedRecord()
         self._rested = _PAUSE  # steps without a draft since the last one: the first text begins with a try

@@ -186,10 +186,10 @@ def load_model(
             check(tokenizer, source)
         part = source if group is None else shard(source, group.rank, group.size)
         if bits is None:
-            ladder, shared = Ladder.of(source), _shared(source, backend)
+            ladder, shared = _served(source, backend)
         else:  # what was narrowed serves what lies below only: the whole is asked
             with open_model(model) as whole:
-                ladder, shared = Ladder.of(whole), _shared(whole, backend)
+                ladder, shared = _served(whole, backend)
         decoder = load_decoder(part, backend, progress=progress, shared=shared)
         return LoadedModel(
             model, decoder, tokenizer, perf_counter() - start,
@@ -197,14 +197,13 @@ def load_model(
         )  # fmt: skip
 
 
-def _shared(whole: CheckpointSource, backend: Backend) -> SharedWeights | None:
-    """What the backend has of a nested model's widths; None where there is one width, or each takes memory of its own.
-    (Processes that share a model have a part each, and a backend each.)"""
+def _served(whole: CheckpointSource, backend: Backend) -> tuple[Ladder, SharedWeights | None]:
+    """A nested model's widths, and what the backend has of them; None where there is one width, or each takes memory of
+    its own. (Processes that share a model have a part each, and a backend each.)"""
     from kbit.graph.backend import SharesWidths
 
-    if not Ladder.of(whole) or not isinstance(backend, SharesWidths):
-        return None
-    return backend.shared(whole.fingerprint())
+    ladder = Ladder.of(whole)
+    return ladder, backend.shared(whole.fingerprint()) if ladder and isinstance(backend, SharesWidths) else None
 
 
 def _with_adapters(decoder: Decoder, model: str, folders: Mapping[str, str]) -> Decoder:

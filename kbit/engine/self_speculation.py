@@ -84,7 +84,7 @@ class SelfDrafter:
     """
 
     def __init__(self, loaded: LoadedModel, bits: int | None = None) -> None:
-        check_widths(loaded.name, widths_below(loaded), bits)
+        check_widths(loaded.name, loaded.ladder.below(loaded.bits), bits)
         self._asked = bits
         self._ngram, self._copied = NgramDrafter(), CopiedRecord()
         self.follow(loaded)
@@ -203,7 +203,7 @@ def draft_widths(loaded: LoadedModel, asked: int | None) -> tuple[list[Width], S
         loaded: the model.
         asked: the one to draft with; None: some that often pay.
     """
-    narrower = widths_below(loaded)
+    narrower = loaded.ladder.below(loaded.bits)
     tried = [bits for bits in narrower if bits in (_TRIED if asked is None else (asked,))]
     # (Where none of these is there, as of a file of 5 to 8 bits, the narrowest.)
     chosen = tried or (narrower[-1:] if asked is None else [])
@@ -243,11 +243,6 @@ def draft_bits(name: str) -> int | None:
     if not text.isdecimal():
         raise UsageError(f"--speculate {name}: write self, or self:3 for a draft at 3 bits")
     return int(text)
-
-
-def widths_below(loaded: LoadedModel) -> list[int]:
-    """The whole numbers of bits, widest first, that a model serves below those it runs at."""
-    return [bits for bits in loaded.widths if bits < (loaded.bits or 0)]
 
 
 def check_widths(model: str, narrower: Sequence[int], bits: int | None) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from adapter_cases import shapes_of, write_adapter
-from engine_cases import Answer, answer, check_pages, some_requests, tiny_decoder, tiny_engine
+from engine_cases import Answer, answer, answers, check_pages, some_requests, tiny_decoder, tiny_engine
 from generation_cases import byte_tokenizer
 from native_cases import VOCABULARY
 from numpy.typing import NDArray
@@ -187,14 +187,7 @@ def test_low_planes_guess_for_all_texts_at_once(
     assert isinstance(drafter, SelfDrafts)
     assert drafter.name == "self:5"
     together = engine(40, drafter)
-    found = {Live(request, together.tokenizer): Answer.empty(request) for request in requests}
-    for live in found:
-        together.add(live)
-    while len(together):
-        for live, events in together.step():
-            found[live].take(events)
-        check_pages(together)
-    assert [each.content for each in found.values()] == alone
+    assert [each.content for each in answers(together, requests)] == alone
     assert together.counters.accepted_tokens > 0.3 * together.counters.drafted_tokens > 0
     # (Drafts and what others are told do not leave anything in the cache that a later text could find.)
     again = replace(requests[2], adapter=None)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from engine_cases import Answer, answer, check_pages, tiny_engine
+from engine_cases import answer, answers, tiny_engine
 from numpy.typing import NDArray
 from speculative_cases import both
 from typer.testing import CliRunner
@@ -16,7 +16,6 @@ from kbit.backends.cpu.backend import NativeBackend
 from kbit.cli.main import build
 from kbit.engine import batch_speculation, shortlist
 from kbit.engine.answers import Request
-from kbit.engine.batch_engine import Live
 from kbit.engine.batch_speculation import SelfDrafts, TextDrafts
 from kbit.engine.loader import LoadedModel, load_model
 from kbit.engine.sampler import SamplingParams
@@ -142,14 +141,7 @@ def test_answers_at_once_are_those_without(
 
     drafter.learn = learned  # type: ignore[method-assign]
     engine = tiny_engine(nested.decoder, drafter=drafter)
-    found = {Live(request, engine.tokenizer): Answer.empty(request) for request in requests}
-    for live in found:
-        engine.add(live)
-    while len(engine):
-        for live, events in engine.step():
-            found[live].take(events)
-        check_pages(engine)
-    assert [each.content for each in found.values()] == alone
+    assert [each.content for each in answers(engine, requests)] == alone
     assert engine.counters.accepted_tokens > 0
     assert set(made) == {True, False}  # both kinds of drafts were made
 
