@@ -19,6 +19,7 @@ from typing import Any
 import pytest
 import torch
 
+from kbit.checkpoint.ladder import Ladder
 from kbit.engine import self_speculation
 from kbit.engine.draft_policy import Plan, WidthRecord
 from kbit.engine.ngram import NgramDrafter
@@ -177,7 +178,7 @@ def self_drafter(monkeypatch: pytest.MonkeyPatch) -> SelfDrafter:
     monkeypatch.setattr(NgramDrafter, "find", lambda *_: [])
     width = Width(3, Markov(DRAFT), 0.3, WidthRecord())  # type: ignore[arg-type]
     monkeypatch.setattr(self_speculation, "draft_widths", lambda *_: ([width], None))
-    return SelfDrafter(SimpleNamespace(name="tiny", widths=(8, 3), bits=8))  # type: ignore[arg-type]
+    return SelfDrafter(SimpleNamespace(name="tiny", ladder=Ladder((8, 3)), bits=8))  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("case", ["temperature"])
