@@ -8,17 +8,14 @@ from numpy.typing import NDArray
 
 from kbit.formats.quant_tensor import QuantTensor
 from kbit.formats.registry import parse_format
-
-# Of kernels/cpu/rounding/trellis.h.
-UNIT = 8192.0
+from kbit.kernels.reference_trellis import UNIT, doublings, seam
 
 
-def doublings(bits: int) -> int:
-    return 1 if bits <= 3 else 2
-
-
-def seam(bits: int) -> int:
-    return max(32, 192 // bits)
+def rings_of(symbols: torch.Tensor, bits: int) -> torch.Tensor:
+    """The rings (T, 32 bits) of what numbers bring, uint8 (T, 256): its bits one after another."""
+    string = "".join(f"{symbol:0{bits}b}" for symbol in symbols.flatten().tolist())
+    found = [int(string[at : at + 8], 2) for at in range(0, len(string), 8)]
+    return torch.tensor(found, dtype=torch.uint8).view(len(symbols), 32 * bits)
 
 
 def trellis_tensor(format: str, rows: int, columns: int) -> QuantTensor:
