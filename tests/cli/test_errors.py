@@ -132,7 +132,9 @@ CASES: dict[str, Case] = {
     "shard size 1e300": Case(Q + "--shard-size 1e300", 2, ("--shard-size 1e+300", "at most 1000000")),
     "shard size inf": Case(Q + "--shard-size inf", 2, ("--shard-size inf",)),
     "shard size nan": Case(Q + "--shard-size nan", 2, ("--shard-size nan",)),
-    "output exists": Case("quantize {good} --bits 3 -o {done}", 2, ("done: already holds a finished model", "--force")),
+    "output exists": Case(
+        "quantize {good} --method rtn --bits 3 -o {done}", 2, ("done: already holds a finished model", "--force")
+    ),
     "output is in use": Case("quantize {good} -o {other-family}", 2, ("other-family: exists and holds other files",)),
     "output in use, forced": Case("quantize {good} -o {other-family} --force", 2, ("holds other files", "new folder")),
     "output is a file": Case("quantize {good} -o {notes.txt}", 2, ("notes.txt: is a file", "name a folder")),
