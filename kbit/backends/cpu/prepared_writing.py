@@ -70,6 +70,7 @@ def make(
         return None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        # Nested matrices lie in a second file, too, until all are there (`Sections`).
         needed = sum(
             info.nbytes * (2 if NestedFormat.claims(info.stored_as) else 1) for info in source.tensors.values()
         )
