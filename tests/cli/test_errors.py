@@ -205,7 +205,14 @@ def test_one_line_and_an_exit_code(name: str, zoo: Path, tmp_path: Path) -> None
 
 def test_the_good_ones_work(zoo: Path, tmp_path: Path) -> None:
     """The cases above fail for their own reason only."""
-    for arguments in (Q, R + "--max-tokens 3", EV, EV + "--reference {done}", "info {done}", "pull --list"):
+    for arguments in (
+        Q + "--calibration-tokens 256",
+        R + "--max-tokens 3",
+        EV,
+        EV + "--reference {done}",
+        "info {done}",
+        "pull --list",
+    ):
         code, stdout, stderr = run_command(split(arguments, zoo, tmp_path / "new"))
         assert (code, bool(stdout)) == (0, True), stderr
         assert "error" not in stderr
