@@ -11,13 +11,6 @@ from kbit.formats.registry import parse_format
 from kbit.kernels.reference_trellis import UNIT, doublings, seam
 
 
-def rings_of(symbols: torch.Tensor, bits: int) -> torch.Tensor:
-    """The rings (T, 32 bits) of what numbers bring, uint8 (T, 256): its bits one after another."""
-    string = "".join(f"{symbol:0{bits}b}" for symbol in symbols.flatten().tolist())
-    found = [int(string[at : at + 8], 2) for at in range(0, len(string), 8)]
-    return torch.tensor(found, dtype=torch.uint8).view(len(symbols), 32 * bits)
-
-
 def trellis_tensor(format: str, rows: int, columns: int) -> QuantTensor:
     """Random rings with random scales and signs: every window can occur. A matrix in a trellis format."""
     generator = torch.Generator().manual_seed(rows * columns)
