@@ -91,7 +91,7 @@ def write(
 def measure(loaded: Any, kind: str, text: str, ways: Sequence[str], tokens: int, rounds: int) -> dict[str, Measured]:
     """One text, without drafts and in every way, in turns."""
     from kbit.engine.conversation import chat_prompt
-    from kbit.engine.self_speculation import draft_bits
+    from kbit.engine.draft_widths import draft_bits
 
     chat = kind == "chat"
     ids = (

@@ -236,9 +236,10 @@ def load_to_generate(
     from kbit.backends.select import select_backend
     from kbit.checkpoint.narrowed import widths_below
     from kbit.checkpoint.readers.lora_file import check_adapter
+    from kbit.engine.draft_widths import asks_for_self, check_widths, draft_bits
     from kbit.engine.loader import with_template_of
     from kbit.engine.sampling_defaults import sampling_defaults
-    from kbit.engine.self_speculation import SelfDrafter, asks_for_self, check_widths, draft_bits
+    from kbit.engine.self_speculation import SelfDrafter
     from kbit.engine.speculative import NGRAM, Speculation, load_drafter
 
     model, speculate = flags.model, flags.speculate

@@ -266,11 +266,13 @@ def _left_out(ignored: dict[str, str]) -> list[str]:
     ]
 
 
-def print_model(summary: dict[str, Any], list_tensors: bool) -> None:
-    from kbit.cli.output import printable, size
+def _per_weight(bits: float | None) -> str:
+    return "-" if bits is None else f"{bits:.3f}"
 
-    def bits(value: float | None) -> str:
-        return "-" if value is None else f"{value:.3f}"
+
+def _facts(summary: dict[str, Any], list_tensors: bool) -> dict[str, str]:
+    """The lines about a model as a whole, by what they are about."""
+    from kbit.cli.output import size
 
     kv = "" if summary["kv_heads"] == summary["heads"] else f" ({summary['kv_heads']} for keys and values)"
     tied = ", head tied to the embedding" if summary["tied_embeddings"] else ""
@@ -285,8 +287,8 @@ def print_model(summary: dict[str, Any], list_tensors: bool) -> None:
         f"{summary['heads']} heads{kv}",
         "parameters": f"{summary['parameters'] / 1e6:,.1f} million{active}, vocabulary {summary['vocabulary']}{tied}",
         "context": f"{summary['context_length']} tokens",
-        "bits per weight": f"{bits(summary['bits_per_weight'])} in all, "
-        f"{bits(summary['bits_per_weight_without_embeddings'])} without embeddings and head",
+        "bits per weight": f"{_per_weight(summary['bits_per_weight'])} in all, "
+        f"{_per_weight(summary['bits_per_weight_without_embeddings'])} without embeddings and head",
         "files": f"{size(summary['file_bytes'])} in {len(summary['files'])} "
         + ("file" if len(summary["files"]) == 1 else "files"),
     }
@@ -337,6 +339,19 @@ def print_model(summary: dict[str, Any], list_tensors: bool) -> None:
             lines["gpu kernels"] = "; ".join(f"{what}: {kernel}" for what, kernel in summary["gpu_kernels"].items())
     else:
         lines["cannot run"] = summary["cannot_run"]
+    return lines
+
+
+def print_model(summary: dict[str, Any], list_tensors: bool) -> None:
+    """Prints what `summarise` says.
+
+    Args:
+        summary: of it.
+        list_tensors: each tensor, too, and each GPU kernel.
+    """
+    from kbit.cli.output import printable, size
+
+    lines = _facts(summary, list_tensors)
     for key, text in [*lines.items(), *(("left out", text) for text in _left_out(summary["ignored_tensors"]))]:
         typer.echo(f"{key + ':':<17}{printable(text)}")
     typer.echo(f"\n{'format':<30}{'tensors':>8}{'parameters':>16}{'bytes':>12}{'bits/weight':>13}")
@@ -349,7 +364,9 @@ def print_model(summary: dict[str, Any], list_tensors: bool) -> None:
             inside = row["bits_per_weight_without_embeddings"]
             mean = f" (mean width {row['mean_width']:.3f})" if summary["mixed_widths"] else ""
             what = f"{row['bits']}{mean}"
-            typer.echo(f"{what:<30}{size(row['bytes']):>8}{bits(row['bits_per_weight']):>16}{bits(inside):>29}")
+            typer.echo(
+                f"{what:<30}{size(row['bytes']):>8}{_per_weight(row['bits_per_weight']):>16}{_per_weight(inside):>29}"
+            )
         if summary["mixed_widths"]:
             typer.echo("Each matrix has a width of its own: all numbers of bits between are served, too.")
     if list_tensors:

@@ -13,54 +13,37 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from time import perf_counter
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
 from kbit.engine.answers import Choice, Done, Event, Failed, Piece, Progress, PromptScored, Request, TokenInfo
+from kbit.engine.batch_decoder import BatchDecoder, longest_text
 from kbit.engine.batch_speculation import MOST_WRITING, Asked, BatchDrafter
 from kbit.engine.live import Counters as Counters
 from kbit.engine.live import Live as Live
 from kbit.engine.live import TooLongError as TooLongError
 from kbit.engine.logprobs import token_infos
 from kbit.engine.pace import STEP_SECONDS, Pace
-from kbit.engine.prompt_cache import DecoderSpec, check_prompt
+from kbit.engine.prompt_cache import check_prompt
 from kbit.engine.scheduler import BATCH_TOKENS, Pass, Scheduler
 from kbit.engine.sequence import Sequence
 from kbit.engine.slots import Slots
 from kbit.engine.step_choice import choose_tokens
-from kbit.graph.batch import Batch
-from kbit.graph.cache import Cache
-from kbit.graph.pages import PAGE, PagePool
+from kbit.graph.pages import PagePool
 from kbit.host.errors import KbitError, UsageError
 
 if TYPE_CHECKING:
-    from kbit.graph.backend import Array
     from kbit.text.tokenizer import Tokenizer
-
-
-class BatchDecoder(Protocol):
-    """A model that runs batches: `kbit.models.decoder.Decoder` or the like."""
-
-    @property
-    def spec(self) -> DecoderSpec:
-        """Its sizes."""
-
-    @property
-    def adapters(self) -> tuple[str, ...]:
-        """Names of the LoRA adapters that its sequences may have."""
-
-    def run(self, batch: Batch, cache: Cache) -> Array:
-        """The logits (L, V) of the tokens that are wanted; the tokens are in the cache afterwards."""
 
 
 @dataclass(eq=False)
 class _Check:
-    """An answer with guesses whose first is to be compared with its last token.
+    """An answer that gets a token; where it has guesses, the first of these is compared with it.
 
     Attributes:
-        row: of the logits after the token before that.
+        row: of the logits that the token is chosen from.
         held: guesses that were right.
     """
 
@@ -109,7 +92,7 @@ class BatchEngine:
         self._decoder = decoder
         self.tokenizer = tokenizer
         self.pool = pool
-        self.context = _context(decoder.spec, pool, context)
+        self.context = longest_text(decoder.spec, pool, context)
         self.counters = Counters()
         self.slots = Slots(pool)
         self._scheduler = Scheduler(pool, batch_tokens, seats)
@@ -218,8 +201,39 @@ class BatchEngine:
 
     def _answer(self, work: Pass, logits: NDArray[np.float32], events: dict[Live, list[Event]]) -> None:
         """What a pass's results (L, V) mean for the requests that were in it."""
-        waiting: list[tuple[Live, Sequence, list[Choice]]] = []  # those that now get a token
-        rows: list[int] = []
+        due = self._due(work, logits, events)
+        drawn = [(c, each.row) for each, choices in due for c in choices if c.request.max_tokens]
+        found = choose_tokens([choice for choice, _ in drawn], logits, [row for _, row in drawn])
+        tokens = {choice: token for (choice, _), token in zip(drawn, found, strict=True)}
+        checks: list[_Check] = []
+        for check, choices in due:
+            live, sequence = check.live, check.sequence
+            if live not in self._live:  # another of its choices failed in this very step
+                continue
+            failed = next((each for c in choices if isinstance(each := tokens.get(c), KbitError)), None)
+            if failed is not None:
+                self._fail(live, failed, events)
+                continue
+            mine = events.setdefault(live, [])
+            mine += [self._take(live, each, tokens.get(each)) for each in choices]
+            for other in choices[1:]:
+                self._branch(live, other, sequence)
+            if sequence.draft and check.choice.finish is None:
+                checks.append(check)
+                continue
+            if sequence.draft:
+                self._holds(check)
+                self._settle(check, logits)
+            else:
+                self._go_on(check.choice)
+            self._finish(live, mine)
+        self._check_drafts(checks, logits, events)
+
+    def _due(
+        self, work: Pass, logits: NDArray[np.float32], events: dict[Live, list[Event]]
+    ) -> list[tuple[_Check, list[Choice]]]:
+        """The answers that get a token from a pass, each with the choices that do; prompts are scored on the way."""
+        found = []
         complete = list(self._scheduler.complete(work))
         for sequence in work.sequences:
             self._tell_progress(*self._owners[sequence], events)
@@ -233,39 +247,18 @@ class BatchEngine:
             if sequence.pending <= 0:  # fewer, with guesses
                 # When the prompt has been read, the other choices go on from its pages.
                 first = not choice.ids and not choice.index
-                waiting.append((live, sequence, live.choices if first else [choice]))
-                rows.append(part.stop - 1 - len(sequence.draft))
-        drawn = [(c, row) for (_, _, cs), row in zip(waiting, rows, strict=True) for c in cs if c.request.max_tokens]
-        found = choose_tokens([choice for choice, _ in drawn], logits, [row for _, row in drawn])
-        tokens = {choice: token for (choice, _), token in zip(drawn, found, strict=True)}
-        checks: list[_Check] = []
-        for (live, sequence, choices), row in zip(waiting, rows, strict=True):
-            if live not in self._live:  # another of its choices failed in this very step
-                continue
-            failed = next((each for c in choices if isinstance(each := tokens.get(c), KbitError)), None)
-            if failed is not None:
-                self._fail(live, failed, events)
-                continue
-            mine = events.setdefault(live, [])
-            mine += [self._take(live, each, tokens.get(each)) for each in choices]
-            for other in choices[1:]:
-                if other.finish is None:
-                    ids = [*live.request.prompt, *other.ids]
-                    table, adapter = sequence.table.fork(), sequence.adapter
-                    other.sequence = Sequence(self.pool, ids, table=table, adapter=adapter, slot=sequence.slot)
-                    self._scheduler.add(other.sequence)
-                    self._owners[other.sequence] = live, other
-            check = _Check(live, choices[0], sequence, row)
-            if sequence.draft and choices[0].finish is None:
-                checks.append(check)
-                continue
-            if sequence.draft:
-                self._holds(check)
-                self._settle(check, logits)
-            else:
-                self._go_on(choices[0])
-            self._finish(live, mine)
-        self._check_drafts(checks, logits, events)
+                row = part.stop - 1 - len(sequence.draft)
+                found.append((_Check(live, choice, sequence, row), live.choices if first else [choice]))
+        return found
+
+    def _branch(self, live: Live, choice: Choice, sequence: Sequence) -> None:
+        """A choice goes on from the pages of its request's first one, unless it has ended."""
+        if choice.finish is None:
+            ids = [*live.request.prompt, *choice.ids]
+            table, adapter = sequence.table.fork(), sequence.adapter
+            choice.sequence = Sequence(self.pool, ids, table=table, adapter=adapter, slot=sequence.slot)
+            self._scheduler.add(choice.sequence)
+            self._owners[choice.sequence] = live, choice
 
     def _finish(self, live: Live, events: list[Event]) -> None:
         """Ends a request whose choices have all ended."""
@@ -404,18 +397,3 @@ class BatchEngine:
     def _rows(self) -> int:
         """Tokens of the next pass."""
         return self._pace.rows(sum(sequence.pending == 1 for sequence in self._scheduler.running))
-
-
-def _context(spec: DecoderSpec, pool: PagePool, asked: int | None) -> int:
-    """Tokens of a text at most: as many as go through the model in pieces, with keys that stay as they are."""
-    model = min(spec.max_positions, spec.longest_in_pieces)
-    if spec.begins_anew_beyond is not None:
-        model = min(model, spec.begins_anew_beyond)
-    room = pool.count * PAGE
-    if asked is None:
-        return min(model, room)
-    if not 2 <= asked <= min(model, room):
-        raise UsageError(
-            f"a context of {asked} tokens: the model serves texts of 2 to {model}, and the cache holds {room}"
-        )
-    return asked

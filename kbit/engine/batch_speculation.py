@@ -13,23 +13,29 @@ what it saves.
 from __future__ import annotations
 
 from collections.abc import Sequence as Sequence_
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from kbit.engine.draft_policy import CopiedRecord, Plan
-from kbit.engine.native_sampler import NativeSampler, sample_rows
-from kbit.engine.ngram import NgramDrafter
-from kbit.engine.pass_costs import rows_cost
-from kbit.engine.self_speculation import (
+from kbit.engine.draft_widths import (
+    MATCHED,
+    PAUSE,
+    TRY,
+    Made,
     Width,
     asks_for_self,
+    best_width,
     check_widths,
     draft_bits,
     draft_widths,
+    names_of,
 )
+from kbit.engine.native_sampler import NativeSampler, sample_rows
+from kbit.engine.ngram import NgramDrafter
+from kbit.engine.pass_costs import rows_cost
 from kbit.engine.shortlist import top_probability
 from kbit.engine.speculative import DRAFT_TOKENS, NGRAM
 from kbit.graph.batch import Batch
@@ -45,25 +51,8 @@ if TYPE_CHECKING:
 # reading weights (docs/speculation.md).
 MOST_WRITING = 4
 _FIRST_DRAFT = 4
-# Steps from one try to the next where no draft pays, and how long a draft it is.
-_PAUSE, _TRY = 64, 2
-# Tokens before a copy that must be the same, at most, and those of a text whose like may come again.
-_MATCHED, _RECENT = 16, 256
-
-
-@dataclass(eq=False)
-class Made:
-    """A draft.
-
-    Attributes:
-        width: that made it; None: it was copied.
-        match: how many tokens before it were the same, where it was copied.
-        probabilities: of a width, the most likely token's at each.
-    """
-
-    width: Width | None
-    match: int = 0
-    probabilities: list[float] = field(default_factory=list)
+# Tokens of a text whose like may come again.
+_RECENT = 256
 
 
 @dataclass(eq=False)
@@ -144,56 +133,58 @@ class SelfDrafts:
         check_widths(loaded.name, loaded.ladder.below(loaded.bits), bits)
         self._widths, self._shortlist = draft_widths(loaded, bits)
         self._copied = CopiedRecord()
-        self._rested = _PAUSE  # steps without a draft since the last one: the first text begins with a try
+        self._rested = PAUSE  # steps without a draft since the last one: the first text begins with a try
 
     @property
     def name(self) -> str:
-        return f"self:{','.join(str(width.bits) for width in self._widths)}"
+        return names_of(self._widths)
 
     def draft(self, asked: Sequence_[Asked], pool: PagePool) -> list[list[int]]:
-        guesses: list[list[int]] = [[] for _ in asked]
-        for each in asked:
-            each.drafts.made = None
-        if not self._widths:
-            return guesses
         # A pass without drafts has a row of each text, as has every drafted one; checking adds as many for each guess.
         texts = len(asked)
         plain = rows_cost(texts)
         checked = [rows_cost(texts * (1 + count)) / plain for count in range(DRAFT_TOKENS)]
-        plan, width = max(
-            (
-                (width.record.plan((width.cost + plain - 1) / plain, checked), width)
-                for width in self._widths
-            ),
-            key=lambda found: found[0].rate,
-        )  # fmt: skip
-        going = []
-        for index, each in enumerate(asked):
-            if each.drafts.ngram is None:
-                each.drafts.ngram = NgramDrafter()
-            copied = each.drafts.ngram.find(each.sequence.ids, min(_MATCHED, each.room))
-            copy = self._copied.plan(len(copied), checked)
-            if copy.length and copy.rate >= plan.rate:
-                guesses[index] = copied[: copy.length]
-                each.drafts.made = Made(None, match=len(copied))
-            elif each.room > 0:
-                going.append(index)
+        costs = [(width.cost + plain - 1) / plain for width in self._widths]
+        plan, index = best_width(self._widths, costs, checked)
+        guesses, going = self._copy(asked, plan.rate, checked)
         if not plan.length:
             self._rested += 1
-            if self._rested < _PAUSE:
+            if self._rested < PAUSE:
                 return guesses
-            plan = Plan(1.0, _TRY, 0.0)
-        tables = [asked[index].sequence.table for index in going]
+            plan = Plan(1.0, TRY, 0.0)
+        tables = [asked[place].sequence.table for place in going]
         if not going or sum(table.missing(plan.length) for table in tables) > pool.available:
             return guesses
         self._rested = 0
         starts = [table.length for table in tables]
-        for index in going:
-            asked[index].drafts.made = Made(width)
-        self._go_on(asked, going, plan, width, pool, guesses)
+        self._go_on(asked, going, plan, self._widths[index], pool, guesses)
         for table, start in zip(tables, starts, strict=True):
             table.truncate(start)
         return guesses
+
+    def _copy(
+        self, asked: Sequence_[Asked], rate: float, checked: Sequence_[float]
+    ) -> tuple[list[list[int]], list[int]]:
+        """Guesses copied from the texts, where those give as many tokens per cost as a width; and the other texts.
+
+        Args:
+            asked: the texts.
+            rate: tokens per cost of a width's draft.
+            checked: see `WidthRecord.plan`.
+        """
+        guesses: list[list[int]] = []
+        others = []
+        for place, each in enumerate(asked):
+            if each.drafts.ngram is None:
+                each.drafts.ngram = NgramDrafter()
+            copied = each.drafts.ngram.find(each.sequence.ids, min(MATCHED, each.room))
+            copy = self._copied.plan(len(copied), checked)
+            pays = copy.length > 0 and copy.rate >= rate
+            guesses.append(copied[: copy.length] if pays else [])
+            each.drafts.made = Made(None, match=len(copied)) if pays else None
+            if not pays and each.room > 0:
+                others.append(place)
+        return guesses, others
 
     def _go_on(
         self,
@@ -207,6 +198,9 @@ class SelfDrafts:
         """Drafts for some of the texts, and writes into the pages behind them."""
         samplers = {index: asked[index].sampler.copy() for index in going}
         last = {index: asked[index].sequence.ids[-1] for index in going}
+        made = {index: Made(width) for index in going}
+        for index in going:
+            asked[index].drafts.made = made[index]
         if self._shortlist is not None:
             for index in going:
                 self._shortlist.add(asked[index].sequence.ids[-_RECENT:])
@@ -225,9 +219,7 @@ class SelfDrafts:
             for row, (index, token) in enumerate(zip(going, found, strict=True)):
                 if isinstance(token, int):  # else the low planes have nothing to say
                     probability = top_probability(logits[row])
-                    made = asked[index].drafts.made
-                    assert made is not None
-                    made.probabilities.append(probability)
+                    made[index].probabilities.append(probability)
                     guesses[index].append(token)
                     last[index] = token
                     if len(guesses[index]) < asked[index].room and probability >= plan.floor:
@@ -238,10 +230,8 @@ class SelfDrafts:
         if self._shortlist is not None:
             self._shortlist.add_likely(logits)
         made, drafts.made = drafts.made, None
-        if made is not None and made.width is None:
-            self._copied.record(made.match, held, failed=held < guessed)
-        elif made is not None and made.width is not None:
-            made.width.record.record(made.probabilities, held, failed=held < guessed)
+        if made is not None:
+            made.record(self._copied, held, failed=held < guessed)
 
 
 def batch_drafter(loaded: LoadedModel, speculate: str) -> BatchDrafter:

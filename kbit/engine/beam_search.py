@@ -6,13 +6,14 @@ token each, and share the pages of what they have in common.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
 from kbit.engine.generation_settings import GenerationSettings
+from kbit.engine.passes import passes_of
 from kbit.engine.score_rules import ScoreRules, log_softmax
 from kbit.graph.batch import Batch
 from kbit.host.errors import UsageError
@@ -20,8 +21,8 @@ from kbit.models.encoder_decoder import EncoderDecoder
 
 Floats = NDArray[np.float32]
 
-# Tokens of sources, and rows of the decoder, that go through the model at once, where a single source has not more.
-PASS_TOKENS, PASS_ROWS = 4096, 64
+# Rows of the decoder that go through the model at once, where a single source has not more.
+PASS_ROWS = 64
 # Room for tokens of a text at first; it is doubled where texts become longer.
 _FIRST_ROOM = 64
 # What stands for no score: transformers' number, whose roundings in float32 decide between equals.
@@ -64,24 +65,10 @@ def write(model: EncoderDecoder, sources: Sequence[Sequence[int]], settings: Gen
     if settings.beams > 1 and _candidates(settings) > settings.beams * spec.vocab_size:
         raise UsageError(f"{settings.beams} beams are more than a vocabulary of {spec.vocab_size} has use for")
     found: dict[int, Written] = {}
-    for group in _groups([len(source) for source in sources], settings.beams):
+    for group in passes_of([len(source) for source in sources], max(1, PASS_ROWS // settings.beams)):
         written = _write_group(model, [sources[index] for index in group], settings)
         found |= dict(zip(group, written, strict=True))
     return [found[index] for index in range(len(sources))]
-
-
-def _groups(lengths: Sequence[int], beams: int) -> Iterator[list[int]]:
-    """Indices of sources that are read and answered together, the shortest first."""
-    group: list[int] = []
-    tokens = 0
-    for index in sorted(range(len(lengths)), key=lambda index: lengths[index]):
-        if group and (tokens + lengths[index] > PASS_TOKENS or (len(group) + 1) * beams > PASS_ROWS):
-            yield group
-            group, tokens = [], 0
-        group.append(index)
-        tokens += lengths[index]
-    if group:
-        yield group
 
 
 def _write_group(

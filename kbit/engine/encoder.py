@@ -5,7 +5,7 @@ Encoders, and decoders whose hidden states are wanted (Qwen3-Embedding). Nothing
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from time import perf_counter
 
@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from kbit.checkpoint.source import CheckpointSource
 from kbit.engine.heads import Floats, Head
+from kbit.engine.passes import passes_of
 from kbit.graph.backend import Array, Backend
 from kbit.graph.batch import Batch
 from kbit.host.errors import UsageError
@@ -22,9 +23,6 @@ from kbit.models.families import spec_from_config
 from kbit.models.load import load_decoder
 from kbit.models.spec import ModelSpec
 from kbit.models.task_heads import HIDDEN
-
-# Tokens that go through the model at once, where a single text is not longer: bounds the memory of a pass.
-PASS_TOKENS = 4096
 
 
 @dataclass(frozen=True, eq=False)
@@ -85,7 +83,7 @@ class Encoder:
         for text in texts:
             self._check(text)
         found: list[Floats] = [np.empty((0, self.spec.hidden_size), dtype=np.float32)] * len(texts)
-        for group in _groups([len(text.ids) for text in texts]):
+        for group in passes_of([len(text.ids) for text in texts]):
             lengths = [len(texts[index].ids) for index in group]
             states = self._pass([texts[index] for index in group], lengths)
             for index, part in zip(group, np.split(states, np.cumsum(lengths)[:-1]), strict=True):
@@ -122,20 +120,6 @@ class Encoder:
             )
         if text.types is not None and spec.types > 1 and not 0 <= min(text.types) <= max(text.types) < spec.types:
             raise UsageError(f"token types go from 0 to {spec.types - 1} in this model, not to {max(text.types)}")
-
-
-def _groups(lengths: Sequence[int]) -> Iterator[list[int]]:
-    """Indices of texts that go through the model together: the shortest first, at most PASS_TOKENS."""
-    group: list[int] = []
-    tokens = 0
-    for index in sorted(range(len(lengths)), key=lambda index: lengths[index]):
-        if group and tokens + lengths[index] > PASS_TOKENS:
-            yield group
-            group, tokens = [], 0
-        group.append(index)
-        tokens += lengths[index]
-    if group:
-        yield group
 
 
 def _numpy(x: Array) -> Floats:

@@ -273,7 +273,7 @@ def _prepare(
     source: CheckpointSource, place: Path, backend: NativeBackend, progress: Callable[[int, int], None] | None
 ) -> PreparedSource | None:
     """Prepares the weights into a file; None where none is kept."""
-    from kbit.backends.cpu.prepared import make
+    from kbit.backends.cpu.prepared_writing import make
     from kbit.checkpoint.source import StoredSource
     from kbit.models.load import numbers_of
     from kbit.models.opening import open_model

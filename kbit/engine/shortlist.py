@@ -66,7 +66,7 @@ class Shortlist:
     def add_likely(self, logits: NDArray[np.float32]) -> None:
         """What logits (T, V) say is likely; rows that are not finite say nothing."""
         rows = np.ascontiguousarray(logits, np.float32)
-        _, totals, ids = _scores(rows, min(_LIKELY, rows.shape[1]))
+        totals, ids = _scores(rows, min(_LIKELY, rows.shape[1]))
         self.add(token for row in ids[~np.isnan(totals)].tolist() for token in reversed(row))
 
 
@@ -128,14 +128,14 @@ def can_shorten(decoder: Decoder) -> bool:
 
 def top_probability(logits: NDArray[np.float32]) -> float:
     """The probability of the most likely token of logits (V,); NaN where they are not finite."""
-    _, totals, _ = _scores(np.ascontiguousarray(logits, np.float32)[None], 0)
+    totals, _ = _scores(np.ascontiguousarray(logits, np.float32)[None], 0)
     return 1 / float(totals[0])
 
 
-def _scores(rows: NDArray[np.float32], top: int) -> tuple[NDArray[np.float32], NDArray[np.float64], NDArray[np.int64]]:
-    """Of logits (T, V) the largest, the sum of e^(logit - largest), and the largest few's ids (T, top)."""
+def _scores(rows: NDArray[np.float32], top: int) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
+    """Of logits (T, V) the sums of e^(logit - largest), (T,), and the ids of the largest few (T, top), falling."""
     count = len(rows)
     best, totals = np.empty(count, np.float32), np.empty(count, np.float64)
     ids, values = np.empty((count, top), np.int64), np.empty((count, top), np.float32)
     _native.score_rows(rows, np.arange(count), best, totals, ids, values)
-    return best, totals, ids
+    return totals, ids

@@ -34,6 +34,7 @@ from kbit.formats.scales import store_scales
 from kbit.host.errors import KbitError
 from kbit.quantizers.descent import Curvature
 from kbit.quantizers.ldlq import SHARES, Feedback
+from kbit.quantizers.row_scales import solve_for_rows
 from kbit.quantizers.settings import Nesting
 
 # As in kbit.quantizers.descent.
@@ -262,11 +263,5 @@ def _best_factors(weight: torch.Tensor, values: torch.Tensor, curvature: Curvatu
         return ((weight * heard).sum(dim=1) / torch.where(energy > 0, energy, 1.0))[:, None]
     system = curvature.outputs * product_with_rows(heard, values)
     wanted = (product(curvature.outputs, weight) * heard).sum(dim=1)
-    mean = float(system.diagonal().mean())
-    if not mean > 0:
-        return torch.ones(len(weight), 1)
-    system.diagonal().add_(1e-6 * mean)  # rows of zeros
-    lower, failed = torch.linalg.cholesky_ex(system)
-    if int(failed):
-        return torch.ones(len(weight), 1)
-    return torch.cholesky_solve(wanted[:, None], lower)
+    found = solve_for_rows(system, wanted)
+    return torch.ones(len(weight), 1) if found is None else found[:, None]

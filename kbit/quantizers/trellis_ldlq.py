@@ -30,6 +30,7 @@ from kbit.formats.rotation import new_signs, rotate, rotate_factor
 from kbit.formats.trellis import FAST_WINDOW, TILE, TrellisFormat, least_window
 from kbit.formats.trellis_code import TileFactors, search, tile_levels
 from kbit.quantizers.ldlq import damped, unit_in_blocks
+from kbit.quantizers.row_scales import solve_for_rows
 from kbit.quantizers.settings import Settings
 
 # How much of a row's spread the code's is to be, tried on some tiles: feedback widens what is to be coded, and a code
@@ -239,11 +240,10 @@ def _refitted(
     else:
         curves = feedback.outputs * product_with_rows(heard, values)
         slopes = (feedback.outputs * product_with_rows(error, heard)).sum(dim=0)
-        curves.diagonal().add_(1e-6 * float(curves.diagonal().mean()) + 1e-30)
-        lower, failed = torch.linalg.cholesky_ex(curves)
-        if int(failed):
+        found = solve_for_rows(curves, slopes)
+        if found is None:
             return scales
-        change = torch.cholesky_solve(slopes[:, None], lower)[:, 0]
+        change = found
     return scales * (1 + change.clamp(-0.5, 0.5))[:, None]
 
 

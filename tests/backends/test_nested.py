@@ -9,7 +9,7 @@ import pytest
 import torch
 from adapter_cases import shapes_of, write_adapter
 from native_cases import assert_close
-from typer.testing import CliRunner
+from nested_cases import write_nested
 
 from kbit.backends.cpu.backend import NativeBackend
 from kbit.backends.cpu.prepared import PreparedSource, find
@@ -18,7 +18,6 @@ from kbit.backends.reference.backend import ReferenceBackend
 from kbit.checkpoint.ladder import Ladder
 from kbit.checkpoint.narrowed import NarrowedSource, widths_of
 from kbit.checkpoint.resolve import open_model as open_published
-from kbit.cli.main import build
 from kbit.engine.loader import load_model
 from kbit.formats.stored import StoredMatrix
 from kbit.host.errors import UsageError
@@ -37,11 +36,7 @@ IDS = torch.arange(1, 12)[None]
 def folder(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The tiny model as `kbit quantize --nested 2..6` leaves it, its embedding nested too."""
     out = tmp_path_factory.mktemp("nested") / "folder"
-    arguments = ["quantize", str(tiny_model), "--nested", "2..6", "--block-size", "16", "--method", "rtn"]
-    arguments += ["--override", "*embed_tokens*=nested2..6-b16", "-o", str(out)]
-    result = CliRunner().invoke(build([]), arguments)
-    assert result.exit_code == 0, result.output
-    return out
+    return write_nested(tiny_model, out, "2..6", "--block-size", "16", "--override", "*embed_tokens*=nested2..6-b16")
 
 
 def logits(decoder: Decoder) -> torch.Tensor:

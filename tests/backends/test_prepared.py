@@ -15,8 +15,10 @@ from conversion_cases import quantize
 from fault_cases import Recorder, put, some
 
 from kbit._native import Context
-from kbit.backends.cpu import prepared
+from kbit.backends.cpu import prepared_writing
 from kbit.backends.cpu.backend import NativeBackend
+from kbit.backends.cpu.prepared import PreparedSource, find
+from kbit.backends.cpu.prepared_writing import make
 from kbit.checkpoint.prepared_place import forget
 from kbit.checkpoint.resolve import open_model
 from kbit.engine.loader import LoadedModel, load_model
@@ -130,7 +132,7 @@ def test_no_place_to_write(tmp_path: Path, model: Path, monkeypatch: pytest.Monk
 
 
 def test_no_room(folder: Path, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(prepared, "_SPARE_BYTES", 1 << 60)
+    monkeypatch.setattr(prepared_writing, "_SPARE_BYTES", 1 << 60)
     assert load(model).prepared is None
     assert not list(folder.glob("*.kbit"))
 
@@ -157,7 +159,7 @@ def test_a_damaged_file_is_made_again(folder: Path, model: Path, damage: str) ->
 def test_an_index_that_points_outside(folder: Path, model: Path) -> None:
     """Hostile numbers with a right checksum: refused by name."""
     load(model)
-    source = prepared.find(model)
+    source = find(model)
     assert source is not None
     name, entry = next(iter(source._matrices.items()))
     for change in (
@@ -248,11 +250,11 @@ def test_not_a_number_is_named(folder: Path, model: Path) -> None:
     assert not list(folder.glob("*.kbit"))
 
 
-def prepare(model: Path) -> prepared.PreparedSource:
+def prepare(model: Path) -> PreparedSource:
     """Prepares a model without running it."""
     with open_model(str(model)) as source:
         names = spec_from_config(source.config).expected_tensors()
-        made = prepared.make(source, model, names, Context(None, 1))
+        made = make(source, model, names, Context(None, 1))
     assert made is not None
     return made
 

@@ -12,10 +12,9 @@ import pytest
 import torch
 from decoder_cases import DictSource
 from half_precision_cases import assert_close
-from typer.testing import CliRunner
+from nested_cases import write_nested
 
 from kbit.backends.reference.backend import ReferenceBackend
-from kbit.cli.main import build
 from kbit.engine.generate import generate
 from kbit.engine.loader import LoadedModel, load_model
 from kbit.engine.sampler import SamplingParams
@@ -44,10 +43,7 @@ def nested_folder(write: Callable[..., Path], folder: Path, *flags: str) -> Path
     """A model of one layer, of sizes that are no multiples of the kernels', as `kbit quantize --nested 2..8` leaves it."""
     sizes = {"hidden_size": 48, "intermediate_size": 80, "num_attention_heads": 3, "num_key_value_heads": 1}
     model = write(folder / "model", num_hidden_layers=1, head_dim=16, **sizes)
-    arguments = ["quantize", str(model), "--nested", "2..8", "--method", "rtn", *flags, "-o", str(folder / "all")]
-    result = CliRunner().invoke(build([]), arguments)
-    assert result.exit_code == 0, result.output
-    return folder / "all"
+    return write_nested(model, folder / "all", "2..8", *flags)
 
 
 @pytest.fixture(scope="module")

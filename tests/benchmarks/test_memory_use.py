@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import importlib.util
 import sys
 from pathlib import Path
 from types import ModuleType
 
 import pytest
+from module_cases import module_of
 
 MEGABYTE = 1 << 20
 SHARED = 64 * MEGABYTE
@@ -23,14 +23,7 @@ time.sleep(1.5)
 
 @pytest.fixture(scope="module")
 def memory_use() -> ModuleType:
-    path = Path(__file__).resolve().parents[2] / "benchmarks" / "memory_use.py"
-    spec = importlib.util.spec_from_file_location("memory_use", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # its dataclasses look for their module there
-    spec.loader.exec_module(module)
-    return module
+    return module_of("benchmarks/memory_use.py")
 
 
 def test_a_command_and_what_it_says(memory_use: ModuleType) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -13,9 +13,12 @@ from numpy.typing import NDArray
 
 from kbit.backends.reference.backend import ReferenceBackend
 from kbit.backends.reference.weight import ReferenceWeight
+from kbit.calibration.factors import Factors
 from kbit.calibration.measure import measure_factors
 from kbit.calibration.store import CalibrationFolder
+from kbit.checkpoint.source import CheckpointSource
 from kbit.evaluate.compare import compare
+from kbit.models.decoder import Decoder
 from kbit.models.load import load_decoder
 from kbit.models.opening import open_model
 from kbit.models.params import parameters
@@ -26,71 +29,80 @@ def ids(count: int, length: int, seed: int) -> NDArray[np.int64]:
     return np.random.default_rng(seed).integers(0, 260, (count, length))
 
 
+def factors_of(source: CheckpointSource) -> dict[str, Factors]:
+    found: dict[str, Factors] = {}
+    for layer in measure_factors(source, ids(48, 32, seed=0), threads=2):
+        found |= layer.factors
+    return found
+
+
+def assert_told(
+    source: CheckpointSource,
+    original: Decoder,
+    factors: Mapping[str, Factors],
+    place: tuple[int | None, str],
+    *,
+    texts: int = 16,
+    seed: int | None = None,
+    size: float = 1e-3,
+) -> str:
+    """Noise in one matrix costs what its factors say, tried on other tokens; both sides are estimates.
+
+    Args:
+        source: the model.
+        original: it.
+        factors: of its matrices.
+        place: layer (None: the embedding) and slot of the matrix.
+        texts: of 33 tokens.
+        seed: of the noise; None: the slot's length.
+        size: of the noise, in those of the matrix.
+
+    Returns:
+        The matrix's name.
+    """
+    layer, slot = place
+    noisy = load_decoder(source, ReferenceBackend())
+    weight = noisy.weights.embedding if layer is None else noisy.weights.layers[layer].matrices[slot]
+    assert isinstance(weight, ReferenceWeight)
+    assert isinstance(weight.data, torch.Tensor)
+    generator = torch.Generator().manual_seed(len(slot) if seed is None else seed)
+    error = torch.randn(weight.data.shape, generator=generator) * weight.data.std() * size
+    weight.data.add_(error)
+    tokens = ids(texts, 33, seed=5)
+    tried = compare(noisy, original, Windows("gptq", tokens, 0, tokens.size)).kl_mean
+    name = next(p.name for p in parameters(original.spec) if (p.layer, p.slot) == place)
+    told = factors[name].divergence(error)
+    assert 0.4 * tried <= told <= 2.5 * tried, (slot, told, tried)
+    return name
+
+
 @pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize(
     "name", ["gemma2", "granite", "hunyuan", "smollm3", "ministral3", "qwen3_5", "opt-350m", "apertus", "bitnet"]
 )
 def test_divergence_is_what_an_error_costs(published: Callable[[str], Path], name: str) -> None:
     """Noise in one matrix at a time, as for a Llama (test_measure.py): in a tied or untied embedding, and two of a layer."""
-    tokens = ids(16, 33, seed=5)
-    windows = Windows("gptq", tokens, 0, tokens.size)
     with open_model(str(published(name))) as source:
-        factors = {}
-        for layer in measure_factors(source, ids(48, 32, seed=0), threads=2):
-            factors |= layer.factors
-        original = load_decoder(source, ReferenceBackend())
-        slots = ("delta_qkv", "delta_z", "delta_out", "q") if name == "qwen3_5" else ("embedding", "q", "down")
-        for slot in slots:
-            noisy = load_decoder(source, ReferenceBackend())
-            weight = (
-                noisy.weights.embedding
-                if slot == "embedding"
-                else noisy.weights.layers[LAYERS.get(slot, 1)].matrices[slot]
-            )
-            assert isinstance(weight, ReferenceWeight)
-            assert isinstance(weight.data, torch.Tensor)
-            generator = torch.Generator().manual_seed(len(slot))
-            error = torch.randn(weight.data.shape, generator=generator) * weight.data.std() * 1e-3
-            weight.data.add_(error)
-            tried = compare(noisy, original, windows).kl_mean
-            layer_of = None if slot == "embedding" else LAYERS.get(slot, 1)
-            place = next(p.name for p in parameters(original.spec) if (p.layer, p.slot) == (layer_of, slot))
-            told = factors[place].divergence(error)
-            assert 0.4 * tried <= told <= 2.5 * tried, (slot, told, tried)
-
-
-LAYERS = {"delta_qkv": 0, "delta_z": 0, "delta_out": 0}
+        factors, original = factors_of(source), load_decoder(source, ReferenceBackend())
+        places: list[tuple[int | None, str]] = [(None, "embedding"), (1, "q"), (1, "down")]
+        if name == "qwen3_5":
+            places = [(0, "delta_qkv"), (0, "delta_z"), (0, "delta_out"), (1, "q")]
+        for place in places:
+            assert_told(source, original, factors, place)
 
 
 @pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize("name", ["gemma4-e", "gemma4-dense"])
 def test_divergence_where_layers_differ(published: Callable[[str], Path], name: str) -> None:
     """Keys that several layers attend to cost what all of them make of an error; keys may be values, too."""
-    tokens = ids(16, 33, seed=5)
-    windows = Windows("gptq", tokens, 0, tokens.size)
     with open_model(str(published(name))) as source:
-        factors = {}
-        for layer in measure_factors(source, ids(48, 32, seed=0), threads=2):
-            factors |= layer.factors
-        original = load_decoder(source, ReferenceBackend())
-        shapes = original.spec.shapes
-        full = next(at for at, shape in enumerate(shapes) if original.spec.windows[at] is None)
+        factors, original = factors_of(source), load_decoder(source, ReferenceBackend())
+        full = next(at for at, window in enumerate(original.spec.windows) if window is None)
         others = {p.name for p in parameters(original.spec) if p.role == "linear"}
         assert others < factors.keys()
         for slot in ("k", "v", "o", "layer_up", "layer_gate", "down"):
-            noisy = load_decoder(source, ReferenceBackend())
-            weight = noisy.weights.layers[full].matrices.get(slot)
-            if weight is None:
-                continue
-            assert isinstance(weight, ReferenceWeight)
-            assert isinstance(weight.data, torch.Tensor)
-            generator = torch.Generator().manual_seed(len(slot))
-            error = torch.randn(weight.data.shape, generator=generator) * weight.data.std() * 1e-3
-            weight.data.add_(error)
-            tried = compare(noisy, original, windows).kl_mean
-            place = next(p.name for p in parameters(original.spec) if p.layer == full and p.slot == slot)
-            told = factors[place].divergence(error)
-            assert 0.4 * tried <= told <= 2.5 * tried, (slot, told, tried)
+            if slot in original.weights.layers[full].matrices:
+                assert_told(source, original, factors, (full, slot))
 
 
 @pytest.mark.usefixtures("one_thread")
@@ -103,26 +115,11 @@ def test_divergence_of_experts(published: Callable[[str], Path], name: str, size
 
     (Where a token goes to one expert, or weights have steps, noise of 1e-3 in one layer tips who is chosen in the next.)
     """
-    tokens = ids(24, 33, seed=5)
-    windows = Windows("gptq", tokens, 0, tokens.size)
     with open_model(str(published(name))) as source:
-        factors = {}
-        for layer in measure_factors(source, ids(48, 32, seed=0), threads=2):
-            factors |= layer.factors
-        original = load_decoder(source, ReferenceBackend())
-        names = {p.slot: p.name for p in parameters(original.spec) if p.layer == 1 and p.role == "linear"}
+        factors, original = factors_of(source), load_decoder(source, ReferenceBackend())
         for slot in ("experts.0.gate", "experts.1.up", "experts.2.down"):
-            noisy = load_decoder(source, ReferenceBackend())
-            weight = noisy.weights.layers[1].matrices[slot]
-            assert isinstance(weight, ReferenceWeight)
-            assert isinstance(weight.data, torch.Tensor)
-            generator = torch.Generator().manual_seed(3)
-            error = torch.randn(weight.data.shape, generator=generator) * weight.data.std() * size
-            weight.data.add_(error)
-            tried = compare(noisy, original, windows).kl_mean
-            told = factors[names[slot]].divergence(error)
-            assert not factors[names[slot]].borrowed
-            assert 0.4 * tried <= told <= 2.5 * tried, (slot, told, tried)
+            matrix = assert_told(source, original, factors, (1, slot), texts=24, seed=3, size=size)
+            assert not factors[matrix].borrowed
 
 
 @pytest.mark.usefixtures("one_thread")

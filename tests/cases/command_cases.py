@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import io
+import json
 import sys
+from collections.abc import Callable
+from typing import Any, TypeAlias
 
 import pytest
+
+Run: TypeAlias = Callable[..., tuple[int, str, str]]
 
 
 def in_process(arguments: list[str], monkeypatch: pytest.MonkeyPatch, stdin: bytes = b"") -> tuple[int, str, str]:
@@ -20,3 +25,10 @@ def in_process(arguments: list[str], monkeypatch: pytest.MonkeyPatch, stdin: byt
     with pytest.raises(SystemExit) as exit_:
         main()
     return int(exit_.value.code or 0), out.getvalue(), err.getvalue()
+
+
+def report(kbit: Run, *arguments: str, stdin: bytes = b"") -> Any:
+    """What a command says with --json: one object on one line."""
+    code, out, err = kbit(*arguments, "--json", stdin=stdin)
+    assert (code, out.count("\n")) == (0, 1), err
+    return json.loads(out)

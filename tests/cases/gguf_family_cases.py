@@ -9,17 +9,14 @@ import json
 from pathlib import Path
 from typing import Any
 
-import gguf
 import numpy as np
-import numpy.typing as npt
 from decoder_config_parts import LONGROPE
 from gguf_delta_cases import ARCHITECTURES as WITH_DELTA_NETS
 from gguf_delta_cases import keys as delta_keys
 from gguf_delta_cases import tensors as delta_tensors
+from gguf_file_cases import Array, Encoded, encoded, of_architecture, write_gguf
 from gguf_model_cases import permuted
 from safetensors.numpy import load_file
-
-Array = npt.NDArray[Any]
 
 BOTH = {"input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm"}
 POST = {"post_attention_layernorm": "post_attention_norm", "post_feedforward_layernorm": "post_ffw_norm"}
@@ -379,7 +376,7 @@ def _expert_keys(arch: str, config: dict[str, Any]) -> dict[str, Any]:
     return keys
 
 
-def write(case: str, folder: Path, path: Path, kinds: dict[str, gguf.GGMLQuantizationType] | None = None) -> Path:
+def write(case: str, folder: Path, path: Path, kinds: dict[str, str] | None = None) -> Path:
     """A folder as a GGUF file.
 
     Args:
@@ -388,37 +385,16 @@ def write(case: str, folder: Path, path: Path, kinds: dict[str, gguf.GGMLQuantiz
         path: of the file.
         kinds: types that tensors are quantized to, by name; others are float32.
     """
-    arch, _, _ = CASES[case]
-    writer = gguf.GGUFWriter(path, arch)
-    for key, value in keys_of(case, folder).items():
-        name = f"{arch}.{key}"
-        if isinstance(value, bool):
-            writer.add_bool(name, value)
-        elif isinstance(value, float):
-            writer.add_float32(name, value)
-        elif isinstance(value, int):
-            writer.add_uint32(name, value)
-        elif isinstance(value, str):
-            writer.add_string(name, value)
-        else:
-            writer.add_array(name, value)
+    arch = CASES[case][0]
     rope = json.loads((folder / "config.json").read_text())["rope_parameters"]
+    tensors: dict[str, Array | Encoded] = {}
     if rope.get("rope_type") == "longrope":
         for length in ("short", "long"):
-            writer.add_tensor(f"rope_factors_{length}.weight", np.array(rope[f"{length}_factor"], dtype=np.float32))
+            tensors[f"rope_factors_{length}.weight"] = np.array(rope[f"{length}_factor"], dtype=np.float32)
     if arch == "gemma4":
         head, turned = keys_of(case, folder)["attention.key_length"] // 2, rope["full_attention"]
         count = int(head * turned["partial_rotary_factor"])
-        divisors = np.where(np.arange(head) < count, 1.0, 1e30).astype(np.float32)
-        writer.add_tensor("rope_freqs.weight", divisors)
+        tensors["rope_freqs.weight"] = np.where(np.arange(head) < count, 1.0, 1e30).astype(np.float32)
     for name, values in tensors_of(case, folder).items():
-        kind = (kinds or {}).get(name)
-        if kind is None:
-            writer.add_tensor(name, values)
-        else:
-            writer.add_tensor(name, gguf.quants.quantize(values, kind), raw_dtype=kind)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return path
+        tensors[name] = encoded(values, (kinds or {}).get(name))
+    return write_gguf(path, arch, of_architecture(arch, keys_of(case, folder)), tensors)

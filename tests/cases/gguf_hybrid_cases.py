@@ -10,13 +10,10 @@ import re
 from pathlib import Path
 from typing import Any
 
-import gguf
 import numpy as np
-import numpy.typing as npt
+from gguf_file_cases import Array, encoded, of_architecture, write_gguf
 from gguf_model_cases import permuted
 from safetensors.numpy import load_file
-
-Array = npt.NDArray[Any]
 
 # Case: architecture, and what the tiny case must be changed to for the file to say all of it.
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
@@ -259,20 +256,6 @@ def write(case: str, folder: Path, path: Path, kinds: dict[str, str] | None = No
         changes: of metadata, dots as two underscores.
     """
     arch = CASES[case][0]
-    writer = gguf.GGUFWriter(path, arch)
     more = {key.replace("__", "."): value for key, value in changes.items()}
-    for key, value in {**keys_of(arch, folder), **more}.items():
-        kind = {bool: writer.add_bool, float: writer.add_float32, int: writer.add_uint32, list: writer.add_array}
-        add = writer.add_string if isinstance(value, str) else kind[type(value)]
-        add(f"{arch}.{key}", value)
-    for name, values in tensors_of(folder).items():
-        if name in (kinds or {}):
-            type_ = gguf.GGMLQuantizationType[(kinds or {})[name]]
-            writer.add_tensor(name, gguf.quants.quantize(values, type_), raw_dtype=type_)
-        else:
-            writer.add_tensor(name, np.ascontiguousarray(values))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return path
+    tensors = {name: encoded(values, (kinds or {}).get(name)) for name, values in tensors_of(folder).items()}
+    return write_gguf(path, arch, of_architecture(arch, {**keys_of(arch, folder), **more}), tensors)

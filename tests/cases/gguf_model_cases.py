@@ -10,6 +10,7 @@ import gguf
 import numpy as np
 import numpy.typing as npt
 import torch
+from gguf_file_cases import of_architecture, write_gguf
 
 from kbit.checkpoint.gguf.source import GGUFSource
 
@@ -80,25 +81,8 @@ class Model:
         self.stored[name] = (values, None)
 
     def write(self, path: Path, **options: Any) -> Path:
-        writer = gguf.GGUFWriter(path, self.arch, **options)
-        for name, value in [*self.general.items(), *((f"{self.arch}.{k}", v) for k, v in self.keys.items())]:
-            if isinstance(value, bool):
-                writer.add_bool(name, value)
-            elif isinstance(value, int):
-                (writer.add_uint32 if 0 <= value < 1 << 32 else writer.add_int64)(name, value)
-            elif isinstance(value, float):
-                writer.add_float32(name, value)
-            elif isinstance(value, str):
-                writer.add_string(name, value)
-            else:
-                writer.add_array(name, value)
-        for name, (values, kind) in self.stored.items():
-            writer.add_tensor(name, values, raw_dtype=kind)
-        writer.write_header_to_file()
-        writer.write_kv_data_to_file()
-        writer.write_tensors_to_file()
-        writer.close()
-        return path
+        metadata = {**self.general, **of_architecture(self.arch, self.keys)}
+        return write_gguf(path, self.arch, metadata, self.stored, **options)
 
 
 def numpy(tensor: torch.Tensor) -> Array:

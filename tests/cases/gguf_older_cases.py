@@ -9,13 +9,10 @@ import json
 from pathlib import Path
 from typing import Any
 
-import gguf
 import numpy as np
-import numpy.typing as npt
+from gguf_file_cases import Array, matrices_encoded, of_architecture, write_gguf
 from gguf_model_cases import permuted
 from safetensors.numpy import load_file
-
-Array = npt.NDArray[Any]
 
 # Files of several architectures do not name the base, which is llama.cpp's then.
 _HALF = {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5}
@@ -204,19 +201,6 @@ def write(
         keys: changes of metadata, dots as two underscores.
     """
     arch = CASES[case][0]
-    writer = gguf.GGUFWriter(path, arch)
-    more = {key.replace("__", "."): value for key, value in keys.items()}
-    for key, value in {**keys_of(arch, folder), **more}.items():
-        adds = {bool: writer.add_bool, float: writer.add_float32, int: writer.add_uint32, str: writer.add_string}
-        adds[type(value)](f"{arch}.{key}", value)
-    for name, values in (tensors or tensors_of(arch, folder)).items():
-        if kind is not None and values.ndim == 2 and values.shape[1] % 32 == 0:
-            type_ = gguf.GGMLQuantizationType[kind]
-            writer.add_tensor(name, gguf.quants.quantize(values, type_), raw_dtype=type_)
-        else:
-            writer.add_tensor(name, np.ascontiguousarray(values))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return path
+    metadata = {**keys_of(arch, folder), **{key.replace("__", "."): value for key, value in keys.items()}}
+    stored = matrices_encoded(tensors or tensors_of(arch, folder), kind)
+    return write_gguf(path, arch, of_architecture(arch, metadata), stored)

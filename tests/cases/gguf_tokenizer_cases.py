@@ -6,9 +6,9 @@ import random
 from pathlib import Path
 from typing import Any
 
-import gguf
 import pytest
 import tokenizers
+from gguf_file_cases import write_gguf
 from tokenizers import pre_tokenizers
 
 from kbit.checkpoint.gguf.header import read_header
@@ -46,30 +46,15 @@ class Metadata:
         self.named: dict[str, str | None] = {}  # None: listed, but not there
 
     def write(self, path: Path) -> Path:
-        writer = gguf.GGUFWriter(path, "llama")
-        for name, value in self.keys.items():
-            key = f"tokenizer.ggml.{name}"
-            if isinstance(value, bool):
-                writer.add_bool(key, value)
-            elif isinstance(value, int):
-                (writer.add_int32 if value < 0 else writer.add_uint32 if value < 1 << 32 else writer.add_uint64)(
-                    key, value
-                )
-            elif isinstance(value, str):
-                writer.add_string(key, value)
-            elif value is not None:
-                writer.add_array(key, value)
+        metadata = {f"tokenizer.ggml.{name}": value for name, value in self.keys.items() if value is not None}
         if self.template is not None:
-            writer.add_string("tokenizer.chat_template", self.template)
+            metadata["tokenizer.chat_template"] = self.template
         if self.named:
-            writer.add_array("tokenizer.chat_templates", list(self.named))
-            for name, text in ((name, text) for name, text in self.named.items() if text is not None):
-                writer.add_string(f"tokenizer.chat_template.{name}", text)
-        writer.write_header_to_file()
-        writer.write_kv_data_to_file()
-        writer.write_tensors_to_file()
-        writer.close()
-        return path
+            metadata["tokenizer.chat_templates"] = list(self.named)
+            metadata |= {
+                f"tokenizer.chat_template.{name}": text for name, text in self.named.items() if text is not None
+            }
+        return write_gguf(path, "llama", metadata, {})
 
     def sidecars(self, folder: Path) -> dict[str, bytes]:
         return sidecars_from_header(read_header(self.write(folder / "t.gguf")), 2048)

@@ -1,4 +1,4 @@
-"""Nested folders with mixed widths, without a calibration: any order is as good as another to who reads them."""
+"""Nested folders without a calibration; with mixed widths, of which any order is as good as another to who reads them."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import random
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+
+from error_cases import run_command
 
 from kbit.checkpoint.ladder import Order
 from kbit.formats.nested import NestedFormat
@@ -20,6 +22,13 @@ def some_order(names: Sequence[str], steps: int, seed: int = 0) -> Order:
     places = [place for place in range(len(names)) for _ in range(steps)]
     random.Random(seed).shuffle(places)
     return Order(tuple(names), tuple(places))
+
+
+def write_nested(model: str | Path, out: Path, widths: str, *flags: str) -> Path:
+    """What `kbit quantize --nested` leaves of a model, rounded to nearest; widths as "2..6"."""
+    code, _, said = run_command(["quantize", str(model), "--nested", widths, "--method", "rtn", *flags, "-o", str(out)])
+    assert code == 0, said
+    return out
 
 
 def write_mixed(model: Path, out: Path, format: NestedFormat, overrides: Sequence[tuple[str, str]] = ()) -> Path:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 
-from kbit.graph.ops import LowRank, Ops, Weight
+from kbit.graph.ops import LowRank, Ops
+from kbit.models.structure import NamedMatrix
 
 WIDTH, INNER, VOCABULARY = 24, 40, 50
 
@@ -18,27 +18,14 @@ def randn(*shape: int, seed: int) -> torch.Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed)) / shape[-1] ** 0.5
 
 
-@dataclass(eq=False)
-class Sized(Weight):
-    """A weight that is nothing but a shape."""
-
-    size: tuple[int, int]
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        return self.size
-
-    @property
-    def nbytes(self) -> int:
-        return 0
-
-
 class Parts:
     """The weights of a made-up model, prepared by a backend (or by none, where only the recording is looked at)."""
 
     def __init__(self, backend: Any = None) -> None:
         def matrix(rows: int, columns: int, seed: int) -> Any:
-            return Sized((rows, columns)) if backend is None else backend.prepare(randn(rows, columns, seed=seed))
+            if backend is None:
+                return NamedMatrix(f"matrix {seed}", (rows, columns))
+            return backend.prepare(randn(rows, columns, seed=seed))
 
         self.embedding = matrix(VOCABULARY, WIDTH, 0)
         self.first, self.second = matrix(INNER, WIDTH, 1), matrix(INNER, WIDTH, 2)

@@ -8,17 +8,7 @@ from numpy.typing import NDArray
 
 from kbit.formats.quant_tensor import QuantTensor
 from kbit.formats.registry import parse_format
-
-# Of kernels/cpu/rounding/trellis.h.
-UNIT = 8192.0
-
-
-def doublings(bits: int) -> int:
-    return 1 if bits <= 3 else 2
-
-
-def seam(bits: int) -> int:
-    return max(32, 192 // bits)
+from kbit.kernels.reference_trellis import UNIT, doublings, seam
 
 
 def trellis_tensor(format: str, rows: int, columns: int) -> QuantTensor:

@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import encoder_cases as cases
-import gguf
 import numpy as np
 import pytest
 from encoder_cases import assert_near
+from gguf_file_cases import write_gguf
 from safetensors.numpy import load_file
 from tokenizers import Tokenizer
 
@@ -99,30 +99,12 @@ def write(family: str, folder: Path, path: Path, *, without: str = "", **changes
     }
     whole |= {f"{arch}.{key}": value for key, value in keys.items()}
     whole |= {key if key.startswith("tokenizer.") else f"{arch}.{key}": value for key, value in changes.items()}
-    writer = gguf.GGUFWriter(path, arch)
-    for key, value in whole.items():
-        if key in (without, f"{arch}.{without}"):
-            continue
-        if isinstance(value, bool):
-            writer.add_bool(key, value)
-        elif isinstance(value, int):
-            writer.add_uint32(key, value)
-        elif isinstance(value, float):
-            writer.add_float32(key, value)
-        elif isinstance(value, str):
-            writer.add_string(key, value)
-        else:
-            writer.add_array(key, value)
-    for name, values in load_file(folder / "model.safetensors").items():
-        found = gguf_name(name)
-        if found is not None and found != without:
-            writer.add_tensor(found, values)
+    metadata = {key: value for key, value in whole.items() if key not in (without, f"{arch}.{without}")}
+    named = {gguf_name(name): values for name, values in load_file(folder / "model.safetensors").items()}
+    tensors = {name: values for name, values in named.items() if name is not None and name != without}
     if "extra" in without:
-        writer.add_tensor("cls.weight", np.ones((32, 32), dtype=np.float32))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+        tensors["cls.weight"] = np.ones((32, 32), dtype=np.float32)
+    write_gguf(path, arch, metadata, tensors)
     return model
 
 

@@ -12,6 +12,7 @@ import pytest
 import torch
 from decoder_cases import saved_model
 from gguf_family_cases import CASES, keys_of, tensors_of, write
+from gguf_file_cases import of_architecture, write_gguf
 from safetensors.numpy import load_file
 
 from kbit.backends.cpu.backend import NativeBackend
@@ -57,7 +58,7 @@ def test_packed_matrices_are_taken_apart_as_they_are(tmp_path: Path, case: str, 
         path = _write_packed(case, tmp_path / "folder", tmp_path / "m.gguf", packed)
         values = {name: gguf.quants.dequantize(packed[name], type_) for name in matrices}
     else:
-        path = write(case, tmp_path / "folder", tmp_path / "m.gguf", dict.fromkeys(matrices, type_))
+        path = write(case, tmp_path / "folder", tmp_path / "m.gguf", dict.fromkeys(matrices, kind))
         values = {name: gguf.quants.dequantize(gguf.quants.quantize(stored[name], type_), type_) for name in matrices}
     layer = "model.layers.0."
     with GGUFSource(path) as source:
@@ -83,7 +84,7 @@ def test_packed_delta_nets_are_put_in_order(tmp_path: Path, kind: str) -> None:
     saved_model("qwen3_5", tmp_path / "folder", **sizes)
     stored, type_ = tensors_of("qwen3_5", tmp_path / "folder"), gguf.GGMLQuantizationType[kind]
     names = [name for name, x in stored.items() if x.ndim == 2 and x.shape[1] % 32 == 0 and "ssm_conv" not in name]
-    path = write("qwen3_5", tmp_path / "folder", tmp_path / "m.gguf", dict.fromkeys(names, type_))
+    path = write("qwen3_5", tmp_path / "folder", tmp_path / "m.gguf", dict.fromkeys(names, kind))
     with open_model(str(path)) as source, open_model(str(tmp_path / "folder")) as original:
         found = 0
         for name in original.tensors:
@@ -108,7 +109,7 @@ def test_heads_that_blocks_do_not_respect(tmp_path: Path) -> None:
     """Columns of heads of 16 in blocks of 32: no other order of blocks puts these right."""
     sizes = {"linear_num_value_heads": 6, "linear_value_head_dim": 16}
     saved_model("qwen3_5", tmp_path / "folder", **sizes)
-    kinds = {"blk.0.ssm_out.weight": gguf.GGMLQuantizationType.Q8_0}
+    kinds = {"blk.0.ssm_out.weight": "Q8_0"}
     with (
         GGUFSource(write("qwen3_5", tmp_path / "folder", tmp_path / "m.gguf", kinds)) as source,
         pytest.raises(UnsupportedError, match="blk.0.ssm_out.weight has blocks of 32 columns across heads"),
@@ -123,7 +124,7 @@ def test_packed_experts_are_parts_of_their_stack(tmp_path: Path, kind: str) -> N
     stored = tensors_of("gpt-oss", tmp_path / "folder")
     type_ = gguf.GGMLQuantizationType[kind]
     names = [name for name in stored if name.endswith("_exps.weight")]
-    path = write("gpt-oss", tmp_path / "folder", tmp_path / "m.gguf", dict.fromkeys(names, type_))
+    path = write("gpt-oss", tmp_path / "folder", tmp_path / "m.gguf", dict.fromkeys(names, kind))
     with open_model(str(path)) as source:
         for part in ("gate", "down"):
             stack = stored[f"blk.1.ffn_{part}_exps.weight"]
@@ -178,19 +179,12 @@ def _random_q6_k(shape: tuple[int, ...], rng: np.random.Generator) -> Any:
 
 
 def _write_packed(case: str, folder: Path, path: Path, packed: dict[str, Any]) -> Path:
-    writer = gguf.GGUFWriter(path, CASES[case][0])
-    for key, value in keys_of(case, folder).items():
-        (writer.add_float32 if isinstance(value, float) else writer.add_uint32)(f"{CASES[case][0]}.{key}", value)
-    for name, values in tensors_of(case, folder).items():
-        if name in packed:
-            writer.add_tensor(name, packed[name], raw_dtype=gguf.GGMLQuantizationType.Q6_K)
-        else:
-            writer.add_tensor(name, values)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return path
+    arch = CASES[case][0]
+    whole = tensors_of(case, folder)
+    tensors = {
+        name: (packed[name], gguf.GGMLQuantizationType.Q6_K) if name in packed else whole[name] for name in whole
+    }
+    return write_gguf(path, arch, of_architecture(arch, keys_of(case, folder)), tensors)
 
 
 def edited(
@@ -204,28 +198,12 @@ def edited(
     """A file with other metadata, with more tensors, or without some of either, by the end or a part of a name."""
     saved_model(case, tmp_path / "folder", **CASES[case][2])
     arch = CASES[case][0]
-    writer = gguf.GGUFWriter(tmp_path / "m.gguf", arch)
     metadata = {**keys_of(case, tmp_path / "folder"), **keys}
     without = (without,) if isinstance(without, str) else without
     metadata = {key: value for key, value in metadata.items() if not key.endswith(without)}
-    for key, value in metadata.items():
-        name = f"{arch}.{key}"
-        if isinstance(value, str):
-            writer.add_string(name, value)
-        elif isinstance(value, list):
-            writer.add_array(name, value)
-        elif isinstance(value, bool):
-            writer.add_bool(name, value)
-        else:
-            (writer.add_float32 if isinstance(value, float) else writer.add_uint32)(name, value)
-    for name, values in {**tensors_of(case, tmp_path / "folder"), **(tensors or {})}.items():
-        if not any(part in name for part in without):
-            writer.add_tensor(name, values)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return tmp_path / "m.gguf"
+    whole = {**tensors_of(case, tmp_path / "folder"), **(tensors or {})}
+    kept = {name: values for name, values in whole.items() if not any(part in name for part in without)}
+    return write_gguf(tmp_path / "m.gguf", arch, of_architecture(arch, metadata), kept)
 
 
 @pytest.mark.parametrize(

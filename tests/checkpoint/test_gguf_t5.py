@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import encoder_decoder_cases as cases
-import gguf
 import pytest
+from gguf_file_cases import matrices_encoded, of_architecture, write_gguf
 from piece_cases import save_t5
 from safetensors.numpy import load_file
 
@@ -70,7 +70,7 @@ def write(
         more: further tensors; None: without this one.
         keys: changes of metadata, dots as two underscores.
     """
-    config, writer = json.loads((folder / "config.json").read_text()), gguf.GGUFWriter(path, "t5")
+    config = json.loads((folder / "config.json").read_text())
     numbers: dict[str, Any] = {
         "context_length": config["n_positions"],
         "embedding_length": config["d_model"],
@@ -85,31 +85,23 @@ def write(
         "attention.layer_norm_rms_epsilon": float(config["layer_norm_epsilon"]),
         "decoder_start_token_id": config["decoder_start_token_id"],
     }
-    tokenizer = {key: keys.pop(key) for key in list(keys) if key.startswith(("add_", "remove_"))}
-    for key, value in {**numbers, **{key.replace("__", "."): value for key, value in keys.items()}}.items():
-        (writer.add_float32 if isinstance(value, float) else writer.add_uint32)(f"t5.{key}", value)
+    flags = {key: keys.pop(key) for key in list(keys) if key.startswith(("add_", "remove_"))}
+    changed = {key.replace("__", "."): value for key, value in keys.items()}
     pieces = save_t5(folder)
     unused = [f"[PAD{index}]" for index in range(len(pieces), config["vocab_size"])]
-    writer.add_tokenizer_model("t5")
-    writer.add_tokenizer_pre("default")
-    writer.add_token_list([text for text, _ in pieces] + unused)
-    writer.add_token_scores([score for _, score in pieces] + [-10000.0] * len(unused))
-    writer.add_token_types([3, 3, 2] + [1] * (len(pieces) - 3) + [5] * len(unused))
-    for key, value in {"add_space_prefix": True, "remove_extra_whitespaces": True, **tokenizer}.items():
-        writer.add_bool(f"tokenizer.ggml.{key}", value)
-    for name, values in {**tensors_of(folder), **(more or {})}.items():
-        if values is None:
-            continue
-        if kind is not None and values.ndim == 2 and values.shape[1] % 32 == 0:
-            type_ = gguf.GGMLQuantizationType[kind]
-            writer.add_tensor(name, gguf.quants.quantize(values, type_), raw_dtype=type_)
-        else:
-            writer.add_tensor(name, values)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return path
+    tokenizer = {
+        "model": "t5",
+        "pre": "default",
+        "tokens": [text for text, _ in pieces] + unused,
+        "scores": [score for _, score in pieces] + [-10000.0] * len(unused),
+        "token_type": [3, 3, 2] + [1] * (len(pieces) - 3) + [5] * len(unused),
+        "add_space_prefix": True,
+        "remove_extra_whitespaces": True,
+        **flags,
+    }
+    metadata = {**of_architecture("t5", {**numbers, **changed}), **of_architecture("tokenizer.ggml", tokenizer)}
+    tensors = {name: values for name, values in {**tensors_of(folder), **(more or {})}.items() if values is not None}
+    return write_gguf(path, "t5", metadata, matrices_encoded(tensors, kind))
 
 
 @pytest.mark.parametrize("case", ["t5", "flan-t5", "umt5"])

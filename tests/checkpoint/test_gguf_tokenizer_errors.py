@@ -8,9 +8,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import gguf
 import pytest
 import tokenizers
+from gguf_file_cases import write_gguf
 from gguf_model_cases import VOCAB, Model, config_of
 from gguf_tokenizer_cases import Metadata, byte_level
 
@@ -94,11 +94,7 @@ def test_refused_tokenizers_are_named(case: str, tmp_path: Path) -> None:
 
 
 def test_a_file_without_tokenizer_has_no_files(tmp_path: Path) -> None:
-    writer = gguf.GGUFWriter(tmp_path / "t.gguf", "llama")
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    write_gguf(tmp_path / "t.gguf", "llama", {}, {})
     assert sidecars_from_header(read_header(tmp_path / "t.gguf"), 2048) == {}
 
 

@@ -6,16 +6,12 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import encoder_cases as cases
 import numpy as np
 import pytest
-from command_cases import in_process
-
-Run = Callable[..., tuple[int, str, str]]
+from command_cases import Run, report
 
 KINDS = {
     "embed": "Model",
@@ -40,20 +36,6 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     (root / "embed/sentence_bert_config.json").write_text('{"max_seq_length": 8}')
     (root / "embed/config_sentence_transformers.json").write_text('{"prompts": {"query": "who ? "}}')
     return {kind: str(root / kind) for kind in KINDS}
-
-
-@pytest.fixture
-def kbit(monkeypatch: pytest.MonkeyPatch) -> Run:
-    def run(*arguments: str, stdin: bytes = b"") -> tuple[int, str, str]:
-        return in_process(list(arguments), monkeypatch, stdin)
-
-    return run
-
-
-def report(kbit: Run, *arguments: str, stdin: bytes = b"") -> Any:
-    code, out, err = kbit(*arguments, "--json", stdin=stdin)
-    assert (code, out.count("\n")) == (0, 1), err
-    return json.loads(out)
 
 
 class TestEmbed:

@@ -132,7 +132,9 @@ CASES: dict[str, Case] = {
     "shard size 1e300": Case(Q + "--shard-size 1e300", 2, ("--shard-size 1e+300", "at most 1000000")),
     "shard size inf": Case(Q + "--shard-size inf", 2, ("--shard-size inf",)),
     "shard size nan": Case(Q + "--shard-size nan", 2, ("--shard-size nan",)),
-    "output exists": Case("quantize {good} --bits 3 -o {done}", 2, ("done: already holds a finished model", "--force")),
+    "output exists": Case(
+        "quantize {good} --method rtn --bits 3 -o {done}", 2, ("done: already holds a finished model", "--force")
+    ),
     "output is in use": Case("quantize {good} -o {other-family}", 2, ("other-family: exists and holds other files",)),
     "output in use, forced": Case("quantize {good} -o {other-family} --force", 2, ("holds other files", "new folder")),
     "output is a file": Case("quantize {good} -o {notes.txt}", 2, ("notes.txt: is a file", "name a folder")),
@@ -203,7 +205,14 @@ def test_one_line_and_an_exit_code(name: str, zoo: Path, tmp_path: Path) -> None
 
 def test_the_good_ones_work(zoo: Path, tmp_path: Path) -> None:
     """The cases above fail for their own reason only."""
-    for arguments in (Q, R + "--max-tokens 3", EV, EV + "--reference {done}", "info {done}", "pull --list"):
+    for arguments in (
+        Q + "--calibration-tokens 256",
+        R + "--max-tokens 3",
+        EV,
+        EV + "--reference {done}",
+        "info {done}",
+        "pull --list",
+    ):
         code, stdout, stderr = run_command(split(arguments, zoo, tmp_path / "new"))
         assert (code, bool(stdout)) == (0, True), stderr
         assert "error" not in stderr

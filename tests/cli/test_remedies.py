@@ -227,9 +227,9 @@ CASES: dict[str, tuple[Callable[[Path], object] | None, Case]] = {
     "twice the same model": (
         None,
         Case(
-            "scale {good} {good} --bits 4 --data {text.txt} --context 32 --max-tokens 64 -o {out}",
+            "scale {good} {good} --bits 4 --jobs 1 --data {text.txt} --context 32 --max-tokens 64 -o {out}",
             r"name it (once)",
-            "scale {good} --bits 4 --data {text.txt} --context 32 --max-tokens 64 -o {out}",
+            "scale {good} --bits 4 --jobs 1 --data {text.txt} --context 32 --max-tokens 64 -o {out}",
         ),
     ),
     "an index that is damaged": (

@@ -5,14 +5,12 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import encoder_decoder_cases as cases
 import pytest
 import torch
-from command_cases import in_process
+from command_cases import Run, report
 from piece_cases import save_marian
 
 from kbit.models.families import spec_from_config
@@ -21,7 +19,6 @@ from kbit.models.params import parameters
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-Run = Callable[..., tuple[int, str, str]]
 TASKS = {"summarization": {"prefix": "summarize : ", "num_beams": 2, "max_length": 8}}
 
 
@@ -35,20 +32,6 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     cases.saved(cases.model_of("marian"), root / "marian")
     save_marian(root / "marian")
     return {name: str(root / name) for name in ("t5", "marian")}
-
-
-@pytest.fixture
-def kbit(monkeypatch: pytest.MonkeyPatch) -> Run:
-    def run(*arguments: str, stdin: bytes = b"") -> tuple[int, str, str]:
-        return in_process(list(arguments), monkeypatch, stdin)
-
-    return run
-
-
-def report(kbit: Run, *arguments: str, stdin: bytes = b"") -> Any:
-    code, out, err = kbit(*arguments, "--json", stdin=stdin)
-    assert (code, out.count("\n")) == (0, 1), err
-    return json.loads(out)
 
 
 def test_translations_from_anywhere_are_the_same(kbit: Run, folders: dict[str, str], tmp_path: Path) -> None:

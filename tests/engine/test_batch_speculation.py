@@ -12,11 +12,10 @@ from adapter_cases import shapes_of, write_adapter
 from engine_cases import Answer, answer, answers, check_pages, some_requests, tiny_decoder, tiny_engine
 from generation_cases import byte_tokenizer
 from native_cases import VOCABULARY
+from nested_cases import write_nested
 from numpy.typing import NDArray
-from typer.testing import CliRunner
 
 from kbit.backends.cpu.backend import NativeBackend
-from kbit.cli.main import build
 from kbit.engine import batch_engine, batch_speculation
 from kbit.engine.answers import Request
 from kbit.engine.batch_engine import BatchEngine, Live
@@ -147,21 +146,7 @@ def test_repeated_words_are_guessed(decoder: Decoder) -> None:
 def nested(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> LoadedModel:
     """The tiny model at 2 to 6 bits in one file, with an adapter beside it."""
     folder = tmp_path_factory.mktemp("nested")
-    out = folder / "folder"
-    arguments = [
-        "quantize",
-        str(tiny_model),
-        "--nested",
-        "2..6",
-        "--block-size",
-        "16",
-        "--method",
-        "rtn",
-        "-o",
-        str(out),
-    ]
-    result = CliRunner().invoke(build([]), arguments)
-    assert result.exit_code == 0, result.output
+    out = write_nested(tiny_model, folder / "folder", "2..6", "--block-size", "16")
     lora = write_adapter(folder / "lora", tiny_model, shapes_of(tiny_model), size=0.2)
     return load_model(str(out), backend=NativeBackend(1), adapters={"lora": str(lora)})
 
@@ -170,7 +155,7 @@ def nested(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Loaded
 def test_low_planes_guess_for_all_texts_at_once(
     nested: LoadedModel, temperature: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(batch_speculation, "_PAUSE", 1)  # (Beside its embedding, the tiny model's planes save little.)
+    monkeypatch.setattr(batch_speculation, "PAUSE", 1)  # (Beside its embedding, the tiny model's planes save little.)
 
     def engine(pages: int, drafter: SelfDrafts | None) -> BatchEngine:
         return BatchEngine(nested.decoder, byte_tokenizer(), nested.decoder.new_pool(pages), drafter=drafter)

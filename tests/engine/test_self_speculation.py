@@ -9,15 +9,15 @@ from pathlib import Path
 import pytest
 from command_cases import in_process
 from generation_cases import CHATML
+from nested_cases import write_nested
 from speculative_cases import both
-from typer.testing import CliRunner
 
 from kbit.backends.cpu.backend import NativeBackend
-from kbit.cli.main import build
+from kbit.engine.draft_widths import asks_for_self, draft_bits
 from kbit.engine.loader import LoadedModel, load_model
 from kbit.engine.ngram import NgramDrafter
 from kbit.engine.sampler import SamplingParams
-from kbit.engine.self_speculation import SelfDrafter, asks_for_self, draft_bits
+from kbit.engine.self_speculation import SelfDrafter
 from kbit.engine.speculative import Speculation
 from kbit.host.errors import UsageError
 
@@ -32,9 +32,7 @@ def folder(novels_folder: str, make_once: Callable[[str, Callable[[Path], object
     """The novels model at 2 to 8 bits, rounded to nearest, with a chat template."""
 
     def make(path: Path) -> None:
-        arguments = ["quantize", novels_folder, "--nested", "2..8", "--method", "rtn", "-o", str(path)]
-        result = CliRunner().invoke(build([]), arguments)
-        assert result.exit_code == 0, result.output
+        write_nested(novels_folder, path, "2..8")
         (path / "chat_template.jinja").write_text(CHATML)
 
     return make_once("novels-nested", make)

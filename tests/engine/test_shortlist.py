@@ -8,12 +8,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 from engine_cases import answer, answers, tiny_engine
+from nested_cases import write_nested
 from numpy.typing import NDArray
 from speculative_cases import both
-from typer.testing import CliRunner
 
 from kbit.backends.cpu.backend import NativeBackend
-from kbit.cli.main import build
 from kbit.engine import batch_speculation, shortlist
 from kbit.engine.answers import Request
 from kbit.engine.batch_speculation import SelfDrafts, TextDrafts
@@ -38,9 +37,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 def nested(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> LoadedModel:
     """The tiny model at 2 to 6 bits in one file."""
     out = tmp_path_factory.mktemp("short") / "folder"
-    arguments = ["quantize", str(tiny_model), "--nested", "2..6", "--block-size", "16", "--method", "rtn"]
-    result = CliRunner().invoke(build([]), [*arguments, "-o", str(out)])
-    assert result.exit_code == 0, result.output
+    write_nested(tiny_model, out, "2..6", "--block-size", "16")
     return load_model(str(out), backend=NativeBackend(1))
 
 
@@ -119,7 +116,7 @@ def test_answers_at_once_are_those_without(
     small: None, nested: LoadedModel, temperature: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The batch engine's drafts, of low planes that choose from a list, and copied: the tokens of an engine without."""
-    monkeypatch.setattr(batch_speculation, "_PAUSE", 1)
+    monkeypatch.setattr(batch_speculation, "PAUSE", 1)
     rng = np.random.default_rng(3)
     going_round = tuple(rng.integers(0, 100, 6).tolist()) * 3
     requests = [

@@ -12,6 +12,7 @@ import pytest
 import torch
 from decoder_cases import DictSource, saved_model, tame_tensors, tiny_config
 from native_cases import exact, native, random_ids, reference, source_of
+from recurrent_cases import assert_the_same_function, made
 from safetensors.torch import load_file, save_file
 
 from kbit.backends.reference.backend import ReferenceBackend
@@ -29,11 +30,6 @@ from kbit.models.shard import shard
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-def made(*shapes: tuple[int, ...], seed: int = 3) -> list[torch.Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    return [torch.randn(shape, generator=generator, requires_grad=True) for shape in shapes]
-
-
 @pytest.mark.parametrize("tokens", [1, 63, 64, 65, 150])
 def test_chunks_are_what_single_tokens_are(tokens: int) -> None:
     """And so are their gradients: solving for a chunk is the same function, in another order of sums."""
@@ -41,12 +37,7 @@ def test_chunks_are_what_single_tokens_are(tokens: int) -> None:
     parts = made(keys, keys, (tokens, 6, 20), heads, heads, (6,))
     one_by_one, _ = recurrent.gated_delta(*parts, torch.zeros(6, 12, 20))
     together = recurrent.gated_delta_in_chunks(*(part[None] for part in parts[:-1]), parts[-1])[0]
-    with torch.no_grad():
-        assert float((together - one_by_one).abs().max()) <= 1e-5 * float(one_by_one.abs().max())
-    towards = torch.randn(together.shape, generator=torch.Generator().manual_seed(4))
-    wanted, found = (torch.autograd.grad((out * towards).sum(), parts) for out in (one_by_one, together))
-    for mine, theirs in zip(found, wanted, strict=True):
-        assert float((mine - theirs).norm()) <= 1e-4 * float(theirs.norm())
+    assert_the_same_function(together, one_by_one, parts)
 
 
 def test_a_state_that_fades_at_once_and_one_that_stays() -> None:

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from decoder_cases import DictSource, tame_tensors, tiny_config
+from recurrent_cases import assert_the_same_function, made
 
 from kbit.backends.reference.backend import ReferenceBackend
 from kbit.host.errors import CheckpointError, KbitError
@@ -19,11 +20,6 @@ from kbit.models.shard import shard
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-def made(*shapes: tuple[int, ...], seed: int = 3) -> list[torch.Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    return [torch.randn(shape, generator=generator, requires_grad=True) for shape in shapes]
-
-
 @pytest.mark.parametrize("tokens", [1, 63, 64, 65, 150])
 def test_chunks_are_what_single_tokens_are(tokens: int) -> None:
     """And so are their gradients; 2 groups of keys for 6 heads."""
@@ -31,12 +27,7 @@ def test_chunks_are_what_single_tokens_are(tokens: int) -> None:
     parts = made((tokens, 6, 20), keys, keys, (tokens, 6), (6,), (6,))
     one_by_one, _ = recurrent.state_space(*parts, torch.zeros(6, 12, 20))
     together = recurrent.state_space_in_chunks(*(part[None] for part in parts[:4]), *parts[4:])[0]
-    with torch.no_grad():
-        assert float((together - one_by_one).abs().max()) <= 1e-5 * float(one_by_one.abs().max())
-    towards = torch.randn(together.shape, generator=torch.Generator().manual_seed(4))
-    wanted, found = (torch.autograd.grad((out * towards).sum(), parts) for out in (one_by_one, together))
-    for mine, theirs in zip(found, wanted, strict=True):
-        assert float((mine - theirs).norm()) <= 1e-4 * float(theirs.norm())
+    assert_the_same_function(together, one_by_one, parts)
 
 
 def test_a_state_goes_on_where_it_was() -> None:

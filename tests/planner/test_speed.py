@@ -120,8 +120,8 @@ def test_a_model_of_no_size(monkeypatch: pytest.MonkeyPatch) -> None:
     """`kbit run` runs it, so a process's constant is that of the real command."""
     found = probe(1, "int8")
     assert 20e6 < found.nbytes < 3e9
-    assert 0 < found.token_seconds < 60
-    assert 0 < found.prompt_seconds < 60
+    assert found.token_seconds > 0
+    assert found.prompt_seconds > 0
     monkeypatch.setattr(process_probe, "_CONFIG", {**process_probe._CONFIG, "hidden_act": "sine"})
     with pytest.raises(KbitError, match="hidden_act"):
         probe(1, "int8")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import shutil
 import subprocess
@@ -13,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from conversion_cases import assert_not_loadable, check_exact, files_of, quantize
+from module_cases import module_of
 from safetensors.torch import load_file, save_file
 
 from kbit.checkpoint.readers.kbit_folder import MANIFEST_NAME, KbitFolder
@@ -217,17 +217,11 @@ print(json.dumps({"peak": peak(), "planned": plan.peak_memory, "largest": larges
 
 
 @pytest.mark.slow
-def test_memory_does_not_grow_with_the_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_memory_does_not_grow_with_the_model(tmp_path: Path) -> None:
     """0.9 GB are converted (a third of the layers, to save time; the rest is copied) within three times the largest
     tensor plus 600 MB, about as planned.
     """
-    path = Path(__file__).resolve().parents[2] / "tools" / "make_synthetic_checkpoint.py"
-    spec = importlib.util.spec_from_file_location("make_synthetic_checkpoint", path)
-    assert spec is not None
-    assert spec.loader is not None
-    tool = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, spec.name, tool)  # where its dataclasses look themselves up
-    spec.loader.exec_module(tool)
+    tool = module_of("tools/make_synthetic_checkpoint.py")
     if shutil.disk_usage(tmp_path).free < 3_000_000_000:
         pytest.skip("needs 3 GB of disk")
     total = tool.make(tmp_path / "model", 0.9)

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import typer
 from rich.console import Console
-from scale_cases import Recorder, request, write_text
+from scale_cases import Recorder, request
 from typer.testing import CliRunner
 
 from kbit.cli.scale import scale
@@ -26,12 +26,6 @@ from kbit.scaling.sweep.plan import plan_sweep
 from kbit.scaling.sweep.run import run_sweep
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-@pytest.fixture
-def text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setenv("KBIT_CACHE", str(tmp_path / "cache"))
-    return write_text(tmp_path)
 
 
 @pytest.fixture

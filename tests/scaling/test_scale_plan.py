@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 from filelock import FileLock
-from scale_cases import Recorder, labels, request, sweep, write_text
+from scale_cases import Recorder, labels, request, sweep
 
 from kbit.checkpoint.resolve import open_model
 from kbit.formats.quant_format import QuantFormat
@@ -28,12 +28,6 @@ from kbit.scaling.sweep.run import run_sweep
 from kbit.scaling.sweep.store import PointStore
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-@pytest.fixture
-def text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setenv("KBIT_CACHE", str(tmp_path / "cache"))
-    return write_text(tmp_path)
 
 
 class TestRefusals:

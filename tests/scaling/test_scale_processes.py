@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from scale_cases import Recorder, request, sweep, write_text
+from scale_cases import Recorder, request, sweep
 
 from kbit.host.errors import KbitError, UnsupportedError
 from kbit.scaling.points import Point
@@ -24,12 +24,6 @@ FIGURES = ("key", "format", "nll", "kl", "top1", "weight_error", "total_bits", "
 
 def figures(points: Any) -> list[list[object]]:
     return sorted([getattr(point, name) for name in FIGURES] for point in points)
-
-
-@pytest.fixture
-def text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setenv("KBIT_CACHE", str(tmp_path / "cache"))
-    return write_text(tmp_path)
 
 
 def test_two_processes_measure_what_one_does(tiny_model: Path, tmp_path: Path, text: Path, write_model: Any) -> None:

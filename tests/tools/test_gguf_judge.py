@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import sys
 from pathlib import Path
 from typing import Any
@@ -11,20 +10,13 @@ import numpy as np
 import pytest
 from decoder_cases import saved_model
 from gguf_family_cases import CASES, write
-
-TOOL = Path(__file__).parents[2] / "tools" / "judges" / "gguf_families.py"
+from module_cases import module_of
 
 
 @pytest.fixture(scope="module")
 def judge() -> Any:
-    spec = importlib.util.spec_from_file_location("gguf_families", TOOL)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
     before = list(sys.path)
-    sys.modules["gguf_families"] = module
-    spec.loader.exec_module(module)
-    yield module
+    yield module_of("tools/judges/gguf_families.py")
     sys.path[:] = before
     del sys.modules["gguf_families"]
 

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 import torch
+from module_cases import module_of
 
 from kbit.checkpoint.resolve import open_model
 from kbit.formats.blockwise import quantize_blockwise
@@ -17,18 +16,10 @@ from kbit.formats.quant_tensor import QuantTensor
 from kbit.models.check import check_tensors
 from kbit.models.families import spec_from_config
 
-TOOLS = Path(__file__).resolve().parents[2] / "tools"
-
 
 @pytest.fixture(scope="module")
 def tool() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("make_synthetic_checkpoint", TOOLS / "make_synthetic_checkpoint.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # its dataclasses look for their module there
-    spec.loader.exec_module(module)
-    return module
+    return module_of("tools/make_synthetic_checkpoint.py")
 
 
 def test_quantized(tool: ModuleType, tmp_path: Path) -> None:

@@ -125,19 +125,28 @@ template <int Bits, bool kHalf> struct TrellisPath {
     choices = reinterpret_cast<uint8_t*>(end);
   }
 
+  // Calls step.template operator()<In, Next>() with the bits of number i and of the one after it.
+  template <typename Step> __attribute__((always_inline)) static void with_bits(int i, Step&& step) {
+    if (!kHalf) step.template operator()<Bits, Bits>();
+    else if (i % 2 == 0) step.template operator()<Bits, Bits + kHalf>();
+    else step.template operator()<Bits + kHalf, Bits>();
+  }
+
+  static void exchange(uint16_t*& a, uint16_t*& b) {
+    uint16_t* const held = a;
+    a = b, b = held;
+  }
+
   // The costs after numbers [begin, begin + count), which go round the ring; begin is even.
   void run(int begin, int count) {
     uint16_t base = 0;
-    const auto step = [&]<int In, int Next>(uint16_t wanted, uint8_t* chosen) __attribute__((always_inline)) {
-      base = trellis_step<In, Next, kDoublings>(t.code->values.data(), t.code->window, wanted, base, before, after, chosen);
-    };
     for (int i = 0; i < count; ++i) {
-      const uint16_t wanted = uint16_t(trellis_number(t.numbers[(begin + i) % kbit::kTrellisTile]));
-      if (!kHalf) step.template operator()<Bits, Bits>(wanted, choices + i * overlaps);
-      else if (i % 2 == 0) step.template operator()<Bits, Bits + kHalf>(wanted, choices + i * overlaps);
-      else step.template operator()<Bits + kHalf, Bits>(wanted, choices + i * overlaps);
-      uint16_t* const swap = before;
-      before = after, after = swap;
+      const uint16_t number = uint16_t(trellis_number(t.numbers[(begin + i) % kbit::kTrellisTile]));
+      with_bits(i, [&]<int In, int Next>() __attribute__((always_inline)) {
+        base = trellis_step<In, Next, kDoublings>(t.code->values.data(), t.code->window, number, base, before, after,
+                                                  choices + i * overlaps);
+      });
+      exchange(before, after);
     }
   }
 
@@ -148,10 +157,6 @@ template <int Bits, bool kHalf> struct TrellisPath {
     int16_t numbers[kbit::kTrellisTile];
     int32_t windows[kbit::kTrellisTile], errors[kbit::kTrellisTile];
     for (int i = 0; i < kbit::kTrellisTile; ++i) numbers[i] = trellis_number(t.numbers[i]);
-    const auto step = [&]<int In, int Next>(uint8_t* chosen, const TrellisHeard& heard) __attribute__((always_inline)) {
-      base = trellis_step_heard<In, Next, kDoublings>(t.code->values.data(), t.code->window, wanted, base, before, after,
-                                                      chosen, heard);
-    };
     for (int i = 0; i < count; ++i) {
       const int at = (begin + i) % kbit::kTrellisTile, column = at % 16;
       if (begin == 0 && column == 0 && at > 0) hear_rows(at, base, numbers, windows, errors);
@@ -162,23 +167,27 @@ template <int Bits, bool kHalf> struct TrellisPath {
         store_words(wanted + m, alone ? number : add_signed(number, load_words(heard_before + column * row + m)));
       }
       const TrellisHeard heard{alone ? nullptr : heard_before, heard_after, row, t.feedback.columns + 16 * column, column};
-      if (!kHalf) step.template operator()<Bits, Bits>(choices + i * overlaps, heard);
-      else if (i % 2 == 0) step.template operator()<Bits, Bits + kHalf>(choices + i * overlaps, heard);
-      else step.template operator()<Bits + kHalf, Bits>(choices + i * overlaps, heard);
-      uint16_t* swap = before;
-      before = after, after = swap;
-      swap = heard_before, heard_before = heard_after, heard_after = swap;
+      with_bits(i, [&]<int In, int Next>() __attribute__((always_inline)) {
+        base = trellis_step_heard<In, Next, kDoublings>(t.code->values.data(), t.code->window, wanted, base, before, after,
+                                                        choices + i * overlaps, heard);
+      });
+      exchange(before, after);
+      exchange(heard_before, heard_after);
     }
   }
 
   // Numbers [count, count + 16) plus what the best path up to there passes on to their row.
   //
+  // base: the least of the costs up to there.
   // windows, errors: of earlier calls' paths for the numbers before the last row.
   void hear_rows(int count, uint16_t base, int16_t* numbers, int32_t* windows, int32_t* errors) const {
+    const auto is_among = [&](int64_t first) {  // 32 at once: a loop without a way out is made of vectors
+      uint16_t found = 0;
+      for (int64_t m = first; m < first + 32; ++m) found = uint16_t(found | (before[m] == base));
+      return found;
+    };
     int64_t best = 0;
-    for (uint16_t found = 0; !found; best += found ? 0 : 32) {
-      for (int64_t m = best; m < best + 32; ++m) found = uint16_t(found | (before[m] == base));
-    }
+    while (!is_among(best)) best += 32;
     while (before[best] != base) ++best;
     for (int i = count - 1; i >= 0; --i) {
       const auto [window, earlier] = one_back(best, i);

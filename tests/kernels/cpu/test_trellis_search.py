@@ -59,11 +59,10 @@ def test_no_ring_from_the_same_seam_costs_less(bits: int, window: int, half: boo
             assert cost_of(numbers[tile].numpy(), scaled, windows, bits) == least
 
 
-@pytest.mark.parametrize("half", [False, True])
-@pytest.mark.parametrize("bits", range(2, 7))
+@pytest.mark.parametrize(
+    ("bits", "half"), [(bits, half) for bits in range(2, 7) for half in (False, True) if (bits, half) != (6, True)]
+)
 def test_sets_agree_to_the_bit(bits: int, half: bool) -> None:
-    if half and bits == 6:
-        return  # there is no such width
     generator = torch.Generator().manual_seed(bits)
     numbers = torch.randn(3, 256, generator=generator)
     numbers[1] = torch.tensor([1e30, -1e30, torch.nan, torch.inf]).repeat(64)

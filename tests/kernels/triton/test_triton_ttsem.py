@@ -5,12 +5,12 @@ Here a few cases of every test; the tool alone runs them all.
 
 from __future__ import annotations
 
-import importlib.util
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from module_cases import module_of
 
 pytest.importorskip("triton")
 
@@ -21,12 +21,7 @@ MISSING = 3
 
 
 def files() -> list[Path]:
-    spec = importlib.util.spec_from_file_location("ttsem_check", TOOL)
-    assert spec is not None
-    assert spec.loader is not None
-    tool = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(tool)
-    found: list[Path] = tool.test_files([])
+    found: list[Path] = module_of("tools/ttsem_check.py").test_files([])
     return found
 
 
