@@ -39,14 +39,14 @@ def test_same_files(device: str, tmp_path: Path, small_model: Path, format: str)
 def test_trellises(device: str) -> None:
     """The same codes; whoever else searches does so within a block only."""
     weight = torch.randn(16, 32, generator=torch.Generator().manual_seed(5))
-    format = TrellisFormat(3, window=8)
+    format = TrellisFormat(3, window=9, half=True)
     source = SimpleNamespace(read=lambda name: weight)
     expected = format.encode(lambda start, stop: weight[start:stop], (16, 32))
     got = on_gpu(device)(cast("CheckpointSource", source), "x", format)
     assert all(torch.equal(got.stored[part], expected.stored[part]) for part in expected.stored)
     asked: list[int] = []
     with searching_with(
-        lambda format, tiles, factors: asked.append(len(tiles)) or tiles.new_zeros(len(tiles), 96).byte()
+        lambda format, tiles, factors: asked.append(len(tiles)) or tiles.new_zeros(len(tiles), 112).byte()
     ):
         assert not search(format, torch.ones(3, 256), 1).any()
     assert asked == [3]

@@ -211,12 +211,11 @@ def cases() -> list[Case]:
         trellis_case("trellis3.5", 1),
         trellis_case("trellis4", 1),
         trellis_case("trellis3", 64),
-        search_case("trellis2"),
-        search_case("trellis3"),
-        search_case("trellis6"),
-        search_case("trellis2", passed_on=True),
-        search_case("trellis3", passed_on=True),
-        search_case("trellis6", passed_on=True),
+        *(
+            search_case(f"trellis{width}", passed_on=passed_on)
+            for passed_on in (False, True)
+            for width in (2, 2.5, 3, 3.5, 5.5, 6)
+        ),
         _rounded("int8", "int4-b64", 256),
         _rounded("int8", "int4-b64", 1024),
         _rounded("int8", "int4-b128", 256, quick=True),
