@@ -14,7 +14,7 @@ from kbit.host.errors import UnsupportedError  # noqa: E402
 from kbit.kernels.reference_trellis import in_units, search_symbols, to_strings  # noqa: E402
 from kbit.kernels.triton.codecs.trellis_search import search_on_gpu  # noqa: E402
 
-WHOLE = ("trellis2-sum4-l13", "trellis3-l8", "trellis4-l10", "trellis5-l10")
+WHOLE = ("trellis2-sum4-l13", "trellis3-l8", "trellis4-l10")
 HALF = ("trellis2.5-l13", "trellis3.5-l9", "trellis4.5-l10", "trellis5.5-l11")
 
 
