@@ -214,7 +214,7 @@ def cases() -> list[Case]:
         *(
             search_case(f"trellis{width}", passed_on=passed_on)
             for passed_on in (False, True)
-            for width in (2, 2.5, 3, 3.5, 5.5, 6)
+            for width in (2, 2.5, 3, 3.5, 4.5, 5.5, 6)
         ),
         _rounded("int8", "int4-b64", 256),
         _rounded("int8", "int4-b64", 1024),

@@ -338,8 +338,9 @@ def search_symbols(
     tiles, overlaps, device = len(wanted), 1 << (format.window - format.bits), wanted.device
     symbols = torch.empty(wanted.shape, dtype=torch.uint8, device=device)
     heard_columns = 0 if factors is None else 2 * 16
-    # With 1024 the plain search for 3.5 bits spills on sm_80; where errors are passed on, 512 take more instructions.
-    block = min(_BLOCK // 2 if format.half and factors is None else _BLOCK, overlaps)
+    # By the machine code: 3.5 bits spill on sm_80 with 1024, 2.5 on sm_120 with 512. (Where errors are passed on
+    # nothing does, and 512 take more instructions.)
+    block = min(_BLOCK // 2 if format.width > 3 and format.half and factors is None else _BLOCK, overlaps)
     group = max(1, _SCRATCH_BYTES // ((NUMBERS + 4 + 2 * heard_columns) * overlaps))
     costs = torch.empty((min(group, tiles), 2 * overlaps), dtype=torch.int16, device=device)
     choices = torch.empty((min(group, tiles), NUMBERS * overlaps), dtype=torch.int8, device=device)
