@@ -226,17 +226,9 @@ def cases(seed: int) -> dict[str, Callable[[str], float]]:
     for text in (*(f"trellis{bits}" for bits in range(2, 9)), *further):
         for tokens in (1, 33):
             found[f"trellis {text} {tokens}"] = partial(check_trellis, text=text, shape=(tokens, 40, 320), seed=seed)
-    for text in (
-        "trellis2-l8",
-        "trellis2.5-l12",
-        "trellis3-l10",
-        "trellis3.5",
-        "trellis5-l12",
-        "trellis5.5",
-        "trellis6",
-    ):
+    for text in ("trellis2-l8", "trellis2.5-l12", "trellis3-l10", "trellis3.5-l12", "trellis5-l12", "trellis6"):
         found[f"trellis_search {text}"] = partial(check_search, text=text, seed=seed)
-    for text in ("trellis2-l8", "trellis2.5", "trellis3-l10", "trellis4", "trellis4.5-l12"):
+    for text in ("trellis2-l8", "trellis2.5-l10", "trellis3-l10", "trellis4", "trellis4.5-l12", "trellis5.5-l12"):
         name = f"trellis_search {text} within tiles"
         found[name] = partial(check_search, text=text, seed=seed, passed_on=True)
     for kind in ("int8", "fp8"):

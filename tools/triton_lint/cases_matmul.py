@@ -87,7 +87,8 @@ def gemm_case(text: str, tokens: int, *, size: int = 4096, gate: Gate | None = N
         launch=lambda arch, config: gemm(x, weight, config=config),
         configs=lambda arch: (None, *gemm_candidates(arch, problem_of(x, weight))),
         work=work,
-        gates={} if gate is None else {"sm_90": gate},
+        # AMD's have 64 KB of shared memory, which no check here but this one would miss.
+        gates={"gfx90a": Gate(), "gfx942": Gate()} | ({} if gate is None else {"sm_90": gate}),
         gated="gemm_kernel",
         quick=quick,
     )
