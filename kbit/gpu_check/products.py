@@ -151,7 +151,7 @@ def check_search(device: str, text: str, seed: int = 0, passed_on: bool = False)
         factors = TileFactors.of(*(0.2 * normal(16, 16, seed + part)[None] for part in (1, 2)))
         given = TileFactors(factors.columns.to(device), factors.rows.to(device))
     got = search_symbols(format, wanted.to(device), values.to(device), given).cpu()
-    expected = reference_trellis.search_symbols(wanted[0], values, format.bits, factors)[None]
+    expected = reference_trellis.search_symbols(wanted[0], values, format.bits, factors, half=format.half)[None]
     return assert_within(got.float(), expected.float(), torch.full(got.shape, 0.5))
 
 
@@ -226,9 +226,9 @@ def cases(seed: int) -> dict[str, Callable[[str], float]]:
     for text in (*(f"trellis{bits}" for bits in range(2, 9)), *further):
         for tokens in (1, 33):
             found[f"trellis {text} {tokens}"] = partial(check_trellis, text=text, shape=(tokens, 40, 320), seed=seed)
-    for text in ("trellis2-l8", "trellis3-l10", "trellis5-l12", "trellis6"):
+    for text in ("trellis2-l8", "trellis2.5-l12", "trellis3-l10", "trellis3.5-l12", "trellis5-l12", "trellis6"):
         found[f"trellis_search {text}"] = partial(check_search, text=text, seed=seed)
-    for text in ("trellis2-l8", "trellis3-l10", "trellis4"):
+    for text in ("trellis2-l8", "trellis2.5-l10", "trellis3-l10", "trellis4", "trellis4.5-l12", "trellis5.5-l12"):
         name = f"trellis_search {text} within tiles"
         found[name] = partial(check_search, text=text, seed=seed, passed_on=True)
     for kind in ("int8", "fp8"):

@@ -166,10 +166,13 @@ def gemm_config(arch: str, problem: Problem) -> GemmConfig:
     elif arch.startswith("gfx1"):
         few, many = (32, 128) if arch.startswith("gfx12") else (16 if columns == 256 else 32, 64)  # more would spill
         tiles, tokens, warps = 4, few if wide else many, 4
-    elif wide or arch == "sm_100" or arch.startswith("gfx"):
+    elif arch.startswith("gfx9") and columns == 256:
+        tiles, tokens, warps = 4, 64, 4  # 128 tokens take 96 KB of shared memory, of 64
+    elif arch == "sm_100" or arch.startswith("gfx") or (wide and (arch, problem.bits) != ("sm_80", 8)):
         tiles, tokens, warps = 4, 128, 4
     else:
-        # Least work for the busiest multiprocessor; of equals the larger tile, which decodes each weight less often.
+        # Least work for the busiest multiprocessor; of equals the larger tile, which decodes each weight less often
+        # (and with 8 bits in chunks of 256 on sm_80 spills nothing, where the smaller does).
         shapes = ((8, 256, 8), (8, 128, 8), (4, 128, 4))[0 if arch in _WGMMA else 1 :]
         tiles, tokens, warps = min(shapes, key=lambda s: _rounds(arch, problem, s[0], s[1]) * s[0] * s[1])
     return GemmConfig(tiles, tokens, columns, _split(arch, problem, tiles, tokens, columns), warps, stages)

@@ -10,7 +10,7 @@ from trellis_cases import best_ring, cost_of, ring_windows
 from kbit import _native
 from kbit.formats.trellis import TrellisFormat
 from kbit.formats.trellis_code import TileFactors, search, tile_levels
-from kbit.kernels.reference_trellis import in_units, search_symbols
+from kbit.kernels.reference_trellis import in_units, search_symbols, to_strings
 
 SETS = _native.instruction_sets()
 
@@ -73,8 +73,14 @@ def test_sets_agree_to_the_bit(bits: int, half: bool) -> None:
         assert torch.equal(found(numbers, values, bits, isa, half=half), expected), isa
 
 
-@pytest.mark.parametrize(("bits", "window"), [(2, 8), (3, 9), (4, 9), (5, 10), (6, 12)])
-def test_errors_are_passed_on_as_the_definition_says(bits: int, window: int) -> None:
+@pytest.mark.parametrize(
+    ("bits", "window", "half"),
+    [
+        *((bits, window, False) for bits, window in ((2, 8), (3, 9), (4, 9), (5, 10), (6, 12))),
+        *((bits, window, True) for bits, window in ((2, 8), (3, 9), (4, 10), (5, 11))),
+    ],
+)
+def test_errors_are_passed_on_as_the_definition_says(bits: int, window: int, half: bool) -> None:
     """Also factors beyond what they can be, and numbers beyond all values. (5 bits: the seam is within a row.)"""
     numbers = torch.randn(3, 256, generator=torch.Generator().manual_seed(bits))
     numbers[1] *= 0.5
@@ -82,14 +88,11 @@ def test_errors_are_passed_on_as_the_definition_says(bits: int, window: int) -> 
     values = torch.randn(1 << window, generator=torch.Generator().manual_seed(window))
     factors = some_factors(3, bits)
     factors.columns[2, ::3], factors.rows[2, ::3] = 32767, -(1 << 30)
-    expected = torch.stack(
-        [search_symbols(in_units(numbers[i]), in_units(values), bits, factors[i : i + 1]) for i in range(3)]
-    )
-    places = torch.arange(bits - 1, -1, -1)
-    ring = ((expected[:, :, None].int() >> places) & 1).view(3, 32 * bits, 8)
-    strings = (ring << torch.arange(7, -1, -1)).sum(dim=-1)
+    tiles, levels = in_units(numbers), in_units(values)
+    symbols = [search_symbols(tiles[i], levels, bits, factors[i : i + 1], half=half) for i in range(3)]
+    expected = to_strings(torch.stack(symbols), bits, half)
     for isa in SETS:
-        assert torch.equal(found(numbers, values, bits, isa, factors=factors).long(), strings), isa
+        assert torch.equal(found(numbers, values, bits, isa, half=half, factors=factors), expected), isa
 
 
 @pytest.mark.parametrize(("bits", "window"), [(2, 8), (3, 9), (4, 10), (5, 11)])

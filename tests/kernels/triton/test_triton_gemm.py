@@ -193,6 +193,9 @@ def test_configurations_fit_the_problem() -> None:
             rounded = [rounded_config("sm_90", problem, kind, 64) for kind in ("int8", "fp8")]
             for config in [gemm_config("sm_90", problem), *gemm_candidates("sm_90", problem), *rounded]:
                 assert problem.columns % (config.columns * config.split) == 0
+            for arch in ("gfx90a", "gfx942"):  # of whose 64 KB of shared memory x may have half
+                config = gemm_config(arch, problem)
+                assert 2 * config.tokens * config.columns <= 1 << 15
 
 
 def test_what_does_not_fit_is_refused() -> None:
