@@ -11,12 +11,14 @@ from error_cases import run_command
 
 from kbit.calibration.request import CalibrationRequest
 from kbit.checkpoint.resolve import open_model
+from kbit.formats.registry import parse_format
 from kbit.host.errors import UsageError
 from kbit.host.quantities import parse_duration
 from kbit.quantizers.calibrated import Gptq, TwoSided
 from kbit.quantizers.estimate import Rates, Steps, estimate, measure_rates
 from kbit.quantizers.plan import BASE_BYTES
 from kbit.quantizers.request import QuantizeRequest
+from kbit.quantizers.trellis import OneSidedTrellis
 
 
 @pytest.fixture(scope="module")
@@ -193,3 +195,31 @@ def test_what_a_gpu_takes_part_in() -> None:
     flags = QuantizeRequest("m", format="nf4-b64", method="ldlq2", device="cuda")
     with pytest.raises(UsageError, match="--device cuda: .*use --method rtn, --method trellis, or --device cpu"):
         flags.chosen_method(flags.codec())
+
+
+def test_formats_that_a_trellis_method_brings() -> None:
+    """Half widths where all have one; short windows also of what is mixed with integers, which have none."""
+    formats = {
+        "trellis2.5": QuantizeRequest("m", bits=2.5, uniform=True, method="trellis"),
+        "trellis3.5-l12": QuantizeRequest("m", bits=3.5, uniform=True, method="trellis-tuned", fast=True),
+        "trellis3.5-sum4-l12-h128": QuantizeRequest("m", bits=3.5, uniform=True, method="trellis-plain", fast=True),
+        "trellis7": QuantizeRequest("m", bits=7.0, uniform=True, method="trellis", fast=True),
+        "trellis6-l12": QuantizeRequest("m", bits=8.0, method="trellis", fast=True),
+        "trellis8": QuantizeRequest("m", bits=8.0, method="trellis", fast=True, inputs_only=True),
+    }
+    for said, flags in formats.items():
+        codec = flags.codec()
+        assert codec == parse_format(said), said
+        assert flags.mixes_widths(flags.chosen_method(codec)) == (said == "trellis6-l12"), said
+    # Without a method's name, the one that rounds to trellises best.
+    flags = QuantizeRequest("m", format="trellis3")
+    assert flags.chosen_method(flags.codec()).name == "trellis"
+
+
+def test_the_plain_trellis_has_plain_second_moments() -> None:
+    """Also where flags say what it is calibrated on."""
+    flags = QuantizeRequest("m", bits=3.0, method="trellis-plain", calibration_tokens=256)
+    method = flags.chosen_method(flags.codec())
+    assert isinstance(method, OneSidedTrellis)
+    assert not method.request.gradients
+    assert method.request.tokens == 256
