@@ -125,6 +125,23 @@ def test_backends_agree(tmp_path: Path, tiny_model: Path, format: str) -> None:
     assert torch.allclose(logits[0], logits[1], atol=2e-4 * float(logits[0].abs().max()))
 
 
+@pytest.mark.parametrize("compute", ["int8", "fp32"])
+def test_matrices_of_one_input_may_be_rotated_each_in_its_way(tmp_path: Path, tiny_model: Path, compute: str) -> None:
+    """Queries beside keys and values, and up beside gate with its activation: the sums of the reference."""
+    out = tmp_path / "out"
+    overrides = ["--override", "*.q_proj.weight=trellis4-h16", "--override", "*.up_proj.weight=trellis4-h32"]
+    words = ["quantize", str(tiny_model), "--method", "rtn", "--format", "trellis4", *overrides, "-o", str(out)]
+    assert run_command(words)[0] == 0
+    assert {"trellis4", "trellis4-h16", "trellis4-h32"} <= set(formats_of(out).values())
+    ids = torch.tensor([[5, 7, 11, 200, 3, 42]])
+    with open_model(str(out)) as source:
+        options = ({"backend": "reference"}, {"compute": compute})
+        decoders = [load_decoder(source, select_backend("cpu", **each)) for each in options]  # type: ignore[arg-type]
+        expected, found = (decoder.forward(ids, decoder.new_cache(1, 8)) for decoder in decoders)
+    far = 2e-4 if compute == "fp32" else 0.05
+    assert torch.allclose(found, expected, atol=far * float(expected.abs().max()))
+
+
 def test_widths_are_mixed_within_a_budget(tmp_path: Path, tiny_model: Path) -> None:
     out = tmp_path / "out"
     words = [
