@@ -26,7 +26,7 @@ def identity(path: Path) -> Identity:
 
 
 class VerifiedFiles:
-    """What is known of files: the sha256 sums of parts of them that were found to be right.
+    """What is known of files: parts of them, by their names and sha256 sums, that were found to be right.
 
     Args:
         forget: begin without what earlier processes have found.
@@ -37,18 +37,18 @@ class VerifiedFiles:
         self._known: dict[Path, set[str]] = {}
         self._new: dict[Path, Identity] = {}
 
-    def knows(self, path: Path, digest: str) -> bool:
-        """Whether a part of a file with this sum was verified before, and the file has not changed since."""
-        return digest in self._of(path)
+    def knows(self, path: Path, name: str, digest: str) -> bool:
+        """Whether a part of a file was found to have this sum before, and the file has not changed since."""
+        return _entry(name, digest) in self._of(path)
 
-    def add(self, path: Path, digest: str) -> None:
+    def add(self, path: Path, name: str, digest: str) -> None:
         """Remember that a part of a file has this sum."""
         if path not in self._new:
             try:
                 self._new[path] = identity(path)
             except OSError:
                 return
-        self._of(path).add(digest)
+        self._of(path).add(_entry(name, digest))
 
     def save(self) -> None:
         """Write down what is new, for files that are still what they were when it was found."""
@@ -67,6 +67,11 @@ class VerifiedFiles:
         if path not in self._known:
             self._known[path] = set() if self._forget else set(_recorded(path))
         return self._known[path]
+
+
+def _entry(name: str, digest: str) -> str:
+    """Parts that are alike (the signs of trellises, norms of ones) have one sum, and each may be damaged by itself."""
+    return f"{digest} {name}"
 
 
 def _place(path: Path) -> Path:

@@ -43,6 +43,7 @@ _INTEGER_STEPS = {7: 0.0569, 8: 0.0308}
 # How much of a row's spread the code's is to be: what costs least for normal numbers. Wider codes have room for tails.
 _SHARES: dict[float, float] = {2.5: 0.98, 3: 0.96, 3.5: 0.94, 4: 0.92, 4.5: 0.91, 5: 0.9, 5.5: 0.89, 6: 0.88}
 INTEGER_BITS = 7  # from this width on, codes are integers
+HALF_WIDTHS = (2.5, 3.5, 4.5, 5.5)
 
 
 @dataclass(frozen=True)
@@ -74,7 +75,7 @@ class TrellisFormat(Codec):
         if not 2 <= self.bits <= 8:
             raise UsageError(f"trellis{self.bits}: use trellis2 to trellis8")
         integers = self.bits >= INTEGER_BITS
-        if self.half and self.bits >= INTEGER_BITS - 1:
+        if self.half and self.width not in HALF_WIDTHS:
             raise UsageError(f"trellis{self.width:g}: half widths are trellis2.5 to trellis5.5")
         if not self.code:
             object.__setattr__(self, "code", _default_code(self.width))
@@ -122,7 +123,11 @@ class TrellisFormat(Codec):
 
     def at_width(self, bits: int) -> Codec:
         """For embeddings and heads: bit planes, which can be looked up row by row."""
-        return self if bits == self.width else QuantFormat(default_dtype(bits), bits)
+        return QuantFormat(default_dtype(bits), bits)
+
+    def with_short_windows(self) -> TrellisFormat:
+        """The same with windows of `FAST_WINDOW` bits, or as it is: integers, and what has shorter ones."""
+        return self if self.code == "int" else replace(self, window=min(self.window, FAST_WINDOW))
 
     def with_bits(self, bits: float) -> TrellisFormat:
         """The trellis of another width, whole or a half, with the same window and columns mixed."""

@@ -98,11 +98,11 @@ class CalibratedRounding(Method):
         known = f"{QuantFormat.family} and {TrellisFormat.family}"
         return None if isinstance(format, QuantFormat) else f"it finds codes for formats of {known} only"
 
-    def format(self, bits: int, fast: bool) -> Codec | None:
+    def format(self, bits: float, fast: bool) -> Codec | None:
         """The format of linear weights of so many bits where none is named; None: that of all methods.
 
         Args:
-            bits: 2 to 8.
+            bits: 2 to 8; a half more where the method's formats have such widths.
             fast: one that takes less time to round to, where the method has such.
         """
         return None

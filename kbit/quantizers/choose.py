@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
+from kbit.formats.trellis import TrellisFormat
 from kbit.host.errors import UsageError
 from kbit.host.notes import note
 from kbit.host.quantities import duration, size
@@ -160,6 +161,7 @@ def within_time(source: CheckpointSource, method: Method, codec: Codec, flags: Q
     """
     from kbit.backends.select import set_threads
     from kbit.quantizers.calibrated import CalibratedRounding
+    from kbit.quantizers.tuned import TunedTwoSided
 
     mixed, budget = flags.mixes_widths(method), flags.seconds
     if budget is None and (flags.dry_run or not isinstance(method, CalibratedRounding)):
@@ -169,12 +171,14 @@ def within_time(source: CheckpointSource, method: Method, codec: Codec, flags: Q
     from kbit.quantizers.estimate import measure_rates
 
     set_threads(flags.threads)
-    rates, more = measure_rates(torch.get_num_threads()), ""
+    rates, more = measure_rates(torch.get_num_threads(), trellises=isinstance(codec, TrellisFormat)), ""
     for candidate, mixes in _from_the_best(source, method, codec, flags, mixed):
         seconds = _seconds(source, candidate, codec, flags, mixes, rates)
         said = f"{candidate.name}{', mixed widths' if mixes else ''}"
         if budget is None:
             told = f"method {said}: about {duration(seconds)}" if seconds >= _WORTH_SAYING else ""
+            if isinstance(candidate, TunedTwoSided):
+                told = f"method {said}: about {duration(seconds)} besides tuning, which is not estimated"
             return Choice(candidate, mixes, told)
         if seconds <= budget:
             told = f"time budget {duration(budget)}: method {said}, about {duration(seconds)}{more}"
@@ -222,9 +226,11 @@ def _seconds(
     from kbit.quantizers.calibrated import CalibratedRounding
     from kbit.quantizers.estimate import Steps, estimate
 
+    trellis = codec if isinstance(codec, TrellisFormat) else None
     if not isinstance(method, CalibratedRounding):
         each = _HALF_QUADRATIC if method.name == "hqq" else _NEAREST
-        return estimate(source, Steps(searches=False, feedback=False, two_sided=False, each=each), rates)
+        steps = Steps(searches=False, feedback=False, two_sided=False, each=each, trellis=trellis)
+        return estimate(source, steps, rates)
     measured = MEASURED_TOKENS if flags.measures(method) else 0
     if isinstance(method, ActivationAware):
         request, tried = None if method.is_calibrated(source) else method.request, method.grid + len(CLIPS)
@@ -248,6 +254,7 @@ def _seconds(
         feedback=method.rounding.feedback,
         two_sided=method.rounding.two_sided and method.request.gradients,
         sweeps=method.rounding.sweeps,
+        trellis=trellis,
         measured_tokens=measured,
     )
     return estimate(source, steps, rates)

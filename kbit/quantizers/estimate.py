@@ -9,16 +9,18 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from math import inf
 
 from kbit.calibration.request import CalibrationRequest
 from kbit.calibration.sizes import HELD_OUT_SHARE, text_shape
 from kbit.checkpoint.source import CheckpointSource
+from kbit.formats.trellis import FAST_WINDOW, TILE, TrellisFormat
 from kbit.models.families import spec_from_config
 from kbit.models.parameter import Parameter
 from kbit.models.params import parameters
 from kbit.models.spec import ModelSpec
-from kbit.quantizers.allocate import LINEAR_WIDTHS, OUTSIDE_WIDTHS
+from kbit.quantizers.allocate import LINEAR_WIDTHS, OUTSIDE_WIDTHS, TRELLIS_WIDTHS
 
 # Formats that a matrix is tried in: two data types at 3 and at 4 bits.
 _TRIED_LINEAR, _TRIED_OUTSIDE = len(LINEAR_WIDTHS) + 2, len(OUTSIDE_WIDTHS) + 1
@@ -28,7 +30,7 @@ _FORWARD, _BACKWARD, _LOGITS, _DRAW, _PACK = 4.0, 18.0, 30.0, 24.0, 20.0
 # How much longer than a large matrix product the same operations take when a token is decoded, and when errors are
 # passed on; and than a 4-bit grid's, a search of the wider ones and of codebooks fitted to the weights.
 _DECODING, _FEEDBACK, _SEARCH = 1.8, 2.5, 1.6
-# Of everything, for what is not counted: Python, memory, waiting for the last of several threads.
+# Of all but the search of trellises, for what is not counted: Python, memory, waiting for the last of several threads.
 _UNCOUNTED = 1.4
 # Seconds that loading, starting and writing take whatever the model.
 _OVERHEAD = 4.0
@@ -44,11 +46,13 @@ class Rates:
         operations: of a float32 matrix product (a multiplication and an addition are two).
         elements: exponentials.
         weights: rounded with searched scales, errors not passed on.
+        windows: of trellises, times weights whose codes are searched for.
     """
 
     operations: float
     elements: float
     weights: float
+    windows: float = inf
 
 
 @dataclass(frozen=True)
@@ -58,12 +62,19 @@ class Work:
     operations: float = 0.0
     elements: float = 0.0
     weights: float = 0.0
+    windows: float = 0.0
 
     def __add__(self, other: Work) -> Work:
-        return Work(self.operations + other.operations, self.elements + other.elements, self.weights + other.weights)
+        return Work(
+            self.operations + other.operations,
+            self.elements + other.elements,
+            self.weights + other.weights,
+            self.windows + other.windows,
+        )
 
     def seconds(self, rates: Rates) -> float:
-        return self.operations / rates.operations + self.elements / rates.elements + self.weights / rates.weights
+        plain = self.operations / rates.operations + self.elements / rates.elements + self.weights / rates.weights
+        return plain + self.windows / rates.windows
 
 
 @dataclass(frozen=True)
@@ -78,6 +89,7 @@ class Steps:
         weigh: try every width.
         judged: what other text the errors of each width are judged by: as much as this asks for, by HELD_OUT_SHARE.
         feedback, two_sided, sweeps: see `kbit.quantizers.settings.Settings`.
+        trellis: the format of linear weights, if it is one.
         measured_tokens: on which the result is compared with the original.
     """
 
@@ -90,22 +102,32 @@ class Steps:
     feedback: bool = True
     two_sided: bool = True
     sweeps: int = 0
+    trellis: TrellisFormat | None = None
     measured_tokens: int = 0
 
 
-def measure_rates(threads: int) -> Rates:
-    """The rates of so many threads, side by side with whatever else the machine does now: a quarter of a second."""
+def measure_rates(threads: int, *, trellises: bool = False) -> Rates:
+    """The rates of so many threads, side by side with whatever else the machine does now: a quarter of a second.
+
+    Args:
+        threads: that work.
+        trellises: codes of trellises are to be searched for, too.
+    """
     import torch
 
     from kbit.backends.reference.products import product_with_rows
     from kbit.calibration.workers import workers
     from kbit.formats.quant_format import QuantFormat
+    from kbit.formats.trellis_code import TileFactors, search
     from kbit.quantizers.ldlq import round_matrix
     from kbit.quantizers.settings import Settings
 
     generator = torch.Generator().manual_seed(0)
     a, b = torch.randn(256, 1024, generator=generator), torch.randn(512, 1024, generator=generator)
     few, format, plain = a[:32].contiguous(), QuantFormat("nf", 4), Settings(feedback=False)
+    tiles, trellis = a[:2].reshape(-1, TILE * TILE).contiguous(), TrellisFormat(4, window=FAST_WINDOW)
+    within = TileFactors.of(*(torch.eye(TILE).repeat(len(tiles), 1, 1) for _ in range(2)))
+    windows = tiles.numel() * 2**FAST_WINDOW
     with workers(threads) as pool:
 
         def rate(units: int, call: Callable[[], object]) -> float:
@@ -116,6 +138,7 @@ def measure_rates(threads: int) -> Rates:
             operations=rate(2 * 256 * 1024 * 512, lambda: product_with_rows(a, b)),
             elements=rate(a.numel(), a.exp),
             weights=rate(few.numel(), lambda: round_matrix(few, format, None, plain)),
+            windows=rate(windows, lambda: search(trellis, tiles, 1, within)) if trellises else inf,
         )
 
 
@@ -140,14 +163,19 @@ def estimate(source: CheckpointSource, steps: Steps, rates: Rates) -> float:
         if p.role not in ("linear", "embedding", "head"):
             continue
         rows, columns = p.shape
-        tried = (_TRIED_LINEAR if p.role == "linear" else _TRIED_OUTSIDE) if steps.weigh else 0
+        linear = p.role == "linear"
+        if linear and steps.trellis is not None:
+            work += _searching(rows, columns, steps.trellis, steps)
+            continue
+        tried = (_TRIED_LINEAR if linear else _TRIED_OUTSIDE) if steps.weigh else 0
         # Embedding and head have too many rows for a factor of them.
-        work += _rounding(rows, columns, tried + 1, steps, two_sided=steps.two_sided and p.role == "linear")
+        work += _rounding(rows, columns, tried + 1, steps, two_sided=steps.two_sided and linear)
     if steps.measured_tokens:
         tokens = steps.measured_tokens
         work += _sampling(spec, tokens, 512)
         work += Work(4.0 * tokens * _weights(spec), 2.0 * _LOGITS * tokens * spec.vocab_size)
-    return _OVERHEAD + _UNCOUNTED * work.seconds(rates)
+    searching, others = Work(windows=work.windows), replace(work, windows=0.0)
+    return _OVERHEAD + _UNCOUNTED * others.seconds(rates) + searching.seconds(rates)
 
 
 def _sampling(spec: ModelSpec, tokens: int, length: int) -> Work:
@@ -194,6 +222,24 @@ def _rounding(rows: int, columns: int, times: int, steps: Steps, two_sided: bool
     if steps.weigh:
         operations += times * (2.0 * rows * columns**2 + (2.0 * rows**2 * columns if two_sided else 0.0))
     return Work(operations, _PACK * factors, _SEARCH * times * rows * columns)
+
+
+def _searching(rows: int, columns: int, format: TrellisFormat, steps: Steps) -> Work:
+    """A matrix whose codes are those of trellises: what passing errors on takes, and the search.
+
+    Widths are weighed in short windows, and so is how much of each row's spread the code is to have.
+    """
+    from kbit.quantizers.trellis_ldlq import SAMPLED_TILES, SHARES
+
+    formats = [format, *(format.with_bits(bits) for bits in (TRELLIS_WIDTHS if steps.weigh else ()))]
+    plain = _rounding(rows, columns, len(formats), replace(steps, sweeps=0, searches=True), two_sided=steps.two_sided)
+    tried = len(SHARES) * min(rows, SAMPLED_TILES * TILE) if steps.searches else 0
+    windows = 0.0
+    for place, each in enumerate(formats):
+        if each.code != "int":
+            short = 2 ** each.with_short_windows().window
+            windows += (rows * (short if place else 2**each.window) + tried * short) * columns
+    return Work(plain.operations, plain.elements, 0.0, windows)
 
 
 def _shares(linear: Iterable[Parameter], whole: bool) -> Iterable[tuple[Parameter, float]]:

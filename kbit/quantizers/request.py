@@ -14,6 +14,7 @@ from kbit.quantizers.nested_flags import check_anchor, nested_format
 if TYPE_CHECKING:
     from kbit.checkpoint.source import CheckpointSource
     from kbit.formats.codec import Codec
+    from kbit.quantizers.calibrated import CalibratedRounding
     from kbit.quantizers.method import Method
     from kbit.quantizers.mixed import Budget
     from kbit.quantizers.plan import Plan
@@ -22,6 +23,17 @@ _MAX_SHARD_GB = 1_000_000
 # Bits of embeddings and head where nothing else is said and the method is calibrated: free of loss on every model
 # measured (docs/accuracy.md).
 EMBEDDING_BITS = 6
+# What says a field of a format.
+_FLAGS = {
+    "dtype": "--dtype",
+    "bits": "--bits",
+    "block_size": "--block-size",
+    "asymmetric": "--asym",
+    "exponent_bits": "--exponent-bits",
+    "grid": "--float-grid",
+    "scale_dtype": "--scale-dtype",
+    "double_quant": "--double-quant",
+}
 # Tokens that the result is measured on.
 MEASURED_TOKENS = 4096
 
@@ -89,36 +101,64 @@ class QuantizeRequest:
             "double_quant": self.double_quant or None,
         }
         given = {name: value for name, value in fields.items() if value is not None}
+        own = self._method_with_formats()
         if self.nested is not None:
             others = {"--format": self.format, "--size": self.size, "--max-kl": self.max_kl}
-            return nested_format(self.nested, given, others)
-        own = self._format_of_method(int(given.get("bits", 4)))
-        if own is not None:
-            other = next((name.replace("_", " ") for name in given if name != "bits"), None)
+            others[f"--method {self.method}"], others["--fast"] = own and self.method, self.fast or None
+            return nested_format(self.nested, given, others, _FLAGS)
+        if own is not None and self.format is None:
+            other = next((_FLAGS[name] for name in given if name != "bits"), None)
             if other is not None:
-                raise UsageError(
-                    f"--method {self.method} has a format of its own: drop the flag that gives its {other}"
-                )
-            return own
+                raise UsageError(f"--method {self.method} has formats of its own: drop {other}")
+            return self._format_of_method(own)
         if self.fast:
+            fast = None if self.format is None else _with_fast_window(parse_format(self.format))
+            if fast is not None:
+                raise UsageError(f"--fast: --format {self.format} says everything; write --format {fast} for both")
             raise UsageError("--fast: is for --method trellis, whose search takes long; drop it")
         if self.format is None:
             given = {"bits": 4, **given}
             return QuantFormat(**{"dtype": default_dtype(given["bits"]), **given})
         if given:
-            field = next(iter(given)).replace("_", " ")
-            raise UsageError(f"--format {self.format}: says everything; drop the flag that gives its {field}")
-        return parse_format(self.format)
+            raise UsageError(f"--format {self.format}: says everything; drop {_FLAGS[next(iter(given))]}")
+        named = parse_format(self.format)
+        if own is not None and named.family != (usual := own.format(4, False)).family:
+            raise UsageError(
+                f"--format {self.format}: --method {self.method} has formats of its own; use another method, or "
+                f"--format {usual}"
+            )
+        return named
 
-    def _format_of_method(self, bits: int) -> Codec | None:
-        """The format that goes with a method's name, unless another is named."""
+    def _method_with_formats(self) -> CalibratedRounding | None:
+        """The method by its name, if it brings formats of its own."""
         from kbit.quantizers.calibrated import CalibratedRounding
         from kbit.quantizers.methods import get_method
 
-        if self.format is not None or self.method == "auto":
-            return None
-        method = get_method(self.method, to_store=True)
-        return method.format(bits, self.fast) if isinstance(method, CalibratedRounding) else None
+        method = None if self.method == "auto" else get_method(self.method, to_store=True)
+        return method if isinstance(method, CalibratedRounding) and method.format(4, False) is not None else None
+
+    def _format_of_method(self, method: CalibratedRounding) -> Codec:
+        """The format that goes with a method's name."""
+        from kbit.formats.quant_format import MAX_BITS, MIN_BITS
+        from kbit.formats.trellis import INTEGER_BITS
+
+        bits = 4 if self.bits is None else self.bits
+        if not MIN_BITS <= bits <= MAX_BITS:
+            raise UsageError(f"--bits {bits:g}: use {MIN_BITS} to {MAX_BITS}")
+        if not self._is_half_width:
+            bits = int(bits)
+        # Integers have no windows, so of mixed widths they would not tell the others that theirs are to be short.
+        mixes = method.mixes and method.request.gradients and not self.inputs_only and not self.names_a_type
+        found = method.format(min(bits, INTEGER_BITS - 1) if self.fast and mixes else bits, self.fast)
+        assert found is not None
+        return found
+
+    @property
+    def _is_half_width(self) -> bool:
+        """Whether --bits, though no whole number, is a width that one format has: half a bit more of a trellis."""
+        from kbit.formats.trellis import HALF_WIDTHS
+
+        return self.uniform and self.bits in HALF_WIDTHS and self._method_with_formats() is not None
 
     def measures(self, method: Method) -> bool:
         """Whether the result is compared with the original."""
@@ -135,7 +175,7 @@ class QuantizeRequest:
     @property
     def mixes(self) -> str | None:
         """The flag that only mixed widths can do justice to, if there is one."""
-        if self.bits is not None and self.bits != int(self.bits):
+        if self.bits is not None and self.bits != int(self.bits) and not self._is_half_width:
             return f"--bits {self.bits:g}"
         return "--size" if self.size else "--max-kl" if self.max_kl is not None else None
 
@@ -254,13 +294,16 @@ class QuantizeRequest:
         """
         from kbit.calibration.request import CalibrationRequest
         from kbit.formats.nested import NestedFormat
+        from kbit.formats.trellis import TrellisFormat
         from kbit.quantizers.calibrated import CalibratedRounding
         from kbit.quantizers.methods import get_method
         from kbit.quantizers.settings import ANCHOR, Nesting
         from kbit.quantizers.trellis import Trellis
 
         name = self.method
-        if name == "auto":
+        if name == "auto" and isinstance(codec, TrellisFormat):
+            name = "trellis"
+        elif name == "auto":
             name = "ldlq2" if self.device == "cpu" and get_method("ldlq2").refuses(codec) is None else "rtn"
             if name == "ldlq2" and self.inputs_only:
                 name = "gptq"
@@ -334,6 +377,16 @@ class QuantizeRequest:
             shard_bytes=int(self.shard_size * 1e9),
             method=method,
         )
+
+
+def _with_fast_window(format: Codec) -> Codec | None:
+    """The trellis with the windows of --fast; None: it is none, or has no windows, or no shorter ones."""
+    from kbit.formats.trellis import TrellisFormat
+
+    if not isinstance(format, TrellisFormat):
+        return None
+    fast = format.with_short_windows()
+    return None if fast == format else fast
 
 
 def _split_override(text: str) -> tuple[str, str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import ClassVar
 
 from kbit.calibration.request import CalibrationRequest
@@ -25,9 +26,9 @@ class Trellis(CalibratedRounding):
     # Sweeps are of matrices that are no trellises: embeddings, the head.
     rounding = Settings(sweeps=SWEEPS, within_tiles=True)
 
-    def format(self, bits: int, fast: bool) -> Codec:
+    def format(self, bits: float, fast: bool) -> Codec:
         window = FAST_WINDOW if fast and bits < INTEGER_BITS else 0
-        return TrellisFormat(bits, window=window)
+        return TrellisFormat(int(bits), window=window, half=bits != int(bits))
 
 
 class OneSidedTrellis(Trellis):
@@ -39,9 +40,13 @@ class OneSidedTrellis(Trellis):
     mixes: ClassVar[bool] = False
 
     def __init__(self, request: CalibrationRequest | None = None) -> None:
-        super().__init__(request or CalibrationRequest(gradients=False))
+        super().__init__(replace(request or CalibrationRequest(), gradients=False))
 
-    def format(self, bits: int, fast: bool) -> Codec:
+    def calibrated_on(self, request: CalibrationRequest) -> CalibratedRounding:
+        """Without gradients, whatever else is asked: plain second moments are what this method is to compare with."""
+        return super().calibrated_on(replace(request, gradients=False))
+
+    def format(self, bits: float, fast: bool) -> Codec:
         integers = bits >= INTEGER_BITS
         window = FAST_WINDOW if fast and not integers else 0
-        return TrellisFormat(bits, "" if integers else "sum4", window, _EXL3_MIXED)
+        return TrellisFormat(int(bits), "" if integers else "sum4", window, _EXL3_MIXED, bits != int(bits))

@@ -35,8 +35,8 @@ from kbit.quantizers.settings import Settings
 
 # How much of a row's spread the code's is to be, tried on some tiles: feedback widens what is to be coded, and a code
 # with thin tails (sum2) is better off with less of it.
-_SHARES = (0.75, 0.8, 0.85, 0.9, 0.95, 1.0, 1.05, 1.1)
-_SAMPLED_TILES = 4  # rows of tiles that they are tried on
+SHARES = (0.75, 0.8, 0.85, 0.9, 0.95, 1.0, 1.05, 1.1)
+SAMPLED_TILES = 4  # rows of tiles that they are tried on
 # Rows whose scales are fitted together, by a Cholesky factor of as many rows; of more, each by itself.
 _MOST_REFITTED = 4096
 # Tiles whose errors are told to all others at once: what is formed in between has 16 rows of the matrix for each.
@@ -142,15 +142,15 @@ def _best_share(
     """The share of a row's spread that costs least on some of the tiles, coded with a short window."""
     fast = format if format.code == "int" else replace(format, window=max(FAST_WINDOW, least_window(format.width)))
     count = len(rotated) // TILE
-    chosen = torch.linspace(0, count - 1, min(count, _SAMPLED_TILES)).long()
+    chosen = torch.linspace(0, count - 1, min(count, SAMPLED_TILES)).long()
     tiles = rotated.view(count, TILE, -1)[chosen].flatten(0, 1)
     scale = spread.view(count, TILE, 1)[chosen].flatten(0, 1)
-    scales = torch.cat([scale / share for share in _SHARES])
-    weights = tiles.repeat(len(_SHARES), 1)
+    scales = torch.cat([scale / share for share in SHARES])
+    weights = tiles.repeat(len(SHARES), 1)
     _, error = _round_by_columns(weights, scales, fast, feedback.columns, threads)
     heard = error if feedback.inputs is None else error @ feedback.inputs
-    cost = (heard * error).view(len(_SHARES), -1).sum(dim=1, dtype=torch.float64)
-    return _SHARES[int(cost.argmin())]
+    cost = (heard * error).view(len(SHARES), -1).sum(dim=1, dtype=torch.float64)
+    return SHARES[int(cost.argmin())]
 
 
 def _round_by_columns(

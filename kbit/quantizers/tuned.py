@@ -90,7 +90,7 @@ class TunedTrellis(TunedTwoSided):
     version = 4
     rounding = Trellis.rounding
 
-    def format(self, bits: int, fast: bool) -> Codec:
+    def format(self, bits: float, fast: bool) -> Codec:
         return Trellis().format(bits, fast)
 
 

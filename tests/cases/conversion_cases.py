@@ -10,8 +10,8 @@ import torch
 
 from kbit.checkpoint.readers.kbit_folder import KbitFolder
 from kbit.formats.blockwise import quantize_blockwise
-from kbit.formats.quant_format import QuantFormat
 from kbit.formats.quant_tensor import SAFETENSORS_TO_TORCH, QuantTensor
+from kbit.formats.registry import parse_format
 from kbit.host.errors import KbitError
 from kbit.models.opening import open_model
 from kbit.quantizers.convert import Conversion, convert
@@ -27,7 +27,7 @@ class Usage(NamedTuple):
 def quantize(model: Path, out: Path, format: str = "nf4-b64", *, plan: Any = None, **options: Any) -> Conversion:
     """One conversion. `plan`: keyword arguments of make_plan."""
     with open_model(str(model)) as source:
-        return convert(source, make_plan(source, QuantFormat.parse(format), **(plan or {})), out, **options)
+        return convert(source, make_plan(source, parse_format(format), **(plan or {})), out, **options)
 
 
 def files_of(folder: Path) -> dict[str, bytes]:
@@ -65,7 +65,7 @@ def check_exact(model: Path, out: Path, format: str, plan: Any = None) -> None:
     """Every stored array equals quantize_blockwise of the source; kept tensors equal the source."""
     with open_model(str(model)) as source, open_model(str(out)) as result:
         assert isinstance(result, KbitFolder)
-        planned = make_plan(source, QuantFormat.parse(format), **(plan or {}))
+        planned = make_plan(source, parse_format(format), **(plan or {}))
         assert set(result.tensors) == {t.source.name for t in planned.tensors}
         for tensor in planned.tensors:
             name = tensor.source.name

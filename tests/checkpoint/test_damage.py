@@ -64,6 +64,32 @@ def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("own_cache")
+def test_of_parts_that_are_alike_each_is_verified(tmp_path: Path, tiny_model: Path) -> None:
+    """The signs of all trellises of one width are the same bytes, and have one checksum."""
+    folder = tmp_path / "out"
+    quantize(tiny_model, folder, "trellis3-l8")
+    path = folder / "model.safetensors"
+    whole = path.read_bytes()
+    length = 8 + int.from_bytes(whole[:8], "little")
+    stored = json.loads(whole[8:length])
+    bytes_of: dict[bytes, dict[str, int]] = {}  # by what they are, where each part of these begins
+    for name, entry in stored.items():
+        if name.endswith(".signs"):
+            begin, end = (length + at for at in entry["data_offsets"])
+            bytes_of.setdefault(whole[begin:end], {})[name] = begin
+    alike = max(bytes_of.values(), key=len)
+    assert len(alike) > 1
+    for name in (min(alike), max(alike)):
+        content = bytearray(whole)
+        content[alike[name]] ^= 1
+        path.write_bytes(content)
+        with open_model(str(folder)) as source, pytest.raises(CheckpointError, match=f"{name} is damaged"):
+            source.verify()
+        with pytest.raises(CheckpointError, match=f"{name} is damaged"):
+            contents(folder)
+
+
+@pytest.mark.usefixtures("own_cache")
 def test_all_damage_to_a_folder_of_ours_is_found(tmp_path: Path, small_model: Path) -> None:
     """In every file but the tokenizer's, which is read later: refused, or nothing differs (white space of the header)."""
     folder = tmp_path / "out"

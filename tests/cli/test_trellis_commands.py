@@ -125,6 +125,23 @@ def test_backends_agree(tmp_path: Path, tiny_model: Path, format: str) -> None:
     assert torch.allclose(logits[0], logits[1], atol=2e-4 * float(logits[0].abs().max()))
 
 
+@pytest.mark.parametrize("compute", ["int8", "fp32"])
+def test_matrices_of_one_input_may_be_rotated_each_in_its_way(tmp_path: Path, tiny_model: Path, compute: str) -> None:
+    """Queries beside keys and values, and up beside gate with its activation: the sums of the reference."""
+    out = tmp_path / "out"
+    overrides = ["--override", "*.q_proj.weight=trellis4-h16", "--override", "*.up_proj.weight=trellis4-h32"]
+    words = ["quantize", str(tiny_model), "--method", "rtn", "--format", "trellis4", *overrides, "-o", str(out)]
+    assert run_command(words)[0] == 0
+    assert {"trellis4", "trellis4-h16", "trellis4-h32"} <= set(formats_of(out).values())
+    ids = torch.tensor([[5, 7, 11, 200, 3, 42]])
+    with open_model(str(out)) as source:
+        options = ({"backend": "reference"}, {"compute": compute})
+        decoders = [load_decoder(source, select_backend("cpu", **each)) for each in options]  # type: ignore[arg-type]
+        expected, found = (decoder.forward(ids, decoder.new_cache(1, 8)) for decoder in decoders)
+    far = 2e-4 if compute == "fp32" else 0.05
+    assert torch.allclose(found, expected, atol=far * float(expected.abs().max()))
+
+
 def test_widths_are_mixed_within_a_budget(tmp_path: Path, tiny_model: Path) -> None:
     out = tmp_path / "out"
     words = [
@@ -151,10 +168,20 @@ def test_widths_are_mixed_within_a_budget(tmp_path: Path, tiny_model: Path) -> N
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["--method", "trellis", "--bits", "3", "--dtype", "nf"], "has a format of its own: drop the flag that gives"),
+        (["--method", "trellis", "--bits", "3", "--dtype", "nf"], "has formats of its own: drop --dtype"),
+        (["--method", "trellis", "--bits", "4", "--asym"], "has formats of its own: drop --asym"),
+        (["--method", "trellis", "--format", "nf4-b64"], "use another method, or --format trellis4"),
+        (["--method", "trellis", "--bits", "9"], "--bits 9: use 2 to 8"),
+        (["--method", "trellis", "--bits", "2.25", "--uniform"], "--bits 2.25 mixes widths: drop --uniform"),
+        (["--method", "trellis-plain", "--bits", "3.25", "--calibration-tokens", "256"], "needs gradients to weigh"),
+        (["--method", "trellis", "--nested", "2..4"], "--method trellis: --nested 2..4 has every width"),
+        (["--nested", "2..4", "--fast"], "--fast: --nested 2..4 has every width"),
+        (["--nested", "2..4", "--asym"], "--asym: --nested 2..4 has every width"),
+        (["--format", "trellis2.5", "--fast"], "write --format trellis2.5-l12 for both"),
         (["--method", "rtn", "--bits", "3", "--fast"], "--fast: is for --method trellis"),
         (["--method", "trellis", "--bits", "3", "--static-scales"], "drop --static-scales"),
         (["--method", "awq", "--format", "trellis3"], "formats of planes only"),
+        (["--method", "rtn", "--format", "nf4-b64", "--bits", "4"], "says everything; drop --bits"),
         (["--method", "rtn", "--bits", "4", "--override", "*embed_tokens*=trellis4"], "not looked up one by one"),
         (["--method", "rtn", "--format", "trellis3-sum2"], "write trellis3"),
         (["--method", "rtn", "--format", "trellis2.25"], "or trellis2.5 to trellis5.5"),

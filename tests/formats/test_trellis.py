@@ -195,6 +195,7 @@ def test_parts_hold_the_same_values(text: str) -> None:
 
 def test_other_widths_beside_it() -> None:
     assert str(parse_format("trellis3").at_width(6)) == "lloyd6-b64"
+    assert str(parse_format("trellis3").at_width(3)) == "nf3-b64"  # a trellis is not looked up row by row
     fast = TrellisFormat(3, window=12)
     assert [str(fast.with_bits(bits)) for bits in (2, 6, 8)] == ["trellis2-l12", "trellis6-l12", "trellis8"]
     assert [str(fast.with_bits(bits)) for bits in (2.5, 5.5)] == ["trellis2.5-l12", "trellis5.5-l12"]

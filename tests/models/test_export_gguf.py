@@ -91,6 +91,16 @@ def test_what_no_type_holds_is_refused_and_can_be_rounded(tmp_path: Path, packab
     assert 1e-4 < errors[0] < 0.01 < errors[-1] < 0.2
 
 
+@pytest.mark.parametrize("format", ["trellis3-l12", "nested2..4-b32"])
+def test_codes_that_are_none_of_its_kind(tmp_path: Path, packable_model: Path, format: str) -> None:
+    model = converted(packable_model, tmp_path / "q", format)
+    with pytest.raises(UnsupportedError, match="which is held as .*, which is no code times a scale.*--requantize"):
+        export(model, tmp_path / "m.gguf")
+    done = export(model, tmp_path / "m.gguf", requantize="Q8_0")
+    assert done.rounded == done.types["Q8_0"] == 14
+    assert 1e-4 < done.error < 0.01
+
+
 @pytest.mark.parametrize(("format", "type_"), [("int8-b64", "Q8_0"), ("int4-b32", "Q4_0"), ("int4-b32", "Q8_0")])
 def test_kbits_own_integers_keep_their_codes(tmp_path: Path, packable_model: Path, format: str, type_: str) -> None:
     """Only their scales are rounded, to float16: half of 2^-10."""

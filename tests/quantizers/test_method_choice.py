@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
+from math import inf
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +13,17 @@ from error_cases import run_command
 
 from kbit.calibration.request import CalibrationRequest
 from kbit.checkpoint.resolve import open_model
+from kbit.formats.registry import parse_format
+from kbit.formats.trellis import TrellisFormat
 from kbit.host.errors import UsageError
 from kbit.host.quantities import parse_duration
+from kbit.models.families import spec_from_config
+from kbit.models.params import parameters
 from kbit.quantizers.calibrated import Gptq, TwoSided
 from kbit.quantizers.estimate import Rates, Steps, estimate, measure_rates
 from kbit.quantizers.plan import BASE_BYTES
 from kbit.quantizers.request import QuantizeRequest
+from kbit.quantizers.trellis import OneSidedTrellis
 
 
 @pytest.fixture(scope="module")
@@ -86,13 +93,13 @@ def test_what_is_calibrated_needs_no_memory_for_it(model: Path, memory: Any) -> 
     assert (code, json.loads(out)["method"], said) == (0, "ldlq2", "")
 
 
-RATES = Rates(operations=1e9, elements=1e8, weights=1e6)
+RATES = Rates(operations=1e9, elements=1e8, weights=1e6, windows=1e10)
 
 
 @pytest.fixture
 def rates(monkeypatch: pytest.MonkeyPatch) -> None:
     """A machine that is always as fast."""
-    monkeypatch.setattr("kbit.quantizers.estimate.measure_rates", lambda threads: RATES)
+    monkeypatch.setattr("kbit.quantizers.estimate.measure_rates", lambda threads, trellises: RATES)
 
 
 WORDS = ["--calibration-tokens", "2048", "--dry-run", "--json"]
@@ -193,3 +200,62 @@ def test_what_a_gpu_takes_part_in() -> None:
     flags = QuantizeRequest("m", format="nf4-b64", method="ldlq2", device="cuda")
     with pytest.raises(UsageError, match="--device cuda: .*use --method rtn, --method trellis, or --device cpu"):
         flags.chosen_method(flags.codec())
+
+
+def test_searching_for_trellises_takes_its_time(model: Path) -> None:
+    """By its windows: at 2^16 a weight nearly all there is, sixteen times that of --fast; integers are not searched."""
+    with open_model(str(model)) as source:
+        linear = sum(p.shape[0] * p.shape[1] for p in parameters(spec_from_config(source.config)) if p.role == "linear")
+        windows, fast, integers, weighed = (
+            estimate(source, Steps(trellis=format, weigh=weigh), RATES)
+            for format, weigh in (
+                (TrellisFormat(4), False),
+                (TrellisFormat(4, window=12), False),
+                (TrellisFormat(8), False),
+                (TrellisFormat(4, window=12), True),
+            )
+        )
+    assert windows - fast == pytest.approx(linear * (2**16 - 2**12) / RATES.windows)
+    assert fast - integers > linear * 2**12 / RATES.windows
+    assert weighed - fast > 9 * linear * 2**12 / RATES.windows  # nine widths that are not integers
+    assert measure_rates(1, trellises=True).windows < inf
+    assert measure_rates(1).windows == inf
+
+
+def test_the_time_of_trellises_is_said(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    slow = replace(RATES, windows=1e6)
+    monkeypatch.setattr(
+        "kbit.quantizers.estimate.measure_rates", lambda threads, trellises: slow if trellises else RATES
+    )
+    words = ["quantize", str(model), "--calibration-tokens", "256", "--no-measure", "--time-budget", "30s", "--dry-run"]
+    assert run_command(words)[0] == 0
+    code, _, said = run_command([*words, "--format", "trellis3"])
+    assert (code, "takes about" in said, "allow more time" in said) == (2, True, True)
+
+
+def test_formats_that_a_trellis_method_brings() -> None:
+    """Half widths where all have one; short windows also of what is mixed with integers, which have none."""
+    formats = {
+        "trellis2.5": QuantizeRequest("m", bits=2.5, uniform=True, method="trellis"),
+        "trellis3.5-l12": QuantizeRequest("m", bits=3.5, uniform=True, method="trellis-tuned", fast=True),
+        "trellis3.5-sum4-l12-h128": QuantizeRequest("m", bits=3.5, uniform=True, method="trellis-plain", fast=True),
+        "trellis7": QuantizeRequest("m", bits=7.0, uniform=True, method="trellis", fast=True),
+        "trellis6-l12": QuantizeRequest("m", bits=8.0, method="trellis", fast=True),
+        "trellis8": QuantizeRequest("m", bits=8.0, method="trellis", fast=True, inputs_only=True),
+    }
+    for said, flags in formats.items():
+        codec = flags.codec()
+        assert codec == parse_format(said), said
+        assert flags.mixes_widths(flags.chosen_method(codec)) == (said == "trellis6-l12"), said
+    # Without a method's name, the one that rounds to trellises best.
+    flags = QuantizeRequest("m", format="trellis3")
+    assert flags.chosen_method(flags.codec()).name == "trellis"
+
+
+def test_the_plain_trellis_has_plain_second_moments() -> None:
+    """Also where flags say what it is calibrated on."""
+    flags = QuantizeRequest("m", bits=3.0, method="trellis-plain", calibration_tokens=256)
+    method = flags.chosen_method(flags.codec())
+    assert isinstance(method, OneSidedTrellis)
+    assert not method.request.gradients
+    assert method.request.tokens == 256

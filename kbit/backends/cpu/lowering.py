@@ -243,19 +243,31 @@ def _emit(program: Program, operation: Operation, at: dict[Symbol, int]) -> None
         ]
         program.adapt(at[operation.x], [at[out] for out in operation.outs], factors)
     else:
-        weight, eps, bias, centred = _norm(operation.norm)
-        program.matmul(
-            at[operation.x],
-            [native_matrix(weight) for weight in operation.weights],
-            [_optional(bias) for bias in operation.biases],
-            [at[out] for out in operation.outs],
-            weight,
-            eps,
-            operation.activation,
-            None if operation.residual is None else at[operation.residual],
-            bias,
-            centred,
-        )
+        _emit_product(program, operation, at)
+
+
+def _emit_product(program: Program, operation: Project, at: dict[Symbol, int]) -> None:
+    x, outs, residual = at[operation.x], [at[out] for out in operation.outs], operation.residual
+    matrices = [native_matrix(weight) for weight in operation.weights]
+    biases = [_optional(bias) for bias in operation.biases]
+    weight, eps, bias, centred = _norm(operation.norm)
+
+    def multiply(some: slice, to: list[int], activation: str | None) -> None:
+        added = None if residual is None else at[residual]
+        program.matmul(x, matrices[some], biases[some], to, weight, eps, activation, added, bias, centred)
+
+    try:
+        multiply(slice(None), outs, operation.activation)
+    except ValueError:
+        # Trellises that are rotated in different ways do not share their rotated input: each takes x by itself.
+        if len(matrices) == 1:
+            raise
+        gated = operation.activation is not None
+        each = [program.buffer(matrix.rows) for matrix in matrices] if gated else outs
+        for i, out in enumerate(each):
+            multiply(slice(i, i + 1), [out], None)
+        if gated:
+            program.activate(each[0], each[1], operation.activation, outs[0])
 
 
 def _emit_experts(program: Program, operation: Mix, at: dict[Symbol, int]) -> None:

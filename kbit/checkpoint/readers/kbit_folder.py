@@ -176,11 +176,11 @@ class KbitFolder(HFFolder):
             raise CheckpointError(f"{self.path}/{MANIFEST_NAME}: no checksum of {stored_name}; convert or copy again")
 
         def check(data: bytearray) -> None:
-            if self._verified.knows(file.path, expected):
+            if self._verified.knows(file.path, stored_name, expected):
                 return
             if hashlib.sha256(data).hexdigest() != expected:
                 raise CheckpointError(f"{file.path}: {stored_name} is damaged (sha256 differs); copy the file again")
-            self._verified.add(file.path, expected)
+            self._verified.add(file.path, stored_name, expected)
 
         return file.read_array(stored_name, check=check)
 
