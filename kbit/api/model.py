@@ -116,7 +116,7 @@ class Model:
 
     @property
     def bits(self) -> float | None:
-        """Of a nested model the bits it runs at."""
+        """Of a nested model the bits it runs at; None where it runs whole, and its matrices' widest widths differ."""
         return None if self._loaded is None else self._loaded.bits
 
     @property

@@ -35,7 +35,7 @@ class LoadedModel:
         load_seconds: from opening the checkpoint to the last prepared weight, a download not included.
         prepared: the file of prepared weights that it runs on, mapped; None: they were prepared in memory.
         ladder: of a nested model, what it serves.
-        bits: of these it runs at.
+        bits: of these it runs at; None: all of every matrix, where these differ, or it is not nested.
         load_width: makes the decoder of another number of bits; None where there is no other.
         folders: of the LoRA adapters that its texts may have, by name.
         adapter: which of them all of its texts have where nothing else is said; None: none.
@@ -193,7 +193,7 @@ def load_model(
         decoder = load_decoder(part, backend, progress=progress, shared=shared)
         return LoadedModel(
             model, decoder, tokenizer, perf_counter() - start,
-            ladder=ladder, bits=bits or max(ladder.widths, default=None), load_width=load_width if ladder else None,
+            ladder=ladder, bits=ladder.runs_at(bits), load_width=load_width if ladder else None,
         )  # fmt: skip
 
 
@@ -254,7 +254,7 @@ def _load_native(
             check(tokenizer, source)
         if prepared is None and place is not None:
             prepared = _prepare(source, place, backend, progress)
-        if bits is None or bits == max(ladder.widths):
+        if bits is None or bits == ladder.runs_at(None):
             if prepared is not None:
                 prepared.prefetch()
             decoder = load_decoder(prepared or source, backend, progress=None if prepared else progress)
@@ -265,7 +265,7 @@ def _load_native(
             mark_used(file)
         return LoadedModel(
             model, decoder, tokenizer, perf_counter() - start, file,
-            ladder, bits or max(ladder.widths, default=None), load_width if ladder else None,
+            ladder, ladder.runs_at(bits), load_width if ladder else None,
         )  # fmt: skip
 
 

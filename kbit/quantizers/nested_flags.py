@@ -10,6 +10,9 @@ from kbit.host.errors import UsageError
 if TYPE_CHECKING:
     from kbit.formats.codec import Codec
 
+# Flags that are not called as the fields are.
+_FLAGS = {"asymmetric": "--asym", "grid": "--float-grid"}
+
 
 def nested_format(nested: str, fields: Mapping[str, Any], others: Mapping[str, object]) -> Codec:
     """The format that --nested asks for.
@@ -26,22 +29,27 @@ def nested_format(nested: str, fields: Mapping[str, Any], others: Mapping[str, o
 
     low, high = parse_widths(nested)
     taken = {key: fields[key] for key in ("block_size", "scale_dtype") if key in fields}
-    left = {f"--{name.replace('_', '-')}": value for name, value in fields.items() if name not in taken}
+    left = {_FLAGS.get(name, f"--{name.replace('_', '-')}"): v for name, v in fields.items() if name not in taken}
     flag = next((flag for flag, value in (*others.items(), *left.items()) if value is not None), None)
     if flag is not None:
         raise UsageError(f"{flag}: --nested {nested} has every width, and a data type of its own; drop one of the two")
     return NestedFormat(low, high, **taken)
 
 
-def check_anchor(anchor: int, nested: str | None) -> None:
+def check_anchor(anchor: int, codec: Codec, named_by: str | None) -> None:
     """
-    Raises:
-        UsageError: --anchor is none of the widths of --nested.
-    """
-    from kbit.formats.nested import parse_widths
+    Args:
+        anchor: the value of --anchor.
+        codec: the format of linear weights.
+        named_by: the flag that names a format, if one does.
 
-    if nested is None:
-        raise UsageError(f"--anchor {anchor}: is a width of a nested file; add --nested 2..8")
-    low, high = parse_widths(nested)
-    if not low <= anchor <= high:
-        raise UsageError(f"--anchor {anchor}: --nested {nested} has {low} to {high} bits; choose one")
+    Raises:
+        UsageError: --anchor is none of the format's widths.
+    """
+    from kbit.formats.nested import NestedFormat
+
+    if not isinstance(codec, NestedFormat):
+        other = "" if named_by is None else f" in place of {named_by}"
+        raise UsageError(f"--anchor {anchor}: is a width of a nested file; add --nested 2..8{other}")
+    if not codec.low <= anchor <= codec.bits:
+        raise UsageError(f"--anchor {anchor}: {codec} has {codec.low} to {codec.bits} bits; choose one")

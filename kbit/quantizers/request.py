@@ -90,7 +90,12 @@ class QuantizeRequest:
         }
         given = {name: value for name, value in fields.items() if value is not None}
         if self.nested is not None:
-            others = {"--format": self.format, "--size": self.size, "--max-kl": self.max_kl}
+            others = {
+                "--format": self.format,
+                "--size": self.size,
+                "--max-kl": self.max_kl,
+                "--fast": self.fast or None,
+            }
             return nested_format(self.nested, given, others)
         own = self._format_of_method(int(given.get("bits", 4)))
         if own is not None:
@@ -260,6 +265,8 @@ class QuantizeRequest:
         from kbit.quantizers.trellis import Trellis
 
         name = self.method
+        if self.anchor is not None:
+            check_anchor(self.anchor, codec, "--format" if self.format else "--plan" if self.plan_file else None)
         if name == "auto":
             name = "ldlq2" if self.device == "cpu" and get_method("ldlq2").refuses(codec) is None else "rtn"
             if name == "ldlq2" and self.inputs_only:
@@ -283,7 +290,7 @@ class QuantizeRequest:
             if isinstance(codec, NestedFormat):
                 method = method.nested(Nesting.of(codec.low, codec.bits, self.anchor or ANCHOR, mixed=not self.uniform))
             return method
-        asked |= {"--act-order": self.act_order, "--static-scales": self.static_scales}
+        asked |= {"--act-order": self.act_order, "--static-scales": self.static_scales, "--anchor": self.anchor}
         flag = next((flag for flag, value in asked.items() if value), None)
         if flag is not None:
             raise UsageError(f"{flag}: method {name} does not calibrate; use --method ldlq2")
@@ -304,8 +311,6 @@ class QuantizeRequest:
         bits = self.embedding_bits
         if bits is not None and bits != 16 and not MIN_BITS <= bits <= MAX_BITS:
             raise UsageError(f"--embedding-bits {bits}: use {MIN_BITS} to {MAX_BITS}, or 16 to keep them")
-        if self.anchor is not None:
-            check_anchor(self.anchor, self.nested)
         if self.device not in ("cpu", "cuda"):
             raise UsageError(f"--device {self.device}: use cpu or cuda")
         if self.device == "cuda":
