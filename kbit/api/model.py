@@ -348,7 +348,7 @@ def load(
 
         # Nothing of a text is kept, so its keys and values need not be small.
         computing = chosen(32) if who.name == "native" else who
-        with open_prepared(path, computing) as source:
+        with open_prepared(path, computing, bits=bits if path == name else None) as source:
             return Embedder(source, computing)
 
     if not generates:

@@ -308,7 +308,10 @@ def _check(source: CheckpointSource, backend: Backend) -> ModelSpec:
 
 @contextmanager
 def open_prepared(
-    model: str, backend: Backend, check: Callable[[CheckpointSource], None] | None = None
+    model: str,
+    backend: Backend,
+    check: Callable[[CheckpointSource], None] | None = None,
+    bits: float | None = None,
 ) -> Iterator[CheckpointSource]:
     """Opens a checkpoint for a model that is no decoder; on the CPU engine with its weights prepared, where they can be
     kept: from an earlier run, or preparing them now.
@@ -317,15 +320,17 @@ def open_prepared(
         model: as for `load_model`.
         backend: who computes.
         check: called with the checkpoint before anything is prepared, to refuse early.
+        bits: to read a nested model at; None: its widest.
 
     Raises:
-        UsageError: no such model.
+        UsageError: no such model, or one that does not serve so many bits.
         CheckpointError, UnsupportedError: it cannot be read or run.
     """
+    from kbit.checkpoint.narrowed import narrowed
     from kbit.models.opening import open_model
 
     if backend.name != "native":
-        with open_model(model) as source:
+        with open_model(model, bits) as source:
             if check is not None:
                 check(source)
             yield source
@@ -336,14 +341,17 @@ def open_prepared(
     place = locate(model)
     prepared = None if place is None else find(place, open_model)
     with prepared or open_model(model) as source:
+        if bits is not None:
+            Ladder.of(source).check(model, bits)
         if check is not None:
             check(source)
         if prepared is None and place is not None:
             prepared = _prepare(source, place, cast("NativeBackend", backend), None)
         if prepared is not None:
             mark_used(prepared.prepared)
+            prepared = prepared if bits is None else prepared.at_width(bits)
             prepared.prefetch()
-        yield prepared or source
+        yield prepared or (source if bits is None else narrowed(source, bits))
 
 
 def prefer_tuned(backend: Backend) -> None:
