@@ -295,7 +295,8 @@ class Models:
         async with self._loading:
             plan = await asyncio.to_thread(plan_load, model, self.options, self._limit, folders)
             await self._make_room(model, plan)
-            await asyncio.to_thread(load, model, plan, self.options, self._told, folders)
+            first = model is self.first
+            await asyncio.to_thread(load, model, plan, self.options, self._told, folders, first=first)
             model.plan = plan
             for name, adapter in beside.items():
                 put_beside(adapter, model, name)

@@ -79,7 +79,8 @@ def test_widths_of_a_nested_model(kbit: Run, folders: dict[str, str], tmp_path: 
     assert wide == widest != narrow
     pairs.write_text("the cat\tdie Katze\n")
     asked = ["eval", out, "--data", str(pairs), "--bits", "9"]
-    for command in (["translate", *texts, "--model", out, "--bits", "9"], asked):
+    translate, run = (["translate", *texts, "--model", out], ["run", "the cat", "--model", out])
+    for command in ([*translate, "--bits", "9"], [*run, "--bits", "9"], asked):
         code, _, error = kbit(*command)
         assert (code, "serves 2 to 8 bits; choose one of these" in error) == (2, True), error
 
