@@ -93,6 +93,9 @@ class ChatCommands:
         from kbit.engine.self_speculation import SelfDrafter
 
         found = loaded.at_width(float(asked))
+        if found is loaded:
+            self._note(f"{float(asked):g} bits already")
+            return
         self.ready = replace(self.ready, loaded=found)
         self._conversation.use(found.decoder)
         if self.ready.speculation is not None and isinstance(self.ready.speculation.drafter, SelfDrafter):
