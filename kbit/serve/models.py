@@ -323,7 +323,10 @@ class Models:
         while True:
             loaded = {each.name: each.plan for each in self if each.plan is not None}
             taken = planned_bytes(list(loaded.values()))
-            if max(planned_bytes([*loaded.values(), plan]), taken + plan.loading) <= self._limit:
+            # What a rung of the same file has in memory is not loaded again.
+            there = max((each.weights for each in loaded.values() if each.path == plan.path), default=0)
+            loading = max(0, plan.loading - there)
+            if max(planned_bytes([*loaded.values(), plan]), taken + loading) <= self._limit:
                 return
             idle = [name for name in loaded if self._idle(self._models[name])]
             if not idle:
