@@ -116,7 +116,7 @@ class Model:
 
     @property
     def bits(self) -> float | None:
-        """Of a nested model the bits it runs at."""
+        """Of a nested model the bits it runs at; None where it runs whole, and its matrices' widest widths differ."""
         return None if self._loaded is None else self._loaded.bits
 
     @property
@@ -348,7 +348,7 @@ def load(
 
         # Nothing of a text is kept, so its keys and values need not be small.
         computing = chosen(32) if who.name == "native" else who
-        with open_prepared(path, computing) as source:
+        with open_prepared(path, computing, bits=bits if path == name else None) as source:
             return Embedder(source, computing)
 
     if not generates:

@@ -90,11 +90,13 @@ class Ladder:
         widths: that all its nested matrices serve, widest first; none where there are no such matrices.
         sizes: weights of each nested matrix, by name.
         order: in which planes are added; None: those of all matrices together.
+        uneven: some matrices go beyond the widest of these (--override), so that the whole file is none of the rungs.
     """
 
     widths: tuple[int, ...] = ()
     sizes: Mapping[str, int] = field(default_factory=dict)
     order: Order | None = None
+    uneven: bool = False
 
     @classmethod
     def of(cls, source: CheckpointSource) -> Ladder:
@@ -107,7 +109,8 @@ class Ladder:
         section = source.config.get("quantization_config") or {}
         entry = section.get(ORDER)
         if entry is None:
-            return cls(widths, {name: source.tensors[name].numel for name in named})
+            uneven = any(max(each) > max(widths, default=0) for each in served)
+            return cls(widths, {name: source.tensors[name].numel for name in named}, uneven=uneven)
         # (Of the whole model, where the source is one process's share of it.)
         shapes = {name: section["tensors"][name]["shape"] for name in named}
         order = Order(tuple(entry["matrices"]), tuple(entry["steps"]))
@@ -125,12 +128,19 @@ class Ladder:
         Raises:
             UsageError: the model does not serve so many.
         """
+        if self.sizes and not self.widths:
+            raise UsageError(
+                f"--bits {bits:g}: {model} has nested matrices that share no width; drop --bits, or make it again with "
+                "one --nested for all"
+            )
         if not self.widths:
             raise UsageError(
                 f"--bits {bits:g}: {model} has one width; drop --bits, or make a model of several with kbit quantize "
                 "--nested 2..8"
             )
         low, high = self.widths[-1], self.widths[0]
+        if low == high != bits:
+            raise UsageError(f"--bits {bits:g}: {model} serves {low} bits only; drop --bits")
         if not low <= bits <= high:
             raise UsageError(f"--bits {bits:g}: {model} serves {low} to {high} bits; choose one of these")
         if self.order is None and bits not in self.widths:
@@ -140,9 +150,15 @@ class Ladder:
                 "without --uniform"
             )
 
+    def runs_at(self, bits: float | None) -> float | None:
+        """The number of bits that a model runs at which is opened at so many, or whole (None); None where there is one
+        width, or where each matrix has its widest and these differ."""
+        return bits if bits is not None or self.uneven else max(self.widths, default=None)
+
     def below(self, bits: float | None) -> list[int]:
-        """The whole numbers of bits, widest first, that are less than these; None: than the most."""
-        return [width for width in self.widths if width < (self.widths[0] if bits is None else bits)]
+        """The whole numbers of bits, widest first, that are less than these; None: than all there are."""
+        most = self.runs_at(bits)
+        return [width for width in self.widths if most is None or width < most]
 
     def at(self, bits: float) -> dict[str, int]:
         """Every nested matrix's width at a number of bits that the model serves, by name."""

@@ -85,13 +85,17 @@ class ChatCommands:
         if not asked:
             served = ", ".join(str(width) for width in loaded.widths)
             between = ", and all between" if loaded.ladder.order is not None else ""
-            self._note(f"{loaded.bits:g} of {served} bits{between}" if served else f"{loaded.name} has one width")
+            now = "every matrix at its widest;" if loaded.bits is None else f"{loaded.bits:g} of"
+            self._note(f"{now} {served} bits{between}" if served else f"{loaded.name} has one width")
             return
         if not re.fullmatch(r"[0-9]+(\.[0-9]+)?", asked, re.ASCII):
             raise UsageError(f"/bits {asked}: write a number of bits, as in /bits 3")
         from kbit.engine.self_speculation import SelfDrafter
 
         found = loaded.at_width(float(asked))
+        if found is loaded:
+            self._note(f"{float(asked):g} bits already")
+            return
         self.ready = replace(self.ready, loaded=found)
         self._conversation.use(found.decoder)
         if self.ready.speculation is not None and isinstance(self.ready.speculation.drafter, SelfDrafter):

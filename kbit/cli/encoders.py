@@ -15,6 +15,7 @@ import typer
 from kbit.cli.options import (
     MAX_PROMPT_BYTES,
     BackendOption,
+    BitsOption,
     ComputeOption,
     DeviceOption,
     ModelOption,
@@ -48,6 +49,7 @@ class EncoderFlags:
     backend: BackendOption = "auto"
     threads: ThreadsOption = None
     compute: ComputeOption = None
+    bits: BitsOption = None
 
     @contextmanager
     def opened(self, make: Callable[[CheckpointSource, Backend], T]) -> Iterator[T]:
@@ -64,7 +66,7 @@ class EncoderFlags:
         if backend.name == "reference":
             set_threads(self.threads)
         check = partial(_refuse_too_large, backend=backend, name=self.model) if backend.name == "native" else None
-        with open_prepared(self.model, backend, check) as source:
+        with open_prepared(self.model, backend, check, self.bits) as source:
             made = make(source, backend)
         yield made
 

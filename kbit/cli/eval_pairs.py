@@ -96,6 +96,7 @@ def _checked(asked: EvalFlags) -> TextToTextFlags:
         threads=asked.threads,
         compute=asked.compute,
         kv_bits=asked.kv_bits,
+        bits=asked.bits,
     )
     flags.check()
     return flags

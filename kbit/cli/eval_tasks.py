@@ -97,6 +97,7 @@ def _task_request(flags: EvalFlags, tasks: str) -> TaskRequest:
         backend=flags.backend,
         compute=flags.compute,
         kv_bits=flags.kv_bits,
+        bits=flags.bits,
     )
 
 
@@ -133,6 +134,7 @@ def _run_similarity(flags: EvalFlags, *, as_json: bool) -> None:
         compute=flags.compute,
         # As `kbit embed` computes (`kbit.cli.encoders`).
         kv_bits=None if on_gpu or flags.backend == "reference" else 32,
+        bits=flags.bits,
         reference_backend=flags.reference_backend,
     )
     console = Console(stderr=True)

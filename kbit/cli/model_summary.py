@@ -85,6 +85,7 @@ def summarise(source: CheckpointSource) -> dict[str, Any]:
         "formats": _by_format(infos),
         "widths": _ladder(infos, inner, ladder),
         "mixed_widths": ladder.order is not None,
+        "uneven_widths": ladder.uneven,
         "packed": _packed(infos),
         "prepared_bytes": _prepared_bytes(source.path),
         "runs_on": {
@@ -367,6 +368,8 @@ def print_model(summary: dict[str, Any], list_tensors: bool) -> None:
             typer.echo(
                 f"{what:<30}{size(row['bytes']):>8}{_per_weight(row['bits_per_weight']):>16}{_per_weight(inside):>29}"
             )
+        if summary["uneven_widths"]:
+            typer.echo("Some matrices go beyond these: without --bits each is read at its widest.")
         if summary["mixed_widths"]:
             typer.echo("Each matrix has a width of its own: all numbers of bits between are served, too.")
     if list_tensors:

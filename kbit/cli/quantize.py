@@ -169,10 +169,14 @@ def _ordered(source: CheckpointSource, plan: Plan, method: Method, flags: Quanti
 def _all_costs(
     source: CheckpointSource, plan: Plan, method: Method, allocation: Allocation | None, flags: QuantizeFlags
 ) -> dict[str, float]:
-    """What every quantized matrix is predicted to cost, by name; nothing where gradients are not measured."""
+    """What every quantized matrix is predicted to cost, by name; nothing where gradients are not measured, or of nested
+    widths, which cost something else each."""
+    from kbit.formats.nested import NestedFormat
     from kbit.quantizers.calibrated import CalibratedRounding
 
     if not (isinstance(method, CalibratedRounding) and method.request.gradients):
+        return {}
+    if any(isinstance(tensor.format, NestedFormat) for tensor in plan.tensors):
         return {}
     from kbit.backends.select import set_threads
     from kbit.quantizers.mixed import predicted_costs

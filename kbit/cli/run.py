@@ -140,6 +140,7 @@ def _answer(text: str, chat: bool, flags: GenerationFlags, as_json: bool) -> Non
         threads=flags.threads,
         compute=flags.compute,
         kv_bits=flags.kv_bits,
+        bits=flags.bits,
     )
     answer_all(engine, [text], TextToText, as_json=as_json)
 

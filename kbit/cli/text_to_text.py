@@ -12,6 +12,7 @@ import typer
 
 from kbit.cli.options import (
     BackendOption,
+    BitsOption,
     ComputeOption,
     DeviceOption,
     KvBitsOption,
@@ -67,6 +68,7 @@ class TextToTextFlags:
     threads: ThreadsOption = None
     compute: ComputeOption = None
     kv_bits: KvBitsOption = None
+    bits: BitsOption = None
 
     def check(self) -> None:
         """Look for mistakes that show before a model is opened.
@@ -96,7 +98,7 @@ class TextToTextFlags:
         )
         if backend.name == "reference":
             set_threads(self.threads)
-        with open_prepared(self.model, backend) as source:
+        with open_prepared(self.model, backend, bits=self.bits) as source:
             made = make(source, backend)
         yield made
 

@@ -35,7 +35,7 @@ class LoadedModel:
         load_seconds: from opening the checkpoint to the last prepared weight, a download not included.
         prepared: the file of prepared weights that it runs on, mapped; None: they were prepared in memory.
         ladder: of a nested model, what it serves.
-        bits: of these it runs at.
+        bits: of these it runs at; None: all of every matrix, where these differ, or it is not nested.
         load_width: makes the decoder of another number of bits; None where there is no other.
         folders: of the LoRA adapters that its texts may have, by name.
         adapter: which of them all of its texts have where nothing else is said; None: none.
@@ -193,7 +193,7 @@ def load_model(
         decoder = load_decoder(part, backend, progress=progress, shared=shared)
         return LoadedModel(
             model, decoder, tokenizer, perf_counter() - start,
-            ladder=ladder, bits=bits or max(ladder.widths, default=None), load_width=load_width if ladder else None,
+            ladder=ladder, bits=ladder.runs_at(bits), load_width=load_width if ladder else None,
         )  # fmt: skip
 
 
@@ -254,7 +254,7 @@ def _load_native(
             check(tokenizer, source)
         if prepared is None and place is not None:
             prepared = _prepare(source, place, backend, progress)
-        if bits is None or bits == max(ladder.widths):
+        if bits is None or bits == ladder.runs_at(None):
             if prepared is not None:
                 prepared.prefetch()
             decoder = load_decoder(prepared or source, backend, progress=None if prepared else progress)
@@ -265,7 +265,7 @@ def _load_native(
             mark_used(file)
         return LoadedModel(
             model, decoder, tokenizer, perf_counter() - start, file,
-            ladder, bits or max(ladder.widths, default=None), load_width if ladder else None,
+            ladder, ladder.runs_at(bits), load_width if ladder else None,
         )  # fmt: skip
 
 
@@ -308,7 +308,10 @@ def _check(source: CheckpointSource, backend: Backend) -> ModelSpec:
 
 @contextmanager
 def open_prepared(
-    model: str, backend: Backend, check: Callable[[CheckpointSource], None] | None = None
+    model: str,
+    backend: Backend,
+    check: Callable[[CheckpointSource], None] | None = None,
+    bits: float | None = None,
 ) -> Iterator[CheckpointSource]:
     """Opens a checkpoint for a model that is no decoder; on the CPU engine with its weights prepared, where they can be
     kept: from an earlier run, or preparing them now.
@@ -317,15 +320,17 @@ def open_prepared(
         model: as for `load_model`.
         backend: who computes.
         check: called with the checkpoint before anything is prepared, to refuse early.
+        bits: to read a nested model at; None: its widest.
 
     Raises:
-        UsageError: no such model.
+        UsageError: no such model, or one that does not serve so many bits.
         CheckpointError, UnsupportedError: it cannot be read or run.
     """
+    from kbit.checkpoint.narrowed import narrowed
     from kbit.models.opening import open_model
 
     if backend.name != "native":
-        with open_model(model) as source:
+        with open_model(model, bits) as source:
             if check is not None:
                 check(source)
             yield source
@@ -336,14 +341,17 @@ def open_prepared(
     place = locate(model)
     prepared = None if place is None else find(place, open_model)
     with prepared or open_model(model) as source:
+        if bits is not None:
+            Ladder.of(source).check(model, bits)
         if check is not None:
             check(source)
         if prepared is None and place is not None:
             prepared = _prepare(source, place, cast("NativeBackend", backend), None)
         if prepared is not None:
             mark_used(prepared.prepared)
+            prepared = prepared if bits is None else prepared.at_width(bits)
             prepared.prefetch()
-        yield prepared or source
+        yield prepared or (source if bits is None else narrowed(source, bits))
 
 
 def prefer_tuned(backend: Backend) -> None:

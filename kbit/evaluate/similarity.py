@@ -173,7 +173,7 @@ def evaluate_similarity(
     backend, exact = request.backends()
     start = perf_counter()
     say(f"{request.model}: {2 * len(pairs.scores)} texts")
-    found = embedded(request.model, backend, pairs, request.prompt_name)
+    found = embedded(request.model, backend, pairs, request.prompt_name, request.bits)
     other = None
     if request.reference is not None:
         say(f"{request.reference}: {2 * len(pairs.scores)} texts")
@@ -193,14 +193,16 @@ def evaluate_similarity(
     )
 
 
-def embedded(model: str, backend: Backend, pairs: TextPairs, prompt_name: str | None = None) -> Vectors:
+def embedded(
+    model: str, backend: Backend, pairs: TextPairs, prompt_name: str | None = None, bits: float | None = None
+) -> Vectors:
     """A model's vectors of both texts of every pair.
 
     Raises:
         UsageError: it has no such prompt.
         CheckpointError, UnsupportedError: it cannot be read or run.
     """
-    with open_prepared(model, backend) as source:
+    with open_prepared(model, backend, bits=bits) as source:
         made = Embedder(source, backend)
     found = made.embed([*pairs.one, *pairs.other], made.prompt(prompt_name))
     count = len(pairs.one)

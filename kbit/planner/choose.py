@@ -332,7 +332,7 @@ def _order(candidate: Candidate) -> tuple[Any, ...]:
     quality = candidate.known_quality
     if quality is not None and candidate.standing.compares:
         return (0, quality.per_byte, candidate.memory.peak)
-    bits = 16 if candidate.format is None else candidate.format.bits
+    bits = candidate.rule_bits
     return (1, bits < RULE_BITS, -candidate.model.total_parameters, -bits, candidate.memory.peak)
 
 

@@ -111,6 +111,15 @@ class Candidate:
         return stored_bits(self.weights, "linear") / self.model.linear_parameters
 
     @property
+    def rule_bits(self) -> float:
+        """Bits of a linear weight, as the rule counts them: what is no narrower than its model loses nothing, 16."""
+        if self.format is not None:
+            return self.format.bits
+        if self.model.bits is not None:  # a rung of a nested file
+            return self.model.bits
+        return int(self.linear_bits) if self.model.fixed else 16
+
+    @property
     def known_quality(self) -> Quality | None:
         """`quality` where there is one."""
         return self.quality if isinstance(self.quality, Quality) else None

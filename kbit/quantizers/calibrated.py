@@ -42,10 +42,12 @@ class CalibratedRounding(Method):
         rounding: how; a class's own settings, or with options (`with_options`).
         nesting: what the widths of nested formats weigh against each other.
         mixes: whether every matrix gets a width of its own unless the user wants one for all.
+        nests: whether it rounds to nested formats.
     """
 
     version = 1
     mixes: ClassVar[bool] = True
+    nests: ClassVar[bool] = True
     rounding: Settings
     nesting: Nesting | None = None
 
@@ -90,7 +92,9 @@ class CalibratedRounding(Method):
 
     def refuses(self, format: Codec) -> str | None:
         if isinstance(format, NestedFormat):
-            return None if self.rounding.feedback else "it passes no errors on, as nested widths need; use ldlq2 or rtn"
+            if not self.rounding.feedback:
+                return "it passes no errors on, as nested widths need; use ldlq2 or rtn"
+            return None if self.nests else "it rounds for one width at a time; use ldlq2, gptq or rtn"
         if isinstance(format, TrellisFormat):
             if self.rounding.static_scales:
                 return "scales of trellis codes are chosen first in any case: drop --static-scales and --act-order"

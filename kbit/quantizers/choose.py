@@ -80,6 +80,7 @@ def following(flags: R, asked: PlanFile) -> R:
         act_order=flags.act_order or (calibrates and asked.act_order),
         static_scales=flags.static_scales or (calibrates and asked.static_scales),
         uniform=asked.uniform,
+        anchor=flags.anchor or asked.anchor,
     )
 
 

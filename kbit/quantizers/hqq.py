@@ -15,6 +15,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from kbit.formats.nested import NestedFormat
 from kbit.formats.quant_format import QuantFormat
 from kbit.quantizers.method import Method, MethodInput, QuantizedSource
 from kbit.quantizers.rtn import QuantizedView
@@ -54,6 +55,8 @@ class HalfQuadratic(Method):
     def refuses(self, format: Codec) -> str | None:
         if isinstance(format, QuantFormat) and format.asymmetric:
             return None
+        if isinstance(format, NestedFormat):
+            return "it rounds for one width at a time; use ldlq2, gptq or rtn"
         return "it finds the offsets of blocks, and this format has none: use one with -asym (int4-b64-asym)"
 
     def apply(self, job: MethodInput) -> QuantizedSource:

@@ -36,15 +36,20 @@ def nested_format(
     return NestedFormat(low, high, **taken)
 
 
-def check_anchor(anchor: int, nested: str | None) -> None:
+def check_anchor(anchor: int, codec: Codec, named_by: str | None) -> None:
     """
-    Raises:
-        UsageError: --anchor is none of the widths of --nested.
-    """
-    from kbit.formats.nested import parse_widths
+    Args:
+        anchor: the value of --anchor.
+        codec: the format of linear weights.
+        named_by: the flag that names a format, if one does.
 
-    if nested is None:
-        raise UsageError(f"--anchor {anchor}: is a width of a nested file; add --nested 2..8")
-    low, high = parse_widths(nested)
-    if not low <= anchor <= high:
-        raise UsageError(f"--anchor {anchor}: --nested {nested} has {low} to {high} bits; choose one")
+    Raises:
+        UsageError: --anchor is none of the format's widths.
+    """
+    from kbit.formats.nested import NestedFormat
+
+    if not isinstance(codec, NestedFormat):
+        other = "" if named_by is None else f" in place of {named_by}"
+        raise UsageError(f"--anchor {anchor}: is a width of a nested file; add --nested 2..8{other}")
+    if not codec.low <= anchor <= codec.bits:
+        raise UsageError(f"--anchor {anchor}: {codec} has {codec.low} to {codec.bits} bits; choose one")

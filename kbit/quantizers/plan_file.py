@@ -31,16 +31,18 @@ from typing import Any
 
 from kbit.checkpoint.source import CheckpointSource
 from kbit.formats.codec import Codec
+from kbit.formats.nested import NestedFormat
 from kbit.host.errors import KbitError, UsageError
 from kbit.host.files import read_json_object, write_durably
 from kbit.quantizers.calibrated import CalibratedRounding
 from kbit.quantizers.method import Method
 from kbit.quantizers.plan import Plan, parse_target
+from kbit.quantizers.settings import Nesting
 from kbit.quantizers.stored import STORED
 
 VERSION = 1
-# What "method" may say besides the name: options of rounding, and that nested widths are not mixed.
-_OPTIONS, _UNIFORM = ("act_order", "static_scales"), "uniform"
+# What "method" may say besides the name: options of rounding, that nested widths are not mixed, and their anchor.
+_OPTIONS, _UNIFORM, _ANCHOR = ("act_order", "static_scales"), "uniform", "anchor"
 
 
 @dataclass(frozen=True)
@@ -57,6 +59,7 @@ class PlanFile:
         targets: by the tensor's name, a format or how to keep it.
         act_order, static_scales: of the method (`CalibratedRounding.with_options`).
         uniform: nested matrices are not to have widths of their own.
+        anchor: of nested widths the one that counts most; None: the usual one.
     """
 
     path: Path
@@ -70,6 +73,7 @@ class PlanFile:
     act_order: bool = False
     static_scales: bool = False
     uniform: bool = False
+    anchor: int | None = None
 
     def check_model(self, source: CheckpointSource) -> None:
         """Refuse a model that the plan was not made for.
@@ -129,9 +133,16 @@ def read_plan_file(path: Path) -> PlanFile:
     }
     known = (*_OPTIONS, _UNIFORM)
     options = {option: method.get(option, False) for option in known}
-    if not set(method) <= {"name", *known} or not all(isinstance(value, bool) for value in options.values()):
-        raise UsageError(f'{path}: "method" is a name, and true or false for any of {", ".join(known)}')
-    return PlanFile(path, fingerprint, default, method["name"], texts, tokens, gradients, targets, **options)
+    anchor = method.get(_ANCHOR)
+    if anchor is not None and type(anchor) is not int:
+        raise UsageError(f'{path}: "{_ANCHOR}" {str(anchor)[:40]} of "method" is no width; write one of the format\'s')
+    if not set(method) <= {"name", *known, _ANCHOR} or not all(isinstance(value, bool) for value in options.values()):
+        raise UsageError(
+            f'{path}: "method" is a name, a width as "{_ANCHOR}", and true or false for any of {", ".join(known)}'
+        )
+    return PlanFile(
+        path, fingerprint, default, method["name"], texts, tokens, gradients, targets, anchor=anchor, **options
+    )
 
 
 def write_plan_file(
@@ -166,6 +177,10 @@ def write_plan_file(
         head["method"] |= {option: True for option in _OPTIONS if getattr(method.rounding, option)}
         if method.nesting is not None and not method.nesting.mixed and method.request.gradients:
             head["method"][_UNIFORM] = True
+        if method.nesting is not None and isinstance(plan.default_format, NestedFormat):
+            usual = Nesting.of(plan.default_format.low, plan.default_format.bits)
+            if method.nesting.anchor != usual.anchor:
+                head["method"][_ANCHOR] = method.nesting.anchor
         texts = [text.name for text in request.texts] or "sampled"
         head["calibration"] = {"text": texts, "tokens": request.tokens, "gradients": request.gradients}
     head["format"] = str(plan.default_format)

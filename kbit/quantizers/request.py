@@ -301,6 +301,8 @@ class QuantizeRequest:
         from kbit.quantizers.trellis import Trellis
 
         name = self.method
+        if self.anchor is not None:
+            check_anchor(self.anchor, codec, "--format" if self.format else "--plan" if self.plan_file else None)
         if name == "auto" and isinstance(codec, TrellisFormat):
             name = "trellis"
         elif name == "auto":
@@ -326,7 +328,7 @@ class QuantizeRequest:
             if isinstance(codec, NestedFormat):
                 method = method.nested(Nesting.of(codec.low, codec.bits, self.anchor or ANCHOR, mixed=not self.uniform))
             return method
-        asked |= {"--act-order": self.act_order, "--static-scales": self.static_scales}
+        asked |= {"--act-order": self.act_order, "--static-scales": self.static_scales, "--anchor": self.anchor}
         flag = next((flag for flag, value in asked.items() if value), None)
         if flag is not None:
             raise UsageError(f"{flag}: method {name} does not calibrate; use --method ldlq2")
@@ -347,8 +349,6 @@ class QuantizeRequest:
         bits = self.embedding_bits
         if bits is not None and bits != 16 and not MIN_BITS <= bits <= MAX_BITS:
             raise UsageError(f"--embedding-bits {bits}: use {MIN_BITS} to {MAX_BITS}, or 16 to keep them")
-        if self.anchor is not None:
-            check_anchor(self.anchor, self.nested)
         if self.device not in ("cpu", "cuda"):
             raise UsageError(f"--device {self.device}: use cpu or cuda")
         if self.device == "cuda":

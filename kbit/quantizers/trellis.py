@@ -23,6 +23,7 @@ class Trellis(CalibratedRounding):
         "trellis codes in rotated columns, errors made good along columns and rows: the fewest bits, slower to decode"
     )
     version = 3  # errors are passed on within tiles
+    nests: ClassVar[bool] = False
     # Sweeps are of matrices that are no trellises: embeddings, the head.
     rounding = Settings(sweeps=SWEEPS, within_tiles=True)
 

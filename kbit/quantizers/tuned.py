@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from kbit.formats.codec import Codec
 from kbit.models.families import spec_from_config
@@ -36,6 +36,7 @@ class TunedTwoSided(TwoSided):
     name = "ldlq2-tuned"
     about = "ldlq2 matrix after matrix, the rest tuned against the original in between, kept if that helps: much slower"
     version = 4
+    nests: ClassVar[bool] = False
     tuning = Tuning()
 
     @property

@@ -11,9 +11,11 @@ from typing import TYPE_CHECKING
 from kbit.api.batching import batch_engine, usual_tokens
 from kbit.engine.sampling_defaults import SamplingDefaults, sampling_defaults
 from kbit.host.errors import UnsupportedError, UsageError
+from kbit.host.notes import note
 
 if TYPE_CHECKING:
     from kbit.checkpoint.source import CheckpointSource
+    from kbit.engine.loader import LoadedModel
     from kbit.models.spec import ModelSpec
     from kbit.serve.models import ModelOptions, ServedModel
     from kbit.text.tokenizer import Tokenizer
@@ -128,6 +130,8 @@ def load(
     options: ModelOptions,
     progress: Callable[[int, int], None] | None = None,
     adapters: Mapping[str, str] | None = None,
+    *,
+    first: bool = True,
 ) -> None:
     """Loads a model. Not on the event loop: it takes a while.
 
@@ -136,6 +140,8 @@ def load(
         plan: of `plan_load`.
         options: how.
         progress, adapters: see `load_model`.
+        first: it is the server's first model. Of the others, those that cannot guess (a narrowest width has none below
+            it) are served without, which a note tells: who asks for one gave no flag.
 
     Raises:
         KbitError: it cannot be.
@@ -177,8 +183,21 @@ def load(
         cache_bytes=plan.cache,
         seats=options.seats,
         batch_tokens=options.batch_tokens,
-        speculate=options.speculate,
+        speculate=options.speculate if first else _that_can_guess(loaded, options.speculate, model.name),
     )
+
+
+def _that_can_guess(loaded: LoadedModel, speculate: str | None, name: str) -> str | None:
+    """Who guesses for a model; None where nobody can, or was asked to."""
+    from kbit.engine.batch_speculation import batch_drafter
+
+    try:
+        if speculate is not None:
+            batch_drafter(loaded, speculate)
+    except UsageError as error:
+        note(f"{name} is served without guesses: {error}")
+        return None
+    return speculate
 
 
 def put_beside(adapter: ServedModel, base: ServedModel, name: str) -> None:

@@ -295,7 +295,8 @@ class Models:
         async with self._loading:
             plan = await asyncio.to_thread(plan_load, model, self.options, self._limit, folders)
             await self._make_room(model, plan)
-            await asyncio.to_thread(load, model, plan, self.options, self._told, folders)
+            first = model is self.first
+            await asyncio.to_thread(load, model, plan, self.options, self._told, folders, first=first)
             model.plan = plan
             for name, adapter in beside.items():
                 put_beside(adapter, model, name)
@@ -322,7 +323,10 @@ class Models:
         while True:
             loaded = {each.name: each.plan for each in self if each.plan is not None}
             taken = planned_bytes(list(loaded.values()))
-            if max(planned_bytes([*loaded.values(), plan]), taken + plan.loading) <= self._limit:
+            # What a rung of the same file has in memory is not loaded again.
+            there = max((each.weights for each in loaded.values() if each.path == plan.path), default=0)
+            loading = max(0, plan.loading - there)
+            if max(planned_bytes([*loaded.values(), plan]), taken + loading) <= self._limit:
                 return
             idle = [name for name in loaded if self._idle(self._models[name])]
             if not idle:

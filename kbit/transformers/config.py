@@ -8,6 +8,7 @@ from typing import Any
 from transformers.quantizers import register_quantization_config
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from kbit.checkpoint.ladder import ORDER
 from kbit.checkpoint.readers.kbit_folder import LAYOUT_VERSION, WRITTEN_BY
 from kbit.host.errors import UnsupportedError
 from kbit.modules.convert import chosen_format
@@ -49,6 +50,7 @@ class KbitConfig(QuantizationConfigMixin):  # type: ignore[misc]  # (transformer
         self.version: int = stored.get("version", LAYOUT_VERSION)
         self.tensors: Mapping[str, Any] = stored.get("tensors", {})
         self.codebooks: Mapping[str, Any] = stored.get("codebooks", {})
+        self.order: Mapping[str, Any] | None = stored.get(ORDER)
         self.written_by: str | None = stored.get(WRITTEN_BY)
         if self.version != LAYOUT_VERSION:
             raise UnsupportedError(

@@ -16,11 +16,14 @@ import torch
 from safetensors import safe_open
 from transformers.integrations.accelerate import get_device
 
+from kbit.checkpoint.ladder import Order
 from kbit.checkpoint.readers.kbit_folder import TRANSFORMERS
 from kbit.formats.codec import Codec
+from kbit.formats.nested import NestedFormat
 from kbit.formats.quant_tensor import QuantTensor
 from kbit.formats.registry import parse_format
 from kbit.host.errors import CheckpointError
+from kbit.host.notes import note
 from kbit.modules.convert import kbit_layers
 from kbit.modules.embedding import KbitEmbedding
 from kbit.modules.linear import KbitLinear
@@ -64,7 +67,23 @@ def state_to_save(model: Any, config: KbitConfig) -> dict[str, torch.Tensor]:
         if len(tensors) == 1:
             state[name] = torch.zeros(0)
     config.tensors, config.codebooks, config.written_by = tensors, codebooks, TRANSFORMERS
+    _keep_order(config)
     return state
+
+
+def _keep_order(config: KbitConfig) -> None:
+    """Leaves out the order of nested widths where the matrices are not called as it calls them."""
+    widths = {
+        name: format.widths
+        for name, entry in config.tensors.items()
+        if "format" in entry and isinstance(format := parse_format(entry["format"]), NestedFormat)
+    }
+    try:
+        if config.order is not None:
+            Order.from_json(config.order, widths)
+    except ValueError as error:
+        note(f"the saved model has whole numbers of bits only: the order of its widths is for other matrices ({error})")
+        config.order = None
 
 
 def _entry(part: PackedMatrix, codebooks: dict[str, Any]) -> dict[str, Any]:

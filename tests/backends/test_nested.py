@@ -19,6 +19,7 @@ from kbit.checkpoint.ladder import Ladder
 from kbit.checkpoint.narrowed import NarrowedSource, widths_of
 from kbit.checkpoint.resolve import open_model as open_published
 from kbit.engine.loader import load_model
+from kbit.engine.self_speculation import SelfDrafter
 from kbit.formats.stored import StoredMatrix
 from kbit.host.errors import UsageError
 from kbit.models.adapters import add_adapters
@@ -43,7 +44,7 @@ def logits(decoder: Decoder) -> torch.Tensor:
     return torch.as_tensor(decoder.forward(IDS, decoder.new_cache(1, 32)))
 
 
-def expected(folder: Path, width: int) -> torch.Tensor:
+def expected(folder: Path, width: int | None) -> torch.Tensor:
     with open_model(str(folder), width) as source:
         return logits(load_decoder(source, ReferenceBackend()))
 
@@ -53,6 +54,28 @@ def test_every_width_runs_as_the_reference_says(folder: Path, width: int) -> Non
     with open_model(str(folder), width) as source:
         found = logits(load_decoder(source, NativeBackend(1, compute="fp32", kv="fp32")))
     assert_close(found, expected(folder, width))
+
+
+def test_matrices_of_other_widths_are_whole_unless_bits_are_named(
+    tiny_model: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """--bits 4 is 4 bits also where that is the widest which all matrices have, and the widest is still all there is."""
+    uneven = ["--block-size", "16", "--override", "*down_proj*=nested2..4-b16"]
+    out = write_nested(tiny_model, tmp_path / "uneven", "2..6", *uneven)
+    whole, four = (expected(out, bits) for bits in (None, 4))
+    assert not torch.equal(whole, four)
+    for prepared in ("off", str(tmp_path / "prepared")):
+        monkeypatch.setenv("KBIT_PREPARED", prepared)
+        for bits, right in ((None, whole), (4, four)):
+            loaded = load_model(str(out), backend=NativeBackend(1, compute="fp32", kv="fp32"), bits=bits)
+            assert (loaded.bits, loaded.widths) == (bits, (4, 3, 2))
+            assert_close(logits(loaded.decoder), right)
+            assert_close(logits(loaded.at_width(4).decoder), four)
+        assert load_model(str(out), backend=ReferenceBackend()).bits is None
+    with open_model(str(out)) as source:
+        ladder = Ladder.of(source)
+    assert (ladder.below(None), ladder.below(4)) == ([4, 3, 2], [3, 2])
+    assert SelfDrafter(load_model(str(out), backend=NativeBackend(1))).name == "self:4,3"
 
 
 def test_mapped_widths_are_those_of_memory(folder: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

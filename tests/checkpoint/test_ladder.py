@@ -52,6 +52,10 @@ def test_without_an_order_all_matrices_have_the_same_width() -> None:
             with pytest.raises(UsageError, match=r"it serves 2 to 6 bits; choose one of these"):
                 ladder.check("it", wrong)
     LADDER.check("it", 3.5)
+    with pytest.raises(UsageError, match=r"--bits 3: it serves 4 bits only; drop --bits"):
+        Ladder((4,), SIZES).check("it", 3)
+    with pytest.raises(UsageError, match=r"it has nested matrices that share no width; drop --bits"):
+        Ladder((), SIZES, uneven=True).check("it", 3)
 
 
 def test_a_file_has_planes_in_the_order_of_its_steps() -> None:

@@ -13,6 +13,8 @@ import numpy as np
 import pytest
 from command_cases import Run, report
 
+from kbit.api.model import load
+
 KINDS = {
     "embed": "Model",
     "fill": "ForMaskedLM",
@@ -36,6 +38,28 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     (root / "embed/sentence_bert_config.json").write_text('{"max_seq_length": 8}')
     (root / "embed/config_sentence_transformers.json").write_text('{"prompts": {"query": "who ? "}}')
     return {kind: str(root / kind) for kind in KINDS}
+
+
+@pytest.mark.parametrize("prepared", ["", "off"])
+def test_widths_of_a_nested_encoder(
+    kbit: Run, folders: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, prepared: str
+) -> None:
+    """`kbit embed --bits 3` and `kbit.load(bits=3)` are 3 bits, as the reference has them; none of the file's other widths."""
+    monkeypatch.setenv("KBIT_PREPARED", prepared or str(tmp_path / "prepared"))
+    out = str(tmp_path / "all")
+    flags = ["--nested", "2..4", "--block-size", "16", "--method", "rtn", "-o", out]
+    assert kbit("quantize", folders["embed"], *flags)[0] == 0
+    model = ["embed", "the cat", "--model", out, "--compute", "fp32"]
+    found = {bits: report(kbit, *model, "--bits", bits)["embeddings"] for bits in ("2", "3", "4")}
+    assert report(kbit, *model)["embeddings"] == found["4"]
+    assert found["2"] != found["3"] != found["4"]
+    exact = report(kbit, "embed", "the cat", "--model", out, "--backend", "reference", "--bits", "3")["embeddings"]
+    cases.assert_near(np.array(found["3"]), np.array(exact))
+    with load(out, bits=3, compute="fp32", threads=1) as made:
+        np.testing.assert_allclose(made.embed("the cat").vectors, np.array(found["3"]), rtol=1e-6)
+    for more in ([], ["--backend", "reference"]):
+        code, _, error = kbit(*model[:-2], *more, "--bits", "5")
+        assert (code, "serves 2 to 4 bits; choose one of these" in error) == (2, True), error
 
 
 class TestEmbed:

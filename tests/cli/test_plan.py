@@ -16,6 +16,7 @@ from typer.testing import CliRunner
 
 from kbit.cli.plan import parse_size, plan
 from kbit.formats.nested import NestedFormat
+from kbit.formats.registry import parse_format
 from kbit.formats.trellis import TrellisFormat
 from kbit.host.errors import KbitError, UnsupportedError, UsageError
 from kbit.models.opening import open_model
@@ -156,6 +157,22 @@ def test_a_file_of_several_widths_has_the_losses_that_were_measured_of_it(sweep:
     made = json.loads(manifest.read_text())
     manifest.write_text(json.dumps({**made, "method": {**made["method"], "settings": {"anchor": 7}}}))
     assert losses() == {"2": None, "3": None, "4": None}
+
+
+def test_of_what_is_k_bit_already_the_rule_prefers_more_bits(sweep: Path, tiny_model: Path) -> None:
+    """Where nothing was measured: the widest rung of a nested file, and the wider of two folders."""
+    for text in ("nested2..6-b16", "nf3-b16", "nf5-b16"):
+        with open_model(str(tiny_model)) as source:
+            convert(source, make_plan(source, parse_format(text)), sweep / text)
+    options = ["--points", str(sweep), "--memory", "1GB", "--context", "32", "--no-speed", "--json"]
+    for models, best in (
+        (["nested2..6-b16"], ["nested2..6-b16 --bits 6", "nested2..6-b16 --bits 5", "nested2..6-b16 --bits 4"]),
+        (["nf3-b16", "nf5-b16"], ["nf5-b16", "nf3-b16"]),
+    ):
+        result = CliRunner().invoke(app, [*(str(sweep / model) for model in models), *options])
+        assert result.exit_code == 0, result.exception
+        order = dict.fromkeys(Path(row["model"]).name for row in json.loads(result.stdout)["choices"])
+        assert list(order)[: len(best)] == best
 
 
 def test_hostile_names_do_no_harm(sweep: Path) -> None:

@@ -50,6 +50,24 @@ def test_translations_from_anywhere_are_the_same(kbit: Run, folders: dict[str, s
     assert "2 beams" in err
 
 
+def test_widths_of_a_nested_model(kbit: Run, folders: dict[str, str], tmp_path: Path) -> None:
+    out, pairs = str(tmp_path / "all"), tmp_path / "pairs.tsv"
+    flags = ["--nested", "2..8", "--block-size", "16", "--method", "rtn", "-o", out]
+    assert kbit("quantize", folders["marian"], *flags)[0] == 0
+    texts = ["the cat", "a mat"]
+    wide, narrow, widest = (
+        [text["text"] for text in report(kbit, "translate", *texts, "--model", *model, "--max-tokens", "9")["texts"]]
+        for model in ([out], [out, "--bits", "2"], [out, "--bits", "8"])
+    )
+    assert wide == widest != narrow
+    pairs.write_text("the cat\tdie Katze\n")
+    asked = ["eval", out, "--data", str(pairs), "--bits", "9"]
+    translate, run = (["translate", *texts, "--model", out], ["run", "the cat", "--model", out])
+    for command in ([*translate, "--bits", "9"], [*run, "--bits", "9"], asked):
+        code, _, error = kbit(*command)
+        assert (code, "serves 2 to 8 bits; choose one of these" in error) == (2, True), error
+
+
 def test_summaries_and_run(kbit: Run, folders: dict[str, str]) -> None:
     """`run` reads the prompt as it is; `summarize` as the task of config.json says."""
     model = ["--model", folders["t5"]]

@@ -142,6 +142,18 @@ def test_beside_a_reference(model: Path, pairs: Path, tmp_path: Path) -> None:
     assert "cosine with reference" in out
 
 
+def test_at_a_width_of_a_nested_model(model: Path, pairs: Path, tmp_path: Path) -> None:
+    out = str(tmp_path / "all")
+    flags = ["--method", "rtn", "--nested", "2..8", "--block-size", "16", "-o", out]
+    assert run_command(["quantize", str(model), *flags])[0] == 0
+    asked = ["eval", out, "--tasks", "stsb", "--task-data", str(pairs), "--reference", str(model), "--json"]
+    wide, narrow = (
+        json.loads(run_command([*asked, *more])[1])["cosine_with_reference"] for more in ([], ["--bits", "2"])
+    )
+    assert narrow < wide
+    assert run_command([*asked, "--bits", "9"])[0] == 2
+
+
 def test_three_columns(tmp_path: Path) -> None:
     (tmp_path / "own.tsv").write_text("1\ta cat\ta dog\r\n\n3.5\tthe mat\ta mat\r\n2\tx\ty")
     found = find_pairs(str(tmp_path / "own.tsv"))

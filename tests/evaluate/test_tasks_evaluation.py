@@ -243,6 +243,22 @@ def test_the_command(models: tuple[str, str], data_dir: Path, tmp_path: Path, mo
         assert expected in out.replace("\n", "")
 
 
+def test_a_nested_model_answers_at_the_bits_that_are_named(
+    models: tuple[str, str], data_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("KBIT_DATA", str(data_dir))
+    out = str(tmp_path / "all")
+    assert run_command(["quantize", models[0], "--nested", "2..4", "--method", "rtn", "-o", out])[0] == 0
+    asked = ["eval", out, "--tasks", "lambada_openai", "--limit", "3", "--threads", "1", "--json"]
+    found = [
+        json.loads(run_command([*asked, *more])[1])["tasks"]["lambada_openai"]["perplexity"]
+        for more in ([], ["--bits", "4"], ["--bits", "2"])
+    ]
+    assert found[0] == found[1] != found[2]
+    code, _, error = run_command([*asked, "--bits", "9"])
+    assert (code, "serves 2 to 4 bits; choose one of these" in error) == (2, True), error
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [

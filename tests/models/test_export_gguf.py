@@ -76,6 +76,19 @@ def converted(model: Path, out: Path, format: str) -> Path:
     return out
 
 
+@pytest.mark.parametrize("format", ["nested2..8-b32", "trellis3-l10"])
+def test_what_is_no_code_times_a_scale_is_refused_and_can_be_rounded(
+    tmp_path: Path, packable_model: Path, format: str
+) -> None:
+    model = converted(packable_model, tmp_path / "q", format)
+    message = r"GGUF has no type for .*, which is held as .*: round them with --requantize Q8_0"
+    with pytest.raises(UnsupportedError, match=message):
+        export(model, tmp_path / "m.gguf")
+    done = export(model, tmp_path / "m.gguf", requantize="Q8_0")
+    assert done.rounded == 14
+    assert 1e-4 < done.error < 0.01
+
+
 def test_what_no_type_holds_is_refused_and_can_be_rounded(tmp_path: Path, packable_model: Path) -> None:
     model = converted(packable_model, tmp_path / "q", "nf4-b32")
     message = r"GGUF has no type for model\.layers\.0\.self_attn\.q_proj\.weight, which has levels that are neither.*"

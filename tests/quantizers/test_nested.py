@@ -17,6 +17,7 @@ from kbit.formats.quant_format import QuantFormat
 from kbit.host.errors import KbitError, UsageError
 from kbit.quantizers.calibrated import ScaleSearch, TwoSided
 from kbit.quantizers.ldlq import Feedback
+from kbit.quantizers.methods import get_method
 from kbit.quantizers.nested import _best_factors, round_nested
 from kbit.quantizers.settings import Nesting, Settings
 
@@ -207,6 +208,8 @@ def test_methods_say_what_they_can_do() -> None:
     format = NestedFormat(2, 8, 64)
     assert TwoSided().refuses(format) is None
     assert "passes no errors on" in (ScaleSearch().refuses(format) or "")
+    for method in ("hqq", "trellis", "trellis-plain", "trellis-tuned", "ldlq2-tuned"):  # each for one width
+        assert "one width at a time; use ldlq2, gptq or rtn" in (get_method(method).refuses(format) or "")
     assert TwoSided().nested(Nesting(5)).settings["nesting"]["anchor"] == 5
     assert "nesting" not in TwoSided().settings
 
@@ -242,12 +245,21 @@ def test_the_command_anchors_a_width(tiny_model: Path) -> None:
     assert high.chosen_method(high.codec()).settings["nesting"]["anchor"] == 5  # 4 is not there
     for wrong, message in (
         ({"anchor": 5}, "add --nested 2..8"),
-        ({"nested": "2..4", "anchor": 5}, "has 2 to 4 bits"),
+        ({"nested": "2..4", "anchor": 5}, "nested2..4-b64 has 2 to 4 bits"),
+        ({"format": "nf4-b64", "anchor": 5}, "add --nested 2..8 in place of --format"),
+        (
+            {"nested": "2..8", "method": "rtn", "anchor": 5},
+            "--anchor: method rtn does not calibrate; use --method ldlq2",
+        ),
         ({"nested": "2..4", "bits": 4}, "--bits: --nested 2..4 has every width"),
         ({"nested": "2..4", "dtype": "nf"}, "--dtype: --nested 2..4 has every width"),
         ({"nested": "2..4", "size": "80MB"}, "--size: --nested 2..4 has every width"),
+        ({"nested": "2..4", "fast": True}, "--fast: --nested 2..4 has every width"),
+        ({"nested": "2..4", "asymmetric": True}, "--asym: --nested 2..4 has every width"),
     ):
         bad = QuantizeRequest(str(tiny_model), **wrong)  # type: ignore[arg-type]
         with pytest.raises(UsageError, match=message):
-            bad.check() if "anchor" in wrong else bad.codec()
+            bad.chosen_method(bad.codec())
+    named = QuantizeRequest(str(tiny_model), format="nested2..6-b32", anchor=5)
+    assert named.chosen_method(named.codec()).settings["nesting"]["anchor"] == 5
     assert np.isclose(sum(Nesting(3).weights([2, 3])), 1 + 4 * Nesting(3).emphasis)

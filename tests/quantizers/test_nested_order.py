@@ -126,10 +126,10 @@ def test_a_real_model_is_better_at_every_rung_with_widths_of_its_own(
 
 
 def test_from_python_it_is_the_same_file(small_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is weighed is kept, and a plan that was saved makes the same bytes, mixed or not."""
+    """What is weighed is kept, and a plan that was saved makes the same bytes, mixed or not, whatever the anchor."""
     monkeypatch.setenv("KBIT_CALIBRATION", str(tmp_path / "calibration"))
     flags = ["--nested", "2..4", "--calibration-tokens", "256", "--no-measure"]
-    for name, more in (("mixed", []), ("uniform", ["--uniform"])):
+    for name, more in (("mixed", []), ("uniform", ["--uniform"]), ("anchored", ["--uniform", "--anchor", "2"])):
         plan, made = tmp_path / f"{name}.json", ["-o", str(tmp_path / name)]
         for last in (["--save-plan", str(plan)], made):
             code, _, error = run_command(["quantize", str(small_model), *flags, *more, *last])
@@ -140,6 +140,9 @@ def test_from_python_it_is_the_same_file(small_model: Path, tmp_path: Path, monk
         assert files_of(tmp_path / f"{name}-2").keys() == files_of(tmp_path / name).keys()
         for file in ("config.json", "model.safetensors"):
             assert (tmp_path / f"{name}-2" / file).read_bytes() == (tmp_path / name / file).read_bytes()
+        assert "predicted_kl" not in json.loads(plan.read_text())  # (at which width?)
+    anchored, uniform = (tmp_path / f"{name}/model.safetensors" for name in ("anchored", "uniform"))
+    assert anchored.read_bytes() != uniform.read_bytes()
     run = ["run", "Hi", "--raw", "--max-tokens", "2", "--bits", "2.5", "--model"]
     code, _, error = run_command([*run, str(tmp_path / "uniform")])
     assert code == 2

@@ -120,6 +120,8 @@ def test_any_method_has_a_plan(tmp_path: Path, model: Path) -> None:
         ({"kbit_plan": 2}, "is a plan of version 2"),
         ({"method": "ldlq2"}, '"method" names no method'),
         ({"method": {"name": "magic"}}, "method 'magic' is unknown"),
+        ({"method": {"name": "ldlq2", "anchor": "4"}}, '"anchor" 4 of "method" is no width'),
+        ({"method": {"name": "ldlq2", "anchor": 4}}, "--anchor 4: is a width of a nested file; add --nested 2..8"),
         ({"calibration": "sampled"}, '"calibration" is not understood'),
         ({"format": None}, '"format"'),
     ],

@@ -97,6 +97,27 @@ def test_who_was_used_longest_ago_makes_room(
     assert models.evictions == 2
 
 
+def test_another_rung_of_a_loaded_file_takes_no_second_memory(
+    named: list[tuple[str, str]], options: ModelOptions
+) -> None:
+    """It stays as long as caches and buffers of both fit beside the weights, which are one memory."""
+    path = named[0][1]
+    whole, narrow = LoadPlan(path, None, 100, 10, 5, 100), LoadPlan(path, 3, 40, 10, 5, 40)
+    assert planned_bytes([whole, narrow]) == 130
+    for memory, evictions in ((130, 0), (129, 1)):
+        models = Models([("whole", path), ("narrow", f"{path}:3")], limited(options, memory))
+        first, second = models
+        first.plan, first.state = whole, "ready"
+        run(lambda models=models, second=second: models._make_room(second, narrow))  # type: ignore[misc]
+        assert models.evictions == evictions
+    # The other way round, what the wider one adds must fit.
+    models = Models([("narrow", f"{path}:3"), ("whole", path)], limited(options, 130))
+    first, second = models
+    first.plan, first.state = narrow, "ready"
+    run(lambda: models._make_room(second, whole))
+    assert models.evictions == 0
+
+
 def test_who_is_in_use_does_not(
     named: list[tuple[str, str]], options: ModelOptions, plans: dict[str, LoadPlan]
 ) -> None:

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import re
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import pytest
 from error_cases import run_command
 from serve_cases import serving
+
+from kbit.host.notes import KbitNote
 
 PROMPT = "The cat sat on the mat. The dog sat on the mat. The bird sat on"
 
@@ -31,6 +35,37 @@ def test_answers_are_those_without(novels_folder: str) -> None:
             )
             assert (drafted >= accepted > 0) == (speculate is not None)
     assert found[0] == found[1]
+
+
+def test_widths_of_one_file_answer_as_alone_and_the_narrowest_without_guesses(
+    novels_folder: str, tmp_path: Path
+) -> None:
+    """At once and under load; --speculate self leaves out who has no width below, and says so."""
+    folder = tmp_path / "all"
+    command = ["quantize", novels_folder, "--nested", "2..4", "--method", "rtn", "-o", str(folder)]
+    assert run_command(command)[0] == 0
+    named = [(name, Path(f"{folder}{width}")) for name, width in (("four", ""), ("three", ":3"), ("two", ":2"))]
+
+    def body(name: str, place: int) -> dict[str, Any]:
+        return {
+            "model": name,
+            "prompt": PROMPT[place:] + PROMPT,
+            "max_tokens": 24,
+            "temperature": 0.5 * (place % 2),
+            "seed": 3,
+        }
+
+    asked = [body(name, place) for place in range(4) for name, _ in named]
+    alone = []
+    with serving(*named) as client:
+        alone = [client.post("/v1/completions", json=each).json()["choices"][0]["text"] for each in asked]
+    assert len({alone[place] for place in range(3)}) == 3
+    with serving(*named, speculate="self") as client, ThreadPoolExecutor(6) as pool:
+        with pytest.warns(KbitNote, match="two is served without guesses: --speculate self: .* has no width below"):
+            error = client.post("/v1/completions", json=asked[2])
+        assert error.status_code == 200
+        answers = pool.map(lambda each: client.post("/v1/completions", json=each), asked)
+        assert [answer.json()["choices"][0]["text"] for answer in answers] == alone
 
 
 def test_a_model_without_low_planes_is_refused(novels_folder: str) -> None:

@@ -13,9 +13,13 @@ import pytest
 import torch
 from encoder_cases import model_of, saved
 from error_cases import run_command
+from nested_cases import write_mixed
 
 import kbit
+from kbit.checkpoint.ladder import Ladder
+from kbit.formats.nested import NestedFormat
 from kbit.formats.quant_format import QuantFormat
+from kbit.host.notes import KbitNote
 from kbit.models.export import export_safetensors
 from kbit.models.opening import open_model
 
@@ -72,6 +76,25 @@ def test_a_real_folder_gives_the_logits_of_kbit(quantized: Path) -> None:
 
 
 # Fused and transposed; fused with several formats; scaled embeddings and norms less 1; grouped, and a linear of its own.
+def test_mixed_nested_widths_are_saved_with_their_order(novels_folder: str, tmp_path: Path) -> None:
+    """What transformers saves serves every number of bits that the folder it was loaded from does."""
+    folder, again = write_mixed(Path(novels_folder), tmp_path / "k", NestedFormat(2, 4)), tmp_path / "saved"
+    model = load(folder)
+    model.save_pretrained(again)
+    transformers.AutoTokenizer.from_pretrained(novels_folder).save_pretrained(again)
+    found = []
+    for path in (folder, again):
+        with kbit.load(path, bits=2.6, compute="fp32", threads=1, cache_bytes=1 << 22) as engine:
+            found.append([token.logprob for token in engine.logprobs("It was the best of times")[1:]])
+    assert found[0] == found[1]
+    near(logits(load(again)), logits(model))
+    model.config.quantization_config.order = {"matrices": ["other"], "steps": [0, 0]}
+    with pytest.warns(KbitNote, match="whole numbers of bits only: the order of its widths is for other matrices"):
+        model.save_pretrained(again)
+    with open_model(str(again)) as source:
+        assert Ladder.of(source).order is None
+
+
 @pytest.mark.parametrize("family", ["gpt2", "phi3", "gemma2", "falcon-40b", "qwen3_5-biases"])
 def test_folders_of_other_families(published: Callable[[str], Path], tmp_path: Path, family: str) -> None:
     out, plain = tmp_path / "k", tmp_path / "plain"

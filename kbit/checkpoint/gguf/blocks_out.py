@@ -92,9 +92,10 @@ def _symmetric(terms: Terms, columns: int, rounded: str | None) -> Form:
 
 def _with_offsets(matrix: StoredMatrix) -> Form | None:
     """Q4_1 or Q5_1, where codes are steps above an offset."""
-    if not isinstance(matrix.format, QuantFormat):
+    format, columns = matrix.format, matrix.shape[1]
+    if not isinstance(format, QuantFormat):  # nested, or a trellis: no steps
         return None
-    planes, columns, format = StoredPlanes.of(matrix), matrix.shape[1], matrix.format
+    planes = StoredPlanes.of(matrix)
     scales, kind = planes.kernel_scales("scales")
     offsets, _ = planes.kernel_scales("offsets")
     name = next((name for name, bits in _WITH_OFFSETS.items() if format.bits <= bits), None)
