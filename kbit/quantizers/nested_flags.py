@@ -1,4 +1,4 @@
-"""What --nested and --anchor of `kbit quantize` ask for."""
+"""What --nested and --anchor of `kbit quantize` ask for, and which flags say the rest of a format."""
 
 from __future__ import annotations
 
@@ -11,16 +11,26 @@ if TYPE_CHECKING:
     from kbit.formats.codec import Codec
 
 
-def nested_format(
-    nested: str, fields: Mapping[str, Any], others: Mapping[str, object], flags: Mapping[str, str]
-) -> Codec:
+# What gives each field of a format.
+FORMAT_FLAGS = {
+    "dtype": "--dtype",
+    "bits": "--bits",
+    "block_size": "--block-size",
+    "asymmetric": "--asym",
+    "exponent_bits": "--exponent-bits",
+    "grid": "--float-grid",
+    "scale_dtype": "--scale-dtype",
+    "double_quant": "--double-quant",
+}
+
+
+def nested_format(nested: str, fields: Mapping[str, Any], others: Mapping[str, object]) -> Codec:
     """The format that --nested asks for.
 
     Args:
         nested: its value, "2..8".
         fields: of a format, those that were given, by name.
         others: flags that have no meaning beside it.
-        flags: the name of each field's flag.
 
     Raises:
         UsageError: widths that do not exist, or flags that have no meaning beside them.
@@ -29,7 +39,7 @@ def nested_format(
 
     low, high = parse_widths(nested)
     taken = {key: fields[key] for key in ("block_size", "scale_dtype") if key in fields}
-    left = {flags[name]: value for name, value in fields.items() if name not in taken}
+    left = {FORMAT_FLAGS[name]: value for name, value in fields.items() if name not in taken}
     flag = next((flag for flag, value in (*others.items(), *left.items()) if value is not None), None)
     if flag is not None:
         raise UsageError(f"{flag}: --nested {nested} has every width, and a data type of its own; drop one of the two")

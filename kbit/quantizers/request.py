@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from kbit.host.errors import UsageError
 from kbit.host.quantities import parse_duration, parse_size
-from kbit.quantizers.nested_flags import check_anchor, nested_format
+from kbit.quantizers.nested_flags import FORMAT_FLAGS, check_anchor, nested_format
 
 if TYPE_CHECKING:
     from kbit.checkpoint.source import CheckpointSource
@@ -23,17 +23,6 @@ _MAX_SHARD_GB = 1_000_000
 # Bits of embeddings and head where nothing else is said and the method is calibrated: free of loss on every model
 # measured (docs/accuracy.md).
 EMBEDDING_BITS = 6
-# What says a field of a format.
-_FLAGS = {
-    "dtype": "--dtype",
-    "bits": "--bits",
-    "block_size": "--block-size",
-    "asymmetric": "--asym",
-    "exponent_bits": "--exponent-bits",
-    "grid": "--float-grid",
-    "scale_dtype": "--scale-dtype",
-    "double_quant": "--double-quant",
-}
 # Tokens that the result is measured on.
 MEASURED_TOKENS = 4096
 
@@ -103,11 +92,16 @@ class QuantizeRequest:
         given = {name: value for name, value in fields.items() if value is not None}
         own = self._method_with_formats()
         if self.nested is not None:
-            others = {"--format": self.format, "--size": self.size, "--max-kl": self.max_kl}
-            others[f"--method {self.method}"], others["--fast"] = own and self.method, self.fast or None
-            return nested_format(self.nested, given, others, _FLAGS)
+            others = {
+                "--format": self.format,
+                "--size": self.size,
+                "--max-kl": self.max_kl,
+                f"--method {self.method}": None if own is None else own.name,
+                "--fast": self.fast or None,
+            }
+            return nested_format(self.nested, given, others)
         if own is not None and self.format is None:
-            other = next((_FLAGS[name] for name in given if name != "bits"), None)
+            other = next((FORMAT_FLAGS[name] for name in given if name != "bits"), None)
             if other is not None:
                 raise UsageError(f"--method {self.method} has formats of its own: drop {other}")
             return self._format_of_method(own)
@@ -120,9 +114,10 @@ class QuantizeRequest:
             given = {"bits": 4, **given}
             return QuantFormat(**{"dtype": default_dtype(given["bits"]), **given})
         if given:
-            raise UsageError(f"--format {self.format}: says everything; drop {_FLAGS[next(iter(given))]}")
+            raise UsageError(f"--format {self.format}: says everything; drop {FORMAT_FLAGS[next(iter(given))]}")
         named = parse_format(self.format)
-        if own is not None and named.family != (usual := own.format(4, False)).family:
+        usual = None if own is None else own.format(4, False)
+        if usual is not None and named.family != usual.family:
             raise UsageError(
                 f"--format {self.format}: --method {self.method} has formats of its own; use another method, or "
                 f"--format {usual}"

@@ -262,12 +262,12 @@ def _emit_product(program: Program, operation: Project, at: dict[Symbol, int]) -
         # Trellises that are rotated in different ways do not share their rotated input: each takes x by itself.
         if len(matrices) == 1:
             raise
-        gated = operation.activation is not None
-        each = [program.buffer(matrix.rows) for matrix in matrices] if gated else outs
+        activation = operation.activation
+        each = outs if activation is None else [program.buffer(matrix.rows) for matrix in matrices]
         for i, out in enumerate(each):
             multiply(slice(i, i + 1), [out], None)
-        if gated:
-            program.activate(each[0], each[1], operation.activation, outs[0])
+        if activation is not None:
+            program.activate(each[0], each[1], activation, outs[0])
 
 
 def _emit_experts(program: Program, operation: Mix, at: dict[Symbol, int]) -> None:
