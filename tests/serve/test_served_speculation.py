@@ -56,7 +56,6 @@ def test_widths_of_one_file_answer_as_alone_and_the_narrowest_without_guesses(
         }
 
     asked = [body(name, place) for place in range(4) for name, _ in named]
-    alone = []
     with serving(*named, ("nine", Path(f"{folder}:9"))) as client:
         wrong = error_of(client.post("/v1/completions", json=body("nine", 0)), 400)
         assert "serves 2 to 4 bits; choose one of these" in wrong["message"]
