@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 State = Literal["unloaded", "loading", "ready", "failed"]
 
-_WIDTH = re.compile(r"(.+):([2-8](?:\.[0-9]{1,6})?)")
+_WIDTH = re.compile(r"(.+):([0-9]{1,3}(?:\.[0-9]{1,6})?)")
 
 
 @dataclass(frozen=True)

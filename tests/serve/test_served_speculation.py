@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 from error_cases import run_command
-from serve_cases import serving
+from serve_cases import error_of, serving
 
 from kbit.host.notes import KbitNote
 
@@ -56,8 +56,9 @@ def test_widths_of_one_file_answer_as_alone_and_the_narrowest_without_guesses(
         }
 
     asked = [body(name, place) for place in range(4) for name, _ in named]
-    alone = []
-    with serving(*named) as client:
+    with serving(*named, ("nine", Path(f"{folder}:9"))) as client:
+        wrong = error_of(client.post("/v1/completions", json=body("nine", 0)), 400)
+        assert "serves 2 to 4 bits; choose one of these" in wrong["message"]
         alone = [client.post("/v1/completions", json=each).json()["choices"][0]["text"] for each in asked]
     assert len({alone[place] for place in range(3)}) == 3
     with serving(*named, speculate="self") as client, ThreadPoolExecutor(6) as pool:
