@@ -47,6 +47,15 @@ class ExportFlags:
             "of plain floats; beside codes what they are, exactly]",
         ),
     ] = None
+    bits: Annotated[
+        float | None,
+        typer.Option(
+            "--bits",
+            metavar="K",
+            help="Bits to read a nested model at (kbit quantize --nested), 3.4 too where its widths are mixed. "
+            "[default: the widest]",
+        ),
+    ] = None
     requantize: Annotated[
         str | None,
         typer.Option(
@@ -104,7 +113,7 @@ def export(*, flags: ExportFlags, json: JsonOption = False) -> None:
 
     compressed-tensors keeps codes as they are where it has a format for them: integers with a scale (kbit's own,
     GPTQ's, AWQ's, GGUF's symmetric types), MXFP4, NVFP4 and FP8. All else is refused, or rounded with --requantize;
-    then the divergence from MODEL is measured and told.
+    then the divergence from MODEL is measured and told (of a nested model from all its bits, whatever --bits says).
 
     gguf writes llama.cpp's names, settings and tokenizer, and codes as they are where a type has the numbers: integers
     of others with float16 scales (Q4_0, Q5_0, Q8_0), float offsets (Q4_1, Q5_1), MXFP4. What an architecture or a
@@ -116,6 +125,7 @@ def export(*, flags: ExportFlags, json: JsonOption = False) -> None:
       kbit export model-Q4_K_M.gguf -o plain/ --dtype bf16
       kbit export out/ -o plain/ --dtype fp32
       kbit export gptq/ -o packed/ --to compressed-tensors
+      kbit export nested/ -o plain/ --bits 4
       kbit export out/ -o packed/ --to compressed-tensors --requantize int4-b128 --dtype bf16
       kbit export gptq/ -o model.gguf --to gguf
       kbit export out/ -o model.gguf --to gguf --requantize Q8_0
@@ -126,7 +136,7 @@ def export(*, flags: ExportFlags, json: JsonOption = False) -> None:
 
     flags.check()
     measure = None if flags.requantize is None else _measure(flags, quiet=json)
-    with open_model(flags.model) as source, progress_bars() as progress:
+    with open_model(flags.model, flags.bits) as source, progress_bars() as progress:
         facts = _write(flags, source, lambda done, total: progress("writing", done, total))
     said = facts.pop("said")
     if measure is not None:

@@ -6,8 +6,11 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
+from nested_cases import write_nested
 
 from kbit.cli.main import _run
+from kbit.models.opening import open_model
 
 
 def test_exports_and_says_what_rounding_changed(
@@ -44,6 +47,7 @@ def test_exports_and_says_what_rounding_changed(
             "--data 'no-such': no such file",
         ),
         (["--shard-size", "0"], "use a size in GB above 0"),
+        (["--bits", "3"], "has one width; drop --bits"),
     ],
 )
 def test_wrong_usage(
@@ -72,6 +76,21 @@ def test_rounding_tells_the_divergence(
     assert _run([*arguments, *measured, "--force"], debug=True) == 0
     assert f"; KL(MODEL || OUTPUT) {facts['kl_mean']:.6f} nats/token on {text}" in capsys.readouterr().out
     assert _run(["run", "hello", "--model", out, "--max-tokens", "2"], debug=True) == 0
+
+
+def test_a_width_of_a_nested_model(tmp_path: Path, tiny_model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """What the model is at that width, bit for bit; and another width does not go on with a killed run's files."""
+    nested, out = str(write_nested(tiny_model, tmp_path / "nested", "2..4", "--block-size", "16")), tmp_path / "out"
+    for bits in (3, 2):
+        arguments = ["export", nested, "-o", str(out), "--dtype", "fp32", "--bits", str(bits), "--force"]
+        assert _run(arguments, debug=True) == 0
+        with open_model(nested, bits) as source, open_model(str(out)) as plain:
+            assert source.tensors.keys() == plain.tensors.keys()
+            assert all(torch.equal(source.read(name), plain.read(name)) for name in plain.tensors)
+    assert _run([*arguments[:-3], "--bits", "5", "--force"], debug=False) == 2
+    assert "serves 2 to 4 bits; choose one of these" in capsys.readouterr().err
+    with open_model(nested, 2) as source, open_model(str(out)) as plain:  # what was there is kept
+        assert all(torch.equal(source.read(name), plain.read(name)) for name in plain.tensors)
 
 
 def test_a_gguf_file(tmp_path: Path, packable_model: Path, capsys: pytest.CaptureFixture[str]) -> None:
