@@ -4,7 +4,8 @@ A program has one tile. It keeps two rows of costs, one for each overlap of two 
 memory of its own (the L1 and L2 caches hold the costs); a step reads the row before, and adds for every window what its
 number would cost. Costs are whole numbers of 16 bits that saturate, and of equal ones the first wins, as on the CPU and
 in kernels/reference_trellis.py, so that results are the same. Where errors are passed on within the tile, it also keeps
-what every overlap hears of its own path's, for each column of the row. The way back is a chain of 256 loads; other
+what every overlap hears of its own path's, for each column of the row. At half widths odd numbers bring a bit more: two
+kinds of steps in turn, and after even numbers half as many overlaps. The way back is a chain of 256 loads; other
 programs go forward meanwhile.
 
 Threads read what others of their program wrote to memory. On NVIDIA's GPUs a barrier orders that. On AMD's, Triton
