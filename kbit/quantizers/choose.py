@@ -121,6 +121,8 @@ def within_memory(source: CheckpointSource, method: Method, flags: QuantizeReque
     from kbit.calibration.request import CalibrationRequest
     from kbit.host.memory import available_memory
     from kbit.quantizers.calibrated import CalibratedRounding, Gptq
+    from kbit.quantizers.trellis import Trellis
+    from kbit.quantizers.tuned import TunedTrellis
 
     if not isinstance(method, CalibratedRounding) or method.is_calibrated(source):
         return method
@@ -143,8 +145,9 @@ def within_memory(source: CheckpointSource, method: Method, flags: QuantizeReque
     if tokens is not None:
         remedies.append(f"--calibration-tokens {tokens}")
     if fits and method.request.gradients and flags.mixes is None:
-        remedies.append("--method gptq --inputs-only")
-    remedies.append("--method rtn" + ("" if flags.mixes is None else f" (without {flags.mixes})"))
+        remedies.append(f"--method {'trellis' if isinstance(method, Trellis | TunedTrellis) else 'gptq'} --inputs-only")
+    without = flags.mixes or ("--fast" if flags.fast else None)
+    remedies.append("--method rtn" + ("" if without is None else f" (without {without})"))
     raise UsageError(f"method {method.name}: {short}; use {', or '.join(remedies)}")
 
 

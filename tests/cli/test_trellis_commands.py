@@ -7,11 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from decoder_cases import saved_model
 from error_cases import run_command
 
 from kbit.backends.select import select_backend
-from kbit.checkpoint.resolve import open_model
+from kbit.host.errors import UnsupportedError
 from kbit.models.load import load_decoder
+from kbit.models.opening import open_model
 from kbit.text.tokenizer import Tokenizer
 
 
@@ -140,6 +142,26 @@ def test_matrices_of_one_input_may_be_rotated_each_in_its_way(tmp_path: Path, ti
         expected, found = (decoder.forward(ids, decoder.new_cache(1, 8)) for decoder in decoders)
     far = 2e-4 if compute == "fp32" else 0.05
     assert torch.allclose(found, expected, atol=far * float(expected.abs().max()))
+
+
+def test_experts_that_are_rotated_in_different_ways_are_refused(tmp_path: Path) -> None:
+    """Those of a layer share one rotated input; the remedy that is named works."""
+    model, out = tmp_path / "model", str(tmp_path / "out")
+    saved_model("mixtral", model, hidden_size=96)
+    words = ["quantize", str(model), "--method", "rtn", "--format", "trellis4-h16", "-o", out]
+    assert run_command([*words, "--override", "*.experts.0.w1.weight=trellis4-h32"])[0] == 0
+
+    def logits() -> torch.Tensor:
+        with open_model(out) as source:
+            decoder = load_decoder(source, select_backend("cpu"))
+            return torch.as_tensor(decoder.forward(torch.tensor([[5, 7, 11]]), decoder.new_cache(1, 8)))
+
+    with pytest.raises(
+        UnsupportedError, match="gate and up matrices of a layer's experts are rotated in different ways"
+    ):
+        logits()
+    assert run_command([*words, "--force"])[0] == 0
+    assert logits().isfinite().all()
 
 
 def test_widths_are_mixed_within_a_budget(tmp_path: Path, tiny_model: Path) -> None:

@@ -79,6 +79,15 @@ def test_what_was_asked_for_is_not_replaced(model: Path, memory: Any, flags: lis
     assert (code, json.loads(out)["method"]) == (0, "ldlq2")
 
 
+def test_a_fast_search_is_offered_what_takes_fast(model: Path, memory: Any) -> None:
+    memory(memory_for(model, TwoSided()) - 1)
+    words = ["quantize", str(model), "--method", "trellis", "--fast", "--dry-run"]
+    code, _, error = run_command(words)
+    assert (code, "--method trellis --inputs-only, or --method rtn (without --fast)" in error) == (2, True), error
+    assert run_command([*words, "--inputs-only"])[0] == 0
+    assert run_command(["quantize", str(model), "--method", "rtn", "--dry-run"])[0] == 0
+
+
 def test_with_no_memory_for_inputs_either_nothing_is_promised(model: Path, memory: Any) -> None:
     memory(BASE_BYTES)
     code, _, error = run_command(["quantize", str(model), "--dry-run"])

@@ -52,9 +52,10 @@ from kbit.graph.operations import (
     writes,
 )
 from kbit.graph.ops import Vector
+from kbit.host.errors import UnsupportedError
 
 if TYPE_CHECKING:
-    from kbit._native import Program
+    from kbit._native import Matrix, Program
 
 
 @dataclass(frozen=True)
@@ -256,23 +257,33 @@ def _emit_product(program: Program, operation: Project, at: dict[Symbol, int]) -
         added = None if residual is None else at[residual]
         program.matmul(x, matrices[some], biases[some], to, weight, eps, activation, added, bias, centred)
 
-    try:
+    if _share_input(matrices):
         multiply(slice(None), outs, operation.activation)
-    except ValueError:
-        # Trellises that are rotated in different ways do not share their rotated input: each takes x by itself.
-        if len(matrices) == 1:
-            raise
-        activation = operation.activation
-        each = outs if activation is None else [program.buffer(matrix.rows) for matrix in matrices]
-        for i, out in enumerate(each):
-            multiply(slice(i, i + 1), [out], None)
-        if activation is not None:
-            program.activate(each[0], each[1], activation, outs[0])
+        return
+    # Trellises that are rotated in different ways: each takes x by itself.
+    activation = operation.activation
+    each = outs if activation is None else [program.buffer(matrix.rows) for matrix in matrices]
+    for i, out in enumerate(each):
+        multiply(slice(i, i + 1), [out], None)
+    if activation is not None:
+        program.activate(each[0], each[1], activation, outs[0])
+
+
+def _share_input(matrices: Sequence[Matrix]) -> bool:
+    """Whether one input is rotated once for all of them, or for those that are rotated."""
+    rotated = [matrix for matrix in matrices if matrix.rotated]
+    return all(matrix.shares_input(rotated[0]) for matrix in rotated)
 
 
 def _emit_experts(program: Program, operation: Mix, at: dict[Symbol, int]) -> None:
     experts, mixture = operation.experts, operation.mixture
     routing, clamp = mixture.routing, mixture.clamp
+    for kind, weights in (("gate and up", [*experts.gates, *experts.ups]), ("down", experts.downs)):
+        if not _share_input([native_matrix(weight) for weight in weights]):
+            raise UnsupportedError(
+                f"the {kind} matrices of a layer's experts are rotated in different ways: quantize them again, in "
+                "trellis formats of one -h"
+            )
     program.experts(
         at[operation.x],
         at[operation.logits],

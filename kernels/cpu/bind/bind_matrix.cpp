@@ -166,7 +166,10 @@ void bind_matrix(nb::module_& module) {
       .def_prop_ro("columns", [](const MatrixStorage& m) { return m.matrix().columns; })
       .def_prop_ro("bits", [](const MatrixStorage& m) { return m.matrix().bits; })
       .def_prop_ro("two_digits", [](const MatrixStorage& m) { return m.matrix().two_digits; })
-      .def_prop_ro("nbytes", &MatrixStorage::nbytes);
+      .def_prop_ro("nbytes", &MatrixStorage::nbytes)
+      .def_prop_ro("rotated", [](const MatrixStorage& m) { return m.matrix().mixed > 0; })
+      .def("shares_input", [](const MatrixStorage& m, const MatrixStorage& other) { return m.matrix().shares_input(other.matrix()); },
+           nb::arg("other"), "Whether one product can take an input for both: they do not rotate it in different ways.");
 
   module.def("simd_trace",
              [](const std::string& isa, const Array<const std::uint8_t, 1>& data) {

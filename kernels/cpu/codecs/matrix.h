@@ -39,6 +39,7 @@
 // Where columns are rotated (mixed > 0), so must x be: rotation[k] x[k], then Hadamard matrices over `mixed` columns each.
 #pragma once
 
+#include <algorithm>
 #include <cstddef>
 #include <cstdint>
 
@@ -101,6 +102,12 @@ struct Matrix {
   bool plain = false;                   // up to 7 bits, and level = code - zero: no lookup either
   std::int32_t zero = 0;
 
+  // Whether both take an input in one form: at least one takes it as it is, or both rotate it alike.
+  bool shares_input(const Matrix& other) const {
+    if (!mixed || !other.mixed) return true;
+    if (mixed != other.mixed || columns != other.columns) return false;
+    return std::equal(rotation, rotation + (columns + 15) / 16 * 16, other.rotation);
+  }
   // Of all bits of a code, wherever they lie.
   std::int64_t tile_bytes() const { return kTileWeights / 16 * (2 * bits + half); }
   std::int64_t panel_bytes() const { return tiles * tile_bytes(); }

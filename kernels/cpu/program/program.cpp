@@ -36,8 +36,7 @@ void check_rotation(const MatmulInstruction& m) {
     const Matrix& w = weights->matrix();
     if (!w.mixed) continue;
     if (!first) first = &w;
-    const auto count = static_cast<std::size_t>((w.columns + 15) / 16 * 16);
-    if (w.mixed != first->mixed || !std::equal(w.rotation, w.rotation + count, first->rotation)) {
+    if (!w.shares_input(*first)) {
       throw std::invalid_argument("matrices of one input are rotated in different ways: give them one trellis format (-h)");
     }
   }
