@@ -42,7 +42,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("models", nargs="*", help="novels-0.7m, novels-2m, novels-5m, smollm2, or names of --path")
     parser.add_argument("--path", action="append", default=[], metavar="NAME=MODEL", help="where a model is")
-    parser.add_argument("--methods", default=_METHODS, help=f"of kbit [{_METHODS}]")
+    parser.add_argument("--methods", default=_METHODS, help=f"of kbit; ldlq2:TEXT: calibrated on it [{_METHODS}]")
     parser.add_argument("--formats", default=_FORMATS, help=f"[{_FORMATS}]")
     parser.add_argument("--offset-formats", default=_OFFSET_FORMATS, help=f"of hqq and awq [{_OFFSET_FORMATS}]")
     parser.add_argument("--types", default=",".join(TYPES), help="of llama.cpp")

@@ -118,7 +118,7 @@ CASES: dict[str, Case] = {
     "scale dtype": Case(Q + "--scale-dtype fp8", 2, ("'fp8'", "fp16, bf16, fp32")),
     "double quant of fp32 scales": Case(Q + "--double-quant --scale-dtype fp32", 2, ("drop the scale type 'fp32'",)),
     "format": Case(Q + "--format gguf-q4", 2, ("'gguf-q4' is not a format", "nf4-b64")),
-    "format and its fields": Case(Q + "--format nf4-b64 --bits 3", 2, ("--format nf4-b64", "drop the flag", "bits")),
+    "format and its fields": Case(Q + "--format nf4-b64 --bits 3", 2, ("--format nf4-b64", "drop --bits")),
     "embedding bits": Case(Q + "--embedding-bits 12", 2, ("--embedding-bits 12: use 2 to 8", "2 to 8")),
     "override without =": Case(Q + "--override down_proj", 2, ("--override 'down_proj'", "PATTERN=FORMAT")),
     "override matches nothing": Case(Q + "--override *nope*=int8-b64", 2, ("'*nope*' matches no tensor", "kbit info")),

@@ -15,6 +15,7 @@ import numpy as np
 from frontier.llama_cpp import LlamaCpp
 from frontier.subjects import Subject, evaluation_text
 from kbit.backends.select import select_backend
+from kbit.calibration.request import CalibrationRequest
 from kbit.calibration.run import calibrate
 from kbit.checkpoint.source import CheckpointSource
 from kbit.evaluate.compare import Comparison, compare
@@ -98,10 +99,10 @@ class Frontier:
 
             for method_name, format_name in pairs:
                 row = {"tool": "kbit", "method": method_name, "format": format_name}
-                if method_name not in METHODS:
+                method = named_method(method_name)
+                if method is None:
                     say(f"there is no method {method_name}: passed over")
                     continue
-                method = get_method(method_name)
                 row["version"] = method.version
                 if self._has({**about, **row}):
                     continue
@@ -155,6 +156,22 @@ class Frontier:
         self._file.parent.mkdir(parents=True, exist_ok=True)
         with self._file.open("a") as file:
             file.write(json.dumps(row) + "\n")
+
+
+def named_method(name: str) -> Method | None:
+    """A method; of "ldlq2:TEXT" calibrated on that text instead of one sampled from the model.
+
+    Returns:
+        None where there is no such method, or it is not calibrated.
+
+    Raises:
+        KbitError: the text cannot be had.
+    """
+    plain, colon, text = name.partition(":")
+    method = get_method(plain) if plain in METHODS else None
+    if not colon or method is None:
+        return method
+    return method.calibrated_on(CalibrationRequest.of([text])) if isinstance(method, CalibratedRounding) else None
 
 
 def named_plan(source: CheckpointSource, format_name: str, method: Method) -> Plan:
