@@ -16,7 +16,7 @@ sys.path.insert(0, str(TOOLS))
 
 from frontier.gguf_file import write_gguf  # noqa: E402
 from frontier.llama_cpp import LlamaCpp  # noqa: E402
-from frontier.measure import Frontier, named_plan  # noqa: E402
+from frontier.measure import Frontier, named_method, named_plan  # noqa: E402
 from frontier.show import draw, latest, ratio_interval, tables  # noqa: E402
 from frontier.subjects import calibration_text, subjects  # noqa: E402
 
@@ -43,6 +43,21 @@ def row(tool: str, method: str, format: str, bits: float, kl: float, **more: Any
     counted = {"linear_bits": bits, "all_bits": bits + 1, "kl": kl, "kl_stderr": kl / 10, "kl_p99.9": 9 * kl}
     rest = {"perplexity": 21.0, "top1": 0.9, "cluster_tokens": 100, "cluster_kl": clusters}
     return {"tool": tool, "method": method, "format": format, **figures, **counted, **rest, **more}
+
+
+def test_a_method_is_calibrated_on_the_text_that_its_name_has(tmp_path: Path) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("It was a dark and stormy night.")
+    sampled, named = named_method("ldlq2"), named_method(f"ldlq2:{text}")
+    assert isinstance(sampled, CalibratedRounding)
+    assert isinstance(named, CalibratedRounding)
+    assert sampled.request.texts == ()
+    assert [each.text for each in named.request.texts] == [text.read_text()]
+    assert (named.name, named.rounding) == (sampled.name, sampled.rounding)
+    assert named_method(f"rtn:{text}") is None  # which reads none
+    assert named_method("no-such") is None
+    with pytest.raises(KbitError, match=r"no-such.txt"):
+        named_method("ldlq2:no-such.txt")
 
 
 def test_a_gguf_file_is_the_model_it_was_made_from(novels_folder: str, tmp_path: Path) -> None:
