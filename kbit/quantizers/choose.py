@@ -10,6 +10,7 @@ from kbit.formats.trellis import TrellisFormat
 from kbit.host.errors import UsageError
 from kbit.host.notes import note
 from kbit.host.quantities import duration, size
+from kbit.quantizers.nested_flags import FORMAT_FLAGS
 from kbit.quantizers.request import MEASURED_TOKENS, QuantizeRequest
 
 if TYPE_CHECKING:
@@ -55,13 +56,7 @@ def following(flags: R, asked: PlanFile) -> R:
         "--size": flags.size,
         "--max-kl": flags.max_kl,
         "--uniform": flags.uniform,
-        "--dtype": flags.dtype,
-        "--block-size": flags.block_size,
-        "--asym": flags.asymmetric,
-        "--exponent-bits": flags.exponent_bits,
-        "--float-grid": flags.float_grid,
-        "--scale-dtype": flags.scale_dtype,
-        "--double-quant": flags.double_quant,
+        **{FORMAT_FLAGS[name]: value for name, value in flags.format_fields.items() if name != "bits"},
         "--format": flags.format,
         "--nested": flags.nested,
         "--embedding-bits": flags.embedding_bits,
@@ -121,8 +116,6 @@ def within_memory(source: CheckpointSource, method: Method, flags: QuantizeReque
     from kbit.calibration.request import CalibrationRequest
     from kbit.host.memory import available_memory
     from kbit.quantizers.calibrated import CalibratedRounding, Gptq
-    from kbit.quantizers.trellis import Trellis
-    from kbit.quantizers.tuned import TunedTrellis
 
     if not isinstance(method, CalibratedRounding) or method.is_calibrated(source):
         return method
@@ -145,7 +138,8 @@ def within_memory(source: CheckpointSource, method: Method, flags: QuantizeReque
     if tokens is not None:
         remedies.append(f"--calibration-tokens {tokens}")
     if fits and method.request.gradients and flags.mixes is None:
-        remedies.append(f"--method {'trellis' if isinstance(method, Trellis | TunedTrellis) else 'gptq'} --inputs-only")
+        plainest = "trellis" if isinstance(method.format(4, False), TrellisFormat) else "gptq"
+        remedies.append(f"--method {plainest} --inputs-only")
     without = flags.mixes or ("--fast" if flags.fast else None)
     remedies.append("--method rtn" + ("" if without is None else f" (without {without})"))
     raise UsageError(f"method {method.name}: {short}; use {', or '.join(remedies)}")

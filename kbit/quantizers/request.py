@@ -68,6 +68,21 @@ class QuantizeRequest:
     threads: int | None = None
     device: str = "cpu"
 
+    @property
+    def format_fields(self) -> dict[str, Any]:
+        """The fields of a format that flags give, by name (`FORMAT_FLAGS` has the flags)."""
+        fields: dict[str, Any] = {
+            "dtype": self.dtype.lower() if self.dtype else None,
+            "bits": None if self.bits is None else int(self.bits),
+            "block_size": self.block_size,
+            "asymmetric": self.asymmetric or None,
+            "exponent_bits": self.exponent_bits,
+            "grid": self.float_grid,
+            "scale_dtype": self.scale_dtype,
+            "double_quant": self.double_quant or None,
+        }
+        return {name: value for name, value in fields.items() if value is not None}
+
     def codec(self) -> Codec:
         """The format of linear weights; of mixed widths the one below the mean.
 
@@ -79,17 +94,7 @@ class QuantizeRequest:
 
         if self.bits is not None and self.bits != int(self.bits) and not MIN_BITS <= self.bits <= MAX_BITS:
             raise UsageError(f"--bits {self.bits:g}: use {MIN_BITS} to {MAX_BITS}")
-        fields: dict[str, Any] = {
-            "dtype": self.dtype.lower() if self.dtype else None,
-            "bits": None if self.bits is None else int(self.bits),
-            "block_size": self.block_size,
-            "asymmetric": self.asymmetric or None,
-            "exponent_bits": self.exponent_bits,
-            "grid": self.float_grid,
-            "scale_dtype": self.scale_dtype,
-            "double_quant": self.double_quant or None,
-        }
-        given = {name: value for name, value in fields.items() if value is not None}
+        given = self.format_fields
         own = self._method_with_formats()
         if self.nested is not None:
             others = {

@@ -278,8 +278,11 @@ def _share_input(matrices: Sequence[Matrix]) -> bool:
 def _emit_experts(program: Program, operation: Mix, at: dict[Symbol, int]) -> None:
     experts, mixture = operation.experts, operation.mixture
     routing, clamp = mixture.routing, mixture.clamp
-    for kind, weights in (("gate and up", [*experts.gates, *experts.ups]), ("down", experts.downs)):
-        if not _share_input([native_matrix(weight) for weight in weights]):
+    gates, ups, downs = (
+        [native_matrix(weight) for weight in weights] for weights in (experts.gates, experts.ups, experts.downs)
+    )
+    for kind, matrices in (("gate and up", [*gates, *ups]), ("down", downs)):
+        if not _share_input(matrices):
             raise UnsupportedError(
                 f"the {kind} matrices of a layer's experts are rotated in different ways: quantize them again, in "
                 "trellis formats of one -h"
@@ -288,9 +291,9 @@ def _emit_experts(program: Program, operation: Mix, at: dict[Symbol, int]) -> No
         at[operation.x],
         at[operation.logits],
         at[operation.out],
-        [native_matrix(weight) for weight in experts.gates],
-        [native_matrix(weight) for weight in experts.ups],
-        [native_matrix(weight) for weight in experts.downs],
+        gates,
+        ups,
+        downs,
         [_optional(bias) for bias in experts.gate_biases],
         [_optional(bias) for bias in experts.up_biases],
         [_optional(bias) for bias in experts.down_biases],
