@@ -115,7 +115,7 @@ def quantize(
             chosen = request.chosen_method(codec)
             request.mixes_widths(chosen)
         chosen, mixed, _ = within_time(source, within_memory(source, chosen, request), codec, request)
-        plan = request.plan(source, codec, chosen)
+        plan = request.plan(source, codec, chosen, progress=progress)
         check_disk(plan, Path(out))
         check_output_folder(Path(out), overwrite=force or finished_plan(Path(out)) is not None)
         if mixed:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from kbit.checkpoint.ladder import Ladder
+from kbit.formats.registry import kind_of
 from kbit.host.errors import KbitError
 
 if TYPE_CHECKING:
@@ -201,7 +202,7 @@ def _by_format(infos: list[Any]) -> dict[str, dict[str, int]]:
     numel: Counter[str] = Counter()
     nbytes: Counter[str] = Counter()
     for info in infos:
-        key = info.packed_as or info.stored_as
+        key = info.packed_as or kind_of(info.stored_as)
         count[key] += 1
         numel[key] += info.numel
         nbytes[key] += info.nbytes

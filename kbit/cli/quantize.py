@@ -77,7 +77,8 @@ def quantize(*, flags: QuantizeFlags, json: JsonOption = False) -> None:
         if asked is not None:
             asked.check_model(source)
         method, mixed, note = within_time(source, within_memory(source, method, flags), codec, flags)
-        plan = flags.plan(source, codec, method, None if asked is None else asked.targets)
+        with progress_bars() as progress:
+            plan = flags.plan(source, codec, method, None if asked is None else asked.targets, progress)
         if asked is not None:
             asked.check_complete(plan)
         out = flags.output or Path(f"{_short_name(flags.model)}-{flags.label(codec, mixed)}")

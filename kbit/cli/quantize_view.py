@@ -33,11 +33,13 @@ def note_quantized_source(plan: Plan) -> None:
 def note_plan(plan: Plan, costs: Mapping[str, float]) -> None:
     """Say on stderr what mixed widths came to: a line for each role and format."""
     from kbit.cli.output import size
+    from kbit.formats.registry import kind_of
+    from kbit.formats.trellis import TrellisFormat
 
     groups: dict[tuple[str, str], list[TensorPlan]] = {}
     for tensor in plan.tensors:
         if tensor.format is not None:
-            groups.setdefault((tensor.role, tensor.label), []).append(tensor)
+            groups.setdefault((tensor.role, kind_of(tensor.label)), []).append(tensor)
     lines = []
     for role, label in sorted(
         groups, key=lambda key: (key[0], groups[key][0].nbytes / groups[key][0].source.numel, key[1])
@@ -47,6 +49,9 @@ def note_plan(plan: Plan, costs: Mapping[str, float]) -> None:
         known = [costs[tensor.source.name] for tensor in tensors if tensor.source.name in costs]
         cost = f"predicted KL {sum(known):.2g}" if known else "not predicted"
         lines.append(f"  {role:<10}{label:<16}{len(tensors):>5} x  {size(nbytes):>10}   {cost}")
+    apart = sum(tensor.format.outliers for tensor in plan.tensors if isinstance(tensor.format, TrellisFormat))
+    if apart:
+        lines.append(f"  {apart} large weights of trellises are kept apart, in 16 bits each with their places")
     typer.echo(
         f"plan: {size(plan.bytes_after)}, {plan.bits_per_weight():.3f} bits per weight, predicted KL "
         f"{sum(costs.values()):.3g}\n" + "\n".join(lines),
@@ -98,6 +103,7 @@ def facts_of(
 def print_result(facts: dict[str, Any], out: Path) -> None:
     """What was done, for people."""
     from kbit.cli.output import printable, size
+    from kbit.formats.registry import kind_of
 
     where = printable(out)
     if facts["already_complete"]:
@@ -109,7 +115,7 @@ def print_result(facts: dict[str, Any], out: Path) -> None:
         f"{facts['bits_per_weight']:.3f} bits per weight ({facts['bits_per_weight_linear']:.3f} in linear layers), "
         f"{facts['seconds']:.1f} s{again}"
     )
-    widths = Counter(row["to"] for row in facts["tensors"].values() if row["quantized"])
+    widths = Counter(kind_of(row["to"]) for row in facts["tensors"].values() if row["quantized"])
     typer.echo(f"method {facts['method']}, {', '.join(f'{count} x {name}' for name, count in sorted(widths.items()))}")
     for note in facts["notes"]:
         typer.echo(f"note: {note}")

@@ -15,7 +15,7 @@ This module imports neither torch nor numpy: sizes are known, and a folder is de
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias, TypeVar
 
@@ -218,8 +218,29 @@ class Codec(ABC):
         """
 
     def joinable(self, stored: Mapping[str, Array], shape: tuple[int, int]) -> tuple[Codec, Mapping[str, Array]]:
-        """The same values as arrays that can be put below those of other rows of the matrix, all but "codebook"."""
+        """The same values as arrays that `join` can put below those of other rows of the matrix."""
         return self, stored
+
+    def join(
+        self, stored: Sequence[Mapping[str, torch.Tensor]], shapes: Sequence[tuple[int, int]]
+    ) -> tuple[Codec, Mapping[str, torch.Tensor]]:
+        """Parts of a matrix, one below the other, as one: its format and arrays.
+
+        Args:
+            stored: `joinable` arrays of each, in this format.
+            shapes: of each.
+        """
+        import torch
+
+        rows = {name: torch.cat([arrays[name] for arrays in stored]) for name in stored[0] if name != "codebook"}
+        return self, {name: rows.get(name, stored[0][name]) for name in stored[0]}
+
+    def check_stored(self, name: str, stored: Mapping[str, Any], shape: tuple[int, int]) -> None:
+        """Looks at what arrays from a file (numpy's or torch's), of the right types and shapes, must hold besides.
+
+        Raises:
+            CheckpointError: they do not.
+        """
 
     def check_cut(self, shape: tuple[int, int], cut: Cut, name: str = "tensor") -> None:
         """

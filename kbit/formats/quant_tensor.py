@@ -15,6 +15,7 @@ from kbit.host.errors import CheckpointError
 SAFETENSORS_TO_TORCH = {
     "U8": torch.uint8,
     "I8": torch.int8,
+    "I32": torch.int32,
     "F16": torch.float16,
     "BF16": torch.bfloat16,
     "F32": torch.float32,
@@ -65,6 +66,7 @@ class QuantTensor:
                 )
             if array.dtype.is_floating_point and not bool(torch.isfinite(array).all()):
                 raise CheckpointError(f"{name}.{suffix} holds NaN or infinity: the file is damaged; convert again")
+        format.check_stored(name, stored, shape)
         return cls(format, shape, dict(stored), codebook)
 
     @property
@@ -123,11 +125,9 @@ def join_rows(parts: Sequence[QuantTensor]) -> QuantTensor:
     if len(parts) == 1:
         return first
     joinable = [part.format.joinable(part.stored, part.shape) for part in parts]
-    format, stored = joinable[0]
-    keys = [key for key in stored if key != "codebook"]
-    rows = {key: torch.cat([arrays[key] for _, arrays in joinable]) for key in keys}
-    shape = (sum(part.shape[0] for part in parts), first.shape[1])
-    return QuantTensor(format, shape, {key: rows.get(key, stored[key]) for key in stored}, first.codebook)
+    shapes = [part.shape for part in parts]
+    format, stored = joinable[0][0].join([arrays for _, arrays in joinable], shapes)
+    return QuantTensor(format, (sum(rows for rows, _ in shapes), first.shape[1]), stored, first.codebook)
 
 
 def from_numpy(array: NDArray[Any], dtype: str) -> torch.Tensor:

@@ -19,3 +19,8 @@ def parse_format(text: str) -> Codec:
     """
     claiming = (codec for codec in CODECS.values() if codec is not QuantFormat and codec.claims(text))
     return next(claiming, QuantFormat).parse(text)
+
+
+def kind_of(name: str) -> str:
+    """A format's name without how many weights it keeps apart, which differs from matrix to matrix."""
+    return name.rpartition("-o")[0] if name.startswith("trellis") and "-o" in name else name

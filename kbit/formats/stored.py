@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from kbit.formats.quant_tensor import QuantTensor
 
 # numpy's type for every safetensors dtype a stored part has.
-NUMPY_DTYPES = {"U8": np.uint8, "I8": np.int8, "F16": np.uint16, "BF16": np.uint16, "F32": np.float32}
+NUMPY_DTYPES = {"U8": np.uint8, "I8": np.int8, "I32": np.int32, "F16": np.uint16, "BF16": np.uint16, "F32": np.float32}
 
 # Number types by safetensors name, as the kernels call them.
 KINDS = {"F16": "fp16", "BF16": "bf16", "F32": "fp32"}
@@ -85,6 +85,7 @@ class StoredMatrix:
                 )
             if part.dtype in KINDS and not is_finite(array, KINDS[part.dtype]):
                 raise CheckpointError(f"{name}.{suffix} holds NaN or infinity: the file is damaged; convert again")
+        format.check_stored(name, parts, shape)
         return cls(format, shape, dict(parts), codebook)
 
     def tensor(self) -> QuantTensor:

@@ -8,17 +8,27 @@ from. For normal numbers that
 is within 8 to 12 % of what any code of k bits can do (QTIP, Tseng et al., arXiv 2406.11235), where a codebook of 2^k
 values is off by 90 to 140 %. So that weights are like normal numbers, columns are rotated first: random signs, then
 Hadamard matrices over blocks of columns. With 7 and 8 bits there is little left to win, and codes are integers.
+Weights that are too large for that can be kept apart (`kbit.formats.outlier_weights`).
 """
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from kbit.formats.codec import Array, Codec, Cut, Part, ReadRows
+from kbit.formats.outlier_weights import (
+    MOST,
+    add_outliers,
+    check_places,
+    cut_outliers,
+    join_outliers,
+    largest,
+    outlier_parts,
+)
 from kbit.formats.quant_format import QuantFormat, default_dtype
 from kbit.host.errors import KbitError, UnsupportedError, UsageError
 
@@ -48,12 +58,13 @@ HALF_WIDTHS = (2.5, 3.5, 4.5, 5.5)
 
 @dataclass(frozen=True)
 class TrellisFormat(Codec):
-    """The format "trellis<k>", with its settings where they are not the default: "trellis2-sum4-l12-h128". Half widths
-    are "trellis2.5" to "trellis5.5".
+    """The format "trellis<k>", with its settings where they are not the default: "trellis2-sum4-l12-h128-o64". Half
+    widths are "trellis2.5" to "trellis5.5".
 
     Parts: codes, uint8 (N / 16, K / 16, 32 w), w the width, of each tile its ring, the first bit in a byte's highest;
-    scales, fp16 (N, 1); signs, uint8 (K / 8), a bit for each column, from a byte's lowest on: 1 for -1. Rows and
-    columns are filled up to whole tiles.
+    scales, fp16 (N, 1); signs, uint8 (K / 8), a bit for each column, from a byte's lowest on: 1 for -1; and where
+    single weights are kept apart, those of `kbit.formats.outlier_weights`. Rows and columns are filled up to whole
+    tiles.
 
     Attributes:
         bits: k, 2 to 8: whole bits of a weight.
@@ -61,6 +72,7 @@ class TrellisFormat(Codec):
         window: L, bits of a window; k for integers.
         mixed: the most columns that one Hadamard matrix mixes, a power of two, 16 to 512.
         half: half a bit more: weights in even columns have k bits, in odd ones k + 1.
+        outliers: weights that are kept apart, in 16 bits each with their places.
     """
 
     family: ClassVar[str] = "trellis"
@@ -70,6 +82,7 @@ class TrellisFormat(Codec):
     window: int = 0
     mixed: int = MOST_MIXED
     half: bool = False
+    outliers: int = 0
 
     def __post_init__(self) -> None:
         if not 2 <= self.bits <= 8:
@@ -96,6 +109,8 @@ class TrellisFormat(Codec):
                 f"trellis{self.width:g}: {self.mixed} columns cannot be mixed; use a power of two, {TILE} to "
                 f"{MOST_MIXED}"
             )
+        if not 0 <= self.outliers <= MOST:
+            raise UsageError(f"trellis{self.width:g}: {self.outliers} weights kept apart; {MOST} are the most")
 
     # ---- its name
 
@@ -105,35 +120,45 @@ class TrellisFormat(Codec):
 
     @classmethod
     def parse(cls, text: str) -> TrellisFormat:
-        found = re.fullmatch(r"trellis(\d{1,3})(\.5)?(?:-(sum\d))?(?:-l(\d{1,3}))?(?:-h(\d{1,4}))?", text)
+        found = re.fullmatch(
+            r"trellis(\d{1,3})(\.5)?(?:-(sum\d))?(?:-l(\d{1,3}))?(?:-h(\d{1,4}))?(?:-o(\d{1,5}))?", text
+        )
         if found is None:
             raise UsageError(
                 f"{text!r} is not a format: write trellis2 to trellis8, or trellis2.5 to trellis5.5, and then, in "
-                "this order, -sum2 or -sum4 (the code), -l12 (bits of a window), -h128 (columns mixed)"
+                "this order, -sum2 or -sum4 (the code), -l12 (bits of a window), -h128 (columns mixed), -o64 (weights "
+                "kept apart)"
             )
-        bits, half, code, window, mixed = found.groups()
-        if window == "0" or mixed == "0":
-            raise UsageError(f"{text!r}: a window of no bits, or no columns to mix, is no format")
-        return cls(int(bits), code or "", int(window or 0), int(mixed or MOST_MIXED), half is not None)
+        bits, half, code, window, mixed, outliers = found.groups()
+        if window == "0" or mixed == "0" or outliers == "0":
+            raise UsageError(f"{text!r}: a window of no bits, no columns to mix, or no weights apart, is no format")
+        return cls(
+            int(bits), code or "", int(window or 0), int(mixed or MOST_MIXED), half is not None, int(outliers or 0)
+        )
 
     def __str__(self) -> str:
         code = "" if self.code == _default_code(self.width) else f"-{self.code}"
         window = "" if self.window in (WINDOW, self.bits) else f"-l{self.window}"
-        return f"trellis{self.width:g}{code}{window}" + ("" if self.mixed == MOST_MIXED else f"-h{self.mixed}")
+        mixed = "" if self.mixed == MOST_MIXED else f"-h{self.mixed}"
+        return f"trellis{self.width:g}{code}{window}{mixed}" + (f"-o{self.outliers}" if self.outliers else "")
 
     def at_width(self, bits: int) -> Codec:
         """For embeddings and heads: bit planes, which can be looked up row by row."""
         return QuantFormat(default_dtype(bits), bits)
+
+    def without_outliers(self) -> TrellisFormat:
+        """The same with no weights kept apart."""
+        return self if not self.outliers else replace(self, outliers=0)
 
     def with_short_windows(self) -> TrellisFormat:
         """The same with windows of `FAST_WINDOW` bits, or as it is: integers, and what has shorter ones."""
         return self if self.code == "int" else replace(self, window=min(self.window, FAST_WINDOW))
 
     def with_bits(self, bits: float) -> TrellisFormat:
-        """The trellis of another width, whole or a half, with the same window and columns mixed."""
+        """The trellis of another width, whole or a half, with the same window, columns mixed and weights apart."""
         integers = bits >= INTEGER_BITS or self.bits >= INTEGER_BITS
         window = 0 if integers else max(self.window, least_window(bits))
-        return TrellisFormat(int(bits), "", window, self.mixed, bits != int(bits))
+        return TrellisFormat(int(bits), "", window, self.mixed, bits != int(bits), self.outliers)
 
     # ---- what is stored
 
@@ -143,6 +168,7 @@ class TrellisFormat(Codec):
             "codes": Part("U8", (*tiles, self.tile_bytes)),
             "scales": Part("F16", (rows, 1)),
             "signs": Part("U8", (tiles[1] * TILE // 8,)),
+            **outlier_parts(self.outliers),
         }
 
     @property
@@ -176,18 +202,17 @@ class TrellisFormat(Codec):
         from kbit.formats.rotation import unrotate
 
         self.parts_read(*matrix.shape, width or self.bits)
-        return unrotate(self.decode_rotated(matrix, rows), matrix.stored["signs"], self.columns_mixed(matrix.shape[1]))[
-            :, : matrix.shape[1]
-        ]
+        columns = matrix.shape[1]
+        found = unrotate(self.decode_rotated(matrix, rows), matrix.stored["signs"], self.columns_mixed(columns))
+        return add_outliers(found[:, :columns], matrix.stored, columns, _index(matrix, rows))
 
     def decode_rotated(self, matrix: QuantTensor, rows: slice | torch.Tensor) -> torch.Tensor:
-        """The weights of some rows as they are stored, rotated: float32 (R, K in whole tiles)."""
-        import torch
-
+        """The weights of some rows as they are stored, rotated, without those that are kept apart: float32 (R, K in
+        whole tiles)."""
         from kbit.formats.trellis_code import levels, row_windows
 
         scales, codes = matrix.stored["scales"], matrix.stored["codes"]
-        index = torch.arange(len(scales), device=scales.device)[rows] if isinstance(rows, slice) else rows
+        index = _index(matrix, rows)
         level = levels(self, row_windows(self, codes, index))
         return level.float() * (self.step * scales[index].float())
 
@@ -203,10 +228,13 @@ class TrellisFormat(Codec):
         if rows < 1 or columns < 1:
             raise KbitError(f"{name}: shape {shape}: there are no weights")
         signs = new_signs(columns)
+        apart = largest(read_rows, shape, self.outliers) if self.outliers else {}
         codes, scales = [], []
         step = max(TILE, (1 << 22) // columns // TILE * TILE)
         for start in range(0, rows, step):
-            some = check_finite(read_rows(start, min(start + step, rows)).float(), start, min(start + step, rows), name)
+            stop = min(start + step, rows)
+            some = check_finite(read_rows(start, stop).float(), start, stop, name)
+            some = add_outliers(some.clone(), apart, columns, torch.arange(start, stop), -1) if apart else some
             rotated = rotate(some, signs, self.columns_mixed(columns))
             spread = rotated.square().mean(dim=1, keepdim=True).sqrt()
             scale = self.stored_scales(spread / self.share, name)
@@ -218,6 +246,7 @@ class TrellisFormat(Codec):
             "codes": torch.cat(codes).view(-1, tiles, self.tile_bytes),
             "scales": torch.cat(scales),
             "signs": signs,
+            **apart,
         }
         return QuantTensor(self, shape, stored, torch.zeros(0))
 
@@ -251,12 +280,33 @@ class TrellisFormat(Codec):
     def cut(self, stored: Mapping[str, Array], shape: tuple[int, int], cut: Cut) -> tuple[Codec, Mapping[str, Array]]:
         arrays: dict[str, Any] = dict(stored)
         tiles = slice(cut.start // TILE, -(-cut.stop // TILE))
+        apart = cut_outliers(stored, shape, cut) if self.outliers else {}
         if cut.dim == 0:
             parts = {"codes": arrays["codes"][tiles], "scales": arrays["scales"][cut.start : cut.stop]}
-            return self, {**parts, "signs": arrays["signs"]}
+            return self, {**parts, "signs": arrays["signs"], **apart}
         signs = arrays["signs"][cut.start // 8 : tiles.stop * (TILE // 8)]
         parts = {"codes": arrays["codes"][:, tiles], "scales": arrays["scales"], "signs": signs}
-        return replace(self, mixed=self.columns_mixed(shape[1])), parts
+        return replace(self, mixed=self.columns_mixed(shape[1])), {**parts, **apart}
+
+    def join(
+        self, stored: Sequence[Mapping[str, torch.Tensor]], shapes: Sequence[tuple[int, int]]
+    ) -> tuple[Codec, Mapping[str, torch.Tensor]]:
+        import torch
+
+        rows = {name: torch.cat([arrays[name] for arrays in stored]) for name in ("codes", "scales")}
+        joined = {**rows, "signs": stored[0]["signs"], **join_outliers(stored, shapes)}
+        return replace(self, outliers=self.outliers * len(stored)), joined
+
+    def check_stored(self, name: str, stored: Mapping[str, Any], shape: tuple[int, int]) -> None:
+        check_places(name, stored, shape)
+
+
+def _index(matrix: QuantTensor, rows: slice | torch.Tensor) -> torch.Tensor:
+    """Rows as indices, int64 (R,)."""
+    import torch
+
+    device = matrix.stored["scales"].device
+    return torch.arange(matrix.shape[0], device=device)[rows] if isinstance(rows, slice) else rows
 
 
 def integer_codes(codes: npt.NDArray[np.uint8], bits: int, rows: int) -> npt.NDArray[np.uint8]:

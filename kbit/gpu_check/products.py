@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from kbit.formats.outlier_weights import add_outliers
 from kbit.formats.quant_tensor import QuantTensor
 from kbit.formats.registry import parse_format
 from kbit.formats.rotation import rotate
@@ -118,7 +119,10 @@ def trellis_product_and_bound(
     error = unit(dtype) * turned.abs() + (mixed.bit_length() + 2) * 2.0**-24 * sums
     size = turned.abs() @ values.abs().T
     bound = error @ values.abs().T + (unit(dtype) + (turned.shape[1] + 4) * 2.0**-24) * size
-    return turned @ values.T, 1.01 * bound
+    # Weights that are kept apart meet the tokens as they are, in float32.
+    apart = add_outliers(torch.zeros(rows, columns), weight.stored, columns, torch.arange(rows)).double()
+    bound += (format.outliers + 4) * 2.0**-24 * (x.double().abs() @ apart.abs().T)
+    return turned @ values.T + x.double() @ apart.T, 1.01 * bound
 
 
 def check_rounded(device: str, kind: str, text: str, tokens: int, seed: int = 1) -> float:

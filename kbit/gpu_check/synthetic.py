@@ -11,6 +11,7 @@ import torch
 from kbit.checkpoint.source import CheckpointSource, TensorInfo
 from kbit.formats.codec import Codec
 from kbit.formats.nested import NestedFormat
+from kbit.formats.outlier_weights import PLACES, VALUES
 from kbit.formats.quant_format import QuantFormat
 from kbit.formats.quant_tensor import SAFETENSORS_TO_TORCH, QuantTensor
 from kbit.formats.registry import parse_format
@@ -59,6 +60,11 @@ def random_codes(format: Codec | str, rows: int, columns: int, seed: int, device
             # Products of unit size: codes of a codebook in [-1, 1] have a variance of about a third.
             spread = 0.5 + torch.rand(part.shape, generator=generator, device=device)
             stored[name] = ((3.0 / columns) ** 0.5 * spread).to(SAFETENSORS_TO_TORCH[part.dtype])
+        elif name == PLACES:
+            chosen = torch.randperm(rows * columns, generator=generator, device=device)[: part.shape[0]]
+            stored[name] = chosen.sort().values.int()
+        elif name == VALUES:
+            stored[name] = torch.randn(part.shape, generator=generator, device=device).half()
         elif name.startswith("factor"):
             stored[name] = torch.empty(part.shape, device=device).uniform_(0.8, 1.2, generator=generator).half()
         else:

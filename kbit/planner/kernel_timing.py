@@ -112,7 +112,7 @@ class Overheads:
 
 def kernel_key(format: QuantFormat | TrellisFormat | str) -> str:
     """Formats with the same key run the same instructions: the data type counts only where it needs two digits, and of
-    a trellis not the window.
+    a trellis not the window, nor the few weights that it keeps apart.
 
     A codebook that int8 does not hold well is multiplied in two digits (kernels/cpu/codecs/matrix_storage.cpp), and
     int8 itself needs no lookup.
@@ -120,7 +120,7 @@ def kernel_key(format: QuantFormat | TrellisFormat | str) -> str:
     if isinstance(format, str):
         return format
     if isinstance(format, TrellisFormat):
-        return str(replace(format, window=0))
+        return str(replace(format, window=0, outliers=0))
     scales = "fp32" if format.double_quant else format.scale_dtype
     tail = ("-asym" if format.asymmetric else "") + ("" if scales == "fp16" else f"-{scales}")
     block = f"b{format.block_size}" if format.block_size else "row"

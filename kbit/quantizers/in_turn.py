@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 
 from kbit.calibration.workers import workers
 from kbit.checkpoint.source import CheckpointSource
+from kbit.formats.outlier_weights import scaled_outliers
 from kbit.formats.quant_format import QuantFormat
 from kbit.formats.quant_tensor import QuantTensor
 from kbit.formats.trellis import TrellisFormat
@@ -57,6 +58,7 @@ def scale_rows(matrix: QuantTensor, factors: torch.Tensor | None) -> QuantTensor
     for name in ("scales", "offsets"):
         if name in stored:
             stored[name] = (stored[name].float() * factors[:, None]).to(stored[name].dtype)
+    stored |= scaled_outliers(stored, matrix.shape[1], factors)
     return replace(matrix, stored=stored)
 
 

@@ -89,6 +89,7 @@ class Method(ABC):
             measured again, and an interrupted conversion is not continued.
         measured_only: what it makes can be evaluated, and is no format that kbit stores and runs.
         changes_weights: it scales or rotates weights before it rounds them, and others to make that good.
+        keeps_outliers: its trellises keep single large weights apart (`kbit.quantizers.outlier_counts`).
     """
 
     name: ClassVar[str]
@@ -96,6 +97,7 @@ class Method(ABC):
     version: ClassVar[int]
     measured_only: ClassVar[bool] = False
     changes_weights: ClassVar[bool] = False
+    keeps_outliers: ClassVar[bool] = False
 
     @property
     def settings(self) -> Mapping[str, Any]:

@@ -189,6 +189,16 @@ def make_plan(
     return Plan(format, tuple(tensors), shard_bytes, plan_id, method, method.memory(source))
 
 
+def with_formats(source: CheckpointSource, plan: Plan, formats: Mapping[str, Codec]) -> Plan:
+    """A plan of the source with other formats for some matrices, by name."""
+    tensors = [
+        replace(tensor, format=formats.get(tensor.source.name, tensor.format)) if tensor.format else tensor
+        for tensor in plan.tensors
+    ]
+    plan_id = _plan_id(source, plan.default_format, tensors, plan.shard_bytes, plan.method)
+    return replace(plan, tensors=tuple(tensors), plan_id=plan_id)
+
+
 def parse_target(text: str) -> Codec | str:
     """What is to become of a tensor: a format, or one of "keep", "stored", "f16", "bf16", "f32".
 

@@ -14,6 +14,7 @@ from kbit.quantizers.nested_flags import FORMAT_FLAGS, check_anchor, nested_form
 if TYPE_CHECKING:
     from kbit.checkpoint.source import CheckpointSource
     from kbit.formats.codec import Codec
+    from kbit.host.progress import Progress
     from kbit.quantizers.calibrated import CalibratedRounding
     from kbit.quantizers.method import Method
     from kbit.quantizers.mixed import Budget
@@ -357,18 +358,28 @@ class QuantizeRequest:
             select_backend("cuda")
 
     def plan(
-        self, source: CheckpointSource, codec: Codec, method: Method, formats: Mapping[str, Codec | str] | None = None
+        self,
+        source: CheckpointSource,
+        codec: Codec,
+        method: Method,
+        formats: Mapping[str, Codec | str] | None = None,
+        progress: Progress | None = None,
     ) -> Plan:
         """What becomes of every tensor.
 
+        Which weights trellises keep apart is looked for in the weights, but in a dry run of a model that is not
+        calibrated.
+
         Args:
             formats: of mixed widths or a plan file, by the matrix's name; --override wins over them.
+            progress: told of weights that are read.
         """
         from kbit.quantizers.calibrated import CalibratedRounding
+        from kbit.quantizers.outlier_counts import with_outliers
         from kbit.quantizers.plan import make_plan
 
         calibrated = isinstance(method, CalibratedRounding)
-        return make_plan(
+        plan = make_plan(
             source,
             codec,
             embedding_bits=self.embedding_bits or (EMBEDDING_BITS if calibrated else None),
@@ -377,6 +388,10 @@ class QuantizeRequest:
             shard_bytes=int(self.shard_size * 1e9),
             method=method,
         )
+        dry = self.dry_run and self.save_plan is None
+        if dry and not (isinstance(method, CalibratedRounding) and method.is_calibrated(source)):
+            return plan
+        return with_outliers(source, plan, method, progress)
 
 
 def _with_fast_window(format: Codec) -> Codec | None:

@@ -22,7 +22,8 @@ class Trellis(CalibratedRounding):
     about = (
         "trellis codes in rotated columns, errors made good along columns and rows: the fewest bits, slower to decode"
     )
-    version = 3  # errors are passed on within tiles
+    version = 4  # single large weights are kept apart
+    keeps_outliers: ClassVar[bool] = True
     nests: ClassVar[bool] = False
     # Sweeps are of matrices that are no trellises: embeddings, the head.
     rounding = Settings(sweeps=SWEEPS, within_tiles=True)
@@ -37,6 +38,8 @@ class OneSidedTrellis(Trellis):
 
     name = "trellis-plain"
     about = "trellis codes as EXL3 has them (inputs only, one-sided, Hadamard 128, one width), to compare with"
+    version = 3
+    keeps_outliers: ClassVar[bool] = False
     rounding = Settings(two_sided=False)
     mixes: ClassVar[bool] = False
 

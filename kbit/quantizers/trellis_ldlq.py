@@ -25,6 +25,7 @@ import torch
 from kbit.backends.reference.products import product_with_rows
 from kbit.calibration.factors import Factors
 from kbit.formats.blockwise import check_finite
+from kbit.formats.outlier_weights import add_outliers, largest
 from kbit.formats.quant_tensor import QuantTensor
 from kbit.formats.rotation import new_signs, rotate, rotate_factor
 from kbit.formats.trellis import FAST_WINDOW, TILE, TrellisFormat, least_window
@@ -110,6 +111,9 @@ def round_trellis(
     """
     rows, columns = weight.shape
     check_finite(weight, 0, rows, name)
+    apart = largest(lambda start, stop: weight[start:stop], (rows, columns), format.outliers) if format.outliers else {}
+    if apart:
+        weight = add_outliers(weight.clone(), apart, columns, torch.arange(rows), -1)
     rotated = rotate(weight, feedback.signs, format.columns_mixed(columns))
     rotated = torch.nn.functional.pad(rotated, (0, 0, 0, -rows % TILE))
     spread = rotated.square().mean(dim=1, keepdim=True).sqrt()
@@ -122,7 +126,7 @@ def round_trellis(
         strings = _round_by_diagonals(rotated, scales.float(), format, feedback, threads)
     if feedback.inputs is not None:
         scales = format.stored_scales(_refitted(rotated, scales.float(), strings, format, feedback), name)
-    stored = {"codes": strings, "scales": scales[:rows].contiguous(), "signs": feedback.signs}
+    stored = {"codes": strings, "scales": scales[:rows].contiguous(), "signs": feedback.signs, **apart}
     return QuantTensor(format, (rows, columns), stored, torch.zeros(0))
 
 

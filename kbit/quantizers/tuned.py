@@ -88,7 +88,8 @@ class TunedTrellis(TunedTwoSided):
     about = (
         "trellis matrix after matrix, the rest tuned against the original in between, kept if that helps: much slower"
     )
-    version = 4
+    version = 5  # single large weights are kept apart
+    keeps_outliers: ClassVar[bool] = True
     rounding = Trellis.rounding
 
     def format(self, bits: float, fast: bool) -> Codec:

@@ -41,7 +41,10 @@ from kbit.kernels.triton.target import active
 
 F = TypeVar("F", bound=Callable[..., Any])
 
-_PARTS = ("scales", "scales_super", "offsets", "offsets_super", "table", "table8", "dense", "rotation")
+_PARTS = (
+    *("scales", "scales_super", "offsets", "offsets_super", "table", "table8", "dense"),
+    *("rotation", "outlier_spans", "outlier_places", "outliers"),
+)
 _FIXED = ("format", "shape", "padded", "kind", "zero", "multiplier", "lift", "bits", "block_size", "mixed")
 _FIXED_FURTHER = ("window", "half", "activations", "multiplier8")
 

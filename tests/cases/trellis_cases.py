@@ -6,6 +6,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from kbit.formats.outlier_weights import PLACES, VALUES
 from kbit.formats.quant_tensor import QuantTensor
 from kbit.formats.registry import parse_format
 from kbit.kernels.reference_trellis import UNIT, doublings, seam
@@ -18,6 +19,11 @@ def trellis_tensor(format: str, rows: int, columns: int) -> QuantTensor:
     stored = {}
     for name, part in codec.parts(rows, columns).items():
         stored[name] = torch.randint(0, 256, part.shape, dtype=torch.uint8, generator=generator)
+    if VALUES in stored:  # the last one is not used
+        count = len(stored[VALUES])
+        places = 1 + torch.randperm(rows * columns - 1, generator=generator)[: count - 1].sort().values
+        stored[PLACES] = torch.nn.functional.pad(places, (1, 0)).int()
+        stored[VALUES] = torch.nn.functional.pad(20 * torch.randn(count - 1, generator=generator), (1, 0)).half()
     stored["scales"] = (torch.rand(rows, 1, generator=generator) + 0.1).half()
     return QuantTensor(codec, (rows, columns), stored, torch.zeros(0))
 

@@ -95,7 +95,7 @@ def test_decoding_is_what_the_bits_say(text: str) -> None:
                 assert float(rotated[row, 16 * tile_column + column]) == pytest.approx(expected, rel=1e-6, abs=1e-12)
 
 
-@pytest.mark.parametrize("text", ["trellis2", "trellis3", "trellis3.5", "trellis7"])
+@pytest.mark.parametrize("text", ["trellis2", "trellis3", "trellis3.5-o32", "trellis7"])
 def test_rows_are_decoded_alone(text: str) -> None:
     weight = trellis_tensor(text, 40, 48)
     whole = weight.dequantize()
@@ -179,7 +179,7 @@ def test_what_cannot_be_encoded_is_said() -> None:
     assert torch.equal(zeros.dequantize(), torch.zeros(16, 32))
 
 
-@pytest.mark.parametrize("text", ["trellis3-h64", "trellis2", "trellis2.5", "trellis8"])
+@pytest.mark.parametrize("text", ["trellis3-h64", "trellis2", "trellis2.5-o64", "trellis8"])
 def test_parts_hold_the_same_values(text: str) -> None:
     weight = trellis_tensor(text, 48, 192)
     whole = weight.dequantize()

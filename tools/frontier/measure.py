@@ -31,6 +31,7 @@ from kbit.quantizers.calibrated import CalibratedRounding
 from kbit.quantizers.method import Method, MethodInput
 from kbit.quantizers.methods import METHODS, get_method
 from kbit.quantizers.mixed import Budget, mixed_formats
+from kbit.quantizers.outlier_counts import with_outliers
 from kbit.quantizers.plan import Plan, make_plan
 from kbit.text.tokenizer import Tokenizer
 from kbit.text.windows import choose_context, make_windows
@@ -182,12 +183,12 @@ def named_plan(source: CheckpointSource, format_name: str, method: Method) -> Pl
         UsageError: the method has no use for it.
     """
     if not format_name.startswith(_MIXED):
-        return make_plan(source, parse_format(format_name), method=method)
+        return with_outliers(source, make_plan(source, parse_format(format_name), method=method), method)
     if not isinstance(method, CalibratedRounding):
         raise UsageError(f"{method.name} does not weigh widths: {format_name} passed over")
     bits = float(format_name.removeprefix(_MIXED).removesuffix(_FAST))
     format = method.format(4, fast=format_name.endswith(_FAST))
-    plain = make_plan(source, format or parse_format("nf4-b64"), method=method)
+    plain = with_outliers(source, make_plan(source, format or parse_format("nf4-b64"), method=method), method)
     linear = sum(tensor.source.numel for tensor in plain.tensors if tensor.role == "linear")
     kept = sum(tensor.nbytes for tensor in plain.tensors if tensor.role != "linear")
     found = mixed_formats(source, plain, method, Budget(nbytes=int(linear * bits / 8) + kept), ())

@@ -11,8 +11,9 @@ from numpy.typing import NDArray
 
 from kbit import _native
 from kbit.formats.codec import no_kernel
+from kbit.formats.outlier_weights import PLACES, VALUES
 from kbit.formats.quant_format import plane_widths
-from kbit.formats.stored import AnyStored, DenseMatrix, StoredMatrix
+from kbit.formats.stored import AnyStored, DenseMatrix, StoredMatrix, widened
 from kbit.formats.stored_nested import StoredNested
 from kbit.formats.stored_planes import StoredPlanes
 from kbit.formats.trellis import TrellisFormat, integer_codes
@@ -141,10 +142,11 @@ def _trellis(stored: StoredMatrix, context: Context) -> Matrix:
     assert isinstance(format, TrellisFormat)
     parts, mixed = stored.parts, format.columns_mixed(columns)
     if format.code != "int":
-        return _native.Matrix.trellis(
+        matrix = _native.Matrix.trellis(
             parts["codes"], format.bits, format.code, format.window, columns, parts["scales"], parts["signs"], mixed,
             context, format.half,
         )  # fmt: skip
+        return _with_outliers(matrix, stored)
     codes, planes, shift = integer_codes(parts["codes"], format.bits, stored.shape[0]), [], 0
     for width in plane_widths(format.bits):
         plane = np.empty((len(codes), -(-codes.shape[1] * width // 8)), dtype=np.uint8)
@@ -152,10 +154,20 @@ def _trellis(stored: StoredMatrix, context: Context) -> Matrix:
         planes.append(plane)
         shift += width
     levels = np.arange(1 << format.bits, dtype=np.float32) - np.float32(1 << format.bits - 1)
-    return _native.Matrix.quantized(
+    matrix = _native.Matrix.quantized(
         planes, format.bits, columns, 0, parts["scales"], None, "fp16", levels * np.float32(format.step), context,
         parts["signs"], mixed,
     )  # fmt: skip
+    return _with_outliers(matrix, stored)
+
+
+def _with_outliers(matrix: Matrix, stored: StoredMatrix) -> Matrix:
+    """The matrix with those weights that are kept apart from its codes."""
+    if VALUES in stored.parts:
+        values = widened(stored.parts[VALUES], "fp16")
+        rows, columns = np.divmod(stored.parts[PLACES][values != 0], np.int32(stored.shape[1]))
+        matrix.keep_apart(rows, columns, values[values != 0])
+    return matrix
 
 
 # How a matrix of each codec gets into the native layout, by family.

@@ -20,6 +20,7 @@ from kbit.formats.nested import NestedFormat
 from kbit.quantizers.calibrated import CalibratedRounding
 from kbit.quantizers.method import Method, MethodInput, QuantizedSource
 from kbit.quantizers.methods import get_method
+from kbit.quantizers.outlier_counts import with_outliers
 from kbit.quantizers.plan import Plan, make_plan
 from kbit.quantizers.settings import Nesting
 from kbit.scaling.points import ORIGINAL, Point
@@ -123,7 +124,8 @@ def plan_cell(source: CheckpointSource, cell: Cell, arithmetic: Arithmetic) -> P
     """
     if cell.format is None:
         return None
-    return make_plan(source, cell.format, embedding_bits=arithmetic.embedding_bits)
+    plan = make_plan(source, cell.format, embedding_bits=arithmetic.embedding_bits)
+    return with_outliers(source, plan, get_method(cell.method))
 
 
 def planned_bits(plan: Plan, cell: Cell, *roles: str) -> int:

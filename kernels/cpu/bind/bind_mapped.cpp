@@ -41,7 +41,8 @@ template <typename Owner> ByteView view_of(const std::uint8_t* begin, std::size_
 std::shared_ptr<MatrixStorage> map_matrix(std::shared_ptr<MappedFile> file, std::int64_t rows, std::int64_t columns,
                                           int bits, std::int64_t block_size, const std::string& kind, bool offsets,
                                           const std::vector<std::uint64_t>& begins, const std::string& code,
-                                          int window, std::int64_t mixed, bool apart, bool half) {
+                                          int window, std::int64_t mixed, bool apart, bool half,
+                                          std::int64_t outliers) {
   require_sizes(rows, columns, block_size);
   if ((bits != 0 && (bits < 2 || bits > 8)) || block_size < 0 ||
       block_size % 16 || (apart && bits < 3) ||
@@ -56,7 +57,10 @@ std::shared_ptr<MatrixStorage> map_matrix(std::shared_ptr<MappedFile> file, std:
   }
   require_trellis(what, bits, half, window);
   require_mixed(mixed, columns);
-  return MatrixStorage::mapped({rows, columns, bits, block_size, number_named(kind), offsets, what, window, mixed, apart, half},
+  require(outliers >= 0 && (outliers == 0 || mixed > 0) && outliers <= rows * columns,
+          "there are not so many weights to keep apart");
+  return MatrixStorage::mapped({rows, columns, bits, block_size, number_named(kind), offsets, what, window, mixed, apart, half,
+                                outliers},
                                std::move(file), places);
 }
 
@@ -140,6 +144,7 @@ void bind_mapped(nb::module_& module) {
                found["window"] = d.window;
                found["mixed"] = d.mixed;
                found["half"] = d.half;
+               found["outliers"] = d.outliers;
                return found;
              },
              nb::arg("matrix"), "What map_matrix wants to know of a prepared matrix.");
@@ -158,6 +163,7 @@ void bind_mapped(nb::module_& module) {
   module.def("map_matrix", &map_matrix, nb::arg("file"), nb::arg("rows"), nb::arg("columns"), nb::arg("bits"),
              nb::arg("block_size"), nb::arg("kind"), nb::arg("offsets"), nb::arg("begins"), nb::arg("code") = "planes",
              nb::arg("window") = 0, nb::arg("mixed") = 0, nb::arg("apart") = false, nb::arg("half") = false,
+             nb::arg("outliers") = 0,
              "A matrix whose arrays lie in a file, each from one of `begins` on.");
 }
 

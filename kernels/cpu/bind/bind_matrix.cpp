@@ -162,6 +162,14 @@ void bind_matrix(nb::module_& module) {
              for (std::size_t i = 0; i < places.shape(0); ++i) m.take(places.data()[i], panels.data()[i]);
            },
            nb::arg("places"), nb::arg("panels"), "Copies panels into a selection. No pass may use it meanwhile.")
+      .def("keep_apart",
+           [](MatrixStorage& m, const Array<const std::int32_t, 1>& rows, const Array<const std::int32_t, 1>& columns,
+              const Array<const float, 1>& values) {
+             require(rows.shape(0) == columns.shape(0) && rows.shape(0) == values.shape(0), "every weight has a row and a column");
+             m.keep_apart(rows.data(), columns.data(), values.data(), static_cast<std::int64_t>(rows.shape(0)));
+           },
+           nb::arg("rows"), nb::arg("columns"), nb::arg("values"),
+           "Weights to add to those of rotated codes, rows ascending. Once, before the matrix is used.")
       .def_prop_ro("rows", [](const MatrixStorage& m) { return m.matrix().rows; })
       .def_prop_ro("columns", [](const MatrixStorage& m) { return m.matrix().columns; })
       .def_prop_ro("bits", [](const MatrixStorage& m) { return m.matrix().bits; })

@@ -98,6 +98,12 @@ struct Matrix {
   std::int32_t window_mask = 0;         // of a trellis: 2^L - 1
   std::int64_t mixed = 0;               // columns that one Hadamard matrix mixes, a power of two; 0: not rotated
   const float* rotation = nullptr;      // (K up to the next multiple of 16): a sign / sqrt(mixed)
+  // Of rotated columns: weights that are kept apart, by their rows, and are added to what is rotated.
+  std::int64_t outliers = 0;
+  const std::int32_t* outlier_rows = nullptr;     // ascending
+  const std::int32_t* outlier_columns = nullptr;
+  const float* outlier_values = nullptr;
+  const std::int32_t* panel_of = nullptr;  // of a selection: which panel of the whole, whose rows outliers have, is here
   bool direct = false;                  // 8 bits, and level = code - 128: no lookup needed
   bool plain = false;                   // up to 7 bits, and level = code - zero: no lookup either
   std::int32_t zero = 0;

@@ -63,6 +63,7 @@ void MatrixStorage::lay_out(const Description& what) {
   m.half = what.half;
   m.window_mask = (std::int32_t{1} << what.window) - 1;
   m.mixed = what.mixed;
+  m.outliers = what.outliers;
   if (what.kind == Number::steps) {
     const std::int64_t per_group = kStepColumns / m.block;
     m.group_shift = m.block == 16 ? 4 : 3;
@@ -82,13 +83,17 @@ std::array<std::size_t, kArrays> MatrixStorage::sizes() const {
   std::array<std::size_t, kArrays> found{
       m.apart ? plane(2) : static_cast<std::size_t>(m.panels * m.panel_bytes()), scales,
       description_.offsets ? scales : 0,
-      sizeof(float) * (codebook_size() + (m.mixed ? static_cast<std::size_t>((m.columns + 15) / 16 * 16) : 0))};
+      sizeof(float) * (codebook_size() + rotation_size() + 3 * static_cast<std::size_t>(m.outliers))};
   for (int i = 0; m.apart && i < m.bits - 2; ++i) found[static_cast<std::size_t>(kPlainArrays + i)] = plane(1);
   return found;
 }
 
 std::size_t MatrixStorage::codebook_size() const {
   return matrix_.bits && matrix_.code == Code::planes ? std::size_t{1} << matrix_.bits : 0;
+}
+
+std::size_t MatrixStorage::rotation_size() const {
+  return matrix_.mixed ? static_cast<std::size_t>((matrix_.columns + 15) / 16 * 16) : 0;
 }
 
 std::size_t MatrixStorage::nbytes() const {
@@ -161,8 +166,10 @@ std::shared_ptr<MatrixStorage> MatrixStorage::selection(std::shared_ptr<const Ma
     m.further[i] = storage->further_[i].data();
   }
   storage->codebook_ = whole->codebook_;
-  if (m.bits) storage->point_at_codebook();
+  storage->panel_of_.resize(static_cast<std::size_t>(panels));
+  m.panel_of = storage->panel_of_.data();
   storage->whole_ = std::move(whole);
+  if (m.bits) storage->point_at_codebook();
   for (std::int64_t place = 0; place < panels; ++place) storage->take(place, 0);
   return storage;
 }
@@ -178,6 +185,7 @@ void MatrixStorage::take(std::int64_t place, std::int64_t panel) {
     std::memcpy(const_cast<std::uint8_t*>(to[i].begin) + static_cast<std::size_t>(place) * bytes,
                 from[i].begin + static_cast<std::size_t>(panel) * bytes, bytes);
   }
+  panel_of_[static_cast<std::size_t>(place)] = static_cast<std::int32_t>(panel);
 }
 
 std::shared_ptr<MatrixStorage> MatrixStorage::quantized(const QuantizedParts& parts, Team& team) {
@@ -332,6 +340,7 @@ void MatrixStorage::take_rotation(const std::uint8_t* signs) {
 void MatrixStorage::point_at_codebook() {
   matrix_.codebook = codebook_.data();
   if (matrix_.mixed) matrix_.rotation = codebook_.data() + codebook_size();
+  if (matrix_.outliers) point_at_outliers();
   if (matrix_.code == Code::planes) choose_levels();
 }
 

@@ -74,10 +74,11 @@ struct Description {
   std::int64_t mixed = 0;   // columns that one Hadamard matrix mixes; 0: not rotated
   bool apart = false;       // nested codes of 3 bits or more
   bool half = false;        // of a trellis: half a bit more
+  std::int64_t outliers = 0;  // weights kept apart
 };
 
-// A prepared matrix's arrays: data, scales, offsets, codebook (where there are codes of one, with the rotation behind it), then
-// the streams of further bits.
+// A prepared matrix's arrays: data, scales, offsets, codebook (where there are codes of one, with the rotation behind it, and
+// behind that the rows, columns and values of outliers), then the streams of further bits.
 constexpr int kPlainArrays = 4, kArrays = kPlainArrays + kFurtherBits;
 struct Bytes {
   const std::uint8_t* begin = nullptr;
@@ -106,6 +107,10 @@ class MatrixStorage {
   // place or panel.
   void take(std::int64_t place, std::int64_t panel);
 
+  // Weights to keep apart from the codes of rotated columns, (count) each, rows ascending. To be called once, before the
+  // matrix is used. Throws std::invalid_argument: columns are not rotated, or there are no such weights.
+  void keep_apart(const std::int32_t* rows, const std::int32_t* columns, const float* values, std::int64_t count);
+
   const Matrix& matrix() const { return matrix_; }
   const Description& description() const { return description_; }
   std::array<Bytes, kArrays> arrays() const;
@@ -122,9 +127,11 @@ class MatrixStorage {
   // Bytes each array has.
   std::array<std::size_t, kArrays> sizes() const;
   std::size_t codebook_size() const;  // floats
+  std::size_t rotation_size() const;  // floats
   void choose_levels();
   void take_rotation(const std::uint8_t* signs);
   void point_at_codebook();
+  void point_at_outliers();
   void take_numbers(const QuantizedParts& parts, Team& team);
   bool take_steps(const QuantizedParts& parts, Team& team);
 
@@ -136,6 +143,8 @@ class MatrixStorage {
   std::shared_ptr<const MappedFile> file_;
   std::shared_ptr<const MatrixStorage> whole_;  // of a selection
   std::vector<float> codebook_;
+  std::vector<std::int32_t> outlier_places_;  // rows, then columns
+  std::vector<std::int32_t> panel_of_;        // of a selection
   std::vector<std::int8_t> high_, low_;
 };
 

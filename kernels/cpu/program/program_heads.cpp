@@ -98,6 +98,11 @@ void Program::multiply_heads_backward(Worker& worker, const HeadsInstruction& h,
       float* row = out.data() + i / h.heads * out.stride + i % h.heads * made + first;
       context_->kernels->rotate_row(unsigned_rotation, row, mixed.data());
       for (std::int64_t k = 0; k < w.columns; ++k) row[k] = mixed[static_cast<std::size_t>(k)] * w.rotation[k];
+      const float* from = x.data() + i / h.heads * x.stride + i % h.heads * has + first;
+      const std::int64_t top = i % h.heads * summed;  // the head's first row of the matrix
+      const std::int32_t *begin_row = w.outlier_rows, *end_row = begin_row + w.outliers;
+      for (auto* at = std::lower_bound(begin_row, end_row, top); at < end_row && *at < top + summed; ++at)
+        row[w.outlier_columns[at - begin_row]] += w.outlier_values[at - begin_row] * from[*at - top];
     }
   });
 }

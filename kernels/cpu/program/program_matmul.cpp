@@ -161,6 +161,27 @@ void Program::add_spikes(const MatmulInput& fine, const MatmulTask& task, const 
     context_->kernels->add(staging + i * width, task.out + (rows[i] - task.row_begin) * task.out_stride, width);
 }
 
+namespace {
+
+// Adds the products of weights that are kept apart from a rotated matrix's codes, with x as it is.
+void add_outliers(const MatmulInput& x, const MatmulTask& task) {
+  const Matrix& w = *task.w;
+  const std::int32_t *first = w.outlier_rows, *last = first + w.outliers;
+  for (std::int64_t panel = task.panel_begin; panel < task.panel_end; ++panel) {
+    const std::int64_t row = (w.panel_of ? w.panel_of[panel] : panel) * kPanelRows;  // of the whole matrix
+    const std::int32_t* at = std::lower_bound(first, last, row);
+    for (; at < last && *at < row + kPanelRows; ++at) {
+      const std::int64_t i = at - first, k = w.outlier_columns[i];
+      const float value = w.outlier_values[i];
+      float* out = task.out + (panel - task.panel_begin) * kPanelRows + (*at - row);
+      for (std::int64_t r = task.row_begin; r < task.row_end; ++r)
+        out[(r - task.row_begin) * task.out_stride] += value * x.x[r * x.x_stride + k];
+    }
+  }
+}
+
+}  // namespace
+
 // Rows [row_begin, row_end) of panels [panel_begin, panel_end) of one matrix (or of gate and up together).
 void Program::matmul_block(const MatmulInstruction& m, const Inputs& inputs, Scratch& scratch, std::size_t which,
                            std::int64_t row_begin, std::int64_t row_end, std::int64_t panel_begin, std::int64_t panel_end,
@@ -176,6 +197,7 @@ void Program::matmul_block(const MatmulInstruction& m, const Inputs& inputs, Scr
   auto multiply = [&](const Matrix& matrix, float* to, std::int64_t stride) {
     MatmulTask task{&matrix, {}, row_begin, row_end, panel_begin, panel_end, to, stride, scratch.kernel.data()};
     run_kernel(inputs, task, reinterpret_cast<float*>(scratch.third.data()));
+    if (matrix.outliers) add_outliers(inputs.view[0], task);
   };
   auto add_bias = [&](std::size_t index, float* to, std::int64_t stride) {
     const std::vector<float>& bias = m.biases[index];

@@ -24,13 +24,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 
 from kbit.formats.codec import no_kernel
 from kbit.formats.nested import NestedFormat
+from kbit.formats.outlier_weights import PLACES, VALUES
 from kbit.formats.planes_codec import PlanesTensor
 from kbit.formats.quant_format import SUPERBLOCK, QuantFormat, plane_widths
 from kbit.formats.quant_tensor import QuantTensor
@@ -76,6 +77,10 @@ class TritonWeight:
         mixed: columns that one Hadamard matrix mixes.
         window: bits of a window.
         half: half a bit more: weights in odd columns have one bit more than `bits`.
+        outlier_spans: of a trellis that keeps weights apart: where those of each tile of 16 rows begin and end, int32
+            (N' / 16, 2).
+        outlier_places: their rows in the tile and columns, int32 (n, 2).
+        outliers: their values, float32 (n,).
     """
 
     format: str
@@ -102,6 +107,9 @@ class TritonWeight:
     mixed: int = 0
     window: int = 0
     half: bool = False
+    outlier_spans: torch.Tensor | None = None
+    outlier_places: torch.Tensor | None = None
+    outliers: torch.Tensor | None = None
 
     @property
     def nested(self) -> bool:
@@ -129,7 +137,8 @@ class TritonWeight:
 
     def _tensors(self) -> list[torch.Tensor]:
         several = (self.dense, *self.planes, self.scales, self.scales_super, self.offsets, self.offsets_super)
-        return [tensor for tensor in (*several, self.table, self.table8, self.rotation) if tensor is not None]
+        apart = (self.outlier_spans, self.outlier_places, self.outliers)
+        return [tensor for tensor in (*several, self.table, self.table8, self.rotation, *apart) if tensor is not None]
 
 
 def prepare_weight(
@@ -201,7 +210,8 @@ def _trellis(matrix: QuantTensor, device: torch.device | str, dtype: torch.dtype
     scales = torch.nn.functional.pad(matrix.stored["scales"].flatten(), (0, -rows % ROW_TILE))
     rotation = sign_values(matrix.stored["signs"]) / math.sqrt(mixed)
     return TritonWeight(
-        str(format),
+        # Without their number: experts that keep different numbers of weights apart are alike to the kernels.
+        str(replace(format, outliers=0)),
         (rows, columns),
         (len(scales), len(rotation)),
         dtype,
@@ -214,7 +224,25 @@ def _trellis(matrix: QuantTensor, device: torch.device | str, dtype: torch.dtype
         mixed=mixed,
         window=format.window,
         half=format.half,
+        **_outliers(matrix, len(scales) // ROW_TILE, device),
     )
+
+
+def _outliers(matrix: QuantTensor, tiles: int, device: torch.device | str) -> dict[str, Any]:
+    """The weights that are kept apart, by tiles of rows; nothing where there are none."""
+    if VALUES not in matrix.stored:
+        return {}
+    used = matrix.stored[VALUES] != 0
+    if not bool(used.any()):
+        return {}
+    places, columns = matrix.stored[PLACES][used].long(), matrix.shape[1]
+    rows = places // columns
+    ends = torch.searchsorted(rows // ROW_TILE, torch.arange(tiles + 1))
+    return {
+        "outlier_spans": torch.stack([ends[:-1], ends[1:]], dim=1).int().to(device),
+        "outlier_places": torch.stack([rows % ROW_TILE, places % columns], dim=1).int().to(device),
+        "outliers": matrix.stored[VALUES][used].float().to(device),
+    }
 
 
 def _nested(matrix: QuantTensor, device: torch.device | str, dtype: torch.dtype) -> TritonWeight:

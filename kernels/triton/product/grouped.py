@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import triton
@@ -101,7 +102,27 @@ def stack_experts(weights: Sequence[TritonWeight]) -> TritonWeight:
         rotation=first.rotation,
         mixed=first.mixed,
         window=first.window,
+        half=first.half,
+        **_joined_outliers(weights),
     )
+
+
+def _joined_outliers(weights: Sequence[TritonWeight]) -> dict[str, Any]:
+    """The weights that trellises keep apart, one matrix's after the other's; nothing where none keeps any."""
+    if all(weight.outliers is None for weight in weights):
+        return {}
+    spans, places, values, count = [], [], [], 0
+    for weight in weights:
+        if weight.outliers is None:
+            spans.append(torch.zeros(weight.planes[0].shape[0], 2, dtype=torch.int32, device=weight.device))
+            continue
+        assert weight.outlier_spans is not None
+        assert weight.outlier_places is not None
+        spans.append(weight.outlier_spans + count)
+        places.append(weight.outlier_places)
+        values.append(weight.outliers)
+        count += len(weight.outliers)
+    return {"outlier_spans": torch.cat(spans), "outlier_places": torch.cat(places), "outliers": torch.cat(values)}
 
 
 def group_tokens(experts: torch.Tensor, count: int, tile: int) -> Groups:

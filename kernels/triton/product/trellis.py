@@ -4,8 +4,9 @@ Shapes: x (M, K), W (N, K) prepared by `layout.prepare_weight`, out (M, N).
 
 A program owns 16 rows of W and up to 64 tokens. It decodes 64 columns at a time to levels (`codecs.trellis`),
 multiplies them with the tokens on the tensor cores and sums in float32; a row's scale comes last, then bias, residual
-or the gate's activation. Tokens sorted by expert (`grouped`) go through the same kernel, experts stacked along the row
-tiles.
+or the gate's activation. Single weights that are kept apart from the codes are added one by one to the sums of their
+tile, with the tokens as they were. Tokens sorted by expert (`grouped`) go through the same kernel, experts stacked
+along the row tiles.
 
 Roofline: memory bandwidth for few tokens if decoding kept up, which 17 to 25 instructions a weight do not (an H100 has
 2 to 4 of them in that time). A first version: checked in the interpreter and by its machine code, not timed on a GPU.
@@ -29,13 +30,14 @@ _COLUMNS, _MOST_TOKENS = 64, 64
 @triton.jit
 def trellis_kernel(
     x_ptr, out_ptr, bias_ptr, residual_ptr, gate_ptr, order_ptr, expert_ptr, words_ptr, scales_ptr,
-    tokens, out_rows, columns, row_tiles, stride_x, stride_out, stride_residual, stride_gate, step,
+    plain_ptr, spans_ptr, places_ptr, apart_ptr,
+    tokens, out_rows, columns, row_tiles, stride_x, stride_out, stride_residual, stride_gate, stride_plain, step,
     BITS: tl.constexpr, HALF: tl.constexpr, CODE: tl.constexpr, WINDOW: tl.constexpr, BM: tl.constexpr,
     COLUMNS: tl.constexpr, PRECISION: tl.constexpr, GATE: tl.constexpr, BIAS: tl.constexpr, RESIDUAL: tl.constexpr,
-    GROUPED: tl.constexpr, TOP: tl.constexpr,
+    GROUPED: tl.constexpr, TOP: tl.constexpr, OUTLIERS: tl.constexpr,
 ):  # fmt: skip
     """Grid (N' / 16, token tiles). With GATE the result is act(gate) times the product; GROUPED and TOP as in
-    gemm_kernel."""
+    gemm_kernel. With OUTLIERS weights that are kept apart meet the tokens as they are (plain)."""
     tile = tl.program_id(0)
     m = tl.program_id(1) * BM + tl.arange(0, BM)
     k = tl.arange(0, COLUMNS)
@@ -57,6 +59,12 @@ def trellis_kernel(
     seen = (rows < out_rows) & (m[None, :] < tokens)
     scale = tl.load(scales_ptr + stored * 16 + tl.arange(0, 16)[:, None]).to(tl.float32)
     sums = acc * (scale * step)
+    if OUTLIERS:
+        for i in range(tl.load(spans_ptr + 2 * stored), tl.load(spans_ptr + 2 * stored + 1)):
+            own = tl.arange(0, 16)[:, None] == tl.load(places_ptr + 2 * i)
+            at = plain_ptr + x_row[None, :] * stride_plain + tl.load(places_ptr + 2 * i + 1)
+            x = tl.load(at, mask=m[None, :] < tokens, other=0.0).to(tl.float32)
+            sums += tl.where(own, tl.load(apart_ptr + i), 0.0) * x
     if BIAS:
         sums += tl.load(bias_ptr + rows, mask=rows < out_rows, other=0.0).to(tl.float32)
     if RESIDUAL:
@@ -125,13 +133,16 @@ def launch_trellis(
     assert weight.scales is not None
     turned = rotate_tokens(x, weight.rotation, weight.mixed)
     tokens, rows = out.shape
+    apart = (weight.outlier_spans, weight.outlier_places, weight.outliers)
     trellis_kernel[(weight.padded[0] // ROW_TILE, token_tiles)](
         turned, out, out if bias is None else bias, out if residual is None else residual,
         out if gate is None else gate, out if order is None else order, out if experts is None else experts,
-        weight.planes[0], weight.scales,
+        weight.planes[0], weight.scales, x, *(out if part is None else part for part in apart),
         tokens, rows, turned.shape[1], turned.shape[1] // 16, turned.stride(0), out.stride(0),
-        0 if residual is None else residual.stride(0), 0 if gate is None else gate.stride(0), weight.multiplier,
+        0 if residual is None else residual.stride(0), 0 if gate is None else gate.stride(0), x.stride(0),
+        weight.multiplier,
         BITS=weight.bits, HALF=int(weight.half), CODE=weight.kind.removeprefix("trellis-"), WINDOW=weight.window,
         BM=block, COLUMNS=_COLUMNS, PRECISION=dot_precision(x.dtype, current_arch()), GATE="" if gate is None else kind,
-        BIAS=bias is not None, RESIDUAL=residual is not None, GROUPED=order is not None, TOP=top, num_warps=4,
+        BIAS=bias is not None, RESIDUAL=residual is not None, GROUPED=order is not None, TOP=top,
+        OUTLIERS=weight.outliers is not None, num_warps=4,
     )  # fmt: skip

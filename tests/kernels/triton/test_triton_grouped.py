@@ -64,7 +64,7 @@ def test_against_one_product_per_token(
         assert_within(got[entry : entry + 1].float(), reference.linear(row, weights[expert]), bound)
 
 
-@pytest.mark.parametrize("text", ["trellis2", "trellis5-l12-h16", "trellis8"])
+@pytest.mark.parametrize("text", ["trellis2-o8", "trellis5-l12-h16", "trellis3.5", "trellis8"])
 @pytest.mark.parametrize(("tokens", "top", "count"), [(5, 2, 4), (40, 1, 3)])
 def test_experts_of_trellises(device: str, text: str, tokens: int, top: int, count: int) -> None:
     check_grouped(device, text, tokens, top, count)
@@ -73,7 +73,7 @@ def test_experts_of_trellises(device: str, text: str, tokens: int, top: int, cou
 def test_a_trellis_layers_gate_and_second_product(device: str) -> None:
     """The gate's activation, rows per entry, entries that are left out."""
     rows, columns, top = 24, 48, 2
-    weights = [trellis_tensor("trellis3", rows, columns) for _ in range(3)]
+    weights = [trellis_tensor(text, rows, columns) for text in ("trellis3-o8", "trellis3", "trellis3-o32")]
     for index, weight in enumerate(weights):
         weight.stored["codes"] ^= index  # of other values each
     stacked = stack_experts([prepare_weight(weight, device, torch.float32) for weight in weights])

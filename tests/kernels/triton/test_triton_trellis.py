@@ -23,7 +23,14 @@ from kbit.kernels.triton.product.rounded import with_activations  # noqa: E402
 
 @pytest.mark.parametrize(
     "text",
-    [*(f"trellis{bits}" for bits in range(2, 9)), "trellis2-sum4", "trellis3-l12-h64", "trellis2.5", "trellis5.5"],
+    [
+        *(f"trellis{bits}" for bits in range(2, 9)),
+        "trellis2-sum4",
+        "trellis3-l12-h64",
+        "trellis2.5",
+        "trellis5.5",
+        "trellis4-o64",
+    ],
 )
 def test_every_width_and_code(device: str, text: str) -> None:
     check_trellis(device, text, (1, 24, 320), torch.float16)
@@ -35,7 +42,7 @@ def test_every_activation_type(device: str, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("shape", [(1, 1, 16), (3, 17, 100), (70, 33, 257), (2, 16, 1024)])
-@pytest.mark.parametrize("text", ["trellis2", "trellis3.5", "trellis5"])
+@pytest.mark.parametrize("text", ["trellis2", "trellis3.5", "trellis5-o8"])
 def test_odd_shapes(device: str, text: str, shape: tuple[int, int, int]) -> None:
     check_trellis(device, text, shape, torch.float16)
 
@@ -51,7 +58,7 @@ def test_rotated_tokens(device: str) -> None:
 
 
 def test_what_follows_a_product(device: str) -> None:
-    weight, other = trellis_tensor("trellis2.5", 20, 64), trellis_tensor("trellis4", 20, 64)
+    weight, other = trellis_tensor("trellis2.5-o8", 20, 64), trellis_tensor("trellis4-o16", 20, 64)
     first, second = (prepare_weight(w, device, torch.float32) for w in (weight, other))
     x, bias, residual = normal(3, 64, seed=1), normal(1, 20, seed=2)[0], normal(3, 20, seed=3)
     got = matmul(x.to(device), first, bias.to(device), residual.to(device)).cpu()
