@@ -145,7 +145,7 @@ def test_products_by_heads_are_the_references(isa: str, backward: bool) -> None:
     table = torch.randn(70, HEADS * (FIRST + (ROWS if backward else COLUMNS)), generator=generator)
     packed = quantize_blockwise(dense, QuantFormat.parse("nf3-b16"))
     ids = torch.arange(70)
-    for matrix in (dense, packed, trellis_tensor("trellis3", HEADS * ROWS, COLUMNS)):
+    for matrix in (dense, packed, trellis_tensor("trellis3-o64", HEADS * ROWS, COLUMNS)):
         floats = matrix.dequantize() if isinstance(matrix, QuantTensor) else matrix
         wanted = meaning.by_heads(table, floats, HEADS, FIRST, backward)
         for compute in computes(isa):

@@ -75,7 +75,7 @@ def test_experts(device: str, name: str) -> None:
 
 def test_experts_of_mixed_formats(device: str) -> None:
     """By matrix and by expert; of quantile formats each has a table of its own."""
-    formats = ["nf4-b16", "int3-b16", "quantile4-b16", "trellis3-l12"]
+    formats = ["nf4-b16", "trellis3-l12-o4", "quantile4-b16", "trellis3-l12"]
     source = source_of("qwen2-moe", "nf4-b16")
     tensors = dict(source.data)
     for index, name in enumerate(sorted(name for name in tensors if ".experts." in name)):

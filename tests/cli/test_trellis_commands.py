@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from shutil import copytree
 
 import pytest
 import torch
 from decoder_cases import saved_model
-from error_cases import run_command
+from error_cases import edit_tensors, run_command
+from safetensors.torch import load_file
 
 from kbit.backends.select import select_backend
 from kbit.host.errors import UnsupportedError
@@ -56,6 +58,52 @@ def test_a_real_model_is_quantized_and_runs(tmp_path: Path, data_dir: Path) -> N
     code, said, _ = run_command(["info", str(tmp_path / "trellis")])
     assert code == 0
     assert "trellis3-l12" in said
+
+
+def test_large_weights_are_kept_apart(tmp_path: Path, data_dir: Path) -> None:
+    """A real model with two features that `down` takes 512 times as large and `up` gives 512 times as small: the same
+    model, but for a rotation that would spread these weights. Its codes are as good, and what runs them agrees."""
+    original = data_dir / "models" / "novels-0.7m"
+    if not original.exists():
+        pytest.skip(f"{original} is not there")
+    model, features = tmp_path / "model", [5, 99]
+    copytree(original, model)
+
+    def plant(tensors: dict[str, torch.Tensor]) -> None:
+        tensors["model.layers.1.mlp.up_proj.weight"][features] /= 512
+        tensors["model.layers.1.mlp.down_proj.weight"][:, features] *= 512
+
+    edit_tensors(model, plant)
+    text, kl = data_dir / "novels" / "heldout" / "Doyle_Hound_1902.txt", {}
+    words = ["--method", "trellis", "--bits", "3", "--uniform", "--fast", "--calibration-tokens", "2048"]
+    for name, source in (("as it was", original), ("planted", model)):
+        out = tmp_path / name
+        code, said, err = run_command(["quantize", str(source), *words, "--no-measure", "-o", str(out)])
+        assert code == 0, said + err
+        for compute in ("fp32", "int8"):
+            code, said, _ = run_command(
+                ["eval", str(out), "--reference", str(source), "--data", str(text), "--max-tokens", "2048",
+                 "--context", "256", "--compute", compute, "--json"]
+            )  # fmt: skip
+            assert code == 0, said
+            kl[name, compute] = json.loads(said)["kl_mean"]
+    rows = load_file(model / "model.safetensors")["model.layers.1.mlp.down_proj.weight"].shape[0]
+    found = formats_of(tmp_path / "planted")
+    assert {name: format for name, format in found.items() if "-o" in format} == {
+        "model.layers.1.mlp.down_proj.weight": f"trellis3-l12-o{2 * rows}"
+    }
+    assert kl["planted", "fp32"] < 1.1 * kl["as it was", "fp32"]
+    assert kl["planted", "int8"] == pytest.approx(kl["planted", "fp32"], rel=0.1)
+    again = run_command(["quantize", str(model), *words, "--no-measure", "-o", str(tmp_path / "planted")])
+    assert "already complete" in again[1]
+    said = run_command(["info", str(tmp_path / "planted")])[1]
+    assert "trellis3-l12 " in said
+    runs = {}
+    for backend in ("native", "reference"):
+        with open_model(str(tmp_path / "planted")) as source:
+            decoder = load_decoder(source, select_backend(backend=backend, compute="fp32"))
+            runs[backend] = torch.as_tensor(decoder.forward(torch.arange(40)[None] + 50, decoder.new_cache(1, 64)))
+    assert torch.allclose(runs["native"], runs["reference"], atol=2e-3)
 
 
 def test_half_widths_run_with_int8_activations(tmp_path: Path, data_dir: Path) -> None:

@@ -11,7 +11,7 @@ from trellis_cases import level, ring_windows, trellis_tensor
 
 from kbit import _native
 from kbit.formats.codec import Cut
-from kbit.formats.registry import parse_format
+from kbit.formats.registry import kind_of, parse_format
 from kbit.formats.rotation import new_signs, rotate, rotate_factor, sign_values, unrotate
 from kbit.formats.trellis import TrellisFormat
 from kbit.formats.trellis_code import normal_error, search
@@ -29,6 +29,8 @@ FORMATS = (
     "trellis3.5-l12-h128",
     "trellis4.5",
     "trellis5.5-l12",
+    "trellis2-sum4-l12-h128-o64",
+    "trellis8-o4",
 )
 
 
@@ -62,6 +64,9 @@ def test_a_name_says_everything(text: str) -> None:
         ("trellis3-h1024", "power of two"),
         ("trellis3-h0", "no format"),
         ("trellis3-h128-l12", "in this order"),
+        ("trellis3-o4-h128", "in this order"),
+        ("trellis3-o0", "no weights apart"),
+        ("trellis3-o70000", "65536 are the most"),
     ],
 )
 def test_what_is_no_format_is_said(text: str, said: str) -> None:
@@ -198,6 +203,11 @@ def test_other_widths_beside_it() -> None:
     assert str(parse_format("trellis3").at_width(3)) == "nf3-b64"  # a trellis is not looked up row by row
     fast = TrellisFormat(3, window=12)
     assert [str(fast.with_bits(bits)) for bits in (2, 6, 8)] == ["trellis2-l12", "trellis6-l12", "trellis8"]
+    apart = TrellisFormat(3, outliers=16)
+    assert [str(apart.with_bits(bits)) for bits in (2, 7)] == ["trellis2-o16", "trellis7-o16"]
+    assert str(apart.with_short_windows().without_outliers()) == "trellis3-l12"
+    assert kind_of("trellis3-l12-o64") == "trellis3-l12"
+    assert kind_of("nested2..8-b64") == "nested2..8-b64"
     assert [str(fast.with_bits(bits)) for bits in (2.5, 5.5)] == ["trellis2.5-l12", "trellis5.5-l12"]
 
 

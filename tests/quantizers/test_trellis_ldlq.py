@@ -91,6 +91,21 @@ def test_what_is_passed_on_is_made_good(text: str) -> None:
     assert costs[3] < 0.97 * costs[2] if text != "trellis8" else costs[3] == costs[2]
 
 
+@pytest.mark.parametrize("settings", [ONE_SIDED, WITHIN], ids=["one-sided", "within tiles"])
+def test_a_giant_that_is_kept_apart_costs_nothing(settings: Settings) -> None:
+    """One weight of hundreds of times its row's size: with it in the codes all of the matrix suffers."""
+    weight, factors = case(96, 256)
+    plain = Rounder(factors, settings, 256).round(weight, TrellisFormat(4, window=12))
+    expected = factors.divergence(weight - plain.dequantize())
+    weight[17, 200] = 480 * weight.square().mean().sqrt()
+    costs = {}
+    for outliers in (0, 4):
+        format = TrellisFormat(4, window=12, outliers=outliers)
+        rounded = Rounder(factors, settings, 256).round(weight, format)
+        costs[outliers] = factors.divergence(weight - rounded.dequantize())
+    assert costs[4] < 1.1 * expected < 0.15 * costs[0]
+
+
 def test_factors_within_tiles_are_those_of_what_a_tile_adds() -> None:
     """What columns of tiles count given those to their left, and rows given those above: a Schur complement."""
     _, factors = case(40, 64)

@@ -41,7 +41,7 @@ def multiply(matrix: _native.Matrix, context: _native.Context, x: torch.Tensor) 
 
 
 @pytest.mark.parametrize(
-    "name", [*PLANES, "nested-2", "nested-3", "nested-8", "trellis3", "trellis2.5", "float32", "bfloat16"]
+    "name", [*PLANES, "nested-2", "nested-3", "nested-8", "trellis3-o64", "trellis2.5", "float32", "bfloat16"]
 )
 def test_selected_panels_give_the_bits_of_the_whole(name: str) -> None:
     context = _native.Context(None, 2)

@@ -197,3 +197,36 @@ def test_rotated_columns_with_scales_for_few_of_them_are_refused() -> None:
             matrix(block)
     for block in (0, 64, 192):
         assert matrix(block).rows == 3
+
+
+def test_weights_that_a_matrix_cannot_keep_apart_are_refused(tmp_path: Path) -> None:
+    context = _native.Context("scalar", 1)
+
+    def matrix(format: str = "trellis3") -> _native.Matrix:
+        return prepare(trellis_tensor(format, 40, 64), context).matrix
+
+    def arrays(rows: list[int], columns: list[int], values: list[float]) -> tuple[np.ndarray, ...]:
+        return np.array(rows, np.int32), np.array(columns, np.int32), np.array(values, np.float32)
+
+    for rows, columns, value in (([40, 41], [0, 1], 1.0), ([3, 2], [0, 1], 1.0), ([0, 1], [0, 64], 1.0),
+                                 ([-1, 1], [0, 1], 1.0), ([0, 1], [-1, 1], 1.0), ([0, 1], [0, 1], np.inf)):  # fmt: skip
+        with pytest.raises(ValueError, match="no such weights"):
+            matrix().keep_apart(*arrays(rows, columns, [1.0, value]))
+    with pytest.raises(ValueError, match="a row and a column"):
+        matrix().keep_apart(*arrays([1], [1, 2], [1.0]))
+    with pytest.raises(ValueError, match="rotated columns, once"):
+        matrix("trellis3-o8").keep_apart(*arrays([1], [2], [1.0]))
+    with pytest.raises(ValueError, match="rotated columns, once"):
+        prepare(torch.ones(40, 64), context).matrix.keep_apart(*arrays([1], [2], [1.0]))
+    # And in a prepared file whose bytes have changed.
+    kept = matrix("trellis3-o8")
+    begins, data = [], b""
+    for array in _native.matrix_arrays(kept):
+        begins.append(len(data))
+        data += array.tobytes() + bytes(-len(array) % 64)
+    end = begins[3] + len(_native.matrix_arrays(kept)[3])
+    for first, number in ((end - 3 * 4 * 7, 1000), (end - 2 * 4 * 7, -5)):  # a row, and a column
+        path = tmp_path / f"prepared{number}"
+        path.write_bytes(data[:first] + np.int32(number).tobytes() + data[first + 4 :])
+        with pytest.raises(ValueError, match="no such weights"):
+            _native.map_matrix(_native.MappedFile(str(path)), **_native.describe_matrix(kept), begins=begins)
