@@ -212,6 +212,8 @@ def cases() -> list[Case]:
         trellis_case("trellis3.5", 1),
         trellis_case("trellis4", 1),
         trellis_case("trellis3", 64),
+        trellis_case("trellis3-o1024", 1),
+        trellis_case("trellis3-o1024", 64),
         *(
             search_case(f"trellis{width}", passed_on=passed_on)
             for passed_on in (False, True)

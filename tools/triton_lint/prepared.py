@@ -74,4 +74,7 @@ def meta_weight(text: str, shape: tuple[int, int], dtype: torch.dtype, activatio
         table=empty(real.table),
         table8=empty(real.table8),
         rotation=empty(real.rotation),
+        outlier_spans=grown(real.outlier_spans),
+        outlier_places=empty(real.outlier_places),
+        outliers=empty(real.outliers),
     )
