@@ -33,6 +33,7 @@ def note_quantized_source(plan: Plan) -> None:
 def note_plan(plan: Plan, costs: Mapping[str, float]) -> None:
     """Say on stderr what mixed widths came to: a line for each role and format."""
     from kbit.cli.output import size
+    from kbit.formats.quant_format import QuantFormat
     from kbit.formats.registry import kind_of
     from kbit.formats.trellis import TrellisFormat
 
@@ -49,9 +50,10 @@ def note_plan(plan: Plan, costs: Mapping[str, float]) -> None:
         known = [costs[tensor.source.name] for tensor in tensors if tensor.source.name in costs]
         cost = f"predicted KL {sum(known):.2g}" if known else "not predicted"
         lines.append(f"  {role:<10}{label:<16}{len(tensors):>5} x  {size(nbytes):>10}   {cost}")
-    apart = sum(tensor.format.outliers for tensor in plan.tensors if isinstance(tensor.format, TrellisFormat))
+    formats = [tensor.format for tensor in plan.tensors]
+    apart = sum(format.outliers for format in formats if isinstance(format, QuantFormat | TrellisFormat))
     if apart:
-        lines.append(f"  {apart} large weights of trellises are kept apart, in 16 bits each with their places")
+        lines.append(f"  {apart} large weights are kept apart, in 16 bits each with their places")
     typer.echo(
         f"plan: {size(plan.bytes_after)}, {plan.bits_per_weight():.3f} bits per weight, predicted KL "
         f"{sum(costs.values()):.3g}\n" + "\n".join(lines),

@@ -129,6 +129,8 @@ def terms_of(matrix: StoredMatrix) -> Terms:
     """
     if not isinstance(matrix.format, QuantFormat):
         raise NotOnGrid(f"is held as {matrix.format}, which is no code times a scale")
+    if matrix.format.outliers:
+        raise NotOnGrid(f"keeps weights apart from its codes ({matrix.format})")
     planes, format = StoredPlanes.of(matrix), matrix.format
     scales, kind = planes.kernel_scales("scales")
     offsets, offset_kind = planes.kernel_scales("offsets")

@@ -1,11 +1,11 @@
 """Single weights that are kept apart from a matrix's codes, in 16 bits each with their places.
 
 Some weights are hundreds of times their rows' size (arXiv 2411.07191 finds such "super weights" in the down projections
-of most models), and a rotation spreads one over all columns that it mixes, where it drowns the others. Dense-and-sparse
-formats take them out (SpQR, Dettmers et al., arXiv 2306.03078; SqueezeLLM, arXiv 2306.07629); what is left is like
-normal numbers. A weight of r times its row's spread takes log2(1 + r^2 / K) / 2 bits of each of the row's K weights,
-0.72 r^2 in all, and kept apart 48: it pays from r = 8 on, and since feedback hands errors on, sooner
-(docs/methods.md has what was measured).
+of most models). One makes its block's scale too coarse for the others, and a rotation spreads it over all columns that
+it mixes. Dense-and-sparse formats take them out (SpQR, Dettmers et al., arXiv 2306.03078; SqueezeLLM, arXiv
+2306.07629); what is left is like normal numbers. In a row of one scale a weight of r times its spread takes
+log2(1 + r^2 / K) / 2 bits of each of K weights, 0.72 r^2 in all, and kept apart 48: it pays from r = 8 on, and since
+feedback hands errors on, sooner (docs/methods.md has what was measured).
 
 Stored: outliers, fp16 (n,), and outlier_places, int32 (n,), row * K + column, ascending; what is not used is a zero at
 place 0. n is part of the format.
@@ -14,14 +14,18 @@ place 0. n is part of the format.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, TypeAlias
 
-from kbit.formats.codec import Array, Cut, Part, ReadRows
-from kbit.host.errors import CheckpointError
+from kbit.formats.codec import Array, Codec, Cut, Part, ReadRows
+from kbit.host.errors import CheckpointError, UsageError
 
 if TYPE_CHECKING:
     import torch
+
+    from kbit.formats.quant_tensor import QuantTensor
+
+Encoder: TypeAlias = "Callable[[Codec, ReadRows], QuantTensor]"
 
 VALUES, PLACES = "outliers", "outlier_places"
 # Squares that are this many times a row's mean square are worth their bits.
@@ -30,6 +34,15 @@ LEAST, MOST = 4, 1 << 16  # of a matrix that has any
 _PASSES = 3  # in which rows' spreads are found without their outliers
 _ROWS_AT_ONCE = 1 << 22  # weights
 _PLACES = 1 << 31  # of a matrix that can have any
+
+
+def check_count(count: int, format: str) -> None:
+    """
+    Raises:
+        UsageError: no format keeps so many apart.
+    """
+    if not 0 <= count <= MOST:
+        raise UsageError(f"{format}: {count} weights kept apart; {MOST} are the most")
 
 
 def outlier_parts(count: int) -> dict[str, Part]:
@@ -122,6 +135,32 @@ def scaled_outliers(stored: Mapping[str, torch.Tensor], columns: int, factors: t
     if VALUES not in stored:
         return {}
     return {VALUES: (stored[VALUES].float() * factors[stored[PLACES].long() // columns]).half()}
+
+
+def encode_apart(
+    format: Codec, count: int, plain: Codec, read_rows: ReadRows, shape: tuple[int, int], encode: Encoder
+) -> QuantTensor:
+    """A matrix whose largest weights are kept apart, the others rounded as if these were zeros.
+
+    Args:
+        format: of the whole.
+        count: how many are kept apart.
+        plain: the format of the others.
+        read_rows: of the matrix.
+        shape: (N, K).
+        encode: rounds a matrix, given as rows, to the plain format.
+    """
+    import torch
+
+    from kbit.formats.quant_tensor import QuantTensor
+
+    apart = largest(read_rows, shape, count)
+
+    def others(start: int, stop: int) -> torch.Tensor:
+        return add_outliers(read_rows(start, stop).float().clone(), apart, shape[1], torch.arange(start, stop), -1)
+
+    made = encode(plain, others)
+    return QuantTensor(format, shape, {**made.stored, **apart}, made.codebook)
 
 
 def check_places(name: str, stored: Mapping[str, Any], shape: tuple[int, int]) -> None:

@@ -6,6 +6,7 @@
     float4e2m1-b64-bnb    the same bits on bitsandbytes' FP4 grid ("fp4-b64" for short)
     nf4-b64-dq            double-quantized scales
     int8-row-fp32         one fp32 scale per row
+    nf4-b64-o128          128 single weights kept apart, in 16 bits each with their places
     levels4-b32-asym      levels that came with the tensor (a GGUF file's Q4_1), kept as they were
 
 A format fixes what is stored for a matrix, to the byte (`parts`), so sizes are known before any tensor is read.
@@ -15,11 +16,20 @@ This module imports neither torch nor numpy: `kbit info` and planning stay quick
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from kbit.formats.codec import Array, Codec, Cut, Part, ReadRows
+from kbit.formats.outlier_weights import (
+    add_outliers,
+    check_count,
+    check_places,
+    cut_outliers,
+    encode_apart,
+    join_outliers,
+    outlier_parts,
+)
 from kbit.host.errors import UsageError
 
 if TYPE_CHECKING:
@@ -81,6 +91,7 @@ class QuantFormat(Codec):
             Zettlemoyer, appendix A) or "bnb" (bitsandbytes: its FP4 table at 4 bits, create_fp8_map elsewhere).
         scale_dtype: stored type of the scales: "fp16", "bf16" or "fp32".
         double_quant: store scales in 8 bits with one fp32 factor per 256 blocks.
+        outliers: weights that are kept apart, in 16 bits each with their places.
 
     Raises:
         UsageError: a value is out of range or two fields contradict each other.
@@ -96,6 +107,7 @@ class QuantFormat(Codec):
     grid: str | None = None
     scale_dtype: str = "fp16"
     double_quant: bool = False
+    outliers: int = 0
 
     def __post_init__(self) -> None:
         if self.dtype not in (*DTYPES, LEVELS):
@@ -118,6 +130,7 @@ class QuantFormat(Codec):
             raise UsageError(f"exponent bits and grid exist for float only, not for {self.dtype}")
         if self.double_quant and self.scale_dtype != "fp16":
             raise UsageError(f"double-quantized scales are 8 bits wide: drop the scale type {self.scale_dtype!r}")
+        check_count(self.outliers, f"{self.dtype}{self.bits}")
 
     def _complete_float(self) -> None:
         # Two exponent bits: on Gaussian blocks E2 has the lowest error of all splits at 3 to 8 bits, and the
@@ -145,9 +158,10 @@ class QuantFormat(Codec):
         return self.dtype in ("quantile", LEVELS)
 
     def at_width(self, bits: int) -> QuantFormat:
-        """The format to use beside this one at another width: the default data type there, same blocks and scales."""
+        """The format to use beside this one at another width: the default data type there, same blocks and scales, no
+        weights kept apart."""
         if bits == self.bits:
-            return self
+            return self.without_outliers()
         return QuantFormat(
             default_dtype(bits),
             bits,
@@ -155,6 +169,10 @@ class QuantFormat(Codec):
             scale_dtype=self.scale_dtype,
             double_quant=self.double_quant,
         )
+
+    def without_outliers(self) -> QuantFormat:
+        """The same with no weights kept apart."""
+        return self if not self.outliers else replace(self, outliers=0)
 
     @classmethod
     def claims(cls, text: str) -> bool:
@@ -204,6 +222,8 @@ class QuantFormat(Codec):
             text += f"-{self.scale_dtype}"
         if self.double_quant:
             text += "-dq"
+        if self.outliers:
+            text += f"-o{self.outliers}"
         return text
 
     def blocks_per_row(self, columns: int) -> int:
@@ -227,7 +247,7 @@ class QuantFormat(Codec):
                 parts[suffix] = Part(_SAFETENSORS_NAME[self.scale_dtype], (rows, blocks))
         if self.has_own_codebook:
             parts["codebook"] = Part("F32", (2**self.bits,))
-        return parts
+        return parts | outlier_parts(self.outliers)
 
     @property
     def codebook_size(self) -> int:
@@ -237,7 +257,8 @@ class QuantFormat(Codec):
         if self.dtype == "int" or self.has_own_codebook:
             return None
         # lloyd's levels follow from the block's length, with one scale per row from the row's
-        return f"{self}@{columns}" if self.dtype == "lloyd" and not self.block_size else str(self)
+        name = str(self.without_outliers())
+        return f"{name}@{columns}" if self.dtype == "lloyd" and not self.block_size else name
 
     def codebook(self, columns: int) -> npt.NDArray[np.float32]:
         from kbit.formats.codebooks import codebook
@@ -249,7 +270,8 @@ class QuantFormat(Codec):
 
         if width is not None:
             self.parts_read(*matrix.shape, width)  # refuses a width that is not the format's
-        return PlanesTensor.of(matrix).decode(rows)
+        found = PlanesTensor.of(matrix).decode(rows)
+        return add_outliers(found, matrix.stored, matrix.shape[1], matrix.row_indices(rows)) if self.outliers else found
 
     def encode(self, read_rows: ReadRows, shape: tuple[int, int], *, name: str = "tensor") -> QuantTensor:
         from kbit.formats.blockwise import quantize_rows
@@ -259,6 +281,11 @@ class QuantFormat(Codec):
                 f"{name}: nothing is rounded to {self}, whose levels come with a tensor that is quantized already; "
                 f'"stored" keeps such a tensor as it is'
             )
+        if self.outliers:
+            return encode_apart(
+                self, self.outliers, self.without_outliers(), read_rows, shape,
+                lambda format, others: format.encode(others, shape, name=name),
+            )  # fmt: skip
         return quantize_rows(read_rows, shape, self, name=name)
 
     def column_unit(self, columns: int) -> int:
@@ -293,7 +320,7 @@ class QuantFormat(Codec):
         if self.double_quant and (cut.dim == 1 or cut.start * blocks % SUPERBLOCK):
             format, arrays = self.joinable(stored, shape)
         parts = {}
-        for suffix in format.parts(*cut.shape(shape)):
+        for suffix in format.without_outliers().parts(*cut.shape(shape)):
             array = arrays[suffix]
             if suffix.startswith("plane") and cut.dim == 1:
                 per_byte = 8 // int(suffix.removeprefix("plane"))
@@ -305,7 +332,16 @@ class QuantFormat(Codec):
             elif suffix in ("scales", "offsets") and blocks > 1:
                 array = array[:, cut.start // self.block_size : -(-cut.stop // self.block_size)]
             parts[suffix] = array
-        return format, parts
+        return format, parts | (cut_outliers(stored, shape, cut) if self.outliers else {})
+
+    def join(
+        self, stored: Sequence[Mapping[str, torch.Tensor]], shapes: Sequence[tuple[int, int]]
+    ) -> tuple[Codec, Mapping[str, torch.Tensor]]:
+        _, joined = super().join(stored, shapes)
+        return replace(self, outliers=self.outliers * len(stored)), {**joined, **join_outliers(stored, shapes)}
+
+    def check_stored(self, name: str, stored: Mapping[str, Any], shape: tuple[int, int]) -> None:
+        check_places(name, stored, shape)
 
 
 def _parse_flag(flag: str, text: str) -> tuple[str, object]:
@@ -323,7 +359,9 @@ def _parse_flag(flag: str, text: str) -> tuple[str, object]:
         if int(flag[1:]) == 0:
             raise UsageError(f"{text!r}: write -row for one scale per row")
         return "block_size", int(flag[1:])
+    if re.fullmatch(r"o[1-9][0-9]{0,4}", flag):
+        return "outliers", int(flag[1:])
     raise UsageError(
         f"{text!r}: {flag!r} is unknown: use b<block size> or row, asym, dq, {', '.join(SCALE_DTYPES)}, "
-        f"{', '.join(FLOAT_GRIDS)}"
+        f"{', '.join(FLOAT_GRIDS)}, o<weights kept apart>"
     )

@@ -88,6 +88,10 @@ class QuantTensor:
         moved = {name: array.to(device) for name, array in self.stored.items()}
         return replace(self, stored=moved, codebook=self.codebook.to(device))
 
+    def row_indices(self, rows: slice | torch.Tensor) -> torch.Tensor:
+        """Rows, a slice or indices, as indices, int64 (R,)."""
+        return torch.arange(self.shape[0], device=self.device)[rows] if isinstance(rows, slice) else rows
+
     def dequantize(self, dtype: torch.dtype = torch.float32, width: int | None = None) -> torch.Tensor:
         """The weights (N, K). Computed in float32, rounded once to `dtype`.
 

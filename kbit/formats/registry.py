@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import re
+
 from kbit.formats.codec import Codec
 from kbit.formats.nested import NestedFormat
 from kbit.formats.quant_format import QuantFormat
 from kbit.formats.trellis import TrellisFormat
+
+_APART = re.compile(r"-o[0-9]+$")
 
 # By family. The first that claims a format's string reads it; what none claims goes to the planes codec.
 CODECS: dict[str, type[Codec]] = {codec.family: codec for codec in (QuantFormat, TrellisFormat, NestedFormat)}
@@ -23,4 +27,4 @@ def parse_format(text: str) -> Codec:
 
 def kind_of(name: str) -> str:
     """A format's name without how many weights it keeps apart, which differs from matrix to matrix."""
-    return name.rpartition("-o")[0] if name.startswith("trellis") and "-o" in name else name
+    return _APART.sub("", name)

@@ -21,12 +21,12 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from kbit.formats.codec import Array, Codec, Cut, Part, ReadRows
 from kbit.formats.outlier_weights import (
-    MOST,
     add_outliers,
+    check_count,
     check_places,
     cut_outliers,
+    encode_apart,
     join_outliers,
-    largest,
     outlier_parts,
 )
 from kbit.formats.quant_format import QuantFormat, default_dtype
@@ -109,8 +109,7 @@ class TrellisFormat(Codec):
                 f"trellis{self.width:g}: {self.mixed} columns cannot be mixed; use a power of two, {TILE} to "
                 f"{MOST_MIXED}"
             )
-        if not 0 <= self.outliers <= MOST:
-            raise UsageError(f"trellis{self.width:g}: {self.outliers} weights kept apart; {MOST} are the most")
+        check_count(self.outliers, f"trellis{self.width:g}")
 
     # ---- its name
 
@@ -204,7 +203,7 @@ class TrellisFormat(Codec):
         self.parts_read(*matrix.shape, width or self.bits)
         columns = matrix.shape[1]
         found = unrotate(self.decode_rotated(matrix, rows), matrix.stored["signs"], self.columns_mixed(columns))
-        return add_outliers(found[:, :columns], matrix.stored, columns, _index(matrix, rows))
+        return add_outliers(found[:, :columns], matrix.stored, columns, matrix.row_indices(rows))
 
     def decode_rotated(self, matrix: QuantTensor, rows: slice | torch.Tensor) -> torch.Tensor:
         """The weights of some rows as they are stored, rotated, without those that are kept apart: float32 (R, K in
@@ -212,7 +211,7 @@ class TrellisFormat(Codec):
         from kbit.formats.trellis_code import levels, row_windows
 
         scales, codes = matrix.stored["scales"], matrix.stored["codes"]
-        index = _index(matrix, rows)
+        index = matrix.row_indices(rows)
         level = levels(self, row_windows(self, codes, index))
         return level.float() * (self.step * scales[index].float())
 
@@ -228,13 +227,15 @@ class TrellisFormat(Codec):
         if rows < 1 or columns < 1:
             raise KbitError(f"{name}: shape {shape}: there are no weights")
         signs = new_signs(columns)
-        apart = largest(read_rows, shape, self.outliers) if self.outliers else {}
+        if self.outliers:
+            return encode_apart(
+                self, self.outliers, self.without_outliers(), read_rows, shape,
+                lambda format, others: format.encode(others, shape, name=name),
+            )  # fmt: skip
         codes, scales = [], []
         step = max(TILE, (1 << 22) // columns // TILE * TILE)
         for start in range(0, rows, step):
-            stop = min(start + step, rows)
-            some = check_finite(read_rows(start, stop).float(), start, stop, name)
-            some = add_outliers(some.clone(), apart, columns, torch.arange(start, stop), -1) if apart else some
+            some = check_finite(read_rows(start, min(start + step, rows)).float(), start, min(start + step, rows), name)
             rotated = rotate(some, signs, self.columns_mixed(columns))
             spread = rotated.square().mean(dim=1, keepdim=True).sqrt()
             scale = self.stored_scales(spread / self.share, name)
@@ -246,7 +247,6 @@ class TrellisFormat(Codec):
             "codes": torch.cat(codes).view(-1, tiles, self.tile_bytes),
             "scales": torch.cat(scales),
             "signs": signs,
-            **apart,
         }
         return QuantTensor(self, shape, stored, torch.zeros(0))
 
@@ -299,14 +299,6 @@ class TrellisFormat(Codec):
 
     def check_stored(self, name: str, stored: Mapping[str, Any], shape: tuple[int, int]) -> None:
         check_places(name, stored, shape)
-
-
-def _index(matrix: QuantTensor, rows: slice | torch.Tensor) -> torch.Tensor:
-    """Rows as indices, int64 (R,)."""
-    import torch
-
-    device = matrix.stored["scales"].device
-    return torch.arange(matrix.shape[0], device=device)[rows] if isinstance(rows, slice) else rows
 
 
 def integer_codes(codes: npt.NDArray[np.uint8], bits: int, rows: int) -> npt.NDArray[np.uint8]:

@@ -133,6 +133,7 @@ class CalibratedRounding(Method):
 class ScaleSearch(CalibratedRounding):
     """Every weight to the nearest value, under scales that make the least weighted error."""
 
+    keeps_outliers: ClassVar[bool] = True
     name = "search"
     about = "rounding to nearest under searched scales, inputs weighted by what the model feels of them"
     rounding = Settings(feedback=False)
@@ -141,6 +142,7 @@ class ScaleSearch(CalibratedRounding):
 class Gptq(CalibratedRounding):
     """One-sided LDLQ."""
 
+    keeps_outliers: ClassVar[bool] = True
     name = "gptq"
     about = "searched scales, and each column's error made good by the columns after it (GPTQ, one-sided LDLQ)"
     rounding = Settings(two_sided=False)
@@ -149,8 +151,9 @@ class Gptq(CalibratedRounding):
 class TwoSided(CalibratedRounding):
     """Two-sided LDLQ."""
 
+    keeps_outliers: ClassVar[bool] = True
     name = "ldlq2"
-    version = 3  # sweeps of coordinate descent, whose sums are formed in groups
+    version = 4  # single large weights are kept apart where the format is not named
     about = "errors made good along columns and rows (two-sided LDLQ), then coordinate descent: the most accurate"
     rounding = Settings(sweeps=SWEEPS)
 

@@ -196,7 +196,8 @@ def _candidates(format: object, role: str) -> tuple[Codec, ...]:
     for width in LINEAR_WIDTHS if role == "linear" else OUTSIDE_WIDTHS:
         for dtype in ("lloyd", "nf") if width in (3, 4) else ("int",) if width == 8 else ("lloyd",):
             found[QuantFormat(
-                dtype, width, format.block_size, scale_dtype=format.scale_dtype, double_quant=format.double_quant
+                dtype, width, format.block_size, scale_dtype=format.scale_dtype, double_quant=format.double_quant,
+                outliers=format.outliers,
             )] = None  # fmt: skip
     return tuple(found)
 
@@ -204,8 +205,12 @@ def _candidates(format: object, role: str) -> tuple[Codec, ...]:
 def _bytes_at(format: object, shape: tuple[int, ...], bits: float) -> float:
     """Bytes of a matrix at a width that may lie between two."""
     assert isinstance(format, QuantFormat | TrellisFormat)
-    at_width = format.with_bits if isinstance(format, TrellisFormat) else format.at_width
-    low = int(bits)
-    below = at_width(low).nbytes(shape[0], shape[1])
-    above = below if low == bits else at_width(low + 1).nbytes(shape[0], shape[1])
+    low, outliers = int(bits), format.outliers
+
+    def nbytes(width: int) -> int:
+        at_width = format.with_bits(width) if isinstance(format, TrellisFormat) else format.at_width(width)
+        return replace(at_width, outliers=outliers).nbytes(shape[0], shape[1])
+
+    below = nbytes(low)
+    above = below if low == bits else nbytes(low + 1)
     return below + (bits - low) * (above - below)

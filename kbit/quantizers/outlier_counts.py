@@ -1,4 +1,4 @@
-"""How many single weights of each matrix trellises keep apart, which only the weights themselves tell."""
+"""How many single weights of each matrix are kept apart, which only the weights themselves tell."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 from weakref import WeakKeyDictionary
 
+from kbit.formats.quant_format import QuantFormat
 from kbit.formats.trellis import TrellisFormat
-from kbit.quantizers.plan import Plan, with_formats
+from kbit.quantizers.plan import Plan, TensorPlan, with_formats
 
 if TYPE_CHECKING:
     import torch
@@ -21,9 +22,17 @@ if TYPE_CHECKING:
 _counted: WeakKeyDictionary[CheckpointSource, dict[str, int]] = WeakKeyDictionary()
 
 
-def with_outliers(source: CheckpointSource, plan: Plan, method: Method, progress: Progress | None = None) -> Plan:
-    """A plan whose trellises keep as many weights apart as pay (`kbit.formats.outlier_weights`), where the method does
-    so. A format that names a number stays as it is.
+def with_outliers(
+    source: CheckpointSource,
+    plan: Plan,
+    method: Method,
+    *,
+    planes: bool = False,
+    fixed: Collection[str] = (),
+    progress: Progress | None = None,
+) -> Plan:
+    """A plan whose linear layers keep as many weights apart as pay (`kbit.formats.outlier_weights`), where the method
+    does so. A format that says a number stays as it is.
 
     Reads the weights of the matrices in question, once for a source.
 
@@ -31,22 +40,31 @@ def with_outliers(source: CheckpointSource, plan: Plan, method: Method, progress
         source: the plan's.
         plan: to be completed.
         method: who will round.
+        planes: those in planes formats, too; else trellises alone.
+        fixed: names of matrices that stay as they are.
         progress: told of matrices.
 
     Raises:
         CheckpointError: weights cannot be read.
     """
+    kinds = (TrellisFormat, QuantFormat) if planes else (TrellisFormat,)
     if not method.keeps_outliers:
         return plan
-    open_ended = {
-        tensor.source.name: tensor.format
-        for tensor in plan.tensors
-        if isinstance(tensor.format, TrellisFormat) and not tensor.format.outliers
-    }
+
+    def is_open(tensor: TensorPlan) -> bool:
+        linear = tensor.role == "linear" and not tensor.as_stored and tensor.source.name not in fixed
+        return linear and isinstance(tensor.format, kinds) and not tensor.format.outliers
+
+    open_ended = {tensor.source.name: tensor.format for tensor in plan.tensors if is_open(tensor)}
+    if not open_ended:
+        return plan
     counts = _counts(source, open_ended, progress)
-    return with_formats(
-        source, plan, {name: replace(format, outliers=counts[name]) for name, format in open_ended.items()}
-    )
+    formats = {
+        name: replace(format, outliers=counts[name])
+        for name, format in open_ended.items()
+        if isinstance(format, QuantFormat | TrellisFormat)
+    }
+    return with_formats(source, plan, formats)
 
 
 def _counts(source: CheckpointSource, names: Collection[str], progress: Progress | None) -> dict[str, int]:

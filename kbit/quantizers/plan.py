@@ -248,9 +248,11 @@ def _tensor_plan(info: TensorInfo, target: Codec | str, role: str, method: Metho
         raise UsageError(f"{info.name} has shape {info.shape}: only matrices can be quantized; narrow the pattern")
     if isinstance(target, QuantFormat) and target.dtype == LEVELS:
         raise UsageError(f'{info.name}: nothing is rounded to {target}; "stored" keeps what is quantized as it is')
-    if isinstance(target, TrellisFormat) and role in ("embedding", "table"):
+    unreadable = isinstance(target, TrellisFormat) or (isinstance(target, QuantFormat) and target.outliers)
+    if unreadable and role in ("embedding", "table"):
+        what = "a trellis" if isinstance(target, TrellisFormat) else "a matrix that keeps weights apart"
         raise UsageError(
-            f"{info.name}: rows of a trellis are not looked up one by one; give it another format, such as "
+            f"{info.name}: rows of {what} are not looked up one by one; give it another format, such as "
             f"--override '{info.name}=int8-b64'"
         )
     return TensorPlan(info, target, keep_as, role)

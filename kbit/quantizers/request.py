@@ -391,7 +391,11 @@ class QuantizeRequest:
         dry = self.dry_run and self.save_plan is None
         if dry and not (isinstance(method, CalibratedRounding) and method.is_calibrated(source)):
             return plan
-        return with_outliers(source, plan, method, progress)
+        # A format of planes that is named is what others read, too (`kbit export`); a trellis is read by kbit alone.
+        named = self.format or self.plan_file or any(name != "bits" for name in self.format_fields)
+        chosen = not named and formats is None
+        fixed = self.fixed(plan)
+        return with_outliers(source, plan, method, planes=chosen, fixed=fixed, progress=progress)
 
 
 def _with_fast_window(format: Codec) -> Codec | None:

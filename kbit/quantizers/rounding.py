@@ -5,7 +5,9 @@ from __future__ import annotations
 import torch
 
 from kbit.calibration.factors import Factors
+from kbit.formats.blockwise import check_finite
 from kbit.formats.codec import Codec
+from kbit.formats.outlier_weights import encode_apart
 from kbit.formats.quant_format import QuantFormat
 from kbit.formats.quant_tensor import QuantTensor
 from kbit.formats.trellis import TrellisFormat
@@ -58,10 +60,17 @@ class Rounder:
             UnsupportedError: a format of another codec.
         """
         settings = settings or self._settings
+        if not isinstance(format, QuantFormat | TrellisFormat):
+            raise UnsupportedError(f"{name}: no calibrated method rounds to {format}; use --method rtn")
+        if format.outliers:
+            check_finite(weight, 0, len(weight), name)
+            return encode_apart(
+                format, format.outliers, format.without_outliers(), lambda start, stop: weight[start:stop],
+                (weight.shape[0], weight.shape[1]),
+                lambda plain, others: self.round(others(0, len(weight)), plain, settings, threads=threads, name=name),
+            )  # fmt: skip
         if isinstance(format, QuantFormat):
             return round_with(weight, format, self._of_planes(), settings, name=name)
-        if not isinstance(format, TrellisFormat):
-            raise UnsupportedError(f"{name}: no calibrated method rounds to {format}; use --method rtn")
         mixed = format.columns_mixed(self._columns)
         if mixed not in self._tiles:
             self._tiles[mixed] = TileFeedback.of(self._factors, self._settings, self._columns, format)

@@ -25,7 +25,6 @@ import torch
 from kbit.backends.reference.products import product_with_rows
 from kbit.calibration.factors import Factors
 from kbit.formats.blockwise import check_finite
-from kbit.formats.outlier_weights import add_outliers, largest
 from kbit.formats.quant_tensor import QuantTensor
 from kbit.formats.rotation import new_signs, rotate, rotate_factor
 from kbit.formats.trellis import FAST_WINDOW, TILE, TrellisFormat, least_window
@@ -100,7 +99,7 @@ def round_trellis(
 
     Args:
         weight: float32 (N, K).
-        format: of it.
+        format: of it, without weights kept apart.
         feedback: of its factors.
         settings: see there; those of blocks of scales do not apply.
         threads: for the search.
@@ -111,9 +110,6 @@ def round_trellis(
     """
     rows, columns = weight.shape
     check_finite(weight, 0, rows, name)
-    apart = largest(lambda start, stop: weight[start:stop], (rows, columns), format.outliers) if format.outliers else {}
-    if apart:
-        weight = add_outliers(weight.clone(), apart, columns, torch.arange(rows), -1)
     rotated = rotate(weight, feedback.signs, format.columns_mixed(columns))
     rotated = torch.nn.functional.pad(rotated, (0, 0, 0, -rows % TILE))
     spread = rotated.square().mean(dim=1, keepdim=True).sqrt()
@@ -126,7 +122,7 @@ def round_trellis(
         strings = _round_by_diagonals(rotated, scales.float(), format, feedback, threads)
     if feedback.inputs is not None:
         scales = format.stored_scales(_refitted(rotated, scales.float(), strings, format, feedback), name)
-    stored = {"codes": strings, "scales": scales[:rows].contiguous(), "signs": feedback.signs, **apart}
+    stored = {"codes": strings, "scales": scales[:rows].contiguous(), "signs": feedback.signs}
     return QuantTensor(format, (rows, columns), stored, torch.zeros(0))
 
 

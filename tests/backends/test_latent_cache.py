@@ -144,8 +144,9 @@ def test_products_by_heads_are_the_references(isa: str, backward: bool) -> None:
     dense = torch.randn(HEADS * ROWS, COLUMNS, generator=generator)
     table = torch.randn(70, HEADS * (FIRST + (ROWS if backward else COLUMNS)), generator=generator)
     packed = quantize_blockwise(dense, QuantFormat.parse("nf3-b16"))
+    apart = QuantFormat.parse("nf3-b16-o128").encode(lambda start, stop: dense[start:stop], (HEADS * ROWS, COLUMNS))
     ids = torch.arange(70)
-    for matrix in (dense, packed, trellis_tensor("trellis3-o64", HEADS * ROWS, COLUMNS)):
+    for matrix in (dense, packed, apart, trellis_tensor("trellis3-o64", HEADS * ROWS, COLUMNS)):
         floats = matrix.dequantize() if isinstance(matrix, QuantTensor) else matrix
         wanted = meaning.by_heads(table, floats, HEADS, FIRST, backward)
         for compute in computes(isa):

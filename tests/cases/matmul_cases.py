@@ -7,14 +7,15 @@ import torch
 
 from kbit import _native
 from kbit.backends.cpu.weight import prepare
-from kbit.formats.blockwise import quantize_blockwise
+from kbit.formats.planes_codec import PlanesTensor
 from kbit.formats.quant_format import QuantFormat
 from kbit.formats.quant_tensor import QuantTensor
 
 
 def weights(format: str, rows: int, columns: int) -> QuantTensor:
     generator = torch.Generator().manual_seed(rows * columns)
-    return quantize_blockwise(torch.randn(rows, columns, generator=generator), QuantFormat.parse(format))
+    whole = torch.randn(rows, columns, generator=generator)
+    return QuantFormat.parse(format).encode(lambda start, stop: whole[start:stop], (rows, columns))
 
 
 def inputs(rows: int, columns: int) -> torch.Tensor:
@@ -53,6 +54,10 @@ def int8_bound(weight: QuantTensor, x: torch.Tensor) -> np.ndarray:
     values = weight.dequantize().double().abs()
     bits, peak = weight.format.bits, float(weight.codebook.abs().max())
     level_error = peak / 254 * 2 ** (bits / 2) if bits < 6 else peak / 126 / 500
-    scales = weight.scales.double().repeat_interleave(weight.format.block_size or columns, dim=1)[:, :columns]
+    scales = (
+        PlanesTensor.of(weight)
+        .scales.double()
+        .repeat_interleave(weight.format.block_size or columns, dim=1)[:, :columns]
+    )
     w_error = scales.abs() * level_error * 1.001
     return (x_error @ (values + w_error).T + x.double().abs() @ w_error.T).numpy()

@@ -6,6 +6,7 @@ import re
 
 import pytest
 import torch
+from matmul_cases import weights
 from trellis_cases import trellis_tensor
 
 from kbit.formats.codec import Cut
@@ -89,7 +90,9 @@ def test_rows_get_theirs_in_any_order_and_more_than_once() -> None:
     assert scaled_outliers({}, 4, torch.ones(3)) == {}
 
 
-@pytest.mark.parametrize("text", ["trellis2-l12", "trellis4-l12", "trellis8"])
+@pytest.mark.parametrize(
+    "text", ["trellis2-l12", "trellis4-l12", "trellis8", "nf3-row", "lloyd2-b256", "int4-b128-asym"]
+)
 def test_what_is_left_is_rounded_as_if_they_were_not_there(text: str) -> None:
     """One giant is 0.999 of its row: with it in its column's block, others are lost; apart, it is exact."""
     weight = with_giants()
@@ -98,7 +101,7 @@ def test_what_is_left_is_rounded_as_if_they_were_not_there(text: str) -> None:
     kept = apart.dequantize()
     assert float(kept[20, 255]) == pytest.approx(float(weight[20, 255]), rel=2e-3)
     others = [float((found[20, :255] - weight[20, :255]).norm() / weight[20, :255].norm()) for found in (plain, kept)]
-    assert others[1] < 0.1 * others[0]
+    assert others[1] < (0.1 if text.startswith("trellis") else 0.6) * others[0]
     assert apart.nbytes == apart.format.nbytes(40, 256) == parse_format(text).nbytes(40, 256) + 4 * 6
 
 
@@ -108,6 +111,12 @@ def test_parts_that_are_put_together_hold_the_same_values() -> None:
     joined = join_rows([weight.cut(Cut(0, 16, 32)), weight.cut(Cut(0, 48, 64)), weight.cut(Cut(0, 0, 16))])
     assert torch.equal(joined.dequantize(), torch.cat([whole[16:32], whole[48:], whole[:16]]))
     assert joined.nbytes == joined.format.nbytes(48, 192)
+    for text in ("nf4-b64-o32", "nf3-b64-dq-o32", "quantile3-b32-o4"):
+        packed = weights(text, 64, 192)
+        joined = join_rows([packed.cut(Cut(0, 16, 32)), packed.cut(Cut(0, 0, 16))])
+        assert torch.equal(joined.dequantize(), torch.cat([packed.dequantize()[16:32], packed.dequantize()[:16]]))
+        part = packed.cut(Cut(1, 64, 192))
+        assert torch.equal(part.dequantize(), packed.dequantize()[:, 64:])
     plain = trellis_tensor("trellis3", 64, 192)
     joined = join_rows([plain.cut(Cut(0, 16, 32)), plain.cut(Cut(0, 0, 16))])
     assert torch.equal(joined.dequantize(), torch.cat([plain.dequantize()[16:32], plain.dequantize()[:16]]))

@@ -188,7 +188,9 @@ def named_plan(source: CheckpointSource, format_name: str, method: Method) -> Pl
         raise UsageError(f"{method.name} does not weigh widths: {format_name} passed over")
     bits = float(format_name.removeprefix(_MIXED).removesuffix(_FAST))
     format = method.format(4, fast=format_name.endswith(_FAST))
-    plain = with_outliers(source, make_plan(source, format or parse_format("nf4-b64"), method=method), method)
+    plain = with_outliers(
+        source, make_plan(source, format or parse_format("nf4-b64"), method=method), method, planes=True
+    )
     linear = sum(tensor.source.numel for tensor in plain.tensors if tensor.role == "linear")
     kept = sum(tensor.nbytes for tensor in plain.tensors if tensor.role != "linear")
     found = mixed_formats(source, plain, method, Budget(nbytes=int(linear * bits / 8) + kept), ())

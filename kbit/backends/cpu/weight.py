@@ -101,7 +101,7 @@ def _planes(stored: StoredMatrix, context: Context) -> Matrix:
     format = matrix.format
     scales, kind = matrix.kernel_scales("scales")
     assert scales is not None
-    return _native.Matrix.quantized(
+    made = _native.Matrix.quantized(
         matrix.planes,
         format.bits,
         stored.shape[1],
@@ -112,6 +112,7 @@ def _planes(stored: StoredMatrix, context: Context) -> Matrix:
         stored.codebook,
         context,
     )
+    return _with_outliers(made, stored)
 
 
 def _nested(stored: StoredMatrix, context: Context) -> Matrix:

@@ -90,6 +90,8 @@ def merge(weights: tuple[Weight, ...]) -> TritonWeight | None:
     if len(parts) == 1 or first.scales_super is not None or first.dense is not None or first.rotation is not None:
         return None
     for part in parts:
+        if part.outliers is not None:
+            return None
         alike = (part.format, part.kind, part.multiplier, part.shape[1], part.dtype) == (
             first.format, first.kind, first.multiplier, first.shape[1], first.dtype,
         )  # fmt: skip

@@ -57,7 +57,7 @@ std::shared_ptr<MatrixStorage> map_matrix(std::shared_ptr<MappedFile> file, std:
   }
   require_trellis(what, bits, half, window);
   require_mixed(mixed, columns);
-  require(outliers >= 0 && (outliers == 0 || mixed > 0) && outliers <= rows * columns,
+  require(outliers >= 0 && (outliers == 0 || bits > 0) && outliers <= rows * columns,
           "there are not so many weights to keep apart");
   return MatrixStorage::mapped({rows, columns, bits, block_size, number_named(kind), offsets, what, window, mixed, apart, half,
                                 outliers},

@@ -169,7 +169,7 @@ void bind_matrix(nb::module_& module) {
              m.keep_apart(rows.data(), columns.data(), values.data(), static_cast<std::int64_t>(rows.shape(0)));
            },
            nb::arg("rows"), nb::arg("columns"), nb::arg("values"),
-           "Weights to add to those of rotated codes, rows ascending. Once, before the matrix is used.")
+           "Weights to add to those that codes stand for, rows ascending. Once, before the matrix is used.")
       .def_prop_ro("rows", [](const MatrixStorage& m) { return m.matrix().rows; })
       .def_prop_ro("columns", [](const MatrixStorage& m) { return m.matrix().columns; })
       .def_prop_ro("bits", [](const MatrixStorage& m) { return m.matrix().bits; })

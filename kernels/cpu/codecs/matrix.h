@@ -98,7 +98,7 @@ struct Matrix {
   std::int32_t window_mask = 0;         // of a trellis: 2^L - 1
   std::int64_t mixed = 0;               // columns that one Hadamard matrix mixes, a power of two; 0: not rotated
   const float* rotation = nullptr;      // (K up to the next multiple of 16): a sign / sqrt(mixed)
-  // Of rotated columns: weights that are kept apart, by their rows, and are added to what is rotated.
+  // Weights that are kept apart from codes, by their rows, and added to what these stand for.
   std::int64_t outliers = 0;
   const std::int32_t* outlier_rows = nullptr;     // ascending
   const std::int32_t* outlier_columns = nullptr;

@@ -1,4 +1,4 @@
-// Weights that are kept apart from a rotated matrix's codes (kbit/formats/outlier_weights.py).
+// Weights that are kept apart from a matrix's codes (kbit/formats/outlier_weights.py).
 #include <cmath>
 #include <cstring>
 #include <stdexcept>
@@ -9,8 +9,8 @@ namespace kbit {
 
 void MatrixStorage::keep_apart(const std::int32_t* rows, const std::int32_t* columns, const float* values,
                                std::int64_t count) {
-  if (matrix_.mixed == 0 || matrix_.outliers || file_ || whole_) {
-    throw std::invalid_argument("weights are kept apart from codes of rotated columns, once");
+  if (matrix_.bits == 0 || matrix_.outliers || file_ || whole_) {
+    throw std::invalid_argument("weights are kept apart from codes, once");
   }
   if (count == 0) return;
   const auto size = static_cast<std::size_t>(count);

@@ -107,8 +107,8 @@ class MatrixStorage {
   // place or panel.
   void take(std::int64_t place, std::int64_t panel);
 
-  // Weights to keep apart from the codes of rotated columns, (count) each, rows ascending. To be called once, before the
-  // matrix is used. Throws std::invalid_argument: columns are not rotated, or there are no such weights.
+  // Weights to keep apart from the codes, (count) each, rows ascending. To be called once, before the matrix is used.
+  // Throws std::invalid_argument: there are no codes, or no such weights.
   void keep_apart(const std::int32_t* rows, const std::int32_t* columns, const float* values, std::int64_t count);
 
   const Matrix& matrix() const { return matrix_; }

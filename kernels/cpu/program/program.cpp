@@ -72,7 +72,9 @@ void Program::append(Instruction instruction) {
     for (const Weights& weights : m->weights) note_file(weights);
     widest_input_ = std::max(widest_input_, padded(buffer_width(m->x)));
   } else if (const auto* e = std::get_if<EmbedInstruction>(&instruction)) {
-    if (e->weights->matrix().mixed) throw std::invalid_argument("rows of a rotated matrix are not looked up");
+    const Matrix& table = e->weights->matrix();
+    if (table.mixed) throw std::invalid_argument("rows of a rotated matrix are not looked up");
+    if (table.outliers) throw std::invalid_argument("rows of a matrix that keeps weights apart are not looked up");
     note_file(e->weights);
   } else if (auto* a = std::get_if<AttendInstruction>(&instruction)) {
     a->plan = plan_of(*a);

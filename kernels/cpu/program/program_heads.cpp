@@ -87,8 +87,9 @@ void Program::multiply_heads_backward(Worker& worker, const HeadsInstruction& h,
                                         std::min(tile + kPieceTiles, w.tiles), to + first, out.stride,
                                         scratch.kernel.data()});
   });
-  if (!w.mixed) return;
-  // The columns were rotated: signs, then Hadamard matrices, which are symmetric. So back: the matrices, then signs.
+  if (!w.mixed && !w.outliers) return;
+  // Where columns were rotated (signs, then Hadamard matrices, which are symmetric), back: the matrices, then signs. And
+  // what is kept apart from the codes.
   const std::vector<float> ones(static_cast<std::size_t>((w.columns + 15) / 16 * 16), 1.0f);
   Matrix unsigned_rotation = w;
   unsigned_rotation.rotation = ones.data();
@@ -96,8 +97,10 @@ void Program::multiply_heads_backward(Worker& worker, const HeadsInstruction& h,
     std::vector<float> mixed(static_cast<std::size_t>(padded(w.columns)));
     for (std::int64_t i = begin; i < end; ++i) {
       float* row = out.data() + i / h.heads * out.stride + i % h.heads * made + first;
-      context_->kernels->rotate_row(unsigned_rotation, row, mixed.data());
-      for (std::int64_t k = 0; k < w.columns; ++k) row[k] = mixed[static_cast<std::size_t>(k)] * w.rotation[k];
+      if (w.mixed) {
+        context_->kernels->rotate_row(unsigned_rotation, row, mixed.data());
+        for (std::int64_t k = 0; k < w.columns; ++k) row[k] = mixed[static_cast<std::size_t>(k)] * w.rotation[k];
+      }
       const float* from = x.data() + i / h.heads * x.stride + i % h.heads * has + first;
       const std::int64_t top = i % h.heads * summed;  // the head's first row of the matrix
       const std::int32_t *begin_row = w.outlier_rows, *end_row = begin_row + w.outliers;

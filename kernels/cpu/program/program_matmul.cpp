@@ -163,7 +163,7 @@ void Program::add_spikes(const MatmulInput& fine, const MatmulTask& task, const 
 
 namespace {
 
-// Adds the products of weights that are kept apart from a rotated matrix's codes, with x as it is.
+// Adds the products of weights that are kept apart from a matrix's codes, with x as it is.
 void add_outliers(const MatmulInput& x, const MatmulTask& task) {
   const Matrix& w = *task.w;
   const std::int32_t *first = w.outlier_rows, *last = first + w.outliers;

@@ -11,12 +11,14 @@ sums are not fused, and the result is rounded once.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 import triton
 import triton.language as tl
 
 from kbit.formats.nested import NestedFormat
+from kbit.formats.outlier_weights import add_outliers
 from kbit.formats.planes_codec import PlanesTensor
 from kbit.formats.quant_format import SUPERBLOCK, plane_widths
 from kbit.formats.quant_tensor import QuantTensor
@@ -236,6 +238,12 @@ def dequantize(
         return dequantize_nested(weight, weight.format.bits, dtype, ids)
     matrix = PlanesTensor.of(weight)
     stored = matrix.stored
+    if matrix.format.outliers:  # added to what is not rounded yet
+        plain = replace(matrix, format=matrix.format.without_outliers())
+        rows = torch.arange(matrix.shape[0], device=matrix.device) if ids is None else ids.reshape(-1)
+        found = dequantize(plain, torch.float32, ids).view(len(rows), -1)
+        found = add_outliers(found, stored, matrix.shape[1], rows).to(dtype)
+        return found if ids is None else found.view(*ids.shape, -1)
     return dequantize_planes(
         matrix.planes,
         stored["scales"],

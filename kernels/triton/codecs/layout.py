@@ -24,7 +24,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -77,7 +77,7 @@ class TritonWeight:
         mixed: columns that one Hadamard matrix mixes.
         window: bits of a window.
         half: half a bit more: weights in odd columns have one bit more than `bits`.
-        outlier_spans: of a trellis that keeps weights apart: where those of each tile of 16 rows begin and end, int32
+        outlier_spans: where weights are kept apart: where those of each tile of 16 rows begin and end, int32
             (N' / 16, 2).
         outlier_places: their rows in the tile and columns, int32 (n, 2).
         outliers: their values, float32 (n,).
@@ -185,7 +185,8 @@ def _planes(matrix: QuantTensor, device: torch.device | str, dtype: torch.dtype)
             if quant_format.double_quant:
                 scales[f"{name}_super"] = _factors(weight, name, padded).to(device)
     return TritonWeight(
-        str(quant_format),
+        # Without their number: experts that keep different numbers of weights apart are alike to the kernels.
+        str(quant_format.without_outliers()),
         weight.shape,
         padded,
         dtype,
@@ -198,6 +199,7 @@ def _planes(matrix: QuantTensor, device: torch.device | str, dtype: torch.dtype)
         bits=quant_format.bits,
         block_size=quant_format.block_size,
         **scales,
+        **_outliers(matrix, padded[0] // ROW_TILE, device),
     )
 
 
@@ -210,8 +212,7 @@ def _trellis(matrix: QuantTensor, device: torch.device | str, dtype: torch.dtype
     scales = torch.nn.functional.pad(matrix.stored["scales"].flatten(), (0, -rows % ROW_TILE))
     rotation = sign_values(matrix.stored["signs"]) / math.sqrt(mixed)
     return TritonWeight(
-        # Without their number: experts that keep different numbers of weights apart are alike to the kernels.
-        str(replace(format, outliers=0)),
+        str(format.without_outliers()),
         (rows, columns),
         (len(scales), len(rotation)),
         dtype,

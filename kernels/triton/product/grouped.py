@@ -23,6 +23,7 @@ from kbit.kernels.triton.codecs.layout import ROW_TILE, TritonWeight
 from kbit.kernels.triton.product.configs import GemmConfig, Problem, gemm_config
 from kbit.kernels.triton.product.gemm import launch, tokens_per_launch
 from kbit.kernels.triton.product.gemv import GATES, check_product
+from kbit.kernels.triton.product.outliers import add_outliers
 from kbit.kernels.triton.product.trellis import launch_trellis
 from kbit.kernels.triton.target import current_arch
 
@@ -223,8 +224,14 @@ def grouped_matmul(
             gate=gate, kind=kind, order=groups.order, experts=groups.experts, top=top,
         )  # fmt: skip
         return out
+    apart = weight.outliers is not None
     launch(
         x, weight, out, config, token_tiles, groups.entries, rows,
-        gate=gate, kind=kind, order=groups.order, experts=groups.experts, top=top,
+        gate=None if apart else gate, kind=kind, order=groups.order, experts=groups.experts, top=top,
     )  # fmt: skip
+    if apart:
+        add_outliers(
+            x, weight, out,
+            gate=gate, kind=kind, order=groups.order, experts=groups.experts, tile=groups.tile, top=top,
+        )  # fmt: skip
     return out

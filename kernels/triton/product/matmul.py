@@ -2,7 +2,8 @@
 
 Up to 4 tokens gemv, from 5 gemm (up to 8 tokens either kernel does; from 5 on the activations that every 16 rows read
 again outweigh the codes). A trellis has a kernel of its own (`trellis`) for any number. A weight that
-`rounded.with_activations` marked runs gemm_rounded with more than ROUNDED_TOKENS tokens. A float weight runs
+`rounded.with_activations` marked runs gemm_rounded with more than ROUNDED_TOKENS tokens. Weights that are kept apart
+from codes are added by a kernel of their own (`outliers`), activations not rounded. A float weight runs
 torch.matmul, which is cuBLAS or rocBLAS on a GPU: there is nothing to decode. `describe` says which it is, for `kbit
 info`.
 """
@@ -17,6 +18,7 @@ from kbit.kernels.triton.product import gemm_rounded
 from kbit.kernels.triton.product.gemm import gemm
 from kbit.kernels.triton.product.gemv import GATES, gemv
 from kbit.kernels.triton.product.limits import GEMV_TOKENS, ROUNDED_TOKENS
+from kbit.kernels.triton.product.outliers import add_outliers
 from kbit.kernels.triton.product.rounded import RoundedTokens, tokens_layout
 from kbit.kernels.triton.product.trellis import trellis_product
 
@@ -62,8 +64,10 @@ def matmul(
     if weight.rotation is not None:
         return trellis_product(x, weight, bias, residual, out_dtype)
     if x.ndim == 2 and x.shape[0] <= GEMV_TOKENS:
-        return gemv(x, weight, bias, residual, out_dtype)
-    return _many(x, weight, bias, residual, out_dtype)
+        out = gemv(x, weight, bias, residual, out_dtype)
+    else:
+        out = _many(x, weight, bias, residual, out_dtype)
+    return out if weight.outliers is None else add_outliers(x, weight, out)
 
 
 def gated_matmul(
@@ -94,6 +98,10 @@ def gated_matmul(
         gates = matmul(x, gate, out_dtype=torch.float32)
         if up.rotation is not None:
             return trellis_product(x, up, out_dtype=out_dtype, gate=gates, kind=kind)
+        product = _activated(gates, kind) * matmul(x, up, out_dtype=torch.float32)
+        return product.to(out_dtype or x.dtype)
+    if gate.outliers is not None or up.outliers is not None:  # which come before the activation
+        gates = matmul(x, gate, out_dtype=torch.float32)
         product = _activated(gates, kind) * matmul(x, up, out_dtype=torch.float32)
         return product.to(out_dtype or x.dtype)
     alike = (gate.format, gate.kind) == (up.format, up.kind)

@@ -21,6 +21,7 @@ import triton.language as tl
 from kbit.kernels.triton.codecs.layout import ROW_TILE, TritonWeight
 from kbit.kernels.triton.codecs.trellis import rotate_tokens, trellis_levels
 from kbit.kernels.triton.product.gemv import check_product, dot_precision
+from kbit.kernels.triton.product.outliers import added
 from kbit.kernels.triton.rows.activate import act
 from kbit.kernels.triton.target import current_arch
 
@@ -60,11 +61,7 @@ def trellis_kernel(
     scale = tl.load(scales_ptr + stored * 16 + tl.arange(0, 16)[:, None]).to(tl.float32)
     sums = acc * (scale * step)
     if OUTLIERS:
-        for i in range(tl.load(spans_ptr + 2 * stored), tl.load(spans_ptr + 2 * stored + 1)):
-            own = tl.arange(0, 16)[:, None] == tl.load(places_ptr + 2 * i)
-            at = plain_ptr + x_row[None, :] * stride_plain + tl.load(places_ptr + 2 * i + 1)
-            x = tl.load(at, mask=m[None, :] < tokens, other=0.0).to(tl.float32)
-            sums += tl.where(own, tl.load(apart_ptr + i), 0.0) * x
+        sums = added(sums, plain_ptr, x_row, stride_plain, m < tokens, stored, spans_ptr, places_ptr, apart_ptr)
     if BIAS:
         sums += tl.load(bias_ptr + rows, mask=rows < out_rows, other=0.0).to(tl.float32)
     if RESIDUAL:

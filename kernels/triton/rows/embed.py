@@ -16,6 +16,7 @@ import triton
 import triton.language as tl
 
 from kbit.formats.quant_format import SUPERBLOCK
+from kbit.host.errors import UnsupportedError
 from kbit.kernels.triton.codecs.layout import TritonWeight
 
 _BLOCK = 1024
@@ -151,6 +152,8 @@ def embed(weight: TritonWeight, ids: torch.Tensor | None = None, dtype: torch.dt
     rows, columns = weight.shape
     if weight.dense is not None:
         return (weight.dense if ids is None else weight.dense[ids]).to(dtype)
+    if weight.outliers is not None:
+        raise UnsupportedError(f"rows of a matrix that keeps weights apart ({weight.format}) are not looked up")
     assert weight.scales is not None
     scales = weight.scales
     shape = (rows,) if ids is None else tuple(ids.shape)

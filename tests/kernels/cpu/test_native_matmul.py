@@ -31,6 +31,8 @@ FORMATS = (
     "int4-b64-asym-dq",
     "lloyd6-b32-bf16",
     "int5-b96-asym-fp32",
+    "nf3-b64-o64",
+    "int4-b32-asym-o8",
 )
 
 
@@ -73,7 +75,7 @@ def test_sets_agree_to_the_bit(contexts: Callable[[str], _native.Context], forma
 
 
 @pytest.mark.parametrize("compute", ["int8", "fp32", "bf16"])
-@pytest.mark.parametrize("format", ["nf3-b64", "int8-b64", "lloyd7-b64", "int4-b32-asym", None])
+@pytest.mark.parametrize("format", ["nf3-b64-o512", "int8-b64", "lloyd7-b64", "int4-b32-asym", None])
 @pytest.mark.parametrize("isa", SETS)
 def test_a_row_does_not_depend_on_the_others(
     contexts: Callable[[str], _native.Context], isa: str, format: str | None, compute: str
@@ -90,7 +92,7 @@ def test_a_row_does_not_depend_on_the_others(
 
 @pytest.mark.parametrize("compute", ["int8", "fp32"])
 def test_threads_do_not_matter(compute: str) -> None:
-    weight, x = weights("nf4-b64", 500, 256), inputs(300, 256)
+    weight, x = weights("nf4-b64-o512", 500, 256), inputs(300, 256)
     expected = multiply(_native.Context(None, 1), weight, x, compute)
     for threads in (2, 3, 5):
         context = _native.Context(None, threads)

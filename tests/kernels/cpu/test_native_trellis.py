@@ -214,9 +214,9 @@ def test_weights_that_a_matrix_cannot_keep_apart_are_refused(tmp_path: Path) -> 
             matrix().keep_apart(*arrays(rows, columns, [1.0, value]))
     with pytest.raises(ValueError, match="a row and a column"):
         matrix().keep_apart(*arrays([1], [1, 2], [1.0]))
-    with pytest.raises(ValueError, match="rotated columns, once"):
+    with pytest.raises(ValueError, match="from codes, once"):
         matrix("trellis3-o8").keep_apart(*arrays([1], [2], [1.0]))
-    with pytest.raises(ValueError, match="rotated columns, once"):
+    with pytest.raises(ValueError, match="from codes, once"):
         prepare(torch.ones(40, 64), context).matrix.keep_apart(*arrays([1], [2], [1.0]))
     # And in a prepared file whose bytes have changed.
     kept = matrix("trellis3-o8")
