@@ -55,22 +55,35 @@ def ratios(weight: torch.Tensor) -> torch.Tensor:
     have zeros, and a weight alone in its row has infinity."""
     import torch
 
+    rows, _, own = _uneven_rows(weight)
     squares = weight.square()
     spread = squares.mean(dim=1, keepdim=True)
-    rows = (squares.amax(dim=1) > WORTH * spread[:, 0]).nonzero()[:, 0]
-    some = squares[rows]
-    own = spread[rows]
-    for _ in range(_PASSES):
-        own = torch.where(some > WORTH * own, 0.0, some).mean(dim=1, keepdim=True)
     spread[rows] = own
     return torch.where(squares > 0, squares / spread, 0.0)
+
+
+def _uneven_rows(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Which rows of a weight (R, K) have outliers, int64 (r,), the squares of these (r, K), and their mean squares
+    without outliers (r, 1)."""
+    import torch
+
+    mean = torch.linalg.vector_norm(weight, dim=1).square() / weight.shape[1]
+    rows = (torch.linalg.vector_norm(weight, ord=torch.inf, dim=1).square() > WORTH * mean).nonzero()[:, 0]
+    squares = weight[rows].square()
+    own = mean[rows, None]
+    for _ in range(_PASSES):
+        own = torch.where(squares > WORTH * own, 0.0, squares).mean(dim=1, keepdim=True)
+    return rows, squares, own
 
 
 def worthwhile(read_rows: ReadRows, shape: tuple[int, int]) -> int:
     """How many weights of a matrix (N, K) are worth being kept apart: 0, or the power of two next to their number."""
     if shape[0] * shape[1] >= _PLACES:
         return 0
-    found = sum(int((ratios(some) > WORTH).sum()) for _, some in _chunks(read_rows, shape))
+    found = 0
+    for _, some in _chunks(read_rows, shape):
+        _, squares, own = _uneven_rows(some)
+        found += int((squares > WORTH * own).sum())
     return min(max(LEAST, 1 << round(math.log2(found))), MOST) if found else 0
 
 
@@ -157,7 +170,8 @@ def encode_apart(
     apart = largest(read_rows, shape, count)
 
     def others(start: int, stop: int) -> torch.Tensor:
-        return add_outliers(read_rows(start, stop).float().clone(), apart, shape[1], torch.arange(start, stop), -1)
+        rows = read_rows(start, stop).float().clone()
+        return add_outliers(rows, apart, shape[1], torch.arange(start, stop, device=rows.device), -1)
 
     made = encode(plain, others)
     return QuantTensor(format, shape, {**made.stored, **apart}, made.codebook)

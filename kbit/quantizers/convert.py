@@ -18,6 +18,7 @@ from kbit.checkpoint.source import CheckpointSource
 from kbit.checkpoint.writer import CheckpointWriter, remove_leftovers
 from kbit.formats.blockwise import CHUNK_WEIGHTS
 from kbit.formats.codec import Codec, no_kernel
+from kbit.formats.outlier_weights import encode_apart
 from kbit.formats.quant_format import QuantFormat
 from kbit.formats.quant_tensor import SAFETENSORS_TO_TORCH, QuantTensor
 from kbit.formats.trellis import TrellisFormat
@@ -139,7 +140,6 @@ def on_gpu(device: torch.device | str = "cuda") -> Encode:
 
     A tensor is read whole, as float32, on the host and on the GPU. Of trellis codes only the search runs there.
     """
-    from kbit.kernels.triton.codecs.quantize import quantize
     from kbit.kernels.triton.target import active
 
     def run(source: CheckpointSource, name: str, format: Codec) -> QuantTensor:
@@ -150,9 +150,22 @@ def on_gpu(device: torch.device | str = "cuda") -> Encode:
                     lambda start, stop: weight[start:stop], (weight.shape[0], weight.shape[1]), name=name
                 )
         with active(device):
-            return quantize(source.read(name).to(device), _planes_format(format), name=name).to("cpu")
+            return _nearest_on_gpu(source.read(name).to(device), _planes_format(format), name).to("cpu")
 
     return run
+
+
+def _nearest_on_gpu(weight: torch.Tensor, format: QuantFormat, name: str) -> QuantTensor:
+    """A matrix on a GPU rounded there."""
+    from kbit.kernels.triton.codecs.quantize import quantize
+
+    if not format.outliers:
+        return quantize(weight, format, name=name)
+    shape = (weight.shape[0], weight.shape[1])
+    return encode_apart(
+        format, format.outliers, format.without_outliers(), lambda start, stop: weight[start:stop], shape,
+        lambda plain, others: quantize(others(0, shape[0]), _planes_format(plain), name=name),
+    )  # fmt: skip
 
 
 @contextmanager

@@ -37,7 +37,7 @@ from kbit.kernels.triton.codecs import trellis_search
 OTHER_LAYERS = re.compile(r"\.layers\.[1-9]")
 
 
-@pytest.mark.parametrize("format", ["nf4-b64", "int3-b16-asym-dq", "quantile5-b32", "int8-row-fp32"])
+@pytest.mark.parametrize("format", ["nf4-b64", "int3-b16-asym-dq", "quantile5-b32", "int8-row-fp32", "nf3-b32-o8"])
 def test_same_files(device: str, tmp_path: Path, small_model: Path, format: str) -> None:
     with HFFolder(small_model) as source:
         plan = make_plan(source, QuantFormat.parse(format), embedding_bits=8)

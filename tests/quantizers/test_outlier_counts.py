@@ -105,7 +105,7 @@ def test_the_command(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     folder = str(tmp_path / "integers")
     assert run_command(["quantize", str(model), "--method", "rtn", "--format", "int4-b32-o4", "-o", folder])[0] == 0
     for what in ("gguf", "compressed-tensors"):
-        code, said, err = run_command(["export", folder, "--to", what, "-o", str(tmp_path / "exported")])
+        code, said, err = run_command(["export", folder, "--to", what, "-o", str(tmp_path / f"exported.{what}")])
         assert code != 0
         assert "keeps weights apart from its codes (int4-b32-o4)" in err
     embedding = ["--override", "model.embed_tokens.weight=nf4-b16-o4"]

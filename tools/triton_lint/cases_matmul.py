@@ -21,6 +21,7 @@ from kbit.kernels.triton.product.configs import (
 from kbit.kernels.triton.product.gemm import gemm
 from kbit.kernels.triton.product.gemm_rounded import gemm_rounded
 from kbit.kernels.triton.product.gemv import gemv, problem_of
+from kbit.kernels.triton.product.outliers import add_outliers
 from kbit.kernels.triton.product.rounded import FP8_ARCHES, segment_of
 from kbit.kernels.triton.product.trellis import trellis_product
 from triton_lint.cases import Case, Gate
@@ -150,6 +151,17 @@ def trellis_case(text: str, tokens: int, *, size: int = 4096, quick: bool = Fals
     )
 
 
+def outliers_case(text: str, tokens: int, *, size: int = 4096) -> Case:
+    """What is kept apart from codes in planes: no spills. A few loads a weight, which no floor of memory measures."""
+    weight = meta_weight(text, (size, size), torch.float16)
+    x = torch.empty(tokens, size, dtype=torch.float16, device="meta")
+    return Case(
+        f"outliers/{text}/{tokens}x{size}x{size}",
+        launch=lambda arch, config: add_outliers(x, weight, torch.empty(tokens, size, dtype=x.dtype, device="meta")),
+        gates=dict.fromkeys(TARGETS, Gate()),
+    )
+
+
 def search_case(text: str, tiles: int = 512, passed_on: bool = False) -> Case:
     """The search for a trellis's codes: no spills; what it costs is integers, which no floor of memory measures."""
     format = TrellisFormat.parse(text)
@@ -212,6 +224,8 @@ def cases() -> list[Case]:
         trellis_case("trellis3.5", 1),
         trellis_case("trellis4", 1),
         trellis_case("trellis3", 64),
+        outliers_case("nf4-b64-o1024", 1),
+        outliers_case("nf4-b64-o1024", 64),
         trellis_case("trellis3-o1024", 1),
         trellis_case("trellis3-o1024", 64),
         *(
