@@ -367,8 +367,8 @@ class QuantizeRequest:
     ) -> Plan:
         """What becomes of every tensor.
 
-        Which weights trellises keep apart is looked for in the weights, but in a dry run of a model that is not
-        calibrated.
+        How many weights are kept apart is looked for in the weights, but in a dry run of a model that is not
+        calibrated, and where a plan file says it.
 
         Args:
             formats: of mixed widths or a plan file, by the matrix's name; --override wins over them.
@@ -389,10 +389,11 @@ class QuantizeRequest:
             method=method,
         )
         dry = self.dry_run and self.save_plan is None
-        if dry and not (isinstance(method, CalibratedRounding) and method.is_calibrated(source)):
+        known = isinstance(method, CalibratedRounding) and method.is_calibrated(source)
+        if self.plan_file or (dry and not known):
             return plan
         # A format of planes that is named is what others read, too (`kbit export`); a trellis is read by kbit alone.
-        named = self.format or self.plan_file or any(name != "bits" for name in self.format_fields)
+        named = self.format or any(name != "bits" for name in self.format_fields)
         chosen = not named and formats is None
         fixed = self.fixed(plan)
         return with_outliers(source, plan, method, planes=chosen, fixed=fixed, progress=progress)
