@@ -143,6 +143,17 @@ def trellis_search(draw: Draw, context: Any, scratch: Path) -> None:
 
 
 def matrix(draw: Draw, context: Any, scratch: Path) -> Any:
+    """A prepared matrix of some kind, some of whose weights may be kept apart."""
+    made = plain_matrix(draw, context)
+    if draw.below(2):
+        count, one_more = draw.below(20), draw.below(8) == 0
+        rows, columns = (draw.array((count,), "i4", size + one_more) for size in (made.rows, made.columns))
+        values = draw.floats(count) if draw.below(2) else np.ones(count, dtype=np.float32)
+        made.keep_apart(np.sort(rows, axis=0) if draw.below(8) else rows, columns, values)
+    return made
+
+
+def plain_matrix(draw: Draw, context: Any) -> Any:
     """A prepared matrix of some kind."""
     rows, columns = draw.size(40), draw.size(80)
     kind, what = draw.choice(_SCALES), draw.below(4)
@@ -215,6 +226,7 @@ def mapped(draw: Draw, context: Any, scratch: Path) -> None:
         draw.given(said["mixed"]),
         said["apart"],
         draw.given(said["half"]),
+        draw.given(said["outliers"]),
     )
     assert found.nbytes >= 0
     file.prefetch(draw.given(draw.below(100)), draw.given(draw.below(1000)))

@@ -300,6 +300,18 @@ void products(Data& data) {
     parts.codebook = reinterpret_cast<const float*>(bytes(4 << parts.bits));
     weights = MatrixStorage::quantized(parts, team);
   }
+  if (data.ConsumeBool()) {
+    const auto count = data.ConsumeIntegralInRange<std::size_t>(0, 20);
+    std::vector<std::int32_t> at_rows(count), at_columns(count);
+    for (auto& row : at_rows) row = static_cast<std::int32_t>(data.ConsumeIntegralInRange<std::int64_t>(-1, rows));
+    for (auto& column : at_columns) column = static_cast<std::int32_t>(data.ConsumeIntegralInRange<std::int64_t>(-1, columns));
+    if (data.ConsumeBool()) std::sort(at_rows.begin(), at_rows.end());
+    try {
+      weights->keep_apart(at_rows.data(), at_columns.data(), numbers<float>(data, count).data(), static_cast<std::int64_t>(count));
+    } catch (const std::invalid_argument&) {
+      return;
+    }
+  }
   if (data.ConsumeBool() && !(weights = mapped_again(data, *weights))) return;
   const auto compute = data.ConsumeBool() ? Compute::int8 : Compute::fp32;
   const auto texts = data.ConsumeIntegralInRange<std::int64_t>(1, 5);
