@@ -170,8 +170,7 @@ def encode_apart(
     apart = largest(read_rows, shape, count)
 
     def others(start: int, stop: int) -> torch.Tensor:
-        rows = read_rows(start, stop).float().clone()
-        return add_outliers(rows, apart, shape[1], torch.arange(start, stop, device=rows.device), -1)
+        return add_outliers(read_rows(start, stop).float().clone(), apart, shape[1], torch.arange(start, stop), -1)
 
     made = encode(plain, others)
     return QuantTensor(format, shape, {**made.stored, **apart}, made.codebook)

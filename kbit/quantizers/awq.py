@@ -69,7 +69,9 @@ class ActivationAware(CalibratedRounding):
         return {"grid": self.grid, "clips": list(CLIPS), "calibration": self.request.identity}
 
     def refuses(self, format: Codec) -> str | None:
-        return None if isinstance(format, QuantFormat) else f"it scales inputs for formats of {QuantFormat.family} only"
+        if not isinstance(format, QuantFormat):
+            return f"it scales inputs for formats of {QuantFormat.family} only"
+        return "it keeps no weights apart (-o): use ldlq2, gptq or rtn" if format.outliers else None
 
     def apply(self, job: MethodInput) -> QuantizedSource:
         from kbit.calibration.run import calibrate

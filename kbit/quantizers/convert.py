@@ -150,21 +150,21 @@ def on_gpu(device: torch.device | str = "cuda") -> Encode:
                     lambda start, stop: weight[start:stop], (weight.shape[0], weight.shape[1]), name=name
                 )
         with active(device):
-            return _nearest_on_gpu(source.read(name).to(device), _planes_format(format), name).to("cpu")
+            return _nearest_on_gpu(source.read(name), _planes_format(format), name, device)
 
     return run
 
 
-def _nearest_on_gpu(weight: torch.Tensor, format: QuantFormat, name: str) -> QuantTensor:
-    """A matrix on a GPU rounded there."""
+def _nearest_on_gpu(weight: torch.Tensor, format: QuantFormat, name: str, device: torch.device | str) -> QuantTensor:
+    """A matrix of the host's rounded on a GPU. Which weights are kept apart the host finds."""
     from kbit.kernels.triton.codecs.quantize import quantize
 
     if not format.outliers:
-        return quantize(weight, format, name=name)
-    shape = (weight.shape[0], weight.shape[1])
+        return quantize(weight.to(device), format, name=name).to("cpu")
     return encode_apart(
-        format, format.outliers, format.without_outliers(), lambda start, stop: weight[start:stop], shape,
-        lambda plain, others: quantize(others(0, shape[0]), _planes_format(plain), name=name),
+        format, format.outliers, format.without_outliers(), lambda start, stop: weight[start:stop],
+        (weight.shape[0], weight.shape[1]),
+        lambda plain, others: _nearest_on_gpu(others(0, len(weight)), _planes_format(plain), name, device),
     )  # fmt: skip
 
 

@@ -33,7 +33,7 @@ class Rounder:
 
     def rows_apart(self, format: Codec) -> bool:
         """Whether rows can be rounded in any number of pieces: nothing joins them."""
-        if isinstance(format, TrellisFormat):
+        if isinstance(format, TrellisFormat) or (isinstance(format, QuantFormat) and format.outliers):
             return False
         return self._of_planes().rows is None and isinstance(format, QuantFormat) and not format.double_quant
 

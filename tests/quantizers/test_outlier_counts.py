@@ -69,6 +69,13 @@ def test_weights_are_read_once(model: Path) -> None:
     assert told == [("looking for outliers", step + 1, linear) for step in range(linear)]
 
 
+@pytest.mark.parametrize(("method", "format"), [("hqq", "int4-b16-asym-o4"), ("awq", "int4-b16-o4")])
+def test_methods_that_know_nothing_of_them_refuse(model: Path, method: str, format: str) -> None:
+    code, _, error = run_command(["quantize", str(model), "--method", method, "--format", format])
+    assert code != 0
+    assert f"method {method}, format {format}: it keeps no weights apart (-o): use ldlq2, gptq or rtn" in error
+
+
 def formats_of(folder: Path) -> Mapping[str, str]:
     tensors = json.loads((folder / "config.json").read_text())["quantization_config"]["tensors"]
     return {name: tensor["format"] for name, tensor in tensors.items()}
