@@ -33,9 +33,7 @@ def note_quantized_source(plan: Plan) -> None:
 def note_plan(plan: Plan, costs: Mapping[str, float]) -> None:
     """Say on stderr what mixed widths came to: a line for each role and format."""
     from kbit.cli.output import size
-    from kbit.formats.quant_format import QuantFormat
     from kbit.formats.registry import kind_of
-    from kbit.formats.trellis import TrellisFormat
 
     groups: dict[tuple[str, str], list[TensorPlan]] = {}
     for tensor in plan.tensors:
@@ -50,8 +48,7 @@ def note_plan(plan: Plan, costs: Mapping[str, float]) -> None:
         known = [costs[tensor.source.name] for tensor in tensors if tensor.source.name in costs]
         cost = f"predicted KL {sum(known):.2g}" if known else "not predicted"
         lines.append(f"  {role:<10}{label:<16}{len(tensors):>5} x  {size(nbytes):>10}   {cost}")
-    formats = [tensor.format for tensor in plan.tensors]
-    apart = sum(format.outliers for format in formats if isinstance(format, QuantFormat | TrellisFormat))
+    apart = sum(tensor.format.outliers for tensor in plan.tensors if tensor.format)
     if apart:
         lines.append(f"  {apart} large weights are kept apart, in 16 bits each with their places")
     typer.echo(

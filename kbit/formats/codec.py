@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias, TypeVar
 
 from kbit.host.errors import UnsupportedError, UsageError
@@ -33,6 +33,7 @@ _DTYPE_BYTES |= {"F8_E4M3": 1, "I64": 8}  # of other programs' formats
 
 # A stored array: numpy's (16-bit floats as uint16) or torch's. Codecs only slice them where both can come.
 Array = TypeVar("Array")
+C = TypeVar("C", bound="Codec")
 # (start, stop) -> rows of a matrix, float32 (stop - start, K).
 ReadRows: TypeAlias = "Callable[[int, int], torch.Tensor]"
 
@@ -77,10 +78,13 @@ class Codec(ABC):
     Attributes:
         family: what the codec is called in messages and in the tables of backends.
         bits: width of a code; what `--bits` means.
+        outliers: weights that are kept apart from codes (`kbit.formats.outlier_weights`); of codecs that keep any, a
+            setting.
     """
 
     family: ClassVar[str]
     bits: int
+    outliers: int = 0
 
     # ---- its name
 
@@ -110,6 +114,10 @@ class Codec(ABC):
         if bits == self.bits:
             return self
         raise UsageError(f"{self}: has no {bits}-bit format beside it; name one with --override")
+
+    def keeping(self: C, outliers: int) -> C:
+        """The same with so many weights kept apart: 0 of a codec that keeps none."""
+        return self if outliers == self.outliers else replace(self, outliers=outliers)  # type: ignore[type-var]
 
     # ---- what is stored
 
@@ -241,6 +249,9 @@ class Codec(ABC):
         Raises:
             CheckpointError: they do not.
         """
+        from kbit.formats.outlier_weights import check_places
+
+        check_places(name, stored, shape)
 
     def check_cut(self, shape: tuple[int, int], cut: Cut, name: str = "tensor") -> None:
         """

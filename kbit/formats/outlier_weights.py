@@ -150,29 +150,25 @@ def scaled_outliers(stored: Mapping[str, torch.Tensor], columns: int, factors: t
     return {VALUES: (stored[VALUES].float() * factors[stored[PLACES].long() // columns]).half()}
 
 
-def encode_apart(
-    format: Codec, count: int, plain: Codec, read_rows: ReadRows, shape: tuple[int, int], encode: Encoder
-) -> QuantTensor:
+def encode_apart(format: Codec, read_rows: ReadRows, shape: tuple[int, int], encode: Encoder) -> QuantTensor:
     """A matrix whose largest weights are kept apart, the others rounded as if these were zeros.
 
     Args:
         format: of the whole.
-        count: how many are kept apart.
-        plain: the format of the others.
         read_rows: of the matrix.
         shape: (N, K).
-        encode: rounds a matrix, given as rows, to the plain format.
+        encode: rounds a matrix, given as rows, to the format that keeps none apart.
     """
     import torch
 
     from kbit.formats.quant_tensor import QuantTensor
 
-    apart = largest(read_rows, shape, count)
+    apart = largest(read_rows, shape, format.outliers)
 
     def others(start: int, stop: int) -> torch.Tensor:
         return add_outliers(read_rows(start, stop).float().clone(), apart, shape[1], torch.arange(start, stop), -1)
 
-    made = encode(plain, others)
+    made = encode(format.keeping(0), others)
     return QuantTensor(format, shape, {**made.stored, **apart}, made.codebook)
 
 

@@ -24,7 +24,6 @@ from kbit.formats.codec import Array, Codec, Cut, Part, ReadRows
 from kbit.formats.outlier_weights import (
     add_outliers,
     check_count,
-    check_places,
     cut_outliers,
     encode_apart,
     join_outliers,
@@ -161,7 +160,7 @@ class QuantFormat(Codec):
         """The format to use beside this one at another width: the default data type there, same blocks and scales, no
         weights kept apart."""
         if bits == self.bits:
-            return self.without_outliers()
+            return self.keeping(0)
         return QuantFormat(
             default_dtype(bits),
             bits,
@@ -169,10 +168,6 @@ class QuantFormat(Codec):
             scale_dtype=self.scale_dtype,
             double_quant=self.double_quant,
         )
-
-    def without_outliers(self) -> QuantFormat:
-        """The same with no weights kept apart."""
-        return self if not self.outliers else replace(self, outliers=0)
 
     @classmethod
     def claims(cls, text: str) -> bool:
@@ -257,7 +252,7 @@ class QuantFormat(Codec):
         if self.dtype == "int" or self.has_own_codebook:
             return None
         # lloyd's levels follow from the block's length, with one scale per row from the row's
-        name = str(self.without_outliers())
+        name = str(self.keeping(0))
         return f"{name}@{columns}" if self.dtype == "lloyd" and not self.block_size else name
 
     def codebook(self, columns: int) -> npt.NDArray[np.float32]:
@@ -282,10 +277,7 @@ class QuantFormat(Codec):
                 f'"stored" keeps such a tensor as it is'
             )
         if self.outliers:
-            return encode_apart(
-                self, self.outliers, self.without_outliers(), read_rows, shape,
-                lambda format, others: format.encode(others, shape, name=name),
-            )  # fmt: skip
+            return encode_apart(self, read_rows, shape, lambda plain, others: plain.encode(others, shape, name=name))
         return quantize_rows(read_rows, shape, self, name=name)
 
     def column_unit(self, columns: int) -> int:
@@ -320,7 +312,7 @@ class QuantFormat(Codec):
         if self.double_quant and (cut.dim == 1 or cut.start * blocks % SUPERBLOCK):
             format, arrays = self.joinable(stored, shape)
         parts = {}
-        for suffix in format.without_outliers().parts(*cut.shape(shape)):
+        for suffix in format.keeping(0).parts(*cut.shape(shape)):
             array = arrays[suffix]
             if suffix.startswith("plane") and cut.dim == 1:
                 per_byte = 8 // int(suffix.removeprefix("plane"))
@@ -338,10 +330,7 @@ class QuantFormat(Codec):
         self, stored: Sequence[Mapping[str, torch.Tensor]], shapes: Sequence[tuple[int, int]]
     ) -> tuple[Codec, Mapping[str, torch.Tensor]]:
         _, joined = super().join(stored, shapes)
-        return replace(self, outliers=self.outliers * len(stored)), {**joined, **join_outliers(stored, shapes)}
-
-    def check_stored(self, name: str, stored: Mapping[str, Any], shape: tuple[int, int]) -> None:
-        check_places(name, stored, shape)
+        return self.keeping(self.outliers * len(stored)), {**joined, **join_outliers(stored, shapes)}
 
 
 def _parse_flag(flag: str, text: str) -> tuple[str, object]:

@@ -23,7 +23,6 @@ from kbit.formats.codec import Array, Codec, Cut, Part, ReadRows
 from kbit.formats.outlier_weights import (
     add_outliers,
     check_count,
-    check_places,
     cut_outliers,
     encode_apart,
     join_outliers,
@@ -145,10 +144,6 @@ class TrellisFormat(Codec):
         """For embeddings and heads: bit planes, which can be looked up row by row."""
         return QuantFormat(default_dtype(bits), bits)
 
-    def without_outliers(self) -> TrellisFormat:
-        """The same with no weights kept apart."""
-        return self if not self.outliers else replace(self, outliers=0)
-
     def with_short_windows(self) -> TrellisFormat:
         """The same with windows of `FAST_WINDOW` bits, or as it is: integers, and what has shorter ones."""
         return self if self.code == "int" else replace(self, window=min(self.window, FAST_WINDOW))
@@ -226,12 +221,9 @@ class TrellisFormat(Codec):
         rows, columns = shape
         if rows < 1 or columns < 1:
             raise KbitError(f"{name}: shape {shape}: there are no weights")
-        signs = new_signs(columns)
         if self.outliers:
-            return encode_apart(
-                self, self.outliers, self.without_outliers(), read_rows, shape,
-                lambda format, others: format.encode(others, shape, name=name),
-            )  # fmt: skip
+            return encode_apart(self, read_rows, shape, lambda plain, others: plain.encode(others, shape, name=name))
+        signs = new_signs(columns)
         codes, scales = [], []
         step = max(TILE, (1 << 22) // columns // TILE * TILE)
         for start in range(0, rows, step):
@@ -295,10 +287,7 @@ class TrellisFormat(Codec):
 
         rows = {name: torch.cat([arrays[name] for arrays in stored]) for name in ("codes", "scales")}
         joined = {**rows, "signs": stored[0]["signs"], **join_outliers(stored, shapes)}
-        return replace(self, outliers=self.outliers * len(stored)), joined
-
-    def check_stored(self, name: str, stored: Mapping[str, Any], shape: tuple[int, int]) -> None:
-        check_places(name, stored, shape)
+        return self.keeping(self.outliers * len(stored)), joined
 
 
 def integer_codes(codes: npt.NDArray[np.uint8], bits: int, rows: int) -> npt.NDArray[np.uint8]:

@@ -31,7 +31,7 @@ _NORMAL_TILES = 96  # that `normal_error` looks at
 
 def levels(format: TrellisFormat, windows: torch.Tensor) -> torch.Tensor:
     """The integers that windows (int32 or int64, below 2^L) stand for, int32, the shape of `windows`."""
-    return _levels(format.without_outliers()).to(windows.device)[windows]
+    return _levels(format.keeping(0)).to(windows.device)[windows]
 
 
 @lru_cache(maxsize=16)

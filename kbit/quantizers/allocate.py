@@ -280,7 +280,7 @@ def _share_of_cheap(format: Codec) -> float:
     cheap = _cheap(format)
     if cheap == format or not (isinstance(format, TrellisFormat) and isinstance(cheap, TrellisFormat)):
         return 1.0
-    return normal_error(format.without_outliers()) / normal_error(cheap.without_outliers())
+    return normal_error(format.keeping(0)) / normal_error(cheap.keeping(0))
 
 
 def _cheap(format: Codec) -> Codec:

@@ -162,8 +162,7 @@ def _nearest_on_gpu(weight: torch.Tensor, format: QuantFormat, name: str, device
     if not format.outliers:
         return quantize(weight.to(device), format, name=name).to("cpu")
     return encode_apart(
-        format, format.outliers, format.without_outliers(), lambda start, stop: weight[start:stop],
-        (weight.shape[0], weight.shape[1]),
+        format, lambda start, stop: weight[start:stop], (weight.shape[0], weight.shape[1]),
         lambda plain, others: _nearest_on_gpu(others(0, len(weight)), _planes_format(plain), name, device),
     )  # fmt: skip
 

@@ -53,7 +53,7 @@ class HalfQuadratic(Method):
         return {"norm": self.norm, "beta": self.beta, "iterations": self.iterations}
 
     def refuses(self, format: Codec) -> str | None:
-        if isinstance(format, QuantFormat) and format.outliers:
+        if format.outliers:
             return "it keeps no weights apart (-o): use ldlq2, gptq or rtn"
         if isinstance(format, QuantFormat) and format.asymmetric:
             return None

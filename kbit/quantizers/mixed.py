@@ -209,7 +209,7 @@ def _bytes_at(format: object, shape: tuple[int, ...], bits: float) -> float:
 
     def nbytes(width: int) -> int:
         at_width = format.with_bits(width) if isinstance(format, TrellisFormat) else format.at_width(width)
-        return replace(at_width, outliers=outliers).nbytes(shape[0], shape[1])
+        return at_width.keeping(outliers).nbytes(shape[0], shape[1])
 
     below = nbytes(low)
     above = below if low == bits else nbytes(low + 1)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Collection
-from dataclasses import replace
 from typing import TYPE_CHECKING
 from weakref import WeakKeyDictionary
 
@@ -47,24 +46,19 @@ def with_outliers(
     Raises:
         CheckpointError: weights cannot be read.
     """
-    kinds = (TrellisFormat, QuantFormat) if planes else (TrellisFormat,)
     if not method.keeps_outliers:
         return plan
+    kinds = (TrellisFormat, QuantFormat) if planes else (TrellisFormat,)
 
     def is_open(tensor: TensorPlan) -> bool:
         linear = tensor.role == "linear" and not tensor.as_stored and tensor.source.name not in fixed
         return linear and isinstance(tensor.format, kinds) and not tensor.format.outliers
 
-    open_ended = {tensor.source.name: tensor.format for tensor in plan.tensors if is_open(tensor)}
+    open_ended = {tensor.source.name: tensor.format for tensor in plan.tensors if tensor.format and is_open(tensor)}
     if not open_ended:
         return plan
     counts = _counts(source, open_ended, progress)
-    formats = {
-        name: replace(format, outliers=counts[name])
-        for name, format in open_ended.items()
-        if isinstance(format, QuantFormat | TrellisFormat)
-    }
-    return with_formats(source, plan, formats)
+    return with_formats(source, plan, {name: format.keeping(counts[name]) for name, format in open_ended.items()})
 
 
 def _counts(source: CheckpointSource, names: Collection[str], progress: Progress | None) -> dict[str, int]:

@@ -248,7 +248,7 @@ def _tensor_plan(info: TensorInfo, target: Codec | str, role: str, method: Metho
         raise UsageError(f"{info.name} has shape {info.shape}: only matrices can be quantized; narrow the pattern")
     if isinstance(target, QuantFormat) and target.dtype == LEVELS:
         raise UsageError(f'{info.name}: nothing is rounded to {target}; "stored" keeps what is quantized as it is')
-    unreadable = isinstance(target, TrellisFormat) or (isinstance(target, QuantFormat) and target.outliers)
+    unreadable = isinstance(target, TrellisFormat) or target.outliers
     if unreadable and role in ("embedding", "table"):
         what = "a trellis" if isinstance(target, TrellisFormat) else "a matrix that keeps weights apart"
         raise UsageError(

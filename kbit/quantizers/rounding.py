@@ -33,7 +33,7 @@ class Rounder:
 
     def rows_apart(self, format: Codec) -> bool:
         """Whether rows can be rounded in any number of pieces: nothing joins them."""
-        if isinstance(format, TrellisFormat) or (isinstance(format, QuantFormat) and format.outliers):
+        if isinstance(format, TrellisFormat) or format.outliers:
             return False
         return self._of_planes().rows is None and isinstance(format, QuantFormat) and not format.double_quant
 
@@ -65,8 +65,7 @@ class Rounder:
         if format.outliers:
             check_finite(weight, 0, len(weight), name)
             return encode_apart(
-                format, format.outliers, format.without_outliers(), lambda start, stop: weight[start:stop],
-                (weight.shape[0], weight.shape[1]),
+                format, lambda start, stop: weight[start:stop], (weight.shape[0], weight.shape[1]),
                 lambda plain, others: self.round(others(0, len(weight)), plain, settings, threads=threads, name=name),
             )  # fmt: skip
         if isinstance(format, QuantFormat):

@@ -205,7 +205,7 @@ def test_other_widths_beside_it() -> None:
     assert [str(fast.with_bits(bits)) for bits in (2, 6, 8)] == ["trellis2-l12", "trellis6-l12", "trellis8"]
     apart = TrellisFormat(3, outliers=16)
     assert [str(apart.with_bits(bits)) for bits in (2, 7)] == ["trellis2-o16", "trellis7-o16"]
-    assert str(apart.with_short_windows().without_outliers()) == "trellis3-l12"
+    assert str(apart.with_short_windows().keeping(0)) == "trellis3-l12"
     assert kind_of("trellis3-l12-o64") == "trellis3-l12"
     assert kind_of("nested2..8-b64") == "nested2..8-b64"
     assert [str(fast.with_bits(bits)) for bits in (2.5, 5.5)] == ["trellis2.5-l12", "trellis5.5-l12"]

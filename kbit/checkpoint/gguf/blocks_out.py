@@ -57,7 +57,7 @@ def form_of(matrix: StoredMatrix, rounded: str | None = None) -> Form:
     columns = matrix.shape[1]
     if columns % _BLOCK:
         raise NotOnGrid(f"has rows of {columns} weights, no whole number of GGUF's blocks of {_BLOCK}", final=True)
-    if isinstance(matrix.format, QuantFormat) and matrix.format.outliers:
+    if matrix.format.outliers:
         raise NotOnGrid(f"keeps weights apart from its codes ({matrix.format})")
     if rounded is None and np.array_equal(matrix.codebook, BLOCK_TYPES["IQ4_NL"].codebook):
         planes = StoredPlanes.of(matrix)

@@ -239,7 +239,7 @@ def dequantize(
     matrix = PlanesTensor.of(weight)
     stored = matrix.stored
     if matrix.format.outliers:  # added to what is not rounded yet
-        plain = replace(matrix, format=matrix.format.without_outliers())
+        plain = replace(matrix, format=matrix.format.keeping(0))
         rows = torch.arange(matrix.shape[0], device=matrix.device) if ids is None else ids.reshape(-1)
         found = dequantize(plain, torch.float32, ids).view(len(rows), -1)
         found = add_outliers(found, stored, matrix.shape[1], rows).to(dtype)

@@ -186,7 +186,7 @@ def _planes(matrix: QuantTensor, device: torch.device | str, dtype: torch.dtype)
                 scales[f"{name}_super"] = _factors(weight, name, padded).to(device)
     return TritonWeight(
         # Without their number: experts that keep different numbers of weights apart are alike to the kernels.
-        str(quant_format.without_outliers()),
+        str(quant_format.keeping(0)),
         weight.shape,
         padded,
         dtype,
@@ -212,7 +212,7 @@ def _trellis(matrix: QuantTensor, device: torch.device | str, dtype: torch.dtype
     scales = torch.nn.functional.pad(matrix.stored["scales"].flatten(), (0, -rows % ROW_TILE))
     rotation = sign_values(matrix.stored["signs"]) / math.sqrt(mixed)
     return TritonWeight(
-        str(format.without_outliers()),
+        str(format.keeping(0)),
         (rows, columns),
         (len(scales), len(rotation)),
         dtype,
